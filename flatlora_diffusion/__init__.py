@@ -1,0 +1,22 @@
+"""Flat-LoRA for SDXL: personalize an image model with a LoRA that sits in a flat region of the full weight space."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.config import ConfigError, TrainConfig
+    from flatlora_diffusion.perturbation import FlatLora
+    from flatlora_diffusion.trainer import train
+
+__all__ = ["ConfigError", "FlatLora", "TrainConfig", "train"]
+
+_HOME = {"ConfigError": "config", "TrainConfig": "config", "FlatLora": "perturbation", "train": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `--help` needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'flatlora_diffusion' has no attribute {name!r}")
+    return getattr(import_module(f"flatlora_diffusion.{_HOME[name]}"), name)
