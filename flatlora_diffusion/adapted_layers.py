@@ -1,0 +1,164 @@
+"""The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is, and how their base layer is intercepted.
+
+Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant` and `lora_dropout` of
+`LoraLayer`, and the classes of the DoRA variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Conv2d, LoraLayer
+from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.noise import Convolution
+
+_WRAPPERS = ("base_model.model.", "module.")
+
+
+class AdaptedLayer:
+    """One LoRA layer with its frozen base: m filters of n inputs, `shape` (m, n) or (m, in, kh, kw)."""
+
+    def __init__(self, name: str, tuner: LoraLayer) -> None:
+        self.name = name
+        self.tuner = tuner
+        self.base: Any = tuner.get_base_layer()
+        self.convolution = _geometry(self.base)
+        if self.convolution is None:
+            self.shape: tuple[int, ...] = (self.base.out_features, self.base.in_features)
+        else:
+            self.shape = (self.base.out_channels, self.base.in_channels, *self.base.kernel_size)
+        self.inputs = int(torch.Size(self.shape[1:]).numel())
+        weight = dequantize_module_weight(self.base).detach().reshape(self.shape[0], -1)
+        # The frozen W never changes, so its norms are taken once.
+        self.base_square_norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        self._replacement: Callable[..., Tensor] | None = None
+        self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
+        self.base_forward: Callable[..., Tensor] = self.base.forward
+
+    def attach(self, forward: Callable[..., Tensor]) -> None:
+        """Let the base layer compute `forward(self, x, ...)`; `base_forward` stays what it was."""
+        self._replacement = partial(forward, self)
+        self.base.forward = self._replacement
+
+    def restore(self) -> None:
+        """Undo `attach`, unless another library has wrapped the layer since: then ours stays below, inert."""
+        if self.base.__dict__.get("forward") is not self._replacement:
+            return
+        del self.base.forward
+        if self._outer_forward is not None:
+            self.base.forward = self._outer_forward
+
+    def is_active(self) -> bool:
+        """Whether an unmerged adapter takes part in the forward."""
+        return not (self.tuner.disable_adapters or self.tuner.merged) and bool(self._adapters())
+
+    def is_fusable(self) -> bool:
+        """Whether W + eps can be formed in one fp32 buffer: a plain frozen fp32 layer that nobody else intercepts."""
+        weight = self.base.weight
+        return (
+            self._outer_forward is None
+            and type(self.base) in (nn.Linear, nn.Conv2d)
+            and type(weight) is nn.Parameter
+            and weight.dtype == torch.float32
+            and not weight.requires_grad
+        )
+
+    @torch.no_grad()
+    def merged_square_norms(self) -> Tensor:
+        """||W'_i||^2 of the merged rows, (m,) fp32, without forming BA:
+
+        ||W_i||^2 + 2s B_i (A W_i^T) + s^2 B_i (A A^T) B_i^T
+        """
+        down, up = self._factors()
+        with torch.autocast(down.device.type, enabled=False):
+            cross = self._weight_times(down)
+            norms = self.base_square_norms.to(down.device)
+            return (norms + ((2 * cross + up @ (down @ down.T)) * up).sum(dim=1)).clamp_(min=0)
+
+    def _adapters(self) -> list[str]:
+        return [adapter for adapter in self.tuner.active_adapters if adapter in self.tuner.lora_A]
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, n) and sB (m, R) in fp32 of all active adapters together, R the sum of their ranks."""
+        downs, ups = [], []
+        for adapter in self._adapters():
+            downs.append(self.tuner.lora_A[adapter].weight.detach().float().flatten(1))
+            ups.append(self.tuner.lora_B[adapter].weight.detach().float().flatten(1) * self.tuner.scaling[adapter])
+        if not downs:
+            empty = self.base_square_norms.new_zeros
+            return empty(0, self.inputs), empty(self.shape[0], 0)
+        return torch.cat(downs), torch.cat(ups, dim=1)
+
+    def _weight_times(self, down: Tensor) -> Tensor:
+        """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
+        weight = self.base.weight
+        if weight.is_floating_point() and weight.shape == self.shape:
+            return weight.detach().flatten(1).float() @ down.T
+        bias = 0 if self.base.bias is None else self.base.bias.float()
+        return (self.base_forward(down).float() - bias).T
+
+
+def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
+    """Every LoRA layer of `model`. Raises ConfigError for none, and for adapted layers that cannot be perturbed."""
+    layers, refused = [], []
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        name = layer_name(path)
+        reason = _why_refused(module)
+        if reason is None:
+            layers.append(AdaptedLayer(name, module))
+        else:
+            refused.append(f"{name} ({reason})")
+    if refused:
+        raise ConfigError(f"Flat-LoRA cannot perturb {len(refused)} adapted layer(s): {', '.join(refused)}")
+    if not layers:
+        raise ConfigError("Flat-LoRA found no LoRA layer in the model; add an adapter first")
+    return layers
+
+
+def layer_name(path: str) -> str:
+    """A module path without the wrappers of PEFT and DDP (in front) or of torch.compile (anywhere)."""
+    path = path.replace("_orig_mod.", "")
+    while path.startswith(_WRAPPERS):
+        path = path.removeprefix("module.").removeprefix("base_model.model.")
+    return path
+
+
+def _why_refused(layer: Any) -> str | None:
+    """The reason why eps cannot act on `layer` as Eq. 7 asks, or None."""
+    kind = type(layer).__name__
+    if not isinstance(layer, LoraLayer):
+        return f"{type(layer).__module__.split('.')[-2]} {kind} is not LoRA"
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear | nn.Conv2d) or not isinstance(layer.lora_A, nn.ModuleDict) or not layer.lora_A:
+        return f"{kind} around {type(base).__name__} is not handled yet"
+    if isinstance(base, nn.Conv2d):
+        if base.groups > 1:
+            return f"groups={base.groups}; only groups=1 can be merged"
+        if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
+            return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
+    for adapter, variant in layer.lora_variant.items():
+        if not isinstance(variant, DoraLinearVariant | DoraConv2dVariant) and variant not in (
+            DoraLinearVariant,
+            DoraConv2dVariant,
+        ):
+            return f"{getattr(variant, '__name__', type(variant).__name__)} is not handled yet"
+        if not isinstance(layer.lora_dropout[adapter], nn.Identity):
+            return "DoRA with lora_dropout > 0 would let eps escape its rescaling; set lora_dropout=0"
+    return None
+
+
+def _geometry(base: nn.Module) -> Convolution | None:
+    if not isinstance(base, nn.Conv2d):
+        return None
+    assert not isinstance(base.padding, str), "refused when the layers were found"
+    return Convolution(base.stride, base.padding, base.dilation)

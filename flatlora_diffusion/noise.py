@@ -1,0 +1,106 @@
+"""The draws: filter-scaled Gaussian noise regenerated from a seed, and the op that computes with W + eps.
+
+Nothing here knows LoRA, schedules or models: weights, standard deviations and seeds come in, tensors go out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Geometry of a Conv2d without groups, each (height, width)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that is needed to make a layer's eps again: eps[i] = row_std[i] * z[i] with z ~ N(0, 1) from `seed`.
+
+    `shape` is the weight's, (m, n) or (m, n, kh, kw); `dtype` is the one that the layer computes in.
+    """
+
+    seed: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    convolution: Convolution | None = None
+
+
+def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
+    """eps of `shape` in fp32, each row i drawn from N(0, row_std[i]^2), on the device of `row_std` (m,).
+
+    A function of its arguments alone: a private generator of that device is seeded, no global one is touched. CPU and
+    CUDA give different numbers for one seed.
+    """
+    return _normal(row_std, shape, seed).mul_(_per_row(row_std, shape))
+
+
+def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, draw: Draw) -> Tensor:
+    """The layer's output at W + eps, or at eps alone when `weight` is None (the additive form).
+
+    x: (..., n) or (B, n, H, W) in `draw.dtype`. Differentiable once in x and bias. Saves the (m,) `row_std` and no
+    buffer of the weight's size: eps is drawn again in backward.
+    """
+    return _PerturbedLayer.apply(x, bias, weight, row_std, draw)
+
+
+class _PerturbedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, draw: Draw
+    ) -> Tensor:
+        ctx.save_for_backward(row_std)
+        ctx.weight, ctx.draw, ctx.x_shape = weight, draw, x.shape  # the frozen parameter itself, not a copy
+        effective = _effective_weight(weight, row_std, draw)
+        if draw.convolution is None:
+            return F.linear(x, effective, bias)
+        geometry = draw.convolution
+        return F.conv2d(x, effective, bias, geometry.stride, geometry.padding, geometry.dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (row_std,) = ctx.saved_tensors
+        geometry = ctx.draw.convolution
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            effective = _effective_weight(ctx.weight, row_std, ctx.draw)
+            if geometry is None:
+                grad_x = grad @ effective
+            else:
+                grad_x = conv2d_input(
+                    ctx.x_shape, effective, grad, geometry.stride, geometry.padding, geometry.dilation
+                )
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.sum(dim=(0, 2, 3) if geometry is not None else tuple(range(grad.ndim - 1)))
+        return grad_x, grad_bias, None, None, None
+
+
+def _effective_weight(weight: Tensor | None, row_std: Tensor, draw: Draw) -> Tensor:
+    """W + eps (or eps) in one fp32 buffer, then cast once to the compute dtype."""
+    if weight is None:
+        return row_noise(row_std, draw.shape, draw.seed).to(draw.dtype)
+    buffer = _normal(row_std, draw.shape, draw.seed)
+    torch.addcmul(weight, buffer, _per_row(row_std, draw.shape), out=buffer)
+    return buffer.to(draw.dtype)
+
+
+def _normal(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
+    rng = torch.Generator(device=row_std.device)
+    rng.manual_seed(seed)
+    return torch.empty(shape, dtype=torch.float32, device=row_std.device).normal_(generator=rng)
+
+
+def _per_row(row_std: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return row_std.view(-1, *[1] * (len(shape) - 1))

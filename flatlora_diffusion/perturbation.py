@@ -1,0 +1,210 @@
+"""Flat-LoRA (arXiv:2409.14396): train LoRA on the expected loss E[L(W + sBA + eps)] without ever writing W.
+
+Eq. 7 of the paper, for a layer with m filters (rows) of n inputs and merged weight W' = W + sBA:
+
+    eps[i, j] ~ N(0, sigma^2 / n * ||W'[i]||^2)
+
+The reference code adds eps to W in place and subtracts it later, which drifts half-precision weights, and reseeds the
+global generator; here eps lives only inside the layer's op, drawn from a private generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from flatlora_diffusion.adapted_layers import AdaptedLayer, find_adapted_layers
+from flatlora_diffusion.config import ConfigError, NoiseKind, SigmaSchedule
+from flatlora_diffusion.noise import Draw, perturbed_layer, row_noise
+from flatlora_diffusion.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class _Open:
+    """The perturbation that is in force."""
+
+    step: int
+    slot: int
+    sigma: float
+
+
+class FlatLora:
+    """Perturbs every LoRA layer of `model` inside `perturb`, and nothing outside of it.
+
+    Args:
+        model: any module with PEFT LoRA layers (a UNet after `add_adapter`, a `get_peft_model` result).
+        sigma: relative radius of the noise: E||eps_i||^2 = sigma^2 ||W'_i||^2. 0.05 to 0.1 in the paper.
+        schedule: how sigma grows over `total_steps`: `cosine` (0 to sigma), `linear` (0 to sigma) or `constant`.
+        total_steps: optimizer steps after which a ramp has reached `sigma`.
+        seed: eps is a function of (seed, prefix, layer name, step, slot) and of nothing else.
+        noise: `filter` is Eq. 7; `iid` gives every row of a layer the same std, at equal expected energy.
+        prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
+
+    Raises:
+        ConfigError: a setting out of range, no LoRA layer, or adapted layers that cannot be perturbed (named).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma: float = 0.1,
+        schedule: SigmaSchedule = "cosine",
+        total_steps: int = 500,
+        seed: int = 0,
+        noise: NoiseKind = "filter",
+        prefix: str = "unet",
+    ) -> None:
+        _check_choice("schedule", schedule, SigmaSchedule)
+        _check_choice("noise", noise, NoiseKind)
+        if total_steps < 1:
+            raise ConfigError(f"total_steps={total_steps} must be at least 1")
+        self.sigma = _checked_sigma(sigma)
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.seed = seed
+        self.noise_kind = noise
+        self.prefix = prefix
+        self._open: _Open | None = None
+        self._disabled = 0
+        self._row_std: dict[str, Tensor] = {}
+        self._layers = {layer.name: layer for layer in find_adapted_layers(model)}
+        for layer in self._layers.values():
+            layer.attach(self._forward)
+
+    @property
+    def layers(self) -> Mapping[str, BaseTunerLayer]:
+        """The perturbed PEFT layers by name: the module path without PEFT's, DDP's and torch.compile's wrappers."""
+        return {name: layer.tuner for name, layer in self._layers.items()}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes kept between steps: the (m,) squared row norms of each frozen W."""
+        return sum(layer.base_square_norms.nbytes for layer in self._layers.values())
+
+    def sigma_at(self, step: int) -> float:
+        """sigma at the 0-based optimizer `step`; the ramps start at 0 and stay at sigma from `total_steps` on."""
+        progress = min(max(step, 0) / self.total_steps, 1.0)
+        if self.schedule == "cosine":
+            return self.sigma * (1 - math.cos(math.pi * progress)) / 2
+        return self.sigma * progress if self.schedule == "linear" else self.sigma
+
+    @contextmanager
+    def perturb(self, step: int, slot: int = 0, sigma: float | None = None) -> Iterator[None]:
+        """Evaluate the layers at W + eps while the context is open; run forward AND backward inside.
+
+        `step` is the 0-based optimizer step, `slot` = micro_batch * world_size + rank; `sigma` overrides the schedule.
+        Gradient checkpointing is fine: the recomputed forward draws the same eps.
+        """
+        if self._open is not None:
+            raise RuntimeError("perturb() is already open; close it before you open another")
+        self._open = _Open(step, slot, self.sigma_at(step) if sigma is None else _checked_sigma(sigma))
+        try:
+            yield
+        finally:
+            self._open = None
+            self._row_std.clear()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """No eps while this is open, even inside `perturb`: for sampling and evaluation."""
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+
+    def noise(self, name: str, step: int, slot: int = 0, sigma: float | None = None) -> Tensor:
+        """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W."""
+        layer = self._layer(name)
+        strength = self.sigma_at(step) if sigma is None else _checked_sigma(sigma)
+        return row_noise(self._std(layer, strength), layer.shape, self._seed(name, step, slot))
+
+    def filter_norms(self, name: str) -> Tensor:
+        """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
+        return self._layer(name).merged_square_norms().sqrt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the same eps: plain JSON-able values."""
+        return {
+            "sigma": self.sigma,
+            "schedule": self.schedule,
+            "total_steps": self.total_steps,
+            "seed": self.seed,
+            "noise": self.noise_kind,
+            "prefix": self.prefix,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the settings of a `state_dict`. Raises ConfigError when a key is missing or not known."""
+        if set(state) != set(self.state_dict()):
+            raise ConfigError(f"FlatLora state has keys {sorted(state)}, expected {sorted(self.state_dict())}")
+        _check_choice("schedule", state["schedule"], SigmaSchedule)
+        _check_choice("noise", state["noise"], NoiseKind)
+        self.sigma = _checked_sigma(state["sigma"])
+        self.schedule, self.noise_kind = state["schedule"], state["noise"]
+        self.total_steps, self.seed, self.prefix = int(state["total_steps"]), int(state["seed"]), state["prefix"]
+
+    def detach(self) -> None:
+        """Give the model back as it was. The object cannot be used afterwards."""
+        for layer in self._layers.values():
+            layer.restore()
+        self._layers = {}
+
+    def _forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What an adapted base layer computes in place of its own forward."""
+        if self._open is None or self._open.sigma == 0 or self._disabled or not layer.is_active():
+            return layer.base_forward(x, *args, **kwargs)
+        row_std = self._row_std.get(layer.name)
+        if row_std is None:
+            row_std = self._row_std[layer.name] = self._std(layer, self._open.sigma)
+        seed = self._seed(layer.name, self._open.step, self._open.slot)
+        base = layer.base
+        if layer.is_fusable():
+            # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
+            dtype = _compute_dtype(base.weight)
+            draw = Draw(seed, layer.shape, dtype, layer.convolution)
+            bias = None if base.bias is None else base.bias.to(dtype)
+            return perturbed_layer(x.to(dtype), bias, base.weight, row_std, draw)
+        # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
+        output: Tensor = layer.base_forward(x, *args, **kwargs)
+        draw = Draw(seed, layer.shape, output.dtype, layer.convolution)
+        return output + perturbed_layer(x.to(output.dtype), None, None, row_std, draw)
+
+    def _std(self, layer: AdaptedLayer, sigma: float) -> Tensor:
+        """Standard deviation of each row of eps, (m,): sigma / sqrt(n) * ||W'_i||."""
+        square_norms = layer.merged_square_norms()
+        if self.noise_kind == "iid":
+            square_norms = square_norms.mean().expand_as(square_norms)
+        return sigma * (square_norms / layer.inputs).sqrt()
+
+    def _seed(self, name: str, step: int, slot: int) -> int:
+        return derive_seed(self.seed, "perturbation", self.prefix, name, step, slot)
+
+    def _layer(self, name: str) -> AdaptedLayer:
+        if name not in self._layers:
+            raise KeyError(f"no perturbed layer {name!r}; FlatLora.layers lists all {len(self._layers)}")
+        return self._layers[name]
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _checked_sigma(sigma: float) -> float:
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ConfigError(f"sigma={sigma} must be a finite number of at least 0; 0.05 to 0.1 is usual")
+    return float(sigma)
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
