@@ -1,0 +1,167 @@
+"""The training set: a folder of images with captions, and the order and augmentation of its samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.images import CAPTION_SUFFIXES, find_images, load_image
+from flatlora_diffusion.seeds import generator
+
+METADATA = "metadata.jsonl"
+CAPTION_COLUMNS = ("text", "prompt", "caption")  # the first that a line has, unless one is named
+LISTED = 5  # files that a message names before it only counts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image; `id` is its file name, `width` and `height` are those of the upright image."""
+
+    id: str
+    path: Path
+    caption: str
+    sha256: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of a folder by name, how many have a caption of their own, and (name, reason) of each skip."""
+
+    samples: list[Sample]
+    captioned: int
+    skipped: list[tuple[str, str]]
+
+    @property
+    def summary(self) -> str:
+        """One line to show before training starts: `23 images, captions 20/23, skipped: notes.pdf (...)`."""
+        count = len(self.samples)
+        line = f"{count} image{'s' * (count != 1)}, captions {self.captioned}/{count}"
+        return line + (f", skipped: {_listing(self.skipped)}" if self.skipped else "")
+
+
+def load_samples(folder: Path, instance_prompt: str | None = None, caption_column: str | None = None) -> SampleSet:
+    """The images directly in `folder` with their captions. Nothing in the folder is changed.
+
+    An image's caption is that of its line in metadata.jsonl (field `caption_column`, or the first of CAPTION_COLUMNS),
+    else the text of `NAME.txt` or `NAME.caption` beside it, else `instance_prompt`; an empty caption counts as none,
+    as in diffusers. Raises ConfigError for a folder without readable images, an image without any caption, and
+    metadata that does not fit the folder.
+    """
+    paths, skipped = find_images(folder)
+    if not paths:
+        found = f": {_listing(skipped)}" if skipped else "; put the training images directly into it"
+        raise ConfigError(f"image folder {folder} has no readable image{found}")
+    listed = _metadata_captions(folder, caption_column)
+    own = {path.name: listed.get(path.name) or _sidecar_caption(path) for path in paths}
+    bare = [name for name, caption in own.items() if not caption]
+    if bare and not (instance_prompt and instance_prompt.strip()):
+        have = "has" if len(bare) == 1 else f"and {len(bare) - 1} more have"
+        raise ConfigError(
+            f"{bare[0]} {have} no caption: "
+            f"write one into {Path(bare[0]).stem}.txt beside it, or give an --instance_prompt"
+        )
+    samples = [_sample(path, own[path.name] or str(instance_prompt)) for path in paths]
+    return SampleSet(samples, captioned=len(paths) - len(bare), skipped=skipped)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order of `count` samples in `epoch`, a permutation that is a function of the arguments alone."""
+    return torch.randperm(count, generator=generator("cpu", seed, "order", epoch)).tolist()
+
+
+def sample_at(seed: int, count: int, index: int) -> tuple[int, int]:
+    """(epoch, sample) at `index` in the endless row of samples that one epoch after the other makes."""
+    epoch, position = divmod(index, count)
+    return epoch, epoch_order(seed, epoch, count)[position]
+
+
+def augmentation_rng(seed: int, sample_id: str, epoch: int) -> torch.Generator:
+    """The CPU generator for crop and flip of one sample in one epoch."""
+    return generator("cpu", seed, "augmentation", sample_id, epoch)
+
+
+def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """What a run was trained on, for its folder: names, hashes and sizes, no captions and no absolute paths."""
+    return [
+        {
+            "id": sample.id,
+            "sha256": sample.sha256,
+            "width": sample.width,
+            "height": sample.height,
+            "caption_sha256": hashlib.sha256(sample.caption.encode()).hexdigest(),
+        }
+        for sample in samples
+    ]
+
+
+def _sample(path: Path, caption: str) -> Sample:
+    width, height = load_image(path).size  # a header's size is not always that of the upright image
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Sample(path.name, path, caption.strip(), sha256, width, height)
+
+
+def _sidecar_caption(path: Path) -> str:
+    """The text beside an image, on one line; empty if there is none."""
+    for suffix in CAPTION_SUFFIXES:
+        sidecar = path.with_suffix(suffix)
+        if sidecar.is_file() and (caption := " ".join(_text(sidecar).split())):
+            return caption
+    return ""
+
+
+def _metadata_captions(folder: Path, caption_column: str | None) -> dict[str, str]:
+    """Caption by file name from metadata.jsonl; empty without that file."""
+    path = folder / METADATA
+    if not path.is_file():
+        if caption_column is not None:
+            raise ConfigError(f"caption_column={caption_column} needs a {METADATA}, and {folder} has none")
+        return {}
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        name, caption = _metadata_line(line, f"{METADATA} line {number}", caption_column)
+        if name in captions:
+            raise ConfigError(f"{METADATA} line {number} names {name} a second time: keep one line per image")
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ConfigError(f"{METADATA} line {number} names {name}, which is not in {folder}: correct or delete it")
+        captions[name] = caption
+    return captions
+
+
+def _metadata_line(line: str, where: str, caption_column: str | None) -> tuple[str, str]:
+    """(file name, caption) of one line; the caption is empty if the line has none."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise ConfigError(f'{where} must be an object with a "file_name" of an image in the folder')
+    if caption_column is not None and caption_column not in row:
+        raise ConfigError(f"caption_column={caption_column} is not in {where}, which has: {', '.join(row)}")
+    column = caption_column or next((name for name in CAPTION_COLUMNS if name in row), None)
+    caption = row[column] if column else ""
+    if not isinstance(caption, str | None):
+        raise ConfigError(f'{where}: "{column}" must be a text')
+    return row["file_name"], " ".join((caption or "").split())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name} is not UTF-8 text: save it as UTF-8") from error
+
+
+def _listing(skipped: list[tuple[str, str]]) -> str:
+    shown = ", ".join(f"{name} ({reason})" for name, reason in skipped[:LISTED])
+    return shown + (f" and {len(skipped) - LISTED} more" if len(skipped) > LISTED else "")

@@ -1,0 +1,178 @@
+"""One intake for every image, shared by the trainer and the previews: what you see is what is trained on."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+
+from flatlora_diffusion.config import ConfigError, Interpolation
+
+# What users have. Not every format Pillow knows: EPS would start Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
+CAPTION_SUFFIXES = (".txt", ".caption")
+# Files that belong beside images and need no mention when they are not read as one.
+SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json", ".jsonl")
+
+# What Pillow raises on damaged files (found by damaging files of each format).
+_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
+
+
+class ImageError(ConfigError):
+    """A file that cannot be read as an image; the message names it and says why."""
+
+
+def load_image(path: Path, background: str = "white") -> Image.Image:
+    """The image as an upright 8-bit sRGB picture on `background`, with no metadata left.
+
+    EXIF orientation is applied, ICC profiles are converted (broken ones ignored), 16-bit gray is scaled to 8 bits,
+    transparency is composited on `background` (a colour name or hex value), animations give their first frame.
+    Raises ImageError for an unreadable file, ConfigError for a bad colour.
+    """
+    fill = _opaque_colour(background)
+    try:
+        colour, alpha = _decode(path)
+    except _READ_ERRORS as error:
+        raise ImageError(f"{path.name} cannot be read as an image: {_reason(error)}") from error
+    canvas = Image.new("RGB", colour.size, fill)
+    canvas.paste(colour, mask=alpha)
+    return canvas
+
+
+def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """The readable images directly in `folder`, by name, and (name, reason) of everything that is skipped.
+
+    A file is an image if it decodes to its last pixel, whatever its suffix. Hidden files, captions and JSON are no
+    images and not reported. Raises ConfigError if `folder` is not a folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"image folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    images, skipped = [], []
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if not path.name.startswith("__"):  # __pycache__, __MACOSX
+                skipped.append((path.name, "a subfolder; only images directly in the folder are read"))
+            continue
+        if path.suffix.lower() in SIDECAR_SUFFIXES:
+            continue
+        try:
+            _decode(path)
+        except _READ_ERRORS as error:
+            skipped.append((path.name, _reason(error)))
+        else:
+            images.append(path)
+    return images, skipped
+
+
+def crop_and_flip(
+    image: Image.Image,
+    resolution: int,
+    center_crop: bool,
+    random_flip: bool,
+    rng: torch.Generator,
+    interpolation: Interpolation = "lanczos",
+) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+    """(pixels (3, R, R) in [-1, 1], original_size (height, width), crop_top_left (top, left)) for R = `resolution`.
+
+    The shorter side is resized to R, then the image is flipped, then cropped, as in diffusers'
+    train_dreambooth_lora_sdxl.py: original_size is the size before resizing, crop_top_left is in the resized (and
+    flipped) image; both go into SDXL's add_time_ids. `rng` (CPU) gives three numbers whatever the options, so that
+    switching one on does not change the other.
+    """
+    flip, down, across = torch.rand(3, generator=rng).tolist()
+    original_size = (image.height, image.width)
+    image = _resize_shorter_side(image, resolution, interpolation)
+    if random_flip and flip < 0.5:
+        image = ImageOps.mirror(image)
+    spare_height, spare_width = image.height - resolution, image.width - resolution
+    if center_crop:
+        top, left = round(spare_height / 2), round(spare_width / 2)
+    else:
+        top, left = int(down * (spare_height + 1)), int(across * (spare_width + 1))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous()
+    return pixels / 255 * 2 - 1, original_size, (top, left)
+
+
+def _resize_shorter_side(image: Image.Image, resolution: int, interpolation: Interpolation) -> Image.Image:
+    short = min(image.size)
+    width, height = (int(resolution * side / short) for side in image.size)
+    return image.resize((width, height), Image.Resampling[interpolation.upper()])
+
+
+def _opaque_colour(background: str) -> tuple[int, ...]:
+    try:
+        colour = ImageColor.getrgb(background)
+    except ValueError:
+        colour = None
+    if colour is None or len(colour) != 3:
+        raise ConfigError(
+            f"background_color={background!r} is not an opaque colour: use a name such as white or #rrggbb"
+        )
+    return colour
+
+
+def _decode(path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """The upright sRGB colours (mode RGB) and the alpha channel (mode L), if any. Raises one of _READ_ERRORS."""
+    with Image.open(path, formats=FORMATS) as file:
+        limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns between this and twice this
+        if limit is not None and file.width * file.height > limit:
+            raise ValueError(f"{file.width} x {file.height} pixels, more than the limit of {limit}; make it smaller")
+        image = ImageOps.exif_transpose(file)
+    colour, alpha = _split_alpha(_to_8_bits(image))
+    return _to_srgb(colour, image.info.get("icc_profile")), alpha
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale the wide gray modes to L (Pillow's own conversion clips them at 255); other modes pass through."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits per channel")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("32-bit pixels; save it with 8 or 16 bits per channel")
+    gray = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if "transparency" in image.info:  # PNG: the one gray value that means transparent
+        gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours as L, RGB or CMYK (the modes ICC profiles are made for) and alpha."""
+    if image.mode in ("L", "CMYK") and not image.has_transparency_data:
+        return image, None
+    if image.mode in ("L", "LA", "La"):
+        gray = image.convert("LA")
+        return gray.getchannel("L"), gray.getchannel("A")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return rgba.convert("RGB"), rgba.getchannel("A")
+    return image.convert("RGB"), None
+
+
+def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB by the embedded profile, or by Pillow's plain conversion if it is absent, broken or unfitting."""
+    if not profile:
+        return colour.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if colour.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            colour = colour.convert("RGB")
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), colour.mode, "RGB").apply(colour)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return colour.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not in an image format that is supported"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
