@@ -1,0 +1,10 @@
+"""`python -m flatlora_diffusion VERB`: train, compare."""
+
+from __future__ import annotations
+
+import sys
+
+from flatlora_diffusion.command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())

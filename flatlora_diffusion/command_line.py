@@ -1,0 +1,109 @@
+"""The command lines, made from `config.py`. Exit codes: 0; 1 when a run had to stop; 2 for wrong input."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flatlora_diffusion.config import SAMPLES, ConfigError, RunError, TrainConfig, preset_file
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m flatlora_diffusion VERB ...`; returns the exit code."""
+    verbs: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare}
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verb = verbs.get(given[0]) if given else None
+    if verb is None:
+        print(f"usage: python -m flatlora_diffusion {{{','.join(verbs)}}} [--help]", file=sys.stderr)
+        return 2
+    return _run(verb, given[1:])
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """`train_dreambooth_flatlora.py ...`; returns the exit code."""
+    return _run(_train, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def parse_config(arguments: Sequence[str]) -> TrainConfig:
+    """The settings of a command line: defaults, then `--preset`, then `--config`, then flags; the last one wins.
+
+    Raises ConfigError for a setting out of range; prints help or an unknown flag and exits as argparse does.
+    """
+    import tyro
+
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--preset")
+    files.add_argument("--config", type=Path)
+    given, flags = files.parse_known_args(list(arguments))
+    config = TrainConfig()
+    if given.preset is not None:
+        config = config.updated_from(preset_file(given.preset))
+    if given.config is not None:
+        config = config.updated_from(given.config)
+    return tyro.cli(
+        TrainConfig,
+        default=config,
+        args=flags,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+        description="Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. "
+        "--preset NAME and --config FILE.json give defaults; flags win.",
+    )
+
+
+def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for library in ("httpx", "httpcore", "accelerate"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar is shown: that of the training
+    try:
+        verb(arguments)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    config = _with_images(parse_config(arguments))
+    from flatlora_diffusion.trainer import train  # torch and diffusers only after the settings were found right
+
+    print(f"LoRA saved in {train(config)}")
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m flatlora_diffusion compare",
+        description="Train LoRA and Flat-LoRA as a fair pair and compare them; takes all settings of `train` as well.",
+        add_help=not arguments or "--help" not in arguments,
+        allow_abbrev=False,
+    )
+    icons = SAMPLES / "icons_3d" / "heldout"
+    parser.add_argument("--heldout_dir", type=Path, default=icons, help="images of the style that are not trained on")
+    parser.add_argument("--prompts_file", type=Path, default=icons / "prompts.txt", help="one prompt per line")
+    own, rest = parser.parse_known_args(arguments)
+    config = _with_images(parse_config(rest))
+    if config.run.seed is None:  # both arms must have the same
+        config = config.replace(seed=secrets.randbelow(2**31))
+    if not own.prompts_file.is_file():
+        raise ConfigError(
+            f"prompts_file={str(own.prompts_file)!r} is no file; give a text file with one prompt per line"
+        )
+    prompts = [line.strip() for line in own.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from flatlora_diffusion.compare import compare
+
+    picture = compare(config, own.heldout_dir, prompts)
+    print(picture.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"Look at {picture}")
+    print(f"The LoRA files are in {picture.parent / 'lora'} and {picture.parent / 'flat-lora'}")
+
+
+def _with_images(config: TrainConfig) -> TrainConfig:
+    if not config.data.instance_data_dir:
+        raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
+    return config

@@ -1,0 +1,154 @@
+"""The run folder: the only contract between the trainer and everything that looks at a run.
+
+config.json       the settings, resolved; no absolute paths
+manifest.json     names, hashes and sizes of the training images
+events.jsonl      one JSON object per line, appended: every optimizer step, then how the run ended
+checkpoint-N/     LoRA file and optimizer state after N steps
+images/           preview images
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flatlora_diffusion.config import ConfigError, TrainConfig
+
+PATH_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "instance_data_dir",
+    "output_dir",
+)
+# What may differ when a run goes on: none of it alters the steps that were taken. The images are compared by hash.
+_FREE_SETTINGS = {
+    "instance_data_dir",
+    "output_dir",
+    "max_train_steps",
+    "num_train_epochs",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "validation_prompt",
+    "num_validation_images",
+}
+_RUN_FILES = ("config.json", "manifest.json", "events.jsonl", "images", "pytorch_lora_weights.safetensors")
+
+
+class RunDir:
+    """One run's folder; all file names are decided here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config_file = folder / "config.json"
+        self.manifest_file = folder / "manifest.json"
+        self.events_file = folder / "events.jsonl"
+        self.images = folder / "images"
+
+    def start(self, config: Mapping[str, Any], manifest: list[dict[str, Any]]) -> None:
+        """Make the folder for a new run. An earlier run in it is moved aside to `earlier-N/`, never overwritten."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._move_aside()
+        _write_json(self.config_file, portable(config))
+        _write_json(self.manifest_file, manifest)
+
+    def add_event(self, event: Mapping[str, Any]) -> None:
+        """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
+        with open(self.events_file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(event) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All complete events so far; a half-written last line is left out."""
+        if not self.events_file.exists():
+            return []
+        lines = self.events_file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def manifest(self) -> list[dict[str, Any]]:
+        manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        return manifest
+
+    def config(self) -> dict[str, Any]:
+        """The saved settings. Raises ConfigError when the folder holds no run."""
+        if not self.config_file.is_file():
+            raise ConfigError(
+                f"output_dir={str(self.folder)!r} holds no run to resume; leave --resume_from_checkpoint out"
+            )
+        config: dict[str, Any] = json.loads(self.config_file.read_text(encoding="utf-8"))
+        return config
+
+    def filled_in(self, config: TrainConfig) -> TrainConfig:
+        """`config` with the saved value of each setting that it leaves open."""
+        given, saved = config.to_dict(), self.config()
+        return config.replace(
+            **{name: saved[name] for name, value in given.items() if value is None and name in saved}
+        )
+
+    def changed_settings(self, config: TrainConfig) -> list[str]:
+        """`name=saved, not now` for each setting that would alter the steps already taken."""
+        now, saved = portable(config.to_dict()), self.config()
+        names = [name for name in now if name not in _FREE_SETTINGS and now[name] != saved.get(name)]
+        return [f"{name}={saved.get(name)!r}, not {now[name]!r}" for name in names]
+
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def checkpoint(self, name: str) -> Path:
+        """The checkpoint called `name`, or the newest for `latest`. Raises ConfigError when there is none."""
+        checkpoints = self.checkpoints()
+        if name == "latest" and checkpoints:
+            return checkpoints[-1]
+        wanted = self.folder / Path(name).name
+        if wanted not in checkpoints:
+            known = ", ".join(path.name for path in checkpoints) or "none"
+            raise ConfigError(f"resume_from_checkpoint={name!r} is not in {self.folder}; checkpoints there: {known}")
+        return wanted
+
+    @contextmanager
+    def new_checkpoint(self, step: int, limit: int | None) -> Iterator[Path]:
+        """A folder to write checkpoint `step` into. It gets its name when all is written; then old ones go."""
+        final, aside = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        if limit is not None:
+            for old in self.checkpoints()[:-limit]:
+                shutil.rmtree(old)
+
+    def _move_aside(self) -> None:
+        present = [self.folder / name for name in _RUN_FILES if (self.folder / name).exists()] + self.checkpoints()
+        if not present:
+            return
+        number = 1
+        while (self.folder / f"earlier-{number}").exists():
+            number += 1
+        earlier = self.folder / f"earlier-{number}"
+        earlier.mkdir()
+        for path in present:
+            os.replace(path, earlier / path.name)
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` to be saved: absolute paths become relative to the working folder, or a bare name outside of it."""
+    values = dict(config)
+    for name in PATH_SETTINGS:
+        value = values.get(name)
+        if isinstance(value, str) and os.path.isabs(value):
+            path, here = Path(value), Path.cwd()
+            values[name] = path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+    return values
+
+
+def _write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,72 @@
+"""The LoRA: made from a seed, fp32, and saved so that a stock pipeline applies exactly what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from flatlora_diffusion.adapter import LORA_FILE, add_lora, lora_layers, save_lora, trainable_parameters
+from flatlora_diffusion.config import AdapterConfig, ModelConfig
+from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.evaluation import fixed_probe, probe_loss
+from flatlora_diffusion.generate import generate_images
+from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+
+
+def load(base: Path, dtype: torch.dtype = torch.float32) -> Sdxl:
+    return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), dtype)
+
+
+def test_all_attention_projections_are_adapted_and_nothing_else_is_trained(base: Path) -> None:
+    unet = load(base, torch.bfloat16).unet
+    add_lora(unet, AdapterConfig(rank=3), seed=0)
+    expected = {
+        name for name, _ in load(base).unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    }
+    assert set(lora_layers(unet)) == expected
+    parameters = trainable_parameters(unet)
+    assert len(parameters) == 2 * len(expected)
+    assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in parameters.items())
+
+
+def test_the_initialization_is_a_function_of_the_seed_with_b_zero(base: Path) -> None:
+    def factors(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        unet = load(base).unet
+        add_lora(unet, AdapterConfig(rank=16), seed)
+        return [
+            (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in lora_layers(unet).values()
+        ]
+
+    torch.manual_seed(1)
+    one = factors(0)
+    torch.manual_seed(2)
+    two, other = factors(0), factors(1)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(one, other, strict=True))
+    assert all(not b.any() for _, b in one)
+    assert float(torch.cat([a.detach().flatten() for a, _ in one]).std()) == pytest.approx(1 / 16, rel=0.05)
+
+
+@pytest.mark.parametrize("alpha", [4, 10.0])
+def test_a_stock_pipeline_applies_what_was_trained(base: Path, icons: Path, tmp_path: Path, alpha: float) -> None:
+    sdxl = load(base)
+    plain = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
+    add_lora(sdxl.unet, AdapterConfig(rank=4, lora_alpha=alpha), seed=0)
+    for index, layer in enumerate(lora_layers(sdxl.unet).values()):
+        weight = layer.lora_B["default"].weight
+        weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)))
+    probe = fixed_probe(sdxl, load_samples(icons).samples, 32, seed=0, draws=2)
+    trained = probe_loss(sdxl.unet, sdxl.scheduler, probe)
+    save_lora(sdxl.unet, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
+
+    stock = StableDiffusionXLPipeline.from_pretrained(base)
+    stock.load_lora_weights(tmp_path)
+    assert probe_loss(stock.unet, sdxl.scheduler, probe) == pytest.approx(trained, rel=1e-4)
+    stock.unload_lora_weights()
+    assert probe_loss(stock.unet, sdxl.scheduler, probe) != pytest.approx(trained, rel=1e-3)
+    changed = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
+    assert changed.tobytes() != plain.tobytes()
