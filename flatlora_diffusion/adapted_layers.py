@@ -6,12 +6,13 @@ Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Conv2d, LoraLayer
+from peft.tuners.lora.layer import Conv2d, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -36,9 +37,7 @@ class AdaptedLayer:
         else:
             self.shape = (self.base.out_channels, self.base.in_channels, *self.base.kernel_size)
         self.inputs = int(torch.Size(self.shape[1:]).numel())
-        weight = dequantize_module_weight(self.base).detach().reshape(self.shape[0], -1)
-        # The frozen W never changes, so its norms are taken once.
-        self.base_square_norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        self.base_square_norms = self._base_square_norms()  # the frozen W never changes, so they are taken once
         self._replacement: Callable[..., Tensor] | None = None
         self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
         self.base_forward: Callable[..., Tensor] = self.base.forward
@@ -77,11 +76,19 @@ class AdaptedLayer:
 
         ||W_i||^2 + 2s B_i (A W_i^T) + s^2 B_i (A A^T) B_i^T
         """
+        if self.tuner.merged:
+            return self._base_square_norms()  # W holds sBA already
         down, up = self._factors()
         with torch.autocast(down.device.type, enabled=False):
             cross = self._weight_times(down)
             norms = self.base_square_norms.to(down.device)
             return (norms + ((2 * cross + up @ (down @ down.T)) * up).sum(dim=1)).clamp_(min=0)
+
+    @torch.no_grad()
+    def _base_square_norms(self) -> Tensor:
+        """||W_i||^2 of the base layer as it is now, (m,) fp32."""
+        weight = dequantize_module_weight(self.base).reshape(self.shape[0], -1)
+        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
 
     def _adapters(self) -> list[str]:
         return [adapter for adapter in self.tuner.active_adapters if adapter in self.tuner.lora_A]
@@ -120,6 +127,9 @@ def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
             refused.append(f"{name} ({reason})")
     if refused:
         raise ConfigError(f"Flat-LoRA cannot perturb {len(refused)} adapted layer(s): {', '.join(refused)}")
+    twice = [name for name, count in Counter(layer.name for layer in layers).items() if count > 1]
+    if twice:
+        raise ConfigError(f"adapted layers share a name once wrappers are left out of it: {', '.join(twice)}")
     if not layers:
         raise ConfigError("Flat-LoRA found no LoRA layer in the model; add an adapter first")
     return layers
@@ -139,19 +149,19 @@ def _why_refused(layer: Any) -> str | None:
     if not isinstance(layer, LoraLayer):
         return f"{type(layer).__module__.split('.')[-2]} {kind} is not LoRA"
     base = layer.get_base_layer()
-    if not isinstance(base, nn.Linear | nn.Conv2d) or not isinstance(layer.lora_A, nn.ModuleDict) or not layer.lora_A:
+    is_plain = isinstance(layer.lora_A, nn.ModuleDict) and bool(layer.lora_A) and not isinstance(layer, ParamWrapper)
+    if not is_plain or not isinstance(base, nn.Linear | nn.Conv2d):
         return f"{kind} around {type(base).__name__} is not handled yet"
+    if layer.merged:
+        return "its adapter is merged into W; unmerge it first"
     if isinstance(base, nn.Conv2d):
         if base.groups > 1:
             return f"groups={base.groups}; only groups=1 can be merged"
         if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
             return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
     for adapter, variant in layer.lora_variant.items():
-        if not isinstance(variant, DoraLinearVariant | DoraConv2dVariant) and variant not in (
-            DoraLinearVariant,
-            DoraConv2dVariant,
-        ):
-            return f"{getattr(variant, '__name__', type(variant).__name__)} is not handled yet"
+        if not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
+            return f"{type(variant).__name__} is not handled yet"
         if not isinstance(layer.lora_dropout[adapter], nn.Identity):
             return "DoRA with lora_dropout > 0 would let eps escape its rescaling; set lora_dropout=0"
     return None

@@ -61,16 +61,8 @@ class FlatLora:
         noise: NoiseKind = "filter",
         prefix: str = "unet",
     ) -> None:
-        _check_choice("schedule", schedule, SigmaSchedule)
-        _check_choice("noise", noise, NoiseKind)
-        if total_steps < 1:
-            raise ConfigError(f"total_steps={total_steps} must be at least 1")
-        self.sigma = _checked_sigma(sigma)
-        self.schedule = schedule
-        self.total_steps = total_steps
-        self.seed = seed
-        self.noise_kind = noise
-        self.prefix = prefix
+        self._configure(sigma, schedule, total_steps, seed, noise, prefix)
+        self._model = model
         self._open: _Open | None = None
         self._disabled = 0
         self._row_std: dict[str, Tensor] = {}
@@ -102,6 +94,9 @@ class FlatLora:
         `step` is the 0-based optimizer step, `slot` = micro_batch * world_size + rank; `sigma` overrides the schedule.
         Gradient checkpointing is fine: the recomputed forward draws the same eps.
         """
+        if step < 0 or slot < 0:
+            raise ConfigError(f"step={step} and slot={slot} must be at least 0")
+        self._check_all_attached()
         if self._open is not None:
             raise RuntimeError("perturb() is already open; close it before you open another")
         self._open = _Open(step, slot, self.sigma_at(step) if sigma is None else _checked_sigma(sigma))
@@ -145,17 +140,31 @@ class FlatLora:
         """Take over the settings of a `state_dict`. Raises ConfigError when a key is missing or not known."""
         if set(state) != set(self.state_dict()):
             raise ConfigError(f"FlatLora state has keys {sorted(state)}, expected {sorted(self.state_dict())}")
-        _check_choice("schedule", state["schedule"], SigmaSchedule)
-        _check_choice("noise", state["noise"], NoiseKind)
-        self.sigma = _checked_sigma(state["sigma"])
-        self.schedule, self.noise_kind = state["schedule"], state["noise"]
-        self.total_steps, self.seed, self.prefix = int(state["total_steps"]), int(state["seed"]), state["prefix"]
+        self._configure(**state)
 
     def detach(self) -> None:
         """Give the model back as it was. The object cannot be used afterwards."""
         for layer in self._layers.values():
             layer.restore()
         self._layers = {}
+
+    def _configure(
+        self, sigma: float, schedule: SigmaSchedule, total_steps: int, seed: int, noise: NoiseKind, prefix: str
+    ) -> None:
+        """Check all settings, then take them over."""
+        _check_choice("schedule", schedule, SigmaSchedule)
+        _check_choice("noise", noise, NoiseKind)
+        if total_steps < 1:
+            raise ConfigError(f"total_steps={total_steps} must be at least 1")
+        self.sigma = _checked_sigma(sigma)
+        self.schedule, self.noise_kind = schedule, noise
+        self.total_steps, self.seed, self.prefix = total_steps, seed, prefix
+
+    def _check_all_attached(self) -> None:
+        known = {id(layer.tuner) for layer in self._layers.values()}
+        new = [path for path, module in self._model.named_modules() if _is_unknown(module, known)]
+        if new:
+            raise ConfigError(f"layers were adapted after FlatLora was made: {', '.join(new)}; make a new FlatLora")
 
     def _forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What an adapted base layer computes in place of its own forward."""
@@ -179,10 +188,11 @@ class FlatLora:
 
     def _std(self, layer: AdaptedLayer, sigma: float) -> Tensor:
         """Standard deviation of each row of eps, (m,): sigma / sqrt(n) * ||W'_i||."""
-        square_norms = layer.merged_square_norms()
-        if self.noise_kind == "iid":
-            square_norms = square_norms.mean().expand_as(square_norms)
-        return sigma * (square_norms / layer.inputs).sqrt()
+        with torch.inference_mode(False):  # the result may be saved for a later backward
+            square_norms = layer.merged_square_norms()
+            if self.noise_kind == "iid":
+                square_norms = square_norms.mean().expand_as(square_norms)
+            return sigma * (square_norms / layer.inputs).sqrt()
 
     def _seed(self, name: str, step: int, slot: int) -> int:
         return derive_seed(self.seed, "perturbation", self.prefix, name, step, slot)
@@ -191,6 +201,10 @@ class FlatLora:
         if name not in self._layers:
             raise KeyError(f"no perturbed layer {name!r}; FlatLora.layers lists all {len(self._layers)}")
         return self._layers[name]
+
+
+def _is_unknown(module: nn.Module, known: set[int]) -> bool:
+    return isinstance(module, BaseTunerLayer) and id(module) not in known
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -1,0 +1,113 @@
+"""DoRA: eps on W scaled by the row norms of W + sBA is Eq. 7 on the merged weight, whose rows have length m."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lora_by_hand import lora_layers, merged_weight
+from tiny_models import Adapter, loss_and_gradients, toy_case, unet_case
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatlora_diffusion import FlatLora
+
+SIGMA = 0.1
+DORA = Adapter(dora=True)
+ONE_BY_ONE = {"wide", "narrow", "pointwise"}
+
+
+def dora_forward(layer: Any, eps: Tensor, inputs: Tensor) -> Tensor:
+    """m / norm(V) * (W + eps + sBA) on the inputs, with norm(V) of the clean V = W + sBA and without a gradient."""
+    base = layer.get_base_layer()
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    delta = layer.scaling["default"] * (up.flatten(1) @ down.flatten(1)).view_as(base.weight)
+    norm = (base.weight + delta).flatten(1).norm(dim=1).detach()
+    scale = layer.lora_magnitude_vector["default"].weight.flatten() / norm
+    weight = scale.view(-1, *[1] * (delta.ndim - 1)) * (base.weight + eps + delta)
+    if isinstance(base, nn.Conv2d):
+        return base._conv_forward(inputs, weight, base.bias)
+    return F.linear(inputs, weight, base.bias)
+
+
+def by_hand(model: nn.Module, noise: Mapping[str, Tensor]) -> nn.Module:
+    layers = lora_layers(model)
+    assert layers.keys() == noise.keys()
+    for name, layer in layers.items():
+        layer.forward = partial(dora_forward, layer, noise[name])
+    return model
+
+
+@pytest.mark.parametrize("build", [toy_case, unet_case])
+def test_loss_and_gradients_equal_the_dora_formula_with_noise_on_the_base_weight(build: object) -> None:
+    assert callable(build)
+    case = build(DORA)
+    clean = copy.deepcopy(case.model)
+    flat = FlatLora(case.model, sigma=SIGMA, schedule="constant")
+    noise = {name: flat.noise(name, step=1, slot=2) for name in flat.layers}
+    with flat.perturb(step=1, slot=2):
+        loss, ours = loss_and_gradients(case)
+    expected_loss, expected = loss_and_gradients(case, by_hand(clean, noise))
+    plain = loss_and_gradients(case)[1]
+    apart = sum((expected[name] - plain[name]).square().sum() for name in plain)
+    size = sum(gradient.square().sum() for gradient in plain.values())
+    assert apart > 1e-4 * size, "too little noise to notice its absence"
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
+    assert ours.keys() == expected.keys()
+    assert any("magnitude" in name for name in ours)
+    floor = 1e-6 * max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + floor, name
+
+
+def test_without_sigma_dora_is_bit_equal_to_plain_dora() -> None:
+    case = toy_case(DORA)
+    loss, plain = loss_and_gradients(case)
+    flat = FlatLora(case.model, schedule="cosine")
+    with flat.perturb(step=0):
+        result, ours = loss_and_gradients(case)
+    assert torch.equal(result, loss)
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def effective_weight(layer: Any, shape: torch.Size) -> Tensor:
+    """The weight (m, n) a layer acts with, read off its outputs at one-hot inputs of one pixel or one token."""
+    inputs = torch.eye(shape[1])
+    with torch.no_grad():
+        if len(shape) == 4:
+            return layer(inputs[:, :, None, None])[:, :, 0, 0].T
+        return layer(inputs).T
+
+
+@pytest.mark.parametrize("name", sorted(ONE_BY_ONE))
+def test_the_std_of_the_effective_noise_is_sigma_times_the_magnitude_over_root_fan_in(name: str) -> None:
+    flat = FlatLora(toy_case(DORA).model, sigma=SIGMA, schedule="constant")
+    layer: Any = flat.layers[name]
+    shape = layer.get_base_layer().weight.shape
+    magnitude = layer.lora_magnitude_vector["default"].weight.detach().flatten()
+    plain = effective_weight(layer, shape)
+    noise = []
+    for step in range(200):
+        with flat.perturb(step=step):
+            noise.append(effective_weight(layer, shape) - plain)
+    z = torch.cat(noise, dim=1) / (SIGMA / math.sqrt(shape[1]) * magnitude)[:, None]
+    assert ((z.square().mean(dim=1).sqrt() - 1).abs() < 5 / math.sqrt(2 * z.shape[1])).all()
+    assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / z.numel())
+
+
+def test_the_std_of_the_inspected_noise_is_that_of_w_plus_sba_before_rescaling() -> None:
+    model = toy_case(DORA).model
+    flat = FlatLora(model, sigma=SIGMA, schedule="constant")
+    for name, layer in lora_layers(model).items():
+        norms = merged_weight(layer).flatten(1).norm(dim=1)
+        magnitude = layer.lora_magnitude_vector["default"].weight.detach().flatten()
+        assert (norms / magnitude - 1).abs().max() > 0.2, "magnitude and norm are too alike to tell them apart"
+        eps = torch.cat([flat.noise(name, step=step).flatten(1) for step in range(60)], dim=1)
+        fan_in = eps.shape[1] // 60
+        z = eps / (SIGMA / math.sqrt(fan_in) * norms)[:, None]
+        assert ((z.square().mean(dim=1).sqrt() - 1).abs() < 5 / math.sqrt(2 * z.shape[1])).all()

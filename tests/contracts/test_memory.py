@@ -1,0 +1,214 @@
+"""Nothing of the size of a weight is kept: not for backward, not beside it, not between steps."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from lora_by_hand import lora_layers
+from peft import get_peft_model
+from tiny_models import Adapter, Case, normal, randomize_adapters, seeded, toy_case, unet_case
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flatlora_diffusion import FlatLora
+
+WIDTHS = (48, 64, 40, 56, 72, 44, 60)
+TARGETS = tuple(str(index) for index in range(0, 2 * len(WIDTHS) - 2, 2))
+
+
+def stack_case(adapter: Adapter | None = None) -> Case:
+    """Six linear layers with far more weights than activations: anything as large as a weight stands out."""
+    adapter = adapter or Adapter()
+    with seeded(0):
+        pairs = itertools.pairwise(WIDTHS)
+        layers = [module for width, after in pairs for module in (nn.Linear(width, after), nn.Tanh())]
+        model = get_peft_model(nn.Sequential(*layers), adapter.config(TARGETS), autocast_adapter_dtype=False)
+    randomize_adapters(model)
+    model.to(adapter.dtype)
+    inputs = normal(1, 5, WIDTHS[0]).to(adapter.dtype)
+    return Case(model, lambda module: module(inputs), normal(2, 5, WIDTHS[-1]))
+
+
+def conv_case(adapter: Adapter | None = None) -> Case:
+    """Three convolutions on a 3 x 3 image: 4,608 weights and more against at most 576 activations."""
+    adapter = adapter or Adapter()
+    with seeded(0):
+        layers = [nn.Conv2d(24, 32, 3, padding=1), nn.Tanh(), nn.Conv2d(32, 28, 3, padding=1), nn.Tanh()]
+        layers.append(nn.Conv2d(28, 20, 3, padding=1))
+        model = get_peft_model(nn.Sequential(*layers), adapter.config(("0", "2", "4")), autocast_adapter_dtype=False)
+    randomize_adapters(model)
+    model.to(adapter.dtype)
+    inputs = normal(1, 2, 24, 3, 3).to(adapter.dtype)
+    return Case(model, lambda module: module(inputs), normal(2, 2, 20, 3, 3))
+
+
+BIG = {"linear": stack_case, "conv": conv_case}
+
+
+def weight_sizes(model: nn.Module) -> list[int]:
+    return [layer.get_base_layer().weight.numel() for layer in lora_layers(model).values()]
+
+
+def parameter_storages(model: nn.Module) -> set[int]:
+    return {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+
+def saved_for_backward(case: Case, compute: torch.dtype | None) -> tuple[list[Tensor], Tensor]:
+    """Every tensor autograd keeps for one forward, except the parameters themselves."""
+    parameters = parameter_storages(case.model)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", compute or torch.bfloat16, enabled=compute is not None):
+            prediction = case.predict(case.model)
+        loss = nn.functional.mse_loss(prediction.float(), case.target)
+    return saved, loss
+
+
+@pytest.mark.parametrize("kind", BIG)
+@pytest.mark.parametrize(
+    ("adapter", "compute"),
+    [
+        pytest.param(Adapter(), None, id="fp32"),
+        pytest.param(Adapter(dtype=torch.bfloat16), None, id="bf16"),
+        pytest.param(Adapter(dtype=torch.float16), None, id="fp16"),
+        pytest.param(Adapter(), torch.bfloat16, id="autocast"),
+        pytest.param(Adapter(dora=True), None, id="dora"),
+    ],
+)
+def test_no_tensor_of_a_weights_size_is_saved_that_plain_lora_does_not_save(
+    kind: str, adapter: Adapter, compute: torch.dtype | None
+) -> None:
+    case = BIG[kind](adapter)
+    smallest = min(weight_sizes(case.model))
+    plain, loss = saved_for_backward(case, compute)
+    loss.backward()
+    flat = FlatLora(case.model, schedule="constant")
+    with flat.perturb(step=0):
+        ours, loss = saved_for_backward(case, compute)
+        loss.backward()
+
+    def large(saved: list[Tensor]) -> Counter[int]:
+        """How many different buffers of each size of a weight or more; the same buffer saved twice costs nothing."""
+        buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in saved}
+        return Counter(
+            storage.nbytes() for storage in buffers.values() if storage.nbytes() >= smallest * adapter.dtype.itemsize
+        )
+
+    assert not large(ours) - large(plain)
+    extra = sum(tensor.nbytes for tensor in ours) - sum(tensor.nbytes for tensor in plain)
+    assert extra < smallest * adapter.dtype.itemsize, f"{extra} bytes more than plain LoRA, in pieces"
+
+
+def test_a_unet_saves_no_tensor_shaped_like_a_weight_that_plain_lora_does_not_save() -> None:
+    case = unet_case(Adapter(targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2")))
+    weights = {layer.get_base_layer().weight.shape for layer in lora_layers(case.model).values()}
+    shapes = weights | {shape[::-1] for shape in weights} | {torch.Size([s[0], s[1:].numel()]) for s in weights}
+    plain, _ = saved_for_backward(case, None)
+    flat = FlatLora(case.model, schedule="constant")
+    with flat.perturb(step=0):
+        ours, _ = saved_for_backward(case, None)
+    counted = [Counter(tensor.shape for tensor in saved if tensor.shape in shapes) for saved in (ours, plain)]
+    assert not counted[0] - counted[1]
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes of every buffer that some Python object, an autograd context included, keeps alive."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    buffers = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        buffers[storage.data_ptr()] = storage.nbytes()
+    return buffers
+
+
+@pytest.mark.parametrize("kind", BIG)
+def test_no_buffer_of_a_weights_size_outlives_the_forward(kind: str) -> None:
+    """Catches what is kept beside autograd's own list: attributes of a context, caches, closures."""
+    case = BIG[kind]()
+    smallest = min(weight_sizes(case.model)) * 4
+    flat = FlatLora(case.model, schedule="constant")
+    before = live_storages()
+    with flat.perturb(step=0):
+        loss = case.loss()
+        after = live_storages()
+        loss.backward()
+    kept = [size for pointer, size in after.items() if pointer not in before and size >= smallest]
+    assert kept == []
+
+
+class LargestLive(TorchDispatchMode):
+    """Follows the buffers of a weight's size or more that operators return, until they are freed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.threshold = min(weight_sizes(model)) * 2  # bytes: a bf16 buffer of the smallest layer counts
+        self.ignored = parameter_storages(model)
+        self.followed: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor):
+                self._follow(value)
+        self.followed = {key: item for key, item in self.followed.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.followed.values()))
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() >= self.threshold and storage.data_ptr() not in self.ignored:
+            reference = StorageWeakRef(storage)
+            self.followed[reference.cdata] = (reference, storage.nbytes())
+
+
+@pytest.mark.parametrize("kind", BIG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_one_layers_buffer_lives_at_a_time(kind: str, dtype: torch.dtype) -> None:
+    """At most eps in fp32 and W + eps of the largest layer at once, in forward and in backward alike."""
+    case = BIG[kind](Adapter(dtype=dtype))
+    largest = max(weight_sizes(case.model)) * 4
+    flat = FlatLora(case.model, schedule="constant")
+    with LargestLive(case.model) as plain:
+        case.loss().backward()
+    assert plain.peak < largest, "activations are too large for this test to see weights"
+    with flat.perturb(step=0), LargestLive(case.model) as live:
+        case.loss().backward()
+    assert live.peak <= plain.peak + 2 * largest
+
+
+@pytest.mark.parametrize("kind", BIG)
+def test_the_state_between_steps_is_a_few_numbers_per_filter(kind: str) -> None:
+    case = BIG[kind]()
+    filters = sum(len(layer.get_base_layer().weight) for layer in lora_layers(case.model).values())
+    before = live_storages()
+    flat = FlatLora(case.model, schedule="constant")
+    for step in range(3):
+        with flat.perturb(step=step):
+            case.loss().backward()
+        case.model.zero_grad(set_to_none=True)
+    assert 4 * filters <= flat.state_bytes <= 16 * filters
+    after = live_storages()
+    kept = sum(size for pointer, size in after.items() if pointer not in before)
+    assert kept <= flat.state_bytes + 1024, f"{kept} bytes are kept, {flat.state_bytes} are reported"
+
+
+def test_the_state_of_a_toy_is_reported_before_its_first_step() -> None:
+    model = toy_case().model
+    flat = FlatLora(model)
+    assert flat.state_bytes == FlatLora(toy_case(seed=5).model).state_bytes > 0
