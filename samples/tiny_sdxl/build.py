@@ -1,0 +1,93 @@
+"""Build the tiny SDXL base from public icon sets: `python -m samples.tiny_sdxl.build --work FOLDER`.
+
+Every stage is skipped when its result is in FOLDER, and a killed stage goes on where it was. Takes about 80 minutes on
+two CPU cores; needs npm (to fetch the icons) and the `recipe` extra of this package. Weights differ from machine to
+machine in their last digits. `--publish` copies the result over the one that ships with the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from samples.tiny_sdxl.recipe.captions import train_tokenizers
+from samples.tiny_sdxl.recipe.icons import Concept, choose_concepts, load_concepts, render
+from samples.tiny_sdxl.recipe.judge import collect_renders, train_judge
+from samples.tiny_sdxl.recipe.loop import Schedule
+from samples.tiny_sdxl.recipe.quality import measure_quality, quality_table, write_report
+from samples.tiny_sdxl.recipe.unet import cache_latents, save_base, train_unet
+from samples.tiny_sdxl.recipe.vae import train_vae
+
+STAGES = ("vae", "unet", "judge", "quality")
+CONCEPTS = 200
+UNET_SCHEDULE = Schedule(steps=2400, learning_rate=8e-4, warmup=300)
+HERE = Path(__file__).parent
+
+Images = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for downloads, renders and checkpoints")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--publish", action="store_true", help="copy base, judge and report into samples/tiny_sdxl")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)
+    concepts = load_concepts(args.work)
+    build = {"vae": build_vae, "unet": build_unet, "judge": build_judge, "quality": report_quality}
+    for stage in args.stages:
+        build[stage](concepts, args.work)
+    if args.publish:
+        for part in ("pipeline", "judge", "report"):
+            target = HERE / "judge" if part == "judge" else HERE
+            shutil.copytree(args.work / part, target, dirs_exist_ok=True)
+
+
+def build_vae(concepts: list[Concept], work: Path) -> None:
+    folder = work / "pipeline" / "vae"
+    if not folder.exists():
+        train_vae(flat_images(concepts, work), work).half().save_pretrained(folder)
+
+
+def build_unet(concepts: list[Concept], work: Path) -> None:
+    pipeline = work / "pipeline"
+    if (pipeline / "unet").exists():
+        return
+    train_tokenizers(concepts, pipeline)
+    vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
+    data = cache_latents(vae, choose_concepts(concepts, CONCEPTS))
+    save_base(train_unet(data, pipeline, UNET_SCHEDULE, work / "unet.safetensors"), pipeline)
+
+
+def build_judge(concepts: list[Concept], work: Path) -> None:
+    if not (work / "judge").exists():
+        renders = collect_renders(concepts, flat_images(concepts, work))
+        train_judge(concepts, renders, work / "pipeline" / "tokenizer", work, work / "judge")
+
+
+def report_quality(concepts: list[Concept], work: Path) -> None:
+    renders = collect_renders(concepts, flat_images(concepts, work))
+    chosen = choose_concepts(concepts, CONCEPTS)
+    report, sheet = measure_quality(concepts, chosen, renders, work / "pipeline", work / "judge")
+    (work / "report").mkdir(exist_ok=True)
+    write_report(report, sheet, work / "report")
+    print(quality_table(report))
+
+
+def flat_images(concepts: list[Concept], work: Path) -> Images:
+    """All flat renders, (N, 64, 64, 3), concept by concept and style by style."""
+    cache = work / "flat64.npy"
+    if not cache.exists():
+        np.save(cache, np.stack([render(svg) for concept in concepts for svg in concept.flat_svgs.values()]))
+    return np.asarray(np.load(cache))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The base's text encoders and UNet, trained together from scratch on cached latents of flat icons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from flatlora_diffusion.seeds import generator
+from samples.tiny_sdxl.recipe.captions import DROPPED, VOCABULARY, caption
+from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, Concept, render
+from samples.tiny_sdxl.recipe.loop import Schedule, train
+from samples.tiny_sdxl.recipe.vae import encode, to_pixels
+
+BATCH = 48
+SNR_GAMMA = 5.0
+VARIANTS = 12  # cached latents per picture: small shifts, half of them flipped
+NOISE_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+WIDTHS = (96, 128)  # of the two text encoders; unequal, so that swapped weights cannot load
+
+
+class Base(nn.Module):
+    """Both text encoders and the UNet, conditioned the way StableDiffusionXLPipeline conditions them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared: dict[str, Any] = {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 77,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+        }
+        first, second = WIDTHS
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=first,
+                intermediate_size=4 * first,
+                num_hidden_layers=3,
+                num_attention_heads=3,
+                projection_dim=first,
+                **shared,
+            )
+        )
+        self.text_encoder_2 = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=second,
+                intermediate_size=4 * second,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                projection_dim=second,
+                hidden_act="gelu",
+                **shared,
+            )
+        )
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(64, 96, 160),
+            layers_per_block=2,
+            transformer_layers_per_block=1,
+            attention_head_dim=(2, 3, 5),  # the number of heads, as in SDXL's own config
+            cross_attention_dim=sum(WIDTHS),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=32,
+            projection_class_embeddings_input_dim=second + 6 * 32,
+            use_linear_projection=True,
+        )
+
+    def forward(
+        self, ids: Tensor, ids_2: Tensor, kept: Tensor, latents: Tensor, timesteps: Tensor, time_ids: Tensor
+    ) -> Tensor:
+        """Predict the noise; rows with `kept` 0 get zero embeddings."""
+        one = self.text_encoder(ids, output_hidden_states=True)
+        two = self.text_encoder_2(ids_2, output_hidden_states=True)
+        prompt_embeds = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1) * kept[:, None, None]
+        added = {"text_embeds": two.text_embeds * kept[:, None], "time_ids": time_ids}
+        return self.unet(latents, timesteps, prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Cached latents (pictures, VARIANTS, 4, 16, 16) in fp32 and the concept of each picture."""
+
+    latents: Tensor
+    concepts: Sequence[Concept]
+    pictures: Sequence[int]
+
+
+def cache_latents(vae: AutoencoderKL, concepts: Sequence[Concept]) -> Data:
+    """Encode VARIANTS shifted or flipped copies of each flat picture, normalized per channel."""
+    latents, pictures = [], []
+    mean = torch.tensor(vae.config.latents_mean)[:, None, None]
+    std = torch.tensor(vae.config.latents_std)[:, None, None]
+    for index, concept in enumerate(concepts):
+        for style in FLAT_STYLES:
+            if style in concept.flat_svgs:
+                pixels = _variants(render(concept.flat_svgs[style]), generator("cpu", 0, concept.hexcode, style))
+                latents.append((encode(vae, pixels) - mean) / std)
+                pictures.append(index)
+    return Data(torch.stack(latents), concepts, pictures)
+
+
+def _variants(image: np.ndarray[Any, np.dtype[np.uint8]], rng: torch.Generator) -> Tensor:
+    pixels = torch.nn.functional.pad(to_pixels(image[None]), (3, 3, 3, 3), value=1.0)[0]
+    size = image.shape[0]
+    copies = []
+    for index in range(VARIANTS):
+        dy, dx = torch.randint(0, 7, (2,), generator=rng).tolist() if index > 1 else (3, 3)
+        copy = pixels[:, dy : dy + size, dx : dx + size]
+        copies.append(copy.flip(-1) if index % 2 else copy)
+    return torch.stack(copies)
+
+
+def train_unet(data: Data, tokenizers: Path, schedule: Schedule, state_file: Path) -> Base:
+    """Train on min-SNR weighted noise prediction; returns the model with its averaged weights."""
+    torch.manual_seed(0)
+    base = Base()
+    base.unet.to(memory_format=torch.channels_last)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, **NOISE_SCHEDULE)
+    tokenizer, tokenizer_2 = (
+        CLIPTokenizer.from_pretrained(tokenizers / name) for name in ("tokenizer", "tokenizer_2")
+    )
+
+    def loss_at(step: int) -> Tensor:
+        rng = generator("cpu", 0, "unet", step)
+        rows = torch.randint(0, len(data.pictures), (BATCH,), generator=rng)
+        latents = data.latents[rows, torch.randint(0, VARIANTS, (BATCH,), generator=rng)]
+        texts = [caption(data.concepts[data.pictures[row]], rng) for row in rows.tolist()]
+        kept = torch.tensor([float(text != DROPPED) for text in texts])
+        noise = torch.randn(latents.shape, generator=rng)
+        timesteps = torch.randint(0, 1000, (BATCH,), generator=rng)
+        noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = base(
+                _ids(tokenizer, texts), _ids(tokenizer_2, texts), kept, noisy, timesteps, _time_ids(BATCH, rng)
+            )
+        weights = SNR_GAMMA / compute_snr(scheduler, timesteps).clamp(min=SNR_GAMMA)
+        return ((output.float() - noise).square().mean(dim=(1, 2, 3)) * weights).mean()
+
+    train(base, loss_at, schedule, state_file)
+    return base.eval()
+
+
+def _ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    return tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+
+
+def _time_ids(batch: int, rng: torch.Generator) -> Tensor:
+    """SDXL's (original size, crop, target size): any original size from 64 to 512, so that none is strange later."""
+    sizes = 2.0 ** (6 + 3 * torch.rand(batch, 1, generator=rng)) * (torch.rand(batch, 1, generator=rng) < 0.5)
+    sizes = sizes.clamp(min=64).round()
+    crops = torch.randint(0, 9, (batch, 2), generator=rng) * (torch.rand(batch, 1, generator=rng) < 0.3)
+    return torch.cat([sizes, sizes, crops, torch.full((batch, 2), 64.0)], dim=1)
+
+
+def save_base(base: Base, folder: Path) -> None:
+    """Write the whole pipeline in fp16 into `folder`, which holds the VAE and the tokenizers already."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float16),
+        text_encoder=base.text_encoder.half(),
+        text_encoder_2=base.text_encoder_2.half(),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        unet=base.unet.half().to(memory_format=torch.contiguous_format),
+        scheduler=EulerDiscreteScheduler(num_train_timesteps=1000, **NOISE_SCHEDULE),
+    )
+    pipeline.save_pretrained(folder)
