@@ -37,7 +37,8 @@ class AdaptedLayer:
         else:
             self.shape = (self.base.out_channels, self.base.in_channels, *self.base.kernel_size)
         self.inputs = int(torch.Size(self.shape[1:]).numel())
-        self.base_square_norms = self._base_square_norms()  # the frozen W never changes, so they are taken once
+        with torch.no_grad():
+            self.base_square_norms = self._base_square_norms()  # the frozen W never changes, so they are taken once
         self._replacement: Callable[..., Tensor] | None = None
         self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
         self.base_forward: Callable[..., Tensor] = self.base.forward
@@ -70,7 +71,6 @@ class AdaptedLayer:
             and not weight.requires_grad
         )
 
-    @torch.no_grad()
     def merged_square_norms(self) -> Tensor:
         """||W'_i||^2 of the merged rows, (m,) fp32, without forming BA:
 
@@ -79,12 +79,9 @@ class AdaptedLayer:
         if self.tuner.merged:
             return self._base_square_norms()  # W holds sBA already
         down, up = self._factors()
-        with torch.autocast(down.device.type, enabled=False):
-            cross = self._weight_times(down)
-            norms = self.base_square_norms.to(down.device)
-            return (norms + ((2 * cross + up @ (down @ down.T)) * up).sum(dim=1)).clamp_(min=0)
+        mixed = torch.addmm(self._weight_times(down), up, down @ down.T, beta=2)
+        return (self.base_square_norms.to(down.device) + mixed.mul_(up).sum(dim=1)).clamp_(min=0)
 
-    @torch.no_grad()
     def _base_square_norms(self) -> Tensor:
         """||W_i||^2 of the base layer as it is now, (m,) fp32."""
         weight = dequantize_module_weight(self.base).reshape(self.shape[0], -1)
@@ -95,11 +92,12 @@ class AdaptedLayer:
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A (R, n) and sB (m, R) in fp32 of all active adapters together, R the sum of their ranks."""
-        downs, ups = [], []
-        for adapter in self._adapters():
-            downs.append(self.tuner.lora_A[adapter].weight.detach().float().flatten(1))
-            ups.append(self.tuner.lora_B[adapter].weight.detach().float().flatten(1) * self.tuner.scaling[adapter])
-        if not downs:
+        adapters, tuner = self._adapters(), self.tuner
+        downs = [tuner.lora_A[adapter].weight.float().flatten(1) for adapter in adapters]
+        ups = [tuner.lora_B[adapter].weight.float().flatten(1) * tuner.scaling[adapter] for adapter in adapters]
+        if len(adapters) == 1:
+            return downs[0], ups[0]
+        if not adapters:
             empty = self.base_square_norms.new_zeros
             return empty(0, self.inputs), empty(self.shape[0], 0)
         return torch.cat(downs), torch.cat(ups, dim=1)
@@ -108,7 +106,7 @@ class AdaptedLayer:
         """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
         weight = self.base.weight
         if weight.is_floating_point() and weight.shape == self.shape:
-            return weight.detach().flatten(1).float() @ down.T
+            return weight.flatten(1).float() @ down.T
         bias = 0 if self.base.bias is None else self.base.bias.float()
         return (self.base_forward(down).float() - bias).T
 

@@ -60,7 +60,10 @@ def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for library in ("httpx", "httpcore", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar is shown: that of the training
+    # One progress bar is shown, that of the training, and no notes of the libraries below an error.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         verb(arguments)
     except (ConfigError, RunError) as error:
@@ -73,6 +76,7 @@ def _train(arguments: list[str]) -> None:
     config = _with_images(parse_config(arguments))
     from flatlora_diffusion.trainer import train  # torch and diffusers only after the settings were found right
 
+    _hide_library_bars()
     print(f"LoRA saved in {train(config)}")
 
 
@@ -97,6 +101,7 @@ def _compare(arguments: list[str]) -> None:
     prompts = [line.strip() for line in own.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     from flatlora_diffusion.compare import compare
 
+    _hide_library_bars()
     picture = compare(config, own.heldout_dir, prompts)
     print(picture.with_suffix(".md").read_text(encoding="utf-8"))
     print(f"Look at {picture}")
@@ -107,3 +112,9 @@ def _with_images(config: TrainConfig) -> TrainConfig:
     if not config.data.instance_data_dir:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     return config
+
+
+def _hide_library_bars() -> None:
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()

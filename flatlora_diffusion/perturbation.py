@@ -11,8 +11,8 @@ global generator; here eps lives only inside the layer's op, drawn from a privat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -63,6 +63,7 @@ class FlatLora:
     ) -> None:
         self._configure(sigma, schedule, total_steps, seed, noise, prefix)
         self._model = model
+        self._adapters = _adapter_names(model)
         self._open: _Open | None = None
         self._disabled = 0
         self._row_std: dict[str, Tensor] = {}
@@ -99,12 +100,15 @@ class FlatLora:
         self._check_all_attached()
         if self._open is not None:
             raise RuntimeError("perturb() is already open; close it before you open another")
-        self._open = _Open(step, slot, self.sigma_at(step) if sigma is None else _checked_sigma(sigma))
+        strength = self.sigma_at(step) if sigma is None else _checked_sigma(sigma)
+        if strength > 0:
+            self._row_std = self._stds(self._layers.values(), strength)
+        self._open = _Open(step, slot, strength)
         try:
             yield
         finally:
             self._open = None
-            self._row_std.clear()
+            self._row_std = {}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -119,11 +123,12 @@ class FlatLora:
         """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W."""
         layer = self._layer(name)
         strength = self.sigma_at(step) if sigma is None else _checked_sigma(sigma)
-        return row_noise(self._std(layer, strength), layer.shape, self._seed(name, step, slot))
+        return row_noise(self._stds([layer], strength)[name], layer.shape, self._seed(name, step, slot))
 
     def filter_norms(self, name: str) -> Tensor:
         """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
-        return self._layer(name).merged_square_norms().sqrt()
+        with torch.no_grad(), _full_precision():
+            return self._layer(name).merged_square_norms().sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draw the same eps: plain JSON-able values."""
@@ -161,18 +166,19 @@ class FlatLora:
         self.total_steps, self.seed, self.prefix = total_steps, seed, prefix
 
     def _check_all_attached(self) -> None:
+        adapters = _adapter_names(self._model)
+        if adapters is not None and adapters == self._adapters:
+            return  # nothing was added, so the modules need no second look
         known = {id(layer.tuner) for layer in self._layers.values()}
-        new = [path for path, module in self._model.named_modules() if _is_unknown(module, known)]
-        if new:
-            raise ConfigError(f"layers were adapted after FlatLora was made: {', '.join(new)}; make a new FlatLora")
+        if any(isinstance(module, BaseTunerLayer) and id(module) not in known for module in self._model.modules()):
+            raise ConfigError("layers were adapted after FlatLora was made; detach it and make a new one")
+        self._adapters = adapters
 
     def _forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What an adapted base layer computes in place of its own forward."""
         if self._open is None or self._open.sigma == 0 or self._disabled or not layer.is_active():
             return layer.base_forward(x, *args, **kwargs)
-        row_std = self._row_std.get(layer.name)
-        if row_std is None:
-            row_std = self._row_std[layer.name] = self._std(layer, self._open.sigma)
+        row_std = self._row_std[layer.name]
         seed = self._seed(layer.name, self._open.step, self._open.slot)
         base = layer.base
         if layer.is_fusable():
@@ -186,13 +192,18 @@ class FlatLora:
         draw = Draw(seed, layer.shape, output.dtype, layer.convolution)
         return output + perturbed_layer(x.to(output.dtype), None, None, row_std, draw)
 
-    def _std(self, layer: AdaptedLayer, sigma: float) -> Tensor:
-        """Standard deviation of each row of eps, (m,): sigma / sqrt(n) * ||W'_i||."""
-        with torch.inference_mode(False):  # the result may be saved for a later backward
-            square_norms = layer.merged_square_norms()
-            if self.noise_kind == "iid":
-                square_norms = square_norms.mean().expand_as(square_norms)
-            return sigma * (square_norms / layer.inputs).sqrt()
+    @torch.no_grad()
+    def _stds(self, layers: Iterable[AdaptedLayer], sigma: float) -> dict[str, Tensor]:
+        """Standard deviation of each row of eps by layer, (m,) fp32: sigma / sqrt(n) * ||W'_i||."""
+        stds = {}
+        # The results may be saved for a later backward, so they must not be inference tensors.
+        with torch.inference_mode(False), _full_precision():
+            for layer in layers:
+                square_norms = layer.merged_square_norms()
+                if self.noise_kind == "iid":
+                    square_norms = square_norms.mean().expand_as(square_norms)
+                stds[layer.name] = square_norms.mul(sigma**2 / layer.inputs).sqrt_()
+        return stds
 
     def _seed(self, name: str, step: int, slot: int) -> int:
         return derive_seed(self.seed, "perturbation", self.prefix, name, step, slot)
@@ -203,8 +214,20 @@ class FlatLora:
         return self._layers[name]
 
 
-def _is_unknown(module: nn.Module, known: set[int]) -> bool:
-    return isinstance(module, BaseTunerLayer) and id(module) not in known
+def _adapter_names(model: nn.Module) -> list[str] | None:
+    """The names of the adapters as PEFT and diffusers list them; None for a model that keeps no list."""
+    config = getattr(model, "peft_config", None)
+    return None if config is None else list(config)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No autocast on any device, for norms in fp32."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -7,10 +7,12 @@ import json
 
 import torch
 
+_ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
+
 
 def derive_seed(root: int, *path: str | int) -> int:
     """A 63-bit seed for `path` under `root`; equal arguments give equal seeds on every platform and Python version."""
-    text = json.dumps([root, *path], ensure_ascii=True, separators=(",", ":"))
+    text = _ENCODER.encode([root, *path])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
