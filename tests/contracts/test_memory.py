@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -59,8 +60,10 @@ def parameter_storages(model: nn.Module) -> set[int]:
     return {p.untyped_storage().data_ptr() for p in model.parameters()}
 
 
-def saved_for_backward(case: Case, compute: torch.dtype | None) -> tuple[list[Tensor], Tensor]:
-    """Every tensor autograd keeps for one forward, except the parameters themselves."""
+def saved_for_backward(
+    case: Case, compute: torch.dtype | None, perturb: AbstractContextManager[None] | None = None
+) -> list[Tensor]:
+    """Every tensor autograd keeps from opening `perturb` to the loss, except the parameters themselves."""
     parameters = parameter_storages(case.model)
     saved: list[Tensor] = []
 
@@ -69,11 +72,11 @@ def saved_for_backward(case: Case, compute: torch.dtype | None) -> tuple[list[Te
             saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), perturb or nullcontext():
         with torch.autocast("cpu", compute or torch.bfloat16, enabled=compute is not None):
             prediction = case.predict(case.model)
-        loss = nn.functional.mse_loss(prediction.float(), case.target)
-    return saved, loss
+        nn.functional.mse_loss(prediction.float(), case.target).backward()
+    return saved
 
 
 @pytest.mark.parametrize("kind", BIG)
@@ -92,12 +95,9 @@ def test_no_tensor_of_a_weights_size_is_saved_that_plain_lora_does_not_save(
 ) -> None:
     case = BIG[kind](adapter)
     smallest = min(weight_sizes(case.model))
-    plain, loss = saved_for_backward(case, compute)
-    loss.backward()
+    plain = saved_for_backward(case, compute)
     flat = FlatLora(case.model, schedule="constant")
-    with flat.perturb(step=0):
-        ours, loss = saved_for_backward(case, compute)
-        loss.backward()
+    ours = saved_for_backward(case, compute, flat.perturb(step=0))
 
     def large(saved: list[Tensor]) -> Counter[int]:
         """How many different buffers of each size of a weight or more; the same buffer saved twice costs nothing."""
@@ -115,10 +115,9 @@ def test_a_unet_saves_no_tensor_shaped_like_a_weight_that_plain_lora_does_not_sa
     case = unet_case(Adapter(targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2")))
     weights = {layer.get_base_layer().weight.shape for layer in lora_layers(case.model).values()}
     shapes = weights | {shape[::-1] for shape in weights} | {torch.Size([s[0], s[1:].numel()]) for s in weights}
-    plain, _ = saved_for_backward(case, None)
+    plain = saved_for_backward(case, None)
     flat = FlatLora(case.model, schedule="constant")
-    with flat.perturb(step=0):
-        ours, _ = saved_for_backward(case, None)
+    ours = saved_for_backward(case, None, flat.perturb(step=0))
     counted = [Counter(tensor.shape for tensor in saved if tensor.shape in shapes) for saved in (ours, plain)]
     assert not counted[0] - counted[1]
 
@@ -187,7 +186,7 @@ def test_only_one_layers_buffer_lives_at_a_time(kind: str, dtype: torch.dtype) -
     with LargestLive(case.model) as plain:
         case.loss().backward()
     assert plain.peak < largest, "activations are too large for this test to see weights"
-    with flat.perturb(step=0), LargestLive(case.model) as live:
+    with LargestLive(case.model) as live, flat.perturb(step=0):
         case.loss().backward()
     assert live.peak <= plain.peak + 2 * largest
 

@@ -130,6 +130,15 @@ def test_the_noise_of_a_forward_is_the_noise_that_can_be_looked_at() -> None:
         torch.testing.assert_close(effective.T, flat.noise(name, step=2, slot=3), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_noise_and_norms_carry_no_gradient_graph(mode: Any) -> None:
+    """eps is a constant of the loss: a graph through its norms would be kept alive and hold copies of W."""
+    flat = FlatLora(toy_case().model, sigma=SIGMA, schedule="constant")
+    with mode():
+        drawn = [flat.noise("wide", step=1), flat.filter_norms("wide")]
+    assert not any(tensor.requires_grad for tensor in drawn)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_eps_is_scaled_by_the_schedule_and_by_nothing_else(schedule: SigmaSchedule) -> None:
     model = toy_case().model
