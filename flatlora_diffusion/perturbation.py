@@ -95,6 +95,8 @@ class FlatLora:
         `step` is the 0-based optimizer step, `slot` = micro_batch * world_size + rank; `sigma` overrides the schedule.
         Gradient checkpointing is fine: the recomputed forward draws the same eps.
         """
+        if not self._layers:
+            raise RuntimeError("this FlatLora was detached; make a new one")
         if step < 0 or slot < 0:
             raise ConfigError(f"step={step} and slot={slot} must be at least 0")
         self._check_all_attached()
@@ -192,12 +194,12 @@ class FlatLora:
         draw = Draw(seed, layer.shape, output.dtype, layer.convolution)
         return output + perturbed_layer(x.to(output.dtype), None, None, row_std, draw)
 
-    @torch.no_grad()
     def _stds(self, layers: Iterable[AdaptedLayer], sigma: float) -> dict[str, Tensor]:
         """Standard deviation of each row of eps by layer, (m,) fp32: sigma / sqrt(n) * ||W'_i||."""
         stds = {}
-        # The results may be saved for a later backward, so they must not be inference tensors.
-        with torch.inference_mode(False), _full_precision():
+        # The results may be saved for a later backward, so they must not be inference tensors; leaving inference mode
+        # turns gradients on, so no_grad comes after it.
+        with torch.inference_mode(False), torch.no_grad(), _full_precision():
             for layer in layers:
                 square_norms = layer.merged_square_norms()
                 if self.noise_kind == "iid":
