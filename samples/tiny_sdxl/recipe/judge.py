@@ -27,7 +27,7 @@ from samples.tiny_sdxl.recipe.vae import to_pixels
 if TYPE_CHECKING:  # importing it at run time needs the `recipe` extra, which only `collect_renders` does
     from samples.tiny_sdxl.recipe.icons import Concept
 
-SCHEDULE = Schedule(steps=2000, learning_rate=1e-3, weight_decay=0.05, ema=0.995)
+SCHEDULE = Schedule(steps=3600, learning_rate=1e-3, weight_decay=0.05, ema=0.995)
 BATCH = 64  # images
 EXTRA_NAMES = 128  # names without an image in the batch: negatives for image -> name that cost little
 KEPT_PATCHES = 32  # of 64, at random, until FULL_FROM: twice the images per second and less to learn by heart
