@@ -94,6 +94,7 @@ def _compare(arguments: list[str]) -> None:
     config = _with_images(parse_config(rest))
     if config.run.seed is None:  # both arms must have the same
         config = config.replace(seed=secrets.randbelow(2**31))
+        print(f"seed {config.run.seed}")
     if not own.prompts_file.is_file():
         raise ConfigError(
             f"prompts_file={str(own.prompts_file)!r} is no file; give a text file with one prompt per line"

@@ -58,10 +58,14 @@ def compare(config: TrainConfig, heldout: Path, prompts: Sequence[str]) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sdxl = load_sdxl(config.model, device, torch.float32)
     resolution = config.data.resolution or sdxl.resolution
-    train_set = load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt)
+    data = config.data
+    sets = {
+        "train": load_samples(Path(data.instance_data_dir), data.instance_prompt, data.caption_column),
+        "heldout": load_samples(heldout, data.instance_prompt),
+    }
     probes = {
-        "train": fixed_probe(sdxl, train_set.samples, resolution, 0, background=config.data.background_color),
-        "heldout": fixed_probe(sdxl, load_samples(heldout).samples, resolution, 0),
+        kind: fixed_probe(sdxl, found.samples, resolution, seed=0, background=data.background_color)
+        for kind, found in sets.items()
     }
     rows, pictures = [], []
     for name in (BASE, *ARMS):

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.sdxl import Sdxl, decode_latents
 
 
 @torch.no_grad()
@@ -37,20 +37,9 @@ def generate_images(
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
                 output_type="latent",
             ).images
-            images += _decode(sdxl, latents)
+            pixels = decode_latents(sdxl.vae, latents)
+            images += sdxl.pipeline.image_processor.postprocess(pixels, output_type="pil")
     return images
-
-
-def _decode(sdxl: Sdxl, latents: Tensor) -> list[Image.Image]:
-    """Decode in fp32 whatever the UNet's dtype: a half-precision SDXL VAE gives black images."""
-    vae = sdxl.vae
-    latents = latents.float() / vae.config.scaling_factor
-    if getattr(vae.config, "latents_mean", None) is not None:
-        shape = (1, -1, 1, 1)
-        latents = latents * torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
-        latents = latents + torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
-    pixels = vae.decode(latents).sample
-    return list(sdxl.pipeline.image_processor.postprocess(pixels, output_type="pil"))
 
 
 @contextmanager

@@ -76,12 +76,15 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None = Non
     """
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.std)
-    latents = latents.float()
-    if getattr(vae.config, "latents_mean", None) is not None:
-        shape = (1, -1, 1, 1)
-        latents = latents - torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
-        latents = latents / torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
-    return latents * vae.config.scaling_factor
+    mean, std = _latent_statistics(vae, latents.device)
+    return (latents.float() - mean) / std * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) of normalized latents, decoded in the VAE's own fp32 whatever the latents' dtype."""
+    mean, std = _latent_statistics(vae, latents.device)
+    return vae.decode(latents.float() / vae.config.scaling_factor * std + mean).sample
 
 
 def add_time_ids(
@@ -93,6 +96,14 @@ def add_time_ids(
     """SDXL's size conditioning, (B, 6): original (height, width), crop (top, left), target (height, width)."""
     rows = [(*size, *crop, *target_size) for size, crop in zip(original_sizes, crops_top_left, strict=True)]
     return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def _latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std of the latents per channel, (1, C, 1, 1); 0 and 1 for a VAE without them, such as SDXL's."""
+    channels = vae.config.latent_channels
+    mean = getattr(vae.config, "latents_mean", None) or [0.0] * channels
+    std = getattr(vae.config, "latents_std", None) or [1.0] * channels
+    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
 
 
 def _load_pipeline(path: str, config: ModelConfig, dtype: torch.dtype) -> StableDiffusionXLPipeline:

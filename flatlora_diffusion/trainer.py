@@ -16,7 +16,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter import LORA_FILE, save_lora
@@ -75,7 +74,7 @@ def train_step(state: TrainState, step: int) -> float:
         losses.append(loss.detach())
     value = torch.stack(losses).mean().item()
     if not math.isfinite(value):
-        raise RunError(_non_finite(state, step, losses))
+        raise RunError(_non_finite(state, step))
     state.accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm)
     state.optimizer.step()
     state.lr_schedule.step()
@@ -180,8 +179,8 @@ def _validate(state: TrainState) -> None:
         image.save(state.run.images / f"validation-seed{seed}.png")
 
 
-def _non_finite(state: TrainState, step: int, losses: list[Tensor]) -> str:
-    names = [sample.id for micro in range(len(losses)) for sample in state.feed.samples_at(step, micro)]
+def _non_finite(state: TrainState, step: int) -> str:
+    names = [sample.id for slot in range(state.feed.slots) for sample in state.feed.samples_at(step, slot)]
     advice = {
         "fp16": "use --mixed_precision bf16",
         "bf16": "lower --learning_rate",
