@@ -45,7 +45,7 @@ class AdaptedLayer:
 
     def attach(self, forward: Callable[..., Tensor]) -> None:
         """Let the base layer compute `forward(self, x, ...)`; `base_forward` stays what it was."""
-        self._replacement = partial(forward, self)
+        self._replacement = _Interception(forward, self)
         self.base.forward = self._replacement
 
     def restore(self) -> None:
@@ -111,6 +111,10 @@ class AdaptedLayer:
         return (self.base_forward(down).float() - bias).T
 
 
+class _Interception(partial[Tensor]):
+    """The forward that an attached layer has; its type tells that one is attached already."""
+
+
 def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     """Every LoRA layer of `model`. Raises ConfigError for none, and for adapted layers that cannot be perturbed."""
     layers, refused = [], []
@@ -152,11 +156,10 @@ def _why_refused(layer: Any) -> str | None:
         return f"{kind} around {type(base).__name__} is not handled yet"
     if layer.merged:
         return "its adapter is merged into W; unmerge it first"
-    if isinstance(base, nn.Conv2d):
-        if base.groups > 1:
-            return f"groups={base.groups}; only groups=1 can be merged"
-        if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
-            return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
+    if isinstance(base, nn.Conv2d) and (reason := _why_unmergeable(layer, base)):
+        return reason
+    if isinstance(base.forward, _Interception):
+        return "another FlatLora perturbs it already; detach that one first"
     for adapter, variant in layer.lora_variant.items():
         if not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
             return f"{type(variant).__name__} is not handled yet"
@@ -165,8 +168,19 @@ def _why_refused(layer: Any) -> str | None:
     return None
 
 
+def _why_unmergeable(layer: Any, base: nn.Conv2d) -> str | None:
+    """The reason why PEFT could not merge the adapter of a convolution as W + sBA, or None."""
+    if base.groups > 1:
+        return f"groups={base.groups}; only groups=1 can be merged"
+    if set(base.dilation) != {1}:
+        return f"dilation={base.dilation}; PEFT does not dilate A, so it cannot be merged"
+    if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
+        return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
+    return None
+
+
 def _geometry(base: nn.Module) -> Convolution | None:
     if not isinstance(base, nn.Conv2d):
         return None
     assert not isinstance(base.padding, str), "refused when the layers were found"
-    return Convolution(base.stride, base.padding, base.dilation)
+    return Convolution(base.stride, base.padding)

@@ -21,7 +21,6 @@ class Convolution:
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    dilation: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class _PerturbedLayer(torch.autograd.Function):
         if draw.convolution is None:
             return F.linear(x, effective, bias)
         geometry = draw.convolution
-        return F.conv2d(x, effective, bias, geometry.stride, geometry.padding, geometry.dilation)
+        return F.conv2d(x, effective, bias, geometry.stride, geometry.padding)
 
     @staticmethod
     @once_differentiable
@@ -79,9 +78,7 @@ class _PerturbedLayer(torch.autograd.Function):
             if geometry is None:
                 grad_x = grad @ effective
             else:
-                grad_x = conv2d_input(
-                    ctx.x_shape, effective, grad, geometry.stride, geometry.padding, geometry.dilation
-                )
+                grad_x = conv2d_input(ctx.x_shape, effective, grad, geometry.stride, geometry.padding)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(dim=(0, 2, 3) if geometry is not None else tuple(range(grad.ndim - 1)))
         return grad_x, grad_bias, None, None, None

@@ -97,8 +97,8 @@ class FlatLora:
         """
         if not self._layers:
             raise RuntimeError("this FlatLora was detached; make a new one")
-        if step < 0 or slot < 0:
-            raise ConfigError(f"step={step} and slot={slot} must be at least 0")
+        _check_whole("step", step, 0)
+        _check_whole("slot", slot, 0)
         self._check_all_attached()
         if self._open is not None:
             raise RuntimeError("perturb() is already open; close it before you open another")
@@ -161,8 +161,8 @@ class FlatLora:
         """Check all settings, then take them over."""
         _check_choice("schedule", schedule, SigmaSchedule)
         _check_choice("noise", noise, NoiseKind)
-        if total_steps < 1:
-            raise ConfigError(f"total_steps={total_steps} must be at least 1")
+        _check_whole("total_steps", total_steps, 1)
+        _check_whole("seed", seed, 0)
         self.sigma = _checked_sigma(sigma)
         self.schedule, self.noise_kind = schedule, noise
         self.total_steps, self.seed, self.prefix = total_steps, seed, prefix
@@ -241,6 +241,11 @@ def _checked_sigma(sigma: float) -> float:
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ConfigError(f"sigma={sigma} must be a finite number of at least 0; 0.05 to 0.1 is usual")
     return float(sigma)
+
+
+def _check_whole(name: str, value: int, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {low}")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

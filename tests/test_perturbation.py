@@ -67,6 +67,10 @@ def test_the_defaults_are_those_of_the_documentation(model: nn.Module) -> None:
         ("noise", "uniform"),
         ("total_steps", 0),
         ("total_steps", -5),
+        ("total_steps", 2.5),
+        ("seed", -1),
+        ("seed", "zero"),
+        ("seed", True),
     ],
 )
 def test_a_bad_setting_is_refused_by_its_name_and_value(model: nn.Module, setting: str, value: Any) -> None:
@@ -83,10 +87,10 @@ def test_a_bad_sigma_override_is_refused(model: nn.Module, sigma: float) -> None
         pass
 
 
-@pytest.mark.parametrize("key", [{"step": -1}, {"step": 1, "slot": -1}])
-def test_a_negative_step_or_slot_is_refused(model: nn.Module, key: dict[str, int]) -> None:
+@pytest.mark.parametrize("key", [{"step": -1}, {"step": 1, "slot": -1}, {"step": 1.5}, {"step": 1, "slot": None}])
+def test_a_step_or_slot_that_is_no_count_is_refused(model: nn.Module, key: dict[str, Any]) -> None:
     flat = FlatLora(model)
-    with pytest.raises(ConfigError), flat.perturb(**key):
+    with pytest.raises(ConfigError, match=r"(step|slot)=.* must be a whole number"), flat.perturb(**key):
         pass
 
 

@@ -137,6 +137,17 @@ def test_detach_leaves_nothing_behind(name: str) -> None:
     assert list(case.model.state_dict()) == keys
 
 
+def test_a_second_flat_lora_on_one_model_is_refused() -> None:
+    case = toy_case()
+    first = attach(case.model)
+    with first.perturb(step=1):
+        noisy = predicted(case)
+    with pytest.raises(ConfigError, match=r"wide.*another FlatLora perturbs it already"):
+        attach(case.model)
+    with first.perturb(step=1):
+        assert torch.equal(predicted(case), noisy)
+
+
 def test_a_model_can_be_attached_again_after_detach() -> None:
     case = toy_case()
     first = attach(case.model)

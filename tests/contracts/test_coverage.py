@@ -77,6 +77,7 @@ class Everything(nn.Module):
         self.good = nn.Linear(8, 8)
         self.table = nn.Embedding(10, 8)
         self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.dilated = nn.Conv2d(8, 8, 3, dilation=2)
         self.sequence = nn.Conv1d(8, 8, 3)
         self.volume = nn.Conv3d(2, 4, 3)
         self.heads = nn.MultiheadAttention(8, 2)
@@ -93,6 +94,7 @@ def lora(**settings: Any) -> LoraConfig:
 ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 1}
 REFUSED: dict[str, tuple[Callable[[], PeftConfig], str]] = {
     "grouped convolution": (lambda: lora(target_modules=["good", "grouped"]), "grouped"),
+    "dilated convolution": (lambda: lora(target_modules=["good", "dilated"]), "dilated"),
     "embedding": (lambda: lora(target_modules=["good", "table"]), "table"),
     "1d convolution": (lambda: lora(target_modules=["good", "sequence"]), "sequence"),
     "3d convolution": (lambda: lora(target_modules=["good", "volume"]), "volume"),
