@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from flatlora_diffusion.config import SAMPLES
+from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.images import load_image
 from flatlora_diffusion.judge import (
     STYLE_PROMPTS,
     Judge,
@@ -226,3 +230,16 @@ def test_augmented_images_follow_their_generator_and_mirror_only_where_allowed()
     is_mirrored = images[..., :32].mean(dim=(1, 2, 3)) > images[..., 32:].mean(dim=(1, 2, 3))
     assert 0 < is_mirrored[:32].sum() < 32
     assert not is_mirrored[32:].any()
+
+
+def test_the_shipped_judge_names_the_sample_icons_and_knows_their_style() -> None:
+    """Trained on most of these renders: a broken file or preprocessing shows, not how good the judge is."""
+    judge = load_judge(SAMPLES / "tiny_sdxl" / "judge")
+    samples = load_samples(SAMPLES / "icons_3d").samples
+    images = [load_image(sample.source) for sample in samples]
+    names = [re.sub("a TOK icon of (an? )?|, in the style of TOK", "", sample.caption) for sample in samples]
+    found = rank_of(rank_names(judge, images, names), torch.arange(len(names)))
+    assert float((found == 0).float().mean()) >= 0.8
+    styles = style_probabilities(judge, images).argmax(dim=1)
+    assert float((styles == list(STYLE_PROMPTS).index("fluent-3d")).float().mean()) >= 0.8
+    assert sum(file.stat().st_size for file in (SAMPLES / "tiny_sdxl" / "judge").iterdir()) < 8e6

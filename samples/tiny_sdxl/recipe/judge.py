@@ -27,7 +27,7 @@ from samples.tiny_sdxl.recipe.vae import to_pixels
 if TYPE_CHECKING:  # importing it at run time needs the `recipe` extra, which only `collect_renders` does
     from samples.tiny_sdxl.recipe.icons import Concept
 
-SCHEDULE = Schedule(steps=3600, learning_rate=1e-3, weight_decay=0.05, ema=0.995)
+SCHEDULE = Schedule(steps=6500, learning_rate=1e-3, weight_decay=0.05, ema=0.995)
 BATCH = 64  # images
 EXTRA_NAMES = 128  # names without an image in the batch: negatives for image -> name that cost little
 KEPT_PATCHES = 32  # of 64, at random, until FULL_FROM: twice the images per second and less to learn by heart
@@ -202,17 +202,17 @@ def augment(pixels: Tensor, can_mirror: Tensor, rng: torch.Generator) -> Tensor:
 
     moved = _moved(pixels, torch.where(can_mirror & (uniform(0, 1) < 0.5), -1.0, 1.0), uniform)
     grey = moved.mean(dim=1, keepdim=True)
-    vivid = grey + uniform(0.6, 1.4, 1, 1, 1) * (moved - grey)
-    lit = vivid * uniform(0.85, 1.1, 3, 1, 1) + uniform(-0.15, 0.15, 1, 1, 1)
+    vivid = grey + uniform(0.75, 1.25, 1, 1, 1) * (moved - grey)
+    lit = vivid * uniform(0.92, 1.06, 3, 1, 1) + uniform(-0.08, 0.08, 1, 1, 1)
     soft = torch.lerp(lit, _blurred(_blurred(lit)), uniform(-1.0, 1.0, 1, 1, 1).clamp(min=0))
     blotches = F.interpolate(torch.randn(batch, 3, 8, 8, generator=rng), pixels.shape[-2:], mode="bilinear")
     grain = torch.randn(pixels.shape, generator=rng)
-    return (soft + uniform(0, 0.12, 1, 1, 1) * blotches + uniform(0, 0.08, 1, 1, 1) * grain).clamp(-1, 1)
+    return (soft + uniform(0, 0.06, 1, 1, 1) * blotches + uniform(0, 0.05, 1, 1, 1) * grain).clamp(-1, 1)
 
 
 def _moved(pixels: Tensor, mirror: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
-    """Shifted up to 5 pixels, scaled, rotated up to 11 degrees, mirrored where `mirror` is -1; white outside."""
-    zoom, angle, shift = uniform(0.85, 1.2), uniform(-0.2, 0.2), uniform(-0.15, 0.15, 2)
+    """Shifted up to 3 pixels, scaled, rotated up to 6 degrees, mirrored where `mirror` is -1; white outside."""
+    zoom, angle, shift = uniform(0.92, 1.1), uniform(-0.1, 0.1), uniform(-0.1, 0.1, 2)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     rows = torch.stack([mirror * cos, -sin, shift[:, 0], mirror * sin, cos, shift[:, 1]], dim=1)
     grid = F.affine_grid(rows.view(-1, 2, 3), list(pixels.shape), align_corners=False)
