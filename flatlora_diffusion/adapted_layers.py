@@ -1,7 +1,7 @@
 """The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is, and how their base layer is intercepted.
 
 Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant` and `lora_dropout` of
-`LoraLayer`, and the classes of the DoRA variants.
+`LoraLayer`, and the classes of the DoRA variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.noise import Convolution
 
 _WRAPPERS = ("base_model.model.", "module.")
+_ROWS = 512  # rows of W that are turned into fp32 at a time
 
 
 class AdaptedLayer:
@@ -83,9 +84,12 @@ class AdaptedLayer:
         return (self.base_square_norms.to(down.device) + mixed.mul_(up).sum(dim=1)).clamp_(min=0)
 
     def _base_square_norms(self) -> Tensor:
-        """||W_i||^2 of the base layer as it is now, (m,) fp32."""
-        weight = dequantize_module_weight(self.base).reshape(self.shape[0], -1)
-        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        """||W_i||^2 of the base layer as it is now, (m,) fp32. A quantized W is dequantized, a layer at a time."""
+        if type(self.base.weight).__name__ == "Int8Params":
+            # PEFT's dequantization takes the scales away from such a layer on a CPU, and makes all of W fp32.
+            scales = self.base.weight.SCB if self.base.state.SCB is None else self.base.state.SCB
+            return _square_norms(self.base.weight.data).mul_((scales.float() / 127).square())
+        return _square_norms(dequantize_module_weight(self.base).reshape(self.shape[0], -1))
 
     def _adapters(self) -> list[str]:
         return [adapter for adapter in self.tuner.active_adapters if adapter in self.tuner.lora_A]
@@ -104,11 +108,13 @@ class AdaptedLayer:
 
     def _weight_times(self, down: Tensor) -> Tensor:
         """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
-        weight = self.base.weight
-        if weight.is_floating_point() and weight.shape == self.shape:
+        weight, bias = self.base.weight, self.base.bias
+        if type(weight) in (nn.Parameter, Tensor):
             return weight.flatten(1).float() @ down.T
-        bias = 0 if self.base.bias is None else self.base.bias.float()
-        return (self.base_forward(down).float() - bias).T
+        if bias is None:
+            return self.base_forward(down).float().T
+        # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's.
+        return (self.base_forward(down.to(bias.dtype)).float() - bias.float()).T
 
 
 class _Interception(partial[Tensor]):
@@ -177,6 +183,11 @@ def _why_unmergeable(layer: Any, base: nn.Conv2d) -> str | None:
     if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
         return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
     return None
+
+
+def _square_norms(weight: Tensor) -> Tensor:
+    """Squared norms of the rows of `weight` (m, n), fp32."""
+    return torch.cat([torch.linalg.vector_norm(rows.float(), dim=1).square() for rows in weight.split(_ROWS)])
 
 
 def _geometry(base: nn.Module) -> Convolution | None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
-from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig
-
-TINY = "tiny"
+from flatlora_diffusion.base_model import load_pipeline
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.loss import is_edm_scheduler
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Sdxl:
     """A frozen SDXL base. The VAE is fp32 (half-precision SDXL VAEs give black images); the rest is in one dtype."""
 
     pipeline: StableDiffusionXLPipeline
-    scheduler: DDPMScheduler
+    scheduler: DDPMScheduler | EDMEulerScheduler
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -41,43 +46,42 @@ class Sdxl:
         return int(self.pipeline.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
 
-def base_path(name_or_path: str) -> str:
-    """The folder or hub id behind a `--pretrained_model_name_or_path`; `tiny` is the base that ships with us."""
-    return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
-
-
 def load_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
     """Load the base onto `device`, frozen and in eval mode. Raises ConfigError when there is no SDXL model there."""
-    path = base_path(config.pretrained_model_name_or_path)
-    pipeline = _load_pipeline(path, config, dtype)
-    if config.pretrained_vae_model_name_or_path is not None:
-        pipeline.vae = _load_vae(config.pretrained_vae_model_name_or_path)
-    pipeline.to(device)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.requires_grad_(False)
-        part.eval()
+    pipeline = load_pipeline(config, device, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    return Sdxl(pipeline, scheduler)
+    # A scheduler of our own: sampling changes the state of the pipeline's.
+    kind = type(pipeline.scheduler) if is_edm_scheduler(pipeline.scheduler) else DDPMScheduler
+    return Sdxl(pipeline, kind.from_config(pipeline.scheduler.config))
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def encode_prompts(
+    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], clip_skip: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Prompt embeddings (B, 77, D) and pooled embeddings (B, P), just as the pipeline makes them for inference."""
-    prompt_embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+    prompt_embeds, _, pooled, _ = pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, clip_skip=clip_skip
+    )
     return prompt_embeds, pooled
 
 
 @torch.no_grad()
+def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of the normalized latents, each (B, 4, H/f, W/f) fp32, of pixels (B, 3, H, W) in [-1, 1]."""
+    found = vae.encode(pixels.to(vae.dtype)).latent_dist
+    mean, std = _latent_statistics(vae, found.mean.device)
+    scale = vae.config.scaling_factor / std
+    return (found.mean.float() - mean) * scale, found.std.float() * scale
+
+
 def encode_images(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
     """Normalized latents (B, 4, H/f, W/f) in fp32 of pixels (B, 3, H, W) in [-1, 1].
 
     `noise` (same shape as the latents, N(0, 1)) samples the posterior; without it the latents are the mean.
     """
-    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.std)
-    mean, std = _latent_statistics(vae, latents.device)
-    return (latents.float() - mean) / std * vae.config.scaling_factor
+    mean, std = posterior(vae, pixels)
+    return mean if noise is None else mean + std * noise
 
 
 @torch.no_grad()
@@ -104,35 +108,3 @@ def _latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor
     mean = getattr(vae.config, "latents_mean", None) or [0.0] * channels
     std = getattr(vae.config, "latents_std", None) or [1.0] * channels
     return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
-
-
-def _load_pipeline(path: str, config: ModelConfig, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    what = f"pretrained_model_name_or_path={config.pretrained_model_name_or_path!r}"
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise ConfigError(f"{what} is a folder without model_index.json; give a folder saved by diffusers or a hub id")
-    try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            path,
-            dtype={"default": dtype, "vae": torch.float32},
-            revision=config.revision,
-            variant=config.variant,
-            add_watermarker=False,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} is no SDXL base that can be loaded: {_first_line(error)}") from error
-    if getattr(pipeline, "text_encoder_2", None) is None:
-        raise ConfigError(f"{what} is not SDXL: it has no second text encoder")
-    return pipeline
-
-
-def _load_vae(path: str) -> AutoencoderKL:
-    try:
-        return AutoencoderKL.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
