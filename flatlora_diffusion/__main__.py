@@ -1,4 +1,4 @@
-"""`python -m flatlora_diffusion VERB`: train, compare."""
+"""`python -m flatlora_diffusion VERB`: train, compare, generate."""
 
 from __future__ import annotations
 

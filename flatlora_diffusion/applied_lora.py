@@ -1,0 +1,196 @@
+"""LoRA files in a pipeline for the length of a `with`: several at once, any strength, beside the weights or in them.
+
+Afterwards the pipeline is as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from flatlora_diffusion.adapter import lora_layers
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.lora_file import LORA_FILE, PARTS
+
+logger = logging.getLogger(__name__)
+
+# Key in the file, text encoder and tokenizer of pivotal tuning's embeddings.
+_EMBEDDINGS = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
+# How the layouts that diffusers reads name the first factor of a layer.
+_DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file and its weight among those that are used together."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def parse_lora(text: str) -> tuple[LoraFile, ...]:
+    """The files of `PATH`, `PATH@WEIGHT` or several of these joined by `+`; a folder stands for the LoRA in it.
+
+    Raises ConfigError for a path that is no LoRA file and no folder with one.
+    """
+    parts = [text] if Path(text).exists() else text.split("+")
+    files = tuple(_parse_part(part) for part in parts)
+    if len({file.path for file in files}) < len(files):
+        raise ConfigError(f"lora={text!r} has one file twice; give it once, with a weight: PATH@1.5")
+    return files
+
+
+@contextmanager
+def loaded(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[None]:
+    """All `files` in the pipeline, with the embeddings of new tokens that lie beside them.
+
+    Raises ConfigError, naming the file, for one that cannot be read or that adapts nothing of this base.
+    """
+    with ExitStack() as undo:
+        undo.callback(pipeline.unload_lora_weights)
+        for index, file in enumerate(files):
+            _load(pipeline, file.path, _adapter(index))
+            embeddings = _embeddings_beside(file.path)
+            if embeddings is not None:
+                undo.enter_context(_with_embeddings(pipeline, embeddings))
+        for part in PARTS:  # a file may bring a dropout, and new layers start in training mode
+            getattr(pipeline, part).eval()
+        yield
+
+
+@contextmanager
+def at_strength(pipeline: Any, files: Sequence[LoraFile], strength: float, merge: bool) -> Iterator[None]:
+    """`loaded` files at `strength` times their weights, in UNet and text encoders; 0 is exactly the base.
+
+    With `merge` they are added to the weights; copies of these are put back, because subtracting leaves rounding.
+    """
+    if strength == 0:
+        pipeline.disable_lora()
+        try:
+            yield
+        finally:
+            pipeline.enable_lora()
+        return
+    adapters = [_adapter(index) for index in range(len(files))]
+    pipeline.set_adapters(adapters, [file.weight * strength for file in files])
+    if not merge:
+        yield
+        return
+    weights = [layer.get_base_layer().weight for layer in _layers(pipeline)]
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        pipeline.fuse_lora(adapter_names=adapters)
+        yield
+    finally:
+        pipeline.unfuse_lora()
+        for weight, before in zip(weights, kept, strict=True):
+            weight.data.copy_(before)
+
+
+def _parse_part(part: str) -> LoraFile:
+    path, weight = Path(part), 1.0
+    weighted = re.fullmatch(r"(.+)@(-?[0-9]*\.?[0-9]+)", part)
+    if weighted and not path.exists():
+        path, weight = Path(weighted[1]), float(weighted[2])
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"lora={part!r} is no LoRA file and no folder that holds {LORA_FILE}")
+    if file.suffix != ".safetensors":
+        raise ConfigError(f"lora={part!r} is no .safetensors file; other formats can hold code and are not read")
+    return LoraFile(Path(os.path.abspath(file)), weight)
+
+
+def _adapter(index: int) -> str:
+    return f"lora_{index}"
+
+
+def _layers(pipeline: Any) -> list[LoraLayer]:
+    return [layer for part in PARTS for layer in lora_layers(getattr(pipeline, part)).values()]
+
+
+def _load(pipeline: Any, path: Path, adapter: str) -> None:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            in_file = sum(key.endswith(_DOWN) for key in opened.keys())  # noqa: SIM118 (not a dict)
+        options = {"weight_name": path.name, "adapter_name": adapter, "use_safetensors": True}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are what is wanted
+            pipeline.load_lora_weights(str(path.parent), **options)
+    except Exception as error:  # diffusers and peft raise whatever their parsing runs into
+        raise ConfigError(f"lora: {path} cannot be read as a LoRA of this base: {_line(error)}") from error
+    adapted = sum(adapter in layer.lora_A for layer in _layers(pipeline))
+    if adapted == 0:
+        raise ConfigError(f"lora: {path} holds no layer of this base; is it a LoRA, and for SDXL?")
+    if adapted < in_file:
+        logger.warning("%s: only %d of its %d layers are in this base", path.name, adapted, in_file)
+
+
+def _embeddings_beside(path: Path) -> Path | None:
+    """`NAME_emb.safetensors` of `NAME.safetensors`, or the only such file of a folder that holds one LoRA."""
+    own = path.with_name(f"{path.stem}_emb.safetensors")
+    if own.is_file():
+        return own
+    found = sorted(path.parent.glob("*_emb.safetensors")) if path.name == LORA_FILE else []
+    if len(found) > 1:
+        raise ConfigError(
+            f"lora: beside {path} are {len(found)} files *_emb.safetensors; leave one, or name it {own.name}"
+        )
+    return found[0] if found else None
+
+
+@contextmanager
+def _with_embeddings(pipeline: Any, path: Path) -> Iterator[None]:
+    """The tokens `<s0>`, `<s1>`, ... with the embeddings of `path` in both text encoders."""
+    try:
+        embeddings = load_file(path)
+        rows = [embeddings[key] for key, _, _ in _EMBEDDINGS]
+    except (SafetensorError, KeyError) as error:
+        raise ConfigError(f"lora: {path} holds no embeddings clip_l and clip_g: {_line(error)}") from error
+    tokens = [f"<s{index}>" for index in range(len(rows[0]))]
+    with ExitStack() as undo:
+        for row, (name, part, key) in zip(rows, _EMBEDDINGS, strict=True):
+            width = getattr(pipeline, part).get_input_embeddings().embedding_dim
+            if row.shape[1:] != (width,):
+                raise ConfigError(f"lora: {path} has {name} embeddings of shape {tuple(row.shape)}, not (N, {width})")
+            undo.enter_context(_with_tokens(pipeline, part, key))
+            try:
+                with torch.random.fork_rng():  # new rows are drawn before they are set
+                    pipeline.load_textual_inversion(
+                        row, token=tokens, text_encoder=getattr(pipeline, part), tokenizer=getattr(pipeline, key)
+                    )
+            except ValueError as error:
+                raise ConfigError(f"lora: the embeddings {path} cannot be used: {_line(error)}") from error
+        logger.info("%s: for use in the prompts: %s", path.name, "".join(tokens))
+        yield
+
+
+@contextmanager
+def _with_tokens(pipeline: Any, part: str, key: str) -> Iterator[None]:
+    """A tokenizer and an embedding table that may be extended; those from before are put back."""
+    tokenizer, encoder = getattr(pipeline, key), getattr(pipeline, part)
+    table = encoder.get_input_embeddings()
+    rows = table.weight.data
+    setattr(pipeline, key, copy.deepcopy(tokenizer))
+    try:
+        yield
+    finally:
+        setattr(pipeline, key, tokenizer)
+        table.weight.data = rows  # transformers has put longer ones into the same table
+        table.num_embeddings = encoder.config.vocab_size = len(rows)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
