@@ -1,74 +1,142 @@
-"""The LoRA on the UNet's attention layers: made from a seed, kept in fp32, saved as plain LoRA."""
+"""The LoRA on the UNet and, if wanted, the text encoders: its layers and ranks, made from a seed, kept in fp32."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
-from flatlora_diffusion.config import AdapterConfig
+from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.seeds import generator
-from flatlora_diffusion.tensor_file import write_atomically
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-LORA_FILE = "pytorch_lora_weights.safetensors"
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+BLORA_BLOCKS = "up_blocks.0.attentions.0,up_blocks.0.attentions.1"
+# Where LoRAs have a name that other tools know: not conv_in, conv_out, time_embedding, add_embedding.
+_BODY = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
 def add_lora(unet: UNet2DConditionModel, config: AdapterConfig, seed: int) -> None:
-    """Put a LoRA on the attention layers: A ~ N(0, 1/rank^2) as a function of (seed, layer), B = 0, both fp32."""
+    """Put the LoRA on the UNet's chosen layers: A ~ N(0, 1/rank^2) as a function of (seed, layer), B = 0, both fp32.
+
+    Raises ConfigError when the targets or blocks name no layer.
+    """
+    targets = unet_targets(unet, config)
+    ranks = _block_ranks(config.lora_block_ranks, targets)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         init_lora_weights="gaussian",
-        target_modules=list(ATTENTION),
+        target_modules=targets,
+        rank_pattern=ranks,
+        # Without --lora_alpha each layer's alpha is its rank.
+        alpha_pattern={name: float(rank) for name, rank in ranks.items()} if config.lora_alpha is None else {},
     )
+    _inject(unet, lora, seed, "")
+
+
+def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, prefix: str, unused_layers: int = 0) -> None:
+    """The same on the attention of one text encoder, without DoRA: diffusers does not restore its magnitudes there.
+
+    `prefix` (`text_encoder` or `text_encoder_2`) keeps the draws of the two encoders apart. The last `unused_layers`
+    layers, whose output SDXL does not read, get none: they could not learn anything.
+    """
+    count = text_encoder.config.num_hidden_layers - unused_layers
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        init_lora_weights="gaussian",
+        target_modules=[f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION],
+    )
+    _inject(text_encoder, lora, seed, f"{prefix}.")
+
+
+def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
+    """The module paths of the UNet that get a LoRA. Raises ConfigError when the settings name none."""
+    kinds = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    chosen = [name for name, module in kinds.items() if _is_target(name, module, config.lora_target_modules)]
+    if not chosen:
+        raise ConfigError(
+            f"lora_target_modules={config.lora_target_modules!r} names no layer of the UNet; "
+            "use attn, attn+ff, all-linear, conv, or ends of layer names such as to_q,to_v"
+        )
+    blocks = BLORA_BLOCKS if config.use_blora else config.lora_unet_blocks
+    if blocks is None:
+        return chosen
+    inside: list[str] = []
+    for block in _listed(blocks):
+        found = [name for name in chosen if _is_inside(name, block)]
+        if not found:
+            raise ConfigError(
+                f"lora_unet_blocks: {block!r} holds no layer to train; blocks are named like {chosen[0]}"
+            )
+        inside += found
+    return sorted(set(inside), key=chosen.index)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _inject(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
     with torch.random.fork_rng():  # PEFT draws its initialization from the global generator
-        unet.add_adapter(lora, ADAPTER)
-    cast_training_params(unet, torch.float32)
-    for name, layer in lora_layers(unet).items():
+        model.add_adapter(lora, ADAPTER)
+    cast_training_params(model, torch.float32)
+    for name, layer in lora_layers(model).items():
         down = layer.lora_A[ADAPTER].weight
         # Drawn on the CPU, so that one seed gives one LoRA on every device.
-        value = torch.randn(down.shape, generator=generator("cpu", seed, "lora_init", name)) / config.rank
-        down.data.copy_(value)
+        draw = torch.randn(down.shape, generator=generator("cpu", seed, "lora_init", path + name))
+        down.data.copy_(draw / layer.r[ADAPTER])
 
 
-def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted layers by module path."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+def _is_target(name: str, module: nn.Module, targets: str) -> bool:
+    if not name.startswith(_BODY):
+        return False
+    if targets == "attn":
+        return name.endswith(ATTENTION)
+    if targets == "attn+ff":
+        return name.endswith(ATTENTION + FEED_FORWARD)
+    if targets == "all-linear":
+        return isinstance(module, nn.Linear)
+    return targets == "conv" or any(name == end or name.endswith(f".{end}") for end in _listed(targets))
 
 
-def trainable_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name, in the model's order."""
-    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+def _block_ranks(text: str | None, targets: list[str]) -> dict[str, int]:
+    """`mid_block=16,up_blocks.0=8` as a rank for each of the target layers named; a later block wins."""
+    ranks: dict[str, int] = {}
+    for part in _listed(text or ""):
+        block, _, rank = part.partition("=")
+        if not rank.strip().isdigit() or int(rank) < 1:
+            raise ConfigError(f"lora_block_ranks: {part!r} must be BLOCK=RANK, such as mid_block=16")
+        found = [name for name in targets if _is_inside(name, block.strip())]
+        if not found:
+            raise ConfigError(f"lora_block_ranks: {block!r} holds no layer to train")
+        ranks |= dict.fromkeys(found, int(rank))
+    return ranks
 
 
-def lora_state_dict(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """A and B of every layer in diffusers' names; alpha/rank is folded into B, so that no reader needs it."""
-    state = {}
-    for name, layer in lora_layers(unet).items():
-        state[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight.detach().cpu().contiguous()
-        up = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
-        state[f"{name}.lora_B.weight"] = up.cpu().contiguous()
-    return state
+def _is_inside(name: str, block: str) -> bool:
+    block = block.removeprefix("unet.")
+    return name == block or name.startswith(f"{block}.")
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> Path:
-    """Write `pytorch_lora_weights.safetensors` for `load_lora_weights` of a stock pipeline; returns its path."""
-    path = folder / LORA_FILE
-
-    def write(aside: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            StableDiffusionXLPipeline.save_lora_weights(scratch, unet_lora_layers=lora_state_dict(unet))
-            (Path(scratch) / LORA_FILE).replace(aside)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
-    return path
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,4 +1,7 @@
-"""The command lines, made from `config.py`. Exit codes: 0; 1 when a run had to stop; 2 for wrong input."""
+"""The command lines, made from `config.py`.
+
+Exit codes: 0; 1 when a run had to stop; 2 for wrong input; 3 when a run was asked to stop and can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,22 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flatlora_diffusion.config import SAMPLES, ConfigError, RunError, TrainConfig, preset_file
+from flatlora_diffusion.config import (
+    SAMPLES,
+    ConfigError,
+    GenerateConfig,
+    RunError,
+    StoppedError,
+    TrainConfig,
+    choices_of,
+    preset_file,
+    setting_hints,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m flatlora_diffusion VERB ...`; returns the exit code."""
-    verbs: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare}
+    verbs: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare, "generate": _generate}
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = verbs.get(given[0]) if given else None
     if verb is None:
@@ -48,7 +61,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
     return tyro.cli(
         TrainConfig,
         default=config,
-        args=flags,
+        args=_as_tyro_reads(flags),
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
         description="Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. "
@@ -57,8 +70,9 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
 
 
 def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for library in ("httpx", "httpcore", "accelerate"):
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes only the first speaks
+    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
+    for library in ("httpx", "httpx2", "httpcore", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # One progress bar is shown, that of the training, and no notes of the libraries below an error.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -68,7 +82,7 @@ def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
         verb(arguments)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, StoppedError) else 1
     return 0
 
 
@@ -109,8 +123,45 @@ def _compare(arguments: list[str]) -> None:
     print(f"The LoRA files are in {picture.parent / 'lora'} and {picture.parent / 'flat-lora'}")
 
 
+def _generate(arguments: list[str]) -> None:
+    import tyro
+
+    config = tyro.cli(
+        GenerateConfig,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+        prog="python -m flatlora_diffusion generate",
+        description="Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid.",
+    )
+    from flatlora_diffusion.gallery import generate
+
+    _hide_library_bars()
+    for picture in generate(config):
+        print(f"Look at {picture}")
+
+
+def _as_tyro_reads(flags: Sequence[str]) -> list[str]:
+    """diffusers' spellings in tyro's: `--prodigy_decouple False` as `--no_prodigy_decouple`, choices in any case."""
+    hints = setting_hints()
+    read: list[str] = []
+    left = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    while left:
+        flag = left.pop(0)
+        name = flag.removeprefix("--").replace("-", "_")
+        value = left[0] if left and flag.startswith("--") else None
+        kind = hints.get(name)
+        if kind is bool and value is not None and value.lower() in ("true", "false"):
+            read.append(flag if left.pop(0).lower() == "true" else f"--no_{name}")
+        elif kind is not None and value is not None and value.lower() in choices_of(kind):
+            read += [flag, left.pop(0).lower()]
+        else:
+            read.append(flag)
+    return read
+
+
 def _with_images(config: TrainConfig) -> TrainConfig:
-    if not config.data.instance_data_dir:
+    if not config.data.instance_data_dir and not config.data.dataset_name:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     return config
 

@@ -17,14 +17,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from flatlora_diffusion.adapter import LORA_FILE
 from flatlora_diffusion.config import DEFAULT_SIGMA, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_loss
 from flatlora_diffusion.generate import generate_images
 from flatlora_diffusion.grid import labelled_grid
+from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.run_dir import PATH_SETTINGS, RunDir, portable
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+from flatlora_diffusion.training_set import load_training_set
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def compare(config: TrainConfig, heldout: Path, prompts: Sequence[str]) -> Path:
     resolution = config.data.resolution or sdxl.resolution
     data = config.data
     sets = {
-        "train": load_samples(Path(data.instance_data_dir), data.instance_prompt, data.caption_column),
+        "train": load_training_set(data),
         "heldout": load_samples(heldout, data.instance_prompt),
     }
     probes = {
@@ -125,10 +127,10 @@ def _is_finished(run: RunDir, arm: TrainConfig) -> bool:
 
 
 def _measure(sdxl: Sdxl, name: str, probes: dict[str, Probe], run: RunDir | None) -> Row:
-    losses = {kind: probe_loss(sdxl.unet, sdxl.scheduler, probe) for kind, probe in probes.items()}
+    losses = {kind: probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) for kind, probe in probes.items()}
     if run is None:
         return Row(name, losses["train"], losses["heldout"], None, None, None, None)
-    rises = loss_rise(sdxl.unet, sdxl.scheduler, probes["train"], DEFAULT_SIGMA, RISE_DRAWS, seed=0)
+    rises = loss_rise(sdxl.unet, Objective(sdxl.scheduler), probes["train"], DEFAULT_SIGMA, RISE_DRAWS, seed=0)
     steps = [event for event in run.events() if event["event"] == "step"]
     return Row(
         name,

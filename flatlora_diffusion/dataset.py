@@ -1,4 +1,4 @@
-"""The training set: a folder of images with captions, and the order and augmentation of its samples."""
+"""Samples: a folder of images with captions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.images import CAPTION_SUFFIXES, find_images, load_image
-from flatlora_diffusion.seeds import generator
+from flatlora_diffusion.images import CAPTION_SUFFIXES, Source, find_images, load_image
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # the first that a line has, unless one is named
@@ -22,14 +21,18 @@ LISTED = 5  # files that a message names before it only counts
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image; `id` is its file name, `width` and `height` are those of the upright image."""
+    """One training image; `id` is its file name, `width` and `height` are those of the upright image.
+
+    `look` is a 64-bit difference hash: pictures that look alike differ in few bits.
+    """
 
     id: str
-    path: Path
+    source: Source
     caption: str
     sha256: str
     width: int
     height: int
+    look: int
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,25 @@ class SampleSet:
 
     @property
     def summary(self) -> str:
-        """One line to show before training starts: `23 images, captions 20/23, skipped: notes.pdf (...)`."""
+        """What will be trained on, to be shown before: `23 images, captions 20/23, skipped: notes.pdf (...)`."""
         count = len(self.samples)
         line = f"{count} image{'s' * (count != 1)}, captions {self.captioned}/{count}"
-        return line + (f", skipped: {_listing(self.skipped)}" if self.skipped else "")
+        sides = [(sample.width, sample.height) for sample in self.samples]
+        small, large = min(sides, key=min), max(sides, key=min)
+        line += f", {small[0]}x{small[1]}" + (f" to {large[0]}x{large[1]}" if large != small else "") + " pixels"
+        if self.skipped:
+            line += f"; skipped: {_listing(self.skipped)}"
+        alike = self.duplicates()
+        return line + (f"; look alike: {_listing(alike)}" if alike else "")
+
+    def duplicates(self) -> list[tuple[str, str]]:
+        """(name, name of an earlier image) of each image that looks like an earlier one."""
+        found = []
+        for place, sample in enumerate(self.samples):
+            twin = next((other for other in self.samples[:place] if _is_alike(sample, other)), None)
+            if twin is not None:
+                found.append((sample.id, twin.id))
+        return found
 
 
 def load_samples(folder: Path, instance_prompt: str | None = None, caption_column: str | None = None) -> SampleSet:
@@ -69,24 +87,8 @@ def load_samples(folder: Path, instance_prompt: str | None = None, caption_colum
             f"{bare[0]} {have} no caption: "
             f"write one into {Path(bare[0]).stem}.txt beside it, or give an --instance_prompt"
         )
-    samples = [_sample(path, own[path.name] or str(instance_prompt)) for path in paths]
+    samples = [make_sample(path.name, path, own[path.name] or str(instance_prompt)) for path in paths]
     return SampleSet(samples, captioned=len(paths) - len(bare), skipped=skipped)
-
-
-def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    """The order of `count` samples in `epoch`, a permutation that is a function of the arguments alone."""
-    return torch.randperm(count, generator=generator("cpu", seed, "order", epoch)).tolist()
-
-
-def sample_at(seed: int, count: int, index: int) -> tuple[int, int]:
-    """(epoch, sample) at `index` in the endless row of samples that one epoch after the other makes."""
-    epoch, position = divmod(index, count)
-    return epoch, epoch_order(seed, epoch, count)[position]
-
-
-def augmentation_rng(seed: int, sample_id: str, epoch: int) -> torch.Generator:
-    """The CPU generator for crop and flip of one sample in one epoch."""
-    return generator("cpu", seed, "augmentation", sample_id, epoch)
 
 
 def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:
@@ -103,10 +105,24 @@ def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     ]
 
 
-def _sample(path: Path, caption: str) -> Sample:
-    width, height = load_image(path).size  # a header's size is not always that of the upright image
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Sample(path.name, path, caption.strip(), sha256, width, height)
+def make_sample(name: str, source: Source, caption: str) -> Sample:
+    """The sample of an image that is known to be readable."""
+    image = load_image(source)  # a header's size is not always that of the upright image
+    content = source.read_bytes() if isinstance(source, Path) else source
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Sample(name, source, caption.strip(), sha256, image.width, image.height, _difference_hash(image))
+
+
+def _difference_hash(image: Image.Image) -> int:
+    """64 bits: whether each of 8 x 8 grey pixels is brighter than its right neighbour."""
+    grey = list(image.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes())
+    bits = [grey[9 * row + column] > grey[9 * row + column + 1] for row in range(8) for column in range(8)]
+    return sum(bit << place for place, bit in enumerate(bits))
+
+
+def _is_alike(one: Sample, two: Sample) -> bool:
+    # A blank picture has no look, so only its content can tell.
+    return one.sha256 == two.sha256 or (bool(one.look) and (one.look ^ two.look).bit_count() <= 2)
 
 
 def _sidecar_caption(path: Path) -> str:

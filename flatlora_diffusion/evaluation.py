@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.generate import evaluating
-from flatlora_diffusion.images import crop_and_flip, load_image
-from flatlora_diffusion.loss import Batch, sample_losses
+from flatlora_diffusion.images import load_image
+from flatlora_diffusion.loss import Batch, Objective, sample_losses
 from flatlora_diffusion.perturbation import FlatLora
 from flatlora_diffusion.sdxl import Sdxl, add_time_ids, encode_images, encode_prompts
 from flatlora_diffusion.seeds import generator
+from flatlora_diffusion.views import crop_and_flip
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def fixed_probe(
     """The probe of `samples`: centre crops, posterior means, timesteps stratified so that each part of time counts."""
     device = sdxl.unet.device
     views = [
-        crop_and_flip(load_image(s.path, background), resolution, True, False, torch.Generator()) for s in samples
+        crop_and_flip(load_image(s.source, background), resolution, True, False, torch.Generator()) for s in samples
     ]
     pixels, sizes, crops = zip(*views, strict=True)
     latents = torch.cat([encode_images(sdxl.vae, part.to(device)) for part in torch.stack(pixels).split(16)])
@@ -43,23 +44,25 @@ def fixed_probe(
     noise = torch.randn((len(samples) * draws, *latents.shape[1:]), generator=rng)
     strata = (torch.arange(draws) + torch.rand(len(samples), draws, generator=rng)) / draws
     timesteps = (strata * sdxl.scheduler.config.num_train_timesteps).long().flatten()
-    return Probe(_repeated(batch, draws), noise.to(device), timesteps.to(device))
+    return Probe(
+        batch.mapped(lambda value: value.repeat_interleave(draws, dim=0)), noise.to(device), timesteps.to(device)
+    )
 
 
 @torch.no_grad()
-def probe_loss(unet: UNet2DConditionModel, scheduler: DDPMScheduler, probe: Probe, batch_size: int = 32) -> float:
+def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int = 32) -> float:
     """The mean denoising loss of `unet` on the probe; the same number for the same weights."""
     losses = []
     with evaluating(unet):
         for start in range(0, len(probe.timesteps), batch_size):
             part = slice(start, start + batch_size)
-            batch = Batch(**{name: value[part] for name, value in vars(probe.batch).items()})
-            losses.append(sample_losses(unet, scheduler, batch, probe.noise[part], probe.timesteps[part]))
+            batch = probe.batch.mapped(lambda value, part=part: value[part])  # type: ignore[misc]
+            losses.append(sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part]))
     return float(torch.cat(losses).double().mean())
 
 
 def loss_rise(
-    unet: UNet2DConditionModel, scheduler: DDPMScheduler, probe: Probe, sigma: float, draws: int, seed: int
+    unet: UNet2DConditionModel, objective: Objective, probe: Probe, sigma: float, draws: int, seed: int
 ) -> list[float]:
     """How much each of `draws` filter-wise perturbations of the merged weights (Eq. 7) lifts the probe's loss.
 
@@ -67,15 +70,11 @@ def loss_rise(
     """
     flat = FlatLora(unet, sigma=sigma, schedule="constant", seed=seed)
     try:
-        clean = probe_loss(unet, scheduler, probe)
+        clean = probe_loss(unet, objective, probe)
         rises = []
         for draw in range(draws):
             with flat.perturb(step=draw):
-                rises.append(probe_loss(unet, scheduler, probe) - clean)
+                rises.append(probe_loss(unet, objective, probe) - clean)
         return rises
     finally:
         flat.detach()
-
-
-def _repeated(batch: Batch, draws: int) -> Batch:
-    return Batch(**{name: value.repeat_interleave(draws, dim=0) for name, value in vars(batch).items()})

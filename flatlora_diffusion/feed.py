@@ -2,85 +2,206 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 from torch import Tensor
 
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.dataset import Sample, augmentation_rng, sample_at
-from flatlora_diffusion.images import crop_and_flip, load_image
+from flatlora_diffusion.dataset import Sample
+from flatlora_diffusion.images import load_alpha, load_image
+from flatlora_diffusion.latent_cache import LatentCache
 from flatlora_diffusion.loss import Batch
-from flatlora_diffusion.sdxl import Sdxl, add_time_ids, encode_images, encode_prompts
+from flatlora_diffusion.prompts import FrozenPrompts, TokenizedPrompts
+from flatlora_diffusion.sampling import BucketOrder, Draw, Order
+from flatlora_diffusion.sdxl import Sdxl, add_time_ids, posterior
 from flatlora_diffusion.seeds import generator
+from flatlora_diffusion.views import View, choose_view, mirrored_view, pixels_of, view_image
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a batch and how it is seen."""
+
+    sample: Sample
+    view: View
 
 
 class Feed:
     """Makes the batch of any (step, slot), where slot = micro_batch * world_size + rank. Holds no position."""
 
-    def __init__(self, config: TrainConfig, sdxl: Sdxl, samples: list[Sample], world_size: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        sdxl: Sdxl,
+        samples: Sequence[Sample],
+        world_size: int = 1,
+        class_samples: Sequence[Sample] = (),
+        tokens: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        """`config` has its seed and resolution; `tokens` are pivotal tuning's, by placeholder."""
         assert config.run.seed is not None
         assert config.data.resolution is not None
         self.slots = config.optim.gradient_accumulation_steps * world_size  # micro-batches of one optimizer step
-        self.config = config
-        self.sdxl = sdxl
-        self.samples = samples
+        self.config, self.sdxl = config, sdxl
+        self.samples, self.class_samples = list(samples), list(class_samples)
         self.seed: int = config.run.seed
         self.resolution: int = config.data.resolution
         self.device = sdxl.unet.device
-        # The text encoders are frozen, so each caption is encoded once.
-        captions = sorted({sample.caption for sample in samples})
-        self._prompts = {caption: _cpu(encode_prompts(sdxl.pipeline, [caption])) for caption in captions}
+        self.sizes = self._sizes()
+        self.order = self._order()
+        self._class_order = Order(self.seed, "class_order", len(class_samples), 1, config.optim.train_batch_size)
+        data = config.data
+        folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        captions = [sample.caption for sample in (*samples, *class_samples)]
+        text_folder = folder if data.cache_text_embeddings else None
+        self._prompts: FrozenPrompts | TokenizedPrompts = (
+            TokenizedPrompts(sdxl.pipeline, tokens or {})
+            if config.trains_text
+            else FrozenPrompts(sdxl.pipeline, captions, config.model.clip_skip, text_folder)
+        )
+        self._cache = self._cached(self.samples, self.sizes, folder)
+        square = [(self.resolution, self.resolution)] * len(class_samples)
+        # With buckets a class image has as many sizes as there are buckets, so it is encoded when it is needed.
+        is_square = not data.use_aspect_ratio_buckets
+        self._class_cache = self._cached(self.class_samples, square, folder) if is_square else None
+        workers = data.dataloader_num_workers
+        self._loader = ThreadPoolExecutor(workers) if workers and self._cache is None else None
+        self._loading: dict[tuple[int, int], list[Future[Tensor]]] = {}
 
     def batch(self, step: int, slot: int) -> Batch:
-        """The training batch of (step, slot) on the UNet's device."""
-        data, size = self.config.data, (self.resolution, self.resolution)
-        chosen = self._draw(step, slot)
-        views = [
-            crop_and_flip(
-                load_image(sample.path, data.background_color),
-                self.resolution,
-                data.center_crop,
-                data.random_flip,
-                augmentation_rng(self.seed, sample.id, epoch),
-                data.image_interpolation_mode,
-            )
-            for epoch, sample in chosen
-        ]
-        pixels, original_sizes, crops = zip(*views, strict=True)
-        prompt_embeds, pooled = self._prompt_embeds([sample for _, sample in chosen], step, slot)
+        """The training batch of (step, slot) on the UNet's device: the instance images, then as many class images."""
+        rows, class_rows = self._rows(step, slot), self._class_rows(step, slot)
+        both = rows + class_rows
+        dropped = self.config.data.caption_dropout
+        kept = None
+        if dropped > 0:
+            draws = torch.rand(len(rows), generator=generator("cpu", self.seed, "caption_dropout", step, slot))
+            kept = torch.cat([draws >= dropped, torch.ones(len(class_rows), dtype=torch.bool)])
+        mean, std = self._posteriors(rows, class_rows, step, slot)
+        rng = generator(self.device, self.seed, "vae", step, slot)
+        noise = torch.randn(mean.shape, generator=rng, device=self.device)
+        weights = None
+        if class_rows:  # the mean over all images is then the mean over each kind, the classes' times its weight
+            prior = self.config.objective.prior_loss_weight
+            weights = torch.tensor([2.0] * len(rows) + [2.0 * prior] * len(class_rows), device=self.device)
         return Batch(
-            latents=self._latents(torch.stack(pixels).to(self.device), step, slot),
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled,
-            add_time_ids=add_time_ids(original_sizes, crops, size, self.device),
+            latents=mean + std * noise,
+            add_time_ids=add_time_ids(
+                [row.view.original_size for row in both],
+                [row.view.crop_top_left for row in both],
+                both[0].view.size,
+                self.device,
+            ),
+            weights=weights,
+            mask=self._mask(both) if self.config.objective.alpha_mask_loss else None,
+            **self._prompts.conditioning([row.sample.caption for row in both], kept, self.device),
         )
 
     def samples_at(self, step: int, slot: int) -> list[Sample]:
-        """The images of the batch of (step, slot)."""
-        return [sample for _, sample in self._draw(step, slot)]
+        """The instance images of the batch of (step, slot)."""
+        return [self.samples[draw.sample] for draw in self.order.batch(step * self.slots + slot)]
 
-    def _draw(self, step: int, slot: int) -> list[tuple[int, Sample]]:
-        """(epoch, sample) of each image, the row of all epochs cut into batches."""
-        size = self.config.optim.train_batch_size
-        first = (step * self.slots + slot) * size
-        places = [sample_at(self.seed, len(self.samples), index) for index in range(first, first + size)]
-        return [(epoch, self.samples[sample]) for epoch, sample in places]
+    def epoch_after(self, step: int) -> int:
+        """Whole epochs shown once optimizer step `step` is done."""
+        return self.order.epoch_of((step + 1) * self.slots)
 
-    def _latents(self, pixels: Tensor, step: int, slot: int) -> Tensor:
-        vae, factor = self.sdxl.vae, self.sdxl.pipeline.vae_scale_factor
-        shape = (len(pixels), vae.config.latent_channels, self.resolution // factor, self.resolution // factor)
-        rng = generator(self.device, self.seed, "vae", step, slot)
-        return encode_images(vae, pixels, torch.randn(shape, generator=rng, device=self.device))
+    def _sizes(self) -> list[tuple[int, int]]:
+        """The training size (height, width) of each sample."""
+        square = (self.resolution, self.resolution)
+        if not self.config.data.use_aspect_ratio_buckets:
+            return [square] * len(self.samples)
+        buckets = generate_aspect_ratio_buckets(self.resolution, self.sdxl.size_step)
+        return [buckets[find_nearest_bucket(sample.height, sample.width, buckets)] for sample in self.samples]
 
-    def _prompt_embeds(self, samples: list[Sample], step: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Embeddings of the captions; a dropped caption is all zeros, as SDXL's unconditional half."""
-        pairs = [self._prompts[sample.caption] for sample in samples]
-        prompt_embeds, pooled = (torch.cat(parts).to(self.device) for parts in zip(*pairs, strict=True))
-        if self.config.data.caption_dropout > 0:
-            draws = torch.rand(len(samples), generator=generator("cpu", self.seed, "caption_dropout", step, slot))
-            kept = (draws >= self.config.data.caption_dropout).to(self.device, prompt_embeds.dtype)
-            prompt_embeds, pooled = prompt_embeds * kept[:, None, None], pooled * kept[:, None]
-        return prompt_embeds, pooled
+    def _order(self) -> Order | BucketOrder:
+        repeats, size = self.config.data.repeats, self.config.optim.train_batch_size
+        if not self.config.data.use_aspect_ratio_buckets:
+            return Order(self.seed, "order", len(self.samples), repeats, size)
+        known = sorted(set(self.sizes))
+        return BucketOrder(self.seed, "order", [known.index(one) for one in self.sizes], repeats, size)
+
+    def _rows(self, step: int, slot: int) -> list[Row]:
+        rows = []
+        for draw in self.order.batch(step * self.slots + slot):
+            sample = self.samples[draw.sample]
+            rows.append(Row(sample, self._view(sample, self.sizes[draw.sample], draw, is_cached=bool(self._cache))))
+        return rows
+
+    def _class_rows(self, step: int, slot: int) -> list[Row]:
+        """Class images have no bucket of their own: they are cropped to the size of the batch."""
+        if not self.class_samples:
+            return []
+        size = self.sizes[self.order.batch(step * self.slots + slot)[0].sample]
+        rows = []
+        for draw in self._class_order.batch(step * self.slots + slot):
+            sample = self.class_samples[draw.sample]
+            rows.append(Row(sample, self._view(sample, size, draw, is_cached=bool(self._class_cache))))
+        return rows
+
+    def _view(self, sample: Sample, size: tuple[int, int], draw: Draw, is_cached: bool) -> View:
+        """Crop and flip by (seed, sample, epoch); a cached image keeps its crop and is only flipped anew."""
+        data = self.config.data
+        rng = generator("cpu", self.seed, "augmentation", sample.id, draw.epoch)
+        original = (sample.height, sample.width)
+        view = choose_view(original, size, data.center_crop, data.random_flip, rng)
+        return mirrored_view(self._cached_view(sample, size), view.is_mirrored) if is_cached else view
+
+    def _cached_view(self, sample: Sample, size: tuple[int, int]) -> View:
+        rng = generator("cpu", self.seed, "cached_crop", sample.id)
+        return choose_view((sample.height, sample.width), size, self.config.data.center_crop, False, rng)
+
+    def _cached(
+        self, samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], folder: Path | None
+    ) -> LatentCache | None:
+        data = self.config.data
+        if not data.cache_latents or not samples:
+            return None
+        views = [self._cached_view(sample, size) for sample, size in zip(samples, sizes, strict=True)]
+        settings = data.image_interpolation_mode, data.background_color
+        return LatentCache(self.sdxl.vae, samples, views, self._pixels, settings, folder)
+
+    def _pixels(self, sample: Sample, view: View) -> Tensor:
+        data = self.config.data
+        image = load_image(sample.source, data.background_color)
+        return pixels_of(view_image(image, view, data.image_interpolation_mode))
+
+    def _posteriors(self, rows: list[Row], class_rows: list[Row], step: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Normalized mean and std (B, 4, h, w) of all rows, from the cache or encoded now."""
+        found = []
+        for part, cache in ((rows, self._cache), (class_rows, self._class_cache)):
+            if cache is not None:
+                keys = [(row.sample.id, row.view.is_mirrored) for row in part]
+                found.append(cache.posterior(keys, self.device))
+            elif part:
+                pixels = self._loaded(part, step, slot) if part is rows else [self._pixels(*_key(row)) for row in part]
+                found.append(posterior(self.sdxl.vae, torch.stack(pixels).to(self.device)))
+        means, stds = zip(*found, strict=True)
+        return torch.cat(means), torch.cat(stds)
+
+    def _loaded(self, rows: list[Row], step: int, slot: int) -> list[Tensor]:
+        """The rows' pixels; with loader threads those of the same slot of the next step are begun too."""
+        if self._loader is None:
+            return [self._pixels(*_key(row)) for row in rows]
+        here = self._loading.pop((step, slot), None)
+        following = [self._loader.submit(self._pixels, *_key(row)) for row in self._rows(step + 1, slot)]
+        self._loading = {key: jobs for key, jobs in self._loading.items() if key[0] > step}
+        self._loading[step + 1, slot] = following
+        return [job.result() for job in here] if here is not None else [self._pixels(*_key(row)) for row in rows]
+
+    def _mask(self, rows: list[Row]) -> Tensor:
+        """The share of each latent pixel that the image's alpha shows, (B, 1, h, w)."""
+        interpolation = self.config.data.image_interpolation_mode
+        masks = [pixels_of(view_image(load_alpha(row.sample.source), row.view, interpolation)) for row in rows]
+        return F.avg_pool2d(torch.stack(masks).to(self.device), self.sdxl.pipeline.vae_scale_factor)
 
 
-def _cpu(embeds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return embeds[0].cpu(), embeds[1].cpu()
+def _key(row: Row) -> tuple[Sample, View]:
+    return row.sample, row.view

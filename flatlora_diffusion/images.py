@@ -7,16 +7,17 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
-from flatlora_diffusion.config import ConfigError, Interpolation
+from flatlora_diffusion.config import ConfigError
 
 # What users have. Not every format Pillow knows: EPS would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
 CAPTION_SUFFIXES = (".txt", ".caption")
 # Files that belong beside images and need no mention when they are not read as one.
 SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json", ".jsonl")
+
+Source = Path | bytes  # a file, or the encoded bytes of one
 
 # What Pillow raises on damaged files (found by damaging files of each format).
 _READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
@@ -26,7 +27,7 @@ class ImageError(ConfigError):
     """A file that cannot be read as an image; the message names it and says why."""
 
 
-def load_image(path: Path, background: str = "white") -> Image.Image:
+def load_image(source: Source, background: str = "white") -> Image.Image:
     """The image as an upright 8-bit sRGB picture on `background`, with no metadata left.
 
     EXIF orientation is applied, ICC profiles are converted (broken ones ignored), 16-bit gray is scaled to 8 bits,
@@ -35,12 +36,19 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
     """
     fill = _opaque_colour(background)
     try:
-        colour, alpha = _decode(path)
+        colour, alpha = _decode(source)
     except _READ_ERRORS as error:
-        raise ImageError(f"{path.name} cannot be read as an image: {_reason(error)}") from error
+        name = source.name if isinstance(source, Path) else "an image of the dataset"
+        raise ImageError(f"{name} cannot be read as an image: {_reason(error)}") from error
     canvas = Image.new("RGB", colour.size, fill)
     canvas.paste(colour, mask=alpha)
     return canvas
+
+
+def load_alpha(source: Source) -> Image.Image:
+    """The upright alpha channel (mode L); all 255 for an image without one. Raises as Pillow does."""
+    colour, alpha = _decode(source)
+    return Image.new("L", colour.size, 255) if alpha is None else alpha
 
 
 def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -70,42 +78,6 @@ def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     return images, skipped
 
 
-def crop_and_flip(
-    image: Image.Image,
-    resolution: int,
-    center_crop: bool,
-    random_flip: bool,
-    rng: torch.Generator,
-    interpolation: Interpolation = "lanczos",
-) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
-    """(pixels (3, R, R) in [-1, 1], original_size (height, width), crop_top_left (top, left)) for R = `resolution`.
-
-    The shorter side is resized to R, then the image is flipped, then cropped, as in diffusers'
-    train_dreambooth_lora_sdxl.py: original_size is the size before resizing, crop_top_left is in the resized (and
-    flipped) image; both go into SDXL's add_time_ids. `rng` (CPU) gives three numbers whatever the options, so that
-    switching one on does not change the other.
-    """
-    flip, down, across = torch.rand(3, generator=rng).tolist()
-    original_size = (image.height, image.width)
-    image = _resize_shorter_side(image, resolution, interpolation)
-    if random_flip and flip < 0.5:
-        image = ImageOps.mirror(image)
-    spare_height, spare_width = image.height - resolution, image.width - resolution
-    if center_crop:
-        top, left = round(spare_height / 2), round(spare_width / 2)
-    else:
-        top, left = int(down * (spare_height + 1)), int(across * (spare_width + 1))
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous()
-    return pixels / 255 * 2 - 1, original_size, (top, left)
-
-
-def _resize_shorter_side(image: Image.Image, resolution: int, interpolation: Interpolation) -> Image.Image:
-    short = min(image.size)
-    width, height = (int(resolution * side / short) for side in image.size)
-    return image.resize((width, height), Image.Resampling[interpolation.upper()])
-
-
 def _opaque_colour(background: str) -> tuple[int, ...]:
     try:
         colour = ImageColor.getrgb(background)
@@ -118,9 +90,9 @@ def _opaque_colour(background: str) -> tuple[int, ...]:
     return colour
 
 
-def _decode(path: Path) -> tuple[Image.Image, Image.Image | None]:
+def _decode(source: Source) -> tuple[Image.Image, Image.Image | None]:
     """The upright sRGB colours (mode RGB) and the alpha channel (mode L), if any. Raises one of _READ_ERRORS."""
-    with Image.open(path, formats=FORMATS) as file:
+    with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as file:
         limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns between this and twice this
         if limit is not None and file.width * file.height > limit:
             raise ValueError(f"{file.width} x {file.height} pixels, more than the limit of {limit}; make it smaller")

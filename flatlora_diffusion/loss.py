@@ -2,57 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from flatlora_diffusion.config import LossType
+
+HUBER_DELTA = 0.1  # errors above it count linearly
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the UNet sees of B images.
+    """What the model sees of B images, and how much each counts.
 
-    latents (B, 4, h, w), prompt_embeds (B, 77, D), pooled_prompt_embeds (B, P), add_time_ids (B, 6).
+    latents (B, 4, h, w) fp32, add_time_ids (B, 6). The prompts: prompt_embeds (B, 77, D) and pooled_prompt_embeds
+    (B, P); or, for a `Denoiser` that trains its text encoders, input_ids (B, 2, 77) and kept (B,), 0 where the caption
+    is dropped. weights (B,) are each image's factor in the mean; mask (B, 1, h, w) in [0, 1] says which latent pixels
+    count; None means all alike.
     """
 
     latents: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
+    prompt_embeds: Tensor | None
+    pooled_prompt_embeds: Tensor | None
     add_time_ids: Tensor
+    input_ids: Tensor | None = None
+    kept: Tensor | None = None
+    weights: Tensor | None = None
+    mask: Tensor | None = None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `change` applied to each of its tensors."""
+        changed: dict[str, Any] = {
+            name: value if value is None else change(value) for name, value in vars(self).items()
+        }
+        return Batch(**changed)
 
 
-def draw_targets(scheduler: DDPMScheduler, latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise of the latents' shape and one uniform timestep per image, from `rng` alone."""
+@dataclass(frozen=True)
+class Objective:
+    """How noisy latents are made and what is compared with what.
+
+    `scheduler` is a DDPMScheduler, or an EDM scheduler of diffusers; `edm` compares denoised latents, weighted, as in
+    arXiv:2206.00364, in place of noise or velocity.
+    """
+
+    scheduler: Any
+    edm: bool = False
+    loss_type: LossType = "l2"
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+
+
+def draw_targets(objective: Objective, latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise of the latents' shape and one uniform timestep (an index) per image, from `rng` alone."""
     noise = torch.randn(latents.shape, generator=rng, device=latents.device, dtype=torch.float32)
-    steps = scheduler.config.num_train_timesteps
+    steps = objective.scheduler.config.num_train_timesteps
     timesteps = torch.randint(0, steps, (latents.shape[0],), generator=rng, device=latents.device)
+    if objective.noise_offset:
+        shape = (*latents.shape[:2], 1, 1)
+        noise = noise + objective.noise_offset * torch.randn(shape, generator=rng, device=latents.device)
     return noise, timesteps
 
 
-def diffusion_loss(
-    unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: Batch, noise: Tensor, timesteps: Tensor
-) -> Tensor:
-    """Mean squared error of the noise (or velocity) prediction, a scalar in fp32."""
-    return sample_losses(unet, scheduler, batch, noise, timesteps).mean()
+def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """The mean of the images' losses, each times its weight: a scalar in fp32."""
+    losses = sample_losses(model, objective, batch, noise, timesteps)
+    return losses.mean() if batch.weights is None else (losses * batch.weights).mean()
 
 
-def sample_losses(
-    unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch: Batch, noise: Tensor, timesteps: Tensor
-) -> Tensor:
-    """The loss of each image, (B,) fp32."""
+def sample_losses(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """The loss of each image, (B,) fp32. `model` is a UNet, or a `Denoiser` for a batch of token ids."""
+    weights: Tensor | None
+    if objective.edm:
+        prediction, target, weights = _denoised(model, objective.scheduler, batch, noise, timesteps)
+    else:
+        scheduler = objective.scheduler
+        noisy = scheduler.add_noise(batch.latents, noise, timesteps)
+        prediction = _predict(model, noisy, timesteps, batch)
+        target = _target(scheduler, batch.latents, noise, timesteps)
+        gamma = objective.snr_gamma
+        weights = None if gamma is None else _min_snr(scheduler, timesteps, gamma)
+    if objective.loss_type == "l2":
+        errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    else:  # twice PyTorch's huber loss, so that small errors count as in l2
+        errors = 2 * F.huber_loss(prediction.float(), target.float(), reduction="none", delta=HUBER_DELTA)
+    losses = errors.mean(dim=(1, 2, 3)) if batch.mask is None else _masked_mean(errors, batch.mask)
+    return losses if weights is None else losses * weights
+
+
+def is_edm_scheduler(scheduler: Any) -> bool:
+    """Whether the base was trained with EDM's own preconditioning (such as Playground v2.5)."""
+    return hasattr(scheduler, "precondition_outputs")
+
+
+def _predict(model: nn.Module, sample: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+    if batch.input_ids is not None:
+        output: Tensor = model(sample, timesteps, batch.input_ids, batch.kept, batch.add_time_ids)
+        return output
+    assert batch.prompt_embeds is not None
+    added = {"text_embeds": batch.pooled_prompt_embeds, "time_ids": batch.add_time_ids}
     dtype = batch.prompt_embeds.dtype
-    noisy = scheduler.add_noise(batch.latents, noise, timesteps)
-    output = unet(
-        noisy.to(dtype),
-        timesteps,
-        batch.prompt_embeds,
-        added_cond_kwargs={"text_embeds": batch.pooled_prompt_embeds, "time_ids": batch.add_time_ids},
-        return_dict=False,
-    )[0]
-    target = _target(scheduler, batch.latents, noise, timesteps)
-    return F.mse_loss(output.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    output = model(sample.to(dtype), timesteps, batch.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
+    return output
 
 
 def _target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -61,3 +118,41 @@ def _target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps:
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     raise ValueError(f"unknown prediction_type {scheduler.config.prediction_type!r} in the base's scheduler")
+
+
+def _min_snr(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity (arXiv:2303.09556), (B,)."""
+    snr = compute_snr(scheduler, timesteps)
+    return snr.clamp(max=gamma) / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+
+
+def _denoised(
+    model: nn.Module, scheduler: Any, batch: Batch, noise: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(denoised latents, clean latents, weights (B,)) at x + sigma * noise."""
+    if is_edm_scheduler(scheduler):
+        indices = timesteps.cpu()
+        sigma = scheduler.sigmas[indices].to(noise).view(-1, 1, 1, 1)
+        noisy = batch.latents + sigma * noise
+        times = scheduler.timesteps[indices].to(noise)
+        output = _predict(model, scheduler.precondition_inputs(noisy, sigma), times, batch)
+        prediction = scheduler.precondition_outputs(noisy, output.float(), sigma)
+        data = scheduler.config.sigma_data
+        weights = (sigma**2 + data**2) / (sigma * data) ** 2
+        return prediction, batch.latents, weights.flatten()
+    signal = scheduler.alphas_cumprod.to(noise)[timesteps].view(-1, 1, 1, 1)
+    sigma = ((1 - signal) / signal).sqrt()
+    noisy = batch.latents + sigma * noise
+    scale = (sigma**2 + 1).sqrt()
+    output = _predict(model, noisy / scale, timesteps, batch).float()
+    if scheduler.config.prediction_type == "epsilon":
+        prediction = noisy - sigma * output
+    else:
+        prediction = noisy / scale**2 - output * sigma / scale
+    return prediction, batch.latents, sigma.flatten() ** -2
+
+
+def _masked_mean(errors: Tensor, mask: Tensor) -> Tensor:
+    """The mean of (B, C, h, w) over the pixels that `mask` shows; an image without any counts nothing."""
+    shown = (errors * mask).sum(dim=(1, 2, 3))
+    return shown / (mask.sum(dim=(1, 2, 3)) * errors.shape[1]).clamp(min=1e-6)

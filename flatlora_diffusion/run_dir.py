@@ -5,6 +5,7 @@ manifest.json     names, hashes and sizes of the training images
 events.jsonl      one JSON object per line, appended: every optimizer step, then how the run ended
 checkpoint-N/     LoRA file and optimizer state after N steps
 images/           preview images
+stop, save        files that ask a run to stop, or to save a checkpoint, after the step it is at
 """
 
 from __future__ import annotations
@@ -22,22 +23,61 @@ from flatlora_diffusion.config import ConfigError, TrainConfig
 PATH_SETTINGS = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
+    "single_file_config",
     "instance_data_dir",
+    "dataset_name",
+    "cache_dir",
+    "class_data_dir",
+    "embedding_cache_dir",
+    "init_lora",
     "output_dir",
+    "validation_prompts_file",
+    "validation_data_dir",
 )
+_SECRETS = ("hub_token",)
 # What may differ when a run goes on: none of it alters the steps that were taken. The images are compared by hash.
 _FREE_SETTINGS = {
     "instance_data_dir",
+    "class_data_dir",
+    "cache_dir",
+    "embedding_cache_dir",
+    "cache_text_embeddings",
+    "dataloader_num_workers",
+    "num_class_images",
+    "sample_batch_size",
+    "prior_generation_precision",
+    "offload",
     "output_dir",
+    "output_name",
+    "output_kohya_format",
     "max_train_steps",
+    "max_train_seconds",
     "num_train_epochs",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "validation_prompt",
+    "validation_prompts_file",
     "num_validation_images",
+    "validation_epochs",
+    "validation_data_dir",
+    "report_to",
+    "logging_dir",
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+    "local_rank",
 }
-_RUN_FILES = ("config.json", "manifest.json", "events.jsonl", "images", "pytorch_lora_weights.safetensors")
+_RUN_FILES = (
+    "config.json",
+    "manifest.json",
+    "events.jsonl",
+    "images",
+    "README.md",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights_emb.safetensors",
+    "pytorch_lora_weights_kohya.safetensors",
+)
 
 
 class RunDir:
@@ -49,6 +89,8 @@ class RunDir:
         self.manifest_file = folder / "manifest.json"
         self.events_file = folder / "events.jsonl"
         self.images = folder / "images"
+        self.stop_file = folder / "stop"
+        self.save_file = folder / "save"
 
     def start(self, config: Mapping[str, Any], manifest: list[dict[str, Any]]) -> None:
         """Make the folder for a new run. An earlier run in it is moved aside to `earlier-N/`, never overwritten."""
@@ -56,6 +98,16 @@ class RunDir:
         self._move_aside()
         _write_json(self.config_file, portable(config))
         _write_json(self.manifest_file, manifest)
+
+    def update(self, config: Mapping[str, Any]) -> None:
+        """Save the settings that a resumed run has from now on."""
+        _write_json(self.config_file, portable(config))
+
+    def takes_save_request(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        is_asked = self.save_file.exists()
+        self.save_file.unlink(missing_ok=True)
+        return is_asked
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
@@ -138,8 +190,8 @@ class RunDir:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` to be saved: absolute paths become relative to the working folder, or a bare name outside of it."""
-    values = dict(config)
+    """`config` to be saved: no tokens; absolute paths relative to the working folder, or a bare name outside of it."""
+    values = {name: value for name, value in config.items() if name not in _SECRETS}
     for name in PATH_SETTINGS:
         value = values.get(name)
         if isinstance(value, str) and os.path.isabs(value):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -40,13 +41,25 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights and their names: equal if and only if the models are, at one dtype."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as flat tensors named `optimizer.INDEX.FIELD` and a JSON-able header for the rest."""
+    """An optimizer's state as flat tensors named `optimizer.INDEX.FIELD` and a JSON-able header for the rest.
+
+    A field that is a dict (as bitsandbytes has) gives `optimizer.INDEX.FIELD/KEY`.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, fields in state["state"].items():
-        for name, value in fields.items():
+        for name, value in _flat(fields):
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
@@ -56,11 +69,26 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Restore what `optimizer_tensors` returned; a strange layout is the optimizer's own error."""
-    state: dict[int, dict[str, Any]] = {}
+    flat: list[tuple[str, str, Any]] = []
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    for index, fields in header["scalars"].items():
-        state.setdefault(int(index), {}).update(fields)
+            flat.append((index, name, value))
+    flat += [(index, name, value) for index, fields in header["scalars"].items() for name, value in fields.items()]
+    state: dict[int, dict[str, Any]] = {}
+    for index, name, value in flat:
+        fields = state.setdefault(int(index), {})
+        field, _, key = name.partition("/")
+        if key:
+            fields.setdefault(field, {})[key] = value
+        else:
+            fields[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value

@@ -2,118 +2,243 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
+import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from diffusers.optimization import get_scheduler
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from diffusers.training_utils import EMAModel
 from torch import nn
 
-from flatlora_diffusion.adapter import add_lora, trainable_parameters
+from flatlora_diffusion.adapter import add_lora, add_text_lora, trainable_parameters
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.dataset import Sample
+from flatlora_diffusion.denoiser import Denoiser
 from flatlora_diffusion.feed import Feed
+from flatlora_diffusion.lora_file import read_lora, set_lora
+from flatlora_diffusion.loss import Objective, is_edm_scheduler
+from flatlora_diffusion.optimizer import Group, make_lr_schedule, make_optimizer
 from flatlora_diffusion.perturbation import FlatLora
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+from flatlora_diffusion.tokens import add_tokens, embedding_parameters
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # and their packages
 
 
 @dataclass
 class TrainState:
-    """Everything that a training step needs."""
+    """Everything that a training step needs. `model` is what the loss calls, as accelerate has wrapped it."""
 
     config: TrainConfig
     accelerator: Accelerator
     sdxl: Sdxl
-    unet: nn.Module
+    model: nn.Module
+    objective: Objective
     trainable: dict[str, nn.Parameter]
     optimizer: Any
-    lr_schedule: Any
-    flat: FlatLora | None
+    lr_schedule: torch.optim.lr_scheduler.LambdaLR
+    flats: list[FlatLora]
     feed: Feed
     run: RunDir
     total_steps: int
+    ema: EMAModel | None
+    tokens: dict[str, list[str]]
 
 
-def prepare(config: TrainConfig, samples: list[Sample]) -> TrainState:
-    """Load the base, add the LoRA and settle what `config` leaves open (resolution, steps, seed)."""
+def seeded(config: TrainConfig) -> TrainConfig:
+    """`config` with a seed: its own, or one from the operating system, the same on all processes."""
+    if config.run.seed is not None:
+        return config
+    PartialState()  # starts the process group that the broadcast needs
+    (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
+    logger.info("seed %d", seed)
+    return config.replace(seed=seed)
+
+
+def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Sequence[Sample] = ()) -> TrainState:
+    """Load the base, add the LoRA and settle what `config` leaves open (precision, resolution, steps, seed)."""
     accelerator = _accelerator(config)
-    dtype = DTYPES[config.optim.mixed_precision]
+    config = seeded(config).replace(mixed_precision=accelerator.mixed_precision)
+    _set_backends(config)
+    dtype = DTYPES[str(config.optim.mixed_precision)]
     sdxl = load_sdxl(config.model, accelerator.device, dtype)
-    config = _resolved(config, sdxl, len(samples), accelerator.num_processes)
-    optim, seed = config.optim, _known(config.run.seed)
-    add_lora(sdxl.unet, config.adapter, seed)
-    sdxl.unet.train()
-    if optim.gradient_checkpointing:
-        sdxl.unet.enable_gradient_checkpointing()
-    total_steps = _known(optim.max_train_steps)
-    flat = None
-    if config.perturb.method == "flat-lora":
-        flat = FlatLora(
-            sdxl.unet,
-            sigma=config.perturb.strength,
-            schedule=config.perturb.sigma_schedule,
-            total_steps=total_steps,
-            seed=seed if config.perturb.perturb_seed is None else config.perturb.perturb_seed,
-        )
-    trainable = trainable_parameters(sdxl.unet)
-    optimizer = torch.optim.AdamW(
-        trainable.values(),
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        weight_decay=optim.adam_weight_decay,
-        eps=optim.adam_epsilon,
+    config = _resolved(config, sdxl)
+    tokens = _adapt(sdxl, config)
+    feed = Feed(config, sdxl, samples, accelerator.num_processes, class_samples, tokens)
+    config = feed.config = _with_steps(config, feed)
+    total_steps = int(config.optim.max_train_steps or 0)
+    if config.model.offload:
+        _offload(sdxl, config)
+    parts = {"unet": sdxl.unet, **{part: getattr(sdxl.pipeline, part) for part in TEXT_PARTS}}
+    trainable = {
+        f"{part}.{name}": parameter
+        for part, model in parts.items()
+        for name, parameter in trainable_parameters(model).items()
+    }
+    groups = _groups(config, sdxl, trainable)
+    optim = config.optim
+    per_step = optim.train_batch_size * optim.gradient_accumulation_steps * accelerator.num_processes
+    optimizer = make_optimizer(optim, groups, per_step if optim.scale_lr else 1)
+    lr_schedule = make_lr_schedule(optim, optimizer, groups, total_steps)
+    model: nn.Module = sdxl.unet
+    if config.trains_text:
+        model = Denoiser(sdxl.unet, [parts[part] for part in TEXT_PARTS], config.model.clip_skip)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return TrainState(
+        config=config,
+        accelerator=accelerator,
+        sdxl=sdxl,
+        model=model,
+        objective=_objective(config, sdxl),
+        trainable=trainable,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        flats=_flats(config, parts, total_steps),
+        feed=feed,
+        run=RunDir(Path(config.run.output_dir)),
+        total_steps=total_steps,
+        ema=EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None,
+        tokens=tokens,
     )
-    lr_schedule = get_scheduler(
-        optim.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optim.lr_warmup_steps,
-        num_training_steps=total_steps,
-        num_cycles=optim.lr_num_cycles,
-        power=optim.lr_power,
-    )
-    feed = Feed(config, sdxl, samples, accelerator.num_processes)
-    unet, optimizer = accelerator.prepare(sdxl.unet, optimizer)
-    run = RunDir(Path(config.run.output_dir))
-    return TrainState(config, accelerator, sdxl, unet, trainable, optimizer, lr_schedule, flat, feed, run, total_steps)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
+    run = config.run
+    wanted = list(TRACKERS) if run.report_to == "all" else [] if run.report_to == "none" else [run.report_to]
+    for tracker in wanted:
+        if tracker not in TRACKERS:
+            raise ConfigError(f"report_to={tracker!r} is not one of {', '.join(TRACKERS)}, all, none")
+        if importlib.util.find_spec(TRACKERS[tracker]) is None and run.report_to != "all":
+            raise ConfigError(f"report_to={tracker!r} needs the package {TRACKERS[tracker]}, or use --report_to none")
+    output = Path(run.output_dir)
     try:
-        return Accelerator(mixed_precision=config.optim.mixed_precision)
+        return Accelerator(
+            mixed_precision=config.optim.mixed_precision,
+            log_with=[tracker for tracker in wanted if importlib.util.find_spec(TRACKERS[tracker])] or None,
+            project_config=ProjectConfiguration(str(output), logging_dir=str(output / run.logging_dir)),
+        )
     except ValueError as error:
         raise ConfigError(
             f"mixed_precision={config.optim.mixed_precision!r} cannot be used on this machine: {error}"
         ) from error
 
 
-def _resolved(config: TrainConfig, sdxl: Sdxl, count: int, processes: int) -> TrainConfig:
-    """`config` with resolution, number of steps and seed settled. Raises ConfigError for a size that cannot be."""
+def _set_backends(config: TrainConfig) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = config.model.allow_tf32
+    if config.optim.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(config.optim.deterministic, warn_only=True)
+
+
+def _resolved(config: TrainConfig, sdxl: Sdxl) -> TrainConfig:
+    """`config` with the resolution settled. Raises ConfigError for a size that cannot be."""
     resolution = config.data.resolution or sdxl.resolution
     if resolution % sdxl.size_step:
         near = max(1, round(resolution / sdxl.size_step)) * sdxl.size_step
         raise ConfigError(
             f"resolution={resolution} must be a multiple of {sdxl.size_step} for this base; {near} is the nearest"
         )
-    per_step = config.optim.train_batch_size * config.optim.gradient_accumulation_steps * processes
-    steps = config.optim.max_train_steps or math.ceil(config.optim.num_train_epochs * count / per_step)
-    seed = config.run.seed
-    if seed is None:
-        (seed,) = broadcast_object_list([secrets.randbelow(2**31)])  # the same on all processes
-        logger.info("seed %d", seed)
-    return config.replace(resolution=resolution, max_train_steps=steps, seed=seed)
+    if config.objective.snr_gamma is not None and is_edm_scheduler(sdxl.pipeline.scheduler):
+        raise ConfigError("--snr_gamma does not fit this base, whose scheduler is EDM; leave it out")
+    return config.replace(resolution=resolution)
 
 
-def _known(value: Any) -> Any:
-    assert value is not None, "settled before training starts"
-    return value
+def _with_steps(config: TrainConfig, feed: Feed) -> TrainConfig:
+    per_step = config.optim.train_batch_size * feed.slots
+    epochs = config.optim.num_train_epochs
+    steps = config.optim.max_train_steps or math.ceil(epochs * feed.order.samples_per_epoch / per_step)
+    return config.replace(max_train_steps=steps)
+
+
+def _adapt(sdxl: Sdxl, config: TrainConfig) -> dict[str, list[str]]:
+    """Add what is trained: LoRAs in fp32 and new tokens, which are returned by placeholder."""
+    assert config.run.seed is not None
+    pipeline, seed, adapter = sdxl.pipeline, config.run.seed, config.adapter
+    initial = None if adapter.init_lora is None else read_lora(pipeline, Path(adapter.init_lora))
+    add_lora(sdxl.unet, adapter, seed)
+    if adapter.train_text_encoder:
+        # SDXL reads the first encoder's penultimate layer, and of the second the pooled output of the last one too.
+        unused = 1 + (config.model.clip_skip or 0)
+        add_text_lora(pipeline.text_encoder, adapter, seed, "text_encoder", unused)
+        add_text_lora(pipeline.text_encoder_2, adapter, seed, "text_encoder_2")
+    if initial is not None:
+        set_lora(pipeline, initial)
+    tokens = add_tokens(pipeline, config.tokens, seed) if config.tokens.train_text_encoder_ti else {}
+    sdxl.unet.train()
+    if config.trains_text:
+        for part in TEXT_PARTS:
+            getattr(pipeline, part).train()
+    if config.optim.gradient_checkpointing:
+        sdxl.unet.enable_gradient_checkpointing()
+        if config.trains_text:
+            for part in TEXT_PARTS:
+                getattr(pipeline, part).gradient_checkpointing_enable({"use_reentrant": False})
+    return tokens
+
+
+def _offload(sdxl: Sdxl, config: TrainConfig) -> None:
+    """Move to the CPU what the steps do not need: all outputs of it are cached."""
+    if not config.trains_text:
+        for part in TEXT_PARTS:
+            getattr(sdxl.pipeline, part).to("cpu")
+    if config.data.cache_latents:
+        sdxl.vae.to("cpu")
+
+
+def _groups(config: TrainConfig, sdxl: Sdxl, trainable: dict[str, nn.Parameter]) -> list[Group]:
+    embeddings = list(embedding_parameters(sdxl.pipeline).values())
+    rows = {id(parameter) for parameter in embeddings}
+    unet = [parameter for name, parameter in trainable.items() if name.startswith("unet.")]
+    text = [p for name, p in trainable.items() if not name.startswith("unet.") and id(p) not in rows]
+    tokens = config.tokens
+    groups = [
+        Group(unet),
+        Group(text, is_text=True, share=tokens.train_text_encoder_frac),
+        Group(embeddings, is_text=True, share=tokens.train_text_encoder_ti_frac),
+    ]
+    return [group for group in groups if group.parameters]
+
+
+def _objective(config: TrainConfig, sdxl: Sdxl) -> Objective:
+    objective = config.objective
+    return Objective(
+        sdxl.scheduler,
+        edm=objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler),
+        loss_type=objective.loss_type,
+        snr_gamma=objective.snr_gamma,
+        noise_offset=objective.noise_offset,
+    )
+
+
+def _flats(config: TrainConfig, parts: dict[str, Any], total_steps: int) -> list[FlatLora]:
+    """The perturbation of each part that has a LoRA; none for plain LoRA."""
+    perturb, seed = config.perturb, config.run.seed
+    assert seed is not None
+    if perturb.method != "flat-lora":
+        return []
+    names = ["unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ())]
+    return [
+        FlatLora(
+            parts[name],
+            sigma=perturb.strength,
+            schedule=perturb.sigma_schedule,
+            total_steps=total_steps,
+            seed=seed if perturb.perturb_seed is None else perturb.perturb_seed,
+            prefix=name,
+        )
+        for name in names
+    ]

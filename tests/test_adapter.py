@@ -8,11 +8,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from flatlora_diffusion.adapter import LORA_FILE, add_lora, lora_layers, save_lora, trainable_parameters
+from flatlora_diffusion.adapter import add_lora, lora_layers, trainable_parameters
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss
 from flatlora_diffusion.generate import generate_images
+from flatlora_diffusion.lora_file import LORA_FILE, save_lora
+from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 
 
@@ -59,14 +61,14 @@ def test_a_stock_pipeline_applies_what_was_trained(base: Path, icons: Path, tmp_
         weight = layer.lora_B["default"].weight
         weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)))
     probe = fixed_probe(sdxl, load_samples(icons).samples, 32, seed=0, draws=2)
-    trained = probe_loss(sdxl.unet, sdxl.scheduler, probe)
-    save_lora(sdxl.unet, tmp_path)
+    trained = probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe)
+    save_lora(sdxl.pipeline, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
 
     stock = StableDiffusionXLPipeline.from_pretrained(base)
     stock.load_lora_weights(tmp_path)
-    assert probe_loss(stock.unet, sdxl.scheduler, probe) == pytest.approx(trained, rel=1e-4)
+    assert probe_loss(stock.unet, Objective(sdxl.scheduler), probe) == pytest.approx(trained, rel=1e-4)
     stock.unload_lora_weights()
-    assert probe_loss(stock.unet, sdxl.scheduler, probe) != pytest.approx(trained, rel=1e-3)
+    assert probe_loss(stock.unet, Objective(sdxl.scheduler), probe) != pytest.approx(trained, rel=1e-3)
     changed = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
     assert changed.tobytes() != plain.tobytes()

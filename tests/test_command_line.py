@@ -40,7 +40,7 @@ def test_missing_caption(capsys: pytest.CaptureFixture[str], empty: Path) -> Non
 def test_no_model_there(capsys: pytest.CaptureFixture[str], icons: Path, empty: Path) -> None:
     arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path"]
     assert "without model_index.json" in complaint(capsys, [*arguments, str(empty)])
-    assert "no SDXL base that can be loaded" in complaint(capsys, [*arguments, str(empty / "nowhere")])
+    assert "does not exist: there is no such folder" in complaint(capsys, [*arguments, str(empty / "nowhere")])
 
 
 def test_bad_resolution(capsys: pytest.CaptureFixture[str], icons: Path, base: Path, tmp_path: Path) -> None:
@@ -62,4 +62,4 @@ def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureF
         train_main(["--no_such_flag", "1"])
     assert stop.value.code == 2
     assert main(["nonsense"]) == 2
-    assert "train,compare" in capsys.readouterr().err
+    assert "train,compare,generate" in capsys.readouterr().err

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.dataset import augmentation_rng, epoch_order, load_samples, manifest, sample_at
+from flatlora_diffusion.dataset import load_samples, manifest
 
 
 def add_image(folder: Path, name: str, caption: str | None = None, size: tuple[int, int] = (6, 4)) -> Path:
@@ -41,7 +40,7 @@ def test_samples_are_sorted_and_described(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "another")
     first, second = load_samples(tmp_path).samples
     assert (first.id, second.id) == ("a.png", "b.png")
-    assert second.path == path
+    assert second.source == path
     assert second.caption == "a TOK icon"
     assert second.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (second.width, second.height) == (8, 5)
@@ -73,7 +72,7 @@ def test_metadata_comes_before_sidecars_and_the_prompt_last(tmp_path: Path) -> N
     found = load_samples(tmp_path, "the prompt")
     assert [sample.caption for sample in found.samples] == ["line a", "sidecar b", "the prompt", "the prompt"]
     assert found.captioned == 2
-    assert found.summary == "4 images, captions 2/4"
+    assert found.summary.startswith("4 images, captions 2/4, ")
 
 
 @pytest.mark.parametrize("column", ["text", "prompt", "caption"])
@@ -93,7 +92,7 @@ def test_the_prompt_alone_is_enough(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png")
     found = load_samples(tmp_path, " a photo of sks dog ")
     assert found.samples[0].caption == "a photo of sks dog"
-    assert found.summary == "1 image, captions 0/1"
+    assert found.summary.startswith("1 image, captions 0/1, ")
 
 
 def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
@@ -101,7 +100,9 @@ def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
     found = load_samples(tmp_path)
     assert found.skipped == [("notes.pdf", "not in an image format that is supported")]
-    assert found.summary == ("1 image, captions 1/1, skipped: notes.pdf (not in an image format that is supported)")
+    assert found.summary == (
+        "1 image, captions 1/1, 6x4 pixels; skipped: notes.pdf (not in an image format that is supported)"
+    )
     for number in range(9):
         (tmp_path / f"x{number}.pdf").touch()
     assert load_samples(tmp_path).summary.endswith("x3.pdf (not in an image format that is supported) and 5 more")
@@ -181,38 +182,19 @@ def test_captions_that_are_not_utf8(tmp_path: Path) -> None:
     check_refused(tmp_path, "a.txt is not UTF-8 text: save it as UTF-8", "prompt")
 
 
-# Draws
+# What is shown before training
 
 
-def test_an_epoch_is_a_permutation_by_key() -> None:
-    assert sorted(epoch_order(0, 0, 23)) == list(range(23))
-    assert epoch_order(0, 0, 23) == epoch_order(0, 0, 23)
-    orders = {tuple(epoch_order(seed, epoch, 23)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-
-
-def test_the_order_stays_the_same_from_release_to_release() -> None:
-    assert epoch_order(0, 0, 5) == [4, 3, 1, 0, 2]
-    assert epoch_order(1, 2, 5) == [2, 3, 4, 0, 1]
-
-
-def test_sample_at_walks_through_the_epochs() -> None:
-    walk = [sample_at(7, 4, index) for index in range(12)]
-    assert walk == [(epoch, sample) for epoch in range(3) for sample in epoch_order(7, epoch, 4)]
-
-
-def test_augmentation_is_keyed_by_sample_and_epoch() -> None:
-    keys = [(seed, name, epoch) for seed in (0, 1) for name in ("a.png", "b.png") for epoch in (0, 1)]
-    draws = [tuple(torch.rand(3, generator=augmentation_rng(*key)).tolist()) for key in keys]
-    assert len(set(draws)) == len(keys)
-    assert draws == [tuple(torch.rand(3, generator=augmentation_rng(*key)).tolist()) for key in keys]
-
-
-def test_draws_leave_the_global_generator_alone() -> None:
-    state = torch.get_rng_state()
-    sample_at(0, 5, 13)
-    augmentation_rng(0, "a.png", 1)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_pictures_that_look_alike_are_named(tmp_path: Path) -> None:
+    picture = Image.linear_gradient("L").rotate(30).resize((40, 40))
+    picture.save(tmp_path / "a.png")
+    picture.resize((64, 64)).save(tmp_path / "b.jpg")
+    Image.radial_gradient("L").resize((40, 40)).save(tmp_path / "c.png")
+    Image.new("L", (40, 40)).save(tmp_path / "d.png")
+    Image.new("L", (40, 40), 255).save(tmp_path / "e.png")
+    found = load_samples(tmp_path, "prompt")
+    assert found.duplicates() == [("b.jpg", "a.png")]
+    assert found.summary == "5 images, captions 0/5, 40x40 to 64x64 pixels; look alike: b.jpg (a.png)"
 
 
 def test_the_manifest_identifies_the_data_without_giving_it_away(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_loss
 from flatlora_diffusion.generate import generate_images
+from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 
 
@@ -40,17 +41,17 @@ def test_a_probe_has_stratified_timesteps_for_each_image(probe: Probe) -> None:
 
 def test_probe_loss_is_repeatable_and_ignores_dropout_and_batching(sdxl: Sdxl, probe: Probe) -> None:
     sdxl.unet.train()
-    first = probe_loss(sdxl.unet, sdxl.scheduler, probe)
-    assert probe_loss(sdxl.unet, sdxl.scheduler, probe) == first
-    assert probe_loss(sdxl.unet, sdxl.scheduler, probe, batch_size=5) == pytest.approx(first, rel=1e-5)
+    first = probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe)
+    assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) == first
+    assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe, batch_size=5) == pytest.approx(first, rel=1e-5)
     assert sdxl.unet.training, "the mode was not put back"
     sdxl.unet.disable_adapters()
-    assert probe_loss(sdxl.unet, sdxl.scheduler, probe) != pytest.approx(first, rel=1e-4)
+    assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) != pytest.approx(first, rel=1e-4)
 
 
 def test_loss_rise_is_zero_without_noise_and_grows_with_sigma(sdxl: Sdxl, probe: Probe) -> None:
     def rises(sigma: float, seed: int = 0) -> list[float]:
-        return loss_rise(sdxl.unet, sdxl.scheduler, probe, sigma, draws=3, seed=seed)
+        return loss_rise(sdxl.unet, Objective(sdxl.scheduler), probe, sigma, draws=3, seed=seed)
 
     assert rises(0.0) == [0.0, 0.0, 0.0]
     assert rises(0.1) == rises(0.1)

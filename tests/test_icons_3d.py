@@ -31,7 +31,7 @@ def test_the_trainer_reads_23_captioned_icons() -> None:
     for sample in found.samples:
         assert sample.caption.startswith("a TOK icon of ")
         assert sample.caption.endswith(", in the style of TOK")
-        assert slug(sample.caption.split(" of ", 1)[1]).startswith(tuple(_with_articles(sample.path.stem)))
+        assert slug(sample.caption.split(" of ", 1)[1]).startswith(tuple(_with_articles(Path(sample.id).stem)))
 
 
 def test_64_other_icons_are_held_out(held_out: list[dict[str, str]]) -> None:

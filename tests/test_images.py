@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageCms
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.images import ImageError, crop_and_flip, find_images, load_image
+from flatlora_diffusion.images import ImageError, find_images, load_image
+from flatlora_diffusion.views import crop_and_flip
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion import trainer
-from flatlora_diffusion.adapter import LORA_FILE, trainable_parameters
+from flatlora_diffusion.adapter import trainable_parameters
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.train_state import prepare
 from flatlora_diffusion.trainer import train, train_step
@@ -72,10 +73,10 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
     for method, draws in seen.items():
 
         def recording(
-            unet: Any, scheduler: Any, batch: Any, noise: Tensor, timesteps: Tensor, to: Any = draws
+            unet: Any, objective: Any, batch: Any, noise: Tensor, timesteps: Tensor, to: Any = draws
         ) -> Tensor:
             to.append((batch.latents.clone(), batch.prompt_embeds.clone(), batch.add_time_ids, noise, timesteps))
-            return plain_loss(unet, scheduler, batch, noise, timesteps)
+            return plain_loss(unet, objective, batch, noise, timesteps)
 
         monkeypatch.setattr(trainer, "diffusion_loss", recording)
         train(config.replace(method=method, gradient_accumulation_steps=2, output_dir=str(tmp_path / method)))
@@ -141,7 +142,7 @@ def test_resume_refuses_changed_images_and_unknown_checkpoints(
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_trainable_weights_are_fp32_and_the_base_is_never_written(config: TrainConfig, precision: str) -> None:
     state = prepare(
-        config.replace(mixed_precision=precision), load_samples(Path(config.data.instance_data_dir)).samples
+        config.replace(mixed_precision=precision), load_samples(Path(str(config.data.instance_data_dir))).samples
     )
     frozen = {name: p.detach().clone() for name, p in state.sdxl.unet.named_parameters() if not p.requires_grad}
     for step in range(2):
@@ -169,15 +170,13 @@ def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: P
 
 
 def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = load_samples(Path(config.data.instance_data_dir)).samples
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     for per, expected in (("step", [(5, 0), (5, 0)]), ("microbatch", [(5, 0), (5, 1)])):
         state = prepare(config.replace(perturb_per=per, gradient_accumulation_steps=2), samples)
-        assert state.flat is not None
+        (flat,) = state.flats
         opened: list[tuple[int, int]] = []
-        real = state.flat.perturb
-        monkeypatch.setattr(
-            state.flat, "perturb", lambda s, k, to=opened, real=real: (to.append((s, k)), real(s, k))[1]
-        )
+        real = flat.perturb
+        monkeypatch.setattr(flat, "perturb", lambda s, k, to=opened, real=real: (to.append((s, k)), real(s, k))[1])
         train_step(state, step=5)
         assert opened == expected
 
@@ -185,7 +184,7 @@ def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatc
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = load_samples(Path(config.data.instance_data_dir)).samples
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     state = prepare(config, samples)
     real = trainer.diffusion_loss
     monkeypatch.setattr(trainer, "diffusion_loss", lambda *args: real(*args) * float("nan"))
@@ -207,8 +206,14 @@ def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainCo
     assert set(steps[0]) == {"event", "step", "loss", "lr", "sigma", "seconds", "eta", "memory"}
     assert [event["sigma"] for event in steps] == pytest.approx([0, 0.1 * 0.146447, 0.05, 0.1 * 0.853553], rel=1e-4)
     assert run.events()[-1] == {"event": "finished", "step": 4}
+    proof = run.events()[-2]
+    assert proof["event"] == "proof"
+    assert proof["update_norms"]["unet"] > 0
+    assert proof["image_change"] > 0
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-3", "checkpoint-4"]
-    assert {file.name for file in run.images.iterdir()} == {"validation-seed0.png", "validation-seed1.png"}
+    assert {file.name for file in run.images.iterdir()} == {
+        f"{name}-{index}.png" for name in ("base", "step-2", "step-4") for index in (0, 1)
+    }
     saved = json.loads(run.config_file.read_text())
     assert saved["resolution"] == 32
     for file in path.parent.rglob("*"):
@@ -224,7 +229,7 @@ def test_an_earlier_run_is_moved_aside_and_not_overwritten(config: TrainConfig) 
 
 
 def test_epochs_give_the_number_of_steps(config: TrainConfig) -> None:
-    samples = load_samples(Path(config.data.instance_data_dir)).samples
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     state = prepare(config.replace(max_train_steps=None, num_train_epochs=5, gradient_accumulation_steps=2), samples)
     assert state.total_steps == 4  # 15 samples in steps of 4
 

@@ -142,8 +142,8 @@ def test_noise_and_norms_carry_no_gradient_graph(mode: Any) -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_eps_is_scaled_by_the_schedule_and_by_nothing_else(schedule: SigmaSchedule) -> None:
     model = toy_case().model
-    flat = FlatLora(model, sigma=SIGMA, schedule=schedule, total_steps=8)
     full = FlatLora(copy.deepcopy(model), sigma=SIGMA, schedule="constant")
+    flat = FlatLora(model, sigma=SIGMA, schedule=schedule, total_steps=8)
     for step in (0, 3, 8, 20):
         expected = full.noise("wide", step=step) * (flat.sigma_at(step) / SIGMA)
         torch.testing.assert_close(flat.noise("wide", step=step), expected, rtol=1e-5, atol=1e-8)

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from flatlora_diffusion.adapter import LORA_FILE
+from flatlora_diffusion.lora_file import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,59 @@
+"""Prior preservation: generate the class images that are missing, with the base itself."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.dataset import Sample, load_samples
+from flatlora_diffusion.generate import generate_images
+from flatlora_diffusion.images import find_images
+from flatlora_diffusion.sdxl import load_sdxl
+from flatlora_diffusion.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_class_samples(config: TrainConfig) -> list[Sample]:
+    """The class images, the missing ones generated first; empty without prior preservation. Needs a seed."""
+    data = config.data
+    if not data.with_prior_preservation:
+        return []
+    folder = Path(str(data.class_data_dir))
+    processes = PartialState()
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = len(find_images(folder)[0])
+        if present < data.num_class_images:
+            _generate(config, folder, present, processes.device)
+    processes.wait_for_everyone()
+    return load_samples(folder, data.class_prompt).samples[: data.num_class_images]
+
+
+def _generate(config: TrainConfig, folder: Path, present: int, device: torch.device) -> None:
+    """Fill `folder` up to the number wanted; the seed of each image is a function of (seed, its number)."""
+    data, seed = config.data, config.run.seed
+    assert seed is not None
+    wanted = list(range(present, data.num_class_images))
+    logger.info("generating %d class images into %s", len(wanted), folder)
+    default = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = default if data.prior_generation_precision is None else PRECISIONS[data.prior_generation_precision]
+    sdxl = load_sdxl(config.model, device, dtype)
+    size = data.resolution or sdxl.resolution
+    for start in tqdm(range(0, len(wanted), data.sample_batch_size), desc="class images"):
+        numbers = wanted[start : start + data.sample_batch_size]
+        prompts = [str(data.class_prompt)] * len(numbers)
+        seeds = [derive_seed(seed, "class_image", number) for number in numbers]
+        images = generate_images(sdxl, prompts, seeds, size, batch_size=data.sample_batch_size)
+        for number, image in zip(numbers, images, strict=True):
+            path = folder / f"class-{number:04d}.png"
+            while path.exists():  # the user's own file is never overwritten
+                path = path.with_stem(f"{path.stem}-new")
+            image.save(path)

@@ -1,0 +1,106 @@
+"""The optimizer and the learning-rate schedule of the settings, over groups of parameters that share both."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from flatlora_diffusion.config import ConfigError, OptimConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with one learning rate and weight decay; they are trained for the first `share` of the run."""
+
+    parameters: Sequence[nn.Parameter]
+    is_text: bool = False
+    share: float = 1.0
+
+
+def make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: float) -> torch.optim.Optimizer:
+    """The optimizer of `config`; `lr_factor` is that of --scale_lr.
+
+    Raises ConfigError when the package of an optional optimizer is absent.
+    """
+    lr = config.learning_rate * lr_factor
+    text_lr = lr if config.optimizer == "prodigy" else config.text_encoder_lr
+    sets: list[dict[str, Any]] = [
+        {
+            "params": list(group.parameters),
+            "lr": text_lr if group.is_text else lr,
+            "weight_decay": config.adam_weight_decay_text_encoder if group.is_text else config.adam_weight_decay,
+        }
+        for group in groups
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.use_8bit_adam:
+        if config.optimizer != "adamw":
+            raise ConfigError(f"--use_8bit_adam is for --optimizer adamw, not {config.optimizer}")
+        adam: Callable[..., torch.optim.Optimizer] = _import("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit
+        return adam(sets, lr=lr, betas=betas, eps=config.adam_epsilon)
+    if config.optimizer == "prodigy":
+        if lr <= 0.1:
+            logger.warning("prodigy finds its own step size: a learning rate of about 1 is meant, not %g", lr)
+        prodigy: Callable[..., torch.optim.Optimizer] = _import("prodigyopt", "--optimizer prodigy").Prodigy
+        return prodigy(
+            sets,
+            lr=lr,
+            betas=betas,
+            beta3=config.prodigy_beta3,
+            eps=config.adam_epsilon,
+            decouple=config.prodigy_decouple,
+            use_bias_correction=config.prodigy_use_bias_correction,
+            safeguard_warmup=config.prodigy_safeguard_warmup,
+        )
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        factored: torch.optim.Optimizer = Adafactor(sets, lr=lr, scale_parameter=False, relative_step=False)
+        return factored
+    return torch.optim.AdamW(sets, lr=lr, betas=betas, eps=config.adam_epsilon)
+
+
+def make_lr_schedule(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, groups: Sequence[Group], total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule of `config`; a group's learning rate is 0 once its share of `total_steps` is over."""
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    for index, group in enumerate(groups):
+        schedule.lr_lambdas[index] = _ended_after(schedule.lr_lambdas[index], group.share * total_steps)
+    set_lr(schedule)
+    return schedule
+
+
+def set_lr(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Give the optimizer the learning rates that `schedule` has for the step it stands at."""
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def _ended_after(factor: Callable[[int], float], end: float) -> Callable[[int], float]:
+    return lambda step: factor(step) if step < end else 0.0
+
+
+def _import(package: str, setting: str) -> Any:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{setting} needs the package {package}: pip install {package}")
+    return importlib.import_module(package)

@@ -1,0 +1,86 @@
+"""What is looked at while a run goes on: preview images at fixed seeds, and the loss of images not trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.evaluation import Probe, fixed_probe, probe_loss
+from flatlora_diffusion.generate import evaluating, generate_images
+from flatlora_diffusion.loss import Objective
+from flatlora_diffusion.pictures import read_pictures
+from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.tokens import with_new_tokens
+from flatlora_diffusion.train_state import TEXT_PARTS, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Previews:
+    """Makes the previews of one run and logs them as events; does nothing when none are asked for."""
+
+    def __init__(self, state: TrainState) -> None:
+        """Raises ConfigError for a prompts file or validation images that cannot be used."""
+        self._state = state
+        run = state.config.run
+        self._pictures = read_pictures(run)
+        self._probe: Probe | None = None
+        if run.validation_data_dir is not None:
+            data = state.config.data
+            found = load_samples(Path(run.validation_data_dir), data.instance_prompt)
+            with ready(state.sdxl):
+                self._probe = fixed_probe(
+                    state.sdxl, found.samples, state.feed.resolution, seed=0, background=data.background_color
+                )
+
+    def make(self, name: str, step: int) -> None:
+        """Images `images/NAME-0.png`, ... and the loss after `step` steps. The modules' modes are put back after."""
+        state = self._state
+        if self._pictures:
+            images = self._images()
+            state.run.images.mkdir(exist_ok=True)
+            files = []
+            for index, image in enumerate(images):
+                path = state.run.images / f"{name}-{index}.png"
+                image.save(path)
+                files.append(path.name)
+            state.run.add_event({"event": "preview", "step": step, "images": files})
+        if self._probe is not None:
+            loss = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), self._probe)
+            state.run.add_event({"event": "validation", "step": step, "loss": loss})
+            state.accelerator.log({"validation_loss": loss}, step=step)
+            logger.info("validation loss after %d steps: %.4f", step, loss)
+
+    def _images(self) -> list[Image.Image]:
+        state = self._state
+        images = []
+        with ready(state.sdxl):
+            for picture in self._pictures:
+                images += generate_images(
+                    state.sdxl,
+                    [with_new_tokens(picture.prompt, state.tokens)],
+                    [picture.seed],
+                    resolution=state.feed.resolution,
+                    negative_prompt=picture.negative_prompt,
+                    clip_skip=state.config.model.clip_skip,
+                )
+        return images
+
+
+@contextmanager
+def ready(sdxl: Sdxl) -> Iterator[None]:
+    """All parts on the UNet's device and in eval mode while this is open, then where and how they were."""
+    parts = [getattr(sdxl.pipeline, part) for part in (*TEXT_PARTS, "vae")]
+    homes = [part.device for part in parts]
+    with ExitStack() as stack:
+        for part, home in zip(parts, homes, strict=True):
+            if home != sdxl.unet.device:
+                part.to(sdxl.unet.device)
+                stack.callback(part.to, home)
+            stack.enter_context(evaluating(part))
+        yield

@@ -1,0 +1,96 @@
+"""`accelerate launch` with two CPU processes trains what one process with accumulation 2 trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.run_dir import RunDir
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+    # With --cpu accelerate starts one process whatever is asked for; the variable keeps all of them on the CPU.
+    command += ["--multi_gpu"] if processes > 1 else []
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*command, "train_dreambooth_flatlora.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture
+def arguments(base: Path, icons: Path) -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={base}",
+        f"--instance_data_dir={icons}",
+        "--max_train_steps=3",
+        "--train_batch_size=1",
+        "--learning_rate=0.01",
+        "--sigma_schedule=constant",
+        "--random_flip",
+        "--adam_epsilon=0.001",  # Adam would blow up the rounding of gradients that are almost 0
+        "--caption_dropout=0.3",
+        "--seed=1",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders"])
+def test_two_processes_equal_one_with_accumulation(arguments: list[str], tmp_path: Path, text: bool) -> None:
+    both = [*arguments, *(["--train_text_encoder", "--text_encoder_lr=0.01"] if text else [])]
+    two = launch(2, *both, f"--output_dir={tmp_path / 'two'}")
+    assert two.returncode == 0, two.stderr
+    one = launch(1, *both, "--gradient_accumulation_steps=2", f"--output_dir={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    a, b = load_file(tmp_path / "one" / LORA_FILE), load_file(tmp_path / "two" / LORA_FILE)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
+    losses = [
+        [event["loss"] for event in RunDir(tmp_path / run).events() if event["event"] == "step"]
+        for run in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[1]) == 3, "only one process writes the log"
+    assert two.stderr.count("3 images, captions 3/3") == 1, "only one process speaks"
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_all_with_its_error(arguments: list[str], tmp_path: Path) -> None:
+    done = launch(2, *arguments, f"--output_dir={tmp_path / 'run'}", "--resolution=36")
+    assert done.returncode != 0
+    assert "resolution=36 must be a multiple of 16" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_resume(arguments: list[str], tmp_path: Path) -> None:
+    run = f"--output_dir={tmp_path / 'run'}"
+    done = launch(2, *arguments, run, "--checkpointing_steps=2")
+    assert done.returncode == 0, done.stderr
+    whole = load_file(tmp_path / "run" / LORA_FILE)
+    again = launch(2, *arguments, run, "--checkpointing_steps=2", "--resume_from_checkpoint=latest")
+    assert again.returncode == 0, again.stderr
+    assert all(torch.equal(value, whole[name]) for name, value in load_file(tmp_path / "run" / LORA_FILE).items())
+    steps = [event["step"] for event in RunDir(tmp_path / "run").events() if event["event"] == "step"]
+    assert steps == [0, 1, 2, 2]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1

@@ -1,0 +1,482 @@
+"""What the trainer can train, each part against what it must be: adapters, text encoders, prior images, optimizers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flatlora_diffusion.adapter import lora_layers
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.evaluation import fixed_probe, probe_loss
+from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.loss import Objective, sample_losses
+from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.train_state import TrainState, prepare
+from flatlora_diffusion.trainer import train, train_step
+
+
+@pytest.fixture
+def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "run"),
+            "max_train_steps": 3,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "text_encoder_lr": 1e-2,
+            "sigma_schedule": "constant",
+            "report_to": "none",
+            "seed": 3,
+        }
+    )
+
+
+def samples_of(config: TrainConfig) -> list[Any]:
+    return load_samples(Path(str(config.data.instance_data_dir))).samples
+
+
+def trained(config: TrainConfig, steps: int = 3) -> TrainState:
+    state = prepare(config, samples_of(config))
+    for step in range(steps):
+        train_step(state, step)
+    return state
+
+
+def output_with(pipeline: Any, state: TrainState, prompt: str = "an icon of thing 0") -> Tensor:
+    """The UNet's answer for a prompt, on fixed noise: what a LoRA file must reproduce."""
+    prompt_embeds, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    with torch.no_grad():
+        return pipeline.unet(latents, torch.tensor([500]), prompt_embeds, added_cond_kwargs=added).sample
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lora_target_modules": "attn"}, {"to_q", "to_k", "to_v", "to_out.0"}),
+        (
+            {"lora_target_modules": "attn+ff"},
+            {"to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"},
+        ),
+        ({"lora_target_modules": "to_q,ff.net.2"}, {"to_q", "ff.net.2"}),
+    ],
+)
+def test_target_presets(config: TrainConfig, settings: dict[str, Any], expected: set[str]) -> None:
+    state = prepare(config.replace(**settings), samples_of(config))
+    ends = {next(end for end in expected if name.endswith(end)) for name in lora_layers(state.sdxl.unet)}
+    assert ends == expected
+
+
+def test_linear_and_convolution_presets_leave_out_what_other_tools_drop(config: TrainConfig) -> None:
+    linear = lora_layers(prepare(config.replace(lora_target_modules="all-linear"), samples_of(config)).sdxl.unet)
+    everything = lora_layers(prepare(config.replace(lora_target_modules="conv"), samples_of(config)).sdxl.unet)
+    assert set(linear) < set(everything)
+    assert any(name.endswith("time_emb_proj") for name in linear)
+    assert any(name.endswith("conv1") for name in set(everything) - set(linear))
+    assert not [name for name in everything if not name.startswith(("down_blocks", "mid_block", "up_blocks"))]
+
+
+def test_blocks_and_their_ranks(config: TrainConfig) -> None:
+    chosen = config.replace(lora_unet_blocks="unet.up_blocks.0.attentions.0,mid_block", lora_block_ranks="mid_block=7")
+    layers = lora_layers(trained(chosen).sdxl.unet)
+    assert {name.split(".attentions")[0] for name in layers} == {"up_blocks.0", "mid_block"}
+    assert not any("attentions.1." in name for name in layers)
+    assert {layer.r["default"] for name, layer in layers.items() if name.startswith("mid")} == {7}
+    assert {layer.r["default"] for name, layer in layers.items() if name.startswith("up")} == {4}
+    blora = lora_layers(prepare(config.replace(use_blora=True), samples_of(config)).sdxl.unet)
+    assert {".".join(name.split(".")[:4]) for name in blora} == {
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_target_modules": "to_x"}, "lora_target_modules='to_x' names no layer"),
+        ({"lora_unet_blocks": "up_blocks.9"}, "lora_unet_blocks: 'up_blocks.9' holds no layer"),
+        ({"lora_block_ranks": "mid_block"}, "lora_block_ranks: 'mid_block' must be BLOCK=RANK"),
+        ({"lora_block_ranks": "head=3"}, "lora_block_ranks: 'head' holds no layer"),
+    ],
+)
+def test_targets_that_do_not_exist(config: TrainConfig, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(config.replace(**settings), samples_of(config))
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "alpha": {"lora_alpha": 9},
+    "rank stabilized": {"use_rslora": True, "lora_alpha": 8},
+    "dora": {"use_dora": True, "lora_alpha": 8},
+    "mixed ranks": {"lora_block_ranks": "mid_block=7,up_blocks.0=2"},
+    "mixed ranks with alpha": {"lora_block_ranks": "mid_block=7", "lora_alpha": 8},
+    "convolutions": {"lora_target_modules": "conv", "lora_block_ranks": "mid_block=2"},
+    "text encoders": {"train_text_encoder": True, "lora_alpha": 9},
+    "text encoders, rank stabilized": {"train_text_encoder": True, "use_rslora": True},
+    "dora and text encoders": {"use_dora": True, "train_text_encoder": True},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_stock_pipeline_computes_what_was_trained(
+    config: TrainConfig, base: Path, name: str, tmp_path: Path
+) -> None:
+    from flatlora_diffusion.lora_file import save_lora
+
+    state = trained(config.replace(**ADAPTERS[name], learning_rate=0.1, text_encoder_lr=0.1))
+    path = save_lora(state.sdxl.pipeline, tmp_path / "out")
+    stock = StableDiffusionXLPipeline.from_pretrained(base)
+    plain = output_with(stock, state)
+    stock.load_lora_weights(path)
+    expected = output_with(state.sdxl.pipeline, state)
+    effect = float((expected - plain).abs().max())
+    assert effect > 1e-3
+    assert float((output_with(stock, state) - expected).abs().max()) < 1e-3 * effect
+
+
+def test_training_can_start_from_a_lora_in_another_layout(config: TrainConfig, base: Path, tmp_path: Path) -> None:
+    path = train(config.replace(train_text_encoder=True, lora_alpha=8))
+    expected = StableDiffusionXLPipeline.from_pretrained(base)
+    expected.load_lora_weights(path)
+    kept = tmp_path / "first.safetensors"
+    shutil.copy(path, kept)
+    for source in (kept, path.parent):
+        again = config.replace(init_lora=str(source), train_text_encoder=True, output_dir=str(tmp_path / "next"))
+        state = prepare(again, samples_of(config))
+        torch.testing.assert_close(
+            output_with(state.sdxl.pipeline, state), output_with(expected, state), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(ConfigError, match=r"rank=8, but init_lora has rank 4.*use --rank 4"):
+        prepare(config.replace(init_lora=str(kept), train_text_encoder=True, rank=8), samples_of(config))
+    with pytest.raises(ConfigError, match=r"adapts 4 layer.s. of the text_encoder that this run does not train"):
+        prepare(config.replace(init_lora=str(kept)), samples_of(config))
+    (tmp_path / "no.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match=r"init_lora: no\.safetensors cannot be read"):
+        prepare(config.replace(init_lora=str(tmp_path / "no.safetensors")), samples_of(config))
+
+
+# Text encoders
+
+
+def test_text_encoders_are_trained_perturbed_and_left_alone_underneath(config: TrainConfig) -> None:
+    state = prepare(config.replace(train_text_encoder=True), samples_of(config))
+    encoders = [state.sdxl.pipeline.text_encoder, state.sdxl.pipeline.text_encoder_2]
+    frozen = [{n: p.detach().clone() for n, p in e.named_parameters() if not p.requires_grad} for e in encoders]
+    before = {name: value.detach().clone() for name, value in state.trainable.items()}
+    assert len(state.flats) == 3
+    for step in range(2):
+        train_step(state, step)
+    moved = [name for name, value in state.trainable.items() if not torch.equal(value, before[name])]
+    assert len(moved) == len(before)
+    for encoder, weights in zip(encoders, frozen, strict=True):
+        assert all(torch.equal(dict(encoder.named_parameters())[name], value) for name, value in weights.items())
+    assert {value.dtype for value in state.trainable.values()} == {torch.float32}
+
+
+def test_a_frozen_text_encoder_is_the_same_denoiser(config: TrainConfig) -> None:
+    """Tokens through the Denoiser give what cached embeddings give, so training text changes nothing at step 0."""
+    plain = prepare(config.replace(method="lora", caption_dropout=0.5), samples_of(config))
+    text = prepare(config.replace(method="lora", caption_dropout=0.5, train_text_encoder=True), samples_of(config))
+    losses = []
+    for state in (plain, text):
+        batch = state.feed.batch(0, 0)
+        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+        losses.append(sample_losses(state.model, state.objective, batch, noise, torch.tensor([10, 700])))
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_pivotal_tuning_trains_embeddings_for_its_share_of_the_run(config: TrainConfig, precision: str) -> None:
+    state = prepare(
+        config.replace(
+            train_text_encoder_ti=True, instance_prompt="a TOK", max_train_steps=4, mixed_precision=precision
+        ),
+        samples_of(config),
+    )
+    rows = {name: value for name, value in state.trainable.items() if name.endswith(".new.weight")}
+    assert len(rows) == 2
+    states = []
+    for step in range(4):
+        train_step(state, step)
+        states.append({name: value.detach().clone() for name, value in state.trainable.items()})
+    for name in rows:
+        assert torch.equal(states[1][name], states[3][name]), "they still moved after half of the run"
+    assert any(not torch.equal(states[1][name], states[3][name]) for name in state.trainable if name not in rows)
+    assert {value.dtype for value in rows.values()} == {torch.float32}
+
+
+def test_pivotal_tuning_learns_the_placeholder_of_the_captions(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tok"
+    shutil.copytree(icons, folder)
+    for caption in folder.glob("*.txt"):
+        caption.write_text("an icon in the style of TOK", encoding="utf-8")
+    path = train(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)))
+    rows = load_file(path.with_name("pytorch_lora_weights_emb.safetensors"))
+    state = prepare(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)), samples_of(config))
+    for part, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
+        start = getattr(state.sdxl.pipeline, part).get_input_embeddings().new.weight
+        assert rows[key].shape == start.shape
+        assert bool((rows[key] != start).any(dim=1).all()), "a new token was never trained"
+
+
+# Prior preservation
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_path: Path, gamma: float) -> None:
+    folder = tmp_path / "class"
+    prior = config.replace(
+        with_prior_preservation=True,
+        class_data_dir=str(folder),
+        class_prompt="an icon",
+        num_class_images=3,
+        prior_loss_weight=0.3,
+        snr_gamma=gamma,
+        max_train_steps=1,
+    )
+    folder.mkdir()
+    Image.new("RGB", (50, 70), "red").save(folder / "mine.png")
+    mine = (folder / "mine.png").read_bytes()
+    train(prior)
+    assert (folder / "mine.png").read_bytes() == mine
+    assert len(list(folder.iterdir())) == 3
+    train(prior)
+    assert len(list(folder.iterdir())) == 3, "enough images were there already"
+    state = prepare(prior, samples_of(config), load_samples(folder, "an icon").samples)
+    batch = state.feed.batch(0, 0)
+    assert len(batch.latents) == 4
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    steps = torch.tensor([1, 300, 600, 999])
+    losses = sample_losses(state.model, state.objective, batch, noise, steps)
+    from flatlora_diffusion.loss import diffusion_loss
+
+    whole = diffusion_loss(state.model, state.objective, batch, noise, steps)
+    torch.testing.assert_close(whole, losses[:2].mean() + 0.3 * losses[2:].mean())
+    instance = state.feed.samples_at(0, 0)[0]
+    assert batch.add_time_ids[0, :2].tolist() == [instance.height, instance.width]
+    sizes = {tuple(row[:2].tolist()) for row in batch.add_time_ids[2:]}
+    assert sizes <= {(70.0, 50.0), (32.0, 32.0)}, "a class image has the size conditioning of its own"
+
+
+# Data
+
+
+def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path: Path) -> None:
+    cached = config.replace(cache_latents=True, random_flip=True, embedding_cache_dir=str(tmp_path / "cache"))
+    first = prepare(cached, samples_of(config)).feed
+    files = set((tmp_path / "cache").iterdir())
+    assert len(files) == 2 * 3
+    again = prepare(cached, samples_of(config)).feed
+    assert set((tmp_path / "cache").iterdir()) == files
+    flips = set()
+    for step in range(6):
+        rows = first._rows(step, 0)
+        flips |= {row.view.is_mirrored for row in rows}
+        pixels = torch.stack([first._pixels(row.sample, row.view) for row in rows])
+        from flatlora_diffusion.sdxl import posterior
+
+        mean, std = posterior(first.sdxl.vae, pixels)
+        found = first._posteriors(rows, [], step, 0)
+        torch.testing.assert_close(found, (mean, std))
+        assert torch.equal(again.batch(step, 0).latents, first.batch(step, 0).latents)
+    assert flips == {True, False}
+    prepare(cached.replace(background_color="red"), samples_of(config))
+    assert len(set((tmp_path / "cache").iterdir())) == 2 * len(files), "the background changes the pixels"
+
+
+def test_prompt_embeddings_are_kept_on_disk_and_made_anew_when_the_caption_changes(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    cached = config.replace(cache_text_embeddings=True, embedding_cache_dir=str(tmp_path / "cache"))
+    plain = prepare(config, samples_of(config)).feed.batch(0, 0)
+    for _ in range(2):
+        batch = prepare(cached, samples_of(config)).feed.batch(0, 0)
+        assert batch.prompt_embeds is not None
+        assert plain.prompt_embeds is not None
+        assert torch.equal(batch.prompt_embeds, plain.prompt_embeds)
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+    prepare(cached.replace(clip_skip=1), samples_of(config))
+    assert len(list((tmp_path / "cache").iterdir())) == 6
+
+
+def test_loader_threads_change_nothing(config: TrainConfig) -> None:
+    plain = prepare(config.replace(gradient_accumulation_steps=2), samples_of(config)).feed
+    threads = prepare(config.replace(gradient_accumulation_steps=2, dataloader_num_workers=2), samples_of(config)).feed
+    for step in range(4):
+        for slot in range(2):
+            assert torch.equal(plain.batch(step, slot).latents, threads.batch(step, slot).latents)
+
+
+def test_buckets_keep_the_shape_of_each_image(config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for index, size in enumerate([(64, 64), (128, 64), (64, 128), (130, 64)]):
+        Image.new("RGB", size, "blue").save(folder / f"{index}.png")
+    buckets = config.replace(
+        instance_data_dir=str(folder), instance_prompt="x", use_aspect_ratio_buckets=True, resolution=64
+    )
+    feed = prepare(buckets, load_samples(folder, "x").samples).feed
+    shapes = set()
+    for step in range(8):
+        batch = feed.batch(step, 0)
+        height, width = batch.latents.shape[2:]
+        assert batch.add_time_ids[0, 4:].tolist() == [4 * height, 4 * width]
+        shapes.add((height, width))
+        for sample, row in zip(feed.samples_at(step, 0), batch.add_time_ids, strict=True):
+            assert row[:2].tolist() == [sample.height, sample.width]
+            assert (sample.width > sample.height) == (width > height)
+    assert len(shapes) == 3
+    train(buckets.replace(max_train_steps=2))
+
+
+def test_only_what_alpha_shows_counts(config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "transparent"
+    folder.mkdir()
+    icon = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    icon.paste((200, 0, 0, 255), (0, 0, 16, 32))
+    icon.save(folder / "half.png")
+    masked = config.replace(instance_data_dir=str(folder), instance_prompt="x", alpha_mask_loss=True)
+    batch = prepare(masked, load_samples(folder, "x").samples).feed.batch(0, 0)
+    assert batch.mask is not None
+    assert batch.mask.shape == (2, 1, 8, 8)
+    assert batch.mask[0, 0, :, :4].eq(1).all()
+    assert batch.mask[0, 0, :, 4:].eq(0).all()
+    train(masked.replace(max_train_steps=1))
+
+
+def test_a_hugging_face_dataset_is_trained_on(config: TrainConfig, icons: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "imagefolder"
+    shutil.copytree(icons, folder)
+    lines = [f'{{"file_name": "icon-{i}.png", "text": "caption {i}"}}\n' for i in range(3)]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    for extra in folder.glob("*.txt"):
+        extra.unlink()
+    named = config.replace(
+        instance_data_dir=None, dataset_name=str(folder), caption_column="text", cache_dir=str(tmp_path / "hf")
+    )
+    train(named)
+    manifest = RunDir(Path(named.run.output_dir)).manifest()
+    by_file = {sample.sha256 for sample in load_samples(icons).samples}
+    assert {entry["sha256"] for entry in manifest} == by_file
+    for changes, message in (
+        ({"caption_column": "words"}, "caption_column='words' is not a column"),
+        ({"image_column": "picture"}, "image_column='picture' is not a column"),
+        ({"caption_column": None}, "give --caption_column or an --instance_prompt"),
+        ({"dataset_name": str(tmp_path / "nothing")}, "cannot be loaded"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(named.replace(**changes))
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("name", ["adafactor", "prodigy", "8bit"])
+def test_optimizers_lower_the_loss_and_resume_exactly(config: TrainConfig, name: str, tmp_path: Path) -> None:
+    package = {"prodigy": "prodigyopt", "8bit": "bitsandbytes"}.get(name)
+    if package:
+        pytest.importorskip(package)
+    settings: dict[str, Any] = {"use_8bit_adam": True} if name == "8bit" else {"optimizer": name}
+    if name == "prodigy":
+        settings["learning_rate"] = 1.0
+    chosen = config.replace(**settings, max_train_steps=4, checkpointing_steps=2, train_text_encoder=True)
+    first = prepare(chosen.replace(max_train_steps=12), samples_of(config))
+    losses = [train_step(first, 0) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    train(chosen.replace(output_dir=str(tmp_path / "whole")))
+    broken = chosen.replace(output_dir=str(tmp_path / "broken"))
+    train(broken)
+    train(broken.replace(resume_from_checkpoint="checkpoint-2"))
+    whole, resumed = (load_file(tmp_path / run / LORA_FILE) for run in ("whole", "broken"))
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_scale_lr_multiplies_by_the_images_of_a_step(config: TrainConfig) -> None:
+    state = prepare(config.replace(scale_lr=True, gradient_accumulation_steps=3), samples_of(config))
+    assert state.lr_schedule.get_last_lr() == [pytest.approx(1e-2 * 3 * 2)]
+
+
+def test_text_encoders_have_their_own_learning_rate_and_decay(config: TrainConfig) -> None:
+    state = prepare(config.replace(train_text_encoder=True, text_encoder_lr=2e-3), samples_of(config))
+    unet, text = state.optimizer.param_groups
+    assert (unet["lr"], unet["weight_decay"]) == (1e-2, 1e-4)
+    assert (text["lr"], text["weight_decay"]) == (2e-3, 1e-3)
+
+
+def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_path: Path) -> None:
+    settings = config.replace(use_ema=True, ema_decay=0.5, max_train_steps=4, checkpointing_steps=2)
+    plain = train(config.replace(max_train_steps=4, output_dir=str(tmp_path / "plain")))
+    averaged = train(settings.replace(output_dir=str(tmp_path / "averaged")))
+    one, two = load_file(plain), load_file(averaged)
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+    norms = [sum(float(v.square().sum()) for k, v in state.items() if "lora_B" in k) for state in (one, two)]
+    assert 0 < norms[1] < norms[0]
+    train(settings.replace(output_dir=str(tmp_path / "averaged"), resume_from_checkpoint="checkpoint-2"))
+    assert all(torch.equal(value, two[key]) for key, value in load_file(averaged).items())
+
+
+# Objectives of the base
+
+
+def test_a_run_on_every_kind_of_objective(config: TrainConfig, tmp_path: Path) -> None:
+    objectives: tuple[dict[str, Any], ...] = (
+        {"do_edm_style_training": True},
+        {"prediction_type": "v_prediction", "snr_gamma": 5.0},
+        {"prediction_type": "v_prediction", "zero_terminal_snr": True, "snr_gamma": 5.0},
+        {"loss_type": "huber", "noise_offset": 0.1, "clip_skip": 1},
+    )
+    for index, settings in enumerate(objectives):
+        train(config.replace(**settings, max_train_steps=2, output_dir=str(tmp_path / str(index))))
+
+
+def test_a_base_with_an_edm_scheduler_is_trained_with_its_own_objective(
+    config: TrainConfig, base: Path, tmp_path: Path
+) -> None:
+    from diffusers import EDMEulerScheduler
+
+    folder = tmp_path / "edm"
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline.scheduler = EDMEulerScheduler(sigma_data=0.5)
+    pipeline.save_pretrained(folder)
+    edm = config.replace(pretrained_model_name_or_path=str(folder), validation_prompt="x", num_validation_images=1)
+    state = prepare(edm, samples_of(config))
+    assert state.objective.edm
+    train(edm)
+    with pytest.raises(ConfigError, match="--snr_gamma does not fit this base"):
+        train(edm.replace(snr_gamma=5.0))
+
+
+def test_heldout_loss_is_logged_with_the_previews(config: TrainConfig, icons: Path) -> None:
+    path = train(config.replace(validation_data_dir=str(icons)))
+    events = [event for event in RunDir(path.parent).events() if event["event"] == "validation"]
+    assert [event["step"] for event in events] == [0, 2, 3]
+    state = prepare(config, samples_of(config))
+    probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
+    assert events[0]["loss"] == pytest.approx(probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe))
+    assert events[-1]["loss"] != events[0]["loss"]
+
+
+def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
+    state = prepare(config, samples_of(config))
+    assert isinstance(state.sdxl, Sdxl)
+    assert not any(p.requires_grad for p in state.sdxl.vae.parameters())
