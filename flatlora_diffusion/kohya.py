@@ -67,8 +67,8 @@ def _sgm_path(module: str, layers: int) -> str:
     """`down_blocks.1.attentions.0.proj_in` as `input_blocks.4.1.proj_in`, and so on."""
     kind, *rest = module.split(".", 1)
     if kind == "mid_block":
-        part, index, inner = rest[0].split(".", 2)
-        place = "1" if part == "attentions" else str(2 * int(index))
+        part, number, inner = rest[0].split(".", 2)
+        place = 1 if part == "attentions" else 2 * int(number)
         return f"middle_block.{place}.{_inner(part, inner)}"
     found = re.fullmatch(r"(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", rest[0] if rest else "")
     if found is None or kind not in ("down_blocks", "up_blocks"):
