@@ -45,13 +45,15 @@ def add_lora(unet: UNet2DConditionModel, config: AdapterConfig, seed: int) -> No
     _inject(unet, lora, seed, "")
 
 
-def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, prefix: str, unused_layers: int = 0) -> None:
+def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, part: str, clip_skip: int | None) -> None:
     """The same on the attention of one text encoder, without DoRA: diffusers does not restore its magnitudes there.
 
-    `prefix` (`text_encoder` or `text_encoder_2`) keeps the draws of the two encoders apart. The last `unused_layers`
-    layers, whose output SDXL does not read, get none: they could not learn anything.
+    `part` (`text_encoder` or `text_encoder_2`) keeps the draws of the two encoders apart. SDXL reads the first
+    encoder's penultimate layer, or `clip_skip` before it: what lies behind gets no LoRA, it could not learn. Of the
+    second encoder the last layer's pooled output is read too.
     """
-    count = text_encoder.config.num_hidden_layers - unused_layers
+    unused = 1 + (clip_skip or 0) if part == "text_encoder" else 0
+    count = text_encoder.config.num_hidden_layers - unused
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
@@ -60,7 +62,7 @@ def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, prefix: s
         init_lora_weights="gaussian",
         target_modules=[f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION],
     )
-    _inject(text_encoder, lora, seed, f"{prefix}.")
+    _inject(text_encoder, lora, seed, f"{part}.")
 
 
 def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:

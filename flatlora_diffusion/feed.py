@@ -43,8 +43,12 @@ class Feed:
         world_size: int = 1,
         class_samples: Sequence[Sample] = (),
         tokens: Mapping[str, list[str]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`config` has its seed and resolution; `tokens` are pivotal tuning's, by placeholder."""
+        """`config` has its seed and resolution; `tokens` are pivotal tuning's, by placeholder.
+
+        `device` is where batches are made, by default the UNet's; VAE and text encoders are there.
+        """
         assert config.run.seed is not None
         assert config.data.resolution is not None
         self.slots = config.optim.gradient_accumulation_steps * world_size  # micro-batches of one optimizer step
@@ -52,7 +56,7 @@ class Feed:
         self.samples, self.class_samples = list(samples), list(class_samples)
         self.seed: int = config.run.seed
         self.resolution: int = config.data.resolution
-        self.device = sdxl.unet.device
+        self.device = sdxl.unet.device if device is None else device
         self.sizes = self._sizes()
         self.order = self._order()
         self._class_order = Order(self.seed, "class_order", len(class_samples), 1, config.optim.train_batch_size)

@@ -90,8 +90,9 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
     kept = step.optimizer + step.ema
-    if data.cache_latents:  # before there is an optimizer, and before anything is moved away
-        encoding = loaded + vae_passes.encode_peak
+    if data.cache_latents:  # before there is an optimizer; with --offload the UNet is placed after it
+        is_unet_last = model.offload and model.quantize_base is None
+        encoding = loaded - (step.unet + lora if is_unet_last else 0) + vae_passes.encode_peak
     else:
         encoding = loaded - text_encoders + step.text_encoders + kept + step.gradients + vae_passes.encode_peak
     has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
@@ -108,6 +109,14 @@ def memory_advice(config: TrainConfig, estimate: MemoryEstimate, available_bytes
         + (", and the run fits" if estimate.total - saving <= available_bytes else ", which is not enough alone")
         for switch, saving in _savings(config, estimate)
     ]
+
+
+def preflight_lines(config: TrainConfig, available_bytes: int) -> list[str]:
+    """What to tell before a run on a GPU with `available_bytes` free: the estimate, and what lowers it if need be."""
+    estimate = estimate_memory(config)
+    need = f"about {_gib(estimate.total)} of device memory needed, {_gib(available_bytes)} free"
+    advice = memory_advice(config, estimate, available_bytes)
+    return [need, *(f"- {line}" for line in advice)]
 
 
 def out_of_memory_text(config: TrainConfig) -> str:

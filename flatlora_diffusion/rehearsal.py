@@ -123,9 +123,8 @@ def _trained_model(trained: Trained) -> Any:
         return _Conditioned(unet).train()
     encoders = [weightless(trained.model, part) for part in TEXT_PARTS]
     if trained.adapter.train_text_encoder:
-        unused = 1 + (trained.model.clip_skip or 0)
-        add_text_lora(encoders[0], trained.adapter, 0, TEXT_PARTS[0], unused)
-        add_text_lora(encoders[1], trained.adapter, 0, TEXT_PARTS[1])
+        for encoder, part in zip(encoders, TEXT_PARTS, strict=True):
+            add_text_lora(encoder, trained.adapter, 0, part, trained.model.clip_skip)
     else:
         for encoder in encoders:
             table = encoder.get_input_embeddings()

@@ -74,14 +74,22 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     config = seeded(config).replace(mixed_precision=accelerator.mixed_precision)
     _set_backends(config)
     dtype = DTYPES[str(config.optim.mixed_precision)]
-    sdxl = load_sdxl(config.model, accelerator.device, dtype)
+    # With --offload the UNet comes last, so that it need not share the device with the encoding of the images.
+    is_unet_last = config.model.offload and config.model.quantize_base is None
+    sdxl = load_sdxl(config.model, torch.device("cpu") if is_unet_last else accelerator.device, dtype)
     config = _resolved(config, sdxl)
     tokens = _adapt(sdxl, config)
-    feed = Feed(config, sdxl, samples, accelerator.num_processes, class_samples, tokens)
+    if is_unet_last:
+        for part in (*TEXT_PARTS, "vae"):
+            getattr(sdxl.pipeline, part).to(accelerator.device)
+    device = accelerator.device
+    feed = Feed(config, sdxl, samples, accelerator.num_processes, class_samples, tokens, device)
     config = feed.config = _with_steps(config, feed)
     total_steps = int(config.optim.max_train_steps or 0)
     if config.model.offload:
         _offload(sdxl, config)
+        if is_unet_last:
+            sdxl.unet.to(device)
     parts = {"unet": sdxl.unet, **{part: getattr(sdxl.pipeline, part) for part in TEXT_PARTS}}
     trainable = {
         f"{part}.{name}": parameter
@@ -171,10 +179,8 @@ def _adapt(sdxl: Sdxl, config: TrainConfig) -> dict[str, list[str]]:
     initial = None if adapter.init_lora is None else read_lora(pipeline, Path(adapter.init_lora))
     add_lora(sdxl.unet, adapter, seed)
     if adapter.train_text_encoder:
-        # SDXL reads the first encoder's penultimate layer, and of the second the pooled output of the last one too.
-        unused = 1 + (config.model.clip_skip or 0)
-        add_text_lora(pipeline.text_encoder, adapter, seed, "text_encoder", unused)
-        add_text_lora(pipeline.text_encoder_2, adapter, seed, "text_encoder_2")
+        for part in TEXT_PARTS:
+            add_text_lora(getattr(pipeline, part), adapter, seed, part, config.model.clip_skip)
     if initial is not None:
         set_lora(pipeline, initial)
     tokens = add_tokens(pipeline, config.tokens, seed) if config.tokens.train_text_encoder_ti else {}

@@ -48,6 +48,10 @@ def train(config: TrainConfig) -> Path:
     found = load_training_set(config.data)
     logger.info(found.summary)
     config = seeded(config)
+    if torch.cuda.is_available():
+        from flatlora_diffusion.memory import preflight_lines  # slow to import, and of no use on a CPU
+
+        logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info()[0])))
     state = prepare(config, found.samples, load_class_samples(config))
     try:
         first = start(state) if checkpoint is None else restore(state, checkpoint)

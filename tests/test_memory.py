@@ -15,7 +15,7 @@ from torch import Tensor
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.loss import diffusion_loss, draw_targets
-from flatlora_diffusion.memory import GIB, MemoryEstimate, estimate_memory, memory_advice, out_of_memory_text
+from flatlora_diffusion.memory import GIB, MemoryEstimate, estimate_memory, memory_advice, out_of_memory_text, preflight_lines
 from flatlora_diffusion.rehearsal import rehearse_vae, weight_count
 from flatlora_diffusion.sdxl import encode_images
 from flatlora_diffusion.seeds import generator
@@ -198,7 +198,8 @@ def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainC
     assert cached.encoding < drawn.encoding
     assert (away.vae, away.text_encoders) == (0, 0)
     assert sum(away.parts.values()) == sum(cached.parts.values()) - cached.vae - cached.text_encoders
-    assert away.encoding == cached.encoding
+    assert away.encoding == cached.encoding - cached.unet - cached.lora, "the UNet comes after the encoding"
+    assert estimate_memory(config.replace(cache_latents=True)).encoding == cached.encoding
     assert estimate_memory(config.replace(offload=True, train_text_encoder=True)).text_encoders > 0
 
 
@@ -243,6 +244,14 @@ def test_advice_says_whether_it_is_enough(config: TrainConfig) -> None:
     advice = {line.split(" saves ")[0]: line.split(", ")[-1] for line in memory_advice(config, estimate, half)}
     assert advice["--mixed_precision bf16"] == advice["--gradient_checkpointing"] == "and the run fits"
     assert advice["--cache_latents --offload"] == "which is not enough alone"
+
+
+def test_a_run_says_before_it_starts_whether_it_fits(config: TrainConfig) -> None:
+    (fits,) = preflight_lines(config, 100 * GIB)
+    assert "of device memory needed, 100.0 GiB free" in fits
+    need, *advice = preflight_lines(config, GIB // 2)
+    assert "0.5 GiB free" in need
+    assert any("--mixed_precision bf16 saves" in line for line in advice)
 
 
 def test_an_out_of_memory_error_ends_with_the_same_list(config: TrainConfig) -> None:

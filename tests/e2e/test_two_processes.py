@@ -23,10 +23,10 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-    # With --cpu accelerate starts one process whatever is asked for; the variable keeps all of them on the CPU.
-    command += ["--multi_gpu"] if processes > 1 else []
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    command = [sys.executable]
+    if processes == 2:
+        config = ROOT / "samples" / "presets" / "accelerate" / "two_cpu_processes.yaml"
+        command += ["-m", "accelerate.commands.launch", f"--config_file={config}", f"--main_process_port={port}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
         [*command, "train_dreambooth_flatlora.py", *arguments],
