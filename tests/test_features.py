@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter import lora_layers
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss
 from flatlora_diffusion.lora_file import LORA_FILE
@@ -480,3 +480,52 @@ def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
     state = prepare(config, samples_of(config))
     assert isinstance(state.sdxl, Sdxl)
     assert not any(p.requires_grad for p in state.sdxl.vae.parameters())
+
+
+# What stops a run, in the user's words
+
+
+def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("flatlora_diffusion.trainer.train_step", full)
+    with pytest.raises(RunError, match=r"out of memory; these settings need about[\s\S]*--mixed_precision bf16 saves"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [
+        ("comet_ml", "report_to='comet_ml' needs the package comet_ml"),
+        ("paper", "report_to='paper' is not one of tensorboard, wandb, comet_ml, all, none"),
+    ],
+)
+def test_a_tracker_that_is_not_there(config: TrainConfig, report_to: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(config.replace(report_to=report_to), samples_of(config))
+
+
+def test_optional_optimizers_name_their_package(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatlora_diffusion.optimizer.importlib.util.find_spec", lambda name: None)
+    for settings, package in (({"optimizer": "prodigy"}, "prodigyopt"), ({"use_8bit_adam": True}, "bitsandbytes")):
+        with pytest.raises(ConfigError, match=f"needs the package {package}: pip install {package}"):
+            prepare(config.replace(**settings), samples_of(config))
+
+
+def test_previews_leave_modes_and_random_numbers_as_they_were(config: TrainConfig, tmp_path: Path) -> None:
+    plain = train(config.replace(train_text_encoder=True, lora_dropout=0.2, output_dir=str(tmp_path / "plain")))
+    watched = train(
+        config.replace(
+            train_text_encoder=True,
+            lora_dropout=0.2,
+            validation_prompt="an icon",
+            num_validation_images=1,
+            validation_epochs=1,
+            output_dir=str(tmp_path / "watched"),
+        )
+    )
+    one, two = load_file(plain), load_file(watched)
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    names = {path.name for path in (watched.parent / "images").iterdir()}
+    assert names == {"base-0.png", "step-2-0.png", "step-3-0.png"}
