@@ -1,4 +1,4 @@
-"""`python -m flatlora_diffusion VERB`: train, compare, generate."""
+"""`python -m flatlora_diffusion VERB`: train, compare, generate, export, import, merge, resize, extract, inspect."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_file import LORA_FILE, PARTS
+from flatlora_diffusion.safe_reading import checked_file
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def _layers(pipeline: Any) -> list[LoraLayer]:
 
 
 def _load(pipeline: Any, path: Path, adapter: str) -> None:
+    checked_file(path)
     try:
         with safe_open(path, framework="pt") as opened:
             in_file = sum(key.endswith(_DOWN) for key in opened.keys())  # noqa: SIM118 (not a dict)

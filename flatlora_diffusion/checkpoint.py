@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.dataset import manifest
-from flatlora_diffusion.lora_file import save_lora
 from flatlora_diffusion.optimizer import set_lr
+from flatlora_diffusion.release import save_release
 from flatlora_diffusion.run_dir import portable
 from flatlora_diffusion.tensor_file import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 from flatlora_diffusion.tokens import save_embeddings
@@ -63,9 +63,9 @@ def restore(state: TrainState, name: str) -> int:
 def save_checkpoint(state: TrainState, step: int) -> None:
     """Write `checkpoint-STEP/`: all that a resumed run needs, and the LoRA so far as a loadable file."""
     with state.run.new_checkpoint(step, state.config.run.checkpoints_total_limit) as folder:
-        save_lora(state.sdxl.pipeline, folder)
-        save_embeddings(state.sdxl.pipeline, folder)
         save_state(state, folder, step)
+        save_release(state, folder, step)
+        save_embeddings(state.sdxl.pipeline, folder)
     if state.accelerator.is_main_process:
         state.run.add_event({"event": "checkpoint", "step": step})
 

@@ -12,11 +12,18 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from flatlora_diffusion.config import (
     SAMPLES,
     ConfigError,
+    ExportConfig,
+    ExtractConfig,
     GenerateConfig,
+    ImportConfig,
+    InspectConfig,
+    MergeConfig,
+    ResizeConfig,
     RunError,
     StoppedError,
     TrainConfig,
@@ -25,10 +32,26 @@ from flatlora_diffusion.config import (
     setting_hints,
 )
 
+if TYPE_CHECKING:
+    from flatlora_diffusion.lora_export import Written
+    from flatlora_diffusion.lora_resize import Reduced
+
+Settings = TypeVar("Settings")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m flatlora_diffusion VERB ...`; returns the exit code."""
-    verbs: dict[str, Callable[[list[str]], None]] = {"train": _train, "compare": _compare, "generate": _generate}
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "compare": _compare,
+        "generate": _generate,
+        "export": _export,
+        "import": _import,
+        "merge": _merge,
+        "resize": _resize,
+        "extract": _extract,
+        "inspect": _inspect,
+    }
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = verbs.get(given[0]) if given else None
     if verb is None:
@@ -124,21 +147,93 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _generate(arguments: list[str]) -> None:
-    import tyro
-
-    config = tyro.cli(
-        GenerateConfig,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-        prog="python -m flatlora_diffusion generate",
-        description="Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid.",
-    )
+    description = "Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid."
+    config = _settings(GenerateConfig, "generate", description, arguments)
     from flatlora_diffusion.gallery import generate
 
     _hide_library_bars()
     for picture in generate(config):
         print(f"Look at {picture}")
+
+
+def _export(arguments: list[str]) -> None:
+    description = "Write a LoRA file of any layout for other programs: export FILE --layout kohya, diffusers or both."
+    config = _settings(ExportConfig, "export", description, _with_file(arguments))
+    from flatlora_diffusion.lora_export import export_lora
+
+    for written in export_lora(config):
+        _say_written(written)
+
+
+def _import(arguments: list[str]) -> None:
+    description = "Write a LoRA file of any layout for diffusers: import FILE."
+    config = _settings(ImportConfig, "import", description, _with_file(arguments))
+    from flatlora_diffusion.lora_export import import_file
+
+    for written in import_file(config):
+        _say_written(written)
+
+
+def _merge(arguments: list[str]) -> None:
+    description = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
+    config = _settings(MergeConfig, "merge", description, arguments)
+    from flatlora_diffusion.lora_merge import merge_loras
+
+    _hide_library_bars()
+    print(f"merged model saved in {merge_loras(config)}")
+
+
+def _resize(arguments: list[str]) -> None:
+    description = "Write the best LoRA of a lower rank: resize FILE --rank 4."
+    config = _settings(ResizeConfig, "resize", description, _with_file(arguments))
+    from flatlora_diffusion.lora_resize import resize_lora
+
+    _say_reduced(resize_lora(config))
+
+
+def _extract(arguments: list[str]) -> None:
+    description = "Write the difference of two models as a LoRA."
+    config = _settings(ExtractConfig, "extract", description, arguments)
+    from flatlora_diffusion.lora_resize import extract_lora
+
+    _hide_library_bars()
+    _say_reduced(extract_lora(config))
+
+
+def _inspect(arguments: list[str]) -> None:
+    description = "Show what is in a LoRA file and which tools read it: inspect FILE."
+    config = _settings(InspectConfig, "inspect", description, _with_file(arguments))
+    from flatlora_diffusion.lora_report import inspect_lora
+
+    print(inspect_lora(config))
+
+
+def _settings(kind: type[Settings], verb: str, description: str, arguments: Sequence[str]) -> Settings:
+    """The settings of a verb; prints help or an unknown flag and exits as argparse does."""
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+        prog=f"python -m flatlora_diffusion {verb}",
+        description=description,
+    )
+
+
+def _with_file(arguments: list[str]) -> list[str]:
+    """A first argument without a flag is the file."""
+    return ["--file", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+def _say_written(written: Written) -> None:
+    print(f"LoRA saved in {written.path}; largest error of a layer by rounding: {written.error:.2g} of its update")
+
+
+def _say_reduced(reduced: Reduced) -> None:
+    _say_written(reduced.written)
+    print(f"missed by the lower rank: {100 * reduced.missed:.3g} % of the whole change (Frobenius norm)")
 
 
 def _as_tyro_reads(flags: Sequence[str]) -> list[str]:

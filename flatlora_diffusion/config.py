@@ -25,6 +25,9 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
 Quantization = Literal["nf4", "int8", "torchao-int8"]
+SaveDtype = Literal["fp16", "bf16", "fp32"]
+FileLayout = Literal["kohya", "diffusers"]
+LoraLayout = Literal["kohya", "diffusers", "both"]
 LossType = Literal["l2", "huber"]
 Optimizer = Literal["adamw", "prodigy", "adafactor"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -273,7 +276,10 @@ class RunConfig(Section):
 
     output_dir: str = setting("lora-dreambooth-model", "run folder: weights, checkpoints, log")
     output_name: str | None = setting(None, "name of the LoRA for other tools; default: the run folder's")
-    output_kohya_format: bool = setting(False, "also write pytorch_lora_weights_kohya.safetensors, as diffusers does")
+    output_kohya_format: bool = setting(
+        False, "also write the file for other tools as pytorch_lora_weights_kohya.safetensors, as diffusers names it"
+    )
+    save_dtype: SaveDtype = setting("fp16", "precision of the LoRA files; what a resumed run needs stays fp32")
     seed: int | None = setting(None, "seed of every draw; default: drawn from the system, printed and saved", min=0)
     checkpointing_steps: int = setting(500, "a resumable checkpoint every N steps", min=1)
     checkpoints_total_limit: int | None = setting(None, "keep only this many checkpoints", min=1)
@@ -318,10 +324,6 @@ class TrainConfig:
             (
                 objective.snr_gamma is not None and objective.do_edm_style_training,
                 "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
-            ),
-            (
-                self.adapter.use_dora and self.run.output_kohya_format,
-                "--use_dora has no kohya layout that other tools agree on; leave --output_kohya_format out",
             ),
             (
                 self.adapter.train_text_encoder and self.tokens.train_text_encoder_ti,
@@ -493,3 +495,90 @@ class GenerateConfig(Section):
             )
         if self.merge and self.model.quantize_base is not None:
             raise ConfigError("--merge needs full weights; leave --quantize_base or --merge out")
+
+
+@dataclass(frozen=True)
+class ImportConfig(Section):
+    """All settings of `import`: a LoRA file of any layout to one for diffusers."""
+
+    file: str = setting("", "LoRA file in any layout")
+    output: str | None = setting(None, "file to write; default: NAME_diffusers.safetensors beside it")
+    dtype: SaveDtype | None = setting(None, "precision of the new file; default: the old one's")
+    base: str | None = setting(
+        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
+    )
+    overwrite: bool = setting(False, "replace files that are there")
+
+
+@dataclass(frozen=True)
+class ExportConfig(Section):
+    """All settings of `export`: a LoRA file of any layout to the layouts that other programs read."""
+
+    file: str = setting("", "LoRA file in any layout")
+    layout: LoraLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights; or both")
+    dtype: SaveDtype | None = setting(None, "precision of the new files; default: the old one's")
+    output: str | None = setting(
+        None,
+        "file to write, or a folder; default: NAME_kohya.safetensors, NAME_diffusers.safetensors beside the old one",
+    )
+    name: str | None = setting(None, "name of the LoRA in web UIs' prompts; default: as it was, or the file's")
+    base: str | None = setting(
+        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
+    )
+    overwrite: bool = setting(False, "replace files that are there")
+
+
+@dataclass(frozen=True)
+class MergeConfig(Section):
+    """All settings of `merge`: a base with LoRAs added to its weights."""
+
+    base: str = setting("", "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`")
+    lora: tuple[str, ...] = setting((), "LoRA files, each with its strength if not 1: FILE or FILE@0.8")
+    output: str = setting("", "folder to write; with --single_file a .safetensors file")
+    single_file: bool = setting(False, "write one checkpoint with the original names, for ComfyUI and other web UIs")
+    single_file_config: str | None = setting(
+        None, "for a single-file base: a diffusers folder whose configs and tokenizers are used, to work offline"
+    )
+    dtype: SaveDtype | None = setting(None, "precision of the result; default: the base's, for a hub id fp16")
+    overwrite: bool = setting(False, "replace what is there")
+
+
+@dataclass(frozen=True)
+class ResizeConfig(Section):
+    """All settings of `resize`: the best LoRA of a lower rank."""
+
+    file: str = setting("", "LoRA file in any layout")
+    rank: int = setting(4, "highest rank of a layer", min=1, max=1024)
+    output: str | None = setting(None, "file to write; default: NAME_rank4.safetensors beside it, for rank 4")
+    dtype: SaveDtype | None = setting(None, "precision of the new file; default: the old one's")
+    base: str | None = setting(
+        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
+    )
+    overwrite: bool = setting(False, "replace files that are there")
+
+
+@dataclass(frozen=True)
+class ExtractConfig(Section):
+    """All settings of `extract`: the difference of two models as a LoRA."""
+
+    base: str = setting("", "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`")
+    tuned: str = setting("", "the model made from it, in one of these forms")
+    rank: int = setting(32, "highest rank of a layer", min=1, max=1024)
+    output: str = setting("extracted.safetensors", "file to write")
+    layout: FileLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights")
+    dtype: SaveDtype = setting("fp16", "precision of the file")
+    single_file_config: str | None = setting(
+        None, "for single files: a diffusers folder whose configs and tokenizers are used, to work offline"
+    )
+    overwrite: bool = setting(False, "replace a file that is there")
+
+
+@dataclass(frozen=True)
+class InspectConfig(Section):
+    """All settings of `inspect`: what is in a LoRA file, and which tools read it."""
+
+    file: str = setting("", "LoRA file in any layout")
+    json: bool = setting(False, "print JSON")
+    base: str | None = setting(
+        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
+    )

@@ -67,11 +67,14 @@ def hub_repository(config: TrainConfig) -> str:
 
 
 def hub_files(run: RunDir) -> list[str]:
-    """What is uploaded, relative to the run folder: LoRA files, card and the pictures that the card shows."""
+    """What is uploaded, relative to the run folder: LoRA files, card and the pictures that the card shows.
+
+    Not a file of someone else's that lies there, such as a base.
+    """
     card = run.folder / REPOCARD_NAME
     widget = ModelCard.load(card).data.get("widget") or []
     pictures = [entry["output"]["url"] for entry in widget]
-    return [*sorted(path.name for path in run.folder.glob("*.safetensors")), card.name, *pictures]
+    return [*run.weight_files(), card.name, *pictures]
 
 
 def _allowed_name(name: str) -> str:

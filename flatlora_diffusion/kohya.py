@@ -1,22 +1,22 @@
 """The LoRA in kohya's names for SDXL's own block numbering: the one layout that every tool reads in full.
 
-Names are derived by rule from the module paths, which are those of any UNet with SDXL's blocks.
+Names are derived by rule from the module paths, which are those of any UNet with SDXL's blocks. Each module has
+exactly `lora_down.weight`, `lora_up.weight` and `alpha`; what it adds is alpha / rank * up @ down.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flatlora_diffusion.lora_file import expected_tensors
-from flatlora_diffusion.tensor_file import save_tensors
+from flatlora_diffusion.adapter import TEXT_ATTENTION
+from flatlora_diffusion.lora_update import Update, Updates, balanced
 
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -26,6 +26,11 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+# Layers whose names and shapes tell other tools the base: InvokeAI looks for any cross attention's keys, Draw Things
+# for these in the second down block, and it takes a LoRA without the middle block for one of SSD-1B.
+_TELLING = tuple(f"{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("down_blocks.1", "mid_block"))
+# Alphas that fp16 and bf16 hold without loss of range.
+_ALPHAS = (2.0**-8, 2.0**15)
 
 
 def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
@@ -37,30 +42,71 @@ def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
     return f"{_PREFIXES[part]}_{path.replace('.', '_')}"
 
 
-def kohya_tensors(tensors: Mapping[str, Tensor], layers_per_block: int = 2) -> dict[str, Tensor]:
-    """`lora_down`, `lora_up` and `alpha` (the rank: the scale is in `lora_up`) of PEFT's A and B.
+def kohya_tensors(
+    updates: Updates, layers_per_block: int = 2, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """`lora_down.weight`, `lora_up.weight` and `alpha` (a 0-dim tensor) of every module, all in `dtype`.
 
-    Raises ValueError for DoRA, whose magnitudes no two tools read alike.
+    One alpha per part, the commonest s * r: diffusers gives the commonest to all. Where a layer has another, the
+    difference is in its `lora_up`. Rank 1 gets a row of zeros: stable-diffusion.cpp reads another rank from it.
     """
-    converted: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        part, _, rest = key.partition(".")
-        if rest.endswith(".lora_magnitude_vector"):
-            raise ValueError("DoRA has no kohya layout that other tools agree on")
-        module, _, side = rest.removesuffix(".weight").rpartition(".")
-        name = kohya_name(part, module, layers_per_block)
-        if side == "lora_A":
-            converted[f"{name}.lora_down.weight"] = value
-            converted[f"{name}.alpha"] = torch.tensor(float(len(value)))
-        else:
-            converted[f"{name}.lora_up.weight"] = value
-    return converted
+    tensors: dict[str, Tensor] = {}
+    for part, layers in updates.items():
+        wide = {module: _of_rank_2(update) for module, update in layers.items()}
+        alpha = _alpha(wide, dtype)
+        for module, update in wide.items():
+            down, up = update.down, update.up * (update.scale * len(update.down) / float(alpha))
+            if dtype == torch.float16:
+                down, up = balanced(down, up)
+            name = kohya_name(part, module, layers_per_block)
+            tensors[f"{name}.lora_down.weight"] = down.to(dtype).contiguous()
+            tensors[f"{name}.lora_up.weight"] = up.to(dtype).contiguous()
+            tensors[f"{name}.alpha"] = alpha.clone()
+    return tensors
 
 
-def save_kohya(pipeline: Any, folder: Path) -> Path:
-    """Write `pytorch_lora_weights_kohya.safetensors`; returns its path."""
-    save_tensors(folder / KOHYA_FILE, kohya_tensors(expected_tensors(pipeline), pipeline.unet.config.layers_per_block))
-    return folder / KOHYA_FILE
+def completed(updates: Updates, unet: nn.Module) -> Updates:
+    """`updates` with the layers that other tools need to be there; what is added changes nothing, its factors are 0.
+
+    AUTOMATIC1111 leaves a layer of the second text encoder as it is unless q, k, v and out are all in the file.
+    InvokeAI and Draw Things tell SDXL from other bases by certain layers, which a LoRA on some blocks may lack.
+    """
+    whole = {part: dict(layers) for part, layers in updates.items()}
+    second = whole.get("text_encoder_2", {})
+    for module, update in list(second.items()):
+        group, _, leaf = module.rpartition(".")
+        if leaf in TEXT_ATTENTION:
+            for missing in TEXT_ATTENTION:
+                second.setdefault(f"{group}.{missing}", _nothing(update.down, update.up, update.scale))
+    layers = whole.get("unet", {})
+    for module in _TELLING:
+        if layers and module not in layers and (weight := _weight_shape(unet, module)) is not None:
+            rank, scale = Counter((len(update.down), update.scale) for update in layers.values()).most_common(1)[0][0]
+            layers[module] = _nothing(torch.empty(rank, weight[1]), torch.empty(weight[0], rank), scale)
+    return whole
+
+
+def _nothing(down: Tensor, up: Tensor, scale: float) -> Update:
+    return Update(torch.zeros_like(down), torch.zeros_like(up), scale)
+
+
+def _weight_shape(unet: nn.Module, module: str) -> tuple[int, int] | None:
+    """(out, in) of a Linear, None where the UNet has no such layer."""
+    layer: Any = dict(unet.named_modules()).get(module)
+    return None if layer is None else (int(layer.out_features), int(layer.in_features))
+
+
+def _of_rank_2(update: Update) -> Update:
+    """`update` with at least rank 2; s stays, so its alpha s * r doubles with a rank of 1."""
+    down, up, scale = update
+    if len(down) > 1:
+        return update
+    return Update(torch.cat([down, torch.zeros_like(down)]), torch.cat([up, torch.zeros_like(up)], dim=1), scale)
+
+
+def _alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:
+    common = Counter(update.scale * len(update.down) for update in layers.values()).most_common(1)[0][0]
+    return torch.tensor(min(max(common, _ALPHAS[0]), _ALPHAS[1]), dtype=dtype)
 
 
 def _sgm_path(module: str, layers: int) -> str:

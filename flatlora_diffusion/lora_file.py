@@ -14,51 +14,51 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter import ADAPTER, lora_layers
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.lora_update import PARTS, balanced, lora_updates, magnitudes
+from flatlora_diffusion.safe_reading import checked_file
 from flatlora_diffusion.tensor_file import write_atomically
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]
 """A and sB by module path, by part of the pipeline."""
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A, sB and DoRA's magnitudes of every layer in PEFT's names, fp32 on the CPU.
+def diffusers_tensors(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A and sB of every layer in PEFT's names, on the CPU; and DoRA's magnitudes, which stay fp32.
 
-    Layers of a lower rank are padded with zeros to the highest: diffusers takes one alpha for all.
+    Layers of a lower rank are padded with zeros to their part's highest: older diffusers take one rank for all.
     """
-    state = {}
-    layers = lora_layers(model)
-    rank = max((layer.r[ADAPTER] for layer in layers.values()), default=0)
-    for name, layer in layers.items():
-        down = layer.lora_A[ADAPTER].weight.detach()
-        up = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
-        missing = rank - len(down)
-        state[f"{name}.lora_A.weight"] = F.pad(down.transpose(0, -1), (0, missing)).transpose(0, -1)
-        state[f"{name}.lora_B.weight"] = F.pad(up.transpose(1, -1), (0, missing)).transpose(1, -1)
-        if ADAPTER in layer.lora_magnitude_vector:
-            state[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[ADAPTER].weight.detach()
-    return {key: value.float().cpu().contiguous() for key, value in state.items()}
+    tensors: dict[str, Tensor] = {}
+    for part, layers in lora_updates(pipeline).items():
+        rank = max(len(update.down) for update in layers.values())
+        for module, update in layers.items():
+            down, up = update.down, update.up * update.scale
+            if dtype == torch.float16:
+                down, up = balanced(down, up)
+            missing = rank - len(down)
+            padded_down = F.pad(down.transpose(0, -1), (0, missing)).transpose(0, -1)
+            padded_up = F.pad(up.transpose(1, -1), (0, missing)).transpose(1, -1)
+            tensors[f"{part}.{module}.lora_A.weight"] = padded_down.to(dtype).contiguous()
+            tensors[f"{part}.{module}.lora_B.weight"] = padded_up.to(dtype).contiguous()
+    for part, values in magnitudes(pipeline).items():
+        tensors |= {f"{part}.{module}.lora_magnitude_vector": value for module, value in values.items()}
+    return tensors
 
 
-def expected_tensors(pipeline: Any) -> dict[str, Tensor]:
-    """What the LoRA file of the pipeline holds, by key."""
-    return {
-        f"{part}.{key}": value for part, state in _states(pipeline).items() for key, value in (state or {}).items()
-    }
-
-
-def save_lora(pipeline: Any, folder: Path) -> Path:
+def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write `pytorch_lora_weights.safetensors` for `load_lora_weights` of a stock pipeline; returns its path."""
     path = folder / LORA_FILE
-    states = _states(pipeline)
+    tensors = diffusers_tensors(pipeline, dtype)
+    arguments: dict[str, Any] = {}
+    for part in PARTS:
+        state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        arguments[f"{part}_lora_layers"] = state or None
+        arguments[f"{part}_lora_adapter_metadata"] = _adapter_metadata(getattr(pipeline, part), state)
 
     def write(aside: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            StableDiffusionXLPipeline.save_lora_weights(
-                scratch, **{f"{part}_lora_layers": state for part, state in states.items()}
-            )
+            StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
             (Path(scratch) / LORA_FILE).replace(aside)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +74,7 @@ def read_lora(pipeline: Any, path: Path) -> Factors:
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"init_lora={str(path)!r} is no LoRA file and no folder that holds {LORA_FILE}")
+    checked_file(file)
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
     except Exception as error:  # diffusers and peft raise whatever their parsing runs into
@@ -111,18 +112,37 @@ def set_lora(pipeline: Any, factors: Mapping[str, Mapping[str, tuple[Tensor, Ten
             layer.lora_B[ADAPTER].weight.copy_(up[:, :kept] / layer.scaling[ADAPTER])
 
 
-def _states(pipeline: Any) -> dict[str, dict[str, Tensor] | None]:
-    """The state of each part, None for a part without a LoRA.
+def _adapter_metadata(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The fields of a LoraConfig with which diffusers restores `state`: only those that every peft knows.
 
-    CLIP's layers are named as all tools know them; transformers has dropped `text_model.` from the first encoder's.
+    Layers are named by their ends where these name no other layer, and otherwise by as much of their paths as all
+    versions of transformers have.
     """
-    states: dict[str, dict[str, Tensor] | None] = {}
-    for part in PARTS:
-        state = lora_state_dict(getattr(pipeline, part))
-        if part != "unet":
-            state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
-        states[part] = state or None
-    return states
+    if not state:
+        return None
+    paths = list(lora_layers(model))
+    ends = sorted({_end(path) for path in paths})
+    # While a LoRA is on, a layer's own name is that of its wrapper; what is inside has longer names.
+    others = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{end}" for end in ends))]
+    rank = max(len(value) for key, value in state.items() if key.endswith("lora_A.weight"))
+    metadata: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ends if len(others) == len(paths) else [_version_free(path) for path in paths],
+    }
+    if any(key.endswith(".lora_magnitude_vector") for key in state):
+        metadata["use_dora"] = True
+    return metadata
+
+
+def _end(path: str) -> str:
+    """`to_q` or `to_out.0`: the shortest end of a path that is not a number alone."""
+    head, _, last = path.rpartition(".")
+    return f"{head.rpartition('.')[2]}.{last}" if last.isdigit() else last
+
+
+def _version_free(path: str) -> str:
+    return path.removeprefix("text_model.").removeprefix("encoder.")
 
 
 def _line(error: Exception) -> str:

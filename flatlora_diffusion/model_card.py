@@ -16,7 +16,6 @@ from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
 
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 PICTURES_PER_ROW = 4
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PACKAGES = ("flatlora-diffusion", "torch", "diffusers", "peft", "transformers")
@@ -37,7 +36,7 @@ def write_model_card(
         *_picture_tables(run, pictures),
         _trigger_section(trigger_words),
         f"## Use it in diffusers\n\n```python\n{usage_code(config, pictures, trigger_words)}\n```",
-        f"## Use it elsewhere\n\n{_elsewhere(run)}",
+        f"## Use it elsewhere\n\n{_elsewhere(run, config)}",
         f"## How it was trained\n\n{_training_data(run, config)}\n\n{_settings_table(config)}",
         f"Versions: {', '.join(f'{name} {_version(name)}' for name in _PACKAGES)}.",
     ]
@@ -183,11 +182,12 @@ def _in_new_tokens(config: TrainConfig, text: str) -> str:
     return with_new_tokens(text, new_tokens(config.tokens)) if config.tokens.train_text_encoder_ti else text
 
 
-def _elsewhere(run: RunDir) -> str:
-    others = "ComfyUI, Forge, AUTOMATIC1111 and InvokeAI"
-    if (run.folder / KOHYA_FILE).exists():
-        return f"Put `{KOHYA_FILE}` into the LoRA folder of {others}."
-    return f"{others} read another layout, which this run did not write; `--output_kohya_format` writes it too."
+def _elsewhere(run: RunDir, config: TrainConfig) -> str:
+    file = f"{run.lora_name(config.run.output_name)}.safetensors"
+    text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
+    if config.adapter.use_dora:
+        text += f" It is a plain LoRA made of the DoRA in `{LORA_FILE}`, which only diffusers reads exactly."
+    return text
 
 
 def _training_data(run: RunDir, config: TrainConfig) -> str:

@@ -9,40 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from flatlora_diffusion.adapter import ADAPTER, lora_layers
-from flatlora_diffusion.config import RunError
 from flatlora_diffusion.hub import push_to_hub
-from flatlora_diffusion.kohya import save_kohya
-from flatlora_diffusion.lora_file import LORA_FILE, PARTS, expected_tensors, save_lora
+from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.model_card import write_model_card
 from flatlora_diffusion.pictures import read_pictures
+from flatlora_diffusion.release import accompany, save_release, trigger_words
 from flatlora_diffusion.run_dir import RunDir
-from flatlora_diffusion.tokens import save_embeddings
+from flatlora_diffusion.tokens import EMBEDDINGS_FILE, save_embeddings
 from flatlora_diffusion.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
 def finish(state: TrainState) -> Path:
-    """Save the LoRA, prove it, write the model card, and upload if asked; returns the path of the LoRA file.
+    """Save the LoRA, prove it, write the model card, and upload if asked; returns the path of diffusers' LoRA file.
 
-    Raises RunError when the file does not hold what was trained, or the upload fails.
+    Raises RunError when a file does not hold what was trained, the LoRA changes nothing, or the upload fails.
     """
     path = state.run.folder / LORA_FILE
     if state.accelerator.is_main_process:
         with averaged(state):
-            save_lora(state.sdxl.pipeline, state.run.folder)
+            proof = save_release(state, state.run.folder, state.total_steps, is_end=True)
             save_embeddings(state.sdxl.pipeline, state.run.folder)
-            if state.config.run.output_kohya_format:
-                save_kohya(state.sdxl.pipeline, state.run.folder)
-            proof = _proof(state, path)
+        proof["image_change"] = _image_change(state.run, state.total_steps)
+        pictures = _pictures(state)
+        accompany(state, next((file for file, _ in pictures), None), _notes(state))
         state.run.add_event({"event": "proof", **proof})
         logger.info("%s", proof_line(proof))
-        write_model_card(state.run, state.config, _pictures(state), _trigger(state))
+        write_model_card(state.run, state.config, pictures, trigger_words(state))
         state.run.add_event({"event": "finished", "step": state.total_steps})
         if state.config.run.push_to_hub:
             logger.info("uploaded to %s", push_to_hub(state.run, state.config))
@@ -64,34 +60,21 @@ def averaged(state: TrainState) -> Iterator[None]:
         state.ema.restore(state.trainable.values())
 
 
-def update_norms(pipeline: Any) -> dict[str, float]:
-    """||sBA||_F over all layers of each part that has a LoRA."""
-    norms = {}
-    for part in PARTS:
-        squares = [_square_norm(layer) for layer in lora_layers(getattr(pipeline, part)).values()]
-        if squares:
-            norms[part] = sum(squares) ** 0.5
-    return norms
-
-
 def proof_line(proof: dict[str, Any]) -> str:
     """The proof in one sentence for the log."""
     norms = ", ".join(f"{part} {norm:.3g}" for part, norm in proof["update_norms"].items())
-    line = f"the saved LoRA equals the trained one; size of its update: {norms}"
+    files, error = " and ".join(proof["files"]), proof["largest_error"]
+    line = (
+        f"{files} equal the trained LoRA, largest error {error:.1e} of a layer's update; size of its update: {norms}"
+    )
     change = proof["image_change"]
     return line if change is None else f"{line}; previews differ from the base's by {change:.1f} of 255 levels"
 
 
-def _proof(state: TrainState, path: Path) -> dict[str, Any]:
-    """Size of the update by part, difference of the previews to the base's; checks the file against the memory."""
-    saved = load_file(path)
-    expected = expected_tensors(state.sdxl.pipeline)
-    if saved.keys() != expected.keys() or any(not torch.equal(saved[key], expected[key]) for key in saved):
-        raise RunError(f"{path.name} does not hold what was trained: the disk or the file system is at fault")
-    norms = update_norms(state.sdxl.pipeline)
-    if not any(norms.values()):
-        logger.warning("the LoRA changes nothing: no step has moved it; look at the learning rate")
-    return {"update_norms": norms, "image_change": _image_change(state.run, state.total_steps)}
+def _notes(state: TrainState) -> tuple[str, ...]:
+    if not state.tokens:
+        return ()
+    return (f"It needs the embeddings in {EMBEDDINGS_FILE}.",)
 
 
 def _pictures(state: TrainState) -> list[tuple[Path, str]]:
@@ -109,14 +92,3 @@ def _image_change(run: RunDir, step: int) -> float | None:
             one, two = (np.asarray(Image.open(file), dtype=np.float32) for file in (base, last))
             changes.append(float(np.abs(one - two).mean()))
     return sum(changes) / len(changes) if changes else None
-
-
-def _square_norm(layer: Any) -> float:
-    """||sBA||_F^2 = s^2 tr((B^T B)(A A^T)) without forming BA."""
-    down = layer.lora_A[ADAPTER].weight.detach().double().flatten(1)
-    up = layer.lora_B[ADAPTER].weight.detach().double().flatten(1)
-    return float(((up.T @ up) * (down @ down.T)).sum()) * layer.scaling[ADAPTER] ** 2
-
-
-def _trigger(state: TrainState) -> str:
-    return ", ".join("".join(names) for names in state.tokens.values()) or (state.config.data.instance_prompt or "")

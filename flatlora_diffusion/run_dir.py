@@ -5,6 +5,7 @@ manifest.json     names, hashes and sizes of the training images
 events.jsonl      one JSON object per line, appended: every optimizer step, then how the run ended
 checkpoint-N/     LoRA file and optimizer state after N steps
 images/           preview images
+NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
 stop, save        files that ask a run to stop, or to save a checkpoint, after the step it is at
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +52,7 @@ _FREE_SETTINGS = {
     "output_dir",
     "output_name",
     "output_kohya_format",
+    "save_dtype",
     "max_train_steps",
     "max_train_seconds",
     "num_train_epochs",
@@ -74,10 +77,15 @@ _RUN_FILES = (
     "events.jsonl",
     "images",
     "README.md",
+    "logs",
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights_emb.safetensors",
     "pytorch_lora_weights_kohya.safetensors",
 )
+_LORA_FILES = (".safetensors", ".json", ".png")
+# Stems that a run's other files have, and those that Windows keeps for devices.
+_TAKEN_NAMES = re.compile(r"config|manifest|state|pytorch_lora_weights.*|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
+_LONGEST_NAME = 80
 
 
 class RunDir:
@@ -95,9 +103,20 @@ class RunDir:
     def start(self, config: Mapping[str, Any], manifest: list[dict[str, Any]]) -> None:
         """Make the folder for a new run. An earlier run in it is moved aside to `earlier-N/`, never overwritten."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._move_aside()
+        self._move_aside(config)
         _write_json(self.config_file, portable(config))
         _write_json(self.manifest_file, manifest)
+
+    def lora_name(self, output_name: str | None) -> str:
+        """The name of the LoRA in other tools, which is its file's name: the one given or else the folder's."""
+        return _file_name(output_name or self.folder.resolve().name)
+
+    def weight_files(self) -> list[str]:
+        """The names of the run's own LoRA and embedding files that are there, without anything else's."""
+        names = [name for name in _RUN_FILES if name.endswith(".safetensors")]
+        saved = json.loads(self.config_file.read_text(encoding="utf-8"))
+        names.append(f"{self.lora_name(saved.get('output_name'))}.safetensors")
+        return sorted(name for name in names if (self.folder / name).is_file())
 
     def update(self, config: Mapping[str, Any]) -> None:
         """Save the settings that a resumed run has from now on."""
@@ -176,8 +195,12 @@ class RunDir:
             for old in self.checkpoints()[:-limit]:
                 shutil.rmtree(old)
 
-    def _move_aside(self) -> None:
-        present = [self.folder / name for name in _RUN_FILES if (self.folder / name).exists()] + self.checkpoints()
+    def _move_aside(self, config: Mapping[str, Any]) -> None:
+        earlier_config = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
+        names = {self.lora_name(values.get("output_name")) for values in (config, earlier_config)}
+        names.add(_file_name(Path(earlier_config.get("output_dir", "")).name))  # if the folder was renamed since
+        files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES)]
+        present = [self.folder / name for name in files if (self.folder / name).exists()] + self.checkpoints()
         if not present:
             return
         number = 1
@@ -198,6 +221,12 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
             path, here = Path(value), Path.cwd()
             values[name] = path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
     return values
+
+
+def _file_name(text: str) -> str:
+    """`text` as a file's name on any system and in a prompt of A1111: letters, digits, `-`, `_` and inner `.`."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME].rstrip("-.") or "lora"
+    return f"lora-{name}" if _TAKEN_NAMES.fullmatch(name.split(".")[0]) else name
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -16,10 +16,16 @@ from torch import Tensor, nn
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(aside)` on a neighbour of `path`, flush it to disk, then rename it over `path`."""
+    """Call `write(aside)` on a neighbour of `path`, flush it to disk, then rename it over `path`.
+
+    The file is readable by whom the umask allows; safetensors would make it readable by its owner alone.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # what the umask leaves of 0666, without setting the umask to learn it
         write(aside)
+        os.chmod(aside, mode)
         with open(aside, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, path)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flatlora_diffusion"
 LEVELS = [
-    {"config", "seeds", "tensor_file", "judge"},
+    {"config", "seeds", "tensor_file", "judge", "lora_family"},
     {
         "noise",
         "loss",
@@ -23,14 +23,18 @@ LEVELS = [
         "optimizer",
         "base_model",
         "pictures",
+        "safe_reading",
+        "single_file",
     },
-    {"adapted_layers", "dataset", "sdxl", "adapter", "tokens", "stopping"},
+    {"adapted_layers", "dataset", "sdxl", "adapter", "tokens", "stopping", "lora_metadata"},
+    {"lora_update"},
     {"perturbation", "generate", "training_set", "latent_cache", "prompts", "lora_file", "weightless", "allocation"},
     {"feed", "evaluation", "class_images", "kohya", "applied_lora", "model_card", "hub", "rehearsal"},
-    {"train_state", "memory", "gallery"},
-    {"checkpoint", "preview", "result"},
-    {"trainer"},
-    {"compare"},
+    {"train_state", "memory", "gallery", "lora_names"},
+    {"release", "preview", "lora_import"},
+    {"checkpoint", "result", "lora_export", "tool_support"},
+    {"trainer", "lora_merge", "lora_report"},
+    {"compare", "lora_resize"},
     {"command_line"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -13,11 +13,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from sgm_checkpoint import save_single_file, unet_tensors
 from torch import Tensor
 
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.single_file import save_single_file, unet_tensors
 
 CPU = torch.device("cpu")
 

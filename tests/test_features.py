@@ -168,7 +168,7 @@ def test_training_can_start_from_a_lora_in_another_layout(config: TrainConfig, b
     with pytest.raises(ConfigError, match=r"adapts 4 layer.s. of the text_encoder that this run does not train"):
         prepare(config.replace(init_lora=str(kept)), samples_of(config))
     (tmp_path / "no.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match=r"init_lora: no\.safetensors cannot be read"):
+    with pytest.raises(ConfigError, match=r"no\.safetensors is no sound \.safetensors file"):
         prepare(config.replace(init_lora=str(tmp_path / "no.safetensors")), samples_of(config))
 
 

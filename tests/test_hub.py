@@ -177,6 +177,13 @@ def test_a_picture_that_the_card_does_not_show_is_not_uploaded(tmp_path: Path) -
     assert set(hub_files(run)) == {name for name in SENT if not name.startswith("images/")}
 
 
+def test_the_file_for_other_tools_is_uploaded_and_a_base_that_lies_there_is_not(tmp_path: Path) -> None:
+    run, _ = finished_run(tmp_path)
+    for name in ("my-icons.safetensors", "my-icons.json", "my-sdxl.safetensors", "my-icons-earlier-1.safetensors"):
+        (run.folder / name).write_bytes(b"x")
+    assert set(hub_files(run)) == SENT | {"my-icons.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("folder", "repository"),
     [

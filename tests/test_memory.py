@@ -15,7 +15,14 @@ from torch import Tensor
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.loss import diffusion_loss, draw_targets
-from flatlora_diffusion.memory import GIB, MemoryEstimate, estimate_memory, memory_advice, out_of_memory_text, preflight_lines
+from flatlora_diffusion.memory import (
+    GIB,
+    MemoryEstimate,
+    estimate_memory,
+    memory_advice,
+    out_of_memory_text,
+    preflight_lines,
+)
 from flatlora_diffusion.rehearsal import rehearse_vae, weight_count
 from flatlora_diffusion.sdxl import encode_images
 from flatlora_diffusion.seeds import generator

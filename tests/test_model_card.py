@@ -16,7 +16,7 @@ from PIL import Image
 from flatlora_diffusion.adapter import add_lora, lora_layers
 from flatlora_diffusion.config import AdapterConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.lora_file import save_lora
-from flatlora_diffusion.model_card import KOHYA_FILE, usage_code, write_model_card
+from flatlora_diffusion.model_card import usage_code, write_model_card
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.tokens import add_tokens, embedding_parameters, save_embeddings
 
@@ -180,9 +180,10 @@ def test_the_title(run: RunDir, settings: dict[str, str], title: str) -> None:
 
 
 def test_other_programs_get_the_copy_made_for_them(run: RunDir) -> None:
-    assert "`--output_kohya_format` writes it" in card(run, config()).text
-    (run.folder / KOHYA_FILE).touch()
-    assert f"Put `{KOHYA_FILE}` into the LoRA folder of ComfyUI" in card(run, config()).text
+    assert "Put `my-icons.safetensors` into the LoRA folder of ComfyUI" in card(run, config()).text
+    assert "Put `Foxes.safetensors` into" in card(run, config(output_name="Foxes")).text
+    assert "plain LoRA" not in card(run, config()).text
+    assert "It is a plain LoRA made of the DoRA" in card(run, config(use_dora=True)).text
 
 
 def test_the_code_loads_from_the_hub_what_goes_there() -> None:

@@ -1,6 +1,6 @@
-"""An SDXL pipeline as one .safetensors file with the original names, as Stability, ComfyUI and A1111 write it.
+"""An SDXL pipeline as one .safetensors file with the original names, as Stability, ComfyUI and A1111 read it.
 
-The inverse of what diffusers reads, by rule. SDXL's depth of two layers per block is part of the rule, widths are not.
+The inverse of what diffusers reads, by rule; widths and depths are no part of it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flatlora_diffusion.tensor_file import write_atomically
+
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 
-_UNET: Rules = {
+_UNET_OUTSIDE: Rules = {
     r"^conv_in": "input_blocks.0.0",
     r"^conv_norm_out": "out.0",
     r"^conv_out": "out.2",
     r"^time_embedding\.linear_(\d)": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
     r"^add_embedding\.linear_(\d)": lambda m: f"label_emb.0.{2 * int(m[1]) - 2}",
-    r"^down_blocks\.(\d)\.resnets\.(\d)": lambda m: f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}.0",
-    r"^down_blocks\.(\d)\.attentions\.(\d)": lambda m: f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}.1",
-    r"^down_blocks\.(\d)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op",
     r"^mid_block\.resnets\.(\d)": lambda m: f"middle_block.{2 * int(m[1])}",
     r"^mid_block\.attentions\.0": "middle_block.1",
-    r"^up_blocks\.(\d)\.resnets\.(\d)": lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.0",
-    r"^up_blocks\.(\d)\.attentions\.(\d)": lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.1",
-    r"^up_blocks\.(\d)\.upsamplers\.0\.conv": lambda m: f"output_blocks.{3 * int(m[1]) + 2}.2.conv",
 }
 _UNET_RESNET: Rules = {
     r"\.norm1\.": ".in_layers.0.",
@@ -42,8 +38,6 @@ _UNET_RESNET: Rules = {
 _VAE: Rules = {
     r"\.down_blocks\.(\d)\.resnets\.": r".down.\1.block.",
     r"\.down_blocks\.(\d)\.downsamplers\.0\.": r".down.\1.downsample.",
-    r"\.up_blocks\.(\d)\.resnets\.": lambda m: f".up.{3 - int(m[1])}.block.",
-    r"\.up_blocks\.(\d)\.upsamplers\.0\.": lambda m: f".up.{3 - int(m[1])}.upsample.",
     r"\.mid_block\.resnets\.(\d)\.": lambda m: f".mid.block_{int(m[1]) + 1}.",
     r"\.mid_block\.attentions\.0\.": ".mid.attn_1.",
     r"\.group_norm\.": ".norm.",
@@ -65,29 +59,39 @@ _OPEN_CLIP: Rules = {
 
 
 def save_single_file(pipeline: Any, path: Path) -> Path:
-    """Write UNet, VAE and both text encoders, each tensor in its own dtype; four blocks in the VAE as in SDXL."""
+    """Write UNet, VAE and both text encoders, each tensor in its own dtype; returns the path."""
+    unet = unet_tensors(pipeline.unet.state_dict(), pipeline.unet.config.layers_per_block)
     tensors = {
-        **_prefixed("model.diffusion_model.", unet_tensors(pipeline.unet.state_dict())),
+        **_prefixed("model.diffusion_model.", unet),
         **_prefixed("first_stage_model.", vae_tensors(pipeline.vae.state_dict())),
         **_prefixed("conditioner.embedders.0.transformer.", clip_tensors(pipeline.text_encoder.state_dict())),
         **_prefixed("conditioner.embedders.1.model.", open_clip_tensors(pipeline.text_encoder_2.state_dict())),
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda aside: save_file(contiguous, aside, metadata={"format": "pt"}))
     return path
 
 
-def unet_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unet_tensors(state: Mapping[str, Tensor], layers_per_block: int = 2) -> dict[str, Tensor]:
     """The UNet by its original names; the shapes stay."""
+    rules = _unet_rules(layers_per_block)
     return {
-        _renamed(_renamed(name, _UNET), _UNET_RESNET if ".resnets." in name else {}): tensor
+        _renamed(_renamed(name, rules), _UNET_RESNET if ".resnets." in name else {}): tensor
         for name, tensor in state.items()
     }
 
 
 def vae_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE by its original names; its attention is made of 1 x 1 convolutions there."""
+    """The VAE by its original names; its attention is made of 1 x 1 convolutions there, its up blocks count down."""
+    last = max(int(name.split(".")[2]) for name in state if name.startswith("decoder.up_blocks."))
+    up: Rules = {
+        r"\.up_blocks\.(\d)\.resnets\.": lambda m: f".up.{last - int(m[1])}.block.",
+        r"\.up_blocks\.(\d)\.upsamplers\.0\.": lambda m: f".up.{last - int(m[1])}.upsample.",
+    }
     return {
-        _renamed(name, _VAE): tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
+        _renamed(name, {**_VAE, **up}): tensor[:, :, None, None]
+        if ".attentions." in name and tensor.ndim == 2
+        else tensor
         for name, tensor in state.items()
     }
 
@@ -109,6 +113,23 @@ def open_clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[f"{_renamed(match[1] + '.', _OPEN_CLIP)}in_proj_{match[3]}"] = torch.cat(rows)
     tensors["text_projection"] = tensors.pop("text_projection.weight").T
     return tensors
+
+
+def _unet_rules(layers: int) -> Rules:
+    """The UNet's blocks are numbered through: a down block has `layers` and its downsampler, an up block one more."""
+
+    def first(match: re.Match[str]) -> int:
+        return (layers + 1) * int(match[1])
+
+    return {
+        **_UNET_OUTSIDE,
+        r"^down_blocks\.(\d)\.resnets\.(\d)": lambda m: f"input_blocks.{first(m) + int(m[2]) + 1}.0",
+        r"^down_blocks\.(\d)\.attentions\.(\d)": lambda m: f"input_blocks.{first(m) + int(m[2]) + 1}.1",
+        r"^down_blocks\.(\d)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{first(m) + layers + 1}.0.op",
+        r"^up_blocks\.(\d)\.resnets\.(\d)": lambda m: f"output_blocks.{first(m) + int(m[2])}.0",
+        r"^up_blocks\.(\d)\.attentions\.(\d)": lambda m: f"output_blocks.{first(m) + int(m[2])}.1",
+        r"^up_blocks\.(\d)\.upsamplers\.0\.conv": lambda m: f"output_blocks.{first(m) + layers}.2.conv",
+    }
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,191 @@
+"""A LoRA of any origin as a file for diffusers or for all other tools: written, read back and compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
+from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
+from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
+from flatlora_diffusion.lora_names import BaseNames
+from flatlora_diffusion.lora_update import Updates, balanced, update_norms
+from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
+from flatlora_diffusion.safe_reading import checked_file, listed
+from flatlora_diffusion.tensor_file import write_atomically
+
+logger = logging.getLogger(__name__)
+
+# Metadata of a file that do not hold for another file with the same LoRA.
+_STALE = (
+    "lora_adapter_metadata",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+)
+# Without these some web UIs take a file for one of another family.
+_KOHYA_METADATA = {
+    "ss_base_model_version": "sdxl_base_v1-0",
+    "ss_v2": "False",
+    "ss_network_module": "networks.lora",
+    "modelspec.sai_model_spec": "1.0.1",
+    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+}
+_OWN_DTYPES: dict[str, SaveDtype] = {"F64": "fp32", "F32": "fp32", "BF16": "bf16"}
+
+
+class Written(NamedTuple):
+    """A file, and the largest relative error of a layer's update in it."""
+
+    path: Path
+    error: float
+
+
+def export_lora(config: ExportConfig) -> list[Written]:
+    """Write the file in the layouts asked for. Raises ConfigError for wrong input, RunError for a wrong result."""
+    source = Path(config.file)
+    stem = config.name or source.stem
+    wanted: tuple[FileLayout, ...] = ("kohya", "diffusers") if config.layout == "both" else (config.layout,)
+    output = None if config.output is None else Path(config.output)
+    if output is not None and len(wanted) == 1 and output.suffix == ".safetensors":
+        paths = {wanted[0]: output}
+    else:
+        folder = source.parent if output is None else output
+        paths = {layout: folder / f"{stem}_{layout}.safetensors" for layout in wanted}
+    return _convert(source, paths, config)
+
+
+def import_file(config: ImportConfig) -> list[Written]:
+    """Write the file for diffusers. Raises ConfigError for wrong input, RunError for a wrong result."""
+    source = Path(config.file)
+    path = source.with_name(f"{source.stem}_diffusers.safetensors") if config.output is None else Path(config.output)
+    return _convert(source, {"diffusers": path}, config)
+
+
+def write_lora(
+    lora: Updates, base: BaseNames, path: Path, layout: FileLayout, dtype: SaveDtype, metadata: Mapping[str, str]
+) -> Written:
+    """Write `lora` in one layout, read it back, and compare what it adds to each layer."""
+    if not any(update_norms(lora).values()):
+        raise ConfigError(f"{path.name} would change nothing: all updates of the LoRA are zero")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = DTYPES[dtype]
+    if layout == "kohya":
+        lora = completed(_portable(lora, path), base.unet)
+        named = {"modelspec.title": metadata["ss_output_name"]} if "ss_output_name" in metadata else {}
+        save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), {**_KOHYA_METADATA, **metadata, **named})
+    else:
+        tensors = peft_tensors(lora, kind)
+        whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
+        write_atomically(path, lambda aside: save_file(tensors, aside, metadata=whole))
+    found = layers_of(checked_file(path), base).updates
+    return Written(path, check_updates(path, found, lora, kind))
+
+
+def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`lora_A` and `lora_B` of every layer with the scale in B, padded to one rank for each part."""
+    tensors: dict[str, Tensor] = {}
+    for part, layers in updates.items():
+        rank = max(len(update.down) for update in layers.values())
+        for module, update in layers.items():
+            down, up = update.down, update.up * update.scale
+            if dtype == torch.float16:
+                down, up = balanced(down, up)
+            missing = rank - len(down)
+            # Pads are counted from the last axis: A's rank is its first, B's its second.
+            tensors[f"{part}.{module}.lora_A.weight"] = F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)).to(dtype)
+            tensors[f"{part}.{module}.lora_B.weight"] = F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)).to(dtype)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def read_lora_file(path: str, base: str | None) -> ImportedLora:
+    """The LoRA of a file, with a warning for what is in it that no layer has."""
+    if not path:
+        raise ConfigError("file is missing: give a LoRA file")
+    lora = import_lora(checked_file(Path(path)), base)
+    if lora.unknown:
+        logger.warning(
+            "%d key(s) belong to no layer of %s and are left out: %s",
+            len(lora.unknown),
+            lora.base.base,
+            listed(lora.unknown, 20),
+        )
+    return lora
+
+
+def kept_metadata(lora: ImportedLora, name: str | None, path: Path) -> dict[str, str]:
+    """The file's metadata that still hold, with a name: the one given, its own, or that of the new file."""
+    kept = {key: value for key, value in lora.file.metadata.items() if key not in _STALE}
+    # Its shapes say that it is for SDXL, whatever a wrong entry says.
+    if not kept.get("ss_base_model_version", "sdxl_").startswith("sdxl_"):
+        del kept["ss_base_model_version"]
+    return {**kept, "format": "pt", "ss_output_name": name or kept.get("ss_output_name") or path.stem}
+
+
+def own_dtype(lora: ImportedLora) -> SaveDtype:
+    """The precision of the file's first layer, fp16 for those that we do not write."""
+    return _OWN_DTYPES.get(lora.layers[0].dtype, "fp16")
+
+
+def check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raises ConfigError for an output that is there already, unless it may be replaced."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{path} is there already; give another --output, or --overwrite to replace it")
+
+
+def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
+    check_free(paths.values(), config.overwrite)
+    lora = read_lora_file(config.file, config.base)
+    for path in paths.values():
+        if path.resolve() == source.resolve():
+            raise ConfigError(f"{path} would replace the file that is read; give another --output")
+    name = config.name if isinstance(config, ExportConfig) else None
+    dtype = config.dtype or own_dtype(lora)
+    return [
+        write_lora(lora.updates, lora.base, path, layout, dtype, kept_metadata(lora, name, source))
+        for layout, path in paths.items()
+    ]
+
+
+def _portable(lora: Updates, path: Path) -> Updates:
+    """The layers that have a name in kohya's layout, with a warning for the others."""
+    kept: Updates = {}
+    without = []
+    for part, layers in lora.items():
+        for module, update in layers.items():
+            try:
+                kohya_name(part, module)
+            except KeyError:
+                without.append(f"{part}.{module}")
+                continue
+            kept.setdefault(part, {})[module] = update
+    if without:
+        logger.warning(
+            "%s lacks %d layer(s) that have no name which all tools know: %s", path.name, len(without), listed(without)
+        )
+    if not kept:
+        raise ConfigError(f"{path.name} would be empty: no layer of the LoRA has a name in kohya's layout")
+    return kept
+
+
+def _adapter_metadata(lora: Updates) -> dict[str, Any]:
+    """The settings with which diffusers restores `peft_tensors`: only those that every peft knows."""
+    settings: dict[str, Any] = {}
+    for part, layers in lora.items():
+        rank = max(len(update.down) for update in layers.values())
+        # Paths as far as all versions of transformers have them.
+        paths = sorted(module.removeprefix("text_model.").removeprefix("encoder.") for module in layers)
+        settings |= {f"{part}.r": rank, f"{part}.lora_alpha": rank, f"{part}.target_modules": paths}
+    return settings

@@ -1,0 +1,139 @@
+"""What the kohya file says about itself: the keys that web UIs and model sites read, and hashes of its contents.
+
+No directory, caption or path is in it: a base is named by its hub id or file, settings and images by hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.run_dir import RunDir
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the settings alone do not tell: the state of the run when the file is written."""
+
+    step: int
+    epoch: int
+    images: int
+    class_images: int
+    trigger: str
+    predicts_v: bool
+
+
+def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: datetime) -> dict[str, str]:
+    """All keys but those that `with_contents` adds. `config` has its resolution and steps settled."""
+    data, optim, objective = config.data, config.optim, config.objective
+    has_text = config.adapter.train_text_encoder
+    values: dict[str, Any] = {
+        "format": "pt",
+        # A1111, Forge and SD.Next take a file without this for one of SD 1.
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": False,
+        "ss_network_module": "networks.lora",
+        "ss_output_name": run.lora_name(config.run.output_name),
+        "ss_sd_model_name": base_name(config),
+        "ss_resolution": f"({data.resolution}, {data.resolution})",
+        "ss_steps": training.step,
+        "ss_max_train_steps": optim.max_train_steps,
+        "ss_epoch": training.epoch,
+        "ss_learning_rate": optim.learning_rate,
+        "ss_unet_lr": optim.learning_rate,
+        "ss_text_encoder_lr": optim.text_encoder_lr if has_text else None,
+        "ss_optimizer": optim.optimizer,
+        "ss_lr_scheduler": optim.lr_scheduler,
+        "ss_lr_warmup_steps": optim.lr_warmup_steps,
+        "ss_total_batch_size": optim.train_batch_size * optim.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": optim.gradient_checkpointing,
+        "ss_gradient_accumulation_steps": optim.gradient_accumulation_steps,
+        "ss_max_grad_norm": optim.max_grad_norm,
+        "ss_mixed_precision": optim.mixed_precision,
+        "ss_seed": config.run.seed,
+        "ss_clip_skip": config.model.clip_skip,
+        "ss_num_train_images": training.images * data.repeats,
+        "ss_num_reg_images": training.class_images,
+        "ss_prior_loss_weight": objective.prior_loss_weight if data.with_prior_preservation else None,
+        "ss_min_snr_gamma": objective.snr_gamma,
+        "ss_noise_offset": objective.noise_offset,
+        "ss_training_started_at": run.manifest_file.stat().st_mtime,  # it is written once, at the start
+        "ss_training_finished_at": now.timestamp(),
+        "ss_training_comment": comment(config),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": run.lora_name(config.run.output_name),
+        "modelspec.description": comment(config),
+        "modelspec.date": now.replace(microsecond=0).isoformat(),
+        "modelspec.resolution": f"{data.resolution}x{data.resolution}",
+        "modelspec.prediction_type": "v" if training.predicts_v else "epsilon",
+        "modelspec.trigger_phrase": training.trigger,
+        "modelspec.usage_hint": f"Write {training.trigger} in the prompt." if training.trigger else None,
+        "flatlora.config_sha256": _sha256(run.config_file),
+        "flatlora.manifest_sha256": _sha256(run.manifest_file),
+    }
+    return {name: str(value) for name, value in values.items() if value is not None and value != ""}
+
+
+def with_contents(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """`metadata` with rank and alpha of the first part, and the hashes of the tensors as a file will hold them.
+
+    `sshs_model_hash` is the sha256 of everything behind the header; `sshs_legacy_hash` the first 8 digits of that of
+    64 KiB from 1 MiB on, of a file with no other metadata than `ss_*`.
+    """
+    whole = dict(metadata)
+    ranks = [len(value) for name, value in tensors.items() if name.endswith(".lora_down.weight")]
+    whole["ss_network_dim"] = str(max(ranks))
+    whole["ss_network_alpha"] = str(next(float(value) for name, value in tensors.items() if name.endswith(".alpha")))
+    raw = save(dict(tensors), {name: value for name, value in whole.items() if name.startswith("ss_")})
+    data = memoryview(raw)[8 + int.from_bytes(raw[:8], "little") :]
+    whole["sshs_model_hash"] = hashlib.sha256(data).hexdigest()
+    legacy = raw[_LEGACY_START : _LEGACY_START + _LEGACY_LENGTH]
+    whole["sshs_legacy_hash"] = hashlib.sha256(legacy).hexdigest()[:8]
+    whole["modelspec.hash_sha256"] = f"0x{whole['sshs_model_hash']}"
+    return whole
+
+
+def sidecar(config: TrainConfig, training: Training, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON beside the kohya file that A1111, Forge and InvokeAI read."""
+    return {
+        "description": comment(config),
+        "sd version": "SDXL",
+        "activation text": training.trigger,
+        "preferred weight": 1.0,
+        "notes": " ".join([f"{training.step} steps, seed {config.run.seed}.", *notes]),
+    }
+
+
+def comment(config: TrainConfig) -> str:
+    """How it was trained, in a line: the method, and sigma where there is one."""
+    perturb = config.perturb
+    if perturb.method == "lora":
+        return "flatlora-diffusion: method lora"
+    return f"flatlora-diffusion: method flat-lora, sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule"
+
+
+def base_name(config: TrainConfig) -> str | None:
+    """The base's hub id or file name; None for a folder, whose name is the user's own."""
+    name = config.model.pretrained_model_name_or_path
+    path = Path(name)
+    if name == "tiny" or (_HUB_ID.fullmatch(name) and not path.exists()):
+        return name
+    return None if path.is_dir() else path.name
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,124 @@
+"""Which layer a LoRA's name means: the names that a base's layers have in the layouts that are in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from flatlora_diffusion.base_model import TINY
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.kohya import kohya_name
+from flatlora_diffusion.lora_update import PARTS
+from flatlora_diffusion.weightless import weightless
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+Style = Literal["kohya-sgm", "kohya-diffusers", "peft", "diffusers-old", "processor"]
+"""How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; PEFT's `lora_A`; diffusers'
+`to_q.lora.down` and `lora_linear_layer`; and its oldest, `processor.to_q_lora.down`."""
+
+# Layers outside the blocks, by their original names.
+_OUTSIDE = {
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
+_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_WRAPPERS = ("base_model.model.",)  # of a model saved by PEFT itself
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+class Place(NamedTuple):
+    """A layer of the base, and the style of the name by which it was found."""
+
+    part: str
+    module: str
+    style: Style
+
+
+@dataclass(frozen=True)
+class BaseNames:
+    """The layers of a base: no weights, only their shapes and the names that files give them."""
+
+    base: str
+    unet: nn.Module
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+    places: dict[str, Place]
+    layers_per_block: int
+
+    def place(self, name: str, style: Style) -> Place | None:
+        """The layer that a file in `style` calls `name`; None for one that this base has not."""
+        if name.startswith("lora_"):
+            return self.places.get(name)  # which tells the style better
+        dotted = _dotted(name)
+        found = self.places.get(dotted) or self.places.get(f"unet.{dotted}")
+        if found is None:
+            return None
+        return Place(found.part, found.module, style)
+
+
+def base_names(base: str | None = None) -> BaseNames:
+    """The names of a base: a diffusers folder, `tiny`, or SDXL's own for None and whatever is not on this disk."""
+    config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
+    models = {part: weightless(config, part) for part in PARTS}
+    shapes = {part: layer_shapes(part, model) for part, model in models.items()}
+    layers_per_block = models["unet"].config.layers_per_block
+    places: dict[str, Place] = {}
+    for part, layers in shapes.items():
+        for module in layers:
+            places |= _names_of(part, module, layers_per_block)
+    name = "SDXL" if config.pretrained_model_name_or_path == SDXL else config.pretrained_model_name_or_path
+    return BaseNames(name, models["unet"], shapes, places, layers_per_block)
+
+
+def tiny_names() -> BaseNames:
+    """The names of the base that ships with this program."""
+    return base_names(TINY)
+
+
+def layer_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The weight's shape of every linear layer and convolution, by its path in all versions of transformers."""
+    return {module: tuple(layer.weight.shape) for module, layer in shared_layers(part, model).items()}
+
+
+def shared_layers(part: str, model: nn.Module) -> dict[str, Any]:
+    """Every linear layer and convolution by that path: in text encoders with `text_model.` in front of the layers."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            bare = part == "unet" or name.startswith("text_model.") or name == "text_projection"
+            found[name if bare else f"text_model.{name}"] = layer
+    return found
+
+
+def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
+    flat = module.replace(".", "_")
+    dotted = Place(part, module, "peft")
+    if part != "unet":
+        kohya = Place(part, module, "kohya-sgm")  # the same in both of kohya's styles
+        short = module.removeprefix("text_model.")
+        names = (f"{_KOHYA[part]}{flat}", f"{_KOHYA[part]}{short.replace('.', '_')}")
+        return dict.fromkeys(names, kohya) | dict.fromkeys((f"{part}.{module}", f"{part}.{short}"), dotted)
+    sgm = f"lora_unet_{_OUTSIDE[module]}" if module in _OUTSIDE else kohya_name(part, module, layers_per_block)
+    return {
+        f"lora_unet_{flat}": Place(part, module, "kohya-diffusers"),
+        sgm: Place(part, module, "kohya-sgm"),
+        f"unet.{module}": dotted,
+    }
+
+
+def _dotted(name: str) -> str:
+    """`unet.….attn1.to_out.0` from the several ways in which diffusers and PEFT have written it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "", 1)
+    head, _, leaf = name.rpartition(".")
+    if head.startswith("text_encoder") and leaf in _OLD_TEXT:
+        return f"{head}.{_OLD_TEXT[leaf]}"
+    if head.endswith(".processor"):
+        return f"{head.removesuffix('.processor')}.{'to_out.0' if leaf == 'to_out' else leaf}"
+    return name

@@ -1,0 +1,193 @@
+"""`export` and `import`: the same update in each layout and direction, and nothing is overwritten unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_layouts import ALPHAS, adapted, as_diffusers_loads, deltas, factors, kohya, peft, saved
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flatlora_diffusion.command_line import main
+
+
+@pytest.fixture(scope="module")
+def pipeline(base: Path) -> Any:
+    return adapted(base)
+
+
+@pytest.fixture
+def kohya_file(pipeline: Any, tmp_path: Path) -> Path:
+    metadata = {
+        "ss_steps": "7",
+        "sshs_model_hash": "0" * 64,
+        "modelspec.trigger_phrase": "zwx",
+        "ss_output_name": "fox",
+    }
+    return saved(kohya(factors(pipeline)), tmp_path / "other.safetensors", **metadata)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.norm() > 0.1
+        assert (found[name] - value).norm() <= tolerance * value.norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-6), ("fp16", 1e-3), ("bf16", 1e-2)])
+def test_import_writes_what_diffusers_loads_in_full(
+    pipeline: Any, base: Path, kohya_file: Path, dtype: str | None, tolerance: float
+) -> None:
+    arguments = ["import", str(kohya_file), "--base", str(base)]
+    assert main([*arguments, *(["--dtype", dtype] if dtype else [])]) == 0
+    path = kohya_file.with_name("other_diffusers.safetensors")
+    kind = {None: torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert {value.dtype for value in load_file(path).values()} == {kind}
+    assert_close(as_diffusers_loads(base, path), deltas(pipeline), tolerance)
+
+
+def test_export_for_web_uis_is_what_diffusers_loads_in_full(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    path = saved(peft(factors(pipeline), ALPHAS), tmp_path / "x.safetensors")
+    assert main(["export", str(path), "--base", str(base), "--name", "fox"]) == 0
+    written = tmp_path / "fox_kohya.safetensors"
+    assert_close(as_diffusers_loads(base, written), deltas(pipeline), 1e-6)
+    names = load_file(written).keys()
+    assert all(name.startswith(("lora_unet_", "lora_te1_text_model_", "lora_te2_text_model_")) for name in names)
+    assert not any("down_blocks" in name or "up_blocks" in name for name in names)
+    assert metadata(written)["ss_output_name"] == metadata(written)["modelspec.title"] == "fox"
+    assert metadata(written)["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_there_and_back_gives_the_same_file(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    first = saved(peft(factors(pipeline), ALPHAS), tmp_path / "x.safetensors")
+    for layout, source, target in (("kohya", "x", "y"), ("diffusers", "y", "z")):
+        output = str(tmp_path / f"{target}.safetensors")
+        source_file = str(tmp_path / f"{source}.safetensors")
+        assert main(["export", source_file, "--layout", layout, "--base", str(base), "--output", output]) == 0
+    before, after = load_file(first), load_file(tmp_path / "z.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_metadata_that_still_hold_are_kept(base: Path, kohya_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["export", str(kohya_file), "--layout", "both", "--base", str(base), "--output", str(output)]
+    assert main(arguments) == 0
+    for layout in ("kohya", "diffusers"):
+        kept = metadata(output / f"other_{layout}.safetensors")
+        assert (kept["ss_steps"], kept["modelspec.trigger_phrase"], kept["ss_output_name"]) == ("7", "zwx", "fox")
+        assert kept.get("sshs_model_hash") != "0" * 64
+    assert "lora_adapter_metadata" not in metadata(output / "other_kohya.safetensors")
+    settings = json.loads(metadata(output / "other_diffusers.safetensors")["lora_adapter_metadata"])
+    assert settings["unet.r"] == settings["unet.lora_alpha"]
+
+
+def test_layers_of_different_ranks_and_alphas_keep_their_updates(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    tensors = kohya(factors(pipeline))
+    names = sorted(name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha"))
+    for name in names[::3]:
+        tensors[f"{name}.lora_down.weight"] = tensors[f"{name}.lora_down.weight"][:1]
+        tensors[f"{name}.lora_up.weight"] = tensors[f"{name}.lora_up.weight"][:, :1]
+        tensors[f"{name}.alpha"] = torch.tensor(2.5)
+    path = saved(tensors, tmp_path / "x.safetensors")
+    assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
+    in_kohya = as_diffusers_loads(base, tmp_path / "x_kohya.safetensors")
+    assert_close(in_kohya, as_diffusers_loads(base, tmp_path / "x_diffusers.safetensors"), 1e-5)
+    assert_close(
+        {name: value for name, value in in_kohya.items() if name.startswith("text_encoder.")},
+        {
+            f"text_encoder.{module}": _by_hand(tensors, f"lora_te1_{module.replace('.', '_')}")
+            for module in factors(pipeline)["text_encoder"]
+        },
+        1e-5,
+    )
+
+
+def _by_hand(tensors: dict[str, Tensor], name: str) -> Tensor:
+    down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+    return (tensors[f"{name}.alpha"] / len(down) * up @ down).detach()
+
+
+def test_layers_without_a_common_name_are_left_out_with_a_warning(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = adapted(base, ("to_q", "conv_in", "time_embedding.linear_1"), ())
+    path = saved(peft(factors(whole), ALPHAS), tmp_path / "x.safetensors")
+    assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
+    assert "lacks 2 layer(s) that have no name which all tools know" in caplog.text
+    assert_close(as_diffusers_loads(base, tmp_path / "x_diffusers.safetensors"), deltas(whole), 1e-6)
+    assert not any("conv_in" in name for name in load_file(tmp_path / "x_kohya.safetensors"))
+
+
+def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_nothing_is_overwritten_unasked(capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path) -> None:
+    arguments = ["import", str(kohya_file), "--base", str(base)]
+    path = kohya_file.with_name("other_diffusers.safetensors")
+    path.write_text("mine")
+    assert "is there already" in complaint(capsys, arguments)
+    assert path.read_text() == "mine"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert len(load_file(path)) > 100
+    before = kohya_file.read_bytes()
+    own = [*arguments, "--overwrite", "--output", str(kohya_file)]
+    assert "would replace the file that is read" in complaint(capsys, own)
+    assert kohya_file.read_bytes() == before
+
+
+def test_wrong_input_is_one_sentence_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path
+) -> None:
+    assert "file is missing" in complaint(capsys, ["export"])
+    assert "does not exist" in complaint(capsys, ["import", str(tmp_path / "nowhere.safetensors")])
+    assert "of other shapes than those of SDXL" in complaint(capsys, ["import", str(kohya_file)])
+    zero = {name: torch.zeros_like(value) for name, value in load_file(kohya_file).items() if "alpha" not in name}
+    empty = saved(zero, tmp_path / "zero.safetensors")
+    assert "would change nothing" in complaint(capsys, ["export", str(empty), "--base", str(base)])
+    assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "zero.safetensors"]
+
+
+@pytest.mark.parametrize("verb", ["import", "export", "resize", "inspect", "merge"])
+def test_every_verb_refuses_a_hostile_file_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path, verb: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    rest = ["--base", str(base)] if verb != "merge" else ["--base", str(base), "--output", str(tmp_path / "out")]
+    given = ["--lora", str(path)] if verb == "merge" else [str(path)]
+    name = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k"
+    torch.save({"a": torch.zeros(2)}, path)
+    assert "zip archive" in complaint(capsys, [verb, *given, *rest])
+    path.write_bytes((100 * 10**9).to_bytes(8, "little") + b"{}")
+    assert "header's length" in complaint(capsys, [verb, *given, *rest])
+    saved({f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(16, 2)}, path)
+    assert "is a LoRA for Stable Diffusion 1, not for SDXL" in complaint(capsys, [verb, *given, *rest])
+    broken = load_file(kohya_file)
+    next(value for name, value in broken.items() if "lora_up" in name)[0] = float("nan")
+    saved(broken, path)
+    assert "has a NaN" in complaint(capsys, [verb, *given, *rest])
+    assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "x.safetensors"]
+
+
+def test_keys_of_no_layer_are_named(
+    base: Path, kohya_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = saved(load_file(kohya_file) | {"lora_unet_nonsense.alpha": torch.ones(())}, tmp_path / "more.safetensors")
+    assert main(["import", str(more), "--base", str(base)]) == 0
+    assert "1 key(s) belong to no layer" in caplog.text
+    assert "lora_unet_nonsense.alpha" in caplog.text
