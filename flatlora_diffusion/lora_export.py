@@ -8,16 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
+from flatlora_diffusion.lora_file import peft_tensors
 from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
 from flatlora_diffusion.lora_names import BaseNames
-from flatlora_diffusion.lora_update import Updates, balanced, update_norms
+from flatlora_diffusion.lora_update import Updates, update_norms
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
 from flatlora_diffusion.safe_reading import checked_file, listed
 from flatlora_diffusion.tensor_file import write_atomically
@@ -91,22 +89,6 @@ def write_lora(
         write_atomically(path, lambda aside: save_file(tensors, aside, metadata=whole))
     found = layers_of(checked_file(path), base).updates
     return Written(path, check_updates(path, found, lora, kind))
-
-
-def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`lora_A` and `lora_B` of every layer with the scale in B, padded to one rank for each part."""
-    tensors: dict[str, Tensor] = {}
-    for part, layers in updates.items():
-        rank = max(len(update.down) for update in layers.values())
-        for module, update in layers.items():
-            down, up = update.down, update.up * update.scale
-            if dtype == torch.float16:
-                down, up = balanced(down, up)
-            missing = rank - len(down)
-            # Pads are counted from the last axis: A's rank is its first, B's its second.
-            tensors[f"{part}.{module}.lora_A.weight"] = F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)).to(dtype)
-            tensors[f"{part}.{module}.lora_B.weight"] = F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)).to(dtype)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def read_lora_file(path: str, base: str | None) -> ImportedLora:

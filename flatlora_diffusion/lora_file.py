@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter import ADAPTER, lora_layers
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_update import PARTS, balanced, lora_updates, magnitudes
+from flatlora_diffusion.lora_update import PARTS, Updates, balanced, lora_updates, magnitudes
 from flatlora_diffusion.safe_reading import checked_file
 from flatlora_diffusion.tensor_file import write_atomically
 
@@ -25,25 +25,30 @@ Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]
 
 
 def diffusers_tensors(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A and sB of every layer in PEFT's names, on the CPU; and DoRA's magnitudes, which stay fp32.
+    """A and sB of every layer in PEFT's names, on the CPU; and DoRA's magnitudes, which stay fp32."""
+    tensors = peft_tensors(lora_updates(pipeline), dtype)
+    for part, values in magnitudes(pipeline).items():
+        tensors |= {f"{part}.{module}.lora_magnitude_vector": value for module, value in values.items()}
+    return tensors
+
+
+def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`lora_A` and `lora_B` of every layer with the scale in B.
 
     Layers of a lower rank are padded with zeros to their part's highest: older diffusers take one rank for all.
     """
     tensors: dict[str, Tensor] = {}
-    for part, layers in lora_updates(pipeline).items():
+    for part, layers in updates.items():
         rank = max(len(update.down) for update in layers.values())
         for module, update in layers.items():
             down, up = update.down, update.up * update.scale
             if dtype == torch.float16:
                 down, up = balanced(down, up)
             missing = rank - len(down)
-            padded_down = F.pad(down.transpose(0, -1), (0, missing)).transpose(0, -1)
-            padded_up = F.pad(up.transpose(1, -1), (0, missing)).transpose(1, -1)
-            tensors[f"{part}.{module}.lora_A.weight"] = padded_down.to(dtype).contiguous()
-            tensors[f"{part}.{module}.lora_B.weight"] = padded_up.to(dtype).contiguous()
-    for part, values in magnitudes(pipeline).items():
-        tensors |= {f"{part}.{module}.lora_magnitude_vector": value for module, value in values.items()}
-    return tensors
+            # Pads are counted from the last axis: A's rank is its first, B's its second.
+            tensors[f"{part}.{module}.lora_A.weight"] = F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)).to(dtype)
+            tensors[f"{part}.{module}.lora_B.weight"] = F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)).to(dtype)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
