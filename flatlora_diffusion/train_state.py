@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -71,6 +71,7 @@ def seeded(config: TrainConfig) -> TrainConfig:
 def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Sequence[Sample] = ()) -> TrainState:
     """Load the base, add the LoRA and settle what `config` leaves open (precision, resolution, steps, seed)."""
     accelerator = _accelerator(config)
+    check_distribution(accelerator.distributed_type)
     config = seeded(config).replace(mixed_precision=accelerator.mixed_precision)
     _set_backends(config)
     dtype = DTYPES[str(config.optim.mixed_precision)]
@@ -142,6 +143,15 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(
             f"mixed_precision={config.optim.mixed_precision!r} cannot be used on this machine: {error}"
         ) from error
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """Raises ConfigError for launchers that shard the frozen base, which the perturbation and saving do not know."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"accelerate was configured for {kind.value}, which shards the base; use MULTI_GPU, and --quantize_base if "
+            "the base does not fit (samples/presets/accelerate has ready files)"
+        )
 
 
 def _set_backends(config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.loss import Objective, sample_losses
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl
-from flatlora_diffusion.train_state import TrainState, prepare
+from flatlora_diffusion.train_state import TrainState, check_distribution, prepare
 from flatlora_diffusion.trainer import train, train_step
 
 
@@ -504,6 +505,14 @@ def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch
 def test_a_tracker_that_is_not_there(config: TrainConfig, report_to: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(config.replace(report_to=report_to), samples_of(config))
+
+
+def test_launchers_that_shard_the_base_are_refused() -> None:
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ConfigError, match=f"configured for {kind.value}, which shards the base; use MULTI_GPU"):
+            check_distribution(kind)
+    check_distribution(DistributedType.MULTI_GPU)
+    check_distribution(DistributedType.NO)
 
 
 def test_optional_optimizers_name_their_package(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
