@@ -149,8 +149,8 @@ def check_distribution(kind: DistributedType) -> None:
     """Raises ConfigError for launchers that shard the frozen base, which the perturbation and saving do not know."""
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
-            f"accelerate was configured for {kind.value}, which shards the base; use MULTI_GPU, and --quantize_base if "
-            "the base does not fit (samples/presets/accelerate has ready files)"
+            f"accelerate was configured for {kind.value}, which shards the base; use MULTI_GPU, and --quantize_base "
+            "if the base does not fit (samples/presets/accelerate has ready files)"
         )
 
 
