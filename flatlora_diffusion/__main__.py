@@ -1,4 +1,4 @@
-"""`python -m flatlora_diffusion VERB`: train, compare, generate, export, import, merge, resize, extract, inspect."""
+"""`python -m flatlora_diffusion VERB`; without a verb it lists them."""
 
 from __future__ import annotations
 

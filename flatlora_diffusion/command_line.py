@@ -6,6 +6,7 @@ Exit codes: 0; 1 when a run had to stop; 2 for wrong input; 3 when a run was ask
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import secrets
@@ -19,6 +20,7 @@ from flatlora_diffusion.config import (
     ConfigError,
     ExportConfig,
     ExtractConfig,
+    FlatnessConfig,
     GenerateConfig,
     ImportConfig,
     InspectConfig,
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "compare": _compare,
         "generate": _generate,
+        "flatness": _flatness,
         "export": _export,
         "import": _import,
         "merge": _merge,
@@ -154,6 +157,19 @@ def _generate(arguments: list[str]) -> None:
     _hide_library_bars()
     for picture in generate(config):
         print(f"Look at {picture}")
+
+
+def _flatness(arguments: list[str]) -> None:
+    description = "Measure how flat the loss is around the merged weights of finished runs: flatness RUN... --flags."
+    folders = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    flags = arguments[len(folders) :]
+    config = _settings(FlatnessConfig, "flatness", description, ["--runs", *folders, *flags] if folders else flags)
+    from flatlora_diffusion.flatness_report import flatness
+
+    _hide_library_bars()
+    folder = flatness(config)
+    print((folder / "flatness.md").read_text(encoding="utf-8"))
+    print(f"Look at surface.png, surface.html, rise.png, slices.png and strength.png in {folder}")
 
 
 def _export(arguments: list[str]) -> None:

@@ -582,3 +582,42 @@ class InspectConfig(Section):
     base: str | None = setting(
         None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
     )
+
+
+@dataclass(frozen=True)
+class FlatnessConfig(Section):
+    """All settings of `flatness`: how flat the loss is around the merged weights of finished runs."""
+
+    runs: tuple[str, ...] = setting((), "folders of finished runs of one base and one set of images")
+    pretrained_model_name_or_path: str | None = setting(None, "the base, if it is not where the runs found it")
+    instance_data_dir: str | None = setting(None, "the training images, if they are not where the runs found them")
+    heldout_dir: str | None = setting(
+        None, "captioned images of the style that were not trained on: for what strength, bits and rank do to the loss"
+    )
+    output_dir: str = setting(
+        "flatness", "folder for flatness.json, tables and pictures; an earlier result is replaced"
+    )
+    seed: int = setting(0, "seed of probe, noise and directions, which all runs share", min=0)
+    probe_draws: int = setting(1, "(noise, timestep) pairs for each image", min=1, max=64)
+    probe_batch_size: int = setting(16, "samples of the probe at once; 1 saves memory", min=1, max=4096)
+    sigmas: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.4), "relative radii of the noise", min=0, max=10)
+    rise_draws: int = setting(4, "draws of the noise, each with both signs", min=2, max=1000)
+    radii: tuple[float, ...] = setting((0.001, 0.003, 0.01), "relative radii of the steepest step", min=0, max=10)
+    curvature: bool = setting(True, "eigenvalues and trace of the Hessian; needs several times the memory")
+    eigenvalues: int = setting(3, "largest eigenvalues to report", min=1, max=100)
+    lanczos_steps: int = setting(10, "Hessian-vector products for them", min=1, max=1000)
+    trace_probes: int = setting(4, "Hessian-vector products for the trace", min=2, max=1000)
+    extent: float = setting(1.0, "slices and surface reach this far: 1 moves each row by its own length", min=1e-3)
+    surface_points: int = setting(11, "points along each side, an odd number", min=3, max=201)
+    slice_directions: int = setting(6, "random directions of the slices", min=2, max=1000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.surface_points % 2 == 0:
+            raise ConfigError(
+                f"surface_points={self.surface_points} must be odd, so that W' itself is in the middle; "
+                f"{self.surface_points + 1} is"
+            )
+        for name in ("sigmas", "radii"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; give at least one value or leave it out")

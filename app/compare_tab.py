@@ -1,0 +1,198 @@
+"""The Compare tab: Base, LoRA and Flat-LoRA side by side, and a blind vote between two of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from app.blind_vote import QUESTIONS
+from app.compare_grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
+from app.compare_view import BY_PROMPT, BY_STRENGTH, STATUS_CSS, CompareView, Form, Shown, wrong
+from app.comparison import Arm
+from app.context import AppContext
+from app.store import Choice
+from app.vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
+from flatlora_diffusion.config import ConfigError
+
+_POLL_SECONDS = 1.5
+_VOTER_KEY = "flatlora-voter"
+_SECRET = "flatlora"  # the voter's number is no secret, but without one Gradio makes it unreadable at each start
+
+
+def build_compare_tab(context: AppContext) -> None:
+    """Build the tab into the Blocks that is open."""
+    view = CompareView(context)
+    with gr.Tabs():
+        with gr.Tab("Side by side"):
+            form = _build_side_by_side(view)
+        with gr.Tab("Blind vote"):
+            _build_vote(VoteView(view), view, form)
+
+
+def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -> tuple[Any, ...]:
+    """Queue what is missing, then show as `refresh` does; a wrong form is told beside it."""
+    try:
+        view.draw(Form(*values), session, goes_first)
+    except ConfigError as error:
+        return (*_outputs(view.show(Form(*values)), "")[:1], wrong(str(error)), *([gr.skip()] * 3))
+    return refresh(view, "", *values)
+
+
+def refresh(view: CompareView, last: str, *values: Any) -> tuple[Any, ...]:
+    """(grid, status, download, stop button, the grid's HTML); a grid that is still the same is left alone."""
+    return _outputs(view.show(Form(*values)), last)
+
+
+def choices(view: CompareView, known: list[str] | None, chosen: list[str], prompts: str) -> tuple[Any, ...]:
+    """(runs, prompts, known ids) when there are other runs than `known`; at first with the newest pair chosen."""
+    arms, newest, first_prompts = view.start()
+    ids = [arm.id for arm in arms]
+    if ids == known:
+        return gr.skip(), gr.skip(), gr.skip()
+    kept = [run for run in chosen or () if run in ids] or newest
+    text = prompts or first_prompts
+    return gr.update(choices=run_choices(arms), value=kept), gr.update(value=text), ids
+
+
+def run_choices(arms: list[Arm]) -> list[tuple[str, str]]:
+    """(what is shown, the id) of each run."""
+    return [(f"{arm.name} · {arm.title}", arm.id) for arm in arms]
+
+
+def _outputs(shown: Shown, last: str) -> tuple[Any, ...]:
+    download = gr.update(value=shown.download and str(shown.download), interactive=shown.download is not None)
+    grid = gr.skip() if shown.grid == last else shown.grid
+    return grid, shown.status, download, gr.update(visible=shown.is_drawing), shown.grid
+
+
+def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
+    """The form's components in the order of `Form`."""
+    known = gr.State(None)
+    last = gr.State("")
+    with gr.Row():
+        with gr.Column(scale=3, min_width=280):
+            runs = gr.Dropdown(
+                [],
+                multiselect=True,
+                label="Runs",
+                info="Finished runs of one base. The first column is always the base without a LoRA.",
+            )
+            prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
+        with gr.Column(scale=2, min_width=280):
+            rows = gr.Radio(
+                [("Prompts", BY_PROMPT), ("Prompts at several strengths", BY_STRENGTH)], value=BY_PROMPT, label="Rows"
+            )
+            strength = gr.Slider(
+                0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
+            )
+            strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
+            seeds = gr.Textbox("0", label="Seeds", info="Each number starts from other noise: one more picture each.")
+    with gr.Accordion("More settings", open=False), gr.Row():
+        steps = gr.Slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
+        guidance = gr.Slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+        goes_first = gr.Checkbox(
+            False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
+        )
+    with gr.Row():
+        draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
+        stop = gr.Button("Stop drawing", variant="stop", visible=False, min_width=120)
+        download = gr.DownloadButton("Save as PNG", interactive=False, min_width=120, elem_id="fl-save-grid")
+    difference = gr.Checkbox(
+        False, label="Show the difference to the base", info="Black is equal; brightened four times."
+    )
+    status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status")
+    grid = gr.HTML(WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid")
+    form: list[gr.components.Component] = [
+        runs, prompts, seeds, rows, strength, strengths, steps, guidance, difference,
+    ]  # fmt: skip
+    outputs = [grid, status, download, stop, last]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def on_draw(goes_first: bool, *values: Any, request: gr.Request) -> tuple[Any, ...]:
+        return draw(view, goes_first, *values, session=request.session_hash or "")
+
+    def on_stop(last: str, *values: Any) -> tuple[Any, ...]:
+        view.stop(Form(*values))
+        return refresh(view, last, *values)
+
+    rows.change(_show_strengths, rows, [strength, strengths], **quiet)
+    draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw")
+    stop.click(on_stop, [last, *form], outputs, **quiet)
+    gr.on(None, partial(choices, view), [known, runs, prompts], [runs, prompts, known], **quiet)
+    gr.on([one.change for one in form], partial(refresh, view), [last, *form], outputs, **quiet)
+    timer = gr.Timer(_POLL_SECONDS)
+    timer.tick(partial(choices, view), [known, runs, prompts], [runs, prompts, known], **quiet)
+    timer.tick(partial(refresh, view), [last, *form], outputs, **quiet)
+    return form
+
+
+def _show_strengths(rows: str) -> tuple[Any, Any]:
+    is_several = rows == BY_STRENGTH
+    return gr.update(visible=not is_several), gr.update(visible=is_several)
+
+
+def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Component]) -> None:
+    ballot = gr.State(None)
+    voter = gr.BrowserState("", storage_key=_VOTER_KEY, secret=_SECRET)
+    with gr.Row():
+        first = gr.Dropdown([], label="One column", min_width=160)
+        second = gr.Dropdown([], label="The other", min_width=160)
+        question = gr.Radio(list(QUESTIONS), value=QUESTIONS[0], label="Question")
+        order = gr.Number(1, label="Order", info="Another number shuffles anew.", precision=0, min_width=120)
+    start = gr.Button("Start", variant="primary", elem_id="fl-vote-start")
+    told = gr.HTML("", css_template=STATUS_CSS)
+    page = gr.HTML(NO_BALLOT, css_template=VOTE_CSS, js_on_load=VOTE_KEYS, elem_id="fl-vote")
+    with gr.Row(visible=False) as answers:
+        left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
+        tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
+        right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
+    count = gr.Markdown("", elem_id="fl-vote-count")
+    reveal = gr.Button("End and reveal", visible=False, elem_id="fl-vote-reveal", size="sm")
+    shown = [page, count, answers, reveal]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def on_start(voter: str, first: str, second: str, question: str, order: float, *values: Any) -> tuple[Any, ...]:
+        try:
+            new = votes.start(Form(*values), (first, second), question, int(order or 0), voter)
+        except ConfigError as error:
+            return None, wrong(str(error)), NO_BALLOT, "", gr.update(visible=False), gr.update(visible=False)
+        return new, "", *vote_outputs(votes, new)
+
+    def on_vote(choice: Choice) -> Callable[[Ballot | None], tuple[Any, ...]]:
+        def vote(ballot: Ballot | None) -> tuple[Any, ...]:
+            if ballot is None:
+                return (gr.skip(),) * len(shown)
+            votes.vote(ballot, choice)
+            return vote_outputs(votes, ballot)
+
+        return vote
+
+    def on_reveal(ballot: Ballot) -> tuple[Any, ...]:
+        ended = votes.reveal(ballot)
+        return ended, *vote_outputs(votes, ended)
+
+    gr.on(None, lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
+    form[0].change(partial(column_choices, view), form[0], [first, second], **quiet)
+    start.click(on_start, [voter, first, second, question, order, *form], [ballot, told, *shown], **quiet)
+    answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (tie, "tie"), (right, "right")]
+    for button, choice in answered:
+        button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
+    reveal.click(on_reveal, ballot, [ballot, *shown], **quiet)
+
+
+def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
+    """The two columns to vote on: of those compared, at first the last two."""
+    names = {arm.id: f"{arm.title} ({arm.name})" for arm in view.arms()}
+    columns = [("Base", BASE), *((names[run], run) for run in runs if run in names)]
+    first = columns[-2][1] if len(columns) > 1 else BASE
+    return gr.update(choices=columns, value=first), gr.update(choices=columns, value=columns[-1][1])
+
+
+def vote_outputs(votes: VoteView, ballot: Ballot) -> tuple[Any, ...]:
+    """(page, count, the row of answers, the button that reveals)."""
+    page = votes.page(ballot)
+    return page.question, page.count, gr.update(visible=page.is_open), gr.update(visible=page.is_open)

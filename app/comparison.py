@@ -1,0 +1,182 @@
+"""What is compared: finished runs of one base, prompts, seeds and strengths, as rows of pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.context import AppContext
+from app.picture_cache import Drawing, Picture, base_arguments, file_hash
+from app.processes import read_json
+from app.runs import Run
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.run_dir import RunDir
+
+METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
+MOST_PICTURES = 400
+_FLAT, _PLAIN = "flat-lora", "lora"
+_HELD_OUT = Path(__file__).parents[1] / "samples" / "icons_3d" / "heldout" / "prompts.txt"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column: a finished run, its LoRA file, and the base that it was trained on."""
+
+    id: str
+    name: str
+    method: str
+    file: Path
+    base: tuple[str, ...]
+    resolution: int
+
+    @property
+    def title(self) -> str:
+        return METHOD_TITLES.get(self.method, self.method)
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One row: its label, and the pictures of the base and of each arm."""
+
+    label: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms of one base, drawn alike."""
+
+    arms: tuple[Arm, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    strengths: tuple[float, ...]
+    steps: int
+    guidance: float
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for arms of different bases, and when there is nothing to draw or too much."""
+        if not self.arms:
+            raise ConfigError("no run is chosen; choose one or two")
+        for arm in self.arms[1:]:
+            if (arm.base, arm.resolution) != (self.arms[0].base, self.arms[0].resolution):
+                raise ConfigError(
+                    f"{arm.name} was trained on another base or at another size than {self.arms[0].name}; "
+                    "leave one of them out"
+                )
+        if not self.prompts:
+            raise ConfigError("there is no prompt; write what to draw, one picture a line")
+        if not self.strengths:
+            raise ConfigError("there is no strength; write one or more, such as 0.5, 1")
+        count = (1 + len(self.arms)) * len(self.prompts) * len(self.seeds) * len(self.strengths)
+        if count > MOST_PICTURES:
+            raise ConfigError(f"that is {count} pictures; choose fewer prompts or seeds, {MOST_PICTURES} at most")
+
+    @property
+    def drawing(self) -> Drawing:
+        return Drawing(self.arms[0].base, self.arms[0].resolution, self.steps, self.guidance)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The LoRA files by their hash."""
+        return {file_hash(arm.file): arm.file for arm in self.arms}
+
+    @property
+    def titles(self) -> list[tuple[str, str]]:
+        """(what it is, the run's name) of each column."""
+        return [("Base", "without a LoRA"), *((arm.title, arm.name) for arm in self.arms)]
+
+    def rows(self) -> list[GridRow]:
+        """Prompt by prompt, seed by seed, strength by strength."""
+        hashes = [file_hash(arm.file) for arm in self.arms]
+        return [
+            GridRow(self._label(prompt, seed, strength), self._row(hashes, prompt, seed, strength))
+            for prompt in self.prompts
+            for seed in self.seeds
+            for strength in self.strengths
+        ]
+
+    def pictures(self) -> list[Picture]:
+        """Each picture once."""
+        return list(dict.fromkeys(picture for row in self.rows() for picture in row.pictures))
+
+    def _row(self, hashes: list[str], prompt: str, seed: int, strength: float) -> tuple[Picture, ...]:
+        base = Picture(self.drawing, prompt, seed)
+        arms = (Picture(self.drawing, prompt, seed, one, strength) if strength else base for one in hashes)
+        return (base, *arms)
+
+    def _label(self, prompt: str, seed: int, strength: float) -> str:
+        parts = [prompt, f"seed {seed}"]
+        return " · ".join([*parts, f"strength {strength:g}"] if len(self.strengths) > 1 else parts)
+
+
+def finished_arms(context: AppContext) -> list[Arm]:
+    """What can be compared, the newest first."""
+    arms = []
+    for run in context.runs.all():
+        file = context.runs.exports(run.id).get("diffusers")
+        resolution = read_json(RunDir(run.folder).config_file).get("resolution")
+        if run.state == "finished" and file is not None and resolution:
+            arms.append(_arm(context, run, file, resolution))
+    return arms
+
+
+def newest_pair(context: AppContext, arms: Sequence[Arm]) -> list[str]:
+    """The ids of the newest fair pair, LoRA first; without one that of the newest run, or nothing."""
+    known = {arm.id: arm for arm in arms}
+    queued: dict[str, list[str]] = {}
+    for job in context.queue.jobs():
+        if job.pair is not None and job.run is not None:
+            queued.setdefault(job.pair, []).append(job.run)
+    partners = {run: pair for pair in queued.values() for run in pair}
+    for arm in arms:
+        pair = partners.get(arm.id) or _pair_by_name(arm.id)
+        if len(pair) == 2 and all(run in known for run in pair):
+            return sorted(pair, key=lambda run: known[run].method == _FLAT)
+    return [arms[0].id] if arms else []
+
+
+def default_prompts(arms: Sequence[Arm]) -> str:
+    """Prompts to begin with: those kept out of the training of the shipped base, else none."""
+    is_tiny = bool(arms) and "tiny" in arms[0].base[1:2]
+    if not is_tiny or not _HELD_OUT.is_file():
+        return ""
+    return "\n".join(_HELD_OUT.read_text(encoding="utf-8").splitlines()[:4])
+
+
+def read_prompts(text: str) -> tuple[str, ...]:
+    """One prompt a line; each once."""
+    return tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas or spaces between. Raises ConfigError for anything else."""
+    parts = re.split(r"[\s,;]+", text.strip())
+    if not all(re.fullmatch(r"\d{1,15}", part) for part in parts):
+        raise ConfigError(f"seeds={text!r} must be whole numbers, such as 0, 1, 2")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def read_strengths(text: str) -> tuple[float, ...]:
+    """Numbers from 0 to 1.5 with commas or spaces between. Raises ConfigError for anything else."""
+    parts = re.split(r"[\s,;]+", text.strip())
+    if not all(re.fullmatch(r"\d?\.?\d{1,4}", part) and float(part) <= 1.5 for part in parts):
+        raise ConfigError(f"strengths={text!r} must be numbers from 0 to 1.5, such as 0.5, 1, 1.5")
+    return tuple(dict.fromkeys(map(float, parts)))
+
+
+def _arm(context: AppContext, run: Run, file: Path, resolution: int) -> Arm:
+    return Arm(
+        id=run.id,
+        name=run.name,
+        method=run.method or _PLAIN,
+        file=file,
+        base=base_arguments(context.runs.settings(run.id)),
+        resolution=resolution,
+    )
+
+
+def _pair_by_name(run_id: str) -> list[str]:
+    stem = run_id.removesuffix(_FLAT) if run_id.endswith(_FLAT) else run_id.removesuffix(_PLAIN)
+    return [stem + _PLAIN, stem + _FLAT] if stem != run_id else []

@@ -1,0 +1,94 @@
+"""Runs as HTML, curves and pictures, made of what is in their folders."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import pandas as pd
+
+from app.context import AppContext
+from app.runs import Run
+from app.theme import COLOURS
+
+_MOST_POINTS = 300
+_LAST_LINES = 12
+_STATES = {
+    "queued": "waiting for its turn",
+    "running": "training",
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "stopped",
+    "interrupted": "interrupted",
+}
+
+
+def method_name(method: str | None) -> str:
+    """As people say it."""
+    return {"lora": "LoRA", "flat-lora": "Flat-LoRA"}.get(method or "", method or "")
+
+
+def recent_runs(context: AppContext) -> list[Run]:
+    """The runs that train or wait and, at the least, the newest with its partner, in the order of the queue."""
+    jobs = [job for job in context.queue.jobs() if job.run is not None and job.state != "cancelled"]
+    active = [job for job in jobs if job.state in ("running", "queued")]
+    focus = active or jobs[-1:]
+    pairs = {job.pair for job in focus if job.pair}
+    wanted = dict.fromkeys(job.run for job in jobs if job in focus or job.pair in pairs)
+    known = {run.id: run for run in context.runs.all()}
+    return [known[run_id] for run_id in wanted if run_id in known]
+
+
+def run_card(run: Run) -> str:
+    """Progress of one run; of a failed one its sentence and last lines."""
+    progress = run.progress
+    facts = [f"step {progress.step}" + (f" of {progress.total}" if progress.total else "")]
+    if progress.seconds_per_step is not None:
+        facts.append(f"{progress.seconds_per_step:.2f} s/step")
+    if run.state == "running" and progress.eta_seconds is not None:
+        facts.append(f"{duration(progress.eta_seconds)} left")
+    colour = COLOURS.get(method_name(run.method), "#777")
+    card = (
+        f'<div class="fl-card" data-state="{run.state}"><div class="fl-head">'
+        f"<b>{html.escape(run.name)}</b><span>{_STATES[run.state]}</span></div>"
+        f'<div class="fl-track" role="progressbar" aria-valuenow="{round(100 * progress.fraction)}" aria-valuemin="0"'
+        f' aria-valuemax="100"><div class="fl-fill" style="width:{100 * progress.fraction:.1f}%;background:{colour}">'
+        f'</div></div><span class="fl-faint">{" · ".join(facts)}</span>'
+    )
+    if run.advice:
+        tone = "fl-bad" if run.state in ("failed", "interrupted") else "fl-faint"
+        card += f'<p class="{tone}">{html.escape(run.advice)}</p>'
+    if run.log:
+        card += f"<pre>{html.escape(chr(10).join(run.log[-_LAST_LINES:]))}</pre>"
+    return card + "</div>"
+
+
+def loss_curves(context: AppContext, runs: list[Run]) -> pd.DataFrame:
+    """Columns step, loss (mean over a tenth of the run), raw, run."""
+    frames = []
+    for run in runs:
+        points = context.runs.losses(run.id)
+        frame = pd.DataFrame(points, columns=["step", "raw"])
+        window = max(1, len(frame) // 10)
+        frame["loss"] = frame["raw"].rolling(window, center=True, min_periods=1).mean()
+        frame["run"] = run.name
+        frames.append(frame.iloc[:: max(1, len(frame) // _MOST_POINTS)])
+    filled = [frame for frame in frames if len(frame)]
+    return pd.concat(filled) if filled else pd.DataFrame({"step": [], "raw": [], "loss": [], "run": []})
+
+
+def newest_previews(context: AppContext, runs: list[Run]) -> list[tuple[str, str]]:
+    """(file, caption) of each run's last previews."""
+    shown = []
+    for run in runs:
+        images = [(step, path) for step, path in context.runs.images(run.id) if Path(path).is_file()]
+        last = max((step for step, _ in images), default=0)
+        shown += [(str(path), f"{run.name}, step {step}") for step, path in images if step == last]
+    return shown
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min`, `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,37 @@
+"""Run ids: the run folder's path below the runs folder, `my-run`, or `demo/lora` for an arm of a comparison."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.run_dir import RunDir
+
+_PART = re.compile(r"[^./\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]{0,199}")
+_MOST_PARTS = 2
+
+
+def folder_of(root: Path, run_id: str) -> Path:
+    """The run's folder. Raises ConfigError for an id that does not name a place in `root`, links included."""
+    parts = run_id.split("/")
+    is_name = len(parts) <= _MOST_PARTS and all(_PART.fullmatch(part) for part in parts)
+    folder = root.joinpath(*parts) if is_name else None
+    if folder is None or not folder.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"{run_id!r} is not the name of a run; it must be a folder in the runs folder")
+    return folder
+
+
+def safe_name(wanted: str) -> str:
+    """`wanted` as the name of a folder on any system: letters, digits, `-`, `_` and inner `.`."""
+    return RunDir(Path("run")).lora_name(wanted.strip() or None)
+
+
+def private_name(run_id: str) -> str:
+    """One folder name for an id."""
+    return run_id.replace("%", "%25").replace("/", "%2F")
+
+
+def run_id_of(private: str) -> str:
+    """The id that `private_name` was made of."""
+    return private.replace("%2F", "/").replace("%25", "%")

@@ -1,0 +1,213 @@
+"""Pictures that `generate` jobs have drawn, found again by their full settings: nothing is drawn twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from app.jobs import JobQueue
+from app.store import Job
+from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.png_text import SETTINGS
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What pictures of one comparison share. `base`: the arguments of `generate` that name the base model."""
+
+    base: tuple[str, ...]
+    resolution: int
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All that a picture depends on. `lora` is the SHA-256 of the LoRA file; None, with strength 0, for the base."""
+
+    drawing: Drawing
+    prompt: str
+    seed: int
+    lora: str | None = None
+    strength: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """A name for it, the same in every session."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class DrawOrder:
+    """One `generate` job: prompts x seeds with the base, and with each LoRA at each strength."""
+
+    drawing: Drawing
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    loras: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = (1.0,)
+
+    def arguments(self) -> list[str]:
+        """The command line after `python -m flatlora_diffusion`. Raises ConfigError for a prompt that is a flag."""
+        for prompt in self.prompts:
+            if prompt.startswith("-"):
+                raise ConfigError(f"the prompt {prompt!r} starts with a dash; write it without")
+        drawing = self.drawing
+        values: dict[str, Sequence[Any]] = {
+            "resolution": [drawing.resolution],
+            "num_inference_steps": [drawing.steps],
+            "guidance_scale": [drawing.guidance],
+            "prompts": self.prompts,
+            "seeds": self.seeds,
+            "lora": self.loras,
+            "strengths": self.strengths,
+        }
+        flags = [part for name, many in values.items() if many for part in (f"--{name}", *map(str, many))]
+        return ["generate", *drawing.base, *flags]
+
+    @classmethod
+    def read(cls, arguments: Sequence[str]) -> DrawOrder | None:
+        """The order that gives these arguments; None for a command line of another form."""
+        if "--resolution" not in arguments or "--prompts" not in arguments:
+            return None
+        start = arguments.index("--resolution")
+        values: dict[str, list[str]] = {}
+        for part in arguments[start:]:
+            if part.startswith("--"):
+                last = values.setdefault(part[2:], [])
+            else:
+                last.append(part)
+        drawing = Drawing(
+            tuple(arguments[1:start]),
+            int(values["resolution"][0]),
+            int(values["num_inference_steps"][0]),
+            float(values["guidance_scale"][0]),
+        )
+        return cls(
+            drawing,
+            tuple(values["prompts"]),
+            tuple(map(int, values["seeds"])),
+            tuple(values.get("lora", ())),
+            tuple(map(float, values["strengths"])),
+        )
+
+    def pictures(self) -> list[Picture]:
+        """What the job will have drawn; without those of a LoRA file that is gone."""
+        shares: list[tuple[str | None, float]] = [(None, 0.0)]
+        for path in self.loras:
+            if Path(path).is_file():
+                shares += [(file_hash(Path(path)), strength) for strength in self.strengths if strength]
+        return [
+            Picture(self.drawing, prompt, seed, lora, strength)
+            for prompt in self.prompts
+            for seed in self.seeds
+            for lora, strength in shares
+        ]
+
+
+class PictureCache:
+    """The pictures below the results of a queue. Safe under several threads."""
+
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._found: dict[Picture, Path] = {}
+        self._seen: set[Path] = set()
+        self._closed: set[int] = set()
+
+    def find(self, pictures: Iterable[Picture]) -> dict[Picture, Path]:
+        """The files of those that are drawn."""
+        with self._lock:
+            for job, order in self._orders():
+                if job.id not in self._closed:
+                    self._look_into(self._queue.output_of(job), order.drawing)
+                if job.state not in ("queued", "running"):
+                    self._closed.add(job.id)
+            return {one: self._found[one] for one in pictures if one in self._found and self._found[one].exists()}
+
+    def jobs_for(self, pictures: Iterable[Picture]) -> list[Job]:
+        """The jobs that draw, or have tried to draw, any of `pictures`, the oldest first."""
+        wanted = set(pictures)
+        return [job for job, order in self._orders() if not wanted.isdisjoint(order.pictures())]
+
+    def pictures_of(self, job: Job) -> list[Picture]:
+        """What the job draws."""
+        order = DrawOrder.read(job.settings) if isinstance(job.settings, list) else None
+        return [] if order is None else order.pictures()
+
+    def _orders(self) -> Iterator[tuple[Job, DrawOrder]]:
+        for job in self._queue.jobs():
+            order = DrawOrder.read(job.settings) if isinstance(job.settings, list) else None
+            if job.kind == "generate" and order is not None:
+                yield job, order
+
+    def _look_into(self, folder: Path, drawing: Drawing) -> None:
+        for path in folder.glob("*/*_seed-*.png"):
+            if path in self._seen:
+                continue
+            picture = _read(path, drawing)
+            if picture is not None:
+                self._seen.add(path)
+                self._found[picture] = path
+
+
+def orders_for(missing: Iterable[Picture], drawing: Drawing, files: Mapping[str, Path]) -> list[DrawOrder]:
+    """As few orders as draw `missing`: one for all prompts that miss the same. `files`: LoRA files by their hash."""
+    gaps: dict[str, set[Picture]] = {}
+    for picture in missing:
+        gaps.setdefault(picture.prompt, set()).add(picture)
+    prompts: dict[tuple[Any, ...], list[str]] = {}
+    for prompt, pictures in gaps.items():
+        seeds = tuple(sorted({one.seed for one in pictures}))
+        loras = tuple(str(file) for sha, file in files.items() if any(one.lora == sha for one in pictures))
+        strengths = tuple(sorted({one.strength for one in pictures if one.lora})) or (1.0,)
+        prompts.setdefault((seeds, loras, strengths), []).append(prompt)
+    return [
+        DrawOrder(drawing, tuple(same), seeds, loras, strengths) for (seeds, loras, strengths), same in prompts.items()
+    ]
+
+
+def base_arguments(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arguments that name the base of a run with `settings`."""
+    parts: list[str] = []
+    for item in fields(ModelConfig):
+        value = settings.get(item.name, item.default)
+        if item.name != "pretrained_model_name_or_path" and value == item.default:
+            continue
+        parts += [f"--{item.name}"] if value is True else [f"--{item.name}", str(value)]
+    return tuple(parts)
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file, read again only when it has changed."""
+    status = path.stat()
+    return _hash(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=256)
+def _hash(path: Path, changed: int, size: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(path: Path, drawing: Drawing) -> Picture | None:
+    """The picture in the file; None while it is being written."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            values = json.loads(image.info[SETTINGS])
+    except (OSError, SyntaxError, KeyError):
+        return None
+    used = [(lora["sha256"], lora["strength"]) for lora in values["lora"] if lora["strength"]]
+    return Picture(drawing, values["prompt"], values["seed"], *(used[0] if used else ()))

@@ -1,0 +1,118 @@
+"""How far a run is, read from its events; only what was appended since the last look is read."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECENT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` optimizer steps of `total` are done; times in seconds. `last` is the last event that ends a run."""
+
+    step: int = 0
+    total: int | None = None
+    eta_seconds: float | None = None
+    seconds_per_step: float | None = None
+    loss: float | None = None
+    memory_bytes: int | None = None
+    last: str | None = None
+
+    @property
+    def fraction(self) -> float:
+        """From 0 to 1."""
+        return min(1.0, self.step / self.total) if self.total else 0.0
+
+
+class EventLog:
+    """The events of one run. Safe under several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._forget()
+
+    def progress(self, total: int | None) -> Progress:
+        """`total`: the run's number of steps, if it is known."""
+        with self._lock:
+            self._read_on()
+            recent = [event["seconds"] for event in list(self._steps.values())[-RECENT_STEPS:]]
+            last = next(reversed(self._steps.values()), None)
+            if last is None:
+                return Progress(total=total, last=self._ending)
+            done = last["step"] + 1
+            speed = sum(recent) / len(recent)
+            return Progress(
+                step=done,
+                total=total,
+                eta_seconds=None if total is None else speed * max(0, total - done),
+                seconds_per_step=speed,
+                loss=last["loss"],
+                memory_bytes=last.get("memory"),
+                last=self._ending,
+            )
+
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of each optimizer step; of steps that were done again after a resume, the last."""
+        with self._lock:
+            self._read_on()
+            return sorted((step, event["loss"]) for step, event in self._steps.items())
+
+    def validation_losses(self) -> list[tuple[int, float]]:
+        """(steps done, loss of images not trained on)."""
+        with self._lock:
+            self._read_on()
+            return sorted(self._validation.items())
+
+    def previews(self) -> list[tuple[int, str]]:
+        """(steps done, file name in `images/`) of each preview, in order of steps."""
+        with self._lock:
+            self._read_on()
+            return [(step, name) for step, names in sorted(self._previews.items()) for name in names]
+
+    def _forget(self) -> None:
+        self._offset, self._file = 0, 0
+        self._steps: dict[int, dict[str, Any]] = {}
+        self._validation: dict[int, float] = {}
+        self._previews: dict[int, list[str]] = {}
+        self._ending: str | None = None
+
+    def _read_on(self) -> None:
+        try:
+            with open(self._path, "rb") as file:
+                status = self._path.stat()
+                if status.st_ino != self._file or status.st_size < self._offset:  # a new run in the same folder
+                    self._forget()
+                    self._file = status.st_ino
+                file.seek(self._offset)
+                whole = file.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            self._forget()
+            return
+        if not whole:
+            return
+        self._offset += len(whole) + 1
+        for line in whole.split(b"\n"):
+            try:
+                event = json.loads(line)
+            except ValueError:  # cut off by a full disk, then gone on
+                continue
+            self._take(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "step":
+            self._steps.pop(event["step"], None)  # so that the last done is the last of the dict
+            self._steps[event["step"]] = event
+            self._ending = None
+        elif kind == "validation":
+            self._validation[event["step"]] = event["loss"]
+        elif kind == "preview":
+            self._previews[event["step"]] = event["images"]
+        elif kind in ("stopped", "finished"):
+            self._ending = kind

@@ -1,0 +1,19 @@
+"""What goes wrong, told on the page where it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError
+
+
+@contextmanager
+def told_on_the_page() -> Iterator[None]:
+    """Show a ConfigError of the block as its sentence; other errors are bugs and keep their traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        raise gr.Error(str(error), title="Please check", print_exception=False) from error

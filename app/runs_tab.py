@@ -1,0 +1,150 @@
+"""The tab with all runs: look, label, download, delete, clone, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from app.context import AppContext
+from app.forms import ConfigForm
+from app.live_view import loss_curves, method_name, run_card
+from app.reporting import told_on_the_page
+from flatlora_diffusion.config import TrainConfig
+
+_HEADERS = ["Name", "State", "Method", "Steps", "MiB", "Tags", "Folder"]
+_DOWNLOADS = {"diffusers": "For diffusers", "kohya": "For ComfyUI, A1111, ...", "card": "Model card"}
+
+
+def run_rows(context: AppContext) -> list[list[Any]]:
+    """One row for each run, newest first; the last column is its id."""
+    return [
+        [
+            run.name,
+            run.state,
+            method_name(run.method),
+            f"{run.progress.step}/{run.progress.total or '?'}",
+            round(context.runs.size(run.id) / 2**20, 1),
+            ", ".join(run.label.tags),
+            run.id,
+        ]
+        for run in context.runs.all()
+    ]
+
+
+def refresh(context: AppContext, chosen: str | None) -> tuple[list[list[Any]], Any]:
+    """The table, and the choice of runs with `chosen` kept."""
+    rows = run_rows(context)
+    ids = [row[-1] for row in rows]
+    value = chosen if chosen in ids else (ids[0] if ids else None)
+    return rows, gr.Dropdown(choices=[(row[0], row[-1]) for row in rows], value=value)
+
+
+def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
+    """Card, curves, previews, settings, name, tags, note, the downloads and whether it can be resumed."""
+    if not run_id:
+        none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
+        return ("", None, [], {}, "", "", "", *none, gr.Button(interactive=False))
+    with told_on_the_page():
+        run = context.runs.get(run_id)
+        files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
+    default = TrainConfig().to_dict()
+    downloads = [gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS]
+    images = [(str(path), f"step {step}") for step, path in context.runs.images(run_id) if path.is_file()]
+    return (
+        run_card(run),
+        loss_curves(context, [run]),
+        images,
+        {name: value for name, value in settings.items() if value != default.get(name)},
+        run.name,
+        ", ".join(run.label.tags),
+        run.label.note,
+        *downloads,
+        gr.Button(interactive=run.is_resumable),
+    )
+
+
+def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, note: str) -> None:
+    """Keep name, tags (with commas) and note."""
+    with told_on_the_page():
+        context.runs.rename(run_id or "", name)
+        context.runs.tag(run_id or "", *tags.split(","))
+        context.runs.note(run_id or "", note)
+
+
+def delete(context: AppContext, run_id: str | None) -> tuple[str, Any]:
+    """Move the run into the trash; returns the key that undoes it, and the button that does."""
+    with told_on_the_page():
+        key = context.runs.delete(run_id or "")
+    return key, gr.Button(f"Undo: bring {run_id} back", visible=True)
+
+
+def undo(context: AppContext, key: str) -> tuple[str, Any]:
+    """Bring the deleted run back; returns its id."""
+    with told_on_the_page():
+        return context.runs.trash.undo(key), gr.Button(visible=False)
+
+
+def clone(context: AppContext, form: ConfigForm, run_id: str | None) -> list[Any]:
+    """The run's settings in the train form, and the page's Train tab in front."""
+    with told_on_the_page():
+        settings = context.runs.clone_settings(run_id or "")
+    return [gr.Tabs(selected="train"), *form.write(settings)]
+
+
+def resume(context: AppContext, session: str, run_id: str | None) -> Any:
+    """Queue the run to go on, and show the Train tab."""
+    with told_on_the_page():
+        context.queue.add_resume(run_id or "", session)
+    return gr.Tabs(selected="train")
+
+
+def build_runs_tab(
+    context: AppContext,
+    form: ConfigForm,
+    session: gr.BrowserState,
+    tabs: gr.Tabs,
+    shown: Callable[..., Any],
+) -> None:
+    """`shown`: the event of the tab coming to the front."""
+    table = gr.Dataframe(
+        headers=_HEADERS, interactive=False, type="array", label="All runs, newest first", max_height=280, buttons=[]
+    )
+    with gr.Row():
+        chosen = gr.Dropdown([], label="Run", info="also by a click in the table", scale=3)
+        renew = gr.Button("Refresh", scale=1, min_width=100)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            card = gr.HTML()
+            curves = gr.LinePlot(x="step", y="loss", color="run", tooltip=["step", "loss", "raw"], height=220)
+            previews = gr.Gallery(label="Previews", columns=4, height=240, object_fit="contain", buttons=[])
+        with gr.Column(min_width=300):
+            labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
+            keep = gr.Button("Save name, tags and note")
+            downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
+            with gr.Row():
+                copy = gr.Button("Clone settings", min_width=90)
+                go_on = gr.Button("Resume", interactive=False, min_width=90)
+                drop = gr.Button("Delete", variant="stop", min_width=90)
+            back = gr.Button("Undo", visible=False)
+            with gr.Accordion("Settings that differ from the defaults", open=False):
+                settings = gr.JSON()
+    key = gr.State("")
+    again = {"fn": partial(refresh, context), "inputs": [chosen], "outputs": [table, chosen], "api_name": "runs"}
+    private = {**again, "api_visibility": "private"}
+    shown(**private)
+    renew.click(**again)
+    table.select(_picked, None, [chosen])
+    everything = [card, curves, previews, settings, *labels, *downloads, go_on]
+    chosen.change(partial(details, context), [chosen], everything, show_progress="hidden", api_name="run")
+    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private)
+    drop.click(partial(delete, context), [chosen], [key, back]).success(**private)
+    back.click(partial(undo, context), [key], [chosen, back]).success(**private)
+    copy.click(partial(clone, context, form), [chosen], [tabs, *form.components])
+    go_on.click(partial(resume, context), [session, chosen], [tabs])
+
+
+def _picked(event: gr.SelectData) -> str:
+    return str(event.row_value[-1])

@@ -1,0 +1,100 @@
+"""The settings of the app itself, from its command line and environment; what would let strangers in is refused."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from flatlora_diffusion.config import ConfigError, Section, setting
+
+AUTH_VARIABLE = "FLATLORA_AUTH"
+
+
+@dataclass(frozen=True)
+class AppSettings(Section):
+    """Where the app keeps its runs and who may open it."""
+
+    runs_dir: str = setting("outputs", "folder of the runs; the only one that the app serves files from")
+    host: str = setting("127.0.0.1", "address to listen on; any other than this computer's own needs --auth")
+    port: int = setting(7860, "port to listen on", min=1, max=65535)
+    auth: str | None = field(
+        default=None,
+        repr=False,  # so that no log shows it
+        metadata={
+            "help": f"user:password to log in with; better in the environment variable {AUTH_VARIABLE}, "
+            "where other users of this computer cannot see it",
+            "min": None,
+            "max": None,
+        },
+    )
+    share: bool = setting(False, "a public link through Gradio's servers; needs --auth")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a login that is none, and for an app that is open to others without one."""
+        super().__post_init__()
+        if self.auth is not None and not all(self.auth.partition(":")[::2]):
+            raise ConfigError("auth must be user:password, with neither of them empty")
+        if self.share and self.auth is None:
+            raise ConfigError(
+                f"--share lets everyone with the link in; set a login with {AUTH_VARIABLE}=user:password or --auth"
+            )
+        if self.auth is None and not _is_local(self.host):
+            raise ConfigError(
+                f"host={self.host!r} lets others in this network in; set a login with {AUTH_VARIABLE}=user:password "
+                "or --auth, or leave --host out"
+            )
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """(user, password)."""
+        if self.auth is None:
+            return None
+        user, _, password = self.auth.partition(":")
+        return user, password
+
+    @property
+    def runs_folder(self) -> Path:
+        return Path(self.runs_dir)
+
+    @property
+    def uploads_folder(self) -> Path:
+        return self.runs_folder / ".app" / "uploads"
+
+    @property
+    def served(self) -> list[str]:
+        """What the web server may give out: Gradio's `allowed_paths`."""
+        return [str(self.runs_folder.resolve())]
+
+    @property
+    def private(self) -> list[str]:
+        """What it may not, inside of that: Gradio's `blocked_paths`."""
+        return [str((self.runs_folder / name).resolve()) for name in (".app", ".trash")]
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> AppSettings:
+    """The settings of a command line. Raises ConfigError for what may not be; exits as argparse does on --help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m app",
+        description="Train LoRA and Flat-LoRA on your images and compare them in the browser.",
+        allow_abbrev=False,
+    )
+    for item in fields(AppSettings):
+        text = item.metadata["help"] + (f" (default: {item.default})" if item.default else "")
+        if isinstance(item.default, bool):
+            parser.add_argument(f"--{item.name}", action="store_true", default=None, help=text)
+        else:
+            parser.add_argument(f"--{item.name}", type=int if isinstance(item.default, int) else str, help=text)
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    return AppSettings(**{"auth": environment.get(AUTH_VARIABLE) or None, **given})
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

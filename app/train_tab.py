@@ -1,0 +1,197 @@
+"""The tab where trainings are set up, started and watched."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.context import AppContext
+from app.estimates import estimate_disk, estimate_time, memory_of, total_steps
+from app.forms import MAIN_SETTINGS, PRESETS, ConfigForm, preset_settings
+from app.live_view import duration, loss_curves, newest_previews, recent_runs, run_card
+from app.reporting import told_on_the_page
+from app.store import Job
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.dataset import load_samples
+
+BOTH, FLAT, PLAIN = "both, as a fair pair", "Flat-LoRA", "LoRA"
+_METHODS = {FLAT: "flat-lora", PLAIN: "lora"}
+_NOTHING = '<div class="fl-card">Nothing has been trained here yet. Load images, choose a preset, press Start.</div>'
+_SECONDS = 1.5
+
+
+def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
+    """Queue what the form says; returns what was queued."""
+    with told_on_the_page():
+        jobs = queue_training(context, form.read(values), session, name, method)
+    names = " and ".join(html.escape(str(job.run)) for job in jobs)
+    return f'<div class="fl-card">Queued: <b>{names}</b></div>'
+
+
+def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, method: str) -> list[Job]:
+    """Queue one training or a pair on the upload as it is now. Raises ConfigError for what cannot be trained."""
+    if not name.strip():
+        raise ConfigError("the run has no name; give it one")
+    config = with_images(context, config, session)
+    if config.data.instance_data_dir is not None:
+        load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
+    if method == BOTH:
+        return context.queue.add_pair(config, name, session)
+    return [context.queue.add_training(_as_method(config, method), name, session)]
+
+
+def with_images(context: AppContext, config: TrainConfig, session: str) -> TrainConfig:
+    """The config with a frozen copy of the upload, unless it names other images."""
+    if config.data.instance_data_dir or config.data.dataset_name:
+        return config
+    if not session:
+        raise ConfigError("there are no images to train on; upload some first")
+    return config.replace(instance_data_dir=str(context.uploads.freeze(session)))
+
+
+def summary(context: AppContext, form: ConfigForm, session: str, method: str, *values: Any) -> str:
+    """What would be trained, how long it takes and what it needs, or what is missing."""
+    try:
+        config = _as_method(form.read(values), FLAT if method == BOTH else method)
+        captions = context.uploads.captions(session) if session else {}
+        if not captions and not config.data.instance_data_dir and not config.data.dataset_name:
+            raise ConfigError("no images yet; drop some in the Dataset tab or load the sample icons there")
+        lines = _facts(context, config, captions, arms=2 if method == BOTH else 1)
+    except ConfigError as error:
+        return f'<div class="fl-card fl-bad">{html.escape(str(error))}</div>'
+    return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
+
+
+def live(context: AppContext, chosen: str | None, seen: str) -> tuple[Any, ...]:
+    """Cards, run choice, curves, previews, log, the three buttons, what was shown; unchanged parts are left alone."""
+    runs = recent_runs(context)
+    ids = [run.id for run in runs]
+    at_work = next((run.id for run in runs if run.state == "running"), ids[-1] if ids else None)
+    chosen = chosen if chosen in ids else at_work
+    run = next((run for run in runs if run.id == chosen), None)
+    images = newest_previews(context, runs)
+    drawn = f"{chosen} {[(one.id, one.progress.step, one.state) for one in runs]} {images}"
+    is_same = drawn == seen
+    log = "\n".join(context.runs.log(chosen, 12)) if chosen else ""
+    return (
+        "".join(map(run_card, runs)) or _NOTHING,
+        gr.skip() if is_same else gr.Radio(choices=[(one.name, one.id) for one in runs], value=chosen),
+        gr.skip() if is_same else loss_curves(context, runs),
+        gr.skip() if is_same else images,
+        log,
+        gr.Button(interactive=run is not None and run.state in ("running", "queued")),
+        gr.Button(interactive=run is not None and run.state == "running" and run.progress.step > 0),
+        gr.Button(interactive=run is not None and run.is_resumable),
+        drawn,
+    )
+
+
+def stop(context: AppContext, run_id: str | None) -> None:
+    """Stop the run after its step, or take it out of the queue."""
+    with told_on_the_page():
+        jobs = [job for job in context.queue.jobs("running", "queued") if job.run == run_id]
+        if jobs:
+            context.queue.stop(jobs[0].id)
+        elif run_id:
+            context.runs.stop(run_id)
+
+
+def save_now(context: AppContext, run_id: str | None) -> None:
+    """Ask for a checkpoint."""
+    with told_on_the_page():
+        context.runs.save_now(run_id or "")
+    gr.Info("A checkpoint is saved after this step.")
+
+
+def resume(context: AppContext, session: str, run_id: str | None) -> None:
+    """Queue the run to go on."""
+    with told_on_the_page():
+        context.queue.add_resume(run_id or "", session)
+
+
+def build_train_tab(context: AppContext, form: ConfigForm, session: gr.BrowserState, load: Callable[..., Any]) -> None:
+    """`load`: the page's load event."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            name = gr.Textbox("my-style", label="Name", elem_id="run-name")
+            method = gr.Radio([BOTH, FLAT, PLAIN], value=BOTH, label="Train")
+            preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset")
+            _place_settings(form)
+            told = gr.HTML(elem_id="summary")
+            begin = gr.Button("Start training", variant="primary", elem_id="start")
+            queued = gr.HTML()
+        with gr.Column(scale=1, min_width=300):
+            cards = gr.HTML(_NOTHING, elem_id="live")
+            chosen = gr.Radio([], label="Run for the buttons and the log")
+            with gr.Row():
+                buttons = [gr.Button(text, interactive=False, min_width=90) for text in ("Stop", "Save now", "Resume")]
+            curves = gr.LinePlot(
+                x="step", y="loss", color="run", tooltip=["step", "loss", "raw"], height=240, label="Loss, smoothed"
+            )
+            previews = gr.Gallery(label="Newest previews", columns=4, height=240, object_fit="contain", buttons=[])
+            log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True)
+    seen = gr.State("")
+    told_inputs = [session, method, *form.components]
+    tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
+    triggers = [method.change, preset.change, *(form.by_name[item].change for item in MAIN_SETTINGS)]
+    gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
+    preset.input(partial(_apply, form), [preset, *form.components], form.components, show_progress="hidden")
+    begin.click(partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start")
+    watch = {
+        "fn": partial(live, context),
+        "inputs": [chosen, seen],
+        "outputs": [cards, chosen, curves, previews, log, *buttons, seen],
+        "show_progress": "hidden",
+    }
+    gr.Timer(_SECONDS).tick(**watch, api_name="live")
+    load(**watch, api_visibility="private")
+    session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
+    buttons[0].click(partial(stop, context), [chosen], None, api_name="stop")
+    buttons[1].click(partial(save_now, context), [chosen], None, api_name="save_now")
+    buttons[2].click(partial(resume, context), [session, chosen], None, api_name="resume")
+
+
+def _place_settings(form: ConfigForm) -> None:
+    form.by_name["pretrained_model_name_or_path"].render()
+    for pair in (MAIN_SETTINGS[1:3], MAIN_SETTINGS[3:5], MAIN_SETTINGS[5:7]):
+        with gr.Row():
+            for item in pair:
+                form.by_name[item].render()
+    form.by_name["validation_prompt"].render()
+    for title, names in form.sections.items():
+        with gr.Accordion(f"More: {title}", open=False):
+            for item in names:
+                if item not in (*MAIN_SETTINGS, "background_color"):
+                    form.by_name[item].render()
+
+
+def _apply(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
+    with told_on_the_page():
+        return form.write(preset_settings(preset, form.read(values).to_dict()))
+
+
+def _as_method(config: TrainConfig, method: str) -> TrainConfig:
+    is_plain = method == PLAIN
+    return config.replace(method=_METHODS[method], sigma=None if is_plain else config.perturb.sigma)
+
+
+def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], arms: int) -> list[str]:
+    count = len(captions)
+    steps = total_steps(config, count) if count else config.optim.max_train_steps
+    lines = [f"{count} images, captions {sum(map(bool, captions.values()))}/{count}"] if count else ["other images"]
+    lines.append(f"{steps} steps" + (" for each of LoRA and Flat-LoRA" if arms == 2 else ""))
+    time = estimate_time(config, count, context.runs) if count else None
+    told = f"about {duration(arms * time.seconds)}, as fast as {html.escape(time.run)}" if time else ""
+    lines.append(f"time: {told or 'unknown until the first run'}")
+    memory = memory_of(config)
+    if memory is not None:
+        lines.append(f"memory on a GPU: about {memory.total / 2**20:,.0f} MiB")
+        disk = estimate_disk(config, count or 1, memory.lora, context.runs.folder)
+        room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
+        lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")
+    return lines

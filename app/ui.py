@@ -1,0 +1,32 @@
+"""The page: its tabs, nothing else."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from app.compare_tab import build_compare_tab
+from app.context import AppContext
+from app.dataset_tab import build_dataset_tab
+from app.forms import ConfigForm
+from app.runs_tab import build_runs_tab
+from app.train_tab import build_train_tab
+
+_TITLE = "# flatlora-diffusion\nTeach SDXL your style with LoRA and Flat-LoRA, and see which one you like better."
+
+
+def build_app(context: AppContext) -> gr.Blocks:
+    """The page of `context`, not launched yet."""
+    with gr.Blocks(title="flatlora-diffusion", analytics_enabled=False) as page:
+        session = gr.BrowserState("", storage_key="flatlora-session", secret="browser only")
+        form = ConfigForm()
+        gr.Markdown(_TITLE, elem_classes="fl-title")
+        with gr.Tabs() as tabs:
+            with gr.Tab("1 Dataset", id="dataset"):
+                build_dataset_tab(context, form, session, page.load)
+            with gr.Tab("2 Train", id="train"):
+                build_train_tab(context, form, session, page.load)
+            with gr.Tab("3 Compare", id="compare"):
+                build_compare_tab(context)
+            with gr.Tab("Runs", id="runs") as runs:
+                build_runs_tab(context, form, session, tabs, runs.select)
+    return page

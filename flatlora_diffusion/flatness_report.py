@@ -1,0 +1,197 @@
+"""`flatness`: the base and finished runs measured around their merged weights, as JSON, tables, charts and a page.
+
+flatness.json     every figure, the settings, versions and the hash of each LoRA file
+flatness.md       the tables
+rise.png          expected rise of the loss by sigma, Eq. 7's noise
+slices.png        the loss along random directions, mean and standard error
+surface.png       filled contours of the loss over two random directions; surface.html: the same to turn and zoom
+strength.png      the loss by the strength of the LoRA
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatlora_diffusion.applied_lora import LoraFile, loaded
+from flatlora_diffusion.charts import Line, line_chart, surface_chart
+from flatlora_diffusion.config import ConfigError, FlatnessConfig, TrainConfig
+from flatlora_diffusion.dataset import Sample, load_samples
+from flatlora_diffusion.evaluation import Probe, fixed_probe
+from flatlora_diffusion.finished_runs import FinishedRun, check_images, read_runs
+from flatlora_diffusion.flatness_figures import HELDOUT, TRAIN, Arm, Figures, measure
+from flatlora_diffusion.flatness_tables import tables
+from flatlora_diffusion.loss import Objective, is_edm_scheduler
+from flatlora_diffusion.merged_lora import base_weights, lora_deltas
+from flatlora_diffusion.run_dir import portable
+from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+from flatlora_diffusion.surface import axis
+from flatlora_diffusion.surface_page import can_write, write_surface_page
+from flatlora_diffusion.tokens import new_tokens, with_new_tokens
+from flatlora_diffusion.training_set import load_training_set
+
+logger = logging.getLogger(__name__)
+
+BASE = "Base"
+_PACKAGES = ("flatlora-diffusion", "torch", "diffusers", "peft", "transformers")
+
+
+def flatness(config: FlatnessConfig) -> Path:
+    """Measure the runs and their base and write all files; returns the folder.
+
+    Text encoders and new tokens of a run only read the captions: W' is the UNet's, in fp32. Raises ConfigError for
+    wrong input, before anything is measured.
+    """
+    runs = read_runs(config.runs)
+    first = _where_it_is(runs[0].config, config)
+    images = _images(runs[0], first, config)
+    model = dataclasses.replace(first.model, quantize_base=None, offload=False)
+    sdxl = load_sdxl(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    arms = _arms(sdxl, runs, first, images, config)
+    names = {name: None for arm in arms for name in arm.deltas}
+    base = base_weights(sdxl.unet, names)
+    objective = Objective(
+        sdxl.scheduler, edm=first.objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler)
+    )
+    figures = [measure(sdxl.unet, objective, base, arm, config) for arm in arms]
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
+    _write(folder, config, figures, facts)
+    return folder
+
+
+def _where_it_is(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
+    """The run's settings with base and images where they are now."""
+    if given.pretrained_model_name_or_path is not None:
+        config = config.replace(pretrained_model_name_or_path=given.pretrained_model_name_or_path)
+    if given.instance_data_dir is not None:
+        config = config.replace(instance_data_dir=given.instance_data_dir, dataset_name=None)
+    return config
+
+
+def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dict[str, list[Sample]]:
+    found = load_training_set(config.data)
+    check_images(run, found)
+    images = {TRAIN: found.samples}
+    if given.heldout_dir is not None:
+        images[HELDOUT] = load_samples(Path(given.heldout_dir), config.data.instance_prompt).samples
+        seen = {sample.sha256 for sample in found.samples}
+        both = [sample.id for sample in images[HELDOUT] if sample.sha256 in seen]
+        if both:
+            raise ConfigError(f"heldout_dir has images that were trained on: {', '.join(both[:5])}; take them out")
+    return images
+
+
+def _arms(
+    sdxl: Sdxl,
+    runs: Sequence[FinishedRun],
+    config: TrainConfig,
+    images: Mapping[str, list[Sample]],
+    given: FlatnessConfig,
+) -> list[Arm]:
+    """The base and each run, every file read before anything is measured."""
+    resolution = config.data.resolution or sdxl.resolution
+
+    def probes(tokens: Mapping[str, list[str]]) -> dict[str, Probe]:
+        return {
+            kind: fixed_probe(
+                sdxl,
+                [dataclasses.replace(sample, caption=with_new_tokens(sample.caption, tokens)) for sample in samples],
+                resolution,
+                given.seed,
+                given.probe_draws,
+                config.data.background_color,
+            )
+            for kind, samples in images.items()
+        }
+
+    arms = [Arm(BASE, {}, probes({}))]
+    for run in runs:
+        tokens = new_tokens(run.config.tokens) if run.config.tokens.train_text_encoder_ti else {}
+        with loaded(sdxl.pipeline, [LoraFile(run.lora)]):
+            arms.append(Arm(run.name, lora_deltas(sdxl.unet), probes(tokens)))
+    return arms
+
+
+def _facts(
+    config: FlatnessConfig, runs: Sequence[FinishedRun], sdxl: Sdxl, images: Mapping[str, list[Sample]], weights: int
+) -> dict[str, Any]:
+    """All that the figures depend on."""
+    settings = portable(dataclasses.asdict(config)) | {"runs": [run.name for run in runs]}
+    settings["heldout_dir"] = None if config.heldout_dir is None else Path(config.heldout_dir).name
+    described = {
+        run.name: {
+            "sha256": run.sha256,
+            "method": run.config.perturb.method,
+            "sigma": run.config.perturb.strength,
+            "rank": run.config.adapter.rank,
+            "max_train_steps": run.config.optim.max_train_steps,
+            "seed": run.config.run.seed,
+        }
+        for run in runs
+    }
+    return {
+        "settings": settings,
+        "base": portable(dataclasses.asdict(runs[0].config.model)),
+        "runs": described,
+        "probe_samples": {kind: len(samples) * config.probe_draws for kind, samples in images.items()},
+        "weights": weights,
+        "axis": axis(config.extent, config.surface_points),
+        "device": str(sdxl.unet.device),
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def _write(folder: Path, config: FlatnessConfig, figures: Sequence[Figures], facts: Mapping[str, Any]) -> None:
+    result = {**facts, "figures": [dataclasses.asdict(found) for found in figures]}
+    (folder / "flatness.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "flatness.md").write_text(tables(figures, config) + "\n", encoding="utf-8")
+    at = facts["axis"]
+    rises = [
+        Line(f.name, config.sigmas, [rise.mean for rise in f.rises["filter"]], [r.error for r in f.rises["filter"]])
+        for f in figures
+    ]
+    title = "Expected rise of the loss under noise on W' (Eq. 7)"
+    line_chart(rises, title, "sigma: noise relative to each row of W'", "rise of the loss", log=True).save(
+        folder / "rise.png"
+    )
+    slices = [_slice_line(found, at) for found in figures]
+    title = f"Loss around W', mean of {config.slice_directions} random directions"
+    line_chart(slices, title, "distance from W', relative to each row", "loss").save(folder / "slices.png")
+    kind = HELDOUT if HELDOUT in figures[0].losses else TRAIN
+    strengths = [_strength_line(found, figures[0], kind) for found in figures]
+    title = f"Loss by strength of the LoRA, {_IMAGES[kind]}"
+    line_chart(strengths, title, "strength", "loss").save(folder / "strength.png")
+    surfaces = [(found.name, found.surface) for found in figures]
+    title = "Loss around W' along two random directions, the same for all"
+    surface_chart(surfaces, config.extent, title).save(folder / "surface.png")
+    if can_write():
+        write_surface_page(folder / "surface.html", surfaces, at, title)
+    else:
+        logger.warning("surface.html was left out: it needs the package plotly: pip install plotly")
+
+
+_IMAGES = {TRAIN: "training images", HELDOUT: "held-out images"}
+
+
+def _slice_line(found: Figures, at: Sequence[float]) -> Line:
+    columns = list(zip(*found.slices, strict=True))
+    errors = [statistics.stdev(column) / len(column) ** 0.5 for column in columns]
+    return Line(found.name, at, [statistics.mean(column) for column in columns], errors)
+
+
+def _strength_line(found: Figures, base: Figures, kind: str) -> Line:
+    """The base's loss is the same at any strength."""
+    if not found.strengths:
+        ends = (0.0, 2.0)
+        return Line(found.name, ends, [base.losses[kind]] * 2)
+    return Line(found.name, list(found.strengths), [losses[kind] for losses in found.strengths.values()])

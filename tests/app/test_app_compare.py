@@ -1,0 +1,165 @@
+"""The Compare tab's handlers, with pictures from a real `generate` on the tiny random pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.compare_grid import difference
+from app.compare_view import BY_PROMPT, BY_STRENGTH, CompareView, Form
+from app.comparison import read_prompts, read_seeds, read_strengths
+from app.context import make_context
+from app.picture_cache import Drawing, DrawOrder, Picture, orders_for
+from app.settings import AppSettings
+from app.vote_view import VoteView
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.trainer import train
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 120
+FORM = Form(["icons-lora", "icons-flat-lora"], "a fox", "0", BY_PROMPT, 1.0, "", 1, 1.0)
+DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0)
+
+
+@pytest.fixture(scope="module")
+def pair(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with a pair of two steps."""
+    runs = tmp_path_factory.mktemp("pair")
+    for method in ("lora", "flat-lora"):
+        values = {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "max_train_steps": 2,
+            "train_batch_size": 1,
+            "learning_rate": 0.01,
+            "report_to": "none",
+            "method": method,
+            "output_dir": str(runs / f"icons-{method}"),
+        }
+        train(TrainConfig.from_dict(values))
+    for config in runs.glob("*/config.json"):  # where the base lies is not saved from a command line
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps(saved | {"pretrained_model_name_or_path": str(base)}), encoding="utf-8")
+    return runs
+
+
+@pytest.fixture
+def view(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CompareView]:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copytree(pair, tmp_path / "runs")
+    view = CompareView(make_context(AppSettings(runs_dir=str(tmp_path / "runs"))))
+    yield view
+    queue = view.context.queue
+    for job in queue.jobs("queued", "running"):
+        queue.stop(job.id, at_once=True)
+    queue.close()
+
+
+def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> None:
+    queue = view.context.queue
+    assert view.start()[1] == ["icons-lora", "icons-flat-lora"]
+    assert "3 of 3 pictures are not drawn yet" in view.show(FORM).status
+    assert len(view.draw(FORM, "me")) == 1
+    assert view.draw(FORM, "me") == []  # it is queued already
+    assert view.show(FORM).is_drawing
+    end = time.monotonic() + PATIENCE_SECONDS
+    while queue.jobs("queued", "running"):
+        assert time.monotonic() < end
+        assert queue.tick()
+        time.sleep(0.05)
+    shown = view.show(FORM)
+    assert shown.status == "", shown.status
+    assert shown.grid.count("<img") == 3
+    assert shown.download is not None
+    assert Image.open(shown.download).width > 3 * 320
+    assert view.draw(FORM, "me") == []
+    again = CompareView(view.context)  # as after a restart
+    assert again.show(FORM).download == shown.download
+    compared = view.show(replace(FORM, is_difference=True))
+    assert compared.grid.count("fl-diff") == 2
+    assert compared.download != shown.download
+    stronger = view.draw(replace(FORM, strength=1.5), "me")
+    assert [list(job.settings)[-2:] for job in stronger] == [["--strengths", "1.5"]]
+    _vote_on(view)
+
+
+def _vote_on(view: CompareView) -> None:
+    votes = VoteView(view)
+    ballot = votes.start(FORM, ("base", "icons-flat-lora"), "Which one?", 1, "me")
+    page = votes.page(ballot)
+    assert page.is_open
+    assert page.question.count("data:image/png") == 2
+    assert "lora" not in page.question.lower().split("data:")[0]
+    votes.vote(ballot, "tie")
+    assert not votes.page(ballot).is_open
+    assert "ties: 1" in votes.page(ballot).count
+    assert [vote.choice for vote in view.context.runs.store.votes()] == ["tie"]
+    with pytest.raises(ConfigError, match="two different columns"):
+        votes.start(FORM, ("base", "base"), "Which one?", 1, "me")
+
+
+def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:
+    view.draw(FORM, "me")
+    for job in view.context.queue.jobs("queued"):
+        view.context.runs.store.change_job(job.id, "queued", state="failed", error="the disk is full", exit_code=1)
+    assert "the disk is full. Press Draw to try again" in view.show(FORM).status
+    assert len(view.draw(FORM, "me")) == 1
+
+
+def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:
+    empty = CompareView(make_context(AppSettings(runs_dir=str(tmp_path / "runs"))))
+    assert "Train a pair first on the Train tab" in empty.show(FORM).grid
+    assert empty.start() == ([], [], "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": []}, "no run is chosen"),
+        ({"runs": ["gone"]}, "not there any more"),
+        ({"prompts": " \n"}, "there is no prompt"),
+        ({"prompts": "--output_dir"}, "starts with a dash"),
+        ({"seeds": "one"}, "must be whole numbers"),
+        ({"rows": BY_STRENGTH, "strengths": "9"}, "must be numbers from 0 to 1.5"),
+    ],
+)
+def test_a_wrong_form_is_told_in_one_sentence(view: CompareView, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        view.draw(replace(FORM, **change), "me")  # type: ignore[arg-type]
+    assert view.context.queue.jobs() == []
+
+
+def test_an_order_is_read_back_from_its_arguments() -> None:
+    order = DrawOrder(DRAWING, ("a fox", "a red hat"), (0, 3), ("runs/a.safetensors",), (0.5, 1.0))
+    assert DrawOrder.read(order.arguments()) == order
+    assert DrawOrder.read(["generate", "--help"]) is None
+
+
+def test_prompts_with_the_same_gaps_share_an_order() -> None:
+    files = {"a" * 64: Path("a.safetensors"), "b" * 64: Path("b.safetensors")}
+    missing = [Picture(DRAWING, prompt, 0, "a" * 64, 1.0) for prompt in ("one", "two")]
+    missing += [Picture(DRAWING, "three", 0, sha, 1.0) for sha in files]
+    orders = orders_for(missing, DRAWING, files)
+    assert [(order.prompts, order.loras) for order in orders] == [
+        (("one", "two"), ("a.safetensors",)),
+        (("three",), ("a.safetensors", "b.safetensors")),
+    ]
+
+
+def test_lists_are_read_as_they_are_written() -> None:
+    assert read_prompts(" a fox \n\na fox\na hat") == ("a fox", "a hat")
+    assert read_seeds("0, 7 12") == (0, 7, 12)
+    assert read_strengths("0.5, 1,1.5") == (0.5, 1.0, 1.5)
+
+
+def test_the_difference_is_amplified_and_has_no_sign() -> None:
+    grey, darker = Image.new("RGB", (2, 2), (100, 100, 100)), Image.new("RGB", (2, 2), (90, 100, 0))
+    assert difference(darker, grey).getpixel((0, 0)) == difference(grey, darker).getpixel((0, 0)) == (40, 0, 255)

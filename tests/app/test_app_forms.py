@@ -1,0 +1,52 @@
+"""The form of a training: all settings, their bounds, and back again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from app.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
+from flatlora_diffusion.config import ConfigError, TrainConfig
+
+
+@pytest.fixture(scope="module")
+def form() -> ConfigForm:
+    return ConfigForm()
+
+
+def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm) -> None:
+    assert {*form.by_name, *DECIDED_BY_THE_APP} == set(TrainConfig().to_dict())
+    config = TrainConfig()
+    for section in dataclasses.fields(config):
+        for item in dataclasses.fields(getattr(config, section.name)):
+            if item.name in DECIDED_BY_THE_APP:
+                continue
+            info = form.by_name[item.name].info
+            assert info.startswith(item.metadata["help"])
+            for bound in (item.metadata["min"], item.metadata["max"]):
+                assert bound is None or str(bound) in info
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_come_back_from_the_form_as_they_were(form: ConfigForm, preset: str) -> None:
+    settings = preset_settings(preset, {"resolution": 96, "sigma": 0.07})
+    read = form.read(form.write(settings)).to_dict()
+    assert {name: read[name] for name in form.by_name} == {name: settings[name] for name in form.by_name}
+    assert read["resolution"] == 96
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("rank", 0, "rank=0 is out of range"),
+        ("train_batch_size", 2.5, "train_batch_size=2.5 must be of type int"),
+        ("sigma", "much", "sigma='much' must be a number"),
+        ("resolution", "4", "resolution=4 is out of range"),
+        ("lr_scheduler", "up", "lr_scheduler='up' is not one of"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(form: ConfigForm, name: str, value: object, sentence: str) -> None:
+    values = dict(zip(form.by_name, form.write({}), strict=True)) | {name: value}
+    with pytest.raises(ConfigError, match=sentence):
+        form.read(list(values.values()))

@@ -1,0 +1,122 @@
+"""The app's own settings: who is let in; and what it tells of a training before it starts."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.estimates import estimate_disk, estimate_time, free_gpu_bytes, memory_of, total_steps
+from app.runs import RunStore
+from app.settings import AppSettings, parse_settings
+from flatlora_diffusion.config import ConfigError, TrainConfig
+
+ROOT = Path(__file__).parents[2]
+APP = ROOT / "app"
+
+
+def test_the_app_listens_to_this_computer_only() -> None:
+    settings = parse_settings([], {})
+    assert (settings.host, settings.share, settings.login) == ("127.0.0.1", False, None)
+    assert settings.served == [str(Path("outputs").resolve())]
+    assert settings.private == [str(Path("outputs/.app").resolve()), str(Path("outputs/.trash").resolve())]
+    assert settings.uploads_folder.resolve().is_relative_to(settings.private[0])
+    assert parse_settings(["--port", "8000", "--runs_dir", "x"], {}) == AppSettings(runs_dir="x", port=8000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--share"], "--share lets everyone with the link in; set a login"),
+        (["--host", "0.0.0.0"], "lets others in this network in; set a login"),
+        (["--host", "example.org"], "lets others in this network in"),
+        (["--auth", "user"], "auth must be user:password"),
+        (["--auth", ":password"], "auth must be user:password"),
+        (["--auth", "user:"], "auth must be user:password"),
+        (["--port", "0"], "port=0 is out of range"),
+    ],
+)
+def test_an_app_open_to_others_without_a_login_is_refused(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_settings(arguments, {})
+
+
+def test_a_login_comes_from_a_flag_or_the_environment_and_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {"FLATLORA_AUTH": "ann:hid:den"}
+    settings = parse_settings(["--share", "--host", "0.0.0.0"], environment)
+    assert settings.login == ("ann", "hid:den")
+    assert "hid" not in repr(settings)
+    assert parse_settings(["--auth", "bob:pw"], environment).login == ("bob", "pw")
+    for host in ("localhost", "::1", "127.0.0.2"):
+        assert parse_settings(["--host", host], {}).host == host
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"], environment)
+    shown = capsys.readouterr().out
+    assert "--share" in shown
+    assert "hid" not in shown
+
+
+def test_time_is_that_of_the_last_run_alike(tmp_path: Path) -> None:
+    runs = RunStore(tmp_path / "runs")
+    config = TrainConfig.from_dict({"max_train_steps": 100, "method": "lora"})
+    assert estimate_time(config, 10, runs) is None
+    for name, method, batch, seconds in (("a", "lora", 4, 1.0), ("b", "flat-lora", 4, 3.0), ("c", "lora", 1, 0.1)):
+        folder = runs.folder / name
+        folder.mkdir()
+        saved = config.replace(method=method, train_batch_size=batch, resolution=64).to_dict()
+        (folder / "config.json").write_text(json.dumps(saved))
+        (folder / "manifest.json").write_text("[]")
+        event = {"event": "step", "step": 0, "loss": 1.0, "seconds": seconds, "eta": 0.0}
+        (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    found = estimate_time(config, 10, runs)
+    assert found is not None
+    assert (found.run, found.seconds, found.seconds_per_step, found.steps) == ("a", 100.0, 1.0, 100)
+    flat = estimate_time(config.replace(method="flat-lora", max_train_steps=None, num_train_epochs=3), 9, runs)
+    assert flat is not None
+    assert (flat.run, flat.steps, flat.seconds) == ("b", 7, 21.0)
+    assert estimate_time(config.replace(resolution=128), 10, runs) is None
+    assert estimate_time(config.replace(gradient_checkpointing=True), 10, runs) is None
+    assert total_steps(config.replace(max_train_steps=None, repeats=2, gradient_accumulation_steps=2), 9) == 3
+
+
+def test_memory_and_disk_are_counted(base: Path, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict(
+        {"pretrained_model_name_or_path": str(base), "max_train_steps": 1000, "save_dtype": "fp32"}
+    )
+    memory = memory_of(config)
+    assert memory is not None
+    assert 0 < memory.lora < memory.total
+    assert memory_of(config.replace(lora_target_modules="no_such_layer")) is None
+    two = estimate_disk(
+        config, 10, memory.lora, tmp_path
+    )  # checkpoints at 500 and 1000, five copies each, and the end
+    assert two.needed == (2 * 5 + 2) * memory.lora
+    assert two.is_enough
+    one = estimate_disk(config.replace(checkpoints_total_limit=1, use_ema=True), 10, memory.lora, tmp_path)
+    assert one.needed == (6 + 2) * memory.lora
+    assert not estimate_disk(config, 10, 10**18, tmp_path).is_enough
+    free = free_gpu_bytes()
+    assert free is None or free > 0
+
+
+def test_the_app_never_imports_the_trainer_and_its_modules_stay_small() -> None:
+    for path in APP.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 300, path.name
+        nodes = list(ast.walk(ast.parse(text)))
+        names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not names & {"flatlora_diffusion.trainer", "flatlora_diffusion.train_state"}, path.name
+
+
+def test_the_backend_starts_without_torch() -> None:
+    program = (
+        "import sys, app.jobs, app.uploads, app.settings, app.estimates, app.supervise\n"
+        "print(sorted({'torch', 'diffusers', 'gradio', 'transformers'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

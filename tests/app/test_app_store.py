@@ -1,0 +1,114 @@
+"""The database: what is kept, under two processes too, and how it grows with new versions."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from app.store import Label, NewJob, Store
+from flatlora_diffusion.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "private" / "app.db")
+
+
+def job(name: str) -> NewJob:
+    return NewJob("train", {"rank": 4, "instance_prompt": "ä\x00"}, "session", run=name)
+
+
+def test_jobs_keep_their_order_and_their_settings(store: Store) -> None:
+    store.add_jobs([job("a"), job("b")])
+    (urgent,) = store.add_jobs([NewJob("generate", ["--prompts", "x"], "other")], first=True)
+    found = Store(store.path).jobs()
+    assert [(one.run, one.kind, one.state) for one in found] == [
+        (None, "generate", "queued"),
+        ("a", "train", "queued"),
+        ("b", "train", "queued"),
+    ]
+    assert found[0].settings == ["--prompts", "x"]
+    assert found[1].settings == {"rank": 4, "instance_prompt": "ä\x00"}
+    assert store.job(urgent.id) == found[0]
+    with pytest.raises(ConfigError, match="no job 99"):
+        store.job(99)
+
+
+def test_a_job_changes_only_from_the_state_it_was_in(store: Store) -> None:
+    (one,) = store.add_jobs([job("a")])
+    assert store.change_job(one.id, "queued", state="running", launch="x")
+    assert not store.change_job(one.id, "queued", state="cancelled")
+    assert [(found.state, found.launch) for found in store.jobs("running")] == [("running", "x")]
+
+
+def test_labels_trash_and_votes(store: Store) -> None:
+    assert store.labels() == {}
+    store.set_label("a", Label("Löwe", ("good", "3d"), "note"))
+    store.set_label("a", Label("Löwe", ("good",), "note"))
+    assert store.labels() == {"a": Label("Löwe", ("good",), "note")}
+    store.add_deleted("a-1", "a")
+    store.add_deleted("b-1", "b")
+    assert [deleted.run for deleted in store.deleted()] == ["b", "a"]
+    store.forget_deleted("b-1")
+    assert [deleted.id for deleted in store.deleted()] == ["a-1"]
+    store.add_vote("pair-1", "style", "me", "left")
+    store.add_vote("pair-1", "prompt", "me", "tie")
+    store.add_vote("pair-1", "style", "you", "right")
+    store.add_vote("pair-1", "style", "me", "right")
+    assert [(vote.session, vote.choice) for vote in store.votes("style")] == [("you", "right"), ("me", "right")]
+    assert len(store.votes()) == 3
+
+
+def test_a_failed_call_changes_nothing(store: Store) -> None:
+    with pytest.raises(TypeError):
+        store.add_jobs([job("a"), NewJob("train", {"bad": object()}, "session")])  # no JSON
+    assert store.jobs() == []
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from app.store import NewJob, Store
+for number in range(100):
+    store = Store(Path(sys.argv[1]))
+    store.add_jobs([NewJob("train", {"rank": number}, sys.argv[2])])
+    store.add_vote(f"pair-{number}", "style", sys.argv[2], "left")
+"""
+
+
+def test_two_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "app.db"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=ROOT, stderr=subprocess.PIPE)
+        for name in ("one", "two")
+    ]
+    store = Store(path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: store.add_jobs([job(str(number))]), range(100)))
+    for process in processes:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+    jobs = store.jobs()
+    assert len(jobs) == 300
+    assert len({one.position for one in jobs}) == 300
+    assert len(store.votes()) == 200
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_database_of_a_newer_version_is_left_alone(store: Store) -> None:
+    with closing(sqlite3.connect(store.path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (1,)
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match=r"app\.db was made by a newer version"):
+        Store(store.path)
+    with closing(sqlite3.connect(store.path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (99,)

@@ -1,0 +1,45 @@
+"""The tabs' handlers as plain functions, and that the page builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from app.context import AppContext, make_context
+from app.dataset_tab import caption_all, load_samples_icons, show
+from app.forms import ConfigForm
+from app.settings import AppSettings
+from app.train_tab import BOTH, live, start, summary
+from app.ui import build_app
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> AppContext:
+    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
+
+
+def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext) -> None:
+    session, names, refused = load_samples_icons(context, "")
+    caption_all(context, session, names, "ABC")
+    pictures, rows, count = show(context, session, names, "white", "tiny", "")
+    assert (len(pictures), pictures[0][0].size, refused) == (23, (64, 64), "")
+    assert rows[0][2] == "a ABC icon of beer mug, in the style of ABC"
+    assert "captions 23/23" in count
+    form = ConfigForm()
+    values = form.write({"max_train_steps": 2, "report_to": "none"})
+    assert "23 images, captions 23/23" in summary(context, form, session, BOTH, *values)
+    start(context, form, session, "two", BOTH, *values)
+    assert [job.run for job in context.queue.jobs("queued")] == ["two-lora", "two-flat-lora"]
+    assert live(context, None, "")[0].count('data-state="queued"') == 2
+
+
+def test_a_start_without_images_is_one_sentence(context: AppContext) -> None:
+    form = ConfigForm()
+    with pytest.raises(gr.Error, match="no images to train on"):
+        start(context, form, "", "two", BOTH, *form.write({}))
+
+
+def test_the_page_builds(context: AppContext) -> None:
+    assert isinstance(build_app(context), gr.Blocks)

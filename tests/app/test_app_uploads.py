@@ -1,0 +1,231 @@
+"""Uploads: what is taken, what is refused and why, and that nobody gets out of a folder or into another's."""
+
+from __future__ import annotations
+
+import io
+import stat
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.intake import Limits
+from app.uploads import UploadResult, Uploads
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.dataset import load_samples
+
+
+@pytest.fixture
+def uploads(tmp_path: Path) -> Uploads:
+    return Uploads(tmp_path / "uploads")
+
+
+def png(colour: str = "red", size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def add(uploads: Uploads, session: str, tmp_path: Path, *files: tuple[str, bytes]) -> UploadResult:
+    given = []
+    for index, (name, content) in enumerate(files):
+        path = tmp_path / f"received-{session[:8]}-{index}"
+        path.write_bytes(content)
+        given.append((name, path))
+    return uploads.add(session, given)
+
+
+def zipped(*members: tuple[str | zipfile.ZipInfo, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def everything_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_images_get_safe_names_and_captions_of_their_own_names(uploads: Uploads, tmp_path: Path) -> None:
+    session = uploads.new_session()
+    result = add(uploads, session, tmp_path, ("alarm_clock-.jpeg", png()), ("Löwe\x00 🦁.PNG", png("blue")))
+    assert [upload.path.name for upload in result.taken] == ["0001.png", "0002.png"]
+    assert [upload.original for upload in result.taken] == ["alarm_clock-.jpeg", "Löwe 🦁.PNG"]
+    assert uploads.captions(session) == {"0001.png": "alarm clock", "0002.png": "Löwe"}
+    found = load_samples(uploads.session_folder(session))
+    assert [sample.caption for sample in found.samples] == ["alarm clock", "Löwe"]
+    assert found.skipped == []
+
+
+def test_captions_come_from_sidecars_in_the_zip_and_beside_plain_files(uploads: Uploads, tmp_path: Path) -> None:
+    session = uploads.new_session()
+    archive = zipped(
+        ("set/cat.png", png()),
+        ("set/cat.txt", "\ufeffa cat,\n sitting".encode()),
+        ("other/cat.png", png("blue")),
+        ("__MACOSX/set/._cat.png", b"junk"),
+        (".DS_Store", b"junk"),
+    )
+    result = add(
+        uploads, session, tmp_path, ("icons.zip", archive), ("dog.png", png("green")), ("dog.caption", b"a dog")
+    )
+    assert result.refused == []
+    assert list(uploads.captions(session).values()) == ["a cat, sitting", "cat", "a dog"]
+
+
+def test_captions_are_edited_in_place(uploads: Uploads, tmp_path: Path) -> None:
+    session = uploads.new_session()
+    add(uploads, session, tmp_path, ("a.png", png()), ("b.png", png("blue")))
+    uploads.save_captions(session, {"0001.png": " a new\n\x00one ", "0002.png": ""})
+    assert uploads.captions(session) == {"0001.png": "a new one", "0002.png": ""}
+    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt", "0002.png"}
+    for name in ("../0001.png", "0003.png", "0001.txt", "/etc/passwd"):
+        with pytest.raises(ConfigError, match="not among yours"):
+            uploads.save_captions(session, {name: "x"})
+    with pytest.raises(ConfigError, match="2001 letters; 2000 at most"):
+        uploads.save_captions(session, {"0001.png": "x" * 2001})
+    uploads.remove(session, "0001.png")
+    assert everything_in(uploads.session_folder(session)) == {"0002.png"}
+
+
+def test_what_is_trained_on_does_not_change_with_later_edits(uploads: Uploads, tmp_path: Path) -> None:
+    session = uploads.new_session()
+    with pytest.raises(ConfigError, match="no images to train on"):
+        uploads.freeze(session)
+    add(uploads, session, tmp_path, ("a.png", png()))
+    frozen = uploads.freeze(session)
+    assert uploads.freeze(session) == frozen
+    uploads.save_captions(session, {"0001.png": "other"})
+    assert (frozen / "0001.txt").read_text() == "a"
+    assert uploads.freeze(session) != frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("script.png", b"#!/bin/sh\nrm -rf /\n", "not in an image format"),
+        ("page.png", b"<html><script>alert(1)</script></html>", "not in an image format"),
+        ("icon.svg", b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "SVG"),
+        ("icon.png", b'\xef\xbb\xbf<?xml version="1.0"?>\n<SVG onload="alert(1)"/>', "SVG"),
+        ("program.exe", b"MZ\x90\x00" + bytes(100), "not in an image format"),
+        ("half.png", png(size=64)[:90], ""),
+        ("empty.png", b"", "not in an image format"),
+        ("notes.txt", b"\xff\xfe\x00x", "not UTF-8"),
+        ("long.txt", b"x" * 20_000, "more than 16 KiB"),
+        ("broken.zip", b"PK\x03\x04 and then nothing", "damaged zip"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_its_reason(
+    uploads: Uploads, tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    session = uploads.new_session()
+    result = add(uploads, session, tmp_path, (name, content), ("good.png", png()))
+    assert [(refusal.name, reason in refusal.reason) for refusal in result.refused] == [(name, True)]
+    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt"}
+
+
+def test_a_huge_png_is_refused_before_it_is_decoded(uploads: Uploads, tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"not even pixels") + chunk(b"IEND", b"")
+    result = add(uploads, uploads.new_session(), tmp_path, ("bomb.png", bomb))
+    assert [refusal.reason for refusal in result.refused] == ["more than 50 million pixels; make it smaller"]
+
+
+def test_no_member_of_a_zip_leaves_it(uploads: Uploads, tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("link.png")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    archive = zipped(
+        ("../../evil.png", png()),
+        ("/tmp/evil.png", png()),
+        ("C:\\evil.png", png()),
+        ("..\\evil.png", png()),
+        (link, b"/etc/passwd"),
+        ("inner.zip", zipped(("a.png", png()))),
+        ("good.png", png()),
+    )
+    session = uploads.new_session()
+    before = everything_in(tmp_path)
+    result = add(uploads, session, tmp_path, ("all.zip", archive))
+    assert len(result.taken) == 1
+    reasons = {refusal.name: refusal.reason for refusal in result.refused}
+    assert reasons["link.png"] == "a link or device, not a file"
+    assert list(reasons.values()).count("its path leads out of the zip") == 4
+    assert "inner.zip" in reasons
+    inside = f"uploads/sessions/{session}/"
+    written = everything_in(tmp_path) - before
+    assert {name for name in written if not name.startswith(("received-", "uploads/locks/"))} == {
+        f"{inside}0001.png",
+        f"{inside}0001.txt",
+    }
+
+
+def test_an_encrypted_member_is_refused(uploads: Uploads, tmp_path: Path) -> None:
+    archive = bytearray(zipped(("a.png", png())))
+    directory = archive.find(b"PK\x01\x02")
+    archive[6] |= 1
+    archive[directory + 8] |= 1
+    result = add(uploads, uploads.new_session(), tmp_path, ("a.zip", bytes(archive)))
+    assert result.refused[0].reason == "it is encrypted; make a zip without a password"
+
+
+def test_zip_bombs_are_cut_off_while_they_unpack(tmp_path: Path) -> None:
+    zeros = bytes(9 * 2**20)
+    uploads = Uploads(tmp_path / "uploads", Limits(total_bytes=20 * 2**20, zip_ratio=100))
+    session = uploads.new_session()
+    result = add(uploads, session, tmp_path, ("bomb.zip", zipped(*((f"{index}.png", zeros) for index in range(4)))))
+    reasons = [refusal.reason for refusal in result.refused]
+    assert all("100-fold" in reason for reason in reasons[:2])
+    assert all("all uploads together are larger than 20 MiB" in reason for reason in reasons[2:])
+    assert everything_in(uploads.session_folder(session)) == set()
+    loose = Uploads(tmp_path / "loose", Limits(file_bytes=2**20, zip_ratio=10_000))
+    result = add(loose, session, tmp_path, ("bomb.zip", zipped(("0.png", zeros))))
+    assert [refusal.reason for refusal in result.refused] == ["larger than 1 MiB"]
+
+
+def test_a_zip_of_too_many_files_is_not_unpacked(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path / "uploads", Limits(zip_members=3))
+    archive = zipped(*((f"{index}.png", png()) for index in range(4)))
+    result = add(uploads, uploads.new_session(), tmp_path, ("many.zip", archive))
+    assert [refusal.reason for refusal in result.refused] == ["a zip of 4 files; at most 3 are unpacked"]
+
+
+def test_no_more_than_500_images(uploads: Uploads, tmp_path: Path) -> None:
+    session = uploads.new_session()
+    archive = zipped(*((f"{index:03}.png", png()) for index in range(499)))
+    assert len(add(uploads, session, tmp_path, ("icons.zip", archive)).taken) == 499
+    result = add(uploads, session, tmp_path, ("a.png", png()), ("b.png", png()))
+    assert [upload.path.name for upload in result.taken] == ["0500.png"]
+    assert [refusal.reason for refusal in result.refused] == ["there are 500 images already; 500 is the most"]
+
+
+def test_sessions_do_not_mix_under_concurrent_uploads(uploads: Uploads, tmp_path: Path) -> None:
+    sessions = {uploads.new_session(): colour for colour in ("red", "blue")}
+
+    for colour in sessions.values():
+        (tmp_path / f"{colour}.png").write_bytes(png(colour))
+
+    def upload(session: str) -> None:
+        path = tmp_path / f"{sessions[session]}.png"
+        for _ in range(5):
+            assert uploads.add(session, [(path.name, path)]).refused == []
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(upload, list(sessions) * 2))
+    for session, colour in sessions.items():
+        images = uploads.images(session)
+        assert [path.name for path in images] == [f"{number:04}.png" for number in range(1, 11)]
+        assert {path.read_bytes() for path in images} == {png(colour)}
+
+
+@pytest.mark.parametrize("session", ["", "../other", "short", "a" * 65, "a/b" * 8, "x" * 16 + "\x00", "x" * 16 + "\n"])
+def test_a_session_is_no_path(uploads: Uploads, session: str) -> None:
+    with pytest.raises(ConfigError, match="session is not known"):
+        uploads.session_folder(session)
