@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quality clean
+.PHONY: demo app test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m flatlora_diffusion compare --preset demo
+
+app: $(STAMP)
+	$(BIN)/python -m app
 
 test: $(STAMP)
 	$(BIN)/ruff check .
