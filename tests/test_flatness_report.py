@@ -1,4 +1,4 @@
-"""`flatness` on the tiny random pipeline: W' is PEFT's, nothing is written, misfits are refused, files are complete."""
+"""`flatness` on the tiny random pipeline: W' is PEFT's, nothing is written, misfits are refused, files complete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def make_run(base: Path, icons: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("adapter", [{}, {"lora_target_modules": "conv"}, {"use_dora": True}])
 def test_loss_at_w_prime_is_that_of_the_loaded_lora(
-    sdxl: Sdxl, base: Path, probe: Probe, adapter: dict[str, object]
+    sdxl: Sdxl, base: Path, probe: Probe, adapter: dict[str, Any]
 ) -> None:
     other = with_lora(load(base), **adapter)
     for layer in lora_layers(other.unet).values():
@@ -109,8 +110,9 @@ def test_loss_at_w_prime_is_that_of_the_loaded_lora(
     assert value(loss, merged(weights, deltas)) == pytest.approx(wanted, rel=1e-5)
     assert value(loss, weights) == pytest.approx(probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe), rel=1e-6)
     assert value(loss, weights) != pytest.approx(wanted, rel=1e-4)
-    assert merged(weights, deltas, 0.0)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"] is (
-        weights["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    assert (
+        merged(weights, deltas, 0.0)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+        is (weights["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"])
     )
 
 
@@ -297,7 +299,7 @@ def test_other_images_and_missing_runs_are_named(
     config = replace(QUICK, runs=(str(one),), instance_data_dir=str(changed), pretrained_model_name_or_path=str(base))
     with pytest.raises(ConfigError, match="not those of run plain"):
         flatness(config)
-    with pytest.raises(ConfigError, match="heldout_dir has images that were trained on: icon-0.png"):
+    with pytest.raises(ConfigError, match=r"heldout_dir has images that were trained on: icon-0\.png"):
         flatness(replace(config, instance_data_dir=str(icons), heldout_dir=str(icons)))
 
 
