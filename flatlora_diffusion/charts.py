@@ -164,7 +164,7 @@ class _Pen:
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
         scaled = [(x * _SHARP, y * _SHARP) for x, y in points]
-        self._draw.line(scaled, colour, round(width * _SHARP), joint="curve")
+        self._draw.line(scaled, colour, round(width * _SHARP))
 
     def dot(self, centre: tuple[float, float], colour: str, radius: float) -> None:
         x, y, r = (part * _SHARP for part in (*centre, radius))
