@@ -112,7 +112,7 @@ def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
     outputs = [grid, status, download, stop, last]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    def on_draw(goes_first: bool, *values: Any, request: gr.Request) -> tuple[Any, ...]:
+    def on_draw(request: gr.Request, goes_first: bool, *values: Any) -> tuple[Any, ...]:
         return draw(view, goes_first, *values, session=request.session_hash or "")
 
     def on_stop(last: str, *values: Any) -> tuple[Any, ...]:
