@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.dataset import manifest
+from flatlora_diffusion.fingerprint import base_fingerprint, tensors_sha256
 from flatlora_diffusion.optimizer import set_lr
 from flatlora_diffusion.release import save_release
 from flatlora_diffusion.run_dir import portable
@@ -27,6 +28,8 @@ def start(state: TrainState) -> int:
     """Make the run folder of a new run and return its first step, 0."""
     if state.accelerator.is_main_process:
         state.run.start(state.config.to_dict(), _manifest(state))
+        base, lora = base_fingerprint(state.sdxl.unet), tensors_sha256(state.trainable.values())
+        state.run.add_event({"event": "start", "base": base, "lora": lora})
     _start_trackers(state)
     return 0
 

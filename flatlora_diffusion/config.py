@@ -161,6 +161,9 @@ class AdapterConfig(Section):
     lora_block_ranks: str | None = setting(None, "another rank for some blocks, such as mid_block=16,up_blocks.0=8")
     train_text_encoder: bool = setting(False, "a LoRA on the attention of both text encoders too")
     init_lora: str | None = setting(None, "start from this LoRA file instead of from zero")
+    lora_init_seed: int | None = setting(
+        None, "seed of the LoRA's first weights alone; default: --seed", min=0, max=2**63 - 1
+    )
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,9 @@ class PerturbConfig(Section):
         "cosine", "how sigma grows over the run; the paper names none for SDXL, a ramp is our choice"
     )
     perturb_seed: int | None = setting(None, "seed of eps alone; default: --seed", min=0, max=2**63 - 1)
+    perturb_noise: NoiseKind = setting(
+        "filter", "eps scaled to each filter as in Eq. 7, or iid: the same energy spread evenly over a layer"
+    )
     perturb_per: PerturbPer = setting(
         "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"
     )
@@ -388,6 +394,24 @@ def setting_hints() -> dict[str, Any]:
     """The type of every setting of a TrainConfig by flat name."""
     sections = typing.get_type_hints(TrainConfig).values()
     return {name: hint for section in sections for name, hint in typing.get_type_hints(section).items()}
+
+
+def read_setting(name: str, text: str) -> Any:
+    """The value that `text` gives a training setting. Raises ConfigError for a name or a value that cannot be."""
+    hint = setting_hints().get(name)
+    if hint is None:
+        raise ConfigError(f"unknown setting {name!r}; see `train --help` for all names")
+    kind = next(kind for kind in _kinds(hint) if kind is not types.NoneType)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{name}={text!r} must be true or false")
+        return text.lower() == "true"
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} must be of type {kind.__name__}") from error
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ class Probe:
     batch: Batch
     noise: Tensor
     timesteps: Tensor
+    draws: int
 
 
 def fixed_probe(
@@ -44,21 +45,25 @@ def fixed_probe(
     noise = torch.randn((len(samples) * draws, *latents.shape[1:]), generator=rng)
     strata = (torch.arange(draws) + torch.rand(len(samples), draws, generator=rng)) / draws
     timesteps = (strata * sdxl.scheduler.config.num_train_timesteps).long().flatten()
-    return Probe(
-        batch.mapped(lambda value: value.repeat_interleave(draws, dim=0)), noise.to(device), timesteps.to(device)
-    )
+    repeated = batch.mapped(lambda value: value.repeat_interleave(draws, dim=0))
+    return Probe(repeated, noise.to(device), timesteps.to(device), draws)
 
 
 @torch.no_grad()
-def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int = 32) -> float:
-    """The mean denoising loss of `unet` on the probe; the same number for the same weights."""
+def probe_losses(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int = 32) -> Tensor:
+    """The denoising loss of each image of the probe, (N,) fp64 on the CPU: the mean over its draws."""
     losses = []
     with evaluating(unet):
         for start in range(0, len(probe.timesteps), batch_size):
             part = slice(start, start + batch_size)
             batch = probe.batch.mapped(lambda value, part=part: value[part])  # type: ignore[misc]
             losses.append(sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part]))
-    return float(torch.cat(losses).double().mean())
+    return torch.cat(losses).double().cpu().view(-1, probe.draws).mean(dim=1)
+
+
+def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int = 32) -> float:
+    """The mean denoising loss of `unet` on the probe; the same number for the same weights."""
+    return float(probe_losses(unet, objective, probe, batch_size).mean())
 
 
 def loss_rise(

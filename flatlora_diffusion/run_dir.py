@@ -2,7 +2,8 @@
 
 config.json       the settings, resolved; no absolute paths
 manifest.json     names, hashes and sizes of the training images
-events.jsonl      one JSON object per line, appended: every optimizer step, then how the run ended
+events.jsonl      one JSON object per line, appended: the hashes of what it starts from, every optimizer step with the
+                  hash of its draws, then how the run ended
 checkpoint-N/     LoRA file and optimizer state after N steps
 images/           preview images
 NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
@@ -162,9 +163,9 @@ class RunDir:
 
     def changed_settings(self, config: TrainConfig) -> list[str]:
         """`name=saved, not now` for each setting that would alter the steps already taken."""
-        now, saved = portable(config.to_dict()), self.config()
-        names = [name for name in now if name not in _FREE_SETTINGS and now[name] != saved.get(name)]
-        return [f"{name}={saved.get(name)!r}, not {now[name]!r}" for name in names]
+        now, saved = portable(config.to_dict()), {**TrainConfig().to_dict(), **self.config()}
+        names = [name for name in now if name not in _FREE_SETTINGS and now[name] != saved[name]]
+        return [f"{name}={saved[name]!r}, not {now[name]!r}" for name in names]
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""

@@ -56,6 +56,7 @@ class TrainState:
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
+    draws: str = ""  # the hash of what the last step drew, its eps apart
 
 
 def seeded(config: TrainConfig) -> TrainConfig:
@@ -187,10 +188,11 @@ def _adapt(sdxl: Sdxl, config: TrainConfig) -> dict[str, list[str]]:
     assert config.run.seed is not None
     pipeline, seed, adapter = sdxl.pipeline, config.run.seed, config.adapter
     initial = None if adapter.init_lora is None else read_lora(pipeline, Path(adapter.init_lora))
-    add_lora(sdxl.unet, adapter, seed)
+    init_seed = seed if adapter.lora_init_seed is None else adapter.lora_init_seed
+    add_lora(sdxl.unet, adapter, init_seed)
     if adapter.train_text_encoder:
         for part in TEXT_PARTS:
-            add_text_lora(getattr(pipeline, part), adapter, seed, part, config.model.clip_skip)
+            add_text_lora(getattr(pipeline, part), adapter, init_seed, part, config.model.clip_skip)
     if initial is not None:
         set_lora(pipeline, initial)
     tokens = add_tokens(pipeline, config.tokens, seed) if config.tokens.train_text_encoder_ti else {}
@@ -254,6 +256,7 @@ def _flats(config: TrainConfig, parts: dict[str, Any], total_steps: int) -> list
             schedule=perturb.sigma_schedule,
             total_steps=total_steps,
             seed=seed if perturb.perturb_seed is None else perturb.perturb_seed,
+            noise=perturb.perturb_noise,
             prefix=name,
         )
         for name in names

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flatlora_diffusion.checkpoint import restore, save_checkpoint, start
 from flatlora_diffusion.class_images import load_class_samples
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
+from flatlora_diffusion.fingerprint import DrawHash
 from flatlora_diffusion.hub import hub_repository
 from flatlora_diffusion.loss import diffusion_loss, draw_targets
 from flatlora_diffusion.preview import Previews
@@ -75,7 +76,7 @@ def train_step(state: TrainState, step: int) -> float:
     """Do optimizer step `step` and return the mean loss of its micro-batches. Raises RunError if it is not finite."""
     accelerator = state.accelerator
     accumulation = state.config.optim.gradient_accumulation_steps
-    losses = []
+    losses, draws = [], DrawHash()
     for micro in range(accumulation):
         slot = micro * accelerator.num_processes + accelerator.process_index
         batch = state.feed.batch(step, slot)
@@ -87,6 +88,7 @@ def train_step(state: TrainState, step: int) -> float:
             loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
             accelerator.backward(loss / accumulation)
         losses.append(loss.detach())
+        draws.add(batch, noise, timesteps)
     value = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
     if not math.isfinite(value):
         raise RunError(_non_finite(state, step))
@@ -96,6 +98,7 @@ def train_step(state: TrainState, step: int) -> float:
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.step(state.trainable.values())
+    state.draws = draws.hexdigest()
     return value
 
 
@@ -149,6 +152,7 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
             "loss": loss,
             "lr": lr,
             "sigma": sigma,
+            "draws": state.draws,
             "seconds": round(seconds, 4),
             "eta": round(eta, 1),
             "memory": _memory_in_use(state.accelerator.device),

@@ -1,0 +1,174 @@
+"""Arms times seeds, trained as one experiment: the settings and the folder of each run, trained once, resumed if cut.
+
+All runs of a seed share every setting but those that their arm is about.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flatlora_diffusion.config import ConfigError, Method, RunError, TrainConfig, read_setting
+from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.run_dir import PATH_SETTINGS, RunDir, portable
+from flatlora_diffusion.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["arm", "null", "control"]
+
+METHODS = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
+SIGMA_0, OTHER_DRAWS, SECOND_EPS = "sigma-0", "other-draws", "second-eps"
+NULLS = {
+    SIGMA_0: "Flat-LoRA at sigma 0",
+    OTHER_DRAWS: "LoRA with other draws",
+    SECOND_EPS: "Flat-LoRA with another eps",
+}
+# An arm must not move these: seeds pair the runs, folders and intervals belong to the experiment.
+_OURS = {"seed", "output_dir", "output_name", "checkpointing_steps", "resume_from_checkpoint", "method"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a method and the settings in which it differs from the experiment's own."""
+
+    key: str
+    name: str
+    role: Role
+    method: Method
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of an experiment, trained or not."""
+
+    arm: Arm
+    seed: int
+    config: TrainConfig
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(Path(self.config.run.output_dir))
+
+    @property
+    def lora(self) -> Path:
+        return self.run.folder / LORA_FILE
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder has a result made with these settings (those left open may have any value)."""
+        events = self.run.events()
+        is_ended = bool(events) and events[-1]["event"] == "finished" and self.lora.is_file()
+        return is_ended and self._is_mine()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder has a checkpoint of a run with these settings to go on from."""
+        return bool(self.run.checkpoints()) and self._is_mine()
+
+    def _is_mine(self) -> bool:
+        if not self.run.config_file.is_file():
+            return False
+        saved = {**TrainConfig().to_dict(), **self.run.config()}
+        wanted = {name: value for name, value in portable(self.config.to_dict()).items() if value is not None}
+        return all(saved.get(name) == value for name, value in wanted.items())
+
+
+def parse_arm(text: str) -> Arm:
+    """The arm `METHOD` or `METHOD:SETTING=VALUE,SETTING=VALUE`; with settings it is a control.
+
+    Raises ConfigError for an unknown method or setting, and for a setting that the experiment itself sets.
+    """
+    method, _, rest = text.partition(":")
+    if method not in get_args(Method):
+        raise ConfigError(f"arms: {text!r} must begin with one of {', '.join(get_args(Method))}")
+    changes: dict[str, Any] = {}
+    for part in rest.split(",") if rest else []:
+        name, equals, value = part.partition("=")
+        if not equals or name in _OURS:
+            reason = "is set by the experiment itself" if name in _OURS else "is not SETTING=VALUE"
+            raise ConfigError(f"arms: {part!r} in {text!r} {reason}")
+        changes[name] = read_setting(name, value)
+    shown = ", ".join(f"{name} {value}" for name, value in changes.items())
+    name = METHODS[method] + (f", {shown}" if shown else "")
+    return Arm(text, name, "control" if changes else "arm", method, changes)  # type: ignore[arg-type]
+
+
+def null_arms(seed: int) -> list[Arm]:
+    """What must show no difference, and what differs by chance alone, for the run of `seed`."""
+    return [
+        Arm(SIGMA_0, NULLS[SIGMA_0], "null", "flat-lora", {"sigma": 0.0}),
+        Arm(
+            OTHER_DRAWS,
+            NULLS[OTHER_DRAWS],
+            "null",
+            "lora",
+            {"seed": derive_seed(seed, "other draws"), "lora_init_seed": seed},
+        ),
+        Arm(SECOND_EPS, NULLS[SECOND_EPS], "null", "flat-lora", {"perturb_seed": derive_seed(seed, "second eps")}),
+    ]
+
+
+def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[Planned]:
+    """Every run, seed by seed, below `output_dir`; each saves `points` checkpoints.
+
+    Raises ConfigError for settings of an arm that exclude each other, before anything is trained.
+    """
+    steps = config.optim.max_train_steps
+    if steps is None:
+        raise ConfigError("max_train_steps is missing: give the steps, so that all arms have the same")
+    out = Path(config.run.output_dir)
+    planned = []
+    for seed in seeds:
+        for arm in arms:
+            values = {"seed": seed, "method": arm.method, **arm.changes}
+            if arm.method == "lora":
+                values["sigma"] = None
+            arm_steps = int(values.get("max_train_steps", steps))
+            folder = out / _slug(arm.key) / f"seed-{seed}"
+            values |= {
+                "output_dir": str(folder),
+                "output_name": f"{out.name}-{_slug(arm.key)}-{seed}",
+                "checkpointing_steps": max(1, -(-arm_steps // points)),
+                "checkpoints_total_limit": None,
+            }
+            planned.append(Planned(arm, seed, config.replace(**values)))
+    return planned
+
+
+def train_planned(planned: Planned) -> None:
+    """Train one run with the command line's own code in a process of its own, unless it is there already.
+
+    Raises RunError when it does not end well.
+    """
+    folder = planned.run.folder
+    label = f"{planned.arm.name}, seed {planned.seed}"
+    if planned.is_finished:
+        logger.info("%s: already trained in %s", label, folder)
+        return
+    logger.info("%s: %s", label, "going on" if planned.is_begun else "training")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder.parent / f"{folder.name}.json"
+    values = planned.config.to_dict()
+    settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
+    # The saved paths may be cut to their names.
+    command += [f"--{name}={value}" for name, value in values.items() if name in PATH_SETTINGS and value]
+    if planned.is_begun:
+        command.append("--resume_from_checkpoint=latest")
+    done = subprocess.run(command)
+    if done.returncode != 0:
+        raise RunError(f"training {label} ended with exit code {done.returncode}; its message is above")
+
+
+def _slug(key: str) -> str:
+    """An arm's key as a folder's name on any system."""
+    return re.sub(r"[^\w.-]+", "-", key)

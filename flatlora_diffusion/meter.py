@@ -1,0 +1,119 @@
+"""Losses of a LoRA on fixed image sets, at any strength; measured once for each file and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatlora_diffusion.applied_lora import LoraFile, at_strength, loaded
+from flatlora_diffusion.dataset import METADATA, Sample
+from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_losses
+from flatlora_diffusion.loss import Objective
+from flatlora_diffusion.sdxl import Sdxl
+
+UNGROUPED = "all"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Captioned images to measure on, each in a group (by kind of concept, say)."""
+
+    samples: Sequence[Sample]
+    groups: Sequence[str]
+
+    @property
+    def sha256(self) -> str:
+        """The hash of images and captions, in their order."""
+        rows = [(sample.sha256, sample.caption) for sample in self.samples]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+Losses = dict[str, dict[str, float]]
+"""The mean loss by group, by image set; the group `all` is the mean over all images of the set."""
+
+
+class Meter:
+    """Measures what a LoRA file does to the base's denoising loss, under draws that all LoRAs share."""
+
+    def __init__(
+        self,
+        sdxl: Sdxl,
+        objective: Objective,
+        sets: Mapping[str, ImageSet],
+        resolution: int,
+        kept: Path,
+        draws: Mapping[str, int],
+        background: str = "white",
+    ) -> None:
+        """`kept` is the folder for results; `draws` are the (noise, timestep) pairs of each image, by set."""
+        self._sdxl, self._objective, self.sets, self._kept = sdxl, objective, sets, kept
+        self._key = json.dumps(
+            [{name: (found.sha256, draws[name]) for name, found in sets.items()}, resolution, background]
+        )
+        self._settings = resolution, background
+        self._draws = draws
+        self._probes: dict[str, Probe] = {}
+
+    def losses(self, lora: Path | None, strength: float = 1.0) -> Losses:
+        """The losses of the base with `lora`, or of the base alone."""
+
+        def measured() -> Losses:
+            return {name: self._by_group(name) for name in self.sets}
+
+        return self._once("losses", lora, strength, measured)
+
+    def rises(self, lora: Path, name: str, sigma: float, draws: int) -> list[float]:
+        """How much each of `draws` perturbations (Eq. 7) lifts the loss on the set `name`."""
+
+        def measured() -> dict[str, dict[str, float]]:
+            found = loss_rise(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
+            return {name: {str(draw): rise for draw, rise in enumerate(found)}}
+
+        return list(self._once(f"rises {name} {sigma} {draws}", lora, 1.0, measured)[name].values())
+
+    def _by_group(self, name: str) -> dict[str, float]:
+        losses = probe_losses(self._sdxl.unet, self._objective, self._probe(name))
+        groups = self.sets[name].groups
+        found = {UNGROUPED: float(losses.mean())}
+        for group in sorted(set(groups)):
+            found[group] = float(losses[[place for place, one in enumerate(groups) if one == group]].mean())
+        return found
+
+    def _probe(self, name: str) -> Probe:
+        if name not in self._probes:
+            resolution, background = self._settings
+            samples = self.sets[name].samples
+            self._probes[name] = fixed_probe(self._sdxl, samples, resolution, 0, self._draws[name], background)
+        return self._probes[name]
+
+    def _once(self, what: str, lora: Path | None, strength: float, measured: object) -> Losses:
+        content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
+        key = hashlib.sha256(json.dumps([self._key, what, content, strength]).encode()).hexdigest()[:32]
+        file = self._kept / f"{key}.json"
+        if not file.is_file():
+            assert callable(measured)
+            if lora is None:
+                found = measured()
+            else:
+                files = [LoraFile(lora)]
+                with (
+                    loaded(self._sdxl.pipeline, files),
+                    at_strength(self._sdxl.pipeline, files, strength, merge=False),
+                ):
+                    found = measured()
+            self._kept.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        kept: Losses = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+
+
+def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:
+    """The group of each sample: the field `group` of its line in metadata.jsonl, or `all`."""
+    file = folder / METADATA
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    rows = [json.loads(line) for line in lines if line.strip()]
+    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in rows}
+    return [groups.get(sample.id, UNGROUPED) for sample in samples]

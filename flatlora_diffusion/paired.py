@@ -1,0 +1,66 @@
+"""What paired differences over seeds can say: their mean, its interval, the smallest difference they could show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """`mean` of `differences` (one for each seed) with its interval; what one seed cannot say is None.
+
+    `detectable` is the smallest true difference that a test at this confidence finds with 80 % power, given the
+    spread that was seen.
+    """
+
+    differences: tuple[float, ...]
+    mean: float
+    low: float | None
+    high: float | None
+    detectable: float | None
+
+    @property
+    def n(self) -> int:
+        return len(self.differences)
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> PairedDifference:
+    """values - reference, seed by seed, with the 95 % interval of Student's t.
+
+    Raises ValueError when the two are not pairs.
+    """
+    if len(values) != len(reference) or not values:
+        raise ValueError(f"{len(values)} and {len(reference)} values are no pairs")
+    differences = tuple(one - other for one, other in zip(values, reference, strict=True))
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return PairedDifference(differences, mean, None, None, None)
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    if error == 0:  # all differences are alike
+        return PairedDifference(differences, mean, mean, mean, 0.0)
+    low, high = stats.t.interval(CONFIDENCE, len(differences) - 1, loc=mean, scale=error)
+    return PairedDifference(differences, mean, float(low), float(high), error * _detectable(len(differences)))
+
+
+def _detectable(n: int) -> float:
+    """The difference, in standard errors, that the two-sided paired t test of `n` pairs finds with `POWER`."""
+    critical = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+
+    def missing_power(shift: float) -> float:
+        found = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+        return float(found - POWER) if math.isfinite(found) else 1 - POWER
+
+    return float(optimize.brentq(missing_power, 1e-3, 100 * critical))

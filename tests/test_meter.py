@@ -1,0 +1,94 @@
+"""Losses by set and group, of the base and of a LoRA at a strength; measured once for each content of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.evaluation import fixed_probe, probe_loss, probe_losses
+from flatlora_diffusion.loss import Objective
+from flatlora_diffusion.meter import UNGROUPED, ImageSet, Meter, groups_of
+from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+from flatlora_diffusion.trainer import train
+
+
+@pytest.fixture(scope="module")
+def lora(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(
+        TrainConfig.from_dict(
+            {
+                "pretrained_model_name_or_path": str(base),
+                "instance_data_dir": str(icons),
+                "instance_prompt": "an icon",
+                "output_dir": str(tmp_path_factory.mktemp("meter") / "run"),
+                "max_train_steps": 3,
+                "learning_rate": 0.05,
+                "resolution": 32,
+                "seed": 0,
+                "save_dtype": "fp32",
+                "report_to": "none",
+            }
+        )
+    )
+
+
+@pytest.fixture
+def sdxl(base: Path) -> Sdxl:
+    return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def meter(sdxl: Sdxl, icons: Path, tmp_path: Path) -> Meter:
+    sets = {"icons": ImageSet(load_samples(icons).samples, ["a", "b", "a"])}
+    return Meter(sdxl, Objective(sdxl.scheduler), sets, 32, tmp_path / "kept", {"icons": 2})
+
+
+def test_the_loss_of_a_group_is_the_mean_of_its_images(meter: Meter, sdxl: Sdxl, icons: Path) -> None:
+    probe = fixed_probe(sdxl, load_samples(icons).samples, 32, 0, 2)
+    each = probe_losses(sdxl.unet, Objective(sdxl.scheduler), probe)
+    found = meter.losses(None)["icons"]
+    assert found == pytest.approx(
+        {UNGROUPED: float(each.mean()), "a": float(each[[0, 2]].mean()), "b": float(each[1])}, abs=1e-12
+    )
+
+
+def test_a_lora_counts_by_its_strength_and_is_gone_afterwards(meter: Meter, sdxl: Sdxl, lora: Path) -> None:
+    base, half, full = meter.losses(None), meter.losses(lora, 0.5), meter.losses(lora)
+    assert len({base["icons"][UNGROUPED], half["icons"][UNGROUPED], full["icons"][UNGROUPED]}) == 3
+    assert meter.losses(lora, 0.0)["icons"][UNGROUPED] == pytest.approx(base["icons"][UNGROUPED], abs=1e-6)
+    probe = fixed_probe(sdxl, meter.sets["icons"].samples, 32, 0, 2)
+    assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) == base["icons"][UNGROUPED]
+
+
+def test_what_was_measured_is_read_back_until_the_file_changes(
+    meter: Meter, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(lora.read_bytes())
+    first = meter.losses(copy)
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert json.loads(kept.read_text(encoding="utf-8")) == first
+    monkeypatch.setattr(meter, "_by_group", lambda name: pytest.fail("measured again"))
+    assert meter.losses(lora) == first, "the same content under another name"
+    monkeypatch.setattr(meter, "_by_group", lambda name: {"measured": 1.0})
+    assert meter.losses(copy, 0.5) == {"icons": {"measured": 1.0}}
+
+
+def test_the_rises_are_one_per_draw_and_repeatable(meter: Meter, sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
+    rises = meter.rises(lora, "icons", 0.3, 3)
+    assert len(set(rises)) == 3
+    again = Meter(sdxl, Objective(sdxl.scheduler), meter.sets, 32, tmp_path / "other", {"icons": 2})
+    assert again.rises(lora, "icons", 0.3, 3) == rises
+
+
+def test_groups_come_from_the_metadata(icons: Path, tmp_path: Path) -> None:
+    samples = load_samples(icons).samples
+    assert groups_of(tmp_path, samples) == [UNGROUPED] * 3
+    row = {"file_name": samples[1].id, "text": "x", "group": "faces"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n\n", encoding="utf-8")
+    assert groups_of(tmp_path, samples) == [UNGROUPED, "faces", UNGROUPED]
