@@ -150,10 +150,7 @@ def _measure_run(planned: Planned, meters: Meters) -> dict[str, Any]:
         "points": points,
         "report": found["report"],
         "flat": found["flat"],
-        "chosen": {
-            "step": chosen["step"],
-            "report": meters["report", "flat"].losses(chosen_lora)["report"][UNGROUPED],
-        },
+        "chosen": {"step": chosen["step"], "report": chosen_loss},
         "rise": statistics.fmean(rises),
         "draws": [event["draws"] for event in steps][:: max(1, len(steps) // 10)],
         "start": next(event for event in planned.run.events() if event["event"] == "start"),

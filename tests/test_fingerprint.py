@@ -32,12 +32,12 @@ def test_bf16_tensors_have_hashes_too() -> None:
 
 
 def test_the_bases_fingerprint_reads_frozen_weights_alone() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].requires_grad_(False)
+    frozen, trained = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+    model = nn.Sequential(frozen, trained)
     before = base_fingerprint(model)
     with torch.no_grad():
-        model[1].weight.add_(1)
+        trained.weight.add_(1)
     assert base_fingerprint(model) == before, "what is trained is not the base"
     with torch.no_grad():
-        model[0].bias[3] += 1
+        frozen.bias[3] += 1
     assert base_fingerprint(model) != before
