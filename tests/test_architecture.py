@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flatlora_diffusion"
 LEVELS = [
-    {"config", "seeds", "tensor_file", "judge", "lora_family", "paired"},
+    {"config", "seeds", "tensor_file", "judge", "lora_family", "paired", "page_text", "page_style"},
     {
         "noise",
         "loss",
@@ -28,6 +28,8 @@ LEVELS = [
         "surface_page",
         "single_file",
         "vision_input",
+        "page_charts",
+        "page_record",
     },
     {
         "weight_space",
@@ -41,8 +43,10 @@ LEVELS = [
         "fingerprint",
         "encoders",
         "captioner",
+        "page_results",
+        "page_curves",
     },
-    {"lora_update", "flatness", "curvature", "surface", "metrics"},
+    {"lora_update", "flatness", "curvature", "surface", "metrics", "compare_page"},
     {
         "perturbation",
         "generate",
