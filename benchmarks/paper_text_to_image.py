@@ -110,8 +110,8 @@ def _meter(work: Path, folders: Mapping[str, Path | None]) -> Meter:
     for name, folder in folders.items():
         where = training_images() if folder is None else folder
         samples = load_samples(where).samples
-        sets[name] = ImageSet(samples, groups_of(where, samples))
-    return Meter(sdxl, Objective(sdxl.scheduler), sets, sdxl.resolution, work / "losses", DRAWS)
+        sets[name] = ImageSet(samples, groups_of(where, samples), DRAWS[name])
+    return Meter(sdxl, Objective(sdxl.scheduler), sets, sdxl.resolution, work / "losses")
 
 
 def _train_and_measure(runs: Sequence[Planned], meters: Meters) -> None:

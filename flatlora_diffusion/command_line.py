@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from flatlora_diffusion.config import (
-    SAMPLES,
+    CompareConfig,
     ConfigError,
     ExportConfig,
     ExtractConfig,
@@ -121,32 +122,29 @@ def _train(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m flatlora_diffusion compare",
-        description="Train LoRA and Flat-LoRA as a fair pair and compare them; takes all settings of `train` as well.",
-        add_help=not arguments or "--help" not in arguments,
-        allow_abbrev=False,
+    import tyro
+
+    own, rest = tyro.cli(
+        CompareConfig,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+        return_unknown_args=True,
+        prog="python -m flatlora_diffusion compare",
+        description="Train arms alike, LoRA and Flat-LoRA or others, and report what tells them apart. "
+        "Takes all settings of `train` as well, --preset and --config too.",
     )
-    icons = SAMPLES / "icons_3d" / "heldout"
-    parser.add_argument("--heldout_dir", type=Path, default=icons, help="images of the style that are not trained on")
-    parser.add_argument("--prompts_file", type=Path, default=icons / "prompts.txt", help="one prompt per line")
-    own, rest = parser.parse_known_args(arguments)
     config = _with_images(parse_config(rest))
-    if config.run.seed is None:  # both arms must have the same
+    if config.run.seed is None:  # all arms must have the same
         config = config.replace(seed=secrets.randbelow(2**31))
         print(f"seed {config.run.seed}")
-    if not own.prompts_file.is_file():
-        raise ConfigError(
-            f"prompts_file={str(own.prompts_file)!r} is no file; give a text file with one prompt per line"
-        )
-    prompts = [line.strip() for line in own.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     from flatlora_diffusion.compare import compare
 
     _hide_library_bars()
-    picture = compare(config, own.heldout_dir, prompts)
-    print(picture.with_suffix(".md").read_text(encoding="utf-8"))
-    print(f"Look at {picture}")
-    print(f"The LoRA files are in {picture.parent / 'lora'} and {picture.parent / 'flat-lora'}")
+    folder = compare(config, own)
+    print((folder / "compare.md").read_text(encoding="utf-8"))
+    print(json.loads((folder / "compare.json").read_text(encoding="utf-8"))["verdict"])
+    print(f"Look at {folder / 'compare.html'}; the LoRA files are in {folder}, ARM/seed-N")
 
 
 def _generate(arguments: list[str]) -> None:

@@ -1,159 +1,195 @@
-"""A fair pair: LoRA and Flat-LoRA trained alike, then the same prompts, seeds and losses for base, LoRA and Flat-LoRA.
+"""`compare`: arms trained as one experiment, measured alike, and the report of it.
 
-Both arms share one config, data set, LoRA initialization and every draw but eps; each trains in a process of its own.
+compare.html    the verdict, pictures, numbers with intervals, proof: one file that needs no network
+compare.json    every figure and hash
+compare.md      the table
+compare.png     the same prompts and seeds by the base and each arm
+ARM/seed-N/     the run folders;  pictures/, measured/: what is not drawn or measured twice
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from flatlora_diffusion.config import DEFAULT_SIGMA, RunError, TrainConfig
-from flatlora_diffusion.dataset import load_samples
-from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_loss
-from flatlora_diffusion.generate import generate_images
+from flatlora_diffusion.compare_figures import OWN_METRICS, Examiner, Figures
+from flatlora_diffusion.compare_findings import Values, paired_rows, table, verdict
+from flatlora_diffusion.compare_nulls import Ends, null_rows
+from flatlora_diffusion.compare_page import write_compare_page
+from flatlora_diffusion.compare_setup import load_examiner, read_material
+from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.experiment import Arm, Planned, null_arms, parse_arm, plan, train_planned
+from flatlora_diffusion.fingerprint import base_fingerprint
+from flatlora_diffusion.finished_runs import check_images, read_runs
 from flatlora_diffusion.grid import labelled_grid
-from flatlora_diffusion.lora_file import LORA_FILE
-from flatlora_diffusion.loss import Objective
-from flatlora_diffusion.run_dir import PATH_SETTINGS, RunDir, portable
-from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+from flatlora_diffusion.matched import Point
+from flatlora_diffusion.metrics import described
+from flatlora_diffusion.overfit import advise
+from flatlora_diffusion.proof import proof
+from flatlora_diffusion.run_dir import portable
+from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.training_set import load_training_set
 
 logger = logging.getLogger(__name__)
 
-BASE = "base"
-ARMS = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
-RISE_DRAWS = 8
-PICTURES = 8
+_PACKAGES = ("flatlora-diffusion", "torch", "diffusers", "peft", "transformers")
 
 
-@dataclass(frozen=True)
-class Row:
-    """The figures of the base or of one arm; what does not apply is None."""
+def compare(config: TrainConfig, own: CompareConfig) -> Path:
+    """Train all arms, nulls and seeds below `output_dir`, measure them and write the report; returns the folder.
 
-    name: str
-    clean_train_loss: float
-    heldout_loss: float
-    loss_rise: float | None
-    loss_rise_error: float | None
-    seconds_per_step: float | None
-    peak_memory_mib: float | None
-
-
-def compare(config: TrainConfig, heldout: Path, prompts: Sequence[str]) -> Path:
-    """Train both arms into `output_dir`, measure them and draw `compare.png`; returns its path.
-
-    `heldout` is a folder of images of the same style with captions, never trained on. A finished arm with the same
-    settings is not trained again. Raises ConfigError for wrong input, RunError when an arm could not be trained.
+    Finished runs with the same settings are not trained again. Raises ConfigError for wrong input and for runs that
+    cannot be compared, RunError when one could not be trained.
     """
-    out = Path(config.run.output_dir)
-    runs = {method: _train_arm(config, method, out / method) for method in ARMS}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sdxl = load_sdxl(config.model, device, torch.float32)
-    resolution = config.data.resolution or sdxl.resolution
-    data = config.data
-    sets = {
-        "train": load_training_set(data),
-        "heldout": load_samples(heldout, data.instance_prompt),
+    material = read_material(config, own)
+    out, seed = Path(config.run.output_dir), config.run.seed
+    assert seed is not None
+    arms = [parse_arm(text) for text in own.arms]
+    seeds = range(seed, seed + own.num_seeds)
+    main = plan(config, arms, seeds, own.num_checkpoints)
+    nulls = plan(config, [*_missing(arms), *null_arms(seed)], [seed], own.num_checkpoints)
+    for planned in (*main, *nulls):
+        train_planned(planned)
+    runs = read_runs([str(planned.run.folder) for planned in (*main, *nulls)])  # refuses what does not fit together
+    check_images(runs[0], load_training_set(config.data))
+    config = config.replace(mixed_precision=main[0].run.config()["mixed_precision"])  # as accelerate decided it
+    examiner, sdxl = load_examiner(config, own, material, out)
+    _check_base(config, sdxl, [*main, *nulls])
+    result = _measure(config, arms, main, nulls, examiner)
+    (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    names = {arm.key: arm.name for arm in arms}
+    (out / "compare.md").write_text(table(names, result["metrics"], result["base"], result["values"]) + "\n", "utf-8")
+    _save_grid(out, result)
+    write_compare_page(result, out)
+    return out
+
+
+def _missing(arms: Sequence[Arm]) -> list[Arm]:
+    """LoRA and Flat-LoRA as they are, for the nulls to be compared with, where they are not arms themselves."""
+    plain = [parse_arm(key) for key in ("lora", "flat-lora") if key not in {arm.key for arm in arms}]
+    return [replace(arm, role="null") for arm in plain]
+
+
+def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[Planned]) -> None:
+    """Raise ConfigError when the base is not the one that the runs were trained on."""
+    if config.model.quantize_base is not None:
+        return  # they saw its quantized weights, which have another hash
+    now = base_fingerprint(sdxl.unet)
+    for planned in runs:
+        for event in planned.run.events():
+            if event["event"] == "start" and event["base"] != now:
+                raise ConfigError(
+                    f"run {planned.arm.key}, seed {planned.seed} was trained on another base than "
+                    f"{config.model.pretrained_model_name_or_path!r} is now: put the base back, or give another "
+                    "--output_dir"
+                )
+
+
+def _measure(
+    config: TrainConfig, arms: Sequence[Arm], main: Sequence[Planned], nulls: Sequence[Planned], examiner: Examiner
+) -> dict[str, Any]:
+    values: dict[str, dict[int, Figures]] = {}
+    walks: dict[str, dict[int, list[Point]]] = {}
+    base = examiner.base()
+    for planned in main:
+        logger.info("measuring %s, seed %d", planned.arm.name, planned.seed)
+        values.setdefault(planned.arm.key, {})[planned.seed] = examiner.run(planned)
+        walks.setdefault(planned.arm.key, {})[planned.seed] = examiner.trajectory(planned)
+    for planned in nulls:
+        logger.info("measuring %s", planned.arm.name)
+        values.setdefault(planned.arm.key, {})[planned.seed] = examiner.losses(planned)
+    metrics = _metrics([base, *(figures for by_seed in values.values() for figures in by_seed.values())])
+    rows = paired_rows(arms, [metric["key"] for metric in metrics], values, walks)
+    first = [planned for planned in main if planned.seed == main[0].seed]
+    swept = {planned.arm.key: examiner.strengths(planned) for planned in first}
+    every = {arm.key: arm for arm in (*arms, *(planned.arm for planned in nulls))}
+    return {
+        "settings": portable(config.to_dict()),
+        "arms": [asdict(arm) for arm in every.values()],
+        "seeds": list(dict.fromkeys(planned.seed for planned in main)),
+        "metrics": metrics,
+        "base": base,
+        "values": _by_text(values),
+        "trajectories": {
+            arm: {str(seed): [asdict(point) for point in walk] for seed, walk in by_seed.items()}
+            for arm, by_seed in walks.items()
+        },
+        "groups": _groups(main, examiner),
+        "paired": rows,
+        "verdict": verdict(rows, {arm.key: arm.name for arm in arms}),
+        "proof": proof([*main, *nulls]),
+        "nulls": null_rows({one.arm.key: _ends(one, examiner) for one in (*first, *nulls)}, values, main[0].seed),
+        "advice": [_advice(planned, walks, swept) for planned in first],
+        "pictures": _pictures(first, examiner),
+        "strengths": {arm: {f"{at:g}": figures for at, figures in found.items()} for arm, found in swept.items()},
+        "tried": {},
+        "device": _device(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
-    probes = {
-        kind: fixed_probe(sdxl, found.samples, resolution, seed=0, background=data.background_color)
-        for kind, found in sets.items()
+
+
+def _metrics(figures: Sequence[Figures]) -> list[dict[str, Any]]:
+    """What each measured figure is, ours first."""
+    keys = dict.fromkeys(key for found in figures for key in found)
+    ours = [dict(metric._asdict()) for metric in OWN_METRICS if metric.key in keys]
+    return ours + described([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
+
+
+def _advice(
+    planned: Planned, walks: Mapping[str, Mapping[int, Sequence[Point]]], swept: Mapping[str, Mapping[float, Figures]]
+) -> dict[str, Any]:
+    losses = {strength: figures["heldout_loss"] for strength, figures in swept[planned.arm.key].items()}
+    advice = advise(walks[planned.arm.key][planned.seed], losses)
+    return {"arm": planned.arm.key, "seed": planned.seed, **asdict(advice)}
+
+
+def _ends(planned: Planned, examiner: Examiner) -> Ends:
+    """What a run came to: its weights and the pictures of its prompts."""
+    return Ends(planned.lora, examiner.pictures(planned.lora, examiner.themes.seeds[0]))
+
+
+def _groups(main: Sequence[Planned], examiner: Examiner) -> dict[str, Any]:
+    """The held-out loss by concept group: of the base, and of each arm and seed."""
+    found: dict[str, Any] = {group: {"base": loss, "values": {}} for group, loss in examiner.groups(None).items()}
+    for planned in main:
+        for group, loss in examiner.groups(planned.lora).items():
+            found[group]["values"].setdefault(planned.arm.key, {})[str(planned.seed)] = loss
+    return found
+
+
+def _pictures(first: Sequence[Planned], examiner: Examiner) -> dict[str, Any]:
+    """The pictures of the base and of each arm at its first seed, as names below the report's folder."""
+    seed = examiner.themes.seeds[0]
+    files = [examiner.pictures(None, seed), *(examiner.pictures(planned.lora, seed) for planned in first)]
+    return {
+        "prompts": list(examiner.themes.style),
+        "columns": ["Base", *(planned.arm.name for planned in first)],
+        "files": [[f"{file.parent.name}/{file.name}" for file in column] for column in files],
     }
-    rows, pictures = [], []
-    for name in (BASE, *ARMS):
-        if name != BASE:
-            sdxl.pipeline.load_lora_weights(runs[name].folder / LORA_FILE)
-        rows.append(_measure(sdxl, name, probes, runs.get(name)))
-        pictures.append(_generate(sdxl, prompts[:PICTURES], resolution))
-        if name != BASE:
-            sdxl.pipeline.unload_lora_weights()
-    return _report(out, rows, pictures, prompts[:PICTURES], config)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The figures as a Markdown table."""
-    lines = [
-        "| | clean train loss | held-out loss | loss rise under eps | s/step | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        rise = "" if row.loss_rise is None else f"{row.loss_rise:.5f} ± {row.loss_rise_error:.5f}"
-        seconds = "" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}"
-        memory = "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB"
-        name = ARMS.get(row.name, "Base")
-        losses = f"{row.clean_train_loss:.4f} | {row.heldout_loss:.4f}"
-        lines.append(f"| {name} | {losses} | {rise} | {seconds} | {memory} |")
-    return "\n".join(lines)
+def _save_grid(out: Path, result: Mapping[str, Any]) -> None:
+    pictures, steps = result["pictures"], result["settings"]["max_train_steps"]
+    rows = [[Image.open(out / file).convert("RGB") for file in column] for column in pictures["files"]]
+    caption = f"same prompts, seeds and settings; {steps} steps; none of these was trained on"
+    grid = labelled_grid(rows, pictures["columns"], pictures["prompts"], caption=caption)
+    grid.save(out / "compare.png")
 
 
-def _train_arm(config: TrainConfig, method: str, folder: Path) -> RunDir:
-    """Train one arm with the command line's own code in a subprocess, unless it is there already."""
-    sigma = config.perturb.sigma if method == "flat-lora" else None
-    arm = config.replace(method=method, sigma=sigma, output_dir=str(folder))
-    run = RunDir(folder)
-    if _is_finished(run, arm):
-        logger.info("%s: already trained in %s", ARMS[method], folder)
-        return run
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    settings = folder.parent / f"{method}.json"
-    settings.write_text(json.dumps(portable(arm.to_dict()), indent=2) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
-    paths = {name: value for name, value in arm.to_dict().items() if name in PATH_SETTINGS and value}
-    command += [f"--{name}={value}" for name, value in paths.items()]  # the saved ones may be cut to their names
-    done = subprocess.run(command)
-    if done.returncode != 0:
-        raise RunError(f"training {ARMS[method]} ended with exit code {done.returncode}; its message is above")
-    return run
+def _by_text(values: Values) -> dict[str, dict[str, Figures]]:
+    return {arm: {str(seed): figures for seed, figures in by_seed.items()} for arm, by_seed in values.items()}
 
 
-def _is_finished(run: RunDir, arm: TrainConfig) -> bool:
-    """Whether `run` has a result made with these settings (those that `arm` leaves open may have any value)."""
-    events = run.events()
-    if not events or events[-1]["event"] != "finished" or not (run.folder / LORA_FILE).exists():
-        return False
-    saved = run.config()
-    wanted = {name: value for name, value in portable(arm.to_dict()).items() if value is not None}
-    return all(saved.get(name) == value for name, value in wanted.items())
-
-
-def _measure(sdxl: Sdxl, name: str, probes: dict[str, Probe], run: RunDir | None) -> Row:
-    losses = {kind: probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) for kind, probe in probes.items()}
-    if run is None:
-        return Row(name, losses["train"], losses["heldout"], None, None, None, None)
-    rises = loss_rise(sdxl.unet, Objective(sdxl.scheduler), probes["train"], DEFAULT_SIGMA, RISE_DRAWS, seed=0)
-    steps = [event for event in run.events() if event["event"] == "step"]
-    return Row(
-        name,
-        losses["train"],
-        losses["heldout"],
-        statistics.mean(rises),
-        statistics.stdev(rises) / len(rises) ** 0.5,
-        statistics.median(event["seconds"] for event in steps),
-        max(event["memory"] for event in steps) / 2**20,
-    )
-
-
-def _generate(sdxl: Sdxl, prompts: Sequence[str], resolution: int) -> list[Image.Image]:
-    return generate_images(sdxl, prompts, list(range(len(prompts))), resolution)
-
-
-def _report(
-    out: Path, rows: Sequence[Row], pictures: list[list[Image.Image]], prompts: Sequence[str], config: TrainConfig
-) -> Path:
-    caption = f"same prompts, seeds and settings; {config.optim.max_train_steps} steps; none of these was trained on"
-    grid = labelled_grid(pictures, ["Base", *ARMS.values()], prompts, caption=caption)
-    path = out / "compare.png"
-    grid.save(path)
-    (out / "compare.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
-    (out / "compare.md").write_text(table(rows) + "\n", encoding="utf-8")
-    return path
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s)"

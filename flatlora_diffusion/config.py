@@ -609,6 +609,42 @@ class InspectConfig(Section):
 
 
 @dataclass(frozen=True)
+class CompareConfig(Section):
+    """What `compare` has beside the settings of `train`, which all its arms share."""
+
+    arms: tuple[str, ...] = setting(
+        ("lora", "flat-lora"),
+        "METHOD or METHOD:SETTING=VALUE,... such as flat-lora:perturb_noise=iid or lora:use_ema=true; the others are "
+        "compared with the first",
+    )
+    num_seeds: int = setting(1, "runs of each arm, with --seed and the numbers after it", min=1, max=1000)
+    num_checkpoints: int = setting(4, "points along each run that are measured", min=1, max=100)
+    heldout_dir: str | None = setting(
+        None, "captioned images of the style that are not trained on; the sample icons have their own"
+    )
+    forgetting_dir: str | None = setting(None, "captioned images of what the base knew already, in other styles")
+    prompts_file: str | None = setting(
+        None, "prompts in the style, one per line; default: prompts.txt or the captions of --heldout_dir"
+    )
+    unrelated_prompts_file: str | None = setting(
+        None, "prompts that the LoRA should leave alone, one per line; default: eight that ship with this program"
+    )
+    num_prompts: int = setting(8, "prompts of each kind that are drawn", min=1, max=1000)
+    pictures_per_prompt: int = setting(2, "seeds of each picture; diversity needs two", min=1, max=1000)
+    encoders: tuple[str, ...] = setting(
+        ("judge",), "judge (icons only), or CLIP and DINOv2 models: folders or hub ids, for similarity and drift"
+    )
+    lpips: bool = setting(False, "LPIPS diversity too; needs the package lpips and AlexNet's weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("arms", "encoders"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name}={' '.join(values)!r} must be one or more, each given once")
+
+
+@dataclass(frozen=True)
 class FlatnessConfig(Section):
     """All settings of `flatness`: how flat the loss is around the merged weights of finished runs."""
 

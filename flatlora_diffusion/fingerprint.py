@@ -43,8 +43,9 @@ def base_fingerprint(unet: nn.Module) -> str:
     Weights whose quantization makes them a tensor class of their own (torchao) cannot be sliced and are passed over;
     norms, biases and convolutions are never quantized.
     """
-    frozen = sorted((name, weight.data) for name, weight in unet.named_parameters() if not weight.requires_grad)
-    return tensors_sha256(weight.flatten()[:_SAMPLED] for _, weight in frozen if type(weight) is Tensor)
+    frozen = {name: weight.data for name, weight in unet.named_parameters() if not weight.requires_grad}
+    names = sorted(frozen, key=lambda name: name.replace(".base_layer", ""))  # a LoRA renames what it wraps
+    return tensors_sha256(frozen[name].flatten()[:_SAMPLED] for name in names if type(frozen[name]) is Tensor)
 
 
 def _bytes(tensor: Tensor) -> bytes:

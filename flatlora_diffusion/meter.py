@@ -11,6 +11,7 @@ from pathlib import Path
 from flatlora_diffusion.applied_lora import LoraFile, at_strength, loaded
 from flatlora_diffusion.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_losses
+from flatlora_diffusion.fingerprint import base_fingerprint
 from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.sdxl import Sdxl
 
@@ -19,15 +20,16 @@ UNGROUPED = "all"
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Captioned images to measure on, each in a group (by kind of concept, say)."""
+    """Captioned images to measure on, each in a group (by concept, say) and with `draws` (noise, timestep) pairs."""
 
     samples: Sequence[Sample]
     groups: Sequence[str]
+    draws: int = 1
 
     @property
     def sha256(self) -> str:
-        """The hash of images and captions, in their order."""
-        rows = [(sample.sha256, sample.caption) for sample in self.samples]
+        """The hash of images, captions and draws, in their order."""
+        rows = [self.draws, *((sample.sha256, sample.caption) for sample in self.samples)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -45,16 +47,15 @@ class Meter:
         sets: Mapping[str, ImageSet],
         resolution: int,
         kept: Path,
-        draws: Mapping[str, int],
         background: str = "white",
+        text_is_adapted: bool = False,
     ) -> None:
-        """`kept` is the folder for results; `draws` are the (noise, timestep) pairs of each image, by set."""
+        """`kept` is the folder for results; with `text_is_adapted` captions are encoded anew with each LoRA."""
         self._sdxl, self._objective, self.sets, self._kept = sdxl, objective, sets, kept
-        self._key = json.dumps(
-            [{name: (found.sha256, draws[name]) for name, found in sets.items()}, resolution, background]
-        )
+        hashes = {name: found.sha256 for name, found in sets.items()}
+        self._key = json.dumps([base_fingerprint(sdxl.unet), hashes, resolution, background])
         self._settings = resolution, background
-        self._draws = draws
+        self._text_is_adapted = text_is_adapted
         self._probes: dict[str, Probe] = {}
 
     def losses(self, lora: Path | None, strength: float = 1.0) -> Losses:
@@ -83,10 +84,10 @@ class Meter:
         return found
 
     def _probe(self, name: str) -> Probe:
-        if name not in self._probes:
+        if self._text_is_adapted or name not in self._probes:
             resolution, background = self._settings
-            samples = self.sets[name].samples
-            self._probes[name] = fixed_probe(self._sdxl, samples, resolution, 0, self._draws[name], background)
+            found = self.sets[name]
+            self._probes[name] = fixed_probe(self._sdxl, found.samples, resolution, 0, found.draws, background)
         return self._probes[name]
 
     def _once(self, what: str, lora: Path | None, strength: float, measured: object) -> Losses:

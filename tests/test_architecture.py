@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flatlora_diffusion"
 LEVELS = [
-    {"config", "seeds", "tensor_file", "judge", "lora_family", "paired", "page_text", "page_style"},
+    {"config", "seeds", "tensor_file", "judge", "lora_family", "paired", "matched", "page_text", "page_style"},
     {
         "noise",
         "loss",
@@ -30,6 +30,7 @@ LEVELS = [
         "vision_input",
         "page_charts",
         "page_record",
+        "overfit",
     },
     {
         "weight_space",
@@ -71,10 +72,18 @@ LEVELS = [
         "finished_runs",
         "experiment",
     },
-    {"train_state", "memory", "gallery", "lora_names", "merged_lora", "meter"},
-    {"release", "preview", "lora_import", "robustness"},
-    {"checkpoint", "result", "lora_export", "tool_support", "flatness_figures"},
-    {"trainer", "lora_merge", "lora_report", "flatness_tables"},
+    {"train_state", "memory", "gallery", "lora_names", "merged_lora", "meter", "painter", "proof"},
+    {"release", "preview", "lora_import", "robustness", "compare_figures"},
+    {
+        "checkpoint",
+        "result",
+        "lora_export",
+        "tool_support",
+        "flatness_figures",
+        "compare_setup",
+        "compare_findings",
+    },
+    {"trainer", "lora_merge", "lora_report", "flatness_tables", "compare_nulls"},
     {"compare", "lora_resize", "flatness_report"},
     {"command_line"},
 ]

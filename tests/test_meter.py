@@ -44,8 +44,8 @@ def sdxl(base: Path) -> Sdxl:
 
 @pytest.fixture
 def meter(sdxl: Sdxl, icons: Path, tmp_path: Path) -> Meter:
-    sets = {"icons": ImageSet(load_samples(icons).samples, ["a", "b", "a"])}
-    return Meter(sdxl, Objective(sdxl.scheduler), sets, 32, tmp_path / "kept", {"icons": 2})
+    sets = {"icons": ImageSet(load_samples(icons).samples, ["a", "b", "a"], draws=2)}
+    return Meter(sdxl, Objective(sdxl.scheduler), sets, 32, tmp_path / "kept")
 
 
 def test_the_loss_of_a_group_is_the_mean_of_its_images(meter: Meter, sdxl: Sdxl, icons: Path) -> None:
@@ -82,7 +82,7 @@ def test_what_was_measured_is_read_back_until_the_file_changes(
 def test_the_rises_are_one_per_draw_and_repeatable(meter: Meter, sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
     rises = meter.rises(lora, "icons", 0.3, 3)
     assert len(set(rises)) == 3
-    again = Meter(sdxl, Objective(sdxl.scheduler), meter.sets, 32, tmp_path / "other", {"icons": 2})
+    again = Meter(sdxl, Objective(sdxl.scheduler), meter.sets, 32, tmp_path / "other")
     assert again.rises(lora, "icons", 0.3, 3) == rises
 
 

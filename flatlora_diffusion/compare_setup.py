@@ -1,0 +1,134 @@
+"""What a comparison is measured with: image sets, prompts, encoders, and the examiner that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from flatlora_diffusion.compare_figures import FORGETTING, HELDOUT, TRAIN, Examiner, Seers, Themes
+from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.dataset import Sample, load_samples
+from flatlora_diffusion.encoders import JUDGE, load_encoder
+from flatlora_diffusion.images import load_image
+from flatlora_diffusion.judge import load_judge
+from flatlora_diffusion.loss import Objective, is_edm_scheduler
+from flatlora_diffusion.meter import UNGROUPED, ImageSet, Meter, groups_of
+from flatlora_diffusion.painter import Painter
+from flatlora_diffusion.perceptual import load_lpips
+from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+from flatlora_diffusion.train_state import DTYPES
+from flatlora_diffusion.training_set import load_training_set
+
+DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
+SAMPLE_ICONS = SAMPLES / "icons_3d"
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that was read before the first run is trained."""
+
+    sets: dict[str, ImageSet]
+    themes: Themes
+    heldout: Path
+
+
+def read_material(config: TrainConfig, own: CompareConfig) -> Material:
+    """The images and prompts that the arms are measured with.
+
+    Raises ConfigError for what is missing, and for held-out images that are trained on.
+    """
+    if config.tokens.train_text_encoder_ti:
+        raise ConfigError(
+            "train_text_encoder_ti=True cannot be compared: captions with new tokens mean nothing to the base; "
+            "leave it out"
+        )
+    heldout = _heldout_folder(config, own)
+    training = load_training_set(config.data).samples
+    folders = {HELDOUT: heldout}
+    if own.forgetting_dir is not None:
+        folders[FORGETTING] = Path(own.forgetting_dir)
+    sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
+    for name, folder in folders.items():
+        samples = load_samples(folder, config.data.instance_prompt).samples
+        sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
+    seen = {sample.sha256 for sample in training}
+    both = [sample.id for sample in sets[HELDOUT].samples if sample.sha256 in seen]
+    if both:
+        raise ConfigError(f"heldout_dir has images that are trained on: {', '.join(both[:5])}; take them out")
+    return Material(sets, _themes(config, own, heldout, sets[HELDOUT].samples), heldout)
+
+
+def load_examiner(config: TrainConfig, own: CompareConfig, material: Material, folder: Path) -> tuple[Examiner, Sdxl]:
+    """The examiner, on the GPU if there is one, and its base; what is measured and drawn is kept in `folder`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoders = [load_encoder(name, device) for name in own.encoders]
+    judge = load_judge(SAMPLES / "tiny_sdxl" / "judge", device) if JUDGE in own.encoders else None
+    model = dataclasses.replace(config.model, quantize_base=None, offload=False)
+    sdxl = load_sdxl(model, device, DTYPES[config.optim.mixed_precision or "no"])
+    resolution = config.data.resolution or sdxl.resolution
+    edm = config.objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler)
+    background = config.data.background_color
+    meter = Meter(
+        sdxl,
+        Objective(sdxl.scheduler, edm=edm),
+        material.sets,
+        resolution,
+        folder / "measured",
+        background,
+        config.adapter.train_text_encoder,
+    )
+    painter = Painter(sdxl, resolution, folder / "pictures")
+    lpips = load_lpips() if own.lpips else None
+    training = [_as_seen(sample, background, resolution) for sample in material.sets[TRAIN].samples]
+    examiner = Examiner(meter, painter, material.themes, Seers(encoders, judge, lpips), training, material.heldout)
+    return examiner, sdxl
+
+
+def _heldout_folder(config: TrainConfig, own: CompareConfig) -> Path:
+    if own.heldout_dir is not None:
+        return Path(own.heldout_dir)
+    images = config.data.instance_data_dir
+    if images is not None and Path(images).resolve() == SAMPLE_ICONS.resolve():
+        return SAMPLE_ICONS / "heldout"
+    raise ConfigError(
+        "heldout_dir is missing: give a folder of captioned images of the style that are not trained on; "
+        "whether a LoRA generalizes shows on those alone"
+    )
+
+
+def _themes(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> Themes:
+    prompts = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
+    style = _lines(prompts) if own.prompts_file or prompts.is_file() else [sample.caption for sample in samples]
+    is_tiny = config.model.pretrained_model_name_or_path == "tiny"
+    ours = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
+    unrelated = _lines(Path(own.unrelated_prompts_file) if own.unrelated_prompts_file else ours)
+    most = own.num_prompts
+    return Themes(
+        tuple(dict.fromkeys(style))[:most],
+        tuple(dict.fromkeys(unrelated))[:most],
+        tuple(range(own.pictures_per_prompt)),
+    )
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: give a text file with one prompt per line") from error
+    if not any(lines):
+        raise ConfigError(f"{str(file)!r} is empty: give a text file with one prompt per line")
+    return [line for line in lines if line]
+
+
+def _as_seen(sample: Sample, background: str, resolution: int) -> Image.Image:
+    """A training image at the resolution of the pictures that it is compared with."""
+    image = load_image(sample.source, background)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
