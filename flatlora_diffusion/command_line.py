@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 
+# Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
+_QUIET = {
+    **dict.fromkeys(("httpx", "httpx2", "httpcore", "accelerate"), logging.WARNING),
+    **dict.fromkeys(("torchao", "bitsandbytes", "torch.utils._pytree"), logging.ERROR),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m flatlora_diffusion VERB ...`; returns the exit code."""
@@ -99,8 +105,8 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
 def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes only the first speaks
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
-    for library in ("httpx", "httpx2", "httpcore", "accelerate"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    for library, level in _QUIET.items():
+        logging.getLogger(library).setLevel(level)
     # One progress bar is shown, that of the training, and no notes of the libraries below an error.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

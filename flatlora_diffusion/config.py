@@ -639,9 +639,8 @@ class CompareConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("arms", "encoders"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(f"{name}={' '.join(values)!r} must be one or more, each given once")
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; give at least one")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flatlora_diffusion.lora_file import LORA_FILE
 
@@ -59,20 +60,24 @@ def test_the_script_trains_and_a_stock_pipeline_draws_other_images_with_its_lora
 
 
 @pytest.mark.slow
-def test_compare_trains_both_arms_once_and_shows_base_lora_and_flat_lora(
-    base: Path, icons: Path, tmp_path: Path
-) -> None:
-    prompts = tmp_path / "prompts.txt"
+def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(base: Path, icons: Path, tmp_path: Path) -> None:
+    prompts, heldout, out = tmp_path / "prompts.txt", tmp_path / "heldout", tmp_path / "pair"
     prompts.write_text("an icon of a fox\n\nan icon of a cow\n", encoding="utf-8")
+    heldout.mkdir()
+    for file in icons.glob("*.png"):
+        ImageOps.mirror(Image.open(file)).save(heldout / file.name)
+        (heldout / f"{file.stem}.txt").write_text("an icon", encoding="utf-8")
     arguments = (
         "-m",
         "flatlora_diffusion",
         "compare",
         f"--pretrained_model_name_or_path={base}",
         f"--instance_data_dir={icons}",
-        f"--heldout_dir={icons}",
+        f"--heldout_dir={heldout}",
         f"--prompts_file={prompts}",
-        f"--output_dir={tmp_path / 'pair'}",
+        f"--output_dir={out}",
+        "--num_checkpoints=1",
+        "--num_prompts=2",
         "--max_train_steps=2",
         "--train_batch_size=1",
         "--learning_rate=0.01",
@@ -80,16 +85,31 @@ def test_compare_trains_both_arms_once_and_shows_base_lora_and_flat_lora(
     )
     done = start(*arguments)
     assert done.returncode == 0, done.stderr
-    picture = Image.open(tmp_path / "pair" / "compare.png")
+    assert "One seed cannot tell: Flat-LoRA's held-out loss differs" in done.stdout
+    picture = Image.open(out / "compare.png")
     assert picture.width > 2 * 192
     assert picture.height > 3 * 192
-    rows = json.loads((tmp_path / "pair" / "compare.json").read_text())
-    assert [row["name"] for row in rows] == ["base", "lora", "flat-lora"]
-    assert len({row["heldout_loss"] for row in rows}) == 3
-    assert rows[1]["seconds_per_step"] > 0
-    files = [tmp_path / "pair" / method / LORA_FILE for method in ("lora", "flat-lora")]
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    losses = {
+        found["base"]["heldout_loss"],
+        *(found["values"][arm]["0"]["heldout_loss"] for arm in ("lora", "flat-lora")),
+    }
+    assert len(losses) == 3
+    nulls = {row["name"]: row for row in found["nulls"]}
+    equal = nulls["Flat-LoRA at sigma 0 against LoRA"]
+    assert (equal["picture_difference"], equal["weight_difference"], equal["heldout_difference"]) == (0, 0, 0)
+    assert nulls["LoRA with other draws against LoRA"]["weight_difference"] > 0
+    assert nulls["Flat-LoRA with another eps against Flat-LoRA"]["weight_difference"] > 0
+    assert all(fact["holds"] for fact in found["proof"])
+    assert [len(found["trajectories"][arm]["0"]) for arm in ("lora", "flat-lora")] == [2, 2]
+    assert {row["matched"] for row in found["paired"]} == {"steps", "clean loss", "seconds"}
+    page = (out / "compare.html").read_text(encoding="utf-8")
+    assert html.escape(found["verdict"]) in page
+    assert str(tmp_path) not in page + json.dumps(found)
+    files = sorted(out.glob(f"*/seed-0/{LORA_FILE}"))
+    assert len(files) == 5
     made = [file.stat().st_mtime_ns for file in files]
     again = start(*arguments)
     assert again.returncode == 0, again.stderr
-    assert "LoRA: already trained" in again.stderr
+    assert "LoRA, seed 0: already trained" in again.stderr
     assert [file.stat().st_mtime_ns for file in files] == made
