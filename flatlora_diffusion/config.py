@@ -653,6 +653,8 @@ class FlatnessConfig(Section):
     heldout_dir: str | None = setting(
         None, "captioned images of the style that were not trained on: for what strength, bits and rank do to the loss"
     )
+    second_lora: str | None = setting(None, "a LoRA file that is added to each run's, at strength 1")
+    other_base: str | None = setting(None, "another checkpoint of the same architecture to put each run's LoRA on")
     output_dir: str = setting(
         "flatness", "folder for flatness.json, tables and pictures; an earlier result is replaced"
     )

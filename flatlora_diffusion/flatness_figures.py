@@ -16,7 +16,7 @@ from flatlora_diffusion.flatness import expected_rise, worst_rises
 from flatlora_diffusion.generate import evaluating
 from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.merged_lora import Deltas, merged, probe_loss_at, twice_differentiable
-from flatlora_diffusion.robustness import STRENGTHS, variants
+from flatlora_diffusion.robustness import STRENGTHS, Company, variants
 from flatlora_diffusion.surface import axis, loss_slice, loss_surface
 from flatlora_diffusion.weight_space import Estimate, Loss, Metric, Weights, value
 
@@ -64,7 +64,12 @@ class Figures:
 
 
 def measure(
-    unet: UNet2DConditionModel, objective: Objective, base: Weights, arm: Arm, config: FlatnessConfig
+    unet: UNet2DConditionModel,
+    objective: Objective,
+    base: Weights,
+    arm: Arm,
+    config: FlatnessConfig,
+    company: Company,
 ) -> Figures:
     """The figures of `arm`. `base` are the weights of the UNet that any of the arms adapts; none is written."""
     start = time.monotonic()
@@ -86,7 +91,9 @@ def measure(
             [loss_slice(train, weights, at, seed, index) for index in range(config.slice_directions)],
             loss_surface(train, weights, at, seed),
             {s: _each(losses, merged(base, arm.deltas, s)) for s in STRENGTHS} if arm.deltas else {},
-            {name: _each(losses, changed) for name, changed in variants(base, arm.deltas)} if arm.deltas else {},
+            {name: _each(losses, changed) for name, changed in variants(base, arm.deltas, company)}
+            if arm.deltas
+            else {},
         )
     logger.info("%s: measured in %.0f s", arm.name, time.monotonic() - start)
     return figures

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.applied_lora import LoraFile, loaded
+from flatlora_diffusion.applied_lora import LoraFile, loaded, parse_lora
 from flatlora_diffusion.charts import Line, line_chart, surface_chart
-from flatlora_diffusion.config import ConfigError, FlatnessConfig, TrainConfig
+from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import Sample, load_samples
 from flatlora_diffusion.evaluation import Probe, fixed_probe
 from flatlora_diffusion.finished_runs import FinishedRun, check_images, read_runs
@@ -31,6 +31,7 @@ from flatlora_diffusion.flatness_figures import HELDOUT, TRAIN, Arm, Figures, me
 from flatlora_diffusion.flatness_tables import tables
 from flatlora_diffusion.loss import Objective, is_edm_scheduler
 from flatlora_diffusion.merged_lora import base_weights, lora_deltas
+from flatlora_diffusion.robustness import Company
 from flatlora_diffusion.run_dir import portable
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 from flatlora_diffusion.surface import axis
@@ -56,12 +57,13 @@ def flatness(config: FlatnessConfig) -> Path:
     model = dataclasses.replace(first.model, quantize_base=None, offload=False)
     sdxl = load_sdxl(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     arms = _arms(sdxl, runs, first, images, config)
-    names = {name: None for arm in arms for name in arm.deltas}
+    company = _company(sdxl, config)
+    names = {name: None for deltas in (*(arm.deltas for arm in arms), company.second) for name in deltas}
     base = base_weights(sdxl.unet, names)
     objective = Objective(
         sdxl.scheduler, edm=first.objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler)
     )
-    figures = [measure(sdxl.unet, objective, base, arm, config) for arm in arms]
+    figures = [measure(sdxl.unet, objective, base, arm, config, company) for arm in arms]
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
@@ -122,12 +124,31 @@ def _arms(
     return arms
 
 
+def _company(sdxl: Sdxl, given: FlatnessConfig) -> Company:
+    """The second LoRA and the other base that are asked for; the probes stay those of the first base."""
+    second, other_base = {}, {}
+    if given.second_lora is not None:
+        (file, *more) = parse_lora(given.second_lora)
+        if more:
+            raise ConfigError(f"second_lora={given.second_lora!r} must be one file")
+        with loaded(sdxl.pipeline, [file]):
+            second = lora_deltas(sdxl.unet)
+    if given.other_base is not None:
+        other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
+        shapes = {name: weight.shape for name, weight in sdxl.unet.named_parameters()}
+        if {name: weight.shape for name, weight in other.named_parameters()} != shapes:
+            raise ConfigError(f"other_base={given.other_base!r} has other layers than the base of the runs")
+        other_base = base_weights(other, shapes)
+    return Company(second, other_base)
+
+
 def _facts(
     config: FlatnessConfig, runs: Sequence[FinishedRun], sdxl: Sdxl, images: Mapping[str, list[Sample]], weights: int
 ) -> dict[str, Any]:
     """All that the figures depend on."""
     settings = portable(dataclasses.asdict(config)) | {"runs": [run.name for run in runs]}
-    settings["heldout_dir"] = None if config.heldout_dir is None else Path(config.heldout_dir).name
+    for name in ("heldout_dir", "second_lora", "other_base"):
+        settings[name] = None if settings[name] is None else Path(settings[name]).name
     described = {
         run.name: {
             "sha256": run.sha256,

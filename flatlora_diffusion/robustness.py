@@ -1,9 +1,12 @@
-"""What a user does to a LoRA: another strength, fewer bits, a lower rank. Deltas in, deltas or weights out."""
+"""What a user does to a LoRA: another strength, fewer bits, a lower rank, another base, a second LoRA beside it.
+
+Deltas in, deltas or weights out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,14 +21,31 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 Rounding = Literal["fp16", "fp8", "int8"]
 
 
-def variants(base: Weights, deltas: Deltas) -> Iterator[tuple[str, Weights]]:
-    """(name, W') of each: the LoRA's factors rounded, cut to lower ranks, and W' itself rounded."""
+@dataclass(frozen=True)
+class Company:
+    """What a LoRA may meet: a second LoRA, and all weights of another base of the same architecture."""
+
+    second: Deltas = field(default_factory=dict)
+    other_base: Weights = field(default_factory=dict)
+
+
+def variants(base: Weights, deltas: Deltas, company: Company) -> Iterator[tuple[str, Weights]]:
+    """(name, W') of each: the LoRA's factors, the base or W' rounded, lower ranks, and W' in other company."""
     for kind in get_args(Rounding):
         yield f"LoRA in {kind}", merged(base, rounded(deltas, kind))
     for rank in _lower_ranks(deltas):
         yield f"LoRA cut to rank {rank}", merged(base, truncated(deltas, rank))
     for kind in get_args(Rounding):
         yield f"W' in {kind}", {name: to_bits(weight, kind) for name, weight in merged(base, deltas).items()}
+    for kind in get_args(Rounding):
+        rough = {name: to_bits(weight, kind) for name, weight in base.items()}
+        yield f"base in {kind}, LoRA whole", merged(rough, deltas)
+    if company.second:
+        yield "second LoRA alone", merged(base, company.second)
+        yield "with the second LoRA", merged(merged(base, deltas), company.second)
+    if company.other_base:
+        yield "other base alone", company.other_base
+        yield "on the other base", merged(company.other_base, deltas)
 
 
 def rounded(deltas: Deltas, kind: Rounding) -> Deltas:

@@ -128,9 +128,16 @@ def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) ->
             read_material(icons_config(), CompareConfig(prompts_file=str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("changes", [{"arms": ()}, {"arms": ("lora", "lora")}, {"encoders": ()}])
-def test_arms_and_encoders_are_given_once(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="must be one or more, each given once"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ()}, "arms is empty"),
+        ({"arms": ("lora", "lora")}, "arms has 'lora' twice"),
+        ({"encoders": ()}, "encoders is empty"),
+    ],
+)
+def test_arms_and_encoders_are_given_once(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         CompareConfig(**changes)
 
 

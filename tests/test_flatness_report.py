@@ -38,7 +38,7 @@ from flatlora_diffusion.merged_lora import (
     probe_loss_at,
     twice_differentiable,
 )
-from flatlora_diffusion.robustness import rounded, to_bits, truncated, variants
+from flatlora_diffusion.robustness import Company, rounded, to_bits, truncated, variants
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 from flatlora_diffusion.weight_space import Weights, noise, scales, shifted, value
@@ -131,7 +131,11 @@ def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, 
     moved = {name: replace(delta, down=delta.down * 8, up=delta.up / 8) for name, delta in deltas.items()}
     weights = base_weights(sdxl.unet, deltas)
     one, other = (
-        asdict(measure(sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", found, {"train": probe}), QUICK))
+        asdict(
+            measure(
+                sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", found, {"train": probe}), QUICK, Company()
+            )
+        )
         for found in (deltas, moved)
     )
     for name in ("losses", "rises", "worst", "curvature", "slices", "surface", "strengths", "variants"):
@@ -143,7 +147,7 @@ def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: 
     before = state(sdxl.unet)
     sdxl.unet.train()
     weights = base_weights(sdxl.unet, deltas)
-    measure(sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", deltas, {"train": probe}), QUICK)
+    measure(sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", deltas, {"train": probe}), QUICK, Company())
     assert same(state(sdxl.unet), before)
     assert sdxl.unet.training
     assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.unet.attn_processors.values())
@@ -204,12 +208,26 @@ def test_cut_ranks_are_the_best_there_are() -> None:
         assert cut.down.shape == (rank, 9)
         missed = torch.linalg.matrix_norm(change - cut.up @ cut.down)
         assert float(missed) == pytest.approx(float(values[rank:].square().sum().sqrt()), rel=1e-4)
-    assert [name for name, _ in variants({"w": change}, {"w": delta}) if "rank" in name] == [
+    assert [name for name, _ in variants({"w": change}, {"w": delta}, Company()) if "rank" in name] == [
         "LoRA cut to rank 1",
         "LoRA cut to rank 2",
         "LoRA cut to rank 4",
     ]
     assert torch.allclose(rounded({"w": delta}, "fp16")["w"].down, delta.down, rtol=1e-3)
+
+
+def test_a_lora_meets_a_rough_base_a_second_lora_and_another_base() -> None:
+    rng = torch.Generator().manual_seed(0)
+    base, other = torch.randn(6, 8, generator=rng), torch.randn(6, 8, generator=rng)
+    one, two = (Delta(torch.randn(1, 8, generator=rng), torch.randn(6, 1, generator=rng)) for _ in range(2))
+    found = dict(variants({"w": base}, {"w": one}, Company({"w": two}, {"w": other, "rest": other})))
+    change, second = one.up @ one.down, two.up @ two.down
+    assert torch.equal(found["base in int8, LoRA whole"]["w"], to_bits(base, "int8") + change)
+    assert torch.equal(found["with the second LoRA"]["w"], base + change + second)
+    assert torch.equal(found["second LoRA alone"]["w"], base + second)
+    assert torch.equal(found["on the other base"]["w"], other + change)
+    assert torch.equal(found["on the other base"]["rest"], other)
+    assert torch.equal(found["other base alone"]["w"], other)
 
 
 def test_a_report_has_all_files_and_figures(
@@ -224,6 +242,7 @@ def test_a_report_has_all_files_and_figures(
     flags = ["--output_dir", str(out), "--heldout_dir", str(held), "--instance_data_dir", str(icons)]
     flags += ["--pretrained_model_name_or_path", str(base), "--surface_points", "3", "--slice_directions", "2"]
     flags += ["--rise_draws", "2", "--lanczos_steps", "2", "--eigenvalues", "1", "--sigmas", "0.1", "--radii", "0.01"]
+    flags += ["--second_lora", str(two), "--other_base", str(base)]
     assert main(["flatness", str(one), str(two), *flags]) == 0
     printed = capsys.readouterr().out
     assert "| Base |" in printed.replace("  ", "")
@@ -237,6 +256,9 @@ def test_a_report_has_all_files_and_figures(
     arm = found["figures"][1]
     assert arm["strengths"]["1.0"] == arm["losses"]
     assert arm["strengths"]["0.0"] == found["figures"][0]["losses"]
+    assert arm["variants"]["on the other base"] == pytest.approx(arm["losses"]), "here it is the same base"
+    assert found["figures"][2]["variants"]["second LoRA alone"] == pytest.approx(found["figures"][2]["losses"])
+    assert arm["variants"]["with the second LoRA"]["train"] != arm["losses"]["train"]
     assert len(found["runs"]["plain"]["sha256"]) == 64
     assert found["runs"]["plain"]["sha256"] != found["runs"]["flat"]["sha256"]
     assert str(tmp_path) not in (out / "flatness.json").read_text(encoding="utf-8")

@@ -90,11 +90,8 @@ def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(base: Path
     assert picture.width > 2 * 192
     assert picture.height > 3 * 192
     found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
-    losses = {
-        found["base"]["heldout_loss"],
-        *(found["values"][arm]["0"]["heldout_loss"] for arm in ("lora", "flat-lora")),
-    }
-    assert len(losses) == 3
+    arms = [found["values"][arm]["0"]["heldout_loss"] for arm in ("lora", "flat-lora")]
+    assert len({found["base"]["heldout_loss"], *arms}) == 3
     nulls = {row["name"]: row for row in found["nulls"]}
     equal = nulls["Flat-LoRA at sigma 0 against LoRA"]
     assert (equal["picture_difference"], equal["weight_difference"], equal["heldout_difference"]) == (0, 0, 0)
