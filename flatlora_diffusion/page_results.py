@@ -143,8 +143,9 @@ def _difference(result: Result, metric: str, first: Pair) -> str:
     for pair in pairs_of(result, metric):
         if all(pair[part] == first[part] for part in ("arm", "against", "matched")):
             digits = metric_of(result, metric)["digits"]
-            note = f"{interval(pair['low'], pair['high'], digits)} {pair_words(result, pair)}"
-            return f"{figure(pair['mean'], digits, signed=True)} <small>{escaped(note)}</small>"
+            notes = (interval(pair["low"], pair["high"], digits), pair_words(result, pair))
+            small = "".join(f"<small>{escaped(note)}</small>" for note in notes if note)
+            return f"{figure(pair['mean'], digits, signed=True)} {small}"
     return ""
 
 
@@ -171,10 +172,10 @@ def _forest(result: Result, pairs: Sequence[Pair]) -> str:
         for pair in here:
             found = pair["detectable"]
             cells = [
-                escaped(_MATCHED.get(pair["matched"], pair["matched"])),
+                f'<span class="keep">{escaped(_MATCHED.get(pair["matched"], pair["matched"]))}</span>',
                 pair_row(result, pair, scale),
                 figure(pair["mean"], metric["digits"], signed=True),
-                interval(pair["low"], pair["high"], metric["digits"]) or NOTHING,
+                f'<span class="keep">{interval(pair["low"], pair["high"], metric["digits"]) or NOTHING}</span>',
                 f"≥ {figure(found, metric['digits'])}" if is_known(found) else "",
                 f"{escaped(pair_words(result, pair))} <small>{pair['n']} seed{'s' if pair['n'] != 1 else ''}</small>",
             ]
