@@ -61,21 +61,23 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 8px 14px 8px 0; vertical-align: top; border-bottom: 1px solid var(--rule);
   font-weight: 400; }
 th:last-child, td:last-child { padding-right: 0; }
-thead th { color: var(--faint); font-size: 12.5px; vertical-align: bottom; padding-block: 0 6px; }
+thead th { white-space: nowrap; color: var(--faint); font-size: 12.5px; vertical-align: bottom; padding-block: 0 6px; }
 tbody th { font-weight: 600; }
 th small, td small { display: block; font-weight: 400; font-size: 12.5px; color: var(--faint); line-height: 1.4; }
 .num td { white-space: nowrap; }
 code { font: 12.5px var(--mono); overflow-wrap: anywhere; }
 code[title] { border-bottom: 1px dotted var(--faint); cursor: help; }
 .wide { overflow-x: auto; } .wide table { width: auto; min-width: 100%; } .wide td, .wide th { white-space: nowrap; }
-.dots td.plot { padding-block: 0; width: 100%; min-width: 190px; }
-.dots tbody td { white-space: nowrap; } .dots tbody td:last-child { white-space: normal; min-width: 132px; }
+.dots td.plot { padding-block: 0; width: 100%; min-width: 220px; max-width: 0; }
+.dots tbody td { white-space: nowrap; }
+.dots tbody td:last-child { white-space: normal; } .says { min-width: 206px; }
 .dots tbody th, .dots tbody td { vertical-align: middle; }
 .dots tbody.rows tr:not(:last-child) > * { border-bottom: 0; }
 .dots tr.axis > * { border-bottom: 1px solid var(--rule); padding-block: 0 6px; }
 .dots tr.title > * { border: 0; padding: 14px 0 0; }
 .dots tr.title small { display: inline; margin-left: 8px; }
-.sides { color: var(--faint); display: flex; justify-content: space-between; font-size: 12px; line-height: 1.3; }
+.sides { color: var(--faint); display: flex; flex-wrap: wrap;
+  gap: 0 12px; justify-content: space-between; font-size: 12px; line-height: 1.3; }
 
 svg { display: block; overflow: visible; } svg text { fill: var(--faint); font: 12px var(--sans); }
 svg.row { width: 100%; height: 38px; } svg.ticks { width: 100%; height: 22px; } svg.at { overflow: visible; }
@@ -129,8 +131,9 @@ button { font: inherit; font-size: 14px; color: inherit; background: var(--panel
   .stack th, .stack td, .dots tr.axis > * { border: 0; padding: 0; } .stack tbody th { grid-column: 1 / -1; }
   .stack tbody td, .stack tbody td:last-child { min-width: 0; white-space: normal; overflow-wrap: anywhere; }
   .stack td[data-label]::before { content: attr(data-label); display: block; font-size: 12px; color: var(--faint); }
-  .stack td:empty { display: none; }
-  .stack td.plot, .stack td.long { grid-column: 1 / -1; width: auto; } .stack td.plot::before { display: none; }
+  .stack td:empty { display: none; } .says { min-width: 0; }
+  .stack td.plot, .stack td.long { grid-column: 1 / -1; width: auto; max-width: none; }
+  .stack td.plot::before { display: none; }
   .stack tr.axis th, .stack tr.axis td:not(.plot) { display: none; } .stack tr.axis { padding: 0 0 10px; }
   .stack tr.title { border: 0; padding: 16px 0 0; } .dots tr.title small { display: block; margin: 0; }
   .dots tbody.rows tr:not(:last-child):not(.axis) { border: 0; }
