@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from flatlora_diffusion.page_text import MARKERS, MINUS, escaped
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 290, 62, 14, 30, 46
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 414, 264, 58, 14, 30, 46
+
+_EDGE = 0.025
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def axis_row(scale: Scale) -> str:
     for tick in scale.ticks:
         place = _percent(scale, tick)
         parts.append(f'<line class="rule" x1="{place}" x2="{place}" y2="5"/>')
-        parts.append(f'<text x="{place}" y="18" text-anchor="middle">{scale.label(tick)}</text>')
+        if _EDGE < scale.share(tick) < 1 - _EDGE:  # else it could leave a phone's screen
+            parts.append(f'<text x="{place}" y="18" text-anchor="middle">{scale.label(tick)}</text>')
     return f'<svg class="ticks" aria-hidden="true">{"".join(parts)}</svg>'
 
 

@@ -28,7 +28,11 @@ from flatlora_diffusion.page_text import (
 
 Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # by arm and seed
 Curve = Mapping[Any, tuple[float, float]]  # (x, y) by step
-_X_LABELS = {"step": "step", "seconds": "seconds of training", "clean_train_loss": "clean training loss"}
+_X_LABELS = {
+    "step": "step",
+    "seconds": "seconds of training",
+    "clean_train_loss": "← clean training loss, falling over the run",
+}
 _BETTER = {"lower": ", lower is better", "higher": ", higher is better"}
 
 

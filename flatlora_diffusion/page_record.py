@@ -20,6 +20,7 @@ from flatlora_diffusion.page_text import (
 
 _SHORT = 12  # hex digits that tell hashes apart at a glance; the whole is in the title
 _FEW = 3
+_BAR = 140  # pixels
 _ROLES = {"arm": "compared", "null": "null", "control": "control"}
 
 
@@ -81,7 +82,7 @@ def tried(result: Result) -> Section:
         [
             chip(result, method),
             shown(number),
-            f'<div class="share {look_of(result, method)}" style="width: {100 * number / most:.0f}%"></div>',
+            f'<div class="share {look_of(result, method)}" style="width: {_BAR * number / most:.0f}px"></div>',
         ]
         for method, number in result["tried"].items()
         if is_known(number)
@@ -122,7 +123,8 @@ def _hashes(hashes: Mapping[str, str]) -> str:
     for label, found in hashes.items():
         runs.setdefault(str(found), []).append(label)
     lines = "".join(
-        f'<div><code title="{escaped(found)}">{escaped(found[:_SHORT])}</code> {escaped(", ".join(labels))}</div>'
+        f'<div><code title="{escaped(found)}">{escaped(found[:_SHORT])}</code> '
+        f"<small>{escaped(' · '.join(labels))}</small></div>"
         for found, labels in runs.items()
     )
     return lines if len(runs) <= _FEW else details(f"{len(runs)} hashes of {len(hashes)} runs", lines)

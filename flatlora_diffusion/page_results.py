@@ -33,7 +33,7 @@ from flatlora_diffusion.page_text import (
 
 _BETTER = {"lower": "lower is better", "higher": "higher is better"}
 _MATCHED = {"steps": "equal steps", "clean loss": "equal clean loss", "seconds": "equal seconds"}
-_PAIR_COLUMNS = ("matched at", "", "difference", "95 % interval", "could have found", "says")
+_PAIR_COLUMNS = ("matched at", "", "difference, 95 % interval", "says")
 
 
 def pair_row(result: Result, pair: Pair, scale: Scale) -> str:
@@ -129,7 +129,7 @@ def paired(result: Result) -> Section:
     if found:
         text += (
             f" Of {len(found)} such intervals about {len(found) / 20:.2g} would leave out 0 by chance alone."
-            " “Could have found” is the smallest difference that so many seeds show with 80 % power."
+            " What the seeds “could find” is the smallest difference that so many show with 80 % power."
         )
     return Section("differences", "Paired differences", text, "".join(opened + folded))
 
@@ -143,8 +143,9 @@ def _difference(result: Result, metric: str, first: Pair) -> str:
     for pair in pairs_of(result, metric):
         if all(pair[part] == first[part] for part in ("arm", "against", "matched")):
             digits = metric_of(result, metric)["digits"]
-            note = f"{interval(pair['low'], pair['high'], digits)} {pair_words(result, pair)}"
-            return f"{figure(pair['mean'], digits, signed=True)} <small>{escaped(note)}</small>"
+            notes = (interval(pair["low"], pair["high"], digits), pair_words(result, pair))
+            small = "".join(f"<small>{escaped(note)}</small>" for note in notes if note)
+            return f"{figure(pair['mean'], digits, signed=True)} {small}"
     return ""
 
 
@@ -167,19 +168,22 @@ def _forest(result: Result, pairs: Sequence[Pair]) -> str:
         metric = metric_of(result, key)
         here = [pair for pair in pairs if pair["metric"] == key]
         scale = pair_scale(here)
-        rows = [f'<tr class="title"><th colspan="6" scope="rowgroup">{_metric_title(metric)}</th></tr>']
+        rows = [f'<tr class="title"><th colspan="4" scope="rowgroup">{_metric_title(metric)}</th></tr>']
         for pair in here:
-            found = pair["detectable"]
+            bounds = interval(pair["low"], pair["high"], metric["digits"]) or NOTHING
             cells = [
-                escaped(_MATCHED.get(pair["matched"], pair["matched"])),
+                f'<span class="keep">{escaped(_MATCHED.get(pair["matched"], pair["matched"]))}</span>',
                 pair_row(result, pair, scale),
-                figure(pair["mean"], metric["digits"], signed=True),
-                interval(pair["low"], pair["high"], metric["digits"]) or NOTHING,
-                f"≥ {figure(found, metric['digits'])}" if is_known(found) else "",
-                f"{escaped(pair_words(result, pair))} <small>{pair['n']} seed{'s' if pair['n'] != 1 else ''}</small>",
+                f"{figure(pair['mean'], metric['digits'], signed=True)} <small>{bounds}</small>",
+                f"{escaped(pair_words(result, pair))} <small class='says'>{_power(pair, metric['digits'])}</small>",
             ]
             rows.append(charted_row(_PAIR_COLUMNS, cells))
         axis = f"{axis_row(scale)}{pair_sides(result, here[0])}"
         rows.append(charted_axis(_PAIR_COLUMNS, axis))
         bodies.append(f'<tbody class="rows">{"".join(rows)}</tbody>')
     return charted_table(_PAIR_COLUMNS, bodies)
+
+
+def _power(pair: Pair, digits: int) -> str:
+    seeds = f"{pair['n']} seed{'s' if pair['n'] != 1 else ''}"
+    return f"{seeds} could find ≥ {figure(pair['detectable'], digits)}" if is_known(pair["detectable"]) else seeds

@@ -27,17 +27,19 @@ p { margin: 0; }
 .top { display: grid; grid-template-columns: minmax(0, 1fr) 372px; gap: 4px 56px; align-items: end; }
 .kicker { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: 2px 20px; color: var(--faint); font-size: 13.5px; }
 .kicker b { color: var(--ink); font-weight: 600; }
+figure { margin: 0; }
 .verdict { font-size: clamp(23px, 2.5vw, 32px); line-height: 1.22; text-wrap: pretty; padding: 8px 0 4px;
   overflow-wrap: break-word; }
 .headline .row { height: 44px; }
 .headline .sides { display: flex; justify-content: space-between; font-size: 12.5px; gap: 12px; }
 .headline figcaption { font-size: 12.5px; margin-bottom: 4px; }
+.headline figcaption b { display: block; color: var(--ink); }
 nav { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13.5px; color: var(--faint);
   border-top: 1px solid var(--rule); margin-top: 14px; padding-top: 9px; }
 
 .pictures { display: grid; grid-auto-flow: column; gap: 7px; margin-top: 16px; justify-content: start;
   grid-template-rows: auto repeat(var(--columns), auto);
-  grid-template-columns: max-content repeat(var(--prompts), minmax(0, 176px)); }
+  grid-template-columns: max-content repeat(var(--prompts), minmax(0, min(176px, 18.5vh))); }
 .pictures .names, .pictures .prompt { display: contents; }
 .names > * { align-self: center; padding-right: 12px; font-weight: 600; }
 .prompt > p { font-size: 12.5px; line-height: 1.3; color: var(--faint); align-self: end; text-wrap: balance;
@@ -59,20 +61,23 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 8px 14px 8px 0; vertical-align: top; border-bottom: 1px solid var(--rule);
   font-weight: 400; }
 th:last-child, td:last-child { padding-right: 0; }
-thead th { color: var(--faint); font-size: 12.5px; vertical-align: bottom; padding-block: 0 6px; }
+thead th { white-space: nowrap; color: var(--faint); font-size: 12.5px; vertical-align: bottom; padding-block: 0 6px; }
 tbody th { font-weight: 600; }
 th small, td small { display: block; font-weight: 400; font-size: 12.5px; color: var(--faint); line-height: 1.4; }
-.num td { white-space: nowrap; } .num td small { white-space: normal; }
+.num td { white-space: nowrap; }
 code { font: 12.5px var(--mono); overflow-wrap: anywhere; }
 code[title] { border-bottom: 1px dotted var(--faint); cursor: help; }
 .wide { overflow-x: auto; } .wide table { width: auto; min-width: 100%; } .wide td, .wide th { white-space: nowrap; }
-.dots td.plot { padding-block: 0; width: 40%; min-width: 190px; }
+.dots td.plot { padding-block: 0; width: 100%; min-width: 220px; max-width: 0; }
+.dots tbody td { white-space: nowrap; }
+.dots tbody td:last-child { white-space: normal; } .says { min-width: 206px; }
 .dots tbody th, .dots tbody td { vertical-align: middle; }
 .dots tbody.rows tr:not(:last-child) > * { border-bottom: 0; }
 .dots tr.axis > * { border-bottom: 1px solid var(--rule); padding-block: 0 6px; }
 .dots tr.title > * { border: 0; padding: 14px 0 0; }
 .dots tr.title small { display: inline; margin-left: 8px; }
-.sides { color: var(--faint); display: flex; justify-content: space-between; font-size: 12px; line-height: 1.3; }
+.sides { color: var(--faint); display: flex; flex-wrap: wrap;
+  gap: 0 12px; justify-content: space-between; font-size: 12px; line-height: 1.3; }
 
 svg { display: block; overflow: visible; } svg text { fill: var(--faint); font: 12px var(--sans); }
 svg.row { width: 100%; height: 38px; } svg.ticks { width: 100%; height: 22px; } svg.at { overflow: visible; }
@@ -90,14 +95,14 @@ svg.chart { width: 100%; height: auto; } svg .axis { fill: var(--ink); }
 .chips { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: 13.5px; }
 .chip { display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; } .chip svg { flex: none; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 26px 32px; }
-.share { height: 8px; min-width: 2px; background: var(--base); border-radius: 1px; margin: 5px 0; }
+.share { height: 8px; background: var(--mine); border-radius: 1px; margin: 5px 0; }
 
 .ok, .bad, .warn { font-weight: 600; white-space: nowrap; } .ok { color: var(--good); } .bad { color: var(--bad); }
 .warn { color: var(--warn); }
-tr.fails > * { background: color-mix(in srgb, var(--bad) 9%, transparent); }
 .alarm { border-left: 4px solid var(--bad); padding: 8px 14px; grid-column: 1 / -1; margin: 8px 0 4px;
   background: color-mix(in srgb, var(--bad) 9%, transparent); overflow-wrap: anywhere; }
-details { border-top: 1px solid var(--rule); padding: 8px 0; } details + details { margin-top: 0 !important; }
+details { padding: 4px 0; } .body > details { margin-top: 8px; }
+.keep { white-space: nowrap; }
 summary { cursor: pointer; color: var(--faint); } summary:hover { color: var(--ink); }
 details > :not(summary) { margin-top: 10px; }
 .settings { columns: 2 320px; column-gap: 40px; margin: 0; font-size: 13px; }
@@ -110,15 +115,32 @@ dialog { border: 0; border-radius: 8px; padding: 20px 24px; width: min(1120px, 9
   background: var(--paper); color: var(--ink); } dialog::backdrop { background: rgb(0 0 0 / .6); }
 dialog .large { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 12px;
   margin-top: 12px; }
-dialog figure { margin: 0; } dialog img { width: 100%; border-radius: 4px; display: block; background: var(--panel); }
+dialog img { width: 100%; border-radius: 4px; display: block; background: var(--panel); }
 dialog figcaption { padding-top: 6px; font-weight: 600; color: var(--ink); }
 dialog .bar-of-buttons { display: flex; gap: 8px; justify-content: space-between; align-items: baseline; }
 button { font: inherit; font-size: 14px; color: inherit; background: var(--panel); border: 1px solid var(--rule);
   border-radius: 5px; padding: 4px 12px; cursor: pointer; }
 
+@media (max-width: 1060px) {
+  section { grid-template-columns: minmax(0, 1fr); }
+}
+@media (max-width: 960px) {
+  .stack thead { display: none; } .stack, .stack tbody { display: block; }
+  .stack tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 4px 16px; padding: 10px 0;
+    border-bottom: 1px solid var(--rule); }
+  .stack th, .stack td, .dots tr.axis > * { border: 0; padding: 0; } .stack tbody th { grid-column: 1 / -1; }
+  .stack tbody td, .stack tbody td:last-child { min-width: 0; white-space: normal; overflow-wrap: anywhere; }
+  .stack td[data-label]::before { content: attr(data-label); display: block; font-size: 12px; color: var(--faint); }
+  .stack td:empty { display: none; } .says { min-width: 0; }
+  .stack td.plot, .stack td.long { grid-column: 1 / -1; width: auto; max-width: none; }
+  .stack td.plot::before { display: none; }
+  .stack tr.axis th, .stack tr.axis td:not(.plot) { display: none; } .stack tr.axis { padding: 0 0 10px; }
+  .stack tr.title { border: 0; padding: 16px 0 0; } .dots tr.title small { display: block; margin: 0; }
+  .dots tbody.rows tr:not(:last-child):not(.axis) { border: 0; }
+}
 @media (max-width: 760px) {
   main { padding: 22px 16px 40px; }
-  .top, section { grid-template-columns: minmax(0, 1fr); } section { margin-top: 34px; padding-top: 18px; }
+  .top { grid-template-columns: minmax(0, 1fr); } section { margin-top: 34px; padding-top: 18px; }
   .verdict { font-size: 23px; }
   .headline { margin-top: 10px; }
   .pictures { grid-auto-flow: row; grid-template-rows: none; gap: 5px;
@@ -127,23 +149,13 @@ button { font: inherit; font-size: 14px; color: inherit; background: var(--panel
     background: var(--paper); padding: 6px 0; z-index: 1; }
   .names > :first-child { display: none; } .names > * { padding: 0; font-size: 14px; }
   .prompt > p { grid-column: 1 / -1; margin-top: 7px; }
-  .stack thead { display: none; } .stack, .stack tbody { display: block; }
-  .stack tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 4px 16px; padding: 10px 0;
-    border-bottom: 1px solid var(--rule); }
-  .stack th, .stack td, .dots tr.axis > * { border: 0; padding: 0; } .stack tbody th { grid-column: 1 / -1; }
-  .stack td, .num td { white-space: normal; overflow-wrap: anywhere; }
-  .stack td[data-label]::before { content: attr(data-label); display: block; font-size: 12px; color: var(--faint); }
-  .stack td:empty { display: none; }
-  .stack td.plot, .stack td.long { grid-column: 1 / -1; width: auto; } .stack td.plot::before { display: none; }
-  .stack tr.axis th, .stack tr.axis td:not(.plot) { display: none; } .stack tr.axis { padding: 0 0 10px; }
-  .stack tr.title { border: 0; padding: 16px 0 0; } .dots tr.title small { display: block; margin: 0; }
-  .dots tbody.rows tr:not(:last-child):not(.axis) { border: 0; }
-  .settings { columns: 1; } dialog { padding: 14px; }
+  .settings { columns: 1; } dialog { padding: 14px; } dialog .large { grid-auto-flow: row; }
 }
 @media print {
   :root { color-scheme: light; } body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
-  nav, dialog, summary::marker { display: none; } section { break-inside: auto; } tr, figure, .charts > * {
-    break-inside: avoid; } h2 { break-after: avoid; }
+  nav, dialog { display: none; } .wide { overflow: visible; } .wide table { font-size: 7.5pt; }
+  .wide td, .wide th { white-space: normal; padding-right: 6px; }
+  section { break-inside: auto; } tr, figure, .charts > * { break-inside: avoid; } h2 { break-after: avoid; }
 }
 """
 

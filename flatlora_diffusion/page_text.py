@@ -65,7 +65,7 @@ def mean_with_spread(values: Sequence[float], digits: int) -> str:
     text = figure(mean_of(values), digits)
     if len(values) < 2:
         return text
-    return f'{text} <span class="faint">± {figure(statistics.stdev(values), digits)}</span>'
+    return f"{text} <small>± {figure(statistics.stdev(values), digits)}</small>"
 
 
 def values_of(by_seed: Mapping[str, Any], metric: str) -> list[float]:

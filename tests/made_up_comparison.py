@@ -85,7 +85,7 @@ def made_up_comparison() -> dict[str, Any]:
         },
         "paired": _pairs(lora, flat),
         "verdict": (
-            "Flat-LoRA has the lower held-out loss at equal steps: -0.00313 [-0.00381, -0.00246] over 3 seeds; "
+            "Flat-LoRA has the lower held-out loss at equal steps: -0.00313 [-0.00380, -0.00246] over 3 seeds; "
             "on forgetting, no difference found."
         ),
         "proof": [
