@@ -51,8 +51,8 @@ def summary(result: Result) -> str:
     base, lora = result["base"]["report"]["all"], _mean(result, "lora")
     return (
         f"On {result['icons']['report']} icons never trained on, Flat-LoRA's loss at the paper's settings differs "
-        f"from LoRA's by {_interval(center)} ({UNIT}; LoRA itself gains {SCALE * (base - lora):.1f} over the base), over "
-        f"{center['n']} paired seeds. Of {len(result['pairs'])} settings {len(better)} came out better than LoRA "
+        f"from LoRA's by {_interval(center)} ({UNIT}; LoRA itself gains {SCALE * (base - lora):.1f} over the base), "
+        f"over {center['n']} paired seeds. Of {len(result['pairs'])} settings {len(better)} came out better than LoRA "
         f"({', '.join(better) or 'none'}) and {len(worse)} worse ({', '.join(worse) or 'none'}). With both methods "
         f"tuned by {TRIALS} trials each, the difference is {_interval(tuned)}: {_words(tuned)}."
     )
@@ -76,8 +76,8 @@ and every image, crop, noise and timestep: {_proved(result)}.
 **What was measured.** The denoising loss, without eps, at fixed noise and timesteps, on three lists of 3D icons that
 share no icon and no word with the training icons: {icons["search"]} to choose settings, {icons["checkpoint"]} to
 choose checkpoints, {icons["report"]} for this page; and on {icons["flat"]} flat icons that the base was trained on
-(forgetting). Lower is better. Differences are Flat-LoRA less LoRA, with the 95 % interval of Student's t over paired seeds;
-“could show” is the smallest true difference that so many seeds find with 80 % power. An interval that holds 0 shows
+(forgetting). Lower is better. Differences are Flat-LoRA less LoRA, with the 95 % interval of Student's t over paired
+seeds; “could show” is the smallest true difference that so many seeds find with 80 % power. An interval that holds 0 shows
 nothing. A small base with 64-pixel icons is no SDXL: what holds here need not hold there, in either direction."""
 
 
