@@ -78,7 +78,7 @@ share no icon and no word with the training icons: {icons["search"]} to choose s
 choose checkpoints, {icons["report"]} for this page; and on {icons["flat"]} flat icons that the base was trained on
 (forgetting). Lower is better. Differences are Flat-LoRA less LoRA, with the 95 % interval of Student's t over paired
 seeds; “could show” is the smallest true difference that so many seeds find with 80 % power. An interval that holds 0
-shows nothing. A small base with 64-pixel icons is no SDXL: what holds here need not hold there, in either direction."""
+shows nothing. A small base with 64-pixel icons is no SDXL: what holds here need not hold there, either way."""
 
 
 def _factors(result: Result) -> str:
