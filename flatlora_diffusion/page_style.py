@@ -68,7 +68,7 @@ th small, td small { display: block; font-weight: 400; font-size: 12.5px; color:
 code { font: 12.5px var(--mono); overflow-wrap: anywhere; }
 code[title] { border-bottom: 1px dotted var(--faint); cursor: help; }
 .wide { overflow-x: auto; } .wide table { width: auto; min-width: 100%; } .wide td, .wide th { white-space: nowrap; }
-.dots td.plot { padding-block: 0; width: 100%; min-width: 220px; max-width: 0; }
+.dots td.plot { padding-block: 0; width: 100%; min-width: 180px; max-width: 0; }
 .dots tbody td { white-space: nowrap; }
 .dots tbody td:last-child { white-space: normal; } .says { min-width: 206px; }
 .dots tbody th, .dots tbody td { vertical-align: middle; }

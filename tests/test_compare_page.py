@@ -310,6 +310,7 @@ def test_a_browser_shows_it(browser: Any, tmp_path: Path) -> None:
     assert dialog.locator("p").text_content() == PROMPTS[2]
     page.keyboard.press("Escape")
     assert dialog.count() == 0
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     for width in (390, 761, 961, 1280):
         page.set_viewport_size({"width": width, "height": 844})
         wide, room = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
