@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from flatlora_diffusion.page_charts import axis_row
 from flatlora_diffusion.page_curves import groups, strengths, trajectories
@@ -31,6 +34,7 @@ from flatlora_diffusion.page_text import (
 
 PAGE = "compare.html"
 _SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, nulls, proof, tried, settings, made_with)
+_LARGEST_PNG = 400_000  # bytes; larger ones go in as JPEG, or two dozen pictures of SDXL would make 45 MB
 _PROMPTS_AT_ONCE = 8  # as many as stand side by side and are still worth looking at
 _DIALOG = (
     '<dialog id="large"><div class="bar-of-buttons"><p></p><span>'
@@ -153,4 +157,9 @@ def _embedded(folder: Path, file: str | None) -> str:
     path = (folder / (file or "")).resolve()
     if not path.is_file() or not path.is_relative_to(folder.resolve()):
         return ""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    if path.stat().st_size <= _LARGEST_PNG:
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    with Image.open(path) as image:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=92)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

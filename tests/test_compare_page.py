@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from made_up_comparison import PROMPTS, made_up_comparison, with_one_seed, with_pictures
+from PIL import Image
 
 from flatlora_diffusion.compare_page import write_compare_page
 
@@ -94,6 +96,16 @@ def test_pictures_are_embedded_byte_for_byte(tmp_path: Path) -> None:
         kind, data = found["src"].split(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data) == (tmp_path / name).read_bytes()
+
+
+def test_a_large_picture_is_embedded_smaller(tmp_path: Path) -> None:
+    result = with_pictures(made_up_comparison(), tmp_path)
+    large = tmp_path / result["pictures"]["files"][0][0]
+    Image.effect_noise((1024, 1024), 64).convert("RGB").save(large)
+    kind, data = written(result, tmp_path).all_of("img")[0]["src"].split(",")
+    assert kind == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (1024, 1024)
+    assert len(data) < large.stat().st_size
 
 
 def test_further_prompts_are_folded_and_all_there(tmp_path: Path) -> None:
