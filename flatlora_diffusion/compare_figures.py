@@ -86,7 +86,7 @@ class Examiner:
 
     def base(self) -> Figures:
         """The base's own figures; what only a LoRA has is left out."""
-        return self._losses(None, 1.0) | self._of_pictures(None, self.themes.style, self.themes.unrelated)
+        return self._losses(None, 1.0) | self._of_pictures(None, self.themes)
 
     def run(self, planned: Planned) -> Figures:
         """All figures of a finished run."""
@@ -98,7 +98,7 @@ class Examiner:
                 "seconds_per_step": _seconds_per_step(steps),
                 "peak_memory_mib": max(event["memory"] for event in steps) / 2**20,
             }
-            | self._of_pictures(planned.lora, self.themes.style, self.themes.unrelated)
+            | self._of_pictures(planned.lora, self.themes)
         )
 
     def losses(self, planned: Planned) -> Figures:
@@ -108,12 +108,12 @@ class Examiner:
     def trajectory(self, planned: Planned) -> list[Point]:
         """The base, then each checkpoint of the run."""
         seconds = _seconds_per_step(_steps(planned))
-        style, unrelated = self.themes.style[:ALONG_THE_WAY], self.themes.unrelated[:ALONG_THE_WAY]
+        few = Themes(self.themes.style[:ALONG_THE_WAY], self.themes.unrelated[:ALONG_THE_WAY], self.themes.seeds[:1])
         points = []
         files = {int(one.name.split("-")[1]): one / LORA_FILE for one in planned.run.checkpoints()}
         files[max(files)] = planned.lora
         for step, lora in ((0, None), *files.items()):
-            losses, seen = self._losses(lora, 1.0), self._of_pictures(lora, style, unrelated)
+            losses, seen = self._losses(lora, 1.0), self._of_pictures(lora, few)
             prefix = next(iter(self._references), "")
             points.append(
                 Point(
@@ -148,16 +148,16 @@ class Examiner:
         found = self._meter.losses(lora, strength)
         return {_LOSSES[name]: by_group[UNGROUPED] for name, by_group in found.items()}
 
-    def _of_pictures(self, lora: Path | None, style: Sequence[str], unrelated: Sequence[str]) -> Figures:
-        drawn = self._painter.paint(lora, self.themes.keys(style))
-        others = self._painter.paint(lora, self.themes.keys(unrelated))
+    def _of_pictures(self, lora: Path | None, themes: Themes) -> Figures:
+        drawn = self._painter.paint(lora, themes.keys(themes.style))
+        others = self._painter.paint(lora, themes.keys(themes.unrelated))
         found: Figures = {}
         for prefix, reference in self._references.items():
             found |= {prefix + key: value for key, value in measure(reference, drawn, others or None).items()}
         named = {key: image for key, image in drawn.items() if key[0] in self._names}
         if self._seers.judge is not None and named:
             found |= judged(self._seers.judge, named, self._names, sorted(set(self._names.values())))
-        if self._seers.lpips is not None and len(self.themes.seeds) > 1:
+        if self._seers.lpips is not None and len(themes.seeds) > 1:
             found["lpips_diversity"] = lpips_diversity(self._seers.lpips, drawn)
         return found
 
