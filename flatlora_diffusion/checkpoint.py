@@ -17,7 +17,7 @@ from flatlora_diffusion.release import save_release
 from flatlora_diffusion.run_dir import portable
 from flatlora_diffusion.tensor_file import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 from flatlora_diffusion.tokens import save_embeddings
-from flatlora_diffusion.train_state import TrainState
+from flatlora_diffusion.train_state import TrainState, averaged
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,9 @@ def save_checkpoint(state: TrainState, step: int) -> None:
     """Write `checkpoint-STEP/`: all that a resumed run needs, and the LoRA so far as a loadable file."""
     with state.run.new_checkpoint(step, state.config.run.checkpoints_total_limit) as folder:
         save_state(state, folder, step)
-        save_release(state, folder, step)
-        save_embeddings(state.sdxl.pipeline, folder)
+        with averaged(state):
+            save_release(state, folder, step)
+            save_embeddings(state.sdxl.pipeline, folder)
     if state.accelerator.is_main_process:
         state.run.add_event({"event": "checkpoint", "step": step})
 

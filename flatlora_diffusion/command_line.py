@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,9 +140,8 @@ def _compare(arguments: list[str]) -> None:
         "Takes all settings of `train` as well, --preset and --config too.",
     )
     config = _with_images(parse_config(rest))
-    if config.run.seed is None:  # all arms must have the same
-        config = config.replace(seed=secrets.randbelow(2**31))
-        print(f"seed {config.run.seed}")
+    if config.run.seed is None:  # a drawn one would train everything anew when the command is given again
+        config = config.replace(seed=0)
     from flatlora_diffusion.compare import compare
 
     _hide_library_bars()

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from flatlora_diffusion.compare_figures import OWN_METRICS, Examiner, Figures
+from flatlora_diffusion.compare_figures import OWN_METRICS, TRAIN, Examiner, Figures
 from flatlora_diffusion.compare_findings import Values, paired_rows, table, verdict
 from flatlora_diffusion.compare_nulls import Ends, null_rows
 from flatlora_diffusion.compare_page import write_compare_page
-from flatlora_diffusion.compare_setup import load_examiner, read_material
+from flatlora_diffusion.compare_setup import Material, load_examiner, read_material
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.experiment import Arm, Planned, null_arms, parse_arm, plan, train_planned
 from flatlora_diffusion.fingerprint import base_fingerprint
@@ -56,19 +56,20 @@ def compare(config: TrainConfig, own: CompareConfig) -> Path:
     arms = [parse_arm(text) for text in own.arms]
     seeds = range(seed, seed + own.num_seeds)
     main = plan(config, arms, seeds, own.num_checkpoints)
-    nulls = plan(config, [*_missing(arms), *null_arms(seed)], [seed], own.num_checkpoints)
+    null = [*_missing(arms), *null_arms(seed, config.adapter.lora_init_seed)]
+    nulls = plan(config, null, [seed], own.num_checkpoints)
     for planned in (*main, *nulls):
         train_planned(planned)
     runs = read_runs([str(planned.run.folder) for planned in (*main, *nulls)])  # refuses what does not fit together
     check_images(runs[0], load_training_set(config.data))
     config = config.replace(mixed_precision=main[0].run.config()["mixed_precision"])  # as accelerate decided it
-    examiner, sdxl = load_examiner(config, own, material, out)
+    examiner, sdxl = load_examiner(config, [*main, *nulls], material)
     _check_base(config, sdxl, [*main, *nulls])
-    result = _measure(config, arms, main, nulls, examiner)
+    result = {"settings": _settings(config, own, material), **_measure(arms, main, nulls, examiner)}
     (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     names = {arm.key: arm.name for arm in arms}
     (out / "compare.md").write_text(table(names, result["metrics"], result["base"], result["values"]) + "\n", "utf-8")
-    _save_grid(out, result)
+    _save_grid(out, result, {sample.caption for sample in material.sets[TRAIN].samples})
     write_compare_page(result, out)
     return out
 
@@ -94,8 +95,18 @@ def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[Planned]) -> Non
                 )
 
 
+def _settings(config: TrainConfig, own: CompareConfig, material: Material) -> dict[str, Any]:
+    """What the comparison was made with: the arms' settings, its own, and the image sets by their hashes."""
+    mine = {
+        name: Path(value).name if name.endswith(("_dir", "_file")) and value else value
+        for name, value in asdict(own).items()
+    }
+    sets = {f"{name} images": f"{len(one.samples)}, {one.sha256[:16]}" for name, one in material.sets.items()}
+    return {**portable(config.to_dict()), **mine, **sets}
+
+
 def _measure(
-    config: TrainConfig, arms: Sequence[Arm], main: Sequence[Planned], nulls: Sequence[Planned], examiner: Examiner
+    arms: Sequence[Arm], main: Sequence[Planned], nulls: Sequence[Planned], examiner: Examiner
 ) -> dict[str, Any]:
     values: dict[str, dict[int, Figures]] = {}
     walks: dict[str, dict[int, list[Point]]] = {}
@@ -113,7 +124,6 @@ def _measure(
     swept = {planned.arm.key: examiner.strengths(planned) for planned in first}
     every = {arm.key: arm for arm in (*arms, *(planned.arm for planned in nulls))}
     return {
-        "settings": portable(config.to_dict()),
         "arms": [asdict(arm) for arm in every.values()],
         "seeds": list(dict.fromkeys(planned.seed for planned in main)),
         "metrics": metrics,
@@ -173,14 +183,15 @@ def _pictures(first: Sequence[Planned], examiner: Examiner) -> dict[str, Any]:
     return {
         "prompts": list(examiner.themes.style),
         "columns": ["Base", *(planned.arm.name for planned in first)],
-        "files": [[f"{file.parent.name}/{file.name}" for file in column] for column in files],
+        "files": [["/".join(file.parts[-3:]) for file in column] for column in files],
     }
 
 
-def _save_grid(out: Path, result: Mapping[str, Any]) -> None:
+def _save_grid(out: Path, result: Mapping[str, Any], captions: set[str]) -> None:
     pictures, steps = result["pictures"], result["settings"]["max_train_steps"]
+    is_new = not set(pictures["prompts"]) & captions
     rows = [[Image.open(out / file).convert("RGB") for file in column] for column in pictures["files"]]
-    caption = f"same prompts, seeds and settings; {steps} steps; none of these was trained on"
+    caption = f"same prompts, seeds and settings; {steps} steps" + "; none of these was trained on" * is_new
     grid = labelled_grid(rows, pictures["columns"], pictures["prompts"], caption=caption)
     grid.save(out / "compare.png")
 

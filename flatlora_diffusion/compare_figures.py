@@ -27,11 +27,18 @@ TRAIN, HELDOUT, FORGETTING = "train", "heldout", "forgetting"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RISE_DRAWS = 8
 ALONG_THE_WAY = 4  # prompts of each kind that are drawn at every checkpoint
+_RISE = f"Of the train loss under eps (Eq. 7), sigma {DEFAULT_SIGMA}, in the layers that the LoRA adapts."
 OWN_METRICS = (
     Metric("heldout_loss", "held-out loss", "lower", "Denoising loss on images of the style never trained on.", 5),
     Metric("clean_train_loss", "clean train loss", "lower", "The same on the training images, without eps.", 5),
     Metric("forgetting_loss", "forgetting", "lower", "The same on images of what the base knew already.", 5),
-    Metric("loss_rise", "loss rise", "lower", f"Of the train loss under eps (Eq. 7) at sigma {DEFAULT_SIGMA}.", 6),
+    Metric(
+        "loss_rise",
+        "loss rise",
+        "lower",
+        _RISE,
+        6,
+    ),
     Metric("seconds_per_step", "seconds per step", "lower", "Median over the run.", 3),
     Metric("peak_memory_mib", "peak memory, MiB", "lower", "Of the training process.", 0),
 )
@@ -71,18 +78,22 @@ class Examiner:
         themes: Themes,
         seers: Seers,
         training: Sequence[Image.Image],
-        heldout: Path,
+        heldout: Mapping[str, Image.Image],
+        names: Mapping[str, str],
     ) -> None:
-        """`training` are the training images as they are seen; `heldout` is the folder with the held-out ones."""
+        """`training` are the training images as they are seen, `heldout` those of some of the style's prompts.
+
+        `names` says what a prompt shows, where that is known.
+        """
         self._meter, self._painter, self.themes, self._seers = meter, painter, themes, seers
-        self._names = names_of(heldout)
+        self._names = names
         base = painter.paint(None, themes.keys((*themes.style, *themes.unrelated)))
         texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self._names.items()}
         self._references: dict[str, Reference] = {}
         for encoder in seers.encoders:
             prefix = "" if len(seers.encoders) == 1 else f"{Path(encoder.name).name}_"
             known = texts if encoder.name == JUDGE else {}
-            self._references[prefix] = encode_reference(encoder, training, base, texts=known)
+            self._references[prefix] = encode_reference(encoder, training, base, heldout, known)
 
     def base(self) -> Figures:
         """The base's own figures; what only a LoRA has is left out."""
@@ -111,7 +122,7 @@ class Examiner:
         few = Themes(self.themes.style[:ALONG_THE_WAY], self.themes.unrelated[:ALONG_THE_WAY], self.themes.seeds[:1])
         points = []
         files = {int(one.name.split("-")[1]): one / LORA_FILE for one in planned.run.checkpoints()}
-        files[max(files)] = planned.lora
+        files[planned.last_step] = planned.lora
         for step, lora in ((0, None), *files.items()):
             losses, seen = self._losses(lora, 1.0), self._of_pictures(lora, few)
             prefix = next(iter(self._references), "")
@@ -165,7 +176,7 @@ class Examiner:
 def names_of(folder: Path) -> dict[str, str]:
     """What each caption of an image folder shows: the field `name` of the lines of metadata.jsonl that have one."""
     file = folder / METADATA
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
     rows = [json.loads(line) for line in lines if line.strip()]
     return {row["text"]: row["name"] for row in rows if "name" in row and "text" in row}
 

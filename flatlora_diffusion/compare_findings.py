@@ -12,7 +12,7 @@ from flatlora_diffusion.matched import Point, at_equal_loss, at_equal_seconds
 from flatlora_diffusion.paired import PairedDifference, paired_difference
 
 HELDOUT_LOSS = "heldout_loss"
-STEPS, CLEAN_LOSS, SECONDS = "steps", "clean loss", "seconds"
+STEPS, ENDS, CLEAN_LOSS, SECONDS = "steps", "ends", "clean loss", "seconds"
 
 Values = Mapping[str, Mapping[int, Figures]]
 """Figures by arm and seed."""
@@ -22,11 +22,15 @@ Trajectories = Mapping[str, Mapping[int, Sequence[Point]]]
 def paired_rows(
     arms: Sequence[Arm], metrics: Sequence[str], values: Values, trajectories: Trajectories
 ) -> list[dict[str, Any]]:
-    """Each arm against the first one, seed by seed: every metric at equal steps, the held-out loss otherwise too."""
+    """Each arm against the first one, seed by seed: every metric at equal steps, the held-out loss otherwise too.
+
+    Where an arm has steps of its own, the runs' ends are compared.
+    """
     reference = arms[0].key
     rows = []
     for arm in arms[1:]:
         seeds = [seed for seed in values[arm.key] if seed in values[reference]]
+        end = ENDS if "max_train_steps" in {*arm.changes, *arms[0].changes} else STEPS
         for metric in metrics:
             pairs = [
                 (values[arm.key][seed][metric], values[reference][seed][metric])
@@ -34,7 +38,7 @@ def paired_rows(
                 if metric in values[arm.key][seed] and metric in values[reference][seed]
             ]
             if pairs:
-                rows.append(_row(metric, arm.key, reference, STEPS, pairs))
+                rows.append(_row(metric, arm.key, reference, end, pairs))
         walks = [
             (trajectories[arm.key][seed], trajectories[reference][seed])
             for seed in seeds
@@ -50,7 +54,7 @@ def paired_rows(
 
 def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """One sentence from the paired difference of the held-out loss between the second arm and the first."""
-    row = next((row for row in rows if row["metric"] == HELDOUT_LOSS and row["matched"] == STEPS), None)
+    row = next((row for row in rows if row["metric"] == HELDOUT_LOSS and row["matched"] in (STEPS, ENDS)), None)
     if row is None:
         return "One arm alone was trained: there is nothing to compare it with."
     arm, against = names[row["arm"]], names[row["against"]]

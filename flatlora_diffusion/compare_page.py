@@ -82,7 +82,7 @@ def _kicker(result: Result) -> str:
     if seeds:
         parts.append(f"{seeds} seed{'s' if seeds > 1 else ''}")
     if steps:
-        parts.append(f"{escaped(steps)} steps each")
+        parts.append(f"{escaped(steps)} steps")
     if result["device"]:
         parts.append(escaped(result["device"]))
     if result["proof"] and all(check["holds"] for check in result["proof"]):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from flatlora_diffusion.compare_figures import FORGETTING, HELDOUT, TRAIN, Examiner, Seers, Themes
+from flatlora_diffusion.compare_figures import FORGETTING, HELDOUT, TRAIN, Examiner, Seers, Themes, names_of
 from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.dataset import Sample, load_samples
 from flatlora_diffusion.encoders import JUDGE, load_encoder
+from flatlora_diffusion.experiment import Planned
 from flatlora_diffusion.images import load_image
 from flatlora_diffusion.judge import load_judge
 from flatlora_diffusion.loss import Objective, is_edm_scheduler
@@ -35,6 +38,7 @@ class Material:
     sets: dict[str, ImageSet]
     themes: Themes
     heldout: Path
+    seers: Seers
 
 
 def read_material(config: TrainConfig, own: CompareConfig) -> Material:
@@ -42,11 +46,17 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
 
     Raises ConfigError for what is missing, and for held-out images that are trained on.
     """
-    if config.tokens.train_text_encoder_ti:
-        raise ConfigError(
-            "train_text_encoder_ti=True cannot be compared: captions with new tokens mean nothing to the base; "
-            "leave it out"
-        )
+    for name, is_set, why in (
+        (
+            "train_text_encoder_ti",
+            config.tokens.train_text_encoder_ti,
+            "captions with new tokens mean nothing to the base",
+        ),
+        ("clip_skip", config.model.clip_skip is not None, "the base and its LoRAs are measured on the default layer"),
+        ("push_to_hub", config.run.push_to_hub, "every arm and null would be uploaded"),
+    ):
+        if is_set:
+            raise ConfigError(f"{name} cannot be used in a comparison: {why}; leave it out")
     heldout = _heldout_folder(config, own)
     training = load_training_set(config.data).samples
     folders = {HELDOUT: heldout}
@@ -54,39 +64,57 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         folders[FORGETTING] = Path(own.forgetting_dir)
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
     for name, folder in folders.items():
-        samples = load_samples(folder, config.data.instance_prompt).samples
+        caption = config.data.instance_prompt if name == HELDOUT else None
+        samples = load_samples(folder, caption, config.data.caption_column).samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
     seen = {sample.sha256 for sample in training}
     both = [sample.id for sample in sets[HELDOUT].samples if sample.sha256 in seen]
     if both:
         raise ConfigError(f"heldout_dir has images that are trained on: {', '.join(both[:5])}; take them out")
-    return Material(sets, _themes(config, own, heldout, sets[HELDOUT].samples), heldout)
+    return Material(sets, _themes(config, own, heldout, sets[HELDOUT].samples), heldout, _seers(own))
 
 
-def load_examiner(config: TrainConfig, own: CompareConfig, material: Material, folder: Path) -> tuple[Examiner, Sdxl]:
-    """The examiner, on the GPU if there is one, and its base; what is measured and drawn is kept in `folder`."""
+def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Material) -> tuple[Examiner, Sdxl]:
+    """The examiner of `runs`, on the GPU if there is one, and its base.
+
+    What is measured and drawn is kept below `output_dir`, apart for each way to load the base.
+    """
+    folder = Path(config.run.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoders = [load_encoder(name, device) for name in own.encoders]
-    judge = load_judge(SAMPLES / "tiny_sdxl" / "judge", device) if JUDGE in own.encoders else None
     model = dataclasses.replace(config.model, quantize_base=None, offload=False)
     sdxl = load_sdxl(model, device, DTYPES[config.optim.mixed_precision or "no"])
     resolution = config.data.resolution or sdxl.resolution
     edm = config.objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler)
     background = config.data.background_color
+    identity = _identity(config)
     meter = Meter(
         sdxl,
         Objective(sdxl.scheduler, edm=edm),
         material.sets,
         resolution,
-        folder / "measured",
+        folder / "measured" / identity,
         background,
-        config.adapter.train_text_encoder,
+        any(planned.config.adapter.train_text_encoder for planned in runs),
     )
-    painter = Painter(sdxl, resolution, folder / "pictures")
-    lpips = load_lpips() if own.lpips else None
+    painter = Painter(sdxl, resolution, folder / "pictures" / identity)
     training = [_as_seen(sample, background, resolution) for sample in material.sets[TRAIN].samples]
-    examiner = Examiner(meter, painter, material.themes, Seers(encoders, judge, lpips), training, material.heldout)
-    return examiner, sdxl
+    drawn = [sample for sample in material.sets[HELDOUT].samples if sample.caption in material.themes.style]
+    heldout = {sample.caption: _as_seen(sample, background, resolution) for sample in drawn}
+    names = names_of(material.heldout)
+    return Examiner(meter, painter, material.themes, material.seers, training, heldout, names), sdxl
+
+
+def _seers(own: CompareConfig) -> Seers:
+    """The models that look at pictures: on the CPU, so that training has the GPU for itself."""
+    encoders = [load_encoder(name) for name in own.encoders]
+    judge = load_judge(SAMPLES / "tiny_sdxl" / "judge") if JUDGE in own.encoders else None
+    return Seers(encoders, judge, load_lpips() if own.lpips else None)
+
+
+def _identity(config: TrainConfig) -> str:
+    """A short hash of how the base is loaded and what it is asked to predict."""
+    settings = [asdict(config.model), asdict(config.objective), config.optim.mixed_precision]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
 def _heldout_folder(config: TrainConfig, own: CompareConfig) -> Path:
@@ -117,7 +145,7 @@ def _themes(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Seq
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(file)!r} cannot be read: give a text file with one prompt per line") from error
     if not any(lines):

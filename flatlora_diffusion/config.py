@@ -617,7 +617,9 @@ class CompareConfig(Section):
         "METHOD or METHOD:SETTING=VALUE,... such as flat-lora:perturb_noise=iid or lora:use_ema=true; the others are "
         "compared with the first",
     )
-    num_seeds: int = setting(1, "runs of each arm, with --seed and the numbers after it", min=1, max=1000)
+    num_seeds: int = setting(
+        1, "runs of each arm, with --seed (0 if it is not given) and the numbers after it", min=1, max=1000
+    )
     num_checkpoints: int = setting(4, "points along each run that are measured", min=1, max=100)
     heldout_dir: str | None = setting(
         None, "captioned images of the style that are not trained on; the sample icons have their own"

@@ -18,6 +18,9 @@ from flatlora_diffusion.sdxl import Sdxl, add_time_ids, encode_images, encode_pr
 from flatlora_diffusion.seeds import generator
 from flatlora_diffusion.views import crop_and_flip
 
+# What goes through the VAE and the UNet at once: an image of 1024 pixels alone.
+_PIXELS, _LATENTS = 1024**2, 128**2
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -38,7 +41,8 @@ def fixed_probe(
         crop_and_flip(load_image(s.source, background), resolution, True, False, torch.Generator()) for s in samples
     ]
     pixels, sizes, crops = zip(*views, strict=True)
-    latents = torch.cat([encode_images(sdxl.vae, part.to(device)) for part in torch.stack(pixels).split(16)])
+    together = _at_once(16, resolution**2, _PIXELS)
+    latents = torch.cat([encode_images(sdxl.vae, part.to(device)) for part in torch.stack(pixels).split(together)])
     prompt_embeds, pooled = encode_prompts(sdxl.pipeline, [sample.caption for sample in samples])
     batch = Batch(latents, prompt_embeds, pooled, add_time_ids(sizes, crops, (resolution, resolution), device))
     rng = generator("cpu", seed, "probe")
@@ -50,9 +54,12 @@ def fixed_probe(
 
 
 @torch.no_grad()
-def probe_losses(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int = 32) -> Tensor:
+def probe_losses(
+    unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None
+) -> Tensor:
     """The denoising loss of each image of the probe, (N,) fp64 on the CPU: the mean over its draws."""
     losses = []
+    batch_size = batch_size or _at_once(32, probe.noise.shape[-1] * probe.noise.shape[-2], _LATENTS)
     with evaluating(unet):
         for start in range(0, len(probe.timesteps), batch_size):
             part = slice(start, start + batch_size)
@@ -61,7 +68,7 @@ def probe_losses(unet: UNet2DConditionModel, objective: Objective, probe: Probe,
     return torch.cat(losses).double().cpu().view(-1, probe.draws).mean(dim=1)
 
 
-def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int = 32) -> float:
+def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None) -> float:
     """The mean denoising loss of `unet` on the probe; the same number for the same weights."""
     return float(probe_losses(unet, objective, probe, batch_size).mean())
 
@@ -83,3 +90,7 @@ def loss_rise(
         return rises
     finally:
         flat.detach()
+
+
+def _at_once(most: int, area: int, room: int) -> int:
+    return max(1, min(most, room // area))

@@ -11,18 +11,26 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from flatlora_diffusion.config import ConfigError, Method, RunError, TrainConfig, read_setting
+from flatlora_diffusion.config import (
+    ConfigError,
+    Method,
+    ModelConfig,
+    PerturbConfig,
+    RunError,
+    TrainConfig,
+    read_setting,
+)
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.run_dir import PATH_SETTINGS, RunDir, portable
 from flatlora_diffusion.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["arm", "null", "control"]
+Role = Literal["arm", "null"]
 
 METHODS = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
 SIGMA_0, OTHER_DRAWS, SECOND_EPS = "sigma-0", "other-draws", "second-eps"
@@ -31,8 +39,20 @@ NULLS = {
     OTHER_DRAWS: "LoRA with other draws",
     SECOND_EPS: "Flat-LoRA with another eps",
 }
-# An arm must not move these: seeds pair the runs, folders and intervals belong to the experiment.
+# An arm must not move these: seeds pair the runs, folders and intervals belong to the experiment, and runs of another
+# base, of other images or in another precision cannot be measured alike.
 _OURS = {"seed", "output_dir", "output_name", "checkpointing_steps", "resume_from_checkpoint", "method"}
+_OURS |= {
+    "instance_data_dir",
+    "dataset_name",
+    "mixed_precision",
+    "push_to_hub",
+    *(item.name for item in fields(ModelConfig)),
+}
+# What training settles when it is left open.
+_SETTLED = ("mixed_precision", "resolution")
+# What a finished run must share beyond what makes its steps: its end, its checkpoints, the precision of its file.
+_SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
 
 
 @dataclass(frozen=True)
@@ -74,16 +94,23 @@ class Planned:
         """Whether the folder has a checkpoint of a run with these settings to go on from."""
         return bool(self.run.checkpoints()) and self._is_mine()
 
+    @property
+    def last_step(self) -> int:
+        """How many steps the finished run took."""
+        return int(self.run.events()[-1]["step"])
+
     def _is_mine(self) -> bool:
+        """Whether the run in the folder was made with these settings; what they leave open may have any value."""
         if not self.run.config_file.is_file():
             return False
-        saved = {**TrainConfig().to_dict(), **self.run.config()}
-        wanted = {name: value for name, value in portable(self.config.to_dict()).items() if value is not None}
-        return all(saved.get(name) == value for name, value in wanted.items())
+        wanted, saved = self.config.to_dict(), self.run.config()
+        settled = {name: saved.get(name) for name in _SETTLED if wanted[name] is None}
+        is_alike = not self.run.changed_settings(self.config.replace(**settled))
+        return is_alike and all(saved.get(name) == wanted[name] for name in _SHAPE)
 
 
 def parse_arm(text: str) -> Arm:
-    """The arm `METHOD` or `METHOD:SETTING=VALUE,SETTING=VALUE`; with settings it is a control.
+    """The arm `METHOD` or `METHOD:SETTING=VALUE,SETTING=VALUE`.
 
     Raises ConfigError for an unknown method or setting, and for a setting that the experiment itself sets.
     """
@@ -93,17 +120,20 @@ def parse_arm(text: str) -> Arm:
     changes: dict[str, Any] = {}
     for part in rest.split(",") if rest else []:
         name, equals, value = part.partition("=")
-        if not equals or name in _OURS:
-            reason = "is set by the experiment itself" if name in _OURS else "is not SETTING=VALUE"
+        reason = _refusal(method, name) if equals else "is not SETTING=VALUE"
+        if reason:
             raise ConfigError(f"arms: {part!r} in {text!r} {reason}")
         changes[name] = read_setting(name, value)
     shown = ", ".join(f"{name} {value}" for name, value in changes.items())
     name = METHODS[method] + (f", {shown}" if shown else "")
-    return Arm(text, name, "control" if changes else "arm", method, changes)  # type: ignore[arg-type]
+    return Arm(text, name, "arm", method, changes)  # type: ignore[arg-type]
 
 
-def null_arms(seed: int) -> list[Arm]:
-    """What must show no difference, and what differs by chance alone, for the run of `seed`."""
+def null_arms(seed: int, init_seed: int | None = None) -> list[Arm]:
+    """What must show no difference, and what differs by chance alone, for the run of `seed`.
+
+    `init_seed` is that of the first weights, where it is not `seed`.
+    """
     return [
         Arm(SIGMA_0, NULLS[SIGMA_0], "null", "flat-lora", {"sigma": 0.0}),
         Arm(
@@ -111,7 +141,7 @@ def null_arms(seed: int) -> list[Arm]:
             NULLS[OTHER_DRAWS],
             "null",
             "lora",
-            {"seed": derive_seed(seed, "other draws"), "lora_init_seed": seed},
+            {"seed": derive_seed(seed, "other draws"), "lora_init_seed": seed if init_seed is None else init_seed},
         ),
         Arm(SECOND_EPS, NULLS[SECOND_EPS], "null", "flat-lora", {"perturb_seed": derive_seed(seed, "second eps")}),
     ]
@@ -167,6 +197,15 @@ def train_planned(planned: Planned) -> None:
     done = subprocess.run(command)
     if done.returncode != 0:
         raise RunError(f"training {label} ended with exit code {done.returncode}; its message is above")
+
+
+def _refusal(method: str, name: str) -> str:
+    """Why an arm of this method cannot have the setting; nothing if it can."""
+    if name in _OURS:
+        return "is the same for the whole experiment"
+    if method == "lora" and name in {item.name for item in fields(PerturbConfig)}:
+        return "means nothing for plain LoRA"
+    return ""
 
 
 def _slug(key: str) -> str:

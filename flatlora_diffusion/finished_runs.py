@@ -53,8 +53,9 @@ def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
 
 
 def check_images(run: FinishedRun, found: SampleSet) -> None:
-    """Raise ConfigError when the images at hand are not those that `run` was trained on."""
-    if _hashes(manifest(found.samples)) != run.images:
+    """Raise ConfigError when the images at hand are not those that `run` was trained on, class images apart."""
+    here = _hashes(manifest(found.samples))
+    if not (here <= run.images if run.config.data.with_prior_preservation else here == run.images):
         raise ConfigError(
             f"the training images at hand are not those of run {run.name}: files or captions have changed; "
             "give the unchanged folder as --instance_data_dir"

@@ -14,6 +14,7 @@ from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_l
 from flatlora_diffusion.fingerprint import base_fingerprint
 from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.tensor_file import write_atomically
 
 UNGROUPED = "all"
 
@@ -53,7 +54,7 @@ class Meter:
         """`kept` is the folder for results; with `text_is_adapted` captions are encoded anew with each LoRA."""
         self._sdxl, self._objective, self.sets, self._kept = sdxl, objective, sets, kept
         hashes = {name: found.sha256 for name, found in sets.items()}
-        self._key = json.dumps([base_fingerprint(sdxl.unet), hashes, resolution, background])
+        self._key = json.dumps([base_fingerprint(sdxl.unet), hashes, resolution, background, text_is_adapted])
         self._settings = resolution, background
         self._text_is_adapted = text_is_adapted
         self._probes: dict[str, Probe] = {}
@@ -106,7 +107,8 @@ class Meter:
                 ):
                     found = measured()
             self._kept.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            text = json.dumps(found) + "\n"
+            write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
         kept: Losses = json.loads(file.read_text(encoding="utf-8"))
         return kept
 
@@ -114,7 +116,7 @@ class Meter:
 def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:
     """The group of each sample: the field `group` of its line in metadata.jsonl, or `all`."""
     file = folder / METADATA
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
     rows = [json.loads(line) for line in lines if line.strip()]
     groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in rows}
     return [groups.get(sample.id, UNGROUPED) for sample in samples]

@@ -255,7 +255,8 @@ def described(keys: Iterable[str]) -> list[dict[str, str | int | None]]:
     """
     rows: list[dict[str, str | int | None]] = []
     for key in keys:
-        metric = next((metric for metric in METRICS if key == metric.key or key.endswith(f"_{metric.key}")), None)
+        ends = [metric for metric in METRICS if key == metric.key or key.endswith(f"_{metric.key}")]
+        metric = max(ends, key=lambda metric: len(metric.key), default=None)
         if metric is None:
             raise KeyError(key)
         prefix = key.removesuffix(metric.key).rstrip("_")

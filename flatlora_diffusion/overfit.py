@@ -13,6 +13,12 @@ WORTH = 0.02
 COPYING = 0.02
 
 
+_NO_GAIN = (
+    "No checkpoint predicts the held-out images better than the base does: train fewer steps or with a lower learning "
+    "rate, or more of both if nothing was learned."
+)
+
+
 @dataclass(frozen=True)
 class Advice:
     """Use the LoRA of step `checkpoint` at `strength`."""
@@ -33,13 +39,7 @@ def advise(run: Sequence[Point], strengths: Mapping[float, float]) -> Advice:
     best = min(run[1:], key=lambda point: point.heldout_loss)
     gain = base.heldout_loss - best.heldout_loss
     if gain <= 0:
-        return Advice(
-            best.step,
-            1.0,
-            True,
-            "No checkpoint predicts the held-out images better than the base does: train fewer steps or with a lower "
-            "learning rate.",
-        )
+        return Advice(best.step, 1.0, last.heldout_loss > base.heldout_loss, _NO_GAIN)
     lost = last.heldout_loss - best.heldout_loss
     if lost > WORTH * gain:
         return Advice(best.step, 1.0, True, _over_fit(base, best, last, lost / gain))

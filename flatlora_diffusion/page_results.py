@@ -32,7 +32,12 @@ from flatlora_diffusion.page_text import (
 )
 
 _BETTER = {"lower": "lower is better", "higher": "higher is better"}
-_MATCHED = {"steps": "equal steps", "clean loss": "equal clean loss", "seconds": "equal seconds"}
+_MATCHED = {
+    "steps": "equal steps",
+    "ends": "the end of each",
+    "clean loss": "equal clean loss",
+    "seconds": "equal seconds",
+}
 _PAIR_COLUMNS = ("matched at", "", "difference, 95 % interval", "says")
 
 

@@ -127,11 +127,11 @@ def pairs_of(result: Result, metric: str) -> Iterator[Pair]:
 
 
 def headline(result: Result) -> Pair | None:
-    """The pair that the first screen shows: the first metric's, of two arms, at equal steps."""
+    """The pair that the first screen shows: the first metric's, of two arms, at their ends."""
     arms = main_arms(result)
     for metric in result["metrics"]:
         for pair in pairs_of(result, metric["key"]):
-            if pair["matched"] == "steps" and pair["arm"] in arms and pair["against"] in arms:
+            if pair["matched"] in ("steps", "ends") and pair["arm"] in arms and pair["against"] in arms:
                 return pair
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,7 @@ from flatlora_diffusion.applied_lora import LoraFile, loaded
 from flatlora_diffusion.fingerprint import base_fingerprint
 from flatlora_diffusion.generate import generate_images
 from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.tensor_file import write_atomically
 
 Key = tuple[str, int]  # prompt, seed
 
@@ -48,7 +50,7 @@ class Painter:
         drawn = generate_images(self._sdxl, prompts, seeds, resolution, steps, guidance, batch_size=1)
         self._kept.mkdir(parents=True, exist_ok=True)
         for image, file in zip(drawn, files, strict=True):
-            image.save(file)
+            write_atomically(file, partial(image.save, format="PNG"))
 
 
 def _read(file: Path) -> Image.Image:

@@ -16,7 +16,10 @@ _SHOWN = 16  # hex digits
 _PLACES = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
 # An arm that moves one of these has other first weights, or draws in another order.
 _SHAPES = {"rank", "lora_block_ranks", "lora_target_modules", "lora_unet_blocks", "use_dora", "use_blora", "init_lora"}
+_SHAPES |= {"lora_init_seed", "train_text_encoder"}
 _FEEDS = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "random_flip", "center_crop"}
+_FEEDS |= {"noise_offset", "resolution", "repeats", "cache_latents", "use_aspect_ratio_buckets", "background_color"}
+_FEEDS |= {"image_interpolation_mode", "with_prior_preservation", "alpha_mask_loss"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ def proof(runs: Sequence[Planned]) -> list[dict[str, Any]]:
                 {label: _settings(run, list(of_seed.values())) for label, run in of_seed.items()},
             )
         )
-        alike = {label: run for label, run in of_seed.items() if not _SHAPES & set(run.arm.changes)}
+        alike = {
+            label: run
+            for label, run in of_seed.items()
+            if run.arm.key == OTHER_DRAWS or not _SHAPES & set(run.arm.changes)
+        }
         facts.append(
             _alike(
                 f"first weights of the LoRA, seed {seed}",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from flatlora_diffusion.pictures import read_pictures
 from flatlora_diffusion.release import accompany, save_release, trigger_words
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.tokens import EMBEDDINGS_FILE, save_embeddings
-from flatlora_diffusion.train_state import TrainState
+from flatlora_diffusion.train_state import TrainState, averaged
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +42,6 @@ def finish(state: TrainState) -> Path:
             logger.info("uploaded to %s", push_to_hub(state.run, state.config))
     state.accelerator.wait_for_everyone()
     return path
-
-
-@contextmanager
-def averaged(state: TrainState) -> Iterator[None]:
-    """The exponential moving average in place of the trained weights while this is open; nothing without --use_ema."""
-    if state.ema is None:
-        yield
-        return
-    state.ema.store(state.trainable.values())
-    state.ema.copy_to(state.trainable.values())
-    try:
-        yield
-    finally:
-        state.ema.restore(state.trainable.values())
 
 
 def proof_line(proof: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,20 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
         ema=EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None,
         tokens=tokens,
     )
+
+
+@contextmanager
+def averaged(state: TrainState) -> Iterator[None]:
+    """The exponential moving average in place of the trained weights while this is open; nothing without --use_ema."""
+    if state.ema is None:
+        yield
+        return
+    state.ema.store(state.trainable.values())
+    state.ema.copy_to(state.trainable.values())
+    try:
+        yield
+    finally:
+        state.ema.restore(state.trainable.values())
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -25,11 +25,11 @@ from flatlora_diffusion.fingerprint import DrawHash
 from flatlora_diffusion.hub import hub_repository
 from flatlora_diffusion.loss import diffusion_loss, draw_targets
 from flatlora_diffusion.preview import Previews
-from flatlora_diffusion.result import averaged, finish
+from flatlora_diffusion.result import finish
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.seeds import derive_seed, generator
 from flatlora_diffusion.stopping import Stopping
-from flatlora_diffusion.train_state import TrainState, prepare, seeded
+from flatlora_diffusion.train_state import TrainState, averaged, prepare, seeded
 from flatlora_diffusion.training_set import load_training_set
 
 logger = logging.getLogger(__name__)

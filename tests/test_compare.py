@@ -49,6 +49,14 @@ def test_trajectories_are_matched_at_equal_loss_and_seconds() -> None:
     assert found == pytest.approx({"clean loss": -0.1, "seconds": 0.15})
 
 
+def test_an_arm_with_steps_of_its_own_is_compared_at_the_ends() -> None:
+    arms = [ARMS[0], parse_arm("flat-lora:max_train_steps=1")]
+    found = {"lora": values(0.1)["lora"], arms[1].key: values(0.1)["flat-lora"]}
+    (row,) = paired_rows(arms, ["heldout_loss"], found, {})
+    assert row["matched"] == "ends"
+    assert "max_train_steps 1's held-out loss differs" in verdict([row], {arm.key: arm.name for arm in arms})
+
+
 @pytest.mark.parametrize(
     ("differences", "said"),
     [
@@ -120,8 +128,10 @@ def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) ->
         read_material(mine, CompareConfig())
     with pytest.raises(ConfigError, match=r"heldout_dir has images that are trained on: icon-0\.png"):
         read_material(mine, CompareConfig(heldout_dir=str(icons)))
-    with pytest.raises(ConfigError, match="train_text_encoder_ti=True cannot be compared"):
+    with pytest.raises(ConfigError, match="train_text_encoder_ti cannot be used in a comparison"):
         read_material(icons_config(train_text_encoder_ti=True), CompareConfig())
+    with pytest.raises(ConfigError, match="clip_skip cannot be used in a comparison"):
+        read_material(icons_config(clip_skip=1), CompareConfig())
     (tmp_path / "none.txt").write_text("\n \n", encoding="utf-8")
     for name in ("none.txt", "missing.txt"):
         with pytest.raises(ConfigError, match=f"{name}.*one prompt per line"):

@@ -29,7 +29,7 @@ def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
 
 def test_an_arm_is_a_method_and_typed_settings() -> None:
     arm = parse_arm("flat-lora:sigma=0.2,lora_target_modules=attn+ff,use_ema=true,rank=8")
-    assert (arm.method, arm.role) == ("flat-lora", "control")
+    assert (arm.method, arm.role) == ("flat-lora", "arm")
     assert arm.changes == {"sigma": 0.2, "lora_target_modules": "attn+ff", "use_ema": True, "rank": 8}
     assert arm.name == "Flat-LoRA, sigma 0.2, lora_target_modules attn+ff, use_ema True, rank 8"
     assert parse_arm("lora").role == "arm"
@@ -40,7 +40,9 @@ def test_an_arm_is_a_method_and_typed_settings() -> None:
     [
         ("dreambooth", "'dreambooth' must begin with one of lora, flat-lora"),
         ("lora:rank", "'rank' in 'lora:rank' is not SETTING=VALUE"),
-        ("lora:seed=3", "'seed=3' in 'lora:seed=3' is set by the experiment itself"),
+        ("lora:seed=3", "'seed=3' in 'lora:seed=3' is the same for the whole experiment"),
+        ("lora:mixed_precision=bf16", "is the same for the whole experiment"),
+        ("lora:sigma=0.2", "'sigma=0.2' in 'lora:sigma=0.2' means nothing for plain LoRA"),
         ("lora:rnk=3", "unknown setting 'rnk'"),
         ("lora:rank=many", "rank='many' must be of type int"),
         ("lora:use_ema=yes", "use_ema='yes' must be true or false"),
@@ -77,6 +79,7 @@ def test_the_nulls_share_the_first_weights(config: TrainConfig) -> None:
     assert (sigma_0.run.seed, sigma_0.perturb.sigma) == (7, 0.0)
     assert other_draws.run.seed not in (7, None)
     assert other_draws.adapter.lora_init_seed == 7
+    assert null_arms(7, 5)[1].changes["lora_init_seed"] == 5
     assert second_eps.run.seed == 7
     assert second_eps.perturb.perturb_seed not in (7, None)
 
@@ -94,9 +97,29 @@ def test_a_run_is_trained_once_and_again_when_its_settings_change(config: TrainC
     written = planned.lora.stat().st_mtime_ns
     train_planned(planned)
     assert planned.lora.stat().st_mtime_ns == written
-    (changed,) = plan(config.replace(rank=2), [parse_arm("lora")], [0], 1)
-    assert not changed.is_finished
-    assert not changed.is_begun, "a checkpoint of other settings is not one to go on from"
+    assert planned.last_step == 2
+    for setting in (
+        {"rank": 2},
+        {"snr_gamma": 5.0},
+        {"lora_alpha": 1.0},
+        {"max_train_steps": 3},
+        {"save_dtype": "bf16"},
+    ):
+        (changed,) = plan(config.replace(**setting), [parse_arm("lora")], [0], 1)
+        assert not changed.is_finished, setting
+        assert not changed.is_begun, "a checkpoint of other settings is not one to go on from"
+    (same,) = plan(config.replace(dataloader_num_workers=1), [parse_arm("lora")], [0], 1)
+    assert same.is_finished
+
+
+def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig) -> None:
+    (planned,) = plan(config.replace(snr_gamma=5.0, sigma=0.2), [parse_arm("flat-lora")], [0], 1)
+    train_planned(planned)
+    assert planned.is_finished
+    for left_open in ({"snr_gamma": None}, {"sigma": None}):
+        (other,) = plan(planned.config.replace(**left_open, output_dir=config.run.output_dir), [planned.arm], [0], 1)
+        assert other.run.folder == planned.run.folder
+        assert not other.is_finished
 
 
 def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:

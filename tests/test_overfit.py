@@ -51,6 +51,7 @@ def test_a_strength_is_suggested_when_it_is_worth_it() -> None:
 def test_a_run_worse_than_the_base_is_said_to_be() -> None:
     found = advise(run(1.0, 1.1, 1.2), {1.0: 1.2})
     assert found.over_fit
+    assert not advise(run(1.0, 1.0, 1.0), {1.0: 1.0}).over_fit, "it learned nothing"
     assert "No checkpoint predicts the held-out images better than the base" in found.why
 
 
