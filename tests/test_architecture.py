@@ -28,6 +28,7 @@ LEVELS = [
         "surface_page",
         "single_file",
         "vision_input",
+        "buckets",
     },
     {
         "weight_space",
