@@ -24,6 +24,7 @@ _EMPTY = (
     "<b>No images yet.</b><br>Drop 10 to 30 pictures of one style here, with captions in .txt files of the same names "
     "if you have some. To try it out, load the sample icons."
 )
+_LOOKING = "Looking for your images; the first time after a start takes some seconds."
 _NONE_CHOSEN = "Remove one image: choose it above"
 
 
@@ -175,7 +176,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
                 for name in PLACED_WITH_THE_IMAGES:
                     form.by_name[name].render()
         with gr.Column(scale=3, min_width=300):
-            count = gr.HTML(_note(_EMPTY), elem_id="caption-count", padding=False)
+            count = gr.HTML(_note(_LOOKING), elem_id="caption-count", padding=False)
             told = gr.HTML(padding=False)
             with gr.Column(visible=False) as filled:
                 gallery = gr.Gallery(
@@ -202,7 +203,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
             label="Captions: double-click one to change it, or press Enter on it",
             static_columns=[0, 1, 3],
             column_count=4,
-            column_widths=["100px", "150px", "", "240px"],
+            column_widths=["9%", "16%", "50%", "25%"],
             wrap=True,
             interactive=True,
             buttons=[],

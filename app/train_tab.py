@@ -36,6 +36,7 @@ _NOTHING = (
     '<div class="fl-card"><b>Nothing has been trained here yet.</b><br>'
     "Load images in the Dataset tab, choose a preset, press Start; progress and previews then show here.</div>"
 )
+_COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
 _NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve begins with the first steps of a training.</div>'
 _SECONDS = 1.5
 
@@ -158,7 +159,7 @@ def build_train_tab(
             _place_first(form)
             _place_the_rest(form)
         with gr.Column(scale=1, min_width=300):
-            told = gr.HTML(elem_id="summary", padding=False)
+            told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False)
             gr.Markdown("### Progress")
@@ -175,6 +176,7 @@ def build_train_tab(
                 height=300,
                 label="Loss, smoothed: how far the LoRA is off; it should fall, then level out",
                 caption="Both of a pair see the same images and noise, so their curves may lie on each other.",
+                elem_id="loss",
                 visible=False,
             )
             previews = gr.Gallery(
