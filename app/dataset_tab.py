@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,21 @@ from typing import Any
 import gradio as gr
 
 from app.context import AppContext
-from app.dataset_view import look_at, training_size, trigger_captions
-from app.forms import ConfigForm
+from app.dataset_view import fill_captions, framing, look_at, trigger_captions
+from app.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from app.reporting import told_on_the_page
+from app.thumbnails import Thumbnails
 from app.uploads import UploadResult
-from flatlora_diffusion.config import SAMPLES, ConfigError
+from flatlora_diffusion.config import SAMPLES, ConfigError, DataConfig, ModelConfig
 from flatlora_diffusion.images import find_images
 
 _HEADERS = ["Image", "File", "Caption", "Notes"]
-_EMPTY = "No images yet. Drop 10 to 30 pictures of one style here, or load the sample icons."
+_EMPTY = (
+    "<b>No images yet.</b><br>Drop 10 to 30 pictures of one style here, with captions in .txt files of the same names "
+    "if you have some. To try it out, load the sample icons."
+)
+_LOOKING = "Looking for your images; the first time after a start takes some seconds."
+_NONE_CHOSEN = "Remove one image: choose it above"
 
 
 def ensure_session(context: AppContext, session: str) -> str:
@@ -28,43 +34,52 @@ def ensure_session(context: AppContext, session: str) -> str:
 
 
 def show(
-    context: AppContext, session: str, names: Mapping[str, str], background: str, base: str, resolution: str
-) -> tuple[Any, Any, str]:
-    """Gallery, caption table and count of the session's images."""
-    if not session:
-        return [], [], _note(_EMPTY)
-    with told_on_the_page():
-        size = training_size(base, int(resolution) if resolution.isdigit() else None)
-        view = look_at(context.uploads, session, names or {}, background, size)
-    if not view.rows:
-        return [], [], _note(_EMPTY)
+    context: AppContext,
+    thumbnails: Thumbnails,
+    session: str,
+    background: str,
+    has_buckets: bool,
+    base: str,
+    resolution: str,
+) -> tuple[Any, ...]:
+    """Gallery, caption table, count, image names in order, and the parts of the page that are for images only."""
+    if not session or not context.uploads.images(session):
+        return [], [], _note(_EMPTY), [], gr.Column(visible=False), gr.Column(visible=False)
+    try:
+        model = ModelConfig(pretrained_model_name_or_path=base.strip())
+        framed = framing(model, _resolution(resolution), background, has_buckets)
+        view = look_at(context.uploads, thumbnails, session, framed)
+    except ConfigError as error:  # while a colour is being typed, so in place of the count and not as an alarm
+        return gr.skip(), gr.skip(), _note(html.escape(str(error)), "fl-bad"), gr.skip(), gr.skip(), gr.skip()
     count = len(view.rows)
-    return (
-        view.pictures,
-        view.rows,
-        _note(f"<b>captions {view.captioned}/{count}</b>, shown at {size} x {size} pixels"),
-    )
+    shape = f"about {framed.size} x {framed.size}" if has_buckets else f"{framed.size} x {framed.size}"
+    note = _note(f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels")
+    order = [row[0] for row in view.rows]
+    return view.pictures, view.rows, note, order, gr.Column(visible=True), gr.Column(visible=True)
 
 
-def upload(
-    context: AppContext, session: str, names: Mapping[str, str], files: Sequence[str] | None
-) -> tuple[str, dict[str, str], None, str]:
-    """Take the dropped files: the session, the users' names by image, the emptied drop zone, what was refused."""
+def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str]:
+    """Take the dropped files: the session, the emptied drop zone, what was refused."""
     session = ensure_session(context, session)
     with told_on_the_page():
         result = context.uploads.add(session, [(Path(file).name, Path(file)) for file in files or ()])
-    return session, {**(names or {}), **_names(result)}, None, _refusals(result)
+    return session, None, _refusals(result)
 
 
-def load_samples_icons(context: AppContext, session: str) -> tuple[str, dict[str, str], str]:
-    """Put the sample icons in place of what the session has."""
+def load_samples_icons(context: AppContext, session: str) -> tuple[str, str]:
+    """Take the sample icons, if there are no images that they would mix with: the session, what was refused."""
     session = ensure_session(context, session)
     images, _ = find_images(SAMPLES / "icons_3d")
     captions = [path.with_suffix(".txt") for path in images]
     with told_on_the_page():
-        context.uploads.clear(session)
+        present = len(context.uploads.images(session))
+        if present:
+            raise ConfigError(
+                f"you have {present} images, and the samples would mix with their style; "
+                "press Remove all images first if you want the samples in their place"
+            )
         result = context.uploads.add(session, [(path.name, path) for path in (*images, *captions)])
-    return session, _names(result), _refusals(result)
+    return session, _refusals(result)
 
 
 def save_captions(context: AppContext, session: str, rows: Sequence[Sequence[str]]) -> str:
@@ -72,83 +87,192 @@ def save_captions(context: AppContext, session: str, rows: Sequence[Sequence[str
     captions = {row[0]: row[2] or "" for row in rows if row[0]}
     with told_on_the_page():
         context.uploads.save_captions(session, captions)
-    return _note(f"<b>captions {sum(bool(text.strip()) for text in captions.values())}/{len(captions)}</b>, saved")
+    count = sum(bool(text.strip()) for text in captions.values())
+    return _note(f"<b>{len(captions)} images, captions {count}/{len(captions)}</b>, saved")
 
 
-def caption_all(context: AppContext, session: str, names: Mapping[str, str], trigger: str) -> None:
+def caption_all(context: AppContext, session: str, trigger: str) -> None:
     """Make all captions from the file names and the trigger word."""
     with told_on_the_page():
         if not trigger.strip():
             raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
+        names = context.uploads.names(session) if session else {}
+        if not names:
+            raise ConfigError("there are no images to caption; drop some first")
+        context.uploads.save_captions(session, trigger_captions(names, trigger.strip()))
+
+
+def caption_by_model(
+    context: AppContext, session: str, name_or_path: str, trigger: str, told: Callable[[int, int], None]
+) -> str:
+    """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
+    with told_on_the_page():
         present = context.uploads.captions(session) if session else {}
-        known = {image: (names or {}).get(image, image) for image in present}
-        context.uploads.save_captions(session, trigger_captions(known, trigger.strip()))
+        if not present:
+            raise ConfigError("there are no images to caption; drop some first")
+        if all(present.values()):
+            raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
+        if not name_or_path.strip():
+            raise ConfigError("no captioning model is given; enter the folder or hub id of a BLIP model")
+        from flatlora_diffusion.captioner import load_captioner  # imports transformers, which takes seconds
+
+        captioner = load_captioner(name_or_path.strip())
+        count = fill_captions(context.uploads, session, captioner, trigger.strip(), told)
+    return _note(f"{count} captions written by the model; read them, and correct what is wrong")
 
 
-def clear(context: AppContext, session: str) -> dict[str, str]:
-    """Remove all of the session's images."""
+def empty_captions(context: AppContext, session: str) -> None:
+    """Remove all captions; the images stay."""
+    if session:
+        context.uploads.save_captions(session, dict.fromkeys(context.uploads.captions(session), ""))
+
+
+def choose(context: AppContext, session: str, image: str) -> tuple[str, Any]:
+    """The image to remove, and the button that does it and names it."""
+    name = context.uploads.names(session).get(image) if session and image else None
+    return (image, gr.Button(f"Remove {name}", interactive=True)) if name else ("", _no_choice())
+
+
+def remove_one(context: AppContext, session: str, image: str) -> tuple[str, Any]:
+    """Remove the chosen image; nothing is chosen then."""
+    with told_on_the_page():
+        if not image:
+            raise ConfigError("no image is chosen; click one in the gallery or in the table")
+        context.uploads.remove(session, image)
+    return "", _no_choice()
+
+
+def clear(context: AppContext, session: str) -> tuple[str, Any, str]:
+    """Remove all of the session's images; nothing is chosen then, nothing refused."""
     if session:
         context.uploads.clear(session)
-    return {}
+    return "", _no_choice(), ""
 
 
 def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.BrowserState, load: Any) -> None:
     """`load`: the page's load event."""
-    names = gr.BrowserState({}, storage_key="flatlora-names", secret="browser only")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             drop = gr.File(
                 label="Drop images or a zip here", file_count="multiple", type="filepath", height=150, elem_id="drop"
             )
             samples = gr.Button("Load the 23 sample icons", elem_id="load-samples")
-            with gr.Row():
+            with gr.Group():
                 trigger = gr.Textbox(
-                    "TOK", label="Trigger word", info="stands for your style in prompts", min_width=140
+                    "TOK", label="Trigger word", info="a made-up word that stands for your style in prompts"
                 )
-                caption = gr.Button("Captions from file names", min_width=140)
-            form.by_name["background_color"].render()
-            remove = gr.Button("Remove all images", variant="stop", size="sm")
+                by_name = gr.Button("Write all captions from file names", elem_id="captions-from-names")
+            with gr.Accordion("Caption with a model", open=False):
+                model = gr.Textbox(
+                    label="Captioning model",
+                    info="folder or hub id of a BLIP model, such as Salesforce/blip-image-captioning-base; "
+                    "only images without a caption get one",
+                    elem_id="captioner",
+                )
+                with gr.Row():
+                    by_model = gr.Button("Caption with a model", elem_id="captions-by-model", min_width=120)
+                    empty = gr.Button("Empty all captions", min_width=120)
+            with gr.Accordion("How images are cropped and shown to the trainer", open=False):
+                for name in PLACED_WITH_THE_IMAGES:
+                    form.by_name[name].render()
         with gr.Column(scale=3, min_width=300):
-            count = gr.HTML(_note(_EMPTY), elem_id="caption-count")
-            refused = gr.HTML()
-            gallery = gr.Gallery(
-                label="As the trainer sees them (centre crop)", columns=6, height=330, object_fit="contain", buttons=[]
-            )
-    table = gr.Dataframe(
-        headers=_HEADERS,
-        type="array",
-        label="Captions: double-click one to change it",
-        static_columns=[0, 1, 3],
-        column_count=4,
-        wrap=True,
-        interactive=True,
-        buttons=[],
-        elem_id="captions",
-    )
+            count = gr.HTML(_note(_LOOKING), elem_id="caption-count", padding=False)
+            told = gr.HTML(padding=False)
+            with gr.Column(visible=False) as filled:
+                gallery = gr.Gallery(
+                    label="As the trainer sees them (centre crop)",
+                    show_label=False,
+                    columns=6,
+                    height=470,
+                    object_fit="contain",
+                    buttons=[],
+                    interactive=False,
+                    elem_id="pictures",
+                    elem_classes="fl-gallery",
+                )
+                with gr.Row():
+                    remove = gr.Button(_NONE_CHOSEN, interactive=False, size="sm", elem_id="remove-one", min_width=140)
+                    remove_all = gr.Button("Remove all images", size="sm", elem_id="remove-all", min_width=140)
+                with gr.Row(visible=False) as question:
+                    yes = gr.Button("Yes, remove all images", variant="stop", size="sm", elem_id="remove-all-yes")
+                    no = gr.Button("No, keep them", size="sm")
+    with gr.Column(visible=False) as listed:
+        table = gr.Dataframe(
+            headers=_HEADERS,
+            type="array",
+            label="Captions: double-click one to change it, or press Enter on it",
+            static_columns=[0, 1, 3],
+            column_count=4,
+            column_widths=["9%", "16%", "50%", "25%"],
+            wrap=True,
+            interactive=True,
+            buttons=[],
+            elem_id="captions",
+        )
+    chosen, order = gr.State(""), gr.State([])
+    looked_at = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
     look = {
-        "fn": partial(show, context),
-        "inputs": [session, names]
-        + [form.by_name[name] for name in ("background_color", "pretrained_model_name_or_path", "resolution")],
-        "outputs": [gallery, table, count],
+        "fn": partial(show, context, Thumbnails(context.uploads.folder / "thumbnails")),
+        "inputs": [session, *(form.by_name[name] for name in looked_at)],
+        "outputs": [gallery, table, count, order, filled, listed],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    drop.upload(
-        partial(upload, context), [session, names, drop], [session, names, drop, refused], api_name="upload"
-    ).then(**look)
-    samples.click(
-        partial(load_samples_icons, context), [session], [session, names, refused], api_name="load_samples"
-    ).then(**look)
-    caption.click(partial(caption_all, context), [session, names, trigger], None).success(**look)
-    remove.click(partial(clear, context), [session], [names]).then(**look)
+    drop.upload(partial(upload, context), [session, drop], [session, drop, told], api_name="upload").then(**look)
+    samples.click(partial(load_samples_icons, context), [session], [session, told], api_name="load_samples").success(
+        **look
+    )
+    by_name.click(partial(caption_all, context), [session, trigger], None).success(**look)
+    by_model.click(
+        _captioning(context), [session, model, trigger], [told], concurrency_limit=1, api_name="caption_by_model"
+    ).success(**look)
+    empty.click(partial(empty_captions, context), [session], None).success(**look)
+    gallery.select(_picked_picture(context), [session, order], [chosen, remove], show_progress="hidden")
+    table.select(_picked_row(context), [session], [chosen, remove], show_progress="hidden")
+    remove.click(partial(remove_one, context), [session, chosen], [chosen, remove]).success(**look)
+    remove_all.click(lambda: gr.Row(visible=True), None, [question], show_progress="hidden")
+    no.click(lambda: gr.Row(visible=False), None, [question], show_progress="hidden")
+    yes.click(partial(clear, context), [session], [chosen, remove, told]).then(**look).then(
+        lambda: gr.Row(visible=False), None, [question], show_progress="hidden"
+    )
     table.input(partial(save_captions, context), [session, table], [count], show_progress="hidden")
-    for name in ("background_color", "resolution"):
-        form.by_name[name].change(**look)
+    gr.on([form.by_name[name].change for name in looked_at], trigger_mode="always_last", **look)
     load(partial(ensure_session, context), [session], [session], show_progress="hidden").then(**look)
 
 
-def _names(result: UploadResult) -> dict[str, str]:
-    return {taken.path.name: taken.original for taken in result.taken}
+def _captioning(context: AppContext) -> Any:
+    """The handler with Gradio's progress, which only a plain function's default gets."""
+
+    def caption(session: str, model: str, trigger: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+        return caption_by_model(context, session, model, trigger, lambda done, of: progress((done, of), unit="images"))
+
+    return caption
+
+
+def _picked_picture(context: AppContext) -> Any:
+    def picked(session: str, order: list[str], event: gr.SelectData) -> tuple[str, Any]:
+        return choose(context, session, order[event.index] if event.index < len(order) else "")
+
+    return picked
+
+
+def _picked_row(context: AppContext) -> Any:
+    def picked(session: str, event: gr.SelectData) -> tuple[str, Any]:
+        return choose(context, session, str(event.row_value[0]))
+
+    return picked
+
+
+def _no_choice() -> Any:
+    return gr.Button(_NONE_CHOSEN, interactive=False)
+
+
+def _resolution(text: str) -> int | None:
+    """None for what is no size yet, since it is asked for while it is typed."""
+    try:
+        return DataConfig(resolution=int(text)).resolution
+    except ValueError:
+        return None
 
 
 def _refusals(result: UploadResult) -> str:
@@ -156,5 +280,5 @@ def _refusals(result: UploadResult) -> str:
     return f'<div class="fl-card fl-bad"><b>Not taken</b><ul>{"".join(lines)}</ul></div>' if lines else ""
 
 
-def _note(text: str) -> str:
-    return f'<div class="fl-card">{text}</div>'
+def _note(text: str, tone: str = "") -> str:
+    return f'<div class="fl-card {tone}" role="status">{text}</div>'

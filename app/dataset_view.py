@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
+from app.thumbnails import Thumbnails
 from app.uploads import Uploads
-from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.dataset import SampleSet, make_sample
-from flatlora_diffusion.images import load_alpha, load_image
-from flatlora_diffusion.views import choose_view, view_image
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.dataset import SampleSet
+from flatlora_diffusion.images import load_image
 
-_THUMBNAIL = 256
+Captioner = Callable[[Sequence[Image.Image]], list[str]]
+_CAPTIONED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -27,40 +27,66 @@ class DatasetView:
     captioned: int
 
 
-def training_size(base: str, resolution: int | None) -> int:
-    """The training size in pixels; a size that is left open is the base's own."""
-    return resolution or (64 if base == "tiny" else 1024)
+@dataclass(frozen=True)
+class Framing:
+    """How images are cropped: to squares of `size` pixels, or to the nearest bucket of multiples of `bucket_step`."""
+
+    background: str
+    size: int
+    bucket_step: int | None = None
+
+    def sizes(self, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The training size of each image; all are (height, width)."""
+        if self.bucket_step is None:
+            return [(self.size, self.size)] * len(shapes)
+        from flatlora_diffusion.buckets import bucket_sizes  # imports diffusers, which takes seconds
+
+        return bucket_sizes(shapes, self.size, self.bucket_step)
 
 
-def look_at(uploads: Uploads, session: str, names: Mapping[str, str], background: str, size: int) -> DatasetView:
-    """`names`: the user's own file names by image name. Raises ConfigError for a bad colour."""
-    images, captions = uploads.images(session), uploads.captions(session)
-    samples = SampleSet([make_sample(path.name, path, captions[path.name]) for path in images], 0, [])
-    twins = dict(samples.duplicates())
+def training_size(model: ModelConfig, resolution: int | None) -> int:
+    """The training size in pixels; one that is left open is the base's own, from its configs."""
+    if resolution is not None:
+        return resolution
+    from flatlora_diffusion.weightless import part_settings, vae_factor  # imports diffusers, which takes seconds
+
+    return int(part_settings(model, "unet")["sample_size"]) * vae_factor(model)
+
+
+def framing(model: ModelConfig, resolution: int | None, background: str, has_buckets: bool) -> Framing:
+    """How the trainer frames the images for the base `model`."""
+    size = training_size(model, resolution)
+    if not has_buckets:
+        return Framing(background, size)
+    from flatlora_diffusion.weightless import size_step
+
+    return Framing(background, size, size_step(model))
+
+
+def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
+    """All images of a session. Raises ConfigError for a bad colour."""
+    images, captions, names = uploads.images(session), uploads.captions(session), uploads.names(session)
+    looks = [thumbnails.look(path) for path in images]
+    samples = [look.sample for look in looks]
+    twins = dict(SampleSet(samples, 0, []).duplicates())
+    sizes = framed.sizes([(sample.height, sample.width) for sample in samples])
     pictures, rows = [], []
-    for path, sample in zip(images, samples.samples, strict=True):
-        shown = names.get(path.name, path.name)
-        notes = []
-        if min(sample.width, sample.height) < size:
-            notes.append(f"small: {sample.width} x {sample.height}, will be enlarged to {size}")
+    for path, look, size in zip(images, looks, sizes, strict=True):
+        name, sample = names[path.name], look.sample
+        bucket = "" if framed.bucket_step is None else f"{size[1]} x {size[0]}"
+        notes = [f"bucket {bucket}"] if bucket else []
+        if sample.height < size[0] or sample.width < size[1]:
+            notes.append(f"small: {sample.width} x {sample.height}, will be enlarged to {size[1]} x {size[0]}")
         if path.name in twins:
-            notes.append(f"looks like {names.get(twins[path.name], twins[path.name])}")
-        if load_alpha(path).histogram()[255] < sample.width * sample.height:
-            notes.append(f"transparent: put on {background}")
+            notes.append(f"looks like {names[twins[path.name]]}")
+        if look.is_transparent:
+            notes.append(f"transparent: put on {framed.background}")
         if not captions[path.name]:
             notes.append("no caption")
-        pictures.append((as_trained(path, background, size), shown))
-        rows.append([path.name, shown, captions[path.name], "; ".join(notes)])
+        picture = thumbnails.picture(path, sample.sha256, framed.background, size)
+        pictures.append((picture, f"{name}, {bucket}" if bucket else name))
+        rows.append([path.name, name, captions[path.name], "; ".join(notes)])
     return DatasetView(pictures, rows, sum(bool(caption) for caption in captions.values()))
-
-
-def as_trained(path: Path, background: str, size: int) -> Image.Image:
-    """The centre crop at the training size, by the trainer's own functions; shrunk to a thumbnail."""
-    image = load_image(path, background)
-    view = choose_view((image.height, image.width), (size, size), True, False, torch.Generator())
-    picture = view_image(image, view, TrainConfig().data.image_interpolation_mode)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return picture
 
 
 def trigger_captions(names: Mapping[str, str], trigger: str) -> dict[str, str]:
@@ -69,3 +95,23 @@ def trigger_captions(names: Mapping[str, str], trigger: str) -> dict[str, str]:
         image: " ".join(Path(name).stem.replace("_", " ").replace("-", " ").split()) for image, name in names.items()
     }
     return {image: f"a {trigger} icon of {word}, in the style of {trigger}" for image, word in words.items()}
+
+
+def fill_captions(
+    uploads: Uploads, session: str, captioner: Captioner, trigger: str, told: Callable[[int, int], None]
+) -> int:
+    """Caption the images that have none; returns how many. Each batch is saved, so that a stop loses little.
+
+    `told` gets how many of how many are done.
+    """
+    captions = uploads.captions(session)
+    bare = [path for path in uploads.images(session) if not captions[path.name]]
+    for first in range(0, len(bare), _CAPTIONED_AT_ONCE):
+        paths = bare[first : first + _CAPTIONED_AT_ONCE]
+        texts = captioner([load_image(path) for path in paths])
+        ending = f", in the style of {trigger}" if trigger else ""
+        still_bare = {name for name, text in uploads.captions(session).items() if not text}  # as it is after the wait
+        made = {path.name: f"{text}{ending}" for path, text in zip(paths, texts, strict=True)}
+        uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare})
+        told(first + len(paths), len(bare))
+    return len(bare)

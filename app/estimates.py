@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,8 @@ _SPEED_SETTINGS = (
     "gradient_checkpointing",
     "quantize_base",
 )
+# Models are rehearsed under a default dtype, which all threads share: one at a time, or they mix.
+_ONE_AT_A_TIME = threading.Lock()
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -85,7 +88,8 @@ def memory_of(config: TrainConfig) -> MemoryEstimate | None:
     from flatlora_diffusion.memory import estimate_memory  # imports torch and diffusers
 
     try:
-        return estimate_memory(config)
+        with _ONE_AT_A_TIME:
+            return estimate_memory(config)
     except ConfigError:
         return None
 

@@ -15,22 +15,29 @@ from flatlora_diffusion.config import ConfigError, TrainConfig, choices_of, pres
 # The app decides these itself: the place, what to resume, the method (which may be both); a token is never saved.
 DECIDED_BY_THE_APP = ("output_dir", "resume_from_checkpoint", "method", "hub_token", "local_rank")
 PRESETS = {"Quick look": "demo", "Paper": "paper", "Low memory": "low_memory", "Quality": "quality"}
-MAIN_SETTINGS = (
-    "pretrained_model_name_or_path",
-    "max_train_steps",
-    "rank",
-    "learning_rate",
-    "resolution",
-    "train_batch_size",
-    "sigma",
-    "validation_prompt",
-)
+# How the images look to the trainer: these stand beside the images.
+PLACED_WITH_THE_IMAGES = ("background_color", "use_aspect_ratio_buckets")
 _LABELS = {
     "pretrained_model_name_or_path": "Base model",
     "max_train_steps": "Steps",
     "train_batch_size": "Batch size",
     "validation_prompt": "Preview prompt",
     "instance_data_dir": "Image folder in place of the upload",
+    "sigma": "Sigma (noise of Flat-LoRA)",
+    "num_validation_images": "Preview images",
+    "use_aspect_ratio_buckets": "Keep the shapes of the images (aspect-ratio buckets)",
+}
+# What a word of the settings' own help means to somebody who has not trained before.
+_EXPLAINED = {
+    "max_train_steps": "one step looks at one batch; more steps learn more, and in the end by heart",
+    "rank": "its size: a higher one learns more detail and makes a larger file",
+    "learning_rate": "how far each step goes: too high spoils the style, too low does not learn it",
+    "train_batch_size": "larger is steadier and needs more memory",
+    "sigma": "how strong the noise is that Flat-LoRA trains against",
+    "repeats": "an epoch is one pass over all images",
+    "gradient_checkpointing": "try it when the GPU runs out of memory",
+    "snr_gamma": "weighs easy and hard noise levels alike",
+    "use_aspect_ratio_buckets": "without it every image is cropped to a square",
 }
 _START = {
     "validation_prompt": "a TOK icon of a lighthouse, in the style of TOK",
@@ -92,7 +99,7 @@ def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.compon
     label = _LABELS.get(item.name, item.name.replace("_", " ").capitalize())
     place = {
         "label": label,
-        "info": item.metadata["help"] + _bounds(item),
+        "info": "; ".join(filter(None, (item.metadata["help"], _EXPLAINED.get(item.name)))) + _bounds(item),
         "elem_id": f"setting-{item.name}",
         "render": False,
     }

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import html
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import gradio as gr
 import pandas as pd
 
 from app.context import AppContext
 from app.runs import Run
-from app.theme import COLOURS
+from app.theme import COLOURS, SHADES
 
 _MOST_POINTS = 300
 _LAST_LINES = 12
+LOG_LINES = 40
+_LOG_LINES_READ = 400  # so that enough is left when the noise is out
+# What packages print while they are imported; nobody can act on it, and it hides the training's own lines.
+_NOISE = re.compile(
+    r"Failed to load .*(kernels-community|torchao)"
+    r"|Unable to import `torchao`"
+    r"|Warning: Detected no triton"
+    r"|[WI]\d{4} \d\d:\d\d:\d\d\.\d+ .*(site|dist)-packages"
+    r"|(?!  File ).*(site|dist)-packages.*: \w*Warning: "
+    r"|Loading (pipeline components|weights|checkpoint shards)\b.*\d+%"
+)
 _STATES = {
     "queued": "waiting for its turn",
     "running": "training",
@@ -58,12 +72,46 @@ def run_card(run: Run) -> str:
     if run.advice:
         tone = "fl-bad" if run.state in ("failed", "interrupted") else "fl-faint"
         card += f'<p class="{tone}">{html.escape(run.advice)}</p>'
-    if run.log:
-        card += f"<pre>{html.escape(chr(10).join(run.log[-_LAST_LINES:]))}</pre>"
+    log = own_lines(run.log)[-_LAST_LINES:]
+    if log:
+        card += f"<pre>{html.escape(chr(10).join(log))}</pre>"
     return card + "</div>"
 
 
-def loss_curves(context: AppContext, runs: list[Run]) -> pd.DataFrame:
+def log_tail(context: AppContext, run_id: str) -> str:
+    """The last LOG_LINES lines that the training itself has printed."""
+    return "\n".join(own_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
+
+
+def own_lines(lines: Sequence[str]) -> list[str]:
+    """The lines without what packages print while they are imported, and without the source line of a warning."""
+    kept = []
+    was_noise = False
+    for line in lines:
+        is_source = was_noise and line.startswith("  ")
+        was_noise = _NOISE.match(line) is not None
+        if not (was_noise or is_source):
+            kept.append(line)
+    return kept
+
+
+def loss_curves(context: AppContext, runs: list[Run]) -> gr.LinePlot:
+    """The chart of the runs that have a loss, each in its method's colour; hidden while there is none."""
+    frame = loss_frame(context, runs)
+    return gr.LinePlot(value=frame, color_map=run_colours(runs), visible=len(frame) > 0)
+
+
+def run_colours(runs: list[Run]) -> dict[str, str]:
+    """The colour of each run by its name: that of its method, in another shade for a second run of the method."""
+    colours: dict[str, str] = {}
+    for run in runs:
+        shades = SHADES.get(method_name(run.method), ("#777777",))
+        free = [shade for shade in shades if shade not in colours.values()]
+        colours.setdefault(run.name, (free or shades)[0])
+    return colours
+
+
+def loss_frame(context: AppContext, runs: list[Run]) -> pd.DataFrame:
     """Columns step, loss (mean over a tenth of the run), raw, run."""
     frames = []
     for run in runs:

@@ -7,7 +7,9 @@ import gradio as gr
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
-COLOURS = {"LoRA": "#0e8f8f", "Flat-LoRA": "#e0662d"}
+# A colour for each method, then its lighter and darker kin for more runs of the same method in one chart.
+COLOURS = {"LoRA": "#cf7600", "Flat-LoRA": "#2f6fde"}
+SHADES = {"LoRA": ("#cf7600", "#f2ad4e", "#8a4f00"), "Flat-LoRA": ("#2f6fde", "#84adf2", "#173f8f")}
 
 
 def make_theme() -> gr.themes.Base:
@@ -26,23 +28,43 @@ def make_theme() -> gr.themes.Base:
     )
 
 
+# Gradio moves rules of a media query below `.contain`, so what is outside of that is written without one.
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { max-width: min(1180px, 100%) !important; min-width: 0; margin: 0 auto !important; }
+.gradio-container > *, .gradio-container main { min-width: 0; max-width: 100%; }
+.gradio-container > .main { padding: 12px clamp(6px, 2.5vw, 32px) !important; }
+.tabs, .tabitem, .row, .column, .form { min-width: 0; max-width: 100%; }
 footer { display: none !important; }
+button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-visible {
+  outline: 3px solid #2f6fde !important; outline-offset: 2px; }
 .fl-title h1 { margin: 0; } .fl-title p { margin: .2rem 0 0; opacity: .75; }
-.fl-card { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 12px 16px; margin-bottom: 10px;
+.html-container { padding: 0 !important; }
+.block:has(> .html-container > .gradio-style:empty) { display: none; }
+.fl-card { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 12px 16px;
   background: var(--block-background-fill); color: var(--body-text-color); overflow-wrap: anywhere; }
+.fl-card + .fl-card { margin-top: 10px; }
 .fl-card b { font-weight: 600; }
+.fl-card ul { margin: 6px 0 0; padding-left: 1.2em; list-style: disc; }
 .fl-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 16px; }
 .fl-track { height: 10px; border-radius: 5px; background: var(--border-color-primary); margin: 8px 0 4px;
   overflow: hidden; }
 .fl-fill { height: 100%; }
-.fl-faint { opacity: .75; font-size: .9em; }
+.fl-faint { opacity: .8; font-size: .9em; }
 .fl-bad { color: #b42318; } .dark .fl-bad { color: #ff8a7a; }
 .fl-card pre { white-space: pre-wrap; max-height: 14em; overflow: auto; font-size: .8em; margin: 8px 0 0; }
 #captions, #captions > *, .table-wrap { max-width: 100%; overflow-x: auto; }
+#captions table { min-width: 640px; }
+#log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }
+.fl-gallery .grid-container .thumbnail-item { aspect-ratio: auto !important; height: auto !important; width: 100%; }
+.fl-gallery .grid-container .thumbnail-item img { aspect-ratio: 1; height: auto; width: 100%; object-fit: contain; }
+#loss { height: auto !important; } #loss .vega-embed { height: 270px; }
+.fl-gallery .grid-wrap.fixed-height { min-height: 0; max-height: 340px; }
+.fl-gallery .grid-container .caption-label { position: static !important; display: block; width: 100%;
+  max-width: none !important; padding: 3px 4px; border: 0; border-radius: 0; white-space: normal;
+  overflow-wrap: anywhere; text-align: center;
+  font-size: .75rem; line-height: 1.3; background: none; color: var(--body-text-color); }
 @media (max-width: 640px) {
-  .gradio-container, .gradio-container main { overflow-x: clip; max-width: 100vw !important; }
-  .gradio-container { padding: 8px !important; }
+  .fl-gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  .tab-container button { padding: 0 9px; }
 }
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import gradio as gr
 
 from app.context import AppContext
+from app.dataset_view import training_size
 from app.estimates import estimate_disk, estimate_time, memory_of, total_steps
-from app.forms import MAIN_SETTINGS, PRESETS, ConfigForm, preset_settings
-from app.live_view import duration, loss_curves, newest_previews, recent_runs, run_card
+from app.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
+from app.live_view import duration, log_tail, loss_curves, newest_previews, recent_runs, run_card
 from app.reporting import told_on_the_page
 from app.store import Job
 from flatlora_diffusion.config import ConfigError, TrainConfig
@@ -21,7 +22,22 @@ from flatlora_diffusion.dataset import load_samples
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", "Flat-LoRA", "LoRA"
 _METHODS = {FLAT: "flat-lora", PLAIN: "lora"}
-_NOTHING = '<div class="fl-card">Nothing has been trained here yet. Load images, choose a preset, press Start.</div>'
+_FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
+_SECOND = ("resolution", "train_batch_size", "validation_prompt", "num_validation_images", "seed")
+_METHOD_HINT = (
+    "Flat-LoRA adds a little noise to the base while it trains, so that the style holds better. "
+    "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
+)
+_PRESET_HINT = (
+    "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
+    "Low memory: small GPUs. Quality: longer, with a larger LoRA."
+)
+_NOTHING = (
+    '<div class="fl-card"><b>Nothing has been trained here yet.</b><br>'
+    "Load images in the Dataset tab, choose a preset, press Start; progress and previews then show here.</div>"
+)
+_COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
+_NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve begins with the first steps of a training.</div>'
 _SECONDS = 1.5
 
 
@@ -30,7 +46,8 @@ def start(context: AppContext, form: ConfigForm, session: str, name: str, method
     with told_on_the_page():
         jobs = queue_training(context, form.read(values), session, name, method)
     names = " and ".join(html.escape(str(job.run)) for job in jobs)
-    return f'<div class="fl-card">Queued: <b>{names}</b></div>'
+    order = ", one after the other" if len(jobs) > 1 else ""
+    return f'<div class="fl-card" role="status"><b>Queued:</b> {names}{order}. Watch under Progress.</div>'
 
 
 def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, method: str) -> list[Job]:
@@ -51,6 +68,9 @@ def with_images(context: AppContext, config: TrainConfig, session: str) -> Train
         return config
     if not session:
         raise ConfigError("there are no images to train on; upload some first")
+    captions = context.uploads.captions(session)
+    if captions:  # without any, freeze says so
+        _check_images(captions, config.data.instance_prompt)
     return config.replace(instance_data_dir=str(context.uploads.freeze(session)))
 
 
@@ -59,8 +79,10 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     try:
         config = _as_method(form.read(values), FLAT if method == BOTH else method)
         captions = context.uploads.captions(session) if session else {}
-        if not captions and not config.data.instance_data_dir and not config.data.dataset_name:
-            raise ConfigError("no images yet; drop some in the Dataset tab or load the sample icons there")
+        if not config.data.instance_data_dir and not config.data.dataset_name:
+            _check_images(captions, config.data.instance_prompt)
+        else:
+            captions = {}
         lines = _facts(context, config, captions, arms=2 if method == BOTH else 1)
     except ConfigError as error:
         return f'<div class="fl-card fl-bad">{html.escape(str(error))}</div>'
@@ -68,7 +90,10 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
 
 
 def live(context: AppContext, chosen: str | None, seen: str) -> tuple[Any, ...]:
-    """Cards, run choice, curves, previews, log, the three buttons, what was shown; unchanged parts are left alone."""
+    """Cards, run choice, curves, what stands for none, previews, log, the three buttons, what was shown.
+
+    Unchanged parts are left alone.
+    """
     runs = recent_runs(context)
     ids = [run.id for run in runs]
     at_work = next((run.id for run in runs if run.state == "running"), ids[-1] if ids else None)
@@ -77,13 +102,16 @@ def live(context: AppContext, chosen: str | None, seen: str) -> tuple[Any, ...]:
     images = newest_previews(context, runs)
     drawn = f"{chosen} {[(one.id, one.progress.step, one.state) for one in runs]} {images}"
     is_same = drawn == seen
-    log = "\n".join(context.runs.log(chosen, 12)) if chosen else ""
+    log = log_tail(context, chosen) if chosen else ""
+    choices = [(one.name, one.id) for one in runs]
+    has_loss = any(one.progress.step for one in runs)
     return (
         "".join(map(run_card, runs)) or _NOTHING,
-        gr.skip() if is_same else gr.Radio(choices=[(one.name, one.id) for one in runs], value=chosen),
+        gr.skip() if is_same else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
         gr.skip() if is_same else loss_curves(context, runs),
-        gr.skip() if is_same else images,
-        log,
+        gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
+        gr.skip() if is_same else gr.Gallery(value=images, visible=bool(images)),
+        gr.Textbox(value=log, visible=bool(log)),
         gr.Button(interactive=run is not None and run.state in ("running", "queued")),
         gr.Button(interactive=run is not None and run.state == "running" and run.progress.step > 0),
         gr.Button(interactive=run is not None and run.is_resumable),
@@ -114,60 +142,92 @@ def resume(context: AppContext, session: str, run_id: str | None) -> None:
         context.queue.add_resume(run_id or "", session)
 
 
-def build_train_tab(context: AppContext, form: ConfigForm, session: gr.BrowserState, load: Callable[..., Any]) -> None:
-    """`load`: the page's load event."""
+def build_train_tab(
+    context: AppContext,
+    form: ConfigForm,
+    session: gr.BrowserState,
+    load: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> None:
+    """`load`: the page's load event; `opened`: that of the tab coming to the front."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            name = gr.Textbox("my-style", label="Name", elem_id="run-name")
-            method = gr.Radio([BOTH, FLAT, PLAIN], value=BOTH, label="Train")
-            preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset")
-            _place_settings(form)
-            told = gr.HTML(elem_id="summary")
-            begin = gr.Button("Start training", variant="primary", elem_id="start")
-            queued = gr.HTML()
+            with gr.Group():
+                name = gr.Textbox("my-style", label="Name", info="of the run and its LoRA file", elem_id="run-name")
+                method = gr.Radio([BOTH, FLAT, PLAIN], value=BOTH, label="Train", info=_METHOD_HINT)
+                preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset", info=_PRESET_HINT)
+            _place_first(form)
+            _place_the_rest(form)
         with gr.Column(scale=1, min_width=300):
-            cards = gr.HTML(_NOTHING, elem_id="live")
-            chosen = gr.Radio([], label="Run for the buttons and the log")
+            told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
+            begin = gr.Button("Start training", variant="primary", elem_id="start")
+            queued = gr.HTML(padding=False)
+            gr.Markdown("### Progress")
+            cards = gr.HTML(_NOTHING, elem_id="live", padding=False)
+            chosen = gr.Radio([], label="Buttons and log are for", visible=False)
             with gr.Row():
                 buttons = [gr.Button(text, interactive=False, min_width=90) for text in ("Stop", "Save now", "Resume")]
+            no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
             curves = gr.LinePlot(
-                x="step", y="loss", color="run", tooltip=["step", "loss", "raw"], height=240, label="Loss, smoothed"
+                x="step",
+                y="loss",
+                color="run",
+                tooltip=["step", "loss", "raw"],
+                height=300,
+                label="Loss, smoothed: how far the LoRA is off; it should fall, then level out",
+                caption="Both of a pair see the same images and noise, so their curves may lie on each other.",
+                elem_id="loss",
+                visible=False,
             )
-            previews = gr.Gallery(label="Newest previews", columns=4, height=240, object_fit="contain", buttons=[])
-            log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True)
+            previews = gr.Gallery(
+                label="Newest previews",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                buttons=[],
+                elem_classes="fl-gallery",
+                visible=False,
+            )
+            log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
     seen = gr.State("")
     told_inputs = [session, method, *form.components]
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
-    triggers = [method.change, preset.change, *(form.by_name[item].change for item in MAIN_SETTINGS)]
+    triggers = [method.change, *(item.change for item in form.components)]
     gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
     preset.input(partial(_apply, form), [preset, *form.components], form.components, show_progress="hidden")
     begin.click(partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start")
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, previews, log, *buttons, seen],
+        "outputs": [cards, chosen, curves, no_loss, previews, log, *buttons, seen],
         "show_progress": "hidden",
     }
     gr.Timer(_SECONDS).tick(**watch, api_name="live")
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
+    opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
     buttons[0].click(partial(stop, context), [chosen], None, api_name="stop")
     buttons[1].click(partial(save_now, context), [chosen], None, api_name="save_now")
     buttons[2].click(partial(resume, context), [session, chosen], None, api_name="resume")
 
 
-def _place_settings(form: ConfigForm) -> None:
-    form.by_name["pretrained_model_name_or_path"].render()
-    for pair in (MAIN_SETTINGS[1:3], MAIN_SETTINGS[3:5], MAIN_SETTINGS[5:7]):
+def _place_first(form: ConfigForm) -> None:
+    form.by_name[_FIRST[0]].render()
+    for pair in (_FIRST[1:3], _FIRST[3:5]):
         with gr.Row():
             for item in pair:
                 form.by_name[item].render()
-    form.by_name["validation_prompt"].render()
-    for title, names in form.sections.items():
-        with gr.Accordion(f"More: {title}", open=False):
-            for item in names:
-                if item not in (*MAIN_SETTINGS, "background_color"):
-                    form.by_name[item].render()
+
+
+def _place_the_rest(form: ConfigForm) -> None:
+    with gr.Accordion("More settings", open=False, elem_id="more-settings"):
+        for item in _SECOND:
+            form.by_name[item].render()
+        for title, names in form.sections.items():
+            with gr.Accordion(title, open=False):
+                for item in names:
+                    if item not in (*_FIRST, *_SECOND, *PLACED_WITH_THE_IMAGES):
+                        form.by_name[item].render()
 
 
 def _apply(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
@@ -180,11 +240,28 @@ def _as_method(config: TrainConfig, method: str) -> TrainConfig:
     return config.replace(method=_METHODS[method], sigma=None if is_plain else config.perturb.sigma)
 
 
+def _check_images(captions: Mapping[str, str], instance_prompt: str | None) -> None:
+    """Raises ConfigError without images, and for images without a caption or a prompt in its place."""
+    if not captions:
+        raise ConfigError("no images yet; drop some in the Dataset tab or load the sample icons there")
+    bare = sum(not text for text in captions.values())
+    if bare and not (instance_prompt or "").strip():
+        raise ConfigError(
+            f"{bare} of {len(captions)} images have no caption; write them in the Dataset tab, or give an "
+            "Instance prompt under More settings, which then stands for each of them"
+        )
+
+
 def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], arms: int) -> list[str]:
     count = len(captions)
+    size = training_size(config.model, config.data.resolution)
     steps = total_steps(config, count) if count else config.optim.max_train_steps
-    lines = [f"{count} images, captions {sum(map(bool, captions.values()))}/{count}"] if count else ["other images"]
-    lines.append(f"{steps} steps" + (" for each of LoRA and Flat-LoRA" if arms == 2 else ""))
+    images = f"{count} images, captions {sum(map(bool, captions.values()))}/{count}" if count else "other images"
+    lines = [f"{images}, at {size} x {size} pixels"]
+    lines.append(f"{steps or 'as many as the images need'} steps" + (" for each of LoRA and Flat-LoRA" * (arms == 2)))
+    if count and steps:
+        batch = config.optim.train_batch_size * config.optim.gradient_accumulation_steps
+        lines[-1] += f"; each image is seen about {round(steps * batch / count)} times"
     time = estimate_time(config, count, context.runs) if count else None
     told = f"about {duration(arms * time.seconds)}, as fast as {html.escape(time.run)}" if time else ""
     lines.append(f"time: {told or 'unknown until the first run'}")

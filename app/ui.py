@@ -23,8 +23,8 @@ def build_app(context: AppContext) -> gr.Blocks:
         with gr.Tabs() as tabs:
             with gr.Tab("1 Dataset", id="dataset"):
                 build_dataset_tab(context, form, session, page.load)
-            with gr.Tab("2 Train", id="train"):
-                build_train_tab(context, form, session, page.load)
+            with gr.Tab("2 Train", id="train") as train:
+                build_train_tab(context, form, session, page.load, train.select)
             with gr.Tab("3 Compare", id="compare"):
                 build_compare_tab(context)
             with gr.Tab("Runs", id="runs") as runs:

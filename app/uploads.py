@@ -1,11 +1,13 @@
 """Uploaded images, each session's in a private folder: `SESSION/0001.png` with its caption in `SESSION/0001.txt`.
 
+The user's own names for them are in `SESSION/names.json`, so that they outlive the page.
 The trainer gets a copy that no later edit changes: `frozen/HASH/`, the same for the same images and captions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -21,6 +23,9 @@ from app.intake import Incoming, Limits, Refusal, RefusedError, copy_limited, im
 from flatlora_diffusion.config import ConfigError
 
 MOST_CAPTION_LETTERS = 2000
+_NAMES = "names.json"
+# What cameras, phones and browsers call their files: no caption.
+_NO_WORDS = re.compile(r"(img|dsc[nf]?|pxl|mvi|images?|photo|pic|picture|screenshot|scan|download|unnamed|untitled)?")
 _SESSION = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _IMAGE = re.compile(r"\d{4,}\.(?!txt$|part$)[a-z0-9]+")
 
@@ -64,7 +69,8 @@ class Uploads:
     def add(self, session: str, files: Sequence[tuple[str, Path]]) -> UploadResult:
         """Take images, captions and zips of both, given as (the user's name, where the bytes are).
 
-        A caption is the text of the `.txt` or `.caption` of the same name, or else the words of the image's name.
+        A caption is the text of the `.txt` or `.caption` of the same name, or else the words of the image's name;
+        a name that a camera gave has none.
         """
         result = UploadResult()
         with self._locked(session) as folder, ExitStack() as stack:
@@ -85,6 +91,12 @@ class Uploads:
     def captions(self, session: str) -> dict[str, str]:
         """Caption by image name (`0001.png`); empty for an image without one."""
         return {path.name: _caption(path) for path in self.images(session)}
+
+    def names(self, session: str) -> dict[str, str]:
+        """The user's own file name by image name, in the order the images came."""
+        folder = self.session_folder(session)
+        names = _names(folder)
+        return {path.name: names.get(path.name, path.name) for path in _images(folder)}
 
     def save_captions(self, session: str, captions: Mapping[str, str]) -> None:
         """Write the captions beside their images; an empty one is removed.
@@ -110,6 +122,9 @@ class Uploads:
                 raise ConfigError("that image is not among yours; reload the page")
             _write_caption(path, "")
             path.unlink()
+            names = _names(folder)
+            names.pop(name, None)
+            _write_whole(folder / _NAMES, json.dumps(names))
 
     def clear(self, session: str) -> None:
         """Delete all images of the session."""
@@ -165,6 +180,9 @@ class _Intake:
                 self._try(item, lambda item: self._take(item, captions.get(item.place)))
         finally:
             self._aside.unlink(missing_ok=True)
+            names = _names(self._folder) | {upload.path.name: upload.original for upload in self._result.taken}
+            if names:
+                _write_whole(self._folder / _NAMES, json.dumps(names))
 
     def _try(self, item: Incoming, take: Callable[[Incoming], None]) -> None:
         try:
@@ -207,6 +225,12 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _IMAGE.fullmatch(path.name))
 
 
+def _names(folder: Path) -> dict[str, str]:
+    path = folder / _NAMES
+    names: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return names
+
+
 def _caption(image: Path) -> str:
     path = image.with_suffix(".txt")
     return path.read_text(encoding="utf-8") if path.exists() else ""
@@ -217,15 +241,21 @@ def _write_caption(image: Path, text: str) -> None:
     if not text:
         path.unlink(missing_ok=True)
         return
+    _write_whole(path, text)
+
+
+def _write_whole(path: Path, text: str) -> None:
     aside = path.with_suffix(".part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
 def _words(name: str) -> str:
-    """`alarm clock` for `alarm_clock-.png`."""
+    """`alarm clock` for `alarm_clock-.png`, nothing for `IMG_2041.jpg`."""
     stem = name.rpartition(".")[0] or name
-    return " ".join(re.sub(r"[\W_]+", " ", stem).split())
+    words = re.sub(r"[\W_]+", " ", stem).split()
+    told = [letters for word in words if (letters := word.rstrip("0123456789"))]
+    return "" if _NO_WORDS.fullmatch(" ".join(told).lower()) else " ".join(words)
 
 
 def _rename_new(aside: Path, final: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 from torch import Tensor
 
+from flatlora_diffusion.buckets import bucket_sizes
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.images import load_alpha, load_image
@@ -122,8 +122,8 @@ class Feed:
         square = (self.resolution, self.resolution)
         if not self.config.data.use_aspect_ratio_buckets:
             return [square] * len(self.samples)
-        buckets = generate_aspect_ratio_buckets(self.resolution, self.sdxl.size_step)
-        return [buckets[find_nearest_bucket(sample.height, sample.width, buckets)] for sample in self.samples]
+        shapes = [(sample.height, sample.width) for sample in self.samples]
+        return bucket_sizes(shapes, self.resolution, self.sdxl.size_step)
 
     def _order(self) -> Order | BucketOrder:
         repeats, size = self.config.data.repeats, self.config.optim.train_batch_size

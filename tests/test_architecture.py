@@ -31,6 +31,7 @@ LEVELS = [
         "page_charts",
         "page_record",
         "overfit",
+        "buckets",
     },
     {
         "weight_space",

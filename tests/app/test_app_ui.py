@@ -11,6 +11,7 @@ from app.context import AppContext, make_context
 from app.dataset_tab import caption_all, load_samples_icons, show
 from app.forms import ConfigForm
 from app.settings import AppSettings
+from app.thumbnails import Thumbnails
 from app.train_tab import BOTH, live, start, summary
 from app.ui import build_app
 
@@ -20,10 +21,16 @@ def context(tmp_path: Path) -> AppContext:
     return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
 
 
-def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext) -> None:
-    session, names, refused = load_samples_icons(context, "")
-    caption_all(context, session, names, "ABC")
-    pictures, rows, count = show(context, session, names, "white", "tiny", "")
+@pytest.fixture
+def thumbnails(tmp_path: Path) -> Thumbnails:
+    return Thumbnails(tmp_path / "thumbnails")
+
+
+def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext, thumbnails: Thumbnails) -> None:
+    session, refused = load_samples_icons(context, "")
+    caption_all(context, session, "ABC")
+    pictures, rows, count, order, *_ = show(context, thumbnails, session, "white", False, "tiny", "")
+    assert order == [f"{number:04}.png" for number in range(1, 24)]
     assert (len(pictures), pictures[0][0].size, refused) == (23, (64, 64), "")
     assert rows[0][2] == "a ABC icon of beer mug, in the style of ABC"
     assert "captions 23/23" in count

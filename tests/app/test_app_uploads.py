@@ -78,19 +78,26 @@ def test_captions_come_from_sidecars_in_the_zip_and_beside_plain_files(uploads: 
     assert list(uploads.captions(session).values()) == ["a cat, sitting", "cat", "a dog"]
 
 
+def test_a_name_that_a_camera_gave_is_no_caption(uploads: Uploads, tmp_path: Path) -> None:
+    session = uploads.new_session()
+    names = ("IMG_2041.png", "DSC00012.png", "0007.png", "Screenshot 2026-01-02.png", "img fox.png", "fox 2.png")
+    add(uploads, session, tmp_path, *((name, png()) for name in names))
+    assert list(uploads.captions(session).values()) == ["", "", "", "", "img fox", "fox 2"]
+
+
 def test_captions_are_edited_in_place(uploads: Uploads, tmp_path: Path) -> None:
     session = uploads.new_session()
     add(uploads, session, tmp_path, ("a.png", png()), ("b.png", png("blue")))
     uploads.save_captions(session, {"0001.png": " a new\n\x00one ", "0002.png": ""})
     assert uploads.captions(session) == {"0001.png": "a new one", "0002.png": ""}
-    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt", "0002.png"}
+    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt", "0002.png", "names.json"}
     for name in ("../0001.png", "0003.png", "0001.txt", "/etc/passwd"):
         with pytest.raises(ConfigError, match="not among yours"):
             uploads.save_captions(session, {name: "x"})
     with pytest.raises(ConfigError, match="2001 letters; 2000 at most"):
         uploads.save_captions(session, {"0001.png": "x" * 2001})
     uploads.remove(session, "0001.png")
-    assert everything_in(uploads.session_folder(session)) == {"0002.png"}
+    assert everything_in(uploads.session_folder(session)) == {"0002.png", "names.json"}
 
 
 def test_what_is_trained_on_does_not_change_with_later_edits(uploads: Uploads, tmp_path: Path) -> None:
@@ -126,7 +133,7 @@ def test_what_is_no_image_is_refused_with_its_reason(
     session = uploads.new_session()
     result = add(uploads, session, tmp_path, (name, content), ("good.png", png()))
     assert [(refusal.name, reason in refusal.reason) for refusal in result.refused] == [(name, True)]
-    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt"}
+    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt", "names.json"}
 
 
 def test_a_huge_png_is_refused_before_it_is_decoded(uploads: Uploads, tmp_path: Path) -> None:
@@ -164,6 +171,7 @@ def test_no_member_of_a_zip_leaves_it(uploads: Uploads, tmp_path: Path) -> None:
     assert {name for name in written if not name.startswith(("received-", "uploads/locks/"))} == {
         f"{inside}0001.png",
         f"{inside}0001.txt",
+        f"{inside}names.json",
     }
 
 

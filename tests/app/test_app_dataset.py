@@ -1,0 +1,162 @@
+"""The Dataset tab: what is shown of the images, how they are captioned and removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from app.context import AppContext, make_context
+from app.dataset_tab import (
+    caption_by_model,
+    choose,
+    clear,
+    empty_captions,
+    load_samples_icons,
+    remove_one,
+    show,
+    upload,
+)
+from app.dataset_view import Framing, fill_captions, look_at, training_size
+from app.settings import AppSettings
+from app.thumbnails import Thumbnails, as_trained
+from flatlora_diffusion.config import ModelConfig
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> AppContext:
+    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
+
+
+@pytest.fixture
+def thumbnails(tmp_path: Path) -> Thumbnails:
+    return Thumbnails(tmp_path / "thumbnails")
+
+
+def session_of(context: AppContext, folder: Path, *files: tuple[str, tuple[int, int]]) -> str:
+    folder.mkdir(exist_ok=True)
+    for index, (name, size) in enumerate(files):
+        Image.effect_noise(size, 50 + 10 * index).save(folder / name)
+    return upload(context, "", [str(folder / name) for name, _ in files])[0]
+
+
+def test_names_outlive_the_page_and_go_with_their_image(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("Sea fox.png", (64, 64)), ("owl.png", (64, 64)))
+    again = make_context(context.settings)
+    assert again.uploads.names(session) == {"0001.png": "Sea fox.png", "0002.png": "owl.png"}
+    chosen, button = choose(again, session, "0001.png")
+    assert (chosen, button.value, button.interactive) == ("0001.png", "Remove Sea fox.png", True)
+    assert remove_one(again, session, chosen)[0] == ""
+    assert again.uploads.names(session) == {"0002.png": "owl.png"}
+    with pytest.raises(gr.Error, match="no image is chosen"):
+        remove_one(again, session, "")
+    with pytest.raises(gr.Error, match="not among yours"):
+        remove_one(again, session, "0001.png")
+    clear(again, session)
+    assert again.uploads.names(session) == {}
+
+
+def test_samples_do_not_take_the_place_of_the_users_images(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
+    with pytest.raises(gr.Error, match="you have 1 images, and the samples would mix"):
+        load_samples_icons(context, session)
+    assert context.uploads.names(session) == {"0001.png": "owl.png"}
+    clear(context, session)
+    load_samples_icons(context, session)
+    assert len(context.uploads.images(session)) == 23
+
+
+def test_the_training_size_is_that_of_the_bases_own_configs(base: Path) -> None:
+    assert training_size(ModelConfig(pretrained_model_name_or_path=str(base)), None) == 32
+    assert training_size(ModelConfig(pretrained_model_name_or_path="tiny"), None) == 64
+    assert training_size(ModelConfig(pretrained_model_name_or_path="no/such-base"), None) == 1024
+    assert training_size(ModelConfig(pretrained_model_name_or_path="tiny"), 48) == 48
+
+
+def test_buckets_are_told_and_shown_in_their_shape(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
+) -> None:
+    session = session_of(context, tmp_path / "in", ("wide.png", (200, 100)), ("square.png", (100, 100)))
+    pictures, rows, count, *_ = show(context, thumbnails, session, "white", True, "tiny", "64")
+    assert pictures[0][0].size == (96, 48)
+    assert pictures[0][1] == "wide.png, 96 x 48"
+    assert "bucket 96 x 48" in rows[0][3]
+    assert pictures[1][0].size == (64, 64)
+    assert "about 64 x 64 pixels" in count
+    pictures, rows, *_ = show(context, thumbnails, session, "white", False, "tiny", "64")
+    assert pictures[0][0].size == (64, 64)
+    assert "bucket" not in rows[0][3]
+
+
+def test_a_colour_that_is_none_is_told_and_the_gallery_stays(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
+) -> None:
+    session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
+    pictures, _, count, *_ = show(context, thumbnails, session, "whi", False, "tiny", "")
+    assert pictures == gr.skip()
+    assert "whi" in count
+    assert "fl-bad" in count
+    assert "32 x 32" in show(context, thumbnails, session, "white", False, "tiny", "32")[2]
+    assert "64 x 64" in show(context, thumbnails, session, "white", False, "tiny", "99999")[2]
+
+
+def test_thumbnails_are_made_once_for_the_same_content(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(path: Path, background: str, size: tuple[int, int]) -> Image.Image:
+        made.append((path.name, background, size))
+        return as_trained(path, background, size)
+
+    monkeypatch.setattr("app.thumbnails.as_trained", counted)
+    session = session_of(context, tmp_path / "in", ("a.png", (64, 64)), ("b.png", (64, 64)))
+    first = look_at(context.uploads, thumbnails, session, Framing("white", 32))
+    other = Thumbnails(thumbnails.folder)  # as after a restart
+    second = look_at(context.uploads, other, session, Framing("white", 32))
+    assert len(made) == 2
+    assert [one.tobytes() for one, _ in first.pictures] == [one.tobytes() for one, _ in second.pictures]
+    look_at(context.uploads, other, session, Framing("white", 16))
+    assert len(made) == 4
+    path = context.uploads.images(session)[0]
+    Image.new("RGB", (64, 64), "red").save(path)
+    shown = look_at(context.uploads, other, session, Framing("white", 32)).pictures[0][0]
+    assert shown.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_a_model_captions_only_what_has_no_caption(context: AppContext, tmp_path: Path) -> None:
+    files = [(f"IMG_{number}.png", (64, 64)) for number in range(6)]
+    session = session_of(context, tmp_path / "in", *files, ("owl.png", (64, 64)))
+    assert context.uploads.captions(session)["0001.png"] == ""
+
+    def captioner(images: Sequence[Image.Image]) -> list[str]:
+        context.uploads.save_captions(session, {"0002.png": "mine"})  # the user goes on meanwhile
+        return ["a fox"] * len(images)
+
+    told: list[tuple[int, int]] = []
+    fill_captions(context.uploads, session, captioner, "TOK", lambda done, of: told.append((done, of)))
+    captions = context.uploads.captions(session)
+    assert captions["0001.png"] == captions["0006.png"] == "a fox, in the style of TOK"
+    assert (captions["0002.png"], captions["0007.png"]) == ("mine", "owl")
+    assert told == [(4, 6), (6, 6)]
+
+
+def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_path: Path) -> None:
+    def caption(session: str, model: str) -> str:
+        return caption_by_model(context, session, model, "TOK", lambda done, of: None)
+
+    with pytest.raises(gr.Error, match="no images to caption"):
+        caption("", "x")
+    session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
+    with pytest.raises(gr.Error, match="every image has a caption"):
+        caption(session, "x")
+    empty_captions(context, session)
+    with pytest.raises(gr.Error, match="no captioning model is given"):
+        caption(session, " ")
+    with pytest.raises(gr.Error, match=r"captioner .* cannot be loaded") as told:
+        caption(session, str(tmp_path / "nothing"))
+    assert "\n" not in str(told.value)
+    assert context.uploads.captions(session) == {"0001.png": ""}

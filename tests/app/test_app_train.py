@@ -1,0 +1,97 @@
+"""The Train tab: what is told before a start, the curves' colours, the log without noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from app.context import AppContext, make_context
+from app.dataset_tab import empty_captions, load_samples_icons
+from app.forms import ConfigForm
+from app.live_view import loss_curves, own_lines, run_colours
+from app.settings import AppSettings
+from app.theme import COLOURS
+from app.train_tab import BOTH, PLAIN, live, start, summary
+from flatlora_diffusion.config import TrainConfig
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> AppContext:
+    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
+
+
+def make_run(context: AppContext, name: str, method: str, losses: list[float]) -> None:
+    folder = context.runs.folder / name
+    folder.mkdir()
+    config = TrainConfig.from_dict({"method": method, "max_train_steps": 10, "instance_data_dir": "x"})
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "manifest.json").write_text("[]")
+    events = [
+        {"event": "step", "step": step, "loss": loss, "seconds": 1.0, "eta": 0.0} for step, loss in enumerate(losses)
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_curves_have_their_methods_colours_and_are_hidden_without_a_loss(context: AppContext) -> None:
+    make_run(context, "one-lora", "lora", [0.3, 0.2])
+    make_run(context, "two-lora", "lora", [])
+    make_run(context, "one-flat", "flat-lora", [0.3, 0.1])
+    runs = {run.id: run for run in context.runs.all()}
+    colours = run_colours([runs["one-lora"], runs["one-flat"], runs["two-lora"]])
+    assert colours["one-lora"] == COLOURS["LoRA"] == "#cf7600"
+    assert colours["one-flat"] == COLOURS["Flat-LoRA"] == "#2f6fde"
+    assert colours["two-lora"] not in (colours["one-lora"], colours["one-flat"])
+    assert loss_curves(context, [runs["one-lora"], runs["one-flat"]]).visible
+    assert not loss_curves(context, [runs["two-lora"]]).visible
+
+
+def test_before_the_first_step_a_sentence_stands_for_the_curve(context: AppContext) -> None:
+    cards, _, curves, no_loss, previews, log, *_ = live(context, None, "")
+    assert "Nothing has been trained here yet" in cards
+    assert (curves.visible, no_loss.visible, previews.visible, log.visible) == (False, False, False, False)
+    session, _ = load_samples_icons(context, "")
+    form = ConfigForm()
+    start(context, form, session, "two", BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
+    _, chosen, curves, no_loss, *_ = live(context, None, "")
+    assert (len(chosen.choices), curves.visible, no_loss.visible) == (2, False, True)
+
+
+def test_the_log_has_the_trainings_own_lines_only() -> None:
+    noise = [
+        "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'. Please install it",
+        "Failed to load /x/site-packages/torchao/_C_mxfp8.so: Could not load this library",
+        "Warning: Detected no triton, on systems without Triton certain kernels will not work",
+        "W1125 11:08:17.496000 9839 /x/site-packages/torch/utils/_pytree.py:630] <enum 'KernelPreference'> is an Enum",
+        "Unable to import `torchao` Tensor objects. This may affect loading checkpoints",
+        "/x/site-packages/torch/cuda/__init__.py:61: FutureWarning: The pynvml package is deprecated.",
+        "  import pynvml  # type: ignore",
+    ]
+    own = [
+        "23 images, captions 23/23, 256x256 pixels",
+        "lora: 100%|####| 30/30 [00:36<00:00,  1.21s/it, loss=0.0496]",
+        "Traceback (most recent call last):",
+        '  File "/x/site-packages/torch/nn/modules/module.py", line 1778, in _wrapped_call_impl',
+        "    return self._call_impl(*args, **kwargs)",
+        "error: rank=0 is out of range",
+    ]
+    mixed = [line for pair in zip(noise[:5], own[:2] + [""] * 3, strict=True) for line in pair]
+    assert own_lines([*mixed, *noise[5:], *own[2:]]) == [*own[:2], "", "", "", *own[2:]]
+
+
+def test_images_without_a_caption_are_told_before_the_start(context: AppContext) -> None:
+    session, _ = load_samples_icons(context, "")
+    empty_captions(context, session)
+    form = ConfigForm()
+    values = form.write({"max_train_steps": 46, "report_to": "none"})
+    assert "23 of 23 images have no caption; write them in the Dataset tab" in summary(
+        context, form, session, PLAIN, *values
+    )
+    with pytest.raises(gr.Error, match="23 of 23 images have no caption"):
+        start(context, form, session, "one", PLAIN, *values)
+    prompted = form.write({"max_train_steps": 46, "report_to": "none", "instance_prompt": "a TOK icon"})
+    told = summary(context, form, session, PLAIN, *prompted)
+    assert "23 images, captions 0/23, at 64 x 64 pixels" in told
+    assert "46 steps; each image is seen about 8 times" in told
