@@ -11,9 +11,10 @@ import gradio as gr
 
 from app.blind_vote import QUESTIONS
 from app.compare_grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
-from app.compare_view import BY_PROMPT, BY_STRENGTH, STATUS_CSS, CompareView, Form, Shown, wrong
+from app.compare_view import BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
 from app.comparison import Arm
 from app.context import AppContext
+from app.job_view import STATUS_CSS, wrong
 from app.store import Choice
 from app.vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
 from flatlora_diffusion.config import ConfigError
@@ -144,7 +145,7 @@ def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Com
         question = gr.Radio(list(QUESTIONS), value=QUESTIONS[0], label="Question")
         order = gr.Number(1, label="Order", info="Another number shuffles anew.", precision=0, min_width=120)
     start = gr.Button("Start", variant="primary", elem_id="fl-vote-start")
-    told = gr.HTML("", css_template=STATUS_CSS)
+    status = gr.HTML("", css_template=STATUS_CSS)
     page = gr.HTML(NO_BALLOT, css_template=VOTE_CSS, js_on_load=VOTE_KEYS, elem_id="fl-vote")
     with gr.Row(visible=False) as answers:
         left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
@@ -177,7 +178,7 @@ def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Com
 
     gr.on(None, lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
     form[0].change(partial(column_choices, view), form[0], [first, second], **quiet)
-    start.click(on_start, [voter, first, second, question, order, *form], [ballot, told, *shown], **quiet)
+    start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
     answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (tie, "tie"), (right, "right")]
     for button, choice in answered:
         button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)

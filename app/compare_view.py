@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from app.compare_grid import empty_page, grid_page, save_grid
@@ -19,22 +18,14 @@ from app.comparison import (
     read_strengths,
 )
 from app.context import AppContext
+from app.job_view import told, why_failed, why_waiting, wrong
 from app.picture_cache import Picture, PictureCache, orders_for
-from app.run_state import error_sentence
 from app.store import Job
 from flatlora_diffusion.config import ConfigError
 
 BY_PROMPT, BY_STRENGTH = "prompts", "strengths"
 NO_RUNS = "Nothing to compare yet"
 WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has finished."
-
-STATUS_CSS = """
-.fl-status { padding: 10px 14px; border-radius: 10px; border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary); color: var(--body-text-color); font-size: 14px; }
-.fl-status progress { display: block; width: 100%; height: 8px; margin-top: 8px; accent-color: var(--color-accent); }
-.fl-wrong { border-left: 4px solid var(--error-border-color, #dc2626); }
-.fl-status pre { margin: 8px 0 0; max-height: 180px; overflow: auto; white-space: pre-wrap; font-size: 12px; }
-"""
 
 
 @dataclass(frozen=True)
@@ -151,34 +142,16 @@ class CompareView:
     def _progress(self, jobs: Sequence[Job], done: int, count: int) -> str:
         running = next((job for job in jobs if job.state == "running"), None)
         if running is None:
-            text = self._waits(jobs[0])
+            text = why_waiting(self.context, jobs[0])
         elif self.context.queue.fraction(running) is None:
             text = "Loading the base model ..."
         else:
             text = "Drawing ..."
-        bar = f'<progress value="{done}" max="{count}"></progress>'
-        return f'<div class="fl-status" role="status">{escape(text)} {done} of {count} pictures are there.{bar}</div>'
-
-    def _waits(self, job: Job) -> str:
-        before = [one for one in self.context.queue.jobs("running", "queued") if one.position < job.position]
-        trainings = [self.context.runs.get(one.run).name for one in before if one.run is not None]
-        if trainings:
-            return f"Waits for the training {trainings[0]}; one job runs at a time."
-        return "Waits for another job; one runs at a time." if before else "Starting ..."
+        return told(f"{text} {done} of {count} pictures are there.", done / count)
 
     def _why_missing(self, missing: Sequence[Picture], count: int) -> str:
         tried = self.cache.jobs_for(missing)
         if tried and tried[-1].state == "failed":
-            job = tried[-1]
-            log = self.context.queue.launch_of(job.id).log() if job.launch else []
-            reason = error_sentence(log) or job.error or f"it ended with exit code {job.exit_code}"
+            reason, log = why_failed(self.context, tried[-1])
             return wrong(f"The last drawing failed: {reason}. Press Draw to try again.", log)
-        text = f"{len(missing)} of {count} pictures are not drawn yet. Press Draw."
-        return f'<div class="fl-status" role="status">{text}</div>'
-
-
-def wrong(text: str, log: Sequence[str] = ()) -> str:
-    """An error where it arises, with the end of the log to open."""
-    lines = escape("\n".join(log))
-    more = f"<details><summary>Last lines of the log</summary><pre>{lines}</pre></details>" if log else ""
-    return f'<div class="fl-status fl-wrong" role="alert">{escape(text[:1].upper() + text[1:])}{more}</div>'
+        return told(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,35 +18,12 @@ from app.context import make_context
 from app.picture_cache import Drawing, DrawOrder, Picture, orders_for
 from app.settings import AppSettings
 from app.vote_view import VoteView
-from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.trainer import train
+from flatlora_diffusion.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
 FORM = Form(["icons-lora", "icons-flat-lora"], "a fox", "0", BY_PROMPT, 1.0, "", 1, 1.0)
 DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0)
-
-
-@pytest.fixture(scope="module")
-def pair(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A runs folder with a pair of two steps."""
-    runs = tmp_path_factory.mktemp("pair")
-    for method in ("lora", "flat-lora"):
-        values = {
-            "pretrained_model_name_or_path": str(base),
-            "instance_data_dir": str(icons),
-            "max_train_steps": 2,
-            "train_batch_size": 1,
-            "learning_rate": 0.01,
-            "report_to": "none",
-            "method": method,
-            "output_dir": str(runs / f"icons-{method}"),
-        }
-        train(TrainConfig.from_dict(values))
-    for config in runs.glob("*/config.json"):  # where the base lies is not saved from a command line
-        saved = json.loads(config.read_text(encoding="utf-8"))
-        config.write_text(json.dumps(saved | {"pretrained_model_name_or_path": str(base)}), encoding="utf-8")
-    return runs
 
 
 @pytest.fixture
