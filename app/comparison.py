@@ -14,7 +14,7 @@ from app.runs import Run
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.run_dir import RunDir
 
-METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
+METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA", "imported": "Imported"}
 MOST_PICTURES = 400
 _FLAT, _PLAIN = "flat-lora", "lora"
 _HELD_OUT = Path(__file__).parents[1] / "samples" / "icons_3d" / "heldout" / "prompts.txt"

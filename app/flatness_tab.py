@@ -108,7 +108,7 @@ def build_flatness_tab(context: AppContext) -> None:
     def on_measure(request: gr.Request, runs: list[str], effort: str) -> str:
         return measure(view, request.session_hash or "", runs, effort)
 
-    start.click(on_measure, [runs, effort], [status], show_progress="hidden", api_name="measure_flatness")
+    start.click(on_measure, [runs, effort], [status], **quiet)
     stop.click(view.stop, None, None, **quiet)
     chosen.change(partial(show, view), [chosen], [charts, tables, fold, surface], **quiet)
     fold.expand(view.surface, [chosen], [surface], **quiet)
