@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.compare_grid import empty_page, grid_page, save_grid
+from app.compare_export import save_grid, save_page
+from app.compare_grid import empty_page, grid_page
 from app.comparison import (
     Arm,
     Comparison,
+    common_moments,
     default_prompts,
     finished_arms,
     newest_pair,
@@ -19,11 +21,13 @@ from app.comparison import (
 )
 from app.context import AppContext
 from app.job_view import told, why_failed, why_waiting, wrong
-from app.picture_cache import Picture, PictureCache, orders_for
+from app.picture_cache import Picture, PictureCache, orders_for, own_precision
 from app.store import Job
 from flatlora_diffusion.config import ConfigError
 
-BY_PROMPT, BY_STRENGTH = "prompts", "strengths"
+BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
+AUTOMATIC = "automatic"
+PRECISIONS = ("no", "fp16", "bf16")
 NO_RUNS = "Nothing to compare yet"
 WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has finished."
 
@@ -41,15 +45,17 @@ class Form:
     steps: int
     guidance: float
     is_difference: bool = False
+    precision: str = AUTOMATIC
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows; `download` is the grid as a PNG once all is drawn."""
+    """What the page shows; `picture` and `page` are the grid as files once all is drawn."""
 
     grid: str
     status: str
-    download: Path | None = None
+    picture: Path | None = None
+    page: Path | None = None
     is_drawing: bool = False
 
 
@@ -67,7 +73,7 @@ class CompareView:
         """(what can be chosen, the ids that are chosen at first, the prompts at first)."""
         arms = self.arms()
         chosen = newest_pair(self.context, arms)
-        return arms, chosen, default_prompts([arm for arm in arms if arm.id in chosen])
+        return arms, chosen, default_prompts(self.context, [arm for arm in arms if arm.id in chosen])
 
     def comparison(self, form: Form) -> Comparison:
         """What the form asks for. Raises ConfigError, one sentence, when that cannot be."""
@@ -76,13 +82,16 @@ class CompareView:
         if gone:
             raise ConfigError(f"the run {gone[0]!r} is not there any more; choose another")
         by_strength = form.rows == BY_STRENGTH
+        chosen = tuple(arms[run] for run in form.runs)
         return Comparison(
-            arms=tuple(arms[run] for run in form.runs),
+            arms=chosen,
             prompts=read_prompts(form.prompts),
             seeds=read_seeds(form.seeds),
             strengths=read_strengths(form.strengths) if by_strength else (float(form.strength),),
             steps=int(form.steps),
             guidance=float(form.guidance),
+            precision=form.precision if form.precision in PRECISIONS else own_precision(),
+            moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
         )
 
     def draw(self, form: Form, session: str, goes_first: bool = False) -> list[Job]:
@@ -95,9 +104,9 @@ class CompareView:
         found = self.cache.find(wanted)
         missing = [one for one in wanted if one not in found and one not in self._coming(wanted)]
         orders = orders_for(missing, comparison.drawing, comparison.files)
-        commands = [order.arguments() for order in orders]
+        commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue
-        jobs = [queue.add_command("generate", command, session) for command in commands]
+        jobs = [queue.add_command("generate", command, session, about) for command, about in commands]
         for job in reversed(jobs) if goes_first else ():
             queue.preempt(job.id)
         return jobs
@@ -121,7 +130,8 @@ class CompareView:
         missing = [one for one in wanted if one not in found]
         if not missing:
             folder = self.context.runs.folder / ".results" / "grids"
-            return Shown(grid, "", save_grid(comparison, found, form.is_difference, folder))
+            picture, page = (save(comparison, found, form.is_difference, folder) for save in (save_grid, save_page))
+            return Shown(grid, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
             return Shown(grid, self._progress(jobs, len(found), len(wanted)), is_drawing=True)

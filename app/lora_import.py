@@ -103,7 +103,7 @@ def _said_of(file: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        text = str(error).replace(str(file), file.name)
+        text = str(error).replace(str(file), file.name).replace(_LORA, file.name)
         raise ConfigError(text.replace("which --base can name", "choose that one")) from error
 
 
