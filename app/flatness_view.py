@@ -65,9 +65,14 @@ class FlatnessView:
         ]
 
     def newest(self) -> list[str]:
-        """The newest run and its closest relative, trained on the same base and images; chosen at first."""
-        ids = [run_id for _, run_id in self.runs()]
-        return [run_id for run_id in ids if _alike(self.context, run_id) == _alike(self.context, ids[0])][:2]
+        """The newest two runs of one base and one set of images, else the newest run; chosen at first."""
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for _, run_id in self.runs():
+            together = alike.setdefault(_alike(self.context, run_id), [])
+            together.append(run_id)
+            if len(together) == 2:
+                return together
+        return [run_id for _, run_id in self.runs()][:1]
 
     def measure(self, runs: Sequence[str], effort: str, session: str) -> Job:
         """Queue the measurement. Raises ConfigError, as the command says it, for runs that do not go together."""

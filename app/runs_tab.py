@@ -72,19 +72,19 @@ def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
     )
 
 
-def take_lora(context: AppContext, file: str | None, base: str) -> tuple[str, Any, Any]:
-    """Keep an uploaded LoRA file; (what was taken or why not, the run to show, the upload emptied)."""
+def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
+    """Keep an uploaded LoRA file; (what was taken or why not, the table, the choice with it, the upload emptied)."""
     if not file:
-        return wrong("no file was given; drop a .safetensors file first"), gr.skip(), gr.skip()
+        return wrong("no file was given; drop a .safetensors file first"), *([gr.skip()] * 3)
     try:
         taken = import_lora_file(context.runs, Path(file), base or "")
     except (ConfigError, RunError) as error:
-        return wrong(str(error)), gr.skip(), None
+        return wrong(str(error)), gr.skip(), gr.skip(), None
     finally:
         Path(file).unlink(missing_ok=True)  # the entry has its own copy
     rest = f"; {taken.unknown} tensors of no layer were left out" if taken.unknown else ""
     text = f"{taken.run} is among the runs now, with {taken.layers} layers{rest}. Choose it on the Compare tab."
-    return told(text), taken.run, None
+    return told(text), *refresh(context, taken.run), None
 
 
 def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, note: str) -> None:
@@ -102,10 +102,11 @@ def delete(context: AppContext, run_id: str | None) -> tuple[str, Any]:
     return key, gr.Button(f"Undo: bring {run_id} back", visible=True)
 
 
-def undo(context: AppContext, key: str) -> tuple[str, Any]:
-    """Bring the deleted run back; returns its id."""
+def undo(context: AppContext, key: str) -> tuple[Any, ...]:
+    """Bring the deleted run back: the table and the choice with it, and the button out of sight."""
     with told_on_the_page():
-        return context.runs.trash.undo(key), gr.Button(visible=False)
+        run_id = context.runs.trash.undo(key)
+    return *refresh(context, run_id), gr.Button(visible=False)
 
 
 def clone(context: AppContext, form: ConfigForm, run_id: str | None) -> list[Any]:
@@ -183,10 +184,10 @@ def build_runs_tab(
     table.select(_picked, None, [chosen])
     everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
     chosen.change(partial(details, context), [chosen], everything, show_progress="hidden", api_name="run")
-    take.click(partial(take_lora, context), [file, base], [taken, chosen, file]).success(**private)
+    take.click(partial(take_lora, context), [file, base], [taken, table, chosen, file])
     keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private)
     drop.click(partial(delete, context), [chosen], [key, back]).success(**private)
-    back.click(partial(undo, context), [key], [chosen, back]).success(**private)
+    back.click(partial(undo, context), [key], [table, chosen, back])
     copy.click(partial(clone, context, form), [chosen], [tabs, *form.components])
     go_on.click(partial(resume, context), [session, chosen], [tabs])
 

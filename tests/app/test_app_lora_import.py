@@ -16,7 +16,7 @@ from app.context import AppContext, make_context
 from app.flatness_view import FlatnessView
 from app.forms import ConfigForm
 from app.lora_import import import_lora_file, known_bases, origin_of
-from app.runs_tab import clone, details, run_rows, take_lora
+from app.runs_tab import clone, delete, details, run_rows, take_lora, undo
 from app.settings import AppSettings
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_import import import_lora
@@ -60,7 +60,10 @@ def test_an_imported_lora_is_a_finished_entry_that_the_comparison_takes(
 def test_the_runs_tab_shows_where_it_comes_from_and_offers_no_training(
     context: AppContext, upload: Path, base: Path
 ) -> None:
-    told, run_id, emptied = take_lora(context, str(upload), str(base))
+    told, rows, choice, emptied = take_lora(context, str(upload), str(base))
+    run_id = choice.value
+    assert ("Soft-clay", run_id) in choice.choices  # else the page refuses its own choice
+    assert run_id in [row[-1] for row in rows]
     assert "Soft-clay is among the runs now" in told
     assert emptied is None
     assert not upload.exists()  # the copy of the upload, not the user's own file
@@ -141,3 +144,13 @@ def test_other_endings_and_missing_files_are_told_beside_the_upload(context: App
     assert "Lora.ckpt is no .safetensors file; other formats can hold code" in told
     assert "No file was given" in take_lora(context, None, "tiny")[0]
     assert json.dumps(known_bases(context.runs)[-1]) == '"tiny"'
+
+
+def test_a_deleted_entry_comes_back_as_a_choice_of_the_page(context: AppContext, upload: Path, base: Path) -> None:
+    run_id = import_lora_file(context.runs, upload, str(base)).run
+    key, _ = delete(context, run_id)
+    assert run_id not in [row[-1] for row in run_rows(context)]
+    rows, choice, button = undo(context, key)
+    assert (choice.value, (run_id, run_id) in choice.choices, button.visible) == (run_id, True, False)
+    assert run_id in [row[-1] for row in rows]
+    assert context.runs.settings(run_id)["pretrained_model_name_or_path"] == str(base)
