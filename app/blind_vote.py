@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from scipy.stats import binomtest
 
 from app.picture_cache import Picture
 from app.store import Choice, Vote
 
 QUESTIONS = ("Which one do you like better?", "Which follows the style better?")
 SHOWN_FROM = 5
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
 @dataclass(frozen=True)
@@ -88,32 +88,26 @@ def tally(pairs: Sequence[BlindPair], answers: Mapping[str, Choice]) -> Tally:
     return Tally(first, second, ties)
 
 
-def wilson(wins: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `wins` in `count` (Wilson 1927); (0, 1) when nothing was counted.
-
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = wins / n.
-    """
+def interval(wins: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `wins` in `count` (Wilson's); (0, 1) when nothing was counted."""
     if count == 0:
         return 0.0, 1.0
-    share, z2 = wins / count, _Z95**2
-    middle = share + z2 / (2 * count)
-    spread = _Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    scale = 1 + z2 / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    low, high = binomtest(wins, count).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 def verdict(count: Tally, first: str, second: str) -> str:
     """What the votes say about the arms called `first` and `second`, and what they do not say."""
     if count.decided == 0:
         return f"No vote prefers {first} or {second}, so nothing can be said about a difference."
-    low, high = wilson(count.second, count.decided)
+    low, high = interval(count.second, count.decided)
     share = f"{second} was preferred in {count.second} of {count.decided} decided votes"
-    interval = f"({count.second / count.decided:.0%}; 95 % interval {low:.0%} to {high:.0%})"
+    told = f"({count.second / count.decided:.0%}; 95 % interval {low:.0%} to {high:.0%})"
     if low > 0.5:
-        return f"{share} {interval}: these votes prefer {second}."
+        return f"{share} {told}: these votes prefer {second}."
     if high < 0.5:
-        return f"{share} {interval}: these votes prefer {first}."
+        return f"{share} {told}: these votes prefer {first}."
     return (
-        f"{share} {interval}. The interval includes 50 %, so these votes show no difference. "
+        f"{share} {told}. The interval includes 50 %, so these votes show no difference. "
         "That is not proof that there is none: a small difference needs many more votes."
     )

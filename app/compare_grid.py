@@ -1,22 +1,17 @@
-"""The comparison as a page: a labelled grid to zoom row by row; and as one PNG."""
+"""The comparison as a part of the page: a labelled grid to zoom row by row."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image, ImageChops
-
 from app.comparison import Comparison, GridRow
 from app.picture_cache import Picture
-from flatlora_diffusion.grid import labelled_grid
 
 AMPLIFIED = 4  # differences to the base, so that faint ones are seen
 WHILE_LOADING = '<div class="fl-empty">Looking for finished runs ...</div>'
-_EXPORT_CELL = 320
 
 GRID_CSS = """
 .fl-grid { display: grid; gap: 10px; }
@@ -93,33 +88,6 @@ def file_url(path: Path) -> str:
     return f"gradio_api/file={quote(path.resolve().as_posix())}"
 
 
-def save_grid(comparison: Comparison, found: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
-    """The grid as one PNG in `folder`; that of the same pictures and labels is made once. All must be drawn."""
-    rows = comparison.rows()
-    shown = [comparison.titles, [(row.label, [one.key for one in row.pictures]) for row in rows], is_difference]
-    path = folder / f"comparison-{hashlib.sha256(repr(shown).encode()).hexdigest()[:12]}.png"
-    if path.is_file():
-        return path
-    images = [_images(row, found, is_difference) for row in rows]
-    drawing = comparison.drawing
-    caption = f"{drawing.steps} steps, guidance {drawing.guidance:g}"
-    if len(comparison.strengths) == 1:
-        caption += f", strength {comparison.strengths[0]:g}"
-    if is_difference:
-        caption += f"; differences to the base x {AMPLIFIED}"
-    labels = [title if title == "Base" else f"{title}\n{name}" for title, name in comparison.titles]
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    labelled_grid(images, [row.label for row in rows], labels, _EXPORT_CELL, caption).save(aside, "PNG")
-    aside.replace(path)
-    return path
-
-
-def difference(image: Image.Image, base: Image.Image) -> Image.Image:
-    """|image - base| of two RGB images of one size, amplified."""
-    return ImageChops.difference(image, base).point([min(255, value * AMPLIFIED) for value in range(256)] * 3)
-
-
 def _line(comparison: Comparison, row: GridRow, found: Mapping[Picture, Path], is_difference: bool) -> str:
     base = found.get(row.pictures[0])
     cells = []
@@ -139,13 +107,3 @@ def _line(comparison: Comparison, row: GridRow, found: Mapping[Picture, Path], i
             f'<div class="{kind}" tabindex="0" role="button" title="{hint}" aria-label="{alt}">{images}</div>'
         )
     return f'<div><p class="fl-label">{escape(row.label)}</p></div><div class="fl-line">{"".join(cells)}</div>'
-
-
-def _images(row: GridRow, found: Mapping[Picture, Path], is_difference: bool) -> list[Image.Image]:
-    images = [_opened(found[picture]) for picture in row.pictures]
-    return [images[0], *(difference(image, images[0]) for image in images[1:])] if is_difference else images
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

@@ -11,14 +11,17 @@ import gradio as gr
 
 from app.blind_vote import QUESTIONS
 from app.compare_grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
-from app.compare_view import BY_PROMPT, BY_STRENGTH, STATUS_CSS, CompareView, Form, Shown, wrong
-from app.comparison import Arm
+from app.compare_view import AUTOMATIC, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
+from app.comparison import ENOUGH_PAIRS, Arm, default_seeds
 from app.context import AppContext
+from app.job_view import STATUS_CSS, told, wrong
 from app.store import Choice
 from app.vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
 from flatlora_diffusion.config import ConfigError
 
 _POLL_SECONDS = 1.5
+_ROWS = [("Prompts", BY_PROMPT), ("at several strengths", BY_STRENGTH), ("by checkpoint", BY_CHECKPOINT)]
+_PRECISIONS = [("As the device likes", AUTOMATIC), ("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16")]
 _VOTER_KEY = "flatlora-voter"
 _SECRET = "flatlora"  # the voter's number is no secret, but without one Gradio makes it unreadable at each start
 
@@ -38,24 +41,25 @@ def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -
     try:
         view.draw(Form(*values), session, goes_first)
     except ConfigError as error:
-        return (*_outputs(view.show(Form(*values)), "")[:1], wrong(str(error)), *([gr.skip()] * 3))
+        return (*_outputs(view.show(Form(*values)), "")[:1], wrong(str(error)), *([gr.skip()] * 4))
     return refresh(view, "", *values)
 
 
 def refresh(view: CompareView, last: str, *values: Any) -> tuple[Any, ...]:
-    """(grid, status, download, stop button, the grid's HTML); a grid that is still the same is left alone."""
+    """(grid, status, PNG, HTML, stop button, the grid's HTML); a grid that is still the same is left alone."""
     return _outputs(view.show(Form(*values)), last)
 
 
 def choices(view: CompareView, known: list[str] | None, chosen: list[str], prompts: str) -> tuple[Any, ...]:
-    """(runs, prompts, known ids) when there are other runs than `known`; at first with the newest pair chosen."""
+    """(runs, prompts, seeds, known ids) when there are other runs than `known`; at first the newest pair is chosen."""
     arms, newest, first_prompts = view.start()
     ids = [arm.id for arm in arms]
     if ids == known:
-        return gr.skip(), gr.skip(), gr.skip()
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip()
     kept = [run for run in chosen or () if run in ids] or newest
-    text = prompts or first_prompts
-    return gr.update(choices=run_choices(arms), value=kept), gr.update(value=text), ids
+    is_first = not prompts and bool(first_prompts)
+    seeds = gr.update(value=default_seeds(first_prompts)) if is_first else gr.skip()
+    return gr.update(choices=run_choices(arms), value=kept), gr.update(value=prompts or first_prompts), seeds, ids
 
 
 def run_choices(arms: list[Arm]) -> list[tuple[str, str]]:
@@ -64,9 +68,9 @@ def run_choices(arms: list[Arm]) -> list[tuple[str, str]]:
 
 
 def _outputs(shown: Shown, last: str) -> tuple[Any, ...]:
-    download = gr.update(value=shown.download and str(shown.download), interactive=shown.download is not None)
+    files = [gr.update(value=file and str(file), interactive=file is not None) for file in (shown.picture, shown.page)]
     grid = gr.skip() if shown.grid == last else shown.grid
-    return grid, shown.status, download, gr.update(visible=shown.is_drawing), shown.grid
+    return grid, shown.status, *files, gr.update(visible=shown.is_drawing), shown.grid
 
 
 def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
@@ -83,9 +87,7 @@ def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
             )
             prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
         with gr.Column(scale=2, min_width=280):
-            rows = gr.Radio(
-                [("Prompts", BY_PROMPT), ("Prompts at several strengths", BY_STRENGTH)], value=BY_PROMPT, label="Rows"
-            )
+            rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info="A checkpoint is the LoRA on its way.")
             strength = gr.Slider(
                 0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
             )
@@ -94,22 +96,26 @@ def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
     with gr.Accordion("More settings", open=False), gr.Row():
         steps = gr.Slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
         guidance = gr.Slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+        precision = gr.Dropdown(
+            _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
+        )
         goes_first = gr.Checkbox(
             False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
         )
     with gr.Row():
         draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
         stop = gr.Button("Stop drawing", variant="stop", visible=False, min_width=120)
-        download = gr.DownloadButton("Save as PNG", interactive=False, min_width=120, elem_id="fl-save-grid")
+        picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120, elem_id="fl-save-grid")
+        page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120, elem_id="fl-save-page")
     difference = gr.Checkbox(
         False, label="Show the difference to the base", info="Black is equal; brightened four times."
     )
     status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status")
     grid = gr.HTML(WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid")
     form: list[gr.components.Component] = [
-        runs, prompts, seeds, rows, strength, strengths, steps, guidance, difference,
+        runs, prompts, seeds, rows, strength, strengths, steps, guidance, difference, precision,
     ]  # fmt: skip
-    outputs = [grid, status, download, stop, last]
+    outputs = [grid, status, picture, page, stop, last]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def on_draw(request: gr.Request, goes_first: bool, *values: Any) -> tuple[Any, ...]:
@@ -122,10 +128,10 @@ def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
     rows.change(_show_strengths, rows, [strength, strengths], **quiet)
     draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw")
     stop.click(on_stop, [last, *form], outputs, **quiet)
-    gr.on(None, partial(choices, view), [known, runs, prompts], [runs, prompts, known], **quiet)
+    gr.on(None, partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
     gr.on([one.change for one in form], partial(refresh, view), [last, *form], outputs, **quiet)
     timer = gr.Timer(_POLL_SECONDS)
-    timer.tick(partial(choices, view), [known, runs, prompts], [runs, prompts, known], **quiet)
+    timer.tick(partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
     timer.tick(partial(refresh, view), [last, *form], outputs, **quiet)
     return form
 
@@ -144,12 +150,12 @@ def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Com
         question = gr.Radio(list(QUESTIONS), value=QUESTIONS[0], label="Question")
         order = gr.Number(1, label="Order", info="Another number shuffles anew.", precision=0, min_width=120)
     start = gr.Button("Start", variant="primary", elem_id="fl-vote-start")
-    told = gr.HTML("", css_template=STATUS_CSS)
+    status = gr.HTML("", css_template=STATUS_CSS)
     page = gr.HTML(NO_BALLOT, css_template=VOTE_CSS, js_on_load=VOTE_KEYS, elem_id="fl-vote")
     with gr.Row(visible=False) as answers:
         left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
-        tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
         right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
+        tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
     count = gr.Markdown("", elem_id="fl-vote-count")
     reveal = gr.Button("End and reveal", visible=False, elem_id="fl-vote-reveal", size="sm")
     shown = [page, count, answers, reveal]
@@ -160,7 +166,7 @@ def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Com
             new = votes.start(Form(*values), (first, second), question, int(order or 0), voter)
         except ConfigError as error:
             return None, wrong(str(error)), NO_BALLOT, "", gr.update(visible=False), gr.update(visible=False)
-        return new, "", *vote_outputs(votes, new)
+        return new, few_pairs(new), *vote_outputs(votes, new)
 
     def on_vote(choice: Choice) -> Callable[[Ballot | None], tuple[Any, ...]]:
         def vote(ballot: Ballot | None) -> tuple[Any, ...]:
@@ -177,8 +183,8 @@ def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Com
 
     gr.on(None, lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
     form[0].change(partial(column_choices, view), form[0], [first, second], **quiet)
-    start.click(on_start, [voter, first, second, question, order, *form], [ballot, told, *shown], **quiet)
-    answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (tie, "tie"), (right, "right")]
+    start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
+    answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
     for button, choice in answered:
         button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
     reveal.click(on_reveal, ballot, [ballot, *shown], **quiet)
@@ -190,6 +196,14 @@ def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
     columns = [("Base", BASE), *((names[run], run) for run in runs if run in names)]
     first = columns[-2][1] if len(columns) > 1 else BASE
     return gr.update(choices=columns, value=first), gr.update(choices=columns, value=columns[-1][1])
+
+
+def few_pairs(ballot: Ballot) -> str:
+    """What to do about a ballot that can hardly say anything."""
+    count = len(ballot.pairs)
+    if count >= ENOUGH_PAIRS:
+        return ""
+    return told(f"Only {count} pairs, from which hardly anything can be told. Draw more prompts or seeds for a vote.")
 
 
 def vote_outputs(votes: VoteView, ballot: Ballot) -> tuple[Any, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from app.compare_grid import empty_page, grid_page, save_grid
+from app.compare_export import save_grid, save_page
+from app.compare_grid import empty_page, grid_page
 from app.comparison import (
     Arm,
     Comparison,
+    common_moments,
     default_prompts,
     finished_arms,
     newest_pair,
@@ -19,22 +20,16 @@ from app.comparison import (
     read_strengths,
 )
 from app.context import AppContext
-from app.picture_cache import Picture, PictureCache, orders_for
-from app.run_state import error_sentence
+from app.job_view import told, why_failed, why_waiting, wrong
+from app.picture_cache import Picture, PictureCache, orders_for, own_precision
 from app.store import Job
 from flatlora_diffusion.config import ConfigError
 
-BY_PROMPT, BY_STRENGTH = "prompts", "strengths"
+BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
+AUTOMATIC = "automatic"
+PRECISIONS = ("no", "fp16", "bf16")
 NO_RUNS = "Nothing to compare yet"
 WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has finished."
-
-STATUS_CSS = """
-.fl-status { padding: 10px 14px; border-radius: 10px; border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary); color: var(--body-text-color); font-size: 14px; }
-.fl-status progress { display: block; width: 100%; height: 8px; margin-top: 8px; accent-color: var(--color-accent); }
-.fl-wrong { border-left: 4px solid var(--error-border-color, #dc2626); }
-.fl-status pre { margin: 8px 0 0; max-height: 180px; overflow: auto; white-space: pre-wrap; font-size: 12px; }
-"""
 
 
 @dataclass(frozen=True)
@@ -50,15 +45,17 @@ class Form:
     steps: int
     guidance: float
     is_difference: bool = False
+    precision: str = AUTOMATIC
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows; `download` is the grid as a PNG once all is drawn."""
+    """What the page shows; `picture` and `page` are the grid as files once all is drawn."""
 
     grid: str
     status: str
-    download: Path | None = None
+    picture: Path | None = None
+    page: Path | None = None
     is_drawing: bool = False
 
 
@@ -76,7 +73,7 @@ class CompareView:
         """(what can be chosen, the ids that are chosen at first, the prompts at first)."""
         arms = self.arms()
         chosen = newest_pair(self.context, arms)
-        return arms, chosen, default_prompts([arm for arm in arms if arm.id in chosen])
+        return arms, chosen, default_prompts(self.context, [arm for arm in arms if arm.id in chosen])
 
     def comparison(self, form: Form) -> Comparison:
         """What the form asks for. Raises ConfigError, one sentence, when that cannot be."""
@@ -85,13 +82,16 @@ class CompareView:
         if gone:
             raise ConfigError(f"the run {gone[0]!r} is not there any more; choose another")
         by_strength = form.rows == BY_STRENGTH
+        chosen = tuple(arms[run] for run in form.runs)
         return Comparison(
-            arms=tuple(arms[run] for run in form.runs),
+            arms=chosen,
             prompts=read_prompts(form.prompts),
             seeds=read_seeds(form.seeds),
             strengths=read_strengths(form.strengths) if by_strength else (float(form.strength),),
             steps=int(form.steps),
             guidance=float(form.guidance),
+            precision=form.precision if form.precision in PRECISIONS else own_precision(),
+            moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
         )
 
     def draw(self, form: Form, session: str, goes_first: bool = False) -> list[Job]:
@@ -104,9 +104,9 @@ class CompareView:
         found = self.cache.find(wanted)
         missing = [one for one in wanted if one not in found and one not in self._coming(wanted)]
         orders = orders_for(missing, comparison.drawing, comparison.files)
-        commands = [order.arguments() for order in orders]
+        commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue
-        jobs = [queue.add_command("generate", command, session) for command in commands]
+        jobs = [queue.add_command("generate", command, session, about) for command, about in commands]
         for job in reversed(jobs) if goes_first else ():
             queue.preempt(job.id)
         return jobs
@@ -130,7 +130,8 @@ class CompareView:
         missing = [one for one in wanted if one not in found]
         if not missing:
             folder = self.context.runs.folder / ".results" / "grids"
-            return Shown(grid, "", save_grid(comparison, found, form.is_difference, folder))
+            picture, page = (save(comparison, found, form.is_difference, folder) for save in (save_grid, save_page))
+            return Shown(grid, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
             return Shown(grid, self._progress(jobs, len(found), len(wanted)), is_drawing=True)
@@ -151,34 +152,16 @@ class CompareView:
     def _progress(self, jobs: Sequence[Job], done: int, count: int) -> str:
         running = next((job for job in jobs if job.state == "running"), None)
         if running is None:
-            text = self._waits(jobs[0])
+            text = why_waiting(self.context, jobs[0])
         elif self.context.queue.fraction(running) is None:
             text = "Loading the base model ..."
         else:
             text = "Drawing ..."
-        bar = f'<progress value="{done}" max="{count}"></progress>'
-        return f'<div class="fl-status" role="status">{escape(text)} {done} of {count} pictures are there.{bar}</div>'
-
-    def _waits(self, job: Job) -> str:
-        before = [one for one in self.context.queue.jobs("running", "queued") if one.position < job.position]
-        trainings = [self.context.runs.get(one.run).name for one in before if one.run is not None]
-        if trainings:
-            return f"Waits for the training {trainings[0]}; one job runs at a time."
-        return "Waits for another job; one runs at a time." if before else "Starting ..."
+        return told(f"{text} {done} of {count} pictures are there.", done / count)
 
     def _why_missing(self, missing: Sequence[Picture], count: int) -> str:
         tried = self.cache.jobs_for(missing)
         if tried and tried[-1].state == "failed":
-            job = tried[-1]
-            log = self.context.queue.launch_of(job.id).log() if job.launch else []
-            reason = error_sentence(log) or job.error or f"it ended with exit code {job.exit_code}"
+            reason, log = why_failed(self.context, tried[-1])
             return wrong(f"The last drawing failed: {reason}. Press Draw to try again.", log)
-        text = f"{len(missing)} of {count} pictures are not drawn yet. Press Draw."
-        return f'<div class="fl-status" role="status">{text}</div>'
-
-
-def wrong(text: str, log: Sequence[str] = ()) -> str:
-    """An error where it arises, with the end of the log to open."""
-    lines = escape("\n".join(log))
-    more = f"<details><summary>Last lines of the log</summary><pre>{lines}</pre></details>" if log else ""
-    return f'<div class="fl-status fl-wrong" role="alert">{escape(text[:1].upper() + text[1:])}{more}</div>'
+        return told(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")

@@ -7,22 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.base_identity import base_identity
 from app.context import AppContext
+from app.lora_import import IMPORTED
 from app.picture_cache import Drawing, Picture, base_arguments, file_hash
 from app.processes import read_json
 from app.runs import Run
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.run_dir import RunDir
 
-METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
+METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA", IMPORTED: "Imported"}
 MOST_PICTURES = 400
+ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"
 _HELD_OUT = Path(__file__).parents[1] / "samples" / "icons_3d" / "heldout" / "prompts.txt"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One column: a finished run, its LoRA file, and the base that it was trained on."""
+    """One column: a finished run, its LoRA file, and the base that it was trained on.
+
+    `checkpoints` are (steps, LoRA file) of those saved on the way; `steps` is how many there were in all.
+    """
 
     id: str
     name: str
@@ -30,10 +36,20 @@ class Arm:
     file: Path
     base: tuple[str, ...]
     resolution: int
+    steps: int | None = None
+    checkpoints: tuple[tuple[int, Path], ...] = ()
 
     @property
     def title(self) -> str:
         return METHOD_TITLES.get(self.method, self.method)
+
+    @property
+    def is_trained(self) -> bool:
+        return self.method != IMPORTED
+
+    def file_at(self, step: int | None) -> Path:
+        """The LoRA after `step` steps; None: at the end."""
+        return self.file if step is None else dict(self.checkpoints)[step]
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms of one base, drawn alike."""
+    """Arms of one base, drawn alike. `moments`: after how many training steps; None is the end."""
 
     arms: tuple[Arm, ...]
     prompts: tuple[str, ...]
@@ -54,33 +70,34 @@ class Comparison:
     strengths: tuple[float, ...]
     steps: int
     guidance: float
+    precision: str = "no"
+    moments: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for arms of different bases, and when there is nothing to draw or too much."""
         if not self.arms:
             raise ConfigError("no run is chosen; choose one or two")
-        for arm in self.arms[1:]:
-            if (arm.base, arm.resolution) != (self.arms[0].base, self.arms[0].resolution):
-                raise ConfigError(
-                    f"{arm.name} was trained on another base or at another size than {self.arms[0].name}; "
-                    "leave one of them out"
-                )
+        self._check_bases()
         if not self.prompts:
             raise ConfigError("there is no prompt; write what to draw, one picture a line")
         if not self.strengths:
             raise ConfigError("there is no strength; write one or more, such as 0.5, 1")
         count = (1 + len(self.arms)) * len(self.prompts) * len(self.seeds) * len(self.strengths)
+        count *= len(self.moments)
         if count > MOST_PICTURES:
             raise ConfigError(f"that is {count} pictures; choose fewer prompts or seeds, {MOST_PICTURES} at most")
 
     @property
     def drawing(self) -> Drawing:
-        return Drawing(self.arms[0].base, self.arms[0].resolution, self.steps, self.guidance)
+        base = self.arms[0].base
+        size = self._first.resolution
+        return Drawing(base, size, self.steps, self.guidance, self.precision, base_identity(base))
 
     @property
     def files(self) -> dict[str, Path]:
         """The LoRA files by their hash."""
-        return {file_hash(arm.file): arm.file for arm in self.arms}
+        files = [arm.file_at(moment) for moment in self.moments for arm in self.arms]
+        return {file_hash(file): file for file in files}
 
     @property
     def titles(self) -> list[tuple[str, str]]:
@@ -88,27 +105,61 @@ class Comparison:
         return [("Base", "without a LoRA"), *((arm.title, arm.name) for arm in self.arms)]
 
     def rows(self) -> list[GridRow]:
-        """Prompt by prompt, seed by seed, strength by strength."""
-        hashes = [file_hash(arm.file) for arm in self.arms]
+        """Prompt by prompt, seed by seed, strength by strength, moment by moment."""
+        drawing = self.drawing
+        hashes = {moment: [file_hash(arm.file_at(moment)) for arm in self.arms] for moment in self.moments}
         return [
-            GridRow(self._label(prompt, seed, strength), self._row(hashes, prompt, seed, strength))
+            GridRow(
+                self._label(prompt, seed, strength, moment),
+                _row(drawing, hashes[moment], prompt, seed, strength),
+            )
             for prompt in self.prompts
             for seed in self.seeds
             for strength in self.strengths
+            for moment in self.moments
         ]
 
     def pictures(self) -> list[Picture]:
         """Each picture once."""
         return list(dict.fromkeys(picture for row in self.rows() for picture in row.pictures))
 
-    def _row(self, hashes: list[str], prompt: str, seed: int, strength: float) -> tuple[Picture, ...]:
-        base = Picture(self.drawing, prompt, seed)
-        arms = (Picture(self.drawing, prompt, seed, one, strength) if strength else base for one in hashes)
-        return (base, *arms)
+    @property
+    def _first(self) -> Arm:
+        """The arm that sets the size: an imported LoRA is drawn at that of its neighbours."""
+        return next((arm for arm in self.arms if arm.is_trained), self.arms[0])
 
-    def _label(self, prompt: str, seed: int, strength: float) -> str:
+    def _check_bases(self) -> None:
+        first = self._first
+        for arm in self.arms:
+            if arm.base != first.base or (arm.is_trained and arm.resolution != first.resolution):
+                raise ConfigError(
+                    f"{arm.name} was trained on another base or at another size than {first.name}; "
+                    "leave one of them out"
+                )
+
+    def _label(self, prompt: str, seed: int, strength: float, moment: int | None) -> str:
         parts = [prompt, f"seed {seed}"]
-        return " · ".join([*parts, f"strength {strength:g}"] if len(self.strengths) > 1 else parts)
+        if len(self.strengths) > 1:
+            parts.append(f"strength {strength:g}")
+        if len(self.moments) > 1:
+            parts.append("at the end" if moment is None else f"after {moment} steps")
+        return " · ".join(parts)
+
+
+def common_moments(arms: Sequence[Arm]) -> tuple[int | None, ...]:
+    """After how many steps all of `arms` have saved a checkpoint, then the end.
+
+    Raises ConfigError when there is no such checkpoint; one at the end is the end itself.
+    """
+    steps = [{step for step, _ in arm.checkpoints if step != arm.steps} for arm in arms]
+    common = sorted(set.intersection(*steps)) if steps else []
+    if not common:
+        names = " and ".join(arm.name for arm in arms)
+        raise ConfigError(
+            f"{names}: no checkpoint of the same step was kept on the way; train with a smaller checkpointing_steps, "
+            "or choose other rows"
+        )
+    return (*common, None)
 
 
 def finished_arms(context: AppContext) -> list[Arm]:
@@ -137,12 +188,20 @@ def newest_pair(context: AppContext, arms: Sequence[Arm]) -> list[str]:
     return [arms[0].id] if arms else []
 
 
-def default_prompts(arms: Sequence[Arm]) -> str:
-    """Prompts to begin with: those kept out of the training of the shipped base, else none."""
-    is_tiny = bool(arms) and "tiny" in arms[0].base[1:2]
-    if not is_tiny or not _HELD_OUT.is_file():
+def default_seeds(prompts: str) -> str:
+    """As many seeds as make pairs enough for a blind vote of `prompts`."""
+    count = max(1, len(read_prompts(prompts)))
+    return ", ".join(map(str, range(-(-ENOUGH_PAIRS // count))))
+
+
+def default_prompts(context: AppContext, arms: Sequence[Arm]) -> str:
+    """Prompts to begin with: those kept out of the training of the shipped base, else the run's own previews."""
+    if not arms:
         return ""
-    return "\n".join(_HELD_OUT.read_text(encoding="utf-8").splitlines()[:4])
+    if "tiny" in arms[0].base[1:2] and _HELD_OUT.is_file():
+        return "\n".join(_HELD_OUT.read_text(encoding="utf-8").splitlines()[:ENOUGH_PAIRS])
+    prompts = [context.runs.settings(arm.id).get("validation_prompt") for arm in arms]
+    return "\n".join(dict.fromkeys(prompt for prompt in prompts if prompt))
 
 
 def read_prompts(text: str) -> tuple[str, ...]:
@@ -174,7 +233,18 @@ def _arm(context: AppContext, run: Run, file: Path, resolution: int) -> Arm:
         file=file,
         base=base_arguments(context.runs.settings(run.id)),
         resolution=resolution,
+        steps=run.progress.total,
+        checkpoints=tuple(
+            (int(name.rpartition("-")[2]), run.folder / name / file.name)
+            for name in run.checkpoints
+            if (run.folder / name / file.name).is_file()
+        ),
     )
+
+
+def _row(drawing: Drawing, hashes: list[str], prompt: str, seed: int, strength: float) -> tuple[Picture, ...]:
+    base = Picture(drawing, prompt, seed)
+    return (base, *(Picture(drawing, prompt, seed, one, strength) if strength else base for one in hashes))
 
 
 def _pair_by_name(run_id: str) -> list[str]:

@@ -8,7 +8,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,14 @@ class JobQueue:
         """Queue a run to go on from its newest checkpoint. Raises ConfigError when it cannot."""
         return self._store.add_jobs([NewJob("resume", self._runs.resume_settings(run_id), session, run_id)])[0]
 
-    def add_command(self, kind: JobKind, arguments: Sequence[str], session: str) -> Job:
-        """Queue `python -m flatlora_diffusion ARGUMENTS --output_dir FOLDER`; `output_of` tells the folder."""
-        return self._store.add_jobs([NewJob(kind, list(arguments), session)])[0]
+    def add_command(
+        self, kind: JobKind, arguments: Sequence[str], session: str, about: Mapping[str, Any] | None = None
+    ) -> Job:
+        """Queue `python -m flatlora_diffusion ARGUMENTS --output_dir FOLDER`; `output_of` tells the folder.
+
+        `about` is kept with the job.
+        """
+        return self._store.add_jobs([NewJob(kind, list(arguments), session, about=dict(about or {}))])[0]
 
     def output_of(self, job: Job) -> Path:
         """Where a job that is no training puts its files; below the runs folder, so that it may be served."""

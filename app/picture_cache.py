@@ -18,15 +18,22 @@ from app.store import Job
 from flatlora_diffusion.config import ConfigError, ModelConfig
 from flatlora_diffusion.png_text import SETTINGS
 
+_IDENTITY = "base_identity"
+
 
 @dataclass(frozen=True)
 class Drawing:
-    """What pictures of one comparison share. `base`: the arguments of `generate` that name the base model."""
+    """What pictures of one comparison share. `base`: the arguments of `generate` that name the base model.
+
+    `precision` is that of the computing, as `generate` calls it; `identity` the hash of the base in that place.
+    """
 
     base: tuple[str, ...]
     resolution: int
     steps: int
     guidance: float
+    precision: str
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class DrawOrder:
             "resolution": [drawing.resolution],
             "num_inference_steps": [drawing.steps],
             "guidance_scale": [drawing.guidance],
+            "mixed_precision": [drawing.precision],
             "prompts": self.prompts,
             "seeds": self.seeds,
             "lora": self.loras,
@@ -74,9 +82,22 @@ class DrawOrder:
         return ["generate", *drawing.base, *flags]
 
     @classmethod
-    def read(cls, arguments: Sequence[str]) -> DrawOrder | None:
+    def of(cls, job: Job) -> DrawOrder | None:
+        """The order behind a job; None for a job of another form."""
+        arguments, identity = job.settings, job.about.get(_IDENTITY)
+        if job.kind != "generate" or not isinstance(arguments, list) or identity is None:
+            return None
+        return cls.read(arguments, identity)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What is kept with the job, as the arguments do not tell it."""
+        return {_IDENTITY: self.drawing.identity}
+
+    @classmethod
+    def read(cls, arguments: Sequence[str], identity: str) -> DrawOrder | None:
         """The order that gives these arguments; None for a command line of another form."""
-        if "--resolution" not in arguments or "--prompts" not in arguments:
+        if not {"--resolution", "--mixed_precision", "--prompts"} <= set(arguments):
             return None
         start = arguments.index("--resolution")
         values: dict[str, list[str]] = {}
@@ -90,6 +111,8 @@ class DrawOrder:
             int(values["resolution"][0]),
             int(values["num_inference_steps"][0]),
             float(values["guidance_scale"][0]),
+            values["mixed_precision"][0],
+            identity,
         )
         return cls(
             drawing,
@@ -140,13 +163,13 @@ class PictureCache:
 
     def pictures_of(self, job: Job) -> list[Picture]:
         """What the job draws."""
-        order = DrawOrder.read(job.settings) if isinstance(job.settings, list) else None
+        order = DrawOrder.of(job)
         return [] if order is None else order.pictures()
 
     def _orders(self) -> Iterator[tuple[Job, DrawOrder]]:
         for job in self._queue.jobs():
-            order = DrawOrder.read(job.settings) if isinstance(job.settings, list) else None
-            if job.kind == "generate" and order is not None:
+            order = DrawOrder.of(job)
+            if order is not None:
                 yield job, order
 
     def _look_into(self, folder: Path, drawing: Drawing) -> None:
@@ -186,6 +209,14 @@ def base_arguments(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(parts)
 
 
+@lru_cache(maxsize=1)
+def own_precision() -> str:
+    """What `generate` computes in unless told otherwise: fp16 on a GPU, fp32 (`no`) on a CPU."""
+    import torch
+
+    return "fp16" if torch.cuda.is_available() else "no"
+
+
 def file_hash(path: Path) -> str:
     """The SHA-256 of a file, read again only when it has changed."""
     status = path.stat()
@@ -202,12 +233,14 @@ def _hash(path: Path, changed: int, size: int) -> str:
 
 
 def _read(path: Path, drawing: Drawing) -> Picture | None:
-    """The picture in the file; None while it is being written."""
+    """The picture in the file; None while it is being written, and for one in another precision."""
     try:
         with Image.open(path) as image:
             image.load()
             values = json.loads(image.info[SETTINGS])
     except (OSError, SyntaxError, KeyError):
+        return None
+    if values.get("mixed_precision") != drawing.precision:
         return None
     used = [(lora["sha256"], lora["strength"]) for lora in values["lora"] if lora["strength"]]
     return Picture(drawing, values["prompt"], values["seed"], *(used[0] if used else ()))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app.context import AppContext
 from app.forms import ConfigForm
+from app.job_view import STATUS_CSS, told, wrong
 from app.live_view import loss_curves, method_name, run_card
+from app.lora_import import IMPORTED, Origin, import_lora_file, known_bases, origin_of
 from app.reporting import told_on_the_page
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 
 _HEADERS = ["Name", "State", "Method", "Steps", "MiB", "Tags", "Folder"]
 _DOWNLOADS = {"diffusers": "For diffusers", "kohya": "For ComfyUI, A1111, ...", "card": "Model card"}
@@ -25,7 +29,7 @@ def run_rows(context: AppContext) -> list[list[Any]]:
             run.name,
             run.state,
             method_name(run.method),
-            f"{run.progress.step}/{run.progress.total or '?'}",
+            "" if run.method == IMPORTED else f"{run.progress.step}/{run.progress.total or '?'}",
             round(context.runs.size(run.id) / 2**20, 1),
             ", ".join(run.label.tags),
             run.id,
@@ -43,18 +47,19 @@ def refresh(context: AppContext, chosen: str | None) -> tuple[list[list[Any]], A
 
 
 def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
-    """Card, curves, previews, settings, name, tags, note, the downloads and whether it can be resumed."""
+    """Card, curves, previews, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
     if not run_id:
         none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
-        return ("", None, [], {}, "", "", "", *none, gr.Button(interactive=False))
+        return ("", None, [], {}, "", "", "", *none, gr.Button(interactive=False), gr.Button(interactive=False))
     with told_on_the_page():
         run = context.runs.get(run_id)
+        origin = origin_of(run.folder)
         files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
     default = TrainConfig().to_dict()
     downloads = [gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS]
     images = [(str(path), f"step {step}") for step, path in context.runs.images(run_id) if path.is_file()]
     return (
-        run_card(run),
+        run_card(run) if origin is None else _imported_card(run.name, origin),
         loss_curves(context, [run]),
         images,
         {name: value for name, value in settings.items() if value != default.get(name)},
@@ -63,7 +68,23 @@ def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
         run.label.note,
         *downloads,
         gr.Button(interactive=run.is_resumable),
+        gr.Button(interactive=origin is None),
     )
+
+
+def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
+    """Keep an uploaded LoRA file; (what was taken or why not, the table, the choice with it, the upload emptied)."""
+    if not file:
+        return wrong("no file was given; drop a .safetensors file first"), *([gr.skip()] * 3)
+    try:
+        taken = import_lora_file(context.runs, Path(file), base or "")
+    except (ConfigError, RunError) as error:
+        return wrong(str(error)), gr.skip(), gr.skip(), None
+    finally:
+        Path(file).unlink(missing_ok=True)  # the entry has its own copy
+    rest = f"; {taken.unknown} tensors of no layer were left out" if taken.unknown else ""
+    text = f"{taken.run} is among the runs now, with {taken.layers} layers{rest}. Choose it on the Compare tab."
+    return told(text), *refresh(context, taken.run), None
 
 
 def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, note: str) -> None:
@@ -81,16 +102,19 @@ def delete(context: AppContext, run_id: str | None) -> tuple[str, Any]:
     return key, gr.Button(f"Undo: bring {run_id} back", visible=True)
 
 
-def undo(context: AppContext, key: str) -> tuple[str, Any]:
-    """Bring the deleted run back; returns its id."""
+def undo(context: AppContext, key: str) -> tuple[Any, ...]:
+    """Bring the deleted run back: the table and the choice with it, and the button out of sight."""
     with told_on_the_page():
-        return context.runs.trash.undo(key), gr.Button(visible=False)
+        run_id = context.runs.trash.undo(key)
+    return *refresh(context, run_id), gr.Button(visible=False)
 
 
 def clone(context: AppContext, form: ConfigForm, run_id: str | None) -> list[Any]:
     """The run's settings in the train form, and the page's Train tab in front."""
     with told_on_the_page():
         settings = context.runs.clone_settings(run_id or "")
+        if settings.get("method") == IMPORTED:
+            raise ConfigError(f"{run_id} was imported, not trained here, so there are no settings to clone")
     return [gr.Tabs(selected="train"), *form.write(settings)]
 
 
@@ -99,6 +123,15 @@ def resume(context: AppContext, session: str, run_id: str | None) -> Any:
     with told_on_the_page():
         context.queue.add_resume(run_id or "", session)
     return gr.Tabs(selected="train")
+
+
+def _imported_card(name: str, origin: Origin) -> str:
+    ranks = "-".join(str(rank) for rank in dict.fromkeys((origin.ranks[0], origin.ranks[-1])))
+    facts = f"{origin.layers} layers, rank {ranks} · SHA-256 {origin.sha256[:12]}"
+    return (
+        f'<div class="fl-card"><div class="fl-head"><b>{escape(name)}</b><span>imported</span></div>'
+        f'from {escape(origin.name)}<br><span class="fl-faint">{facts}</span></div>'
+    )
 
 
 def build_runs_tab(
@@ -115,6 +148,18 @@ def build_runs_tab(
     with gr.Row():
         chosen = gr.Dropdown([], label="Run", info="also by a click in the table", scale=3)
         renew = gr.Button("Refresh", scale=1, min_width=100)
+    with gr.Accordion("Import a LoRA, to compare it with yours", open=False), gr.Row():
+        with gr.Column(min_width=280):
+            file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
+        with gr.Column(min_width=280):
+            base = gr.Dropdown(
+                known_bases(context.runs),
+                label="For the base",
+                info="The one it is drawn with: a folder, a hub id, or tiny.",
+                allow_custom_value=True,
+            )
+            take = gr.Button("Import", min_width=90)
+            taken = gr.HTML(css_template=STATUS_CSS)
     with gr.Row():
         with gr.Column(min_width=300):
             card = gr.HTML()
@@ -137,11 +182,12 @@ def build_runs_tab(
     shown(**private)
     renew.click(**again)
     table.select(_picked, None, [chosen])
-    everything = [card, curves, previews, settings, *labels, *downloads, go_on]
+    everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
     chosen.change(partial(details, context), [chosen], everything, show_progress="hidden", api_name="run")
+    take.click(partial(take_lora, context), [file, base], [taken, table, chosen, file])
     keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private)
     drop.click(partial(delete, context), [chosen], [key, back]).success(**private)
-    back.click(partial(undo, context), [key], [chosen, back]).success(**private)
+    back.click(partial(undo, context), [key], [table, chosen, back])
     copy.click(partial(clone, context, form), [chosen], [tabs, *form.components])
     go_on.click(partial(resume, context), [session, chosen], [tabs])
 

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ _MIGRATIONS = (
             time REAL NOT NULL, PRIMARY KEY (pair, question, session)
         )""",
     ),
+    ("ALTER TABLE jobs ADD COLUMN about TEXT NOT NULL DEFAULT '{}'",),
 )
 
 
@@ -45,6 +46,7 @@ class Job:
     """One entry of the queue. `settings`: those of a training, or the arguments of another command.
 
     `pair` is shared by the two arms of a fair pair; a job that `goes_on` is resumed after the one it made way for.
+    `about` is what its results depend on beside the arguments, for those who look for them later.
     """
 
     id: int
@@ -61,6 +63,7 @@ class Job:
     error: str | None
     created: float
     ended: float | None
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class NewJob:
     session: str
     run: str | None = None
     pair: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,9 @@ class Store:
             start = (low or 0) - len(jobs) if first else (high or 0) + 1
             ids = [
                 database.execute(
-                    "INSERT INTO jobs (kind, run, settings, state, position, session, pair, created) "
-                    "VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
-                    (job.kind, job.run, json.dumps(job.settings), start + place, job.session, job.pair, time.time()),
+                    "INSERT INTO jobs (kind, run, settings, state, position, session, pair, created, about) "
+                    "VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
+                    (*_written(job), start + place, job.session, job.pair, time.time(), json.dumps(job.about)),
                 ).lastrowid
                 for place, job in enumerate(jobs)
             ]
@@ -215,6 +219,11 @@ class Store:
         return database
 
 
+def _written(job: NewJob) -> tuple[str, str | None, str]:
+    return job.kind, job.run, json.dumps(job.settings)
+
+
 def _job(row: sqlite3.Row) -> Job:
     values = dict(row)
-    return Job(**values | {"settings": json.loads(values["settings"]), "goes_on": bool(values["goes_on"])})
+    objects = {name: json.loads(values[name]) for name in ("settings", "about")}
+    return Job(**values | objects | {"goes_on": bool(values["goes_on"])})

@@ -7,6 +7,7 @@ import gradio as gr
 from app.compare_tab import build_compare_tab
 from app.context import AppContext
 from app.dataset_tab import build_dataset_tab
+from app.flatness_tab import build_flatness_tab
 from app.forms import ConfigForm
 from app.runs_tab import build_runs_tab
 from app.train_tab import build_train_tab
@@ -27,6 +28,8 @@ def build_app(context: AppContext) -> gr.Blocks:
                 build_train_tab(context, form, session, page.load, train.select)
             with gr.Tab("3 Compare", id="compare"):
                 build_compare_tab(context)
+            with gr.Tab("4 Flatness", id="flatness"):
+                build_flatness_tab(context)
             with gr.Tab("Runs", id="runs") as runs:
                 build_runs_tab(context, form, session, tabs, runs.select)
     return page

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,42 +15,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.compare_grid import difference
-from app.compare_view import BY_PROMPT, BY_STRENGTH, CompareView, Form
-from app.comparison import read_prompts, read_seeds, read_strengths
+from app.compare_export import difference
+from app.compare_view import BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
+from app.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.context import make_context
 from app.picture_cache import Drawing, DrawOrder, Picture, orders_for
 from app.settings import AppSettings
 from app.vote_view import VoteView
-from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.trainer import train
+from flatlora_diffusion.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
-FORM = Form(["icons-lora", "icons-flat-lora"], "a fox", "0", BY_PROMPT, 1.0, "", 1, 1.0)
-DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0)
-
-
-@pytest.fixture(scope="module")
-def pair(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A runs folder with a pair of two steps."""
-    runs = tmp_path_factory.mktemp("pair")
-    for method in ("lora", "flat-lora"):
-        values = {
-            "pretrained_model_name_or_path": str(base),
-            "instance_data_dir": str(icons),
-            "max_train_steps": 2,
-            "train_batch_size": 1,
-            "learning_rate": 0.01,
-            "report_to": "none",
-            "method": method,
-            "output_dir": str(runs / f"icons-{method}"),
-        }
-        train(TrainConfig.from_dict(values))
-    for config in runs.glob("*/config.json"):  # where the base lies is not saved from a command line
-        saved = json.loads(config.read_text(encoding="utf-8"))
-        config.write_text(json.dumps(saved | {"pretrained_model_name_or_path": str(base)}), encoding="utf-8")
-    return runs
+FORM = Form(["icons-lora", "icons-flat-lora"], "a <fox>", "0", BY_PROMPT, 1.0, "", 1, 1.0)
+DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0, "no", "abc")
 
 
 @pytest.fixture
@@ -78,17 +58,33 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     shown = view.show(FORM)
     assert shown.status == "", shown.status
     assert shown.grid.count("<img") == 3
-    assert shown.download is not None
-    assert Image.open(shown.download).width > 3 * 320
+    assert shown.picture is not None
+    assert Image.open(shown.picture).width > 3 * 320
+    _check_page(shown)
     assert view.draw(FORM, "me") == []
     again = CompareView(view.context)  # as after a restart
-    assert again.show(FORM).download == shown.download
+    assert again.show(FORM).picture == shown.picture
     compared = view.show(replace(FORM, is_difference=True))
     assert compared.grid.count("fl-diff") == 2
-    assert compared.download != shown.download
+    assert compared.picture != shown.picture
     stronger = view.draw(replace(FORM, strength=1.5), "me")
     assert [list(job.settings)[-2:] for job in stronger] == [["--strengths", "1.5"]]
     _vote_on(view)
+
+
+def _check_page(shown: Shown) -> None:
+    """The HTML file shows the same and needs nothing else."""
+    assert shown.page is not None
+    page = shown.page.read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == 3
+    assert not re.search(r"(src|href)=\"(?!data:)|url\(|<script", page)
+    for told in ("a &lt;fox&gt; · seed 0", "1 steps, guidance 1, strength 1", "32 pixels, fp32", "Flat-LoRA"):
+        assert told in page
+    assert "<fox>" not in page
+    packed = re.findall(r"base64,([^\"]+)", page)
+    pixels = [Image.open(io.BytesIO(base64.b64decode(one))) for one in packed]
+    assert [image.size for image in pixels] == [(32, 32)] * 3
+    assert pixels[0].tobytes() != pixels[1].tobytes()
 
 
 def _vote_on(view: CompareView) -> None:
@@ -139,8 +135,57 @@ def test_a_wrong_form_is_told_in_one_sentence(view: CompareView, change: dict[st
 
 def test_an_order_is_read_back_from_its_arguments() -> None:
     order = DrawOrder(DRAWING, ("a fox", "a red hat"), (0, 3), ("runs/a.safetensors",), (0.5, 1.0))
-    assert DrawOrder.read(order.arguments()) == order
-    assert DrawOrder.read(["generate", "--help"]) is None
+    assert DrawOrder.read(order.arguments(), "abc") == order
+    assert DrawOrder.read(["generate", "--help"], "abc") is None
+
+
+def test_rows_by_checkpoint_draw_the_lora_on_its_way(view: CompareView) -> None:
+    form = replace(FORM, rows=BY_CHECKPOINT)
+    comparison = view.comparison(form)
+    assert [row.label for row in comparison.rows()] == [
+        "a <fox> · seed 0 · after 1 steps",
+        "a <fox> · seed 0 · at the end",
+    ]
+    first, last = comparison.rows()
+    assert first.pictures[0] == last.pictures[0]  # the base is the same
+    assert all(one != other for one, other in zip(first.pictures[1:], last.pictures[1:], strict=True))
+    (job,) = view.draw(form, "me")
+    loras = [part for part in job.settings if part.endswith(".safetensors")]
+    assert sum("checkpoint-1" in lora for lora in loras) == 2
+    assert len(loras) == 4
+    shutil.rmtree(view.context.runs.folder / "icons-lora" / "checkpoint-1")
+    with pytest.raises(ConfigError, match="no checkpoint of the same step was kept on the way"):
+        view.comparison(form)
+
+
+def test_another_base_in_the_same_place_or_another_precision_is_another_picture(
+    view: CompareView, base: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(base, tmp_path / "base"))
+    for config in view.context.runs.folder.glob("*/config.json"):
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps(saved | {"pretrained_model_name_or_path": str(own)}), encoding="utf-8")
+    before = view.comparison(FORM).pictures()
+    assert view.comparison(FORM).pictures() == before
+    half = view.comparison(replace(FORM, precision="bf16"))
+    assert half.drawing.precision == "bf16"
+    assert not set(half.pictures()) & set(before)
+    weights = next(own.glob("unet/*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    after = view.comparison(FORM).pictures()
+    assert not set(after) & set(before)
+    assert len(view.draw(FORM, "me")) == 1
+    (job,) = view.context.queue.jobs()
+    assert " --mixed_precision no " in " ".join(job.settings)
+    assert set(view.cache.pictures_of(job)) == set(after)
+
+
+def test_what_is_drawn_first_makes_enough_pairs_for_a_vote() -> None:
+    assert default_seeds("a fox") == "0, 1, 2, 3, 4, 5, 6, 7"
+    assert default_seeds("a fox\na hat\na cup") == "0, 1, 2"
+    assert default_seeds("\n".join(map(str, range(9)))) == "0"
 
 
 def test_prompts_with_the_same_gaps_share_an_order() -> None:

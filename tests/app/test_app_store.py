@@ -106,9 +106,21 @@ def test_two_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: P
 
 def test_a_database_of_a_newer_version_is_left_alone(store: Store) -> None:
     with closing(sqlite3.connect(store.path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (1,)
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(ConfigError, match=r"app\.db was made by a newer version"):
         Store(store.path)
     with closing(sqlite3.connect(store.path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (99,)
+
+
+def test_a_database_of_the_first_version_keeps_its_jobs(store: Store) -> None:
+    store.add_jobs([job("a")])
+    with closing(sqlite3.connect(store.path)) as database:
+        database.execute("ALTER TABLE jobs DROP COLUMN about")
+        database.execute("PRAGMA user_version = 1")
+        database.commit()
+    found = Store(store.path)
+    assert [(one.run, one.about) for one in found.jobs()] == [("a", {})]
+    found.add_jobs([NewJob("generate", ["--help"], "me", about={"base": "abc"})])
+    assert Store(store.path).jobs()[1].about == {"base": "abc"}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from app.blind_vote import Tally, answers_of, shuffled_pairs, tally, verdict, wilson
+from app.blind_vote import Tally, answers_of, interval, shuffled_pairs, tally, verdict
 from app.picture_cache import Drawing, Picture
 from app.store import Choice, Vote
 
-DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0)
+DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0, "no", "abc")
 
 
 def rows(count: int) -> list[tuple[str, Picture, Picture]]:
@@ -58,7 +58,7 @@ def test_only_this_voters_answers_to_these_pairs_in_this_order_count() -> None:
     [(8, 10, 0.4901625, 0.9433178), (0, 10, 0.0, 0.2775328), (5, 10, 0.2365931, 0.7634069), (0, 0, 0.0, 1.0)],
 )
 def test_the_interval_is_wilsons(wins: int, count: int, low: float, high: float) -> None:
-    assert wilson(wins, count) == pytest.approx((low, high), abs=1e-6)
+    assert interval(wins, count) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_the_sentence_says_no_difference_unless_the_interval_leaves_out_a_half() -> None:

@@ -1,0 +1,35 @@
+"""Short real runs that several tabs show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.trainer import train
+
+
+@pytest.fixture(scope="session")
+def pair(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with a pair of two steps and checkpoints after each; to be copied, not to be changed."""
+    runs = tmp_path_factory.mktemp("pair")
+    for method in ("lora", "flat-lora"):
+        values = {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "max_train_steps": 2,
+            "checkpointing_steps": 1,
+            "train_batch_size": 1,
+            "learning_rate": 0.01,
+            "report_to": "none",
+            "method": method,
+            "output_dir": str(runs / f"icons-{method}"),
+        }
+        train(TrainConfig.from_dict(values))
+    for config in runs.glob("*/config.json"):  # where base and images lie is not saved from a command line
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        places = {"pretrained_model_name_or_path": str(base), "instance_data_dir": str(icons)}
+        config.write_text(json.dumps(saved | places), encoding="utf-8")
+    return runs

@@ -1,0 +1,113 @@
+"""The Flatness tab: a real measurement as a queued job, found again, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.context import make_context
+from app.flatness_tab import measure, refresh, show
+from app.flatness_view import QUICK, FlatnessView
+from app.settings import AppSettings
+from flatlora_diffusion.config import ConfigError, FlatnessConfig
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 240
+PAIR = ["icons-lora", "icons-flat-lora"]
+
+
+@pytest.fixture
+def view(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlatnessView]:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copytree(pair, tmp_path / "runs")
+    view = FlatnessView(make_context(AppSettings(runs_dir=str(tmp_path / "runs"))))
+    yield view
+    queue = view.context.queue
+    for job in queue.jobs("queued", "running"):
+        queue.stop(job.id, at_once=True)
+    queue.close()
+
+
+def run_queue(view: FlatnessView) -> list[str]:
+    """Run all that is queued; the statuses that were shown meanwhile."""
+    queue, end, shown = view.context.queue, time.monotonic() + PATIENCE_SECONDS, []
+    while queue.jobs("queued", "running"):
+        assert time.monotonic() < end, view.status()
+        assert queue.tick()
+        shown.append(view.status())
+        time.sleep(0.05)
+    return shown
+
+
+def change_config(view: FlatnessView, run_id: str, **values: object) -> None:
+    file = view.context.runs.get(run_id).folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: FlatnessView) -> None:
+    assert set(view.newest()) == set(PAIR)
+    assert "Nothing has been measured yet" in view.result(None).charts
+    assert "Starting" in measure(view, "me", PAIR, QUICK)
+    with pytest.raises(ConfigError, match="runs or waits already"):
+        view.measure(PAIR, QUICK, "me")
+    shown = run_queue(view)
+    assert any("of 3 done" in status for status in shown), shown[-3:]
+    assert view.status() == ""
+    again = FlatnessView(make_context(view.context.settings))
+    ((title, number),) = again.results()
+    assert title.startswith("icons-lora and icons-flat-lora, quick")
+    result = again.result(number)
+    assert [name in result.charts for name in ("rise.png", "slices.png", "strength.png")] == [True] * 3
+    assert "| loss, training images" in result.tables
+    assert "icons-flat-lora" in result.tables
+    frame = again.surface(number)
+    assert 'sandbox="allow-scripts"' in frame
+    assert "surface.html" in frame
+    choices = refresh(again, None, [], None, "")
+    assert (choices[1]["value"], choices[1]["visible"]) == (number, True)
+    assert refresh(again, choices[4], PAIR, number, "")[1].keys() == {"__type__"}  # left alone
+    assert show(again, number)[0] == result.charts
+
+
+def test_it_waits_its_turn_behind_a_job(view: FlatnessView) -> None:
+    view.context.queue.add_command("generate", ["generate", "--help"], "you")
+    view.measure(PAIR, QUICK, "me")
+    assert "Waits for another job; one runs at a time." in view.status()
+    view.stop()
+    assert view.open_job() is None
+    assert view.status() == ""
+
+
+def test_runs_that_do_not_go_together_are_refused_in_the_words_of_the_command(view: FlatnessView) -> None:
+    change_config(view, "icons-lora", pretrained_model_name_or_path="somewhere/else")
+    told = measure(view, "me", PAIR, QUICK)
+    assert "Run icons-flat-lora was trained on another base than icons-lora" in told
+    assert 'role="alert"' in told
+    assert "no run is chosen" in measure(view, "me", [], QUICK).lower()
+    assert view.newest() in (["icons-lora"], ["icons-flat-lora"])
+    assert view.context.queue.jobs() == []
+
+
+def test_a_failed_measurement_tells_the_sentence_of_the_command(view: FlatnessView) -> None:
+    for run_id in PAIR:
+        change_config(view, run_id, instance_data_dir="no/such/folder")
+    view.measure(PAIR, QUICK, "me")
+    run_queue(view)
+    assert "Image folder no/such/folder does not exist" in view.status()
+    assert view.results() == []
+    with pytest.raises(ConfigError, match="not there any more"):
+        view.result(view.context.queue.jobs()[0].id)
+
+
+def test_the_quick_setting_is_one_of_the_command(view: FlatnessView) -> None:
+    job = view.measure(PAIR, QUICK, "me")
+    flags = [part.removeprefix("--") for part in job.settings if part.startswith("--")]
+    assert set(flags) - {"no_curvature"} <= {name for name in FlatnessConfig.__dataclass_fields__}
+    assert job.about["runs"] == PAIR

@@ -1,0 +1,156 @@
+"""LoRA files from elsewhere: what is taken becomes a finished entry; what is hostile or foreign does not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from app.compare_view import BY_PROMPT, CompareView, Form
+from app.context import AppContext, make_context
+from app.flatness_view import FlatnessView
+from app.forms import ConfigForm
+from app.lora_import import import_lora_file, known_bases, origin_of
+from app.runs_tab import clone, delete, details, run_rows, take_lora, undo
+from app.settings import AppSettings
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.lora_import import import_lora
+from flatlora_diffusion.lora_update import difference, norm
+from flatlora_diffusion.safe_reading import checked_file
+
+
+@pytest.fixture
+def context(pair: Path, tmp_path: Path) -> AppContext:
+    shutil.copytree(pair, tmp_path / "runs")
+    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
+
+
+@pytest.fixture
+def upload(pair: Path, tmp_path: Path) -> Path:
+    """A LoRA in kohya's layout, as it is shared."""
+    return Path(shutil.copy(pair / "icons-lora" / "icons-lora.safetensors", tmp_path / "Soft clay.safetensors"))
+
+
+def test_an_imported_lora_is_a_finished_entry_that_the_comparison_takes(
+    context: AppContext, upload: Path, base: Path
+) -> None:
+    assert known_bases(context.runs)[0] == str(base)
+    taken = import_lora_file(context.runs, upload, str(base))
+    run = context.runs.get(taken.run)
+    assert (taken.run, run.state, run.method, taken.unknown) == ("Soft-clay", "finished", "imported", 0)
+    kept = import_lora(checked_file(run.folder / "pytorch_lora_weights.safetensors"), str(base)).updates
+    given = import_lora(checked_file(upload), str(base)).updates
+    assert given["unet"]
+    for module, update in given["unet"].items():
+        assert difference(kept["unet"][module], update) < 1e-4 * norm(update)
+    view = CompareView(context)
+    form = Form(["icons-flat-lora", taken.run], "a fox", "0", BY_PROMPT, 1.0, "", 1, 1.0)
+    comparison = view.comparison(form)
+    assert [title for title, _ in comparison.titles] == ["Base", "Flat-LoRA", "Imported"]
+    assert len(view.draw(form, "me")) == 1
+    assert taken.run not in [run_id for _, run_id in FlatnessView(context).runs()]
+    assert str(base) not in (run.folder / "config.json").read_text(encoding="utf-8")  # which the app serves
+
+
+def test_the_runs_tab_shows_where_it_comes_from_and_offers_no_training(
+    context: AppContext, upload: Path, base: Path
+) -> None:
+    told, rows, choice, emptied = take_lora(context, str(upload), str(base))
+    run_id = choice.value
+    assert ("Soft-clay", run_id) in choice.choices  # else the page refuses its own choice
+    assert run_id in [row[-1] for row in rows]
+    assert "Soft-clay is among the runs now" in told
+    assert emptied is None
+    assert not upload.exists()  # the copy of the upload, not the user's own file
+    assert ["Soft-clay", "finished", "imported", ""] in [row[:4] for row in run_rows(context)]
+    shown = details(context, run_id)
+    assert "from Soft clay.safetensors" in shown[0]
+    assert [shown[-2].interactive, shown[-1].interactive] == [False, False]
+    with pytest.raises(Exception, match="Soft-clay was imported, not trained"):
+        clone(context, ConfigForm(), run_id)
+    origin = origin_of(context.runs.get(run_id).folder)
+    assert origin is not None
+    assert origin.layers > 0
+
+
+def test_the_same_file_is_not_taken_twice(context: AppContext, upload: Path, base: Path) -> None:
+    import_lora_file(context.runs, upload, str(base))
+    with pytest.raises(ConfigError, match="is among the runs already, as Soft-clay"):
+        import_lora_file(context.runs, upload, str(base))
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"lora": [1, 2]}))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def not_finite(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in tensors.items()}, path)
+
+
+def of_a_wider_base(path: Path) -> None:
+    tensors = load_file(path)
+    wider = {
+        name: torch.cat([value, value], 1) if name.endswith("down.weight") else value
+        for name, value in tensors.items()
+    }
+    save_file(wider, path)
+
+
+def of_flux(path: Path) -> None:
+    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 8)}, path)
+
+
+def nothing_to_change(path: Path) -> None:
+    zeros = {name: value if name.endswith("alpha") else value * 0 for name, value in load_file(path).items()}
+    save_file(zeros, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (pickled, "Python pickle, which can hold code"),
+        (cut_short, "cut short"),
+        (not_finite, "NaN|not finite"),
+        (of_a_wider_base, "of other shapes than those of"),
+        (of_flux, "is a LoRA for Flux, not for SDXL"),
+        (nothing_to_change, "Soft clay.safetensors would change nothing"),
+    ],
+)
+def test_hostile_and_foreign_files_leave_nothing_behind(
+    context: AppContext, upload: Path, base: Path, spoil: object, message: str
+) -> None:
+    spoil(upload)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=message) as refused:
+        import_lora_file(context.runs, upload, str(base))
+    assert str(upload.parent) not in str(refused.value)  # the user knows the file by its name only
+    assert {run.id for run in context.runs.all()} == {"icons-lora", "icons-flat-lora"}
+    assert not any((context.runs.private / "imports").iterdir())
+
+
+def test_other_endings_and_missing_files_are_told_beside_the_upload(context: AppContext, tmp_path: Path) -> None:
+    other = tmp_path / "lora.ckpt"
+    other.write_bytes(b"x")
+    told = take_lora(context, str(other), "tiny")[0]
+    assert "Lora.ckpt is no .safetensors file; other formats can hold code" in told
+    assert "No file was given" in take_lora(context, None, "tiny")[0]
+    assert json.dumps(known_bases(context.runs)[-1]) == '"tiny"'
+
+
+def test_a_deleted_entry_comes_back_as_a_choice_of_the_page(context: AppContext, upload: Path, base: Path) -> None:
+    run_id = import_lora_file(context.runs, upload, str(base)).run
+    key, _ = delete(context, run_id)
+    assert run_id not in [row[-1] for row in run_rows(context)]
+    rows, choice, button = undo(context, key)
+    assert (choice.value, (run_id, run_id) in choice.choices, button.visible) == (run_id, True, False)
+    assert run_id in [row[-1] for row in rows]
+    assert context.runs.settings(run_id)["pretrained_model_name_or_path"] == str(base)

@@ -1,0 +1,82 @@
+"""Every event of the page can be called: its handler takes what the page gives it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from app.context import make_context
+from app.settings import AppSettings
+from app.ui import build_app
+
+_GIVEN = (gr.Request, gr.EventData, gr.SelectData)  # by Gradio, when it sees the annotation
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> gr.Blocks:
+    runs = tmp_path_factory.mktemp("wiring") / "runs"
+    return build_app(make_context(AppSettings(runs_dir=str(runs))))
+
+
+def misfit(handler: Callable[..., Any], inputs: int) -> str | None:
+    """Why a handler cannot be called with so many inputs; None when it can."""
+    inner = handler.func if isinstance(handler, functools.partial) else handler
+    hints = typing.get_type_hints(inner)
+    parameters = [one for one in inspect.signature(handler).parameters.values() if one.kind in _POSITIONAL]
+    given = [place for place, one in enumerate(parameters) if hints.get(one.name) in _GIVEN]
+    named = [one.name for one in inspect.signature(inner).parameters.values() if hints.get(one.name) in _GIVEN]
+    if len(named) != len(given):
+        return f"{named} must be positional"
+    if given and isinstance(handler, functools.partial):
+        return f"Gradio does not see {named} of a partial"
+    if given and given != [0]:
+        return f"{named} must come first"
+    try:
+        inspect.signature(handler).bind(*[None] * (inputs + len(given)))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def test_every_handler_takes_the_inputs_of_its_event(page: gr.Blocks) -> None:
+    called = [one for one in page.fns.values() if one.fn is not None and not one.js]
+    assert len(called) > 25
+    wrong = {one.name: why for one in called if (why := misfit(one.fn, len(one.inputs)))}
+    assert wrong == {}
+
+
+def test_no_component_is_given_twice_as_an_output(page: gr.Blocks) -> None:
+    for one in page.fns.values():
+        assert len({part._id for part in one.outputs}) == len(one.outputs), one.name
+
+
+def takes_two(request: gr.Request, one: str, *values: str) -> None: ...
+def takes_it_late(one: str, request: gr.Request) -> None: ...
+def takes_it_named(*values: str, request: gr.Request) -> None: ...
+def takes_one(one: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "inputs", "why"),
+    [
+        (takes_two, 3, None),
+        (takes_two, 0, "missing a required argument: 'one'"),
+        (takes_it_late, 1, "must come first"),
+        (takes_it_named, 1, "must be positional"),
+        (functools.partial(takes_two), 1, "does not see"),
+        (takes_one, 2, "too many positional arguments"),
+        (functools.partial(takes_one, "x"), 1, "too many positional arguments"),
+        (functools.partial(takes_one, "x"), 0, None),
+    ],
+)
+def test_a_handler_that_cannot_be_called_is_found(handler: Callable[..., Any], inputs: int, why: str | None) -> None:
+    found = misfit(handler, inputs)
+    assert (found is None) == (why is None), found
+    assert why is None or (found is not None and why in found)
