@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from flatlora_diffusion.compare_figures import Figures
 from flatlora_diffusion.experiment import Arm
 from flatlora_diffusion.matched import Point, at_equal_loss, at_equal_seconds
+from flatlora_diffusion.page_text import figure
 from flatlora_diffusion.paired import PairedDifference, paired_difference
 
 HELDOUT_LOSS = "heldout_loss"
@@ -58,21 +60,30 @@ def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     if row is None:
         return "One arm alone was trained: there is nothing to compare it with."
     arm, against = names[row["arm"]], names[row["against"]]
+    digits = _digits(row)
+    mean = figure(row["mean"], digits, signed=True)
     if row["low"] is None:
         return (
-            f"One seed cannot tell: {arm}'s held-out loss differs from {against}'s by {row['mean']:+.5f}, and how "
+            f"One seed cannot tell: {arm}'s held-out loss differs from {against}'s by {mean}, and how "
             "much that varies by chance is unknown; --num_seeds 5 gives an interval."
         )
-    interval = f"{row['mean']:+.5f} (95 % interval {row['low']:+.5f} to {row['high']:+.5f}, {row['n']} seeds)"
+    low, high = (figure(row[end], digits, signed=True) for end in ("low", "high"))
+    interval = f"{mean} (95 % interval {low} to {high}, {row['n']} seeds)"
     if row["low"] <= 0 <= row["high"]:
         return (
             f"No difference found: {arm}'s held-out loss differs from {against}'s by {interval}; a difference of "
-            f"{row['detectable']:.5f} would have been found with 80 % power."
+            f"{figure(row['detectable'], digits)} would have been found with 80 % power."
         )
     better = arm if row["high"] < 0 else against
     return (
         f"{better} predicts images it never saw better: {arm}'s held-out loss differs from {against}'s by {interval}."
     )
+
+
+def _digits(row: Mapping[str, Any]) -> int:
+    """Decimals that show two digits of the interval's width, or of the difference."""
+    width = abs(row["mean"]) if row["low"] is None else row["high"] - row["low"]
+    return max(4, 1 - math.floor(math.log10(width))) if width else 4
 
 
 def table(names: Mapping[str, str], metrics: Sequence[Mapping[str, Any]], base: Figures, values: Values) -> str:

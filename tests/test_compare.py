@@ -60,8 +60,11 @@ def test_an_arm_with_steps_of_its_own_is_compared_at_the_ends() -> None:
 @pytest.mark.parametrize(
     ("differences", "said"),
     [
-        ((-0.001,), "One seed cannot tell: Flat-LoRA's held-out loss differs from LoRA's by -0.00100"),
-        ((-0.001, 0.002, -0.0015), "No difference found: Flat-LoRA's held-out loss differs from LoRA's by -0.00017"),
+        ((-0.001,), "One seed cannot tell: Flat-LoRA's held-out loss differs from LoRA's by \N{MINUS SIGN}0.0010"),
+        (
+            (-0.001, 0.002, -0.0015),
+            "No difference found: Flat-LoRA's held-out loss differs from LoRA's by \N{MINUS SIGN}0.0002",
+        ),
         ((-0.001, -0.0011, -0.0009), "Flat-LoRA predicts images it never saw better"),
         ((0.001, 0.0011, 0.0009), "LoRA predicts images it never saw better"),
     ],
@@ -74,7 +77,7 @@ def test_the_verdict_says_what_the_interval_allows(differences: tuple[float, ...
         assert "95 % interval" in found
         assert "3 seeds" in found
     if found.startswith("No difference"):
-        assert f"a difference of {rows[0]['detectable']:.5f} would have been found" in found
+        assert f"a difference of {rows[0]['detectable']:.4f} would have been found" in found
 
 
 def test_a_single_arm_has_no_verdict() -> None:
