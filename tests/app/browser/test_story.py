@@ -33,12 +33,12 @@ def test_upload_caption_train_a_pair_compare_vote_and_download(page: AppPage, tm
 def upload_and_caption(page: AppPage) -> None:
     page.show_tab("1 Dataset")
     page.page.locator("input[type=file]").first.set_input_files(ICONS)
-    expect(page.page.get_by_text(f"captions 0/{len(ICONS)}")).to_be_visible(timeout=PATIENCE)
+    expect(page.page.get_by_text(f"captions {len(ICONS)}/{len(ICONS)}")).to_be_visible(timeout=PATIENCE)
     page.fill(Trigger_word="TOK")
     page.button("Captions from file names").click()
-    expect(page.page.get_by_text(f"captions {len(ICONS)}/{len(ICONS)}")).to_be_visible(timeout=PATIENCE)
-    word = ICONS[0].stem.replace("_", " ")
-    expect(page.page.get_by_text(f"a TOK icon of {word}, in the style of TOK").first).to_be_attached()
+    for icon in ICONS:
+        caption = f"a TOK icon of {icon.stem.replace('-', ' ')}, in the style of TOK"
+        expect(page.page.get_by_role("gridcell", name=caption, exact=True)).to_be_visible(timeout=PATIENCE)
 
 
 def compare(page: AppPage) -> None:
