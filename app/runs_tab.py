@@ -177,10 +177,10 @@ def build_runs_tab(
             with gr.Accordion("Settings that differ from the defaults", open=False):
                 settings = gr.JSON()
     key = gr.State("")
-    again = {"fn": partial(refresh, context), "inputs": [chosen], "outputs": [table, chosen], "api_name": "runs"}
+    again = {"fn": partial(refresh, context), "inputs": [chosen], "outputs": [table, chosen]}
     private = {**again, "api_visibility": "private"}
     shown(**private)
-    renew.click(**again)
+    renew.click(**again, api_name="runs")
     table.select(_picked, None, [chosen])
     everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
     chosen.change(partial(details, context), [chosen], everything, show_progress="hidden", api_name="run")

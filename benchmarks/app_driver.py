@@ -1,0 +1,205 @@
+"""The app as people have it, for browser tests and benchmarks: its process, and its page by roles and labels."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gradio_client import Client
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
+from app.processes import kill_tree, read_json
+
+ROOT = Path(__file__).parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+START_SECONDS = 120
+PATIENCE = 180_000  # milliseconds for what waits for a training or a drawing on a busy machine
+TABS = ("1 Dataset", "2 Train", "3 Compare", "Runs")
+
+
+def browser_path() -> str | None:
+    """The installed Chromium or Chrome, None without one."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@contextmanager
+def open_browser(path: str) -> Iterator[Browser]:
+    """The browser at `path`, without a window."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class RunningApp:
+    """`python -m app ARGUMENTS` as a process of its own, on a free port, with the runs folder `runs`."""
+
+    def __init__(self, runs: Path, *arguments: str) -> None:
+        self.runs = runs
+        self._arguments = arguments
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Returns once it answers. Raises RuntimeError with what it printed when it ends instead."""
+        place = ["--runs_dir", str(self.runs), "--port", str(self.port)]
+        command = [sys.executable, "-m", "app", *place, *self._arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+            end = time.monotonic() + START_SECONDS
+            while not _answers(self.port):
+                if self._process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise RuntimeError(f"the app does not open at {self.url}:\n{log.read()}")
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End the app; trainings go on, as they do for its users."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
+
+    def kill_trainers(self) -> None:
+        """End the trainers at once, as a system without memory does; their supervisors tell of it."""
+        for file in self.runs.glob(".app/**/trainer.json"):
+            kill_tree(read_json(file))
+
+    def close(self) -> None:
+        """End the app and all that it has started."""
+        self.stop()
+        for file in self.runs.glob(".app/**/supervisor.json"):
+            kill_tree(read_json(file))
+        self.kill_trainers()
+
+
+class AppPage:
+    """The app in one tab of a browser. `faults`: errors of its console and requests to other machines."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.faults: list[str] = []
+        page.on("console", self._note_message)
+        page.on("pageerror", lambda error: self.faults.append(f"script: {error}"))
+        page.on("request", self._note_request)
+
+    def open(self) -> None:
+        self.page.goto(self.url)
+        expect(self.page.get_by_role("tab", name=TABS[0])).to_be_visible(timeout=PATIENCE)
+
+    def show_tab(self, name: str) -> None:
+        """Bring the tab to the front, also from the menu that holds what a narrow page has no room for."""
+        tab = self.page.get_by_role("tab", name=name)
+        if not tab.is_visible():
+            self.button("More tabs").first.click()
+            tab = self.button(name)
+        tab.click()
+
+    def tab_names(self) -> list[str]:
+        """Of the page's own tabs, from left to right; the page has to be wide enough for them."""
+        return self.page.get_by_role("tablist").first.get_by_role("tab").all_inner_texts()
+
+    def settled_width(self) -> int:
+        """What the page is wide in pixels, once it has had time to fit its window."""
+        with suppress(PlaywrightTimeout):
+            self.page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=5000)
+        return int(self.page.evaluate("document.documentElement.scrollWidth"))
+
+    def button(self, name: str) -> Locator:
+        return self.page.get_by_role("button", name=name, exact=True).filter(visible=True)
+
+    def box(self, label: str) -> Locator:
+        """The visible field with this label; a label holds its help too, so it is found by its first words."""
+        named = self.page.get_by_text(label, exact=True)
+        return self.page.locator("label").filter(has=named).filter(visible=True).locator("input, textarea").first
+
+    def fill(self, **values: str) -> None:
+        """Write into the fields by label, `_` for a blank."""
+        for label, value in values.items():
+            field = self.box(label.replace("_", " "))
+            field.fill(value)
+            field.blur()
+
+    def load_samples(self) -> None:
+        self.show_tab(TABS[0])
+        self.button("Load the 23 sample icons").click()
+        expect(self.page.get_by_text("captions 23/23")).to_be_visible(timeout=PATIENCE)
+
+    def start_training(self, name: str, method: str, steps: int, preview: str = "") -> None:
+        """On the Train tab, as small as may be but for the number of steps."""
+        self.show_tab(TABS[1])
+        self.fill(Name=name)
+        self.page.get_by_role("radio", name=method, exact=True).check()
+        self.fill(Steps=str(steps), Rank="2", Batch_size="1", Preview_prompt=preview)
+        self.button("Start training").click()
+        expect(self.page.get_by_text("Queued:")).to_be_visible(timeout=PATIENCE)
+
+    def card(self, name: str) -> Locator:
+        """The run's progress."""
+        named = self.page.get_by_text(name, exact=True)
+        return self.page.locator("[data-state]").filter(has=named).filter(visible=True)
+
+    def wait_for_state(self, name: str, state: str) -> Locator:
+        """The run's card once it says so."""
+        card = self.card(name)
+        expect(card).to_have_attribute("data-state", state, timeout=PATIENCE)
+        return card
+
+    def steps_done(self, name: str) -> int:
+        found = re.search(r"step (\d+)", self.card(name).inner_text())
+        assert found is not None
+        return int(found[1])
+
+    def wait_for_step(self, name: str, step: int) -> int:
+        """The run's number of steps once there are `step` of them."""
+        fewer = "|".join(map(str, range(step)))
+        counted = re.compile(rf"step (?!({fewer})\b)\d")
+        expect(self.card(name)).to_contain_text(counted, timeout=PATIENCE)
+        return self.steps_done(name)
+
+    def _note_message(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.faults.append(f"console: {message.text} ({message.location.get('url')})")
+
+    def _note_request(self, request: Request) -> None:
+        if not request.url.startswith((self.url, "data:", "blob:")):
+            self.faults.append(f"request: {request.url}")
+
+
+def call_endpoint(client: Client, endpoint: str, **values: Any) -> Any:
+    """What the endpoint returns. A value is named by its field's label, with `_` for a blank, or by its parameter
+    with `__` before it; what is not given keeps the form's own value."""
+    described = client.view_api(return_format="dict", print_info=False)["named_endpoints"][endpoint]["parameters"]
+    by_label = {item["label"]: item["parameter_name"] for item in described}
+    named = {
+        name[2:] if name.startswith("__") else by_label[name.replace("_", " ")]: value
+        for name, value in values.items()
+    }
+    return client.predict(**named, api_name=endpoint)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,59 @@
+"""A browser, one app for all tests of this folder, and a page whose console has to stay clean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from benchmarks.app_driver import BROWSERS, AppPage, RunningApp, browser_path, open_browser
+
+REQUIRED = "FLATLORA_REQUIRE_BROWSER"
+
+
+@pytest.fixture(scope="package")
+def chromium() -> Iterator[Browser]:
+    """Package-wide only, as it keeps an event loop running that other tests have no use for."""
+    path = browser_path()
+    if path is None:
+        reason = f"no browser is installed: none of {', '.join(BROWSERS)} is on the PATH"
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{reason}, and {REQUIRED}=1 wants one")
+        print(reason)
+        pytest.skip(reason)
+    with open_browser(path) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="package")
+def shared_app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    app = RunningApp(tmp_path_factory.mktemp("app") / "runs")
+    try:
+        app.start()
+        yield app
+    finally:
+        app.close()
+
+
+@pytest.fixture
+def app(shared_app: RunningApp) -> Iterator[RunningApp]:
+    """No training of one test goes on into the next."""
+    yield shared_app
+    shared_app.kill_trainers()
+
+
+@pytest.fixture
+def page(chromium: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]:
+    """A fresh browser profile with the app open; what its console complains of fails the test."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    context.set_default_timeout(60_000)
+    page = AppPage(context.new_page(), app.url)
+    try:
+        page.open()
+        yield page
+        assert page.faults == []
+    finally:
+        context.close()

@@ -1,0 +1,59 @@
+"""The pictures of the app in docs/. Make them anew with `python -m pytest tests/app/browser/screenshots.py`.
+
+Not collected otherwise: no test, it writes docs/app_*.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from benchmarks.app_driver import PATIENCE, ROOT, AppPage, RunningApp
+
+DOCS = ROOT / "docs"
+STEPS = 60
+
+
+@pytest.fixture
+def app(tmp_path: Path, chromium: Browser) -> Iterator[RunningApp]:
+    """One of its own, so that no other test's runs are in the picture."""
+    app = RunningApp(tmp_path / "runs")
+    try:
+        app.start()
+        yield app
+    finally:
+        app.close()
+
+
+def shoot(page: AppPage, name: str, top: str = "body") -> None:
+    """`top`: what is at the upper edge."""
+    page.page.locator(top).first.evaluate("element => element.scrollIntoView()")
+    page.page.wait_for_load_state("networkidle")
+    page.page.screenshot(path=DOCS / f"app_{name}.png", animations="disabled")
+
+
+def test_screenshots(page: AppPage) -> None:
+    page.load_samples()
+    expect(page.page.get_by_role("img").filter(visible=True).nth(22)).to_be_attached(timeout=PATIENCE)
+    shoot(page, "dataset")
+
+    page.show_tab("2 Train")
+    page.fill(Name="icons", Steps=str(STEPS))
+    page.button("Start training").click()
+    page.wait_for_step("icons-flat-lora", STEPS // 2)
+    shoot(page, "train")
+    page.wait_for_state("icons-flat-lora", "finished")
+
+    page.show_tab("3 Compare")
+    expect(page.page.get_by_text("icons-flat-lora · Flat-LoRA")).to_be_visible(timeout=PATIENCE)
+    page.button("Draw").click()
+    expect(page.page.get_by_text("not drawn yet")).to_have_count(0, timeout=PATIENCE)
+    expect(page.button("Save as PNG")).to_be_enabled(timeout=PATIENCE)
+    shoot(page, "compare", top="#fl-draw")
+
+    page.show_tab("Runs")
+    expect(page.button("For diffusers")).to_be_enabled(timeout=PATIENCE)
+    shoot(page, "runs")

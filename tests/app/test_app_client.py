@@ -1,0 +1,76 @@
+"""The app's named endpoints, as a program calls them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from benchmarks.app_driver import PATIENCE, RunningApp, call_endpoint
+from flatlora_diffusion.config import SAMPLES
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    folder = tmp_path_factory.mktemp("client")
+    app = RunningApp(folder / "runs")
+    try:
+        app.start()
+        client = Client(app.url, verbose=False, download_files=str(folder / "downloads"))
+        yield client
+        client.close()
+    finally:
+        app.close()
+
+
+def wait(result: Callable[[], Any], is_there: Callable[[Any], bool]) -> Any:
+    end = time.monotonic() + PATIENCE / 1000
+    while not is_there(value := result()):
+        assert time.monotonic() < end, value
+        time.sleep(0.5)
+    return value
+
+
+def test_upload_start_status_and_generate(client: Client) -> None:
+    icons = sorted((SAMPLES / "icons_3d").glob("*.png"))[:2]
+    files = [handle_file(str(path)) for icon in icons for path in (icon, icon.with_suffix(".txt"))]
+    session, names, _, refused = call_endpoint(client, "/upload", __session="", __names={}, __files=files)
+    assert sorted(names.values()) == [icon.name for icon in icons]
+    assert refused == ""
+    told = call_endpoint(client, "/summary", __session=session, Train="LoRA", Steps="2")
+    assert "2 images, captions 2/2" in told
+    assert "2 steps" in told
+
+    small = {"Steps": "2", "Rank": 2, "Batch_size": 1, "Preview_prompt": ""}
+    queued = call_endpoint(client, "/start", __session=session, Name="by program", Train="LoRA", **small)
+    assert "by-program" in queued
+    wait(lambda: call_endpoint(client, "/live", __chosen=None)[0], lambda cards: 'data-state="finished"' in cards)
+
+    order = {"Runs": ["by-program"], "Prompts": "a TOK icon of a fox", "Steps": 2}
+    grid, _, saved = wait(lambda: call_endpoint(client, "/compare_draw", **order), lambda drawn: drawn[2] is not None)
+    assert grid.count("<img ") == 2
+    with Image.open(saved["value"] if isinstance(saved, dict) else saved) as picture:
+        assert picture.format == "PNG"
+    assert "by-program" in json.dumps(call_endpoint(client, "/runs", Run=None)[0])
+
+
+def test_samples_are_loaded_in_a_session_of_their_own(client: Client) -> None:
+    session, names, refused = call_endpoint(client, "/load_samples", __session="")
+    other, _, _ = call_endpoint(client, "/load_samples", __session="")
+    assert len(names) == 23
+    assert refused == ""
+    assert session != other
+
+
+def test_a_start_without_images_says_what_to_do(client: Client) -> None:
+    with pytest.raises(Exception, match="no images to train on; upload some first"):
+        call_endpoint(client, "/start", __session="", Name="none", Steps="2")
+    with pytest.raises(Exception, match="the run has no name; give it one"):
+        call_endpoint(client, "/start", __session="", Name=" ", Steps="2")
