@@ -126,7 +126,8 @@ def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
         return refresh(view, last, *values)
 
     rows.change(_show_strengths, rows, [strength, strengths], **quiet)
-    draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw")
+    # Choices are filled in per page, and Gradio would refuse those of a program; the handler checks them itself.
+    draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw", preprocess=False)
     stop.click(on_stop, [last, *form], outputs, **quiet)
     gr.on(None, partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
     gr.on([one.change for one in form], partial(refresh, view), [last, *form], outputs, **quiet)

@@ -183,7 +183,9 @@ def build_runs_tab(
     renew.click(**again, api_name="runs")
     table.select(_picked, None, [chosen])
     everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
-    chosen.change(partial(details, context), [chosen], everything, show_progress="hidden", api_name="run")
+    chosen.change(
+        partial(details, context), [chosen], everything, show_progress="hidden", api_name="run", preprocess=False
+    )
     take.click(partial(take_lora, context), [file, base], [taken, table, chosen, file])
     keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private)
     drop.click(partial(delete, context), [chosen], [key, back]).success(**private)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import gradio as gr
 
 from app.compare_tab import build_compare_tab
@@ -32,4 +34,12 @@ def build_app(context: AppContext) -> gr.Blocks:
                 build_flatness_tab(context)
             with gr.Tab("Runs", id="runs") as runs:
                 build_runs_tab(context, form, session, tabs, runs.select)
+    _keep_unnamed_private(page)
     return page
+
+
+def _keep_unnamed_private(page: gr.Blocks) -> None:
+    """Gradio makes an endpoint for programs of every event; only those that we named are meant for them."""
+    for event in page.fns.values():
+        if re.fullmatch(r"(partial|lambda|_?picked)(_\d+)?", str(event.api_name)):
+            event.api_visibility = "private"

@@ -36,7 +36,8 @@ def misfit(handler: Callable[..., Any], inputs: int) -> str | None:
         return f"{named} must be positional"
     if given and isinstance(handler, functools.partial):
         return f"Gradio does not see {named} of a partial"
-    if given and given != [0]:
+    is_request = any(hints.get(name) is gr.Request for name in named)
+    if is_request and given != [0]:
         return f"{named} must come first"
     try:
         inspect.signature(handler).bind(*[None] * (inputs + len(given)))
