@@ -146,7 +146,10 @@ class AppPage:
         self.show_tab(TABS[1])
         self.fill(Name=name)
         self.page.get_by_role("radio", name=method, exact=True).check()
-        self.fill(Steps=str(steps), Rank="2", Batch_size="1", Preview_prompt=preview)
+        self.fill(Steps=str(steps), Rank="2")
+        if not self.box("Batch size").is_visible():
+            self.button("More settings").click()
+        self.fill(Batch_size="1", Preview_prompt=preview)
         self.button("Start training").click()
         expect(self.page.get_by_text("Queued:")).to_be_visible(timeout=PATIENCE)
 

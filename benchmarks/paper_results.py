@@ -9,14 +9,15 @@ and 16); every number of the page comes from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper_text_to_image import RESULT, TRIALS
+from benchmarks.paper_flatness import flatness_section, table
 from flatlora_diffusion.matched import Point, at_equal_loss, at_equal_seconds
 from flatlora_diffusion.paired import paired_difference
 
+RESULT = Path(__file__).with_name("paper_text_to_image.json")
 FLATNESS = Path(__file__).with_name("paper_flatness.json")
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 SCALE = 1e5  # losses differ in the fifth decimal
@@ -36,26 +37,34 @@ def main() -> None:
         _groups(result),
         _nulls(result),
         _tuned(result),
-        _flatness(flatness),
+        flatness_section(flatness),
     ]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(PAGE)
 
 
 def summary(result: Result) -> str:
-    """What the intervals say, in a sentence."""
-    center, tuned = result["pairs"][0]["report"], result["tuned"]["report"]
-    found = [pair for pair in result["pairs"] if _side(pair["report"])]
-    better = [_name(pair["arm"]) for pair in found if pair["report"]["high"] < 0]
-    worse = [_name(pair["arm"]) for pair in found if pair["report"]["low"] > 0]
-    base, lora = result["base"]["report"]["all"], _mean(result, "lora")
-    return (
-        f"On {result['icons']['report']} icons never trained on, Flat-LoRA's loss at the paper's settings differs "
-        f"from LoRA's by {_interval(center)} ({UNIT}; LoRA itself gains {SCALE * (base - lora):.1f} over the base), "
-        f"over {center['n']} paired seeds. Of {len(result['pairs'])} settings {len(better)} came out better than LoRA "
-        f"({', '.join(better) or 'none'}) and {len(worse)} worse ({', '.join(worse) or 'none'}). With both methods "
-        f"tuned by {TRIALS} trials each, the difference is {_interval(tuned)}: {_words(tuned)}."
+    """What the intervals say, in a few sentences."""
+    pair, tuned = result["pairs"][0], result["tuned"]["report"]
+    better = [one for one in result["pairs"] if _side(one["report"]) and one["report"]["high"] < 0]
+    worse = [one for one in result["pairs"] if _side(one["report"]) and one["report"]["low"] > 0]
+    gain = result["base"]["report"]["all"] - _mean(result, "lora")
+    noise = _difference(result, "flat-lora", "flat-lora:perturb_noise=iid")
+    stopped = _mean(result, "lora") - _mean(result, "lora", chosen=True)
+    trials = len(result["trials"]["lora"])
+    sentences = (
+        f"Over {pair['report']['n']} paired seeds and {result['icons']['report']} icons never trained on, Flat-LoRA "
+        f"at the paper's settings ends with a held-out loss that differs from LoRA's by {_interval(pair['report'])}",
+        f"({UNIT}), {-pair['report']['mean'] / gain:.1%} of what LoRA gains over the base: {_words(pair['report'])}.",
+        f"The clean training loss differs by {_interval(pair['train'])}.",
+        f"At the checkpoint that other icons choose, the held-out difference is {_interval(pair['chosen'])}:",
+        f"{_words(pair['chosen'])}; to stop LoRA there gains {SCALE * stopped:.1f}, far more than the noise does.",
+        f"Eq. 7's noise less iid noise of equal energy: {_interval(noise)}, {_words(noise)}.",
+        f"Of {len(result['pairs'])} settings {len(better)} ended better than LoRA and {len(worse)} worse.",
+        f"With both methods tuned by {trials} trials each, the difference is {_interval(tuned)}: {_words(tuned)}.",
+        "Intervals are 95 % each, not corrected for their number.",
     )
+    return "\n".join(sentences)
 
 
 def _head(result: Result) -> str:
@@ -95,16 +104,23 @@ def _factors(result: Result) -> str:
     ]
     columns = ["arm", "against", "held-out, at the end", "held-out, chosen checkpoint", "could show", "says"]
     columns += ["clean train", "flat icons", "loss rise, sigma 0.1"]
-    table = _table(columns, rows)
+    differences = table(columns, rows)
     base = result["base"]
-    losses = _table(
-        ["", "held-out", "clean train", "flat icons", "loss rise"],
+    arms = dict.fromkeys(run["arm"] for run in result["runs"] if run["arm"] not in result["nulls"])
+    losses = table(
+        ["", "held-out, at the end", "held-out, chosen checkpoint", "its step", "clean train", "flat icons"],
         [
-            ["Base", *(f"{base[key]['all']:.5f}" for key in ("report", "train", "flat")), ""],
-            *([_name(arm), *_losses(result, arm)] for arm in dict.fromkeys(run["arm"] for run in result["runs"])),
+            [
+                "Base",
+                f"{base['report']['all']:.5f}",
+                "",
+                "",
+                *(f"{base[key]['all']:.5f}" for key in ("train", "flat")),
+            ],
+            *([_name(arm), *_losses(result, arm)] for arm in arms),
         ],
     )
-    return f"## One factor at a time\n\nDifferences {UNIT}:\n\n{table}\n\nMean losses over seeds:\n\n{losses}"
+    return f"## One factor at a time\n\nDifferences {UNIT}:\n\n{differences}\n\nMean losses over seeds:\n\n{losses}"
 
 
 def _matched(result: Result) -> str:
@@ -120,7 +136,7 @@ def _matched(result: Result) -> str:
             cells.append(_interval({"mean": found.mean, "low": found.low, "high": found.high}))
         rows.append([_name(pair["arm"]), *cells])
     text = "Held-out loss on the checkpoint list, interpolated between checkpoints"
-    return f"## At equal clean loss, at equal seconds\n\n{text}, differences {UNIT}:\n\n" + _table(
+    return f"## At equal clean loss, at equal seconds\n\n{text}, differences {UNIT}:\n\n" + table(
         ["arm", "at equal clean train loss", "at equal seconds"], rows
     )
 
@@ -128,7 +144,7 @@ def _matched(result: Result) -> str:
 def _groups(result: Result) -> str:
     groups = result["pairs"][0]["groups"]
     rows = [[group, _interval(found), _words(found)] for group, found in groups.items()]
-    return f"## By kind of thing\n\nFlat-LoRA less LoRA at the paper's settings, {UNIT}:\n\n" + _table(
+    return f"## By kind of thing\n\nFlat-LoRA less LoRA at the paper's settings, {UNIT}:\n\n" + table(
         ["concepts", "difference", "says"], rows
     )
 
@@ -139,8 +155,10 @@ def _nulls(result: Result) -> str:
         "other-draws": "LoRA with other draws from the same first weights: chance alone",
         "second-eps": "Flat-LoRA with another seed of eps: chance in the noise alone",
     }
-    rows = [[says[key], f"{SCALE * found['report']:+.2f}"] for key, found in result["nulls"].items()]
-    return f"## Nulls\n\nDifference of the held-out loss, one seed, {UNIT}:\n\n" + _table(["what", "difference"], rows)
+    rows = [
+        [says[key], f"{SCALE * found['report']:+.2f}".replace("-", MINUS)] for key, found in result["nulls"].items()
+    ]
+    return f"## Nulls\n\nDifference of the held-out loss, one seed, {UNIT}:\n\n" + table(["what", "difference"], rows)
 
 
 def _tuned(result: Result) -> str:
@@ -149,41 +167,12 @@ def _tuned(result: Result) -> str:
     ]
     tuned = result["tuned"]
     return (
-        f"## Both tuned\n\n{TRIALS} settings of each method, drawn from its own grid, one seed each, judged on the "
-        f"search list:\n\n{_table(['tried', 'loss, search list'], trials)}\n\nThe best of each, trained anew with "
-        f"{tuned['report']['n']} other seeds: {_name(tuned['arm'])} less {_name(tuned['against'])}, held-out "
+        f"## Both tuned\n\n{len(trials) // 2} settings of each method, drawn from its own grid, one seed each, judged "
+        f"on the search list:\n\n{table(['tried', 'loss, search list'], trials)}\n\nThe best of each, trained anew "
+        f"with {tuned['report']['n']} other seeds: {_name(tuned['arm'])} less {_name(tuned['against'])}, held-out "
         f"{_interval(tuned['report'])} {UNIT} (could show {_number(tuned['report']['detectable'])}): "
         f"{_words(tuned['report'])}. These two differ in more than sigma, so this says which recipe to use, "
         "not what the noise does."
-    )
-
-
-def _flatness(flatness: Result) -> str:
-    arms = flatness["figures"]
-    rows = [["loss, training images", *(f"{arm['losses']['train']:.5f}" for arm in arms)]]
-    for kind, words in (("filter", "Eq. 7"), ("iid", "iid")):
-        for place, sigma in enumerate(flatness["settings"]["sigmas"]):
-            rows.append(
-                [f"expected rise, {words}, sigma {sigma:g}", *(_estimate(arm["rises"][kind][place]) for arm in arms)]
-            )
-    for place, radius in enumerate(flatness["settings"]["radii"]):
-        rows.append([f"worst-case rise, radius {radius:g}", *(f"{arm['worst'][place]:.2e}" for arm in arms)])
-    for metric, words in (("filter", "filter-normalized"), ("raw", "raw")):
-        if all(metric in arm["curvature"] for arm in arms):
-            found = [arm["curvature"][metric] for arm in arms]
-            rows.append([f"largest eigenvalue, {words}", *(f"{one['eigenvalues'][0]['value']:.3e}" for one in found)])
-            rows.append([f"trace, {words}", *(_estimate(one["trace"]) for one in found)])
-    for name in ("LoRA in fp16", "LoRA in fp8", "LoRA in int8", "base in int8, LoRA whole", "LoRA cut to rank 1"):
-        cells = [f"{arm['variants'][name]['train']:.5f}" if name in arm["variants"] else "" for arm in arms]
-        rows.append([f"loss, {name}", *cells])
-    columns = ["", *(_run_name(arm["name"]) for arm in arms)]
-    return (
-        "## Flatness, and the loss surface for rank 1 and 16\n\nMeasured at W' of the first seed of each arm "
-        "(`python -m flatlora_diffusion flatness RUN…`), all weights that the LoRA adapts, common draws; ± is the "
-        f"error over draws of the noise, not over trainings.\n\n{_table(columns, rows)}\n\n"
-        "Loss over two random filter-normalized directions that all share (Li et al., arXiv:1712.09913), the analogue "
-        "of the paper's Fig. 6:\n\n![Loss surfaces around W'](flatness_surface.png)\n\n"
-        "![Expected rise of the loss by sigma](flatness_rise.png)"
     )
 
 
@@ -200,17 +189,27 @@ def _seeds(result: Result, pair: Result) -> list[int]:
 
 def _losses(result: Result, arm: str) -> list[str]:
     runs = [run for run in result["runs"] if run["arm"] == arm]
+    step = sum(run["chosen"]["step"] for run in runs) / len(runs)
     found = [
         [run["report"]["all"] for run in runs],
+        [run["chosen"]["report"] for run in runs],
         [run["points"][-1]["train"] for run in runs],
         [run["flat"]["all"] for run in runs],
-        [run["rise"] for run in runs],
     ]
-    return [f"{sum(values) / len(values):.5f}" for values in found]
+    end, chosen, train, flat = (f"{sum(values) / len(values):.5f}" for values in found)
+    return [end, chosen, f"{step:.0f}", train, flat]
 
 
-def _mean(result: Result, arm: str) -> float:
-    losses = [run["report"]["all"] for run in result["runs"] if run["arm"] == arm]
+def _difference(result: Result, arm: str, against: str) -> Result:
+    """The paired difference at the end of the run between any two arms."""
+    losses = {(run["arm"], run["seed"]): run["report"]["all"] for run in result["runs"]}
+    seeds = sorted(seed for key, seed in losses if key == arm)
+    return asdict(paired_difference([losses[arm, seed] for seed in seeds], [losses[against, seed] for seed in seeds]))
+
+
+def _mean(result: Result, arm: str, chosen: bool = False) -> float:
+    runs = [run for run in result["runs"] if run["arm"] == arm]
+    losses = [run["chosen"]["report"] if chosen else run["report"]["all"] for run in runs]
     return float(sum(losses) / len(losses))
 
 
@@ -245,28 +244,11 @@ def _number(value: float) -> str:
     return f"{SCALE * value:.2f}"
 
 
-def _estimate(found: Result) -> str:
-    return f"{found['mean']:.2e} ± {found['error']:.0e}"
-
-
 def _name(key: str) -> str:
     """An arm's key as it reads in a table."""
     method, _, changes = key.partition(":")
     words = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}.get(method, method)
     return f"{words} ({changes.replace(',', ', ').replace('=', ' ')})" if changes else words
-
-
-def _run_name(name: str) -> str:
-    """`flat-lora-rank-1/seed-0` as it reads in a table."""
-    arm = name.split("/")[0]
-    return {"Base": "Base"}.get(
-        arm, arm.replace("flat-lora", "Flat-LoRA").replace("lora-", "LoRA-").replace("-rank-", ", rank ")
-    )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":
