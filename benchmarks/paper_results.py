@@ -58,7 +58,7 @@ def summary(result: Result) -> str:
         f"({UNIT}), {-pair['report']['mean'] / gain:.1%} of what LoRA gains over the base: {_words(pair['report'])}.",
         f"The clean training loss differs by {_interval(pair['train'])}.",
         f"At the checkpoint that other icons choose, the held-out difference is {_interval(pair['chosen'])}:",
-        f"{_words(pair['chosen'])}; to stop LoRA there gains {SCALE * stopped:.1f}, far more than the noise does.",
+        f"{_words(pair['chosen'])}; to stop LoRA there gains {SCALE * stopped:.1f}.",
         f"Eq. 7's noise less iid noise of equal energy: {_interval(noise)}, {_words(noise)}.",
         f"Of {len(result['pairs'])} settings {len(better)} ended better than LoRA and {len(worse)} worse.",
         f"With both methods tuned by {trials} trials each, the difference is {_interval(tuned)}: {_words(tuned)}.",

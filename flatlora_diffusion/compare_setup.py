@@ -28,7 +28,7 @@ from flatlora_diffusion.train_state import DTYPES
 from flatlora_diffusion.training_set import load_training_set
 
 DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
-SAMPLE_ICONS = SAMPLES / "icons_3d"
+SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
     heldout = _heldout_folder(config, own)
     training = load_training_set(config.data).samples
     folders = {HELDOUT: heldout}
-    if own.forgetting_dir is not None:
-        folders[FORGETTING] = Path(own.forgetting_dir)
+    forgetting = own.forgetting_dir or (FLAT_ICONS if _are_sample_icons(config) else None)
+    if forgetting is not None:
+        folders[FORGETTING] = Path(forgetting)
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
     for name, folder in folders.items():
         caption = config.data.instance_prompt if name == HELDOUT else None
@@ -120,13 +121,17 @@ def _identity(config: TrainConfig) -> str:
 def _heldout_folder(config: TrainConfig, own: CompareConfig) -> Path:
     if own.heldout_dir is not None:
         return Path(own.heldout_dir)
-    images = config.data.instance_data_dir
-    if images is not None and Path(images).resolve() == SAMPLE_ICONS.resolve():
+    if _are_sample_icons(config):
         return SAMPLE_ICONS / "heldout"
     raise ConfigError(
         "heldout_dir is missing: give a folder of captioned images of the style that are not trained on; "
         "whether a LoRA generalizes shows on those alone"
     )
+
+
+def _are_sample_icons(config: TrainConfig) -> bool:
+    images = config.data.instance_data_dir
+    return images is not None and Path(images).resolve() == SAMPLE_ICONS.resolve()
 
 
 def _themes(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> Themes:

@@ -624,7 +624,9 @@ class CompareConfig(Section):
     heldout_dir: str | None = setting(
         None, "captioned images of the style that are not trained on; the sample icons have their own"
     )
-    forgetting_dir: str | None = setting(None, "captioned images of what the base knew already, in other styles")
+    forgetting_dir: str | None = setting(
+        None, "captioned images of what the base knew already; the sample icons have their own"
+    )
     prompts_file: str | None = setting(
         None, "prompts in the style, one per line; default: prompts.txt or the captions of --heldout_dir"
     )

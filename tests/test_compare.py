@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from flatlora_diffusion.compare_figures import HELDOUT, TRAIN, names_of
+from flatlora_diffusion.compare_figures import FORGETTING, HELDOUT, TRAIN, names_of
 from flatlora_diffusion.compare_findings import paired_rows, table, verdict
 from flatlora_diffusion.compare_nulls import Ends, null_rows
 from flatlora_diffusion.compare_setup import SAMPLE_ICONS, read_material
@@ -119,6 +119,9 @@ def test_the_sample_icons_bring_their_own_heldout_images_and_prompts() -> None:
     material = read_material(icons_config(), CompareConfig(num_prompts=3, pictures_per_prompt=2))
     assert (len(material.sets[TRAIN].samples), len(material.sets[HELDOUT].samples)) == (23, 64)
     assert set(material.sets[HELDOUT].groups) >= {"animals and plants", "food and drink"}
+    flat = material.sets[FORGETTING]
+    assert sorted(flat.groups) == sorted(["noto", "twemoji", "fluent-flat"] * 11)
+    assert all("flat icon" in sample.caption for sample in flat.samples)
     assert material.themes.style[0] == "a TOK icon of a peach, in the style of TOK"
     assert (len(material.themes.style), len(material.themes.unrelated)) == (3, 3)
     assert len(material.themes.keys(material.themes.style)) == 6
