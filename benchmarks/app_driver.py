@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradio_client import Client
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, Request, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from app.processes import kill_tree, read_json
@@ -96,7 +96,7 @@ class AppPage:
         self.url = url
         self.faults: list[str] = []
         page.on("console", self._note_message)
-        page.on("pageerror", lambda error: self.faults.append(f"script: {error}"))
+        page.on("pageerror", self._note_error)
         page.on("request", self._note_request)
 
     def open(self) -> None:
@@ -106,6 +106,7 @@ class AppPage:
     def show_tab(self, name: str) -> None:
         """Bring the tab to the front, also from the menu that holds what a narrow page has no room for."""
         tab = self.page.get_by_role("tab", name=name)
+        expect(tab.or_(self.button("More tabs").first).filter(visible=True).first).to_be_visible(timeout=PATIENCE)
         if not tab.is_visible():
             self.button("More tabs").first.click()
             tab = self.button(name)
@@ -148,7 +149,7 @@ class AppPage:
         self.page.get_by_role("radio", name=method, exact=True).check()
         self.fill(Steps=str(steps), Rank="2")
         if not self.box("Batch size").is_visible():
-            self.button("More settings").click()
+            self.page.locator("#more-settings > button").click()
         self.fill(Batch_size="1", Preview_prompt=preview)
         self.button("Start training").click()
         expect(self.page.get_by_text("Queued:")).to_be_visible(timeout=PATIENCE)
@@ -179,6 +180,10 @@ class AppPage:
     def _note_message(self, message: ConsoleMessage) -> None:
         if message.type == "error":
             self.faults.append(f"console: {message.text} ({message.location.get('url')})")
+
+    def _note_error(self, error: Error) -> None:
+        if "(reading 'offsetWidth')" not in str(error):  # Gradio's own plot, when the page leaves while it is drawn
+            self.faults.append(f"script: {error}")
 
     def _note_request(self, request: Request) -> None:
         if not request.url.startswith((self.url, "data:", "blob:")):

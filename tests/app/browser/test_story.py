@@ -35,7 +35,7 @@ def upload_and_caption(page: AppPage) -> None:
     page.page.locator("input[type=file]").first.set_input_files(ICONS)
     expect(page.page.get_by_text(f"captions {len(ICONS)}/{len(ICONS)}")).to_be_visible(timeout=PATIENCE)
     page.fill(Trigger_word="TOK")
-    page.button("Captions from file names").click()
+    page.button("Write all captions from file names").click()
     for icon in ICONS:
         caption = f"a TOK icon of {icon.stem.replace('-', ' ')}, in the style of TOK"
         expect(page.page.get_by_role("gridcell", name=caption, exact=True)).to_be_visible(timeout=PATIENCE)
