@@ -31,7 +31,8 @@ def app(tmp_path: Path, chromium: Browser) -> Iterator[RunningApp]:
 def shoot(page: AppPage, name: str, top: str = "body") -> None:
     """`top`: what is at the upper edge."""
     page.page.locator(top).first.evaluate("element => element.scrollIntoView()")
-    page.page.wait_for_load_state("networkidle")
+    page.page.wait_for_function("[...document.images].every(image => image.complete)")
+    page.page.wait_for_timeout(2000)  # a chart is drawn after its data has come
     page.page.screenshot(path=DOCS / f"app_{name}.png", animations="disabled")
 
 
