@@ -55,6 +55,12 @@ def test_screenshots(page: AppPage) -> None:
     expect(page.button("Save as PNG")).to_be_enabled(timeout=PATIENCE)
     shoot(page, "compare", top="#fl-draw")
 
+    page.show_tab("4 Flatness")
+    page.button("Measure").click()
+    charts = page.page.locator("#fl-flatness-charts img")
+    expect(charts.first).to_be_visible(timeout=600_000)
+    shoot(page, "flatness", top="#fl-measure")
+
     page.show_tab("Runs")
     expect(page.button("For diffusers")).to_be_enabled(timeout=PATIENCE)
     shoot(page, "runs")
