@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from playwright.sync_api import Browser
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,22 @@ def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_random_sdxl import save_icons
 
     return save_icons(tmp_path_factory.mktemp("data") / "icons")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """One browser for all tests: Playwright starts once in a thread."""
+    from benchmarks.app_driver import BROWSERS, browser_path, open_browser
+
+    path = browser_path()
+    if path is None:
+        reason = f"no browser is installed: none of {', '.join(BROWSERS)} is on the PATH"
+        if os.environ.get("FLATLORA_REQUIRE_BROWSER") == "1":
+            pytest.fail(f"{reason}, and FLATLORA_REQUIRE_BROWSER=1 wants one")
+        print(reason)
+        pytest.skip(reason)
+    with open_browser(path) as browser:
+        yield browser
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import io
-import os
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -287,25 +284,10 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     assert not any(word in markup for word in ("http:", "https:", "url(", "@import", str(tmp_path)))
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, ("/usr/bin/chromium", "chromium", "google-chrome"))), None)
-    if found is None:
-        if os.environ.get("FLATLORA_REQUIRE_BROWSER") == "1":
-            pytest.fail("FLATLORA_REQUIRE_BROWSER is 1, but there is neither chromium nor google-chrome")
-        pytest.skip("neither chromium nor google-chrome is here")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.slow
-def test_a_browser_shows_it(browser: Any, tmp_path: Path) -> None:
+def test_a_browser_shows_it(chromium: Any, tmp_path: Path) -> None:
     path = write_compare_page(with_pictures(made_up_comparison(), tmp_path), tmp_path)
-    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page = chromium.new_page(viewport={"width": 1280, "height": 800})
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
 
-from benchmarks.app_driver import BROWSERS, AppPage, RunningApp, browser_path, open_browser
-
-REQUIRED = "FLATLORA_REQUIRE_BROWSER"
-
-
-@pytest.fixture(scope="package")
-def chromium() -> Iterator[Browser]:
-    """Package-wide only, as it keeps an event loop running that other tests have no use for."""
-    path = browser_path()
-    if path is None:
-        reason = f"no browser is installed: none of {', '.join(BROWSERS)} is on the PATH"
-        if os.environ.get(REQUIRED) == "1":
-            pytest.fail(f"{reason}, and {REQUIRED}=1 wants one")
-        print(reason)
-        pytest.skip(reason)
-    with open_browser(path) as browser:
-        yield browser
+from benchmarks.app_driver import AppPage, RunningApp
 
 
 @pytest.fixture(scope="package")

@@ -34,16 +34,16 @@ def test_progress_is_shown_again_after_a_reload_and_after_a_restart_of_the_app(p
 
 def test_a_stopped_training_resumes_from_its_checkpoint(page: AppPage) -> None:
     page.load_samples()
-    page.start_training("halves", "LoRA", 150)
+    page.start_training("halves", "LoRA", 40)
     page.wait_for_step("halves", 1)
     page.button("Stop").click()
     card = page.wait_for_state("halves", "stopped")
     done = page.steps_done("halves")
-    assert done < 150
+    assert done < 40
     expect(card).to_contain_text(f"Resume goes on from checkpoint-{done}.")
     page.button("Resume").click()
     page.wait_for_state("halves", "finished")
-    assert page.steps_done("halves") == 150
+    assert page.steps_done("halves") == 40
 
 
 def test_a_killed_training_is_shown_as_failed_with_its_log_and_what_to_do(page: AppPage, app: RunningApp) -> None:
