@@ -178,7 +178,8 @@ class AppPage:
         return self.steps_done(name)
 
     def _note_message(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
+        # A request that is cut off because its page leaves is no fault.
+        if message.type == "error" and "signal is aborted" not in message.text:
             self.faults.append(f"console: {message.text} ({message.location.get('url')})")
 
     def _note_error(self, error: Error) -> None:
