@@ -80,7 +80,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    os.environ["TQDM_DISABLE"] = "1"
     work = args.work.resolve()
     sets = make_icon_sets(work / "npm", work / "icons")
     config = TrainConfig.from_dict(

@@ -141,7 +141,6 @@ def _measure(
         "advice": [_advice(planned, walks, swept) for planned in first],
         "pictures": _pictures(first, examiner),
         "strengths": {arm: {f"{at:g}": figures for at, figures in found.items()} for arm, found in swept.items()},
-        "tried": {},
         "device": _device(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ from typing import Any
 from PIL import Image
 
 from flatlora_diffusion.config import DEFAULT_SIGMA
-from flatlora_diffusion.dataset import METADATA
 from flatlora_diffusion.encoders import JUDGE, Encoder
 from flatlora_diffusion.experiment import Planned
 from flatlora_diffusion.judge import NAME_PROMPT, Judge
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.matched import Point
-from flatlora_diffusion.meter import UNGROUPED, Meter
+from flatlora_diffusion.meter import UNGROUPED, Meter, metadata_rows
 from flatlora_diffusion.metrics import Metric, Reference, encode_reference, judged, measure
 from flatlora_diffusion.painter import Key, Painter
 from flatlora_diffusion.perceptual import Distance, lpips_diversity
@@ -32,13 +30,7 @@ OWN_METRICS = (
     Metric("heldout_loss", "held-out loss", "lower", "Denoising loss on images of the style never trained on.", 5),
     Metric("clean_train_loss", "clean train loss", "lower", "The same on the training images, without eps.", 5),
     Metric("forgetting_loss", "forgetting", "lower", "The same on images of what the base knew already.", 5),
-    Metric(
-        "loss_rise",
-        "loss rise",
-        "lower",
-        _RISE,
-        6,
-    ),
+    Metric("loss_rise", "loss rise", "lower", _RISE, 6),
     Metric("seconds_per_step", "seconds per step", "lower", "Median over the run.", 3),
     Metric("peak_memory_mib", "peak memory, MiB", "lower", "Of the training process.", 0),
 )
@@ -175,10 +167,7 @@ class Examiner:
 
 def names_of(folder: Path) -> dict[str, str]:
     """What each caption of an image folder shows: the field `name` of the lines of metadata.jsonl that have one."""
-    file = folder / METADATA
-    lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return {row["text"]: row["name"] for row in rows if "name" in row and "text" in row}
+    return {row["text"]: row["name"] for row in metadata_rows(folder) if "name" in row and "text" in row}
 
 
 def _steps(planned: Planned) -> list[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flatlora_diffusion.page_charts import axis_row
 from flatlora_diffusion.page_curves import groups, strengths, trajectories
-from flatlora_diffusion.page_record import advice, made_with, nulls, proof, settings, tried
+from flatlora_diffusion.page_record import advice, made_with, nulls, proof, settings
 from flatlora_diffusion.page_results import numbers, pair_row, pair_scale, pair_sides, paired
 from flatlora_diffusion.page_style import SCRIPT, STYLE
 from flatlora_diffusion.page_text import (
@@ -33,7 +33,7 @@ from flatlora_diffusion.page_text import (
 )
 
 PAGE = "compare.html"
-_SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, nulls, proof, tried, settings, made_with)
+_SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, nulls, proof, settings, made_with)
 _LARGEST_PNG = 400_000  # bytes; larger ones go in as JPEG, or two dozen pictures of SDXL would make 45 MB
 _PROMPTS_AT_ONCE = 8  # as many as stand side by side and are still worth looking at
 _DIALOG = (

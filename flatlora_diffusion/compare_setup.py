@@ -15,7 +15,7 @@ from PIL import Image
 from flatlora_diffusion.compare_figures import FORGETTING, HELDOUT, TRAIN, Examiner, Seers, Themes, names_of
 from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.dataset import Sample, load_samples
-from flatlora_diffusion.encoders import JUDGE, load_encoder
+from flatlora_diffusion.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.experiment import Planned
 from flatlora_diffusion.images import load_image
 from flatlora_diffusion.judge import load_judge
@@ -160,8 +160,5 @@ def _lines(file: Path) -> list[str]:
 
 def _as_seen(sample: Sample, background: str, resolution: int) -> Image.Image:
     """A training image at the resolution of the pictures that it is compared with."""
-    image = load_image(sample.source, background)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    image = centre_square(load_image(sample.source, background))
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flatlora_diffusion.applied_lora import LoraFile, at_strength, loaded
 from flatlora_diffusion.dataset import METADATA, Sample
@@ -115,8 +116,12 @@ class Meter:
 
 def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:
     """The group of each sample: the field `group` of its line in metadata.jsonl, or `all`."""
+    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in metadata_rows(folder)}
+    return [groups.get(sample.id, UNGROUPED) for sample in samples]
+
+
+def metadata_rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of an image folder's metadata.jsonl; none without that file."""
     file = folder / METADATA
     lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
-    rows = [json.loads(line) for line in lines if line.strip()]
-    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in rows}
-    return [groups.get(sample.id, UNGROUPED) for sample in samples]
+    return [json.loads(line) for line in lines if line.strip()]

@@ -1,4 +1,4 @@
-"""How a comparison came about, as sections of its page: advice, nulls, proof, what was tried, settings, versions."""
+"""How a comparison came about, as sections of its page: advice, nulls, proof, settings, versions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from flatlora_diffusion.page_text import (
     details,
     escaped,
     figure,
-    is_known,
-    look_of,
     shown,
     table,
 )
 
 _SHORT = 12  # hex digits that tell hashes apart at a glance; the whole is in the title
 _FEW = 3
-_BAR = 140  # pixels
-_ROLES = {"arm": "compared", "null": "null", "control": "control"}
+_ROLES = {"arm": "compared", "null": "null"}
 
 
 def advice(result: Result) -> Section:
@@ -73,23 +70,6 @@ def proof(result: Result) -> Section:
     ]
     text = "Hashes of what each run began from and saw. The runs beside one hash had it equal bit for bit."
     return Section("proof", "Proof", text, table(columns, rows, "stack", long=columns[-1]) if rows else "")
-
-
-def tried(result: Result) -> Section:
-    """How many settings each method was tried with."""
-    most = max((number for number in result["tried"].values() if is_known(number)), default=0)
-    rows = [
-        [
-            chip(result, method),
-            shown(number),
-            f'<div class="share {look_of(result, method)}" style="width: {_BAR * number / most:.0f}px"></div>',
-        ]
-        for method, number in result["tried"].items()
-        if is_known(number)
-    ]
-    text = "Settings tried with each method before these were chosen. A method with more tries had more chances."
-    body = table(("method", "settings tried", ""), rows, "stack") if most else ""
-    return Section("tried", "What was tried", text, body)
 
 
 def settings(result: Result) -> Section:

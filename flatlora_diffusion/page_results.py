@@ -113,7 +113,7 @@ def numbers(result: Result) -> Section:
 
 
 def paired(result: Result) -> Section:
-    """Tables with a chart of every paired difference, grouped by metric; those with nulls and controls folded."""
+    """Tables with a chart of every paired difference, grouped by metric; those with nulls folded."""
     arms = main_arms(result)
     groups: dict[tuple[str, str], list[Pair]] = {}
     for metric in result["metrics"]:
@@ -155,7 +155,7 @@ def _difference(result: Result, metric: str, first: Pair) -> str:
 
 
 def _all_values(result: Result) -> str:
-    """Every arm, nulls and controls too, and every seed."""
+    """Every arm, nulls too, and every seed."""
     measured = [by_seed for by_seed in result["values"].values() if by_seed]
     metrics = [m for m in result["metrics"] if any(values_of(by_seed, m["key"]) for by_seed in measured)]
     rows = [

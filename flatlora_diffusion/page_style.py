@@ -95,7 +95,6 @@ svg.chart { width: 100%; height: auto; } svg .axis { fill: var(--ink); }
 .chips { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: 13.5px; }
 .chip { display: inline-flex; align-items: center; gap: 7px; white-space: nowrap; } .chip svg { flex: none; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 26px 32px; }
-.share { height: 8px; background: var(--mine); border-radius: 1px; margin: 5px 0; }
 
 .ok, .bad, .warn { font-weight: 600; white-space: nowrap; } .ok { color: var(--good); } .bad { color: var(--bad); }
 .warn { color: var(--warn); }

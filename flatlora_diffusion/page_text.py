@@ -75,7 +75,7 @@ def values_of(by_seed: Mapping[str, Any], metric: str) -> list[float]:
 
 
 def main_arms(result: Result) -> list[str]:
-    """The keys of the arms that are compared: neither nulls nor controls."""
+    """The keys of the arms that are compared, without the nulls."""
     return [arm["key"] for arm in result["arms"] if arm["role"] == "arm"]
 
 
@@ -86,7 +86,7 @@ def arm_name(result: Result, key: str) -> str:
 
 
 def look_of(result: Result, key: str) -> str:
-    """The class of an arm's colour, line and marker; nulls and controls share one."""
+    """The class of an arm's colour, line and marker; the nulls share one."""
     if key in _LOOKS:
         return _LOOKS[key]
     others = [arm for arm in main_arms(result) if arm not in _LOOKS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Read at import time by their libraries, so they are set before any of them is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from playwright.sync_api import Browser
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.sdxl import Sdxl
 
 torch.set_num_threads(1)
 
@@ -35,6 +39,39 @@ def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_random_sdxl import save_icons
 
     return save_icons(tmp_path_factory.mktemp("data") / "icons")
+
+
+@pytest.fixture(scope="session")
+def lora(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of `base` that was trained far enough to change it."""
+    from flatlora_diffusion.config import TrainConfig
+    from flatlora_diffusion.trainer import train
+
+    return train(
+        TrainConfig.from_dict(
+            {
+                "pretrained_model_name_or_path": str(base),
+                "instance_data_dir": str(icons),
+                "instance_prompt": "an icon",
+                "output_dir": str(tmp_path_factory.mktemp("lora") / "run"),
+                "max_train_steps": 3,
+                "learning_rate": 0.05,
+                "resolution": 32,
+                "seed": 0,
+                "save_dtype": "fp32",
+                "report_to": "none",
+            }
+        )
+    )
+
+
+@pytest.fixture
+def sdxl(base: Path) -> Sdxl:
+    """`base`, loaded in fp32 without a LoRA."""
+    from flatlora_diffusion.config import ModelConfig
+    from flatlora_diffusion.sdxl import load_sdxl
+
+    return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,6 @@ def made_up_comparison() -> dict[str, Any]:
             }
             for arm, at_1 in (("lora", 0.1502), ("flat-lora", 0.1471))
         },
-        "tried": {"lora": 6, "flat-lora": 6},
         "device": "NVIDIA H100 80GB HBM3",
         "versions": {"flatlora-diffusion": "0.1.0", "torch": "2.13.0"},
     }

@@ -24,7 +24,6 @@ SECTIONS = {
     "advice",
     "nulls",
     "proof",
-    "tried",
     "settings",
     "versions",
 }
@@ -144,7 +143,6 @@ def test_every_section_shows_its_values(tmp_path: Path) -> None:
         "advice": ["step 400", "over-fitted", "not over-fitted", "0.80", "Held-out loss was lowest at step 600."],
         "nulls": ["0.0412", "Must be equal to LoRA bit for bit; it is."],
         "proof": ["✓ holds", "9f2c41d07a55", "LoRA, seed 42 · LoRA, seed 43", "One base for all runs."],
-        "tried": ["Flat-LoRA", "6"],
         "settings": ["sigma 0", "max_train_steps", "600", "center_crop", "no", "42, 43, 44"],
         "versions": ["NVIDIA H100", "torch", "2.13.0"],
     }
@@ -181,7 +179,6 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
         ("advice", {"advice"}),
         ("nulls", {"nulls"}),
         ("proof", {"proof"}),
-        ("tried", {"tried"}),
         ("versions", {"versions"}),
         ("metrics", {"numbers", "differences", "strengths"}),
         ("base", set()),

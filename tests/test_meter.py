@@ -6,40 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss, probe_losses
 from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.meter import UNGROUPED, ImageSet, Meter, groups_of
-from flatlora_diffusion.sdxl import Sdxl, load_sdxl
-from flatlora_diffusion.trainer import train
-
-
-@pytest.fixture(scope="module")
-def lora(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(
-        TrainConfig.from_dict(
-            {
-                "pretrained_model_name_or_path": str(base),
-                "instance_data_dir": str(icons),
-                "instance_prompt": "an icon",
-                "output_dir": str(tmp_path_factory.mktemp("meter") / "run"),
-                "max_train_steps": 3,
-                "learning_rate": 0.05,
-                "resolution": 32,
-                "seed": 0,
-                "save_dtype": "fp32",
-                "report_to": "none",
-            }
-        )
-    )
-
-
-@pytest.fixture
-def sdxl(base: Path) -> Sdxl:
-    return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
+from flatlora_diffusion.sdxl import Sdxl
 
 
 @pytest.fixture

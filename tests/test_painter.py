@@ -9,36 +9,10 @@ import torch
 from PIL import Image, ImageChops
 
 from flatlora_diffusion import painter as painter_module
-from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.painter import Painter
-from flatlora_diffusion.sdxl import Sdxl, load_sdxl
-from flatlora_diffusion.trainer import train
+from flatlora_diffusion.sdxl import Sdxl
 
 KEYS = [("an icon of a fox", 0), ("an icon of a fox", 1), ("an icon of a cow", 0)]
-
-
-@pytest.fixture(scope="module")
-def lora(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(
-        TrainConfig.from_dict(
-            {
-                "pretrained_model_name_or_path": str(base),
-                "instance_data_dir": str(icons),
-                "instance_prompt": "an icon",
-                "output_dir": str(tmp_path_factory.mktemp("painter") / "run"),
-                "max_train_steps": 2,
-                "learning_rate": 0.1,
-                "resolution": 32,
-                "seed": 0,
-                "report_to": "none",
-            }
-        )
-    )
-
-
-@pytest.fixture
-def sdxl(base: Path) -> Sdxl:
-    return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
 
 
 def test_a_picture_is_a_function_of_prompt_and_seed_alone(sdxl: Sdxl, tmp_path: Path) -> None:
