@@ -1,4 +1,4 @@
-"""The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is, and how their base layer is intercepted.
+"""The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is made of, their interception.
 
 Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant` and `lora_dropout` of
 `LoraLayer`, and the classes of the DoRA variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Conv2d, LoraLayer, ParamWrapper
@@ -23,6 +23,14 @@ from flatlora_diffusion.noise import Convolution
 
 _WRAPPERS = ("base_model.model.", "module.")
 _ROWS = 512  # rows of W that are turned into fp32 at a time
+
+
+class Factors(NamedTuple):
+    """What LoRA adds to W: scale * up @ down, in fp32."""
+
+    down: Tensor  # A, (R, n)
+    up: Tensor  # B, (m, R)
+    scale: float = 1.0
 
 
 class AdaptedLayer:
@@ -39,7 +47,7 @@ class AdaptedLayer:
             self.shape = (self.base.out_channels, self.base.in_channels, *self.base.kernel_size)
         self.inputs = int(torch.Size(self.shape[1:]).numel())
         with torch.no_grad():
-            self.base_square_norms = self._base_square_norms()  # the frozen W never changes, so they are taken once
+            self.base_square_norms = self.square_norms()  # the frozen W never changes, so they are taken once
         self._replacement: Callable[..., Tensor] | None = None
         self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
         self.base_forward: Callable[..., Tensor] = self.base.forward
@@ -72,18 +80,7 @@ class AdaptedLayer:
             and not weight.requires_grad
         )
 
-    def merged_square_norms(self) -> Tensor:
-        """||W'_i||^2 of the merged rows, (m,) fp32, without forming BA:
-
-        ||W_i||^2 + 2s B_i (A W_i^T) + s^2 B_i (A A^T) B_i^T
-        """
-        if self.tuner.merged:
-            return self._base_square_norms()  # W holds sBA already
-        down, up = self._factors()
-        mixed = torch.addmm(self._weight_times(down), up, down @ down.T, beta=2)
-        return (self.base_square_norms.to(down.device) + mixed.mul_(up).sum(dim=1)).clamp_(min=0)
-
-    def _base_square_norms(self) -> Tensor:
+    def square_norms(self) -> Tensor:
         """||W_i||^2 of the base layer as it is now, (m,) fp32. A quantized W is dequantized, a layer at a time."""
         if type(self.base.weight).__name__ == "Int8Params":
             # PEFT's dequantization takes the scales away from such a layer on a CPU, and makes all of W fp32.
@@ -94,19 +91,20 @@ class AdaptedLayer:
     def _adapters(self) -> list[str]:
         return [adapter for adapter in self.tuner.active_adapters if adapter in self.tuner.lora_A]
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, n) and sB (m, R) in fp32 of all active adapters together, R the sum of their ranks."""
+    def factors(self) -> Factors:
+        """A, B and s of the active adapters; of several, stacked along the rank with each s in its B."""
         adapters, tuner = self._adapters(), self.tuner
         downs = [tuner.lora_A[adapter].weight.float().flatten(1) for adapter in adapters]
-        ups = [tuner.lora_B[adapter].weight.float().flatten(1) * tuner.scaling[adapter] for adapter in adapters]
+        ups = [tuner.lora_B[adapter].weight.float().flatten(1) for adapter in adapters]
         if len(adapters) == 1:
-            return downs[0], ups[0]
+            return Factors(downs[0], ups[0], tuner.scaling[adapters[0]])
         if not adapters:
             empty = self.base_square_norms.new_zeros
-            return empty(0, self.inputs), empty(self.shape[0], 0)
-        return torch.cat(downs), torch.cat(ups, dim=1)
+            return Factors(empty(0, self.inputs), empty(self.shape[0], 0))
+        scaled = [up * tuner.scaling[adapter] for adapter, up in zip(adapters, ups, strict=True)]
+        return Factors(torch.cat(downs), torch.cat(scaled, dim=1))
 
-    def _weight_times(self, down: Tensor) -> Tensor:
+    def weight_times(self, down: Tensor) -> Tensor:
         """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
         weight, bias = self.base.weight, self.base.bias
         if type(weight) in (nn.Parameter, Tensor):

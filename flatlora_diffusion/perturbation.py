@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.config import ConfigError, NoiseKind, SigmaSchedule
+from flatlora_diffusion.filter_norms import merged_square_norms
 from flatlora_diffusion.noise import Draw, perturbed_layer, row_noise
 from flatlora_diffusion.seeds import derive_seed
 
@@ -130,7 +131,8 @@ class FlatLora:
     def filter_norms(self, name: str) -> Tensor:
         """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
         with torch.no_grad(), _full_precision():
-            return self._layer(name).merged_square_norms().sqrt()
+            ((_, square_norms),) = merged_square_norms([self._layer(name)])
+            return square_norms[0].sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draw the same eps: plain JSON-able values."""
@@ -196,15 +198,15 @@ class FlatLora:
 
     def _stds(self, layers: Iterable[AdaptedLayer], sigma: float) -> dict[str, Tensor]:
         """Standard deviation of each row of eps by layer, (m,) fp32: sigma / sqrt(n) * ||W'_i||."""
-        stds = {}
+        stds: dict[str, Tensor] = {}
         # The results may be saved for a later backward, so they must not be inference tensors; leaving inference mode
         # turns gradients on, so no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad(), _full_precision():
-            for layer in layers:
-                square_norms = layer.merged_square_norms()
+            for group, square_norms in merged_square_norms(layers):
                 if self.noise_kind == "iid":
-                    square_norms = square_norms.mean().expand_as(square_norms)
-                stds[layer.name] = square_norms.mul(sigma**2 / layer.inputs).sqrt_()
+                    square_norms = square_norms.mean(dim=1, keepdim=True).expand_as(square_norms)
+                row_stds = square_norms.mul(sigma**2 / group[0].inputs).sqrt_()  # (L, m)
+                stds.update((layer.name, row_std) for layer, row_std in zip(group, row_stds.unbind(), strict=True))
         return stds
 
     def _seed(self, name: str, step: int, slot: int) -> int:

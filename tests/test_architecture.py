@@ -48,7 +48,7 @@ LEVELS = [
         "page_results",
         "page_curves",
     },
-    {"lora_update", "flatness", "curvature", "surface", "metrics", "compare_page"},
+    {"filter_norms", "lora_update", "flatness", "curvature", "surface", "metrics", "compare_page"},
     {
         "perturbation",
         "generate",
