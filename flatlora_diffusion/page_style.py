@@ -39,7 +39,7 @@ nav { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: 2px 18px; font-s
 
 .pictures { display: grid; grid-auto-flow: column; gap: 7px; margin-top: 16px; justify-content: start;
   grid-template-rows: auto repeat(var(--columns), auto);
-  grid-template-columns: max-content repeat(var(--prompts), minmax(0, min(176px, 18.5vh))); }
+  grid-template-columns: max-content repeat(var(--prompts), minmax(0, min(176px, 17.5vh))); }
 .pictures .names, .pictures .prompt { display: contents; }
 .names > * { align-self: center; padding-right: 12px; font-weight: 600; }
 .prompt > p { font-size: 12.5px; line-height: 1.3; color: var(--faint); align-self: end; text-wrap: balance;
