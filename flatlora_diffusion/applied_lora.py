@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # Key in the file, text encoder and tokenizer of pivotal tuning's embeddings.
 _EMBEDDINGS = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
 # How the layouts that diffusers reads name the first factor of a layer.
+_OTHER_SIZES = "its layers have other sizes; give the base it was made for with --pretrained_model_name_or_path"
 _DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 
 
@@ -132,7 +133,8 @@ def _load(pipeline: Any, path: Path, adapter: str) -> None:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are what is wanted
             pipeline.load_lora_weights(str(path.parent), **options)
     except Exception as error:  # diffusers and peft raise whatever their parsing runs into
-        raise ConfigError(f"lora: {path} cannot be read as a LoRA of this base: {_line(error)}") from error
+        reason = _OTHER_SIZES if "size mismatch" in str(error) else _line(error)
+        raise ConfigError(f"lora: {path} cannot be read as a LoRA of this base: {reason}") from error
     adapted = sum(adapter in layer.lora_A for layer in _layers(pipeline))
     if adapted == 0:
         raise ConfigError(f"lora: {path} holds no layer of this base; is it a LoRA, and for SDXL?")

@@ -25,6 +25,7 @@ from flatlora_diffusion.config import (
     ImportConfig,
     InspectConfig,
     MergeConfig,
+    ModelConfig,
     ResizeConfig,
     RunError,
     StoppedError,
@@ -153,7 +154,8 @@ def _compare(arguments: list[str]) -> None:
 
 def _generate(arguments: list[str]) -> None:
     description = "Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid."
-    config = _settings(GenerateConfig, "generate", description, arguments)
+    default = GenerateConfig(model=_base_of_runs(arguments))
+    config = _settings(GenerateConfig, "generate", description, arguments, default)
     from flatlora_diffusion.gallery import generate
 
     _hide_library_bars()
@@ -226,7 +228,9 @@ def _inspect(arguments: list[str]) -> None:
     print(inspect_lora(config))
 
 
-def _settings(kind: type[Settings], verb: str, description: str, arguments: Sequence[str]) -> Settings:
+def _settings(
+    kind: type[Settings], verb: str, description: str, arguments: Sequence[str], default: Settings | None = None
+) -> Settings:
     """The settings of a verb; prints help or an unknown flag and exits as argparse does."""
     import tyro
 
@@ -237,7 +241,32 @@ def _settings(kind: type[Settings], verb: str, description: str, arguments: Sequ
         use_underscores=True,
         prog=f"python -m flatlora_diffusion {verb}",
         description=description,
+        default=tyro.MISSING_NONPROP if default is None else default,
     )
+
+
+def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
+    """The base that the runs of `--lora` were trained on; the usual default where a flag names one or no run is."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--lora", nargs="*", default=[])
+    parser.add_argument("--pretrained_model_name_or_path", "--pretrained-model-name-or-path")
+    given, _ = parser.parse_known_args(list(arguments))
+    if given.pretrained_model_name_or_path is not None or not given.lora:
+        return ModelConfig()
+    from flatlora_diffusion.applied_lora import parse_lora
+
+    bases = {}
+    for file in (file for text in given.lora for file in parse_lora(text)):
+        folder = file.path.parent.parent if file.path.parent.name.startswith("checkpoint-") else file.path.parent
+        if (folder / "config.json").is_file() and (folder / "events.jsonl").is_file():
+            model = TrainConfig().updated_from(folder / "config.json").model
+            bases[model.pretrained_model_name_or_path] = model
+    if len(bases) > 1:
+        names = ", ".join(sorted(bases))
+        raise ConfigError(
+            f"the LoRAs were trained on different bases ({names}): choose one with --pretrained_model_name_or_path"
+        )
+    return next(iter(bases.values()), ModelConfig())
 
 
 def _with_file(arguments: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -420,3 +421,30 @@ def test_the_command_line_draws_a_grid(base: Path, face: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "001" / "grid.png") in done.stdout
     assert len(list((tmp_path / "001").glob("0[12]_a-*_seed-3_0[0-2]_*.png"))) == 6
+
+
+def test_a_run_is_drawn_with_the_base_it_was_trained_on(
+    lora: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The usual default is another base, which its LoRA does not fit."""
+    run = tmp_path / "run"
+    shutil.copytree(lora.parent, run)
+    saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    assert saved["pretrained_model_name_or_path"] == base.name, "no absolute path is saved"
+    (run / "config.json").write_text(json.dumps(saved | {"pretrained_model_name_or_path": str(base)}))
+    flags = ["--prompts", "a fox", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(["generate", *flags, "--lora", str(run)]) == 0
+    with Image.open(tmp_path / "out" / "001" / "01_a-fox_seed-0_00_base.png") as drawn:
+        assert drawn.size == (32, 32)
+    assert main(["generate", *flags, "--lora", str(run), "--pretrained_model_name_or_path", "tiny"]) == 2
+    assert "its layers have other sizes; give the base it was made for" in capsys.readouterr().err
+
+
+def test_runs_of_two_bases_ask_for_one(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(lora.parent, tmp_path / name)
+        saved = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        (tmp_path / name / "config.json").write_text(json.dumps(saved | {"pretrained_model_name_or_path": name}))
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    assert main(["generate", "--prompts", "a fox", "--lora", *runs]) == 2
+    assert "different bases (one, two): choose one with --pretrained_model_name_or_path" in capsys.readouterr().err
