@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d, LoraLayer, ParamWrapper
@@ -23,14 +23,6 @@ from flatlora_diffusion.noise import Convolution
 
 _WRAPPERS = ("base_model.model.", "module.")
 _ROWS = 512  # rows of W that are turned into fp32 at a time
-
-
-class Factors(NamedTuple):
-    """What LoRA adds to W: scale * up @ down, in fp32."""
-
-    down: Tensor  # A, (R, n)
-    up: Tensor  # B, (m, R)
-    scale: float = 1.0
 
 
 class AdaptedLayer:
@@ -91,18 +83,29 @@ class AdaptedLayer:
     def _adapters(self) -> list[str]:
         return [adapter for adapter in self.tuner.active_adapters if adapter in self.tuner.lora_A]
 
-    def factors(self) -> Factors:
-        """A, B and s of the active adapters; of several, stacked along the rank with each s in its B."""
+    @property
+    def rank(self) -> int:
+        """R, the sum of the active adapters' ranks."""
+        return sum(int(self.tuner.lora_A[adapter].weight.shape[0]) for adapter in self._adapters())
+
+    @property
+    def scale(self) -> float:
+        """The s that `factors` leaves out: the active adapter's, or 1 when there are several."""
+        adapters = self._adapters()
+        return float(self.tuner.scaling[adapters[0]]) if len(adapters) == 1 else 1.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, n) and B (m, R) in fp32; of several active adapters, side by side with each s in its B."""
         adapters, tuner = self._adapters(), self.tuner
         downs = [tuner.lora_A[adapter].weight.float().flatten(1) for adapter in adapters]
         ups = [tuner.lora_B[adapter].weight.float().flatten(1) for adapter in adapters]
         if len(adapters) == 1:
-            return Factors(downs[0], ups[0], tuner.scaling[adapters[0]])
+            return downs[0], ups[0]
         if not adapters:
-            empty = self.base_square_norms.new_zeros
-            return Factors(empty(0, self.inputs), empty(self.shape[0], 0))
+            empty = partial(torch.zeros, device=self.base.weight.device)
+            return empty(0, self.inputs), empty(self.shape[0], 0)
         scaled = [up * tuner.scaling[adapter] for adapter, up in zip(adapters, ups, strict=True)]
-        return Factors(torch.cat(downs), torch.cat(scaled, dim=1))
+        return torch.cat(downs), torch.cat(scaled, dim=1)
 
     def weight_times(self, down: Tensor) -> Tensor:
         """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""

@@ -15,32 +15,37 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapted_layers import AdaptedLayer, Factors
-
-_TOGETHER = 16  # layers whose A and B are stacked: at rank 128 and SDXL's widest layers a copy of 31 MB
+from flatlora_diffusion.adapted_layers import AdaptedLayer
 
 
 def merged_square_norms(layers: Iterable[AdaptedLayer]) -> Iterator[tuple[list[AdaptedLayer], Tensor]]:
     """Groups of L `layers` of one shape, each group with its ||W'_i||^2: (L, m), fp32."""
-    alike: dict[object, list[tuple[AdaptedLayer, Factors]]] = {}
+    alike: dict[object, list[AdaptedLayer]] = {}
     for layer in layers:
         if layer.tuner.merged:
             yield [layer], layer.square_norms().unsqueeze(0)  # W holds sBA already
-            continue
-        factors = layer.factors()
-        key = (layer.shape, factors.down.shape, factors.scale, factors.down.device)
-        alike.setdefault(key, []).append((layer, factors))
+        else:
+            alike.setdefault((layer.shape, layer.rank, layer.scale, layer.base.weight.device), []).append(layer)
     for members in alike.values():
-        for start in range(0, len(members), _TOGETHER):
-            group, factors_of = zip(*members[start : start + _TOGETHER], strict=True)
-            yield list(group), _square_norms(group, factors_of)
+        size = _at_once(members[0])
+        for start in range(0, len(members), size):
+            group = members[start : start + size]
+            yield group, _square_norms(group)
 
 
-def _square_norms(group: tuple[AdaptedLayer, ...], factors: tuple[Factors, ...]) -> Tensor:
-    down = torch.stack([each.down for each in factors])  # (L, R, n)
-    up = torch.stack([each.up for each in factors])  # (L, m, R)
-    crossed = torch.stack([layer.weight_times(each.down) for layer, each in zip(group, factors, strict=True)])
-    base = torch.stack([layer.base_square_norms for layer in group]).to(up.device)  # (L, m)
-    scale = factors[0].scale
-    mixed = torch.baddbmm(crossed, up, down @ down.mT, beta=2, alpha=scale)  # 2 W A^T + s B A A^T, (L, m, R)
+def _at_once(layer: AdaptedLayer) -> int:
+    """How many layers like this one fit, with all that is stacked of them, into the memory of one layer's eps."""
+    filters = layer.shape[0]
+    stacked = layer.rank * (layer.inputs + 3 * filters)  # A, B, W A^T and 2 W A^T + s B A A^T
+    return max(1, filters * layer.inputs // max(1, stacked))
+
+
+def _square_norms(group: list[AdaptedLayer]) -> Tensor:
+    factors = [layer.factors() for layer in group]
+    down = torch.stack([down for down, _ in factors])  # (L, R, n)
+    up = torch.stack([up for _, up in factors])  # (L, m, R)
+    crossed = torch.stack([layer.weight_times(down) for layer, (down, _) in zip(group, factors, strict=True)])
+    base = torch.stack([layer.base_square_norms.to(up.device) for layer in group])  # (L, m)
+    scale = group[0].scale
+    mixed = torch.baddbmm(crossed, up, down @ down.mT, beta=2, alpha=scale)
     return base.add_(mixed.mul_(up).sum(dim=2), alpha=scale).clamp_(min=0)

@@ -48,8 +48,8 @@ def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
 def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, draw: Draw) -> Tensor:
     """The layer's output at W + eps, or at eps alone when `weight` is None (the additive form).
 
-    x: (..., n) or (B, n, H, W) in `draw.dtype`. Differentiable once in x and bias. Saves the (m,) `row_std` and no
-    buffer of the weight's size: eps is drawn again in backward.
+    x: (..., n), or (B, n, H, W) with or without B, in `draw.dtype`. Differentiable once in x and bias. Saves the (m,)
+    `row_std` and no buffer of the weight's size: eps is drawn again in backward.
     """
     return _PerturbedLayer.apply(x, bias, weight, row_std, draw)
 
@@ -78,10 +78,18 @@ class _PerturbedLayer(torch.autograd.Function):
             if geometry is None:
                 grad_x = grad @ effective
             else:
-                grad_x = conv2d_input(ctx.x_shape, effective, grad, geometry.stride, geometry.padding)
+                size, batch = (_batched(shape) for shape in (ctx.x_shape, grad.shape))
+                grad_x = conv2d_input(size, effective, grad.reshape(batch), geometry.stride, geometry.padding)
+                grad_x = grad_x.view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(dim=(0, 2, 3) if geometry is not None else tuple(range(grad.ndim - 1)))
+            filters_last = grad if geometry is None else grad.movedim(-3, -1)
+            grad_bias = filters_last.reshape(-1, filters_last.shape[-1]).sum(dim=0)
         return grad_x, grad_bias, None, None, None
+
+
+def _batched(shape: torch.Size) -> tuple[int, ...]:
+    """(B, n, H, W) of an image's shape with or without B."""
+    return (1, *shape)[-4:]
 
 
 def _effective_weight(weight: Tensor | None, row_std: Tensor, draw: Draw) -> Tensor:

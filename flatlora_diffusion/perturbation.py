@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, get_args
 
 import torch
@@ -64,7 +65,7 @@ class FlatLora:
     ) -> None:
         self._configure(sigma, schedule, total_steps, seed, noise, prefix)
         self._model = model
-        self._adapters = _adapter_names(model)
+        self._adapters = _adapters(model)
         self._open: _Open | None = None
         self._disabled = 0
         self._row_std: dict[str, Tensor] = {}
@@ -170,12 +171,12 @@ class FlatLora:
         self.total_steps, self.seed, self.prefix = total_steps, seed, prefix
 
     def _check_all_attached(self) -> None:
-        adapters = _adapter_names(self._model)
-        if adapters is not None and adapters == self._adapters:
-            return  # nothing was added, so the modules need no second look
+        adapters = _adapters(self._model)
+        if adapters and len(adapters) == len(self._adapters) and all(map(is_, adapters, self._adapters)):
+            return  # no adapter came or went, so the modules need no second look
         known = {id(layer.tuner) for layer in self._layers.values()}
-        if any(isinstance(module, BaseTunerLayer) and id(module) not in known for module in self._model.modules()):
-            raise ConfigError("layers were adapted after FlatLora was made; detach it and make a new one")
+        if {id(module) for module in self._model.modules() if isinstance(module, BaseTunerLayer)} != known:
+            raise ConfigError("adapters were added or removed after FlatLora was made; detach it and make a new one")
         self._adapters = adapters
 
     def _forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -218,10 +219,10 @@ class FlatLora:
         return self._layers[name]
 
 
-def _adapter_names(model: nn.Module) -> list[str] | None:
-    """The names of the adapters as PEFT and diffusers list them; None for a model that keeps no list."""
-    config = getattr(model, "peft_config", None)
-    return None if config is None else list(config)
+def _adapters(model: nn.Module) -> list[object]:
+    """The adapters' configs as PEFT and diffusers keep them, and their dict; empty for a model that keeps none."""
+    configs = getattr(model, "peft_config", None)
+    return [] if configs is None else [configs, *configs.values()]
 
 
 @contextmanager

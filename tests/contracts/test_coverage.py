@@ -161,6 +161,26 @@ def test_an_adapter_added_after_attaching_is_perturbed_or_an_error() -> None:
     assert not torch.equal(noisy, plain), "a layer was skipped silently"
 
 
+def test_an_adapter_made_anew_under_its_old_name_is_an_error() -> None:
+    case = toy_case(Adapter(targets=("wide",)))
+    flat = attach(case.model)
+    with flat.perturb(step=1):
+        predicted(case)
+    case.model.delete_adapter("default")
+    case.model.add_adapter("default", Adapter().config(("narrow",)))
+    case.model.set_adapter("default")
+    with pytest.raises(ConfigError, match="adapters were added or removed"), flat.perturb(step=1):
+        pass
+
+
+def test_an_adapter_taken_off_the_model_is_an_error() -> None:
+    case = CASES["unet"]()
+    flat = attach(case.model)
+    case.model.unload_lora()
+    with pytest.raises(ConfigError, match="adapters were added or removed"), flat.perturb(step=1):
+        pass
+
+
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential()], ids=["no adapter", "empty"])
 def test_a_model_without_lora_layers_is_an_error(model: nn.Module) -> None:
     with pytest.raises(ConfigError):

@@ -166,6 +166,29 @@ def test_gradients_equal_the_reference_for_other_adapters(adapter: Adapter) -> N
     assert_close(perturbed(case, flat, step=1), by_hand(case, clean, all_noise(flat, step=1)))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "shape"),
+    [("wide", "narrow", (24,)), ("tall", "pointwise", (16, 9, 8))],
+    ids=["linear", "conv"],
+)
+def test_gradients_equal_the_reference_for_one_sample_without_a_batch(
+    first: str, second: str, shape: tuple[int, ...]
+) -> None:
+    """The gradients of trained biases and of the inputs between two layers keep their shapes."""
+    toy = toy_case(Adapter(targets=(first, second), bias="lora_only")).model
+    sample = normal(3, *shape)
+
+    def predict(model: Any) -> Tensor:
+        layers = lora_layers(model)
+        output: Tensor = layers[second](layers[first](sample))
+        return output
+
+    case = Case(toy, predict, torch.zeros(predict(toy).shape))
+    clean = copy.deepcopy(toy)
+    flat = FlatLora(toy, sigma=SIGMA, schedule="constant")
+    assert_close(perturbed(case, flat, step=1), by_hand(case, clean, all_noise(flat, step=1)))
+
+
 def test_gradients_equal_the_reference_under_lora_dropout() -> None:
     case = toy_case(Adapter(dropout=0.3))
     case.model.train()
@@ -229,7 +252,7 @@ def test_gradients_are_the_same_with_either_kind_of_checkpointing(reentrant: boo
 
 @pytest.mark.parametrize("how", ["sigma", "override", "first step of a ramp"])
 @pytest.mark.parametrize("name", ["toy", "unet_conv"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_without_sigma_loss_and_gradients_are_bit_equal_to_plain_lora(name: str, how: str, dtype: torch.dtype) -> None:
     case = CASES[name](Adapter(dtype=dtype))
     plain = loss_and_gradients(case)

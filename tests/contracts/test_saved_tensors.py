@@ -49,7 +49,20 @@ def conv_case(adapter: Adapter | None = None) -> Case:
     return Case(model, lambda module: module(inputs), normal(2, 2, 20, 3, 3))
 
 
-BIG = {"linear": stack_case, "conv": conv_case}
+def alike_case(adapter: Adapter | None = None) -> Case:
+    """Twelve linear layers of one shape: norms that are taken of several at once must not pile up."""
+    adapter = adapter or Adapter()
+    with seeded(0):
+        layers = [module for _ in range(12) for module in (nn.Linear(64, 64), nn.Tanh())]
+        names = tuple(str(index) for index in range(0, 24, 2))
+        model = get_peft_model(nn.Sequential(*layers), adapter.config(names), autocast_adapter_dtype=False)
+    randomize_adapters(model)
+    model.to(adapter.dtype)
+    inputs = normal(1, 5, 64).to(adapter.dtype)
+    return Case(model, lambda module: module(inputs), normal(2, 5, 64))
+
+
+BIG = {"linear": stack_case, "conv": conv_case, "alike": alike_case}
 
 
 def weight_sizes(model: nn.Module) -> list[int]:
