@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.loss import diffusion_loss, draw_targets
 from flatlora_diffusion.memory import (
@@ -346,3 +346,18 @@ def _settings(switch: str) -> dict[str, Any]:
 
 def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "gib"),
+    [
+        ("paper", {"mixed_precision": "bf16", "gradient_checkpointing": True, "validation_prompt": "an icon"}, 10.3),
+        ("low_memory", {}, 6.2),
+        ("quality", {}, 10.4),
+    ],
+)
+def test_the_readme_s_figures_are_those_of_the_estimate(preset: str, flags: dict[str, Any], gib: float) -> None:
+    config = TrainConfig().updated_from(preset_file(preset)).replace(pretrained_model_name_or_path=SDXL, **flags)
+    assert estimate_memory(config).total / GIB == pytest.approx(gib, abs=0.05)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"| {gib} GiB |" in readme
