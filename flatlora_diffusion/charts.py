@@ -63,6 +63,7 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, lo
     _draw_axes(draw, box, across, up)
     for index, line in enumerate(lines):
         colour = colour_of(index)
+        width = 2.2 + 1.8 * (len(lines) - 1 - index) * (index > 0)  # a run that coincides with a later one still shows
         points = [
             (_at(x, across, box[0], box[2]), _at(y, up, box[3], box[1])) for x, y in zip(line.xs, line.ys, strict=True)
         ]
@@ -72,9 +73,9 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, lo
                 draw.line([(x, ends[0]), (x, ends[1])], colour, 1.4)
                 for end in ends:
                     draw.line([(x - 4, end), (x + 4, end)], colour, 1.4)
-        draw.line(points, colour, 2.2)
+        draw.line(points, colour, width)
         for point in points:
-            draw.dot(point, colour, 3.6)
+            draw.dot(point, colour, 2.5 + width / 2)
     for index, line in enumerate(lines):
         x = _LEFT + (index % per_line) * (_WIDTH - _LEFT - _RIGHT) / per_line
         y = 54 + 22 * (index // per_line)

@@ -28,7 +28,7 @@ def labelled_grid(
     row_font = large if all(large.getlength(label) <= 122 for label in row_labels) else small
     row_texts = [wrapped(label, row_font, cell) for label in row_labels]
     widest = max(_size(text, row_font)[0] for text in row_texts)
-    left, top = max(150, widest + 28), 14 + max(_size(text, small)[1] for text in column_texts)
+    left, top = max(150, widest + 28), 22 + max(_size(text, small)[1] for text in column_texts)
     width = left + columns * (cell + gap)
     caption_text = wrapped(caption, small, width - 2 * gap)
     bottom = 24 + _size(caption_text, small)[1] if caption else gap
