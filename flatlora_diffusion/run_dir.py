@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +131,22 @@ class RunDir:
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
-        with open(self.events_file, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(event) + "\n")
+        with open(self.events_file, "ab+") as handle:
+            if handle.tell() > 0:
+                handle.seek(-1, os.SEEK_END)
+                if handle.read() != b"\n":  # a power cut or a full disk cut the last event off: it costs only itself
+                    handle.write(b"\n")
+            handle.write(json.dumps(event).encode() + b"\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All complete events so far; a half-written last line is left out."""
+        """All complete events so far; lines that were only half written are left out."""
         if not self.events_file.exists():
             return []
-        lines = self.events_file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        found = []
+        for line in self.events_file.read_bytes().splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def manifest(self) -> list[dict[str, Any]]:
         manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))

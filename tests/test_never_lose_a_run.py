@@ -191,6 +191,18 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config: TrainConfig, monkeyp
     assert (run.folder / LORA_FILE).exists()
 
 
+def test_an_event_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.add_event({"event": "step", "step": 0})
+    for fragment in (b'{"event": "st', b"\0\0\xff\xfe"):
+        with open(run.events_file, "ab") as file:
+            file.write(fragment)
+        before = run.events()
+        run.add_event({"event": "step", "step": len(before)})
+        assert run.events() == [*before, {"event": "step", "step": len(before)}]
+    assert [event["step"] for event in run.events()] == [0, 1, 2]
+
+
 def test_resume_refuses_another_optimizer_and_takes_another_log(config: TrainConfig) -> None:
     train(config.replace(checkpointing_steps=3))
     with pytest.raises(ConfigError, match="checkpoint-6 was made with optimizer='adamw', not 'adafactor'"):
