@@ -91,10 +91,11 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
         config = config.updated_from(preset_file(given.preset))
     if given.config is not None:
         config = config.updated_from(given.config)
+    flags = _as_tyro_reads(flags)
     return tyro.cli(
         TrainConfig,
-        default=config,
-        args=_as_tyro_reads(flags),
+        default=_without_overruled(config, flags),
+        args=flags,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
         description="Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. "
@@ -300,6 +301,15 @@ def _as_tyro_reads(flags: Sequence[str]) -> list[str]:
         else:
             read.append(flag)
     return read
+
+
+def _without_overruled(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
+    """`config`, from preset and file, without the settings that would get in the way of other flags."""
+    pairs = itertools.pairwise([*flags, ""])
+    given = {flag[2:].replace("-", "_"): value for flag, value in pairs if flag.startswith("--")}
+    if given.get("method") == "lora" and "sigma" not in given:
+        config = config.replace(sigma=None)
+    return config
 
 
 def _with_images(config: TrainConfig) -> TrainConfig:

@@ -64,6 +64,17 @@ def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
     assert config.perturb.perturb_per == "step"
 
 
+@pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
+def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Path, flags: list[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.05}).to_dict()), encoding="utf-8")
+    for source in (["--preset", "paper"], ["--config", str(file)]):
+        assert parse_config([*source, *flags, "--output_name", "sigma"]).perturb.strength == 0
+        assert parse_config([*source, "--method", "flat-lora"]).perturb.strength > 0
+        with pytest.raises(SystemExit):
+            parse_config([*source, *flags, "--sigma", "0.1"])
+
+
 def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
     config = TrainConfig().updated_from(preset_file("paper"))
     assert (config.adapter.rank, config.adapter.lora_alpha) == (4, 4)
