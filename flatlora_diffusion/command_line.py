@@ -309,6 +309,8 @@ def _without_overruled(config: TrainConfig, flags: Sequence[str]) -> TrainConfig
     given = {flag[2:].replace("-", "_"): value for flag, value in pairs if flag.startswith("--")}
     if given.get("method") == "lora" and "sigma" not in given:
         config = config.replace(sigma=None)
+    if "num_train_epochs" in given and "max_train_steps" not in given:
+        config = config.replace(max_train_steps=None)
     return config
 
 

@@ -162,8 +162,14 @@ class RunDir:
         return config
 
     def filled_in(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the saved value of each setting that it leaves open."""
+        """`config` with the saved value of each setting that it leaves open.
+
+        Another number of epochs settles the steps: those that are saved are the ones that the earlier epochs made.
+        """
         given, saved = config.to_dict(), self.config()
+        epochs = given["num_train_epochs"]
+        if epochs not in (TrainConfig().optim.num_train_epochs, saved.get("num_train_epochs")):
+            saved.pop("max_train_steps", None)
         return config.replace(
             **{name: saved[name] for name, value in given.items() if value is None and name in saved}
         )

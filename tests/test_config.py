@@ -75,6 +75,12 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
             parse_config([*source, *flags, "--sigma", "0.1"])
 
 
+def test_epochs_as_a_flag_win_over_steps_of_a_preset_but_not_over_steps_as_a_flag() -> None:
+    flags = ["--preset", "paper", "--num-train-epochs=3"]
+    assert parse_config(flags).optim.max_train_steps is None
+    assert parse_config([*flags, "--max_train_steps=7"]).optim.max_train_steps == 7
+
+
 def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
     config = TrainConfig().updated_from(preset_file("paper"))
     assert (config.adapter.rank, config.adapter.lora_alpha) == (4, 4)

@@ -171,6 +171,22 @@ def test_a_run_can_go_on_for_longer_and_follows_the_new_end(config: TrainConfig,
     assert json.loads(run.config_file.read_text())["max_train_steps"] == 8
 
 
+def test_a_run_of_epochs_goes_on_for_more_epochs(config: TrainConfig, caplog: Any) -> None:
+    epochs = config.replace(max_train_steps=None, num_train_epochs=2, checkpointing_steps=3)
+    train(epochs)
+    again = epochs.replace(resume_from_checkpoint="latest")
+    with caplog.at_level("INFO"):
+        train(again.replace(num_train_epochs=5))
+    assert "15 steps in place of 6" in caplog.text
+    assert "resuming from checkpoint-6; steps left: 9" in caplog.text
+    run = RunDir(Path(config.run.output_dir))
+    assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(15))
+    with caplog.at_level("INFO"):
+        train(again.replace(num_train_epochs=1))  # what it is when the flag is left out
+    assert "resuming from checkpoint-15; steps left: 0" in caplog.text
+    assert run.config()["max_train_steps"] == 15
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = tensor_file.save_file, []
 
