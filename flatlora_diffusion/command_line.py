@@ -174,7 +174,9 @@ def _flatness(arguments: list[str]) -> None:
     _hide_library_bars()
     folder = flatness(config)
     print((folder / "flatness.md").read_text(encoding="utf-8"))
-    print(f"Look at surface.png, surface.html, rise.png, slices.png and strength.png in {folder}")
+    names = ("surface.png", "surface.html", "rise.png", "slices.png", "strength.png")
+    *others, last = (name for name in names if (folder / name).is_file())  # the page needs plotly
+    print(f"Look at {', '.join(others)} and {last} in {folder}")
 
 
 def _export(arguments: list[str]) -> None:
