@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from flatlora_diffusion.command_line import parse_config
 from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, preset_file
+from flatlora_diffusion.train_settings import parse_config
 
 OTHER: dict[str, Any] = {
     "pretrained_model_name_or_path": "some/base",
