@@ -58,7 +58,7 @@ def restore(state: TrainState, name: str) -> int:
         )
         if state.accelerator.is_main_process:
             state.run.update(state.config.to_dict())
-    logger.info("resuming from %s", folder.name)
+    logger.info("resuming from %s; steps left: %d", folder.name, max(0, state.total_steps - step))
     _start_trackers(state)
     return step
 

@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from flatlora_diffusion.config import (
@@ -30,10 +29,8 @@ from flatlora_diffusion.config import (
     RunError,
     StoppedError,
     TrainConfig,
-    choices_of,
-    preset_file,
-    setting_hints,
 )
+from flatlora_diffusion.train_settings import parse_config
 
 if TYPE_CHECKING:
     from flatlora_diffusion.lora_export import Written
@@ -73,33 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """`train_dreambooth_flatlora.py ...`; returns the exit code."""
     return _run(_train, list(sys.argv[1:] if arguments is None else arguments))
-
-
-def parse_config(arguments: Sequence[str]) -> TrainConfig:
-    """The settings of a command line: defaults, then `--preset`, then `--config`, then flags; the last one wins.
-
-    Raises ConfigError for a setting out of range; prints help or an unknown flag and exits as argparse does.
-    """
-    import tyro
-
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--preset")
-    files.add_argument("--config", type=Path)
-    given, flags = files.parse_known_args(list(arguments))
-    config = TrainConfig()
-    if given.preset is not None:
-        config = config.updated_from(preset_file(given.preset))
-    if given.config is not None:
-        config = config.updated_from(given.config)
-    return tyro.cli(
-        TrainConfig,
-        default=config,
-        args=_as_tyro_reads(flags),
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-        description="Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. "
-        "--preset NAME and --config FILE.json give defaults; flags win.",
-    )
 
 
 def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
@@ -173,7 +143,9 @@ def _flatness(arguments: list[str]) -> None:
     _hide_library_bars()
     folder = flatness(config)
     print((folder / "flatness.md").read_text(encoding="utf-8"))
-    print(f"Look at surface.png, surface.html, rise.png, slices.png and strength.png in {folder}")
+    names = ("surface.png", "surface.html", "rise.png", "slices.png", "strength.png")
+    *others, last = (name for name in names if (folder / name).is_file())  # the page needs plotly
+    print(f"Look at {', '.join(others)} and {last} in {folder}")
 
 
 def _export(arguments: list[str]) -> None:
@@ -281,25 +253,6 @@ def _say_written(written: Written) -> None:
 def _say_reduced(reduced: Reduced) -> None:
     _say_written(reduced.written)
     print(f"missed by the lower rank: {100 * reduced.missed:.3g} % of the whole change (Frobenius norm)")
-
-
-def _as_tyro_reads(flags: Sequence[str]) -> list[str]:
-    """diffusers' spellings in tyro's: `--prodigy_decouple False` as `--no_prodigy_decouple`, choices in any case."""
-    hints = setting_hints()
-    read: list[str] = []
-    left = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
-    while left:
-        flag = left.pop(0)
-        name = flag.removeprefix("--").replace("-", "_")
-        value = left[0] if left and flag.startswith("--") else None
-        kind = hints.get(name)
-        if kind is bool and value is not None and value.lower() in ("true", "false"):
-            read.append(flag if left.pop(0).lower() == "true" else f"--no_{name}")
-        elif kind is not None and value is not None and value.lower() in choices_of(kind):
-            read += [flag, left.pop(0).lower()]
-        else:
-            read.append(flag)
-    return read
 
 
 def _with_images(config: TrainConfig) -> TrainConfig:

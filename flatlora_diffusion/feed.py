@@ -110,8 +110,8 @@ class Feed:
         )
 
     def samples_at(self, step: int, slot: int) -> list[Sample]:
-        """The instance images of the batch of (step, slot)."""
-        return [self.samples[draw.sample] for draw in self.order.batch(step * self.slots + slot)]
+        """The images of the batch of (step, slot): the instance images, then the class images."""
+        return [row.sample for row in (*self._rows(step, slot), *self._class_rows(step, slot))]
 
     def epoch_after(self, step: int) -> int:
         """Whole epochs shown once optimizer step `step` is done."""

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +131,22 @@ class RunDir:
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
-        with open(self.events_file, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(event) + "\n")
+        with open(self.events_file, "ab+") as handle:
+            if handle.tell() > 0:
+                handle.seek(-1, os.SEEK_END)
+                if handle.read() != b"\n":  # a power cut or a full disk cut the last event off: it costs only itself
+                    handle.write(b"\n")
+            handle.write(json.dumps(event).encode() + b"\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All complete events so far; a half-written last line is left out."""
+        """All complete events so far; lines that were only half written are left out."""
         if not self.events_file.exists():
             return []
-        lines = self.events_file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        found = []
+        for line in self.events_file.read_bytes().splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def manifest(self) -> list[dict[str, Any]]:
         manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))
@@ -155,8 +162,14 @@ class RunDir:
         return config
 
     def filled_in(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the saved value of each setting that it leaves open."""
+        """`config` with the saved value of each setting that it leaves open.
+
+        Another number of epochs settles the steps: those that are saved are the ones that the earlier epochs made.
+        """
         given, saved = config.to_dict(), self.config()
+        epochs = given["num_train_epochs"]
+        if epochs not in (TrainConfig().optim.num_train_epochs, saved.get("num_train_epochs")):
+            saved.pop("max_train_steps", None)
         return config.replace(
             **{name: saved[name] for name, value in given.items() if value is None and name in saved}
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.checkpoint import restore, save_checkpoint, start
@@ -73,7 +74,10 @@ def train(config: TrainConfig) -> Path:
 
 
 def train_step(state: TrainState, step: int) -> float:
-    """Do optimizer step `step` and return the mean loss of its micro-batches. Raises RunError if it is not finite."""
+    """Do optimizer step `step` and return the mean loss of its micro-batches.
+
+    Raises RunError, with the weights as they were, for a loss or a gradient that is not finite.
+    """
     accelerator = state.accelerator
     accumulation = state.config.optim.gradient_accumulation_steps
     losses, draws = [], DrawHash()
@@ -89,10 +93,14 @@ def train_step(state: TrainState, step: int) -> float:
             accelerator.backward(loss / accumulation)
         losses.append(loss.detach())
         draws.add(batch, noise, timesteps)
-    value = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+    mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
+    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm)
+    value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
     if not math.isfinite(value):
-        raise RunError(_non_finite(state, step))
-    accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm)
+        raise RunError(_non_finite(state, step, "loss", _non_finite_slots(state, losses)))
+    # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
+    if not math.isfinite(gradient) and accelerator.scaler is None:
+        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
     state.optimizer.step()
     state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -199,14 +207,20 @@ def _dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
         yield
 
 
-def _non_finite(state: TrainState, step: int) -> str:
-    names = [sample.id for slot in range(state.feed.slots) for sample in state.feed.samples_at(step, slot)]
+def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
+    """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
+    by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
+    return [slot for slot, loss in enumerate(by_rank.T.flatten().tolist()) if not math.isfinite(loss)]
+
+
+def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
+    names = [sample.id for slot in slots for sample in state.feed.samples_at(step, slot)]
     advice = {
         "fp16": "use --mixed_precision bf16",
         "bf16": "lower --learning_rate",
         "no": "lower --learning_rate",
     }[str(state.config.optim.mixed_precision)]
-    return f"the loss of step {step} is not finite; images of that step: {', '.join(names)}. To go on, {advice}"
+    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}. To go on, {advice}"
 
 
 def _memory_in_use(device: torch.device) -> int:

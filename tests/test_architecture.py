@@ -32,6 +32,7 @@ LEVELS = [
         "page_record",
         "overfit",
         "buckets",
+        "train_settings",
     },
     {
         "weight_space",
@@ -113,7 +114,7 @@ def test_modules_stay_small(path: Path) -> None:
 
 
 def test_settings_need_neither_torch_nor_diffusers() -> None:
-    for name in ("config", "command_line"):
+    for name in ("config", "train_settings", "command_line"):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}

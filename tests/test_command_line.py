@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flatlora_diffusion import flatness_report
 from flatlora_diffusion.command_line import main, train_main
 
 
@@ -63,3 +64,15 @@ def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureF
     assert stop.value.code == 2
     assert main(["nonsense"]) == 2
     assert "train,compare,generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [[], ["surface.html"]])
+def test_flatness_names_the_files_that_are_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: list[str]
+) -> None:
+    for name in ("flatness.md", "surface.png", *page, "rise.png", "slices.png", "strength.png"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(flatness_report, "flatness", lambda config: tmp_path)
+    assert main(["flatness", "some/run"]) == 0
+    listed = ", ".join(["surface.png", *page, "rise.png", "slices.png"])
+    assert f"Look at {listed} and strength.png in {tmp_path}" in capsys.readouterr().out

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from flatlora_diffusion.command_line import parse_config
 from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, preset_file
+from flatlora_diffusion.train_settings import parse_config
 
 OTHER: dict[str, Any] = {
     "pretrained_model_name_or_path": "some/base",
@@ -62,6 +62,23 @@ def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
     assert config.optim.learning_rate == 0.25
     assert config.optim.max_train_steps == 500
     assert config.perturb.perturb_per == "step"
+
+
+@pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
+def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Path, flags: list[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.05}).to_dict()), encoding="utf-8")
+    for source in (["--preset", "paper"], ["--config", str(file)]):
+        assert parse_config([*source, *flags, "--output_name", "sigma"]).perturb.strength == 0
+        assert parse_config([*source, "--method", "flat-lora"]).perturb.strength > 0
+        with pytest.raises(SystemExit):
+            parse_config([*source, *flags, "--sigma", "0.1"])
+
+
+def test_epochs_as_a_flag_win_over_steps_of_a_preset_but_not_over_steps_as_a_flag() -> None:
+    flags = ["--preset", "paper", "--num-train-epochs=3"]
+    assert parse_config(flags).optim.max_train_steps is None
+    assert parse_config([*flags, "--max_train_steps=7"]).optim.max_train_steps == 7
 
 
 def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flatlora_diffusion.command_line import parse_config, train_main
+from flatlora_diffusion.command_line import train_main
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.train_settings import parse_config
 
 # Name and default of each flag of examples/dreambooth/train_dreambooth_lora_sdxl.py (diffusers at 58eb52c) ...
 UPSTREAM: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.feed import Feed
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
+from flatlora_diffusion.views import View
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,13 @@ def sdxl(base: Path) -> Sdxl:
 def make_feed(sdxl: Sdxl, icons: Path, world_size: int = 1, **settings: object) -> Feed:
     values = {"seed": 0, "resolution": 32, "train_batch_size": 2, **settings}
     return Feed(TrainConfig.from_dict(values), sdxl, load_samples(icons).samples, world_size)
+
+
+def make_feed_of_one_picture(sdxl: Sdxl, icons: Path, names: Sequence[str], **settings: object) -> Feed:
+    """A feed of one picture, once under each of `names`."""
+    values = {"seed": 0, "resolution": 32, "train_batch_size": len(names), **settings}
+    picture = load_samples(icons).samples[0]
+    return Feed(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
 
 
 def test_each_epoch_shows_each_image_once(sdxl: Sdxl, icons: Path) -> None:
@@ -79,3 +89,28 @@ def test_dropped_captions_are_zero_embeddings_at_about_the_asked_rate(sdxl: Sdxl
         assert torch.equal(empty, batch.pooled_prompt_embeds.abs().sum(dim=1) == 0)
         dropped += empty.tolist()
     assert 30 <= sum(dropped) <= 70  # 200 draws at 0.25: 50 +- 6
+
+
+def test_each_step_and_slot_draws_its_own_posterior_noise_and_drops_its_own_captions(sdxl: Sdxl, icons: Path) -> None:
+    settings = {"gradient_accumulation_steps": 2, "center_crop": True, "caption_dropout": 0.5}
+    feed = make_feed_of_one_picture(sdxl, icons, ["a"], **settings)
+    batches = [[feed.batch(step, slot) for slot in (0, 1)] for step in range(20)]
+    latents = [batch.latents for step in batches for batch in step]
+    assert not any(torch.equal(a, b) for i, a in enumerate(latents) for b in latents[:i])
+    dropped = [
+        [batch.prompt_embeds is not None and not batch.prompt_embeds.any() for batch in step] for step in batches
+    ]
+    assert {one == two for one, two in dropped} == {False, True}
+
+
+def test_crop_and_flip_are_drawn_anew_for_each_epoch_and_each_image(sdxl: Sdxl, icons: Path) -> None:
+    feed = make_feed_of_one_picture(sdxl, icons, ["a", "b"], random_flip=True)
+    seen: dict[str, list[View]] = {"a": [], "b": []}
+    for epoch in range(12):  # each batch is one
+        for row in feed._rows(epoch, 0):
+            seen[row.sample.id].append(row.view)
+    for views in seen.values():
+        assert {view.is_mirrored for view in views} == {False, True}
+        assert len({view.crop_top_left for view in views}) > 1
+    assert [view.is_mirrored for view in seen["a"]] != [view.is_mirrored for view in seen["b"]]
+    assert [view.crop_top_left for view in seen["a"]] != [view.crop_top_left for view in seen["b"]]

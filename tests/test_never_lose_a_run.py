@@ -171,6 +171,22 @@ def test_a_run_can_go_on_for_longer_and_follows_the_new_end(config: TrainConfig,
     assert json.loads(run.config_file.read_text())["max_train_steps"] == 8
 
 
+def test_a_run_of_epochs_goes_on_for_more_epochs(config: TrainConfig, caplog: Any) -> None:
+    epochs = config.replace(max_train_steps=None, num_train_epochs=2, checkpointing_steps=3)
+    train(epochs)
+    again = epochs.replace(resume_from_checkpoint="latest")
+    with caplog.at_level("INFO"):
+        train(again.replace(num_train_epochs=5))
+    assert "15 steps in place of 6" in caplog.text
+    assert "resuming from checkpoint-6; steps left: 9" in caplog.text
+    run = RunDir(Path(config.run.output_dir))
+    assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(15))
+    with caplog.at_level("INFO"):
+        train(again.replace(num_train_epochs=1))  # what it is when the flag is left out
+    assert "resuming from checkpoint-15; steps left: 0" in caplog.text
+    assert run.config()["max_train_steps"] == 15
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = tensor_file.save_file, []
 
@@ -189,6 +205,18 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config: TrainConfig, monkeyp
     monkeypatch.setattr(tensor_file, "save_file", plain)
     train(config.replace(resume_from_checkpoint="latest"))
     assert (run.folder / LORA_FILE).exists()
+
+
+def test_an_event_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.add_event({"event": "step", "step": 0})
+    for fragment in (b'{"event": "st', b"\0\0\xff\xfe"):
+        with open(run.events_file, "ab") as file:
+            file.write(fragment)
+        before = run.events()
+        run.add_event({"event": "step", "step": len(before)})
+        assert run.events() == [*before, {"event": "step", "step": len(before)}]
+    assert [event["step"] for event in run.events()] == [0, 1, 2]
 
 
 def test_resume_refuses_another_optimizer_and_takes_another_log(config: TrainConfig) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -181,17 +183,44 @@ def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatc
         assert opened == expected
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of_its_micro_batch(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "class.png")
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
-    state = prepare(config, samples)
-    real = trainer.diffusion_loss
-    monkeypatch.setattr(trainer, "diffusion_loss", lambda *args: real(*args) * float("nan"))
+    config = config.replace(train_batch_size=1, gradient_accumulation_steps=3)
+    state = prepare(config, samples, load_samples(tmp_path, "an icon").samples)
+    real, factors = trainer.diffusion_loss, iter([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(trainer, "diffusion_loss", lambda *args: real(*args) * next(factors))
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
-    with pytest.raises(RunError, match=r"step 0 is not finite.*icon-\d\.png.*lower --learning_rate"):
+    bad = state.feed.samples_at(0, 1)[0].id
+    message = f"the loss of step 0 is not finite with these images: {bad}, class.png. To go on, lower --learning_rate"
+    with pytest.raises(RunError, match=message):
         train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig, value: float) -> None:
+    state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
+    before = [parameter.detach().clone() for parameter in state.trainable.values()]
+    next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, value))
+    images = ", ".join(sample.id for sample in state.feed.samples_at(0, 0))
+    with pytest.raises(RunError, match=f"the gradient of step 0 is not finite with these images: {images}. To go on"):
+        train_step(state, step=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
+
+
+def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: TrainConfig) -> None:
+    state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
+    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as for fp16 on a GPU
+    state.optimizer = AcceleratedOptimizer(state.optimizer.optimizer, scaler=scaler)
+    scaler.scale(torch.ones(()))  # it gets its state on first use
+    before = [parameter.detach().clone() for parameter in state.trainable.values()]
+    next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    train_step(state, step=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
+    assert scaler.get_scale() == 2.0
 
 
 def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainConfig, tmp_path: Path) -> None:
