@@ -17,7 +17,7 @@ _DROP_RATE, _RARE_RATE = 0.1, 0.05
 
 
 def caption(concept: Concept, rng: torch.Generator) -> str:
-    """One random caption of `concept`; `DROPPED` in 10 % of draws, with a rare unseen word in 5 %."""
+    """One random caption of `concept`; `DROPPED` in 10 % of draws, with a rare unseen word in 5 % of the others."""
     if _uniform(rng) < _DROP_RATE:
         return DROPPED
     tags = _some_tags(concept, rng)
