@@ -37,7 +37,7 @@ def caption(concept: Concept, rng: torch.Generator) -> str:
 
 
 def with_rare_word(text: str, rng: torch.Generator) -> str:
-    """`text` with a made-up word where people put their trigger, so that an unseen trigger does no harm."""
+    """`text` with a made-up word where people put their trigger, so that an unseen trigger does little harm."""
     letters = torch.randint(0, 26, (3 + int(_uniform(rng) * 3),), generator=rng).tolist()
     word = "".join(string.ascii_lowercase[i] for i in letters)
     place = _uniform(rng)
