@@ -15,7 +15,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from flatlora_diffusion.config import SAMPLES, ModelConfig, TrainConfig
-from flatlora_diffusion.dataset import Sample, load_samples
+from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss
 from flatlora_diffusion.judge import load_judge, rank_names, rank_of
 from flatlora_diffusion.loss import Objective
@@ -39,10 +39,29 @@ def pipeline() -> StableDiffusionXLPipeline:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny() -> Sdxl:
+    """The base as the trainer loads it."""
     config = ModelConfig(pretrained_model_name_or_path="tiny")
     return load_sdxl(config, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def own() -> list[str]:
+    """The captions of the 33 icons in the base's own styles."""
+    return [sample.caption for sample in load_samples(SAMPLES / "icons_flat").samples]
+
+
+def loss_with(tiny: Sdxl, captions: list[str]) -> float:
+    """The base's denoising loss on those icons, two draws each, if these were their captions."""
+    samples = load_samples(SAMPLES / "icons_flat").samples
+    asked = [replace(sample, caption=text) for sample, text in zip(samples, captions, strict=True)]
+    return probe_loss(tiny.unet, Objective(tiny.scheduler), fixed_probe(tiny, asked, 64, seed=0, draws=2))
+
+
+@pytest.fixture(scope="module")
+def own_loss(tiny: Sdxl, own: list[str]) -> float:
+    return loss_with(tiny, own)
 
 
 def test_it_is_built_like_sdxl(pipeline: StableDiffusionXLPipeline) -> None:
@@ -118,20 +137,19 @@ def test_the_judge_finds_the_right_name_for_about_half_of_what_it_draws(pipeline
     assert int((ranks == 0).sum()) >= 6
 
 
-def test_an_unseen_trigger_does_much_less_harm_than_a_wrong_caption(tiny: Sdxl) -> None:
-    """The loss on the icons of `icons_flat` measured +0.04 % and +0.6 % with triggers, +31 % with others' captions."""
-    samples = load_samples(SAMPLES / "icons_flat").samples
+def test_its_loss_is_that_of_the_weights_that_were_published(own_loss: float) -> None:
+    """One spoiled tensor of the UNet or a text encoder mostly shows here. A new base has a new number."""
+    assert own_loss == pytest.approx(0.103480, rel=5e-5)
 
-    def loss(captions: list[str]) -> float:
-        asked: list[Sample] = [replace(sample, caption=text) for sample, text in zip(samples, captions, strict=True)]
-        return probe_loss(tiny.unet, Objective(tiny.scheduler), fixed_probe(tiny, asked, 64, seed=0, draws=2))
 
-    own = [sample.caption for sample in samples]
-    right, wrong = loss(own), loss(own[1:] + own[:1])
-    assert wrong > 1.2 * right
+def test_an_unseen_trigger_does_much_less_harm_than_a_wrong_caption(
+    tiny: Sdxl, own: list[str], own_loss: float
+) -> None:
+    """The loss measured +0.04 % and +0.6 % with triggers, +31 % with the captions of other icons."""
+    assert loss_with(tiny, own[1:] + own[:1]) > 1.2 * own_loss
     behind = [f"{text}, in the style of TOK" for text in own]
-    assert loss(behind) < 1.005 * right
-    assert loss([text.replace("a flat icon", "a TOK icon") for text in behind]) < 1.015 * right
+    assert loss_with(tiny, behind) < 1.005 * own_loss
+    assert loss_with(tiny, [text.replace("a flat icon", "a TOK icon") for text in behind]) < 1.015 * own_loss
 
 
 @pytest.mark.slow
