@@ -17,7 +17,7 @@ _DROP_RATE, _RARE_RATE = 0.1, 0.05
 
 
 def caption(concept: Concept, rng: torch.Generator) -> str:
-    """One random caption of `concept`; `DROPPED` in 10 % of draws, with a rare unseen word in 5 %."""
+    """One random caption of `concept`; `DROPPED` in 10 % of draws, with a rare unseen word in 5 % of the others."""
     if _uniform(rng) < _DROP_RATE:
         return DROPPED
     tags = _some_tags(concept, rng)
@@ -37,7 +37,7 @@ def caption(concept: Concept, rng: torch.Generator) -> str:
 
 
 def with_rare_word(text: str, rng: torch.Generator) -> str:
-    """`text` with a made-up word where people put their trigger, so that an unseen trigger does no harm."""
+    """`text` with a made-up word where people put their trigger, so that an unseen trigger does little harm."""
     letters = torch.randint(0, 26, (3 + int(_uniform(rng) * 3),), generator=rng).tolist()
     word = "".join(string.ascii_lowercase[i] for i in letters)
     place = _uniform(rng)

@@ -17,6 +17,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.training_utils import compute_snr
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -183,8 +185,11 @@ def _time_ids(batch: int, rng: torch.Generator) -> Tensor:
 
 def save_base(base: Base, folder: Path) -> None:
     """Write the whole pipeline in fp16 into `folder`, which holds the VAE and the tokenizers already."""
+    # Not from_pretrained: it notes in the saved config the folder that the VAE was read from.
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+    vae.half().load_state_dict(load_file(folder / "vae" / SAFETENSORS_WEIGHTS_NAME))
     pipeline = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float16),
+        vae=vae,
         text_encoder=base.text_encoder.half(),
         text_encoder_2=base.text_encoder_2.half(),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
