@@ -72,6 +72,14 @@ _FREE_SETTINGS = {
     "hub_model_id",
     "local_rank",
 }
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+_READ_SETTINGS = (  # what a run goes on reading
+    "instance_data_dir",
+    "dataset_name",
+    "class_data_dir",
+    "validation_data_dir",
+    "validation_prompts_file",
+)
 _RUN_FILES = (
     "config.json",
     "manifest.json",
@@ -79,7 +87,7 @@ _RUN_FILES = (
     "images",
     "README.md",
     "logs",
-    "pytorch_lora_weights.safetensors",
+    _DIFFUSERS_FILE,
     "pytorch_lora_weights_emb.safetensors",
     "pytorch_lora_weights_kohya.safetensors",
 )
@@ -101,8 +109,26 @@ class RunDir:
         self.stop_file = folder / "stop"
         self.save_file = folder / "save"
 
+    def check_new(self, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError if a new run in this folder would move away or overwrite what no run has made."""
+        present = self._present(config)
+        if present and not self._holds_run():
+            names = ", ".join(path.name for path in present)
+            raise ConfigError(
+                f"output_dir={str(self.folder)!r} holds {names}, where a run writes files of its own, but no earlier "
+                "run; give a new folder, such as one inside of it"
+            )
+        for name in _READ_SETTINGS:
+            given = config.get(name)
+            if given and any(Path(given).resolve().is_relative_to(path.resolve()) for path in present):
+                raise ConfigError(
+                    f"{name}={given!r} lies where output_dir has the files of an earlier run, which a new one moves "
+                    "aside; give another output_dir"
+                )
+
     def start(self, config: Mapping[str, Any], manifest: list[dict[str, Any]]) -> None:
         """Make the folder for a new run. An earlier run in it is moved aside to `earlier-N/`, never overwritten."""
+        self.check_new(config)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._move_aside(config)
         _write_json(self.config_file, portable(config))
@@ -209,12 +235,23 @@ class RunDir:
             for old in self.checkpoints()[:-limit]:
                 shutil.rmtree(old)
 
-    def _move_aside(self, config: Mapping[str, Any]) -> None:
-        earlier_config = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
-        names = {self.lora_name(values.get("output_name")) for values in (config, earlier_config)}
-        names.add(_file_name(Path(earlier_config.get("output_dir", "")).name))  # if the folder was renamed since
+    def _holds_run(self) -> bool:
+        """Whether a run of this program, or of diffusers' script, has been here."""
+        is_ours = self.config_file.is_file() and self.manifest_file.is_file()
+        return is_ours or (self.folder / _DIFFUSERS_FILE).is_file() or bool(self.checkpoints())
+
+    def _present(self, config: Mapping[str, Any]) -> list[Path]:
+        """What is in the folder already of all that a run writes."""
+        names: set[str] = set()
+        if self._holds_run():
+            earlier = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
+            names = {self.lora_name(values.get("output_name")) for values in (config, earlier)}
+            names.add(_file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
         files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES)]
-        present = [self.folder / name for name in files if (self.folder / name).exists()] + self.checkpoints()
+        return [self.folder / name for name in files if (self.folder / name).exists()] + self.checkpoints()
+
+    def _move_aside(self, config: Mapping[str, Any]) -> None:
+        present = self._present(config)
         if not present:
             return
         number = 1

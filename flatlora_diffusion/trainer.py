@@ -43,8 +43,11 @@ def train(config: TrainConfig) -> Path:
     and RunError when the run cannot go on.
     """
     checkpoint = config.run.resume_from_checkpoint
-    if checkpoint is not None:
-        config = RunDir(Path(config.run.output_dir)).filled_in(config)
+    run = RunDir(Path(config.run.output_dir))
+    if checkpoint is None:
+        run.check_new(config.to_dict())
+    else:
+        config = run.filled_in(config)
     if config.run.push_to_hub:
         hub_repository(config)  # a bad name or token is an error before training, not after
     found = load_training_set(config.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,26 @@ def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainCo
     for file in path.parent.rglob("*"):
         if file.is_file():
             assert tmp_path.parent.name.encode() not in file.read_bytes(), file.name
+
+
+def test_a_folder_with_the_user_s_own_files_is_left_as_it_is(config: TrainConfig, icons: Path, tmp_path: Path) -> None:
+    """Training images in `images` and a README beside them are no run's."""
+    project = tmp_path / "project"
+    shutil.copytree(icons, project / "images")
+    (project / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"holds images, README.md, where a run writes files of its own"):
+        train(config.replace(instance_data_dir=str(project / "images"), output_dir=str(project)))
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_images_are_not_moved_aside_with_an_earlier_run(config: TrainConfig, icons: Path) -> None:
+    folder = train(config).parent
+    shutil.copytree(icons, folder / "images" / "mine")
+    with pytest.raises(ConfigError, match=r"instance_data_dir=.* lies where output_dir has the files of an earlier"):
+        train(config.replace(instance_data_dir=str(folder / "images" / "mine")))
+    assert (folder / LORA_FILE).is_file()
+    assert not (folder / "earlier-1").exists()
 
 
 def test_an_earlier_run_is_moved_aside_and_not_overwritten(config: TrainConfig) -> None:
