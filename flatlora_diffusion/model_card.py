@@ -135,7 +135,7 @@ def _picture_tables(run: RunDir, pictures: Sequence[tuple[Path, str]]) -> list[s
 
 def _trigger_section(trigger_words: str | None) -> str:
     if not trigger_words:
-        return "## Trigger words\n\nThere are none: every image was trained with a caption of its own."
+        return "## Trigger words\n\nThere are none: the captions of the images share no words."
     return f"## Trigger words\n\nWrite {_code(trigger_words)} in the prompt."
 
 

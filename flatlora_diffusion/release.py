@@ -7,8 +7,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,29 @@ def training(state: TrainState, step: int) -> Training:
 
 
 def trigger_words(state: TrainState) -> str:
-    """The new tokens of pivotal tuning or else the prompt of all images; empty where each has its own caption."""
-    return ", ".join("".join(names) for names in state.tokens.values()) or (state.config.data.instance_prompt or "")
+    """What calls the LoRA: the new tokens of pivotal tuning, or the prompt of all images, or what captions share."""
+    tokens = ", ".join("".join(names) for names in state.tokens.values())
+    return tokens or state.config.data.instance_prompt or shared_words([found.caption for found in state.feed.samples])
+
+
+def shared_words(captions: Sequence[str]) -> str:
+    """The words that all captions begin and end with, such as `a TOK icon of, in the style of TOK`.
+
+    Empty for fewer than two captions; an article at the end of the first part is left out.
+    """
+    words = [caption.split() for caption in captions]
+    if len(words) < 2:
+        return ""
+    first = _shared_start(words)
+    last = _shared_start([row[len(first) :][::-1] for row in words])[::-1]
+    while first and first[-1].lower() in ("a", "an", "the"):
+        first.pop()
+    parts = [" ".join(part).strip(" ,.;") for part in (first, last)]
+    return ", ".join(part for part in parts if part)
+
+
+def _shared_start(rows: Sequence[list[str]]) -> list[str]:
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
 
 
 def kohya_updates(tensors: Mapping[str, Tensor], expected: Updates, layers_per_block: int) -> Updates:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from flatlora_diffusion.kohya import kohya_name
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.lora_metadata import base_name
 from flatlora_diffusion.lora_update import shared_path
-from flatlora_diffusion.release import KOHYA_COPY, save_release
+from flatlora_diffusion.release import KOHYA_COPY, save_release, shared_words
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.train_state import TrainState, prepare
 from flatlora_diffusion.trainer import train
@@ -430,3 +431,33 @@ def test_the_base_is_named_without_the_user_s_folders(tmp_path: Path) -> None:
 )
 def test_names_of_files(given: str | None, name: str, tmp_path: Path) -> None:
     assert RunDir(tmp_path / "run a").lora_name(given) == name
+
+
+@pytest.mark.parametrize(
+    ("captions", "shared"),
+    [
+        (
+            ["a TOK icon of a dog, in the style of TOK", "a TOK icon of soap, in the style of TOK"],
+            "a TOK icon of, in the style of TOK",
+        ),
+        (["zwx, a red fox", "zwx, a blue whale at sea"], "zwx"),
+        (["a fox", "a whale at sea"], ""),
+        (["fox", "whale"], ""),
+        (["the same", "the same"], "the same"),
+        (["a TOK icon of a dog"], ""),
+        (["TOK", "TOK fox TOK"], "TOK"),
+    ],
+)
+def test_trigger_words_are_what_all_captions_begin_and_end_with(captions: list[str], shared: str) -> None:
+    assert shared_words(captions) == shared
+
+
+def test_captioned_images_leave_their_shared_words_in_the_sidecar(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    captioned = Path(shutil.copytree(icons, tmp_path / "captioned"))
+    for number, image in enumerate(sorted(captioned.glob("*.png"))):
+        image.with_suffix(".txt").write_text(f"a TOK icon of thing {number}, in the style of TOK")
+    folder = train(config.replace(instance_prompt=None, instance_data_dir=str(captioned))).parent
+    told = json.loads((folder / "my-icons.json").read_text(encoding="utf-8"))
+    assert told["activation text"] == "a TOK icon of thing, in the style of TOK"
