@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_file import LORA_FILE, PARTS
-from flatlora_diffusion.safe_reading import checked_file
+from flatlora_diffusion.lora_file import LORA_FILE, magnitude_tensors, peft_tensors
+from flatlora_diffusion.lora_import import lora_of_base
+from flatlora_diffusion.lora_names import BaseNames, loaded_names
+from flatlora_diffusion.lora_update import PARTS
+from flatlora_diffusion.safe_reading import CheckedFile, checked_file
 
 logger = logging.getLogger(__name__)
 
 # Key in the file, text encoder and tokenizer of pivotal tuning's embeddings.
 _EMBEDDINGS = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
-# How the layouts that diffusers reads name the first factor of a layer.
-_OTHER_SIZES = "its layers have other sizes; give the base it was made for with --pretrained_model_name_or_path"
-_DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def loaded(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[None]:
     """
     with ExitStack() as undo:
         undo.callback(pipeline.unload_lora_weights)
+        names = loaded_names(pipeline)
         for index, file in enumerate(files):
-            _load(pipeline, file.path, _adapter(index))
+            _load(pipeline, checked_file(file.path), names, _adapter(index))
             embeddings = _embeddings_beside(file.path)
             if embeddings is not None:
                 undo.enter_context(_with_embeddings(pipeline, embeddings))
@@ -123,23 +124,13 @@ def _layers(pipeline: Any) -> list[LoraLayer]:
     return [layer for part in PARTS for layer in lora_layers(getattr(pipeline, part)).values()]
 
 
-def _load(pipeline: Any, path: Path, adapter: str) -> None:
-    checked_file(path)
-    try:
-        with safe_open(path, framework="pt") as opened:
-            in_file = sum(key.endswith(_DOWN) for key in opened.keys())  # noqa: SIM118 (not a dict)
-        options = {"weight_name": path.name, "adapter_name": adapter, "use_safetensors": True}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are what is wanted
-            pipeline.load_lora_weights(str(path.parent), **options)
-    except Exception as error:  # diffusers and peft raise whatever their parsing runs into
-        reason = _OTHER_SIZES if "size mismatch" in str(error) else _line(error)
-        raise ConfigError(f"lora: {path} cannot be read as a LoRA of this base: {reason}") from error
-    adapted = sum(adapter in layer.lora_A for layer in _layers(pipeline))
-    if adapted == 0:
-        raise ConfigError(f"lora: {path} holds no layer of this base; is it a LoRA, and for SDXL?")
-    if adapted < in_file:
-        logger.warning("%s: only %d of its %d layers are in this base", path.name, adapted, in_file)
+def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> None:
+    lora = lora_of_base(file, names)
+    # Not the file itself, of which diffusers gives all layers the commonest alpha. PEFT casts to the base's dtype.
+    tensors = peft_tensors(lora.updates, pipeline.unet.dtype) | magnitude_tensors(lora.magnitudes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are what is wanted
+        pipeline.load_lora_weights(tensors, adapter_name=adapter)
 
 
 def _embeddings_beside(path: Path) -> Path | None:
