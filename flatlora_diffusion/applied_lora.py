@@ -28,6 +28,7 @@ from flatlora_diffusion.lora_import import lora_of_base
 from flatlora_diffusion.lora_names import BaseNames, loaded_names
 from flatlora_diffusion.lora_update import PARTS
 from flatlora_diffusion.safe_reading import CheckedFile, checked_file
+from flatlora_diffusion.tokens import EMBEDDINGS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,9 @@ def loaded(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[None]:
         names = loaded_names(pipeline)
         for index, file in enumerate(files):
             _load(pipeline, checked_file(file.path), names, _adapter(index))
-            embeddings = _embeddings_beside(file.path)
-            if embeddings is not None:
-                undo.enter_context(_with_embeddings(pipeline, embeddings))
+        for path in dict.fromkeys(_embeddings_of(file.path) for file in files):
+            if path is not None:
+                undo.enter_context(_with_embeddings(pipeline, path))
         for part in PARTS:  # a file may bring a dropout, and new layers start in training mode
             getattr(pipeline, part).eval()
         yield
@@ -103,6 +104,21 @@ def at_strength(pipeline: Any, files: Sequence[LoraFile], strength: float, merge
             weight.data.copy_(before)
 
 
+def embeddings_beside(path: Path) -> list[Path]:
+    """The files that may hold the new tokens of a LoRA file: `NAME_emb.safetensors` of `NAME.safetensors`, or else
+    those of a folder that holds one LoRA, or that of the run in whose folder the file is.
+    """
+    own = path.with_name(f"{path.stem}_emb.safetensors")
+    if own.is_file():
+        return [own]
+    if path.name == LORA_FILE:
+        return sorted(path.parent.glob("*_emb.safetensors"))
+    of_run = path.with_name(EMBEDDINGS_FILE)
+    # A run's file for other tools names the new tokens in its metadata, wherever it is.
+    is_of_run = of_run.is_file() and "<s0>" in checked_file(path).metadata.get("modelspec.trigger_phrase", "")
+    return [of_run] if is_of_run else []
+
+
 def _parse_part(part: str) -> LoraFile:
     path, weight = Path(part), 1.0
     weighted = re.fullmatch(r"(.+)@(-?[0-9]*\.?[0-9]+)", part)
@@ -133,15 +149,12 @@ def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> N
         pipeline.load_lora_weights(tensors, adapter_name=adapter)
 
 
-def _embeddings_beside(path: Path) -> Path | None:
-    """`NAME_emb.safetensors` of `NAME.safetensors`, or the only such file of a folder that holds one LoRA."""
-    own = path.with_name(f"{path.stem}_emb.safetensors")
-    if own.is_file():
-        return own
-    found = sorted(path.parent.glob("*_emb.safetensors")) if path.name == LORA_FILE else []
+def _embeddings_of(path: Path) -> Path | None:
+    found = embeddings_beside(path)
     if len(found) > 1:
         raise ConfigError(
-            f"lora: beside {path} are {len(found)} files *_emb.safetensors; leave one, or name it {own.name}"
+            f"lora: beside {path} are {len(found)} files *_emb.safetensors; leave one, or name it {path.stem}_emb"
+            ".safetensors"
         )
     return found[0] if found else None
 

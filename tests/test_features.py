@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter import lora_layers
+from flatlora_diffusion.applied_lora import embeddings_beside
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss
@@ -270,8 +271,11 @@ def test_pivotal_tuning_learns_the_placeholder_of_the_captions(
     shutil.copytree(icons, folder)
     for caption in folder.glob("*.txt"):
         caption.write_text("an icon in the style of TOK", encoding="utf-8")
-    path = train(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)))
+    path = train(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder), checkpointing_steps=2))
     rows = load_file(path.with_name("pytorch_lora_weights_emb.safetensors"))
+    for place in (path.parent, path.parent / "checkpoint-2"):
+        beside = [place / "pytorch_lora_weights_emb.safetensors"]
+        assert embeddings_beside(place / "run.safetensors") == embeddings_beside(place / LORA_FILE) == beside
     state = prepare(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)), samples_of(config))
     for part, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         start = getattr(state.sdxl.pipeline, part).get_input_embeddings().new.weight

@@ -260,6 +260,21 @@ def test_the_doras_that_diffusers_cannot_restore_are_refused(sdxl: Sdxl, style: 
             pass
 
 
+def test_the_new_tokens_of_a_run_belong_to_each_of_its_files(sdxl: Sdxl, face: Path, tmp_path: Path) -> None:
+    rows = {"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 24)}
+    save_file(rows, tmp_path / "pytorch_lora_weights_emb.safetensors")
+    (tmp_path / FILE).write_bytes(face.read_bytes())
+    kohya = convert_state_dict_to_kohya(load_file(face))
+    save_file(kohya, tmp_path / "ti.safetensors", metadata={"modelspec.trigger_phrase": "<s0><s1>"})
+    save_file(kohya, tmp_path / "other.safetensors", metadata={"modelspec.trigger_phrase": "a fox"})
+    prompt = "a <s0><s1> fox"
+    drawn = draw(sdxl, LoraFile(tmp_path / FILE), prompt=prompt)
+    assert distance(draw(sdxl, LoraFile(tmp_path / "ti.safetensors"), prompt=prompt), drawn) <= 1
+    assert distance(draw(sdxl, LoraFile(tmp_path / "other.safetensors"), prompt=prompt), drawn) > 1
+    both = LoraFile(tmp_path / "ti.safetensors", 0.5), LoraFile(tmp_path / FILE, 0.5)
+    assert distance(draw(sdxl, *both, prompt=prompt), drawn) <= 1
+
+
 def test_new_tokens_beside_the_lora_are_those_of_a_stock_pipeline(
     sdxl: Sdxl, base: Path, face: Path, tmp_path: Path
 ) -> None:
