@@ -101,8 +101,8 @@ class _Keys:
 def import_lora(file: CheckedFile, base: str | None = None) -> ImportedLora:
     """The LoRA of `file` for a base (a diffusers folder, `tiny`); None: SDXL, or `tiny` if its shapes are those.
 
-    The scale is alpha / rank with the layer's alpha, or as `lora_adapter_metadata` says, or 1. Raises ConfigError,
-    one sentence, for another family of models, an adapter that is no LoRA, and shapes that do not fit.
+    The scale is alpha / rank with the layer's alpha, or as the adapter's settings say, or 1. Raises ConfigError, one
+    sentence, for another family of models, an adapter that is no LoRA, and shapes that do not fit.
     """
     names = base_names(base)
     _check_family(file, names)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_import import ImportedLora, import_lora, lora_of_base
-from flatlora_diffusion.lora_names import base_names
+from flatlora_diffusion.lora_names import base_names, layer_shapes
 from flatlora_diffusion.safe_reading import checked_file
 
 
@@ -249,6 +249,12 @@ def test_every_layer_of_true_sdxl_is_found_under_its_name(original: bool) -> Non
     assert names.shapes["unet"][place.module] == (1280, 2048)
     assert len(names.shapes["text_encoder"]) == 12 * 6
     assert len(names.shapes["text_encoder_2"]) == 32 * 6 + 1
+
+
+def test_a_quantized_layer_has_the_shape_that_it_stands_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Conv2d(2, 3, 5))
+    model[0].weight = torch.nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)
+    assert layer_shapes("unet", model) == {"0": (6, 8), "1": (3, 2, 5, 5)}
 
 
 def test_sdxl_and_the_tiny_base_are_told_apart_by_shapes(tmp_path: Path) -> None:
