@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_file import LORA_FILE, PARTS
-from flatlora_diffusion.safe_reading import checked_file
+from flatlora_diffusion.lora_file import LORA_FILE, magnitude_tensors, peft_tensors
+from flatlora_diffusion.lora_import import lora_of_base
+from flatlora_diffusion.lora_names import BaseNames, loaded_names
+from flatlora_diffusion.lora_update import PARTS
+from flatlora_diffusion.safe_reading import CheckedFile, checked_file
+from flatlora_diffusion.tokens import EMBEDDINGS_FILE
 
 logger = logging.getLogger(__name__)
 
 # Key in the file, text encoder and tokenizer of pivotal tuning's embeddings.
 _EMBEDDINGS = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
-# How the layouts that diffusers reads name the first factor of a layer.
-_OTHER_SIZES = "its layers have other sizes; give the base it was made for with --pretrained_model_name_or_path"
-_DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def loaded(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[None]:
     """
     with ExitStack() as undo:
         undo.callback(pipeline.unload_lora_weights)
+        names = loaded_names(pipeline)
         for index, file in enumerate(files):
-            _load(pipeline, file.path, _adapter(index))
-            embeddings = _embeddings_beside(file.path)
-            if embeddings is not None:
-                undo.enter_context(_with_embeddings(pipeline, embeddings))
+            _load(pipeline, checked_file(file.path), names, _adapter(index))
+        for path in dict.fromkeys(_embeddings_of(file.path) for file in files):
+            if path is not None:
+                undo.enter_context(_with_embeddings(pipeline, path))
         for part in PARTS:  # a file may bring a dropout, and new layers start in training mode
             getattr(pipeline, part).eval()
         yield
@@ -102,6 +104,21 @@ def at_strength(pipeline: Any, files: Sequence[LoraFile], strength: float, merge
             weight.data.copy_(before)
 
 
+def embeddings_beside(path: Path) -> list[Path]:
+    """The files that may hold the new tokens of a LoRA file: `NAME_emb.safetensors` of `NAME.safetensors`, or else
+    those of a folder that holds one LoRA, or that of the run in whose folder the file is.
+    """
+    own = path.with_name(f"{path.stem}_emb.safetensors")
+    if own.is_file():
+        return [own]
+    if path.name == LORA_FILE:
+        return sorted(path.parent.glob("*_emb.safetensors"))
+    of_run = path.with_name(EMBEDDINGS_FILE)
+    # A run's file for other tools names the new tokens in its metadata, wherever it is.
+    is_of_run = of_run.is_file() and "<s0>" in checked_file(path).metadata.get("modelspec.trigger_phrase", "")
+    return [of_run] if is_of_run else []
+
+
 def _parse_part(part: str) -> LoraFile:
     path, weight = Path(part), 1.0
     weighted = re.fullmatch(r"(.+)@(-?[0-9]*\.?[0-9]+)", part)
@@ -123,34 +140,21 @@ def _layers(pipeline: Any) -> list[LoraLayer]:
     return [layer for part in PARTS for layer in lora_layers(getattr(pipeline, part)).values()]
 
 
-def _load(pipeline: Any, path: Path, adapter: str) -> None:
-    checked_file(path)
-    try:
-        with safe_open(path, framework="pt") as opened:
-            in_file = sum(key.endswith(_DOWN) for key in opened.keys())  # noqa: SIM118 (not a dict)
-        options = {"weight_name": path.name, "adapter_name": adapter, "use_safetensors": True}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are what is wanted
-            pipeline.load_lora_weights(str(path.parent), **options)
-    except Exception as error:  # diffusers and peft raise whatever their parsing runs into
-        reason = _OTHER_SIZES if "size mismatch" in str(error) else _line(error)
-        raise ConfigError(f"lora: {path} cannot be read as a LoRA of this base: {reason}") from error
-    adapted = sum(adapter in layer.lora_A for layer in _layers(pipeline))
-    if adapted == 0:
-        raise ConfigError(f"lora: {path} holds no layer of this base; is it a LoRA, and for SDXL?")
-    if adapted < in_file:
-        logger.warning("%s: only %d of its %d layers are in this base", path.name, adapted, in_file)
+def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> None:
+    lora = lora_of_base(file, names)
+    # Not the file itself, of which diffusers gives all layers the commonest alpha. PEFT casts to the base's dtype.
+    tensors = peft_tensors(lora.updates, pipeline.unet.dtype) | magnitude_tensors(lora.magnitudes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are what is wanted
+        pipeline.load_lora_weights(tensors, adapter_name=adapter)
 
 
-def _embeddings_beside(path: Path) -> Path | None:
-    """`NAME_emb.safetensors` of `NAME.safetensors`, or the only such file of a folder that holds one LoRA."""
-    own = path.with_name(f"{path.stem}_emb.safetensors")
-    if own.is_file():
-        return own
-    found = sorted(path.parent.glob("*_emb.safetensors")) if path.name == LORA_FILE else []
+def _embeddings_of(path: Path) -> Path | None:
+    found = embeddings_beside(path)
     if len(found) > 1:
         raise ConfigError(
-            f"lora: beside {path} are {len(found)} files *_emb.safetensors; leave one, or name it {own.name}"
+            f"lora: beside {path} are {len(found)} files *_emb.safetensors; leave one, or name it {path.stem}_emb"
+            ".safetensors"
         )
     return found[0] if found else None
 

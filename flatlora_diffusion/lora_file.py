@@ -1,4 +1,4 @@
-"""The LoRA as a file for diffusers, and back: scale folded into B, so that no reader needs it."""
+"""The LoRA as a file for diffusers: scale folded into B, so that no reader needs it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,16 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter import ADAPTER, lora_layers
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.lora_update import PARTS, Updates, balanced, lora_updates, magnitudes
-from flatlora_diffusion.safe_reading import checked_file
 from flatlora_diffusion.tensor_file import write_atomically
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
-Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]
-"""A and sB by module path, by part of the pipeline."""
-
 
 def diffusers_tensors(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A and sB of every layer in PEFT's names, on the CPU; and DoRA's magnitudes, which stay fp32."""
-    tensors = peft_tensors(lora_updates(pipeline), dtype)
-    for part, values in magnitudes(pipeline).items():
-        tensors |= {f"{part}.{module}.lora_magnitude_vector": value for module, value in values.items()}
-    return tensors
+    return peft_tensors(lora_updates(pipeline), dtype) | magnitude_tensors(magnitudes(pipeline))
 
 
 def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -51,6 +43,15 @@ def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """DoRA's magnitudes, by module path, by part, in PEFT's names."""
+    return {
+        f"{part}.{module}.lora_magnitude_vector": value
+        for part, layers in values.items()
+        for module, value in layers.items()
+    }
+
+
 def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write `pytorch_lora_weights.safetensors` for `load_lora_weights` of a stock pipeline; returns its path."""
     path = folder / LORA_FILE
@@ -69,52 +70,6 @@ def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)
     return path
-
-
-def read_lora(pipeline: Any, path: Path) -> Factors:
-    """The LoRA of a file (or of the run folder that holds it) in any layout that diffusers reads.
-
-    Raises ConfigError for a file that cannot be read or that adapts nothing of this base; the pipeline stays as is.
-    """
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(f"init_lora={str(path)!r} is no LoRA file and no folder that holds {LORA_FILE}")
-    checked_file(file)
-    try:
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
-    except Exception as error:  # diffusers and peft raise whatever their parsing runs into
-        pipeline.unload_lora_weights()
-        raise ConfigError(f"init_lora: {file.name} cannot be read as a LoRA of this base: {_line(error)}") from error
-    found: Factors = {}
-    for part in PARTS:
-        for name, layer in lora_layers(getattr(pipeline, part)).items():
-            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            factors = (down.detach().float().clone(), up.detach().float() * layer.scaling[ADAPTER])
-            found.setdefault(part, {})[name] = factors
-    pipeline.unload_lora_weights()
-    if not found:
-        raise ConfigError(f"init_lora: {file.name} holds no layer of this base")
-    return found
-
-
-@torch.no_grad()
-def set_lora(pipeline: Any, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-    """Let the pipeline's new LoRA start from `factors`. Raises ConfigError when ranks or layers do not fit."""
-    for part, layers in factors.items():
-        mine = lora_layers(getattr(pipeline, part))
-        strange = sorted(set(layers) - set(mine))
-        if strange:
-            raise ConfigError(
-                f"init_lora adapts {len(strange)} layer(s) of the {part} that this run does not train, such as "
-                f"{strange[0]}; set --lora_target_modules, --lora_unet_blocks or --train_text_encoder as it was made"
-            )
-        for name, (down, up) in layers.items():
-            layer = mine[name]
-            kept = layer.r[ADAPTER]
-            if len(down) < kept or bool(down[kept:].any()):
-                raise ConfigError(f"rank={kept}, but init_lora has rank {len(down)} at {name}; use --rank {len(down)}")
-            layer.lora_A[ADAPTER].weight.copy_(down[:kept])
-            layer.lora_B[ADAPTER].weight.copy_(up[:, :kept] / layer.scaling[ADAPTER])
 
 
 def _adapter_metadata(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -148,7 +103,3 @@ def _end(path: str) -> str:
 
 def _version_free(path: str) -> str:
     return path.removeprefix("text_model.").removeprefix("encoder.")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flatlora_diffusion.applied_lora import LoraFile, parse_lora
+from flatlora_diffusion.applied_lora import LoraFile, embeddings_beside, parse_lora
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, RunError
 from flatlora_diffusion.lora_export import check_free, read_lora_file
@@ -145,5 +145,5 @@ def _save_folder(pipeline: Any, output: Path) -> Path:
 
 
 def _warn_of_embeddings(path: Path) -> None:
-    if path.with_name(f"{path.stem}_emb.safetensors").is_file():
+    if embeddings_beside(path):
         logger.warning("%s has new tokens in a file beside it; they are not merged", path.name)

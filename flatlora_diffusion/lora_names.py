@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from flatlora_diffusion.adapter_settings import PEFT_PREFIX
 from flatlora_diffusion.base_model import TINY
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.kohya import kohya_name
@@ -29,7 +30,6 @@ _OUTSIDE = {
     "add_embedding.linear_2": "label_emb_0_2",
 }
 _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-_WRAPPERS = ("base_model.model.",)  # of a model saved by PEFT itself
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -65,15 +65,8 @@ class BaseNames:
 def base_names(base: str | None = None) -> BaseNames:
     """The names of a base: a diffusers folder, `tiny`, or SDXL's own for None and whatever is not on this disk."""
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
-    models = {part: weightless(config, part) for part in PARTS}
-    shapes = {part: layer_shapes(part, model) for part, model in models.items()}
-    layers_per_block = models["unet"].config.layers_per_block
-    places: dict[str, Place] = {}
-    for part, layers in shapes.items():
-        for module in layers:
-            places |= _names_of(part, module, layers_per_block)
     name = "SDXL" if config.pretrained_model_name_or_path == SDXL else config.pretrained_model_name_or_path
-    return BaseNames(name, models["unet"], shapes, places, layers_per_block)
+    return _names(name, {part: weightless(config, part) for part in PARTS})
 
 
 def tiny_names() -> BaseNames:
@@ -81,9 +74,14 @@ def tiny_names() -> BaseNames:
     return base_names(TINY)
 
 
+def loaded_names(pipeline: Any) -> BaseNames:
+    """The names of a pipeline's layers, which must have no LoRA on them."""
+    return _names("this base", {part: getattr(pipeline, part) for part in PARTS})
+
+
 def layer_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The weight's shape of every linear layer and convolution, by its path in all versions of transformers."""
-    return {module: tuple(layer.weight.shape) for module, layer in shared_layers(part, model).items()}
+    return {module: _shape(layer) for module, layer in shared_layers(part, model).items()}
 
 
 def shared_layers(part: str, model: nn.Module) -> dict[str, Any]:
@@ -94,6 +92,16 @@ def shared_layers(part: str, model: nn.Module) -> dict[str, Any]:
             bare = part == "unet" or name.startswith("text_model.") or name == "text_projection"
             found[name if bare else f"text_model.{name}"] = layer
     return found
+
+
+def _names(base: str, models: dict[str, Any]) -> BaseNames:
+    shapes = {part: layer_shapes(part, model) for part, model in models.items()}
+    layers_per_block = models["unet"].config.layers_per_block
+    places: dict[str, Place] = {}
+    for part, layers in shapes.items():
+        for module in layers:
+            places |= _names_of(part, module, layers_per_block)
+    return BaseNames(base, models["unet"], shapes, places, layers_per_block)
 
 
 def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
@@ -112,10 +120,14 @@ def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]
     }
 
 
+def _shape(layer: Any) -> tuple[int, ...]:
+    # A quantized layer's weight is packed.
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+
+
 def _dotted(name: str) -> str:
     """`unet.….attn1.to_out.0` from the several ways in which diffusers and PEFT have written it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "", 1)
+    name = name.replace(PEFT_PREFIX, "", 1)
     head, _, leaf = name.rpartition(".")
     if head.startswith("text_encoder") and leaf in _OLD_TEXT:
         return f"{head}.{_OLD_TEXT[leaf]}"

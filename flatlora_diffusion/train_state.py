@@ -24,7 +24,7 @@ from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.denoiser import Denoiser
 from flatlora_diffusion.feed import Feed
-from flatlora_diffusion.lora_file import read_lora, set_lora
+from flatlora_diffusion.initial_lora import read_lora, set_lora
 from flatlora_diffusion.loss import Objective, is_edm_scheduler
 from flatlora_diffusion.optimizer import Group, make_lr_schedule, make_optimizer
 from flatlora_diffusion.perturbation import FlatLora

@@ -11,14 +11,16 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter import lora_layers
+from flatlora_diffusion.applied_lora import embeddings_beside
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss
 from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.lora_update import difference, lora_updates, magnitudes, norm
 from flatlora_diffusion.loss import Objective, sample_losses
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl
@@ -173,6 +175,45 @@ def test_training_can_start_from_a_lora_in_another_layout(config: TrainConfig, b
         prepare(config.replace(init_lora=str(tmp_path / "no.safetensors")), samples_of(config))
 
 
+def test_a_start_from_a_kohya_file_has_the_alpha_of_each_layer(config: TrainConfig, tmp_path: Path) -> None:
+    """diffusers would give the commonest alpha to all."""
+    plain = config.replace(method="lora", learning_rate=0.1)
+    train(plain)
+    whole = load_file(tmp_path / "run" / "run.safetensors")
+    names = [name.removesuffix(".alpha") for name in whole if name.endswith(".alpha")]
+    for index, name in enumerate(names):
+        factor = 8.0 if index % 3 == 0 else 2.0
+        whole[f"{name}.alpha"] *= factor
+        whole[f"{name}.lora_up.weight"] = whole[f"{name}.lora_up.weight"].float() / factor
+    save_file(whole, tmp_path / "mixed.safetensors")
+    started = [
+        lora_updates(prepare(plain.replace(init_lora=str(path)), samples_of(config)).sdxl.pipeline)["unet"]
+        for path in (tmp_path / "run" / "run.safetensors", tmp_path / "mixed.safetensors")
+    ]
+    assert min(norm(update) for update in started[0].values()) > 1e-3
+    for name, update in started[0].items():
+        assert difference(update, started[1][name]) < 1e-3 * norm(update), name
+
+
+def test_a_start_from_a_dora_has_its_magnitudes(config: TrainConfig, tmp_path: Path) -> None:
+    dora = config.replace(use_dora=True, learning_rate=0.1, save_dtype="fp32")
+    path = train(dora)
+    before = magnitudes(prepare(dora, samples_of(config)).sdxl.pipeline)["unet"]
+    saved = load_file(path)
+    again = magnitudes(prepare(dora.replace(init_lora=str(path)), samples_of(config)).sdxl.pipeline)["unet"]
+    for name, value in again.items():
+        assert torch.equal(value, saved[f"unet.{name}.lora_magnitude_vector"])
+        assert not torch.equal(value, before[name])
+    with pytest.raises(ConfigError, match=r"init_lora is a DoRA, whose magnitudes .* set --use_dora"):
+        prepare(config.replace(init_lora=str(path)), samples_of(config))
+    kohya = load_file(tmp_path / "run" / "run.safetensors")
+    name = next(name for name in kohya if name.endswith(".lora_up.weight"))
+    kohya[name.replace(".lora_up.weight", ".dora_scale")] = torch.ones(len(kohya[name]), 1)
+    save_file(kohya, tmp_path / "foreign.safetensors")
+    with pytest.raises(ConfigError, match=r"foreign\.safetensors holds DoRA"):
+        prepare(dora.replace(init_lora=str(tmp_path / "foreign.safetensors")), samples_of(config))
+
+
 # Text encoders
 
 
@@ -230,8 +271,11 @@ def test_pivotal_tuning_learns_the_placeholder_of_the_captions(
     shutil.copytree(icons, folder)
     for caption in folder.glob("*.txt"):
         caption.write_text("an icon in the style of TOK", encoding="utf-8")
-    path = train(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)))
+    path = train(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder), checkpointing_steps=2))
     rows = load_file(path.with_name("pytorch_lora_weights_emb.safetensors"))
+    for place in (path.parent, path.parent / "checkpoint-2"):
+        beside = [place / "pytorch_lora_weights_emb.safetensors"]
+        assert embeddings_beside(place / "run.safetensors") == embeddings_beside(place / LORA_FILE) == beside
     state = prepare(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)), samples_of(config))
     for part, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         start = getattr(state.sdxl.pipeline, part).get_input_embeddings().new.weight

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_kohya
+from lora_layouts import as_diffusers_loads, deltas
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageFont
 from safetensors.torch import load_file, save_file
@@ -187,6 +188,91 @@ def test_a_kohya_file_draws_the_same(sdxl: Sdxl, style: Path, tmp_path: Path) ->
     save_file(convert_state_dict_to_kohya(load_file(style)), tmp_path / "kohya.safetensors")
     assert any(name.startswith("lora_unet_") for name in load_file(tmp_path / "kohya.safetensors"))
     assert distance(draw(sdxl, LoraFile(tmp_path / "kohya.safetensors")), draw(sdxl, LoraFile(style))) <= 1
+
+
+def test_each_layer_of_a_kohya_file_has_its_own_alpha(sdxl: Sdxl, base: Path, style: Path, tmp_path: Path) -> None:
+    """diffusers would give the commonest alpha to all."""
+    folded, kohya = load_file(style), convert_state_dict_to_kohya(load_file(style))
+    alphas = [name for name in kohya if name.endswith(".alpha")]
+    for index, name in enumerate(alphas):
+        kohya[name] = torch.tensor(2.0 + 2 * (index % 3 == 0))
+    by_flat_name = {name.split(".lora_B")[0].replace(".", "_"): name for name in folded if "lora_B" in name}
+    for name in alphas:
+        path = name.removesuffix(".alpha").replace("lora_unet_", "unet_").replace("lora_te1_", "text_encoder_")
+        folded[by_flat_name[path.replace("lora_te2_", "text_encoder_2_")]] *= kohya[name] / 2
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    save_file(folded, tmp_path / "folded.safetensors")
+    assert distance(draw(sdxl, LoraFile(tmp_path / "kohya.safetensors")), plain(sdxl)) > 20
+    assert distance(draw(sdxl, LoraFile(tmp_path / "kohya.safetensors")), draw(sdxl, LoraFile(style))) > 5
+    with loaded(sdxl.pipeline, (LoraFile(tmp_path / "kohya.safetensors"),)):
+        mine = deltas(sdxl.pipeline)
+    expected = as_diffusers_loads(base, tmp_path / "folded.safetensors")
+    assert mine.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(mine[name], value, msg=name)
+
+
+def test_small_factors_keep_their_update_in_half_precision(base: Path, style: Path, tmp_path: Path) -> None:
+    small = {name: value * (1e-6 if "lora_B" in name else 1) for name, value in load_file(style).items()}
+    save_file(small, tmp_path / "small.safetensors")
+    half = load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float16)
+    with loaded(half.pipeline, (LoraFile(tmp_path / "small.safetensors"),)):
+        query = half.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+        down, up = query.lora_A["lora_0"].weight.double(), query.lora_B["lora_0"].weight.double()
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
+    expected = small[f"{name}B.weight"].double() @ small[f"{name}A.weight"].double()
+    assert float((up @ down - expected).detach().norm()) < 2**-9 * float(expected.norm())
+
+
+def test_a_dora_in_diffusers_layout_is_that_of_a_stock_pipeline(sdxl: Sdxl, base: Path, tmp_path: Path) -> None:
+    pipeline, call = stock(base)
+    layers = ["to_q", "to_v", "conv1"]
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, use_dora=True, target_modules=layers))
+    rng = torch.Generator().manual_seed(4)
+    for name, value in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            value.data += torch.randn(value.shape, generator=rng)
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    expected = pipeline(**call).images[0]
+    assert distance(draw(sdxl, LoraFile(tmp_path / FILE)), expected) <= 1
+    assert distance(expected, plain(sdxl)) > 20
+
+
+def test_the_doras_that_diffusers_cannot_restore_are_refused(sdxl: Sdxl, style: Path, tmp_path: Path) -> None:
+    kohya = convert_state_dict_to_kohya(load_file(style))
+    scales = {
+        name.replace(".lora_up.weight", ".dora_scale"): torch.ones(len(value), 1)
+        for name, value in kohya.items()
+        if name.endswith(".lora_up.weight")
+    }
+    save_file(kohya | scales, tmp_path / "kohya.safetensors")
+    text = {
+        name.replace(".lora_B.weight", ".lora_magnitude_vector"): torch.ones(len(value))
+        for name, value in load_file(style).items()
+        if name.endswith(".lora_B.weight")
+    }
+    save_file(load_file(style) | text, tmp_path / "text.safetensors")
+    for name, sentence in (("kohya", "kohya.safetensors holds DoRA"), ("text", "holds DoRA of a text encoder")):
+        with (
+            pytest.raises(ConfigError, match=sentence),
+            loaded(sdxl.pipeline, (LoraFile(tmp_path / f"{name}.safetensors"),)),
+        ):
+            pass
+
+
+def test_the_new_tokens_of_a_run_belong_to_each_of_its_files(sdxl: Sdxl, face: Path, tmp_path: Path) -> None:
+    rows = {"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 24)}
+    save_file(rows, tmp_path / "pytorch_lora_weights_emb.safetensors")
+    (tmp_path / FILE).write_bytes(face.read_bytes())
+    kohya = convert_state_dict_to_kohya(load_file(face))
+    save_file(kohya, tmp_path / "ti.safetensors", metadata={"modelspec.trigger_phrase": "<s0><s1>"})
+    save_file(kohya, tmp_path / "other.safetensors", metadata={"modelspec.trigger_phrase": "a fox"})
+    prompt = "a <s0><s1> fox"
+    drawn = draw(sdxl, LoraFile(tmp_path / FILE), prompt=prompt)
+    assert distance(draw(sdxl, LoraFile(tmp_path / "ti.safetensors"), prompt=prompt), drawn) <= 1
+    assert distance(draw(sdxl, LoraFile(tmp_path / "other.safetensors"), prompt=prompt), drawn) > 1
+    both = LoraFile(tmp_path / "ti.safetensors", 0.5), LoraFile(tmp_path / FILE, 0.5)
+    assert distance(draw(sdxl, *both, prompt=prompt), drawn) <= 1
 
 
 def test_new_tokens_beside_the_lora_are_those_of_a_stock_pipeline(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from lora_layouts import (
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_import import ImportedLora, import_lora
-from flatlora_diffusion.lora_names import base_names
+from flatlora_diffusion.lora_import import ImportedLora, import_lora, lora_of_base
+from flatlora_diffusion.lora_names import base_names, layer_shapes
 from flatlora_diffusion.safe_reading import checked_file
 
 
@@ -146,6 +147,76 @@ def test_rank_stabilized_scale_and_patterns_of_the_metadata(pipeline: Any, base:
     assert set(scales.values()) == {6 / RANK**0.5}
 
 
+def saved_by_peft(folder: Path, pipeline: Any, config: dict[str, Any] | None) -> Path:
+    """The UNet's LoRA as PEFT itself saves a model, with its adapter_config.json."""
+    folder.mkdir()
+    tensors = {name: value for name, value in peft(factors(pipeline)).items() if name.startswith("unet.")}
+    named = {f"base_model.model.{name.removeprefix('unet.')}": value for name, value in tensors.items()}
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return saved(named, folder / "adapter_model.safetensors")
+
+
+def test_peft_keeps_its_scale_in_a_file_beside_it(
+    pipeline: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    config = {"r": RANK, "lora_alpha": 16, "use_rslora": False, "alpha_pattern": {one: 8}, "rank_pattern": {}}
+    for name, settings, scale, of_one in (
+        ("plain", config, 4.0, 2.0),
+        ("stabilized", config | {"use_rslora": True}, 8.0, 4.0),
+    ):
+        path = saved_by_peft(tmp_path / name, pipeline, settings)
+        scales = {module: update.scale for module, update in read(path, base).updates["unet"].items()}
+        assert scales.pop(one) == of_one
+        assert set(scales.values()) == {scale}
+    assert "scale 1 is assumed" not in caplog.text
+    alone = read(saved_by_peft(tmp_path / "alone", pipeline, None), base)
+    assert {update.scale for update in alone.updates["unet"].values()} == {1.0}
+    assert "no adapter_config.json is beside it: scale 1 is assumed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"lora_alpha": 8, "use_dora": True}, "is a DoRA, as adapter_config.json says"),
+        ({"lora_alpha": "8"}, "lora_alpha of .* must be a number, but is '8'"),
+        ({"lora_alpha": 8, "alpha_pattern": {".*to_q": 4}}, r"alpha_pattern \.\*to_q is a regular expression"),
+        ([], "adapter_config.json is no JSON object"),
+    ],
+)
+def test_settings_of_peft_that_cannot_be_used_get_one_sentence(
+    pipeline: Any, base: Path, tmp_path: Path, config: Any, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        read(saved_by_peft(tmp_path / "x", pipeline, config), base)
+
+
+def test_a_loaded_base_takes_peft_dora_and_nothing_half(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    unet = {name: value for name, value in peft(factors(pipeline)).items() if name.startswith("unet.")}
+    magnitudes = {
+        name.replace(".lora_B.weight", ".lora_magnitude_vector"): torch.rand(len(value))
+        for name, value in unet.items()
+        if name.endswith("lora_B.weight")
+    }
+    names = base_names(str(base))
+
+    def loaded(tensors: dict[str, Tensor]) -> ImportedLora:
+        return lora_of_base(checked_file(saved(tensors, tmp_path / "x.safetensors")), names)
+
+    found = loaded(unet | magnitudes).magnitudes["unet"]
+    assert len(found) == len(magnitudes)
+    for module, value in found.items():
+        assert torch.equal(value.flatten(), magnitudes[f"unet.{module}.lora_magnitude_vector"])
+    with pytest.raises(ConfigError, match="holds DoRA, not only LoRA"):
+        read(tmp_path / "x.safetensors", base)
+    first = next(iter(magnitudes))
+    with pytest.raises(ConfigError, match="not all of its layers have a magnitude"):
+        loaded(unet | {first: magnitudes[first]})
+    with pytest.raises(ConfigError, match=r"must be \d+ numbers, but has the shape \(3,\)"):
+        loaded(unet | magnitudes | {first: torch.ones(3)})
+
+
 def test_the_oldest_names_of_diffusers(attention: Any, base: Path, tmp_path: Path) -> None:
     path = saved(processor(factors(attention), ALPHAS), tmp_path / "x.safetensors")
     lora = read(path, base)
@@ -178,6 +249,12 @@ def test_every_layer_of_true_sdxl_is_found_under_its_name(original: bool) -> Non
     assert names.shapes["unet"][place.module] == (1280, 2048)
     assert len(names.shapes["text_encoder"]) == 12 * 6
     assert len(names.shapes["text_encoder_2"]) == 32 * 6 + 1
+
+
+def test_a_quantized_layer_has_the_shape_that_it_stands_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Conv2d(2, 3, 5))
+    model[0].weight = torch.nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)
+    assert layer_shapes("unet", model) == {"0": (6, 8), "1": (3, 2, 5, 5)}
 
 
 def test_sdxl_and_the_tiny_base_are_told_apart_by_shapes(tmp_path: Path) -> None:

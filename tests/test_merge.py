@@ -170,3 +170,15 @@ def test_another_merge_takes_the_place_of_the_first_when_asked(base: Path, lora:
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     assert not torch.allclose(weights(load(output))[name], first[name])
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_new_tokens_that_are_not_merged_are_told(
+    base: Path, lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(load_file(lora), tmp_path / "ti.safetensors", metadata={"modelspec.trigger_phrase": "<s0><s1>"})
+    save_file({"clip_l": torch.ones(2, 16)}, tmp_path / "pytorch_lora_weights_emb.safetensors")
+    start = ["merge", "--base", str(base), "--lora"]
+    assert main([*start, str(lora), "--output", str(tmp_path / "plain")]) == 0
+    assert "new tokens" not in caplog.text
+    assert main([*start, str(tmp_path / "ti.safetensors"), "--output", str(tmp_path / "merged")]) == 0
+    assert "ti.safetensors has new tokens in a file beside it; they are not merged" in caplog.text
