@@ -14,29 +14,22 @@ from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, Imp
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
 from flatlora_diffusion.lora_file import peft_tensors
 from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
+from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
 from flatlora_diffusion.lora_update import Updates, update_norms
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
+from flatlora_diffusion.run_dir import file_name
 from flatlora_diffusion.safe_reading import checked_file, listed
 from flatlora_diffusion.tensor_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Metadata of a file that do not hold for another file with the same LoRA.
-_STALE = (
-    "lora_adapter_metadata",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-    "modelspec.hash_sha256",
-)
-# Without these some web UIs take a file for one of another family.
+# Where the old file does not say it; some web UIs take a file without the first for one of another family.
+_KOHYA_DEFAULTS = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.1"}
+# What is so of every kohya file that is written here, whatever the old file was.
 _KOHYA_METADATA = {
-    "ss_base_model_version": "sdxl_base_v1-0",
     "ss_v2": "False",
     "ss_network_module": "networks.lora",
-    "modelspec.sai_model_spec": "1.0.1",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
 }
@@ -53,7 +46,7 @@ class Written(NamedTuple):
 def export_lora(config: ExportConfig) -> list[Written]:
     """Write the file in the layouts asked for. Raises ConfigError for wrong input, RunError for a wrong result."""
     source = Path(config.file)
-    stem = config.name or source.stem
+    stem = file_name(config.name) if config.name else source.stem
     wanted: tuple[FileLayout, ...] = ("kohya", "diffusers") if config.layout == "both" else (config.layout,)
     output = None if config.output is None else Path(config.output)
     if output is not None and len(wanted) == 1 and output.suffix == ".safetensors":
@@ -81,8 +74,8 @@ def write_lora(
     kind = DTYPES[dtype]
     if layout == "kohya":
         lora = completed(_portable(lora, path), base.unet)
-        named = {"modelspec.title": metadata["ss_output_name"]} if "ss_output_name" in metadata else {}
-        save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), {**_KOHYA_METADATA, **metadata, **named})
+        whole = {**_KOHYA_DEFAULTS, **metadata, **_KOHYA_METADATA}
+        save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
     else:
         tensors = peft_tensors(lora, kind)
         whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
@@ -106,15 +99,6 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
     return lora
 
 
-def kept_metadata(lora: ImportedLora, name: str | None, path: Path) -> dict[str, str]:
-    """The file's metadata that still hold, with a name: the one given, its own, or that of the new file."""
-    kept = {key: value for key, value in lora.file.metadata.items() if key not in _STALE}
-    # Its shapes say that it is for SDXL, whatever a wrong entry says.
-    if not kept.get("ss_base_model_version", "sdxl_").startswith("sdxl_"):
-        del kept["ss_base_model_version"]
-    return {**kept, "format": "pt", "ss_output_name": name or kept.get("ss_output_name") or path.stem}
-
-
 def own_dtype(lora: ImportedLora) -> SaveDtype:
     """The precision of the file's first layer, fp16 for those that we do not write."""
     return _OWN_DTYPES.get(lora.layers[0].dtype, "fp16")
@@ -133,12 +117,11 @@ def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfi
     for path in paths.values():
         if path.resolve() == source.resolve():
             raise ConfigError(f"{path} would replace the file that is read; give another --output")
-    name = config.name if isinstance(config, ExportConfig) else None
+    given = config.name if isinstance(config, ExportConfig) else None
+    name = given or lora.file.metadata.get("ss_output_name")
+    metadata = kept_metadata(lora.file.metadata, file_name(name) if name else source.stem)
     dtype = config.dtype or own_dtype(lora)
-    return [
-        write_lora(lora.updates, lora.base, path, layout, dtype, kept_metadata(lora, name, source))
-        for layout, path in paths.items()
-    ]
+    return [write_lora(lora.updates, lora.base, path, layout, dtype, metadata) for layout, path in paths.items()]
 
 
 def _portable(lora: Updates, path: Path) -> Updates:

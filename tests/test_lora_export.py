@@ -93,6 +93,71 @@ def test_metadata_that_still_hold_are_kept(base: Path, kohya_file: Path, tmp_pat
     assert settings["unet.r"] == settings["unet.lora_alpha"]
 
 
+def test_nothing_of_the_makers_machine_is_kept(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    foreign: dict[str, Any] = {
+        "ot_branch": "omi_format",
+        "ot_config": {"token": "hf_secret"},
+        "ss_dataset_dirs": {"10_jane": {"n_repeats": 10}},
+        "ss_reg_dataset_dirs": {"1_woman": {"n_repeats": 1}},
+        "ss_sd_model_name": "/home/jane/bases/sdxl-tune.safetensors",
+        "ss_vae_name": r"D:\jane\vae.safetensors",
+        "ss_network_args": {"weights": "/home/jane/loras/old.safetensors"},
+        "ss_training_comment": r"from C:\Users\jane",
+        "modelspec.author": "~/jane",
+        "modelspec.description": "<b>red/blue</b> foxes, see https://example.org/foxes/1",
+        "modelspec.thumbnail": "data:image/jpeg;base64,/9j/4AAQ",
+        "ss_tag_frequency": {"img": {r"\m/": 2, r"fox \(animal\)": 1}},
+    }
+    path = saved(kohya(factors(pipeline)), tmp_path / "x.safetensors", **foreign)
+    assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
+    assert main(["resize", str(path), "--rank", "2", "--base", str(base)]) == 0
+    for end in ("kohya", "diffusers", "rank2"):
+        kept = metadata(tmp_path / f"x_{end}.safetensors")
+        assert kept.pop("ss_sd_model_name") == "sdxl-tune.safetensors"
+        assert kept.pop("ss_vae_name") == "vae.safetensors"
+        for key in ("modelspec.description", "modelspec.thumbnail"):
+            assert kept.pop(key) == foreign[key]
+        assert json.loads(kept.pop("ss_tag_frequency")) == foreign["ss_tag_frequency"]
+        assert not kept.keys() & foreign.keys()
+        assert not any(word in str(kept) for word in ("jane", "hf_secret", "woman"))
+
+
+def test_a_kohya_file_is_said_to_be_one_whatever_the_old_file_was(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    foreign = {
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "True",
+        "ss_network_module": "lycoris.kohya",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+    }
+    path = saved(peft(factors(pipeline), ALPHAS), tmp_path / "x.safetensors", **foreign)
+    assert main(["export", str(path), "--base", str(base)]) == 0
+    written = metadata(tmp_path / "x_kohya.safetensors")
+    assert {key: written[key] for key in foreign} == {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+    }
+
+
+def test_names_are_made_fit_for_files_and_prompts(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    foreign = {"ss_output_name": "../../evil:<x>", "modelspec.title": "../../evil:<x>"}
+    (tmp_path / "in").mkdir()
+    path = saved(kohya(factors(pipeline)), tmp_path / "in" / "x.safetensors", **foreign)
+    start = ["export", str(path), "--base", str(base), "--layout"]
+    assert main([*start, "both"]) == 0
+    for given, name in (("My: LoRA?", "My-LoRA"), ("../up", "up")):
+        assert main([*start, "kohya", "--name", given]) == 0
+        written = metadata(tmp_path / "in" / f"{name}_kohya.safetensors")
+        assert written["ss_output_name"] == written["modelspec.title"] == name
+    for layout in ("kohya", "diffusers"):
+        written = metadata(tmp_path / "in" / f"x_{layout}.safetensors")
+        assert written["ss_output_name"] == written["modelspec.title"] == "evil-x"
+    assert os.listdir(tmp_path) == ["in"]
+
+
 def test_layers_of_different_ranks_and_alphas_keep_their_updates(pipeline: Any, base: Path, tmp_path: Path) -> None:
     tensors = kohya(factors(pipeline))
     names = sorted(name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha"))

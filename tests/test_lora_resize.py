@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from lora_layouts import RANK, adapted, as_diffusers_loads, deltas, factors, kohya, saved
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -73,12 +74,18 @@ def test_a_rank_above_that_of_a_narrow_layer_is_cut() -> None:
 
 
 def test_resizing_keeps_the_layout_the_metadata_and_other_files(
-    pipeline: Any, base: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    old = {"ss_steps": "7", "ss_output_name": "fox", "modelspec.title": "fox"}
+    file = saved(kohya(factors(pipeline)), tmp_path / "fox.safetensors", **old)
     output = tmp_path / "small.safetensors"
     arguments = ["resize", str(file), "--rank", "2", "--base", str(base), "--output", str(output)]
     missed(capsys, arguments)
     assert all(name.startswith("lora_") for name in load_file(output))
+    with safe_open(output, framework="pt") as written:
+        kept = written.metadata()
+    # By its old name a web UI would take it for the file that it was made from.
+    assert {key: kept[key] for key in old} == {"ss_steps": "7", "ss_output_name": "small", "modelspec.title": "small"}
     assert main(arguments) == 2
     assert "is there already" in capsys.readouterr().err
 
