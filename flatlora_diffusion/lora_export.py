@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
@@ -18,8 +20,8 @@ from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
 from flatlora_diffusion.lora_update import Updates, update_norms
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
-from flatlora_diffusion.run_dir import file_name
-from flatlora_diffusion.safe_reading import checked_file, listed
+from flatlora_diffusion.run_dir import RunDir, file_name
+from flatlora_diffusion.safe_reading import CheckedFile, checked_file, listed
 from flatlora_diffusion.tensor_file import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ def export_lora(config: ExportConfig) -> list[Written]:
     stem = file_name(config.name) if config.name else source.stem
     wanted: tuple[FileLayout, ...] = ("kohya", "diffusers") if config.layout == "both" else (config.layout,)
     output = None if config.output is None else Path(config.output)
-    if output is not None and len(wanted) == 1 and output.suffix == ".safetensors":
+    if output is not None and output.suffix == ".safetensors":
+        if len(wanted) > 1:
+            raise ConfigError(f"--layout both writes two files, but {output} is one; give a folder as --output")
         paths = {wanted[0]: output}
     else:
         folder = source.parent if output is None else output
@@ -70,16 +74,17 @@ def write_lora(
     """Write `lora` in one layout, read it back, and compare what it adds to each layer."""
     if not any(update_norms(lora).values()):
         raise ConfigError(f"{path.name} would change nothing: all updates of the LoRA are zero")
-    path.parent.mkdir(parents=True, exist_ok=True)
     kind = DTYPES[dtype]
-    if layout == "kohya":
-        lora = completed(_portable(lora, path), base.unet)
-        whole = {**_KOHYA_DEFAULTS, **metadata, **_KOHYA_METADATA}
-        save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
-    else:
-        tensors = peft_tensors(lora, kind)
-        whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
-        write_atomically(path, lambda aside: save_file(tensors, aside, metadata=whole))
+    with written_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if layout == "kohya":
+            lora = completed(_portable(lora, path), base.unet)
+            whole = {**_KOHYA_DEFAULTS, **metadata, **_KOHYA_METADATA}
+            save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
+        else:
+            tensors = peft_tensors(lora, kind)
+            whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
+            write_atomically(path, lambda aside: save_file(tensors, aside, metadata=whole))
     found = layers_of(checked_file(path), base).updates
     return Written(path, check_updates(path, found, lora, kind))
 
@@ -88,7 +93,14 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
     """The LoRA of a file, with a warning for what is in it that no layer has."""
     if not path:
         raise ConfigError("file is missing: give a LoRA file")
-    lora = import_lora(checked_file(Path(path)), base)
+    file = checked_file(Path(path))
+    try:
+        lora = import_lora(file, base)
+    except ConfigError as error:
+        plain = _plain_copy(file)
+        if plain is None:
+            raise
+        raise ConfigError(f"{error}; use {plain}, the plain LoRA made of it") from error
     if lora.unknown:
         logger.warning(
             "%d key(s) belong to no layer of %s and are left out: %s",
@@ -104,11 +116,27 @@ def own_dtype(lora: ImportedLora) -> SaveDtype:
     return _OWN_DTYPES.get(lora.layers[0].dtype, "fp16")
 
 
-def check_free(paths: Iterable[Path], overwrite: bool) -> None:
-    """Raises ConfigError for an output that is there already, unless it may be replaced."""
+def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False) -> None:
+    """Raises ConfigError for an output of another kind than is written, and for one that is there unless it may go."""
     for path in paths:
+        if is_folder and path.is_file():
+            raise ConfigError(f"{path} is a file; give a folder as --output")
+        if not is_folder and path.is_dir():
+            raise ConfigError(f"{path} is a folder; give a .safetensors file as --output")
+        if not is_folder and path.suffix != ".safetensors":
+            raise ConfigError(f"{path} does not end in .safetensors; give a .safetensors file as --output")
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} is there already; give another --output, or --overwrite to replace it")
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """Raises ConfigError for what the system has against writing `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be written: {reason}; give another --output") from error
 
 
 def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
@@ -122,6 +150,17 @@ def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfi
     metadata = kept_metadata(lora.file.metadata, file_name(name) if name else source.stem)
     dtype = config.dtype or own_dtype(lora)
     return [write_lora(lora.updates, lora.base, path, layout, dtype, metadata) for layout, path in paths.items()]
+
+
+def _plain_copy(file: CheckedFile) -> Path | None:
+    """The file for other tools beside a DoRA of a run or of a checkpoint of one; None for any other file."""
+    folder = file.path.parent
+    run = RunDir(folder.parent if folder.name.startswith("checkpoint-") else folder)
+    is_dora = any(key.endswith("lora_magnitude_vector") for key in file.entries)
+    if not is_dora or not (run.config_file.is_file() and run.events_file.is_file()):
+        return None
+    plain = folder / f"{run.lora_name(run.config().get('output_name'))}.safetensors"
+    return plain if plain.is_file() and plain != file.path else None
 
 
 def _portable(lora: Updates, path: Path) -> Updates:

@@ -99,7 +99,10 @@ def extract_lora(config: ExtractConfig) -> Reduced:
 
 
 def _loaded(name: str, config: ExtractConfig) -> Any:
-    model = ModelConfig(pretrained_model_name_or_path=name, single_file_config=config.single_file_config)
+    files = [model for model in (config.base, config.tuned) if model.lower().endswith(".safetensors")]
+    # Where neither is a file, loading says so.
+    folder = config.single_file_config if name in files or not files else None
+    model = ModelConfig(pretrained_model_name_or_path=name, single_file_config=folder)
     return load_pipeline(model, torch.device("cpu"), widest(stored_dtypes(base_path(name))))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.command_line import main
+from flatlora_diffusion.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,54 @@ def test_nothing_is_overwritten_unasked(capsys: pytest.CaptureFixture[str], base
     own = [*arguments, "--overwrite", "--output", str(kohya_file)]
     assert "would replace the file that is read" in complaint(capsys, own)
     assert kohya_file.read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "named.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    single = "give a .safetensors file as --output"
+    for verb in ("import", "resize"):
+        start = [verb, str(kohya_file), "--base", str(base), "--output"]
+        for name in ("folder", "named.safetensors"):
+            for more in ([], ["--overwrite"]):
+                said = complaint(capsys, [*start, str(tmp_path / name), *more])
+                assert said == f"error: {tmp_path / name} is a folder; {single}"
+        assert "noext does not end in .safetensors" in complaint(capsys, [*start, str(tmp_path / "noext")])
+    start = ["export", str(kohya_file), "--base", str(base), "--output"]
+    for bad in ("/proc/x.safetensors", str(tmp_path / "file" / "y.safetensors"), str(tmp_path / "file")):
+        assert "cannot be written: " in complaint(capsys, [*start, bad])
+    both = [*start, str(tmp_path / "x.safetensors"), "--layout", "both"]
+    assert "--layout both writes two files" in complaint(capsys, both)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoint-2"])
+def test_the_plain_lora_beside_a_dora_is_named(
+    pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    run = RunDir(tmp_path / "run")
+    run.config_file.write_text('{"output_name": "my foxes"}')
+    run.add_event({"event": "finished"})
+    name = "unet.mid_block.attentions.0.proj_in"
+    dora = peft(factors(pipeline), ALPHAS) | {f"{name}.lora_magnitude_vector": torch.ones(8)}
+    path = saved(dora, folder / "pytorch_lora_weights.safetensors")
+    verbs = {
+        "export": ["export", str(path), "--base", str(base)],
+        "merge": ["merge", "--lora", str(path.parent), "--base", str(base), "--output", str(tmp_path / "merged")],
+    }
+    for arguments in verbs.values():
+        assert complaint(capsys, arguments).endswith("is not portable")
+    plain = saved(kohya(factors(pipeline)), folder / "my-foxes.safetensors")
+    for arguments in verbs.values():
+        said = complaint(capsys, arguments)
+        assert "holds DoRA" in said
+        assert said.endswith(f"; use {plain}, the plain LoRA made of it")
 
 
 def test_wrong_input_is_one_sentence_and_writes_nothing(

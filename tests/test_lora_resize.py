@@ -17,6 +17,7 @@ from torch import Tensor
 from flatlora_diffusion.command_line import main
 from flatlora_diffusion.lora_resize import reduced
 from flatlora_diffusion.lora_update import Update
+from flatlora_diffusion.single_file import save_single_file
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,21 @@ def test_extracting_finds_the_change_of_the_weights(
     error = size({name: found[name] - whole[name] for name in whole}) / size(whole)
     assert printed == pytest.approx(100 * error, rel=0.01, abs=1e-3)
     assert (error > 0.1) == (rank < RANK)
+
+
+@pytest.mark.parametrize("is_swapped", [False, True], ids=["tuned", "base"])
+def test_the_configs_for_a_single_file_are_for_the_model_that_is_one(
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_swapped: bool
+) -> None:
+    single = save_single_file(StableDiffusionXLPipeline.from_pretrained(tuned), tmp_path / "tuned.safetensors")
+    output = str(tmp_path / "x.safetensors")
+    models = (single, base) if is_swapped else (base, single)
+    start = ["extract", "--base", str(models[0]), "--single_file_config", str(base), "--output", output, "--tuned"]
+    assert main([*start, str(models[1])]) == 0
+    assert any(float(value.abs().max()) > 0.01 for name, value in load_file(output).items() if "lora_up" in name)
+    neither = ["--base", str(base), "--overwrite"]
+    assert main([*start, str(tuned), *neither]) == 2
+    assert "--single_file_config is for a single .safetensors file" in capsys.readouterr().err
 
 
 def test_what_no_lora_can_hold_is_named(
