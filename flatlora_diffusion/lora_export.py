@@ -78,7 +78,7 @@ def write_lora(
     with written_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if layout == "kohya":
-            lora = completed(_portable(lora, path), base.unet)
+            lora = _told(_portable(lora, path), base, path)
             whole = {**_KOHYA_DEFAULTS, **metadata, **_KOHYA_METADATA}
             save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
         else:
@@ -182,6 +182,20 @@ def _portable(lora: Updates, path: Path) -> Updates:
     if not kept:
         raise ConfigError(f"{path.name} would be empty: no layer of the LoRA has a name in kohya's layout")
     return kept
+
+
+def _told(lora: Updates, base: BaseNames, path: Path) -> Updates:
+    """`lora` with the layers that other tools look for, with a warning where the UNet gets its only ones."""
+    whole = completed(lora, base.unet)
+    added = whole.get("unet", {})
+    if added and "unet" not in lora:
+        logger.warning(
+            "%s is for text encoders only; it gets %d UNet layers of zeros, which change nothing: by them InvokeAI "
+            "and Draw Things see that it is for SDXL",
+            path.name,
+            len(added),
+        )
+    return whole
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:

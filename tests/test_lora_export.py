@@ -196,6 +196,28 @@ def test_layers_without_a_common_name_are_left_out_with_a_warning(
     assert not any("conv_in" in name for name in load_file(tmp_path / "x_kohya.safetensors"))
 
 
+def test_a_lora_of_one_text_encoder_gets_the_layers_that_tell_its_base(
+    pipeline: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"text_encoder": factors(pipeline)["text_encoder"]}
+    path = saved(peft(text, ALPHAS), tmp_path / "x.safetensors")
+    assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
+    assert caplog.text.count("is for text encoders only; it gets 2 UNet layers of zeros") == 1
+    written = tmp_path / "x_kohya.safetensors"
+    expected = {name: value for name, value in deltas(pipeline).items() if name.startswith("text_encoder.")}
+    found = as_diffusers_loads(base, written)
+    zeros = {name: found.pop(name) for name in list(found) if name.startswith("unet.")}
+    assert len(zeros) == 2
+    assert not any(bool(value.any()) for value in zeros.values())
+    assert_close(found, expected, 1e-6)
+    assert not any(name.startswith("unet") for name in load_file(tmp_path / "x_diffusers.safetensors"))
+    capsys.readouterr()
+    assert main(["inspect", str(written), "--base", str(base), "--json"]) == 0
+    tools = {row["tool"]: row for row in json.loads(capsys.readouterr().out)["tools"]}
+    for name in ("InvokeAI", "Draw Things"):
+        assert (tools[name]["layers"], tools[name]["note"]) == (len(expected) + 2, "")
+
+
 def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
