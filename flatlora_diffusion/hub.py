@@ -67,14 +67,16 @@ def hub_repository(config: TrainConfig) -> str:
 
 
 def hub_files(run: RunDir) -> list[str]:
-    """What is uploaded, relative to the run folder: LoRA files, card and the pictures that the card shows.
+    """What is uploaded, relative to the run folder: LoRA files, what web UIs show with them, card and its pictures.
 
     Not a file of someone else's that lies there, such as a base.
     """
     card = run.folder / REPOCARD_NAME
     widget = ModelCard.load(card).data.get("widget") or []
     pictures = [entry["output"]["url"] for entry in widget]
-    return [*run.weight_files(), card.name, *pictures]
+    weights, name = run.weight_files(), run.lora_name(run.config().get("output_name"))
+    beside = [f"{name}.json", f"{name}.png"] if f"{name}.safetensors" in weights else []
+    return [*weights, *(file for file in beside if (run.folder / file).is_file()), card.name, *pictures]
 
 
 def _allowed_name(name: str) -> str:

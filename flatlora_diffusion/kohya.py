@@ -69,7 +69,8 @@ def completed(updates: Updates, unet: nn.Module) -> Updates:
     """`updates` with the layers that other tools need to be there; what is added changes nothing, its factors are 0.
 
     AUTOMATIC1111 leaves a layer of the second text encoder as it is unless q, k, v and out are all in the file.
-    InvokeAI and Draw Things tell SDXL from other bases by certain layers, which a LoRA on some blocks may lack.
+    InvokeAI and Draw Things tell SDXL from other bases by certain layers, which a LoRA on some blocks or on text
+    encoders alone may lack.
     """
     whole = {part: dict(layers) for part, layers in updates.items()}
     second = whole.get("text_encoder_2", {})
@@ -79,10 +80,15 @@ def completed(updates: Updates, unet: nn.Module) -> Updates:
             for missing in TEXT_ATTENTION:
                 second.setdefault(f"{group}.{missing}", _nothing(update.down, update.up, update.scale))
     layers = whole.get("unet", {})
-    for module in _TELLING:
-        if layers and module not in layers and (weight := _weight_shape(unet, module)) is not None:
-            rank, scale = Counter((len(update.down), update.scale) for update in layers.values()).most_common(1)[0][0]
-            layers[module] = _nothing(torch.empty(rank, weight[1]), torch.empty(weight[0], rank), scale)
+    telling = {module: _weight_shape(unet, module) for module in _TELLING if module not in layers}
+    added = {module: shape for module, shape in telling.items() if shape is not None}
+    if whole and added:
+        patterns = layers.values() or [update for part in whole.values() for update in part.values()]
+        rank, scale = Counter((len(update.down), update.scale) for update in patterns).most_common(1)[0][0]
+        whole["unet"] = layers | {
+            module: _nothing(torch.empty(rank, wide), torch.empty(out, rank), scale)
+            for module, (out, wide) in added.items()
+        }
     return whole
 
 

@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
 from flatlora_diffusion.lora_file import peft_tensors
 from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
+from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
 from flatlora_diffusion.lora_update import Updates, update_norms
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
-from flatlora_diffusion.safe_reading import checked_file, listed
+from flatlora_diffusion.run_dir import RunDir, file_name
+from flatlora_diffusion.safe_reading import CheckedFile, checked_file, listed
 from flatlora_diffusion.tensor_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Metadata of a file that do not hold for another file with the same LoRA.
-_STALE = (
-    "lora_adapter_metadata",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-    "modelspec.hash_sha256",
-)
-# Without these some web UIs take a file for one of another family.
+# Where the old file does not say it; some web UIs take a file without the first for one of another family.
+_KOHYA_DEFAULTS = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.1"}
+# What is so of every kohya file that is written here, whatever the old file was.
 _KOHYA_METADATA = {
-    "ss_base_model_version": "sdxl_base_v1-0",
     "ss_v2": "False",
     "ss_network_module": "networks.lora",
-    "modelspec.sai_model_spec": "1.0.1",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
 }
@@ -53,10 +48,12 @@ class Written(NamedTuple):
 def export_lora(config: ExportConfig) -> list[Written]:
     """Write the file in the layouts asked for. Raises ConfigError for wrong input, RunError for a wrong result."""
     source = Path(config.file)
-    stem = config.name or source.stem
+    stem = file_name(config.name) if config.name else source.stem
     wanted: tuple[FileLayout, ...] = ("kohya", "diffusers") if config.layout == "both" else (config.layout,)
     output = None if config.output is None else Path(config.output)
-    if output is not None and len(wanted) == 1 and output.suffix == ".safetensors":
+    if output is not None and output.suffix == ".safetensors":
+        if len(wanted) > 1:
+            raise ConfigError(f"--layout both writes two files, but {output} is one; give a folder as --output")
         paths = {wanted[0]: output}
     else:
         folder = source.parent if output is None else output
@@ -77,16 +74,17 @@ def write_lora(
     """Write `lora` in one layout, read it back, and compare what it adds to each layer."""
     if not any(update_norms(lora).values()):
         raise ConfigError(f"{path.name} would change nothing: all updates of the LoRA are zero")
-    path.parent.mkdir(parents=True, exist_ok=True)
     kind = DTYPES[dtype]
-    if layout == "kohya":
-        lora = completed(_portable(lora, path), base.unet)
-        named = {"modelspec.title": metadata["ss_output_name"]} if "ss_output_name" in metadata else {}
-        save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), {**_KOHYA_METADATA, **metadata, **named})
-    else:
-        tensors = peft_tensors(lora, kind)
-        whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
-        write_atomically(path, lambda aside: save_file(tensors, aside, metadata=whole))
+    with written_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if layout == "kohya":
+            lora = _told(_portable(lora, path), base, path)
+            whole = {**_KOHYA_DEFAULTS, **metadata, **_KOHYA_METADATA}
+            save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
+        else:
+            tensors = peft_tensors(lora, kind)
+            whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
+            write_atomically(path, lambda aside: save_file(tensors, aside, metadata=whole))
     found = layers_of(checked_file(path), base).updates
     return Written(path, check_updates(path, found, lora, kind))
 
@@ -95,7 +93,14 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
     """The LoRA of a file, with a warning for what is in it that no layer has."""
     if not path:
         raise ConfigError("file is missing: give a LoRA file")
-    lora = import_lora(checked_file(Path(path)), base)
+    file = checked_file(Path(path))
+    try:
+        lora = import_lora(file, base)
+    except ConfigError as error:
+        plain = _plain_copy(file)
+        if plain is None:
+            raise
+        raise ConfigError(f"{error}; use {plain}, the plain LoRA made of it") from error
     if lora.unknown:
         logger.warning(
             "%d key(s) belong to no layer of %s and are left out: %s",
@@ -106,25 +111,32 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
     return lora
 
 
-def kept_metadata(lora: ImportedLora, name: str | None, path: Path) -> dict[str, str]:
-    """The file's metadata that still hold, with a name: the one given, its own, or that of the new file."""
-    kept = {key: value for key, value in lora.file.metadata.items() if key not in _STALE}
-    # Its shapes say that it is for SDXL, whatever a wrong entry says.
-    if not kept.get("ss_base_model_version", "sdxl_").startswith("sdxl_"):
-        del kept["ss_base_model_version"]
-    return {**kept, "format": "pt", "ss_output_name": name or kept.get("ss_output_name") or path.stem}
-
-
 def own_dtype(lora: ImportedLora) -> SaveDtype:
     """The precision of the file's first layer, fp16 for those that we do not write."""
     return _OWN_DTYPES.get(lora.layers[0].dtype, "fp16")
 
 
-def check_free(paths: Iterable[Path], overwrite: bool) -> None:
-    """Raises ConfigError for an output that is there already, unless it may be replaced."""
+def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False) -> None:
+    """Raises ConfigError for an output of another kind than is written, and for one that is there unless it may go."""
     for path in paths:
+        if is_folder and path.is_file():
+            raise ConfigError(f"{path} is a file; give a folder as --output")
+        if not is_folder and path.is_dir():
+            raise ConfigError(f"{path} is a folder; give a .safetensors file as --output")
+        if not is_folder and path.suffix != ".safetensors":
+            raise ConfigError(f"{path} does not end in .safetensors; give a .safetensors file as --output")
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} is there already; give another --output, or --overwrite to replace it")
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """Raises ConfigError for what the system has against writing `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be written: {reason}; give another --output") from error
 
 
 def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
@@ -133,12 +145,22 @@ def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfi
     for path in paths.values():
         if path.resolve() == source.resolve():
             raise ConfigError(f"{path} would replace the file that is read; give another --output")
-    name = config.name if isinstance(config, ExportConfig) else None
+    given = config.name if isinstance(config, ExportConfig) else None
+    name = given or lora.file.metadata.get("ss_output_name")
+    metadata = kept_metadata(lora.file.metadata, file_name(name) if name else source.stem)
     dtype = config.dtype or own_dtype(lora)
-    return [
-        write_lora(lora.updates, lora.base, path, layout, dtype, kept_metadata(lora, name, source))
-        for layout, path in paths.items()
-    ]
+    return [write_lora(lora.updates, lora.base, path, layout, dtype, metadata) for layout, path in paths.items()]
+
+
+def _plain_copy(file: CheckedFile) -> Path | None:
+    """The file for other tools beside a DoRA of a run or of a checkpoint of one; None for any other file."""
+    folder = file.path.parent
+    run = RunDir(folder.parent if folder.name.startswith("checkpoint-") else folder)
+    is_dora = any(key.endswith("lora_magnitude_vector") for key in file.entries)
+    if not is_dora or not (run.config_file.is_file() and run.events_file.is_file()):
+        return None
+    plain = folder / f"{run.lora_name(run.config().get('output_name'))}.safetensors"
+    return plain if plain.is_file() and plain != file.path else None
 
 
 def _portable(lora: Updates, path: Path) -> Updates:
@@ -160,6 +182,20 @@ def _portable(lora: Updates, path: Path) -> Updates:
     if not kept:
         raise ConfigError(f"{path.name} would be empty: no layer of the LoRA has a name in kohya's layout")
     return kept
+
+
+def _told(lora: Updates, base: BaseNames, path: Path) -> Updates:
+    """`lora` with the layers that other tools look for, with a warning where the UNet gets its only ones."""
+    whole = completed(lora, base.unet)
+    added = whole.get("unet", {})
+    if added and "unet" not in lora:
+        logger.warning(
+            "%s is for text encoders only; it gets %d UNet layers of zeros, which change nothing: by them InvokeAI "
+            "and Draw Things see that it is for SDXL",
+            path.name,
+            len(added),
+        )
+    return whole
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:

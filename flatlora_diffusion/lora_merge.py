@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from flatlora_diffusion.applied_lora import LoraFile, embeddings_beside, parse_lora
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, RunError
-from flatlora_diffusion.lora_export import check_free, read_lora_file
+from flatlora_diffusion.lora_export import check_free, read_lora_file, written_to
 from flatlora_diffusion.lora_names import shared_layers
 from flatlora_diffusion.lora_update import PARTS, Update
 from flatlora_diffusion.release import DTYPES
@@ -51,10 +51,10 @@ def merge_loras(config: MergeConfig) -> Path:
     merge_into(pipeline, files, config.single_file_config or config.base, dtypes)
     for part, dtype in dtypes.items():
         getattr(pipeline, part).to(dtype)
-    if config.single_file:
+    save = save_single_file if config.single_file else _save_folder
+    with written_to(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        return save_single_file(pipeline, output)
-    return _save_folder(pipeline, output)
+        return save(pipeline, output)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def _check(config: MergeConfig, output: Path) -> None:
     if config.single_file != (output.suffix == ".safetensors"):
         kind = "a .safetensors file" if config.single_file else "a folder (or give --single_file)"
         raise ConfigError(f"output={config.output!r} must be {kind}")
-    check_free([output], config.overwrite)
+    check_free([output], config.overwrite, is_folder=not config.single_file)
     if output.exists() and output.resolve() == Path(base_path(config.base)).resolve():
         raise ConfigError(f"{output} is the base itself; give another --output")
     if output.is_dir() and not (output / "model_index.json").is_file():

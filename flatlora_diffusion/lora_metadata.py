@@ -20,6 +20,13 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.run_dir import RunDir
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# Of a file's metadata: what does not hold for another file with the same LoRA, and what is its maker's own affair.
+_STALE = re.compile(
+    r"lora_adapter_metadata|ss_network_(dim|alpha)|sshs_(model|legacy)_hash|modelspec\.hash_sha256"
+    r"|ss_(reg_)?dataset_dirs|ss_datasets|ot_.*"
+)
+# Neither an address such as https://... nor a tag such as </b> is one.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
@@ -105,6 +112,24 @@ def with_contents(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) ->
     whole["sshs_legacy_hash"] = hashlib.sha256(legacy).hexdigest()[:8]
     whole["modelspec.hash_sha256"] = f"0x{whole['sshs_model_hash']}"
     return whole
+
+
+def kept_metadata(metadata: Mapping[str, str], name: str) -> dict[str, str]:
+    """What a file's metadata say that holds for another file with the same LoRA, which is called `name`.
+
+    Names of files are kept without their folders, anything else with an absolute path in it is not.
+    """
+    kept = {}
+    for key, value in metadata.items():
+        is_name = key.startswith("ss_") and key.endswith("_name") and not _HUB_ID.fullmatch(value)
+        text = re.split(r"[\\/]", value.rstrip("\\/"))[-1] if is_name else value
+        # A picture in the metadata is base64, in which there are slashes.
+        if not _STALE.fullmatch(key) and (text.startswith("data:image/") or not _ABSOLUTE_PATH.search(text)):
+            kept[key] = text
+    # Its shapes say that it is for SDXL, whatever a wrong entry says.
+    if not kept.get("ss_base_model_version", "sdxl_").startswith("sdxl_"):
+        del kept["ss_base_model_version"]
+    return {**kept, "format": "pt", "ss_output_name": name, "modelspec.title": name}
 
 
 def sidecar(config: TrainConfig, training: Training, notes: Sequence[str] = ()) -> dict[str, Any]:

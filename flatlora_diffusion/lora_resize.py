@@ -12,8 +12,9 @@ from torch import Tensor
 
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
-from flatlora_diffusion.lora_export import Written, check_free, kept_metadata, own_dtype, read_lora_file, write_lora
+from flatlora_diffusion.lora_export import Written, check_free, own_dtype, read_lora_file, write_lora
 from flatlora_diffusion.lora_merge import stored_dtypes, widest
+from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames, base_names, shared_layers
 from flatlora_diffusion.lora_update import PARTS, Update, Updates, truncated
 from flatlora_diffusion.safe_reading import listed
@@ -46,7 +47,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
             missed += float(values[len(smaller.down) :].square().sum())
             whole += float(values.square().sum())
     layout: FileLayout = "kohya" if lora.layers[0].place.style.startswith("kohya") else "diffusers"
-    metadata = kept_metadata(lora, None, path)
+    metadata = kept_metadata(lora.file.metadata, path.stem)
     written = write_lora(resized, lora.base, path, layout, config.dtype or own_dtype(lora), metadata)
     return Reduced(written, math.sqrt(missed / whole))
 
@@ -93,12 +94,15 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     if not found:
         raise ConfigError(f"tuned={config.tuned!r} has the weights of the base: there is nothing to extract")
     names: BaseNames = base_names(config.single_file_config or config.base)
-    metadata = {"format": "pt", "ss_output_name": path.stem}
+    metadata = kept_metadata({}, path.stem)
     return Reduced(write_lora(found, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole))
 
 
 def _loaded(name: str, config: ExtractConfig) -> Any:
-    model = ModelConfig(pretrained_model_name_or_path=name, single_file_config=config.single_file_config)
+    files = [model for model in (config.base, config.tuned) if model.lower().endswith(".safetensors")]
+    # Where neither is a file, loading says so.
+    folder = config.single_file_config if name in files or not files else None
+    model = ModelConfig(pretrained_model_name_or_path=name, single_file_config=folder)
     return load_pipeline(model, torch.device("cpu"), widest(stored_dtypes(base_path(name))))
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.lora_metadata import base_name
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
 
@@ -99,10 +100,10 @@ def _license(config: TrainConfig) -> str:
     return "openrail++" if (_hub_id(config) or "").startswith("stabilityai/stable-diffusion-xl-") else "other"
 
 
-def _base_name(config: TrainConfig) -> str:
-    """The base without the folders that lead to it on this machine."""
-    name = config.model.pretrained_model_name_or_path
-    return name if name == "tiny" or _hub_id(config) else Path(name).resolve().name
+def _base(config: TrainConfig) -> str:
+    """The base as the text names it."""
+    name = base_name(config)
+    return "an SDXL base in a local folder" if name is None else _code(name)
 
 
 def _title(run: RunDir, config: TrainConfig) -> str:
@@ -111,7 +112,7 @@ def _title(run: RunDir, config: TrainConfig) -> str:
 
 
 def _summary(config: TrainConfig) -> str:
-    base = "the tiny base of flatlora-diffusion" if _base_name(config) == "tiny" else _code(_base_name(config))
+    base = "the tiny base of flatlora-diffusion" if base_name(config) == "tiny" else _base(config)
     if config.perturb.method == "lora":
         return f"A LoRA for {base}, trained with flatlora-diffusion."
     return (
@@ -140,8 +141,9 @@ def _trigger_section(trigger_words: str | None) -> str:
 
 
 def _loading(config: TrainConfig) -> str:
-    """The call that loads the base; a base that is not on the hub is looked for in the working folder."""
-    name = "samples/tiny_sdxl" if _base_name(config) == "tiny" else _base_name(config)
+    """The call that loads the base; a file is looked for in the working folder, a folder in BASE_FOLDER there."""
+    name = base_name(config) or "BASE_FOLDER"
+    name = "samples/tiny_sdxl" if name == "tiny" else name
     if name.endswith(".safetensors"):
         return f'from_single_file("{name}")'
     choices = {"revision": config.model.revision, "variant": config.model.variant}
@@ -200,7 +202,7 @@ def _training_data(run: RunDir, config: TrainConfig) -> str:
 
 def _settings_table(config: TrainConfig) -> str:
     data, adapter, perturb, optim = config.data, config.adapter, config.perturb, config.optim
-    rows: list[tuple[str, object]] = [("base", _code(_base_name(config))), ("method", perturb.method)]
+    rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]
     if perturb.method == "flat-lora":
         rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
     rows += [

@@ -136,7 +136,7 @@ class RunDir:
 
     def lora_name(self, output_name: str | None) -> str:
         """The name of the LoRA in other tools, which is its file's name: the one given or else the folder's."""
-        return _file_name(output_name or self.folder.resolve().name)
+        return file_name(output_name or self.folder.resolve().name)
 
     def weight_files(self) -> list[str]:
         """The names of the run's own LoRA and embedding files that are there, without anything else's."""
@@ -246,7 +246,7 @@ class RunDir:
         if self._holds_run():
             earlier = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
             names = {self.lora_name(values.get("output_name")) for values in (config, earlier)}
-            names.add(_file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
+            names.add(file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
         files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES)]
         return [self.folder / name for name in files if (self.folder / name).exists()] + self.checkpoints()
 
@@ -274,7 +274,7 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
     """`text` as a file's name on any system and in a prompt of A1111: letters, digits, `-`, `_` and inner `.`."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME].rstrip("-.") or "lora"
     return f"lora-{name}" if _TAKEN_NAMES.fullmatch(name.split(".")[0]) else name

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from flatlora_diffusion.adapter import TEXT_ATTENTION
 from flatlora_diffusion.lora_import import FileLayer, ImportedLora
 from flatlora_diffusion.lora_names import Style
+from flatlora_diffusion.safe_reading import shown
 
 _OUTSIDE = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
 _MOST_UNMATCHED = 12  # tensors; with more Forge takes the file for one of another model
@@ -64,13 +65,13 @@ def _a1111(lora: ImportedLora) -> tuple[int, str]:
 
 def _invokeai(lora: ImportedLora) -> tuple[int, str]:
     styles = {layer.place.style for layer in lora.layers if layer.place.part == "unet"}
-    if not all(_is_kohya(layer) for layer in lora.layers):
+    if not all(_is_kohya(layer) or _is_projection(layer) for layer in lora.layers):
         return 0, "it refuses names that do not begin as kohya's"
     if len(styles) > 1:
         return 0, "it refuses a mixture of SDXL's own and diffusers' block names"
     if not _invokeai_sees_sdxl(lora):
         return 0, "it cannot tell that this is for SDXL: no cross attention, and not both text encoders"
-    return len(lora.layers), ""
+    return _count(lora, _is_kohya), ""
 
 
 def _sdnext(lora: ImportedLora) -> tuple[int, str]:
@@ -154,13 +155,18 @@ def _is_kohya(layer: FileLayer) -> bool:
 
 
 def _has_wrapper(layer: FileLayer) -> bool:
-    return "text_model" in layer.name or layer.place.module == "text_projection"
+    return "text_model" in layer.name
+
+
+def _is_projection(layer: FileLayer) -> bool:
+    """Whether it is the second text encoder's projection by kohya's name, which few tools know."""
+    return layer.name == "lora_te2_text_projection"
 
 
 def _comfyui_knows(layer: FileLayer) -> bool:
     """Its map has attention of the UNet as `processor.to_q` only, other layers also by their plain paths."""
     if layer.place.part != "unet":
-        return _has_wrapper(layer)
+        return _has_wrapper(layer) or _is_projection(layer)
     return _is_kohya(layer) or layer.place.style == "processor" or ".to_" not in layer.place.module
 
 
@@ -174,7 +180,8 @@ def _invokeai_sees_sdxl(lora: ImportedLora) -> bool:
 
 def _family_note(lora: ImportedLora) -> str:
     """A1111, Forge and SD.Next go by this entry; without it, or without any metadata, they guess."""
-    is_named = lora.file.metadata.get("ss_base_model_version", "").startswith("sdxl_")
-    if is_named or not lora.file.metadata:
+    version = lora.file.metadata.get("ss_base_model_version")
+    if not lora.file.metadata or (version or "").startswith("sdxl_"):
         return ""
-    return "hidden while an SDXL model is loaded: the metadata have no ss_base_model_version"
+    says = "have no ss_base_model_version" if version is None else f"call its base {shown(version)}"
+    return f"hidden while an SDXL model is loaded: the metadata {says}"

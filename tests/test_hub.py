@@ -179,9 +179,19 @@ def test_a_picture_that_the_card_does_not_show_is_not_uploaded(tmp_path: Path) -
 
 def test_the_file_for_other_tools_is_uploaded_and_a_base_that_lies_there_is_not(tmp_path: Path) -> None:
     run, _ = finished_run(tmp_path)
-    for name in ("my-icons.safetensors", "my-icons.json", "my-sdxl.safetensors", "my-icons-earlier-1.safetensors"):
+    for name in ("my-icons.safetensors", "my-sdxl.safetensors", "my-sdxl.json", "my-icons-earlier-1.safetensors"):
         (run.folder / name).write_bytes(b"x")
     assert set(hub_files(run)) == SENT | {"my-icons.safetensors"}
+
+
+def test_what_web_uis_show_with_the_file_is_uploaded(tmp_path: Path) -> None:
+    run, _ = finished_run(tmp_path)
+    beside = {"my-icons.json", "my-icons.png"}
+    for name in beside:
+        (run.folder / name).write_bytes(b"x")
+    assert set(hub_files(run)) == SENT, "without the LoRA's own file they are not the run's"
+    (run.folder / "my-icons.safetensors").write_bytes(b"x")
+    assert set(hub_files(run)) == SENT | beside | {"my-icons.safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layouts import ALPHAS, ATTENTION, RANK, UNET, adapted, deltas, factors, kohya, peft, processor, saved
+from lora_layouts import (
+    ALPHAS,
+    ATTENTION,
+    RANK,
+    UNET,
+    adapted,
+    as_diffusers_loads,
+    deltas,
+    factors,
+    kohya,
+    peft,
+    processor,
+    saved,
+)
 from torch import Tensor
 
 from flatlora_diffusion.command_line import main
@@ -127,6 +140,36 @@ def test_a1111_leaves_out_a_layer_of_the_second_text_encoder_without_all_four(
     found = loads(report(saved(kohya(whole), tmp_path / "x.safetensors", **WEB), base, capsys))
     assert found["AUTOMATIC1111"] == len(whole["unet"]) + len(whole["text_encoder"])
     assert found["ComfyUI"] == sum(map(len, whole.values()))
+
+
+def test_the_projection_of_the_second_text_encoder_is_read_by_three(
+    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = factors(attention)
+    width = attention.text_encoder_2.text_projection.in_features
+    whole["text_encoder_2"]["text_projection"] = torch.ones(RANK, width), torch.ones(width, RANK)
+    total = sum(map(len, whole.values()))
+    path = saved(kohya(whole), tmp_path / "x.safetensors", **WEB)
+    found = loads(report(path, base, capsys))
+    assert found == dict.fromkeys(TOOLS, total - 1) | dict.fromkeys(("ComfyUI", "Forge", "diffusers"), total)
+    by_diffusers = as_diffusers_loads(base, path)
+    assert len(by_diffusers) == total
+    assert any("text_projection" in name for name in by_diffusers)
+    found = loads(report(saved(peft(whole), tmp_path / "x.safetensors"), base, capsys))
+    assert found["ComfyUI"] == len(whole["text_encoder"]) + len(whole["text_encoder_2"]) - 1
+
+
+@pytest.mark.parametrize("tool", ["AUTOMATIC1111", "Forge", "SD.Next"])
+def test_why_a_web_ui_hides_a_file_is_what_its_metadata_say(
+    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tool: str
+) -> None:
+    tensors, path = kohya(factors(attention)), tmp_path / "x.safetensors"
+    for said, why in (
+        ({}, "have no ss_base_model_version"),
+        ({"ss_base_model_version": "sd_v1"}, "call its base sd_v1"),
+    ):
+        found = report(saved(tensors, path, format="pt", **said), base, capsys)
+        assert note(found, tool) == f"hidden while an SDXL model is loaded: the metadata {why}"
 
 
 def test_layers_outside_the_blocks_are_lost_in_some_tools(

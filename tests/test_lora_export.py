@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.command_line import main
+from flatlora_diffusion.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,71 @@ def test_metadata_that_still_hold_are_kept(base: Path, kohya_file: Path, tmp_pat
     assert settings["unet.r"] == settings["unet.lora_alpha"]
 
 
+def test_nothing_of_the_makers_machine_is_kept(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    foreign: dict[str, Any] = {
+        "ot_branch": "omi_format",
+        "ot_config": {"token": "hf_secret"},
+        "ss_dataset_dirs": {"10_jane": {"n_repeats": 10}},
+        "ss_reg_dataset_dirs": {"1_woman": {"n_repeats": 1}},
+        "ss_sd_model_name": "/home/jane/bases/sdxl-tune.safetensors",
+        "ss_vae_name": r"D:\jane\vae.safetensors",
+        "ss_network_args": {"weights": "/home/jane/loras/old.safetensors"},
+        "ss_training_comment": r"from C:\Users\jane",
+        "modelspec.author": "~/jane",
+        "modelspec.description": "<b>red/blue</b> foxes, see https://example.org/foxes/1",
+        "modelspec.thumbnail": "data:image/jpeg;base64,/9j/4AAQ",
+        "ss_tag_frequency": {"img": {r"\m/": 2, r"fox \(animal\)": 1}},
+    }
+    path = saved(kohya(factors(pipeline)), tmp_path / "x.safetensors", **foreign)
+    assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
+    assert main(["resize", str(path), "--rank", "2", "--base", str(base)]) == 0
+    for end in ("kohya", "diffusers", "rank2"):
+        kept = metadata(tmp_path / f"x_{end}.safetensors")
+        assert kept.pop("ss_sd_model_name") == "sdxl-tune.safetensors"
+        assert kept.pop("ss_vae_name") == "vae.safetensors"
+        for key in ("modelspec.description", "modelspec.thumbnail"):
+            assert kept.pop(key) == foreign[key]
+        assert json.loads(kept.pop("ss_tag_frequency")) == foreign["ss_tag_frequency"]
+        assert not kept.keys() & foreign.keys()
+        assert not any(word in str(kept) for word in ("jane", "hf_secret", "woman"))
+
+
+def test_a_kohya_file_is_said_to_be_one_whatever_the_old_file_was(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    foreign = {
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "True",
+        "ss_network_module": "lycoris.kohya",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+    }
+    path = saved(peft(factors(pipeline), ALPHAS), tmp_path / "x.safetensors", **foreign)
+    assert main(["export", str(path), "--base", str(base)]) == 0
+    written = metadata(tmp_path / "x_kohya.safetensors")
+    assert {key: written[key] for key in foreign} == {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+    }
+
+
+def test_names_are_made_fit_for_files_and_prompts(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    foreign = {"ss_output_name": "../../evil:<x>", "modelspec.title": "../../evil:<x>"}
+    (tmp_path / "in").mkdir()
+    path = saved(kohya(factors(pipeline)), tmp_path / "in" / "x.safetensors", **foreign)
+    start = ["export", str(path), "--base", str(base), "--layout"]
+    assert main([*start, "both"]) == 0
+    for given, name in (("My: LoRA?", "My-LoRA"), ("../up", "up")):
+        assert main([*start, "kohya", "--name", given]) == 0
+        written = metadata(tmp_path / "in" / f"{name}_kohya.safetensors")
+        assert written["ss_output_name"] == written["modelspec.title"] == name
+    for layout in ("kohya", "diffusers"):
+        written = metadata(tmp_path / "in" / f"x_{layout}.safetensors")
+        assert written["ss_output_name"] == written["modelspec.title"] == "evil-x"
+    assert os.listdir(tmp_path) == ["in"]
+
+
 def test_layers_of_different_ranks_and_alphas_keep_their_updates(pipeline: Any, base: Path, tmp_path: Path) -> None:
     tensors = kohya(factors(pipeline))
     names = sorted(name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha"))
@@ -130,6 +196,28 @@ def test_layers_without_a_common_name_are_left_out_with_a_warning(
     assert not any("conv_in" in name for name in load_file(tmp_path / "x_kohya.safetensors"))
 
 
+def test_a_lora_of_one_text_encoder_gets_the_layers_that_tell_its_base(
+    pipeline: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"text_encoder": factors(pipeline)["text_encoder"]}
+    path = saved(peft(text, ALPHAS), tmp_path / "x.safetensors")
+    assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
+    assert caplog.text.count("is for text encoders only; it gets 2 UNet layers of zeros") == 1
+    written = tmp_path / "x_kohya.safetensors"
+    expected = {name: value for name, value in deltas(pipeline).items() if name.startswith("text_encoder.")}
+    found = as_diffusers_loads(base, written)
+    zeros = {name: found.pop(name) for name in list(found) if name.startswith("unet.")}
+    assert len(zeros) == 2
+    assert not any(bool(value.any()) for value in zeros.values())
+    assert_close(found, expected, 1e-6)
+    assert not any(name.startswith("unet") for name in load_file(tmp_path / "x_diffusers.safetensors"))
+    capsys.readouterr()
+    assert main(["inspect", str(written), "--base", str(base), "--json"]) == 0
+    tools = {row["tool"]: row for row in json.loads(capsys.readouterr().out)["tools"]}
+    for name in ("InvokeAI", "Draw Things"):
+        assert (tools[name]["layers"], tools[name]["note"]) == (len(expected) + 2, "")
+
+
 def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -149,6 +237,54 @@ def test_nothing_is_overwritten_unasked(capsys: pytest.CaptureFixture[str], base
     own = [*arguments, "--overwrite", "--output", str(kohya_file)]
     assert "would replace the file that is read" in complaint(capsys, own)
     assert kohya_file.read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "named.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    single = "give a .safetensors file as --output"
+    for verb in ("import", "resize"):
+        start = [verb, str(kohya_file), "--base", str(base), "--output"]
+        for name in ("folder", "named.safetensors"):
+            for more in ([], ["--overwrite"]):
+                said = complaint(capsys, [*start, str(tmp_path / name), *more])
+                assert said == f"error: {tmp_path / name} is a folder; {single}"
+        assert "noext does not end in .safetensors" in complaint(capsys, [*start, str(tmp_path / "noext")])
+    start = ["export", str(kohya_file), "--base", str(base), "--output"]
+    for bad in ("/proc/x.safetensors", str(tmp_path / "file" / "y.safetensors"), str(tmp_path / "file")):
+        assert "cannot be written: " in complaint(capsys, [*start, bad])
+    both = [*start, str(tmp_path / "x.safetensors"), "--layout", "both"]
+    assert "--layout both writes two files" in complaint(capsys, both)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoint-2"])
+def test_the_plain_lora_beside_a_dora_is_named(
+    pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    run = RunDir(tmp_path / "run")
+    run.config_file.write_text('{"output_name": "my foxes"}')
+    run.add_event({"event": "finished"})
+    name = "unet.mid_block.attentions.0.proj_in"
+    dora = peft(factors(pipeline), ALPHAS) | {f"{name}.lora_magnitude_vector": torch.ones(8)}
+    path = saved(dora, folder / "pytorch_lora_weights.safetensors")
+    verbs = {
+        "export": ["export", str(path), "--base", str(base)],
+        "merge": ["merge", "--lora", str(path.parent), "--base", str(base), "--output", str(tmp_path / "merged")],
+    }
+    for arguments in verbs.values():
+        assert complaint(capsys, arguments).endswith("is not portable")
+    plain = saved(kohya(factors(pipeline)), folder / "my-foxes.safetensors")
+    for arguments in verbs.values():
+        said = complaint(capsys, arguments)
+        assert "holds DoRA" in said
+        assert said.endswith(f"; use {plain}, the plain LoRA made of it")
 
 
 def test_wrong_input_is_one_sentence_and_writes_nothing(

@@ -10,12 +10,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from lora_layouts import RANK, adapted, as_diffusers_loads, deltas, factors, kohya, saved
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.command_line import main
 from flatlora_diffusion.lora_resize import reduced
 from flatlora_diffusion.lora_update import Update
+from flatlora_diffusion.single_file import save_single_file
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,18 @@ def test_a_rank_above_that_of_a_narrow_layer_is_cut() -> None:
 
 
 def test_resizing_keeps_the_layout_the_metadata_and_other_files(
-    pipeline: Any, base: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    old = {"ss_steps": "7", "ss_output_name": "fox", "modelspec.title": "fox"}
+    file = saved(kohya(factors(pipeline)), tmp_path / "fox.safetensors", **old)
     output = tmp_path / "small.safetensors"
     arguments = ["resize", str(file), "--rank", "2", "--base", str(base), "--output", str(output)]
     missed(capsys, arguments)
     assert all(name.startswith("lora_") for name in load_file(output))
+    with safe_open(output, framework="pt") as written:
+        kept = written.metadata()
+    # By its old name a web UI would take it for the file that it was made from.
+    assert {key: kept[key] for key in old} == {"ss_steps": "7", "ss_output_name": "small", "modelspec.title": "small"}
     assert main(arguments) == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -120,6 +128,21 @@ def test_extracting_finds_the_change_of_the_weights(
     error = size({name: found[name] - whole[name] for name in whole}) / size(whole)
     assert printed == pytest.approx(100 * error, rel=0.01, abs=1e-3)
     assert (error > 0.1) == (rank < RANK)
+
+
+@pytest.mark.parametrize("is_swapped", [False, True], ids=["tuned", "base"])
+def test_the_configs_for_a_single_file_are_for_the_model_that_is_one(
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_swapped: bool
+) -> None:
+    single = save_single_file(StableDiffusionXLPipeline.from_pretrained(tuned), tmp_path / "tuned.safetensors")
+    output = str(tmp_path / "x.safetensors")
+    models = (single, base) if is_swapped else (base, single)
+    start = ["extract", "--base", str(models[0]), "--single_file_config", str(base), "--output", output, "--tuned"]
+    assert main([*start, str(models[1])]) == 0
+    assert any(float(value.abs().max()) > 0.01 for name, value in load_file(output).items() if "lora_up" in name)
+    neither = ["--base", str(base), "--overwrite"]
+    assert main([*start, str(tuned), *neither]) == 2
+    assert "--single_file_config is for a single .safetensors file" in capsys.readouterr().err
 
 
 def test_what_no_lora_can_hold_is_named(

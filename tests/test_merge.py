@@ -150,6 +150,23 @@ def test_wrong_input_is_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 
 
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], base: Path, lora: Path, tmp_path: Path
+) -> None:
+    start = ["merge", "--base", str(base), "--lora", str(lora), "--output"]
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for more in ([], ["--overwrite"]):
+        assert complaint(capsys, [*start, str(file), *more]) == f"error: {file} is a file; give a folder as --output"
+        single = [*start, str(tmp_path / "folder.safetensors"), "--single_file", *more]
+        assert "is a folder; give a .safetensors file as --output" in complaint(capsys, single)
+    for bad in (file / "merged", Path("/proc/merged")):
+        assert f"{bad} cannot be written: " in complaint(capsys, [*start, str(bad)])
+    assert "cannot be written: " in complaint(capsys, [*start, "/proc/merged.safetensors", "--single_file"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
+
+
 def test_an_overflow_stops_the_merge(
     capsys: pytest.CaptureFixture[str], base: Path, lora: Path, tmp_path: Path
 ) -> None:

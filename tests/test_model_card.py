@@ -104,6 +104,7 @@ def test_the_licence_and_the_base_where_they_are_known(
 
 
 def test_no_path_name_caption_or_token_is_in_it(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "bases" / "my-sdxl").mkdir(parents=True)
     settings = config(
         pretrained_model_name_or_path=str(tmp_path / "bases" / "my-sdxl"),
         instance_data_dir=str(tmp_path / "pictures"),
@@ -121,6 +122,7 @@ def test_no_path_name_caption_or_token_is_in_it(run: RunDir, tmp_path: Path) -> 
         str(tmp_path),
         tmp_path.name,
         "bases",
+        "my-sdxl",
         "pictures",
         "classes",
         "previous",
@@ -129,6 +131,8 @@ def test_no_path_name_caption_or_token_is_in_it(run: RunDir, tmp_path: Path) -> 
         "hf_s",
     ):
         assert word not in text
+    assert "A LoRA for an SDXL base in a local folder, trained with" in text
+    assert "| base | an SDXL base in a local folder |" in text
     assert "Trained on 2 images, and on 100 images of the class" in text
 
 
@@ -222,7 +226,7 @@ def test_the_code_draws_with_the_lora(
     for layer in lora_layers(pipeline.unet).values():
         torch.nn.init.constant_(layer.lora_B["default"].weight, 0.3)
     save_lora(pipeline, run.folder)
-    shutil.copytree(base, run.folder / base.name)
+    shutil.copytree(base, run.folder / "BASE_FOLDER")
     monkeypatch.chdir(run.folder)
 
     # With another scheduler and layer than the base's, so that those lines are run too.
