@@ -102,6 +102,7 @@ def test_nothing_of_the_makers_machine_is_kept(pipeline: Any, base: Path, tmp_pa
         "ss_reg_dataset_dirs": {"1_woman": {"n_repeats": 1}},
         "ss_sd_model_name": "/home/jane/bases/sdxl-tune.safetensors",
         "ss_vae_name": r"D:\jane\vae.safetensors",
+        "ss_new_vae_name": "madebyollin/sdxl-vae-fp16-fix",
         "ss_network_args": {"weights": "/home/jane/loras/old.safetensors"},
         "ss_training_comment": r"from C:\Users\jane",
         "modelspec.author": "~/jane",
@@ -116,6 +117,7 @@ def test_nothing_of_the_makers_machine_is_kept(pipeline: Any, base: Path, tmp_pa
         kept = metadata(tmp_path / f"x_{end}.safetensors")
         assert kept.pop("ss_sd_model_name") == "sdxl-tune.safetensors"
         assert kept.pop("ss_vae_name") == "vae.safetensors"
+        assert kept.pop("ss_new_vae_name") == "madebyollin/sdxl-vae-fp16-fix", "a hub id is no path"
         for key in ("modelspec.description", "modelspec.thumbnail"):
             assert kept.pop(key) == foreign[key]
         assert json.loads(kept.pop("ss_tag_frequency")) == foreign["ss_tag_frequency"]
