@@ -90,7 +90,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     config = feed.config = _with_steps(config, feed)
     total_steps = int(config.optim.max_train_steps or 0)
     if config.model.offload:
-        _offload(sdxl, config)
+        _offload(sdxl, feed)
         if is_unet_last:
             sdxl.unet.to(device)
     parts = {"unet": sdxl.unet, **{part: getattr(sdxl.pipeline, part) for part in TEXT_PARTS}}
@@ -223,12 +223,12 @@ def _adapt(sdxl: Sdxl, config: TrainConfig) -> dict[str, list[str]]:
     return tokens
 
 
-def _offload(sdxl: Sdxl, config: TrainConfig) -> None:
+def _offload(sdxl: Sdxl, feed: Feed) -> None:
     """Move to the CPU what the steps do not need: all outputs of it are cached."""
-    if not config.trains_text:
+    if not feed.config.trains_text:
         for part in TEXT_PARTS:
             getattr(sdxl.pipeline, part).to("cpu")
-    if config.data.cache_latents:
+    if not feed.needs_vae:
         sdxl.vae.to("cpu")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -481,6 +481,19 @@ def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
     state = prepare(config, samples_of(config))
     assert isinstance(state.sdxl, Sdxl)
     assert not any(p.requires_grad for p in state.sdxl.vae.parameters())
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_offload_leaves_the_vae_where_class_images_are_still_to_be_encoded(
+    config: TrainConfig, icons: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool
+) -> None:
+    moves: Any = []
+    plain = AutoencoderKL.to
+    monkeypatch.setattr(AutoencoderKL, "to", lambda vae, *to, **rest: (moves.append(to), plain(vae, *to, **rest))[1])
+    prior = {"with_prior_preservation": True, "class_data_dir": str(icons), "class_prompt": "an icon"}
+    settings = {"cache_latents": True, "offload": True, "use_aspect_ratio_buckets": buckets, **prior}
+    prepare(config.replace(**settings), samples_of(config), samples_of(config))
+    assert (("cpu",) in moves) is not buckets
 
 
 # What stops a run, in the user's words
