@@ -75,7 +75,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     accelerator = _accelerator(config)
     check_distribution(accelerator.distributed_type)
     config = seeded(config).replace(mixed_precision=accelerator.mixed_precision)
-    _set_backends(config)
+    set_backends(config)
     dtype = DTYPES[str(config.optim.mixed_precision)]
     # With --offload the UNet comes last, so that it need not share the device with the encoding of the images.
     is_unet_last = config.model.offload and config.model.quantize_base is None
@@ -170,12 +170,13 @@ def check_distribution(kind: DistributedType) -> None:
         )
 
 
-def _set_backends(config: TrainConfig) -> None:
+def set_backends(config: TrainConfig) -> None:
+    """Choose the kernels as `config` says: TF32 or not, and with --deterministic an error for any that is not."""
     torch.backends.cuda.matmul.allow_tf32 = config.model.allow_tf32
     if config.optim.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(config.optim.deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(config.optim.deterministic)
 
 
 def _resolved(config: TrainConfig, sdxl: Sdxl) -> TrainConfig:

@@ -30,7 +30,7 @@ from flatlora_diffusion.result import finish
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.seeds import derive_seed, generator
 from flatlora_diffusion.stopping import Stopping
-from flatlora_diffusion.train_state import TrainState, averaged, prepare, seeded
+from flatlora_diffusion.train_state import TrainState, averaged, prepare, seeded, set_backends
 from flatlora_diffusion.training_set import load_training_set
 
 logger = logging.getLogger(__name__)
@@ -57,23 +57,20 @@ def train(config: TrainConfig) -> Path:
         from flatlora_diffusion.memory import preflight_lines  # slow to import, and of no use on a CPU
 
         logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info()[0])))
-    state = prepare(config, found.samples, load_class_samples(config))
+    set_backends(config)  # before the first kernel, and for the class images too
+    state = None
     try:
-        first = start(state) if checkpoint is None else restore(state, checkpoint)
-        _loop(state, first)
-        return finish(state)
+        state = prepare(config, found.samples, load_class_samples(config))
+        return _trained(state, checkpoint)
     except torch.OutOfMemoryError as error:
         from flatlora_diffusion.memory import out_of_memory_text  # slow to import, and needed only here
 
-        raise RunError(out_of_memory_text(state.config)) from error
-    except OSError as error:
-        kept = state.run.checkpoints()
-        last = f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was saved yet"
-        raise RunError(f"the run folder cannot be written: {error.strerror or error}; {last}") from error
-    finally:
-        for flat in state.flats:
-            flat.detach()
-        state.accelerator.end_training()
+        raise RunError(out_of_memory_text(config if state is None else state.config)) from error
+    except RuntimeError as error:
+        operation, is_found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not is_found:
+            raise
+        raise RunError(f"{operation} has no deterministic kernel on this device; leave --deterministic out") from error
 
 
 def train_step(state: TrainState, step: int) -> float:
@@ -111,6 +108,22 @@ def train_step(state: TrainState, step: int) -> float:
         state.ema.step(state.trainable.values())
     state.draws = draws.hexdigest()
     return value
+
+
+def _trained(state: TrainState, checkpoint: str | None) -> Path:
+    """The LoRA file of the whole run, or of what is left of it after `checkpoint`."""
+    try:
+        first = start(state) if checkpoint is None else restore(state, checkpoint)
+        _loop(state, first)
+        return finish(state)
+    except OSError as error:
+        kept = state.run.checkpoints()
+        last = f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was saved yet"
+        raise RunError(f"the run folder cannot be written: {error.strerror or error}; {last}") from error
+    finally:
+        for flat in state.flats:
+            flat.detach()
+        state.accelerator.end_training()
 
 
 def _loop(state: TrainState, first: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +508,55 @@ def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch
     monkeypatch.setattr("flatlora_diffusion.trainer.train_step", full)
     with pytest.raises(RunError, match=r"out of memory; these settings need about[\s\S]*--mixed_precision bf16 saves"):
         train(config)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "load_class_samples"])
+def test_out_of_memory_before_the_first_step_ends_alike(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"flatlora_diffusion.trainer.{stage}", full)
+    with pytest.raises(RunError, match="out of memory; these settings need about"):
+        train(config)
+
+
+@pytest.fixture
+def restored_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The choice of kernels is the whole process's."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("restored_kernels")
+def test_deterministic_refuses_an_operation_that_is_not(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> None:
+        torch.empty(1).put_(torch.tensor([0]), torch.ones(1))  # without an order of its own on any device
+
+    monkeypatch.setattr("flatlora_diffusion.trainer.train_step", step)
+    with pytest.raises(
+        RunError, match=r"^put_ has no deterministic kernel on this device; leave --deterministic out$"
+    ):
+        train(config.replace(deterministic=True))
+
+
+@pytest.mark.usefixtures("restored_kernels")
+def test_class_images_are_drawn_with_deterministic_kernels_too(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[bool, str | None]] = []
+
+    def load(_: TrainConfig) -> list[Any]:
+        found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return []
+
+    monkeypatch.setattr("flatlora_diffusion.trainer.load_class_samples", load)
+    train(config.replace(deterministic=True))
+    assert found == [(True, ":4096:8")]
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @pytest.mark.parametrize(
