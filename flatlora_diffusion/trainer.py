@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,10 +54,7 @@ def train(config: TrainConfig) -> Path:
     found = load_training_set(config.data)
     logger.info(found.summary)
     config = seeded(config)
-    if torch.cuda.is_available():
-        from flatlora_diffusion.memory import preflight_lines  # slow to import, and of no use on a CPU
-
-        logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info()[0])))
+    _tell_memory(config)
     set_backends(config)  # before the first kernel, and for the class images too
     state = None
     try:
@@ -108,6 +106,20 @@ def train_step(state: TrainState, step: int) -> float:
         state.ema.step(state.trainable.values())
     state.draws = draws.hexdigest()
     return value
+
+
+def _tell_memory(config: TrainConfig) -> None:
+    """Log what the run needs of a GPU's memory and what is free; the run goes on without it when that fails."""
+    process = PartialState()  # chooses this process's GPU: before, CUDA would start on the first one
+    device = process.device
+    if device.type != "cuda" or not process.is_main_process:
+        return
+    from flatlora_diffusion.memory import preflight_lines  # slow to import, and of no use on a CPU
+
+    try:
+        logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info(device)[0])))
+    except Exception as error:  # it is told for information alone
+        logger.warning("the memory that the run needs could not be estimated: %s", error)
 
 
 def _trained(state: TrainState, checkpoint: str | None) -> Path:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flatlora_diffusion import trainer
 from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
@@ -508,6 +510,27 @@ def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch
     monkeypatch.setattr("flatlora_diffusion.trainer.train_step", full)
     with pytest.raises(RunError, match=r"out of memory; these settings need about[\s\S]*--mixed_precision bf16 saves"):
         train(config)
+
+
+@pytest.mark.parametrize(("is_main", "fails"), [(True, False), (True, True), (False, False)])
+def test_the_first_process_tells_the_memory_of_its_own_gpu_and_goes_on_if_it_cannot(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any, is_main: bool, fails: bool
+) -> None:
+    gpu, asked = torch.device("cuda", 3), []
+
+    def free_and_all(device: Any) -> tuple[int, int]:
+        asked.append(device)
+        if fails:
+            raise RuntimeError("no driver")
+        return 7 * 2**30, 8 * 2**30
+
+    monkeypatch.setattr(trainer, "PartialState", lambda: SimpleNamespace(device=gpu, is_main_process=is_main))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_all)
+    with caplog.at_level("INFO"):
+        assert train(config.replace(max_train_steps=1)).is_file()
+    assert asked == ([gpu] if is_main else [])
+    assert ("7.0 GiB free" in caplog.text) is (is_main and not fails)
+    assert ("could not be estimated: no driver" in caplog.text) is fails
 
 
 @pytest.mark.parametrize("stage", ["prepare", "load_class_samples"])
