@@ -36,6 +36,8 @@ from flatlora_diffusion.training_set import load_training_set
 
 logger = logging.getLogger(__name__)
 
+MOST_SKIPPED_STEPS = 20  # each halves the scale of fp16, which begins at 2^16: below 1 it is not what overflows
+
 
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the path of the LoRA file.
@@ -74,7 +76,8 @@ def train(config: TrainConfig) -> Path:
 def train_step(state: TrainState, step: int) -> float:
     """Do optimizer step `step` and return the mean loss of its micro-batches.
 
-    Raises RunError, with the weights as they were, for a loss or a gradient that is not finite.
+    Raises RunError, with the weights as they were, for a loss or a gradient that is not finite; with the scaler of
+    fp16 for the gradients of 20 steps in a row.
     """
     accelerator = state.accelerator
     accumulation = state.config.optim.gradient_accumulation_steps
@@ -100,6 +103,9 @@ def train_step(state: TrainState, step: int) -> float:
     if not math.isfinite(gradient) and accelerator.scaler is None:
         raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
     state.optimizer.step()
+    state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
+    if state.skipped_steps == MOST_SKIPPED_STEPS:
+        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
     state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
@@ -230,7 +236,8 @@ def _dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
     if state.config.adapter.lora_dropout == 0:
         yield
         return
-    with torch.random.fork_rng():
+    device = state.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
         yield
 
