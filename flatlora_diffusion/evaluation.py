@@ -65,7 +65,7 @@ def probe_losses(
             part = slice(start, start + batch_size)
             batch = probe.batch.mapped(lambda value, part=part: value[part])  # type: ignore[misc]
             losses.append(sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part]))
-    return torch.cat(losses).double().cpu().view(-1, probe.draws).mean(dim=1)
+    return torch.cat(losses).cpu().double().view(-1, probe.draws).mean(dim=1)
 
 
 def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None) -> float:
