@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -51,6 +51,14 @@ def fixed_probe(
     timesteps = (strata * sdxl.scheduler.config.num_train_timesteps).long().flatten()
     repeated = batch.mapped(lambda value: value.repeat_interleave(draws, dim=0))
     return Probe(repeated, noise.to(device), timesteps.to(device), draws)
+
+
+def with_prompts(probe: Probe, sdxl: Sdxl, captions: Sequence[str]) -> Probe:
+    """`probe` with the (N,) captions as the text encoders encode them now."""
+    prompt_embeds, pooled = (
+        value.repeat_interleave(probe.draws, dim=0) for value in encode_prompts(sdxl.pipeline, captions)
+    )
+    return replace(probe, batch=replace(probe.batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled))
 
 
 @torch.no_grad()

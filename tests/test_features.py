@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,10 @@ from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.loss import Objective, sample_losses
+from flatlora_diffusion.preview import Previews, ready
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.tokens import with_new_tokens
 from flatlora_diffusion.train_state import TrainState, check_distribution, prepare
 from flatlora_diffusion.trainer import train, train_step
 
@@ -466,7 +469,10 @@ def test_a_base_with_an_edm_scheduler_is_trained_with_its_own_objective(
     edm = config.replace(pretrained_model_name_or_path=str(folder), validation_prompt="x", num_validation_images=1)
     state = prepare(edm, samples_of(config))
     assert state.objective.edm
-    train(edm)
+    path = train(edm.replace(validation_data_dir=config.data.instance_data_dir))
+    losses = [event["loss"] for event in RunDir(path.parent).events() if event["event"] == "validation"]
+    probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
+    assert losses[0] == pytest.approx(probe_loss(state.sdxl.unet, state.objective, probe))
     with pytest.raises(ConfigError, match="--snr_gamma does not fit this base"):
         train(edm.replace(snr_gamma=5.0))
 
@@ -479,6 +485,23 @@ def test_heldout_loss_is_logged_with_the_previews(config: TrainConfig, icons: Pa
     probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
     assert events[0]["loss"] == pytest.approx(probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe))
     assert events[-1]["loss"] != events[0]["loss"]
+
+
+@pytest.mark.parametrize("trained_text", ["train_text_encoder", "train_text_encoder_ti"])
+def test_heldout_loss_is_that_of_the_trained_text_encoders(config: TrainConfig, trained_text: str) -> None:
+    config = config.replace(**{trained_text: True}, token_abstraction="icon", text_encoder_lr=1.0)
+    state = prepare(config.replace(validation_data_dir=config.data.instance_data_dir), samples_of(config))
+    samples = [replace(one, caption=with_new_tokens(one.caption, state.tokens)) for one in samples_of(config)]
+    assert any("<s0><s1>" in one.caption for one in samples) is (trained_text == "train_text_encoder_ti")
+    state.run.folder.mkdir()
+    previews = Previews(state)
+    for step in range(2):
+        with ready(state.sdxl):
+            probe = fixed_probe(state.sdxl, samples, 32, seed=0)
+        expected = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe)
+        previews.make("now", step)
+        assert state.run.events()[-1]["loss"] == pytest.approx(expected, rel=1e-6)
+        train_step(state, step)
 
 
 def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
