@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter import add_lora, add_text_lora, trainable_parameters
 from flatlora_diffusion.config import ConfigError, TrainConfig
@@ -108,6 +109,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     model: nn.Module = sdxl.unet
     if config.trains_text:
         model = Denoiser(sdxl.unet, [parts[part] for part in TEXT_PARTS], config.model.clip_skip)
+    _keep_base_local(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainState(
         config=config,
@@ -257,6 +259,12 @@ def _objective(config: TrainConfig, sdxl: Sdxl) -> Objective:
         snr_gamma=objective.snr_gamma,
         noise_offset=objective.noise_offset,
     )
+
+
+def _keep_base_local(model: nn.Module) -> None:
+    """Have DDP send no frozen weights: every process has loaded the same ones, and torchao's cannot be sent."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def _flats(config: TrainConfig, parts: dict[str, Any], total_steps: int) -> list[FlatLora]:

@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion import trainer
 from flatlora_diffusion.adapter import lora_layers
@@ -623,6 +624,18 @@ def test_launchers_that_shard_the_base_are_refused() -> None:
             check_distribution(kind)
     check_distribution(DistributedType.MULTI_GPU)
     check_distribution(DistributedType.NO)
+
+
+def test_several_processes_send_no_weights_of_a_quantized_base(config: TrainConfig) -> None:
+    pytest.importorskip("torchao")
+    state = prepare(config.replace(quantize_base="torchao-int8"), samples_of(config))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        state.model = DistributedDataParallel(state.model)
+        train_step(state, step=0)
+    finally:
+        distributed.destroy_process_group()
+    assert all(parameter.any() for name, parameter in state.trainable.items() if "lora_B" in name), "nothing learned"
 
 
 def test_optional_optimizers_name_their_package(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
