@@ -99,7 +99,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _inject(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
-    with torch.random.fork_rng():  # PEFT draws its initialization from the global generator
+    with torch.random.fork_rng(devices=[]):  # PEFT draws its initialization from the CPU's global generator
         model.add_adapter(lora, ADAPTER)
     cast_training_params(model, torch.float32)
     for name, layer in lora_layers(model).items():

@@ -344,6 +344,10 @@ class TrainConfig:
                 "--zero_terminal_snr needs a v-prediction base: pure noise has no signal to predict the noise against",
             ),
             (
+                self.model.zero_terminal_snr and objective.do_edm_style_training,
+                "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
+            ),
+            (
                 data.cache_text_embeddings and self.trains_text,
                 "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -53,6 +53,14 @@ def fixed_probe(
     return Probe(repeated, noise.to(device), timesteps.to(device), draws)
 
 
+def with_prompts(probe: Probe, sdxl: Sdxl, captions: Sequence[str]) -> Probe:
+    """`probe` with the (N,) captions as the text encoders encode them now."""
+    prompt_embeds, pooled = (
+        value.repeat_interleave(probe.draws, dim=0) for value in encode_prompts(sdxl.pipeline, captions)
+    )
+    return replace(probe, batch=replace(probe.batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled))
+
+
 @torch.no_grad()
 def probe_losses(
     unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None
@@ -65,7 +73,7 @@ def probe_losses(
             part = slice(start, start + batch_size)
             batch = probe.batch.mapped(lambda value, part=part: value[part])  # type: ignore[misc]
             losses.append(sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part]))
-    return torch.cat(losses).double().cpu().view(-1, probe.draws).mean(dim=1)
+    return torch.cat(losses).cpu().double().view(-1, probe.draws).mean(dim=1)
 
 
 def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None) -> float:

@@ -80,6 +80,11 @@ class Feed:
         self._loader = ThreadPoolExecutor(workers) if workers and self._cache is None else None
         self._loading: dict[tuple[int, int], list[Future[Tensor]]] = {}
 
+    @property
+    def needs_vae(self) -> bool:
+        """Whether batches hold images that are encoded when they are needed, not cached before."""
+        return self._cache is None or (bool(self.class_samples) and self._class_cache is None)
+
     def batch(self, step: int, slot: int) -> Batch:
         """The training batch of (step, slot) on the UNet's device: the instance images, then as many class images."""
         rows, class_rows = self._rows(step, slot), self._class_rows(step, slot)

@@ -59,12 +59,12 @@ def plain_updates(pipeline: Any) -> tuple[Updates, float]:
         factors = _factors(layer)
         if ADAPTER not in layer.lora_magnitude_vector:
             return factors
-        change = _dora_change(layer)
+        change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
         folded = truncated(change, max(FOLD_RANK, len(factors.down)))
         missed += float((change - folded.up @ folded.down).double().square().sum())
         whole += float(change.double().square().sum())
-        down = folded.down.view(-1, *factors.down.shape[1:]).cpu()
-        up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:]).cpu()
+        down = folded.down.view(-1, *factors.down.shape[1:])
+        up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:])
         return Update(down.contiguous(), up.contiguous(), 1.0)
 
     return _of_all(pipeline, plain), (missed / whole) ** 0.5 if whole else 0.0

@@ -70,7 +70,9 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
     trained = Trained(base, config.adapter, _new_tokens(config))
     passes = rehearse_step(trained, dtype, images, resolution, optim.gradient_checkpointing)
-    vae_passes = rehearse_vae(base, 1 if data.cache_latents else images, resolution)
+    # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
+    is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
+    vae_passes = rehearse_vae(base, 1 if is_cached else images, resolution)
 
     lora = 4 * sum(map(math.prod, passes.trained))
     text_encoders = dtype.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
@@ -78,7 +80,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     step = MemoryEstimate(
         unet=_unet_bytes(passes, model.quantize_base, dtype.itemsize),
         text_encoders=0 if model.offload and not config.trains_text else text_encoders,
-        vae=0 if model.offload and data.cache_latents else vae,
+        vae=0 if model.offload and is_cached else vae,
         lora=lora,
         gradients=lora,
         optimizer=sum(_optimizer_bytes(shape, optim) for shape in passes.trained),
@@ -90,7 +92,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
     kept = step.optimizer + step.ema
-    if data.cache_latents:  # before there is an optimizer; with --offload the UNet is placed after it
+    if is_cached:  # before there is an optimizer; with --offload the UNet is placed after it
         is_unet_last = model.offload and model.quantize_base is None
         encoding = loaded - (step.unet + lora if is_unet_last else 0) + vae_passes.encode_peak
     else:

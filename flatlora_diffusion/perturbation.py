@@ -188,14 +188,16 @@ class FlatLora:
         base = layer.base
         if layer.is_fusable():
             # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
-            dtype = _compute_dtype(base.weight)
+            dtype = _compute_dtype(base.weight.device, base.weight.dtype)
             draw = Draw(seed, layer.shape, dtype, layer.convolution)
             bias = None if base.bias is None else base.bias.to(dtype)
             return perturbed_layer(x.to(dtype), bias, base.weight, row_std, draw)
         # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
         output: Tensor = layer.base_forward(x, *args, **kwargs)
-        draw = Draw(seed, layer.shape, output.dtype, layer.convolution)
-        return output + perturbed_layer(x.to(output.dtype), None, None, row_std, draw)
+        # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.
+        dtype = _compute_dtype(x.device, output.dtype)
+        draw = Draw(seed, layer.shape, dtype, layer.convolution)
+        return output + perturbed_layer(x.to(dtype), None, None, row_std, draw).to(output.dtype)
 
     def _stds(self, layers: Iterable[AdaptedLayer], sigma: float) -> dict[str, Tensor]:
         """Standard deviation of each row of eps by layer, (m,) fp32: sigma / sqrt(n) * ||W'_i||."""
@@ -235,9 +237,9 @@ def _full_precision() -> Iterator[None]:
         yield
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def _compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of autocast on `device`, or `otherwise` without autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
 def _checked_sigma(sigma: float) -> float:

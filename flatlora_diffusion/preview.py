@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from flatlora_diffusion.dataset import load_samples
-from flatlora_diffusion.evaluation import Probe, fixed_probe, probe_loss
+from flatlora_diffusion.evaluation import Probe, fixed_probe, probe_loss, with_prompts
 from flatlora_diffusion.generate import evaluating, generate_images
-from flatlora_diffusion.loss import Objective
+from flatlora_diffusion.loss import Objective, is_edm_scheduler
 from flatlora_diffusion.pictures import read_pictures
 from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.tokens import with_new_tokens
@@ -30,12 +31,17 @@ class Previews:
         run = state.config.run
         self._pictures = read_pictures(run)
         self._probe: Probe | None = None
+        self._captions: list[str] = []
         if run.validation_data_dir is not None:
             data = state.config.data
             found = load_samples(Path(run.validation_data_dir), data.instance_prompt)
+            self._captions = [with_new_tokens(sample.caption, state.tokens) for sample in found.samples]
+            samples = [
+                replace(one, caption=caption) for one, caption in zip(found.samples, self._captions, strict=True)
+            ]
             with ready(state.sdxl):
                 self._probe = fixed_probe(
-                    state.sdxl, found.samples, state.feed.resolution, seed=0, background=data.background_color
+                    state.sdxl, samples, state.feed.resolution, seed=0, background=data.background_color
                 )
 
     def make(self, name: str, step: int) -> None:
@@ -51,7 +57,11 @@ class Previews:
                 files.append(path.name)
             state.run.add_event({"event": "preview", "step": step, "images": files})
         if self._probe is not None:
-            loss = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), self._probe)
+            if state.config.trains_text:  # each preview has encoders of its own
+                with ready(state.sdxl):
+                    self._probe = with_prompts(self._probe, state.sdxl, self._captions)
+            scheduler = state.sdxl.scheduler
+            loss = probe_loss(state.sdxl.unet, Objective(scheduler, edm=is_edm_scheduler(scheduler)), self._probe)
             state.run.add_event({"event": "validation", "step": step, "loss": loss})
             state.accelerator.log({"validation_loss": loss}, step=step)
             logger.info("validation loss after %d steps: %.4f", step, loss)

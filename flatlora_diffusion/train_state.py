@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter import add_lora, add_text_lora, trainable_parameters
 from flatlora_diffusion.config import ConfigError, TrainConfig
@@ -57,6 +58,7 @@ class TrainState:
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
+    skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
     draws: str = ""  # the hash of what the last step drew, its eps apart
 
 
@@ -75,7 +77,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     accelerator = _accelerator(config)
     check_distribution(accelerator.distributed_type)
     config = seeded(config).replace(mixed_precision=accelerator.mixed_precision)
-    _set_backends(config)
+    set_backends(config)
     dtype = DTYPES[str(config.optim.mixed_precision)]
     # With --offload the UNet comes last, so that it need not share the device with the encoding of the images.
     is_unet_last = config.model.offload and config.model.quantize_base is None
@@ -90,7 +92,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     config = feed.config = _with_steps(config, feed)
     total_steps = int(config.optim.max_train_steps or 0)
     if config.model.offload:
-        _offload(sdxl, config)
+        _offload(sdxl, feed)
         if is_unet_last:
             sdxl.unet.to(device)
     parts = {"unet": sdxl.unet, **{part: getattr(sdxl.pipeline, part) for part in TEXT_PARTS}}
@@ -107,6 +109,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     model: nn.Module = sdxl.unet
     if config.trains_text:
         model = Denoiser(sdxl.unet, [parts[part] for part in TEXT_PARTS], config.model.clip_skip)
+    _keep_base_local(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainState(
         config=config,
@@ -170,12 +173,13 @@ def check_distribution(kind: DistributedType) -> None:
         )
 
 
-def _set_backends(config: TrainConfig) -> None:
+def set_backends(config: TrainConfig) -> None:
+    """Choose the kernels as `config` says: TF32 or not, and with --deterministic an error for any that is not."""
     torch.backends.cuda.matmul.allow_tf32 = config.model.allow_tf32
     if config.optim.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(config.optim.deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(config.optim.deterministic)
 
 
 def _resolved(config: TrainConfig, sdxl: Sdxl) -> TrainConfig:
@@ -223,12 +227,12 @@ def _adapt(sdxl: Sdxl, config: TrainConfig) -> dict[str, list[str]]:
     return tokens
 
 
-def _offload(sdxl: Sdxl, config: TrainConfig) -> None:
+def _offload(sdxl: Sdxl, feed: Feed) -> None:
     """Move to the CPU what the steps do not need: all outputs of it are cached."""
-    if not config.trains_text:
+    if not feed.config.trains_text:
         for part in TEXT_PARTS:
             getattr(sdxl.pipeline, part).to("cpu")
-    if config.data.cache_latents:
+    if not feed.needs_vae:
         sdxl.vae.to("cpu")
 
 
@@ -255,6 +259,12 @@ def _objective(config: TrainConfig, sdxl: Sdxl) -> Objective:
         snr_gamma=objective.snr_gamma,
         noise_offset=objective.noise_offset,
     )
+
+
+def _keep_base_local(model: nn.Module) -> None:
+    """Have DDP send no frozen weights: every process has loaded the same ones, and torchao's cannot be sent."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def _flats(config: TrainConfig, parts: dict[str, Any], total_steps: int) -> list[FlatLora]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,10 +31,12 @@ from flatlora_diffusion.result import finish
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.seeds import derive_seed, generator
 from flatlora_diffusion.stopping import Stopping
-from flatlora_diffusion.train_state import TrainState, averaged, prepare, seeded
+from flatlora_diffusion.train_state import TrainState, averaged, prepare, seeded, set_backends
 from flatlora_diffusion.training_set import load_training_set
 
 logger = logging.getLogger(__name__)
+
+MOST_SKIPPED_STEPS = 20  # each halves the scale of fp16, which begins at 2^16: below 1 it is not what overflows
 
 
 def train(config: TrainConfig) -> Path:
@@ -53,33 +56,28 @@ def train(config: TrainConfig) -> Path:
     found = load_training_set(config.data)
     logger.info(found.summary)
     config = seeded(config)
-    if torch.cuda.is_available():
-        from flatlora_diffusion.memory import preflight_lines  # slow to import, and of no use on a CPU
-
-        logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info()[0])))
-    state = prepare(config, found.samples, load_class_samples(config))
+    _tell_memory(config)
+    set_backends(config)  # before the first kernel, and for the class images too
+    state = None
     try:
-        first = start(state) if checkpoint is None else restore(state, checkpoint)
-        _loop(state, first)
-        return finish(state)
+        state = prepare(config, found.samples, load_class_samples(config))
+        return _trained(state, checkpoint)
     except torch.OutOfMemoryError as error:
         from flatlora_diffusion.memory import out_of_memory_text  # slow to import, and needed only here
 
-        raise RunError(out_of_memory_text(state.config)) from error
-    except OSError as error:
-        kept = state.run.checkpoints()
-        last = f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was saved yet"
-        raise RunError(f"the run folder cannot be written: {error.strerror or error}; {last}") from error
-    finally:
-        for flat in state.flats:
-            flat.detach()
-        state.accelerator.end_training()
+        raise RunError(out_of_memory_text(config if state is None else state.config)) from error
+    except RuntimeError as error:
+        operation, is_found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not is_found:
+            raise
+        raise RunError(f"{operation} has no deterministic kernel on this device; leave --deterministic out") from error
 
 
 def train_step(state: TrainState, step: int) -> float:
     """Do optimizer step `step` and return the mean loss of its micro-batches.
 
-    Raises RunError, with the weights as they were, for a loss or a gradient that is not finite.
+    Raises RunError, with the weights as they were, for a loss or a gradient that is not finite; with the scaler of
+    fp16 for the gradients of 20 steps in a row.
     """
     accelerator = state.accelerator
     accumulation = state.config.optim.gradient_accumulation_steps
@@ -105,12 +103,45 @@ def train_step(state: TrainState, step: int) -> float:
     if not math.isfinite(gradient) and accelerator.scaler is None:
         raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
     state.optimizer.step()
+    state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
+    if state.skipped_steps == MOST_SKIPPED_STEPS:
+        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
     state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.step(state.trainable.values())
     state.draws = draws.hexdigest()
     return value
+
+
+def _tell_memory(config: TrainConfig) -> None:
+    """Log what the run needs of a GPU's memory and what is free; the run goes on without it when that fails."""
+    process = PartialState()  # chooses this process's GPU: before, CUDA would start on the first one
+    device = process.device
+    if device.type != "cuda" or not process.is_main_process:
+        return
+    from flatlora_diffusion.memory import preflight_lines  # slow to import, and of no use on a CPU
+
+    try:
+        logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info(device)[0])))
+    except Exception as error:  # it is told for information alone
+        logger.warning("the memory that the run needs could not be estimated: %s", error)
+
+
+def _trained(state: TrainState, checkpoint: str | None) -> Path:
+    """The LoRA file of the whole run, or of what is left of it after `checkpoint`."""
+    try:
+        first = start(state) if checkpoint is None else restore(state, checkpoint)
+        _loop(state, first)
+        return finish(state)
+    except OSError as error:
+        kept = state.run.checkpoints()
+        last = f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was saved yet"
+        raise RunError(f"the run folder cannot be written: {error.strerror or error}; {last}") from error
+    finally:
+        for flat in state.flats:
+            flat.detach()
+        state.accelerator.end_training()
 
 
 def _loop(state: TrainState, first: int) -> None:
@@ -205,7 +236,8 @@ def _dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
     if state.config.adapter.lora_dropout == 0:
         yield
         return
-    with torch.random.fork_rng():
+    device = state.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
         yield
 

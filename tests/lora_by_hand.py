@@ -14,6 +14,16 @@ from flatlora_diffusion import FlatLora
 WRAPPER_PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
 
 
+class WithoutFloat64(Tensor):
+    """A tensor of a device that has no float64, such as MPS."""
+
+    def double(self, *_: Any, **__: Any) -> Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    def cpu(self, *_: Any, **__: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Every PEFT LoRA layer by its module path without the wrappers' prefixes; found without the code under test."""
     return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

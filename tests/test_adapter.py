@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,18 @@ def test_all_attention_projections_are_adapted_and_nothing_else_is_trained(base:
     parameters = trainable_parameters(unet)
     assert len(parameters) == 2 * len(expected)
     assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in parameters.items())
+
+
+def test_the_initialization_keeps_the_state_of_no_gpu_and_the_cpu_s(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Any = []
+    real = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), real(devices))[1])
+    before = torch.get_rng_state()
+    add_lora(load(base).unet, AdapterConfig(rank=3), seed=0)
+    assert asked == [[]]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_initialization_is_a_function_of_the_seed_with_b_zero(base: Path) -> None:

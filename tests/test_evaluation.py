@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_by_hand import WithoutFloat64
 
+from flatlora_diffusion import evaluation
 from flatlora_diffusion.adapter import add_lora, lora_layers
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.dataset import load_samples
@@ -47,6 +49,15 @@ def test_probe_loss_is_repeatable_and_ignores_dropout_and_batching(sdxl: Sdxl, p
     assert sdxl.unet.training, "the mode was not put back"
     sdxl.unet.disable_adapters()
     assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) != pytest.approx(first, rel=1e-4)
+
+
+def test_losses_are_averaged_on_a_device_without_float64(
+    sdxl: Sdxl, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe)
+    real = evaluation.sample_losses
+    monkeypatch.setattr(evaluation, "sample_losses", lambda *args: real(*args).as_subclass(WithoutFloat64))
+    assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) == expected
 
 
 def test_loss_rise_is_zero_without_noise_and_grows_with_sigma(sdxl: Sdxl, probe: Probe) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
+from flatlora_diffusion import trainer
 from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.applied_lora import embeddings_beside
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
@@ -22,8 +28,10 @@ from flatlora_diffusion.evaluation import fixed_probe, probe_loss
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.lora_update import difference, lora_updates, magnitudes, norm
 from flatlora_diffusion.loss import Objective, sample_losses
+from flatlora_diffusion.preview import Previews, ready
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.tokens import with_new_tokens
 from flatlora_diffusion.train_state import TrainState, check_distribution, prepare
 from flatlora_diffusion.trainer import train, train_step
 
@@ -506,7 +514,10 @@ def test_a_base_with_an_edm_scheduler_is_trained_with_its_own_objective(
     edm = config.replace(pretrained_model_name_or_path=str(folder), validation_prompt="x", num_validation_images=1)
     state = prepare(edm, samples_of(config))
     assert state.objective.edm
-    train(edm)
+    path = train(edm.replace(validation_data_dir=config.data.instance_data_dir))
+    losses = [event["loss"] for event in RunDir(path.parent).events() if event["event"] == "validation"]
+    probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
+    assert losses[0] == pytest.approx(probe_loss(state.sdxl.unet, state.objective, probe))
     with pytest.raises(ConfigError, match="--snr_gamma does not fit this base"):
         train(edm.replace(snr_gamma=5.0))
 
@@ -521,10 +532,40 @@ def test_heldout_loss_is_logged_with_the_previews(config: TrainConfig, icons: Pa
     assert events[-1]["loss"] != events[0]["loss"]
 
 
+@pytest.mark.parametrize("trained_text", ["train_text_encoder", "train_text_encoder_ti"])
+def test_heldout_loss_is_that_of_the_trained_text_encoders(config: TrainConfig, trained_text: str) -> None:
+    config = config.replace(**{trained_text: True}, token_abstraction="icon", text_encoder_lr=1.0)
+    state = prepare(config.replace(validation_data_dir=config.data.instance_data_dir), samples_of(config))
+    samples = [replace(one, caption=with_new_tokens(one.caption, state.tokens)) for one in samples_of(config)]
+    assert any("<s0><s1>" in one.caption for one in samples) is (trained_text == "train_text_encoder_ti")
+    state.run.folder.mkdir()
+    previews = Previews(state)
+    for step in range(2):
+        with ready(state.sdxl):
+            probe = fixed_probe(state.sdxl, samples, 32, seed=0)
+        expected = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe)
+        previews.make("now", step)
+        assert state.run.events()[-1]["loss"] == pytest.approx(expected, rel=1e-6)
+        train_step(state, step)
+
+
 def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
     state = prepare(config, samples_of(config))
     assert isinstance(state.sdxl, Sdxl)
     assert not any(p.requires_grad for p in state.sdxl.vae.parameters())
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_offload_leaves_the_vae_where_class_images_are_still_to_be_encoded(
+    config: TrainConfig, icons: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool
+) -> None:
+    moves: Any = []
+    plain = AutoencoderKL.to
+    monkeypatch.setattr(AutoencoderKL, "to", lambda vae, *to, **rest: (moves.append(to), plain(vae, *to, **rest))[1])
+    prior = {"with_prior_preservation": True, "class_data_dir": str(icons), "class_prompt": "an icon"}
+    settings = {"cache_latents": True, "offload": True, "use_aspect_ratio_buckets": buckets, **prior}
+    prepare(config.replace(**settings), samples_of(config), samples_of(config))
+    assert (("cpu",) in moves) is not buckets
 
 
 # What stops a run, in the user's words
@@ -537,6 +578,76 @@ def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch
     monkeypatch.setattr("flatlora_diffusion.trainer.train_step", full)
     with pytest.raises(RunError, match=r"out of memory; these settings need about[\s\S]*--mixed_precision bf16 saves"):
         train(config)
+
+
+@pytest.mark.parametrize(("is_main", "fails"), [(True, False), (True, True), (False, False)])
+def test_the_first_process_tells_the_memory_of_its_own_gpu_and_goes_on_if_it_cannot(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any, is_main: bool, fails: bool
+) -> None:
+    gpu, asked = torch.device("cuda", 3), []
+
+    def free_and_all(device: Any) -> tuple[int, int]:
+        asked.append(device)
+        if fails:
+            raise RuntimeError("no driver")
+        return 7 * 2**30, 8 * 2**30
+
+    monkeypatch.setattr(trainer, "PartialState", lambda: SimpleNamespace(device=gpu, is_main_process=is_main))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_all)
+    with caplog.at_level("INFO"):
+        assert train(config.replace(max_train_steps=1)).is_file()
+    assert asked == ([gpu] if is_main else [])
+    assert ("7.0 GiB free" in caplog.text) is (is_main and not fails)
+    assert ("could not be estimated: no driver" in caplog.text) is fails
+
+
+@pytest.mark.parametrize("stage", ["prepare", "load_class_samples"])
+def test_out_of_memory_before_the_first_step_ends_alike(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"flatlora_diffusion.trainer.{stage}", full)
+    with pytest.raises(RunError, match="out of memory; these settings need about"):
+        train(config)
+
+
+@pytest.fixture
+def restored_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The choice of kernels is the whole process's."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("restored_kernels")
+def test_deterministic_refuses_an_operation_that_is_not(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> None:
+        torch.empty(1).put_(torch.tensor([0]), torch.ones(1))  # without an order of its own on any device
+
+    monkeypatch.setattr("flatlora_diffusion.trainer.train_step", step)
+    with pytest.raises(
+        RunError, match=r"^put_ has no deterministic kernel on this device; leave --deterministic out$"
+    ):
+        train(config.replace(deterministic=True))
+
+
+@pytest.mark.usefixtures("restored_kernels")
+def test_class_images_are_drawn_with_deterministic_kernels_too(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[bool, str | None]] = []
+
+    def load(_: TrainConfig) -> list[Any]:
+        found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return []
+
+    monkeypatch.setattr("flatlora_diffusion.trainer.load_class_samples", load)
+    train(config.replace(deterministic=True))
+    assert found == [(True, ":4096:8")]
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @pytest.mark.parametrize(
@@ -557,6 +668,18 @@ def test_launchers_that_shard_the_base_are_refused() -> None:
             check_distribution(kind)
     check_distribution(DistributedType.MULTI_GPU)
     check_distribution(DistributedType.NO)
+
+
+def test_several_processes_send_no_weights_of_a_quantized_base(config: TrainConfig) -> None:
+    pytest.importorskip("torchao")
+    state = prepare(config.replace(quantize_base="torchao-int8"), samples_of(config))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        state.model = DistributedDataParallel(state.model)
+        train_step(state, step=0)
+    finally:
+        distributed.destroy_process_group()
+    assert all(parameter.any() for name, parameter in state.trainable.items() if "lora_B" in name), "nothing learned"
 
 
 def test_optional_optimizers_name_their_package(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

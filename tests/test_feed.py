@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from flatlora_diffusion import feed as feed_module
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.feed import Feed
@@ -31,6 +33,22 @@ def make_feed_of_one_picture(sdxl: Sdxl, icons: Path, names: Sequence[str], **se
     values = {"seed": 0, "resolution": 32, "train_batch_size": len(names), **settings}
     picture = load_samples(icons).samples[0]
     return Feed(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("class_images", [0, 2])
+def test_a_feed_needs_the_vae_when_a_batch_is_encoded(
+    sdxl: Sdxl, icons: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool, cached: bool, class_images: int
+) -> None:
+    settings = {"cache_latents": cached, "use_aspect_ratio_buckets": buckets, "resolution": 32, "seed": 0}
+    samples = load_samples(icons).samples
+    feed = Feed(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
+    encoded: Any = []
+    real = feed_module.posterior
+    monkeypatch.setattr(feed_module, "posterior", lambda vae, pixels: (encoded.append(pixels), real(vae, pixels))[1])
+    feed.batch(0, 0)
+    assert feed.needs_vae is bool(encoded)
 
 
 def test_each_epoch_shows_each_image_once(sdxl: Sdxl, icons: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from lora_by_hand import lora_layers
+from lora_by_hand import WithoutFloat64, lora_layers
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
+from flatlora_diffusion import lora_update
 from flatlora_diffusion.lora_update import (
     Update,
     balanced,
@@ -112,6 +113,19 @@ def test_a_dora_becomes_a_plain_lora_that_has_what_is_missed_counted(base: Path)
         size += float(change.square().sum())
     assert kinds == {2, 4}
     assert missed == pytest.approx((wrong / size) ** 0.5, abs=1e-5)
+
+
+def test_a_dora_is_folded_on_a_device_without_float64(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, _ = adapted(base, r=2, lora_alpha=4, use_dora=True)
+    move(unet)
+    expected, missed = plain_updates(Pipeline(unet))
+    real = lora_update._dora_change
+    monkeypatch.setattr(lora_update, "_dora_change", lambda layer: real(layer).as_subclass(WithoutFloat64))
+    found, found_missed = plain_updates(Pipeline(unet))
+    assert found_missed == missed
+    for name, update in found["unet"].items():
+        assert type(update.up) is Tensor
+        assert torch.equal(update.up, expected["unet"][name].up)
 
 
 def test_a_plain_lora_is_itself(base: Path) -> None:

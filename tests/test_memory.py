@@ -210,6 +210,15 @@ def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainC
     assert estimate_memory(config.replace(offload=True, train_text_encoder=True)).text_encoders > 0
 
 
+def test_class_images_of_many_sizes_keep_the_vae_on_the_device(config: TrainConfig) -> None:
+    prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
+    config = config.replace(cache_latents=True, offload=True, **prior)
+    square, buckets = (estimate_memory(config.replace(use_aspect_ratio_buckets=on)) for on in (False, True))
+    assert (square.vae, square.vae < buckets.vae) == (0, True)
+    assert square.encoding < buckets.encoding
+    assert buckets.vae == estimate_memory(config.replace(cache_latents=False)).vae
+
+
 def test_previews_count_only_when_they_are_made(config: TrainConfig) -> None:
     assert estimate_memory(config).previews == 0
     assert estimate_memory(config.replace(validation_prompt="an icon")).previews > drawn_weights(config)

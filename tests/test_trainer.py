@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.run_dir import RunDir
-from flatlora_diffusion.train_state import prepare
+from flatlora_diffusion.train_state import TrainState, prepare
 from flatlora_diffusion.trainer import train, train_step
 
 
@@ -212,16 +213,52 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
 
 
-def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: TrainConfig) -> None:
+def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.GradScaler]:
+    """A state whose gradients are scaled as for fp16 on a GPU."""
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
-    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as for fp16 on a GPU
+    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     state.optimizer = AcceleratedOptimizer(state.optimizer.optimizer, scaler=scaler)
     scaler.scale(torch.ones(()))  # it gets its state on first use
+    return state, scaler
+
+
+def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: TrainConfig) -> None:
+    state, scaler = prepared_with_a_scaler(config)
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
     train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
     assert scaler.get_scale() == 2.0
+
+
+def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainConfig) -> None:
+    state, _ = prepared_with_a_scaler(config)
+    state.config = state.config.replace(mixed_precision="fp16")
+    overflows = True
+    first = next(iter(state.trainable.values()))
+    first.register_hook(lambda gradient: gradient.fill_(float("inf")) if overflows else gradient)
+    for step in range(19):
+        train_step(state, step)
+    overflows = False
+    train_step(state, 19)  # one that counts begins the count anew
+    overflows = True
+    for step in range(20, 39):
+        train_step(state, step)
+    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* use --mixed_precision bf16"):
+        train_step(state, 39)
+
+
+@pytest.mark.parametrize(("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_dropout_keeps_the_state_of_no_other_device(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, device: str, forked: list[torch.device]
+) -> None:
+    state = prepare(config.replace(lora_dropout=0.1), load_samples(Path(str(config.data.instance_data_dir))).samples)
+    asked: Any = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), nullcontext())[1])
+    monkeypatch.setattr(type(state.accelerator), "device", torch.device(device))
+    with trainer._dropout_draws(state, step=0, slot=0):
+        pass
+    assert asked == [forked]
 
 
 def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainConfig, tmp_path: Path) -> None:

@@ -169,3 +169,21 @@ def test_norms_leave_a_half_precision_bias_as_it_is(kind: str) -> None:
     flat = FlatLora(model, schedule="constant")
     assert (flat.filter_norms("layer") > 0).all()
     assert flat.layers["layer"].get_base_layer().bias.dtype == torch.bfloat16
+
+
+def test_fp32_inputs_under_autocast_are_computed_and_differentiated_in_its_precision(kind: str) -> None:
+    """CUDA's autocast runs LayerNorm in fp32, so the query's layer sees fp32; backward runs outside of autocast."""
+    model: Any = nn.ModuleDict({"layer": quantize(nn.Linear(24, 32).requires_grad_(False), kind)})
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    inject_adapter_in_model(Adapter().config(("layer",)), model)
+    randomize_adapters(model)
+    flat = FlatLora(model, schedule="constant")
+    x = torch.randn(4, 24, requires_grad=True)
+    with flat.perturb(step=0):
+        exact = model["layer"](x)
+        (expected,) = torch.autograd.grad(exact.square().sum(), x)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model["layer"](x)
+        (found,) = torch.autograd.grad(output.float().square().sum(), x)
+    torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.05)
+    assert distance({"x": found}, {"x": expected}) < 0.05
