@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from flatlora_diffusion.config import TrainConfig
@@ -21,13 +22,18 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def this_process() -> PartialState:
+    """This process among those of the launcher, on its device: on the CPU if accelerate was told so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # Accelerator looks, PartialState does not
+
+
 def load_class_samples(config: TrainConfig) -> list[Sample]:
     """The class images, the missing ones generated first; empty without prior preservation. Needs a seed."""
     data = config.data
     if not data.with_prior_preservation:
         return []
     folder = Path(str(data.class_data_dir))
-    processes = PartialState()
+    processes = this_process()
     if processes.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         present = len(find_images(folder)[0])

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter import add_lora, add_text_lora, trainable_parameters
+from flatlora_diffusion.class_images import this_process
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.denoiser import Denoiser
@@ -66,7 +67,7 @@ def seeded(config: TrainConfig) -> TrainConfig:
     """`config` with a seed: its own, or one from the operating system, the same on all processes."""
     if config.run.seed is not None:
         return config
-    PartialState()  # starts the process group that the broadcast needs
+    this_process()  # starts the process group that the broadcast needs
     (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
     logger.info("seed %d", seed)
     return config.replace(seed=seed)

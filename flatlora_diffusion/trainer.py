@@ -16,12 +16,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.checkpoint import restore, save_checkpoint, start
-from flatlora_diffusion.class_images import load_class_samples
+from flatlora_diffusion.class_images import load_class_samples, this_process
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.fingerprint import DrawHash
 from flatlora_diffusion.hub import hub_repository
@@ -116,7 +115,7 @@ def train_step(state: TrainState, step: int) -> float:
 
 def _tell_memory(config: TrainConfig) -> None:
     """Log what the run needs of a GPU's memory and what is free; the run goes on without it when that fails."""
-    process = PartialState()  # chooses this process's GPU: before, CUDA would start on the first one
+    process = this_process()  # chooses this process's GPU: before, CUDA would start on the first one
     device = process.device
     if device.type != "cuda" or not process.is_main_process:
         return

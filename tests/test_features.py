@@ -592,7 +592,7 @@ def test_the_first_process_tells_the_memory_of_its_own_gpu_and_goes_on_if_it_can
             raise RuntimeError("no driver")
         return 7 * 2**30, 8 * 2**30
 
-    monkeypatch.setattr(trainer, "PartialState", lambda: SimpleNamespace(device=gpu, is_main_process=is_main))
+    monkeypatch.setattr(trainer, "this_process", lambda: SimpleNamespace(device=gpu, is_main_process=is_main))
     monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_all)
     with caplog.at_level("INFO"):
         assert train(config.replace(max_train_steps=1)).is_file()

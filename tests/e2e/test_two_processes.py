@@ -94,3 +94,17 @@ def test_two_processes_save_and_resume(arguments: list[str], tmp_path: Path) -> 
     steps = [event["step"] for event in RunDir(tmp_path / "run").events() if event["event"] == "step"]
     assert steps == [0, 1, 2, 2]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: list[str], tmp_path: Path) -> None:
+    drawn = [argument for argument in arguments if not argument.startswith("--seed")]
+    two = launch(2, *drawn, f"--output_dir={tmp_path / 'two'}")
+    assert two.returncode == 0, two.stderr
+    seed = json.loads((tmp_path / "two" / "config.json").read_text())["seed"]
+    again = launch(2, *drawn, f"--seed={seed}", f"--output_dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    a, b = load_file(tmp_path / "two" / LORA_FILE), load_file(tmp_path / "again" / LORA_FILE)
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    steps = [event["step"] for event in RunDir(tmp_path / "two").events() if event["event"] == "step"]
+    assert steps == [0, 1, 2], "each process trained a run of its own"
