@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from PIL import Image
 
 from app.compare_export import difference
+from app.compare_tab import refresh
 from app.compare_view import BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
 from app.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.context import make_context
@@ -108,6 +110,15 @@ def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:
         view.context.runs.store.change_job(job.id, "queued", state="failed", error="the disk is full", exit_code=1)
     assert "the disk is full. Press Draw to try again" in view.show(FORM).status
     assert len(view.draw(FORM, "me")) == 1
+
+
+def test_what_is_shown_already_is_not_sent_again(view: CompareView) -> None:
+    values = list(vars(FORM).values())
+    *first, shown = refresh(view, None, *values)
+    assert gr.skip() not in first
+    assert refresh(view, shown, *values) == (*[gr.skip()] * 5, shown)
+    grid, status, *_, stop, _ = refresh(view, replace(shown, status="", is_drawing=True), *values)
+    assert (grid, status, stop) == (gr.skip(), first[1], gr.update(visible=False))
 
 
 def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:

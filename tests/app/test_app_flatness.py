@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
 from app.context import make_context
@@ -78,8 +79,13 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
 
 def test_it_waits_its_turn_behind_a_job(view: FlatnessView) -> None:
     view.context.queue.add_command("generate", ["generate", "--help"], "you")
+    _, _, _, stop, known, told_of = refresh(view, None, [], None, "")
+    assert stop == gr.update(visible=False)
     view.measure(PAIR, QUICK, "me")
     assert "Waits for another job; one runs at a time." in view.status()
+    runs, results, _, stop, known, told_of = refresh(view, known, PAIR, None, told_of)
+    assert (runs, results, stop) == (gr.skip(), gr.skip(), gr.update(visible=True))
+    assert refresh(view, known, PAIR, None, told_of)[:4] == (gr.skip(),) * 4  # left alone
     view.stop()
     assert view.open_job() is None
     assert view.status() == ""

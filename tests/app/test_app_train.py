@@ -49,14 +49,16 @@ def test_curves_have_their_methods_colours_and_are_hidden_without_a_loss(context
 
 
 def test_before_the_first_step_a_sentence_stands_for_the_curve(context: AppContext) -> None:
-    cards, _, curves, no_loss, previews, log, *_ = live(context, None, "")
+    cards, _, curves, no_loss, previews, log, *_ = live(context, None, None)
     assert "Nothing has been trained here yet" in cards
     assert (curves.visible, no_loss.visible, previews.visible, log.visible) == (False, False, False, False)
     session, _ = load_samples_icons(context, "")
     form = ConfigForm()
     start(context, form, session, "two", BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
-    _, chosen, curves, no_loss, *_ = live(context, None, "")
+    _, chosen, curves, no_loss, *rest, seen = live(context, None, None)
     assert (len(chosen.choices), curves.visible, no_loss.visible) == (2, False, True)
+    assert [button.interactive for button in rest[-3:]] == [True, False, False]
+    assert live(context, None, seen)[1:] == (*[gr.skip()] * 8, seen)  # left alone
 
 
 def test_the_log_has_the_trainings_own_lines_only() -> None:

@@ -39,7 +39,7 @@ def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppConte
     assert "23 images, captions 23/23" in summary(context, form, session, BOTH, *values)
     start(context, form, session, "two", BOTH, *values)
     assert [job.run for job in context.queue.jobs("queued")] == ["two-lora", "two-flat-lora"]
-    assert live(context, None, "")[0].count('data-state="queued"') == 2
+    assert live(context, None, None)[0].count('data-state="queued"') == 2
 
 
 def test_a_start_without_images_is_one_sentence(context: AppContext) -> None:

@@ -58,6 +58,31 @@ def test_no_component_is_given_twice_as_an_output(page: gr.Blocks) -> None:
         assert len({part._id for part in one.outputs}) == len(one.outputs), one.name
 
 
+def test_only_the_timer_of_the_tab_in_front_ticks(page: gr.Blocks) -> None:
+    timers = [part for part in page.blocks.values() if isinstance(part, gr.Timer)]
+    assert [timer.active for timer in timers] == [False] * 3
+    tabs = {part.id: part for part in page.blocks.values() if isinstance(part, gr.Tab) and isinstance(part.id, str)}
+    ticking = {}
+    for name, tab in tabs.items():
+        (event,) = [one for one in page.fns.values() if one.outputs == timers and (tab._id, "select") in one.targets]
+        ticking[name] = [change.active for change in event.fn()]
+    assert ticking == {
+        "dataset": [False, False, False],
+        "train": [True, False, False],
+        "compare": [False, True, False],
+        "flatness": [False, False, True],
+        "runs": [False, False, False],
+    }
+
+
+def test_nothing_waits_for_a_change_of_a_dropdown_for_many(page: gr.Blocks) -> None:
+    """It comes without end once the choices were filled in, and keeps the browser busy."""
+    many = {part._id for part in page.blocks.values() if isinstance(part, gr.Dropdown) and part.multiselect}
+    assert len(many) == 2
+    heard = {target for one in page.fns.values() for target in one.targets}
+    assert not heard & {(part, "change") for part in many}
+
+
 def takes_two(request: gr.Request, one: str, *values: str) -> None: ...
 def takes_it_late(one: str, request: gr.Request) -> None: ...
 def takes_it_named(*values: str, request: gr.Request) -> None: ...
