@@ -10,7 +10,9 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from gradio.blocks import BlockFunction
 
+from app import runs_tab
 from app.context import make_context
 from app.settings import AppSettings
 from app.ui import build_app
@@ -73,6 +75,17 @@ def test_only_the_timer_of_the_tab_in_front_ticks(page: gr.Blocks) -> None:
         "flatness": [False, False, True],
         "runs": [False, False, False],
     }
+
+
+def test_the_details_of_a_run_are_shown_anew_with_the_table(page: gr.Blocks) -> None:
+    def is_of(one: BlockFunction, *handlers: Callable[..., Any]) -> bool:
+        return isinstance(one.fn, functools.partial) and one.fn.func in handlers
+
+    after = {one.trigger_after for one in page.fns.values() if is_of(one, runs_tab.details, runs_tab.look_again)}
+    listed = {number: one for number, one in page.fns.items() if is_of(one, runs_tab.refresh, runs_tab.undo)}
+    deleted = next(number for number, one in page.fns.items() if is_of(one, runs_tab.delete))
+    assert {number for number, one in listed.items() if one.trigger_after != deleted} <= after
+    assert len(listed) == 5
 
 
 def test_nothing_waits_for_a_change_of_a_dropdown_for_many(page: gr.Blocks) -> None:
