@@ -7,8 +7,9 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from app.captioning import caption_all
 from app.context import AppContext, make_context
-from app.dataset_tab import caption_all, load_samples_icons, show
+from app.dataset_tab import load_samples_icons, show
 from app.forms import ConfigForm
 from app.settings import AppSettings
 from app.thumbnails import Thumbnails
@@ -29,7 +30,7 @@ def thumbnails(tmp_path: Path) -> Thumbnails:
 def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext, thumbnails: Thumbnails) -> None:
     session, refused = load_samples_icons(context, "")
     caption_all(context, session, "ABC")
-    pictures, rows, count, order, *_ = show(context, thumbnails, session, "white", False, "tiny", "")
+    pictures, rows, count, order, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "")
     assert order == [f"{number:04}.png" for number in range(1, 24)]
     assert (len(pictures), pictures[0][0].size, refused) == (23, (64, 64), "")
     assert rows[0][2] == "a ABC icon of beer mug, in the style of ABC"
