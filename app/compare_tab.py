@@ -97,14 +97,15 @@ def _build_side_by_side(
             prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
         with gr.Column(scale=2, min_width=280):
             rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info="A checkpoint is the LoRA on its way.")
-            strength = gr.Slider(
-                0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
-            )
+            with gr.Column() as one_strength:  # shown and hidden itself, the slider would be made anew as Gradio's own
+                strength = emptiable_slider(
+                    0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
+                )
             strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
             seeds = gr.Textbox("0", label="Seeds", info="Each number starts from other noise: one more picture each.")
     with gr.Accordion("More settings", open=False), gr.Row():
-        steps = gr.Slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
-        guidance = gr.Slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+        steps = emptiable_slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
+        guidance = emptiable_slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
         precision = gr.Dropdown(
             _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
         )
@@ -134,7 +135,7 @@ def _build_side_by_side(
         view.stop(Form(*values))
         return refresh(view, last, *values)
 
-    rows.change(_show_strengths, rows, [strength, strengths], **quiet)
+    rows.change(_show_strengths, rows, [one_strength, strengths], **quiet)
     # Choices are filled in per page, and Gradio would refuse those of a program; the handler checks them itself.
     draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw", preprocess=False)
     stop.click(on_stop, [last, *form], outputs, **quiet)
@@ -149,6 +150,17 @@ def _build_side_by_side(
     timer = gr.Timer(_POLL_SECONDS, active=False)
     timer.tick(on_tick, [known, last, *form], [runs, prompts, seeds, known, *outputs], **quiet)
     return form, timer, known
+
+
+def emptiable_slider(*place: Any, **settings: Any) -> gr.Slider:
+    """A slider whose emptied box is None for the handler, where Gradio's own raises a TypeError.
+
+    No class of its own, since Gradio writes a .pyi file beside the module of every component class.
+    """
+    slider = gr.Slider(*place, **settings)
+    checked = slider.preprocess
+    slider.preprocess = lambda payload: None if payload is None else checked(payload)
+    return slider
 
 
 def _show_strengths(rows: str) -> tuple[Any, Any]:
