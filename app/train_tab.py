@@ -206,7 +206,7 @@ def build_train_tab(
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
     triggers = [method.change, *(item.change for item in form.components)]
     gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
-    preset.input(partial(_apply, form), [preset, *form.components], form.components, show_progress="hidden")
+    preset.input(partial(apply_preset, form), [preset, *form.components], form.components, show_progress="hidden")
     begin.click(partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start")
     watch = {
         "fn": partial(live, context),
@@ -244,9 +244,9 @@ def _place_the_rest(form: ConfigForm) -> None:
                         form.by_name[item].render()
 
 
-def _apply(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
-    with told_on_the_page():
-        return form.write(preset_settings(preset, form.read(values).to_dict()))
+def apply_preset(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
+    """The form with the preset; what it keeps is kept as it is written, a wrong value too."""
+    return form.write(preset_settings(preset, dict(zip(form.by_name, values, strict=True))))
 
 
 def _as_method(config: TrainConfig, method: str) -> TrainConfig:
