@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -75,6 +76,15 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
     assert (choices[1]["value"], choices[1]["visible"]) == (number, True)
     assert refresh(again, choices[4], PAIR, number, "")[1].keys() == {"__type__"}  # left alone
     assert show(again, number)[0] == result.charts
+
+
+def test_a_fair_pair_is_chosen_before_a_newer_run(view: FlatnessView) -> None:
+    runs = view.context.runs.folder
+    shutil.copytree(runs / "icons-flat-lora", runs / "newer")
+    for file in (runs / "newer").rglob("*"):
+        os.utime(file)
+    assert view.runs()[0][1] == "newer"
+    assert view.newest() == PAIR
 
 
 def test_it_waits_its_turn_behind_a_job(view: FlatnessView) -> None:
