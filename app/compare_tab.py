@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
 
@@ -26,14 +27,18 @@ _VOTER_KEY = "flatlora-voter"
 _SECRET = "flatlora"  # the voter's number is no secret, but without one Gradio makes it unreadable at each start
 
 
-def build_compare_tab(context: AppContext) -> None:
-    """Build the tab into the Blocks that is open."""
+def build_compare_tab(context: AppContext, load: Callable[..., Any]) -> gr.Timer:
+    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+
+    `load`: the page's load event.
+    """
     view = CompareView(context)
     with gr.Tabs():
         with gr.Tab("Side by side"):
-            form = _build_side_by_side(view)
+            form, timer, known = _build_side_by_side(view, load)
         with gr.Tab("Blind vote"):
-            _build_vote(VoteView(view), view, form)
+            _build_vote(view, form, known, load)
+    return timer
 
 
 def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -> tuple[Any, ...]:
@@ -41,12 +46,12 @@ def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -
     try:
         view.draw(Form(*values), session, goes_first)
     except ConfigError as error:
-        return (*_outputs(view.show(Form(*values)), "")[:1], wrong(str(error)), *([gr.skip()] * 4))
-    return refresh(view, "", *values)
+        return _outputs(replace(view.show(Form(*values)), status=wrong(str(error))), None)
+    return refresh(view, None, *values)
 
 
-def refresh(view: CompareView, last: str, *values: Any) -> tuple[Any, ...]:
-    """(grid, status, PNG, HTML, stop button, the grid's HTML); a grid that is still the same is left alone."""
+def refresh(view: CompareView, last: Shown | None, *values: Any) -> tuple[Any, ...]:
+    """(grid, status, PNG, HTML, stop button, what is shown); what is still as in `last` is left alone."""
     return _outputs(view.show(Form(*values)), last)
 
 
@@ -67,16 +72,20 @@ def run_choices(arms: list[Arm]) -> list[tuple[str, str]]:
     return [(f"{arm.name} · {arm.title}", arm.id) for arm in arms]
 
 
-def _outputs(shown: Shown, last: str) -> tuple[Any, ...]:
+def _outputs(shown: Shown, last: Shown | None) -> tuple[Any, ...]:
     files = [gr.update(value=file and str(file), interactive=file is not None) for file in (shown.picture, shown.page)]
-    grid = gr.skip() if shown.grid == last else shown.grid
-    return grid, shown.status, *files, gr.update(visible=shown.is_drawing), shown.grid
+    outputs = (shown.grid, shown.status, *files, gr.update(visible=shown.is_drawing))
+    if last is not None:
+        is_same = [now == before for now, before in zip(astuple(shown), astuple(last), strict=True)]
+        outputs = tuple(gr.skip() if same else one for same, one in zip(is_same, outputs, strict=True))
+    return *outputs, shown
 
 
-def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
-    """The form's components in the order of `Form`."""
-    known = gr.State(None)
-    last = gr.State("")
+def _build_side_by_side(
+    view: CompareView, load: Callable[..., Any]
+) -> tuple[list[gr.components.Component], gr.Timer, gr.State]:
+    """The form's components in the order of `Form`, the timer of the tab, and the runs that can be chosen."""
+    known, last = gr.State(None), gr.State(None)
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
             runs = gr.Dropdown(
@@ -88,14 +97,15 @@ def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
             prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
         with gr.Column(scale=2, min_width=280):
             rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info="A checkpoint is the LoRA on its way.")
-            strength = gr.Slider(
-                0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
-            )
+            with gr.Column() as one_strength:  # shown and hidden itself, the slider would be made anew as Gradio's own
+                strength = emptiable_slider(
+                    0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
+                )
             strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
             seeds = gr.Textbox("0", label="Seeds", info="Each number starts from other noise: one more picture each.")
     with gr.Accordion("More settings", open=False), gr.Row():
-        steps = gr.Slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
-        guidance = gr.Slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+        steps = emptiable_slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
+        guidance = emptiable_slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
         precision = gr.Dropdown(
             _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
         )
@@ -121,20 +131,36 @@ def _build_side_by_side(view: CompareView) -> list[gr.components.Component]:
     def on_draw(request: gr.Request, goes_first: bool, *values: Any) -> tuple[Any, ...]:
         return draw(view, goes_first, *values, session=request.session_hash or "")
 
-    def on_stop(last: str, *values: Any) -> tuple[Any, ...]:
+    def on_stop(last: Shown | None, *values: Any) -> tuple[Any, ...]:
         view.stop(Form(*values))
         return refresh(view, last, *values)
 
-    rows.change(_show_strengths, rows, [strength, strengths], **quiet)
+    rows.change(_show_strengths, rows, [one_strength, strengths], **quiet)
     # Choices are filled in per page, and Gradio would refuse those of a program; the handler checks them itself.
     draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw", preprocess=False)
     stop.click(on_stop, [last, *form], outputs, **quiet)
-    gr.on(None, partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
-    gr.on([one.change for one in form], partial(refresh, view), [last, *form], outputs, **quiet)
-    timer = gr.Timer(_POLL_SECONDS)
-    timer.tick(partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
-    timer.tick(partial(refresh, view), [last, *form], outputs, **quiet)
-    return form
+
+    def on_tick(known: list[str] | None, last: Shown | None, *values: Any) -> tuple[Any, ...]:
+        return *choices(view, known, values[0], values[1]), *refresh(view, last, *values)
+
+    load(partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
+    # A dropdown for many fires `change` without end once its choices were filled in; `input` is the user's own.
+    changed = [known.change, runs.input, *(one.change for one in form if one is not runs)]
+    gr.on(changed, partial(refresh, view), [last, *form], outputs, **quiet)
+    timer = gr.Timer(_POLL_SECONDS, active=False)
+    timer.tick(on_tick, [known, last, *form], [runs, prompts, seeds, known, *outputs], **quiet)
+    return form, timer, known
+
+
+def emptiable_slider(*place: Any, **settings: Any) -> gr.Slider:
+    """A slider whose emptied box is None for the handler, where Gradio's own raises a TypeError.
+
+    No class of its own, since Gradio writes a .pyi file beside the module of every component class.
+    """
+    slider = gr.Slider(*place, **settings)
+    checked = slider.preprocess
+    slider.preprocess = lambda payload: None if payload is None else checked(payload)
+    return slider
 
 
 def _show_strengths(rows: str) -> tuple[Any, Any]:
@@ -142,7 +168,10 @@ def _show_strengths(rows: str) -> tuple[Any, Any]:
     return gr.update(visible=not is_several), gr.update(visible=is_several)
 
 
-def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Component]) -> None:
+def _build_vote(
+    view: CompareView, form: list[gr.components.Component], known: gr.State, load: Callable[..., Any]
+) -> None:
+    votes = VoteView(view)
     ballot = gr.State(None)
     voter = gr.BrowserState("", storage_key=_VOTER_KEY, secret=_SECRET)
     with gr.Row():
@@ -182,8 +211,8 @@ def _build_vote(votes: VoteView, view: CompareView, form: list[gr.components.Com
         ended = votes.reveal(ballot)
         return ended, *vote_outputs(votes, ended)
 
-    gr.on(None, lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
-    form[0].change(partial(column_choices, view), form[0], [first, second], **quiet)
+    load(lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
+    gr.on([known.change, form[0].input], partial(column_choices, view), form[0], [first, second], **quiet)
     start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
     answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
     for button, choice in answered:

@@ -40,10 +40,10 @@ class Form:
     prompts: str
     seeds: str
     rows: str
-    strength: float
+    strength: float | None
     strengths: str
-    steps: int
-    guidance: float
+    steps: int | None
+    guidance: float | None
     is_difference: bool = False
     precision: str = AUTOMATIC
 
@@ -81,22 +81,24 @@ class CompareView:
         gone = [run for run in form.runs if run not in arms]
         if gone:
             raise ConfigError(f"the run {gone[0]!r} is not there any more; choose another")
+        strength = _filled("LoRA strength", form.strength)
         by_strength = form.rows == BY_STRENGTH
         chosen = tuple(arms[run] for run in form.runs)
         return Comparison(
             arms=chosen,
             prompts=read_prompts(form.prompts),
             seeds=read_seeds(form.seeds),
-            strengths=read_strengths(form.strengths) if by_strength else (float(form.strength),),
-            steps=int(form.steps),
-            guidance=float(form.guidance),
+            strengths=read_strengths(form.strengths) if by_strength else (strength,),
+            steps=int(_filled("Steps", form.steps)),
+            guidance=_filled("Guidance", form.guidance),
             precision=form.precision if form.precision in PRECISIONS else own_precision(),
             moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
         )
 
     def draw(self, form: Form, session: str, goes_first: bool = False) -> list[Job]:
-        """Queue what is neither drawn nor queued yet; with `goes_first` a running training makes way for it.
+        """Queue what is neither drawn nor queued yet; returns the new jobs.
 
+        With `goes_first` a running training makes way for them, and for those of the comparison that wait already.
         Raises ConfigError when the form asks for what cannot be.
         """
         comparison = self.comparison(form)
@@ -106,8 +108,9 @@ class CompareView:
         orders = orders_for(missing, comparison.drawing, comparison.files)
         commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue
+        waiting = [job for job in self._open_jobs(wanted) if job.state == "queued"]
         jobs = [queue.add_command("generate", command, session, about) for command, about in commands]
-        for job in reversed(jobs) if goes_first else ():
+        for job in reversed([*waiting, *jobs]) if goes_first else ():
             queue.preempt(job.id)
         return jobs
 
@@ -165,3 +168,10 @@ class CompareView:
             reason, log = why_failed(self.context, tried[-1])
             return wrong(f"The last drawing failed: {reason}. Press Draw to try again.", log)
         return told(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
+
+
+def _filled(label: str, number: float | None) -> float:
+    """Raises ConfigError for an emptied box."""
+    if number is None:
+        raise ConfigError(f"{label} is empty; enter a number")
+    return float(number)

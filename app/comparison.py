@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.base_identity import base_identity
+from app.captions import TRIGGER, trigger_of_captions, with_trigger
 from app.context import AppContext
 from app.lora_import import IMPORTED
 from app.picture_cache import Drawing, Picture, base_arguments, file_hash
@@ -80,6 +81,9 @@ class Comparison:
         self._check_bases()
         if not self.prompts:
             raise ConfigError("there is no prompt; write what to draw, one picture a line")
+        for prompt in self.prompts:
+            if prompt.startswith("-"):  # the command that draws would take it for a flag
+                raise ConfigError(f"the prompt {prompt!r} starts with a dash; write it without")
         if not self.strengths:
             raise ConfigError("there is no strength; write one or more, such as 0.5, 1")
         count = (1 + len(self.arms)) * len(self.prompts) * len(self.seeds) * len(self.strengths)
@@ -195,11 +199,16 @@ def default_seeds(prompts: str) -> str:
 
 
 def default_prompts(context: AppContext, arms: Sequence[Arm]) -> str:
-    """Prompts to begin with: those kept out of the training of the shipped base, else the run's own previews."""
+    """Prompts to begin with: those kept out of the training of the shipped base, else the run's own previews.
+
+    Those of the shipped base are for its trigger word, so they get that of the captions of the first run.
+    """
     if not arms:
         return ""
     if "tiny" in arms[0].base[1:2] and _HELD_OUT.is_file():
-        return "\n".join(_HELD_OUT.read_text(encoding="utf-8").splitlines()[:ENOUGH_PAIRS])
+        held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:ENOUGH_PAIRS]
+        folder = context.runs.settings(arms[0].id).get("instance_data_dir")
+        return with_trigger("\n".join(held_out), TRIGGER, trigger_of_captions(Path(folder)) if folder else TRIGGER)
     prompts = [context.runs.settings(arm.id).get("validation_prompt") for arm in arms]
     return "\n".join(dict.fromkeys(prompt for prompt in prompts if prompt))
 

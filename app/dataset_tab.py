@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from app.captioning import caption_all, caption_by_model, empty_captions, save_captions, use_trigger
+from app.captions import TRIGGER, has_trigger
 from app.context import AppContext
-from app.dataset_view import fill_captions, framing, look_at, trigger_captions
+from app.dataset_view import framing, look_at
 from app.forms import PLACED_WITH_THE_IMAGES, ConfigForm
-from app.reporting import told_on_the_page
+from app.reporting import note, told_on_the_page
 from app.thumbnails import Thumbnails
 from app.uploads import UploadResult
 from flatlora_diffusion.config import SAMPLES, ConfigError, DataConfig, ModelConfig
@@ -25,6 +27,8 @@ _EMPTY = (
     "if you have some. To try it out, load the sample icons."
 )
 _LOOKING = "Looking for your images; the first time after a start takes some seconds."
+_IMAGES, _CAPTIONS = "images", "captions"
+_YES = {_IMAGES: "Yes, remove all images", _CAPTIONS: "Yes, empty all captions"}
 _NONE_CHOSEN = "Remove one image: choose it above"
 
 
@@ -33,29 +37,25 @@ def ensure_session(context: AppContext, session: str) -> str:
     return session or context.uploads.new_session()
 
 
-def show(
-    context: AppContext,
-    thumbnails: Thumbnails,
-    session: str,
-    background: str,
-    has_buckets: bool,
-    base: str,
-    resolution: str,
-) -> tuple[Any, ...]:
+def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str, *values: Any) -> tuple[Any, ...]:
     """Gallery, caption table, count, image names in order, and the parts of the page that are for images only."""
     if not session or not context.uploads.images(session):
-        return [], [], _note(_EMPTY), [], gr.Column(visible=False), gr.Column(visible=False)
+        return [], [], note(_EMPTY), [], gr.Column(visible=False), gr.Column(visible=False)
     try:
+        background, has_buckets, base, resolution = values
         model = ModelConfig(pretrained_model_name_or_path=base.strip())
         framed = framing(model, _resolution(resolution), background, has_buckets)
         view = look_at(context.uploads, thumbnails, session, framed)
     except ConfigError as error:  # while a colour is being typed, so in place of the count and not as an alarm
-        return gr.skip(), gr.skip(), _note(html.escape(str(error)), "fl-bad"), gr.skip(), gr.skip(), gr.skip()
+        return gr.skip(), gr.skip(), note(html.escape(str(error)), "fl-bad"), gr.skip(), gr.skip(), gr.skip()
     count = len(view.rows)
     shape = f"about {framed.size} x {framed.size}" if has_buckets else f"{framed.size} x {framed.size}"
-    note = _note(f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels")
+    told = f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels"
+    word = trigger.strip()
+    if word and view.captioned and not any(has_trigger(row[2], word) for row in view.rows):
+        told += f"<br>No caption has the trigger word {html.escape(word)}, so prompts with it will not call the style"
     order = [row[0] for row in view.rows]
-    return view.pictures, view.rows, note, order, gr.Column(visible=True), gr.Column(visible=True)
+    return view.pictures, view.rows, note(told), order, gr.Column(visible=True), gr.Column(visible=True)
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str]:
@@ -82,51 +82,6 @@ def load_samples_icons(context: AppContext, session: str) -> tuple[str, str]:
     return session, _refusals(result)
 
 
-def save_captions(context: AppContext, session: str, rows: Sequence[Sequence[str]]) -> str:
-    """Keep the table's captions; returns the new count."""
-    captions = {row[0]: row[2] or "" for row in rows if row[0]}
-    with told_on_the_page():
-        context.uploads.save_captions(session, captions)
-    count = sum(bool(text.strip()) for text in captions.values())
-    return _note(f"<b>{len(captions)} images, captions {count}/{len(captions)}</b>, saved")
-
-
-def caption_all(context: AppContext, session: str, trigger: str) -> None:
-    """Make all captions from the file names and the trigger word."""
-    with told_on_the_page():
-        if not trigger.strip():
-            raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
-        names = context.uploads.names(session) if session else {}
-        if not names:
-            raise ConfigError("there are no images to caption; drop some first")
-        context.uploads.save_captions(session, trigger_captions(names, trigger.strip()))
-
-
-def caption_by_model(
-    context: AppContext, session: str, name_or_path: str, trigger: str, told: Callable[[int, int], None]
-) -> str:
-    """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
-    with told_on_the_page():
-        present = context.uploads.captions(session) if session else {}
-        if not present:
-            raise ConfigError("there are no images to caption; drop some first")
-        if all(present.values()):
-            raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
-        if not name_or_path.strip():
-            raise ConfigError("no captioning model is given; enter the folder or hub id of a BLIP model")
-        from flatlora_diffusion.captioner import load_captioner  # imports transformers, which takes seconds
-
-        captioner = load_captioner(name_or_path.strip())
-        count = fill_captions(context.uploads, session, captioner, trigger.strip(), told)
-    return _note(f"{count} captions written by the model; read them, and correct what is wrong")
-
-
-def empty_captions(context: AppContext, session: str) -> None:
-    """Remove all captions; the images stay."""
-    if session:
-        context.uploads.save_captions(session, dict.fromkeys(context.uploads.captions(session), ""))
-
-
 def choose(context: AppContext, session: str, image: str) -> tuple[str, Any]:
     """The image to remove, and the button that does it and names it."""
     name = context.uploads.names(session).get(image) if session and image else None
@@ -140,6 +95,19 @@ def remove_one(context: AppContext, session: str, image: str) -> tuple[str, Any]
             raise ConfigError("no image is chosen; click one in the gallery or in the table")
         context.uploads.remove(session, image)
     return "", _no_choice()
+
+
+def ask(what: str) -> tuple[Any, Any, str]:
+    """The question before `what`, its button, and what it is about."""
+    return gr.Row(visible=True), gr.Button(_YES[what]), what
+
+
+def confirmed(context: AppContext, session: str, what: str) -> tuple[Any, ...]:
+    """Do what was asked about: (the chosen image, its button, what was refused)."""
+    if what == _IMAGES:
+        return clear(context, session)
+    empty_captions(context, session)
+    return gr.skip(), gr.skip(), gr.skip()
 
 
 def clear(context: AppContext, session: str) -> tuple[str, Any, str]:
@@ -159,7 +127,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
             samples = gr.Button("Load the 23 sample icons", elem_id="load-samples")
             with gr.Group():
                 trigger = gr.Textbox(
-                    "TOK", label="Trigger word", info="a made-up word that stands for your style in prompts"
+                    TRIGGER, label="Trigger word", info="a made-up word that stands for your style in prompts"
                 )
                 by_name = gr.Button("Write all captions from file names", elem_id="captions-from-names")
             with gr.Accordion("Caption with a model", open=False):
@@ -176,7 +144,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
                 for name in PLACED_WITH_THE_IMAGES:
                     form.by_name[name].render()
         with gr.Column(scale=3, min_width=300):
-            count = gr.HTML(_note(_LOOKING), elem_id="caption-count", padding=False)
+            count = gr.HTML(note(_LOOKING), elem_id="caption-count", padding=False)
             told = gr.HTML(padding=False)
             with gr.Column(visible=False) as filled:
                 gallery = gr.Gallery(
@@ -194,7 +162,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
                     remove = gr.Button(_NONE_CHOSEN, interactive=False, size="sm", elem_id="remove-one", min_width=140)
                     remove_all = gr.Button("Remove all images", size="sm", elem_id="remove-all", min_width=140)
                 with gr.Row(visible=False) as question:
-                    yes = gr.Button("Yes, remove all images", variant="stop", size="sm", elem_id="remove-all-yes")
+                    yes = gr.Button(_YES[_IMAGES], variant="stop", size="sm", elem_id="remove-all-yes")
                     no = gr.Button("No, keep them", size="sm")
     with gr.Column(visible=False) as listed:
         table = gr.Dataframe(
@@ -209,11 +177,11 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
             buttons=[],
             elem_id="captions",
         )
-    chosen, order = gr.State(""), gr.State([])
+    chosen, order, asked, used = gr.State(""), gr.State([]), gr.State(_IMAGES), gr.State(TRIGGER)
     looked_at = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
     look = {
         "fn": partial(show, context, Thumbnails(context.uploads.folder / "thumbnails")),
-        "inputs": [session, *(form.by_name[name] for name in looked_at)],
+        "inputs": [session, trigger, *(form.by_name[name] for name in looked_at)],
         "outputs": [gallery, table, count, order, filled, listed],
         "show_progress": "hidden",
         "api_visibility": "private",
@@ -222,17 +190,25 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     samples.click(partial(load_samples_icons, context), [session], [session, told], api_name="load_samples").success(
         **look
     )
-    by_name.click(partial(caption_all, context), [session, trigger], None).success(**look)
+    by_name.click(partial(caption_all, context), [session, trigger], [told]).success(**look)
     by_model.click(
         _captioning(context), [session, model, trigger], [told], concurrency_limit=1, api_name="caption_by_model"
     ).success(**look)
-    empty.click(partial(empty_captions, context), [session], None).success(**look)
     gallery.select(_picked_picture(context), [session, order], [chosen, remove], show_progress="hidden")
     table.select(_picked_row(context), [session], [chosen, remove], show_progress="hidden")
     remove.click(partial(remove_one, context), [session, chosen], [chosen, remove]).success(**look)
-    remove_all.click(lambda: gr.Row(visible=True), None, [question], show_progress="hidden")
+    for button, what in ((remove_all, _IMAGES), (empty, _CAPTIONS)):
+        button.click(partial(ask, what), None, [question, yes, asked], show_progress="hidden")
+    preview = form.by_name["validation_prompt"]
+    gr.on(
+        [trigger.blur, trigger.submit],
+        use_trigger,
+        [preview, trigger, used],
+        [preview, used],
+        api_visibility="private",
+    ).then(**look)
     no.click(lambda: gr.Row(visible=False), None, [question], show_progress="hidden")
-    yes.click(partial(clear, context), [session], [chosen, remove, told]).then(**look).then(
+    yes.click(partial(confirmed, context), [session, asked], [chosen, remove, told]).then(**look).then(
         lambda: gr.Row(visible=False), None, [question], show_progress="hidden"
     )
     table.input(partial(save_captions, context), [session, table], [count], show_progress="hidden")
@@ -278,7 +254,3 @@ def _resolution(text: str) -> int | None:
 def _refusals(result: UploadResult) -> str:
     lines = [f"<li>{html.escape(item.name)}: {html.escape(item.reason)}</li>" for item in result.refused]
     return f'<div class="fl-card fl-bad"><b>Not taken</b><ul>{"".join(lines)}</ul></div>' if lines else ""
-
-
-def _note(text: str, tone: str = "") -> str:
-    return f'<div class="fl-card {tone}" role="status">{text}</div>'

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
@@ -87,14 +86,6 @@ def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Fram
         pictures.append((picture, f"{name}, {bucket}" if bucket else name))
         rows.append([path.name, name, captions[path.name], "; ".join(notes)])
     return DatasetView(pictures, rows, sum(bool(caption) for caption in captions.values()))
-
-
-def trigger_captions(names: Mapping[str, str], trigger: str) -> dict[str, str]:
-    """`a TOK icon of fox, in the style of TOK` for `fox.png`, by image name."""
-    words = {
-        image: " ".join(Path(name).stem.replace("_", " ").replace("-", " ").split()) for image, name in names.items()
-    }
-    return {image: f"a {trigger} icon of {word}, in the style of {trigger}" for image, word in words.items()}
 
 
 def fill_captions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,12 +47,13 @@ def refresh(
     """
     runs, results, status = view.runs(), view.results(), view.status()
     ids, numbers = [run_id for _, run_id in runs], [number for _, number in results]
-    now = [ids, numbers]
+    is_measuring = view.open_job() is not None
+    now = [ids, numbers, is_measuring]
     is_drawn = status == told_of
     shown = gr.skip() if is_drawn else status
-    stop = gr.update(visible=view.open_job() is not None)
-    if now == known:
-        return gr.skip(), gr.skip(), shown, stop, gr.skip(), status
+    if known is not None and known[:2] == now[:2]:
+        stop = gr.skip() if known[2] == is_measuring else gr.update(visible=is_measuring)
+        return gr.skip(), gr.skip(), shown, stop, now, status
     kept = [run for run in chosen_runs or () if run in ids] or view.newest()
     is_new = known is None or numbers[:1] != known[1][:1]
     newest = numbers[0] if numbers else None
@@ -59,7 +61,7 @@ def refresh(
         gr.update(choices=runs, value=kept),
         gr.update(choices=results, value=newest if is_new or chosen not in numbers else chosen, visible=bool(numbers)),
         shown,
-        stop,
+        gr.update(visible=is_measuring),
         now,
         status,
     )
@@ -74,8 +76,11 @@ def show(view: FlatnessView, chosen: int | None) -> tuple[Any, ...]:
     return result.charts, result.tables, gr.update(visible=chosen is not None, open=False), ""
 
 
-def build_flatness_tab(context: AppContext) -> None:
-    """Build the tab into the Blocks that is open."""
+def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Timer:
+    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+
+    `load`: the page's load event.
+    """
     view = FlatnessView(context)
     known, told_of = gr.State(None), gr.State("")
     with gr.Row():
@@ -113,5 +118,7 @@ def build_flatness_tab(context: AppContext) -> None:
     chosen.change(partial(show, view), [chosen], [charts, tables, fold, surface], **quiet)
     fold.expand(view.surface, [chosen], [surface], **quiet)
     runs.input(view.status, None, [status], **quiet)
-    gr.on(None, **watch)
-    gr.Timer(_POLL_SECONDS).tick(**watch)
+    load(**watch)
+    timer = gr.Timer(_POLL_SECONDS, active=False)
+    timer.tick(**watch)
+    return timer

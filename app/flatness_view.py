@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from app.compare_grid import empty_page, file_url
+from app.comparison import finished_arms, newest_pair
 from app.context import AppContext
 from app.job_view import told, why_failed, why_waiting, wrong
 from app.live_view import duration, method_name
@@ -65,7 +66,10 @@ class FlatnessView:
         ]
 
     def newest(self) -> list[str]:
-        """The newest two runs of one base and one set of images, else the newest run; chosen at first."""
+        """The newest fair pair, else two runs of one base and one set of images, else one run; chosen at first."""
+        pair = newest_pair(self.context, finished_arms(self.context))
+        if len(pair) == 2 and _alike(self.context, pair[0]) == _alike(self.context, pair[1]):
+            return pair
         alike: dict[tuple[object, ...], list[str]] = {}
         for _, run_id in self.runs():
             together = alike.setdefault(_alike(self.context, run_id), [])

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.captions import TRIGGER
 from flatlora_diffusion.config import ConfigError, TrainConfig, choices_of, preset_file, setting_hints
 
 # The app decides these itself: the place, what to resume, the method (which may be both); a token is never saved.
@@ -40,7 +41,7 @@ _EXPLAINED = {
     "use_aspect_ratio_buckets": "without it every image is cropped to a square",
 }
 _START = {
-    "validation_prompt": "a TOK icon of a lighthouse, in the style of TOK",
+    "validation_prompt": f"a {TRIGGER} icon of a lighthouse, in the style of {TRIGGER}",
     "num_validation_images": 2,
     "report_to": "none",
 }

@@ -104,7 +104,10 @@ def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[
 
 
 def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) -> int:
-    """Write the file to `target` and return its size. Raises RefusedError as soon as it grows past a limit."""
+    """Write the file to `target` and return its size.
+
+    Raises RefusedError as soon as it grows past a limit, and for an empty file.
+    """
     written = 0
     try:
         with incoming.open() as source, open(target, "wb") as sink:
@@ -116,6 +119,8 @@ def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) ->
         raise
     except (*_ZIP_ERRORS, NotImplementedError) as error:
         raise RefusedError(f"it cannot be unpacked: {error}") from error
+    if not written:
+        raise RefusedError("the file is empty")
     return written
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import secrets
@@ -37,17 +38,20 @@ class JobQueue:
         self._thread: threading.Thread | None = None
 
     def add_training(self, config: TrainConfig, name: str, session: str) -> Job:
-        """Queue a training as a new run called `name` (`job.run` is its id). Raises ConfigError for wrong settings."""
-        return self._add_trainings([(name, config)], session, None)[0]
+        """Queue a training as a new run called `name` (`job.run` is its id). Raises ConfigError for wrong settings,
+        and when the same waits or runs already.
+        """
+        return self._add_trainings([(name, config)], session, None, config)[0]
 
     def add_pair(self, config: TrainConfig, name: str, session: str) -> list[Job]:
         """Queue LoRA and Flat-LoRA with equal settings and seed, as the runs NAME-lora and NAME-flat-lora."""
+        ordered = config
         if config.run.seed is None:
             config = config.replace(seed=secrets.randbelow(2**31))
         lora = config.replace(method="lora", sigma=None)
         flat = config.replace(method="flat-lora")
         arms = [(f"{name}-{arm}", one) for arm, one in zip(ARMS, (lora, flat), strict=True)]
-        return self._add_trainings(arms, session, secrets.token_hex(8))
+        return self._add_trainings(arms, session, secrets.token_hex(8), ordered)
 
     def add_resume(self, run_id: str, session: str) -> Job:
         """Queue a run to go on from its newest checkpoint. Raises ConfigError when it cannot."""
@@ -158,10 +162,21 @@ class JobQueue:
             except (OSError, sqlite3.OperationalError):  # a full disk, a locked database: it may be over soon
                 logger.exception("the queue could not go on and tries again")
 
-    def _add_trainings(self, named: Sequence[tuple[str, TrainConfig]], session: str, pair: str | None) -> list[Job]:
+    def _add_trainings(
+        self, named: Sequence[tuple[str, TrainConfig]], session: str, pair: str | None, ordered: TrainConfig
+    ) -> list[Job]:
+        names = [name for name, _ in named]
+        order = json.dumps([names, ordered.to_dict()])
+        if any(job.about.get("order") == order for job in self._store.jobs("queued", "running")):
+            raise ConfigError(
+                f"{' and '.join(names)} with these settings waits or trains already; "
+                "change the name or a setting to train it once more"
+            )
         settings = [checked_config(config.to_dict()).to_dict() for _, config in named]
         runs = [self._runs.reserve(name) for name, _ in named]
-        jobs = [NewJob("train", one, session, run, pair) for run, one in zip(runs, settings, strict=True)]
+        jobs = [
+            NewJob("train", one, session, run, pair, {"order": order}) for run, one in zip(runs, settings, strict=True)
+        ]
         return self._store.add_jobs(jobs)
 
     def _start(self, job: Job) -> None:

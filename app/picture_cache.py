@@ -15,7 +15,7 @@ from PIL import Image
 
 from app.jobs import JobQueue
 from app.store import Job
-from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.png_text import SETTINGS
 
 _IDENTITY = "base_identity"
@@ -63,10 +63,7 @@ class DrawOrder:
     strengths: tuple[float, ...] = (1.0,)
 
     def arguments(self) -> list[str]:
-        """The command line after `python -m flatlora_diffusion`. Raises ConfigError for a prompt that is a flag."""
-        for prompt in self.prompts:
-            if prompt.startswith("-"):
-                raise ConfigError(f"the prompt {prompt!r} starts with a dash; write it without")
+        """The command line after `python -m flatlora_diffusion`; no prompt may start with a dash, as a flag does."""
         drawing = self.drawing
         values: dict[str, Sequence[Any]] = {
             "resolution": [drawing.resolution],

@@ -17,3 +17,8 @@ def told_on_the_page() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise gr.Error(str(error), title="Please check", print_exception=False) from error
+
+
+def note(text: str, tone: str = "") -> str:
+    """A card with the HTML `text`, read out by screen readers as it changes."""
+    return f'<div class="fl-card {tone}" role="status">{text}</div>'

@@ -72,6 +72,12 @@ def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
     )
 
 
+def look_again(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
+    """`details` as they are now, without the labels: somebody may be writing them."""
+    shown = details(context, run_id)
+    return *shown[:4], *[gr.skip()] * 3, *shown[7:]
+
+
 def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
     """Keep an uploaded LoRA file; (what was taken or why not, the table, the choice with it, the upload emptied)."""
     if not file:
@@ -179,17 +185,19 @@ def build_runs_tab(
     key = gr.State("")
     again = {"fn": partial(refresh, context), "inputs": [chosen], "outputs": [table, chosen]}
     private = {**again, "api_visibility": "private"}
-    shown(**private)
-    renew.click(**again, api_name="runs")
-    table.select(_picked, None, [chosen])
     everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
-    chosen.change(
-        partial(details, context), [chosen], everything, show_progress="hidden", api_name="run", preprocess=False
-    )
+    look: dict[str, Any] = {"inputs": [chosen], "outputs": everything, "show_progress": "hidden"}
+    as_now = {"fn": partial(look_again, context), **look, "api_visibility": "private"}
+    shown(**private).success(**as_now)
+    renew.click(**again, api_name="runs").success(**as_now)
+    table.select(_picked, None, [chosen])
+    chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
     take.click(partial(take_lora, context), [file, base], [taken, table, chosen, file])
-    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private)
+    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
+        partial(details, context), **look, api_visibility="private"
+    )
     drop.click(partial(delete, context), [chosen], [key, back]).success(**private)
-    back.click(partial(undo, context), [key], [table, chosen, back])
+    back.click(partial(undo, context), [key], [table, chosen, back]).success(**as_now)
     copy.click(partial(clone, context, form), [chosen], [tabs, *form.components])
     go_on.click(partial(resume, context), [session, chosen], [tabs])
 

@@ -30,7 +30,7 @@ def make_theme() -> gr.themes.Base:
 
 # Gradio moves rules of a media query below `.contain`, so what is outside of that is written without one.
 CSS = """
-.gradio-container { max-width: min(1180px, 100%) !important; min-width: 0; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: min(1180px, 100%) !important; min-width: 0; margin: 0 auto !important; }
 .gradio-container > *, .gradio-container main { min-width: 0; max-width: 100%; }
 .gradio-container > .main { padding: 12px clamp(6px, 2.5vw, 32px) !important; }
 .tabs, .tabitem, .row, .column, .form { min-width: 0; max-width: 100%; }

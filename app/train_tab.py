@@ -16,6 +16,7 @@ from app.estimates import estimate_disk, estimate_time, memory_of, total_steps
 from app.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 from app.live_view import duration, log_tail, loss_curves, newest_previews, recent_runs, run_card
 from app.reporting import told_on_the_page
+from app.runs import Run
 from app.store import Job
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
@@ -89,7 +90,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
 
 
-def live(context: AppContext, chosen: str | None, seen: str) -> tuple[Any, ...]:
+def live(context: AppContext, chosen: str | None, seen: tuple[str, str] | None) -> tuple[Any, ...]:
     """Cards, run choice, curves, what stands for none, previews, log, the three buttons, what was shown.
 
     Unchanged parts are left alone.
@@ -100,9 +101,10 @@ def live(context: AppContext, chosen: str | None, seen: str) -> tuple[Any, ...]:
     chosen = chosen if chosen in ids else at_work
     run = next((run for run in runs if run.id == chosen), None)
     images = newest_previews(context, runs)
-    drawn = f"{chosen} {[(one.id, one.progress.step, one.state) for one in runs]} {images}"
-    is_same = drawn == seen
+    drawn = f"{chosen} {[(one.id, one.progress.step, one.state, one.is_resumable) for one in runs]} {images}"
     log = log_tail(context, chosen) if chosen else ""
+    seen_drawn, seen_log = seen or (None, None)
+    is_same = drawn == seen_drawn
     choices = [(one.name, one.id) for one in runs]
     has_loss = any(one.progress.step for one in runs)
     return (
@@ -111,12 +113,19 @@ def live(context: AppContext, chosen: str | None, seen: str) -> tuple[Any, ...]:
         gr.skip() if is_same else loss_curves(context, runs),
         gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
         gr.skip() if is_same else gr.Gallery(value=images, visible=bool(images)),
-        gr.Textbox(value=log, visible=bool(log)),
-        gr.Button(interactive=run is not None and run.state in ("running", "queued")),
-        gr.Button(interactive=run is not None and run.state == "running" and run.progress.step > 0),
-        gr.Button(interactive=run is not None and run.is_resumable),
-        drawn,
+        gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
+        *([gr.skip()] * 3 if is_same else _buttons(run)),
+        (drawn, log),
     )
+
+
+def _buttons(run: Run | None) -> list[Any]:
+    """Stop, Save now, Resume."""
+    if run is None:
+        return [gr.Button(interactive=False)] * 3
+    is_training = run.state == "running"
+    can = (is_training or run.state == "queued", is_training and run.progress.step > 0, run.is_resumable)
+    return [gr.Button(interactive=one) for one in can]
 
 
 def stop(context: AppContext, run_id: str | None) -> None:
@@ -148,8 +157,11 @@ def build_train_tab(
     session: gr.BrowserState,
     load: Callable[..., Any],
     opened: Callable[..., Any],
-) -> None:
-    """`load`: the page's load event; `opened`: that of the tab coming to the front."""
+) -> gr.Timer:
+    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+
+    `load`: the page's load event; `opened`: that of the tab coming to the front.
+    """
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             with gr.Group():
@@ -189,12 +201,12 @@ def build_train_tab(
                 visible=False,
             )
             log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
-    seen = gr.State("")
+    seen = gr.State(None)
     told_inputs = [session, method, *form.components]
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
     triggers = [method.change, *(item.change for item in form.components)]
     gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
-    preset.input(partial(_apply, form), [preset, *form.components], form.components, show_progress="hidden")
+    preset.input(partial(apply_preset, form), [preset, *form.components], form.components, show_progress="hidden")
     begin.click(partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start")
     watch = {
         "fn": partial(live, context),
@@ -202,13 +214,15 @@ def build_train_tab(
         "outputs": [cards, chosen, curves, no_loss, previews, log, *buttons, seen],
         "show_progress": "hidden",
     }
-    gr.Timer(_SECONDS).tick(**watch, api_name="live")
+    timer = gr.Timer(_SECONDS, active=False)
+    timer.tick(**watch, api_name="live")
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
     buttons[0].click(partial(stop, context), [chosen], None, api_name="stop")
     buttons[1].click(partial(save_now, context), [chosen], None, api_name="save_now")
     buttons[2].click(partial(resume, context), [session, chosen], None, api_name="resume")
+    return timer
 
 
 def _place_first(form: ConfigForm) -> None:
@@ -230,9 +244,9 @@ def _place_the_rest(form: ConfigForm) -> None:
                         form.by_name[item].render()
 
 
-def _apply(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
-    with told_on_the_page():
-        return form.write(preset_settings(preset, form.read(values).to_dict()))
+def apply_preset(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
+    """The form with the preset; what it keeps is kept as it is written, a wrong value too."""
+    return form.write(preset_settings(preset, dict(zip(form.by_name, values, strict=True))))
 
 
 def _as_method(config: TrainConfig, method: str) -> TrainConfig:

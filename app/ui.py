@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import partial
+from typing import Any
 
 import gradio as gr
 
@@ -24,18 +26,28 @@ def build_app(context: AppContext) -> gr.Blocks:
         form = ConfigForm()
         gr.Markdown(_TITLE, elem_classes="fl-title")
         with gr.Tabs() as tabs:
-            with gr.Tab("1 Dataset", id="dataset"):
+            with gr.Tab("1 Dataset", id="dataset") as dataset:
                 build_dataset_tab(context, form, session, page.load)
             with gr.Tab("2 Train", id="train") as train:
-                build_train_tab(context, form, session, page.load, train.select)
-            with gr.Tab("3 Compare", id="compare"):
-                build_compare_tab(context)
-            with gr.Tab("4 Flatness", id="flatness"):
-                build_flatness_tab(context)
+                train_timer = build_train_tab(context, form, session, page.load, train.select)
+            with gr.Tab("3 Compare", id="compare") as compare:
+                compare_timer = build_compare_tab(context, page.load)
+            with gr.Tab("4 Flatness", id="flatness") as flatness:
+                flatness_timer = build_flatness_tab(context, page.load)
             with gr.Tab("Runs", id="runs") as runs:
                 build_runs_tab(context, form, session, tabs, runs.select)
+        timers = {train: train_timer, compare: compare_timer, flatness: flatness_timer}
+        for tab in (dataset, train, compare, flatness, runs):
+            tick = partial(_tick, [ticking is tab for ticking in timers])
+            # One at a time, so that the tab that was opened last is the one that ticks.
+            tab.select(tick, None, list(timers.values()), concurrency_id="tabs", show_progress="hidden")
     _keep_unnamed_private(page)
     return page
+
+
+def _tick(active: list[bool]) -> list[Any]:
+    """The timers, of which only that of the tab in front ticks: hidden ones would keep the browser busy."""
+    return [gr.Timer(active=one) for one in active]
 
 
 def _keep_unnamed_private(page: gr.Blocks) -> None:

@@ -173,9 +173,10 @@ class _Intake:
 
     def run(self, incoming: Sequence[Incoming]) -> None:
         captions: dict[tuple[str, str], str] = {}
+        places = {item.place for item in incoming if not item.is_caption}
         try:
             for item in (item for item in incoming if item.is_caption):
-                self._try(item, lambda item: captions.update({item.place: self._text(item)}))
+                self._try(item, lambda item: captions.update({item.place: self._text(item, places)}))
             for item in (item for item in incoming if not item.is_caption):
                 self._try(item, lambda item: self._take(item, captions.get(item.place)))
         finally:
@@ -190,21 +191,24 @@ class _Intake:
         except RefusedError as error:
             self._result.refused.append(Refusal(item.name, str(error)))
 
-    def _text(self, item: Incoming) -> str:
+    def _text(self, item: Incoming, places: set[tuple[str, str]]) -> str:
         size = self._copy(item)
         if size > self._limits.caption_bytes:
             raise RefusedError(f"a caption of more than {self._limits.caption_bytes // 1024} KiB")
         try:
-            return plain_text(self._aside.read_text(encoding="utf-8-sig"))[:MOST_CAPTION_LETTERS]
+            text = plain_text(self._aside.read_text(encoding="utf-8-sig"))[:MOST_CAPTION_LETTERS]
         except UnicodeDecodeError as error:
             raise RefusedError("a caption that is not UTF-8 text; save it as UTF-8") from error
+        if item.place not in places:
+            raise RefusedError("not used, as no image of the same name came with it")
+        return text
 
     def _take(self, item: Incoming, caption: str | None) -> None:
         if self._count >= self._limits.images:
             raise RefusedError(f"there are {self._count} images already; {self._limits.images} is the most")
         self._copy(item)
         path = self._folder / f"{self._next:04}{image_suffix(self._aside, self._limits)}"
-        text = caption or _words(item.name)
+        text = caption or words_of(item.name)
         os.replace(self._aside, path)
         _write_caption(path, text)
         self._count, self._next = self._count + 1, self._next + 1
@@ -250,7 +254,7 @@ def _write_whole(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _words(name: str) -> str:
+def words_of(name: str) -> str:
     """`alarm clock` for `alarm_clock-.png`, nothing for `IMG_2041.jpg`."""
     stem = name.rpartition(".")[0] or name
     words = re.sub(r"[\W_]+", " ", stem).split()

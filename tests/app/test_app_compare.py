@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from PIL import Image
 
 from app.compare_export import difference
+from app.compare_tab import emptiable_slider, refresh
 from app.compare_view import BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
 from app.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.context import make_context
@@ -110,6 +112,44 @@ def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:
     assert len(view.draw(FORM, "me")) == 1
 
 
+def test_an_emptied_slider_reaches_the_form() -> None:
+    slider = emptiable_slider(0, 1.5, 1, step=0.05)
+    assert (slider.preprocess(None), slider.preprocess(0.5)) == (None, 0.5)
+    with pytest.raises(gr.Error):
+        slider.preprocess(2)
+
+
+def test_what_is_not_to_wait_goes_first_also_when_it_was_queued_before(view: CompareView) -> None:
+    queue = view.context.queue
+    other = queue.add_command("generate", ["generate", "--help"], "you")
+    (waiting,) = view.draw(FORM, "me")
+    assert queue.jobs("queued")[0].id == other.id
+    more = replace(FORM, prompts="a <fox>\na hat")
+    (new,) = view.draw(more, "me", goes_first=True)
+    assert [job.id for job in queue.jobs("queued")] == [waiting.id, new.id, other.id]
+    assert view.draw(FORM, "me", goes_first=True) == []
+
+
+def test_prompts_at_first_have_the_trigger_word_of_the_captions(view: CompareView, tmp_path: Path) -> None:
+    (tmp_path / "0001.txt").write_text("a ABC icon of fox, in the style of ABC")
+    for config in view.context.runs.folder.glob("*/config.json"):
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        places = {"pretrained_model_name_or_path": "tiny", "instance_data_dir": str(tmp_path)}
+        config.write_text(json.dumps(saved | places), encoding="utf-8")
+    prompts = view.start()[2]
+    assert "TOK" not in prompts
+    assert prompts.splitlines()[0].endswith("in the style of ABC")
+
+
+def test_what_is_shown_already_is_not_sent_again(view: CompareView) -> None:
+    values = list(vars(FORM).values())
+    *first, shown = refresh(view, None, *values)
+    assert gr.skip() not in first
+    assert refresh(view, shown, *values) == (*[gr.skip()] * 5, shown)
+    grid, status, *_, stop, _ = refresh(view, replace(shown, status="", is_drawing=True), *values)
+    assert (grid, status, stop) == (gr.skip(), first[1], gr.update(visible=False))
+
+
 def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:
     empty = CompareView(make_context(AppSettings(runs_dir=str(tmp_path / "runs"))))
     assert "Train a pair first on the Train tab" in empty.show(FORM).grid
@@ -123,6 +163,8 @@ def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:
         ({"runs": ["gone"]}, "not there any more"),
         ({"prompts": " \n"}, "there is no prompt"),
         ({"prompts": "--output_dir"}, "starts with a dash"),
+        ({"strength": None}, "LoRA strength is empty"),
+        ({"steps": None}, "Steps is empty"),
         ({"seeds": "one"}, "must be whole numbers"),
         ({"rows": BY_STRENGTH, "strengths": "9"}, "must be numbers from 0 to 1.5"),
     ],
@@ -130,6 +172,7 @@ def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:
 def test_a_wrong_form_is_told_in_one_sentence(view: CompareView, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         view.draw(replace(FORM, **change), "me")  # type: ignore[arg-type]
+    assert message.lower() in view.show(replace(FORM, **change)).status.lower()  # type: ignore[arg-type]
     assert view.context.queue.jobs() == []
 
 

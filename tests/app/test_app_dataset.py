@@ -9,18 +9,20 @@ import gradio as gr
 import pytest
 from PIL import Image
 
+from app.captioning import caption_all, caption_by_model, empty_captions, use_trigger
 from app.context import AppContext, make_context
 from app.dataset_tab import (
-    caption_by_model,
+    ask,
     choose,
     clear,
-    empty_captions,
+    confirmed,
     load_samples_icons,
     remove_one,
     show,
     upload,
 )
 from app.dataset_view import Framing, fill_captions, look_at, training_size
+from app.forms import preset_settings
 from app.settings import AppSettings
 from app.thumbnails import Thumbnails, as_trained
 from flatlora_diffusion.config import ModelConfig
@@ -80,13 +82,13 @@ def test_buckets_are_told_and_shown_in_their_shape(
     context: AppContext, thumbnails: Thumbnails, tmp_path: Path
 ) -> None:
     session = session_of(context, tmp_path / "in", ("wide.png", (200, 100)), ("square.png", (100, 100)))
-    pictures, rows, count, *_ = show(context, thumbnails, session, "white", True, "tiny", "64")
+    pictures, rows, count, *_ = show(context, thumbnails, session, "TOK", "white", True, "tiny", "64")
     assert pictures[0][0].size == (96, 48)
     assert pictures[0][1] == "wide.png, 96 x 48"
     assert "bucket 96 x 48" in rows[0][3]
     assert pictures[1][0].size == (64, 64)
     assert "about 64 x 64 pixels" in count
-    pictures, rows, *_ = show(context, thumbnails, session, "white", False, "tiny", "64")
+    pictures, rows, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "64")
     assert pictures[0][0].size == (64, 64)
     assert "bucket" not in rows[0][3]
 
@@ -95,12 +97,12 @@ def test_a_colour_that_is_none_is_told_and_the_gallery_stays(
     context: AppContext, thumbnails: Thumbnails, tmp_path: Path
 ) -> None:
     session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
-    pictures, _, count, *_ = show(context, thumbnails, session, "whi", False, "tiny", "")
+    pictures, _, count, *_ = show(context, thumbnails, session, "TOK", "whi", False, "tiny", "")
     assert pictures == gr.skip()
     assert "whi" in count
     assert "fl-bad" in count
-    assert "32 x 32" in show(context, thumbnails, session, "white", False, "tiny", "32")[2]
-    assert "64 x 64" in show(context, thumbnails, session, "white", False, "tiny", "99999")[2]
+    assert "32 x 32" in show(context, thumbnails, session, "TOK", "white", False, "tiny", "32")[2]
+    assert "64 x 64" in show(context, thumbnails, session, "TOK", "white", False, "tiny", "99999")[2]
 
 
 def test_thumbnails_are_made_once_for_the_same_content(
@@ -160,3 +162,46 @@ def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_
         caption(session, str(tmp_path / "nothing"))
     assert "\n" not in str(told.value)
     assert context.uploads.captions(session) == {"0001.png": ""}
+
+
+def test_captions_of_file_names_leave_what_the_user_has_written(context: AppContext, tmp_path: Path) -> None:
+    files = [(name, (64, 64)) for name in ("red-fox.png", "owl.png", "IMG_2041.png", "cat.png", "dog.png")]
+    session = session_of(context, tmp_path / "in", *files)
+    context.uploads.save_captions(session, {"0002.png": "an owl that sleeps", "0004.png": ""})
+    told = caption_all(context, session, "ABC")
+    assert context.uploads.captions(session) == {
+        "0001.png": "a ABC icon of red fox, in the style of ABC",
+        "0002.png": "an owl that sleeps",
+        "0003.png": "",
+        "0004.png": "a ABC icon of cat, in the style of ABC",
+        "0005.png": "a ABC icon of dog, in the style of ABC",
+    }
+    assert "3 captions written from file names; 2 left as they are" in told
+    caption_all(context, session, "XYZ")
+    assert context.uploads.captions(session)["0001.png"] == "a XYZ icon of red fox, in the style of XYZ"
+
+
+def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
+) -> None:
+    prompt = preset_settings("Quick look", {})["validation_prompt"]
+    prompt, used = use_trigger(prompt, " ABC ", "TOK")
+    assert (prompt, used) == ("a ABC icon of a lighthouse, in the style of ABC", "ABC")
+    assert use_trigger(prompt, "", used) == (prompt, "ABC")
+    session = session_of(context, tmp_path / "in", ("TOKEN.png", (64, 64)))
+    values = ("white", False, "tiny", "64")
+    assert "No caption has the trigger word TOK" in show(context, thumbnails, session, "TOK", *values)[2]
+    assert "trigger word" not in show(context, thumbnails, session, " ", *values)[2]
+    caption_all(context, session, "TOK")
+    assert "trigger word" not in show(context, thumbnails, session, "TOK", *values)[2]
+
+
+def test_all_captions_are_emptied_and_all_images_removed_after_a_question(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
+    question, yes, asked = ask("captions")
+    assert (question.visible, yes.value) == (True, "Yes, empty all captions")
+    confirmed(context, session, asked)
+    assert context.uploads.captions(session) == {"0001.png": ""}
+    assert ask("images")[1].value == "Yes, remove all images"
+    confirmed(context, session, "images")
+    assert context.uploads.captions(session) == {}

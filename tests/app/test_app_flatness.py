@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
 from app.context import make_context
@@ -76,10 +78,24 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
     assert show(again, number)[0] == result.charts
 
 
+def test_a_fair_pair_is_chosen_before_a_newer_run(view: FlatnessView) -> None:
+    runs = view.context.runs.folder
+    shutil.copytree(runs / "icons-flat-lora", runs / "newer")
+    for file in (runs / "newer").rglob("*"):
+        os.utime(file)
+    assert view.runs()[0][1] == "newer"
+    assert view.newest() == PAIR
+
+
 def test_it_waits_its_turn_behind_a_job(view: FlatnessView) -> None:
     view.context.queue.add_command("generate", ["generate", "--help"], "you")
+    _, _, _, stop, known, told_of = refresh(view, None, [], None, "")
+    assert stop == gr.update(visible=False)
     view.measure(PAIR, QUICK, "me")
     assert "Waits for another job; one runs at a time." in view.status()
+    runs, results, _, stop, known, told_of = refresh(view, known, PAIR, None, told_of)
+    assert (runs, results, stop) == (gr.skip(), gr.skip(), gr.update(visible=True))
+    assert refresh(view, known, PAIR, None, told_of)[:4] == (gr.skip(),) * 4  # left alone
     view.stop()
     assert view.open_job() is None
     assert view.status() == ""

@@ -8,13 +8,14 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from app.captioning import empty_captions
 from app.context import AppContext, make_context
-from app.dataset_tab import empty_captions, load_samples_icons
-from app.forms import ConfigForm
+from app.dataset_tab import load_samples_icons
+from app.forms import ConfigForm, preset_settings
 from app.live_view import loss_curves, own_lines, run_colours
 from app.settings import AppSettings
 from app.theme import COLOURS
-from app.train_tab import BOTH, PLAIN, live, start, summary
+from app.train_tab import BOTH, PLAIN, apply_preset, live, start, summary
 from flatlora_diffusion.config import TrainConfig
 
 
@@ -49,14 +50,16 @@ def test_curves_have_their_methods_colours_and_are_hidden_without_a_loss(context
 
 
 def test_before_the_first_step_a_sentence_stands_for_the_curve(context: AppContext) -> None:
-    cards, _, curves, no_loss, previews, log, *_ = live(context, None, "")
+    cards, _, curves, no_loss, previews, log, *_ = live(context, None, None)
     assert "Nothing has been trained here yet" in cards
     assert (curves.visible, no_loss.visible, previews.visible, log.visible) == (False, False, False, False)
     session, _ = load_samples_icons(context, "")
     form = ConfigForm()
     start(context, form, session, "two", BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
-    _, chosen, curves, no_loss, *_ = live(context, None, "")
+    _, chosen, curves, no_loss, *rest, seen = live(context, None, None)
     assert (len(chosen.choices), curves.visible, no_loss.visible) == (2, False, True)
+    assert [button.interactive for button in rest[-3:]] == [True, False, False]
+    assert live(context, None, seen)[1:] == (*[gr.skip()] * 8, seen)  # left alone
 
 
 def test_the_log_has_the_trainings_own_lines_only() -> None:
@@ -79,6 +82,32 @@ def test_the_log_has_the_trainings_own_lines_only() -> None:
     ]
     mixed = [line for pair in zip(noise[:5], own[:2] + [""] * 3, strict=True) for line in pair]
     assert own_lines([*mixed, *noise[5:], *own[2:]]) == [*own[:2], "", "", "", *own[2:]]
+
+
+def test_a_preset_puts_a_wrong_value_right_and_keeps_what_is_the_users(context: AppContext) -> None:
+    form = ConfigForm()
+    values = dict(zip(form.by_name, form.write({"resolution": 96, "validation_prompt": "a fox"}), strict=True))
+    values |= {"rank": 0, "sigma": "much", "resolution": "big"}
+    applied = dict(zip(form.by_name, apply_preset(form, "Paper", *values.values()), strict=True))
+    paper = form.write(preset_settings("Paper", {}))
+    assert [applied[name] for name in ("rank", "sigma")] == [
+        value for name, value in zip(form.by_name, paper, strict=True) if name in ("rank", "sigma")
+    ]
+    assert (applied["resolution"], applied["validation_prompt"]) == ("big", "a fox")
+
+
+def test_a_second_start_of_the_same_is_told_and_queues_nothing(context: AppContext) -> None:
+    session, _ = load_samples_icons(context, "")
+    form = ConfigForm()
+    values = form.write({"max_train_steps": 2, "report_to": "none"})
+    for method, count in ((BOTH, 2), (PLAIN, 3)):
+        start(context, form, session, "two", method, *values)
+        with pytest.raises(gr.Error, match="with these settings waits or trains already"):
+            start(context, form, session, "two", method, *values)
+        assert len(context.queue.jobs("queued")) == count
+    start(context, form, session, "two", PLAIN, *form.write({"max_train_steps": 3, "report_to": "none"}))
+    start(context, form, session, "three", PLAIN, *values)
+    assert len(context.queue.jobs("queued")) == 5
 
 
 def test_images_without_a_caption_are_told_before_the_start(context: AppContext) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from app.captioning import caption_all
 from app.context import AppContext, make_context
-from app.dataset_tab import caption_all, load_samples_icons, show
+from app.dataset_tab import load_samples_icons, show
 from app.forms import ConfigForm
 from app.settings import AppSettings
 from app.thumbnails import Thumbnails
@@ -29,7 +30,7 @@ def thumbnails(tmp_path: Path) -> Thumbnails:
 def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext, thumbnails: Thumbnails) -> None:
     session, refused = load_samples_icons(context, "")
     caption_all(context, session, "ABC")
-    pictures, rows, count, order, *_ = show(context, thumbnails, session, "white", False, "tiny", "")
+    pictures, rows, count, order, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "")
     assert order == [f"{number:04}.png" for number in range(1, 24)]
     assert (len(pictures), pictures[0][0].size, refused) == (23, (64, 64), "")
     assert rows[0][2] == "a ABC icon of beer mug, in the style of ABC"
@@ -39,7 +40,7 @@ def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppConte
     assert "23 images, captions 23/23" in summary(context, form, session, BOTH, *values)
     start(context, form, session, "two", BOTH, *values)
     assert [job.run for job in context.queue.jobs("queued")] == ["two-lora", "two-flat-lora"]
-    assert live(context, None, "")[0].count('data-state="queued"') == 2
+    assert live(context, None, None)[0].count('data-state="queued"') == 2
 
 
 def test_a_start_without_images_is_one_sentence(context: AppContext) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from gradio.blocks import BlockFunction
 
+from app import runs_tab
 from app.context import make_context
 from app.settings import AppSettings
 from app.ui import build_app
@@ -56,6 +58,42 @@ def test_every_handler_takes_the_inputs_of_its_event(page: gr.Blocks) -> None:
 def test_no_component_is_given_twice_as_an_output(page: gr.Blocks) -> None:
     for one in page.fns.values():
         assert len({part._id for part in one.outputs}) == len(one.outputs), one.name
+
+
+def test_only_the_timer_of_the_tab_in_front_ticks(page: gr.Blocks) -> None:
+    timers = [part for part in page.blocks.values() if isinstance(part, gr.Timer)]
+    assert [timer.active for timer in timers] == [False] * 3
+    tabs = {part.id: part for part in page.blocks.values() if isinstance(part, gr.Tab) and isinstance(part.id, str)}
+    ticking = {}
+    for name, tab in tabs.items():
+        (event,) = [one for one in page.fns.values() if one.outputs == timers and (tab._id, "select") in one.targets]
+        ticking[name] = [change.active for change in event.fn()]
+    assert ticking == {
+        "dataset": [False, False, False],
+        "train": [True, False, False],
+        "compare": [False, True, False],
+        "flatness": [False, False, True],
+        "runs": [False, False, False],
+    }
+
+
+def test_the_details_of_a_run_are_shown_anew_with_the_table(page: gr.Blocks) -> None:
+    def is_of(one: BlockFunction, *handlers: Callable[..., Any]) -> bool:
+        return isinstance(one.fn, functools.partial) and one.fn.func in handlers
+
+    after = {one.trigger_after for one in page.fns.values() if is_of(one, runs_tab.details, runs_tab.look_again)}
+    listed = {number: one for number, one in page.fns.items() if is_of(one, runs_tab.refresh, runs_tab.undo)}
+    deleted = next(number for number, one in page.fns.items() if is_of(one, runs_tab.delete))
+    assert {number for number, one in listed.items() if one.trigger_after != deleted} <= after
+    assert len(listed) == 5
+
+
+def test_nothing_waits_for_a_change_of_a_dropdown_for_many(page: gr.Blocks) -> None:
+    """It comes without end once the choices were filled in, and keeps the browser busy."""
+    many = {part._id for part in page.blocks.values() if isinstance(part, gr.Dropdown) and part.multiselect}
+    assert len(many) == 2
+    heard = {target for one in page.fns.values() for target in one.targets}
+    assert not heard & {(part, "change") for part in many}
 
 
 def takes_two(request: gr.Request, one: str, *values: str) -> None: ...

@@ -1,0 +1,66 @@
+"""What the Dataset tab does with captions and the trigger word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from app.captions import captions_from_names, with_trigger
+from app.context import AppContext
+from app.dataset_view import fill_captions
+from app.reporting import note, told_on_the_page
+from flatlora_diffusion.config import ConfigError
+
+
+def save_captions(context: AppContext, session: str, rows: Sequence[Sequence[str]]) -> str:
+    """Keep the table's captions; returns the new count."""
+    captions = {row[0]: row[2] or "" for row in rows if row[0]}
+    with told_on_the_page():
+        context.uploads.save_captions(session, captions)
+    count = sum(bool(text.strip()) for text in captions.values())
+    return note(f"<b>{len(captions)} images, captions {count}/{len(captions)}</b>, saved")
+
+
+def caption_all(context: AppContext, session: str, trigger: str) -> str:
+    """Make captions of the file names and the trigger word, but for those that were written; says how many."""
+    with told_on_the_page():
+        if not trigger.strip():
+            raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
+        names = context.uploads.names(session) if session else {}
+        if not names:
+            raise ConfigError("there are no images to caption; drop some first")
+        made = captions_from_names(names, context.uploads.captions(session), trigger.strip())
+        context.uploads.save_captions(session, made)
+    left = len(names) - len(made)
+    kept = f"; {left} left as they are: a caption of your own, or a name without words" if left else ""
+    return note(f"{len(made)} captions written from file names{kept}")
+
+
+def caption_by_model(
+    context: AppContext, session: str, name_or_path: str, trigger: str, told: Callable[[int, int], None]
+) -> str:
+    """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
+    with told_on_the_page():
+        present = context.uploads.captions(session) if session else {}
+        if not present:
+            raise ConfigError("there are no images to caption; drop some first")
+        if all(present.values()):
+            raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
+        if not name_or_path.strip():
+            raise ConfigError("no captioning model is given; enter the folder or hub id of a BLIP model")
+        from flatlora_diffusion.captioner import load_captioner  # imports transformers, which takes seconds
+
+        captioner = load_captioner(name_or_path.strip())
+        count = fill_captions(context.uploads, session, captioner, trigger.strip(), told)
+    return note(f"{count} captions written by the model; read them, and correct what is wrong")
+
+
+def empty_captions(context: AppContext, session: str) -> None:
+    """Remove all captions; the images stay."""
+    if session:
+        context.uploads.save_captions(session, dict.fromkeys(context.uploads.captions(session), ""))
+
+
+def use_trigger(prompt: str, trigger: str, used: str) -> tuple[str, str]:
+    """(the preview prompt with the trigger word, the word in it); `used`: the word in it before."""
+    new = trigger.strip() or used
+    return with_trigger(prompt, used, new), new
