@@ -140,6 +140,9 @@ def _trained(state: TrainState, checkpoint: str | None) -> Path:
     finally:
         for flat in state.flats:
             flat.detach()
+        # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
+        state.model = state.accelerator.unwrap_model(state.model)
+        state.accelerator.free_memory()
         state.accelerator.end_training()
 
 
