@@ -46,8 +46,8 @@ def main() -> None:
         config = demo.replace(learning_rate=rate, rank=rank, output_dir=str(folder), checkpointing_steps=EVERY)
         if not (folder / LORA_FILE).is_file():
             train(config.replace(max_train_steps=STEPS))
-        found[folder.name] = {step: loss(folder / f"checkpoint-{step}" / LORA_FILE) for step in range(50, STEPS, 50)}
-        found[folder.name][STEPS] = loss(folder / LORA_FILE)
+        files = {step: folder / f"checkpoint-{step}" / LORA_FILE for step in range(EVERY, STEPS, EVERY)}
+        found[folder.name] = {step: loss(file) for step, file in {**files, STEPS: folder / LORA_FILE}.items()}
     report(loss(None), found)
 
 

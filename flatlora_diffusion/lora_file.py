@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.lora_update import PARTS, Updates, balanced, lora_updates, magnitudes
+from flatlora_diffusion.run_dir import LORA_FILE
 from flatlora_diffusion.tensor_file import write_atomically
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def diffusers_tensors(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

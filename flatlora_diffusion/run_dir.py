@@ -72,7 +72,7 @@ _FREE_SETTINGS = {
     "hub_model_id",
     "local_rank",
 }
-_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
 _READ_SETTINGS = (  # what a run goes on reading
     "instance_data_dir",
     "dataset_name",
@@ -87,7 +87,7 @@ _RUN_FILES = (
     "images",
     "README.md",
     "logs",
-    _DIFFUSERS_FILE,
+    LORA_FILE,
     "pytorch_lora_weights_emb.safetensors",
     "pytorch_lora_weights_kohya.safetensors",
 )
@@ -238,7 +238,7 @@ class RunDir:
     def _holds_run(self) -> bool:
         """Whether a run of this program, or of diffusers' script, has been here."""
         is_ours = self.config_file.is_file() and self.manifest_file.is_file()
-        return is_ours or (self.folder / _DIFFUSERS_FILE).is_file() or bool(self.checkpoints())
+        return is_ours or (self.folder / LORA_FILE).is_file() or bool(self.checkpoints())
 
     def _present(self, config: Mapping[str, Any]) -> list[Path]:
         """What is in the folder already of all that a run writes."""
