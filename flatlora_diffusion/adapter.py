@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
 
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.seeds import generator
@@ -93,6 +96,32 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def base_weight(base: Any) -> Tensor:
+    """W of a base layer as it computes with it, in its shape and fp32; a quantized one is dequantized."""
+    if type(base.weight).__name__ == "Int8Params":
+        # PEFT's dequantization takes the scales away from such a layer on a CPU.
+        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+        return base.weight.data.float() * (scales.float() / 127)[:, None]
+    weight: Tensor = dequantize_module_weight(base)
+    return weight.float()
+
+
+@torch.no_grad()
+def start_magnitudes(model: nn.Module) -> None:
+    """Let DoRA start at W + sBA: its magnitudes become the norms of those rows, in fp32; nothing without DoRA.
+
+    PEFT takes them in the base's dtype, which in half precision would move every row of W before the first step.
+    """
+    for layer in lora_layers(model).values():
+        if ADAPTER not in layer.lora_magnitude_vector:
+            continue
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+        down, up = (side[ADAPTER].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
+        weight = base_weight(layer.get_base_layer()).flatten(1)
+        norms = torch.addmm(weight, up, down, alpha=layer.scaling[ADAPTER]).norm(dim=1)
+        magnitude.copy_(norms.view_as(magnitude))
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -107,6 +136,15 @@ def _inject(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
         # Drawn on the CPU, so that one seed gives one LoRA on every device.
         draw = torch.randn(down.shape, generator=generator("cpu", seed, "lora_init", path + name))
         down.data.copy_(draw / layer.r[ADAPTER])
+        if ADAPTER in layer.lora_magnitude_vector:
+            dora = layer.lora_magnitude_vector[ADAPTER]
+            dora.get_weight_norm = partial(_norm_in_fp32, dora.get_weight_norm)
+    start_magnitudes(model)
+
+
+def _norm_in_fp32(norm: Callable[..., Tensor], weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """PEFT's norm of a DoRA layer's rows, for which its convolutions leave W in half precision under autocast."""
+    return norm(weight.float(), *args, **kwargs)
 
 
 def _is_target(name: str, module: nn.Module, targets: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.adapter import ADAPTER, lora_layers
+from flatlora_diffusion.adapter import ADAPTER, lora_layers, start_magnitudes
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.lora_import import ImportedLora, lora_of_base
@@ -45,6 +45,7 @@ def set_lora(pipeline: Any, lora: ImportedLora) -> None:
                 raise ConfigError(f"rank={kept}, but init_lora has rank {len(down)} at {name}; use --rank {len(down)}")
             layer.lora_A[ADAPTER].weight.copy_(down[:kept])
             layer.lora_B[ADAPTER].weight.copy_(up[:, :kept] * (scale / layer.scaling[ADAPTER]))
+        start_magnitudes(getattr(pipeline, part))  # a plain LoRA has none of its own
         for name, magnitude in lora.magnitudes.get(part, {}).items():
             if ADAPTER not in mine[name].lora_magnitude_vector:
                 raise ConfigError("init_lora is a DoRA, whose magnitudes this run would lose; set --use_dora")

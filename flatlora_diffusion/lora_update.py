@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
-from flatlora_diffusion.adapter import ADAPTER, lora_layers
+from flatlora_diffusion.adapter import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.seeds import generator
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -143,16 +142,7 @@ def _factors(layer: Any) -> Update:
 def _dora_change(layer: Any) -> Tensor:
     """W' - W of a DoRA layer, (out, in * kh * kw): each row of W + s B A scaled to its magnitude, minus W."""
     down, up = (side[ADAPTER].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
-    weight = _base_weight(layer.get_base_layer()).float().reshape(len(up), -1)
+    weight = base_weight(layer.get_base_layer()).flatten(1)
     direction = weight + layer.scaling[ADAPTER] * (up @ down)
     magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float().flatten()
     return (magnitude / direction.norm(dim=1))[:, None] * direction - weight
-
-
-def _base_weight(base: Any) -> Tensor:
-    if type(base.weight).__name__ == "Int8Params":
-        # PEFT's dequantization takes the scales away from such a layer on a CPU.
-        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
-        return base.weight.data.float() * (scales.float() / 127)[:, None]
-    weight: Tensor = dequantize_module_weight(base)
-    return weight

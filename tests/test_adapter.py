@@ -85,3 +85,37 @@ def test_a_stock_pipeline_applies_what_was_trained(base: Path, icons: Path, tmp_
     assert probe_loss(stock.unet, Objective(sdxl.scheduler), probe) != pytest.approx(trained, rel=1e-3)
     changed = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
     assert changed.tobytes() != plain.tobytes()
+
+
+def merged_away(unet: Any, expected: dict[str, torch.Tensor]) -> float:
+    """||W' - expected|| / ||expected|| over all layers, W' being each DoRA layer's merged weight, by the book."""
+    apart = size = 0.0
+    for name, layer in lora_layers(unet).items():
+        down, up = (side["default"].weight.detach().double().flatten(1) for side in (layer.lora_A, layer.lora_B))
+        moved = layer.get_base_layer().weight.detach().double().flatten(1) + layer.scaling["default"] * (up @ down)
+        magnitude = layer.lora_magnitude_vector["default"].weight.detach().double().flatten()
+        merged = (magnitude / moved.norm(dim=1))[:, None] * moved
+        apart += float((merged - expected[name]).square().sum())
+        size += float(expected[name].square().sum())
+    return float((apart / size) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_dora_starts_at_its_half_precision_base(base: Path, dtype: torch.dtype) -> None:
+    unet = load(base, dtype).unet
+    add_lora(unet, AdapterConfig(use_dora=True, lora_target_modules="conv"), seed=0)
+    layers = lora_layers(unet)
+    weights = {name: layer.get_base_layer().weight.double().flatten(1) for name, layer in layers.items()}
+    assert {layer.get_base_layer().weight.dtype for layer in layers.values()} == {dtype}
+    assert merged_away(unet, weights) < 2e-7
+
+
+def test_a_dora_computes_what_its_half_precision_base_computes_before_the_first_step(base: Path) -> None:
+    unet = load(base, torch.bfloat16).unet
+    add_lora(unet, AdapterConfig(use_dora=True, lora_target_modules="conv"), seed=0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for name, layer in lora_layers(unet).items():
+            plain = layer.get_base_layer()
+            shape = (2, plain.weight.shape[1], *[5] * (plain.weight.ndim - 2))
+            inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+            assert torch.equal(layer(inputs), plain(inputs)), name

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatlora_diffusion import trainer
 from flatlora_diffusion.adapter import lora_layers
 from flatlora_diffusion.applied_lora import embeddings_beside
+from flatlora_diffusion.checkpoint import load_state, save_state
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import fixed_probe, probe_loss
@@ -220,6 +221,34 @@ def test_a_start_from_a_dora_has_its_magnitudes(config: TrainConfig, tmp_path: P
     save_file(kohya, tmp_path / "foreign.safetensors")
     with pytest.raises(ConfigError, match=r"foreign\.safetensors holds DoRA"):
         prepare(dora.replace(init_lora=str(tmp_path / "foreign.safetensors")), samples_of(config))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_dora_that_starts_from_a_plain_lora_starts_at_its_merged_weights(
+    config: TrainConfig, tmp_path: Path, precision: str
+) -> None:
+    plain = config.replace(learning_rate=0.1, save_dtype="fp32", mixed_precision=precision)
+    path = train(plain)
+    trained = lora_updates(prepare(plain.replace(init_lora=str(path)), samples_of(config)).sdxl.pipeline)["unet"]
+    dora = prepare(plain.replace(init_lora=str(path), use_dora=True), samples_of(config)).sdxl.pipeline
+    for name, layer in lora_layers(dora.unet).items():
+        down, up, scale = trained[name]
+        merged = layer.get_base_layer().weight.float() + scale * (up @ down)
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(magnitude, merged.norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: TrainConfig, tmp_path: Path) -> None:
+    dora = config.replace(use_dora=True, learning_rate=0.0, mixed_precision="bf16")
+    save_state(trained(dora, 1), tmp_path, 1)
+    again = prepare(dora, samples_of(config))
+    for layer in lora_layers(again.sdxl.unet).values():
+        layer.lora_magnitude_vector["default"].weight.data.zero_()
+    assert load_state(again, tmp_path) == 1
+    for name, layer in lora_layers(again.sdxl.unet).items():
+        norms = layer.get_base_layer().weight.float().norm(dim=1)
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(magnitude, norms, rtol=1e-6, atol=0, msg=name)
 
 
 # Text encoders
