@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from flatlora_diffusion.config import DEFAULT_SIGMA
+from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.encoders import JUDGE, Encoder
 from flatlora_diffusion.experiment import Planned
 from flatlora_diffusion.judge import NAME_PROMPT, Judge
@@ -165,9 +166,10 @@ class Examiner:
         return found
 
 
-def names_of(folder: Path) -> dict[str, str]:
-    """What each caption of an image folder shows: the field `name` of the lines of metadata.jsonl that have one."""
-    return {row["text"]: row["name"] for row in metadata_rows(folder) if "name" in row and "text" in row}
+def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
+    """What each caption of an image folder shows: the field `name` of its image's line in metadata.jsonl."""
+    names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder) if "name" in row}
+    return {sample.caption: names[sample.id] for sample in samples if sample.id in names}
 
 
 def _steps(planned: Planned) -> list[Mapping[str, Any]]:

@@ -19,13 +19,13 @@ from flatlora_diffusion.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.experiment import Planned
 from flatlora_diffusion.images import load_image
 from flatlora_diffusion.judge import load_judge
-from flatlora_diffusion.loss import Objective, is_edm_scheduler
+from flatlora_diffusion.loss import objective_of, unweighted
 from flatlora_diffusion.meter import UNGROUPED, ImageSet, Meter, groups_of
 from flatlora_diffusion.painter import Painter
 from flatlora_diffusion.perceptual import load_lpips
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 from flatlora_diffusion.train_state import DTYPES
-from flatlora_diffusion.training_set import load_training_set
+from flatlora_diffusion.training_set import load_heldout, load_training_set
 
 DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
 SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
@@ -52,7 +52,6 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
             config.tokens.train_text_encoder_ti,
             "captions with new tokens mean nothing to the base",
         ),
-        ("clip_skip", config.model.clip_skip is not None, "the base and its LoRAs are measured on the default layer"),
         ("push_to_hub", config.run.push_to_hub, "every arm and null would be uploaded"),
     ):
         if is_set:
@@ -65,8 +64,8 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         folders[FORGETTING] = Path(forgetting)
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
     for name, folder in folders.items():
-        caption = config.data.instance_prompt if name == HELDOUT else None
-        samples = load_samples(folder, caption, config.data.caption_column).samples
+        found = load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)
+        samples = found.samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
     seen = {sample.sha256 for sample in training}
     both = [sample.id for sample in sets[HELDOUT].samples if sample.sha256 in seen]
@@ -85,12 +84,11 @@ def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Materi
     model = dataclasses.replace(config.model, quantize_base=None, offload=False)
     sdxl = load_sdxl(model, device, DTYPES[config.optim.mixed_precision or "no"])
     resolution = config.data.resolution or sdxl.resolution
-    edm = config.objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler)
     background = config.data.background_color
     identity = _identity(config)
     meter = Meter(
         sdxl,
-        Objective(sdxl.scheduler, edm=edm),
+        unweighted(objective_of(config.objective, sdxl.scheduler)),
         material.sets,
         resolution,
         folder / "measured" / identity,
@@ -101,7 +99,7 @@ def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Materi
     training = [_as_seen(sample, background, resolution) for sample in material.sets[TRAIN].samples]
     drawn = [sample for sample in material.sets[HELDOUT].samples if sample.caption in material.themes.style]
     heldout = {sample.caption: _as_seen(sample, background, resolution) for sample in drawn}
-    names = names_of(material.heldout)
+    names = names_of(material.heldout, material.sets[HELDOUT].samples)
     return Examiner(meter, painter, material.themes, material.seers, training, heldout, names), sdxl
 
 

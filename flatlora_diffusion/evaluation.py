@@ -43,7 +43,7 @@ def fixed_probe(
     pixels, sizes, crops = zip(*views, strict=True)
     together = _at_once(16, resolution**2, _PIXELS)
     latents = torch.cat([encode_images(sdxl.vae, part.to(device)) for part in torch.stack(pixels).split(together)])
-    prompt_embeds, pooled = encode_prompts(sdxl.pipeline, [sample.caption for sample in samples])
+    prompt_embeds, pooled = encode_prompts(sdxl, [sample.caption for sample in samples])
     batch = Batch(latents, prompt_embeds, pooled, add_time_ids(sizes, crops, (resolution, resolution), device))
     rng = generator("cpu", seed, "probe")
     noise = torch.randn((len(samples) * draws, *latents.shape[1:]), generator=rng)
@@ -55,9 +55,7 @@ def fixed_probe(
 
 def with_prompts(probe: Probe, sdxl: Sdxl, captions: Sequence[str]) -> Probe:
     """`probe` with the (N,) captions as the text encoders encode them now."""
-    prompt_embeds, pooled = (
-        value.repeat_interleave(probe.draws, dim=0) for value in encode_prompts(sdxl.pipeline, captions)
-    )
+    prompt_embeds, pooled = (value.repeat_interleave(probe.draws, dim=0) for value in encode_prompts(sdxl, captions))
     return replace(probe, batch=replace(probe.batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled))
 
 

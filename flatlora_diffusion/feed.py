@@ -69,7 +69,7 @@ class Feed:
         self._prompts: FrozenPrompts | TokenizedPrompts = (
             TokenizedPrompts(sdxl.pipeline, tokens or {})
             if config.trains_text
-            else FrozenPrompts(sdxl.pipeline, captions, config.model.clip_skip, text_folder)
+            else FrozenPrompts(sdxl, captions, text_folder)
         )
         self._cache = self._cached(self.samples, self.sizes, folder)
         square = [(self.resolution, self.resolution)] * len(class_samples)

@@ -24,12 +24,12 @@ import torch
 from flatlora_diffusion.applied_lora import LoraFile, loaded, parse_lora
 from flatlora_diffusion.charts import Line, line_chart, surface_chart
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
-from flatlora_diffusion.dataset import Sample, load_samples
+from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.evaluation import Probe, fixed_probe
 from flatlora_diffusion.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.flatness_figures import HELDOUT, TRAIN, Arm, Figures, measure
 from flatlora_diffusion.flatness_tables import tables
-from flatlora_diffusion.loss import Objective, is_edm_scheduler
+from flatlora_diffusion.loss import objective_of, unweighted
 from flatlora_diffusion.merged_lora import base_weights, lora_deltas
 from flatlora_diffusion.robustness import Company
 from flatlora_diffusion.run_dir import portable
@@ -37,7 +37,7 @@ from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 from flatlora_diffusion.surface import axis
 from flatlora_diffusion.surface_page import can_write, write_surface_page
 from flatlora_diffusion.tokens import new_tokens, with_new_tokens
-from flatlora_diffusion.training_set import load_training_set
+from flatlora_diffusion.training_set import load_heldout, load_training_set
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,7 @@ def flatness(config: FlatnessConfig) -> Path:
     company = _company(sdxl, config)
     names = {name: None for deltas in (*(arm.deltas for arm in arms), company.second) for name in deltas}
     base = base_weights(sdxl.unet, names)
-    objective = Objective(
-        sdxl.scheduler, edm=first.objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler)
-    )
+    objective = unweighted(objective_of(first.objective, sdxl.scheduler))
     figures = [measure(sdxl.unet, objective, base, arm, config, company) for arm in arms]
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +83,7 @@ def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dic
     check_images(run, found)
     images = {TRAIN: found.samples}
     if given.heldout_dir is not None:
-        images[HELDOUT] = load_samples(Path(given.heldout_dir), config.data.instance_prompt).samples
+        images[HELDOUT] = load_heldout(Path(given.heldout_dir), config.data).samples
         seen = {sample.sha256 for sample in found.samples}
         both = [sample.id for sample in images[HELDOUT] if sample.sha256 in seen]
         if both:

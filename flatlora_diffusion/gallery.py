@@ -176,7 +176,6 @@ def _draw_row(
             config.guidance_scale,
             config.batch_size,
             config.negative_prompt,
-            config.model.clip_skip,
         )
         for column, image in zip(part, drawn, strict=True):
             text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used)

@@ -22,7 +22,6 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
     guidance: float = 5.0,
     batch_size: int = 8,
     negative_prompt: str | None = None,
-    clip_skip: int | None = None,
 ) -> list[Image.Image]:
     """One image per (prompt, seed), a function of these two alone.
 
@@ -43,7 +42,7 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
-                clip_skip=clip_skip,
+                clip_skip=sdxl.clip_skip,
                 output_type="latent",
             ).images
             pixels = decode_latents(sdxl.vae, latents)

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import LossType
+from flatlora_diffusion.config import LossType, ObjectiveConfig
 
 HUBER_DELTA = 0.1  # errors above it count linearly
 
@@ -57,6 +57,22 @@ class Objective:
     loss_type: LossType = "l2"
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+
+
+def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
+    """What `config` trains a base with `scheduler` for."""
+    return Objective(
+        scheduler,
+        edm=config.do_edm_style_training or is_edm_scheduler(scheduler),
+        loss_type=config.loss_type,
+        snr_gamma=config.snr_gamma,
+        noise_offset=config.noise_offset,
+    )
+
+
+def unweighted(objective: Objective) -> Objective:
+    """The plain squared error of what `objective` compares: losses of all runs with it can be compared."""
+    return Objective(objective.scheduler, edm=objective.edm)
 
 
 def draw_targets(objective: Objective, latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:

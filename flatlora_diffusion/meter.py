@@ -55,7 +55,8 @@ class Meter:
         """`kept` is the folder for results; with `text_is_adapted` captions are encoded anew with each LoRA."""
         self._sdxl, self._objective, self.sets, self._kept = sdxl, objective, sets, kept
         hashes = {name: found.sha256 for name, found in sets.items()}
-        self._key = json.dumps([base_fingerprint(sdxl.unet), hashes, resolution, background, text_is_adapted])
+        base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
+        self._key = json.dumps([*base, hashes, resolution, background, text_is_adapted])
         self._settings = resolution, background
         self._text_is_adapted = text_is_adapted
         self._probes: dict[str, Probe] = {}

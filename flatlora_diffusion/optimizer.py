@@ -73,6 +73,14 @@ def make_lr_schedule(
     config: OptimConfig, optimizer: torch.optim.Optimizer, groups: Sequence[Group], total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule of `config`; a group's learning rate is 0 once its share of `total_steps` is over."""
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= total_steps:
+        logger.warning(
+            "lr_warmup_steps=%d is no shorter than the run of %d steps: the learning rate never gets beyond %.0f %% "
+            "of its value; give fewer warm-up steps",
+            config.lr_warmup_steps,
+            total_steps,
+            100 * (total_steps - 1) / config.lr_warmup_steps,
+        )
     schedule: torch.optim.lr_scheduler.LambdaLR = get_scheduler(
         config.lr_scheduler,
         optimizer,

@@ -24,7 +24,7 @@ class Painter:
 
     def __init__(self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = 25, guidance: float = 5.0) -> None:
         self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, guidance)
-        self._base = base_fingerprint(sdxl.unet)
+        self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
 
     def paint(self, lora: Path | None, keys: Sequence[Key]) -> dict[Key, Image.Image]:
         """The pictures of `keys`, RGB, by the base with `lora` or by the base alone."""
@@ -40,7 +40,7 @@ class Painter:
     def files(self, lora: Path | None, keys: Sequence[Key]) -> list[Path]:
         """Where the pictures of `keys` are kept, drawn or not."""
         content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
-        depends = [json.dumps([self._base, content, *key, *self._settings]) for key in keys]
+        depends = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
         return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]
 
     def _draw(self, keys: Sequence[Key], files: Sequence[Path]) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import Probe, fixed_probe, probe_loss, with_prompts
 from flatlora_diffusion.generate import evaluating, generate_images
-from flatlora_diffusion.loss import Objective, is_edm_scheduler
+from flatlora_diffusion.loss import unweighted
 from flatlora_diffusion.pictures import read_pictures
 from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.tokens import with_new_tokens
 from flatlora_diffusion.train_state import TEXT_PARTS, TrainState
+from flatlora_diffusion.training_set import load_heldout
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Previews:
         self._captions: list[str] = []
         if run.validation_data_dir is not None:
             data = state.config.data
-            found = load_samples(Path(run.validation_data_dir), data.instance_prompt)
+            found = load_heldout(Path(run.validation_data_dir), data)
             self._captions = [with_new_tokens(sample.caption, state.tokens) for sample in found.samples]
             samples = [
                 replace(one, caption=caption) for one, caption in zip(found.samples, self._captions, strict=True)
@@ -60,8 +60,7 @@ class Previews:
             if state.config.trains_text:  # each preview has encoders of its own
                 with ready(state.sdxl):
                     self._probe = with_prompts(self._probe, state.sdxl, self._captions)
-            scheduler = state.sdxl.scheduler
-            loss = probe_loss(state.sdxl.unet, Objective(scheduler, edm=is_edm_scheduler(scheduler)), self._probe)
+            loss = probe_loss(state.sdxl.unet, unweighted(state.objective), self._probe)
             state.run.add_event({"event": "validation", "step": step, "loss": loss})
             state.accelerator.log({"validation_loss": loss}, step=step)
             logger.info("validation loss after %d steps: %.4f", step, loss)
@@ -77,7 +76,6 @@ class Previews:
                     [picture.seed],
                     resolution=state.feed.resolution,
                     negative_prompt=picture.negative_prompt,
-                    clip_skip=state.config.model.clip_skip,
                 )
         return images
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.sdxl import encode_prompts
+from flatlora_diffusion.dataset import Sample
+from flatlora_diffusion.sdxl import Sdxl, encode_prompts
 from flatlora_diffusion.tensor_file import fingerprint, load_tensors, save_tensors
 from flatlora_diffusion.tokens import with_new_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_cut_captions(pipeline: Any, samples: Iterable[Sample], tokens: Mapping[str, list[str]]) -> None:
+    """Tell of captions that are longer than what the text encoders read, by the images that have them."""
+    tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
+    names, most = [], min(tokenizer.model_max_length for tokenizer in tokenizers)
+    lengths: dict[str, int] = {}
+    for sample in samples:
+        text = with_new_tokens(sample.caption, tokens)
+        if text not in lengths:
+            # Besides the text itself they read its start and its end.
+            lengths[text] = 2 + max(len(tokenizer.tokenize(text)) for tokenizer in tokenizers)
+        if lengths[text] > most:
+            names.append(sample.id)
+    if names:
+        have = "1 image has a caption" if len(names) == 1 else f"{len(names)} images have captions"
+        which = names[0] if len(names) == 1 else f"{names[0]} the first"
+        logger.warning(
+            "%s of more than %d tokens (%s): what comes after them is not read; shorten it", have, most, which
+        )
 
 
 class FrozenPrompts:
     """Encodes each caption once, in memory and, if a folder is given, there too, for later runs."""
 
-    def __init__(self, pipeline: Any, captions: Iterable[str], clip_skip: int | None, folder: Path | None) -> None:
-        encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
-        mark = "" if folder is None else json.dumps([*map(fingerprint, encoders), clip_skip])
+    def __init__(self, sdxl: Sdxl, captions: Iterable[str], folder: Path | None) -> None:
+        encoders = [sdxl.pipeline.text_encoder, sdxl.pipeline.text_encoder_2]
+        mark = "" if folder is None else json.dumps([*map(fingerprint, encoders), sdxl.clip_skip])
         self._embeds: dict[str, tuple[Tensor, Tensor]] = {}
         for caption in sorted(set(captions)):
             path = None if folder is None else folder / f"prompt-{_digest(mark, caption)}.safetensors"
@@ -29,7 +53,7 @@ class FrozenPrompts:
                 tensors, _ = load_tensors(path)
                 self._embeds[caption] = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
                 continue
-            prompt_embeds, pooled = (value.cpu() for value in encode_prompts(pipeline, [caption], clip_skip))
+            prompt_embeds, pooled = (value.cpu() for value in encode_prompts(sdxl, [caption]))
             self._embeds[caption] = prompt_embeds, pooled
             if path is not None:
                 save_tensors(path, {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled})

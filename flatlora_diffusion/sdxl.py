@@ -22,10 +22,14 @@ from flatlora_diffusion.loss import is_edm_scheduler
 
 @dataclass(frozen=True)
 class Sdxl:
-    """A frozen SDXL base. The VAE is fp32 (half-precision SDXL VAEs give black images); the rest is in one dtype."""
+    """A frozen SDXL base. The VAE is fp32 (half-precision SDXL VAEs give black images); the rest is in one dtype.
+
+    Every prompt is read `clip_skip` layers further back than SDXL's own choice, in training and out of it.
+    """
 
     pipeline: StableDiffusionXLPipeline
     scheduler: DDPMScheduler | EDMEulerScheduler
+    clip_skip: int | None = None
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -52,16 +56,14 @@ def load_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     pipeline.set_progress_bar_config(disable=True)
     # A scheduler of our own: sampling changes the state of the pipeline's.
     kind = type(pipeline.scheduler) if is_edm_scheduler(pipeline.scheduler) else DDPMScheduler
-    return Sdxl(pipeline, kind.from_config(pipeline.scheduler.config))
+    return Sdxl(pipeline, kind.from_config(pipeline.scheduler.config), config.clip_skip)
 
 
 @torch.no_grad()
-def encode_prompts(
-    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], clip_skip: int | None = None
-) -> tuple[Tensor, Tensor]:
+def encode_prompts(sdxl: Sdxl, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Prompt embeddings (B, 77, D) and pooled embeddings (B, P), just as the pipeline makes them for inference."""
-    prompt_embeds, _, pooled, _ = pipeline.encode_prompt(
-        list(prompts), do_classifier_free_guidance=False, clip_skip=clip_skip
+    prompt_embeds, _, pooled, _ = sdxl.pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, clip_skip=sdxl.clip_skip
     )
     return prompt_embeds, pooled
 

@@ -27,9 +27,10 @@ from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.denoiser import Denoiser
 from flatlora_diffusion.feed import Feed
 from flatlora_diffusion.initial_lora import read_lora, set_lora
-from flatlora_diffusion.loss import Objective, is_edm_scheduler
+from flatlora_diffusion.loss import Objective, is_edm_scheduler, objective_of
 from flatlora_diffusion.optimizer import Group, make_lr_schedule, make_optimizer
 from flatlora_diffusion.perturbation import FlatLora
+from flatlora_diffusion.prompts import warn_of_cut_captions
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 from flatlora_diffusion.tokens import add_tokens, embedding_parameters
@@ -85,6 +86,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     sdxl = load_sdxl(config.model, torch.device("cpu") if is_unet_last else accelerator.device, dtype)
     config = _resolved(config, sdxl)
     tokens = _adapt(sdxl, config)
+    warn_of_cut_captions(sdxl.pipeline, [*samples, *class_samples], tokens)
     if is_unet_last:
         for part in (*TEXT_PARTS, "vae"):
             getattr(sdxl.pipeline, part).to(accelerator.device)
@@ -117,7 +119,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
         accelerator=accelerator,
         sdxl=sdxl,
         model=model,
-        objective=_objective(config, sdxl),
+        objective=objective_of(config.objective, sdxl.scheduler),
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
@@ -249,17 +251,6 @@ def _groups(config: TrainConfig, sdxl: Sdxl, trainable: dict[str, nn.Parameter])
         Group(embeddings, is_text=True, share=tokens.train_text_encoder_ti_frac),
     ]
     return [group for group in groups if group.parameters]
-
-
-def _objective(config: TrainConfig, sdxl: Sdxl) -> Objective:
-    objective = config.objective
-    return Objective(
-        sdxl.scheduler,
-        edm=objective.do_edm_style_training or is_edm_scheduler(sdxl.scheduler),
-        loss_type=objective.loss_type,
-        snr_gamma=objective.snr_gamma,
-        noise_offset=objective.noise_offset,
-    )
 
 
 def _keep_base_local(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError, DataConfig
-from flatlora_diffusion.dataset import SampleSet, load_samples, make_sample
+from flatlora_diffusion.dataset import METADATA, SampleSet, load_samples, make_sample
 from flatlora_diffusion.images import ImageError
 
 
@@ -23,20 +23,14 @@ def load_training_set(data: DataConfig) -> SampleSet:
 def load_hf_dataset(data: DataConfig) -> SampleSet:
     """The images of the `train` split of `data.dataset_name`, in the dataset's order.
 
-    A row's caption is that of `caption_column`, else the instance prompt. Raises ConfigError when the dataset, its
-    columns or its images cannot be used, or the package `datasets` is absent.
+    A row's caption is that of `caption_column`, or the instance prompt if it has none or a blank one. Raises
+    ConfigError when the dataset, its columns or its images cannot be used, or the package `datasets` is absent.
     """
     rows = _train_split(data)
-    captions = [str(row[data.caption_column] or "") if data.caption_column else "" for row in rows]
-    bare = captions.count("")
-    if bare and not data.instance_prompt:
-        where = f"{bare} of {len(captions)} rows have no caption" if data.caption_column else "it names no captions"
-        raise ConfigError(
-            f"dataset_name={data.dataset_name!r}: {where}; give --caption_column or an --instance_prompt"
-        )
-    samples, skipped = [], []
-    for index, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+    samples, skipped, bare = [], [], 0
+    for index, row in enumerate(rows):
         name = f"row-{index:05d}"
+        caption = _caption(row, data)
         image = row[data.image_column]
         content = image["bytes"]
         try:
@@ -44,11 +38,34 @@ def load_hf_dataset(data: DataConfig) -> SampleSet:
                 with open(image["path"], "rb") as file:
                     content = file.read()
             samples.append(make_sample(name, content, caption or str(data.instance_prompt)))
+            bare += not caption
         except (ImageError, OSError) as error:
             skipped.append((name, str(error)))
     if not samples:
         raise ConfigError(f"dataset_name={data.dataset_name!r} has no readable image in column {data.image_column!r}")
-    return SampleSet(samples, captioned=len(captions) - bare, skipped=skipped)
+    if bare and not (data.instance_prompt and data.instance_prompt.strip()):
+        where = f"{bare} of {len(samples)} images have no caption" if data.caption_column else "it names no captions"
+        raise ConfigError(
+            f"dataset_name={data.dataset_name!r}: {where}; give --caption_column or an --instance_prompt"
+        )
+    return SampleSet(samples, captioned=len(samples) - bare, skipped=skipped)
+
+
+def load_heldout(folder: Path, data: DataConfig) -> SampleSet:
+    """Images that are not trained on, with their captions where the training images have theirs.
+
+    Raises ConfigError as `load_samples` does.
+    """
+    is_alike = data.instance_data_dir is not None and (folder / METADATA).is_file()
+    return load_samples(folder, data.instance_prompt, data.caption_column if is_alike else None)
+
+
+def _caption(row: Any, data: DataConfig) -> str:
+    """The row's own caption on one line; empty if it has none."""
+    caption = row[data.caption_column] if data.caption_column else ""
+    if not isinstance(caption, str | None):
+        raise ConfigError(f"caption_column={data.caption_column!r} must hold texts, but a row has {caption!r}")
+    return " ".join((caption or "").split())
 
 
 def _train_split(data: DataConfig) -> Any:

@@ -16,6 +16,7 @@ from flatlora_diffusion.compare_findings import paired_rows, table, verdict
 from flatlora_diffusion.compare_nulls import Ends, null_rows
 from flatlora_diffusion.compare_setup import SAMPLE_ICONS, read_material
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.experiment import parse_arm
 from flatlora_diffusion.matched import Point
 
@@ -125,7 +126,16 @@ def test_the_sample_icons_bring_their_own_heldout_images_and_prompts() -> None:
     assert material.themes.style[0] == "a TOK icon of a peach, in the style of TOK"
     assert (len(material.themes.style), len(material.themes.unrelated)) == (3, 3)
     assert len(material.themes.keys(material.themes.style)) == 6
-    assert names_of(material.heldout)["a TOK icon of a dog, in the style of TOK"] == "dog"
+    names = names_of(material.heldout, material.sets[HELDOUT].samples)
+    assert names["a TOK icon of a dog, in the style of TOK"] == "dog"
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "caption"])
+def test_names_are_found_wherever_the_captions_stand(icons: Path, tmp_path: Path, column: str) -> None:
+    Image.open(icons / "icon-0.png").save(tmp_path / "a.png")
+    row = {"file_name": "a.png", column: "an icon of  a dog", "name": "dog"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert names_of(tmp_path, load_samples(tmp_path).samples) == {"an icon of a dog": "dog"}
 
 
 def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) -> None:
@@ -136,8 +146,6 @@ def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) ->
         read_material(mine, CompareConfig(heldout_dir=str(icons)))
     with pytest.raises(ConfigError, match="train_text_encoder_ti cannot be used in a comparison"):
         read_material(icons_config(train_text_encoder_ti=True), CompareConfig())
-    with pytest.raises(ConfigError, match="clip_skip cannot be used in a comparison"):
-        read_material(icons_config(clip_skip=1), CompareConfig())
     (tmp_path / "none.txt").write_text("\n \n", encoding="utf-8")
     for name in ("none.txt", "missing.txt"):
         with pytest.raises(ConfigError, match=f"{name}.*one prompt per line"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.tokens import with_new_tokens
 from flatlora_diffusion.train_state import TrainState, check_distribution, prepare
 from flatlora_diffusion.trainer import train, train_step
+from flatlora_diffusion.training_set import load_heldout, load_training_set
 
 
 @pytest.fixture
@@ -470,6 +472,38 @@ def test_a_hugging_face_dataset_is_trained_on(config: TrainConfig, icons: Path, 
             train(named.replace(**changes))
 
 
+def test_rows_of_a_dataset_without_caption_or_image_count_as_that(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "imagefolder"
+    folder.mkdir()
+    captions = ["first", " ", None, "never", "never"]
+    for index in range(3):
+        shutil.copy(icons / f"icon-{index}.png", folder)
+    for index in (3, 4):
+        (folder / f"icon-{index}.png").write_bytes(b"no image")
+    rows = [{"file_name": f"icon-{index}.png", "text": caption} for index, caption in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = config.replace(
+        instance_data_dir=None,
+        dataset_name=str(folder),
+        caption_column="text",
+        instance_prompt="a prompt",
+        cache_dir=str(tmp_path / "hf"),
+    ).data
+    found = load_training_set(data)
+    assert [sample.caption for sample in found.samples] == ["first", "a prompt", "a prompt"]
+    assert found.summary.startswith("3 images, captions 1/3, ")
+    for prompt in (None, " "):
+        with pytest.raises(ConfigError, match="2 of 3 images have no caption; give"):
+            load_training_set(replace(data, instance_prompt=prompt))
+    numbers = [{"file_name": f"icon-{index}.png", "text": index} for index in range(5)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers), encoding="utf-8")
+    with pytest.raises(ConfigError, match="caption_column='text' must hold texts, but a row has 0"):
+        load_training_set(data)
+
+
 # Optimizers
 
 
@@ -503,6 +537,16 @@ def test_text_encoders_have_their_own_learning_rate_and_decay(config: TrainConfi
     unet, text = state.optimizer.param_groups
     assert (unet["lr"], unet["weight_decay"]) == (1e-2, 1e-4)
     assert (text["lr"], text["weight_decay"]) == (2e-3, 1e-3)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told_of(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    warming = config.replace(lr_scheduler="cosine", max_train_steps=11)
+    for settings in ({"lr_warmup_steps": 10}, {"lr_scheduler": "constant", "lr_warmup_steps": 500}):
+        prepare(warming.replace(**settings), samples_of(config))
+    assert "lr_warmup_steps" not in caplog.text
+    prepare(warming.replace(lr_warmup_steps=20), samples_of(config))
+    assert "lr_warmup_steps=20 is no shorter than the run of 11 steps" in caplog.text
+    assert "never gets beyond 50 % of its value" in caplog.text
 
 
 def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_path: Path) -> None:
@@ -559,6 +603,53 @@ def test_heldout_loss_is_logged_with_the_previews(config: TrainConfig, icons: Pa
     probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
     assert events[0]["loss"] == pytest.approx(probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe))
     assert events[-1]["loss"] != events[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clip_skip": 1}, {"do_edm_style_training": True, "prediction_type": "v_prediction"}]
+)
+def test_heldout_loss_is_that_of_what_is_trained(config: TrainConfig, icons: Path, settings: dict[str, Any]) -> None:
+    path = train(config.replace(validation_data_dir=str(icons), max_train_steps=1, **settings))
+    (event, *_) = [event for event in RunDir(path.parent).events() if event["event"] == "validation"]
+    predicted = settings.get("prediction_type")
+    plain = prepare(config.replace(prediction_type=predicted), samples_of(config)).sdxl
+    probe = fixed_probe(plain, samples_of(config), 32, seed=0)
+    asked = plain.pipeline.encode_prompt(
+        [sample.caption for sample in samples_of(config)],
+        do_classifier_free_guidance=False,
+        clip_skip=settings.get("clip_skip"),
+    )
+    prompts, pooled = (asked[index].repeat_interleave(probe.draws, dim=0) for index in (0, 2))
+    other = replace(probe, batch=replace(probe.batch, prompt_embeds=prompts, pooled_prompt_embeds=pooled))
+    objective = Objective(plain.scheduler, edm="do_edm_style_training" in settings)
+    assert event["loss"] == pytest.approx(probe_loss(plain.unet, objective, other))
+    assert event["loss"] != pytest.approx(probe_loss(plain.unet, Objective(plain.scheduler), probe), rel=1e-4)
+
+
+def test_heldout_captions_stand_where_those_of_the_training_images_do(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("training", "heldout", "sidecars")]
+    for folder in folders:
+        shutil.copytree(icons, folder)
+    for folder in folders[:2]:
+        rows = [{"file_name": f"icon-{index}.png", "text": "x", "mine": f"my {index}"} for index in range(3)]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    chosen = config.replace(instance_data_dir=str(folders[0]), caption_column="mine")
+    for folder, caption in ((folders[1], "my 0"), (folders[2], "an icon of thing 0")):
+        found = load_heldout(folder, chosen.data)
+        assert found.samples[0].caption == caption
+
+
+def test_captions_that_are_cut_are_told_of(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    samples = samples_of(config)
+    with caplog.at_level("WARNING"):
+        prepare(config, [replace(samples[0], caption="cat " * 75), *samples[1:]])
+    assert "tokens" not in caplog.text
+    long = [samples[0], *(replace(sample, caption="cat " * 76) for sample in samples[1:])]
+    with caplog.at_level("WARNING"):
+        prepare(config, long)
+    assert "2 images have captions of more than 77 tokens (icon-1.png the first)" in caplog.text
 
 
 @pytest.mark.parametrize("trained_text", ["train_text_encoder", "train_text_encoder_ti"])

@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import nn
 
+from flatlora_diffusion import flatness_report
 from flatlora_diffusion.adapter import add_lora, lora_layers
 from flatlora_diffusion.charts import Line, line_chart, surface_chart
 from flatlora_diffusion.command_line import main
@@ -264,6 +265,27 @@ def test_a_report_has_all_files_and_figures(
     assert str(tmp_path) not in (out / "flatness.json").read_text(encoding="utf-8")
     for name in ("rise.png", "slices.png", "strength.png", "surface.png"):
         assert Image.open(out / name).width > 500
+
+
+def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
+    make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def watched(unet: Any, objective: Objective, weights: Weights, arm: Arm, *rest: Any) -> None:
+        found.append((objective, arm))
+
+    monkeypatch.setattr(flatness_report, "measure", watched)
+    monkeypatch.setattr(flatness_report, "_write", lambda *args: None)
+    run = make_run("plain", clip_skip=1, do_edm_style_training=True)
+    where = {"pretrained_model_name_or_path": str(base), "instance_data_dir": str(icons)}
+    flatness(replace(FlatnessConfig(runs=(str(run),), output_dir=str(tmp_path / "out")), **where))
+    pipeline, captions = load(base).pipeline, [sample.caption for sample in load_samples(icons).samples]
+    prompts = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, clip_skip=1)[0]
+    assert len(found) == 2
+    for objective, arm in found:
+        assert objective.edm
+        assert torch.equal(arm.probes["train"].batch.prompt_embeds, prompts)
 
 
 def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path) -> None:

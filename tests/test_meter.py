@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_a_lora_counts_by_its_strength_and_is_gone_afterwards(meter: Meter, sdxl
     assert meter.losses(lora, 0.0)["icons"][UNGROUPED] == pytest.approx(base["icons"][UNGROUPED], abs=1e-6)
     probe = fixed_probe(sdxl, meter.sets["icons"].samples, 32, 0, 2)
     assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) == base["icons"][UNGROUPED]
+
+
+def test_captions_are_read_as_in_training(meter: Meter, sdxl: Sdxl, tmp_path: Path) -> None:
+    skipping = replace(sdxl, clip_skip=1)
+    objective = Objective(sdxl.scheduler)
+    found = Meter(skipping, objective, meter.sets, 32, tmp_path / "kept").losses(None)["icons"][UNGROUPED]
+    assert found == probe_loss(sdxl.unet, objective, fixed_probe(skipping, meter.sets["icons"].samples, 32, 0, 2))
+    assert found != pytest.approx(meter.losses(None)["icons"][UNGROUPED], rel=1e-5)
 
 
 def test_what_was_measured_is_read_back_until_the_file_changes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def test_a_picture_is_a_function_of_prompt_and_seed_alone(sdxl: Sdxl, tmp_path: 
     alone = Painter(sdxl, 32, tmp_path / "two", steps=2).paint(None, KEYS[1:2])
     assert _equal(together[KEYS[1]], alone[KEYS[1]])
     assert not _equal(together[KEYS[0]], together[KEYS[1]])
+
+
+def test_prompts_are_read_as_in_training(sdxl: Sdxl, tmp_path: Path) -> None:
+    plain, skipping = (
+        Painter(replace(sdxl, clip_skip=skipped), 32, tmp_path, steps=2).paint(None, KEYS[:1]) for skipped in (None, 1)
+    )
+    assert not _equal(plain[KEYS[0]], skipping[KEYS[0]])
 
 
 def test_pictures_are_kept_and_only_the_missing_ones_drawn(
