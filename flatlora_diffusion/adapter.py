@@ -57,6 +57,11 @@ def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, part: str
     """
     unused = 1 + (clip_skip or 0) if part == "text_encoder" else 0
     count = text_encoder.config.num_hidden_layers - unused
+    if count < 1:
+        raise ConfigError(
+            f"clip_skip={clip_skip} leaves no layer of the first text encoder for --train_text_encoder; it can be at "
+            f"most {text_encoder.config.num_hidden_layers - 2} with it"
+        )
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,

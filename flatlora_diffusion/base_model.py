@@ -176,6 +176,22 @@ def _load_vae(path: str) -> AutoencoderKL:
 def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> None:
     if pipeline.text_encoder_2 is None:
         raise ConfigError(f"{_named(config)} is not SDXL: it has no second text encoder")
+    if pipeline.text_encoder is None:
+        raise ConfigError(
+            f"{_named(config)} is no SDXL base: it has only the second text encoder, as SDXL's refiner; give the base"
+        )
+    channels, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latents:
+        raise ConfigError(
+            f"{_named(config)} is no SDXL base: its UNet takes {channels} channels, not the {latents} of an image "
+            "alone, as models for inpainting and editing do; give the base that it was made from"
+        )
+    layers = min(part.config.num_hidden_layers for part in (pipeline.text_encoder, pipeline.text_encoder_2))
+    if config.clip_skip is not None and config.clip_skip >= layers:
+        raise ConfigError(
+            f"clip_skip={config.clip_skip} goes beyond the text encoders of this base, which have {layers} layers; "
+            f"it can be at most {layers - 1}"
+        )
     missing = [name for part in _modules(pipeline) for name, tensor in part.named_parameters() if tensor.is_meta]
     if missing:
         raise ConfigError(f"{_named(config)} lacks {len(missing)} weights of its models, such as {missing[0]}")

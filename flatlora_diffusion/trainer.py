@@ -25,6 +25,7 @@ from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.fingerprint import DrawHash
 from flatlora_diffusion.hub import hub_repository
 from flatlora_diffusion.loss import diffusion_loss, draw_targets
+from flatlora_diffusion.pictures import read_pictures
 from flatlora_diffusion.preview import Previews
 from flatlora_diffusion.result import finish
 from flatlora_diffusion.run_dir import RunDir
@@ -52,6 +53,7 @@ def train(config: TrainConfig) -> Path:
         config = run.filled_in(config)
     if config.run.push_to_hub:
         hub_repository(config)  # a bad name or token is an error before training, not after
+    read_pictures(config.run)  # so is a bad prompts file
     found = load_training_set(config.data)
     logger.info(found.summary)
     config = seeded(config)

@@ -216,6 +216,26 @@ def test_a_folder_without_second_text_encoder_is_refused(folder: Path, tmp_path:
         load(path)
 
 
+def test_a_refiner_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = edited(folder, tmp_path / "refiner", text_encoder=[None, None], tokenizer=[None, None])
+    with pytest.raises(ConfigError, match=r"is no SDXL base: it has only the second text encoder, as SDXL's refiner"):
+        load(path)
+
+
+def test_an_inpainting_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 9})
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is no SDXL base: its UNet takes 9 channels, not the 4 of an image alone"):
+        load(tmp_path)
+
+
+def test_clip_skip_ends_at_the_first_layer(folder: Path) -> None:
+    assert load(folder, clip_skip=1) is not None
+    with pytest.raises(ConfigError, match=r"clip_skip=2 goes beyond .* which have 2 layers; it can be at most 1"):
+        load(folder, clip_skip=2)
+
+
 def test_a_folder_with_a_damaged_weight_file_is_refused(folder: Path, tmp_path: Path) -> None:
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         path = edited(folder, tmp_path / name.split("/")[0])

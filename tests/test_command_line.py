@@ -49,6 +49,28 @@ def test_bad_resolution(capsys: pytest.CaptureFixture[str], icons: Path, base: P
     assert "resolution=33 must be a multiple of 16" in complaint(capsys, [*arguments, "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": 3}', 'prompts.jsonl line 2: "prompt" is 3, but must be a text'),
+        ('{"prompt": "a", "negative_prompt": ["b"]}', "\"negative_prompt\" is ['b'], but must be a text"),
+        ('{"prompt": "a", "seed": "1"}', "\"seed\" is '1', but must be a whole number"),
+        ('{"prompt": "a", "seed": -1}', '"seed" is -1, but must be a whole number'),
+        ('{"seed": 1}', "prompts.jsonl line 2 must be like"),
+        ("prompt", "prompts.jsonl line 2 must be like"),
+        ("\udcff", "prompts.jsonl' cannot be read; give a UTF-8 text file"),
+    ],
+)
+def test_a_bad_prompts_file(
+    capsys: pytest.CaptureFixture[str], icons: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    file.write_text('{"prompt": "a fox", "seed": 3}\n' + line, encoding="utf-8", errors="surrogateescape")
+    arguments = ["--instance_data_dir", str(icons), "--output_dir", str(out), "--validation_prompts_file", str(file)]
+    assert message in complaint(capsys, arguments)
+    assert not out.exists()
+
+
 def test_sigma_with_plain_lora_is_refused(capsys: pytest.CaptureFixture[str], icons: Path) -> None:
     arguments = ["--instance_data_dir", str(icons), "--method", "lora", "--sigma", "0.1"]
     with pytest.raises(SystemExit) as stop:

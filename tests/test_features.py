@@ -271,6 +271,11 @@ def test_text_encoders_are_trained_perturbed_and_left_alone_underneath(config: T
     assert {value.dtype for value in state.trainable.values()} == {torch.float32}
 
 
+def test_clip_skip_must_leave_a_text_layer_to_train(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"clip_skip=1 leaves no layer .* it can be at most 0 with it"):
+        prepare(config.replace(clip_skip=1, train_text_encoder=True), samples_of(config))
+
+
 def test_a_frozen_text_encoder_is_the_same_denoiser(config: TrainConfig) -> None:
     """Tokens through the Denoiser give what cached embeddings give, so training text changes nothing at step 0."""
     plain = prepare(config.replace(method="lora", caption_dropout=0.5), samples_of(config))

@@ -278,8 +278,13 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
     monkeypatch.setattr(flatness_report, "measure", watched)
     monkeypatch.setattr(flatness_report, "_write", lambda *args: None)
     run = make_run("plain", clip_skip=1, do_edm_style_training=True)
-    where = {"pretrained_model_name_or_path": str(base), "instance_data_dir": str(icons)}
-    flatness(replace(FlatnessConfig(runs=(str(run),), output_dir=str(tmp_path / "out")), **where))
+    config = FlatnessConfig(
+        runs=(str(run),),
+        output_dir=str(tmp_path / "out"),
+        pretrained_model_name_or_path=str(base),
+        instance_data_dir=str(icons),
+    )
+    flatness(config)
     pipeline, captions = load(base).pipeline, [sample.caption for sample in load_samples(icons).samples]
     prompts = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, clip_skip=1)[0]
     assert len(found) == 2
