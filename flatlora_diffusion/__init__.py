@@ -9,10 +9,17 @@ if TYPE_CHECKING:
     from flatlora_diffusion.config import ConfigError, TrainConfig
     from flatlora_diffusion.perturbation import FlatLora
     from flatlora_diffusion.trainer import train
+    from flatlora_diffusion.versions import __version__
 
-__all__ = ["ConfigError", "FlatLora", "TrainConfig", "train"]
+__all__ = ["ConfigError", "FlatLora", "TrainConfig", "__version__", "train"]
 
-_HOME = {"ConfigError": "config", "TrainConfig": "config", "FlatLora": "perturbation", "train": "trainer"}
+_HOME = {
+    "ConfigError": "config",
+    "TrainConfig": "config",
+    "FlatLora": "perturbation",
+    "train": "trainer",
+    "__version__": "versions",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,6 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,9 @@ from flatlora_diffusion.proof import proof
 from flatlora_diffusion.run_dir import portable
 from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.training_set import load_training_set
+from flatlora_diffusion.versions import versions
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = ("flatlora-diffusion", "torch", "diffusers", "peft", "transformers")
 
 
 def compare(config: TrainConfig, own: CompareConfig) -> Path:
@@ -142,7 +140,7 @@ def _measure(
         "pictures": _pictures(first, examiner),
         "strengths": {arm: {f"{at:g}": figures for at, figures in found.items()} for arm, found in swept.items()},
         "device": _device(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions()},
     }
 
 

@@ -15,7 +15,6 @@ import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ from flatlora_diffusion.surface import axis
 from flatlora_diffusion.surface_page import can_write, write_surface_page
 from flatlora_diffusion.tokens import new_tokens, with_new_tokens
 from flatlora_diffusion.training_set import load_heldout, load_training_set
+from flatlora_diffusion.versions import versions
 
 logger = logging.getLogger(__name__)
 
 BASE = "Base"
-_PACKAGES = ("flatlora-diffusion", "torch", "diffusers", "peft", "transformers")
 
 
 def flatness(config: FlatnessConfig) -> Path:
@@ -166,7 +165,7 @@ def _facts(
         "weights": weights,
         "axis": axis(config.extent, config.surface_points),
         "device": str(sdxl.unet.device),
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": versions(),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -16,10 +15,10 @@ from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.lora_metadata import base_name
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
+from flatlora_diffusion.versions import versions
 
 PICTURES_PER_ROW = 4
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_PACKAGES = ("flatlora-diffusion", "torch", "diffusers", "peft", "transformers")
 
 
 def write_model_card(
@@ -39,7 +38,7 @@ def write_model_card(
         f"## Use it in diffusers\n\n```python\n{usage_code(config, pictures, trigger_words)}\n```",
         f"## Use it elsewhere\n\n{_elsewhere(run, config)}",
         f"## How it was trained\n\n{_training_data(run, config)}\n\n{_settings_table(config)}",
-        f"Versions: {', '.join(f'{name} {_version(name)}' for name in _PACKAGES)}.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
     ]
     card = run.folder / REPOCARD_NAME
     card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -216,13 +215,6 @@ def _settings_table(config: TrainConfig) -> str:
         ("seed", config.run.seed),
     ]
     return _table(["setting", "value"], rows)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # our own, when the scripts are run from a checkout
-        return "(not installed)"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

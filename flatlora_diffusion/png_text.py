@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import GenerateConfig
+from flatlora_diffusion.versions import PROGRAM, __version__
 
 PARAMETERS, SETTINGS = "parameters", "flatlora_diffusion"
-_PROGRAM = "flatlora-diffusion"
 # A1111's names, as far as they are not just the class's.
 _SAMPLERS = {"EulerDiscrete": "Euler", "EulerAncestralDiscrete": "Euler a"}
 
@@ -44,7 +43,7 @@ def grid_text(config: GenerateConfig, sampler: str, settings: dict[str, Any]) ->
     model = {name: bare_name(value) if isinstance(value, str) else value for name, value in vars(config.model).items()}
     own = {"model", "prompts", "prompts_file", "seeds", "lora", "strengths", "output_dir"}
     shared = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in own}
-    program = {"program": _PROGRAM, "version": version(_PROGRAM)}
+    program = {"program": PROGRAM, "version": __version__}
     text = PngInfo()
     text.add_text(SETTINGS, json.dumps({**program, **settings, **shared, **model, "sampler": sampler}))
     return text
@@ -70,7 +69,7 @@ def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, lo
     }
     if loras:
         values["Lora"] = ", ".join(f"{lora.name}: {lora.strength:g}" for lora in loras)
-    values["Version"] = f"{_PROGRAM} {version(_PROGRAM)}"
+    values["Version"] = f"{PROGRAM} {__version__}"
     lines = [prompt + tags]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")
