@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class AdaptedLayer:
     def __init__(self, name: str, tuner: LoraLayer) -> None:
         self.name = name
         self.tuner = tuner
+        self._known_adapters = list(tuner.lora_A.values())
         self.base: Any = tuner.get_base_layer()
         self.convolution = _geometry(self.base)
         if self.convolution is None:
@@ -56,6 +58,11 @@ class AdaptedLayer:
         del self.base.forward
         if self._outer_forward is not None:
             self.base.forward = self._outer_forward
+
+    def has_other_adapters(self) -> bool:
+        """Whether an adapter came or went since the layer was found."""
+        now = list(self.tuner.lora_A.values())
+        return len(now) != len(self._known_adapters) or not all(map(is_, now, self._known_adapters))
 
     def is_active(self) -> bool:
         """Whether an unmerged adapter takes part in the forward."""

@@ -17,6 +17,7 @@ from flatlora_diffusion.perturbation import FlatLora
 from flatlora_diffusion.sdxl import Sdxl, add_time_ids, encode_images, encode_prompts
 from flatlora_diffusion.seeds import generator
 from flatlora_diffusion.views import crop_and_flip
+from flatlora_diffusion.weight_space import PURPOSE
 
 # What goes through the VAE and the UNet at once: an image of 1024 pixels alone.
 _PIXELS, _LATENTS = 1024**2, 128**2
@@ -84,9 +85,10 @@ def loss_rise(
 ) -> list[float]:
     """How much each of `draws` filter-wise perturbations of the merged weights (Eq. 7) lifts the probe's loss.
 
-    The perturbations are functions of `seed`, so two LoRAs of one base are compared under common draws.
+    The perturbations are functions of `seed`, so two LoRAs of one base are compared under common draws; none of them
+    is one of training.
     """
-    flat = FlatLora(unet, sigma=sigma, schedule="constant", seed=seed)
+    flat = FlatLora(unet, sigma=sigma, schedule="constant", seed=seed, prefix=PURPOSE)
     try:
         clean = probe_loss(unet, objective, probe)
         rises = []

@@ -175,7 +175,8 @@ class FlatLora:
         if adapters and len(adapters) == len(self._adapters) and all(map(is_, adapters, self._adapters)):
             return  # no adapter came or went, so the modules need no second look
         known = {id(layer.tuner) for layer in self._layers.values()}
-        if {id(module) for module in self._model.modules() if isinstance(module, BaseTunerLayer)} != known:
+        tuners = {id(module) for module in self._model.modules() if isinstance(module, BaseTunerLayer)}
+        if tuners != known or any(layer.has_other_adapters() for layer in self._layers.values()):
             raise ConfigError("adapters were added or removed after FlatLora was made; detach it and make a new one")
         self._adapters = adapters
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from flatlora_diffusion.noise import row_noise
 from flatlora_diffusion.seeds import derive_seed
 
+PURPOSE = "flatness"  # of these draws: no LoRA is measured under the very eps that it was trained with
+
 Weights = dict[str, Tensor]
 """Weights by parameter name, each (m, n) or (m, n, kh, kw): m filters (rows)."""
 
@@ -92,13 +94,13 @@ def scales(weights: Weights, metric: Metric) -> Weights:
 def noise(scale: Weights, weights: Weights, seed: int, draw: int) -> Weights:
     """Gaussian noise of one unit: z * scale with z a function of (seed, layer, draw) alone, so equal for all LoRAs.
 
-    It is the eps that `FlatLora(unet, sigma=1, seed=seed)` has in step `draw`.
+    It is the eps that `FlatLora(unet, sigma=1, seed=seed, prefix=PURPOSE)` has in step `draw`.
     """
     return {
         name: row_noise(
             scale[name].flatten().float(),
             tuple(weight.shape),
-            derive_seed(seed, "perturbation", "unet", name.removesuffix(".weight"), draw, 0),
+            derive_seed(seed, "perturbation", PURPOSE, name.removesuffix(".weight"), draw, 0),
         )
         for name, weight in weights.items()
     }

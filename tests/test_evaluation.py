@@ -15,6 +15,7 @@ from flatlora_diffusion.dataset import load_samples
 from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_loss
 from flatlora_diffusion.generate import generate_images
 from flatlora_diffusion.loss import Objective
+from flatlora_diffusion.perturbation import FlatLora
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 
 
@@ -69,6 +70,16 @@ def test_loss_rise_is_zero_without_noise_and_grows_with_sigma(sdxl: Sdxl, probe:
     assert rises(0.1) != rises(0.1, seed=1)
     assert len(set(rises(0.1))) == 3
     assert sum(abs(rise) for rise in rises(1.0)) > 3 * sum(abs(rise) for rise in rises(0.1))
+
+
+def test_no_rise_is_measured_under_the_eps_of_training(sdxl: Sdxl, probe: Probe) -> None:
+    objective = Objective(sdxl.scheduler)
+    rises = loss_rise(sdxl.unet, objective, probe, 0.3, draws=2, seed=3)
+    clean = probe_loss(sdxl.unet, objective, probe)
+    flat = FlatLora(sdxl.unet, sigma=0.3, schedule="constant", seed=3)
+    for draw, rise in enumerate(rises):
+        with flat.perturb(step=draw):
+            assert probe_loss(sdxl.unet, objective, probe) - clean != pytest.approx(rise, rel=1e-3)
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(sdxl: Sdxl) -> None:

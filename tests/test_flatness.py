@@ -14,6 +14,7 @@ from flatlora_diffusion.flatness import expected_rise, worst_rises
 from flatlora_diffusion.perturbation import FlatLora
 from flatlora_diffusion.surface import axis, direction, loss_slice, loss_surface
 from flatlora_diffusion.weight_space import (
+    PURPOSE,
     Estimate,
     Loss,
     Metric,
@@ -106,9 +107,12 @@ def test_iid_noise_has_one_std_for_a_layer_and_the_same_energy(weights: Weights)
         assert float(filters[name].square().sum() * inputs) == pytest.approx(float(weight.square().sum()))
 
 
-def test_noise_is_that_of_training() -> None:
+def test_noise_has_the_law_of_training_and_none_of_its_draws() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), _lora())
-    flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9)
+    trained = FlatLora(model, sigma=0.1, schedule="constant", seed=9)
+    ours = {name: trained.noise(name, step=3) for name in trained.layers}
+    trained.detach()
+    flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9, prefix=PURPOSE)
     merged = {}
     for name, layer in flat.layers.items():
         base = layer.get_base_layer()
@@ -117,6 +121,7 @@ def test_noise_is_that_of_training() -> None:
     found = noise(scales(merged, "filter"), merged, seed=9, draw=3)
     for name in flat.layers:
         torch.testing.assert_close(found[f"{name}.weight"] * 0.1, flat.noise(name, step=3))
+        assert not torch.allclose(found[f"{name}.weight"] * 0.1, ours[name])
 
 
 def test_paired_differences_have_the_error_of_the_differences() -> None:

@@ -12,7 +12,7 @@ from module_surface import surface
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from peft.tuners.lora.layer import LoraLayer
-from tiny_models import CASES, Adapter, Case, add_second_adapter, normal, toy_case
+from tiny_models import CASES, TOY_TARGETS, Adapter, Case, add_second_adapter, normal, toy_case
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -159,6 +159,21 @@ def test_an_adapter_added_after_attaching_is_perturbed_or_an_error() -> None:
         except ConfigError:
             return
     assert not torch.equal(noisy, plain), "a layer was skipped silently"
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential], ids=["the model", "a wrapper"])
+@pytest.mark.parametrize("late", [Adapter(), Adapter(dora=True, dropout=0.5)], ids=["lora", "dora with dropout"])
+def test_an_adapter_added_to_the_same_layers_after_attaching_is_an_error(wrap: Any, late: Adapter) -> None:
+    """It would escape the checks that the layers went through when they were attached."""
+    case = toy_case()
+    flat = attach(wrap(case.model))
+    for step in range(2):
+        with flat.perturb(step=step):
+            predicted(case)
+    case.model.add_adapter("late", late.config(TOY_TARGETS))
+    case.model.base_model.set_adapter(["default", "late"])
+    with pytest.raises(ConfigError, match="adapters were added or removed after FlatLora was made"):
+        flat.perturb(step=2).__enter__()
 
 
 def test_an_adapter_made_anew_under_its_old_name_is_an_error() -> None:
