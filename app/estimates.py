@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import subprocess
 import threading
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from app.processes import read_json
 from app.runs import RunStore
 from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.epochs import steps_per_epoch
 from flatlora_diffusion.run_dir import RunDir, portable
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ class DiskEstimate:
 def total_steps(config: TrainConfig, images: int) -> int:
     """The optimizer steps of a training on one device with `images` images."""
     optim = config.optim
-    if optim.max_train_steps is not None:
-        return optim.max_train_steps
-    per_step = optim.train_batch_size * optim.gradient_accumulation_steps
-    return math.ceil(optim.num_train_epochs * images * config.data.repeats / per_step)
+    return optim.max_train_steps or optim.num_train_epochs * steps_per_epoch(config, images * config.data.repeats)
 
 
 def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstimate | None:

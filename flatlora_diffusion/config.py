@@ -289,7 +289,7 @@ class RunConfig(Section):
     seed: int | None = setting(None, "seed of every draw; default: drawn from the system, printed and saved", min=0)
     checkpointing_steps: int = setting(500, "a resumable checkpoint every N steps", min=1)
     checkpoints_total_limit: int | None = setting(None, "keep only this many checkpoints", min=1)
-    resume_from_checkpoint: str | None = setting(None, "`latest` or the name of a checkpoint in the run folder")
+    resume_from_checkpoint: str | None = setting(None, "a checkpoint's name; `latest` starts a run if there is none")
     validation_prompt: str | None = setting(None, "prompt of the preview images; default: none are made")
     validation_prompts_file: str | None = setting(
         None, "JSON Lines with prompt and, if wanted, negative_prompt and seed: one preview image each"

@@ -14,6 +14,7 @@ from torch import Tensor
 from flatlora_diffusion.buckets import bucket_sizes
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.dataset import Sample
+from flatlora_diffusion.epochs import steps_per_epoch
 from flatlora_diffusion.images import load_alpha, load_image
 from flatlora_diffusion.latent_cache import LatentCache
 from flatlora_diffusion.loss import Batch
@@ -59,6 +60,7 @@ class Feed:
         self.device = sdxl.unet.device if device is None else device
         self.sizes = self._sizes()
         self.order = self._order()
+        self.steps_per_epoch = steps_per_epoch(config, self.order.samples_per_epoch, world_size)
         self._class_order = Order(self.seed, "class_order", len(class_samples), 1, config.optim.train_batch_size)
         data = config.data
         folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
@@ -119,8 +121,8 @@ class Feed:
         return [row.sample for row in (*self._rows(step, slot), *self._class_rows(step, slot))]
 
     def epoch_after(self, step: int) -> int:
-        """Whole epochs shown once optimizer step `step` is done."""
-        return self.order.epoch_of((step + 1) * self.slots)
+        """Whole epochs that are over once optimizer step `step` is done."""
+        return (step + 1) // self.steps_per_epoch
 
     def _sizes(self) -> list[tuple[int, int]]:
         """The training size (height, width) of each sample."""

@@ -35,10 +35,6 @@ class Order:
         first = index * self.batch_size
         return [self._at(place) for place in range(first, first + self.batch_size)]
 
-    def epoch_of(self, batches: int) -> int:
-        """How many whole epochs the first `batches` batches have shown."""
-        return batches * self.batch_size // self.samples_per_epoch
-
     def _at(self, place: int) -> Draw:
         epoch, position = divmod(place, self.samples_per_epoch)
         repeat, sample = divmod(_permutation(*self.key, epoch, self.samples_per_epoch)[position], self.count)
@@ -78,10 +74,6 @@ class BucketOrder:
             Draw(members[entry % len(members)], epoch * span + again * self.repeats + entry // len(members))
             for entry, again in shown
         ]
-
-    def epoch_of(self, batches: int) -> int:
-        """How many whole epochs the first `batches` batches have shown."""
-        return batches // self.batches_per_epoch
 
     def _bucket_of(self, batch: int) -> tuple[int, int]:
         """The bucket of the `batch`-th batch of an epoch before shuffling, and its place within the bucket."""

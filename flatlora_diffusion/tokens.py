@@ -14,6 +14,7 @@ from flatlora_diffusion.seeds import generator
 from flatlora_diffusion.tensor_file import save_tensors
 
 EMBEDDINGS_FILE = "pytorch_lora_weights_emb.safetensors"
+PULL = 0.1  # the share of its excess, in powers, that the spread of the new rows loses in each step
 # The names under which other tools look for the embeddings of the first and the second encoder.
 FILE_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
@@ -24,6 +25,7 @@ class ExtendedEmbedding(nn.Module):
     def __init__(self, table: nn.Embedding, new: Tensor) -> None:
         super().__init__()
         self.table = table
+        self.table_std = table.weight.detach().float().std()
         # A module of its own, behind the table: a text encoder's dtype is that of its first parameter.
         self.new = nn.Embedding.from_pretrained(new, freeze=False)
 
@@ -75,8 +77,9 @@ def add_tokens(pipeline: Any, config: TokenConfig, seed: int) -> dict[str, list[
                 f"the base's {key} has tokens such as {names[0]} already; pivotal tuning needs a fresh one"
             )
         rows = torch.randn(len(names), table.embedding_dim, generator=generator("cpu", seed, "new_tokens", part))
-        rows *= table.weight.detach().float().std().cpu()
-        encoder.set_input_embeddings(ExtendedEmbedding(table, rows.to(table.weight.device)))
+        extended = ExtendedEmbedding(table, rows.to(table.weight.device))
+        extended.new.weight.data *= extended.table_std
+        encoder.set_input_embeddings(extended)
     return tokens
 
 
@@ -84,6 +87,17 @@ def embedding_parameters(pipeline: Any) -> dict[str, nn.Parameter]:
     """The trained rows by part; empty without pivotal tuning."""
     tables = {part: getattr(pipeline, part).get_input_embeddings() for part in FILE_KEYS}
     return {part: table.new.weight for part, table in tables.items() if isinstance(table, ExtendedEmbedding)}
+
+
+@torch.no_grad()
+def pull_embeddings(pipeline: Any) -> None:
+    """Pull the standard deviation of the trained rows towards that of the table's entries, by `PULL`.
+
+    As diffusers' script does after each step, so that the new words stay as long as those that the encoders know.
+    """
+    for part, rows in embedding_parameters(pipeline).items():
+        usual = getattr(pipeline, part).get_input_embeddings().table_std
+        rows.mul_((usual.to(rows.device) / rows.std()) ** PULL)
 
 
 def save_embeddings(pipeline: Any, folder: Path) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -63,6 +62,10 @@ class TrainState:
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
     draws: str = ""  # the hash of what the last step drew, its eps apart
 
+    def trains_tokens(self, step: int) -> bool:
+        """Whether pivotal tuning still trains its new tokens in `step`."""
+        return bool(self.tokens) and step < self.config.tokens.train_text_encoder_ti_frac * self.total_steps
+
 
 def seeded(config: TrainConfig) -> TrainConfig:
     """`config` with a seed: its own, or one from the operating system, the same on all processes."""
@@ -92,8 +95,8 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
             getattr(sdxl.pipeline, part).to(accelerator.device)
     device = accelerator.device
     feed = Feed(config, sdxl, samples, accelerator.num_processes, class_samples, tokens, device)
-    config = feed.config = _with_steps(config, feed)
-    total_steps = int(config.optim.max_train_steps or 0)
+    total_steps = config.optim.max_train_steps or config.optim.num_train_epochs * feed.steps_per_epoch
+    config = feed.config = config.replace(max_train_steps=total_steps)
     if config.model.offload:
         _offload(sdxl, feed)
         if is_unet_last:
@@ -196,13 +199,6 @@ def _resolved(config: TrainConfig, sdxl: Sdxl) -> TrainConfig:
     if config.objective.snr_gamma is not None and is_edm_scheduler(sdxl.pipeline.scheduler):
         raise ConfigError("--snr_gamma does not fit this base, whose scheduler is EDM; leave it out")
     return config.replace(resolution=resolution)
-
-
-def _with_steps(config: TrainConfig, feed: Feed) -> TrainConfig:
-    per_step = config.optim.train_batch_size * feed.slots
-    epochs = config.optim.num_train_epochs
-    steps = config.optim.max_train_steps or math.ceil(epochs * feed.order.samples_per_epoch / per_step)
-    return config.replace(max_train_steps=steps)
 
 
 def _adapt(sdxl: Sdxl, config: TrainConfig) -> dict[str, list[str]]:

@@ -31,6 +31,7 @@ from flatlora_diffusion.result import finish
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.seeds import derive_seed, generator
 from flatlora_diffusion.stopping import Stopping
+from flatlora_diffusion.tokens import pull_embeddings
 from flatlora_diffusion.train_state import TrainState, averaged, prepare, seeded, set_backends
 from flatlora_diffusion.training_set import load_training_set
 
@@ -47,6 +48,9 @@ def train(config: TrainConfig) -> Path:
     """
     checkpoint = config.run.resume_from_checkpoint
     run = RunDir(Path(config.run.output_dir))
+    if checkpoint == "latest" and not run.checkpoints():
+        logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
+        checkpoint, config = None, config.replace(resume_from_checkpoint=None)
     if checkpoint is None:
         run.check_new(config.to_dict())
     else:
@@ -107,6 +111,8 @@ def train_step(state: TrainState, step: int) -> float:
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
+    if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
+        pull_embeddings(state.sdxl.pipeline)
     state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:

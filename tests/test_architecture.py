@@ -30,6 +30,7 @@ LEVELS = [
         "grid",
         "png_text",
         "sampling",
+        "epochs",
         "denoiser",
         "optimizer",
         "base_model",

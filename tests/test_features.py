@@ -33,7 +33,7 @@ from flatlora_diffusion.loss import Objective, sample_losses
 from flatlora_diffusion.preview import Previews, ready
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl
-from flatlora_diffusion.tokens import with_new_tokens
+from flatlora_diffusion.tokens import embedding_parameters, with_new_tokens
 from flatlora_diffusion.train_state import TrainState, check_distribution, prepare
 from flatlora_diffusion.trainer import train, train_step
 from flatlora_diffusion.training_set import load_heldout, load_training_set
@@ -306,6 +306,21 @@ def test_pivotal_tuning_trains_embeddings_for_its_share_of_the_run(config: Train
         assert torch.equal(states[1][name], states[3][name]), "they still moved after half of the run"
     assert any(not torch.equal(states[1][name], states[3][name]) for name in state.trainable if name not in rows)
     assert {value.dtype for value in rows.values()} == {torch.float32}
+
+
+def test_pivotal_tuning_pulls_the_spread_of_its_embeddings_after_each_step(config: TrainConfig) -> None:
+    still = config.replace(train_text_encoder_ti=True, instance_prompt="a TOK", text_encoder_lr=0.0, max_train_steps=4)
+    state = prepare(still, samples_of(config))
+    for rows in embedding_parameters(state.sdxl.pipeline).values():
+        rows.data *= 5
+    before = {part: rows.detach().clone() for part, rows in embedding_parameters(state.sdxl.pipeline).items()}
+    for step, times in ((0, 1), (1, 2), (2, 2)):  # the share of 0.5 is over after two steps
+        train_step(state, step)
+        for part, rows in embedding_parameters(state.sdxl.pipeline).items():
+            table = getattr(state.sdxl.pipeline, part).get_input_embeddings().table.weight
+            excess = float(before[part].std() / table.std())
+            expected = before[part] * excess ** (0.9**times - 1)
+            torch.testing.assert_close(rows.detach(), expected, rtol=1e-4, atol=0)
 
 
 def test_pivotal_tuning_learns_the_placeholder_of_the_captions(

@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 from flatlora_diffusion.config import ConfigError, TokenConfig
 from flatlora_diffusion.denoiser import embed_tokens
 from flatlora_diffusion.prompts import TokenizedPrompts
-from flatlora_diffusion.tokens import add_tokens, embedding_parameters, save_embeddings, with_new_tokens
+from flatlora_diffusion.tokens import (
+    add_tokens,
+    embedding_parameters,
+    pull_embeddings,
+    save_embeddings,
+    with_new_tokens,
+)
 
 
 @pytest.fixture
@@ -78,6 +84,18 @@ def test_the_start_is_a_function_of_the_seed(base: Path) -> None:
 
     assert torch.equal(rows(0), rows(0))
     assert not torch.equal(rows(0), rows(1))
+
+
+def test_the_pull_brings_the_spread_of_new_rows_a_tenth_nearer_to_that_of_all_words(
+    pipeline: StableDiffusionXLPipeline,
+) -> None:
+    add_tokens(pipeline, TokenConfig(train_text_encoder_ti=True), seed=0)
+    for part, rows in embedding_parameters(pipeline).items():
+        usual = getattr(pipeline, part).get_input_embeddings().table.weight.float().std()
+        rows.data *= 5 * usual / rows.data.std()
+        before = rows.detach().clone()
+        pull_embeddings(pipeline)
+        torch.testing.assert_close(rows.detach(), before * 5**-0.1, rtol=1e-4, atol=0)
 
 
 def test_tokens_that_exist_already_are_refused(pipeline: StableDiffusionXLPipeline) -> None:

@@ -19,6 +19,7 @@ from flatlora_diffusion import trainer
 from flatlora_diffusion.adapter import trainable_parameters
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.epochs import steps_per_epoch
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.train_state import TrainState, prepare
@@ -133,7 +134,7 @@ def test_resume_refuses_changed_images_and_unknown_checkpoints(
     with pytest.raises(ConfigError, match="checkpoint-4 was made with rank=4, not 2; perturb_seed=None, not 5"):
         train(config.replace(resume_from_checkpoint="latest", rank=2, perturb_seed=5))
     with pytest.raises(ConfigError, match="holds no run to resume"):
-        train(config.replace(resume_from_checkpoint="latest", output_dir=str(tmp_path / "nowhere")))
+        train(config.replace(resume_from_checkpoint="checkpoint-4", output_dir=str(tmp_path / "nowhere")))
     changed = tmp_path / "changed"
     changed.mkdir()
     for path in icons.iterdir():
@@ -315,10 +316,46 @@ def test_an_earlier_run_is_moved_aside_and_not_overwritten(config: TrainConfig) 
     assert (path.parent / "earlier-1" / LORA_FILE).read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    ("images", "settings", "processes", "steps"),
+    [
+        (23, {"train_batch_size": 4}, 1, 6),
+        (5, {"train_batch_size": 1, "gradient_accumulation_steps": 4}, 1, 2),
+        (23, {"train_batch_size": 4, "gradient_accumulation_steps": 2}, 2, 2),
+        (10, {"train_batch_size": 2, "gradient_accumulation_steps": 4, "num_class_images": 100}, 1, 13),
+        (10, {"train_batch_size": 2, "num_class_images": 4}, 1, 5),
+    ],
+)
+def test_an_epoch_has_as_many_steps_as_in_diffusers(
+    images: int, settings: dict[str, Any], processes: int, steps: int
+) -> None:
+    """max(class, instance) images; batches of them per process; optimizer steps: each rounded up."""
+    prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "x"}
+    chosen = TrainConfig.from_dict(settings | (prior if "num_class_images" in settings else {}))
+    assert steps_per_epoch(chosen, images, processes) == steps
+
+
 def test_epochs_give_the_number_of_steps(config: TrainConfig) -> None:
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     state = prepare(config.replace(max_train_steps=None, num_train_epochs=5, gradient_accumulation_steps=2), samples)
-    assert state.total_steps == 4  # 15 samples in steps of 4
+    assert state.total_steps == 5  # 3 images, so 2 batches, in steps of 2 batches
+    assert [state.feed.epoch_after(step) for step in (-1, 0, 3)] == [0, 1, 4]
+
+
+def test_latest_without_a_checkpoint_starts_a_run(config: TrainConfig, tmp_path: Path, caplog: Any) -> None:
+    first = config.replace(resume_from_checkpoint="latest", checkpointing_steps=2)
+    with caplog.at_level("INFO"):
+        path = train(first)
+    assert "no checkpoint yet" in caplog.text
+    run = RunDir(path.parent)
+    assert run.config()["resume_from_checkpoint"] is None
+    assert_equal(weights(path.parent), weights(train(config.replace(output_dir=str(tmp_path / "plain"))).parent))
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint)  # as after a run that was killed before its first one
+    (path.parent / "notes.txt").write_text("mine", encoding="utf-8")
+    train(first)
+    assert (path.parent / "earlier-1" / path.name).is_file()
+    assert (path.parent / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_resolution_that_the_base_cannot_have_is_refused(config: TrainConfig) -> None:

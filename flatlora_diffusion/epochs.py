@@ -1,0 +1,18 @@
+"""How many optimizer steps an epoch has, as diffusers' script counts them."""
+
+from __future__ import annotations
+
+import math
+
+from flatlora_diffusion.config import TrainConfig
+
+
+def steps_per_epoch(config: TrainConfig, shown: int, processes: int = 1) -> int:
+    """The optimizer steps of an epoch that shows `shown` images.
+
+    More class images than that lengthen the epoch; batches and steps are rounded up.
+    """
+    if config.data.with_prior_preservation:
+        shown = max(shown, config.data.num_class_images)
+    batches = math.ceil(shown / config.optim.train_batch_size)
+    return math.ceil(batches / (config.optim.gradient_accumulation_steps * processes))
