@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flatlora_diffusion"
 LEVELS = [
     {"config", "seeds", "tensor_file", "judge", "lora_family", "paired", "matched", "page_text", "page_style"},
+    {"saved_settings", "run_lock"},
     {
         "noise",
         "loss",
@@ -32,9 +33,10 @@ LEVELS = [
         "page_record",
         "overfit",
         "buckets",
-        "train_settings",
+        "trackers",
     },
     {
+        "train_settings",
         "weight_space",
         "adapted_layers",
         "dataset",
@@ -89,6 +91,7 @@ LEVELS = [
         "compare_setup",
         "compare_findings",
     },
+    {"rescue"},
     {"trainer", "lora_merge", "lora_report", "flatness_tables", "compare_nulls"},
     {"compare", "lora_resize", "flatness_report"},
     {"command_line"},
