@@ -147,7 +147,8 @@ def _check_alike(state: TrainState, name: str) -> None:
     changed = run.changed_settings(config, REMEDIES | (BASE_SETTINGS if is_known else set()))
     if changed:
         raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with the settings it had")
-    others = [part for part, found in _base(state).items() if found != start[part]] if is_known else []
+    now = _base(state) if is_known else {}
+    others = ["unet" if part == "base" else part for part, found in now.items() if found != start[part]]
     if others:
         raise ConfigError(
             f"{name} was made on another base than {config.model.pretrained_model_name_or_path!r} is now (other "
