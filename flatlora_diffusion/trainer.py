@@ -60,13 +60,13 @@ def _train(config: TrainConfig, run: RunDir) -> Path:
             run.check_new(config.to_dict())
         else:
             config = run.filled_in(config)
+        if this_process().is_main_process:
+            run.clean()
         if config.run.push_to_hub:
             hub_repository(config)  # a bad name or token is an error before training, not after
         found = load_training_set(config.data)
         logger.info(found.summary)
         config = seeded(config)
-        if this_process().is_main_process:
-            run.clean()
         _tell_memory(config)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
