@@ -256,15 +256,19 @@ def test_a_checkpoint_of_another_lora_is_refused(config: TrainConfig) -> None:
 def at_the_end(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Have the last previews `act` before they are made."""
     real = Previews.make
-    monkeypatch.setattr(
-        Previews, "make", lambda self, name, step: (act() if name == "step-6" else None, real(self, name, step))[1]
-    )
+
+    def make(self: Previews, name: str, step: int) -> None:
+        if name == "step-6":
+            act()
+        real(self, name, step)
+
+    monkeypatch.setattr(Previews, "make", make)
 
 
 def test_previews_that_fail_at_the_end_cost_no_result(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    at_the_end(monkeypatch, lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    at_the_end(monkeypatch, raising(OSError(errno.ENOSPC, "No space left on device")))
     path = train(config.replace(validation_prompt="an icon", num_validation_images=1))
     assert load_file(path)
     assert RunDir(path.parent).ending() == {"event": "finished", "step": 6}
@@ -288,9 +292,12 @@ def test_a_signal_while_the_result_is_saved_waits_until_it_is(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = result.save_release
-    monkeypatch.setattr(
-        result, "save_release", lambda *args, **more: (signal.raise_signal(signal.SIGTERM), real(*args, **more))[1]
-    )
+
+    def save(*args: Any, **more: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **more)
+
+    monkeypatch.setattr(result, "save_release", save)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after the LoRA was saved in"):
         train(config)
     assert RunDir(Path(config.run.output_dir)).ending() == {"event": "finished", "step": 6}
