@@ -14,7 +14,8 @@ from app.processes import read_json
 from app.runs import RunStore
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.epochs import steps_per_epoch
-from flatlora_diffusion.run_dir import RunDir, portable
+from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.saved_settings import portable
 
 if TYPE_CHECKING:
     from flatlora_diffusion.memory import MemoryEstimate

@@ -24,7 +24,8 @@ from app.processes import read_json
 from app.runs import RunStore
 from flatlora_diffusion.base_model import base_path
 from flatlora_diffusion.config import ConfigError, ImportConfig, ModelConfig
-from flatlora_diffusion.run_dir import RunDir, portable
+from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.saved_settings import portable
 
 IMPORTED = "imported"
 MOST_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it

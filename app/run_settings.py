@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.run_dir import PATH_SETTINGS
+from flatlora_diffusion.saved_settings import PATH_SETTINGS
 
 
 def checked_config(settings: Mapping[str, Any]) -> TrainConfig:

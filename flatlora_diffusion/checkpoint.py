@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.dataset import manifest
 from flatlora_diffusion.fingerprint import base_fingerprint, tensors_sha256
 from flatlora_diffusion.optimizer import set_lr
 from flatlora_diffusion.release import save_release
-from flatlora_diffusion.run_dir import portable
+from flatlora_diffusion.saved_settings import BASE_SETTINGS, REMEDIES
 from flatlora_diffusion.tensor_file import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 from flatlora_diffusion.tokens import save_embeddings
-from flatlora_diffusion.train_state import TrainState, averaged
+from flatlora_diffusion.trackers import start_trackers
+from flatlora_diffusion.train_state import TEXT_PARTS, TrainState, averaged
 
 logger = logging.getLogger(__name__)
 
@@ -28,38 +29,45 @@ def start(state: TrainState) -> int:
     """Make the run folder of a new run and return its first step, 0."""
     if state.accelerator.is_main_process:
         state.run.start(state.config.to_dict(), _manifest(state))
-        base, lora = base_fingerprint(state.sdxl.unet), tensors_sha256(state.trainable.values())
-        state.run.add_event({"event": "start", "base": base, "lora": lora})
-    _start_trackers(state)
+        lora = tensors_sha256(state.trainable.values())
+        processes = state.accelerator.num_processes
+        state.run.add_event({"event": "start", **_base(state), "lora": lora, "processes": processes})
+    start_trackers(state.accelerator, state.config)
     return 0
 
 
 def restore(state: TrainState, name: str) -> int:
     """Load checkpoint `name` into `state` and return the step that comes next.
 
-    Raises ConfigError for a checkpoint that is not there, and for settings or images that would alter the steps that
-    were taken.
+    Raises ConfigError for a checkpoint that is not there, and for settings, images, a base or a number of processes
+    that would alter the steps that were taken.
     """
     folder = state.run.checkpoint(name)
-    changed = state.run.changed_settings(state.config)
-    if changed:
-        raise ConfigError(f"{folder.name} was made with {'; '.join(changed)}; resume with the settings it had")
-    if _manifest(state) != state.run.manifest():
-        raise ConfigError(
-            f"the images or captions have changed since {folder.name} was saved; start a new run instead"
-        )
+    _check_alike(state, folder.name)
     step = load_state(state, folder)
-    total = state.run.config()["max_train_steps"]
-    if state.total_steps != total:
+    saved = {**TrainConfig().to_dict(), **state.run.config()}
+    if state.total_steps < step:
+        raise ConfigError(
+            f"max_train_steps={state.total_steps} is less than the {step} steps that {folder.name} has taken; give at "
+            "least as many, or resume from an earlier checkpoint"
+        )
+    if state.total_steps != saved["max_train_steps"]:
         logger.info(
             "%d steps in place of %d: learning rate and sigma follow the new end from here on",
             state.total_steps,
-            total,
+            saved["max_train_steps"],
         )
-        if state.accelerator.is_main_process:
-            state.run.update(state.config.to_dict())
-    logger.info("resuming from %s; steps left: %d", folder.name, max(0, state.total_steps - step))
-    _start_trackers(state)
+    now = state.config.to_dict()
+    changed = {one: [saved[one], now[one]] for one in sorted(REMEDIES) if now[one] != saved[one]}
+    for one, (before, after) in changed.items():
+        logger.info("%s=%s in place of %s from here on", one, after, before)
+    state.accelerator.wait_for_everyone()  # all have read what the first one writes anew
+    if state.accelerator.is_main_process:
+        state.run.forget_after(step)
+        state.run.update(now)
+        state.run.add_event({"event": "resumed", "step": step, "changed": changed})
+    logger.info("resuming from %s; steps left: %d", folder.name, state.total_steps - step)
+    start_trackers(state.accelerator, state.config)
     return step
 
 
@@ -84,7 +92,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
     if state.ema is not None:
         tensors |= {f"ema.{index}": value for index, value in enumerate(state.ema.shadow_params)}
         extra["ema_step"] = state.ema.optimization_step
-    schedule = {"last_epoch": state.lr_schedule.last_epoch, "base_lrs": state.lr_schedule.base_lrs}
+    schedule = {"last_epoch": state.lr_schedule.last_epoch}
     save_tensors(
         folder / STATE_FILE, tensors, {"step": step, "optimizer": header, "lr_schedule": schedule, "extra": extra}
     )
@@ -102,7 +110,6 @@ def load_state(state: TrainState, folder: Path) -> int:
             parameter.copy_(saved[name])
     load_optimizer(state.optimizer.optimizer, tensors, header["optimizer"])
     state.lr_schedule.last_epoch = header["lr_schedule"]["last_epoch"]
-    state.lr_schedule.base_lrs = header["lr_schedule"]["base_lrs"]
     set_lr(state.lr_schedule)
     extra = header["extra"]
     if state.accelerator.scaler is not None and extra.get("scaler"):
@@ -110,7 +117,8 @@ def load_state(state: TrainState, folder: Path) -> int:
     if state.ema is not None:
         state.ema.optimization_step = extra["ema_step"]
         state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
-    return int(header["step"])
+    state.steps_done = int(header["step"])
+    return state.steps_done
 
 
 def _like(value: Tensor, other: Tensor) -> Tensor:
@@ -121,6 +129,36 @@ def _manifest(state: TrainState) -> list[dict[str, Any]]:
     return manifest([*state.feed.samples, *state.feed.class_samples])
 
 
-def _start_trackers(state: TrainState) -> None:
-    values = {name: value for name, value in portable(state.config.to_dict()).items() if value is not None}
-    state.accelerator.init_trackers("flatlora", config=values)
+def _base(state: TrainState) -> dict[str, str]:
+    """The fingerprint of each model of the base."""
+    pipeline = state.sdxl.pipeline
+    parts = {"base": state.sdxl.unet, **{part: getattr(pipeline, part) for part in (*TEXT_PARTS, "vae")}}
+    return {name: base_fingerprint(part) for name, part in parts.items()}
+
+
+def _check_alike(state: TrainState, name: str) -> None:
+    """Raises ConfigError when what comes after checkpoint `name` would not be trained as what came before."""
+    run, config = state.run, state.config
+    starts = [event for event in run.events() if event["event"] == "start"]
+    start = starts[-1] if starts else {}
+    # The hashes are those of one precision; where they cannot tell, names must.
+    is_known = "vae" in start and config.optim.mixed_precision == run.config().get("mixed_precision")
+    is_known = is_known and config.model.quantize_base is None
+    changed = run.changed_settings(config, REMEDIES | (BASE_SETTINGS if is_known else set()))
+    if changed:
+        raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with the settings it had")
+    now = _base(state) if is_known else {}
+    others = ["unet" if part == "base" else part for part, found in now.items() if found != start[part]]
+    if others:
+        raise ConfigError(
+            f"{name} was made on another base than {config.model.pretrained_model_name_or_path!r} is now (other "
+            f"weights: {', '.join(others)}); resume with the base it had"
+        )
+    processes = state.accelerator.num_processes
+    if start.get("processes", processes) != processes:
+        raise ConfigError(
+            f"{name} was made by {start['processes']} process(es), and now there are {processes}, which would train "
+            "on other batches; launch as many as there were"
+        )
+    if _manifest(state) != run.manifest():
+        raise ConfigError(f"the images or captions have changed since {name} was saved; start a new run instead")

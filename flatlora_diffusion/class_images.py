@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.dataset import Sample, load_samples
 from flatlora_diffusion.generate import generate_images
 from flatlora_diffusion.images import find_images
+from flatlora_diffusion.run_lock import alone_in
 from flatlora_diffusion.sdxl import load_sdxl
 from flatlora_diffusion.seeds import derive_seed
+from flatlora_diffusion.tensor_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +38,10 @@ def load_class_samples(config: TrainConfig) -> list[Sample]:
     folder = Path(str(data.class_data_dir))
     processes = this_process()
     if processes.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        present = len(find_images(folder)[0])
-        if present < data.num_class_images:
-            _generate(config, folder, present, processes.device)
+        with alone_in(folder, "class_data_dir", waits=True):  # two runs would number their images alike
+            present = len(find_images(folder)[0])
+            if present < data.num_class_images:
+                _generate(config, folder, present, processes.device)
     processes.wait_for_everyone()
     return load_samples(folder, data.class_prompt).samples[: data.num_class_images]
 
@@ -62,4 +65,4 @@ def _generate(config: TrainConfig, folder: Path, present: int, device: torch.dev
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten
                 path = path.with_stem(f"{path.stem}-new")
-            image.save(path)
+            write_atomically(path, partial(image.save, format="PNG"))  # half a picture would count as one

@@ -1,6 +1,7 @@
 """The command lines, made from `config.py`.
 
-Exit codes: 0; 1 when a run had to stop; 2 for wrong input; 3 when a run was asked to stop and can be resumed.
+Exit codes: 0; 1 when a run had to stop; 2 for wrong input; 3 when a run was asked to stop and can be resumed; 130 and
+143 when SIGINT (Ctrl-C) or SIGTERM ended what cannot be.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from flatlora_diffusion.config import (
     StoppedError,
     TrainConfig,
 )
+from flatlora_diffusion.saved_settings import check_paths
+from flatlora_diffusion.stopping import Interrupted, interruptible
 from flatlora_diffusion.train_settings import parse_config
 
 if TYPE_CHECKING:
@@ -82,7 +85,11 @@ def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        verb(arguments)
+        with interruptible():
+            verb(arguments)
+    except Interrupted as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, StoppedError) else 1
@@ -90,7 +97,7 @@ def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    config = _with_images(parse_config(arguments))
+    config = _checked(parse_config(arguments))
     from flatlora_diffusion.trainer import train  # torch and diffusers only after the settings were found right
 
     _hide_library_bars()
@@ -110,7 +117,7 @@ def _compare(arguments: list[str]) -> None:
         description="Train arms alike, LoRA and Flat-LoRA or others, and report what tells them apart. "
         "Takes all settings of `train` as well, --preset and --config too.",
     )
-    config = _with_images(parse_config(rest))
+    config = _checked(parse_config(rest))
     if config.run.seed is None:  # a drawn one would train everything anew when the command is given again
         config = config.replace(seed=0)
     from flatlora_diffusion.compare import compare
@@ -232,6 +239,7 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
         folder = file.path.parent.parent if file.path.parent.name.startswith("checkpoint-") else file.path.parent
         if (folder / "config.json").is_file() and (folder / "events.jsonl").is_file():
             model = TrainConfig().updated_from(folder / "config.json").model
+            check_paths(vars(model))
             bases[model.pretrained_model_name_or_path] = model
     if len(bases) > 1:
         names = ", ".join(sorted(bases))
@@ -255,7 +263,8 @@ def _say_reduced(reduced: Reduced) -> None:
     print(f"missed by the lower rank: {100 * reduced.missed:.3g} % of the whole change (Frobenius norm)")
 
 
-def _with_images(config: TrainConfig) -> TrainConfig:
+def _checked(config: TrainConfig) -> TrainConfig:
+    check_paths(config.to_dict())
     if not config.data.instance_data_dir and not config.data.dataset_name:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     return config

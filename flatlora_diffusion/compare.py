@@ -34,7 +34,8 @@ from flatlora_diffusion.matched import Point
 from flatlora_diffusion.metrics import described
 from flatlora_diffusion.overfit import advise
 from flatlora_diffusion.proof import proof
-from flatlora_diffusion.run_dir import portable
+from flatlora_diffusion.run_lock import alone_in
+from flatlora_diffusion.saved_settings import portable
 from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.training_set import load_training_set
 from flatlora_diffusion.versions import versions
@@ -48,6 +49,11 @@ def compare(config: TrainConfig, own: CompareConfig) -> Path:
     Finished runs with the same settings are not trained again. Raises ConfigError for wrong input and for runs that
     cannot be compared, RunError when one could not be trained.
     """
+    with alone_in(Path(config.run.output_dir), "output_dir"):
+        return _compare(config, own)
+
+
+def _compare(config: TrainConfig, own: CompareConfig) -> Path:
     material = read_material(config, own)
     out, seed = Path(config.run.output_dir), config.run.seed
     assert seed is not None

@@ -266,7 +266,7 @@ class OptimConfig(Section):
     prodigy_decouple: bool = setting(True, "prodigy: decoupled weight decay")
     prodigy_use_bias_correction: bool = setting(True, "prodigy: Adam's bias correction")
     prodigy_safeguard_warmup: bool = setting(True, "prodigy: keep warm-up from inflating the step size")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", min=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: they are not", min=0)
     use_ema: bool = setting(False, "save an exponential moving average of the LoRA")
     ema_decay: float = setting(0.999, "its decay", min=0, max=0.9999999)
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower")

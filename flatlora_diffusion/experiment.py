@@ -25,7 +25,8 @@ from flatlora_diffusion.config import (
     read_setting,
 )
 from flatlora_diffusion.lora_file import LORA_FILE
-from flatlora_diffusion.run_dir import PATH_SETTINGS, RunDir, portable
+from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.saved_settings import PATH_SETTINGS, portable
 from flatlora_diffusion.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,8 @@ class Planned:
     @property
     def is_finished(self) -> bool:
         """Whether the folder has a result made with these settings (those left open may have any value)."""
-        events = self.run.events()
-        is_ended = bool(events) and events[-1]["event"] == "finished" and self.lora.is_file()
-        return is_ended and self._is_mine()
+        ending = self.run.ending()
+        return ending is not None and ending["event"] == "finished" and self.lora.is_file() and self._is_mine()
 
     @property
     def is_begun(self) -> bool:
@@ -97,7 +97,9 @@ class Planned:
     @property
     def last_step(self) -> int:
         """How many steps the finished run took."""
-        return int(self.run.events()[-1]["step"])
+        ending = self.run.ending()
+        assert ending is not None
+        return int(ending["step"])
 
     def _is_mine(self) -> bool:
         """Whether the run in the folder was made with these settings; what they leave open may have any value."""
@@ -169,6 +171,7 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
                 "output_name": f"{out.name}-{_slug(arm.key)}-{seed}",
                 "checkpointing_steps": max(1, -(-arm_steps // points)),
                 "checkpoints_total_limit": None,
+                "resume_from_checkpoint": None,
             }
             planned.append(Planned(arm, seed, config.replace(**values)))
     return planned
@@ -194,9 +197,14 @@ def train_planned(planned: Planned) -> None:
     command += [f"--{name}={value}" for name, value in values.items() if name in PATH_SETTINGS and value]
     if planned.is_begun:
         command.append("--resume_from_checkpoint=latest")
-    done = subprocess.run(command)
-    if done.returncode != 0:
-        raise RunError(f"training {label} ended with exit code {done.returncode}; its message is above")
+    with subprocess.Popen(command) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            planned.run.stop_file.touch()  # if Ctrl-C has not reached it: it saves what it needs to go on
+            raise
+    if code != 0:
+        raise RunError(f"training {label} ended with exit code {code}; its message is above")
 
 
 def _refusal(method: str, name: str) -> str:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlora_diffusion.buckets import bucket_sizes
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import RunError, TrainConfig
 from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.epochs import steps_per_epoch
-from flatlora_diffusion.images import load_alpha, load_image
+from flatlora_diffusion.images import ImageError, load_alpha, load_image
 from flatlora_diffusion.latent_cache import LatentCache
 from flatlora_diffusion.loss import Batch
 from flatlora_diffusion.prompts import FrozenPrompts, TokenizedPrompts
@@ -88,7 +88,21 @@ class Feed:
         return self._cache is None or (bool(self.class_samples) and self._class_cache is None)
 
     def batch(self, step: int, slot: int) -> Batch:
-        """The training batch of (step, slot) on the UNet's device: the instance images, then as many class images."""
+        """The training batch of (step, slot) on the UNet's device: the instance images, then as many class images.
+
+        Raises RunError when an image is not there any more.
+        """
+        try:
+            return self._batch(step, slot)
+        except ImageError as error:
+            raise RunError(f"step {step}: {error}; put the training images back as they were to go on") from error
+
+    def close(self) -> None:
+        """End the threads that load images."""
+        if self._loader is not None:
+            self._loader.shutdown(cancel_futures=True)
+
+    def _batch(self, step: int, slot: int) -> Batch:
         rows, class_rows = self._rows(step, slot), self._class_rows(step, slot)
         both = rows + class_rows
         dropped = self.config.data.caption_dropout

@@ -66,8 +66,8 @@ def _read(folder: Path, name: str) -> FinishedRun:
     run = RunDir(folder)
     if not run.config_file.is_file() or not run.manifest_file.is_file():
         raise ConfigError(f"run {name} is no run folder: there is no config.json or manifest.json in {folder}")
-    events = run.events()
-    if not events or events[-1]["event"] != "finished" or not (folder / LORA_FILE).is_file():
+    ending = run.ending()
+    if ending is None or ending["event"] != "finished" or not (folder / LORA_FILE).is_file():
         raise ConfigError(
             f"run {name} has not finished; finish it with --resume_from_checkpoint latest, or leave it out"
         )

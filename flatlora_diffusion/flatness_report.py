@@ -31,7 +31,7 @@ from flatlora_diffusion.flatness_tables import tables
 from flatlora_diffusion.loss import objective_of, unweighted
 from flatlora_diffusion.merged_lora import base_weights, lora_deltas
 from flatlora_diffusion.robustness import Company
-from flatlora_diffusion.run_dir import portable
+from flatlora_diffusion.saved_settings import portable
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 from flatlora_diffusion.surface import axis
 from flatlora_diffusion.surface_page import can_write, write_surface_page

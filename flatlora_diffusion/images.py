@@ -35,19 +35,15 @@ def load_image(source: Source, background: str = "white") -> Image.Image:
     Raises ImageError for an unreadable file, ConfigError for a bad colour.
     """
     fill = _opaque_colour(background)
-    try:
-        colour, alpha = _decode(source)
-    except _READ_ERRORS as error:
-        name = source.name if isinstance(source, Path) else "an image of the dataset"
-        raise ImageError(f"{name} cannot be read as an image: {_reason(error)}") from error
+    colour, alpha = _read(source)
     canvas = Image.new("RGB", colour.size, fill)
     canvas.paste(colour, mask=alpha)
     return canvas
 
 
 def load_alpha(source: Source) -> Image.Image:
-    """The upright alpha channel (mode L); all 255 for an image without one. Raises as Pillow does."""
-    colour, alpha = _decode(source)
+    """The upright alpha channel (mode L); all 255 for an image without one. Raises ImageError as `load_image` does."""
+    colour, alpha = _read(source)
     return Image.new("L", colour.size, 255) if alpha is None else alpha
 
 
@@ -88,6 +84,14 @@ def _opaque_colour(background: str) -> tuple[int, ...]:
             f"background_color={background!r} is not an opaque colour: use a name such as white or #rrggbb"
         )
     return colour
+
+
+def _read(source: Source) -> tuple[Image.Image, Image.Image | None]:
+    try:
+        return _decode(source)
+    except _READ_ERRORS as error:
+        name = source.name if isinstance(source, Path) else "an image of the dataset"
+        raise ImageError(f"{name} cannot be read as an image: {_reason(error)}") from error
 
 
 def _decode(source: Source) -> tuple[Image.Image, Image.Image | None]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -15,7 +16,9 @@ from flatlora_diffusion.generate import evaluating, generate_images
 from flatlora_diffusion.loss import unweighted
 from flatlora_diffusion.pictures import read_pictures
 from flatlora_diffusion.sdxl import Sdxl
+from flatlora_diffusion.tensor_file import write_atomically
 from flatlora_diffusion.tokens import with_new_tokens
+from flatlora_diffusion.trackers import tell_trackers
 from flatlora_diffusion.train_state import TEXT_PARTS, TrainState
 from flatlora_diffusion.training_set import load_heldout
 
@@ -49,12 +52,11 @@ class Previews:
         state = self._state
         if self._pictures:
             images = self._images()
-            state.run.images.mkdir(exist_ok=True)
-            files = []
-            for index, image in enumerate(images):
-                path = state.run.images / f"{name}-{index}.png"
-                image.save(path)
-                files.append(path.name)
+            files = [f"{name}-{index}.png" for index in range(len(images))]
+            with state.run.writing():
+                state.run.images.mkdir(exist_ok=True)
+                for file, image in zip(files, images, strict=True):
+                    write_atomically(state.run.images / file, partial(image.save, format="PNG"))
             state.run.add_event({"event": "preview", "step": step, "images": files})
         if self._probe is not None:
             if state.config.trains_text:  # each preview has encoders of its own
@@ -62,7 +64,7 @@ class Previews:
                     self._probe = with_prompts(self._probe, state.sdxl, self._captions)
             loss = probe_loss(state.sdxl.unet, unweighted(state.objective), self._probe)
             state.run.add_event({"event": "validation", "step": step, "loss": loss})
-            state.accelerator.log({"validation_loss": loss}, step=step)
+            tell_trackers(state.accelerator, {"validation_loss": loss}, step)
             logger.info("validation loss after %d steps: %.4f", step, loss)
 
     def _images(self) -> list[Image.Image]:

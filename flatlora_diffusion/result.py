@@ -13,6 +13,7 @@ from flatlora_diffusion.hub import push_to_hub
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.model_card import write_model_card
 from flatlora_diffusion.pictures import read_pictures
+from flatlora_diffusion.preview import Previews
 from flatlora_diffusion.release import accompany, save_release, trigger_words
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.tokens import EMBEDDINGS_FILE, save_embeddings
@@ -21,38 +22,60 @@ from flatlora_diffusion.train_state import TrainState, averaged
 logger = logging.getLogger(__name__)
 
 
-def finish(state: TrainState) -> Path:
-    """Save the LoRA, prove it, write the model card, and upload if asked; returns the path of diffusers' LoRA file.
+def save_result(state: TrainState) -> Path:
+    """Save the LoRA with its sidecar and prove it, which finishes the run; returns the path of diffusers' LoRA file.
 
-    Raises RunError when a file does not hold what was trained, the LoRA changes nothing, or the upload fails.
+    Raises RunError when a file does not hold what was trained, or the LoRA changes nothing.
     """
-    path = state.run.folder / LORA_FILE
     if state.accelerator.is_main_process:
-        with averaged(state):
-            proof = save_release(state, state.run.folder, state.total_steps, is_end=True)
-            save_embeddings(state.sdxl.pipeline, state.run.folder)
-        proof["image_change"] = _image_change(state.run, state.total_steps)
-        pictures = _pictures(state)
-        accompany(state, next((file for file, _ in pictures), None), _notes(state))
+        with state.run.writing():
+            with averaged(state):
+                proof = save_release(state, state.run.folder, state.total_steps, is_end=True)
+                save_embeddings(state.sdxl.pipeline, state.run.folder)
+            accompany(state, None, _notes(state))
         state.run.add_event({"event": "proof", **proof})
-        logger.info("%s", proof_line(proof))
-        write_model_card(state.run, state.config, pictures, trigger_words(state))
         state.run.add_event({"event": "finished", "step": state.total_steps})
+        logger.info("%s", proof_line(proof))
+    state.accelerator.wait_for_everyone()
+    return state.run.folder / LORA_FILE
+
+
+def present(state: TrainState, previews: Previews) -> None:
+    """Make the last previews, the card and the upload.
+
+    The run is finished, so what fails is a warning. Raises RunError for an upload that was asked for and failed.
+    """
+    try:
+        with averaged(state):
+            previews.make(f"step-{state.total_steps}", state.total_steps)
+    except Exception as error:
+        logger.warning("the LoRA is saved, but its last previews could not be made: %s", error)
+    try:
+        _write_card(state)
+    except Exception as error:
+        logger.warning("the LoRA is saved, but its model card could not be written: %s", error)
+    else:
         if state.config.run.push_to_hub:
             logger.info("uploaded to %s", push_to_hub(state.run, state.config))
-    state.accelerator.wait_for_everyone()
-    return path
+
+
+def _write_card(state: TrainState) -> None:
+    change, pictures = _image_change(state.run, state.total_steps), _pictures(state)
+    if change is not None:
+        state.run.add_event({"event": "image_change", "levels": change})
+        logger.info("previews differ from the base's by %.1f of 255 levels", change)
+    if pictures:
+        accompany(state, pictures[0][0], _notes(state))
+    write_model_card(state.run, state.config, pictures, trigger_words(state))
 
 
 def proof_line(proof: dict[str, Any]) -> str:
     """The proof in one sentence for the log."""
     norms = ", ".join(f"{part} {norm:.3g}" for part, norm in proof["update_norms"].items())
     files, error = " and ".join(proof["files"]), proof["largest_error"]
-    line = (
+    return (
         f"{files} equal the trained LoRA, largest error {error:.1e} of a layer's update; size of its update: {norms}"
     )
-    change = proof["image_change"]
-    return line if change is None else f"{line}; previews differ from the base's by {change:.1f} of 255 levels"
 
 
 def _notes(state: TrainState) -> tuple[str, ...]:
@@ -62,9 +85,10 @@ def _notes(state: TrainState) -> tuple[str, ...]:
 
 
 def _pictures(state: TrainState) -> list[tuple[Path, str]]:
-    """(file, prompt) of each of the last previews."""
+    """(file, prompt) of each of the last previews that there are."""
     wanted = enumerate(read_pictures(state.config.run))
-    return [(state.run.images / f"step-{state.total_steps}-{index}.png", item.prompt) for index, item in wanted]
+    files = [(state.run.images / f"step-{state.total_steps}-{index}.png", item.prompt) for index, item in wanted]
+    return [(file, prompt) for file, prompt in files if file.is_file()]
 
 
 def _image_change(run: RunDir, step: int) -> float | None:

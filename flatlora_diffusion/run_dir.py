@@ -16,62 +16,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.saved_settings import altered, opened, portable
 
-PATH_SETTINGS = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "single_file_config",
-    "instance_data_dir",
-    "dataset_name",
-    "cache_dir",
-    "class_data_dir",
-    "embedding_cache_dir",
-    "init_lora",
-    "output_dir",
-    "validation_prompts_file",
-    "validation_data_dir",
-)
-_SECRETS = ("hub_token",)
-# What may differ when a run goes on: none of it alters the steps that were taken. The images are compared by hash.
-_FREE_SETTINGS = {
-    "instance_data_dir",
-    "class_data_dir",
-    "cache_dir",
-    "embedding_cache_dir",
-    "cache_text_embeddings",
-    "dataloader_num_workers",
-    "num_class_images",
-    "sample_batch_size",
-    "prior_generation_precision",
-    "offload",
-    "output_dir",
-    "output_name",
-    "output_kohya_format",
-    "save_dtype",
-    "max_train_steps",
-    "max_train_seconds",
-    "num_train_epochs",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "validation_prompt",
-    "validation_prompts_file",
-    "num_validation_images",
-    "validation_epochs",
-    "validation_data_dir",
-    "report_to",
-    "logging_dir",
-    "push_to_hub",
-    "hub_token",
-    "hub_model_id",
-    "local_rank",
-}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
 _READ_SETTINGS = (  # what a run goes on reading
     "instance_data_dir",
@@ -95,6 +47,9 @@ _LORA_FILES = (".safetensors", ".json", ".png")
 # Stems that a run's other files have, and those that Windows keeps for devices.
 _TAKEN_NAMES = re.compile(r"config|manifest|state|pytorch_lora_weights.*|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 _LONGEST_NAME = 80
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # and not a user's checkpoint-100-best
+# What a run that was killed has left half-written: of its checkpoints, and of its files.
+_HALF_WRITTEN = re.compile(r"\.checkpoint-[0-9]+\.(part|old)|\..+\.[0-9]+\.part")
 
 
 class RunDir:
@@ -129,10 +84,35 @@ class RunDir:
     def start(self, config: Mapping[str, Any], manifest: list[dict[str, Any]]) -> None:
         """Make the folder for a new run. An earlier run in it is moved aside to `earlier-N/`, never overwritten."""
         self.check_new(config)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._move_aside(config)
-        _write_json(self.config_file, portable(config))
-        _write_json(self.manifest_file, manifest)
+        with self.writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._move_aside(self._present(config))
+            _write_json(self.config_file, portable(config))
+            _write_json(self.manifest_file, manifest)
+
+    def clean(self) -> None:
+        """Forget requests to runs that have ended, and what they have left half-written."""
+        self.stop_file.unlink(missing_ok=True)
+        self.save_file.unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if _HALF_WRITTEN.fullmatch(path.name):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises RunError in place of an OSError, which while this is open can only be the run folder's."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"the run folder cannot be written: {error.strerror or error}") from error
+
+    def forget_after(self, step: int) -> None:
+        """Move the checkpoints of later steps aside: what goes on from `step` is another run than they belong to."""
+        with self.writing():
+            self._move_aside([path for path in self.checkpoints() if _step_of(path) > step])
 
     def lora_name(self, output_name: str | None) -> str:
         """The name of the LoRA in other tools, which is its file's name: the one given or else the folder's."""
@@ -147,7 +127,8 @@ class RunDir:
 
     def update(self, config: Mapping[str, Any]) -> None:
         """Save the settings that a resumed run has from now on."""
-        _write_json(self.config_file, portable(config))
+        with self.writing():
+            _write_json(self.config_file, portable(config))
 
     def takes_save_request(self) -> bool:
         """Whether a checkpoint was asked for since the last call."""
@@ -157,7 +138,7 @@ class RunDir:
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
-        with open(self.events_file, "ab+") as handle:
+        with self.writing(), open(self.events_file, "ab+") as handle:
             if handle.tell() > 0:
                 handle.seek(-1, os.SEEK_END)
                 if handle.read() != b"\n":  # a power cut or a full disk cut the last event off: it costs only itself
@@ -174,6 +155,11 @@ class RunDir:
                 found.append(json.loads(line))
         return found
 
+    def ending(self) -> dict[str, Any] | None:
+        """The event `finished` or `stopped` that ended the run; None while it goes on, and after a crash."""
+        told = [event for event in self.events() if event["event"] in ("step", "stopped", "finished")]
+        return told[-1] if told and told[-1]["event"] != "step" else None
+
     def manifest(self) -> list[dict[str, Any]]:
         manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))
         return manifest
@@ -184,8 +170,7 @@ class RunDir:
             raise ConfigError(
                 f"output_dir={str(self.folder)!r} holds no run to resume; leave --resume_from_checkpoint out"
             )
-        config: dict[str, Any] = json.loads(self.config_file.read_text(encoding="utf-8"))
-        return config
+        return opened(json.loads(self.config_file.read_text(encoding="utf-8")))
 
     def filled_in(self, config: TrainConfig) -> TrainConfig:
         """`config` with the saved value of each setting that it leaves open.
@@ -200,16 +185,20 @@ class RunDir:
             **{name: saved[name] for name, value in given.items() if value is None and name in saved}
         )
 
-    def changed_settings(self, config: TrainConfig) -> list[str]:
-        """`name=saved, not now` for each setting that would alter the steps already taken."""
-        now, saved = portable(config.to_dict()), {**TrainConfig().to_dict(), **self.config()}
-        names = [name for name in now if name not in _FREE_SETTINGS and now[name] != saved[name]]
-        return [f"{name}={saved[name]!r}, not {now[name]!r}" for name in names]
+    def changed_settings(self, config: TrainConfig, but: Collection[str] = ()) -> list[str]:
+        """`name=saved, not now` for each setting that would alter the steps already taken, those in `but` left out."""
+        now, saved = config.to_dict(), {**TrainConfig().to_dict(), **self.config()}
+        return [f"{name}={saved[name]!r}, not {now[name]!r}" for name in altered(now, saved, but)]
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        found = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+        found = [path for path in self.folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+        return sorted((path for path in found if path.is_dir()), key=_step_of)
+
+    def last_checkpoint(self) -> str:
+        """Which checkpoint is the last, in words."""
+        kept = self.checkpoints()
+        return f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was saved yet"
 
     def checkpoint(self, name: str) -> Path:
         """The checkpoint called `name`, or the newest for `latest`. Raises ConfigError when there is none."""
@@ -226,14 +215,28 @@ class RunDir:
     def new_checkpoint(self, step: int, limit: int | None) -> Iterator[Path]:
         """A folder to write checkpoint `step` into. It gets its name when all is written; then old ones go."""
         final, aside = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        if limit is not None:
-            for old in self.checkpoints()[:-limit]:
-                shutil.rmtree(old)
+        with self.writing():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            try:
+                yield aside
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would take what the next one needs
+                raise
+            self._remove(final)
+            os.replace(aside, final)
+            for old in self.checkpoints()[:-limit] if limit is not None else []:
+                self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Delete a checkpoint; while that goes on it counts as none."""
+        if checkpoint.is_symlink():
+            checkpoint.unlink()  # where it leads is the user's
+        elif checkpoint.exists():
+            old = self.folder / f".{checkpoint.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(checkpoint, old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _holds_run(self) -> bool:
         """Whether a run of this program, or of diffusers' script, has been here."""
@@ -250,28 +253,20 @@ class RunDir:
         files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES)]
         return [self.folder / name for name in files if (self.folder / name).exists()] + self.checkpoints()
 
-    def _move_aside(self, config: Mapping[str, Any]) -> None:
-        present = self._present(config)
-        if not present:
+    def _move_aside(self, paths: list[Path]) -> None:
+        if not paths:
             return
         number = 1
         while (self.folder / f"earlier-{number}").exists():
             number += 1
         earlier = self.folder / f"earlier-{number}"
         earlier.mkdir()
-        for path in present:
+        for path in paths:
             os.replace(path, earlier / path.name)
 
 
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` to be saved: no tokens; absolute paths relative to the working folder, or a bare name outside of it."""
-    values = {name: value for name, value in config.items() if name not in _SECRETS}
-    for name in PATH_SETTINGS:
-        value = values.get(name)
-        if isinstance(value, str) and os.path.isabs(value):
-            path, here = Path(value), Path.cwd()
-            values[name] = path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
-    return values
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def file_name(text: str) -> str:

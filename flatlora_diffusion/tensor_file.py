@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ def write_atomically(path: Path, write: Any) -> None:
     """Call `write(aside)` on a neighbour of `path`, flush it to disk, then rename it over `path`.
 
     The file is readable by whom the umask allows; safetensors would make it readable by its owner alone.
+
+    Raises OSError when it cannot be written, which safetensors calls otherwise.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -29,6 +31,8 @@ def write_atomically(path: Path, write: Any) -> None:
         with open(aside, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     finally:
         aside.unlink(missing_ok=True)
 

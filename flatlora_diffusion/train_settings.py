@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flatlora_diffusion.config import TrainConfig, choices_of, preset_file, setting_hints
+from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.saved_settings import is_cut_path, opened
 
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
     """The settings of a command line: defaults, then `--preset`, then `--config`, then flags; the last one wins.
 
-    Raises ConfigError for a setting out of range; prints help or an unknown flag and exits as argparse does.
+    A run that is resumed by flags has its own settings in place of the defaults. Raises ConfigError for a setting out
+    of range; prints help or an unknown flag and exits as argparse does.
     """
     import tyro
 
@@ -22,12 +25,14 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
     files.add_argument("--config", type=Path)
     given, flags = files.parse_known_args(list(arguments))
     config = TrainConfig()
+    if given.config is None:
+        config = _of_resumed(flags, given.preset)
     if given.preset is not None:
         config = config.updated_from(preset_file(given.preset))
     if given.config is not None:
-        config = config.updated_from(given.config)
+        config = _in_its_folder(config.updated_from(given.config), given.config.parent)
     flags = _as_tyro_reads(flags)
-    return tyro.cli(
+    config = tyro.cli(
         TrainConfig,
         default=_without_overruled(config, flags),
         args=flags,
@@ -36,6 +41,25 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
         description="Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. "
         "--preset NAME and --config FILE.json give defaults; flags win.",
     )
+    return config.replace(**opened(config.to_dict()))
+
+
+def _of_resumed(flags: Sequence[str], preset: str | None) -> TrainConfig:
+    """The settings of the run that the flags resume; the defaults if they resume none."""
+    config = TrainConfig()
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    places.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+    places.add_argument("--output_dir", "--output-dir")
+    given, _ = places.parse_known_args(list(flags))
+    usual = config if preset is None else config.updated_from(preset_file(preset))
+    saved = RunDir(Path(given.output_dir or usual.run.output_dir)).config_file
+    return config if given.resume_from_checkpoint is None or not saved.is_file() else config.updated_from(saved)
+
+
+def _in_its_folder(config: TrainConfig, folder: Path) -> TrainConfig:
+    """`config`, read from `folder`, with that as its output folder if it is the run's own and not saved otherwise."""
+    is_cut, is_run = is_cut_path(config.run.output_dir), RunDir(folder).manifest_file.is_file()
+    return config.replace(output_dir=str(folder)) if is_cut and is_run else config
 
 
 def _as_tyro_reads(flags: Sequence[str]) -> list[str]:

@@ -59,6 +59,7 @@ class TrainState:
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
+    steps_done: int | None = 0  # None while an update is half done
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
     draws: str = ""  # the hash of what the last step drew, its eps apart
 

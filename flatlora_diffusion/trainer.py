@@ -27,11 +27,14 @@ from flatlora_diffusion.hub import hub_repository
 from flatlora_diffusion.loss import diffusion_loss, draw_targets
 from flatlora_diffusion.pictures import read_pictures
 from flatlora_diffusion.preview import Previews
-from flatlora_diffusion.result import finish
+from flatlora_diffusion.rescue import explained, kept
+from flatlora_diffusion.result import present, save_result
 from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.run_lock import alone_in
 from flatlora_diffusion.seeds import derive_seed, generator
-from flatlora_diffusion.stopping import Stopping
+from flatlora_diffusion.stopping import Stopping, interrupted_as
 from flatlora_diffusion.tokens import pull_embeddings
+from flatlora_diffusion.trackers import end_trackers, tell_trackers
 from flatlora_diffusion.train_state import TrainState, averaged, prepare, seeded, set_backends
 from flatlora_diffusion.training_set import load_training_set
 
@@ -43,39 +46,57 @@ MOST_SKIPPED_STEPS = 20  # each halves the scale of fp16, which begins at 2^16: 
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the path of the LoRA file.
 
-    Raises ConfigError for settings, images or a model that cannot be used, StoppedError when a stop was asked for
-    and RunError when the run cannot go on.
+    Raises ConfigError for settings, images or a model that cannot be used and for a folder that another run writes
+    into, StoppedError when a stop was asked for and RunError when the run cannot go on.
     """
-    checkpoint = config.run.resume_from_checkpoint
-    run = RunDir(Path(config.run.output_dir))
-    if checkpoint == "latest" and not run.checkpoints():
-        logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
-        checkpoint, config = None, config.replace(resume_from_checkpoint=None)
-    if checkpoint is None:
-        run.check_new(config.to_dict())
-    else:
-        config = run.filled_in(config)
-    if config.run.push_to_hub:
-        hub_repository(config)  # a bad name or token is an error before training, not after
-    read_pictures(config.run)  # so is a bad prompts file
-    found = load_training_set(config.data)
-    logger.info(found.summary)
-    config = seeded(config)
-    _tell_memory(config)
-    set_backends(config)  # before the first kernel, and for the class images too
-    state = None
-    try:
-        state = prepare(config, found.samples, load_class_samples(config))
-        return _trained(state, checkpoint)
-    except torch.OutOfMemoryError as error:
-        from flatlora_diffusion.memory import out_of_memory_text  # slow to import, and needed only here
+    folder = Path(config.run.output_dir)
+    # The processes of one launch are one run.
+    with alone_in(folder, "output_dir") if this_process().is_main_process else nullcontext():
+        return _train(config, RunDir(folder))
 
-        raise RunError(out_of_memory_text(config if state is None else state.config)) from error
-    except RuntimeError as error:
-        operation, is_found, _ = str(error).partition(" does not have a deterministic implementation")
-        if not is_found:
-            raise
-        raise RunError(f"{operation} has no deterministic kernel on this device; leave --deterministic out") from error
+
+def _train(config: TrainConfig, run: RunDir) -> Path:
+    checkpoint = config.run.resume_from_checkpoint
+    with interrupted_as(_untrained):
+        if checkpoint == "latest" and not run.checkpoints():
+            logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
+            checkpoint, config = None, config.replace(resume_from_checkpoint=None)
+        if checkpoint is None:
+            run.check_new(config.to_dict())
+        else:
+            config = run.filled_in(config)
+        if this_process().is_main_process:
+            run.clean()
+        if config.run.push_to_hub:
+            hub_repository(config)  # a bad name or token is an error before training, not after
+        read_pictures(config.run)  # so is a bad prompts file
+        found = load_training_set(config.data)
+        logger.info(found.summary)
+        config = seeded(config)
+        _tell_memory(config)
+        set_backends(config)  # before the first kernel, and for the class images too
+        with explained(config):
+            state = prepare(config, found.samples, load_class_samples(config))
+    try:
+        with kept(state), explained(state.config):
+            previews, first = _started(state, checkpoint)
+            with Stopping(run, config.optim.max_train_seconds) as stopping:
+                _loop(state, first, previews, stopping)
+                path = save_result(state)
+        if previews is not None:
+            with interrupted_as(
+                lambda: f"after the LoRA was saved in {path}; last previews, card or upload are missing"
+            ):
+                stopping.interrupt()
+                present(state, previews)
+        state.accelerator.wait_for_everyone()
+        return path
+    finally:
+        _put_away(state)
+
+
+def _untrained() -> str:
+    return "before the first step; nothing was trained"
 
 
 def train_step(state: TrainState, step: int) -> float:
@@ -100,16 +121,25 @@ def train_step(state: TrainState, step: int) -> float:
         losses.append(loss.detach())
         draws.add(batch, noise, timesteps)
     mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
-    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
     value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
     if not math.isfinite(value):
         raise RunError(_non_finite(state, step, "loss", _non_finite_slots(state, losses)))
     # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
     if not math.isfinite(gradient) and accelerator.scaler is None:
         raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
+    _update(state, step)
+    state.draws = draws.hexdigest()
+    return value
+
+
+def _update(state: TrainState, step: int) -> None:
+    """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
+    state.steps_done = None
     state.optimizer.step()
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
+        state.steps_done = step
         raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
     if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
         pull_embeddings(state.sdxl.pipeline)
@@ -117,8 +147,7 @@ def train_step(state: TrainState, step: int) -> float:
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.step(state.trainable.values())
-    state.draws = draws.hexdigest()
-    return value
+    state.steps_done = step + 1
 
 
 def _tell_memory(config: TrainConfig) -> None:
@@ -135,63 +164,56 @@ def _tell_memory(config: TrainConfig) -> None:
         logger.warning("the memory that the run needs could not be estimated: %s", error)
 
 
-def _trained(state: TrainState, checkpoint: str | None) -> Path:
-    """The LoRA file of the whole run, or of what is left of it after `checkpoint`."""
-    try:
+def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None, int]:
+    """What makes the previews, None but on the first process, and the first step to do."""
+    with interrupted_as(_untrained):
+        previews = Previews(state) if state.accelerator.is_main_process else None
         first = start(state) if checkpoint is None else restore(state, checkpoint)
-        _loop(state, first)
-        return finish(state)
-    except OSError as error:
-        kept = state.run.checkpoints()
-        last = f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was saved yet"
-        raise RunError(f"the run folder cannot be written: {error.strerror or error}; {last}") from error
-    finally:
-        for flat in state.flats:
-            flat.detach()
-        # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
-        state.model = state.accelerator.unwrap_model(state.model)
-        state.accelerator.free_memory()
-        state.accelerator.end_training()
+        if previews is not None and first == 0:
+            previews.make("base", 0)
+    return previews, first
 
 
-def _loop(state: TrainState, first: int) -> None:
+def _loop(state: TrainState, first: int, previews: Previews | None, stopping: Stopping) -> None:
     run = state.config.run
-    previews = Previews(state) if state.accelerator.is_main_process else None
-    if previews is not None and first == 0:
-        previews.make("base", 0)
-    with Stopping(state.run, state.config.optim.max_train_seconds) as stopping:
-        bar = tqdm(
-            range(first, state.total_steps),
-            initial=first,
-            total=state.total_steps,
-            desc=state.config.perturb.method,
-            disable=previews is None,
-        )
-        began = time.monotonic()
-        for step in bar:
-            started = time.monotonic()
-            lr = float(state.lr_schedule.get_last_lr()[0])
-            loss = train_step(state, step)
-            done = step + 1
+    bar = tqdm(
+        range(first, state.total_steps),
+        initial=first,
+        total=state.total_steps,
+        desc=state.config.perturb.method,
+        disable=previews is None,
+    )
+    began = time.monotonic()
+    for step in bar:
+        started = time.monotonic()
+        lr = float(state.lr_schedule.get_last_lr()[0])
+        loss = train_step(state, step)
+        done = step + 1
+        if previews is not None:
+            now = time.monotonic()
+            eta = (now - began) / (done - first) * (state.total_steps - done)
+            bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
+            if done < state.total_steps and _is_preview_due(state, step):
+                with averaged(state):
+                    previews.make(f"step-{done}", done)
+        reason = _agreed(state, stopping.reason())
+        is_due = done % run.checkpointing_steps == 0 or reason is not None
+        if previews is not None and (state.run.takes_save_request() or is_due):
+            save_checkpoint(state, done)
+        if reason is not None and done < state.total_steps:
             if previews is not None:
-                now = time.monotonic()
-                eta = (now - began) / (done - first) * (state.total_steps - done)
-                bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
-                if done < state.total_steps and _is_preview_due(state, step):
-                    with averaged(state):
-                        previews.make(f"step-{done}", done)
-            reason = _agreed(state, stopping.reason())
-            is_due = done % run.checkpointing_steps == 0 or reason is not None
-            if previews is not None and (state.run.takes_save_request() or is_due):
-                save_checkpoint(state, done)
-            if reason is not None and done < state.total_steps:
-                if previews is not None:
-                    state.run.add_event({"event": "stopped", "step": done, "reason": reason})
-                raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
-    if previews is not None:
-        with averaged(state):
-            previews.make(f"step-{state.total_steps}", state.total_steps)
-    state.accelerator.wait_for_everyone()
+                state.run.add_event({"event": "stopped", "step": done, "reason": reason})
+            raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
+
+
+def _put_away(state: TrainState) -> None:
+    state.feed.close()
+    for flat in state.flats:
+        flat.detach()
+    # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
+    state.model = state.accelerator.unwrap_model(state.model)
+    state.accelerator.free_memory()
+    end_trackers(state.accelerator)
 
 
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
@@ -210,7 +232,7 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
             "memory": _memory_in_use(state.accelerator.device),
         }
     )
-    state.accelerator.log({"loss": loss, "lr": lr, "sigma": sigma}, step=step)
+    tell_trackers(state.accelerator, {"loss": loss, "lr": lr, "sigma": sigma}, step)
     return {"loss": f"{loss:.4f}", "sigma": f"{sigma:.3f}"}
 
 
@@ -261,11 +283,11 @@ def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
 def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
     names = [sample.id for slot in slots for sample in state.feed.samples_at(step, slot)]
     advice = {
-        "fp16": "use --mixed_precision bf16",
-        "bf16": "lower --learning_rate",
-        "no": "lower --learning_rate",
+        "fp16": "go on with --mixed_precision bf16",
+        "bf16": "go on with a lower --learning_rate",
+        "no": "go on with a lower --learning_rate",
     }[str(state.config.optim.mixed_precision)]
-    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}. To go on, {advice}"
+    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"
 
 
 def _memory_in_use(device: torch.device) -> int:

@@ -21,6 +21,7 @@ LEVELS = [
         "page_text",
         "page_style",
     },
+    {"saved_settings", "run_lock"},
     {
         "noise",
         "loss",
@@ -44,9 +45,10 @@ LEVELS = [
         "page_record",
         "overfit",
         "buckets",
-        "train_settings",
+        "trackers",
     },
     {
+        "train_settings",
         "weight_space",
         "adapted_layers",
         "dataset",
@@ -101,6 +103,7 @@ LEVELS = [
         "compare_setup",
         "compare_findings",
     },
+    {"rescue"},
     {"trainer", "lora_merge", "lora_report", "flatness_tables", "compare_nulls"},
     {"compare", "lora_resize", "flatness_report"},
     {"command_line"},

@@ -197,7 +197,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of
     monkeypatch.setattr(trainer, "diffusion_loss", lambda *args: real(*args) * next(factors))
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     bad = state.feed.samples_at(0, 1)[0].id
-    message = f"the loss of step 0 is not finite with these images: {bad}, class.png. To go on, lower --learning_rate"
+    message = (
+        f"the loss of step 0 is not finite with these images: {bad}, class.png; go on with a lower --learning_rate"
+    )
     with pytest.raises(RunError, match=message):
         train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
@@ -209,9 +211,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, value))
     images = ", ".join(sample.id for sample in state.feed.samples_at(0, 0))
-    with pytest.raises(RunError, match=f"the gradient of step 0 is not finite with these images: {images}. To go on"):
+    with pytest.raises(
+        RunError, match=f"the gradient of step 0 is not finite with these images: {images}; go on with"
+    ):
         train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
+
+
+def test_a_gradient_norm_of_0_means_that_nothing_is_clipped(config: TrainConfig, tmp_path: Path) -> None:
+    files = [
+        train(config.replace(max_grad_norm=norm, output_dir=str(tmp_path / f"{norm}"), output_name="x"))
+        for norm in (0.0, 1e9)
+    ]
+    off, never_reached = (load_file(file) for file in files)
+    assert all(torch.equal(value, never_reached[name]) for name, value in off.items())
 
 
 def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.GradScaler]:
@@ -245,7 +258,7 @@ def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainC
     overflows = True
     for step in range(20, 39):
         train_step(state, step)
-    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* use --mixed_precision bf16"):
+    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* go on with --mixed_precision bf16"):
         train_step(state, 39)
 
 
@@ -273,11 +286,13 @@ def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainCo
     assert [event["step"] for event in steps] == [0, 1, 2, 3]
     assert set(steps[0]) == {"event", "step", "loss", "lr", "sigma", "draws", "seconds", "eta", "memory"}
     assert [event["sigma"] for event in steps] == pytest.approx([0, 0.1 * 0.146447, 0.05, 0.1 * 0.853553], rel=1e-4)
-    assert run.events()[-1] == {"event": "finished", "step": 4}
-    proof = run.events()[-2]
+    *_, proof, finished, preview, change = run.events()
+    assert finished == run.ending() == {"event": "finished", "step": 4}
     assert proof["event"] == "proof"
     assert proof["update_norms"]["unet"] > 0
-    assert proof["image_change"] > 0
+    assert preview == {"event": "preview", "step": 4, "images": ["step-4-0.png", "step-4-1.png"]}
+    assert change["event"] == "image_change"
+    assert change["levels"] > 0
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-3", "checkpoint-4"]
     assert {file.name for file in run.images.iterdir()} == {
         f"{name}-{index}.png" for name in ("base", "step-2", "step-4") for index in (0, 1)

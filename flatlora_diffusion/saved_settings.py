@@ -1,0 +1,139 @@
+"""Settings as a run folder keeps them: no tokens, no absolute paths; and what may change when a run goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from flatlora_diffusion.config import ConfigError
+
+PATH_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "single_file_config",
+    "instance_data_dir",
+    "dataset_name",
+    "cache_dir",
+    "class_data_dir",
+    "embedding_cache_dir",
+    "init_lora",
+    "output_dir",
+    "validation_prompts_file",
+    "validation_data_dir",
+)
+_SECRETS = ("hub_token",)
+# What may differ when a run goes on: none of it alters the steps that were taken. The images are compared by hash.
+_FREE = {
+    "instance_data_dir",
+    "dataset_name",
+    "class_data_dir",
+    "cache_dir",
+    "embedding_cache_dir",
+    "cache_text_embeddings",
+    "dataloader_num_workers",
+    "num_class_images",
+    "sample_batch_size",
+    "prior_generation_precision",
+    "offload",
+    "output_dir",
+    "output_name",
+    "output_kohya_format",
+    "save_dtype",
+    "max_train_steps",
+    "max_train_seconds",
+    "num_train_epochs",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "validation_prompt",
+    "validation_prompts_file",
+    "num_validation_images",
+    "validation_epochs",
+    "validation_data_dir",
+    "report_to",
+    "logging_dir",
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+    "local_rank",
+}
+# What the advice for a run that failed says to change: the steps to come are others than without, and the run says so.
+REMEDIES = {"learning_rate", "text_encoder_lr", "max_grad_norm", "mixed_precision", "gradient_checkpointing"}
+# What names a base that has a fingerprint.
+BASE_SETTINGS = {
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "single_file_config",
+    "revision",
+    "variant",
+}
+_CUT = "..."  # stands for the folders that a path was saved without
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` to be saved: no tokens, no absolute paths, and a run of its own even if this one was resumed.
+
+    A path below the working folder is saved relative to it, one below the home as `~/...`; any other one keeps its
+    last name alone, as `.../NAME`.
+    """
+    values = {name: value for name, value in config.items() if name not in _SECRETS}
+    for name in PATH_SETTINGS:
+        value = values.get(name)
+        if isinstance(value, str) and os.path.isabs(value):
+            values[name] = _short(Path(value))
+    return values | ({"resume_from_checkpoint": None} if "resume_from_checkpoint" in values else {})
+
+
+def opened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings with the paths below the home as this machine has them."""
+    return {
+        name: str(Path(value).expanduser())
+        if name in PATH_SETTINGS and isinstance(value, str) and value.startswith("~/")
+        else value
+        for name, value in config.items()
+    }
+
+
+def check_paths(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for paths of which a saved config has kept only the last name."""
+    cut = [name for name in PATH_SETTINGS if is_cut_path(config.get(name))]
+    if cut:
+        flags = ", ".join(f"--{name} (it was {config[name]})" for name in cut)
+        raise ConfigError(f"a saved run keeps no paths outside of the working folder and the home: give {flags} again")
+
+
+def is_cut_path(path: str | None) -> bool:
+    """Whether of a saved path only the last name was kept."""
+    return path is not None and path.startswith(f"{_CUT}/")
+
+
+def altered(now: Mapping[str, Any], saved: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """The names of the settings that would alter the steps already taken, those in `but` left out."""
+    return [
+        name
+        for name, value in now.items()
+        if name not in _FREE and name not in but and not _is_same(name, value, saved.get(name))
+    ]
+
+
+def _is_same(name: str, now: Any, saved: Any) -> bool:
+    """Paths are the same if one ends as the other does: what they hold is compared by its hash."""
+    if now == saved or name not in PATH_SETTINGS or now is None or saved is None:
+        return bool(now == saved)
+    one, two = _parts(now), _parts(saved)
+    count = min(len(one), len(two))
+    return count > 0 and one[-count:] == two[-count:]
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    found = (Path(path).resolve() if Path(path).exists() else PurePosixPath(path.replace("\\", "/"))).parts
+    return tuple(part for part in found if part not in (_CUT, "..", "~"))
+
+
+def _short(path: Path) -> str:
+    for root, mark in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_relative_to(root):
+            return mark + path.relative_to(root).as_posix()
+    return f"{_CUT}/{path.name}"
