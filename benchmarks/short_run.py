@@ -169,6 +169,10 @@ class Started:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
+    def is_done(self) -> bool:
+        """Whether it has ended, or said its last word and only takes leave."""
+        return not self.is_running() or b"LoRA saved in" in self.log.with_suffix(".out").read_bytes()
+
     def wait(self) -> int | None:
         """The exit code; None for a run that hung and had to be killed."""
         end = time.monotonic() + PATIENCE
@@ -189,21 +193,21 @@ def fork(arguments: Sequence[str], log: Path) -> Forked:
     """A run in a fork of this process, which has one thread and has imported what a run needs."""
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        with open(log, "wb") as handle:
-            _be_the_script(arguments, handle)
+    with open(log, "wb") as errors, open(log.with_suffix(".out"), "wb") as output:
+        pid = os.fork()
+        if pid == 0:
+            _be_the_script(arguments, output, errors)
     return Forked(pid)
 
 
 def real(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """The script as a user starts it."""
     command = [sys.executable, "train_dreambooth_flatlora.py", *arguments]
-    with open(log, "wb") as handle:
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=handle)
+    with open(log, "wb") as errors, open(log.with_suffix(".out"), "wb") as output:
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors)
 
 
-def _be_the_script(arguments: Sequence[str], log: IO[bytes]) -> None:
+def _be_the_script(arguments: Sequence[str], output: IO[bytes], errors: IO[bytes]) -> None:
     """Run the script and end this process as the interpreter would; never returns."""
     from flatlora_diffusion.command_line import train_main
 
@@ -211,8 +215,9 @@ def _be_the_script(arguments: Sequence[str], log: IO[bytes]) -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(ROOT)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(log.fileno(), 2)
+        os.dup2(output.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         code = train_main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -244,6 +249,7 @@ def ready_to_start() -> Iterator[None]:
             HF_TOKEN="hf_soak",
             NO_PROXY="127.0.0.1",
             OMP_NUM_THREADS="1",
+            PYTHONUNBUFFERED="1",
             TOKENIZERS_PARALLELISM="false",
         )
         if CAN_FORK:

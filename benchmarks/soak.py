@@ -161,7 +161,7 @@ class Soak:
             seen: dict[str, float] = {}
             is_over = False
             while not is_over:
-                is_over = not run.is_running()  # asked first, so that no marker of a finished run is missed
+                is_over = run.is_done()  # asked first, so that no marker of a finished run is missed
                 for marker in scene.markers() - seen.keys():
                     seen[marker] = time.monotonic() - began
                 time.sleep(0.001)
@@ -182,7 +182,8 @@ class Soak:
             time.sleep(0.001)
         time.sleep(seconds)
         phase, at = timeline.phase(scene.markers()), scene.progress()
-        if not run.is_running():
+        if run.is_done():
+            run.wait()
             return None
         kill, case = Kill(order.kind, phase, at, STEPS), Case(order, phase)
         if order.kind == TWO:
