@@ -92,7 +92,7 @@ class Scene:
 
     folder: Path
     has_users_files: bool = True
-    started: int = field(default=0, init=False)
+    runs: list[Started] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.icons, self.disk = self.folder / "icons", self.folder / "disk"
@@ -125,10 +125,18 @@ class Scene:
 
     def start(self, *more: str, is_real: bool = False) -> Started:
         """Begin a run with these further flags."""
-        self.started += 1
-        log = self.folder / f"run-{self.started}.log"
+        log = self.folder / f"run-{len(self.runs)}.log"
         launch = real if is_real or not CAN_FORK else fork
-        return Started(launch(self.arguments(*more), log), log)
+        self.runs.append(Started(launch(self.arguments(*more), log), log))
+        return self.runs[-1]
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no run behind, whatever went wrong."""
+        for run in self.runs:
+            run.end()
 
     def checkpoints(self) -> list[int]:
         """The steps of the run's checkpoints, by their names alone."""
@@ -178,12 +186,17 @@ class Started:
         end = time.monotonic() + PATIENCE
         while self.is_running():
             if time.monotonic() > end:
-                self.process.kill()
-                while self.is_running():
-                    time.sleep(0.005)
+                self.end()
                 return None
             time.sleep(0.005)
         return self.process.poll()
+
+    def end(self) -> None:
+        """Kill it, unless it has ended."""
+        if self.is_running():
+            self.process.kill()
+            while self.is_running():
+                time.sleep(0.005)
 
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
@@ -214,6 +227,7 @@ def _be_the_script(arguments: Sequence[str], output: IO[bytes], errors: IO[bytes
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(ROOT)
         os.dup2(output.fileno(), 1)
         os.dup2(errors.fileno(), 2)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -85,6 +85,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the figures and each kill to this JSON file")
     args = parser.parse_args()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and disks and processes are cleared away
     with tempfile.TemporaryDirectory() as folder, ready_to_start():
         orders = plan(args.kills, args.seed)
         cases = Soak(Path(folder)).all(orders)
@@ -145,6 +146,7 @@ class Soak:
             with ExitStack() as stack:
                 if order.kind in (FULL, READ_ONLY):
                     stack.enter_context(own_disk(scene.disk))
+                stack.enter_context(scene)
                 scene.furnish()
                 case = self._killed(replace(order, share=order.share / (attempt + 1)), scene, timeline)
                 if case is not None:
@@ -156,22 +158,12 @@ class Soak:
         """When an unbroken run gets where, and its folder. Real starts and forks must end in the same bits."""
         if is_real not in self._unbroken:
             scene = Scene(self.folder / f"unbroken-{is_real}", has_users_files=False)
-            scene.furnish()
-            began, run = time.monotonic(), scene.start(is_real=is_real)
-            seen: dict[str, float] = {}
-            is_over = False
-            while not is_over:
-                is_over = run.is_done()  # asked first, so that no marker of a finished run is missed
-                for marker in scene.markers() - seen.keys():
-                    seen[marker] = time.monotonic() - began
-                time.sleep(0.001)
-            if run.wait() != 0:
-                raise RuntimeError(f"the unbroken run ends with {run.wait()}: {run.text()}")
-            seen["exit"] = time.monotonic() - began
+            with scene:
+                timeline = _watched(scene, is_real)
             for _, other in self._unbroken.values():
                 if not same_tensors(scene.run / LORA, other / LORA):
                     raise RuntimeError("a real start and a fork do not end in the same LoRA")
-            self._unbroken[is_real] = Timeline(seen, STEPS), scene.run
+            self._unbroken[is_real] = timeline, scene.run
         return self._unbroken[is_real]
 
     def _killed(self, order: Order, scene: Scene, timeline: Timeline) -> Case | None:
@@ -242,14 +234,27 @@ class Soak:
         return text.replace(str(self.folder), "FOLDER")
 
 
+def _watched(scene: Scene, is_real: bool) -> Timeline:
+    """A run from its start to its end, undisturbed."""
+    scene.furnish()
+    began, run = time.monotonic(), scene.start(is_real=is_real)
+    seen: dict[str, float] = {}
+    is_over = False
+    while not is_over:
+        is_over = run.is_done()  # asked first, so that no marker of a finished run is missed
+        for marker in scene.markers() - seen.keys():
+            seen[marker] = time.monotonic() - began
+        time.sleep(0.001)
+    if run.wait() != 0:
+        raise RuntimeError(f"the unbroken run ends with {run.wait()}: {run.text()}")
+    return Timeline({**seen, "exit": time.monotonic() - began}, STEPS)
+
+
 def _strike(kill: Kill, run: Started, scene: Scene) -> None:
-    signals: dict[str, Callable[[], None]] = {
-        SIGINT: lambda: run.process.send_signal(signal.SIGINT),
-        SIGTERM: lambda: run.process.send_signal(signal.SIGTERM),
-        SIGKILL: run.process.kill,
-    }
-    if kill.kind in signals:
-        signals[kill.kind]()
+    if kill.kind in (SIGINT, SIGTERM):
+        run.process.send_signal(signal.Signals[kill.kind])
+    elif kill.kind == SIGKILL:
+        run.process.kill()
     else:
         break_disk(kill.kind, scene.disk, scene.run, run.process)
 
