@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,3 +117,9 @@ def fake_hub(status: int = 200) -> Iterator[FakeHub]:
 
 def _mode(path: str) -> str:
     return "lfs" if path.endswith((".safetensors", ".png")) else "regular"
+
+
+if __name__ == "__main__":  # print the address, and answer until the input ends
+    with fake_hub() as served:
+        print(served.address, flush=True)
+        sys.stdin.read()

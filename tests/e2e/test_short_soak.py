@@ -1,0 +1,30 @@
+"""The soak itself, short: a run on the tiny base that is killed loses nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="without forks it takes minutes")
+def test_kills_and_a_second_run_lose_nothing_touch_nothing_and_say_what_is_promised(tmp_path: Path) -> None:
+    output = tmp_path / "soak.json"
+    command = [sys.executable, "-m", "benchmarks.soak", "--kills=2", "--seed=5", f"--output={output}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert {name: result[name] for name in ("kills", "lost", "touched", "wrong")} == {
+        "kills": 2,
+        "lost": 0,
+        "touched": 0,
+        "wrong": 0,
+    }, done.stderr
+    assert done.returncode == 0
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+    assert "| all |  | 2 | 0 | 0 | 0 |" in done.stdout
