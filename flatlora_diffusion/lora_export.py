@@ -16,6 +16,7 @@ from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, Imp
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
 from flatlora_diffusion.lora_file import peft_tensors
 from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
+from flatlora_diffusion.lora_keys import is_small_change
 from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
 from flatlora_diffusion.lora_update import Updates, update_norms
@@ -101,12 +102,20 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
         if plain is None:
             raise
         raise ConfigError(f"{error}; use {plain}, the plain LoRA made of it") from error
-    if lora.unknown:
+    small = [key for key in lora.unknown if is_small_change(file, key)]
+    if small:
+        logger.warning(
+            "%d change(s) of biases and norms are left out, which no LoRA for other tools can hold: %s",
+            len(small),
+            listed(small),
+        )
+    unknown = [key for key in lora.unknown if key not in small]
+    if unknown:
         logger.warning(
             "%d key(s) belong to no layer of %s and are left out: %s",
-            len(lora.unknown),
+            len(unknown),
             lora.base.base,
-            listed(lora.unknown, 20),
+            listed(unknown, 20),
         )
     return lora
 

@@ -17,6 +17,8 @@ from flatlora_diffusion.tool_support import tool_support
 _STYLES = {
     "kohya-sgm": "kohya",
     "kohya-diffusers": "kohya with diffusers' block names",
+    "comfyui": "ComfyUI's own names",
+    "lycoris": "LyCORIS (lycoris_)",
     "peft": "PEFT (lora_A)",
     "diffusers-old": "diffusers before PEFT (lora.down)",
     "processor": "the oldest of diffusers (processor.to_q_lora)",

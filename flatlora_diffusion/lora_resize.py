@@ -15,7 +15,7 @@ from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, Mo
 from flatlora_diffusion.lora_export import Written, check_free, own_dtype, read_lora_file, write_lora
 from flatlora_diffusion.lora_merge import stored_dtypes, widest
 from flatlora_diffusion.lora_metadata import kept_metadata
-from flatlora_diffusion.lora_names import BaseNames, base_names, shared_layers
+from flatlora_diffusion.lora_names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
 from flatlora_diffusion.lora_update import PARTS, Update, Updates, truncated
 from flatlora_diffusion.safe_reading import listed
 
@@ -46,7 +46,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
             resized.setdefault(part, {})[module] = smaller
             missed += float(values[len(smaller.down) :].square().sum())
             whole += float(values.square().sum())
-    layout: FileLayout = "kohya" if lora.layers[0].place.style.startswith("kohya") else "diffusers"
+    layout: FileLayout = "diffusers" if lora.layers[0].place.style in DIFFUSERS_STYLES else "kohya"
     metadata = kept_metadata(lora.file.metadata, path.stem)
     written = write_lora(resized, lora.base, path, layout, config.dtype or own_dtype(lora), metadata)
     return Reduced(written, math.sqrt(missed / whole))

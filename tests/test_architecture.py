@@ -65,6 +65,7 @@ LEVELS = [
         "adapter_settings",
     },
     {"lora_names"},
+    {"lora_keys"},
     {"lora_import"},
     {
         "feed",
@@ -72,6 +73,7 @@ LEVELS = [
         "class_images",
         "initial_lora",
         "applied_lora",
+        "diffusers_support",
         "model_card",
         "hub",
         "rehearsal",

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layouts import ALPHAS, adapted, as_diffusers_loads, deltas, factors, kohya, peft, saved
+from lora_layouts import (
+    ALPHAS,
+    adapted,
+    as_diffusers_loads,
+    comfyui,
+    deltas,
+    factors,
+    kohya,
+    lycoris,
+    peft,
+    saved,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -68,6 +79,24 @@ def test_export_for_web_uis_is_what_diffusers_loads_in_full(pipeline: Any, base:
     assert not any("down_blocks" in name or "up_blocks" in name for name in names)
     assert metadata(written)["ss_output_name"] == metadata(written)["modelspec.title"] == "fox"
     assert metadata(written)["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+@pytest.mark.parametrize("verb", ["export", "import"])
+@pytest.mark.parametrize("layout", ["comfyui", "lycoris"])
+def test_the_names_that_few_tools_know_are_converted(
+    pipeline: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, verb: str, layout: str
+) -> None:
+    tensors = {"comfyui": comfyui, "lycoris": lycoris}[layout](factors(pipeline), ALPHAS)
+    biases = {"diffusion_model.out.2.diff_b": torch.ones(4)} if layout == "comfyui" else {}
+    path = saved(tensors | biases, tmp_path / "x.safetensors")
+    written = tmp_path / "y.safetensors"
+    assert main([verb, str(path), "--base", str(base), "--output", str(written)]) == 0
+    expected = deltas(pipeline)
+    if layout == "lycoris":
+        expected = {name: value for name, value in expected.items() if name.startswith("unet.")}
+    assert_close(as_diffusers_loads(base, written), expected, 1e-6)
+    assert ("1 change(s) of biases and norms are left out" in caplog.text) == bool(biases)
+    assert "belong to no layer" not in caplog.text
 
 
 def test_there_and_back_gives_the_same_file(pipeline: Any, base: Path, tmp_path: Path) -> None:
