@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from flatlora_diffusion.base_family import TINY_FAMILY, Family, family_of
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
 from flatlora_diffusion.lora_file import peft_tensors
@@ -27,13 +28,10 @@ from flatlora_diffusion.tensor_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Where the old file does not say it; some web UIs take a file without the first for one of another family.
-_KOHYA_DEFAULTS = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.1"}
 # What is so of every kohya file that is written here, whatever the old file was.
 _KOHYA_METADATA = {
     "ss_v2": "False",
     "ss_network_module": "networks.lora",
-    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
 }
 _OWN_DTYPES: dict[str, SaveDtype] = {"F64": "fp32", "F32": "fp32", "BF16": "bf16"}
@@ -80,7 +78,7 @@ def write_lora(
         path.parent.mkdir(parents=True, exist_ok=True)
         if layout == "kohya":
             lora = _told(_portable(lora, path), base, path)
-            whole = {**_KOHYA_DEFAULTS, **metadata, **_KOHYA_METADATA}
+            whole = _kohya_metadata(metadata, path, family_of(base.unet))
             save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
         else:
             tensors = peft_tensors(lora, kind)
@@ -156,7 +154,8 @@ def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfi
             raise ConfigError(f"{path} would replace the file that is read; give another --output")
     given = config.name if isinstance(config, ExportConfig) else None
     name = given or lora.file.metadata.get("ss_output_name")
-    metadata = kept_metadata(lora.file.metadata, file_name(name) if name else source.stem)
+    family = family_of(lora.base.unet)
+    metadata = kept_metadata(lora.file.metadata, file_name(name) if name else source.stem, family)
     dtype = config.dtype or own_dtype(lora)
     return [write_lora(lora.updates, lora.base, path, layout, dtype, metadata) for layout, path in paths.items()]
 
@@ -205,6 +204,15 @@ def _told(lora: Updates, base: BaseNames, path: Path) -> Updates:
             len(added),
         )
     return whole
+
+
+def _kohya_metadata(metadata: Mapping[str, str], path: Path, family: Family) -> dict[str, str]:
+    """`metadata` with what every kohya file says; with a warning for a base that no other tool has."""
+    if family == TINY_FAMILY:
+        logger.warning("%s is for %s, which no other tool has", path.name, family.name)
+    # Where the old file does not say it; some web UIs take a file without the first for one of another family.
+    defaults = {"ss_base_model_version": family.version, "modelspec.sai_model_spec": "1.0.1"}
+    return {**defaults, **metadata, **_KOHYA_METADATA, "modelspec.architecture": family.architecture}
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:

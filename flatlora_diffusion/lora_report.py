@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flatlora_diffusion.base_family import TINY_FAMILY, family_of
 from flatlora_diffusion.config import InspectConfig
 from flatlora_diffusion.lora_export import read_lora_file
 from flatlora_diffusion.lora_import import FileLayer, ImportedLora
@@ -34,12 +35,13 @@ def inspect_lora(config: InspectConfig) -> str:
 
 def lora_report(lora: ImportedLora) -> dict[str, Any]:
     """The report, JSON-able. `norm` is ||scale * B A||_F over the layers of a block."""
+    family = family_of(lora.base.unet)
     blocks: dict[tuple[str, str], list[FileLayer]] = defaultdict(list)
     for layer in lora.layers:
         blocks[layer.place.part, _block(layer)].append(layer)
     return {
         "file": lora.file.path.name,
-        "base": "the tiny base of flatlora-diffusion" if lora.base.base == "tiny" else lora.base.base,
+        "base": family.name if family == TINY_FAMILY else lora.base.base,
         "layout": _counted(_STYLES[layer.place.style] for layer in lora.layers),
         "dtype": _counted(layer.dtype for layer in lora.layers),
         "ranks": _counted(str(layer.rank) for layer in lora.layers),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flatlora_diffusion.base_family import family_of
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.lora_export import Written, check_free, own_dtype, read_lora_file, write_lora
@@ -47,7 +48,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
             missed += float(values[len(smaller.down) :].square().sum())
             whole += float(values.square().sum())
     layout: FileLayout = "diffusers" if lora.layers[0].place.style in DIFFUSERS_STYLES else "kohya"
-    metadata = kept_metadata(lora.file.metadata, path.stem)
+    metadata = kept_metadata(lora.file.metadata, path.stem, family_of(lora.base.unet))
     written = write_lora(resized, lora.base, path, layout, config.dtype or own_dtype(lora), metadata)
     return Reduced(written, math.sqrt(missed / whole))
 
@@ -94,7 +95,7 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     if not found:
         raise ConfigError(f"tuned={config.tuned!r} has the weights of the base: there is nothing to extract")
     names: BaseNames = base_names(config.single_file_config or config.base)
-    metadata = kept_metadata({}, path.stem)
+    metadata = kept_metadata({}, path.stem, family_of(names.unet))
     return Reduced(write_lora(found, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole))
 
 

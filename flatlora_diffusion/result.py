@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flatlora_diffusion.base_family import family_of
 from flatlora_diffusion.hub import push_to_hub
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.model_card import write_model_card
@@ -36,7 +37,8 @@ def finish(state: TrainState) -> Path:
         accompany(state, next((file for file, _ in pictures), None), _notes(state))
         state.run.add_event({"event": "proof", **proof})
         logger.info("%s", proof_line(proof))
-        write_model_card(state.run, state.config, pictures, trigger_words(state))
+        family = family_of(state.sdxl.pipeline.unet)
+        write_model_card(state.run, state.config, pictures, trigger_words(state), family)
         state.run.add_event({"event": "finished", "step": state.total_steps})
         if state.config.run.push_to_hub:
             logger.info("uploaded to %s", push_to_hub(state.run, state.config))

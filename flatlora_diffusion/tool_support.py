@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from flatlora_diffusion.adapter import TEXT_ATTENTION
 from flatlora_diffusion.adapter_settings import PEFT_PREFIX
+from flatlora_diffusion.base_family import TINY_FAMILY, family_of
 from flatlora_diffusion.diffusers_support import diffusers_support
 from flatlora_diffusion.lora_import import FileLayer, ImportedLora
 from flatlora_diffusion.safe_reading import shown
@@ -30,6 +31,12 @@ class Support(NamedTuple):
 
 def tool_support(lora: ImportedLora) -> list[Support]:
     """What each tool makes of the file, in the order of a table."""
+    family = family_of(lora.base.unet)
+    if family == TINY_FAMILY:
+        count, note = diffusers_support(lora)
+        own = Support("diffusers", count, note or "with the tiny base only")
+        nothing = f"no other tool can use it: its base is {family.name}"
+        return [own if tool == own.tool else Support(tool, 0, nothing) for tool in _TOOLS]
     return [Support(tool, *judge(lora)) for tool, judge in _TOOLS.items()]
 
 

@@ -20,6 +20,7 @@ LEVELS = [
         "png_text",
         "sampling",
         "denoiser",
+        "base_family",
         "optimizer",
         "base_model",
         "pictures",
