@@ -21,6 +21,7 @@ from flatlora_diffusion.lora_keys import is_small_change
 from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
 from flatlora_diffusion.lora_update import Updates, update_norms
+from flatlora_diffusion.lost_alpha import lost_alpha
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
 from flatlora_diffusion.run_dir import RunDir, file_name
 from flatlora_diffusion.safe_reading import CheckedFile, checked_file, listed
@@ -100,6 +101,9 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
         if plain is None:
             raise
         raise ConfigError(f"{error}; use {plain}, the plain LoRA made of it") from error
+    said = lost_alpha(lora)
+    if said:
+        logger.warning("%s", said)
     small = [key for key in lora.unknown if is_small_change(file, key)]
     if small:
         logger.warning(

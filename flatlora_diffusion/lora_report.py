@@ -12,6 +12,7 @@ from flatlora_diffusion.config import InspectConfig
 from flatlora_diffusion.lora_export import read_lora_file
 from flatlora_diffusion.lora_import import FileLayer, ImportedLora
 from flatlora_diffusion.lora_update import norm
+from flatlora_diffusion.lost_alpha import lost_alpha
 from flatlora_diffusion.safe_reading import shown
 from flatlora_diffusion.tool_support import tool_support
 
@@ -46,6 +47,7 @@ def lora_report(lora: ImportedLora) -> dict[str, Any]:
         "dtype": _counted(layer.dtype for layer in lora.layers),
         "ranks": _counted(str(layer.rank) for layer in lora.layers),
         "alphas": _counted("none" if layer.alpha is None else f"{layer.alpha:g}" for layer in lora.layers),
+        "warnings": [said] if (said := lost_alpha(lora)) else [],
         "trigger_words": trigger_words(lora.file.metadata),
         "blocks": [_block_report(lora, *place, layers) for place, layers in sorted(blocks.items())],
         "unknown_keys": [shown(key) for key in lora.unknown],
@@ -132,6 +134,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"rank     {summed('ranks')}",
         f"alpha    {summed('alphas')}",
         f"trigger  {', '.join(report['trigger_words']) or 'not in the metadata'}",
+        *(f"warning  {said}" for said in report["warnings"]),
         "",
         *table(("block", "layers", "rank", "||dW||"), rows),
         "",

@@ -37,7 +37,18 @@ def tool_support(lora: ImportedLora) -> list[Support]:
         own = Support("diffusers", count, note or "with the tiny base only")
         nothing = f"no other tool can use it: its base is {family.name}"
         return [own if tool == own.tool else Support(tool, 0, nothing) for tool in _TOOLS]
-    return [Support(tool, *judge(lora)) for tool, judge in _TOOLS.items()]
+    found = [Support(tool, *judge(lora)) for tool, judge in _TOOLS.items()]
+    return [row if row.tool == "diffusers" else _with_strength(lora, row) for row in found]
+
+
+def _with_strength(lora: ImportedLora, row: Support) -> Support:
+    """`row` with the factor by which it misses the LoRA's strength, for tools that read no metadata."""
+    factors = sorted({1 / layer.scale for layer in lora.layers if layer.alpha is None and layer.scale != 1})
+    if not factors or not row.layers:
+        return row
+    times = " to ".join(f"{factor:.3g}" for factor in dict.fromkeys((factors[0], factors[-1])))
+    note = f"at {times} times its strength, since its alpha is in no tensor; `export` puts it there"
+    return row._replace(note="; ".join(filter(None, (row.note, note))))
 
 
 def _comfyui(lora: ImportedLora) -> tuple[int, str]:

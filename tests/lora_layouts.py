@@ -181,6 +181,8 @@ def by_diffusers(pipeline: Any, path: Path, old_names: bool) -> Path:
     states: dict[str, Any] = {}
     for part in PARTS:
         model = getattr(pipeline, part)
+        if not lora_layers(model):
+            continue
         state = get_peft_model_state_dict(model)
         states[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(state) if old_names else state
         states[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()

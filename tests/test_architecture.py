@@ -75,6 +75,7 @@ LEVELS = [
         "initial_lora",
         "applied_lora",
         "diffusers_support",
+        "lost_alpha",
         "model_card",
         "hub",
         "rehearsal",
