@@ -20,6 +20,7 @@ from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
 from flatlora_diffusion.lora_keys import is_small_change
 from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
+from flatlora_diffusion.lora_place import lora_file
 from flatlora_diffusion.lora_update import Updates, update_norms
 from flatlora_diffusion.lost_alpha import lost_alpha
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
@@ -47,7 +48,7 @@ class Written(NamedTuple):
 
 def export_lora(config: ExportConfig) -> list[Written]:
     """Write the file in the layouts asked for. Raises ConfigError for wrong input, RunError for a wrong result."""
-    source = Path(config.file)
+    source = lora_file(config.file)
     stem = file_name(config.name) if config.name else source.stem
     wanted: tuple[FileLayout, ...] = ("kohya", "diffusers") if config.layout == "both" else (config.layout,)
     output = None if config.output is None else Path(config.output)
@@ -63,9 +64,17 @@ def export_lora(config: ExportConfig) -> list[Written]:
 
 def import_file(config: ImportConfig) -> list[Written]:
     """Write the file for diffusers. Raises ConfigError for wrong input, RunError for a wrong result."""
-    source = Path(config.file)
-    path = source.with_name(f"{source.stem}_diffusers.safetensors") if config.output is None else Path(config.output)
+    source = lora_file(config.file)
+    path = output_file(config.output, source, f"{source.stem}_diffusers.safetensors")
     return _convert(source, {"diffusers": path}, config)
+
+
+def output_file(output: str | None, source: Path, name: str) -> Path:
+    """The file to write: `output`, or `name` in the folder `output`, or beside the source."""
+    if output is None:
+        return source.with_name(name)
+    path = Path(output)
+    return path if path.suffix == ".safetensors" else path / name
 
 
 def write_lora(
@@ -90,10 +99,8 @@ def write_lora(
 
 
 def read_lora_file(path: str, base: str | None) -> ImportedLora:
-    """The LoRA of a file, with a warning for what is in it that no layer has."""
-    if not path:
-        raise ConfigError("file is missing: give a LoRA file")
-    file = checked_file(Path(path))
+    """The LoRA of a file or of a run's folder, with a warning for what is in it that no layer has."""
+    file = checked_file(lora_file(path))
     try:
         lora = import_lora(file, base)
     except ConfigError as error:
@@ -152,7 +159,7 @@ def written_to(path: Path) -> Iterator[None]:
 
 def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
     check_free(paths.values(), config.overwrite)
-    lora = read_lora_file(config.file, config.base)
+    lora = read_lora_file(str(source), config.base)
     for path in paths.values():
         if path.resolve() == source.resolve():
             raise ConfigError(f"{path} would replace the file that is read; give another --output")

@@ -13,10 +13,11 @@ from torch import Tensor
 from flatlora_diffusion.base_family import family_of
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
-from flatlora_diffusion.lora_export import Written, check_free, own_dtype, read_lora_file, write_lora
+from flatlora_diffusion.lora_export import Written, check_free, output_file, own_dtype, read_lora_file, write_lora
 from flatlora_diffusion.lora_merge import stored_dtypes, widest
 from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
+from flatlora_diffusion.lora_place import lora_file
 from flatlora_diffusion.lora_update import PARTS, Update, Updates, truncated
 from flatlora_diffusion.safe_reading import listed
 
@@ -32,11 +33,10 @@ class Reduced(NamedTuple):
 
 def resize_lora(config: ResizeConfig) -> Reduced:
     """Write the best LoRA with at most this rank in each layer, in the layout of the old one."""
-    source = Path(config.file)
-    path = source.with_name(f"{source.stem}_rank{config.rank}.safetensors")
-    path = path if config.output is None else Path(config.output)
+    source = lora_file(config.file)
+    path = output_file(config.output, source, f"{source.stem}_rank{config.rank}.safetensors")
     check_free([path], config.overwrite)
-    lora = read_lora_file(config.file, config.base)
+    lora = read_lora_file(str(source), config.base)
     if path.resolve() == source.resolve():
         raise ConfigError(f"{path} would replace the file that is read; give another --output")
     missed, whole = 0.0, 0.0

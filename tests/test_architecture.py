@@ -49,6 +49,7 @@ LEVELS = [
         "captioner",
         "page_results",
         "page_curves",
+        "lora_place",
     },
     {"filter_norms", "lora_update", "flatness", "curvature", "surface", "metrics", "compare_page"},
     {

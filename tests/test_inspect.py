@@ -250,6 +250,13 @@ def test_trigger_words_come_from_the_phrase_or_the_tags() -> None:
     assert "\x1b" not in trigger_words({"modelspec.trigger_phrase": "\x1b[2J"})[0]
 
 
+def test_a_run_s_folder_stands_for_the_lora_in_it(
+    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(peft(factors(attention), ALPHAS), tmp_path / "pytorch_lora_weights.safetensors")
+    assert report(tmp_path, base, capsys)["file"] == "pytorch_lora_weights.safetensors"
+
+
 def test_a_broken_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path) -> None:
     path = saved(kohya(factors(adapted(base, ("to_q",), ()))), tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes()[:-1])

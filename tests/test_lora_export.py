@@ -277,20 +277,34 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
     (tmp_path / "named.safetensors").mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    single = "give a .safetensors file as --output"
     for verb in ("import", "resize"):
         start = [verb, str(kohya_file), "--base", str(base), "--output"]
-        for name in ("folder", "named.safetensors"):
-            for more in ([], ["--overwrite"]):
-                said = complaint(capsys, [*start, str(tmp_path / name), *more])
-                assert said == f"error: {tmp_path / name} is a folder; {single}"
-        assert "noext does not end in .safetensors" in complaint(capsys, [*start, str(tmp_path / "noext")])
+        for more in ([], ["--overwrite"]):
+            said = complaint(capsys, [*start, str(tmp_path / "named.safetensors"), *more])
+            assert said == f"error: {tmp_path / 'named.safetensors'} is a folder; give a .safetensors file as --output"
+        assert "cannot be written: " in complaint(capsys, [*start, str(tmp_path / "file")])
     start = ["export", str(kohya_file), "--base", str(base), "--output"]
     for bad in ("/proc/x.safetensors", str(tmp_path / "file" / "y.safetensors"), str(tmp_path / "file")):
         assert "cannot be written: " in complaint(capsys, [*start, bad])
     both = [*start, str(tmp_path / "x.safetensors"), "--layout", "both"]
     assert "--layout both writes two files" in complaint(capsys, both)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("verb", "name"), [("import", "_diffusers"), ("export", "_kohya"), ("resize", "_rank4")])
+def test_folders_are_taken_for_the_files_in_them(
+    base: Path, pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, name: str
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    saved(peft(factors(pipeline), ALPHAS), run / "pytorch_lora_weights.safetensors")
+    for output in (tmp_path / "there", tmp_path / "new"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        assert main([verb, str(run), "--base", str(base), "--output", f"{output}{os.sep}"]) == 0
+        assert os.listdir(output) == [f"pytorch_lora_weights{name}.safetensors"]
+    assert os.listdir(run) == ["pytorch_lora_weights.safetensors"]
+    (run / "pytorch_lora_weights.safetensors").rename(run / "other.safetensors")
+    assert "is a folder without pytorch_lora_weights.safetensors" in complaint(capsys, [verb, str(run)])
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoint-2"])
@@ -341,7 +355,7 @@ def test_every_verb_refuses_a_hostile_file_in_one_sentence(
     torch.save({"a": torch.zeros(2)}, path)
     assert "zip archive" in complaint(capsys, [verb, *given, *rest])
     path.write_bytes((100 * 10**9).to_bytes(8, "little") + b"{}")
-    assert "header's length" in complaint(capsys, [verb, *given, *rest])
+    assert "does not begin as one" in complaint(capsys, [verb, *given, *rest])
     saved({f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(16, 2)}, path)
     assert "is a LoRA for Stable Diffusion 1, not for SDXL" in complaint(capsys, [verb, *given, *rest])
     broken = load_file(kohya_file)

@@ -26,6 +26,31 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "nowhere.safetensors"],
+        ["import", "nowhere.safetensors"],
+        ["export", "nowhere.safetensors"],
+        ["resize", "nowhere.safetensors"],
+        ["merge", "--base", "tiny", "--lora", "nowhere.safetensors@0.5", "--output", "x"],
+        ["merge", "--base", "nowhere.safetensors", "--lora", "x", "--output", "x"],
+        ["extract", "--base", "tiny", "--tuned", "nowhere.safetensors"],
+        ["generate", "--lora", "nowhere.safetensors"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_file_that_is_not_there_is_told_before_torch_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import sys; from flatlora_diffusion.command_line import main; code = main(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    done = start("-c", code, *arguments)
+    assert done.stdout == "2 []\n", done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "nowhere.safetensors" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_script_trains_and_a_stock_pipeline_draws_other_images_with_its_lora(
     base: Path, icons: Path, tmp_path: Path
