@@ -9,7 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flatlora_diffusion"
 LEVELS = [
-    {"config", "seeds", "tensor_file", "judge", "lora_family", "paired", "matched", "page_text", "page_style"},
+    {
+        "hub_reach",
+        "config",
+        "seeds",
+        "tensor_file",
+        "judge",
+        "lora_family",
+        "paired",
+        "matched",
+        "page_text",
+        "page_style",
+    },
     {
         "noise",
         "loss",
