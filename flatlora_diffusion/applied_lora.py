@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_file import LORA_FILE, magnitude_tensors, peft_tensors
 from flatlora_diffusion.lora_import import lora_of_base
 from flatlora_diffusion.lora_names import BaseNames, loaded_names
+from flatlora_diffusion.lora_place import LoraFile
 from flatlora_diffusion.lora_update import PARTS
 from flatlora_diffusion.safe_reading import CheckedFile, checked_file
 from flatlora_diffusion.tokens import EMBEDDINGS_FILE
@@ -34,26 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Key in the file, text encoder and tokenizer of pivotal tuning's embeddings.
 _EMBEDDINGS = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA file and its weight among those that are used together."""
-
-    path: Path
-    weight: float = 1.0
-
-
-def parse_lora(text: str) -> tuple[LoraFile, ...]:
-    """The files of `PATH`, `PATH@WEIGHT` or several of these joined by `+`; a folder stands for the LoRA in it.
-
-    Raises ConfigError for a path that is no LoRA file and no folder with one.
-    """
-    parts = [text] if Path(text).exists() else text.split("+")
-    files = tuple(_parse_part(part) for part in parts)
-    if len({file.path for file in files}) < len(files):
-        raise ConfigError(f"lora={text!r} has one file twice; give it once, with a weight: PATH@1.5")
-    return files
 
 
 @contextmanager
@@ -117,19 +95,6 @@ def embeddings_beside(path: Path) -> list[Path]:
     # A run's file for other tools names the new tokens in its metadata, wherever it is.
     is_of_run = of_run.is_file() and "<s0>" in checked_file(path).metadata.get("modelspec.trigger_phrase", "")
     return [of_run] if is_of_run else []
-
-
-def _parse_part(part: str) -> LoraFile:
-    path, weight = Path(part), 1.0
-    weighted = re.fullmatch(r"(.+)@(-?[0-9]*\.?[0-9]+)", part)
-    if weighted and not path.exists():
-        path, weight = Path(weighted[1]), float(weighted[2])
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(f"lora={part!r} is no LoRA file and no folder that holds {LORA_FILE}")
-    if file.suffix != ".safetensors":
-        raise ConfigError(f"lora={part!r} is no .safetensors file; other formats can hold code and are not read")
-    return LoraFile(Path(os.path.abspath(file)), weight)
 
 
 def _adapter(index: int) -> str:

@@ -18,6 +18,7 @@ from diffusers import (
 from safetensors import SafetensorError, safe_open
 
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, Quantization
+from flatlora_diffusion.hub_reach import hub_is_reachable
 
 TINY = "tiny"
 
@@ -51,13 +52,14 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     parts = {}
     if config.pretrained_vae_model_name_or_path is not None:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+    is_offline = _needs_hub(path, config) and not hub_is_reachable()  # then only what was downloaded before is used
     try:
         if is_single_file:
-            pipeline = _from_single_file(path, config, dtype, parts)
+            pipeline = _from_single_file(path, config, dtype, parts, is_offline)
         else:
-            pipeline = _from_folder(path, config, dtype, quantization, parts)
+            pipeline = _from_folder(path, config, dtype, quantization, parts, is_offline)
     except _LOAD_ERRORS as error:
-        why = _first_line(error) + _hint(path, is_single_file, config)
+        why = _first_line(error) + _hint(path, is_single_file, config, is_offline)
         raise ConfigError(f"{_named(config)} is no SDXL base that can be loaded: {why}") from error
     except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
         raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
@@ -128,14 +130,20 @@ def _check_parts(file: Path, config: ModelConfig) -> None:
         raise ConfigError(f"{what} is not SDXL, or not all of it: it has {parts}; give a whole SDXL checkpoint")
 
 
+def _needs_hub(path: str, config: ModelConfig) -> bool:
+    """Whether it is a hub id, or a file whose configs are on the hub."""
+    return config.single_file_config is None and not Path(path).is_dir()
+
+
 def _from_folder(
-    path: str, config: ModelConfig, dtype: torch.dtype, quantization: Any, parts: dict[str, Any]
+    path: str, config: ModelConfig, dtype: torch.dtype, quantization: Any, parts: dict[str, Any], is_offline: bool
 ) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline.from_pretrained(
         path,
         dtype={"default": dtype, "vae": torch.float32},
         revision=config.revision,
         variant=config.variant,
+        local_files_only=is_offline,
         use_safetensors=True,
         quantization_config=quantization and PipelineQuantizationConfig(quant_mapping={"unet": quantization}),
         add_watermarker=False,
@@ -144,29 +152,33 @@ def _from_folder(
 
 
 def _from_single_file(
-    path: str, config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any]
+    path: str, config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any], is_offline: bool
 ) -> StableDiffusionXLPipeline:
     """The pipeline of an original checkpoint. diffusers takes one dtype for all of it, so the VAE is loaded apart."""
-    folder = config.single_file_config
+    where: dict[str, Any] = {"config": config.single_file_config, "local_files_only": is_offline}
     if "vae" not in parts:
-        parts["vae"] = AutoencoderKL.from_single_file(path, config=folder, subfolder="vae", dtype=torch.float32)
-    return StableDiffusionXLPipeline.from_single_file(path, config=folder, dtype=dtype, add_watermarker=False, **parts)
+        parts["vae"] = AutoencoderKL.from_single_file(path, subfolder="vae", dtype=torch.float32, **where)
+    return StableDiffusionXLPipeline.from_single_file(path, dtype=dtype, add_watermarker=False, **where, **parts)
 
 
-def _hint(path: str, is_single_file: bool, config: ModelConfig) -> str:
+def _hint(path: str, is_single_file: bool, config: ModelConfig, is_offline: bool) -> str:
+    unreachable = "; the hub cannot be reached" if is_offline else ""
     if is_single_file:
         folder = config.single_file_config
         return (
             f"; do the configs in {folder} fit it?"
             if folder
-            else "; to work without the hub, give --single_file_config FOLDER"
+            else f"{unreachable}; to work without the hub, give --single_file_config FOLDER"
         )
-    return "" if Path(path).is_dir() else "; and there is no such folder"
+    return "" if Path(path).is_dir() else f"{unreachable}; and there is no such folder"
 
 
 def _load_vae(path: str) -> AutoencoderKL:
     try:
-        return AutoencoderKL.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        is_offline = not Path(path).is_dir() and not hub_is_reachable()
+        return AutoencoderKL.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=is_offline
+        )
     except _LOAD_ERRORS as error:
         raise ConfigError(
             f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {_first_line(error)}"

@@ -31,6 +31,7 @@ from flatlora_diffusion.config import (
     StoppedError,
     TrainConfig,
 )
+from flatlora_diffusion.lora_place import check_model_file, lora_file, parse_lora
 from flatlora_diffusion.saved_settings import check_paths
 from flatlora_diffusion.stopping import Interrupted, interruptible
 from flatlora_diffusion.train_settings import parse_config
@@ -158,6 +159,7 @@ def _flatness(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     description = "Write a LoRA file of any layout for other programs: export FILE --layout kohya, diffusers or both."
     config = _settings(ExportConfig, "export", description, _with_file(arguments))
+    lora_file(config.file)  # a wrong path is told before torch is imported, which takes seconds
     from flatlora_diffusion.lora_export import export_lora
 
     for written in export_lora(config):
@@ -167,6 +169,7 @@ def _export(arguments: list[str]) -> None:
 def _import(arguments: list[str]) -> None:
     description = "Write a LoRA file of any layout for diffusers: import FILE."
     config = _settings(ImportConfig, "import", description, _with_file(arguments))
+    lora_file(config.file)
     from flatlora_diffusion.lora_export import import_file
 
     for written in import_file(config):
@@ -176,6 +179,9 @@ def _import(arguments: list[str]) -> None:
 def _merge(arguments: list[str]) -> None:
     description = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
     config = _settings(MergeConfig, "merge", description, arguments)
+    check_model_file("base", config.base)
+    for lora in config.lora:
+        parse_lora(lora)
     from flatlora_diffusion.lora_merge import merge_loras
 
     _hide_library_bars()
@@ -185,6 +191,7 @@ def _merge(arguments: list[str]) -> None:
 def _resize(arguments: list[str]) -> None:
     description = "Write the best LoRA of a lower rank: resize FILE --rank 4."
     config = _settings(ResizeConfig, "resize", description, _with_file(arguments))
+    lora_file(config.file)
     from flatlora_diffusion.lora_resize import resize_lora
 
     _say_reduced(resize_lora(config))
@@ -193,6 +200,8 @@ def _resize(arguments: list[str]) -> None:
 def _extract(arguments: list[str]) -> None:
     description = "Write the difference of two models as a LoRA."
     config = _settings(ExtractConfig, "extract", description, arguments)
+    check_model_file("base", config.base)
+    check_model_file("tuned", config.tuned)
     from flatlora_diffusion.lora_resize import extract_lora
 
     _hide_library_bars()
@@ -202,6 +211,7 @@ def _extract(arguments: list[str]) -> None:
 def _inspect(arguments: list[str]) -> None:
     description = "Show what is in a LoRA file and which tools read it: inspect FILE."
     config = _settings(InspectConfig, "inspect", description, _with_file(arguments))
+    lora_file(config.file)
     from flatlora_diffusion.lora_report import inspect_lora
 
     print(inspect_lora(config))
@@ -232,8 +242,6 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
     given, _ = parser.parse_known_args(list(arguments))
     if given.pretrained_model_name_or_path is not None or not given.lora:
         return ModelConfig()
-    from flatlora_diffusion.applied_lora import parse_lora
-
     bases = {}
     for file in (file for text in given.lora for file in parse_lora(text)):
         folder = file.path.parent.parent if file.path.parent.name.startswith("checkpoint-") else file.path.parent

@@ -529,8 +529,8 @@ class GenerateConfig(Section):
 class ImportConfig(Section):
     """All settings of `import`: a LoRA file of any layout to one for diffusers."""
 
-    file: str = setting("", "LoRA file in any layout")
-    output: str | None = setting(None, "file to write; default: NAME_diffusers.safetensors beside it")
+    file: str = setting("", "LoRA file in any layout, or the folder of a run")
+    output: str | None = setting(None, "file to write, or a folder; default: NAME_diffusers.safetensors beside it")
     dtype: SaveDtype | None = setting(None, "precision of the new file; default: the old one's")
     base: str | None = setting(
         None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
@@ -542,7 +542,7 @@ class ImportConfig(Section):
 class ExportConfig(Section):
     """All settings of `export`: a LoRA file of any layout to the layouts that other programs read."""
 
-    file: str = setting("", "LoRA file in any layout")
+    file: str = setting("", "LoRA file in any layout, or the folder of a run")
     layout: LoraLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights; or both")
     dtype: SaveDtype | None = setting(None, "precision of the new files; default: the old one's")
     output: str | None = setting(
@@ -575,9 +575,9 @@ class MergeConfig(Section):
 class ResizeConfig(Section):
     """All settings of `resize`: the best LoRA of a lower rank."""
 
-    file: str = setting("", "LoRA file in any layout")
+    file: str = setting("", "LoRA file in any layout, or the folder of a run")
     rank: int = setting(4, "highest rank of a layer", min=1, max=1024)
-    output: str | None = setting(None, "file to write; default: NAME_rank4.safetensors beside it, for rank 4")
+    output: str | None = setting(None, "file to write, or a folder; default: NAME_rank4.safetensors beside it")
     dtype: SaveDtype | None = setting(None, "precision of the new file; default: the old one's")
     base: str | None = setting(
         None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
@@ -605,7 +605,7 @@ class ExtractConfig(Section):
 class InspectConfig(Section):
     """All settings of `inspect`: what is in a LoRA file, and which tools read it."""
 
-    file: str = setting("", "LoRA file in any layout")
+    file: str = setting("", "LoRA file in any layout, or the folder of a run")
     json: bool = setting(False, "print JSON")
     base: str | None = setting(
         None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"

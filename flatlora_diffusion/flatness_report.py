@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.applied_lora import LoraFile, loaded, parse_lora
+from flatlora_diffusion.applied_lora import loaded
 from flatlora_diffusion.charts import Line, line_chart, surface_chart
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import Sample
@@ -28,6 +28,7 @@ from flatlora_diffusion.evaluation import Probe, fixed_probe
 from flatlora_diffusion.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.flatness_figures import HELDOUT, TRAIN, Arm, Figures, measure
 from flatlora_diffusion.flatness_tables import tables
+from flatlora_diffusion.lora_place import LoraFile, parse_lora
 from flatlora_diffusion.loss import objective_of, unweighted
 from flatlora_diffusion.merged_lora import base_weights, lora_deltas
 from flatlora_diffusion.robustness import Company

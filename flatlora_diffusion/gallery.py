@@ -24,11 +24,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flatlora_diffusion.applied_lora import LoraFile, at_strength, loaded, parse_lora
+from flatlora_diffusion.applied_lora import at_strength, loaded
 from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.generate import generate_images
 from flatlora_diffusion.grid import labelled_grid
 from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.lora_place import LoraFile, parse_lora
 from flatlora_diffusion.png_text import UsedLora, grid_text, image_text
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 

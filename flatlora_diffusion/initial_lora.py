@@ -12,6 +12,7 @@ from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.lora_import import ImportedLora, lora_of_base
 from flatlora_diffusion.lora_names import loaded_names
+from flatlora_diffusion.lora_place import in_folder
 from flatlora_diffusion.lora_update import shared_path
 from flatlora_diffusion.safe_reading import checked_file
 
@@ -21,7 +22,7 @@ def read_lora(pipeline: Any, path: Path) -> ImportedLora:
 
     Raises ConfigError for a file that cannot be read or that adapts nothing of this base.
     """
-    file = path / LORA_FILE if path.is_dir() else path
+    file = in_folder(path)
     if not file.is_file():
         raise ConfigError(f"init_lora={str(path)!r} is no LoRA file and no folder that holds {LORA_FILE}")
     return lora_of_base(checked_file(file), loaded_names(pipeline))

@@ -38,8 +38,33 @@ def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
 
     Raises KeyError for a module of the UNet that has no such name (conv_in, time_embedding, ...).
     """
-    path = _sgm_path(module, layers_per_block) if part == "unet" else module
+    path = sgm_path(module, layers_per_block) if part == "unet" else module
     return f"{_PREFIXES[part]}_{path.replace('.', '_')}"
+
+
+def sgm_path(module: str, layers: int) -> str:
+    """`down_blocks.1.attentions.0.proj_in` as `input_blocks.4.1.proj_in`, and so on.
+
+    Raises KeyError for a module of the UNet outside the blocks.
+    """
+    kind, *rest = module.split(".", 1)
+    if kind == "mid_block":
+        part, number, inner = rest[0].split(".", 2)
+        place = 1 if part == "attentions" else 2 * int(number)
+        return f"middle_block.{place}.{_inner(part, inner)}"
+    found = re.fullmatch(r"(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", rest[0] if rest else "")
+    if found is None or kind not in ("down_blocks", "up_blocks"):
+        raise KeyError(f"{module} has no name that other tools know")
+    block, part, index, inner = int(found[1]), found[2], int(found[3]), found[4]
+    if kind == "down_blocks":
+        first = (layers + 1) * block + 1
+        if part == "downsamplers":
+            return f"input_blocks.{first + layers}.0.op"
+        return f"input_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
+    first = (layers + 1) * block
+    if part == "upsamplers":
+        return f"output_blocks.{first + layers}.2.{inner}"
+    return f"output_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
 
 
 def kohya_tensors(
@@ -113,28 +138,6 @@ def _of_rank_2(update: Update) -> Update:
 def _alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:
     common = Counter(update.scale * len(update.down) for update in layers.values()).most_common(1)[0][0]
     return torch.tensor(min(max(common, _ALPHAS[0]), _ALPHAS[1]), dtype=dtype)
-
-
-def _sgm_path(module: str, layers: int) -> str:
-    """`down_blocks.1.attentions.0.proj_in` as `input_blocks.4.1.proj_in`, and so on."""
-    kind, *rest = module.split(".", 1)
-    if kind == "mid_block":
-        part, number, inner = rest[0].split(".", 2)
-        place = 1 if part == "attentions" else 2 * int(number)
-        return f"middle_block.{place}.{_inner(part, inner)}"
-    found = re.fullmatch(r"(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", rest[0] if rest else "")
-    if found is None or kind not in ("down_blocks", "up_blocks"):
-        raise KeyError(f"{module} has no name that other tools know")
-    block, part, index, inner = int(found[1]), found[2], int(found[3]), found[4]
-    if kind == "down_blocks":
-        first = (layers + 1) * block + 1
-        if part == "downsamplers":
-            return f"input_blocks.{first + layers}.0.op"
-        return f"input_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
-    first = (layers + 1) * block
-    if part == "upsamplers":
-        return f"output_blocks.{first + layers}.2.{inner}"
-    return f"output_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
 
 
 def _inner(part: str, inner: str) -> str:

@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from flatlora_diffusion.base_family import TINY_FAMILY, Family, family_of
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
 from flatlora_diffusion.lora_file import peft_tensors
 from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
+from flatlora_diffusion.lora_keys import is_small_change
 from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
+from flatlora_diffusion.lora_place import lora_file
 from flatlora_diffusion.lora_update import Updates, update_norms
+from flatlora_diffusion.lost_alpha import lost_alpha
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
 from flatlora_diffusion.run_dir import RunDir, file_name
 from flatlora_diffusion.safe_reading import CheckedFile, checked_file, listed
@@ -26,13 +30,10 @@ from flatlora_diffusion.tensor_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Where the old file does not say it; some web UIs take a file without the first for one of another family.
-_KOHYA_DEFAULTS = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.1"}
 # What is so of every kohya file that is written here, whatever the old file was.
 _KOHYA_METADATA = {
     "ss_v2": "False",
     "ss_network_module": "networks.lora",
-    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
 }
 _OWN_DTYPES: dict[str, SaveDtype] = {"F64": "fp32", "F32": "fp32", "BF16": "bf16"}
@@ -47,7 +48,7 @@ class Written(NamedTuple):
 
 def export_lora(config: ExportConfig) -> list[Written]:
     """Write the file in the layouts asked for. Raises ConfigError for wrong input, RunError for a wrong result."""
-    source = Path(config.file)
+    source = lora_file(config.file)
     stem = file_name(config.name) if config.name else source.stem
     wanted: tuple[FileLayout, ...] = ("kohya", "diffusers") if config.layout == "both" else (config.layout,)
     output = None if config.output is None else Path(config.output)
@@ -63,9 +64,17 @@ def export_lora(config: ExportConfig) -> list[Written]:
 
 def import_file(config: ImportConfig) -> list[Written]:
     """Write the file for diffusers. Raises ConfigError for wrong input, RunError for a wrong result."""
-    source = Path(config.file)
-    path = source.with_name(f"{source.stem}_diffusers.safetensors") if config.output is None else Path(config.output)
+    source = lora_file(config.file)
+    path = output_file(config.output, source, f"{source.stem}_diffusers.safetensors")
     return _convert(source, {"diffusers": path}, config)
+
+
+def output_file(output: str | None, source: Path, name: str) -> Path:
+    """The file to write: `output`, or `name` in the folder `output`, or beside the source."""
+    if output is None:
+        return source.with_name(name)
+    path = Path(output)
+    return path if path.suffix == ".safetensors" else path / name
 
 
 def write_lora(
@@ -79,7 +88,7 @@ def write_lora(
         path.parent.mkdir(parents=True, exist_ok=True)
         if layout == "kohya":
             lora = _told(_portable(lora, path), base, path)
-            whole = {**_KOHYA_DEFAULTS, **metadata, **_KOHYA_METADATA}
+            whole = _kohya_metadata(metadata, path, family_of(base.unet))
             save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
         else:
             tensors = peft_tensors(lora, kind)
@@ -90,10 +99,8 @@ def write_lora(
 
 
 def read_lora_file(path: str, base: str | None) -> ImportedLora:
-    """The LoRA of a file, with a warning for what is in it that no layer has."""
-    if not path:
-        raise ConfigError("file is missing: give a LoRA file")
-    file = checked_file(Path(path))
+    """The LoRA of a file or of a run's folder, with a warning for what is in it that no layer has."""
+    file = checked_file(lora_file(path))
     try:
         lora = import_lora(file, base)
     except ConfigError as error:
@@ -101,12 +108,23 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
         if plain is None:
             raise
         raise ConfigError(f"{error}; use {plain}, the plain LoRA made of it") from error
-    if lora.unknown:
+    said = lost_alpha(lora)
+    if said:
+        logger.warning("%s", said)
+    small = [key for key in lora.unknown if is_small_change(file, key)]
+    if small:
+        logger.warning(
+            "%d change(s) of biases and norms are left out, which no LoRA for other tools can hold: %s",
+            len(small),
+            listed(small),
+        )
+    unknown = [key for key in lora.unknown if key not in small]
+    if unknown:
         logger.warning(
             "%d key(s) belong to no layer of %s and are left out: %s",
-            len(lora.unknown),
+            len(unknown),
             lora.base.base,
-            listed(lora.unknown, 20),
+            listed(unknown, 20),
         )
     return lora
 
@@ -141,13 +159,14 @@ def written_to(path: Path) -> Iterator[None]:
 
 def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
     check_free(paths.values(), config.overwrite)
-    lora = read_lora_file(config.file, config.base)
+    lora = read_lora_file(str(source), config.base)
     for path in paths.values():
         if path.resolve() == source.resolve():
             raise ConfigError(f"{path} would replace the file that is read; give another --output")
     given = config.name if isinstance(config, ExportConfig) else None
     name = given or lora.file.metadata.get("ss_output_name")
-    metadata = kept_metadata(lora.file.metadata, file_name(name) if name else source.stem)
+    family = family_of(lora.base.unet)
+    metadata = kept_metadata(lora.file.metadata, file_name(name) if name else source.stem, family)
     dtype = config.dtype or own_dtype(lora)
     return [write_lora(lora.updates, lora.base, path, layout, dtype, metadata) for layout, path in paths.items()]
 
@@ -196,6 +215,15 @@ def _told(lora: Updates, base: BaseNames, path: Path) -> Updates:
             len(added),
         )
     return whole
+
+
+def _kohya_metadata(metadata: Mapping[str, str], path: Path, family: Family) -> dict[str, str]:
+    """`metadata` with what every kohya file says; with a warning for a base that no other tool has."""
+    if family == TINY_FAMILY:
+        logger.warning("%s is for %s, which no other tool has", path.name, family.name)
+    # Where the old file does not say it; some web UIs take a file without the first for one of another family.
+    defaults = {"ss_base_model_version": family.version, "modelspec.sai_model_spec": "1.0.1"}
+    return {**defaults, **metadata, **_KOHYA_METADATA, "modelspec.architecture": family.architecture}
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flatlora_diffusion.applied_lora import LoraFile, embeddings_beside, parse_lora
+from flatlora_diffusion.applied_lora import embeddings_beside
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, RunError
 from flatlora_diffusion.lora_export import check_free, read_lora_file, written_to
 from flatlora_diffusion.lora_names import shared_layers
+from flatlora_diffusion.lora_place import LoraFile, parse_lora
 from flatlora_diffusion.lora_update import PARTS, Update
 from flatlora_diffusion.release import DTYPES
 from flatlora_diffusion.single_file import save_single_file

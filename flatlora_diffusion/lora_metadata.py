@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from flatlora_diffusion.base_family import Family
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.run_dir import RunDir
 
@@ -23,7 +24,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Of a file's metadata: what does not hold for another file with the same LoRA, and what is its maker's own affair.
 _STALE = re.compile(
     r"lora_adapter_metadata|ss_network_(dim|alpha)|sshs_(model|legacy)_hash|modelspec\.hash_sha256"
-    r"|ss_(reg_)?dataset_dirs|ss_datasets|ot_.*"
+    r"|ss_(reg_)?dataset_dirs|ss_datasets|ss_tag_frequency|ss_bucket_info|ot_.*"
 )
 # Neither an address such as https://... nor a tag such as </b> is one.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
@@ -32,8 +33,9 @@ _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 
 @dataclass(frozen=True)
 class Training:
-    """What the settings alone do not tell: the state of the run when the file is written."""
+    """What the settings alone do not tell: the base's family, and the state of the run when the file is written."""
 
+    family: Family
     step: int
     epoch: int
     images: int
@@ -49,7 +51,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
     values: dict[str, Any] = {
         "format": "pt",
         # A1111, Forge and SD.Next take a file without this for one of SD 1.
-        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_base_model_version": training.family.version,
         "ss_v2": False,
         "ss_network_module": "networks.lora",
         "ss_output_name": run.lora_name(config.run.output_name),
@@ -80,7 +82,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_training_finished_at": now.timestamp(),
         "ss_training_comment": comment(config),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.architecture": training.family.architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": run.lora_name(config.run.output_name),
         "modelspec.description": comment(config),
@@ -114,10 +116,11 @@ def with_contents(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) ->
     return whole
 
 
-def kept_metadata(metadata: Mapping[str, str], name: str) -> dict[str, str]:
+def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dict[str, str]:
     """What a file's metadata say that holds for another file with the same LoRA, which is called `name`.
 
-    Names of files are kept without their folders, anything else with an absolute path in it is not.
+    The base is that of the LoRA's shapes, whatever a wrong entry says. Names of files are kept without their folders,
+    anything else with an absolute path in it is not, and nothing of the images that it was trained on.
     """
     kept = {}
     for key, value in metadata.items():
@@ -126,8 +129,8 @@ def kept_metadata(metadata: Mapping[str, str], name: str) -> dict[str, str]:
         # A picture in the metadata is base64, in which there are slashes.
         if not _STALE.fullmatch(key) and (text.startswith("data:image/") or not _ABSOLUTE_PATH.search(text)):
             kept[key] = text
-    # Its shapes say that it is for SDXL, whatever a wrong entry says.
-    if not kept.get("ss_base_model_version", "sdxl_").startswith("sdxl_"):
+    start = f"{family.version.split('_')[0]}_"  # of SDXL there are several versions
+    if not kept.get("ss_base_model_version", start).startswith(start):
         del kept["ss_base_model_version"]
     return {**kept, "format": "pt", "ss_output_name": name, "modelspec.title": name}
 
@@ -136,7 +139,7 @@ def sidecar(config: TrainConfig, training: Training, notes: Sequence[str] = ()) 
     """The JSON beside the kohya file that A1111, Forge and InvokeAI read."""
     return {
         "description": comment(config),
-        "sd version": "SDXL",
+        "sd version": training.family.sidecar,
         "activation text": training.trigger,
         "preferred weight": 1.0,
         "notes": " ".join([f"{training.step} steps, seed {config.run.seed}.", *notes]),

@@ -10,26 +10,29 @@ from torch import nn
 from flatlora_diffusion.adapter_settings import PEFT_PREFIX
 from flatlora_diffusion.base_model import TINY
 from flatlora_diffusion.config import ModelConfig
-from flatlora_diffusion.kohya import kohya_name
+from flatlora_diffusion.kohya import sgm_path
 from flatlora_diffusion.lora_update import PARTS
 from flatlora_diffusion.weightless import weightless
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
-Style = Literal["kohya-sgm", "kohya-diffusers", "peft", "diffusers-old", "processor"]
-"""How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; PEFT's `lora_A`; diffusers'
-`to_q.lora.down` and `lora_linear_layer`; and its oldest, `processor.to_q_lora.down`."""
+Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
+"""How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; those of ComfyUI's models;
+LyCORIS's `lycoris_`; PEFT's `lora_A`; diffusers' `to_q.lora.down` and `lora_linear_layer`; and its oldest,
+`processor.to_q_lora.down`. The last three have the same names and are told by their ends."""
+DIFFUSERS_STYLES: tuple[Style, ...] = ("peft", "diffusers-old", "processor")
 
 # Layers outside the blocks, by their original names.
 _OUTSIDE = {
-    "conv_in": "input_blocks_0_0",
-    "conv_out": "out_2",
-    "time_embedding.linear_1": "time_embed_0",
-    "time_embedding.linear_2": "time_embed_2",
-    "add_embedding.linear_1": "label_emb_0_0",
-    "add_embedding.linear_2": "label_emb_0_2",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_KOHYA_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_COMFYUI_TEXT = {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g."}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -53,12 +56,10 @@ class BaseNames:
 
     def place(self, name: str, style: Style) -> Place | None:
         """The layer that a file in `style` calls `name`; None for one that this base has not."""
-        if name.startswith("lora_"):
-            return self.places.get(name)  # which tells the style better
         dotted = _dotted(name)
-        found = self.places.get(dotted) or self.places.get(f"unet.{dotted}")
-        if found is None:
-            return None
+        found = self.places.get(name) or self.places.get(dotted) or self.places.get(f"unet.{dotted}")
+        if found is None or found.style != "peft":
+            return found  # which tells the style better
         return Place(found.part, found.module, style)
 
 
@@ -105,19 +106,27 @@ def _names(base: str, models: dict[str, Any]) -> BaseNames:
 
 
 def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
+    """All names of a layer, each with its style."""
     flat = module.replace(".", "_")
-    dotted = Place(part, module, "peft")
     if part != "unet":
-        kohya = Place(part, module, "kohya-sgm")  # the same in both of kohya's styles
         short = module.removeprefix("text_model.")
-        names = (f"{_KOHYA[part]}{flat}", f"{_KOHYA[part]}{short.replace('.', '_')}")
-        return dict.fromkeys(names, kohya) | dict.fromkeys((f"{part}.{module}", f"{part}.{short}"), dotted)
-    sgm = f"lora_unet_{_OUTSIDE[module]}" if module in _OUTSIDE else kohya_name(part, module, layers_per_block)
-    return {
-        f"lora_unet_{flat}": Place(part, module, "kohya-diffusers"),
-        sgm: Place(part, module, "kohya-sgm"),
-        f"unet.{module}": dotted,
-    }
+        names: dict[str, Style] = {
+            f"{_KOHYA_TEXT[part]}{flat}": "kohya-sgm",  # the same in both of kohya's styles
+            f"{_KOHYA_TEXT[part]}{short.replace('.', '_')}": "kohya-sgm",
+            f"{_COMFYUI_TEXT[part]}transformer.{module}": "comfyui",
+            f"{part}.{module}": "peft",
+            f"{part}.{short}": "peft",
+        }
+    else:
+        own = _OUTSIDE[module] if module in _OUTSIDE else sgm_path(module, layers_per_block)
+        names = {
+            f"lora_unet_{flat}": "kohya-diffusers",
+            f"lora_unet_{own.replace('.', '_')}": "kohya-sgm",
+            f"diffusion_model.{own}": "comfyui",
+            f"lycoris_{flat}": "lycoris",
+            f"unet.{module}": "peft",
+        }
+    return {name: Place(part, module, style) for name, style in names.items()}
 
 
 def _shape(layer: Any) -> tuple[int, ...]:

@@ -7,16 +7,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flatlora_diffusion.base_family import TINY_FAMILY, family_of
 from flatlora_diffusion.config import InspectConfig
 from flatlora_diffusion.lora_export import read_lora_file
 from flatlora_diffusion.lora_import import FileLayer, ImportedLora
 from flatlora_diffusion.lora_update import norm
+from flatlora_diffusion.lost_alpha import lost_alpha
 from flatlora_diffusion.safe_reading import shown
 from flatlora_diffusion.tool_support import tool_support
 
 _STYLES = {
     "kohya-sgm": "kohya",
     "kohya-diffusers": "kohya with diffusers' block names",
+    "comfyui": "ComfyUI's own names",
+    "lycoris": "LyCORIS (lycoris_)",
     "peft": "PEFT (lora_A)",
     "diffusers-old": "diffusers before PEFT (lora.down)",
     "processor": "the oldest of diffusers (processor.to_q_lora)",
@@ -32,16 +36,18 @@ def inspect_lora(config: InspectConfig) -> str:
 
 def lora_report(lora: ImportedLora) -> dict[str, Any]:
     """The report, JSON-able. `norm` is ||scale * B A||_F over the layers of a block."""
+    family = family_of(lora.base.unet)
     blocks: dict[tuple[str, str], list[FileLayer]] = defaultdict(list)
     for layer in lora.layers:
         blocks[layer.place.part, _block(layer)].append(layer)
     return {
         "file": lora.file.path.name,
-        "base": "the tiny base of flatlora-diffusion" if lora.base.base == "tiny" else lora.base.base,
+        "base": family.name if family == TINY_FAMILY else lora.base.base,
         "layout": _counted(_STYLES[layer.place.style] for layer in lora.layers),
         "dtype": _counted(layer.dtype for layer in lora.layers),
         "ranks": _counted(str(layer.rank) for layer in lora.layers),
         "alphas": _counted("none" if layer.alpha is None else f"{layer.alpha:g}" for layer in lora.layers),
+        "warnings": [said] if (said := lost_alpha(lora)) else [],
         "trigger_words": trigger_words(lora.file.metadata),
         "blocks": [_block_report(lora, *place, layers) for place, layers in sorted(blocks.items())],
         "unknown_keys": [shown(key) for key in lora.unknown],
@@ -128,6 +134,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"rank     {summed('ranks')}",
         f"alpha    {summed('alphas')}",
         f"trigger  {', '.join(report['trigger_words']) or 'not in the metadata'}",
+        *(f"warning  {said}" for said in report["warnings"]),
         "",
         *table(("block", "layers", "rank", "||dW||"), rows),
         "",

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flatlora_diffusion.base_family import family_of
 from flatlora_diffusion.base_model import base_path, load_pipeline
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
-from flatlora_diffusion.lora_export import Written, check_free, own_dtype, read_lora_file, write_lora
+from flatlora_diffusion.lora_export import Written, check_free, output_file, own_dtype, read_lora_file, write_lora
 from flatlora_diffusion.lora_merge import stored_dtypes, widest
 from flatlora_diffusion.lora_metadata import kept_metadata
-from flatlora_diffusion.lora_names import BaseNames, base_names, shared_layers
+from flatlora_diffusion.lora_names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
+from flatlora_diffusion.lora_place import lora_file
 from flatlora_diffusion.lora_update import PARTS, Update, Updates, truncated
 from flatlora_diffusion.safe_reading import listed
 
@@ -31,11 +33,10 @@ class Reduced(NamedTuple):
 
 def resize_lora(config: ResizeConfig) -> Reduced:
     """Write the best LoRA with at most this rank in each layer, in the layout of the old one."""
-    source = Path(config.file)
-    path = source.with_name(f"{source.stem}_rank{config.rank}.safetensors")
-    path = path if config.output is None else Path(config.output)
+    source = lora_file(config.file)
+    path = output_file(config.output, source, f"{source.stem}_rank{config.rank}.safetensors")
     check_free([path], config.overwrite)
-    lora = read_lora_file(config.file, config.base)
+    lora = read_lora_file(str(source), config.base)
     if path.resolve() == source.resolve():
         raise ConfigError(f"{path} would replace the file that is read; give another --output")
     missed, whole = 0.0, 0.0
@@ -46,8 +47,8 @@ def resize_lora(config: ResizeConfig) -> Reduced:
             resized.setdefault(part, {})[module] = smaller
             missed += float(values[len(smaller.down) :].square().sum())
             whole += float(values.square().sum())
-    layout: FileLayout = "kohya" if lora.layers[0].place.style.startswith("kohya") else "diffusers"
-    metadata = kept_metadata(lora.file.metadata, path.stem)
+    layout: FileLayout = "diffusers" if lora.layers[0].place.style in DIFFUSERS_STYLES else "kohya"
+    metadata = kept_metadata(lora.file.metadata, path.stem, family_of(lora.base.unet))
     written = write_lora(resized, lora.base, path, layout, config.dtype or own_dtype(lora), metadata)
     return Reduced(written, math.sqrt(missed / whole))
 
@@ -94,7 +95,7 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     if not found:
         raise ConfigError(f"tuned={config.tuned!r} has the weights of the base: there is nothing to extract")
     names: BaseNames = base_names(config.single_file_config or config.base)
-    metadata = kept_metadata({}, path.stem)
+    metadata = kept_metadata({}, path.stem, family_of(names.unet))
     return Reduced(write_lora(found, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole))
 
 

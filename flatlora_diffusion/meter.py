@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.applied_lora import LoraFile, at_strength, loaded
+from flatlora_diffusion.applied_lora import at_strength, loaded
 from flatlora_diffusion.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation import Probe, fixed_probe, loss_rise, probe_losses
 from flatlora_diffusion.fingerprint import base_fingerprint
+from flatlora_diffusion.lora_place import LoraFile
 from flatlora_diffusion.loss import Objective
 from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.tensor_file import write_atomically

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
+from flatlora_diffusion.base_family import TINY_FAMILY, Family
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.lora_metadata import base_name
@@ -22,7 +23,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def write_model_card(
-    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str | None
+    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str | None, family: Family
 ) -> Path:
     """Write the run's README.md and return its path.
 
@@ -30,13 +31,13 @@ def write_model_card(
     `trigger_words` is None where the captions alone say what the LoRA is for.
     """
     parts = [
-        f"---\n{_card_data(run, config, pictures).to_yaml()}\n---",
+        f"---\n{_card_data(run, config, pictures, family).to_yaml()}\n---",
         f"# {_title(run, config)}",
-        _summary(config),
+        _summary(config, family),
         *_picture_tables(run, pictures),
         _trigger_section(trigger_words),
         f"## Use it in diffusers\n\n```python\n{usage_code(config, pictures, trigger_words)}\n```",
-        f"## Use it elsewhere\n\n{_elsewhere(run, config)}",
+        f"## Use it elsewhere\n\n{_elsewhere(run, config, family)}",
         f"## How it was trained\n\n{_training_data(run, config)}\n\n{_settings_table(config)}",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
     ]
@@ -69,14 +70,17 @@ def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigge
     return "\n".join(lines)
 
 
-def _card_data(run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]]) -> ModelCardData:
+def _card_data(
+    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], family: Family
+) -> ModelCardData:
     said = config.data.instance_prompt
     method = ["flat-lora"] if config.perturb.method == "flat-lora" else []
+    base = [] if family == TINY_FAMILY else ["stable-diffusion-xl"]
     return ModelCardData(
         license=_license(config),
         library_name="diffusers",
         base_model=_hub_id(config),
-        tags=["text-to-image", "diffusers", "lora", *method, "stable-diffusion-xl", "template:sd-lora"],
+        tags=["text-to-image", "diffusers", "lora", *method, *base, "template:sd-lora"],
         instance_prompt=None if said is None else _in_new_tokens(config, said),
         widget=[
             {"text": _in_new_tokens(config, prompt), "output": {"url": _relative(run, path)}}
@@ -110,8 +114,8 @@ def _title(run: RunDir, config: TrainConfig) -> str:
     return config.run.output_name or on_hub or run.folder.resolve().name
 
 
-def _summary(config: TrainConfig) -> str:
-    base = "the tiny base of flatlora-diffusion" if base_name(config) == "tiny" else _base(config)
+def _summary(config: TrainConfig, family: Family) -> str:
+    base = family.name if family == TINY_FAMILY else _base(config)
     if config.perturb.method == "lora":
         return f"A LoRA for {base}, trained with flatlora-diffusion."
     return (
@@ -183,7 +187,9 @@ def _in_new_tokens(config: TrainConfig, text: str) -> str:
     return with_new_tokens(text, new_tokens(config.tokens)) if config.tokens.train_text_encoder_ti else text
 
 
-def _elsewhere(run: RunDir, config: TrainConfig) -> str:
+def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
+    if family == TINY_FAMILY:
+        return f"It is for {family.name}, which no other program has."
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
     if config.adapter.use_dora:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.applied_lora import LoraFile, loaded
+from flatlora_diffusion.applied_lora import loaded
 from flatlora_diffusion.fingerprint import base_fingerprint
 from flatlora_diffusion.generate import generate_images
+from flatlora_diffusion.lora_place import LoraFile
 from flatlora_diffusion.sdxl import Sdxl
 from flatlora_diffusion.tensor_file import write_atomically
 

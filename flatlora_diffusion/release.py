@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flatlora_diffusion.base_family import family_of
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
 from flatlora_diffusion.lora_file import save_lora
@@ -102,6 +103,7 @@ def accompany(state: TrainState, preview: Path | None, notes: tuple[str, ...] = 
 def training(state: TrainState, step: int) -> Training:
     """What metadata and sidecar say of the run after `step` steps."""
     return Training(
+        family=family_of(state.sdxl.pipeline.unet),
         step=step,
         epoch=state.feed.epoch_after(step - 1),
         images=len(state.feed.samples),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flatlora_diffusion.base_family import family_of
 from flatlora_diffusion.hub import push_to_hub
 from flatlora_diffusion.lora_file import LORA_FILE
 from flatlora_diffusion.model_card import write_model_card
@@ -66,7 +67,8 @@ def _write_card(state: TrainState) -> None:
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
     if pictures:
         accompany(state, pictures[0][0], _notes(state))
-    write_model_card(state.run, state.config, pictures, trigger_words(state))
+    family = family_of(state.sdxl.pipeline.unet)
+    write_model_card(state.run, state.config, pictures, trigger_words(state), family)
 
 
 def proof_line(proof: dict[str, Any]) -> str:

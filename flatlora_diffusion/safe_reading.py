@@ -34,7 +34,16 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 # First bytes of what is often renamed; a safetensors file has a small number there, then a brace.
-_OTHER_FORMATS = ((b"PK\x03\x04", "a zip archive, as torch.save writes it"), (b"GGUF", "a GGUF file"))
+_PAGE = "an HTML page, as sites send it instead of a file; download the file itself"
+_OTHER_KINDS = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes it, with another ending"),
+    (b"GGUF", "a GGUF file, with another ending"),
+    (b"version https://git-lfs", "a git-LFS pointer, which only stands for the file; fetch it with `git lfs pull`"),
+    (b"<!doctype html", _PAGE),
+    (b"<html", _PAGE),
+    (b"{", "a JSON text"),
+)
+_LONGEST_START = 64  # bytes behind the length in which a text is recognized
 _MOST_NAMED = 100  # characters of a name in a message
 
 
@@ -125,7 +134,8 @@ def _header_bytes(path: Path) -> tuple[int, bytes]:
             size = path.stat().st_size
             start = handle.read(8)
             length = int.from_bytes(start, "little")
-            _check_start(path, start, length, size)
+            _check_start(path, start + handle.read(_LONGEST_START), length, size)
+            handle.seek(8)
             return size, handle.read(length)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
@@ -134,17 +144,26 @@ def _header_bytes(path: Path) -> tuple[int, bytes]:
 def _check_start(path: Path, start: bytes, length: int, size: int) -> None:
     if size == 0:
         _refuse(path, "it is empty")
-    for magic, name in _OTHER_FORMATS:
-        if start.startswith(magic):
-            _refuse(path, f"it is {name}, with another ending")
-    if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        _refuse(path, "it is a Python pickle, which can hold code, with another ending")
+    other = _other_kind(start, length)
+    if other is not None:
+        _refuse(path, f"it is {other}")
+    if length > max(MOST_HEADER, size):
+        _refuse(path, "it does not begin as one, so it is another kind of file or damaged")
     if len(start) < 8 or length > size - 8:
-        _refuse(path, f"it is cut short, or its header's length of {length} bytes is wrong: it has {size} bytes")
+        _refuse(path, f"it is cut short: it has {size} bytes, fewer than its header says")
     if length > MOST_HEADER:
         _refuse(path, f"its header has {length} bytes, more than the {MOST_HEADER} that any LoRA needs")
     if size > MOST_FILE:
         _refuse(path, f"it has {size} bytes, more than any LoRA of SDXL")
+
+
+def _other_kind(start: bytes, length: int) -> str | None:
+    """What a file with this start is, where that is something known."""
+    if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "a Python pickle, which can hold code, with another ending"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    kinds = (name for first, name in _OTHER_KINDS if start.startswith(first) or text.startswith(first))
+    return next(kinds, None) if length > MOST_HEADER else None  # else these bytes may be a header's length
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -141,11 +141,48 @@ def processor(whole: Factors, alphas: Mapping[str, float]) -> dict[str, Tensor]:
     return tensors
 
 
+def with_old_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`processor`'s layout with the oldest names in text encoders too: `to_q_lora.down`."""
+    found = {}
+    for name, value in tensors.items():
+        new = name
+        for now in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            new = new.replace(f".{now}.lora_linear_layer.", f".to_{now.removesuffix('_proj')}_lora.")
+        found[new] = value
+    return found
+
+
+def comfyui(whole: Factors, alphas: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """The names of ComfyUI's own models, as its nodes save a LoRA; with `alphas` an alpha for each layer."""
+    prefixes = {
+        "unet": "diffusion_model",
+        "text_encoder": "text_encoders.clip_l.transformer",
+        "text_encoder_2": "text_encoders.clip_g.transformer",
+    }
+    tensors = {}
+    for part, layers in whole.items():
+        for module, (down, up) in layers.items():
+            name = f"{prefixes[part]}.{sgm(module) if part == 'unet' else module}"
+            tensors[f"{name}.lora_up.weight"] = up
+            tensors[f"{name}.lora_down.weight"] = down
+            if alphas is not None:
+                tensors[f"{name}.alpha"] = torch.tensor(alphas[part])
+    return tensors
+
+
+def lycoris(whole: Factors, alphas: Mapping[str, float] = ALPHAS) -> dict[str, Tensor]:
+    """A UNet's LoRA or LoCon as LyCORIS names it around a model of diffusers."""
+    tensors = kohya({"unet": whole["unet"]}, alphas, original=False)
+    return {name.replace("lora_unet_", "lycoris_"): value for name, value in tensors.items()}
+
+
 def by_diffusers(pipeline: Any, path: Path, old_names: bool) -> Path:
     """The file that diffusers' own training scripts write, its alphas in the metadata."""
     states: dict[str, Any] = {}
     for part in PARTS:
         model = getattr(pipeline, part)
+        if not lora_layers(model):
+            continue
         state = get_peft_model_state_dict(model)
         states[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(state) if old_names else state
         states[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flatlora_diffusion"
 LEVELS = [
     {
+        "hub_reach",
         "config",
         "seeds",
         "versions",
@@ -33,6 +34,7 @@ LEVELS = [
         "sampling",
         "epochs",
         "denoiser",
+        "base_family",
         "optimizer",
         "base_model",
         "pictures",
@@ -62,6 +64,7 @@ LEVELS = [
         "captioner",
         "page_results",
         "page_curves",
+        "lora_place",
     },
     {"filter_norms", "lora_update", "flatness", "curvature", "surface", "metrics", "compare_page"},
     {
@@ -79,6 +82,7 @@ LEVELS = [
         "adapter_settings",
     },
     {"lora_names"},
+    {"lora_keys"},
     {"lora_import"},
     {
         "feed",
@@ -86,6 +90,8 @@ LEVELS = [
         "class_images",
         "initial_lora",
         "applied_lora",
+        "diffusers_support",
+        "lost_alpha",
         "model_card",
         "hub",
         "rehearsal",

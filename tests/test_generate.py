@@ -22,12 +22,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageFont
 from safetensors.torch import load_file, save_file
 
-from flatlora_diffusion.applied_lora import LoraFile, at_strength, loaded, parse_lora
+from flatlora_diffusion.applied_lora import at_strength, loaded
 from flatlora_diffusion.command_line import main
 from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig
 from flatlora_diffusion.gallery import Row, generate
 from flatlora_diffusion.generate import generate_images
 from flatlora_diffusion.grid import labelled_grid, wrapped
+from flatlora_diffusion.lora_place import LoraFile, parse_lora
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -13,6 +13,7 @@ import pytest
 from fake_hub import OWNER, FakeHub, fake_hub
 from PIL import Image
 
+from flatlora_diffusion.base_family import SDXL_FAMILY
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.hub import hub_files, hub_repository, push_to_hub
 from flatlora_diffusion.model_card import write_model_card
@@ -68,7 +69,7 @@ def finished_run(folder: Path, name: str = "my icons", **settings: str | None) -
     for red, picture in enumerate(("final-0.png", "final-1.png", "step-1.png")):
         Image.new("RGB", (8, 8), (red, 0, 0)).save(run.images / picture)
     shown = [(run.images / f"final-{index}.png", "a TOK icon of a fox") for index in range(2)]
-    write_model_card(run, config, shown, "TOK")
+    write_model_card(run, config, shown, "TOK", SDXL_FAMILY)
     return run, config
 
 
@@ -173,7 +174,7 @@ def test_offline_mode_is_named(tmp_path: Path) -> None:
 def test_a_picture_that_the_card_does_not_show_is_not_uploaded(tmp_path: Path) -> None:
     run, config = finished_run(tmp_path)
     assert set(hub_files(run)) == SENT
-    write_model_card(run, config, [], "TOK")
+    write_model_card(run, config, [], "TOK", SDXL_FAMILY)
     assert set(hub_files(run)) == {name for name in SENT if not name.startswith("images/")}
 
 

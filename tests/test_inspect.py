@@ -123,14 +123,13 @@ def test_the_oldest_names_are_read_by_comfyui_and_forge(
     assert found["Draw_Things"] == found["InvokeAI"] == found["AUTOMATIC1111"] == found["sd-scripts"] == 0
 
 
-def test_kohya_text_encoders_without_text_model_are_read_by_none(
+def test_kohya_text_encoders_without_text_model_are_read_by_few(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = factors(attention)
     tensors = {name.replace("_text_model_", "_"): value for name, value in kohya(whole).items()}
     found = report(saved(tensors, tmp_path / "x.safetensors", **WEB), base, capsys)
-    assert loads(found)["ComfyUI"] == loads(found)["sd-scripts"] == len(whole["unet"])
-    assert loads(found)["InvokeAI"] == 0
+    assert loads(found)["ComfyUI"] == loads(found)["sd-scripts"] == loads(found)["InvokeAI"] == len(whole["unet"])
 
 
 def test_a1111_leaves_out_a_layer_of_the_second_text_encoder_without_all_four(
@@ -249,6 +248,13 @@ def test_trigger_words_come_from_the_phrase_or_the_tags() -> None:
     for broken in ("[", "[1]", '{"a": 1}', '{"a": {"b": "c"}}', "[" * 9999):
         assert trigger_words({"ss_tag_frequency": broken}) == []
     assert "\x1b" not in trigger_words({"modelspec.trigger_phrase": "\x1b[2J"})[0]
+
+
+def test_a_run_s_folder_stands_for_the_lora_in_it(
+    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(peft(factors(attention), ALPHAS), tmp_path / "pytorch_lora_weights.safetensors")
+    assert report(tmp_path, base, capsys)["file"] == "pytorch_lora_weights.safetensors"
 
 
 def test_a_broken_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path) -> None:

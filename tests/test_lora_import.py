@@ -15,9 +15,11 @@ from lora_layouts import (
     adapted,
     as_diffusers_loads,
     by_diffusers,
+    comfyui,
     deltas,
     factors,
     kohya,
+    lycoris,
     peft,
     processor,
     saved,
@@ -225,6 +227,28 @@ def test_the_oldest_names_of_diffusers(attention: Any, base: Path, tmp_path: Pat
     assert_same(as_diffusers_loads(base, path), updates(lora))
 
 
+@pytest.mark.parametrize("alphas", [ALPHAS, None], ids=["alphas", "no-alphas"])
+def test_the_names_of_comfyui(pipeline: Any, base: Path, tmp_path: Path, alphas: dict[str, float] | None) -> None:
+    """With the changes of biases and norms beside the factors, as its nodes save them unless told not to."""
+    small = {
+        "diffusion_model.out.2.diff_b": torch.ones(4),
+        "diffusion_model.input_blocks.1.0.in_layers.0.diff": torch.ones(8),
+    }
+    lora = read(saved(comfyui(factors(pipeline), alphas) | small, tmp_path / "x.safetensors"), base)
+    expected = deltas(pipeline)
+    if alphas is None:
+        expected = {name: value * RANK / ALPHAS[name.split(".")[0]] for name, value in expected.items()}
+    assert_same(updates(lora), expected)
+    assert {layer.place.style for layer in lora.layers} == {"comfyui"}
+    assert sorted(lora.unknown) == sorted(small)
+
+
+def test_a_locon_in_the_names_of_lycoris(pipeline: Any, base: Path, tmp_path: Path) -> None:
+    lora = read(saved(lycoris(factors(pipeline)), tmp_path / "x.safetensors"), base)
+    assert_same(updates(lora), {name: value for name, value in deltas(pipeline).items() if name.startswith("unet.")})
+    assert {layer.place.style for layer in lora.layers} == {"lycoris"}
+
+
 def test_unknown_keys_are_listed_and_the_rest_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     more = {
         "lora_unet_no_such_layer.lora_down.weight": torch.ones(4, 8),
@@ -308,6 +332,9 @@ GOOD = with_one(NAME, 2048, 640)
         (GOOD | {f"{NAME}.lora_magnitude_vector": torch.ones(640)}, "holds DoRA"),
         ({f"{NAME}.lokr_w1": torch.ones(4, 4)}, "holds LoKr"),
         ({f"{NAME}.hada_w1_a": torch.ones(4, 4)}, "holds LoHa"),
+        ({f"lycoris_down_blocks_1_attentions_0_{ATTN2}.lokr_w1": torch.ones(4, 4)}, "holds LoKr"),
+        ({f"lycoris_down_blocks_1_attentions_0_{ATTN2}.hada_w2_b": torch.ones(4, 4)}, "holds LoHa"),
+        (GOOD | {f"{NAME}.diff": torch.ones(640, 2048)}, "holds full weights"),
         ({f"{NAME}.oft_blocks": torch.ones(4, 4)}, "holds OFT"),
         ({f"{NAME}.diff": torch.ones(4, 4)}, "holds full weights"),
         (GOOD | {f"{NAME}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "holds LoCon with Tucker"),

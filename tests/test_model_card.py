@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from flatlora_diffusion.adapter import add_lora, lora_layers
+from flatlora_diffusion.base_family import SDXL_FAMILY
 from flatlora_diffusion.config import AdapterConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.lora_file import save_lora
 from flatlora_diffusion.model_card import usage_code, write_model_card
@@ -40,7 +41,7 @@ def config(**settings: Any) -> TrainConfig:
 
 def card(run: RunDir, config: TrainConfig, trigger_words: str | None = "TOK", prompt: str = "a TOK fox") -> ModelCard:
     pictures = [(run.images / f"final-{index}.png", prompt) for index in range(2)]
-    path = write_model_card(run, config, pictures, trigger_words)
+    path = write_model_card(run, config, pictures, trigger_words, SDXL_FAMILY)
     assert path == run.folder / "README.md"
     return ModelCard.load(path)
 
@@ -165,7 +166,7 @@ def test_the_pictures_are_shown_under_their_prompts(run: RunDir) -> None:
 
 
 def test_a_card_without_pictures_has_no_widget(run: RunDir) -> None:
-    written = ModelCard.load(write_model_card(run, config(), [], None))
+    written = ModelCard.load(write_model_card(run, config(), [], None, SDXL_FAMILY))
     assert "widget" not in written.data.to_dict()
     assert "images/" not in written.text
     assert "the captions of the images share no words" in written.text

@@ -114,7 +114,9 @@ def test_a_huge_header_is_refused_without_being_read(tmp_path: Path, length: int
     path = written(tmp_path / "x.safetensors", SOUND, length=length)
     tracemalloc.start()
     try:
-        assert "header's length" in complaint(path)
+        said = complaint(path)
+        assert "is no sound .safetensors file: it does not begin as one" in said
+        assert str(length) not in said, "a number that means nothing to anybody"
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -151,6 +153,31 @@ def test_an_archive_or_a_pickle_with_the_wrong_ending_is_named(tmp_path: Path) -
         assert "a Python pickle, which can hold code" in complaint(tmp_path / "pickle.safetensors")
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
     assert "a Python pickle" in complaint(tmp_path / "old.safetensors")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (LFS, "a git-LFS pointer, which only stands for the file; fetch it with `git lfs pull`"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page, as sites send it instead of a file"),
+        (b"\xef\xbb\xbf\n  <HTML lang=en>", "an HTML page"),
+        (b'{"error": "Not Found", "status": 404}', "a JSON text"),
+        (b"The quick brown fox jumps over the lazy dog", "it does not begin as one"),
+    ],
+)
+def test_what_was_saved_instead_of_the_file_is_named(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert kind in complaint(tmp_path / "x.safetensors")
+
+
+def test_a_header_may_have_any_length(tmp_path: Path) -> None:
+    """Also one whose first byte is that of a JSON text, or whose first two are those of an archive."""
+    for length in (ord("{") + 256, 0x8B1F, 0x4BFE):
+        padded = json.dumps(SOUND).encode().ljust(length)
+        assert checked_file(written(tmp_path / "x.safetensors", padded)).tensor("a").shape == (2, 2)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

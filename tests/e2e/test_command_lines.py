@@ -5,8 +5,12 @@ from __future__ import annotations
 import html
 import json
 import os
+import socketserver
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,15 +19,71 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
 from flatlora_diffusion.lora_file import LORA_FILE
+from flatlora_diffusion.single_file import save_single_file
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "nowhere.safetensors"],
+        ["import", "nowhere.safetensors"],
+        ["export", "nowhere.safetensors"],
+        ["resize", "nowhere.safetensors"],
+        ["merge", "--base", "tiny", "--lora", "nowhere.safetensors@0.5", "--output", "x"],
+        ["merge", "--base", "nowhere.safetensors", "--lora", "x", "--output", "x"],
+        ["extract", "--base", "tiny", "--tuned", "nowhere.safetensors"],
+        ["generate", "--lora", "nowhere.safetensors"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_file_that_is_not_there_is_told_before_torch_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import sys; from flatlora_diffusion.command_line import main; code = main(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    done = start("-c", code, *arguments)
+    assert done.stdout == "2 []\n", done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "nowhere.safetensors" in done.stderr
+
+
+@contextmanager
+def hanging_up() -> Iterator[tuple[str, list[int]]]:
+    """The address of a server that ends every connection at once, and a list with a number for each."""
+    calls: list[int] = []
+
+    class HangUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            calls.append(len(calls))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", calls
+        server.shutdown()
+
+
+@pytest.mark.parametrize("is_file", [True, False], ids=["file", "hub-id"])
+def test_extract_without_a_network_asks_the_hub_once(base: Path, tmp_path: Path, is_file: bool) -> None:
+    """Its libraries would ask many times, with pauses of a minute in all."""
+    single = save_single_file(StableDiffusionXLPipeline.from_pretrained(base), tmp_path / "tuned.safetensors")
+    tuned = str(single) if is_file else "somebody/sdxl"
+    arguments = ["-m", "flatlora_diffusion", "extract", "--base", str(base), "--tuned", tuned]
+    with hanging_up() as (address, calls):
+        away = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_ENDPOINT": address}
+        done = start(*arguments, "--output", str(tmp_path / "x.safetensors"), HF_HOME=str(tmp_path / "hub"), **away)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "the hub cannot be reached" in done.stderr
+    assert len(calls) == 1
 
 
 @pytest.mark.slow
