@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flatlora_diffusion"
 LEVELS = [
-    {"config", "seeds", "tensor_file", "judge", "lora_family", "paired", "matched", "page_text", "page_style"},
+    {"config", "seeds", "tensor_file", "judge", "lora_family", "paired", "matched", "palette"},
     {
         "noise",
         "loss",
@@ -24,12 +24,10 @@ LEVELS = [
         "base_model",
         "pictures",
         "safe_reading",
-        "charts",
+        "chart_svg",
         "surface_page",
         "single_file",
         "vision_input",
-        "page_charts",
-        "page_record",
         "overfit",
         "buckets",
         "train_settings",
@@ -46,10 +44,9 @@ LEVELS = [
         "fingerprint",
         "encoders",
         "captioner",
-        "page_results",
-        "page_curves",
+        "charts",
     },
-    {"filter_norms", "lora_update", "flatness", "curvature", "surface", "metrics", "compare_page"},
+    {"filter_norms", "lora_update", "flatness", "curvature", "surface", "metrics", "chart_rows"},
     {
         "perturbation",
         "generate",
@@ -63,9 +60,10 @@ LEVELS = [
         "bilora_icons",
         "kohya",
         "adapter_settings",
+        "page_text",
     },
-    {"lora_names"},
-    {"lora_import"},
+    {"lora_names", "page_results", "page_curves", "page_record"},
+    {"lora_import", "compare_page"},
     {
         "feed",
         "evaluation",
@@ -89,7 +87,7 @@ LEVELS = [
         "compare_setup",
         "compare_findings",
     },
-    {"trainer", "lora_merge", "lora_report", "flatness_tables", "compare_nulls"},
+    {"trainer", "lora_merge", "lora_report", "flatness_tables", "flatness_charts", "compare_nulls"},
     {"compare", "lora_resize", "flatness_report"},
     {"command_line"},
 ]
