@@ -28,14 +28,15 @@ def hover(words: list[str], text: str) -> str:
 
 
 def page_svg(svg: bytes, kind: str, label: str, words: Sequence[str]) -> Markup:
-    """`svg` for the page as an element of class `kind`, which a screen reader calls `label`.
+    """`svg` for the page as an element of class `kind`, which a screen reader calls `label` or, without one, skips.
 
     matplotlib's ids, style sheet and sizes would meddle with the page's or with those of another chart: what is used
     by its id is copied to its place, and the ids that we gave become classes.
     """
     found = ElementTree.fromstring(svg)
     shapes = {shape.get("id"): shape for shape in found.iter() if shape.get("id") and _name(shape) == "path"}
-    root = Element("svg", {"class": kind, "viewBox": found.get("viewBox", ""), "role": "img", "aria-label": label})
+    heard = {"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}
+    root = Element("svg", {"class": kind, "viewBox": found.get("viewBox", ""), **heard})
     for child in found:
         _copy(child, root, shapes, words)
     return Markup(ElementTree.tostring(root, encoding="unicode"))

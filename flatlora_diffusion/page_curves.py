@@ -57,7 +57,7 @@ def strengths(result: Result) -> Section:
     for metric in result["metrics"]:
         lines = []
         for arm, by_strength in swept.items():
-            points = [(float(at), figures.get(metric["key"])) for at, figures in by_strength.items()]
+            points = ((float(at), figures.get(metric["key"])) for at, figures in by_strength.items())
             known = sorted((at, value) for at, value in points if is_known(value))
             if len(known) > 1:
                 xs, ys = zip(*known, strict=True)
@@ -98,11 +98,9 @@ def groups(result: Result) -> Section:
 
 def _group_dots(result: Result, group: Mapping[str, Any]) -> list[Dot]:
     digits = metric_of(result, "heldout_loss")["digits"]
-    dots = (
-        [Dot(group["base"], look_of(result, "base"), f"Base: {figure(group['base'], digits)}")]
-        if is_known(group["base"])
-        else []
-    )
+    dots = []
+    if is_known(group["base"]):
+        dots.append(Dot(group["base"], look_of(result, "base"), f"Base: {figure(group['base'], digits)}"))
     for arm in main_arms(result):
         known, look = _known(group, arm), look_of(result, arm)
         mean = mean_of(list(known.values()))

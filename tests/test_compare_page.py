@@ -243,11 +243,13 @@ def test_a_failed_proof_is_an_alarm_on_the_first_screen(tmp_path: Path) -> None:
     assert written(made_up_comparison(), tmp_path).all_of("p", "alarm") == []
 
 
+ATTACK = "\"'><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>&amp;"
+
+
 def hostile(value: Any) -> Any:
     """`value` with a script, an attribute and a tag added to every text and name, but for what the page reads."""
-    attack = "\"'><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>&amp;"
     if isinstance(value, str):
-        return value + attack
+        return value + ATTACK
     if isinstance(value, list):
         return [hostile(item) for item in value]
     if isinstance(value, dict):
@@ -269,7 +271,12 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     assert len(page.all_of("script")) == 1
     assert len(page.all_of("img")) == 3 * len(PROMPTS)
     assert not any(name.startswith("on") for _, found in page.elements for name in found)
-    assert "<script>alert(1)</script>" in page.text[""]
+    for said in (result["verdict"], result["device"], *PROMPTS, "LoRA", "Flat-LoRA"):
+        assert said + ATTACK in page.text[""]
+    assert f"LoRA{ATTACK}: {PROMPTS[0]}{ATTACK}" in [found["alt"] for found in page.all_of("img")]
+    assert f"Flat-LoRA{ATTACK}: 0.1454 at 600" in page.text["trajectories"], "the words of a mark in a chart"
+    labels = [found["aria-label"] for found in page.all_of("svg", "chart")]
+    assert f"held-out loss{ATTACK}, Flat-LoRA{ATTACK} \N{MINUS SIGN} LoRA{ATTACK} against step" in labels
 
 
 def test_nothing_is_fetched(tmp_path: Path) -> None:
