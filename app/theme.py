@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gradio as gr
 
+from flatlora_diffusion.palette import FLAT_LORA, LORA
+
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
 # A colour for each method, then its lighter and darker kin for more runs of the same method in one chart.
-COLOURS = {"LoRA": "#cf7600", "Flat-LoRA": "#2f6fde"}
-SHADES = {"LoRA": ("#cf7600", "#f2ad4e", "#8a4f00"), "Flat-LoRA": ("#2f6fde", "#84adf2", "#173f8f")}
+SHADES = {"LoRA": LORA.colours, "Flat-LoRA": FLAT_LORA.colours}
+COLOURS = {method: shades[0] for method, shades in SHADES.items()}
 
 
 def make_theme() -> gr.themes.Base:

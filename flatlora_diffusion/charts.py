@@ -1,246 +1,279 @@
-"""Charts as PNG without a plotting library: lines with error bars, and filled contours side by side."""
+"""Charts by matplotlib in one style: PNG for folders and documents, SVG for the report's page.
+
+They know nothing of results: series, dots and surfaces come with the look in which to draw them.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from markupsafe import Markup
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from scipy.ndimage import zoom
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the base comes first and is grey.
-COLOURS = ("#7a7f87", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b3f72")
-# Viridis at equal steps (Smith and van der Walt, CC0): lightness grows evenly.
-VIRIDIS = (
-    "#440154",
-    "#482878",
-    "#3e4989",
-    "#31688e",
-    "#26828e",
-    "#1f9e89",
-    "#35b779",
-    "#6ece58",
-    "#b5de2b",
-    "#fde725",
-)
-_INK, _FAINT, _GRID, _PAPER = "#1f2328", "#59636e", "#e4e7eb", "white"
-_SHARP = 3  # lines are drawn this much larger and scaled down, which smooths them
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _RIGHT = 760, 460, 96, 62, 64, 24
-_PANEL, _LEVELS = 300, 10
+from flatlora_diffusion.chart_svg import hover, page_svg
+from flatlora_diffusion.palette import FAINT, INK, PAPER, RULE, Look
+
+_STYLE = {
+    "text.color": INK.light,
+    "text.parse_math": False,  # names of runs are no formulas
+    "axes.labelcolor": FAINT.light,
+    "axes.edgecolor": FAINT.light,
+    "axes.titlecolor": INK.light,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-99, 99),  # no power of ten beside an axis
+    "grid.color": RULE.light,
+    "xtick.color": FAINT.light,
+    "ytick.color": FAINT.light,
+    "lines.scale_dashes": False,
+    "lines.markeredgecolor": PAPER.light,
+    "lines.markeredgewidth": 1.2,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flatlora-diffusion",
+}
+_CHART = (414, 228)  # of the page, in its pixels
+_PAGE_DPI, _PNG_DPI, _PNG_TEXT = 72, 150, 10  # matplotlib writes SVG in points
+STEPS = (1, 2, 2.5, 5, 10)  # between the ticks of even axes, times a power of ten
+_MOST_MARKS, _FEW, _SMALL = 12, 6, 1e-5
+_LEGEND = 73  # letters beside each other, a sample of a line counted as 7
+_EVEN = {"o": 1.1, "D": 0.86, "s": 0.88, "P": 1.2}  # markers of one size look alike in size
+_PANEL, _LEVELS, _FINE = 2.5, 10, 161
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series: equally many xs and ys, with the half-width of each y's interval if it has one."""
+    """A series of equally many xs and ys, with the half-width of each y's interval if it has one.
+
+    is_seed: one of several runs, drawn thin and without marks. shade: the how manieth of its look it is.
+    """
 
     name: str
+    look: Look
     xs: Sequence[float]
     ys: Sequence[float]
     errors: Sequence[float] = ()
+    is_seed: bool = False
+    shade: int = 0
+
+    @property
+    def colour(self) -> str:
+        return self.look.colours[self.shade % len(self.look.colours)]
 
 
-def colour_of(index: int) -> str:
-    """The colour of series `index`, the same in all charts."""
-    return COLOURS[index % len(COLOURS)]
+@dataclass(frozen=True)
+class Dot:
+    """A value in a row, with the words shown when the pointer rests on it; those of seeds are small."""
+
+    value: float
+    look: Look
+    words: str
+    is_seed: bool = False
+
+    @property
+    def colour(self) -> str:
+        return self.look.tone.light
 
 
-def line_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, log: bool = False) -> Image.Image:
-    """The lines over one pair of axes; with `log` both are logarithmic and values of at most 0 are left out."""
+class Chart:
+    """A drawn figure, which is not pyplot's: nothing outside of it knows it."""
+
+    def __init__(self, figure: Figure, words: Sequence[str] = ()) -> None:
+        self.figure = figure
+        self._words = words
+
+    def save(self, path: Path) -> None:
+        """Write a PNG that is the same for the same data."""
+        with styled():
+            self.figure.savefig(path, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+
+    def svg(self, kind: str, label: str) -> Markup:
+        """The chart for a page: an element of class `kind` in the page's own fonts and colours."""
+        buffer = io.BytesIO()
+        with styled():
+            self.figure.savefig(buffer, format="svg", dpi=_PAGE_DPI, transparent=True)
+        return page_svg(buffer.getvalue(), kind, label, self._words)
+
+
+def line_chart(lines: Sequence[Line], x_label: str, zero: str = "") -> Chart:
+    """The lines over one pair of axes, for the page; with `zero` 0 is included and its line bears these words."""
+    words: list[str] = []
+    with styled():
+        figure = page_figure(*_CHART)
+        axes = figure.add_axes((0.14, 0.19, 0.82, 0.76))
+        _draw_lines(axes, lines, words)
+        if zero:
+            axes.axhline(0, color=INK.light, linewidth=1, linestyle=(0, (2, 3)))
+            axes.annotate(
+                zero, (1, 0), (0, 5), axes.get_yaxis_transform(), "offset points", ha="right", color=FAINT.light
+            )
+        axes.margins(0.02, 0.06)
+        for axis, most in ((axes.xaxis, 6), (axes.yaxis, 5)):
+            axis.set_major_locator(MaxNLocator(most, steps=STEPS))
+            axis.set_major_formatter(PlainNumbers())
+        axes.grid(visible=False, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params("y", length=0, pad=8)
+        axes.tick_params("x", color=RULE.light)
+        axes.spines["bottom"].set_color(RULE.light)
+        axes.set_xlabel(x_label, loc="right", color=INK.light)
+    return Chart(figure, words)
+
+
+def titled_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str, log: bool = False) -> Chart:
+    """The lines with title and legend; with `log` both axes are logarithmic and values of at most 0 are left out."""
     lines = [_positive(line) for line in lines] if log else list(lines)
-    xs = [x for line in lines for x in line.xs]
-    ys = [y + sign * error for line in lines for y, error in _bars(line) for sign in (1, -1)]
-    if not xs:
-        xs, ys, log = [0.0, 1.0], [0.0, 1.0], False
-    if log:
-        ys = [y for y in ys if y > 0]
-    across, up = _Axis(xs, log), _Axis(ys, log, margin=0.06)
-    per_line = 3 if max(len(line.name) for line in lines) > 18 else 4
-    top = _TOP + 22 * math.ceil(len(lines) / per_line)
-    canvas = Image.new("RGB", (_WIDTH * _SHARP, (_HEIGHT + top) * _SHARP), _PAPER)
-    box = (_LEFT, top, _WIDTH - _RIGHT, _HEIGHT + top - _BOTTOM)
-    draw = _Pen(canvas)
-    _draw_axes(draw, box, across, up)
-    for index, line in enumerate(lines):
-        colour = colour_of(index)
-        width = 2.2 + 1.8 * (len(lines) - 1 - index) * (index > 0)  # a run that coincides with a later one still shows
-        points = [
-            (_at(x, across, box[0], box[2]), _at(y, up, box[3], box[1])) for x, y in zip(line.xs, line.ys, strict=True)
-        ]
-        for (x, _), (y, error) in zip(points, _bars(line), strict=True):
-            if error and (not log or y > error):
-                ends = [_at(y + sign * error, up, box[3], box[1]) for sign in (1, -1)]
-                draw.line([(x, ends[0]), (x, ends[1])], colour, 1.4)
-                for end in ends:
-                    draw.line([(x - 4, end), (x + 4, end)], colour, 1.4)
-        draw.line(points, colour, width)
-        for point in points:
-            draw.dot(point, colour, 2.5 + width / 2)
-    for index, line in enumerate(lines):
-        x = _LEFT + (index % per_line) * (_WIDTH - _LEFT - _RIGHT) / per_line
-        y = 54 + 22 * (index // per_line)
-        draw.line([(x, y), (x + 22, y)], colour_of(index), 3)
-        draw.text((x + 28, y), line.name, 13, _INK, "lm")
-    draw.text((_LEFT, 24), title, 19, _INK, "lm")
-    draw.text(((box[0] + box[2]) / 2, _HEIGHT + top - 20), x_label, 14, _FAINT, "mm")
-    draw.vertical(y_label, 14, _FAINT, (20, (box[1] + box[3]) / 2))
-    return canvas.resize((_WIDTH, _HEIGHT + top), Image.Resampling.LANCZOS)
+    words: list[str] = []
+    across = min(3, max(1, _LEGEND // (7 + max(len(line.name) for line in lines))))
+    with styled(_PNG_TEXT):
+        figure = Figure(figsize=(7.2, 4.6 + 0.22 * math.ceil(len(lines) / across)))
+        axes = figure.add_subplot()
+        _draw_lines(axes, lines, words)
+        if log and any(line.xs for line in lines):
+            _make_log(axes, sorted({x for line in lines for x in line.xs}))
+        axes.set_xlabel(x_label, labelpad=8)
+        axes.set_ylabel(y_label, labelpad=8)
+        samples = [sample_line(line.look, line.colour) for line in lines]
+        above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": across, "borderaxespad": 0.2}
+        legend = axes.legend(samples, [""] * len(lines), **above)
+        for text, line in zip(legend.get_texts(), lines, strict=True):
+            text.set_text(line.name)  # as a label a name that begins with _ would be left out
+        _title(figure, title, at=0.02)
+    return Chart(figure, words)
 
 
-def surface_chart(surfaces: Sequence[tuple[str, Sequence[Sequence[float]]]], extent: float, title: str) -> Image.Image:
+def surface_chart(surfaces: Sequence[tuple[str, Sequence[Sequence[float]]]], extent: float, title: str) -> Chart:
     """Filled contours of each named surface side by side, on one colour scale, with a bar that explains it."""
-    values = [np.asarray(grid, dtype=np.float64) for _, grid in surfaces]
-    low, high = min(float(grid.min()) for grid in values), max(float(grid.max()) for grid in values)
+    grids = [np.asarray(grid, dtype=np.float64) for _, grid in surfaces]
+    low, high = min(float(grid.min()) for grid in grids), max(float(grid.max()) for grid in grids)
     high = high if high > low else low + 1e-12
-    top, gap, left = 88, 26, 62
-    width = left + len(values) * (_PANEL + gap) + 96
-    height = top + _PANEL + 66
-    canvas = Image.new("RGB", (width * _SHARP, height * _SHARP), _PAPER)
-    draw = _Pen(canvas)
-    for index, ((name, _), grid) in enumerate(zip(surfaces, values, strict=True)):
-        x = left + index * (_PANEL + gap)
-        side = _PANEL * _SHARP
-        canvas.paste(_contours(grid, low, high, side), (x * _SHARP, top * _SHARP))
-        draw.text((x + _PANEL / 2, top - 16), name, 15, _INK, "mm")
-        middle = (x + _PANEL / 2, top + _PANEL / 2)
-        draw.line([(middle[0] - 5, middle[1]), (middle[0] + 5, middle[1])], _PAPER, 2)
-        draw.line([(middle[0], middle[1] - 5), (middle[0], middle[1] + 5)], _PAPER, 2)
-        for share in (0.0, 0.5, 1.0):
-            number = _number(extent * (2 * share - 1))
-            draw.text((x + share * _PANEL, top + _PANEL + 14), number, 12, _FAINT, "mm")
-            if index == 0:
-                draw.text((x - 8, top + (1 - share) * _PANEL), number, 12, _FAINT, "rm")
-        draw.text((x + _PANEL / 2, top + _PANEL + 36), "along direction 1", 13, _FAINT, "mm")
-    draw.vertical("along direction 2", 13, _FAINT, (14, top + _PANEL / 2))
-    x = left + len(values) * (_PANEL + gap)
-    ramp = np.linspace(high, low, _PANEL * _SHARP)[:, None].repeat(16 * _SHARP, axis=1)
-    canvas.paste(Image.fromarray(_coloured(ramp, low, high)), (x * _SHARP, top * _SHARP))
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        draw.text((x + 22, top + (1 - share) * _PANEL), f"{low + share * (high - low):.4g}", 12, _FAINT, "lm")
-    draw.text((x, top - 16), "loss", 13, _FAINT, "lm")
-    draw.text((left, 26), title, 19, _INK, "lm")
-    return canvas.resize((width, height), Image.Resampling.LANCZOS)
+    at = np.linspace(-extent, extent, _FINE)
+    with styled(_PNG_TEXT):
+        figure = Figure(figsize=(_PANEL * len(grids) + 1.5, _PANEL + 1.1))
+        panels = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+        for axes, (name, _), grid in zip(panels, surfaces, grids, strict=True):
+            field = _smooth(grid).clip(low, high)
+            image = axes.pcolormesh(at, at, field, cmap="viridis", vmin=low, vmax=high, shading="gouraud")
+            if float(grid.max()) > float(grid.min()):
+                levels = np.linspace(low, high, _LEVELS + 1)[1:-1]
+                axes.contour(at, at, field, levels, colors="white", alpha=0.45, linewidths=0.8)
+            axes.plot(0, 0, "+", color="white", markeredgecolor="white", markersize=9, markeredgewidth=1.6)
+            axes.set_title(name, fontsize=_PNG_TEXT)
+            axes.set(xlabel="along direction 1", aspect="equal", xticks=(-extent, 0, extent))
+            axes.set_yticks((-extent, 0, extent))
+            axes.tick_params(length=0, pad=5)
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+        panels[0].set_ylabel("along direction 2")
+        bar = figure.colorbar(image, cax=panels[-1].inset_axes((1.06, 0, 0.05, 1)), label="loss")
+        bar.outline.set_visible(False)
+        _title(figure, title, at=0.008)
+    return Chart(figure)
 
 
-class _Axis:
-    """The range of an axis and its ticks."""
-
-    def __init__(self, values: Sequence[float], log: bool, margin: float = 0.0) -> None:
-        self.log = log
-        low, high = (math.log10(found) if log else found for found in (min(values), max(values)))
-        span = high - low or abs(high) or 1.0
-        self.low, self.high = low - margin * span, high + margin * span
-        if self.high == self.low:
-            self.low, self.high = self.low - span / 2, self.high + span / 2
-        self.ticks = self._log_ticks(sorted(set(values))) if log else self._even_ticks()
-
-    def share(self, value: float) -> float:
-        return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
-
-    def _even_ticks(self) -> list[float]:
-        rough = (self.high - self.low) / 6
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
-        first = math.ceil(self.low / step - 1e-9)
-        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
-
-    def _log_ticks(self, values: list[float]) -> list[float]:
-        if len(values) <= 6:
-            return values
-        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-        for factors in ((1,), (1, 3), (1, 2, 5)):
-            found = [factor * 10.0**decade for decade in decades for factor in factors]
-            ticks = [tick for tick in found if self.low <= math.log10(tick) <= self.high]
-            if len(ticks) >= 3:
-                return ticks
-        return ticks
+def styled(size: float = 12) -> AbstractContextManager[None]:
+    """matplotlib's own defaults with ours, whatever the user's matplotlibrc says; all is as before afterwards."""
+    context: AbstractContextManager[None] = style.context({**_STYLE, "font.size": size}, after_reset=True)
+    return context
 
 
-class _Pen:
-    """Draws in pixels of the finished picture."""
-
-    def __init__(self, canvas: Image.Image) -> None:
-        self._canvas = canvas
-        self._draw = ImageDraw.Draw(canvas)
-
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
-        scaled = [(x * _SHARP, y * _SHARP) for x, y in points]
-        self._draw.line(scaled, colour, round(width * _SHARP))
-
-    def dot(self, centre: tuple[float, float], colour: str, radius: float) -> None:
-        x, y, r = (part * _SHARP for part in (*centre, radius))
-        self._draw.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=_PAPER, width=_SHARP)
-
-    def text(self, at: tuple[float, float], text: str, size: int, colour: str, anchor: str) -> None:
-        font = ImageFont.load_default(size * _SHARP)
-        self._draw.text((at[0] * _SHARP, at[1] * _SHARP), text, colour, font, anchor=anchor)
-
-    def vertical(self, text: str, size: int, colour: str, centre: tuple[float, float]) -> None:
-        font = ImageFont.load_default(size * _SHARP)
-        _, _, width, height = self._draw.textbbox((0, 0), text, font)
-        label = Image.new("RGB", (round(width) + 4, round(height) + 4), _PAPER)
-        ImageDraw.Draw(label).text((2, 2), text, colour, font)
-        label = label.rotate(90, expand=True)
-        x, y = (round(part * _SHARP) for part in centre)
-        self._canvas.paste(label, (x - label.width // 2, y - label.height // 2))
+def page_figure(width: float, height: float) -> Figure:
+    """A figure of the page, in its pixels."""
+    return Figure(figsize=(width / _PAGE_DPI, height / _PAGE_DPI), dpi=_PAGE_DPI)
 
 
-def _draw_axes(draw: _Pen, box: tuple[float, float, float, float], across: _Axis, up: _Axis) -> None:
-    left, top, right, bottom = box
-    for tick in across.ticks:
-        x = _at(tick, across, left, right)
-        draw.line([(x, top), (x, bottom)], _GRID, 1)
-        draw.text((x, bottom + 14), _number(tick), 13, _FAINT, "mm")
-    for tick in up.ticks:
-        y = _at(tick, up, bottom, top)
-        draw.line([(left, y), (right, y)], _GRID, 1)
-        draw.text((left - 10, y), _number(tick), 13, _FAINT, "rm")
-    draw.line([(left, top), (left, bottom), (right, bottom)], _FAINT, 1)
-
-
-def _contours(grid: np.ndarray, low: float, high: float, side: int) -> Image.Image:
-    """A square of `side` pixels, the grid's first row at the bottom: colours with thin lines between the levels."""
-    smooth = Image.fromarray(grid.astype(np.float32)[::-1].copy()).resize(
-        (side, side), Image.Resampling.BICUBIC, box=_between_centres(grid.shape[0])
+def add_mark(axes: Axes, at: tuple[float, float], of: Line | Dot, size: float, words: list[str], text: str) -> None:
+    """A mark of the look's kind, a faint round one for a seed, that shows `text` when the pointer rests on it."""
+    marker, alpha = ("o", 0.65) if of.is_seed else (of.look.marker, 1)
+    mark = Line2D(
+        [at[0]], [at[1]], color=of.colour, alpha=alpha, marker=marker, markersize=size * _EVEN.get(marker, 1)
     )
-    field = np.asarray(smooth, dtype=np.float64)
-    colours = _coloured(field, low, high)
-    level = np.floor((field - low) / (high - low) * _LEVELS)
-    edge = np.zeros(level.shape, dtype=bool)
-    for shift in range(1, _SHARP + 1):
-        edge[:, shift:] |= level[:, shift:] != level[:, :-shift]
-        edge[shift:] |= level[shift:] != level[:-shift]
-    colours[edge] = (0.55 * colours[edge] + 0.45 * 255).astype(np.uint8)
-    return Image.fromarray(colours)
+    mark.set(zorder=4 if of.look.dashes else 4.1, gid=hover(words, text))
+    axes.add_line(mark)
 
 
-def _between_centres(points: int) -> tuple[float, float, float, float]:
-    """The part of a grid's picture whose corners are the outer points: pixels have their values at their centres."""
-    return (0.5, 0.5, points - 0.5, points - 0.5)
+def sample_line(look: Look, colour: str) -> Line2D:
+    """What legends show of a line."""
+    size = 9 * _EVEN.get(look.marker, 1)
+    return Line2D([], [], color=colour, linestyle=_dashes(look), linewidth=2.4, marker=look.marker, markersize=size)
 
 
-def _coloured(field: np.ndarray, low: float, high: float) -> np.ndarray:
-    stops = np.array([[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in VIRIDIS], dtype=np.float64)
-    share = np.clip((field - low) / (high - low), 0, 1) * (len(stops) - 1)
-    places = np.arange(len(stops))
-    return np.stack([np.interp(share, places, stops[:, band]) for band in range(3)], axis=-1).astype(np.uint8)
+class PlainNumbers(ScalarFormatter):
+    """Ticks with as many decimals as their neighbours need, but for 0 and where none of them would show a digit."""
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        texts = super().format_ticks(list(values))
+        if max(map(abs, values), default=1.0) < _SMALL:
+            texts = [self.fix_minus(f"{value:.3g}") for value in values]
+        return [text if value else "0" for value, text in zip(values, texts, strict=True)]
+
+
+def _title(figure: Figure, title: str, at: float) -> None:
+    figure.suptitle(title, x=at, ha="left", fontsize=13)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+
+
+def _draw_lines(axes: Axes, lines: Sequence[Line], words: list[str]) -> None:
+    """Whole lines below dashed ones, and of one look the first are the widest, so that none hides another."""
+    for place, line in enumerate(lines):
+        later = sum(not other.is_seed and other.look is line.look for other in lines[place + 1 :])
+        front = 3 if line.look.dashes else 2.5
+        if line.is_seed:
+            axes.plot(line.xs, line.ys, color=line.colour, linewidth=1.1, alpha=0.5, zorder=2, gid="seed")
+            continue
+        drawn = {"color": line.colour, "linewidth": 2.4 + 1.6 * later, "linestyle": _dashes(line.look)}
+        axes.plot(line.xs, line.ys, **drawn, gid="mean", zorder=front, solid_joinstyle="round")
+        if any(line.errors):
+            bars: dict[str, Any] = {"color": line.colour, "ecolor": line.colour, "elinewidth": 1.2, "capsize": 3.5}
+            axes.errorbar(line.xs, line.ys, line.errors, fmt="none", **bars)
+        marked = list(zip(line.xs, line.ys, strict=True))
+        for x, y in marked[:: -math.ceil(len(marked) / _MOST_MARKS)] if marked else ():
+            add_mark(axes, (x, y), line, 8 + later, words, f"{line.name}: {y:.5g} at {x:.5g}")
+
+
+def _dashes(look: Look) -> Any:
+    return (0, look.dashes) if look.dashes else "solid"
+
+
+def _make_log(axes: Axes, xs: Sequence[float]) -> None:
+    """Both axes logarithmic, with plain numbers at round places or, when they are few, at the xs."""
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+    if len(xs) <= _FEW:
+        axes.set_xticks(xs)
+    low, high = axes.get_ylim()
+    if sum(low <= tick <= high for tick in axes.get_yticks()) < 2:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
 
 
 def _positive(line: Line) -> Line:
+    """The points that logarithmic axes can show; an interval that reaches 0 is left out."""
     errors = line.errors or [0.0] * len(line.ys)
-    kept = [point for point in zip(line.xs, line.ys, errors, strict=True) if point[0] > 0 and point[1] > 0]
-    return Line(line.name, *(tuple(point[place] for point in kept) for place in range(3)))
+    kept = [(x, y, e if e < y else 0.0) for x, y, e in zip(line.xs, line.ys, errors, strict=True) if x > 0 and y > 0]
+    xs, ys, bars = (tuple(point[place] for point in kept) for place in range(3))
+    return replace(line, xs=xs, ys=ys, errors=bars)
 
 
-def _bars(line: Line) -> list[tuple[float, float]]:
-    return list(zip(line.ys, line.errors or [0.0] * len(line.ys), strict=True))
-
-
-def _at(value: float, axis: _Axis, start: float, end: float) -> float:
-    return start + axis.share(value) * (end - start)
-
-
-def _number(value: float) -> str:
-    if value == 0:
-        return "0"
-    return f"{value:.0e}".replace("e-0", "e-") if abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4g}"
+def _smooth(grid: np.ndarray) -> np.ndarray:
+    """The grid with more points between its own, on a cubic spline, for contours without corners."""
+    smooth: np.ndarray = zoom(grid, [_FINE / side for side in grid.shape], order=min(3, min(grid.shape) - 1))
+    return smooth

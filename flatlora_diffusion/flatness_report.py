@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 
 from flatlora_diffusion.applied_lora import loaded
-from flatlora_diffusion.charts import Line, line_chart, surface_chart
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.dataset import Sample
 from flatlora_diffusion.evaluation import Probe, fixed_probe
 from flatlora_diffusion.finished_runs import FinishedRun, check_images, read_runs
+from flatlora_diffusion.flatness_charts import write_charts
 from flatlora_diffusion.flatness_figures import HELDOUT, TRAIN, Arm, Figures, measure
 from flatlora_diffusion.flatness_tables import tables
 from flatlora_diffusion.lora_place import LoraFile, parse_lora
@@ -35,7 +34,6 @@ from flatlora_diffusion.robustness import Company
 from flatlora_diffusion.saved_settings import portable
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
 from flatlora_diffusion.surface import axis
-from flatlora_diffusion.surface_page import can_write, write_surface_page
 from flatlora_diffusion.tokens import new_tokens, with_new_tokens
 from flatlora_diffusion.training_set import load_heldout, load_training_set
 from flatlora_diffusion.versions import versions
@@ -174,43 +172,4 @@ def _write(folder: Path, config: FlatnessConfig, figures: Sequence[Figures], fac
     result = {**facts, "figures": [dataclasses.asdict(found) for found in figures]}
     (folder / "flatness.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "flatness.md").write_text(tables(figures, config) + "\n", encoding="utf-8")
-    at = facts["axis"]
-    rises = [
-        Line(f.name, config.sigmas, [rise.mean for rise in f.rises["filter"]], [r.error for r in f.rises["filter"]])
-        for f in figures
-    ]
-    title = "Expected rise of the loss under noise on W' (Eq. 7)"
-    line_chart(rises, title, "sigma: noise relative to each row of W'", "rise of the loss", log=True).save(
-        folder / "rise.png"
-    )
-    slices = [_slice_line(found, at) for found in figures]
-    title = f"Loss around W', mean of {config.slice_directions} random directions"
-    line_chart(slices, title, "distance from W', relative to each row", "loss").save(folder / "slices.png")
-    kind = HELDOUT if HELDOUT in figures[0].losses else TRAIN
-    strengths = [_strength_line(found, figures[0], kind) for found in figures]
-    title = f"Loss by strength of the LoRA, {_IMAGES[kind]}"
-    line_chart(strengths, title, "strength", "loss").save(folder / "strength.png")
-    surfaces = [(found.name, found.surface) for found in figures]
-    title = "Loss around W' along two random directions, the same for all"
-    surface_chart(surfaces, config.extent, title).save(folder / "surface.png")
-    if can_write():
-        write_surface_page(folder / "surface.html", surfaces, at, title)
-    else:
-        logger.warning("surface.html was left out: it needs the package plotly: pip install plotly")
-
-
-_IMAGES = {TRAIN: "training images", HELDOUT: "held-out images"}
-
-
-def _slice_line(found: Figures, at: Sequence[float]) -> Line:
-    columns = list(zip(*found.slices, strict=True))
-    errors = [statistics.stdev(column) / len(column) ** 0.5 for column in columns]
-    return Line(found.name, at, [statistics.mean(column) for column in columns], errors)
-
-
-def _strength_line(found: Figures, base: Figures, kind: str) -> Line:
-    """The base's loss is the same at any strength."""
-    if not found.strengths:
-        ends = (0.0, 2.0)
-        return Line(found.name, ends, [base.losses[kind]] * 2)
-    return Line(found.name, list(found.strengths), [losses[kind] for losses in found.strengths.values()])
+    write_charts(folder, config, figures, facts)

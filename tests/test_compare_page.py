@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from made_up_comparison import PROMPTS, made_up_comparison, with_one_seed, with_
 from PIL import Image
 
 from flatlora_diffusion.compare_page import write_compare_page
+from flatlora_diffusion.palette import TONES
 
 SECTIONS = {
     "numbers",
@@ -157,8 +159,8 @@ def test_every_seed_is_a_line_and_the_mean_another(tmp_path: Path) -> None:
     markup = write_compare_page(made_up_comparison(), tmp_path).read_text(encoding="utf-8")
     run = markup[markup.index('id="trajectories"') : markup.index('id="strengths"')]
     first = run[run.index("<svg class=") :].split('<svg class="chart"')[1]
-    assert first.count('class="line thin"') == 6
-    assert first.count('class="line"') == 3  # the base and the means of two arms
+    assert first.count('class="seed"') == 6
+    assert first.count('class="mean"') == 3  # the base and the means of two arms
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_one_arm_alone_has_no_differences(tmp_path: Path) -> None:
         result[part] = {"lora": result[part]["lora"]}
     page = written(result, tmp_path)
     assert SECTIONS - page.text.keys() == {"differences"}
-    assert page.all_of("figure") == []
+    assert page.all_of("figure", "headline") == []
     assert "0.15022" in page.text["numbers"]
 
 
@@ -241,11 +243,13 @@ def test_a_failed_proof_is_an_alarm_on_the_first_screen(tmp_path: Path) -> None:
     assert written(made_up_comparison(), tmp_path).all_of("p", "alarm") == []
 
 
+ATTACK = "\"'><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>&amp;"
+
+
 def hostile(value: Any) -> Any:
     """`value` with a script, an attribute and a tag added to every text and name, but for what the page reads."""
-    attack = "\"'><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>&amp;"
     if isinstance(value, str):
-        return value + attack
+        return value + ATTACK
     if isinstance(value, list):
         return [hostile(item) for item in value]
     if isinstance(value, dict):
@@ -267,7 +271,12 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     assert len(page.all_of("script")) == 1
     assert len(page.all_of("img")) == 3 * len(PROMPTS)
     assert not any(name.startswith("on") for _, found in page.elements for name in found)
-    assert "<script>alert(1)</script>" in page.text[""]
+    for said in (result["verdict"], result["device"], *PROMPTS, "LoRA", "Flat-LoRA"):
+        assert said + ATTACK in page.text[""]
+    assert f"LoRA{ATTACK}: {PROMPTS[0]}{ATTACK}" in [found["alt"] for found in page.all_of("img")]
+    assert f"Flat-LoRA{ATTACK}: 0.1454 at 600" in page.text["trajectories"], "the words of a mark in a chart"
+    labels = [found["aria-label"] for found in page.all_of("svg", "chart")]
+    assert f"held-out loss{ATTACK}, Flat-LoRA{ATTACK} \N{MINUS SIGN} LoRA{ATTACK} against step" in labels
 
 
 def test_nothing_is_fetched(tmp_path: Path) -> None:
@@ -279,6 +288,29 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     assert policy.startswith("default-src 'none'; img-src data:;")
     markup = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert not any(word in markup for word in ("http:", "https:", "url(", "@import", str(tmp_path)))
+
+
+def test_charts_are_told_by_pointer_and_screen_reader_and_share_no_id(tmp_path: Path) -> None:
+    page = written(made_up_comparison(), tmp_path)
+    minus = "\N{MINUS SIGN}"
+    assert f"seed 43: {minus}0.00287" in page.text["differences"]
+    assert "Flat-LoRA: 0.1454 at 600" in page.text["trajectories"]
+    labels = [found["aria-label"] for found in page.all_of("svg", "chart")]
+    assert labels[0] == "held-out loss, lower is better against step"
+    assert len(set(labels)) == len(labels)
+    ids = [found["id"] for _, found in page.elements if "id" in found]
+    assert len(set(ids)) == len(ids)
+
+
+def test_charts_have_the_colours_of_the_page_in_light_and_dark(tmp_path: Path) -> None:
+    markup = write_compare_page(made_up_comparison(), tmp_path).read_text(encoding="utf-8")
+    charts = "".join(re.findall(r"<svg.*?</svg>", markup, re.DOTALL))
+    assert re.findall("#[0-9a-f]{6}", charts) == []
+    used = set(re.findall(r"var\(--([a-z]+)\)", charts))
+    assert {"base", "lora", "flat", "ink", "faint", "rule", "paper"} <= used
+    for name in used:
+        assert f"--{name}: {TONES[name].light};" in markup
+        assert f"--{name}: {TONES[name].dark};" in markup
 
 
 @pytest.mark.slow

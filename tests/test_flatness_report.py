@@ -19,7 +19,6 @@ from torch import nn
 
 from flatlora_diffusion import flatness_report
 from flatlora_diffusion.adapter import add_lora, lora_layers
-from flatlora_diffusion.charts import Line, line_chart, surface_chart
 from flatlora_diffusion.command_line import main
 from flatlora_diffusion.config import AdapterConfig, ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.curvature import top_eigenvalues, trace
@@ -39,6 +38,7 @@ from flatlora_diffusion.merged_lora import (
     probe_loss_at,
     twice_differentiable,
 )
+from flatlora_diffusion.palette import BASE, FLAT_LORA, LORA
 from flatlora_diffusion.robustness import Company, rounded, to_bits, truncated, variants
 from flatlora_diffusion.run_dir import RunDir
 from flatlora_diffusion.sdxl import Sdxl, load_sdxl
@@ -234,7 +234,7 @@ def test_a_lora_meets_a_rough_base_a_second_lora_and_another_base() -> None:
 def test_a_report_has_all_files_and_figures(
     make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, two = make_run("plain"), make_run("flat", seed=1, method="flat-lora")
+    one, two = make_run("plain", method="lora"), make_run("flat", seed=1)
     held = tmp_path / "held"
     held.mkdir()
     Image.new("RGB", (40, 40), "teal").save(held / "a.png")
@@ -265,6 +265,9 @@ def test_a_report_has_all_files_and_figures(
     assert str(tmp_path) not in (out / "flatness.json").read_text(encoding="utf-8")
     for name in ("rise.png", "slices.png", "strength.png", "surface.png"):
         assert Image.open(out / name).width > 500
+    pixels = np.asarray(Image.open(out / "strength.png").convert("RGB")).reshape(-1, 3)
+    seen = {f"#{pixel.tobytes().hex()}" for pixel in np.unique(pixels, axis=0)}
+    assert {look.tone.light for look in (BASE, LORA, FLAT_LORA)} <= seen, "each method in its own colour"
 
 
 def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
@@ -367,19 +370,6 @@ def test_runs_with_one_name_are_told_apart(make_run: Callable[..., Path], tmp_pa
 def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FlatnessConfig(**settings)  # type: ignore[arg-type]
-
-
-def test_charts_show_their_data() -> None:
-    flat_line = Line("flat", (0.1, 1.0), (2.0, 2.0), (0.1, 0.1))
-    steep = Line("steep", (0.1, 1.0), (1.0, 100.0))
-    for log in (False, True):
-        one = line_chart([flat_line, steep], "title", "x", "y", log)
-        assert np.any(np.asarray(one) != np.asarray(line_chart([flat_line, flat_line], "title", "x", "y", log)))
-    line_chart([Line("all negative", (0.1, 1.0), (-1.0, -2.0))], "title", "x", "y", log=True)
-    bowl = [[float(a * a + b * b) for a in (-1, 0, 1)] for b in (-1, 0, 1)]
-    picture = np.asarray(surface_chart([("bowl", bowl), ("flat", [[0.0] * 3] * 3)], 1.0, "title")).astype(int)
-    dark, bright = picture[88 + 140, 62 + 140], picture[88 + 4, 62 + 4]
-    assert bright.sum() > dark.sum() + 100, "the bottom of the bowl is dark, its corner bright"
 
 
 def state(module: nn.Module) -> Weights:

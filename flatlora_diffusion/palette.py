@@ -1,0 +1,47 @@
+"""One colour, line and marker for each method: the same in every chart, in the report's page and in the app."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tone(NamedTuple):
+    """A colour on light paper and on dark paper."""
+
+    light: str
+    dark: str
+
+
+class Look(NamedTuple):
+    """How a method is drawn, so that it can be told without its colour too.
+
+    shades: the colour's kin, for further runs of the same method. dashes: drawn and left out in turn, in points,
+    none for a whole line. marker: matplotlib's name of it.
+    """
+
+    name: str
+    tone: Tone
+    shades: tuple[str, ...]
+    dashes: tuple[float, ...]
+    marker: str
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """On light paper, the first run's colour first."""
+        return (self.tone.light, *self.shades)
+
+
+PAPER, INK = Tone("#fdfdfb", "#15171a"), Tone("#1c2025", "#e9e7e2")
+FAINT, RULE = Tone("#5c636c", "#a3a9b1"), Tone("#dfe0da", "#33373d")
+
+BASE = Look("base", Tone("#7b828b", "#9aa1aa"), (), (1.5, 3.5), "s")
+LORA = Look("lora", Tone("#cf7600", "#f0a23c"), ("#f2ad4e", "#8a4f00"), (7, 3.5), "o")
+FLAT_LORA = Look("flat", Tone("#2f6fde", "#7aa5fa"), ("#84adf2", "#173f8f"), (), "D")
+THIRD = Look("third", Tone("#1f534b", "#8ae3d8"), (), (10, 3, 2, 3), "^")
+FOURTH = Look("fourth", Tone("#a93cb1", "#d03fc6"), (), (4, 2), "P")
+LOOKS = (BASE, LORA, FLAT_LORA, THIRD, FOURTH)
+METHODS = {"lora": LORA, "flat-lora": FLAT_LORA}
+"""The look of `--method`; an arm of a comparison that is one of these as it comes has its name for a key."""
+
+TONES = {"paper": PAPER, "ink": INK, "faint": FAINT, "rule": RULE, **{look.name: look.tone for look in LOOKS}}
+"""Every colour of a chart by the name of the page's variable that holds it."""
