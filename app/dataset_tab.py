@@ -59,10 +59,12 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str]:
-    """Take the dropped files: the session, the emptied drop zone, what was refused."""
+    """Take the dropped files: the session, the drop zone, emptied whatever was in it, and what was refused."""
     session = ensure_session(context, session)
-    with told_on_the_page():
+    try:
         result = context.uploads.add(session, [(Path(file).name, Path(file)) for file in files or ()])
+    except ConfigError as error:
+        return session, None, note(html.escape(str(error)), "fl-bad")
     return session, None, _refusals(result)
 
 

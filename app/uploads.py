@@ -190,6 +190,8 @@ class _Intake:
             take(item)
         except RefusedError as error:
             self._result.refused.append(Refusal(item.name, str(error)))
+        except OSError as error:  # a full disk; there may be room for the next, or at least for those that are taken
+            self._result.refused.append(Refusal(item.name, f"it cannot be kept: {error.strerror}"))
 
     def _text(self, item: Incoming, places: set[tuple[str, str]]) -> str:
         size = self._copy(item)

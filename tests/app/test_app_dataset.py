@@ -61,6 +61,24 @@ def test_names_outlive_the_page_and_go_with_their_image(context: AppContext, tmp
     assert again.uploads.names(session) == {}
 
 
+def test_a_drop_of_good_and_bad_files_shows_the_good_ones_and_empties_the_drop_zone(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
+) -> None:
+    second = Image.new("RGB", (64, 64), "blue")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[second])
+    (tmp_path / "<b>odd.ppm").write_bytes(b"P6 x 8 255\n")
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "fox.png")
+    names = ("two.jpg", "<b>odd.ppm", "fox.png")
+    session, drop, told = upload(context, "", [str(tmp_path / name) for name in names])
+    assert drop is None
+    assert "<li>&lt;b&gt;odd.ppm: invalid literal for int" in told
+    pictures, rows, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
+    assert [row[1] for row in rows] == ["two.jpg", "fox.png"]
+    assert [one.getpixel((5, 5))[0] > 200 for one, _ in pictures] == [True, False]
+    session, drop, told = upload(context, "no session", [str(tmp_path / "fox.png")])
+    assert (drop, "reload the page" in told) == (None, True)
+
+
 def test_samples_do_not_take_the_place_of_the_users_images(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
     with pytest.raises(gr.Error, match="you have 1 images, and the samples would mix"):
