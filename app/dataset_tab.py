@@ -10,7 +10,15 @@ from typing import Any
 
 import gradio as gr
 
-from app.captioning import caption_all, caption_by_model, empty_captions, save_captions, use_trigger
+from app.captioning import (
+    HEADERS,
+    caption_all,
+    caption_by_model,
+    empty_captions,
+    save_captions,
+    undo_captions,
+    use_trigger,
+)
 from app.captions import TRIGGER, has_trigger
 from app.context import AppContext
 from app.dataset_view import framing, look_at
@@ -21,7 +29,6 @@ from app.uploads import UploadResult
 from flatlora_diffusion.config import SAMPLES, ConfigError, DataConfig, ModelConfig
 from flatlora_diffusion.images import find_images
 
-_HEADERS = ["Image", "File", "Caption", "Notes"]
 _EMPTY = (
     "<b>No images yet.</b><br>Drop 10 to 30 pictures of one style here, with captions in .txt files of the same names "
     "if you have some. To try it out, load the sample icons."
@@ -38,7 +45,7 @@ def ensure_session(context: AppContext, session: str) -> str:
 
 
 def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str, *values: Any) -> tuple[Any, ...]:
-    """Gallery, caption table, count, image names in order, and the parts of the page that are for images only."""
+    """Gallery, caption table, count, the table's rows again, and the parts of the page that are for images only."""
     if not session or not context.uploads.images(session):
         return [], [], note(_EMPTY), [], gr.Column(visible=False), gr.Column(visible=False)
     try:
@@ -54,8 +61,7 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
     word = trigger.strip()
     if word and view.captioned and not any(has_trigger(row[2], word) for row in view.rows):
         told += f"<br>No caption has the trigger word {html.escape(word)}, so prompts with it will not call the style"
-    order = [row[0] for row in view.rows]
-    return view.pictures, view.rows, note(told), order, gr.Column(visible=True), gr.Column(visible=True)
+    return view.pictures, view.rows, note(told), view.rows, gr.Column(visible=True), gr.Column(visible=True)
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str]:
@@ -168,23 +174,25 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
                     no = gr.Button("No, keep them", size="sm")
     with gr.Column(visible=False) as listed:
         table = gr.Dataframe(
-            headers=_HEADERS,
-            type="array",
+            headers=HEADERS,
+            type="pandas",  # with the headers, which tell whether columns were moved
             label="Captions: double-click one to change it, or press Enter on it",
             static_columns=[0, 1, 3],
-            column_count=4,
+            column_count=(len(HEADERS), "fixed"),
             column_widths=["9%", "16%", "50%", "25%"],
             wrap=True,
             interactive=True,
             buttons=[],
             elem_id="captions",
         )
-    chosen, order, asked, used = gr.State(""), gr.State([]), gr.State(_IMAGES), gr.State(TRIGGER)
+        table.row_count = (1, "fixed")  # as an argument it is deprecated, and row_limits does nothing yet
+        undo = gr.Button("Undo the last change of captions", size="sm", elem_id="undo-captions")
+    chosen, shown, asked, used = gr.State(""), gr.State([]), gr.State(_IMAGES), gr.State(TRIGGER)
     looked_at = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
     look = {
         "fn": partial(show, context, Thumbnails(context.uploads.folder / "thumbnails")),
         "inputs": [session, trigger, *(form.by_name[name] for name in looked_at)],
-        "outputs": [gallery, table, count, order, filled, listed],
+        "outputs": [gallery, table, count, shown, filled, listed],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
@@ -196,7 +204,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     by_model.click(
         _captioning(context), [session, model, trigger], [told], concurrency_limit=1, api_name="caption_by_model"
     ).success(**look)
-    gallery.select(_picked_picture(context), [session, order], [chosen, remove], show_progress="hidden")
+    gallery.select(_picked_picture(context), [session, shown], [chosen, remove], show_progress="hidden")
     table.select(_picked_row(context), [session], [chosen, remove], show_progress="hidden")
     remove.click(partial(remove_one, context), [session, chosen], [chosen, remove]).success(**look)
     for button, what in ((remove_all, _IMAGES), (empty, _CAPTIONS)):
@@ -213,7 +221,12 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     yes.click(partial(confirmed, context), [session, asked], [chosen, remove, told]).then(**look).then(
         lambda: gr.Row(visible=False), None, [question], show_progress="hidden"
     )
-    table.input(partial(save_captions, context), [session, table], [count], show_progress="hidden")
+    save = partial(save_captions, context)
+    # The last of several quick changes must not get lost; what is refused is shown again as it was.
+    table.input(
+        save, [session, shown, table], [count, shown], show_progress="hidden", trigger_mode="always_last"
+    ).failure(**look)
+    undo.click(partial(undo_captions, context), [session], [told]).success(**look)
     gr.on([form.by_name[name].change for name in looked_at], trigger_mode="always_last", **look)
     load(partial(ensure_session, context), [session], [session], show_progress="hidden").then(**look)
 
@@ -228,8 +241,8 @@ def _captioning(context: AppContext) -> Any:
 
 
 def _picked_picture(context: AppContext) -> Any:
-    def picked(session: str, order: list[str], event: gr.SelectData) -> tuple[str, Any]:
-        return choose(context, session, order[event.index] if event.index < len(order) else "")
+    def picked(session: str, shown: list[list[str]], event: gr.SelectData) -> tuple[str, Any]:
+        return choose(context, session, shown[event.index][0] if event.index < len(shown) else "")
 
     return picked
 

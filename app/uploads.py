@@ -1,6 +1,7 @@
 """Uploaded images, each session's in a private folder: `SESSION/0001.png` with its caption in `SESSION/0001.txt`.
 
-The user's own names for them are in `SESSION/names.json`, so that they outlive the page.
+The user's own names for them are in `SESSION/names.json`, so that they outlive the page; the captions that the last
+change has replaced are in `SESSION/captions_before.json`, so that it can be undone.
 The trainer gets a copy that no later edit changes: `frozen/HASH/`, the same for the same images and captions.
 """
 
@@ -23,7 +24,7 @@ from app.intake import Incoming, Limits, Refusal, RefusedError, copy_limited, im
 from flatlora_diffusion.config import ConfigError
 
 MOST_CAPTION_LETTERS = 2000
-_NAMES = "names.json"
+_NAMES, _BEFORE = "names.json", "captions_before.json"
 # What cameras, phones and browsers call their files: no caption.
 _NO_WORDS = re.compile(r"(img|dsc[nf]?|pxl|mvi|images?|photo|pic|picture|screenshot|scan|download|unnamed|untitled)?")
 _SESSION = re.compile(r"[A-Za-z0-9_-]{16,64}")
@@ -95,11 +96,13 @@ class Uploads:
     def names(self, session: str) -> dict[str, str]:
         """The user's own file name by image name, in the order the images came."""
         folder = self.session_folder(session)
-        names = _names(folder)
+        names = _read_json(folder / _NAMES)
         return {path.name: names.get(path.name, path.name) for path in _images(folder)}
 
-    def save_captions(self, session: str, captions: Mapping[str, str]) -> None:
+    def save_captions(self, session: str, captions: Mapping[str, str], is_same_change: bool = False) -> None:
         """Write the captions beside their images; an empty one is removed.
+
+        All of them are one change to undo, together with those of the last call if it `is_same_change`.
 
         Raises ConfigError for an image that is not the session's, or a caption that is too long.
         """
@@ -111,8 +114,29 @@ class Uploads:
                     raise ConfigError("the caption is of an image that is not among yours; reload the page")
                 if len(text) > MOST_CAPTION_LETTERS:
                     raise ConfigError(f"the caption of {name} has {len(text)} letters; {MOST_CAPTION_LETTERS} at most")
+            before = {name: _caption(known[name]) for name in texts}
+            if is_same_change:
+                before |= _read_json(folder / _BEFORE)
+            if before != texts:
+                _write_whole(folder / _BEFORE, json.dumps(before))
             for name, text in texts.items():
                 _write_caption(known[name], text)
+
+    def undo_captions(self, session: str) -> int:
+        """Bring back the captions from before the last change; how many. Another undo takes it back.
+
+        Raises ConfigError when there was no change, or all of its images are gone.
+        """
+        with self._locked(session) as folder:
+            images = {path.name: path for path in _images(folder)}
+            before = {name: text for name, text in _read_json(folder / _BEFORE).items() if name in images}
+            if not before:
+                raise ConfigError("no caption was changed yet, so there is nothing to undo")
+            now = {name: _caption(images[name]) for name in before}
+            _write_whole(folder / _BEFORE, json.dumps(now))
+            for name, text in before.items():
+                _write_caption(images[name], text)
+            return sum(now[name] != text for name, text in before.items())
 
     def remove(self, session: str, name: str) -> None:
         """Delete one image and its caption. Raises ConfigError when it is not the session's."""
@@ -122,7 +146,7 @@ class Uploads:
                 raise ConfigError("that image is not among yours; reload the page")
             _write_caption(path, "")
             path.unlink()
-            names = _names(folder)
+            names = _read_json(folder / _NAMES)
             names.pop(name, None)
             _write_whole(folder / _NAMES, json.dumps(names))
 
@@ -181,7 +205,9 @@ class _Intake:
                 self._try(item, lambda item: self._take(item, captions.get(item.place)))
         finally:
             self._aside.unlink(missing_ok=True)
-            names = _names(self._folder) | {upload.path.name: upload.original for upload in self._result.taken}
+            names = _read_json(self._folder / _NAMES) | {
+                upload.path.name: upload.original for upload in self._result.taken
+            }
             if names:
                 _write_whole(self._folder / _NAMES, json.dumps(names))
 
@@ -231,10 +257,9 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _IMAGE.fullmatch(path.name))
 
 
-def _names(folder: Path) -> dict[str, str]:
-    path = folder / _NAMES
-    names: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return names
+def _read_json(path: Path) -> dict[str, str]:
+    texts: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return texts
 
 
 def _caption(image: Path) -> str:

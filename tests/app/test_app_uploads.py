@@ -97,14 +97,15 @@ def test_captions_are_edited_in_place(uploads: Uploads, tmp_path: Path) -> None:
     add(uploads, session, tmp_path, ("a.png", png()), ("b.png", png("blue")))
     uploads.save_captions(session, {"0001.png": " a new\n\x00one ", "0002.png": ""})
     assert uploads.captions(session) == {"0001.png": "a new one", "0002.png": ""}
-    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt", "0002.png", "names.json"}
+    kept = {"0002.png", "names.json", "captions_before.json"}
+    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt"} | kept
     for name in ("../0001.png", "0003.png", "0001.txt", "/etc/passwd"):
         with pytest.raises(ConfigError, match="not among yours"):
             uploads.save_captions(session, {name: "x"})
     with pytest.raises(ConfigError, match="2001 letters; 2000 at most"):
         uploads.save_captions(session, {"0001.png": "x" * 2001})
     uploads.remove(session, "0001.png")
-    assert everything_in(uploads.session_folder(session)) == {"0002.png", "names.json"}
+    assert everything_in(uploads.session_folder(session)) == kept
 
 
 def test_what_is_trained_on_does_not_change_with_later_edits(uploads: Uploads, tmp_path: Path) -> None:
