@@ -1,4 +1,4 @@
-"""The Dataset tab as a person uses it: captions that nothing overwrites, and drops that one bad file does not spoil."""
+"""The Dataset tab as a person uses it: captions that nothing overwrites, drops that no bad file spoils."""
 
 from __future__ import annotations
 
