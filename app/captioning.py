@@ -23,6 +23,9 @@ def save_captions(context: AppContext, session: str, shown: Rows, table: pd.Data
     """
     with told_on_the_page():
         changed = changed_captions(shown, table)
+        names = context.uploads.names(session)
+        if any(row[0] in changed and names.get(row[0]) != row[1] for row in shown):
+            raise ConfigError("the images are others than when the table was shown, so nothing was saved; look again")
         context.uploads.save_captions(session, changed)
     captions = context.uploads.captions(session)
     count = sum(bool(text) for text in captions.values())

@@ -20,18 +20,10 @@ from app.captioning import (
     use_trigger,
 )
 from app.context import AppContext, make_context
-from app.dataset_tab import (
-    ask,
-    choose,
-    clear,
-    confirmed,
-    load_samples_icons,
-    remove_one,
-    show,
-    upload,
-)
+from app.dataset_tab import load_samples_icons, show, upload
 from app.dataset_view import Framing, fill_captions, look_at, training_size
 from app.forms import preset_settings
+from app.removal import ask, choose, clear, confirmed, remove_one
 from app.settings import AppSettings
 from app.thumbnails import Thumbnails, as_trained
 from flatlora_diffusion.config import ModelConfig
@@ -78,13 +70,13 @@ def test_a_drop_of_good_and_bad_files_shows_the_good_ones_and_empties_the_drop_z
     (tmp_path / "<b>odd.ppm").write_bytes(b"P6 x 8 255\n")
     Image.new("RGB", (64, 64), "green").save(tmp_path / "fox.png")
     names = ("two.jpg", "<b>odd.ppm", "fox.png")
-    session, drop, told = upload(context, "", [str(tmp_path / name) for name in names])
+    session, drop, told, _ = upload(context, "", [str(tmp_path / name) for name in names])
     assert drop is None
     assert "<li>&lt;b&gt;odd.ppm: invalid literal for int" in told
     pictures, rows, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
     assert [row[1] for row in rows] == ["two.jpg", "fox.png"]
     assert [one.getpixel((5, 5))[0] > 200 for one, _ in pictures] == [True, False]
-    session, drop, told = upload(context, "no session", [str(tmp_path / "fox.png")])
+    session, drop, told, _ = upload(context, "no session", [str(tmp_path / "fox.png")])
     assert (drop, "reload the page" in told) == (None, True)
 
 

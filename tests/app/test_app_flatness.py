@@ -62,7 +62,7 @@ def test_runs_of_a_comparison_are_a_pair_to_measure_and_to_compare(view: Flatnes
     assert view.newest() == nested
     assert newest_pair(view.context, finished_arms(view.context)) == nested
     job = view.measure(nested, QUICK, "me")
-    assert [str(folder / run_id) for run_id in nested] == job.settings[2:4]
+    assert [str(folder / run_id) for run_id in nested] == list(job.settings)[2:4]
 
 
 @pytest.mark.slow

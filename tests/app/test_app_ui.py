@@ -28,7 +28,7 @@ def thumbnails(tmp_path: Path) -> Thumbnails:
 
 
 def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext, thumbnails: Thumbnails) -> None:
-    session, refused = load_samples_icons(context, "")
+    session, refused, *_ = load_samples_icons(context, "")
     caption_all(context, session, "ABC")
     pictures, rows, count, shown, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "")
     assert [row[0] for row in shown] == [f"{number:04}.png" for number in range(1, 24)]

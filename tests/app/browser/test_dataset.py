@@ -56,3 +56,35 @@ def test_the_caption_table_changes_captions_only_and_the_last_change_is_undone(p
     page.button("Undo the last change of captions").click()
     expect(cell(page, "fox")).to_be_visible(timeout=PATIENCE)
     expect(cell(page, "12")).to_have_count(0)
+
+
+def test_a_clone_has_the_runs_name_method_and_images_and_takes_new_ones(page: AppPage, tmp_path: Path) -> None:
+    for name in ("fox.png", "owl.png"):
+        Image.effect_noise((64, 64), 50).save(tmp_path / name)
+    drop(page, tmp_path / "fox.png")
+    count(page, "1 images")
+    page.start_training("source", "LoRA", 2)
+    page.wait_for_state("source", "finished")
+    page.show_tab("1 Dataset")
+    page.button("Remove all images").click()
+    page.button("Yes, remove all images").click()
+    expect(page.button("Bring back the images from before")).to_be_visible(timeout=PATIENCE)
+    page.load_samples()
+    page.open()  # a fresh form
+
+    page.show_tab("Runs")
+    expect(page.button("Clone settings")).to_be_enabled(timeout=PATIENCE)
+    page.button("Clone settings").click()
+    expect(page.page.get_by_text("are in the Dataset tab now in place of 23")).to_be_visible(timeout=PATIENCE)
+    expect(page.box("Name")).to_have_value("source")
+    expect(page.page.get_by_role("radio", name="LoRA", exact=True)).to_be_checked()
+    expect(page.page.locator("#summary")).to_contain_text("1 images, captions 1/1", timeout=PATIENCE)
+    page.show_tab("1 Dataset")
+    expect(cell(page, "fox.png")).to_be_visible(timeout=PATIENCE)
+    drop(page, tmp_path / "owl.png")
+    count(page, "2 images")
+    page.show_tab("2 Train")
+    expect(page.page.locator("#summary")).to_contain_text("2 images, captions 2/2", timeout=PATIENCE)
+    page.show_tab("1 Dataset")
+    page.button("Bring back the images from before").click()
+    count(page, "23 images")
