@@ -70,7 +70,9 @@ def test_a_clone_has_the_runs_name_method_and_images_and_takes_new_ones(page: Ap
     page.button("Yes, remove all images").click()
     expect(page.button("Bring back the images from before")).to_be_visible(timeout=PATIENCE)
     page.load_samples()
-    page.open()  # a fresh form
+    page.show_tab("2 Train")
+    page.fill(Name="other")
+    page.page.get_by_role("radio", name="Flat-LoRA", exact=True).check()
 
     page.show_tab("Runs")
     expect(page.button("Clone settings")).to_be_enabled(timeout=PATIENCE)
