@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+import pandas as pd
 
 from app.captions import captions_from_names, with_trigger
 from app.context import AppContext
@@ -10,14 +12,53 @@ from app.dataset_view import fill_captions
 from app.reporting import note, told_on_the_page
 from flatlora_diffusion.config import ConfigError
 
+HEADERS = ["Image", "File", "Caption", "Notes"]
+Rows = list[list[str]]  # of the caption table
 
-def save_captions(context: AppContext, session: str, rows: Sequence[Sequence[str]]) -> str:
-    """Keep the table's captions; returns the new count."""
-    captions = {row[0]: row[2] or "" for row in rows if row[0]}
+
+def save_captions(context: AppContext, session: str, shown: Rows, table: pd.DataFrame) -> tuple[str, Rows]:
+    """Keep the captions that were changed in the table; (the new count, the rows as they are shown now).
+
+    `shown`: the rows before. Captions that were not touched here are not written: a model may have changed them.
+    """
     with told_on_the_page():
-        context.uploads.save_captions(session, captions)
-    count = sum(bool(text.strip()) for text in captions.values())
-    return note(f"<b>{len(captions)} images, captions {count}/{len(captions)}</b>, saved")
+        changed = changed_captions(shown, table)
+        names = context.uploads.names(session)
+        if any(row[0] in changed and names.get(row[0]) != row[1] for row in shown):
+            raise ConfigError("the images are others than when the table was shown, so nothing was saved; look again")
+        context.uploads.save_captions(session, changed)
+    captions = context.uploads.captions(session)
+    count = sum(bool(text) for text in captions.values())
+    told = note(f"<b>{len(captions)} images, captions {count}/{len(captions)}</b>, saved")
+    return told, [[image, file, changed.get(image, caption), *rest] for image, file, caption, *rest in shown]
+
+
+def changed_captions(shown: Rows, table: pd.DataFrame) -> dict[str, str]:
+    """The captions of `table` that differ from those in `shown`, by image.
+
+    Raises ConfigError for a table that is not `shown` with other texts in its caption and notes cells: what stands
+    where the captions were would be taken for them.
+    """
+    rows = [["" if cell is None or cell != cell else cell for cell in row] for row in table.values.tolist()]
+    places = sorted((row[0], row[1]) for row in shown)
+    is_table = list(table.columns) == HEADERS and all(isinstance(cell, str) for row in rows for cell in row)
+    if not is_table or sorted((row[0], row[1]) for row in rows) != places:
+        raise ConfigError(
+            "only captions can be changed in the table, and something else of it was changed, so nothing was saved; "
+            "the table is shown again as it was, and images are removed with the button below them"
+        )
+    before = {row[0]: row[2] for row in shown}
+    return {row[0]: row[2] for row in rows if row[2] != before[row[0]]}
+
+
+def undo_captions(context: AppContext, session: str) -> str:
+    """Bring back the captions from before the last change; says so."""
+    with told_on_the_page():
+        if not session:
+            raise ConfigError("there are no captions to bring back; drop some images first")
+        count = context.uploads.undo_captions(session)
+    images = "1 caption is" if count == 1 else f"{count} captions are"
+    return note(f"{images} as before the last change; press the same button again to take that back")
 
 
 def caption_all(context: AppContext, session: str, trigger: str) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.uploads import words_of
+from app.arrivals import words_of
 
 TRIGGER = "TOK"  # of the sample icons and of the prompts that come with the app
 _STYLE = re.compile(r"\bin the style of (\w+)")

@@ -21,6 +21,7 @@ METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA", IMPORTED: "Imported"}
 MOST_PICTURES = 400
 ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"
+_METHOD_IN_ID = re.compile(rf"({_FLAT}|{_PLAIN})(?=(/seed-\d+)?$)")  # `compare` has a folder of seeds for each
 _HELD_OUT = Path(__file__).parents[1] / "samples" / "icons_3d" / "heldout" / "prompts.txt"
 
 
@@ -257,5 +258,5 @@ def _row(drawing: Drawing, hashes: list[str], prompt: str, seed: int, strength: 
 
 
 def _pair_by_name(run_id: str) -> list[str]:
-    stem = run_id.removesuffix(_FLAT) if run_id.endswith(_FLAT) else run_id.removesuffix(_PLAIN)
-    return [stem + _PLAIN, stem + _FLAT] if stem != run_id else []
+    found = _METHOD_IN_ID.search(run_id)
+    return [run_id[: found.start()] + name + run_id[found.end() :] for name in (_PLAIN, _FLAT)] if found else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import dataclass
 
 from app.jobs import JobQueue
 from app.runs import RunStore
 from app.settings import AppSettings
 from app.uploads import Uploads
+from flatlora_diffusion.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,21 @@ class AppContext:
 
 
 def make_context(settings: AppSettings) -> AppContext:
-    """The context of an app with `settings`; the queue is not started yet."""
-    settings.runs_folder.mkdir(parents=True, exist_ok=True)
-    runs = RunStore(settings.runs_folder)
+    """The context of an app with `settings`; the queue is not started yet.
+
+    Raises ConfigError when the runs folder cannot be one, or its database cannot be used.
+    """
+    place = f"runs_dir={settings.runs_dir!r}"
+    try:
+        settings.runs_folder.mkdir(parents=True, exist_ok=True)
+        runs = RunStore(settings.runs_folder)
+    except OSError as error:
+        is_file = settings.runs_folder.is_file()
+        reason = "is a file" if is_file else f"cannot be made or written to ({error.strerror})"
+        raise ConfigError(f"{place} {reason}; give a folder with --runs_dir") from error
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(
+            f"{place} has an .app/app.db that cannot be used ({error}); move that file away, and queue, names, notes "
+            "and votes begin anew, or give another folder with --runs_dir"
+        ) from error
     return AppContext(settings, runs, JobQueue(runs), Uploads(settings.uploads_folder))

@@ -103,6 +103,6 @@ def fill_captions(
         ending = f", in the style of {trigger}" if trigger else ""
         still_bare = {name for name, text in uploads.captions(session).items() if not text}  # as it is after the wait
         made = {path.name: f"{text}{ending}" for path, text in zip(paths, texts, strict=True)}
-        uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare})
+        uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare}, first > 0)
         told(first + len(paths), len(bare))
     return len(bare)

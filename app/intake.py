@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from PIL import Image
-
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.images import CAPTION_SUFFIXES, FORMATS, ImageError, load_image
+from flatlora_diffusion.images import CAPTION_SUFFIXES, ImageError, load_image, read_header
 
 MIB = 2**20
 SUFFIXES = {
@@ -81,8 +79,12 @@ class Refusal:
 
 def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[Incoming | Refusal]:
     """The file, or what a zip holds; `stack` keeps the zip open for as long as the members are to be read."""
-    with open(path, "rb") as file:
-        is_zip = file.read(4) in _ZIP_STARTS
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) in _ZIP_STARTS
+    except OSError as error:
+        yield Refusal(shown_name(name), f"it cannot be read: {error.strerror}")
+        return
     if not is_zip:
 
         def read() -> BinaryIO:
@@ -131,22 +133,14 @@ def image_suffix(path: Path, limits: Limits) -> str:
     """
     if _looks_like_svg(path):
         raise RefusedError("an SVG is a drawing without pixels; export it as PNG")
-    too_large = RefusedError(f"more than {limits.pixels // 1_000_000} million pixels; make it smaller")
-    kind = ""
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            kind = str(file.format)
-            if file.width * file.height > limits.pixels:
-                raise too_large
-    except Image.DecompressionBombError:
-        raise too_large from None
-    except (OSError, SyntaxError, EOFError, RuntimeError):
-        pass  # load_image says why
-    try:
+        header = read_header(path)
+        if header.width * header.height > limits.pixels:
+            raise RefusedError(f"more than {limits.pixels // 1_000_000} million pixels; make it smaller")
         load_image(path)
     except ImageError as error:
-        raise RefusedError(str(error).removeprefix(f"{path.name} cannot be read as an image: ")) from error
-    return SUFFIXES[kind]
+        raise RefusedError(error.reason) from error
+    return SUFFIXES[header.kind]
 
 
 def shown_name(name: str) -> str:

@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pandas as pd
@@ -35,6 +36,10 @@ _STATES = {
     "stopped": "stopped",
     "interrupted": "interrupted",
 }
+NOTHING = (
+    '<div class="fl-card"><b>Nothing has been trained here yet.</b><br>'
+    "Load images in the Dataset tab, choose a preset, press Start; progress and previews then show here.</div>"
+)
 
 
 def method_name(method: str | None) -> str:
@@ -140,3 +145,41 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def live(context: AppContext, chosen: str | None, seen: tuple[str, str] | None) -> tuple[Any, ...]:
+    """Cards, run choice, curves, what stands for none, previews, log, the three buttons, what was shown.
+
+    Unchanged parts are left alone.
+    """
+    runs = recent_runs(context)
+    ids = [run.id for run in runs]
+    at_work = next((run.id for run in runs if run.state == "running"), ids[-1] if ids else None)
+    chosen = chosen if chosen in ids else at_work
+    run = next((run for run in runs if run.id == chosen), None)
+    images = newest_previews(context, runs)
+    drawn = f"{chosen} {[(one.id, one.progress.step, one.state, one.is_resumable) for one in runs]} {images}"
+    log = log_tail(context, chosen) if chosen else ""
+    seen_drawn, seen_log = seen or (None, None)
+    is_same = drawn == seen_drawn
+    choices = [(one.name, one.id) for one in runs]
+    has_loss = any(one.progress.step for one in runs)
+    return (
+        "".join(map(run_card, runs)) or NOTHING,
+        gr.skip() if is_same else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
+        gr.skip() if is_same else loss_curves(context, runs),
+        gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
+        gr.skip() if is_same else gr.Gallery(value=images, visible=bool(images)),
+        gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
+        *([gr.skip()] * 3 if is_same else _buttons(run)),
+        (drawn, log),
+    )
+
+
+def _buttons(run: Run | None) -> list[Any]:
+    """Stop, Save now, Resume."""
+    if run is None:
+        return [gr.Button(interactive=False)] * 3
+    is_training = run.state == "running"
+    can = (is_training or run.state == "queued", is_training and run.progress.step > 0, run.is_resumable)
+    return [gr.Button(interactive=one) for one in can]

@@ -55,10 +55,10 @@ def kill_tree(remembered: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty when there is none, or only half of one."""
+    """The object in a file; empty when there is none, or only half of one, or it may not be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

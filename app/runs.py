@@ -5,13 +5,13 @@ Below the runs folder, `.app/` is the app's own (database, launches with their l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from app.launch import LOG_LINES, Launch, write_json
-from app.names import folder_of, private_name, run_id_of, safe_name
+from app.names import folder_of, is_run, private_name, run_id_of, run_ids, safe_name
 from app.processes import Trainers, read_json
 from app.progress import EventLog, Progress
 from app.run_settings import checked_config, near
@@ -66,7 +66,7 @@ class RunStore:
     def all(self) -> list[Run]:
         """All runs, the one that changed last first."""
         queued, labels = self._queued(), self.store.labels()
-        ids = {*self._found(), *queued, *(run_id for run_id in self._launched() if self.last_launch(run_id))}
+        ids = {*run_ids(self.folder), *queued, *(run_id for run_id in self._launched() if self.last_launch(run_id))}
         return sorted(
             (self._run(run_id, run_id in queued, labels.get(run_id, Label())) for run_id in ids),
             key=lambda run: -run.changed,
@@ -76,7 +76,7 @@ class RunStore:
         """Raises ConfigError when there is no such run."""
         folder = folder_of(self.folder, run_id)
         is_queued = run_id in self._queued()
-        if not (_is_run(folder) or is_queued or self.last_launch(run_id)):
+        if not (is_run(folder) or is_queued or self.last_launch(run_id)):
             raise ConfigError(f"there is no run {run_id!r} in the runs folder")
         return self._run(run_id, is_queued, self.store.labels().get(run_id, Label()))
 
@@ -201,8 +201,15 @@ class RunStore:
         self._relabel(run_id, note=text)
 
     def delete(self, run_id: str) -> str:
-        """Move the run into the trash; returns the key for `trash.undo`. Raises ConfigError while it runs or waits."""
+        """Move the run into the trash; returns the key for `trash.undo`.
+
+        Raises ConfigError while it runs or waits, and when other runs lie in its folder and would go with it.
+        """
         run = self.get(run_id)
+        inner = [one for one in run_ids(self.folder) if one.startswith(f"{run_id}/")]
+        if inner:
+            more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
+            raise ConfigError(f"{run.name} has other runs in its folder, {inner[0]}{more}; delete those first")
         if run.state in ("running", "queued"):
             raise ConfigError(f"{run.name} is {run.state}; stop it before you delete it")
         return self.trash.delete(run_id)
@@ -229,16 +236,6 @@ class RunStore:
             method=settings.get("method"),
             changed=max((path.stat().st_mtime for path in places if path.exists()), default=0.0),
         )
-
-    def _found(self) -> Iterator[str]:
-        """The ids of the run folders, two levels deep; what an earlier run has left in a folder is none."""
-        for folder in _folders(self.folder):
-            if _is_run(folder):
-                yield folder.name
-                continue
-            for arm in _folders(folder):
-                if _is_run(arm) and not arm.name.startswith("earlier-"):
-                    yield f"{folder.name}/{arm.name}"
 
     def _launched(self) -> list[str]:
         return [run_id_of(path.name) for path in self._launches.iterdir()] if self._launches.is_dir() else []
@@ -280,16 +277,3 @@ class RunStore:
         except FileExistsError:
             return False
         return True
-
-
-def _is_run(folder: Path) -> bool:
-    """A model's folder has a config.json too, so that alone does not make a run."""
-    run = RunDir(folder)
-    return run.config_file.is_file() and run.manifest_file.is_file()
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The folders in `folder` that are not hidden and not links out of it."""
-    return [
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and not path.is_symlink()
-    ]

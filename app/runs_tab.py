@@ -10,12 +10,15 @@ from typing import Any
 
 import gradio as gr
 
+from app.clone import clone_run
 from app.context import AppContext
+from app.dataset_tab import ensure_session
 from app.forms import ConfigForm
 from app.job_view import STATUS_CSS, told, wrong
 from app.live_view import loss_curves, method_name, run_card
 from app.lora_import import IMPORTED, Origin, import_lora_file, known_bases, origin_of
-from app.reporting import told_on_the_page
+from app.reporting import note, told_on_the_page
+from app.train_tab import TrainTab, method_choice
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 
 _HEADERS = ["Name", "State", "Method", "Steps", "MiB", "Tags", "Folder"]
@@ -115,13 +118,21 @@ def undo(context: AppContext, key: str) -> tuple[Any, ...]:
     return *refresh(context, run_id), gr.Button(visible=False)
 
 
-def clone(context: AppContext, form: ConfigForm, run_id: str | None) -> list[Any]:
-    """The run's settings in the train form, and the page's Train tab in front."""
+def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | None) -> list[Any]:
+    """The page's Train tab in front, with the run's name, method and settings, and what was made of its images."""
+    session = ensure_session(context, session)
     with told_on_the_page():
-        settings = context.runs.clone_settings(run_id or "")
-        if settings.get("method") == IMPORTED:
-            raise ConfigError(f"{run_id} was imported, not trained here, so there are no settings to clone")
-    return [gr.Tabs(selected="train"), *form.write(settings)]
+        made = clone_run(context, session, run_id or "")
+    lines = "<br>".join(map(escape, made.told))
+    text = note(f"<b>Like {escape(made.name)}.</b> Change what should be different, then start it.<br>{lines}")
+    return [
+        gr.Tabs(selected="train"),
+        session,
+        made.name,
+        method_choice(made.method),
+        text,
+        *form.write(made.settings),
+    ]
 
 
 def resume(context: AppContext, session: str, run_id: str | None) -> Any:
@@ -145,9 +156,11 @@ def build_runs_tab(
     form: ConfigForm,
     session: gr.BrowserState,
     tabs: gr.Tabs,
+    train: TrainTab,
+    look_at_images: dict[str, Any],
     shown: Callable[..., Any],
 ) -> None:
-    """`shown`: the event of the tab coming to the front."""
+    """`shown`: the event of the tab coming to the front; `look_at_images`: what shows the Dataset tab anew."""
     table = gr.Dataframe(
         headers=_HEADERS, interactive=False, type="array", label="All runs, newest first", max_height=280, buttons=[]
     )
@@ -198,7 +211,10 @@ def build_runs_tab(
     )
     drop.click(partial(delete, context), [chosen], [key, back]).success(**private)
     back.click(partial(undo, context), [key], [table, chosen, back]).success(**as_now)
-    copy.click(partial(clone, context, form), [chosen], [tabs, *form.components])
+    cloned = [tabs, session, train.name, train.method, train.told, *form.components]
+    copy.click(partial(clone, context, form), [session, chosen], cloned).success(**look_at_images).success(
+        **train.summary
+    )
     go_on.click(partial(resume, context), [session, chosen], [tabs])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from app.context import AppContext
 from app.dataset_view import training_size
 from app.estimates import estimate_disk, estimate_time, memory_of, total_steps
 from app.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
-from app.live_view import duration, log_tail, loss_curves, newest_previews, recent_runs, run_card
+from app.live_view import NOTHING, duration, live
 from app.reporting import told_on_the_page
-from app.runs import Run
 from app.store import Job
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.dataset import load_samples
@@ -33,13 +33,25 @@ _PRESET_HINT = (
     "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
     "Low memory: small GPUs. Quality: longer, with a larger LoRA."
 )
-_NOTHING = (
-    '<div class="fl-card"><b>Nothing has been trained here yet.</b><br>'
-    "Load images in the Dataset tab, choose a preset, press Start; progress and previews then show here.</div>"
-)
 _COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
 _NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve begins with the first steps of a training.</div>'
 _SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class TrainTab:
+    """What other tabs need of this one. `timer` does not tick yet; `summary`: the event that tells it anew."""
+
+    timer: gr.Timer
+    name: gr.Textbox
+    method: gr.Radio
+    told: gr.HTML
+    summary: dict[str, Any]
+
+
+def method_choice(method: str) -> str:
+    """What is to be trained, as the page calls it."""
+    return next(choice for choice, name in _METHODS.items() if name == method)
 
 
 def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
@@ -90,44 +102,6 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
 
 
-def live(context: AppContext, chosen: str | None, seen: tuple[str, str] | None) -> tuple[Any, ...]:
-    """Cards, run choice, curves, what stands for none, previews, log, the three buttons, what was shown.
-
-    Unchanged parts are left alone.
-    """
-    runs = recent_runs(context)
-    ids = [run.id for run in runs]
-    at_work = next((run.id for run in runs if run.state == "running"), ids[-1] if ids else None)
-    chosen = chosen if chosen in ids else at_work
-    run = next((run for run in runs if run.id == chosen), None)
-    images = newest_previews(context, runs)
-    drawn = f"{chosen} {[(one.id, one.progress.step, one.state, one.is_resumable) for one in runs]} {images}"
-    log = log_tail(context, chosen) if chosen else ""
-    seen_drawn, seen_log = seen or (None, None)
-    is_same = drawn == seen_drawn
-    choices = [(one.name, one.id) for one in runs]
-    has_loss = any(one.progress.step for one in runs)
-    return (
-        "".join(map(run_card, runs)) or _NOTHING,
-        gr.skip() if is_same else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
-        gr.skip() if is_same else loss_curves(context, runs),
-        gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
-        gr.skip() if is_same else gr.Gallery(value=images, visible=bool(images)),
-        gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
-        *([gr.skip()] * 3 if is_same else _buttons(run)),
-        (drawn, log),
-    )
-
-
-def _buttons(run: Run | None) -> list[Any]:
-    """Stop, Save now, Resume."""
-    if run is None:
-        return [gr.Button(interactive=False)] * 3
-    is_training = run.state == "running"
-    can = (is_training or run.state == "queued", is_training and run.progress.step > 0, run.is_resumable)
-    return [gr.Button(interactive=one) for one in can]
-
-
 def stop(context: AppContext, run_id: str | None) -> None:
     """Stop the run after its step, or take it out of the queue."""
     with told_on_the_page():
@@ -157,8 +131,8 @@ def build_train_tab(
     session: gr.BrowserState,
     load: Callable[..., Any],
     opened: Callable[..., Any],
-) -> gr.Timer:
-    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+) -> TrainTab:
+    """Build the tab into the Blocks that is open.
 
     `load`: the page's load event; `opened`: that of the tab coming to the front.
     """
@@ -175,7 +149,7 @@ def build_train_tab(
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False)
             gr.Markdown("### Progress")
-            cards = gr.HTML(_NOTHING, elem_id="live", padding=False)
+            cards = gr.HTML(NOTHING, elem_id="live", padding=False)
             chosen = gr.Radio([], label="Buttons and log are for", visible=False)
             with gr.Row():
                 buttons = [gr.Button(text, interactive=False, min_width=90) for text in ("Stop", "Save now", "Resume")]
@@ -222,7 +196,7 @@ def build_train_tab(
     buttons[0].click(partial(stop, context), [chosen], None, api_name="stop")
     buttons[1].click(partial(save_now, context), [chosen], None, api_name="save_now")
     buttons[2].click(partial(resume, context), [session, chosen], None, api_name="resume")
-    return timer
+    return TrainTab(timer, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
 
 
 def _place_first(form: ConfigForm) -> None:
@@ -266,11 +240,18 @@ def _check_images(captions: Mapping[str, str], instance_prompt: str | None) -> N
         )
 
 
+def _other_images(config: TrainConfig) -> str:
+    place = html.escape(str(config.data.instance_data_dir or config.data.dataset_name))
+    return f"the images of {place}, not those in the Dataset tab"
+
+
 def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], arms: int) -> list[str]:
     count = len(captions)
     size = training_size(config.model, config.data.resolution)
     steps = total_steps(config, count) if count else config.optim.max_train_steps
-    images = f"{count} images, captions {sum(map(bool, captions.values()))}/{count}" if count else "other images"
+    images = (
+        f"{count} images, captions {sum(map(bool, captions.values()))}/{count}" if count else _other_images(config)
+    )
     lines = [f"{images}, at {size} x {size} pixels"]
     lines.append(f"{steps or 'as many as the images need'} steps" + (" for each of LoRA and Flat-LoRA" * (arms == 2)))
     if count and steps:

@@ -27,16 +27,16 @@ def build_app(context: AppContext) -> gr.Blocks:
         gr.Markdown(_TITLE, elem_classes="fl-title")
         with gr.Tabs() as tabs:
             with gr.Tab("1 Dataset", id="dataset") as dataset:
-                build_dataset_tab(context, form, session, page.load)
+                look_at_images = build_dataset_tab(context, form, session, page.load)
             with gr.Tab("2 Train", id="train") as train:
-                train_timer = build_train_tab(context, form, session, page.load, train.select)
+                train_tab = build_train_tab(context, form, session, page.load, train.select)
             with gr.Tab("3 Compare", id="compare") as compare:
                 compare_timer = build_compare_tab(context, page.load)
             with gr.Tab("4 Flatness", id="flatness") as flatness:
                 flatness_timer = build_flatness_tab(context, page.load)
             with gr.Tab("Runs", id="runs") as runs:
-                build_runs_tab(context, form, session, tabs, runs.select)
-        timers = {train: train_timer, compare: compare_timer, flatness: flatness_timer}
+                build_runs_tab(context, form, session, tabs, train_tab, look_at_images, runs.select)
+        timers = {train: train_tab.timer, compare: compare_timer, flatness: flatness_timer}
         for tab in (dataset, train, compare, flatness, runs):
             tick = partial(_tick, [ticking is tab for ticking in timers])
             # One at a time, so that the tab that was opened last is the one that ticks.

@@ -1,50 +1,39 @@
 """Uploaded images, each session's in a private folder: `SESSION/0001.png` with its caption in `SESSION/0001.txt`.
 
-The user's own names for them are in `SESSION/names.json`, so that they outlive the page.
+The user's own names for them are in `SESSION/names.json`, so that they outlive the page; the captions that the last
+change has replaced are in `SESSION/captions_before.json`, so that it can be undone. `before/SESSION/` has the images
+that were removed or replaced all at once, for the same reason.
 The trainer gets a copy that no later edit changes: `frozen/HASH/`, the same for the same images and captions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
 
-from app.intake import Incoming, Limits, Refusal, RefusedError, copy_limited, image_suffix, plain_text, unpack
+from app.arrivals import MOST_CAPTION_LETTERS, NAMES, Arrivals, UploadResult
+from app.captioned_folder import (
+    caption_of,
+    content_of,
+    files_of,
+    images_of,
+    read_texts,
+    write_caption,
+    write_whole,
+)
+from app.intake import Limits, Refusal, plain_text, unpack
 from flatlora_diffusion.config import ConfigError
 
-MOST_CAPTION_LETTERS = 2000
-_NAMES = "names.json"
-# What cameras, phones and browsers call their files: no caption.
-_NO_WORDS = re.compile(r"(img|dsc[nf]?|pxl|mvi|images?|photo|pic|picture|screenshot|scan|download|unnamed|untitled)?")
+_BEFORE = "captions_before.json"
 _SESSION = re.compile(r"[A-Za-z0-9_-]{16,64}")
-_IMAGE = re.compile(r"\d{4,}\.(?!txt$|part$)[a-z0-9]+")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """One image that was taken. `original` is the user's own name for it, as text."""
-
-    path: Path
-    original: str
-    caption: str
-
-
-@dataclass
-class UploadResult:
-    """What was taken, and what was not and why."""
-
-    taken: list[Upload] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
 
 
 class Uploads:
@@ -81,75 +70,149 @@ class Uploads:
                         result.refused.append(item)
                     else:
                         incoming.append(item)
-            _Intake(folder, self.limits, result).run(incoming)
+            Arrivals(folder, self.limits, result).run(incoming)
         return result
 
     def images(self, session: str) -> list[Path]:
         """The session's images in the order they came."""
-        return _images(self.session_folder(session))
+        return images_of(self.session_folder(session))
 
     def captions(self, session: str) -> dict[str, str]:
         """Caption by image name (`0001.png`); empty for an image without one."""
-        return {path.name: _caption(path) for path in self.images(session)}
+        return {path.name: caption_of(path) for path in self.images(session)}
 
     def names(self, session: str) -> dict[str, str]:
         """The user's own file name by image name, in the order the images came."""
         folder = self.session_folder(session)
-        names = _names(folder)
-        return {path.name: names.get(path.name, path.name) for path in _images(folder)}
+        names = read_texts(folder / NAMES)
+        return {path.name: names.get(path.name, path.name) for path in images_of(folder)}
 
-    def save_captions(self, session: str, captions: Mapping[str, str]) -> None:
+    def save_captions(self, session: str, captions: Mapping[str, str], is_same_change: bool = False) -> None:
         """Write the captions beside their images; an empty one is removed.
+
+        All of them are one change to undo, together with those of the last call if it `is_same_change`.
 
         Raises ConfigError for an image that is not the session's, or a caption that is too long.
         """
         with self._locked(session) as folder:
-            known = {path.name: path for path in _images(folder)}
+            known = {path.name: path for path in images_of(folder)}
             texts = {name: plain_text(text) for name, text in captions.items()}
             for name, text in texts.items():
                 if name not in known:
                     raise ConfigError("the caption is of an image that is not among yours; reload the page")
                 if len(text) > MOST_CAPTION_LETTERS:
                     raise ConfigError(f"the caption of {name} has {len(text)} letters; {MOST_CAPTION_LETTERS} at most")
+            before = {name: caption_of(known[name]) for name in texts}
+            if is_same_change:
+                before |= read_texts(folder / _BEFORE)
+            if before != texts:
+                write_whole(folder / _BEFORE, json.dumps(before))
             for name, text in texts.items():
-                _write_caption(known[name], text)
+                write_caption(known[name], text)
+
+    def undo_captions(self, session: str) -> int:
+        """Bring back the captions from before the last change; how many. Another undo takes it back.
+
+        Raises ConfigError when there was no change, or all of its images are gone.
+        """
+        with self._locked(session) as folder:
+            images = {path.name: path for path in images_of(folder)}
+            before = {name: text for name, text in read_texts(folder / _BEFORE).items() if name in images}
+            if not before:
+                raise ConfigError("no caption was changed yet, so there is nothing to undo")
+            now = {name: caption_of(images[name]) for name in before}
+            write_whole(folder / _BEFORE, json.dumps(now))
+            for name, text in before.items():
+                write_caption(images[name], text)
+            return sum(now[name] != text for name, text in before.items())
 
     def remove(self, session: str, name: str) -> None:
         """Delete one image and its caption. Raises ConfigError when it is not the session's."""
         with self._locked(session) as folder:
-            path = next((path for path in _images(folder) if path.name == name), None)
+            path = next((path for path in images_of(folder) if path.name == name), None)
             if path is None:
                 raise ConfigError("that image is not among yours; reload the page")
-            _write_caption(path, "")
+            write_caption(path, "")
             path.unlink()
-            names = _names(folder)
-            names.pop(name, None)
-            _write_whole(folder / _NAMES, json.dumps(names))
+            for file in (folder / NAMES, folder / _BEFORE):  # a later image may get the same number
+                texts = read_texts(file)
+                if texts.pop(name, None) is not None:
+                    write_whole(file, json.dumps(texts))
 
     def clear(self, session: str) -> None:
-        """Delete all images of the session."""
+        """Remove all images of the session; `bring_back` undoes it."""
         with self._locked(session) as folder:
-            for path in folder.iterdir():
-                path.unlink()
+            self._set_aside(folder)
+
+    def replace(self, session: str, frozen: Path) -> int:
+        """Take a frozen copy's images and captions in place of the session's; returns how many images those were.
+
+        `bring_back` undoes it. Nothing is done when the session has the same already.
+        """
+        with self._locked(session) as folder:
+            count = len(images_of(folder))
+            if content_of(folder) == frozen.name:
+                return 0
+            self._set_aside(folder)
+            for path in frozen.iterdir():
+                shutil.copyfile(path, folder / path.name)
+            return count
+
+    def can_bring_back(self, session: str) -> bool:
+        """Whether images were removed or replaced all at once."""
+        return self._before(self.session_folder(session)).is_dir()
+
+    def bring_back(self, session: str) -> None:
+        """Exchange the session's images for those that were removed or replaced last.
+
+        Raises ConfigError when there are none.
+        """
+        with self._locked(session) as folder:
+            before = self._before(folder)
+            if not before.is_dir():
+                raise ConfigError("no images were removed, so there are none to bring back")
+            aside = before.with_name(f"{before.name}.part")
+            os.rename(before, aside)
+            os.rename(folder, before)
+            os.rename(aside, folder)
+            if not images_of(before):
+                shutil.rmtree(before)
 
     def freeze(self, session: str) -> Path:
         """A folder with the images and captions as they are now, to train on. Raises ConfigError without images."""
         with self._locked(session) as folder:
-            images = _images(folder)
-            if not images:
+            if not images_of(folder):
                 raise ConfigError("there are no images to train on; upload some first")
-            files = [*images, *sorted(folder.glob("*.txt"))]
-            content = hashlib.sha256()
-            for path in files:
-                content.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-            frozen = self.folder / "frozen" / content.hexdigest()[:16]
+            frozen = self.folder / "frozen" / content_of(folder)
             if not frozen.exists():
                 aside = frozen.with_name(f"{frozen.name}.{secrets.token_hex(4)}.part")
                 aside.mkdir(parents=True)
-                for path in files:
+                names = folder / NAMES
+                for path in [*files_of(folder), *([names] if names.exists() else [])]:
                     shutil.copyfile(path, aside / path.name)
                 _rename_new(aside, frozen)
         return frozen
+
+    def frozen_copy(self, folder: str | None) -> Path | None:
+        """The frozen copy that a training's image folder is, also when the app ran in another place then."""
+        place = Path(folder or "")
+        frozen = self.folder / "frozen" / place.name
+        return frozen if place.parent.name == "frozen" and place.name and frozen.is_dir() else None
+
+    def _before(self, folder: Path) -> Path:
+        return self.folder / "before" / folder.name
+
+    def _set_aside(self, folder: Path) -> None:
+        """Empty the folder; what it held can be brought back if there were images."""
+        if not images_of(folder):
+            for path in folder.iterdir():
+                path.unlink()
+            return
+        before = self._before(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        before.parent.mkdir(exist_ok=True)
+        os.rename(folder, before)
+        folder.mkdir()
 
     @contextmanager
     def _locked(self, session: str) -> Iterator[Path]:
@@ -158,108 +221,6 @@ class Uploads:
         locks.mkdir(exist_ok=True)
         with FileLock(locks / session):
             yield folder
-
-
-class _Intake:
-    """One upload into one folder, which is locked meanwhile."""
-
-    def __init__(self, folder: Path, limits: Limits, result: UploadResult) -> None:
-        self._folder, self._limits, self._result = folder, limits, result
-        self._aside = folder / "incoming.part"
-        present = _images(folder)
-        self._count = len(present)
-        self._next = 1 + max((int(path.stem) for path in present), default=0)
-        self._room = limits.total_bytes - sum(path.stat().st_size for path in folder.iterdir())
-
-    def run(self, incoming: Sequence[Incoming]) -> None:
-        captions: dict[tuple[str, str], str] = {}
-        places = {item.place for item in incoming if not item.is_caption}
-        try:
-            for item in (item for item in incoming if item.is_caption):
-                self._try(item, lambda item: captions.update({item.place: self._text(item, places)}))
-            for item in (item for item in incoming if not item.is_caption):
-                self._try(item, lambda item: self._take(item, captions.get(item.place)))
-        finally:
-            self._aside.unlink(missing_ok=True)
-            names = _names(self._folder) | {upload.path.name: upload.original for upload in self._result.taken}
-            if names:
-                _write_whole(self._folder / _NAMES, json.dumps(names))
-
-    def _try(self, item: Incoming, take: Callable[[Incoming], None]) -> None:
-        try:
-            take(item)
-        except RefusedError as error:
-            self._result.refused.append(Refusal(item.name, str(error)))
-
-    def _text(self, item: Incoming, places: set[tuple[str, str]]) -> str:
-        size = self._copy(item)
-        if size > self._limits.caption_bytes:
-            raise RefusedError(f"a caption of more than {self._limits.caption_bytes // 1024} KiB")
-        try:
-            text = plain_text(self._aside.read_text(encoding="utf-8-sig"))[:MOST_CAPTION_LETTERS]
-        except UnicodeDecodeError as error:
-            raise RefusedError("a caption that is not UTF-8 text; save it as UTF-8") from error
-        if item.place not in places:
-            raise RefusedError("not used, as no image of the same name came with it")
-        return text
-
-    def _take(self, item: Incoming, caption: str | None) -> None:
-        if self._count >= self._limits.images:
-            raise RefusedError(f"there are {self._count} images already; {self._limits.images} is the most")
-        self._copy(item)
-        path = self._folder / f"{self._next:04}{image_suffix(self._aside, self._limits)}"
-        text = caption or words_of(item.name)
-        os.replace(self._aside, path)
-        _write_caption(path, text)
-        self._count, self._next = self._count + 1, self._next + 1
-        self._result.taken.append(Upload(path, item.name, text))
-
-    def _copy(self, item: Incoming) -> int:
-        """The bytes count even if they are refused after, so that no upload can keep the machine unpacking."""
-        try:
-            size = copy_limited(item, self._aside, self._limits, self._room)
-        except RefusedError:
-            self._room -= self._aside.stat().st_size if self._aside.exists() else 0
-            raise
-        self._room -= size
-        return size
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if _IMAGE.fullmatch(path.name))
-
-
-def _names(folder: Path) -> dict[str, str]:
-    path = folder / _NAMES
-    names: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return names
-
-
-def _caption(image: Path) -> str:
-    path = image.with_suffix(".txt")
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _write_caption(image: Path, text: str) -> None:
-    path = image.with_suffix(".txt")
-    if not text:
-        path.unlink(missing_ok=True)
-        return
-    _write_whole(path, text)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def words_of(name: str) -> str:
-    """`alarm clock` for `alarm_clock-.png`, nothing for `IMG_2041.jpg`."""
-    stem = name.rpartition(".")[0] or name
-    words = re.sub(r"[\W_]+", " ", stem).split()
-    told = [letters for word in words if (letters := word.rstrip("0123456789"))]
-    return "" if _NO_WORDS.fullmatch(" ".join(told).lower()) else " ".join(words)
 
 
 def _rename_new(aside: Path, final: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +19,58 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 # Files that belong beside images and need no mention when they are not read as one.
 SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json", ".jsonl")
 
-Source = Path | bytes  # a file, or the encoded bytes of one
+# A shape that is thinner is no picture; just covering a square with it would need gigabytes.
+_LARGEST_RATIO = 50
 
-# What Pillow raises on damaged files (found by damaging files of each format).
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
+Source = Path | bytes  # a file, or the encoded bytes of one
 
 
 class ImageError(ConfigError):
-    """A file that cannot be read as an image; the message names it and says why."""
+    """A file that cannot be read as an image; the message names it and says why, which is also `reason`."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be read as an image: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says it is: Pillow's name of its format, and its size in pixels before it is upright."""
+
+    kind: str
+    width: int
+    height: int
 
 
 def load_image(source: Source, background: str = "white") -> Image.Image:
     """The image as an upright 8-bit sRGB picture on `background`, with no metadata left.
 
     EXIF orientation is applied, ICC profiles are converted (broken ones ignored), 16-bit gray is scaled to 8 bits,
-    transparency is composited on `background` (a colour name or hex value), animations give their first frame.
+    transparency is composited on `background` (a colour name or hex value), animations and files of several pictures
+    give their first.
     Raises ImageError for an unreadable file, ConfigError for a bad colour.
     """
     fill = _opaque_colour(background)
-    colour, alpha = _read(source)
+    with _read_errors(source):
+        colour, alpha = _decode(source)
     canvas = Image.new("RGB", colour.size, fill)
     canvas.paste(colour, mask=alpha)
     return canvas
 
 
 def load_alpha(source: Source) -> Image.Image:
-    """The upright alpha channel (mode L); all 255 for an image without one. Raises ImageError as `load_image` does."""
-    colour, alpha = _read(source)
+    """The upright alpha channel (mode L); all 255 for an image without one. Raises ImageError."""
+    with _read_errors(source):
+        colour, alpha = _decode(source)
     return Image.new("L", colour.size, 255) if alpha is None else alpha
+
+
+def read_header(source: Source) -> Header:
+    """Format and size, without decoding a pixel. Raises ImageError."""
+    with _read_errors(source), _open(source) as file:
+        # A JPEG of several pictures has its own name in Pillow; what is read of it, and what other tools see, is JPEG.
+        kind = "JPEG" if file.format == "MPO" else str(file.format)
+        return Header(kind, file.width, file.height)
 
 
 def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -66,9 +92,10 @@ def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         if path.suffix.lower() in SIDECAR_SUFFIXES:
             continue
         try:
-            _decode(path)
-        except _READ_ERRORS as error:
-            skipped.append((path.name, _reason(error)))
+            with _read_errors(path):
+                _decode(path)
+        except ImageError as error:
+            skipped.append((path.name, error.reason))
         else:
             images.append(path)
     return images, skipped
@@ -86,20 +113,30 @@ def _opaque_colour(background: str) -> tuple[int, ...]:
     return colour
 
 
-def _read(source: Source) -> tuple[Image.Image, Image.Image | None]:
+@contextmanager
+def _read_errors(source: Source) -> Iterator[None]:
+    """Raise an ImageError for whatever a damaged file makes Pillow raise."""
     try:
-        return _decode(source)
-    except _READ_ERRORS as error:
+        yield
+    except Exception as error:  # its parsers raise what they stumble over, ValueError and TypeError included
         name = source.name if isinstance(source, Path) else "an image of the dataset"
-        raise ImageError(f"{name} cannot be read as an image: {_reason(error)}") from error
+        raise ImageError(name, _reason(error)) from error
+
+
+def _open(source: Source) -> Image.Image:
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS)
 
 
 def _decode(source: Source) -> tuple[Image.Image, Image.Image | None]:
-    """The upright sRGB colours (mode RGB) and the alpha channel (mode L), if any. Raises one of _READ_ERRORS."""
-    with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as file:
+    """The upright sRGB colours (mode RGB) and the alpha channel (mode L), if any. Raises as Pillow does."""
+    with _open(source) as file:
         limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns between this and twice this
         if limit is not None and file.width * file.height > limit:
             raise ValueError(f"{file.width} x {file.height} pixels, more than the limit of {limit}; make it smaller")
+        if max(file.size) > _LARGEST_RATIO * min(file.size):
+            raise ValueError(
+                f"{file.width} x {file.height} pixels, one side more than {_LARGEST_RATIO} times the other; crop it"
+            )
         image = ImageOps.exif_transpose(file)
     colour, alpha = _split_alpha(_to_8_bits(image))
     return _to_srgb(colour, image.info.get("icc_profile")), alpha
@@ -151,4 +188,9 @@ def _reason(error: Exception) -> str:
         return "not in an image format that is supported"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than twice the limit of {Image.MAX_IMAGE_PIXELS} pixels; make it smaller"
+    text = " ".join(str(error).split())
+    if "MAX_TEXT_" in text:  # Pillow's guard against texts that unpack to gigabytes
+        return "it carries a text that unpacks to more than a megabyte; save it again without metadata"
+    return text or type(error).__name__

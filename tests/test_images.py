@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from PIL import Image, ImageCms
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.images import ImageError, find_images, load_image
+from flatlora_diffusion.images import ImageError, find_images, load_alpha, load_image, read_header
 from flatlora_diffusion.views import crop_and_flip
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -222,7 +225,10 @@ def test_postscript_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("width", "reason"), [(15, "15 x 10 pixels, more than the limit of 100"), (50, "bomb")])
+@pytest.mark.parametrize(
+    ("width", "reason"),
+    [(15, "15 x 10 pixels, more than the limit of 100"), (50, "more than twice the limit of 100 pixels")],
+)
 def test_pillows_pixel_limit_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, reason: str
 ) -> None:
@@ -230,6 +236,53 @@ def test_pillows_pixel_limit_is_an_error(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=f"^huge.png cannot be read as an image: .*{reason}"):
         load_image(path)
+
+
+def png_with_chunk(kind: bytes, data: bytes) -> bytes:
+    """A small PNG with one more chunk after its header."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return buffer.getvalue()[:33] + chunk + buffer.getvalue()[33:]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            png_with_chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(2**21))),
+            "a text that unpacks to more than a mega",
+        ),
+        (b"P6 12\xb03456789012 8 255\n", "Token too long in file header"),
+        (b"P6 x 8 255\n", "invalid literal for int"),
+        (b"P6 0 8 255\n", ""),
+        (b"GIF89a\0\0\0\0\0\0\0;", ""),
+        (b"BM" + bytes(60), ""),
+    ],
+    ids=["text", "token", "number", "zero", "gif-zero", "bmp-zero"],
+)
+def test_whatever_pillow_raises_is_one_sentence_about_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "odd.bin"
+    path.write_bytes(content)
+    for read in (load_image, load_alpha, read_header):
+        with pytest.raises(ImageError, match=rf"^odd.bin cannot be read as an image: [^\n]*{reason}[^\n]*$"):
+            read(path)
+    assert find_images(tmp_path)[0] == []
+
+
+def test_an_image_that_is_hardly_more_than_a_line_is_refused_before_it_is_enlarged(tmp_path: Path) -> None:
+    path = save(Image.new("L", (1, 60_000)), tmp_path / "line.png")
+    with pytest.raises(ImageError, match="1 x 60000 pixels, one side more than 50 times the other; crop it"):
+        load_image(path)
+    assert load_image(save(Image.new("L", (2, 100)), tmp_path / "thin.png")).size == (2, 100)
+
+
+def test_a_file_of_several_pictures_gives_the_first(tmp_path: Path) -> None:
+    second = Image.new("RGB", (8, 8), BLUE)
+    path = save(Image.new("RGB", (8, 8), RED), tmp_path / "two.mpo", save_all=True, append_images=[second])
+    assert Image.open(path).format == "MPO"
+    assert is_near(colour_at(path), RED)
+    assert read_header(path).kind == "JPEG"
 
 
 # Which files of a folder are images

@@ -6,23 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
+import pandas as pd
 import pytest
 from PIL import Image
 
-from app.captioning import caption_all, caption_by_model, empty_captions, use_trigger
-from app.context import AppContext, make_context
-from app.dataset_tab import (
-    ask,
-    choose,
-    clear,
-    confirmed,
-    load_samples_icons,
-    remove_one,
-    show,
-    upload,
+from app.captioning import (
+    HEADERS,
+    caption_all,
+    caption_by_model,
+    empty_captions,
+    save_captions,
+    undo_captions,
+    use_trigger,
 )
+from app.context import AppContext, make_context
+from app.dataset_tab import load_samples_icons, show, upload
 from app.dataset_view import Framing, fill_captions, look_at, training_size
 from app.forms import preset_settings
+from app.removal import ask, choose, clear, confirmed, remove_one
 from app.settings import AppSettings
 from app.thumbnails import Thumbnails, as_trained
 from flatlora_diffusion.config import ModelConfig
@@ -59,6 +60,24 @@ def test_names_outlive_the_page_and_go_with_their_image(context: AppContext, tmp
         remove_one(again, session, "0001.png")
     clear(again, session)
     assert again.uploads.names(session) == {}
+
+
+def test_a_drop_of_good_and_bad_files_shows_the_good_ones_and_empties_the_drop_zone(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
+) -> None:
+    second = Image.new("RGB", (64, 64), "blue")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[second])
+    (tmp_path / "<b>odd.ppm").write_bytes(b"P6 x 8 255\n")
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "fox.png")
+    names = ("two.jpg", "<b>odd.ppm", "fox.png")
+    session, drop, told, _ = upload(context, "", [str(tmp_path / name) for name in names])
+    assert drop is None
+    assert "<li>&lt;b&gt;odd.ppm: invalid literal for int" in told
+    pictures, rows, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
+    assert [row[1] for row in rows] == ["two.jpg", "fox.png"]
+    assert [one.getpixel((5, 5))[0] > 200 for one, _ in pictures] == [True, False]
+    session, drop, told, _ = upload(context, "no session", [str(tmp_path / "fox.png")])
+    assert (drop, "reload the page" in told) == (None, True)
 
 
 def test_samples_do_not_take_the_place_of_the_users_images(context: AppContext, tmp_path: Path) -> None:
@@ -162,6 +181,87 @@ def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_
         caption(session, str(tmp_path / "nothing"))
     assert "\n" not in str(told.value)
     assert context.uploads.captions(session) == {"0001.png": ""}
+
+
+def test_no_table_but_the_one_that_was_shown_changes_a_caption(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
+) -> None:
+    session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
+    caption_all(context, session, "TOK")
+    before = context.uploads.captions(session)
+    _, rows, _, shown, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
+    table = pd.DataFrame(rows, columns=HEADERS)
+    names = context.uploads.names(session)
+    spoilt = {
+        "deleted caption column": table.drop(columns="Caption"),
+        "deleted file column": table.drop(columns="File"),
+        "column at the left": pd.concat([pd.DataFrame({"Header 5": ["", ""]}), table], axis=1),
+        "column at the right": table.assign(**{"Header 5": ""}),
+        "renamed column": table.rename(columns={"Caption": "Text"}),
+        "reordered columns": table[["Image", "File", "Notes", "Caption"]],
+        "reordered below the headers": table[["Image", "File", "Notes", "Caption"]].set_axis(HEADERS, axis=1)[
+            ["File", "Image", "Caption", "Notes"]
+        ],
+        "deleted row": table.iloc[1:],
+        "added row": pd.concat([table, pd.DataFrame([["", "", "", ""]], columns=HEADERS)]),
+        "row twice": pd.concat([table, table.iloc[1:]]),
+        "another image": table.assign(Image=["0001.png", "0003.png"]),
+        "exchanged images": table.assign(Image=["0002.png", "0001.png"]),
+        "another file": table.assign(File=list(names)),
+        "numbers": table.assign(Caption=[1.5, 2.5]),
+        "nothing": table.iloc[:0],
+    }
+    for how, one in spoilt.items():
+        with pytest.raises(gr.Error, match=r"^'only captions can be changed in the table"):
+            save_captions(context, session, shown, one)
+        assert context.uploads.captions(session) == before, how
+    edited = table.iloc[::-1].assign(Caption=["an owl", None], Notes="mine")
+    told, shown = save_captions(context, session, shown, edited)
+    assert context.uploads.captions(session) == {"0001.png": "", "0002.png": "an owl"}
+    assert "2 images, captions 1/2" in told
+    assert [row[2] for row in shown] == ["", "an owl"]
+
+
+def test_only_what_was_changed_in_the_table_is_written(
+    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
+) -> None:
+    session = session_of(context, tmp_path / "in", ("IMG_1.png", (64, 64)), ("IMG_2.png", (64, 64)))
+    _, rows, _, shown, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
+    context.uploads.save_captions(session, {"0002.png": "by a model meanwhile"})
+    table = pd.DataFrame(rows, columns=HEADERS).assign(Caption=["mine", ""])
+    _, shown = save_captions(context, session, shown, table)
+    assert context.uploads.captions(session) == {"0001.png": "mine", "0002.png": "by a model meanwhile"}
+    save_captions(context, session, shown, table.assign(Caption=["", ""]))
+    assert context.uploads.captions(session)["0001.png"] == ""
+
+
+def test_the_last_change_of_captions_can_be_undone_and_done_again(context: AppContext, tmp_path: Path) -> None:
+    with pytest.raises(gr.Error, match="no captions to bring back"):
+        undo_captions(context, "")
+    files = [(f"IMG_{number}.png", (64, 64)) for number in range(6)]
+    session = session_of(context, tmp_path / "in", *files)
+    with pytest.raises(gr.Error, match="no caption was changed yet"):
+        undo_captions(context, session)
+    written = {f"000{number}.png": f"caption {number}" for number in range(1, 7)}
+    context.uploads.save_captions(session, written)
+    empty_captions(context, session)
+    empty_captions(context, session)  # changes nothing, so it is no step
+    assert "6 captions are as before" in undo_captions(context, session)
+    assert context.uploads.captions(session) == written
+    undo_captions(context, session)
+    assert not any(context.uploads.captions(session).values())
+
+    def captioner(images: Sequence[Image.Image]) -> list[str]:
+        return ["a fox"] * len(images)
+
+    context.uploads.save_captions(session, {"0001.png": "mine"})
+    fill_captions(context.uploads, session, captioner, "", lambda done, of: None)
+    context.uploads.remove(session, "0003.png")
+    assert "4 captions are as before" in undo_captions(context, session)
+    assert [text for text in context.uploads.captions(session).values() if text] == ["mine"]
+    context.uploads.clear(session)
+    with pytest.raises(gr.Error, match="no caption was changed yet"):
+        undo_captions(context, session)
 
 
 def test_captions_of_file_names_leave_what_the_user_has_written(context: AppContext, tmp_path: Path) -> None:

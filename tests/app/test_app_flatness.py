@@ -12,6 +12,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from app.comparison import finished_arms, newest_pair
 from app.context import make_context
 from app.flatness_tab import measure, refresh, show
 from app.flatness_view import QUICK, FlatnessView
@@ -50,6 +51,18 @@ def run_queue(view: FlatnessView) -> list[str]:
 def change_config(view: FlatnessView, run_id: str, **values: object) -> None:
     file = view.context.runs.get(run_id).folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def test_runs_of_a_comparison_are_a_pair_to_measure_and_to_compare(view: FlatnessView) -> None:
+    folder = view.context.runs.folder
+    nested = ["demo/lora/seed-0", "demo/flat-lora/seed-0"]
+    for name, run_id in zip(PAIR, nested, strict=True):
+        (folder / run_id).parent.mkdir(parents=True)
+        (folder / name).rename(folder / run_id)
+    assert view.newest() == nested
+    assert newest_pair(view.context, finished_arms(view.context)) == nested
+    job = view.measure(nested, QUICK, "me")
+    assert [str(folder / run_id) for run_id in nested] == list(job.settings)[2:4]
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_the_runs_tab_shows_where_it_comes_from_and_offers_no_training(
     assert "from Soft clay.safetensors" in shown[0]
     assert [shown[-2].interactive, shown[-1].interactive] == [False, False]
     with pytest.raises(Exception, match="Soft-clay was imported, not trained"):
-        clone(context, ConfigForm(), run_id)
+        clone(context, ConfigForm(), "", run_id)
     origin = origin_of(context.runs.get(run_id).folder)
     assert origin is not None
     assert origin.layers > 0

@@ -14,9 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
+from app.comparison import _pair_by_name
 from app.processes import identity, is_alive, kill_tree, read_json
 from app.runs import Run, RunStore
-from flatlora_diffusion.config import ConfigError
+from app.settings import AppSettings
+from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
+from flatlora_diffusion.experiment import null_arms, parse_arm, plan
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
@@ -292,7 +295,23 @@ def test_a_recycled_process_number_is_not_taken_for_the_trainer() -> None:
 
 @pytest.mark.parametrize(
     "run_id",
-    ["", ".", "..", "../x", "a/../../x", "/etc", "a/b/c", "a//b", "a\\b", "C:x", "a\x00", ".app", ".trash/x", "x/.."],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/../../x",
+        "/etc",
+        "a/b/../c",
+        "a/" * 8 + "a",
+        "a//b",
+        "a\\b",
+        "C:x",
+        "a\x00",
+        ".app",
+        ".trash/x",
+        "x/..",
+    ],
 )
 def test_a_run_name_never_leaves_the_runs_folder(runs: RunStore, run_id: str) -> None:
     made_by_hand(runs, "../x")
@@ -308,9 +327,68 @@ def test_a_link_out_of_the_runs_folder_is_no_run(runs: RunStore, tmp_path: Path)
     outside = RunStore(tmp_path / "outside")
     made_by_hand(outside, "secret")
     (runs.folder / "link").symlink_to(outside.folder / "secret", target_is_directory=True)
+    (runs.folder / "a" / "b").mkdir(parents=True)
+    (runs.folder / "a" / "b" / "out").symlink_to(outside.folder, target_is_directory=True)
+    (runs.folder / "a" / "b" / "loop").symlink_to(runs.folder, target_is_directory=True)
     assert runs.all() == []
-    with pytest.raises(ConfigError, match="is not the name of a run"):
-        runs.get("link")
+    for run_id in ("link", "a/b/out/secret"):
+        for call in (runs.get, runs.delete, runs.settings, runs.exports, runs.size):
+            with pytest.raises(ConfigError, match="is not the name of a run"):
+                call(run_id)
+    assert (outside.folder / "secret" / "config.json").is_file()
+
+
+def test_the_runs_of_make_demo_are_listed_where_the_app_looks(runs: RunStore) -> None:
+    preset = TrainConfig.from_dict(read_json(preset_file("demo")))
+    default = Path(AppSettings().runs_dir)
+    arms = [parse_arm("lora"), parse_arm("flat-lora"), *null_arms(0)]
+    ids = [planned.run.folder.relative_to(default).as_posix() for planned in plan(preset, arms, [0], 4)]
+    assert ids[:2] == ["demo/lora/seed-0", "demo/flat-lora/seed-0"]
+    for run_id in ids:
+        made_by_hand(runs, run_id, step(9))
+        (runs.folder / run_id).with_suffix(".json").write_text("{}")
+    assert {run.id for run in runs.all()} == set(ids)
+    assert _pair_by_name(ids[1]) == _pair_by_name(ids[0]) == ids[:2]
+    runs.rename(ids[0], "first")
+    runs.note(ids[0], "mine")
+    assert (runs.get(ids[0]).name, runs.size(ids[0]) > 0, len(runs.losses(ids[0]))) == ("first", True, 1)
+    key = runs.delete(ids[0])
+    assert {run.id for run in runs.all()} == set(ids[1:])
+    assert runs.trash.undo(key) == ids[0]
+    assert runs.get(ids[0]).label.note == "mine"
+
+
+def test_runs_are_found_at_any_depth_and_inside_of_others(runs: RunStore) -> None:
+    deep = "/".join("abcdefgh")
+    for run_id in ("demo", "demo/lora/seed-0", "sweeps/2026/rank 8/lora/seed-1", deep):
+        made_by_hand(runs, run_id)
+    hidden = (
+        f"{deep}/i",
+        "demo/earlier-1",
+        "demo/images/x",
+        "demo/checkpoint-4/x",
+        ".cache/x",
+        "x/.y/z",
+        "a:b",
+        "x" * 241,
+    )
+    for run_id in hidden:
+        made_by_hand(runs, run_id)
+    assert {run.id for run in runs.all()} == {"demo", "demo/lora/seed-0", "sweeps/2026/rank 8/lora/seed-1", deep}
+    with pytest.raises(ConfigError, match="demo has other runs in its folder, demo/lora/seed-0; delete those first"):
+        runs.delete("demo")
+    runs.delete("demo/lora/seed-0")
+    runs.delete("demo")
+    assert not (runs.folder / "demo").exists()
+
+
+def test_looking_for_runs_ends_in_a_folder_without_end(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.names._MOST_FOLDERS", 20)
+    for number in range(50):
+        (runs.folder / "data" / f"{number}" / "more").mkdir(parents=True)
+    made_by_hand(runs, "zz")
+    made_by_hand(runs, "zz/lora")
+    assert {run.id for run in runs.all()} == {"zz", "zz/lora"}
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "con", "a\x00b", "...", "", " ", "x" * 300, ".app"])

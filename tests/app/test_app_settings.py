@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from app.__main__ import main
 from app.estimates import estimate_disk, estimate_time, free_gpu_bytes, memory_of, total_steps
 from app.runs import RunStore
 from app.settings import AppSettings, parse_settings
@@ -43,6 +44,30 @@ def test_the_app_listens_to_this_computer_only() -> None:
 def test_an_app_open_to_others_without_a_login_is_refused(arguments: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         parse_settings(arguments, {})
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("file", "is a file; give a folder with --runs_dir"),
+        ("file/runs", "cannot be made or written to (Not a directory); give a folder with --runs_dir"),
+        ("blocked", "cannot be made or written to (File exists); give a folder with --runs_dir"),
+        ("spoilt", "has an .app/app.db that cannot be used (file is not a database); move that file away"),
+    ],
+)
+def test_a_runs_folder_that_cannot_be_one_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, sentence: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / ".app").write_text("mine")
+    (tmp_path / "spoilt" / ".app").mkdir(parents=True)
+    (tmp_path / "spoilt" / ".app" / "app.db").write_text("mine" * 1000)
+    assert main(["--runs_dir", str(tmp_path / place)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: runs_dir={str(tmp_path / place)!r} {sentence}"), told
+    assert told.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_login_comes_from_a_flag_or_the_environment_and_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_before_the_first_step_a_sentence_stands_for_the_curve(context: AppConte
     cards, _, curves, no_loss, previews, log, *_ = live(context, None, None)
     assert "Nothing has been trained here yet" in cards
     assert (curves.visible, no_loss.visible, previews.visible, log.visible) == (False, False, False, False)
-    session, _ = load_samples_icons(context, "")
+    session, _, *_ = load_samples_icons(context, "")
     form = ConfigForm()
     start(context, form, session, "two", BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
     _, chosen, curves, no_loss, *rest, seen = live(context, None, None)
@@ -97,7 +97,7 @@ def test_a_preset_puts_a_wrong_value_right_and_keeps_what_is_the_users(context: 
 
 
 def test_a_second_start_of_the_same_is_told_and_queues_nothing(context: AppContext) -> None:
-    session, _ = load_samples_icons(context, "")
+    session, _, *_ = load_samples_icons(context, "")
     form = ConfigForm()
     values = form.write({"max_train_steps": 2, "report_to": "none"})
     for method, count in ((BOTH, 2), (PLAIN, 3)):
@@ -111,7 +111,7 @@ def test_a_second_start_of_the_same_is_told_and_queues_nothing(context: AppConte
 
 
 def test_images_without_a_caption_are_told_before_the_start(context: AppContext) -> None:
-    session, _ = load_samples_icons(context, "")
+    session, _, *_ = load_samples_icons(context, "")
     empty_captions(context, session)
     form = ConfigForm()
     values = form.write({"max_train_steps": 46, "report_to": "none"})

@@ -28,10 +28,10 @@ def thumbnails(tmp_path: Path) -> Thumbnails:
 
 
 def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext, thumbnails: Thumbnails) -> None:
-    session, refused = load_samples_icons(context, "")
+    session, refused, *_ = load_samples_icons(context, "")
     caption_all(context, session, "ABC")
-    pictures, rows, count, order, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "")
-    assert order == [f"{number:04}.png" for number in range(1, 24)]
+    pictures, rows, count, shown, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "")
+    assert [row[0] for row in shown] == [f"{number:04}.png" for number in range(1, 24)]
     assert (len(pictures), pictures[0][0].size, refused) == (23, (64, 64), "")
     assert rows[0][2] == "a ABC icon of beer mug, in the style of ABC"
     assert "captions 23/23" in count

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import random
+import shutil
 import stat
 import struct
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from app.intake import Limits
-from app.uploads import UploadResult, Uploads
+from app.arrivals import UploadResult
+from app.dataset_view import Framing, look_at
+from app.intake import SUFFIXES, Limits
+from app.thumbnails import Thumbnails
+from app.uploads import Uploads
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.dataset import load_samples
+from flatlora_diffusion.images import FORMATS, load_image
 
 
 @pytest.fixture
@@ -90,14 +98,15 @@ def test_captions_are_edited_in_place(uploads: Uploads, tmp_path: Path) -> None:
     add(uploads, session, tmp_path, ("a.png", png()), ("b.png", png("blue")))
     uploads.save_captions(session, {"0001.png": " a new\n\x00one ", "0002.png": ""})
     assert uploads.captions(session) == {"0001.png": "a new one", "0002.png": ""}
-    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt", "0002.png", "names.json"}
+    kept = {"0002.png", "names.json", "captions_before.json"}
+    assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt"} | kept
     for name in ("../0001.png", "0003.png", "0001.txt", "/etc/passwd"):
         with pytest.raises(ConfigError, match="not among yours"):
             uploads.save_captions(session, {name: "x"})
     with pytest.raises(ConfigError, match="2001 letters; 2000 at most"):
         uploads.save_captions(session, {"0001.png": "x" * 2001})
     uploads.remove(session, "0001.png")
-    assert everything_in(uploads.session_folder(session)) == {"0002.png", "names.json"}
+    assert everything_in(uploads.session_folder(session)) == kept
 
 
 def test_what_is_trained_on_does_not_change_with_later_edits(uploads: Uploads, tmp_path: Path) -> None:
@@ -144,7 +153,110 @@ def test_a_huge_png_is_refused_before_it_is_decoded(uploads: Uploads, tmp_path: 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"not even pixels") + chunk(b"IEND", b"")
     result = add(uploads, uploads.new_session(), tmp_path, ("bomb.png", bomb))
+    assert [refusal.reason for refusal in result.refused] == [
+        "more than twice the limit of 89478485 pixels; make it smaller"
+    ]
+    large = header[:8].replace(struct.pack(">II", 20_000, 20_000), struct.pack(">II", 8_000, 8_000)) + header[8:]
+    bomb = bomb.replace(chunk(b"IHDR", header), chunk(b"IHDR", large))
+    result = add(uploads, uploads.new_session(), tmp_path, ("large.png", bomb))
     assert [refusal.reason for refusal in result.refused] == ["more than 50 million pixels; make it smaller"]
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.copy().save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_a_second(image: Image.Image, kind: str) -> bytes:
+    return encoded(image, kind, save_all=True, append_images=[Image.new("RGB", image.size)])
+
+
+def test_every_format_and_mode_is_taken_with_its_suffix(uploads: Uploads, tmp_path: Path) -> None:
+    assert set(SUFFIXES) == set(FORMATS)
+    colours = Image.effect_noise((16, 16), 50).convert("RGB")
+    session = uploads.new_session()
+    files = {
+        "several.jpg": with_a_second(colours, "MPO"),
+        "animated.gif": with_a_second(colours, "GIF"),
+        "animated.webp": with_a_second(colours, "WEBP"),
+        "animated.png": with_a_second(colours, "PNG"),
+        "pages.tif": with_a_second(colours, "TIFF"),
+        "print.jpg": encoded(colours.convert("CMYK"), "JPEG"),
+        "print.tif": encoded(colours.convert("CMYK"), "TIFF"),
+        "deep.png": encoded(colours.convert("I;16"), "PNG"),
+        "deep.tif": encoded(colours.convert("I;16"), "TIFF"),
+        "palette.png": encoded(colours.convert("P"), "PNG"),
+        "two colours.bmp": encoded(colours.convert("1"), "BMP"),
+        "grey.pgm": encoded(colours.convert("L"), "PPM"),
+        "half.jp2": encoded(colours.convert("LA"), "JPEG2000"),
+        "icon.ico": encoded(colours, "ICO", sizes=[(16, 16)]),
+    }
+    result = add(uploads, session, tmp_path, *files.items())
+    assert result.refused == []
+    suffixes = [upload.path.suffix for upload in result.taken]
+    assert suffixes == [{".pgm": ".ppm"}.get(Path(name).suffix, Path(name).suffix) for name in files]
+    assert all(load_image(upload.path).size == (16, 16) for upload in result.taken)
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """`content` with some bytes exchanged, or cut off, or with a piece of itself twice."""
+    how, spoilt = draw.random(), bytearray(content)
+    if how < 0.15:
+        return content[: draw.randrange(len(content))]
+    if how < 0.3:
+        place = draw.randrange(len(content))
+        return content[:place] + content[max(0, place - 50) :]
+    reach = min(40, len(content)) if how < 0.7 else len(content)  # most damage is done in the header
+    for _ in range(draw.choice((1, 2, 4, 16))):
+        spoilt[draw.randrange(reach)] = draw.randrange(256)
+    return bytes(spoilt)
+
+
+@pytest.mark.filterwarnings("ignore:::PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF"])
+def test_no_damaged_image_ends_an_upload(uploads: Uploads, tmp_path: Path, kind: str) -> None:
+    draw = random.Random(kind)
+    picture = Image.effect_noise((16, 12), 50)
+    modes = (
+        "L",
+        "1",
+        "RGB",
+        *{"PNG": ("P", "RGBA", "I;16"), "JPEG": ("CMYK",), "TIFF": ("I;16", "RGBA")}.get(kind, ()),
+    )
+    contents = [encoded(picture.convert(mode), kind) for mode in modes]
+    files = [(f"{number}.bin", mutated(draw.choice(contents), draw)) for number in range(60)]
+    session = uploads.new_session()
+    result = add(uploads, session, tmp_path, *files, ("good.png", png()))
+    assert {refusal.name for refusal in result.refused} <= {name for name, _ in files}
+    assert all(refusal.reason and "\n" not in refusal.reason for refusal in result.refused)
+    assert len(result.taken) + len(result.refused) == 61
+    assert result.taken[-1].original == "good.png"
+    assert len(result.refused) >= 10
+    framed = look_at(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 16))
+    assert len(framed.pictures) == len(result.taken)
+
+
+def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "good.png").write_bytes(png())
+    session = uploads.new_session()
+    result = uploads.add(session, [("gone.png", tmp_path / "gone.png"), ("good.png", tmp_path / "good.png")])
+    assert [(one.name, one.reason) for one in result.refused] == [
+        ("gone.png", "it cannot be read: No such file or directory")
+    ]
+    assert len(result.taken) == 1
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "0002.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        shutil.move(source, target)
+
+    monkeypatch.setattr("app.arrivals.os.replace", replace)
+    result = uploads.add(session, [("full.png", tmp_path / "good.png")])
+    assert [one.reason for one in result.refused] == ["it cannot be kept: No space left on device"]
+    assert uploads.names(session) == {"0001.png": "good.png"}
 
 
 def test_no_member_of_a_zip_leaves_it(uploads: Uploads, tmp_path: Path) -> None:

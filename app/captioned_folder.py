@@ -1,0 +1,57 @@
+"""One folder of uploaded images, `0001.png` with its caption in `0001.txt`: how it is read and written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+_IMAGE = re.compile(r"\d{4,}\.(?!txt$|part$)[a-z0-9]+")
+
+
+def images_of(folder: Path) -> list[Path]:
+    """The images in the order they came."""
+    return sorted(path for path in folder.iterdir() if _IMAGE.fullmatch(path.name))
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Texts by image name; none without the file."""
+    texts: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return texts
+
+
+def caption_of(image: Path) -> str:
+    """Empty for an image without one."""
+    path = image.with_suffix(".txt")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def write_caption(image: Path, text: str) -> None:
+    """An empty one is removed."""
+    path = image.with_suffix(".txt")
+    if not text:
+        path.unlink(missing_ok=True)
+        return
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the whole file or none of it."""
+    aside = path.with_suffix(".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def content_of(folder: Path) -> str:
+    """A hash of the images and captions, the same for the same."""
+    content = hashlib.sha256()
+    for path in files_of(folder):
+        content.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return content.hexdigest()[:16]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The images and captions."""
+    return [*images_of(folder), *sorted(folder.glob("*.txt"))]

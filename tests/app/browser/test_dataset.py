@@ -1,0 +1,92 @@
+"""The Dataset tab as a person uses it: captions that nothing overwrites, drops that no bad file spoils."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator, expect
+
+from benchmarks.app_driver import PATIENCE, AppPage
+from flatlora_diffusion.config import SAMPLES
+
+pytestmark = pytest.mark.slow
+
+
+def drop(page: AppPage, *files: Path) -> None:
+    page.page.locator("#drop input[type=file]").set_input_files(files)
+
+
+def cell(page: AppPage, text: str) -> Locator:
+    return page.page.locator("#captions").get_by_role("gridcell", name=text, exact=True)
+
+
+def count(page: AppPage, text: str) -> None:
+    expect(page.page.locator("#caption-count")).to_contain_text(text, timeout=PATIENCE)
+
+
+def test_a_drop_with_a_bad_file_shows_the_good_ones_and_the_next_drop_works(page: AppPage, tmp_path: Path) -> None:
+    second = Image.new("RGB", (64, 64), "blue")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[second])
+    (tmp_path / "odd.ppm").write_bytes(b"P6 x 8 255\n")
+    drop(page, tmp_path / "two.jpg", tmp_path / "odd.ppm")
+    count(page, "1 images")
+    expect(page.page.get_by_text("odd.ppm: invalid literal for int")).to_be_visible()
+    drop(page, SAMPLES / "icons_3d" / "beer-mug.png")
+    count(page, "2 images")
+    expect(page.page.get_by_text("odd.ppm")).to_have_count(0)
+
+
+def test_the_caption_table_changes_captions_only_and_the_last_change_is_undone(page: AppPage, tmp_path: Path) -> None:
+    for name in ("fox.png", "owl.png"):
+        Image.effect_noise((64, 64), 50).save(tmp_path / name)
+    drop(page, tmp_path / "fox.png", tmp_path / "owl.png")
+    count(page, "captions 2/2")
+    cell(page, "owl").click(button="right")
+    for action in ("Add row", "Delete row", "Add column", "Delete column"):
+        expect(page.page.get_by_text(action)).to_have_count(0)
+    cell(page, "fox").dblclick()
+    page.page.keyboard.press("Control+A")
+    page.page.keyboard.type("12")
+    page.page.keyboard.press("Enter")
+    count(page, "captions 2/2, saved")
+    page.page.reload()
+    expect(cell(page, "12")).to_be_visible(timeout=PATIENCE)
+    page.button("Undo the last change of captions").click()
+    expect(cell(page, "fox")).to_be_visible(timeout=PATIENCE)
+    expect(cell(page, "12")).to_have_count(0)
+
+
+def test_a_clone_has_the_runs_name_method_and_images_and_takes_new_ones(page: AppPage, tmp_path: Path) -> None:
+    for name in ("fox.png", "owl.png"):
+        Image.effect_noise((64, 64), 50).save(tmp_path / name)
+    drop(page, tmp_path / "fox.png")
+    count(page, "1 images")
+    page.start_training("source", "LoRA", 2)
+    page.wait_for_state("source", "finished")
+    page.show_tab("1 Dataset")
+    page.button("Remove all images").click()
+    page.button("Yes, remove all images").click()
+    expect(page.button("Bring back the images from before")).to_be_visible(timeout=PATIENCE)
+    page.load_samples()
+    page.show_tab("2 Train")
+    page.fill(Name="other")
+    page.page.get_by_role("radio", name="Flat-LoRA", exact=True).check()
+
+    page.show_tab("Runs")
+    expect(page.button("Clone settings")).to_be_enabled(timeout=PATIENCE)
+    page.button("Clone settings").click()
+    expect(page.page.get_by_text("are in the Dataset tab now in place of 23")).to_be_visible(timeout=PATIENCE)
+    expect(page.box("Name")).to_have_value("source")
+    expect(page.page.get_by_role("radio", name="LoRA", exact=True)).to_be_checked()
+    expect(page.page.locator("#summary")).to_contain_text("1 images, captions 1/1", timeout=PATIENCE)
+    page.show_tab("1 Dataset")
+    expect(cell(page, "fox.png")).to_be_visible(timeout=PATIENCE)
+    drop(page, tmp_path / "owl.png")
+    count(page, "2 images")
+    page.show_tab("2 Train")
+    expect(page.page.locator("#summary")).to_contain_text("2 images, captions 2/2", timeout=PATIENCE)
+    page.show_tab("1 Dataset")
+    page.button("Bring back the images from before").click()
+    count(page, "23 images")
