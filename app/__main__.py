@@ -5,14 +5,36 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from app.settings import AppSettings, parse_settings
 from flatlora_diffusion.config import ConfigError
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
-def launch_options(settings: AppSettings) -> dict[str, Any]:
+    from app.guard import Guard
+
+_LOGIN_TEXT = "After five wrong passwords the login waits for up to a quarter of an hour."
+
+
+def make_guard(settings: AppSettings) -> Guard:
+    """The guard of an app with `settings`."""
+    from gradio.utils import get_upload_folder  # where Gradio keeps what it serves on its own
+
+    from app.guard import Guard
+
+    served = [*settings.served, get_upload_folder()]
+    guard = Guard(settings.own_names, list(map(Path, served)), list(map(Path, settings.private)))
+    for host in settings.allowed_host:
+        guard.admit(host)
+    return guard
+
+
+def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
     """What `Blocks.launch` gets: who is let in, what is served, how it looks."""
     from app.theme import CSS, make_theme
 
@@ -20,6 +42,10 @@ def launch_options(settings: AppSettings) -> dict[str, Any]:
         "server_name": settings.host,
         "server_port": settings.port,
         "auth": settings.login,
+        "auth_message": _LOGIN_TEXT,
+        "app_kwargs": {"lifespan": _behind(guard)},
+        "ssr_mode": False,
+        "mcp_server": False,
         "share": settings.share,
         "allowed_paths": settings.served,
         "blocked_paths": settings.private,
@@ -32,24 +58,41 @@ def launch_options(settings: AppSettings) -> dict[str, Any]:
     }
 
 
+def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    from app.guard import Doors
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        """Before the first request. Gradio adds its own layers to those given, so ours is put around them here."""
+        app.middleware_stack = None
+        app.add_middleware(Doors, guard=guard)
+        yield
+
+    return lifespan
+
+
 def main(arguments: Sequence[str]) -> int:
     """Serve until Ctrl-C. Returns the exit code: 2 for settings that may not be."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep each call in the browser, upload keys too
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         settings = parse_settings(arguments, os.environ)
         from app.context import make_context
+        from app.guard import host_of
         from app.ui import build_app
 
-        context = make_context(settings)
+        context, guard = make_context(settings), make_guard(settings)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     context.queue.start()
     page = build_app(context).queue(default_concurrency_limit=8)
     try:
-        page.launch(**launch_options(settings), prevent_thread_lock=True)
+        page.launch(**launch_options(settings, guard), prevent_thread_lock=True)
+        if page.share_url:
+            guard.admit(host_of(page.share_url))
         print(f"The app is open at {page.local_url}", *([page.share_url] if page.share_url else []), flush=True)
         page.block_thread()
     except OSError as error:
