@@ -22,6 +22,12 @@ def folder_of(root: Path, run_id: str) -> Path:
     return folder
 
 
+def is_run_folder(folder: Path) -> bool:
+    """A model's folder has a config.json too, so that alone does not make a run."""
+    run = RunDir(folder)
+    return run.config_file.is_file() and run.manifest_file.is_file()
+
+
 def safe_name(wanted: str) -> str:
     """`wanted` as the name of a folder on any system: letters, digits, `-`, `_` and inner `.`."""
     return RunDir(Path("run")).lora_name(wanted.strip() or None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.launch import LOG_LINES, Launch, write_json
-from app.names import folder_of, private_name, run_id_of, safe_name
+from app.names import folder_of, is_run_folder, private_name, run_id_of, safe_name
 from app.processes import Trainers, read_json
 from app.progress import EventLog, Progress
 from app.run_settings import checked_config, near
@@ -76,7 +76,7 @@ class RunStore:
         """Raises ConfigError when there is no such run."""
         folder = folder_of(self.folder, run_id)
         is_queued = run_id in self._queued()
-        if not (_is_run(folder) or is_queued or self.last_launch(run_id)):
+        if not (is_run_folder(folder) or is_queued or self.last_launch(run_id)):
             raise ConfigError(f"there is no run {run_id!r} in the runs folder")
         return self._run(run_id, is_queued, self.store.labels().get(run_id, Label()))
 
@@ -233,11 +233,11 @@ class RunStore:
     def _found(self) -> Iterator[str]:
         """The ids of the run folders, two levels deep; what an earlier run has left in a folder is none."""
         for folder in _folders(self.folder):
-            if _is_run(folder):
+            if is_run_folder(folder):
                 yield folder.name
                 continue
             for arm in _folders(folder):
-                if _is_run(arm) and not arm.name.startswith("earlier-"):
+                if is_run_folder(arm) and not arm.name.startswith("earlier-"):
                     yield f"{folder.name}/{arm.name}"
 
     def _launched(self) -> list[str]:
@@ -280,12 +280,6 @@ class RunStore:
         except FileExistsError:
             return False
         return True
-
-
-def _is_run(folder: Path) -> bool:
-    """A model's folder has a config.json too, so that alone does not make a run."""
-    run = RunDir(folder)
-    return run.config_file.is_file() and run.manifest_file.is_file()
 
 
 def _folders(folder: Path) -> list[Path]:

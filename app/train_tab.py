@@ -55,6 +55,7 @@ def queue_training(context: AppContext, config: TrainConfig, session: str, name:
     """Queue one training or a pair on the upload as it is now. Raises ConfigError for what cannot be trained."""
     if not name.strip():
         raise ConfigError("the run has no name; give it one")
+    context.places.check(config)
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
         load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
@@ -79,6 +80,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     """What would be trained, how long it takes and what it needs, or what is missing."""
     try:
         config = _as_method(form.read(values), FLAT if method == BOTH else method)
+        context.places.check(config)
         captions = context.uploads.captions(session) if session else {}
         if not config.data.instance_data_dir and not config.data.dataset_name:
             _check_images(captions, config.data.instance_prompt)

@@ -52,6 +52,7 @@ class Uploads:
 
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self.folder = folder
+        self.frozen = folder / "frozen"
         self.limits = limits or Limits()
 
     def new_session(self) -> str:
@@ -142,7 +143,7 @@ class Uploads:
             content = hashlib.sha256()
             for path in files:
                 content.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-            frozen = self.folder / "frozen" / content.hexdigest()[:16]
+            frozen = self.frozen / content.hexdigest()[:16]
             if not frozen.exists():
                 aside = frozen.with_name(f"{frozen.name}.{secrets.token_hex(4)}.part")
                 aside.mkdir(parents=True)
