@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,22 +73,24 @@ def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[Non
     return lifespan
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Serve until Ctrl-C. Returns the exit code: 2 for settings that may not be."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep each call in the browser, upload keys too
-    logging.basicConfig(level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        settings = parse_settings(arguments, os.environ)
-        from app.context import make_context
-        from app.guard import host_of
-        from app.ui import build_app
+@contextmanager
+def own_uploads() -> Iterator[None]:
+    """Keep what Gradio takes in a folder of this app and this user, which is gone with the app."""
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="flatlora-", dir=parent, ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
+        yield
 
-        context, guard = make_context(settings), make_guard(settings)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def serve(settings: AppSettings) -> int:
+    """Serve until Ctrl-C or SIGTERM. Returns the exit code. Raises ConfigError for a runs folder that cannot be."""
+    from app.context import make_context
+    from app.guard import host_of
+    from app.ui import build_app
+
+    context, guard = make_context(settings), make_guard(settings)
     context.queue.start()
     page = build_app(context).queue(default_concurrency_limit=8)
     try:
@@ -101,6 +105,22 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         context.queue.close()
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until Ctrl-C or SIGTERM. Returns the exit code: 2 for settings that may not be."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep each call in the browser, upload keys too
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that uploads are cleared away
+    try:
+        settings = parse_settings(arguments, os.environ)
+        with own_uploads():
+            return serve(settings)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -8,18 +8,37 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.run_dir import RunDir
 
-_PART = re.compile(r"[^./\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]{0,199}")
+LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
+_PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
 _MOST_PARTS = 2
 
 
 def folder_of(root: Path, run_id: str) -> Path:
     """The run's folder. Raises ConfigError for an id that does not name a place in `root`, links included."""
     parts = run_id.split("/")
-    is_name = len(parts) <= _MOST_PARTS and all(_PART.fullmatch(part) for part in parts)
+    is_name = len(parts) <= _MOST_PARTS and all(map(is_part, parts))
     folder = root.joinpath(*parts) if is_name else None
     if folder is None or not folder.resolve().is_relative_to(root.resolve()):
         raise ConfigError(f"{run_id!r} is not the name of a run; it must be a folder in the runs folder")
     return folder
+
+
+def is_part(name: str) -> bool:
+    """Whether a folder of this name may be a run: one that can be seen as it is, without control or format characters,
+    with which a name would look like another.
+    """
+    return name.isprintable() and _PART.fullmatch(name) is not None
+
+
+def checked_text(what: str, text: str, most: int = LONGEST_NAME) -> str:
+    """`text` without blanks around it. Raises ConfigError when it is too long or cannot be seen as it is."""
+    text = text.strip()
+    if len(text) > most:
+        raise ConfigError(f"the {what} has {len(text)} letters; {most} at most")
+    hidden = next((letter for letter in text if not letter.isprintable()), None)
+    if hidden is not None:
+        raise ConfigError(f"the {what} has the character U+{ord(hidden):04X}, which cannot be seen; write it without")
+    return text
 
 
 def is_run_folder(folder: Path) -> bool:

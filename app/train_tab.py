@@ -15,6 +15,7 @@ from app.dataset_view import training_size
 from app.estimates import estimate_disk, estimate_time, memory_of, total_steps
 from app.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 from app.live_view import duration, log_tail, loss_curves, newest_previews, recent_runs, run_card
+from app.names import checked_text
 from app.reporting import told_on_the_page
 from app.runs import Run
 from app.store import Job
@@ -53,7 +54,8 @@ def start(context: AppContext, form: ConfigForm, session: str, name: str, method
 
 def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, method: str) -> list[Job]:
     """Queue one training or a pair on the upload as it is now. Raises ConfigError for what cannot be trained."""
-    if not name.strip():
+    name = checked_text("name", name)
+    if not name:
         raise ConfigError("the run has no name; give it one")
     context.places.check(config)
     config = with_images(context, config, session)
