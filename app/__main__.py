@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from app.settings import AppSettings, parse_settings
 from flatlora_diffusion.config import ConfigError
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
-def launch_options(settings: AppSettings) -> dict[str, Any]:
+    from app.guard import Guard
+
+_LOGIN_TEXT = "After five wrong passwords the login waits for up to a quarter of an hour."
+
+
+def make_guard(settings: AppSettings) -> Guard:
+    """The guard of an app with `settings`."""
+    from gradio.utils import get_upload_folder  # where Gradio keeps what it serves on its own
+
+    from app.guard import Guard
+
+    served = [*settings.served, get_upload_folder()]
+    guard = Guard(settings.own_names, list(map(Path, served)), list(map(Path, settings.private)))
+    for host in settings.allowed_host:
+        guard.admit(host)
+    return guard
+
+
+def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
     """What `Blocks.launch` gets: who is let in, what is served, how it looks."""
     from app.theme import CSS, make_theme
 
@@ -20,6 +44,10 @@ def launch_options(settings: AppSettings) -> dict[str, Any]:
         "server_name": settings.host,
         "server_port": settings.port,
         "auth": settings.login,
+        "auth_message": _LOGIN_TEXT,
+        "app_kwargs": {"lifespan": _behind(guard)},
+        "ssr_mode": False,
+        "mcp_server": False,
         "share": settings.share,
         "allowed_paths": settings.served,
         "blocked_paths": settings.private,
@@ -32,24 +60,43 @@ def launch_options(settings: AppSettings) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Serve until Ctrl-C. Returns the exit code: 2 for settings that may not be."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    logging.basicConfig(level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        settings = parse_settings(arguments, os.environ)
-        from app.context import make_context
-        from app.ui import build_app
+def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    from app.guard import Doors
 
-        context = make_context(settings)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        """Before the first request. Gradio adds its own layers to those given, so ours is put around them here."""
+        app.middleware_stack = None
+        app.add_middleware(Doors, guard=guard)
+        yield
+
+    return lifespan
+
+
+@contextmanager
+def own_uploads() -> Iterator[None]:
+    """Keep what Gradio takes in a folder of this app and this user, which is gone with the app."""
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="flatlora-", dir=parent, ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
+        yield
+
+
+def serve(settings: AppSettings) -> int:
+    """Serve until Ctrl-C or SIGTERM. Returns the exit code. Raises ConfigError for a runs folder that cannot be."""
+    from app.context import make_context
+    from app.guard import host_of
+    from app.ui import build_app
+
+    context, guard = make_context(settings), make_guard(settings)
     context.queue.start()
     page = build_app(context).queue(default_concurrency_limit=8)
     try:
-        page.launch(**launch_options(settings), prevent_thread_lock=True)
+        page.launch(**launch_options(settings, guard), prevent_thread_lock=True)
+        if page.share_url:
+            guard.admit(host_of(page.share_url))
         print(f"The app is open at {page.local_url}", *([page.share_url] if page.share_url else []), flush=True)
         page.block_thread()
     except OSError as error:
@@ -58,6 +105,22 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         context.queue.close()
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until Ctrl-C or SIGTERM. Returns the exit code: 2 for settings that may not be."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep each call in the browser, upload keys too
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that uploads are cleared away
+    try:
+        settings = parse_settings(arguments, os.environ)
+        with own_uploads():
+            return serve(settings)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def caption_by_model(
             raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
         if not name_or_path.strip():
             raise ConfigError("no captioning model is given; enter the folder or hub id of a BLIP model")
+        context.places.check_model("captioning model", name_or_path.strip())
         from flatlora_diffusion.captioner import load_captioner  # imports transformers, which takes seconds
 
         captioner = load_captioner(name_or_path.strip())

@@ -186,7 +186,7 @@ def _build_vote(
         left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
         right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
         tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
-    count = gr.Markdown("", elem_id="fl-vote-count")
+    count = gr.HTML("", elem_id="fl-vote-count")
     reveal = gr.Button("End and reveal", visible=False, elem_id="fl-vote-reveal", size="sm")
     shown = [page, count, answers, reveal]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
+from pathlib import Path
 
 from app.jobs import JobQueue
+from app.places import Places
 from app.runs import RunStore
 from app.settings import AppSettings
 from app.uploads import Uploads
@@ -14,12 +16,15 @@ from flatlora_diffusion.config import ConfigError
 
 @dataclass(frozen=True)
 class AppContext:
-    """One app: its settings, the runs below its runs folder, their queue, and the uploads of its sessions."""
+    """One app: its settings, the runs below its runs folder, their queue, the uploads of its sessions, and the places
+    that settings from the browser may name.
+    """
 
     settings: AppSettings
     runs: RunStore
     queue: JobQueue
     uploads: Uploads
+    places: Places
 
 
 def make_context(settings: AppSettings) -> AppContext:
@@ -40,4 +45,7 @@ def make_context(settings: AppSettings) -> AppContext:
             f"{place} has an .app/app.db that cannot be used ({error}); move that file away, and queue, names, notes "
             "and votes begin anew, or give another folder with --runs_dir"
         ) from error
-    return AppContext(settings, runs, JobQueue(runs), Uploads(settings.uploads_folder))
+    uploads = Uploads(settings.uploads_folder)
+    private, data = (list(map(Path, folders)) for folders in (settings.private, settings.data_dir))
+    places = Places(runs.folder, private, uploads.frozen, data)
+    return AppContext(settings, runs, JobQueue(runs), uploads, places)

@@ -62,6 +62,7 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
         return [], [], note(_EMPTY), [], *[gr.Column(visible=False)] * 2, back
     try:
         background, has_buckets, base, resolution = values
+        context.places.check_model("pretrained_model_name_or_path", base.strip())
         model = ModelConfig(pretrained_model_name_or_path=base.strip())
         framed = framing(model, _resolution(resolution), background, has_buckets)
         view = look_at(context.uploads, thumbnails, session, framed)

@@ -141,18 +141,22 @@ class FlatnessView:
         folder = self.context.queue.output_of(job)
         figures = "".join(_figure(folder / name, text) for name, text in _CHARTS if (folder / name).is_file())
         page = folder / "surface.html"
-        tables = (folder / "flatness.md").read_text(encoding="utf-8")
+        tables = escape((folder / "flatness.md").read_text(encoding="utf-8"), quote=False)
         return Result(f'<div class="fl-charts">{figures}</div>', tables, page if page.is_file() else None)
 
     def surface(self, job_id: int | None) -> str:
-        """The surface to turn and zoom, in a frame whose scripts reach nothing of this page."""
+        """The surface to turn and zoom, in a frame whose scripts reach nothing of this page.
+
+        It is handed over with the page, since files are only saved by a browser and never opened.
+        """
         if job_id is None:
             return ""
         page = self.result(job_id).surface
         if page is None:
             return told("The surface was not drawn, as that needs plotly: pip install plotly, then measure again.")
         title = "Loss surfaces to turn and zoom"
-        return f'<iframe class="fl-surface" title="{title}" sandbox="allow-scripts" src="{file_url(page)}"></iframe>'
+        text = escape(page.read_text(encoding="utf-8"))
+        return f'<iframe class="fl-surface" title="{title}" sandbox="allow-scripts" srcdoc="{text}"></iframe>'
 
     def _has_result(self, job: Job) -> bool:
         return (self.context.queue.output_of(job) / _RESULT).is_file()

@@ -11,7 +11,8 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.run_dir import RunDir
 
-_PART = re.compile(r"[^./\\:\x00-\x1f\x7f\ud800-\udfff][^/\\:\x00-\x1f\x7f\ud800-\udfff]{0,199}")
+LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
+_PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
 _MOST_PARTS = 8
 _MOST_FOLDERS = 10_000  # looked into, should somebody take the whole disk for the runs folder
 _LONGEST = 240  # bytes of an id as one folder name, with room for the trash's number
@@ -24,6 +25,24 @@ def folder_of(root: Path, run_id: str) -> Path:
     if folder is None or not _is_inside(root, folder):
         raise ConfigError(f"{run_id!r} is not the name of a run; it must be a folder in the runs folder")
     return folder
+
+
+def is_part(name: str) -> bool:
+    """Whether a folder of this name may be a run: one that can be seen as it is, without control or format characters,
+    with which a name would look like another.
+    """
+    return name.isprintable() and _PART.fullmatch(name) is not None
+
+
+def checked_text(what: str, text: str, most: int = LONGEST_NAME) -> str:
+    """`text` without blanks around it. Raises ConfigError when it is too long or cannot be seen as it is."""
+    text = text.strip()
+    if len(text) > most:
+        raise ConfigError(f"the {what} has {len(text)} letters; {most} at most")
+    hidden = next((letter for letter in text if not letter.isprintable()), None)
+    if hidden is not None:
+        raise ConfigError(f"the {what} has the character U+{ord(hidden):04X}, which cannot be seen; write it without")
+    return text
 
 
 def is_run(folder: Path) -> bool:
@@ -75,7 +94,7 @@ def _is_inside(root: Path, folder: Path) -> bool:
 def _is_id(text: str) -> bool:
     parts = text.split("/")
     is_short = len(parts) <= _MOST_PARTS and len(private_name(text).encode(errors="replace")) <= _LONGEST
-    return is_short and all(_PART.fullmatch(part) for part in parts)
+    return is_short and all(map(is_part, parts))
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 
 import gradio as gr
 
@@ -12,11 +13,14 @@ from flatlora_diffusion.config import ConfigError
 
 @contextmanager
 def told_on_the_page() -> Iterator[None]:
-    """Show a ConfigError of the block as its sentence; other errors are bugs and keep their traceback."""
+    """Show a ConfigError of the block as its sentence; other errors are bugs and keep their traceback.
+
+    Gradio renders it as HTML, and it may quote what somebody has typed.
+    """
     try:
         yield
     except ConfigError as error:
-        raise gr.Error(str(error), title="Please check", print_exception=False) from error
+        raise gr.Error(escape(str(error), quote=False), title="Please check", print_exception=False) from error
 
 
 def note(text: str, tone: str = "") -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.launch import LOG_LINES, Launch, write_json
-from app.names import folder_of, is_run, private_name, run_id_of, run_ids, safe_name
+from app.names import checked_text, folder_of, is_run, private_name, run_id_of, run_ids, safe_name
 from app.processes import Trainers, read_json
 from app.progress import EventLog, Progress
 from app.run_settings import checked_config, near
@@ -22,6 +22,7 @@ from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.run_dir import RunDir
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")
+_LONGEST_NOTE = 2000
 _LORA_FOR_DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 
@@ -190,14 +191,16 @@ class RunStore:
 
     def rename(self, run_id: str, name: str) -> None:
         """Show the run as `name`, or with an empty one as its folder is called. The folder is not renamed."""
-        self._relabel(run_id, name=name.strip() or None)
+        self._relabel(run_id, name=None if name.strip() == run_id else checked_text("name", name) or None)
 
     def tag(self, run_id: str, *tags: str) -> None:
         """Set the run's tags."""
+        checked_text("list of tags", ", ".join(tags), _LONGEST_NOTE)
         self._relabel(run_id, tags=tuple(dict.fromkeys(tag.strip() for tag in tags if tag.strip())))
 
     def note(self, run_id: str, text: str) -> None:
         """Set the run's note."""
+        checked_text("note", text.replace("\n", " "), _LONGEST_NOTE)
         self._relabel(run_id, note=text)
 
     def delete(self, run_id: str) -> str:

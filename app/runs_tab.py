@@ -86,6 +86,8 @@ def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ..
     if not file:
         return wrong("no file was given; drop a .safetensors file first"), *([gr.skip()] * 3)
     try:
+        if base and base not in known_bases(context.runs):
+            context.places.check_model("base", base)
         taken = import_lora_file(context.runs, Path(file), base or "")
     except (ConfigError, RunError) as error:
         return wrong(str(error)), gr.skip(), gr.skip(), None

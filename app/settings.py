@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from flatlora_diffusion.config import ConfigError, Section, setting
 
 AUTH_VARIABLE = "FLATLORA_AUTH"
+_HOST_NAME = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
+_OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")  # they always mean the computer that the browser is on
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class AppSettings(Section):
         },
     )
     share: bool = setting(False, "a public link through Gradio's servers; needs --auth")
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        "another name or address under which browsers open the app, as in their address line; repeated for more. "
+        "Needed with --host 0.0.0.0 and behind a proxy",
+    )
+    data_dir: tuple[str, ...] = setting(
+        (),
+        "folder that trainings may read from and write to when they are set up in the browser; repeated for more. "
+        "Without one: uploads, samples and the runs folder",
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a login that is none, and for an app that is open to others without one."""
@@ -46,6 +60,14 @@ class AppSettings(Section):
                 f"host={self.host!r} lets others in this network in; set a login with {AUTH_VARIABLE}=user:password "
                 "or --auth, or leave --host out"
             )
+        for host in self.allowed_host:
+            if not _HOST_NAME.fullmatch(host):
+                raise ConfigError(
+                    f"allowed_host={host!r} must be a name or address with or without a port, such as my-box:7860"
+                )
+        for folder in self.data_dir:
+            if not Path(folder).is_dir():
+                raise ConfigError(f"data_dir={folder!r} is no folder; make it, or give another one")
 
     @property
     def login(self) -> tuple[str, str] | None:
@@ -62,6 +84,11 @@ class AppSettings(Section):
     @property
     def uploads_folder(self) -> Path:
         return self.runs_folder / ".app" / "uploads"
+
+    @property
+    def own_names(self) -> list[str]:
+        """What the app answers to without being told."""
+        return [*_OWN_NAMES, f"[{self.host}]" if ":" in self.host else self.host]
 
     @property
     def served(self) -> list[str]:
@@ -83,11 +110,17 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     )
     for item in fields(AppSettings):
         text = item.metadata["help"] + (f" (default: {item.default})" if item.default else "")
-        if isinstance(item.default, bool):
+        if isinstance(item.default, tuple):
+            parser.add_argument(f"--{item.name}", action="append", metavar=item.name.split("_")[1].upper(), help=text)
+        elif isinstance(item.default, bool):
             parser.add_argument(f"--{item.name}", action="store_true", default=None, help=text)
         else:
             parser.add_argument(f"--{item.name}", type=int if isinstance(item.default, int) else str, help=text)
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(arguments)).items()
+        if value is not None
+    }
     return AppSettings(**{"auth": environment.get(AUTH_VARIABLE) or None, **given})
 
 

@@ -16,6 +16,7 @@ from app.dataset_view import training_size
 from app.estimates import estimate_disk, estimate_time, memory_of, total_steps
 from app.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 from app.live_view import NOTHING, duration, live
+from app.names import checked_text
 from app.reporting import told_on_the_page
 from app.store import Job
 from flatlora_diffusion.config import ConfigError, TrainConfig
@@ -65,8 +66,10 @@ def start(context: AppContext, form: ConfigForm, session: str, name: str, method
 
 def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, method: str) -> list[Job]:
     """Queue one training or a pair on the upload as it is now. Raises ConfigError for what cannot be trained."""
-    if not name.strip():
+    name = checked_text("name", name)
+    if not name:
         raise ConfigError("the run has no name; give it one")
+    context.places.check(config)
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
         load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
@@ -91,6 +94,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     """What would be trained, how long it takes and what it needs, or what is missing."""
     try:
         config = _as_method(form.read(values), FLAT if method == BOTH else method)
+        context.places.check(config)
         captions = context.uploads.captions(session) if session else {}
         if not config.data.instance_data_dir and not config.data.dataset_name:
             _check_images(captions, config.data.instance_prompt)

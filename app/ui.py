@@ -16,12 +16,13 @@ from app.forms import ConfigForm
 from app.runs_tab import build_runs_tab
 from app.train_tab import build_train_tab
 
+_HOUR = 3600  # seconds; Gradio's copies of uploads are looked through each hour, and go after a day
 _TITLE = "# flatlora-diffusion\nTeach SDXL your style with LoRA and Flat-LoRA, and see which one you like better."
 
 
 def build_app(context: AppContext) -> gr.Blocks:
     """The page of `context`, not launched yet."""
-    with gr.Blocks(title="flatlora-diffusion", analytics_enabled=False) as page:
+    with gr.Blocks(title="flatlora-diffusion", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)) as page:
         session = gr.BrowserState("", storage_key="flatlora-session", secret="browser only")
         form = ConfigForm()
         gr.Markdown(_TITLE, elem_classes="fl-title")

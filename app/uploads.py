@@ -41,6 +41,7 @@ class Uploads:
 
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self.folder = folder
+        self.frozen = folder / "frozen"
         self.limits = limits or Limits()
 
     def new_session(self) -> str:
@@ -183,7 +184,7 @@ class Uploads:
         with self._locked(session) as folder:
             if not images_of(folder):
                 raise ConfigError("there are no images to train on; upload some first")
-            frozen = self.folder / "frozen" / content_of(folder)
+            frozen = self.frozen / content_of(folder)
             if not frozen.exists():
                 aside = frozen.with_name(f"{frozen.name}.{secrets.token_hex(4)}.part")
                 aside.mkdir(parents=True)
@@ -196,7 +197,7 @@ class Uploads:
     def frozen_copy(self, folder: str | None) -> Path | None:
         """The frozen copy that a training's image folder is, also when the app ran in another place then."""
         place = Path(folder or "")
-        frozen = self.folder / "frozen" / place.name
+        frozen = self.frozen / place.name
         return frozen if place.parent.name == "frozen" and place.name and frozen.is_dir() else None
 
     def _before(self, folder: Path) -> Path:

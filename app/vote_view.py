@@ -147,8 +147,8 @@ class VoteView:
         count = tally(ballot.pairs, self._answers(ballot))
         if not is_over and count.votes < SHOWN_FROM:
             return f"The count is shown after {SHOWN_FROM} votes, so that it does not sway you."
-        numbers = f"**{ballot.first}: {count.first} · {ballot.second}: {count.second} · ties: {count.ties}**"
-        return f"{numbers}\n\n{verdict(count, ballot.first, ballot.second)}"
+        numbers = f"{ballot.first}: {count.first} · {ballot.second}: {count.second} · ties: {count.ties}"
+        return f"<p><b>{escape(numbers)}</b></p><p>{escape(verdict(count, ballot.first, ballot.second))}</p>"
 
     def _told(self, ballot: Ballot, files: Mapping[Picture, Path]) -> str:
         answers = self._answers(ballot)

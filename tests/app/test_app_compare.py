@@ -99,6 +99,7 @@ def _vote_on(view: CompareView) -> None:
     votes.vote(ballot, "tie")
     assert not votes.page(ballot).is_open
     assert "ties: 1" in votes.page(ballot).count
+    assert "&lt;i&gt;" in votes.page(replace(ballot, first="<i>")).count
     assert [vote.choice for vote in view.context.runs.store.votes()] == ["tie"]
     with pytest.raises(ConfigError, match="two different columns"):
         votes.start(FORM, ("base", "base"), "Which one?", 1, "me")

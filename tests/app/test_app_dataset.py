@@ -31,7 +31,7 @@ from flatlora_diffusion.config import ModelConfig
 
 @pytest.fixture
 def context(tmp_path: Path) -> AppContext:
-    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
+    return make_context(AppSettings(runs_dir=str(tmp_path / "runs"), data_dir=(str(tmp_path),)))
 
 
 @pytest.fixture

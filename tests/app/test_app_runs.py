@@ -18,6 +18,7 @@ from app.comparison import _pair_by_name
 from app.processes import identity, is_alive, kill_tree, read_json
 from app.runs import Run, RunStore
 from app.settings import AppSettings
+from app.store import Label
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
 from flatlora_diffusion.experiment import null_arms, parse_arm, plan
 
@@ -408,7 +409,9 @@ def test_names_tags_and_notes(runs: RunStore) -> None:
     runs.note("run", "bright")
     run = RunStore(runs.folder).get("run")
     assert (run.name, run.label.tags, run.label.note) == ("My icons", ("good", "3d"), "bright")
-    runs.rename("run", "")
+    for own in ("", "run"):
+        runs.rename("run", own)
+        assert runs.get("run").label.name is None
     assert runs.get("run").name == "run"
     with pytest.raises(ConfigError, match="there is no run 'none'"):
         runs.tag("none", "x")
@@ -449,3 +452,35 @@ def test_a_folder_with_an_earlier_run_in_it_is_one_run(runs: RunStore) -> None:
     assert runs.all() == []
     made_by_hand(runs, "other/earlier-1")
     assert runs.all() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("x" * 61, "the name has 61 letters; 60 at most"),
+        ("abc\u202edef", r"the name has the character U\+202E, which cannot be seen"),
+        ("zero\u200bwidth", r"U\+200B"),
+        ("two\nlines", r"U\+000A"),
+    ],
+)
+def test_a_name_is_short_and_looks_like_what_it_is(runs: RunStore, name: str, sentence: str) -> None:
+    made_by_hand(runs, "run")
+    with pytest.raises(ConfigError, match=sentence):
+        runs.rename("run", name)
+    with pytest.raises(ConfigError, match="the list of tags has"):
+        runs.tag("run", "fine", "x" * 2001, "y")
+    with pytest.raises(ConfigError, match=r"the note has 2001 letters"):
+        runs.note("run", "x" * 2001)
+    runs.rename("run", "Füchse 狐 (rot)")
+    runs.note("run", "two\nlines")
+    assert runs.get("run").label == Label("Füchse 狐 (rot)", (), "two\nlines")
+
+
+def test_a_folder_whose_name_cannot_be_seen_is_no_run_and_hides_no_other(runs: RunStore) -> None:
+    for name in ("fine", "gpj.\u202eexe", "zero\u200bwidth", "a:b"):
+        (runs.folder / name).mkdir(parents=True)
+        for file in ("config.json", "manifest.json"):
+            (runs.folder / name / file).write_text("{}")
+    assert [run.id for run in runs.all()] == ["fine"]
+    with pytest.raises(ConfigError, match="is not the name of a run"):
+        runs.get("zero\u200bwidth")

@@ -124,3 +124,19 @@ def test_images_without_a_caption_are_told_before_the_start(context: AppContext)
     told = summary(context, form, session, PLAIN, *prompted)
     assert "23 images, captions 0/23, at 64 x 64 pixels" in told
     assert "46 steps; each image is seen about 8 times" in told
+
+
+@pytest.mark.parametrize("name", ["x" * 61, "right\u202eleft", "zero\u200bwidth"])
+def test_a_run_that_cannot_be_told_by_its_name_is_not_queued(context: AppContext, name: str) -> None:
+    form = ConfigForm()
+    session, *_ = load_samples_icons(context, "")
+    with pytest.raises(gr.Error, match="the name has"):
+        start(context, form, session, name, BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
+    assert context.queue.jobs() == []
+
+
+def test_an_error_is_text_and_no_markup(context: AppContext) -> None:
+    form = ConfigForm()
+    values = form.write({"pretrained_model_name_or_path": "<b>x & y</b>", "report_to": "none"})
+    with pytest.raises(gr.Error, match="&lt;b&gt;x &amp; y&lt;/b&gt;"):
+        start(context, form, "", "run", BOTH, *values)

@@ -55,6 +55,13 @@ def test_every_handler_takes_the_inputs_of_its_event(page: gr.Blocks) -> None:
     assert wrong == {}
 
 
+def test_copies_of_uploads_are_cleared_away(page: gr.Blocks) -> None:
+    assert page.delete_cache is not None
+    every, age = page.delete_cache
+    assert every <= 3600
+    assert age <= 24 * 3600
+
+
 def test_no_component_is_given_twice_as_an_output(page: gr.Blocks) -> None:
     for one in page.fns.values():
         assert len({part._id for part in one.outputs}) == len(one.outputs), one.name

@@ -1,0 +1,21 @@
+"""What somebody has typed is shown as text wherever it is quoted."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from benchmarks.app_driver import PATIENCE, AppPage
+
+pytestmark = pytest.mark.slow
+HOSTILE = '<img id="injected" src="x">'
+
+
+def test_an_error_quotes_what_was_typed_as_text(page: AppPage) -> None:
+    page.show_tab("2 Train")
+    page.fill(Base_model=HOSTILE)
+    page.button("Start training").click()
+    toast = page.page.get_by_test_id("toast-body")
+    expect(toast).to_contain_text(HOSTILE, timeout=PATIENCE)
+    expect(page.page.get_by_text("is outside of the folders").first).to_be_visible(timeout=PATIENCE)
+    expect(page.page.locator("#injected")).to_have_count(0)

@@ -1,0 +1,263 @@
+"""Who is let in: names the app answers to, whose pages may ask, how often a password may be guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from app.guard import Doors, Guard
+from app.login_limit import WINDOW_SECONDS, WRONG_OVERALL, WRONG_PER_CLIENT, LoginLimit
+from app.settings import AppSettings, parse_settings
+from flatlora_diffusion.config import ConfigError
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def client(tmp_path: Path, clock: Clock) -> Iterator[TestClient]:
+    """A small app behind the guard of an app on this computer, with `runs` served but for `runs/.app`."""
+    runs = tmp_path / "runs"
+    (runs / ".app").mkdir(parents=True)
+    for name in ("page.html", "drawing.svg", "grid.png", "notes.txt", ".app/key.txt"):
+        (runs / name).write_text("<script>alert(1)</script>")
+    (tmp_path / "secret.txt").write_text("secret")
+    (runs / "link.png").symlink_to(tmp_path / "secret.txt")
+    (runs / "linked").symlink_to(tmp_path)
+
+    def answer(request: Request) -> Response:
+        return JSONResponse({"method": request.method})
+
+    async def login(request: Request) -> Response:
+        return Response(status_code=200 if (await request.body()) == b"right" else 400)
+
+    def file(request: Request) -> Response:
+        return FileResponse(request.path_params["path"], filename=Path(request.path_params["path"]).name)
+
+    async def socket(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+
+    every = ["GET", "POST", "OPTIONS"]
+    routes = [
+        Route("/gradio_api/file={path:path}", file),
+        Route("/login", login, methods=["POST"]),
+        WebSocketRoute("/socket", socket),
+        Route("/{path:path}", answer, methods=every),
+    ]
+    guard = Guard(AppSettings().own_names, [runs], [runs / ".app"])
+    guard.logins = LoginLimit(clock)
+    for host in ("my-box", "flat.example.org:8443"):
+        guard.admit(host)
+    app = Doors(Starlette(routes=routes), guard)
+    with TestClient(app, base_url="http://127.0.0.1:7860", client=("10.0.0.1", 5)) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1:7860", "localhost:7860", "LOCALHOST:7860", "[::1]:7860", "localhost", "localhost:9000", "my-box:7860"],
+)
+def test_it_answers_to_the_names_of_this_computer_and_those_that_were_allowed(client: TestClient, host: str) -> None:
+    for path in ("/", "/config", "/gradio_api/queue/join"):
+        answer = client.post(path, headers={"Host": host, "Origin": f"http://{host}"})
+        assert answer.status_code == 200, path
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:7860",
+        "127.0.0.1.evil.example:7860",
+        "localhost.evil.example",
+        "evil-localhost",
+        "localhost@evil.example",
+        "evil.example#localhost",
+        "127.0.0.1:7860, evil.example",
+        "127.0.0.1:7860:80",
+        "192.168.0.5:7860",
+        "",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_it_answers_to_no_other_name_and_allows_it_no_origin(client: TestClient, host: str, method: str) -> None:
+    headers = {"Host": host, "Origin": f"http://{host}", "Access-Control-Request-Method": "POST"}
+    for path in ("/", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/queue/data", "/login"):
+        answer = client.request(method, path, headers=headers)
+        assert answer.status_code == 403
+        assert not any(name.startswith("access-control") for name in answer.headers)
+    assert "evil" not in answer.text
+
+
+def test_two_hosts_are_one_too_many(client: TestClient) -> None:
+    assert client.get("/", headers=[("Host", "localhost:7860"), ("Host", "evil.example")]).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.example",
+        "null",
+        "",
+        "file://",
+        "http://127.0.0.1",
+        "http://127.0.0.1:3000",
+        "http://localhost:7860",  # another origin than that of the host below
+        "http://127.0.0.1:7860.evil.example",
+        "http://evil.example@127.0.0.1:7860",
+        "chrome-extension://abc",
+        "http://127.0.0.1:7860 http://evil.example",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_pages_of_others_may_not_ask(client: TestClient, origin: str, method: str) -> None:
+    for path in ("/config", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/call/start", "/login"):
+        answer = client.request(method, path, headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
+        assert answer.status_code == 403, path
+        assert not any(name.startswith("access-control") for name in answer.headers)
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "nonsense"])
+def test_a_fetch_that_tells_no_origin_is_known_by_its_site(client: TestClient, site: str) -> None:
+    for mode, dest in (("no-cors", "image"), ("no-cors", "script"), ("navigate", "iframe"), ("cors", "empty")):
+        headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": dest}
+        assert client.get("/", headers=headers).status_code == 403, (mode, dest)
+    link = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert client.get("/", headers=link).status_code == 200  # a link to the app
+    assert client.get("/logout", headers=link).status_code == 403
+    assert client.post("/", headers=link).status_code == 403
+
+
+def test_the_page_itself_programs_and_a_page_behind_a_proxy_may_ask(client: TestClient) -> None:
+    good: list[dict[str, str]] = [
+        {},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1:7860"},
+        {"Sec-Fetch-Site": "none"},
+        {"Origin": "https://flat.example.org:8443"},  # the proxy asks for us under our own name
+        {"Host": "flat.example.org:8443", "Origin": "https://flat.example.org:8443"},
+    ]
+    for headers in good:
+        assert client.post("/gradio_api/queue/join", headers=headers).status_code == 200, headers
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
+def test_a_websocket_of_others_is_not_opened(client: TestClient, headers: dict[str, str]) -> None:
+    own = {"Host": "127.0.0.1:7860"}
+    with client.websocket_connect("/socket", headers=own):
+        pass
+    with pytest.raises(WebSocketDisconnect) as refused, client.websocket_connect("/socket", headers=own | headers):
+        pass
+    assert refused.value.code == 1008
+
+
+def test_files_of_the_runs_folder_are_shown_as_pictures_or_saved_but_never_run(
+    client: TestClient, tmp_path: Path
+) -> None:
+    for name in ("page.html", "drawing.svg", "notes.txt"):
+        answer = client.get(f"/gradio_api/file={tmp_path}/runs/{name}")
+        assert answer.status_code == 200
+        assert answer.headers["content-disposition"] == f'attachment; filename="{name}"'
+        assert answer.headers["content-security-policy"].endswith("sandbox")
+    picture = client.get(f"/gradio_api/file={tmp_path}/runs/grid.png")
+    assert not picture.headers["content-disposition"].startswith("attachment;;")
+    page = client.get("/")
+    assert "frame-ancestors 'self'" in page.headers["content-security-policy"]
+    for answer in (picture, page):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "secret.txt",
+        "runs/../secret.txt",
+        "runs/link.png",
+        "runs/linked/secret.txt",
+        "runs/.app/key.txt",
+        "runs/linked/runs/.app/key.txt",
+        "no-such-file.txt",
+    ],
+)
+def test_no_other_file_is_served_and_none_is_told_to_exist(client: TestClient, tmp_path: Path, place: str) -> None:
+    path = str(tmp_path / place).replace("..", "%2e%2e")
+    answer = client.get(f"/gradio_api/file={path}")
+    assert (answer.status_code, answer.text) == (403, "This file is not served.")
+
+
+def guess(client: TestClient, password: str) -> int:
+    return client.post("/login", content=password).status_code
+
+
+def test_after_some_wrong_passwords_a_client_has_to_wait(client: TestClient, clock: Clock) -> None:
+    assert [guess(client, "wrong") for _ in range(WRONG_PER_CLIENT)] == [400] * WRONG_PER_CLIENT
+    refused = client.post("/login", content="right")
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == str(WINDOW_SECONDS)
+    clock.now += WINDOW_SECONDS - 1
+    assert guess(client, "right") == 429
+    clock.now += 1
+    assert guess(client, "right") == 200
+    assert client.get("/config").status_code == 200  # those who are in do not wait
+
+
+def test_a_right_password_forgets_the_wrong_ones_before_it(client: TestClient) -> None:
+    for _ in range(3):
+        assert [guess(client, "wrong") for _ in range(WRONG_PER_CLIENT - 1)] == [400] * (WRONG_PER_CLIENT - 1)
+        assert guess(client, "right") == 200
+
+
+def test_many_clients_are_slowed_down_together_and_guesses_at_once_all_count(clock: Clock) -> None:
+    limit = LoginLimit(clock)
+    for number in range(WRONG_OVERALL):
+        assert limit.seconds_to_wait(f"10.0.0.{number}") == 0
+        limit.begin(f"10.0.0.{number}")  # none is answered yet
+        clock.now += 1
+    assert limit.seconds_to_wait("10.0.1.1") == WINDOW_SECONDS - WRONG_OVERALL
+    clock.now += WINDOW_SECONDS - WRONG_OVERALL
+    assert limit.seconds_to_wait("10.0.1.1") == 0
+
+
+def test_hosts_and_folders_are_given_once_or_more(tmp_path: Path) -> None:
+    arguments = ["--allowed_host", "a", "--allowed_host", "[fe80::1]:80", "--data_dir", str(tmp_path)]
+    settings = parse_settings(arguments, {})
+    assert (settings.allowed_host, settings.data_dir) == (("a", "[fe80::1]:80"), (str(tmp_path),))
+    assert (
+        {"127.0.0.1", "localhost", "[::1]"} == set(AppSettings().own_names) == set(AppSettings(host="::1").own_names)
+    )
+    assert "box" in AppSettings(host="box", auth="a:b").own_names
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"allowed_host": ("https://box",)}, "allowed_host='https://box' must be a name or address"),
+        ({"allowed_host": ("*",)}, "must be a name or address"),
+        ({"data_dir": ("no-such-folder",)}, "data_dir='no-such-folder' is no folder; make it"),
+    ],
+)
+def test_a_host_or_folder_that_is_none_is_refused_at_the_start(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence.replace("*", r"\*")):
+        AppSettings(**values)
