@@ -60,8 +60,11 @@ def _images(
         return [f"Its images are those of the data set {dataset}, not those in the Dataset tab."], {}
     if not folder:
         return ["Its images are those in the Dataset tab."], {}
-    if not Path(folder).is_dir():
-        text = f"Different: its image folder {folder} is not here, so its images are those in the Dataset tab."
+    if not context.places.may_read(folder) or not Path(folder).is_dir():
+        text = (
+            f"Different: its image folder {folder} is not here, or is none that --data_dir allows, so its images are "
+            "those in the Dataset tab."
+        )
         return [text], {"instance_data_dir": None}
     told = [f"Its images are those in the folder {folder}, not those in the Dataset tab."]
     gone, count = _changed(RunDir(run.folder), Path(folder))

@@ -41,7 +41,7 @@ class Places:
         for name, value in _given(settings, MODELS):
             self.check_model(name, value)
         for name, value in _given(settings, READ):
-            if not self._is_read(value):
+            if not self.may_read(value):
                 raise _outside(name, value)
         for name, value in _given(settings, WRITTEN):
             if not self._is_written(value):
@@ -49,10 +49,11 @@ class Places:
 
     def check_model(self, name: str, value: str) -> None:
         """Raises ConfigError when the setting `name` is neither a place that may be read nor a hub id."""
-        if value != _TINY and not self._is_read(value) and not _is_hub_id(value):
+        if value != _TINY and not self.may_read(value) and not _is_hub_id(value):
             raise _outside(name, value, ", or give a hub id, OWNER/NAME")
 
-    def _is_read(self, text: str) -> bool:
+    def may_read(self, text: str) -> bool:
+        """Whether the browser may name this place of this computer as something to read."""
         path = _resolved(text)
         if path is None or self._is_private(path):
             return path is not None and path.parent == self._frozen

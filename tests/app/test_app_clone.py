@@ -37,7 +37,7 @@ OTHER_VALUES = {
 
 @pytest.fixture
 def context(tmp_path: Path) -> AppContext:
-    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
+    return make_context(AppSettings(runs_dir=str(tmp_path / "runs"), data_dir=(str(tmp_path),)))
 
 
 def picture(folder: Path, name: str, colour: str) -> str:
@@ -123,7 +123,7 @@ def test_a_run_on_a_folder_keeps_it_until_new_images_come(context: AppContext, i
     shutil.rmtree(folder)
     made = clone_run(context, context.uploads.new_session(), "cli")
     assert made.settings["instance_data_dir"] is None
-    assert "is not here, so its images are those in the Dataset tab" in made.told[0]
+    assert "is not here, or is none that --data_dir allows, so its images are those in the Dataset tab" in made.told[0]
 
 
 def test_what_cannot_be_the_same_is_told_and_is_no_html(context: AppContext) -> None:
