@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter import TEXT_ATTENTION
-from flatlora_diffusion.lora_update import Update, Updates, balanced
+from flatlora_diffusion.lora_update import LazyLayers, Update, Updates, balanced
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -75,19 +75,27 @@ def kohya_tensors(
     One alpha per part, the commonest s * r: diffusers gives the commonest to all. Where a layer has another, the
     difference is in its `lora_up`. Rank 1 gets a row of zeros: stable-diffusion.cpp reads another rank from it.
     """
-    tensors: dict[str, Tensor] = {}
-    for part, layers in updates.items():
-        wide = {module: _of_rank_2(update) for module, update in layers.items()}
-        alpha = _alpha(wide, dtype)
-        for module, update in wide.items():
-            down, up = update.down, update.up * (update.scale * len(update.down) / float(alpha))
-            if dtype == torch.float16:
-                down, up = balanced(down, up)
-            name = kohya_name(part, module, layers_per_block)
-            tensors[f"{name}.lora_down.weight"] = down.to(dtype).contiguous()
-            tensors[f"{name}.lora_up.weight"] = up.to(dtype).contiguous()
-            tensors[f"{name}.alpha"] = alpha.clone()
-    return tensors
+    return dict(kohya_stream(updates, layers_per_block, dtype))
+
+
+def kohya_stream(
+    updates: Updates, layers_per_block: int = 2, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """`kohya_tensors` one layer after the other, by name."""
+    alphas = {part: _common_alpha(layers, dtype) for part, layers in updates.items()}
+    places = {
+        kohya_name(part, module, layers_per_block): (part, module)
+        for part, layers in updates.items()
+        for module in layers
+    }
+    for name, (part, module) in sorted(places.items(), key=lambda item: f"{item[0]}."):
+        update = _of_rank_2(updates[part][module])
+        down, up = update.down, update.up * (update.scale * len(update.down) / float(alphas[part]))
+        if dtype == torch.float16:
+            down, up = balanced(down, up)
+        yield f"{name}.alpha", alphas[part].clone()
+        yield f"{name}.lora_down.weight", down.to(dtype).contiguous()
+        yield f"{name}.lora_up.weight", up.to(dtype).contiguous()
 
 
 def completed(updates: Updates, unet: nn.Module) -> Updates:
@@ -97,24 +105,34 @@ def completed(updates: Updates, unet: nn.Module) -> Updates:
     InvokeAI and Draw Things tell SDXL from other bases by certain layers, which a LoRA on some blocks or on text
     encoders alone may lack.
     """
-    whole = {part: dict(layers) for part, layers in updates.items()}
+    whole = dict(updates)
     second = whole.get("text_encoder_2", {})
-    for module, update in list(second.items()):
+    partners: dict[str, Update] = {}
+    for module in second:
         group, _, leaf = module.rpartition(".")
-        if leaf in TEXT_ATTENTION:
-            for missing in TEXT_ATTENTION:
-                second.setdefault(f"{group}.{missing}", _nothing(update.down, update.up, update.scale))
+        for missing in TEXT_ATTENTION if leaf in TEXT_ATTENTION else ():
+            if f"{group}.{missing}" not in second and f"{group}.{missing}" not in partners:
+                update = second[module]
+                partners[f"{group}.{missing}"] = _nothing(update.down, update.up, update.scale)
+    if partners:
+        whole["text_encoder_2"] = _with(second, partners)
     layers = whole.get("unet", {})
     telling = {module: _weight_shape(unet, module) for module in _TELLING if module not in layers}
     added = {module: shape for module, shape in telling.items() if shape is not None}
     if whole and added:
-        patterns = layers.values() or [update for part in whole.values() for update in part.values()]
-        rank, scale = Counter((len(update.down), update.scale) for update in patterns).most_common(1)[0][0]
-        whole["unet"] = layers | {
+        patterns = [layers] if layers else list(whole.values())
+        sizes = Counter((len(update.down), update.scale) for part in patterns for update in part.values())
+        rank, scale = sizes.most_common(1)[0][0]
+        nothing = {
             module: _nothing(torch.empty(rank, wide), torch.empty(out, rank), scale)
             for module, (out, wide) in added.items()
         }
+        whole["unet"] = _with(layers, nothing)
     return whole
+
+
+def _with(layers: Mapping[str, Update], more: Mapping[str, Update]) -> Mapping[str, Update]:
+    return LazyLayers([*layers, *more], lambda module: more[module] if module in more else layers[module])
 
 
 def _nothing(down: Tensor, up: Tensor, scale: float) -> Update:
@@ -135,8 +153,8 @@ def _of_rank_2(update: Update) -> Update:
     return Update(torch.cat([down, torch.zeros_like(down)]), torch.cat([up, torch.zeros_like(up)], dim=1), scale)
 
 
-def _alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:
-    common = Counter(update.scale * len(update.down) for update in layers.values()).most_common(1)[0][0]
+def _common_alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:
+    common = Counter(update.scale * max(len(update.down), 2) for update in layers.values()).most_common(1)[0][0]
     return torch.tensor(min(max(common, _ALPHAS[0]), _ALPHAS[1]), dtype=dtype)
 
 

@@ -6,27 +6,27 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from flatlora_diffusion.base_family import TINY_FAMILY, Family, family_of
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
-from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
-from flatlora_diffusion.lora_file import peft_tensors
+from flatlora_diffusion.kohya import completed, kohya_name, kohya_stream
+from flatlora_diffusion.lora_file import peft_stream
 from flatlora_diffusion.lora_import import ImportedLora, import_lora, layers_of
 from flatlora_diffusion.lora_keys import is_small_change
 from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import BaseNames
 from flatlora_diffusion.lora_place import lora_file
-from flatlora_diffusion.lora_update import Updates, update_norms
+from flatlora_diffusion.lora_update import LazyLayers, Update, Updates, update_norms
 from flatlora_diffusion.lost_alpha import lost_alpha
 from flatlora_diffusion.release import DTYPES, check_updates, save_kohya
 from flatlora_diffusion.run_dir import RunDir, file_name
 from flatlora_diffusion.safe_reading import CheckedFile, checked_file, listed
-from flatlora_diffusion.tensor_file import write_atomically
+from flatlora_diffusion.tensor_file import contents_of, save_stream
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,11 @@ def write_lora(
         if layout == "kohya":
             lora = _told(_portable(lora, path), base, path)
             whole = _kohya_metadata(metadata, path, family_of(base.unet))
-            save_kohya(path, kohya_tensors(lora, base.layers_per_block, kind), whole)
+            save_kohya(path, partial(kohya_stream, lora, base.layers_per_block, kind), whole)
         else:
-            tensors = peft_tensors(lora, kind)
+            tensors = partial(peft_stream, lora, kind)
             whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
-            write_atomically(path, lambda aside: save_file(tensors, aside, metadata=whole))
+            save_stream(path, tensors, contents_of(tensors()), whole)
     found = layers_of(checked_file(path), base).updates
     return Written(path, check_updates(path, found, lora, kind))
 
@@ -184,16 +184,13 @@ def _plain_copy(file: CheckedFile) -> Path | None:
 
 def _portable(lora: Updates, path: Path) -> Updates:
     """The layers that have a name in kohya's layout, with a warning for the others."""
-    kept: Updates = {}
+    kept: dict[str, Mapping[str, Update]] = {}
     without = []
     for part, layers in lora.items():
-        for module, update in layers.items():
-            try:
-                kohya_name(part, module)
-            except KeyError:
-                without.append(f"{part}.{module}")
-                continue
-            kept.setdefault(part, {})[module] = update
+        named = [module for module in layers if _has_kohya_name(part, module)]
+        without += [f"{part}.{module}" for module in layers if module not in named]
+        if named:
+            kept[part] = LazyLayers(named, layers.__getitem__)
     if without:
         logger.warning(
             "%s lacks %d layer(s) that have no name which all tools know: %s", path.name, len(without), listed(without)
@@ -201,6 +198,14 @@ def _portable(lora: Updates, path: Path) -> Updates:
     if not kept:
         raise ConfigError(f"{path.name} would be empty: no layer of the LoRA has a name in kohya's layout")
     return kept
+
+
+def _has_kohya_name(part: str, module: str) -> bool:
+    try:
+        kohya_name(part, module)
+    except KeyError:
+        return False
+    return True
 
 
 def _told(lora: Updates, base: BaseNames, path: Path) -> Updates:

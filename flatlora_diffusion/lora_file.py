@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
 
     Layers of a lower rank are padded with zeros to their part's highest: older diffusers take one rank for all.
     """
-    tensors: dict[str, Tensor] = {}
+    return dict(peft_stream(updates, dtype))
+
+
+def peft_stream(updates: Updates, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """`peft_tensors` one layer after the other."""
     for part, layers in updates.items():
         rank = max(len(update.down) for update in layers.values())
         for module, update in layers.items():
@@ -37,9 +41,12 @@ def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
                 down, up = balanced(down, up)
             missing = rank - len(down)
             # Pads are counted from the last axis: A's rank is its first, B's its second.
-            tensors[f"{part}.{module}.lora_A.weight"] = F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)).to(dtype)
-            tensors[f"{part}.{module}.lora_B.weight"] = F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)).to(dtype)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+            down, up = (
+                F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)),
+                F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)),
+            )
+            yield f"{part}.{module}.lora_A.weight", down.to(dtype).contiguous()
+            yield f"{part}.{module}.lora_B.weight", up.to(dtype).contiguous()
 
 
 def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_family import other_family
 from flatlora_diffusion.lora_keys import DOWN_ENDS, OTHER_KINDS, LayerKeys, check_kind, found_keys, misfits
 from flatlora_diffusion.lora_names import DIFFUSERS_STYLES, BaseNames, Place, base_names, tiny_names
-from flatlora_diffusion.lora_update import PARTS, Update, Updates
+from flatlora_diffusion.lora_update import PARTS, LazyLayers, Update, Updates
 from flatlora_diffusion.safe_reading import CheckedFile, listed, shown
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class FileLayer:
 class ImportedLora:
     """The LoRA of a file: fp32 factors with their scale, its layers in the file's order, and what no layer has.
 
+    The factors are read from the file when they are asked for, and not kept.
     A DoRA has its magnitudes too, fp32 and in PEFT's shapes, by module path, by part.
     """
 
@@ -96,22 +97,40 @@ def layers_of(file: CheckedFile, names: BaseNames) -> ImportedLora:
     """The LoRA of a file that is known to fit the base of these names."""
     found = found_keys(file, names)
     settings = adapter_settings(file)
-    updates: Updates = {}
+    keys_of: dict[str, dict[str, tuple[LayerKeys, float]]] = {}
     magnitudes: dict[str, dict[str, Tensor]] = {}
     layers = []
     for name, keys in found.layers.items():
         place = keys.place
-        down, up = (_factor(file, keys, side, names) for side in ("down", "up"))
-        alpha = None if keys.alpha is None else _alpha(file, keys.alpha)
-        scale = _scale(settings, place, len(down)) if alpha is None else alpha / len(down)
-        updates.setdefault(place.part, {})[place.module] = Update(down, up, scale)
-        if keys.magnitude is not None:
-            magnitudes.setdefault(place.part, {})[place.module] = _magnitude(file, keys.magnitude, up)
+        _check_factors(file, keys)
         key = keys.factors["down"]
-        end = key.removeprefix(name)
-        layers.append(FileLayer(name, end, place, len(down), alpha, scale, file.entries[key].dtype))
-    ordered = {part: updates[part] for part in PARTS if part in updates}
-    return ImportedLora(file, names, ordered, magnitudes, tuple(layers), tuple(found.unknown))
+        entry = file.entries[key]
+        rank = entry.shape[0]
+        alpha = None if keys.alpha is None else _alpha(file, keys.alpha)
+        scale = _scale(settings, place, rank) if alpha is None else alpha / rank
+        keys_of.setdefault(place.part, {})[place.module] = keys, scale
+        if keys.magnitude is not None:
+            shape = names.shapes[place.part][place.module]
+            magnitudes.setdefault(place.part, {})[place.module] = _magnitude(file, keys.magnitude, shape)
+        layers.append(FileLayer(name, key.removeprefix(name), place, rank, alpha, scale, entry.dtype))
+    updates = {part: _lazily(file, keys_of[part], names) for part in PARTS if part in keys_of}
+    return ImportedLora(file, names, updates, magnitudes, tuple(layers), tuple(found.unknown))
+
+
+def _lazily(file: CheckedFile, keys_of: Mapping[str, tuple[LayerKeys, float]], names: BaseNames) -> LazyLayers:
+    def read(module: str) -> Update:
+        keys, scale = keys_of[module]
+        return Update(_factor(file, keys, "down", names), _factor(file, keys, "up", names), scale)
+
+    return LazyLayers(keys_of, read)
+
+
+def _check_factors(file: CheckedFile, keys: LayerKeys) -> None:
+    """Read both factors once, so that a file with a NaN in it is refused before anything is done with it."""
+    for key in keys.factors.values():
+        if not file.entries[key].dtype.startswith(("F", "BF")):
+            raise ConfigError(f"{file.path}: {shown(key)} has dtype {file.entries[key].dtype}; weights must be floats")
+        file.tensor(key)
 
 
 def _check_family(file: CheckedFile, names: BaseNames) -> None:
@@ -145,10 +164,7 @@ def _any_cross_attention(names: BaseNames) -> str:
 
 def _factor(file: CheckedFile, keys: LayerKeys, side: str, names: BaseNames) -> Tensor:
     """A or B in fp32, in the shape that PEFT gives it: (r, in, kh, kw) and (out, r, 1, 1) for a convolution."""
-    key = keys.factors[side]
-    if not file.entries[key].dtype.startswith(("F", "BF")):
-        raise ConfigError(f"{file.path}: {shown(key)} has dtype {file.entries[key].dtype}; weights must be floats")
-    values = file.tensor(key).to(torch.float32)
+    values = file.tensor(keys.factors[side]).to(torch.float32)
     shape = names.shapes[keys.place.part][keys.place.module]
     if side == "down":
         return values.reshape(len(values), *shape[1:])
@@ -164,14 +180,14 @@ def _alpha(file: CheckedFile, key: str) -> float:
     return alpha
 
 
-def _magnitude(file: CheckedFile, key: str, up: Tensor) -> Tensor:
-    """DoRA's magnitudes in the shape that PEFT gives them: (out,), and (1, out, 1, 1) for a convolution."""
+def _magnitude(file: CheckedFile, key: str, weight: Sequence[int]) -> Tensor:
+    """DoRA's magnitudes for a weight of this shape as PEFT has them: (out,), and (1, out, 1, 1) for a convolution."""
     values = file.tensor(key).to(torch.float32)
-    if values.numel() != len(up):
+    if values.numel() != weight[0]:
         raise ConfigError(
-            f"{file.path}: {shown(key)} must be {len(up)} numbers, but has the shape {tuple(values.shape)}"
+            f"{file.path}: {shown(key)} must be {weight[0]} numbers, but has the shape {tuple(values.shape)}"
         )
-    return values.reshape(-1) if up.ndim == 2 else values.reshape(1, -1, *up.shape[2:])
+    return values.reshape(-1) if len(weight) == 2 else values.reshape(1, -1, *[1] * (len(weight) - 2))
 
 
 def _scale(settings: dict[str, Any], place: Place, rank: int) -> float:

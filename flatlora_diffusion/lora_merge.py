@@ -35,7 +35,7 @@ _IN_SINGLE_FILE = {
 
 
 class _Weighted(NamedTuple):
-    update: Update
+    layers: Mapping[str, Update]  # which are read one at a time
     strength: float
 
 
@@ -68,14 +68,15 @@ def merge_into(pipeline: Any, files: Sequence[LoraFile], base: str | None, dtype
     for file in files:
         _warn_of_embeddings(file.path)
         for part, layers in read_lora_file(str(file.path), base).updates.items():
-            for module, update in layers.items():
-                wanted.setdefault((part, module), []).append(_Weighted(update, file.weight))
+            for module in layers:
+                wanted.setdefault((part, module), []).append(_Weighted(layers, file.weight))
     for part in PARTS:
         for module, layer in shared_layers(part, getattr(pipeline, part)).items():
             if (part, module) not in wanted:
                 continue
             merged = layer.weight.float()
-            for (down, up, scale), strength in wanted[part, module]:
+            for found, strength in wanted[part, module]:
+                down, up, scale = found[module]
                 merged = merged + (strength * scale * (up.flatten(1) @ down.flatten(1))).view_as(merged)
             merged = merged.to(dtypes[part])
             if not bool(merged.isfinite().all()):

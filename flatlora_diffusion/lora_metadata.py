@@ -13,12 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
-
 from flatlora_diffusion.base_family import Family
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.tensor_file import Contents, header_bytes
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Of a file's metadata: what does not hold for another file with the same LoRA, and what is its maker's own affair.
@@ -28,7 +26,7 @@ _STALE = re.compile(
 )
 # Neither an address such as https://... nor a tag such as </b> is one.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
-_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
+_LEGACY_START, LEGACY_END = 0x100000, 0x110000
 
 
 @dataclass(frozen=True)
@@ -97,20 +95,19 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
     return {name: str(value) for name, value in values.items() if value is not None and value != ""}
 
 
-def with_contents(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def with_contents(metadata: Mapping[str, str], contents: Contents) -> dict[str, str]:
     """`metadata` with rank and alpha of the first part, and the hashes of the tensors as a file will hold them.
 
     `sshs_model_hash` is the sha256 of everything behind the header; `sshs_legacy_hash` the first 8 digits of that of
-    64 KiB from 1 MiB on, of a file with no other metadata than `ss_*`.
+    64 KiB from 1 MiB on, of a file with no other metadata than `ss_*`. `contents` has as many of its first bytes.
     """
     whole = dict(metadata)
-    ranks = [len(value) for name, value in tensors.items() if name.endswith(".lora_down.weight")]
+    ranks = [entry["shape"][0] for name, entry in contents.entries.items() if name.endswith(".lora_down.weight")]
     whole["ss_network_dim"] = str(max(ranks))
-    whole["ss_network_alpha"] = str(next(float(value) for name, value in tensors.items() if name.endswith(".alpha")))
-    raw = save(dict(tensors), {name: value for name, value in whole.items() if name.startswith("ss_")})
-    data = memoryview(raw)[8 + int.from_bytes(raw[:8], "little") :]
-    whole["sshs_model_hash"] = hashlib.sha256(data).hexdigest()
-    legacy = raw[_LEGACY_START : _LEGACY_START + _LEGACY_LENGTH]
+    whole["ss_network_alpha"] = str(next(value for name, value in contents.numbers.items() if name.endswith(".alpha")))
+    whole["sshs_model_hash"] = contents.sha256
+    own = {name: value for name, value in whole.items() if name.startswith("ss_")}
+    legacy = (header_bytes(contents.entries, own) + contents.first)[_LEGACY_START:LEGACY_END]
     whole["sshs_legacy_hash"] = hashlib.sha256(legacy).hexdigest()[:8]
     whole["modelspec.hash_sha256"] = f"0x{whole['sshs_model_hash']}"
     return whole

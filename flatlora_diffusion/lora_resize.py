@@ -18,7 +18,7 @@ from flatlora_diffusion.lora_merge import stored_dtypes, widest
 from flatlora_diffusion.lora_metadata import kept_metadata
 from flatlora_diffusion.lora_names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
 from flatlora_diffusion.lora_place import lora_file
-from flatlora_diffusion.lora_update import PARTS, Update, Updates, truncated
+from flatlora_diffusion.lora_update import PARTS, Update, truncated
 from flatlora_diffusion.safe_reading import listed
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     if path.resolve() == source.resolve():
         raise ConfigError(f"{path} would replace the file that is read; give another --output")
     missed, whole = 0.0, 0.0
-    resized: Updates = {}
+    resized: dict[str, dict[str, Update]] = {}
     for part, layers in lora.updates.items():
         for module, update in layers.items():
             smaller, values = reduced(update, config.rank)
@@ -77,7 +77,7 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     check_free([path], config.overwrite)
     base, tuned = (_loaded(name, config) for name in (config.base, config.tuned))
     missed, whole = 0.0, 0.0
-    found: Updates = {}
+    found: dict[str, dict[str, Update]] = {}
     for part in PARTS:
         before, after = (shared_layers(part, getattr(model, part)) for model in (base, tuned))
         _check_same(before, after, part, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,30 @@ class Update(NamedTuple):
     scale: float
 
 
-Updates = dict[str, dict[str, Update]]
+Updates = Mapping[str, Mapping[str, Update]]
 """Updates by module path, by part of the pipeline; fp32 on the CPU."""
+
+
+class LazyLayers(Mapping[str, Update]):
+    """Updates by module path that are read anew each time they are asked for, so that one at a time is in memory."""
+
+    def __init__(self, modules: Iterable[str], read: Callable[[str], Update]) -> None:
+        self._modules = dict.fromkeys(modules)
+        self._read = read
+
+    def __getitem__(self, module: str) -> Update:
+        if module not in self._modules:
+            raise KeyError(module)
+        return self._read(module)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 def lora_updates(pipeline: Any) -> Updates:
@@ -126,7 +148,7 @@ def update_norms(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, float
 
 
 def _of_all(pipeline: Any, read: Any) -> Updates:
-    found: Updates = {}
+    found: dict[str, dict[str, Update]] = {}
     for part in PARTS:
         for name, layer in lora_layers(getattr(pipeline, part)).items():
             found.setdefault(part, {})[shared_path(part, name)] = read(layer)

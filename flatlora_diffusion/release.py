@@ -7,22 +7,23 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.base_family import family_of
 from flatlora_diffusion.config import RunError
-from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
+from flatlora_diffusion.kohya import completed, kohya_name, kohya_stream
 from flatlora_diffusion.lora_file import save_lora
-from flatlora_diffusion.lora_metadata import Training, kohya_metadata, sidecar, with_contents
+from flatlora_diffusion.lora_metadata import LEGACY_END, Training, kohya_metadata, sidecar, with_contents
 from flatlora_diffusion.lora_update import (
     Update,
     Updates,
@@ -33,7 +34,7 @@ from flatlora_diffusion.lora_update import (
     plain_updates,
     update_norms,
 )
-from flatlora_diffusion.tensor_file import write_atomically
+from flatlora_diffusion.tensor_file import contents_of, save_stream, write_atomically
 from flatlora_diffusion.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -60,11 +61,10 @@ def save_release(state: TrainState, folder: Path, step: int, is_end: bool = Fals
         _changes_nothing(state, is_end)
     layers = pipeline.unet.config.layers_per_block
     whole = completed(plain, pipeline.unet)
-    tensors = kohya_tensors(whole, layers, dtype)
     metadata = kohya_metadata(state.run, state.config, training(state, step), datetime.now(timezone.utc))
     path = folder / f"{state.run.lora_name(run.output_name)}.safetensors"
     _make_room(path)
-    save_kohya(path, tensors, metadata)
+    save_kohya(path, partial(kohya_stream, whole, layers, dtype), metadata)
     if run.output_kohya_format:
         write_atomically(folder / KOHYA_COPY, lambda aside: shutil.copyfile(path, aside))
     for_diffusers = save_lora(pipeline, folder, dtype)
@@ -85,10 +85,10 @@ def save_release(state: TrainState, folder: Path, step: int, is_end: bool = Fals
     return proof
 
 
-def save_kohya(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the tensors of a kohya file; rank, alpha and hashes are added to the metadata."""
-    whole = with_contents(metadata, tensors)
-    write_atomically(path, lambda aside: save_file(dict(tensors), aside, metadata=whole))
+def save_kohya(path: Path, tensors: Callable[[], Iterable[tuple[str, Tensor]]], metadata: Mapping[str, str]) -> None:
+    """Write the tensors of a kohya file one by one; rank, alpha and hashes are added to the metadata."""
+    contents = contents_of(tensors(), LEGACY_END)
+    save_stream(path, tensors, contents, with_contents(metadata, contents))
 
 
 def accompany(state: TrainState, preview: Path | None, notes: tuple[str, ...] = ()) -> None:
@@ -141,7 +141,7 @@ def _shared_start(rows: Sequence[list[str]]) -> list[str]:
 
 def kohya_updates(tensors: Mapping[str, Tensor], expected: Updates, layers_per_block: int) -> Updates:
     """What a kohya file adds to the layers of `expected`. Raises KeyError for a layer that is not in it."""
-    found: Updates = {}
+    found: dict[str, dict[str, Update]] = {}
     for part, layers in expected.items():
         for module in layers:
             name = kohya_name(part, module, layers_per_block)

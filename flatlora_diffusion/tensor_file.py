@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -44,11 +46,69 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     write_atomically(path, lambda aside: save_file(contiguous, aside, metadata=metadata))
 
 
+class Contents(NamedTuple):
+    """What a file of tensors will hold: each tensor's entry in the header, the value of each single number, the sha256
+    of all bytes behind the header, and the first of them.
+    """
+
+    entries: dict[str, dict[str, Any]]
+    numbers: dict[str, float]
+    sha256: str
+    first: bytes
+
+
+def contents_of(tensors: Iterable[tuple[str, Tensor]], first: int = 0) -> Contents:
+    """The contents of a file of these tensors, in their order, of which it keeps the `first` bytes."""
+    entries: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, float] = {}
+    digest, start, kept = hashlib.sha256(), 0, bytearray()
+    for name, tensor in tensors:
+        raw = _raw(tensor)
+        end = start + len(raw)
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        if tensor.ndim == 0:
+            numbers[name] = float(tensor)
+        digest.update(raw)
+        kept += raw[: max(first - len(kept), 0)]
+        start = end
+    return Contents(entries, numbers, digest.hexdigest(), bytes(kept))
+
+
+def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file: the header's length and the header, padded to a multiple of 8 bytes."""
+    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":"), ensure_ascii=False)
+    header = text.encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def save_stream(
+    path: Path, tensors: Callable[[], Iterable[tuple[str, Tensor]]], contents: Contents, metadata: Mapping[str, str]
+) -> None:
+    """Write what `tensors` gives, one after the other, so that a large file needs little memory.
+
+    It is called once for `contents` and once here, and must give the same both times.
+    """
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as handle:
+            handle.write(header_bytes(contents.entries, metadata))
+            for _, tensor in tensors():
+                handle.write(_raw(tensor))
+
+    write_atomically(path, write)
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header that `save_tensors` wrote."""
     with safe_open(path, framework="pt", device="cpu") as file:
         header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
+
+
+def _raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor as they are in a file."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from flatlora_diffusion.kohya import completed, kohya_name, kohya_tensors
-from flatlora_diffusion.lora_update import Update, Updates, shared_path
+from flatlora_diffusion.lora_update import Update, shared_path
 from flatlora_diffusion.single_file import unet_tensors
 
 LEAVES = [f"self_attn_{x}_proj" for x in "qkv"] + ["self_attn_out_proj", "mlp_fc1", "mlp_fc2"]
@@ -97,7 +97,7 @@ def test_the_names_of_both_text_encoders() -> None:
 def test_the_header_of_a_lora_on_everything_stays_below_a_mebibyte(unet: Any) -> None:
     """ComfyUI shows no metadata of a file whose header is longer."""
     layers = [name for name in body(unet) if isinstance(unet.get_submodule(name), nn.Linear | nn.Conv2d)]
-    updates: Updates = {"unet": {name: factors(2, 1.0) for name in layers}}
+    updates: dict[str, dict[str, Update]] = {"unet": {name: factors(2, 1.0) for name in layers}}
     for part, count in (("text_encoder", 12), ("text_encoder_2", 32)):
         names = [
             f"text_model.encoder.layers.{i}.self_attn.{x}_proj" for i in range(count) for x in ("q", "k", "v", "out")
@@ -153,7 +153,7 @@ def test_one_alpha_per_part_and_the_product_is_the_update(
 
 def test_an_incomplete_attention_of_the_second_encoder_gets_partners_of_zeros(unet: Any) -> None:
     group = "text_model.encoder.layers.3.self_attn"
-    updates: Updates = {
+    updates: dict[str, dict[str, Update]] = {
         "text_encoder": {f"{group}.q_proj": factors(3, 2.0, 6, 6)},
         "text_encoder_2": {
             f"{group}.q_proj": factors(3, 2.0, 6, 6),
