@@ -12,13 +12,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.settings import AppSettings, parse_settings
 from flatlora_diffusion.config import ConfigError
+
+from .settings import AppSettings, parse_settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from app.guard import Guard
+    from .doors.guard import Guard
 
 _LOGIN_TEXT = "After five wrong passwords the login waits for up to a quarter of an hour."
 
@@ -27,7 +28,7 @@ def make_guard(settings: AppSettings) -> Guard:
     """The guard of an app with `settings`."""
     from gradio.utils import get_upload_folder  # where Gradio keeps what it serves on its own
 
-    from app.guard import Guard
+    from .doors.guard import Guard
 
     served = [*settings.served, get_upload_folder()]
     guard = Guard(settings.own_names, list(map(Path, served)), list(map(Path, settings.private)))
@@ -38,7 +39,7 @@ def make_guard(settings: AppSettings) -> Guard:
 
 def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
     """What `Blocks.launch` gets: who is let in, what is served, how it looks."""
-    from app.theme import CSS, make_theme
+    from .theme import CSS, make_theme
 
     return {
         "server_name": settings.host,
@@ -61,7 +62,7 @@ def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
 
 
 def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    from app.guard import Doors
+    from .doors.guard import Doors
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,9 +87,9 @@ def own_uploads() -> Iterator[None]:
 
 def serve(settings: AppSettings) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code. Raises ConfigError for a runs folder that cannot be."""
-    from app.context import make_context
-    from app.guard import host_of
-    from app.ui import build_app
+    from .context import make_context
+    from .doors.guard import host_of
+    from .ui import build_app
 
     context, guard = make_context(settings), make_guard(settings)
     context.queue.start()

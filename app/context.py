@@ -6,12 +6,13 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.jobs import JobQueue
-from app.places import Places
-from app.runs import RunStore
-from app.settings import AppSettings
-from app.uploads import Uploads
 from flatlora_diffusion.config import ConfigError
+
+from .dataset.uploads import Uploads
+from .doors.places import Places
+from .jobs.jobs import JobQueue
+from .runs.runs import RunStore
+from .settings import AppSettings
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from flatlora_diffusion.palette import FLAT_LORA, LORA
+from flatlora_diffusion.charts.palette import FLAT_LORA, LORA
 
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")

@@ -8,13 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from app.compare_tab import build_compare_tab
-from app.context import AppContext
-from app.dataset_tab import build_dataset_tab
-from app.flatness_tab import build_flatness_tab
-from app.forms import ConfigForm
-from app.runs_tab import build_runs_tab
-from app.train_tab import build_train_tab
+from .compare.tab import build_compare_tab
+from .context import AppContext
+from .dataset.tab import build_dataset_tab
+from .flatness.tab import build_flatness_tab
+from .runs.tab import build_runs_tab
+from .train.forms import ConfigForm
+from .train.tab import build_train_tab
 
 _HOUR = 3600  # seconds; Gradio's copies of uploads are looked through each hour, and go after a day
 _TITLE = "# flatlora-diffusion\nTeach SDXL your style with LoRA and Flat-LoRA, and see which one you like better."

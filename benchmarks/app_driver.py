@@ -19,7 +19,7 @@ from gradio_client import Client
 from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, Request, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
-from app.processes import kill_tree, read_json
+from app.runs.processes import kill_tree, read_json
 
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

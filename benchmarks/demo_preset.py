@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from flatlora_diffusion.compare_figures import HELDOUT
-from flatlora_diffusion.compare_setup import SAMPLE_ICONS, read_material
+from flatlora_diffusion.compare.examiner import HELDOUT
+from flatlora_diffusion.compare.losses import UNGROUPED, Meter
+from flatlora_diffusion.compare.material import SAMPLE_ICONS, read_material
 from flatlora_diffusion.config import CompareConfig, ModelConfig, TrainConfig, preset_file
-from flatlora_diffusion.lora_file import LORA_FILE
-from flatlora_diffusion.loss import Objective
-from flatlora_diffusion.meter import UNGROUPED, Meter
-from flatlora_diffusion.sdxl import load_sdxl
-from flatlora_diffusion.trainer import train
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.training.trainer import train
 
 STEPS, EVERY = 400, 50
 TRIALS = ((1e-3, 8), (5e-4, 8), (2e-3, 8), (1e-3, 4), (1e-3, 16))  # learning rate, rank

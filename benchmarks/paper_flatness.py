@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from flatlora_diffusion.weight_space import Estimate
+from flatlora_diffusion.flatness.weight_space import Estimate
 
 Result = dict[str, Any]
 

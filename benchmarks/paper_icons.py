@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from flatlora_diffusion.config import SAMPLES
-from flatlora_diffusion.seeds import derive_seed
+from flatlora_diffusion.ground.seeds import derive_seed
 from samples.icons_3d.build import slug, split, write_evaluation_set
 
 if TYPE_CHECKING:

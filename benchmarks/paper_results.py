@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper_flatness import flatness_section, table
-from flatlora_diffusion.matched import Point, at_equal_loss, at_equal_seconds
-from flatlora_diffusion.paired import paired_difference
+from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.compare.trajectory import Point, at_equal_loss, at_equal_seconds
 
 RESULT = Path(__file__).with_name("paper_text_to_image.json")
 FLATNESS = Path(__file__).with_name("paper_flatness.json")

@@ -25,9 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.paper_icons import make_icon_sets, training_images
-from flatlora_diffusion.config import ModelConfig, TrainConfig
-from flatlora_diffusion.dataset import load_samples
-from flatlora_diffusion.experiment import (
+from flatlora_diffusion.compare.arms import (
     OTHER_DRAWS,
     SECOND_EPS,
     SIGMA_0,
@@ -37,12 +35,14 @@ from flatlora_diffusion.experiment import (
     parse_arm,
     plan,
 )
-from flatlora_diffusion.loss import Objective
-from flatlora_diffusion.meter import UNGROUPED, ImageSet, Meter, groups_of
-from flatlora_diffusion.paired import paired_difference
-from flatlora_diffusion.sdxl import load_sdxl
-from flatlora_diffusion.seeds import derive_seed
-from flatlora_diffusion.trainer import train
+from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, Meter, groups_of
+from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.training.trainer import train
 
 RESULT = Path(__file__).with_suffix(".json")
 SEEDS, TUNED_SEEDS = range(5), range(100, 105)

@@ -222,7 +222,7 @@ def real(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 def _be_the_script(arguments: Sequence[str], output: IO[bytes], errors: IO[bytes]) -> None:
     """Run the script and end this process as the interpreter would; never returns."""
-    from flatlora_diffusion.command_line import train_main
+    from flatlora_diffusion.commands.command_line import train_main
 
     code = 1
     try:
@@ -278,7 +278,7 @@ def _import_what_a_run_needs() -> None:
     import tyro  # noqa: F401
     from diffusers import StableDiffusionXLPipeline  # noqa: F401 (with its parts, which it would import when loaded)
 
-    import flatlora_diffusion.trainer  # noqa: F401
+    import flatlora_diffusion.training.trainer  # noqa: F401
 
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: a fork would have only one of them"

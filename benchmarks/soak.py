@@ -107,7 +107,7 @@ def main() -> int:
 
 def plan(kills: int, seed: int) -> list[Order]:
     """The kills: every kind in every phase once in a seeded order, then again; one in five is of a real start."""
-    from flatlora_diffusion.seeds import derive_seed
+    from flatlora_diffusion.ground.seeds import derive_seed
 
     rng = random.Random(derive_seed(seed, "soak"))
     kinds = [kind for kind in KINDS if kind not in (FULL, READ_ONLY) or kind in means()]

@@ -19,9 +19,9 @@ import peft
 import torch
 
 from flatlora_diffusion.config import SAMPLES, TrainConfig, preset_file
-from flatlora_diffusion.dataset import load_samples
-from flatlora_diffusion.train_state import TrainState, prepare
-from flatlora_diffusion.trainer import train_step
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.trainer import train_step
 
 WARMUP = 5
 

@@ -33,16 +33,16 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from flatlora_diffusion.base_model import base_path
 from flatlora_diffusion.config import SAMPLES, TrainConfig
-from flatlora_diffusion.dataset import load_samples
-from flatlora_diffusion.feed import Feed
-from flatlora_diffusion.loss import Batch, Objective
-from flatlora_diffusion.perturbation import FlatLora
-from flatlora_diffusion.run_dir import RunDir
-from flatlora_diffusion.sdxl import Sdxl
-from flatlora_diffusion.train_state import TrainState, prepare
-from flatlora_diffusion.trainer import train_step
+from flatlora_diffusion.data.batches import Feed
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.sdxl.loading import base_path
+from flatlora_diffusion.sdxl.objective import Batch, Objective
+from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.trainer import train_step
 
 WARMUP = 3
 RANK = 16

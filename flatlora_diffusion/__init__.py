@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flatlora_diffusion.config import ConfigError, TrainConfig
-    from flatlora_diffusion.perturbation import FlatLora
-    from flatlora_diffusion.trainer import train
-    from flatlora_diffusion.versions import __version__
+    from flatlora_diffusion.ground.versions import __version__
+    from flatlora_diffusion.method.perturbation import FlatLora
+    from flatlora_diffusion.training.trainer import train
 
 __all__ = ["ConfigError", "FlatLora", "TrainConfig", "__version__", "train"]
 

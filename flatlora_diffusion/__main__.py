@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from flatlora_diffusion.command_line import main
+from flatlora_diffusion.commands.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ import torch
 from playwright.sync_api import Browser
 
 if TYPE_CHECKING:
-    from flatlora_diffusion.sdxl import Sdxl
+    from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 torch.set_num_threads(1)
 
@@ -46,7 +46,7 @@ def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA of `base` that was trained far enough to change it."""
     from flatlora_diffusion.config import TrainConfig
-    from flatlora_diffusion.trainer import train
+    from flatlora_diffusion.training.trainer import train
 
     return train(
         TrainConfig.from_dict(
@@ -70,7 +70,7 @@ def lora(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def sdxl(base: Path) -> Sdxl:
     """`base`, loaded in fp32 without a LoRA."""
     from flatlora_diffusion.config import ModelConfig
-    from flatlora_diffusion.sdxl import load_sdxl
+    from flatlora_diffusion.sdxl.pipeline import load_sdxl
 
     return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
 

@@ -20,23 +20,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from flatlora_diffusion import trainer
-from flatlora_diffusion.adapter import lora_layers
-from flatlora_diffusion.applied_lora import embeddings_beside
-from flatlora_diffusion.checkpoint import load_state, save_state
+from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.new_tokens import embedding_parameters, with_new_tokens
+from flatlora_diffusion.adapter.update import difference, lora_updates, magnitudes, norm
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
-from flatlora_diffusion.dataset import load_samples
-from flatlora_diffusion.evaluation import fixed_probe, probe_loss
-from flatlora_diffusion.lora_file import LORA_FILE
-from flatlora_diffusion.lora_update import difference, lora_updates, magnitudes, norm
-from flatlora_diffusion.loss import Objective, sample_losses
-from flatlora_diffusion.preview import Previews, ready
-from flatlora_diffusion.run_dir import RunDir
-from flatlora_diffusion.sdxl import Sdxl
-from flatlora_diffusion.tokens import embedding_parameters, with_new_tokens
-from flatlora_diffusion.train_state import TrainState, check_distribution, prepare
-from flatlora_diffusion.trainer import train, train_step
-from flatlora_diffusion.training_set import load_heldout, load_training_set
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.data.training_set import load_heldout, load_training_set
+from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.attached import embeddings_beside
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.sdxl.objective import Objective, sample_losses
+from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.training import trainer
+from flatlora_diffusion.training.checkpoint import load_state, save_state
+from flatlora_diffusion.training.previews import Previews, ready
+from flatlora_diffusion.training.state import TrainState, check_distribution, prepare
+from flatlora_diffusion.training.trainer import train, train_step
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def test_a_stock_pipeline_computes_what_was_trained(
     config: TrainConfig, base: Path, name: str, tmp_path: Path
 ) -> None:
-    from flatlora_diffusion.lora_file import save_lora
+    from flatlora_diffusion.lora_files.diffusers_file import save_lora
 
     state = trained(config.replace(**ADAPTERS[name], learning_rate=0.1, text_encoder_lr=0.1))
     path = save_lora(state.sdxl.pipeline, tmp_path / "out")
@@ -371,7 +371,7 @@ def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     steps = torch.tensor([1, 300, 600, 999])
     losses = sample_losses(state.model, state.objective, batch, noise, steps)
-    from flatlora_diffusion.loss import diffusion_loss
+    from flatlora_diffusion.sdxl.objective import diffusion_loss
 
     whole = diffusion_loss(state.model, state.objective, batch, noise, steps)
     torch.testing.assert_close(whole, losses[:2].mean() + 0.3 * losses[2:].mean())
@@ -396,7 +396,7 @@ def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path
         rows = first._rows(step, 0)
         flips |= {row.view.is_mirrored for row in rows}
         pixels = torch.stack([first._pixels(row.sample, row.view) for row in rows])
-        from flatlora_diffusion.sdxl import posterior
+        from flatlora_diffusion.sdxl.pipeline import posterior
 
         mean, std = posterior(first.sdxl.vae, pixels)
         found = first._posteriors(rows, [], step, 0)
@@ -715,7 +715,7 @@ def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch
     def full(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("flatlora_diffusion.trainer.train_step", full)
+    monkeypatch.setattr("flatlora_diffusion.training.trainer.train_step", full)
     with pytest.raises(RunError, match=r"out of memory; these settings need about[\s\S]*--mixed_precision bf16 saves"):
         train(config)
 
@@ -748,7 +748,7 @@ def test_out_of_memory_before_the_first_step_ends_alike(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"flatlora_diffusion.trainer.{stage}", full)
+    monkeypatch.setattr(f"flatlora_diffusion.training.trainer.{stage}", full)
     with pytest.raises(RunError, match="out of memory; these settings need about"):
         train(config)
 
@@ -767,7 +767,7 @@ def test_deterministic_refuses_an_operation_that_is_not(config: TrainConfig, mon
     def step(*_: Any) -> None:
         torch.empty(1).put_(torch.tensor([0]), torch.ones(1))  # without an order of its own on any device
 
-    monkeypatch.setattr("flatlora_diffusion.trainer.train_step", step)
+    monkeypatch.setattr("flatlora_diffusion.training.trainer.train_step", step)
     with pytest.raises(
         RunError, match=r"^put_ has no deterministic kernel on this device; leave --deterministic out$"
     ):
@@ -784,7 +784,7 @@ def test_class_images_are_drawn_with_deterministic_kernels_too(
         found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         return []
 
-    monkeypatch.setattr("flatlora_diffusion.trainer.load_class_samples", load)
+    monkeypatch.setattr("flatlora_diffusion.training.trainer.load_class_samples", load)
     train(config.replace(deterministic=True))
     assert found == [(True, ":4096:8")]
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -823,7 +823,7 @@ def test_several_processes_send_no_weights_of_a_quantized_base(config: TrainConf
 
 
 def test_optional_optimizers_name_their_package(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatlora_diffusion.optimizer.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("flatlora_diffusion.training.optimizer.importlib.util.find_spec", lambda name: None)
     for settings, package in (({"optimizer": "prodigy"}, "prodigyopt"), ({"use_8bit_adam": True}, "bitsandbytes")):
         with pytest.raises(ConfigError, match=f"needs the package {package}: pip install {package}"):
             prepare(config.replace(**settings), samples_of(config))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.trainer import train
+from flatlora_diffusion.training.trainer import train
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,14 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from app.clone import clone_run
 from app.context import AppContext, make_context
-from app.dataset_tab import load_samples_icons, prefer_upload, upload
-from app.forms import ConfigForm
-from app.removal import bring_back
-from app.runs_tab import clone
+from app.dataset.tab import load_samples_icons, prefer_upload, upload
+from app.runs.clone import clone_run
+from app.runs.removal import bring_back
+from app.runs.tab import clone
 from app.settings import AppSettings
-from app.train_tab import FLAT, PLAIN, queue_training, summary, with_images
+from app.train.forms import ConfigForm
+from app.train.tab import FLAT, PLAIN, queue_training, summary, with_images
 from app.ui import build_app
 from flatlora_diffusion.config import ConfigError, TrainConfig
 

@@ -16,14 +16,14 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from app.compare_export import difference
-from app.compare_tab import emptiable_slider, refresh
-from app.compare_view import BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
-from app.comparison import default_seeds, read_prompts, read_seeds, read_strengths
+from app.compare.comparison import default_seeds, read_prompts, read_seeds, read_strengths
+from app.compare.export import difference
+from app.compare.picture_cache import Drawing, DrawOrder, Picture, orders_for
+from app.compare.tab import emptiable_slider, refresh
+from app.compare.view import BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
+from app.compare.vote_view import VoteView
 from app.context import make_context
-from app.picture_cache import Drawing, DrawOrder, Picture, orders_for
 from app.settings import AppSettings
-from app.vote_view import VoteView
 from flatlora_diffusion.config import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from app.captioning import (
+from app.context import AppContext, make_context
+from app.dataset.captioning import (
     HEADERS,
     caption_all,
     caption_by_model,
@@ -19,13 +20,12 @@ from app.captioning import (
     undo_captions,
     use_trigger,
 )
-from app.context import AppContext, make_context
-from app.dataset_tab import load_samples_icons, show, upload
-from app.dataset_view import Framing, fill_captions, look_at, training_size
-from app.forms import preset_settings
-from app.removal import ask, choose, clear, confirmed, remove_one
+from app.dataset.tab import load_samples_icons, show, upload
+from app.dataset.thumbnails import Thumbnails, as_trained
+from app.dataset.view import Framing, fill_captions, look_at, training_size
+from app.runs.removal import ask, choose, clear, confirmed, remove_one
 from app.settings import AppSettings
-from app.thumbnails import Thumbnails, as_trained
+from app.train.forms import preset_settings
 from flatlora_diffusion.config import ModelConfig
 
 
@@ -133,7 +133,7 @@ def test_thumbnails_are_made_once_for_the_same_content(
         made.append((path.name, background, size))
         return as_trained(path, background, size)
 
-    monkeypatch.setattr("app.thumbnails.as_trained", counted)
+    monkeypatch.setattr("app.dataset.thumbnails.as_trained", counted)
     session = session_of(context, tmp_path / "in", ("a.png", (64, 64)), ("b.png", (64, 64)))
     first = look_at(context.uploads, thumbnails, session, Framing("white", 32))
     other = Thumbnails(thumbnails.folder)  # as after a restart

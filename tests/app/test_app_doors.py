@@ -14,7 +14,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from app.forms import ConfigForm
+from app.train.forms import ConfigForm
 from benchmarks.app_driver import RunningApp, call_endpoint
 from flatlora_diffusion.config import SAMPLES
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from app.comparison import finished_arms, newest_pair
+from app.compare.comparison import finished_arms, newest_pair
 from app.context import make_context
-from app.flatness_tab import measure, refresh, show
-from app.flatness_view import QUICK, FlatnessView
+from app.flatness.tab import measure, refresh, show
+from app.flatness.view import QUICK, FlatnessView
 from app.settings import AppSettings
 from flatlora_diffusion.config import ConfigError, FlatnessConfig
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from app.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
+from app.train.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
 from flatlora_diffusion.config import ConfigError, TrainConfig
 
 

@@ -14,8 +14,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app.guard import Doors, Guard
-from app.login_limit import WINDOW_SECONDS, WRONG_OVERALL, WRONG_PER_CLIENT, LoginLimit
+from app.doors.guard import Doors, Guard
+from app.doors.login_limit import WINDOW_SECONDS, WRONG_OVERALL, WRONG_PER_CLIENT, LoginLimit
 from app.settings import AppSettings, parse_settings
 from flatlora_diffusion.config import ConfigError
 

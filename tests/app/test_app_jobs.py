@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs import JobQueue
-from app.processes import kill_tree, read_json
-from app.runs import RunStore
+from app.jobs.jobs import JobQueue
+from app.runs.processes import kill_tree, read_json
+from app.runs.runs import RunStore
 from flatlora_diffusion.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -110,8 +110,8 @@ def test_a_pair_differs_in_its_method_alone(queue: JobQueue, runs: RunStore, con
 APP = """
 import os, sys, time
 from pathlib import Path
-from app.jobs import JobQueue
-from app.runs import RunStore
+from app.jobs.jobs import JobQueue
+from app.runs.runs import RunStore
 runs = RunStore(Path(sys.argv[1]))
 queue = JobQueue(runs)
 queue.start()

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.compare_view import BY_PROMPT, CompareView, Form
+from app.compare.view import BY_PROMPT, CompareView, Form
 from app.context import AppContext, make_context
-from app.flatness_view import FlatnessView
-from app.forms import ConfigForm
-from app.lora_import import import_lora_file, known_bases, origin_of
-from app.runs_tab import clone, delete, details, run_rows, take_lora, undo
+from app.flatness.view import FlatnessView
+from app.runs.lora_import import import_lora_file, known_bases, origin_of
+from app.runs.tab import clone, delete, details, run_rows, take_lora, undo
 from app.settings import AppSettings
+from app.train.forms import ConfigForm
+from flatlora_diffusion.adapter.update import difference, norm
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_import import import_lora
-from flatlora_diffusion.lora_update import difference, norm
-from flatlora_diffusion.safe_reading import checked_file
+from flatlora_diffusion.lora_files.reading import import_lora
+from flatlora_diffusion.lora_files.safe_reading import checked_file
 
 
 @pytest.fixture

@@ -9,17 +9,17 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from app.captioning import caption_by_model
 from app.context import AppContext, make_context
-from app.dataset_tab import load_samples_icons, show
-from app.forms import DECIDED_BY_THE_APP, ConfigForm
-from app.places import MODELS, PARTS, READ, WRITTEN
-from app.runs_tab import take_lora
+from app.dataset.captioning import caption_by_model
+from app.dataset.tab import load_samples_icons, show
+from app.dataset.thumbnails import Thumbnails
+from app.doors.places import MODELS, PARTS, READ, WRITTEN
+from app.runs.tab import take_lora
 from app.settings import AppSettings
-from app.thumbnails import Thumbnails
-from app.train_tab import PLAIN, start, summary
+from app.train.forms import DECIDED_BY_THE_APP, ConfigForm
+from app.train.tab import PLAIN, start, summary
 from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
-from flatlora_diffusion.saved_settings import PATH_SETTINGS
+from flatlora_diffusion.ground.saved_settings import PATH_SETTINGS
 
 # Texts that no path is ever made of: prompts, colours, numbers in words, names of layers, columns, trackers, tokens.
 NO_PATHS = {

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from app.comparison import _pair_by_name
-from app.processes import identity, is_alive, kill_tree, read_json
-from app.runs import Run, RunStore
+from app.compare.comparison import _pair_by_name
+from app.jobs.store import Label
+from app.runs.processes import identity, is_alive, kill_tree, read_json
+from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
-from app.store import Label
+from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
-from flatlora_diffusion.experiment import null_arms, parse_arm, plan
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
@@ -113,7 +113,7 @@ def test_a_training_from_its_start_to_its_files(runs: RunStore, settings: dict[s
 LOOK = """
 import sys
 from pathlib import Path
-from app.runs import RunStore
+from app.runs.runs import RunStore
 runs = RunStore(Path(sys.argv[1]))
 print(runs.get("long").state, runs.get("long").progress.step > 0)
 runs.save_now("long")
@@ -384,7 +384,7 @@ def test_runs_are_found_at_any_depth_and_inside_of_others(runs: RunStore) -> Non
 
 
 def test_looking_for_runs_ends_in_a_folder_without_end(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.names._MOST_FOLDERS", 20)
+    monkeypatch.setattr("app.runs.names._MOST_FOLDERS", 20)
     for number in range(50):
         (runs.folder / "data" / f"{number}" / "more").mkdir(parents=True)
     made_by_hand(runs, "zz")

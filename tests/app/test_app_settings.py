@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from app.__main__ import main
-from app.estimates import estimate_disk, estimate_time, free_gpu_bytes, memory_of, total_steps
-from app.runs import RunStore
+from app.runs.runs import RunStore
 from app.settings import AppSettings, parse_settings
+from app.train.estimates import estimate_disk, estimate_time, free_gpu_bytes, memory_of, total_steps
 from flatlora_diffusion.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_the_app_never_imports_the_trainer_and_its_modules_stay_small() -> None:
         nodes = list(ast.walk(ast.parse(text)))
         names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        assert not names & {"flatlora_diffusion.trainer", "flatlora_diffusion.train_state"}, path.name
+        assert not names & {"flatlora_diffusion.training.trainer", "flatlora_diffusion.training.state"}, path.name
 
 
 def test_the_backend_starts_without_torch() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.store import Label, NewJob, Store
+from app.jobs.store import Label, NewJob, Store
 from flatlora_diffusion.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_a_failed_call_changes_nothing(store: Store) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from app.store import NewJob, Store
+from app.jobs.store import NewJob, Store
 for number in range(100):
     store = Store(Path(sys.argv[1]))
     store.add_jobs([NewJob("train", {"rank": number}, sys.argv[2])])

@@ -8,14 +8,14 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from app.captioning import empty_captions
 from app.context import AppContext, make_context
-from app.dataset_tab import load_samples_icons
-from app.forms import ConfigForm, preset_settings
-from app.live_view import loss_curves, own_lines, run_colours
+from app.dataset.captioning import empty_captions
+from app.dataset.tab import load_samples_icons
+from app.runs.live_view import loss_curves, own_lines, run_colours
 from app.settings import AppSettings
 from app.theme import COLOURS
-from app.train_tab import BOTH, PLAIN, apply_preset, live, start, summary
+from app.train.forms import ConfigForm, preset_settings
+from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
 from flatlora_diffusion.config import TrainConfig
 
 

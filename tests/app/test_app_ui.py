@@ -7,13 +7,13 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from app.captioning import caption_all
 from app.context import AppContext, make_context
-from app.dataset_tab import load_samples_icons, show
-from app.forms import ConfigForm
+from app.dataset.captioning import caption_all
+from app.dataset.tab import load_samples_icons, show
+from app.dataset.thumbnails import Thumbnails
 from app.settings import AppSettings
-from app.thumbnails import Thumbnails
-from app.train_tab import BOTH, live, start, summary
+from app.train.forms import ConfigForm
+from app.train.tab import BOTH, live, start, summary
 from app.ui import build_app
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.arrivals import UploadResult
-from app.dataset_view import Framing, look_at
-from app.intake import SUFFIXES, Limits
-from app.thumbnails import Thumbnails
-from app.uploads import Uploads
+from app.dataset.arrivals import UploadResult
+from app.dataset.intake import SUFFIXES, Limits
+from app.dataset.thumbnails import Thumbnails
+from app.dataset.uploads import Uploads
+from app.dataset.view import Framing, look_at
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.dataset import load_samples
-from flatlora_diffusion.images import FORMATS, load_image
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.data.images import FORMATS, load_image
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
             raise OSError(errno.ENOSPC, "No space left on device")
         shutil.move(source, target)
 
-    monkeypatch.setattr("app.arrivals.os.replace", replace)
+    monkeypatch.setattr("app.dataset.arrivals.os.replace", replace)
     result = uploads.add(session, [("full.png", tmp_path / "good.png")])
     assert [one.reason for one in result.refused] == ["it cannot be kept: No space left on device"]
     assert uploads.names(session) == {"0001.png": "good.png"}

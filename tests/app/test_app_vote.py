@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from app.blind_vote import Tally, answers_of, interval, shuffled_pairs, tally, verdict
-from app.picture_cache import Drawing, Picture
-from app.store import Choice, Vote
+from app.compare.blind_vote import Tally, answers_of, interval, shuffled_pairs, tally, verdict
+from app.compare.picture_cache import Drawing, Picture
+from app.jobs.store import Choice, Vote
 
 DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0, "no", "abc")
 

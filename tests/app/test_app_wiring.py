@@ -12,8 +12,8 @@ import gradio as gr
 import pytest
 from gradio.blocks import BlockFunction
 
-from app import runs_tab
 from app.context import make_context
+from app.runs import tab as runs_tab
 from app.settings import AppSettings
 from app.ui import build_app
 

@@ -18,8 +18,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
-from flatlora_diffusion.lora_file import LORA_FILE
-from flatlora_diffusion.single_file import save_single_file
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.sdxl.single_file import save_single_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
 )
 def test_a_file_that_is_not_there_is_told_before_torch_is_imported(arguments: list[str]) -> None:
     code = (
-        "import sys; from flatlora_diffusion.command_line import main; code = main(sys.argv[1:]); "
+        "import sys; from flatlora_diffusion.commands.command_line import main; code = main(sys.argv[1:]); "
         "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     done = start("-c", code, *arguments)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatlora_diffusion.lora_file import LORA_FILE
-from flatlora_diffusion.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from flatlora_diffusion.judge import STYLE_PROMPTS, Judge, load_judge, rank_names, rank_of, style_probabilities
-from flatlora_diffusion.seeds import generator
+from flatlora_diffusion.evaluation.judge import (
+    STYLE_PROMPTS,
+    Judge,
+    load_judge,
+    rank_names,
+    rank_of,
+    style_probabilities,
+)
+from flatlora_diffusion.ground.seeds import generator
 from samples.tiny_sdxl.recipe.judge import STYLES, Renders, split_held_out
 from samples.tiny_sdxl.recipe.vae import psnr
 

@@ -1,0 +1,263 @@
+"""What is compared: finished runs of one base, prompts, seeds and strengths, as rows of pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.ground.run_dir import RunDir
+
+from ..context import AppContext
+from ..dataset.captions import TRIGGER, trigger_of_captions, with_trigger
+from ..runs.base_identity import base_identity
+from ..runs.lora_import import IMPORTED
+from ..runs.processes import read_json
+from ..runs.runs import Run
+from .picture_cache import Drawing, Picture, base_arguments, file_hash
+
+METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA", IMPORTED: "Imported"}
+MOST_PICTURES = 400
+ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
+_FLAT, _PLAIN = "flat-lora", "lora"
+_METHOD_IN_ID = re.compile(rf"({_FLAT}|{_PLAIN})(?=(/seed-\d+)?$)")  # `compare` has a folder of seeds for each
+_HELD_OUT = Path(__file__).parents[1] / "samples" / "icons_3d" / "heldout" / "prompts.txt"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column: a finished run, its LoRA file, and the base that it was trained on.
+
+    `checkpoints` are (steps, LoRA file) of those saved on the way; `steps` is how many there were in all.
+    """
+
+    id: str
+    name: str
+    method: str
+    file: Path
+    base: tuple[str, ...]
+    resolution: int
+    steps: int | None = None
+    checkpoints: tuple[tuple[int, Path], ...] = ()
+
+    @property
+    def title(self) -> str:
+        return METHOD_TITLES.get(self.method, self.method)
+
+    @property
+    def is_trained(self) -> bool:
+        return self.method != IMPORTED
+
+    def file_at(self, step: int | None) -> Path:
+        """The LoRA after `step` steps; None: at the end."""
+        return self.file if step is None else dict(self.checkpoints)[step]
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One row: its label, and the pictures of the base and of each arm."""
+
+    label: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms of one base, drawn alike. `moments`: after how many training steps; None is the end."""
+
+    arms: tuple[Arm, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    strengths: tuple[float, ...]
+    steps: int
+    guidance: float
+    precision: str = "no"
+    moments: tuple[int | None, ...] = (None,)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for arms of different bases, and when there is nothing to draw or too much."""
+        if not self.arms:
+            raise ConfigError("no run is chosen; choose one or two")
+        self._check_bases()
+        if not self.prompts:
+            raise ConfigError("there is no prompt; write what to draw, one picture a line")
+        for prompt in self.prompts:
+            if prompt.startswith("-"):  # the command that draws would take it for a flag
+                raise ConfigError(f"the prompt {prompt!r} starts with a dash; write it without")
+        if not self.strengths:
+            raise ConfigError("there is no strength; write one or more, such as 0.5, 1")
+        count = (1 + len(self.arms)) * len(self.prompts) * len(self.seeds) * len(self.strengths)
+        count *= len(self.moments)
+        if count > MOST_PICTURES:
+            raise ConfigError(f"that is {count} pictures; choose fewer prompts or seeds, {MOST_PICTURES} at most")
+
+    @property
+    def drawing(self) -> Drawing:
+        base = self.arms[0].base
+        size = self._first.resolution
+        return Drawing(base, size, self.steps, self.guidance, self.precision, base_identity(base))
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The LoRA files by their hash."""
+        files = [arm.file_at(moment) for moment in self.moments for arm in self.arms]
+        return {file_hash(file): file for file in files}
+
+    @property
+    def titles(self) -> list[tuple[str, str]]:
+        """(what it is, the run's name) of each column."""
+        return [("Base", "without a LoRA"), *((arm.title, arm.name) for arm in self.arms)]
+
+    def rows(self) -> list[GridRow]:
+        """Prompt by prompt, seed by seed, strength by strength, moment by moment."""
+        drawing = self.drawing
+        hashes = {moment: [file_hash(arm.file_at(moment)) for arm in self.arms] for moment in self.moments}
+        return [
+            GridRow(
+                self._label(prompt, seed, strength, moment),
+                _row(drawing, hashes[moment], prompt, seed, strength),
+            )
+            for prompt in self.prompts
+            for seed in self.seeds
+            for strength in self.strengths
+            for moment in self.moments
+        ]
+
+    def pictures(self) -> list[Picture]:
+        """Each picture once."""
+        return list(dict.fromkeys(picture for row in self.rows() for picture in row.pictures))
+
+    @property
+    def _first(self) -> Arm:
+        """The arm that sets the size: an imported LoRA is drawn at that of its neighbours."""
+        return next((arm for arm in self.arms if arm.is_trained), self.arms[0])
+
+    def _check_bases(self) -> None:
+        first = self._first
+        for arm in self.arms:
+            if arm.base != first.base or (arm.is_trained and arm.resolution != first.resolution):
+                raise ConfigError(
+                    f"{arm.name} was trained on another base or at another size than {first.name}; "
+                    "leave one of them out"
+                )
+
+    def _label(self, prompt: str, seed: int, strength: float, moment: int | None) -> str:
+        parts = [prompt, f"seed {seed}"]
+        if len(self.strengths) > 1:
+            parts.append(f"strength {strength:g}")
+        if len(self.moments) > 1:
+            parts.append("at the end" if moment is None else f"after {moment} steps")
+        return " · ".join(parts)
+
+
+def common_moments(arms: Sequence[Arm]) -> tuple[int | None, ...]:
+    """After how many steps all of `arms` have saved a checkpoint, then the end.
+
+    Raises ConfigError when there is no such checkpoint; one at the end is the end itself.
+    """
+    steps = [{step for step, _ in arm.checkpoints if step != arm.steps} for arm in arms]
+    common = sorted(set.intersection(*steps)) if steps else []
+    if not common:
+        names = " and ".join(arm.name for arm in arms)
+        raise ConfigError(
+            f"{names}: no checkpoint of the same step was kept on the way; train with a smaller checkpointing_steps, "
+            "or choose other rows"
+        )
+    return (*common, None)
+
+
+def finished_arms(context: AppContext) -> list[Arm]:
+    """What can be compared, the newest first."""
+    arms = []
+    for run in context.runs.all():
+        file = context.runs.exports(run.id).get("diffusers")
+        resolution = read_json(RunDir(run.folder).config_file).get("resolution")
+        if run.state == "finished" and file is not None and resolution:
+            arms.append(_arm(context, run, file, resolution))
+    return arms
+
+
+def newest_pair(context: AppContext, arms: Sequence[Arm]) -> list[str]:
+    """The ids of the newest fair pair, LoRA first; without one that of the newest run, or nothing."""
+    known = {arm.id: arm for arm in arms}
+    queued: dict[str, list[str]] = {}
+    for job in context.queue.jobs():
+        if job.pair is not None and job.run is not None:
+            queued.setdefault(job.pair, []).append(job.run)
+    partners = {run: pair for pair in queued.values() for run in pair}
+    for arm in arms:
+        pair = partners.get(arm.id) or _pair_by_name(arm.id)
+        if len(pair) == 2 and all(run in known for run in pair):
+            return sorted(pair, key=lambda run: known[run].method == _FLAT)
+    return [arms[0].id] if arms else []
+
+
+def default_seeds(prompts: str) -> str:
+    """As many seeds as make pairs enough for a blind vote of `prompts`."""
+    count = max(1, len(read_prompts(prompts)))
+    return ", ".join(map(str, range(-(-ENOUGH_PAIRS // count))))
+
+
+def default_prompts(context: AppContext, arms: Sequence[Arm]) -> str:
+    """Prompts to begin with: those kept out of the training of the shipped base, else the run's own previews.
+
+    Those of the shipped base are for its trigger word, so they get that of the captions of the first run.
+    """
+    if not arms:
+        return ""
+    if "tiny" in arms[0].base[1:2] and _HELD_OUT.is_file():
+        held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:ENOUGH_PAIRS]
+        folder = context.runs.settings(arms[0].id).get("instance_data_dir")
+        return with_trigger("\n".join(held_out), TRIGGER, trigger_of_captions(Path(folder)) if folder else TRIGGER)
+    prompts = [context.runs.settings(arm.id).get("validation_prompt") for arm in arms]
+    return "\n".join(dict.fromkeys(prompt for prompt in prompts if prompt))
+
+
+def read_prompts(text: str) -> tuple[str, ...]:
+    """One prompt a line; each once."""
+    return tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas or spaces between. Raises ConfigError for anything else."""
+    parts = re.split(r"[\s,;]+", text.strip())
+    if not all(re.fullmatch(r"\d{1,15}", part) for part in parts):
+        raise ConfigError(f"seeds={text!r} must be whole numbers, such as 0, 1, 2")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def read_strengths(text: str) -> tuple[float, ...]:
+    """Numbers from 0 to 1.5 with commas or spaces between. Raises ConfigError for anything else."""
+    parts = re.split(r"[\s,;]+", text.strip())
+    if not all(re.fullmatch(r"\d?\.?\d{1,4}", part) and float(part) <= 1.5 for part in parts):
+        raise ConfigError(f"strengths={text!r} must be numbers from 0 to 1.5, such as 0.5, 1, 1.5")
+    return tuple(dict.fromkeys(map(float, parts)))
+
+
+def _arm(context: AppContext, run: Run, file: Path, resolution: int) -> Arm:
+    return Arm(
+        id=run.id,
+        name=run.name,
+        method=run.method or _PLAIN,
+        file=file,
+        base=base_arguments(context.runs.settings(run.id)),
+        resolution=resolution,
+        steps=run.progress.total,
+        checkpoints=tuple(
+            (int(name.rpartition("-")[2]), run.folder / name / file.name)
+            for name in run.checkpoints
+            if (run.folder / name / file.name).is_file()
+        ),
+    )
+
+
+def _row(drawing: Drawing, hashes: list[str], prompt: str, seed: int, strength: float) -> tuple[Picture, ...]:
+    base = Picture(drawing, prompt, seed)
+    return (base, *(Picture(drawing, prompt, seed, one, strength) if strength else base for one in hashes))
+
+
+def _pair_by_name(run_id: str) -> list[str]:
+    found = _METHOD_IN_ID.search(run_id)
+    return [run_id[: found.start()] + name + run_id[found.end() :] for name in (_PLAIN, _FLAT)] if found else []

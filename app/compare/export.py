@@ -1,0 +1,131 @@
+"""The comparison as files to keep and to send: one PNG, and one HTML page that holds its pictures itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+from flatlora_diffusion.gallery.grid import labelled_grid
+from flatlora_diffusion.gallery.png_text import bare_name
+
+from .comparison import Comparison, GridRow
+from .grid import AMPLIFIED
+from .picture_cache import Picture, file_hash
+
+_CELL = 320
+_SMALL = 256  # pixels; larger pictures go into the page as WebP, else it would be too large to send
+_PRECISIONS = {"no": "fp32"}
+_STYLE = """
+:root { color-scheme: light dark; --line: #d6d3d1; --faint: #78716c; }
+@media (prefers-color-scheme: dark) { :root { --line: #44403c; --faint: #a8a29e; } }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 24px auto; padding: 0 16px; }
+h1 { font-size: 20px; margin: 0 0 4px; } p { margin: 2px 0; color: var(--faint); }
+table { border-collapse: collapse; margin-top: 16px; } td, th { padding: 4px; vertical-align: top; text-align: left; }
+th { font-weight: 600; } th small { display: block; font-weight: 400; color: var(--faint); overflow-wrap: anywhere; }
+tr > th:first-child { max-width: 220px; padding-right: 12px; font-weight: 400; overflow-wrap: anywhere; }
+thead th { position: sticky; top: 0; background: Canvas; }
+img { display: block; width: 100%; min-width: 64px; max-width: 360px; border-radius: 8px;
+  border: 1px solid var(--line); }
+"""
+
+
+def save_grid(comparison: Comparison, found: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
+    """The grid as one PNG in `folder`; that of the same pictures and labels is made once. All must be drawn."""
+    path = folder / f"comparison-{_key(comparison, is_difference)}.png"
+    if path.is_file():
+        return path
+    rows = comparison.rows()
+    images = [_images(row, found, is_difference) for row in rows]
+    labels = [title if title == "Base" else f"{title}\n{name}" for title, name in comparison.titles]
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    grid = labelled_grid(images, [row.label for row in rows], labels, _CELL, _caption(comparison, is_difference))
+    grid.save(aside, "PNG")
+    aside.replace(path)
+    return path
+
+
+def save_page(comparison: Comparison, found: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
+    """The grid as one HTML file in `folder` that needs no other file and runs no script. All must be drawn."""
+    path = folder / f"comparison-{_key(comparison, is_difference)}.html"
+    if path.is_file():
+        return path
+    heads = "".join(f"<th>{escape(title)}<small>{escape(name)}</small></th>" for title, name in comparison.titles)
+    rows = "".join(_row(row, comparison.titles, found, is_difference) for row in comparison.rows())
+    facts = "".join(f"<p>{escape(fact)}</p>" for fact in [_caption(comparison, is_difference), *_facts(comparison)])
+    text = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\"><title>Comparison</title>"
+        f"<style>{_STYLE}</style></head><body><h1>{escape(_title(comparison))}</h1>{facts}"
+        f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></body></html>\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def difference(image: Image.Image, base: Image.Image) -> Image.Image:
+    """|image - base| of two RGB images of one size, amplified."""
+    return ImageChops.difference(image, base).point([min(255, value * AMPLIFIED) for value in range(256)] * 3)
+
+
+def _key(comparison: Comparison, is_difference: bool) -> str:
+    rows = [(row.label, [one.key for one in row.pictures]) for row in comparison.rows()]
+    return hashlib.sha256(repr([comparison.titles, rows, is_difference]).encode()).hexdigest()[:12]
+
+
+def _title(comparison: Comparison) -> str:
+    return " and ".join(dict.fromkeys(title for title, _ in comparison.titles[1:])) + ", beside the base"
+
+
+def _caption(comparison: Comparison, is_difference: bool) -> str:
+    caption = f"{comparison.steps} steps, guidance {comparison.guidance:g}"
+    if len(comparison.strengths) == 1:
+        caption += f", strength {comparison.strengths[0]:g}"
+    return caption + (f"; differences to the base x {AMPLIFIED}" if is_difference else "")
+
+
+def _facts(comparison: Comparison) -> list[str]:
+    drawing = comparison.drawing
+    precision = _PRECISIONS.get(drawing.precision, drawing.precision)
+    name = bare_name(drawing.base[1])
+    loras = [f"{arm.title} {arm.name}: LoRA file SHA-256 {file_hash(arm.file)[:16]}" for arm in comparison.arms]
+    return [f"Base {name}, {drawing.resolution} pixels, {precision}, base's hash {drawing.identity}", *loras]
+
+
+def _row(row: GridRow, titles: Sequence[tuple[str, str]], found: Mapping[Picture, Path], is_difference: bool) -> str:
+    cells = "".join(
+        f'<td><img src="{_data_url(image)}" alt="{escape(f"{title}, {name}: {row.label}")}"></td>'
+        for image, (title, name) in zip(_images(row, found, is_difference), titles, strict=True)
+    )
+    return f"<tr><th>{escape(row.label)}</th>{cells}</tr>"
+
+
+def _data_url(image: Image.Image) -> str:
+    packed, is_small = io.BytesIO(), max(image.size) <= _SMALL
+    if is_small:
+        image.save(packed, "PNG")
+    else:
+        image.save(packed, "WEBP", quality=90)
+    kind = "png" if is_small else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}"
+
+
+def _images(row: GridRow, found: Mapping[Picture, Path], is_difference: bool) -> list[Image.Image]:
+    images = [_opened(found[picture]) for picture in row.pictures]
+    return [images[0], *(difference(image, images[0]) for image in images[1:])] if is_difference else images
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")

@@ -1,0 +1,243 @@
+"""The Compare tab: Base, LoRA and Flat-LoRA side by side, and a blind vote between two of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import astuple, replace
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError
+
+from ..context import AppContext
+from ..jobs.store import Choice
+from ..jobs.view import STATUS_CSS, told, wrong
+from .blind_vote import QUESTIONS
+from .comparison import ENOUGH_PAIRS, Arm, default_seeds
+from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
+from .view import AUTOMATIC, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
+from .vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
+
+_POLL_SECONDS = 1.5
+_ROWS = [("Prompts", BY_PROMPT), ("at several strengths", BY_STRENGTH), ("by checkpoint", BY_CHECKPOINT)]
+_PRECISIONS = [("As the device likes", AUTOMATIC), ("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16")]
+_VOTER_KEY = "flatlora-voter"
+_SECRET = "flatlora"  # the voter's number is no secret, but without one Gradio makes it unreadable at each start
+
+
+def build_compare_tab(context: AppContext, load: Callable[..., Any]) -> gr.Timer:
+    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+
+    `load`: the page's load event.
+    """
+    view = CompareView(context)
+    with gr.Tabs():
+        with gr.Tab("Side by side"):
+            form, timer, known = _build_side_by_side(view, load)
+        with gr.Tab("Blind vote"):
+            _build_vote(view, form, known, load)
+    return timer
+
+
+def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -> tuple[Any, ...]:
+    """Queue what is missing, then show as `refresh` does; a wrong form is told beside it."""
+    try:
+        view.draw(Form(*values), session, goes_first)
+    except ConfigError as error:
+        return _outputs(replace(view.show(Form(*values)), status=wrong(str(error))), None)
+    return refresh(view, None, *values)
+
+
+def refresh(view: CompareView, last: Shown | None, *values: Any) -> tuple[Any, ...]:
+    """(grid, status, PNG, HTML, stop button, what is shown); what is still as in `last` is left alone."""
+    return _outputs(view.show(Form(*values)), last)
+
+
+def choices(view: CompareView, known: list[str] | None, chosen: list[str], prompts: str) -> tuple[Any, ...]:
+    """(runs, prompts, seeds, known ids) when there are other runs than `known`; at first the newest pair is chosen."""
+    arms, newest, first_prompts = view.start()
+    ids = [arm.id for arm in arms]
+    if ids == known:
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+    kept = [run for run in chosen or () if run in ids] or newest
+    is_first = not prompts and bool(first_prompts)
+    seeds = gr.update(value=default_seeds(first_prompts)) if is_first else gr.skip()
+    return gr.update(choices=run_choices(arms), value=kept), gr.update(value=prompts or first_prompts), seeds, ids
+
+
+def run_choices(arms: list[Arm]) -> list[tuple[str, str]]:
+    """(what is shown, the id) of each run."""
+    return [(f"{arm.name} · {arm.title}", arm.id) for arm in arms]
+
+
+def _outputs(shown: Shown, last: Shown | None) -> tuple[Any, ...]:
+    files = [gr.update(value=file and str(file), interactive=file is not None) for file in (shown.picture, shown.page)]
+    outputs = (shown.grid, shown.status, *files, gr.update(visible=shown.is_drawing))
+    if last is not None:
+        is_same = [now == before for now, before in zip(astuple(shown), astuple(last), strict=True)]
+        outputs = tuple(gr.skip() if same else one for same, one in zip(is_same, outputs, strict=True))
+    return *outputs, shown
+
+
+def _build_side_by_side(
+    view: CompareView, load: Callable[..., Any]
+) -> tuple[list[gr.components.Component], gr.Timer, gr.State]:
+    """The form's components in the order of `Form`, the timer of the tab, and the runs that can be chosen."""
+    known, last = gr.State(None), gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=3, min_width=280):
+            runs = gr.Dropdown(
+                [],
+                multiselect=True,
+                label="Runs",
+                info="Finished runs of one base. The first column is always the base without a LoRA.",
+            )
+            prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
+        with gr.Column(scale=2, min_width=280):
+            rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info="A checkpoint is the LoRA on its way.")
+            with gr.Column() as one_strength:  # shown and hidden itself, the slider would be made anew as Gradio's own
+                strength = emptiable_slider(
+                    0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
+                )
+            strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
+            seeds = gr.Textbox("0", label="Seeds", info="Each number starts from other noise: one more picture each.")
+    with gr.Accordion("More settings", open=False), gr.Row():
+        steps = emptiable_slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
+        guidance = emptiable_slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+        precision = gr.Dropdown(
+            _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
+        )
+        goes_first = gr.Checkbox(
+            False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
+        )
+    with gr.Row():
+        draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
+        stop = gr.Button("Stop drawing", variant="stop", visible=False, min_width=120)
+        picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120, elem_id="fl-save-grid")
+        page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120, elem_id="fl-save-page")
+    difference = gr.Checkbox(
+        False, label="Show the difference to the base", info="Black is equal; brightened four times."
+    )
+    status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status")
+    grid = gr.HTML(WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid")
+    form: list[gr.components.Component] = [
+        runs, prompts, seeds, rows, strength, strengths, steps, guidance, difference, precision,
+    ]  # fmt: skip
+    outputs = [grid, status, picture, page, stop, last]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def on_draw(request: gr.Request, goes_first: bool, *values: Any) -> tuple[Any, ...]:
+        return draw(view, goes_first, *values, session=request.session_hash or "")
+
+    def on_stop(last: Shown | None, *values: Any) -> tuple[Any, ...]:
+        view.stop(Form(*values))
+        return refresh(view, last, *values)
+
+    rows.change(_show_strengths, rows, [one_strength, strengths], **quiet)
+    # Choices are filled in per page, and Gradio would refuse those of a program; the handler checks them itself.
+    draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw", preprocess=False)
+    stop.click(on_stop, [last, *form], outputs, **quiet)
+
+    def on_tick(known: list[str] | None, last: Shown | None, *values: Any) -> tuple[Any, ...]:
+        return *choices(view, known, values[0], values[1]), *refresh(view, last, *values)
+
+    load(partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
+    # A dropdown for many fires `change` without end once its choices were filled in; `input` is the user's own.
+    changed = [known.change, runs.input, *(one.change for one in form if one is not runs)]
+    gr.on(changed, partial(refresh, view), [last, *form], outputs, **quiet)
+    timer = gr.Timer(_POLL_SECONDS, active=False)
+    timer.tick(on_tick, [known, last, *form], [runs, prompts, seeds, known, *outputs], **quiet)
+    return form, timer, known
+
+
+def emptiable_slider(*place: Any, **settings: Any) -> gr.Slider:
+    """A slider whose emptied box is None for the handler, where Gradio's own raises a TypeError.
+
+    No class of its own, since Gradio writes a .pyi file beside the module of every component class.
+    """
+    slider = gr.Slider(*place, **settings)
+    checked = slider.preprocess
+    slider.preprocess = lambda payload: None if payload is None else checked(payload)
+    return slider
+
+
+def _show_strengths(rows: str) -> tuple[Any, Any]:
+    is_several = rows == BY_STRENGTH
+    return gr.update(visible=not is_several), gr.update(visible=is_several)
+
+
+def _build_vote(
+    view: CompareView, form: list[gr.components.Component], known: gr.State, load: Callable[..., Any]
+) -> None:
+    votes = VoteView(view)
+    ballot = gr.State(None)
+    voter = gr.BrowserState("", storage_key=_VOTER_KEY, secret=_SECRET)
+    with gr.Row():
+        first = gr.Dropdown([], label="One column", min_width=160)
+        second = gr.Dropdown([], label="The other", min_width=160)
+        question = gr.Radio(list(QUESTIONS), value=QUESTIONS[0], label="Question")
+        order = gr.Number(1, label="Order", info="Another number shuffles anew.", precision=0, min_width=120)
+    start = gr.Button("Start", variant="primary", elem_id="fl-vote-start")
+    status = gr.HTML("", css_template=STATUS_CSS)
+    page = gr.HTML(NO_BALLOT, css_template=VOTE_CSS, js_on_load=VOTE_KEYS, elem_id="fl-vote")
+    with gr.Row(visible=False) as answers:
+        left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
+        right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
+        tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
+    count = gr.HTML("", elem_id="fl-vote-count")
+    reveal = gr.Button("End and reveal", visible=False, elem_id="fl-vote-reveal", size="sm")
+    shown = [page, count, answers, reveal]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def on_start(voter: str, first: str, second: str, question: str, order: float, *values: Any) -> tuple[Any, ...]:
+        try:
+            new = votes.start(Form(*values), (first, second), question, int(order or 0), voter)
+        except ConfigError as error:
+            return None, wrong(str(error)), NO_BALLOT, "", gr.update(visible=False), gr.update(visible=False)
+        return new, few_pairs(new), *vote_outputs(votes, new)
+
+    def on_vote(choice: Choice) -> Callable[[Ballot | None], tuple[Any, ...]]:
+        def vote(ballot: Ballot | None) -> tuple[Any, ...]:
+            if ballot is None:
+                return (gr.skip(),) * len(shown)
+            votes.vote(ballot, choice)
+            return vote_outputs(votes, ballot)
+
+        return vote
+
+    def on_reveal(ballot: Ballot) -> tuple[Any, ...]:
+        ended = votes.reveal(ballot)
+        return ended, *vote_outputs(votes, ended)
+
+    load(lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
+    gr.on([known.change, form[0].input], partial(column_choices, view), form[0], [first, second], **quiet)
+    start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
+    answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
+    for button, choice in answered:
+        button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
+    reveal.click(on_reveal, ballot, [ballot, *shown], **quiet)
+
+
+def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
+    """The two columns to vote on: of those compared, at first the last two."""
+    names = {arm.id: f"{arm.title} ({arm.name})" for arm in view.arms()}
+    columns = [("Base", BASE), *((names[run], run) for run in runs if run in names)]
+    first = columns[-2][1] if len(columns) > 1 else BASE
+    return gr.update(choices=columns, value=first), gr.update(choices=columns, value=columns[-1][1])
+
+
+def few_pairs(ballot: Ballot) -> str:
+    """What to do about a ballot that can hardly say anything."""
+    count = len(ballot.pairs)
+    if count >= ENOUGH_PAIRS:
+        return ""
+    return told(f"Only {count} pairs, from which hardly anything can be told. Draw more prompts or seeds for a vote.")
+
+
+def vote_outputs(votes: VoteView, ballot: Ballot) -> tuple[Any, ...]:
+    """(page, count, the row of answers, the button that reveals)."""
+    page = votes.page(ballot)
+    return page.question, page.count, gr.update(visible=page.is_open), gr.update(visible=page.is_open)

@@ -1,0 +1,178 @@
+"""The handlers of the side-by-side comparison: plain functions from the form's values to what is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flatlora_diffusion.config import ConfigError
+
+from ..context import AppContext
+from ..jobs.store import Job
+from ..jobs.view import told, why_failed, why_waiting, wrong
+from .comparison import (
+    Arm,
+    Comparison,
+    common_moments,
+    default_prompts,
+    finished_arms,
+    newest_pair,
+    read_prompts,
+    read_seeds,
+    read_strengths,
+)
+from .export import save_grid, save_page
+from .grid import empty_page, grid_page
+from .picture_cache import Picture, PictureCache, orders_for, own_precision
+
+BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
+AUTOMATIC = "automatic"
+PRECISIONS = ("no", "fp16", "bf16")
+NO_RUNS = "Nothing to compare yet"
+WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has finished."
+
+
+@dataclass(frozen=True)
+class Form:
+    """The values of the form as they are on the page."""
+
+    runs: Sequence[str]
+    prompts: str
+    seeds: str
+    rows: str
+    strength: float | None
+    strengths: str
+    steps: int | None
+    guidance: float | None
+    is_difference: bool = False
+    precision: str = AUTOMATIC
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows; `picture` and `page` are the grid as files once all is drawn."""
+
+    grid: str
+    status: str
+    picture: Path | None = None
+    page: Path | None = None
+    is_drawing: bool = False
+
+
+class CompareView:
+    """The comparison of one app: its runs, its queue and the pictures that are there."""
+
+    def __init__(self, context: AppContext) -> None:
+        self.context = context
+        self.cache = PictureCache(context.queue)
+
+    def arms(self) -> list[Arm]:
+        return finished_arms(self.context)
+
+    def start(self) -> tuple[list[Arm], list[str], str]:
+        """(what can be chosen, the ids that are chosen at first, the prompts at first)."""
+        arms = self.arms()
+        chosen = newest_pair(self.context, arms)
+        return arms, chosen, default_prompts(self.context, [arm for arm in arms if arm.id in chosen])
+
+    def comparison(self, form: Form) -> Comparison:
+        """What the form asks for. Raises ConfigError, one sentence, when that cannot be."""
+        arms = {arm.id: arm for arm in self.arms()}
+        gone = [run for run in form.runs if run not in arms]
+        if gone:
+            raise ConfigError(f"the run {gone[0]!r} is not there any more; choose another")
+        strength = _filled("LoRA strength", form.strength)
+        by_strength = form.rows == BY_STRENGTH
+        chosen = tuple(arms[run] for run in form.runs)
+        return Comparison(
+            arms=chosen,
+            prompts=read_prompts(form.prompts),
+            seeds=read_seeds(form.seeds),
+            strengths=read_strengths(form.strengths) if by_strength else (strength,),
+            steps=int(_filled("Steps", form.steps)),
+            guidance=_filled("Guidance", form.guidance),
+            precision=form.precision if form.precision in PRECISIONS else own_precision(),
+            moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
+        )
+
+    def draw(self, form: Form, session: str, goes_first: bool = False) -> list[Job]:
+        """Queue what is neither drawn nor queued yet; returns the new jobs.
+
+        With `goes_first` a running training makes way for them, and for those of the comparison that wait already.
+        Raises ConfigError when the form asks for what cannot be.
+        """
+        comparison = self.comparison(form)
+        wanted = comparison.pictures()
+        found = self.cache.find(wanted)
+        missing = [one for one in wanted if one not in found and one not in self._coming(wanted)]
+        orders = orders_for(missing, comparison.drawing, comparison.files)
+        commands = [(order.arguments(), order.about) for order in orders]
+        queue = self.context.queue
+        waiting = [job for job in self._open_jobs(wanted) if job.state == "queued"]
+        jobs = [queue.add_command("generate", command, session, about) for command, about in commands]
+        for job in reversed([*waiting, *jobs]) if goes_first else ():
+            queue.preempt(job.id)
+        return jobs
+
+    def stop(self, form: Form) -> None:
+        """Take the jobs of this comparison out of the queue."""
+        for job in self._open_jobs(self.comparison(form).pictures()):
+            self.context.queue.stop(job.id)
+
+    def show(self, form: Form) -> Shown:
+        """The comparison as far as it is drawn, and what is at work on the rest."""
+        if not self.arms():
+            return Shown(empty_page(NO_RUNS, WHAT_TO_DO), "")
+        try:
+            comparison = self.comparison(form)
+        except ConfigError as error:
+            return Shown(empty_page("There is no comparison yet", "See the line above."), wrong(str(error)))
+        wanted = comparison.pictures()
+        found = self.cache.find(wanted)
+        grid = grid_page(comparison, found, form.is_difference)
+        missing = [one for one in wanted if one not in found]
+        if not missing:
+            folder = self.context.runs.folder / ".results" / "grids"
+            picture, page = (save(comparison, found, form.is_difference, folder) for save in (save_grid, save_page))
+            return Shown(grid, "", picture, page)
+        jobs = self._open_jobs(missing)
+        if jobs:
+            return Shown(grid, self._progress(jobs, len(found), len(wanted)), is_drawing=True)
+        return Shown(grid, self._why_missing(missing, len(wanted)))
+
+    def found(self, comparison: Comparison) -> Mapping[Picture, Path]:
+        return self.cache.find(comparison.pictures())
+
+    def _coming(self, wanted: Sequence[Picture]) -> set[Picture]:
+        coming: set[Picture] = set()
+        for job in self._open_jobs(wanted):
+            coming.update(self.cache.pictures_of(job))
+        return coming
+
+    def _open_jobs(self, pictures: Sequence[Picture]) -> list[Job]:
+        return [job for job in self.cache.jobs_for(pictures) if job.state in ("queued", "running")]
+
+    def _progress(self, jobs: Sequence[Job], done: int, count: int) -> str:
+        running = next((job for job in jobs if job.state == "running"), None)
+        if running is None:
+            text = why_waiting(self.context, jobs[0])
+        elif self.context.queue.fraction(running) is None:
+            text = "Loading the base model ..."
+        else:
+            text = "Drawing ..."
+        return told(f"{text} {done} of {count} pictures are there.", done / count)
+
+    def _why_missing(self, missing: Sequence[Picture], count: int) -> str:
+        tried = self.cache.jobs_for(missing)
+        if tried and tried[-1].state == "failed":
+            reason, log = why_failed(self.context, tried[-1])
+            return wrong(f"The last drawing failed: {reason}. Press Draw to try again.", log)
+        return told(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
+
+
+def _filled(label: str, number: float | None) -> float:
+    """Raises ConfigError for an emptied box."""
+    if number is None:
+        raise ConfigError(f"{label} is empty; enter a number")
+    return float(number)

@@ -1,0 +1,180 @@
+"""The handlers of the blind vote: what is asked, what was answered, and the page for it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from flatlora_diffusion.config import ConfigError
+
+from ..jobs.store import Choice
+from .blind_vote import SHOWN_FROM, BlindPair, answers_of, shuffled_pairs, tally, verdict
+from .grid import empty_page, file_url
+from .picture_cache import Picture
+from .view import CompareView, Form
+
+VOTE_CSS = """
+.fl-ask { text-align: center; }
+.fl-ask h3 { margin: 4px 0; font-size: 20px; color: var(--body-text-color); }
+.fl-ask p { margin: 0 0 10px; font-size: 14px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.fl-two { display: grid; grid-template-columns: repeat(2, minmax(0, 380px)); gap: 12px; justify-content: center; }
+.fl-two img { width: 100%; aspect-ratio: 1; object-fit: contain; margin: 0; border-radius: 10px;
+  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
+.fl-ask progress { width: min(772px, 100%); height: 6px; accent-color: var(--color-accent); }
+.fl-empty { padding: 48px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
+  border-radius: 12px; color: var(--body-text-color-subdued); }
+.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
+.fl-told { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 14px; margin-top: 14px; }
+.fl-told p { margin: 0 0 4px; font-size: 12px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.fl-told div { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
+.fl-told figure { margin: 0; text-align: center; font-size: 13px; color: var(--body-text-color); }
+.fl-told img { width: 100%; aspect-ratio: 1; object-fit: contain; margin: 0; border-radius: 6px;
+  border: 3px solid transparent; }
+.fl-told .fl-won img { border-color: var(--color-accent); }
+"""
+
+# The keys press the buttons, unless one is typing or the vote is not on the screen.
+VOTE_KEYS = """
+if (!window.flatloraVoteKeys) {
+  window.flatloraVoteKeys = true;
+  document.addEventListener('keydown', (event) => {
+    const id = {1: 'fl-vote-left', 2: 'fl-vote-right', 3: 'fl-vote-tie'}[event.key];
+    if (!id || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.closest('input, textarea, select, [contenteditable=true]')) return;
+    const button = document.getElementById(id);
+    if (button && button.offsetParent !== null && !button.disabled) button.click();
+  });
+}
+"""
+
+BASE = "base"
+NO_BALLOT = empty_page(
+    "Vote without knowing which is which",
+    "Draw the pictures side by side first, then choose two columns and press Start.",
+)
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """The pairs of one blind vote between the arms called `first` and `second`."""
+
+    pairs: tuple[BlindPair, ...]
+    first: str
+    second: str
+    question: str
+    voter: str
+    is_revealed: bool = False
+
+
+@dataclass(frozen=True)
+class VotePage:
+    """What the page shows, and whether an answer is waited for."""
+
+    question: str
+    count: str
+    is_open: bool
+
+
+class VoteView:
+    """The blind votes about the pictures of `compare`."""
+
+    def __init__(self, compare: CompareView) -> None:
+        self._compare = compare
+        self._store = compare.context.runs.store
+
+    def start(self, form: Form, sides: tuple[str, str], question: str, order: int, voter: str) -> Ballot:
+        """A vote between two columns, `BASE` or ids of runs; what `voter` has answered before is kept.
+
+        Raises ConfigError when there are no two columns, or nothing of them is drawn.
+        """
+        if sides[0] == sides[1]:
+            raise ConfigError("the vote needs two different columns; choose another one")
+        comparison = self._compare.comparison(form)
+        columns = [BASE, *(arm.id for arm in comparison.arms)]
+        if any(side not in columns for side in sides):
+            raise ConfigError("that column is not in the comparison; choose its run above")
+        names = ["Base", *(f"{arm.title} ({arm.name})" for arm in comparison.arms)]
+        first, second = (columns.index(side) for side in sides)
+        found = self._compare.found(comparison)
+        rows = [(row.label, row.pictures[first], row.pictures[second]) for row in comparison.rows()]
+        pairs = shuffled_pairs([row for row in rows if row[1] in found and row[2] in found], order)
+        if not pairs:
+            raise ConfigError("there is no pair to vote on; draw the pictures side by side first")
+        return Ballot(tuple(pairs), names[first], names[second], question, voter)
+
+    def vote(self, ballot: Ballot, choice: Choice) -> None:
+        """Keep the answer to the pair that is shown; nothing when there is none."""
+        pair = self._next(ballot)
+        if pair is not None:
+            self._store.add_vote(pair.id, ballot.question, ballot.voter, choice)
+
+    def reveal(self, ballot: Ballot) -> Ballot:
+        """The vote ended: from now on it is told which picture was whose."""
+        return replace(ballot, is_revealed=True)
+
+    def page(self, ballot: Ballot) -> VotePage:
+        """The next pair, or what was whose when the vote is over."""
+        pair = self._next(ballot)
+        files = self._compare.cache.find(picture for one in ballot.pairs for picture in one.sides)
+        if pair is None:
+            return VotePage(self._told(ballot, files), self._count(ballot, is_over=True), False)
+        done = len(self._answers(ballot))
+        bar = f'<progress value="{done}" max="{len(ballot.pairs)}"></progress>'
+        pictures = "".join(
+            f'<img src="{_unnamed(files[picture])}" alt="{side} picture">'
+            for side, picture in zip(("Left", "Right"), pair.sides, strict=True)
+        )
+        place = f"Pair {done + 1} of {len(ballot.pairs)}"
+        question = f"<h3>{escape(ballot.question)}</h3><p>{place} · {escape(pair.label)}</p>"
+        asked = f'<div class="fl-ask">{question}<div class="fl-two">{pictures}</div>{bar}</div>'
+        return VotePage(asked, self._count(ballot, is_over=False), True)
+
+    def _answers(self, ballot: Ballot) -> dict[str, Choice]:
+        return answers_of(self._store.votes(ballot.question), ballot.pairs, ballot.voter)
+
+    def _next(self, ballot: Ballot) -> BlindPair | None:
+        answers = self._answers(ballot)
+        is_over = ballot.is_revealed
+        return None if is_over else next((pair for pair in ballot.pairs if pair.id not in answers), None)
+
+    def _count(self, ballot: Ballot, is_over: bool) -> str:
+        count = tally(ballot.pairs, self._answers(ballot))
+        if not is_over and count.votes < SHOWN_FROM:
+            return f"The count is shown after {SHOWN_FROM} votes, so that it does not sway you."
+        numbers = f"{ballot.first}: {count.first} · {ballot.second}: {count.second} · ties: {count.ties}"
+        return f"<p><b>{escape(numbers)}</b></p><p>{escape(verdict(count, ballot.first, ballot.second))}</p>"
+
+    def _told(self, ballot: Ballot, files: Mapping[Picture, Path]) -> str:
+        answers = self._answers(ballot)
+        return (
+            f'<div class="fl-told">{"".join(_told_pair(pair, ballot, answers, files) for pair in ballot.pairs)}</div>'
+        )
+
+
+def _told_pair(pair: BlindPair, ballot: Ballot, answers: Mapping[str, Choice], files: Mapping[Picture, Path]) -> str:
+    names = (ballot.second, ballot.first) if pair.is_swapped else (ballot.first, ballot.second)
+    choice = answers.get(pair.id)
+    figures = "".join(
+        f'<figure class="{"fl-won" if choice == side else ""}">'
+        f'<img src="{file_url(files[picture])}" alt="{escape(name)}">{escape(name)}</figure>'
+        for side, picture, name in zip(("left", "right"), pair.sides, names, strict=True)
+        if picture in files
+    )
+    told = {"left": "you chose the left one", "right": "you chose the right one", "tie": "a tie", None: "not voted on"}
+    return f"<section><p>{escape(pair.label)}: {told[choice]}</p><div>{figures}</div></section>"
+
+
+@lru_cache(maxsize=64)
+def _unnamed(path: Path) -> str:
+    """The pixels alone as a data URL: a file's name and text would tell which LoRA has made it."""
+    packed = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(packed, "PNG")
+    return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()

@@ -1,0 +1,109 @@
+"""What the Dataset tab does with captions and the trigger word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from flatlora_diffusion.config import ConfigError
+
+from ..context import AppContext
+from ..reporting import note, told_on_the_page
+from .captions import captions_from_names, with_trigger
+from .view import fill_captions
+
+HEADERS = ["Image", "File", "Caption", "Notes"]
+Rows = list[list[str]]  # of the caption table
+
+
+def save_captions(context: AppContext, session: str, shown: Rows, table: pd.DataFrame) -> tuple[str, Rows]:
+    """Keep the captions that were changed in the table; (the new count, the rows as they are shown now).
+
+    `shown`: the rows before. Captions that were not touched here are not written: a model may have changed them.
+    """
+    with told_on_the_page():
+        changed = changed_captions(shown, table)
+        names = context.uploads.names(session)
+        if any(row[0] in changed and names.get(row[0]) != row[1] for row in shown):
+            raise ConfigError("the images are others than when the table was shown, so nothing was saved; look again")
+        context.uploads.save_captions(session, changed)
+    captions = context.uploads.captions(session)
+    count = sum(bool(text) for text in captions.values())
+    told = note(f"<b>{len(captions)} images, captions {count}/{len(captions)}</b>, saved")
+    return told, [[image, file, changed.get(image, caption), *rest] for image, file, caption, *rest in shown]
+
+
+def changed_captions(shown: Rows, table: pd.DataFrame) -> dict[str, str]:
+    """The captions of `table` that differ from those in `shown`, by image.
+
+    Raises ConfigError for a table that is not `shown` with other texts in its caption and notes cells: what stands
+    where the captions were would be taken for them.
+    """
+    rows = [["" if cell is None or cell != cell else cell for cell in row] for row in table.values.tolist()]
+    places = sorted((row[0], row[1]) for row in shown)
+    is_table = list(table.columns) == HEADERS and all(isinstance(cell, str) for row in rows for cell in row)
+    if not is_table or sorted((row[0], row[1]) for row in rows) != places:
+        raise ConfigError(
+            "only captions can be changed in the table, and something else of it was changed, so nothing was saved; "
+            "the table is shown again as it was, and images are removed with the button below them"
+        )
+    before = {row[0]: row[2] for row in shown}
+    return {row[0]: row[2] for row in rows if row[2] != before[row[0]]}
+
+
+def undo_captions(context: AppContext, session: str) -> str:
+    """Bring back the captions from before the last change; says so."""
+    with told_on_the_page():
+        if not session:
+            raise ConfigError("there are no captions to bring back; drop some images first")
+        count = context.uploads.undo_captions(session)
+    images = "1 caption is" if count == 1 else f"{count} captions are"
+    return note(f"{images} as before the last change; press the same button again to take that back")
+
+
+def caption_all(context: AppContext, session: str, trigger: str) -> str:
+    """Make captions of the file names and the trigger word, but for those that were written; says how many."""
+    with told_on_the_page():
+        if not trigger.strip():
+            raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
+        names = context.uploads.names(session) if session else {}
+        if not names:
+            raise ConfigError("there are no images to caption; drop some first")
+        made = captions_from_names(names, context.uploads.captions(session), trigger.strip())
+        context.uploads.save_captions(session, made)
+    left = len(names) - len(made)
+    kept = f"; {left} left as they are: a caption of your own, or a name without words" if left else ""
+    return note(f"{len(made)} captions written from file names{kept}")
+
+
+def caption_by_model(
+    context: AppContext, session: str, name_or_path: str, trigger: str, told: Callable[[int, int], None]
+) -> str:
+    """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
+    with told_on_the_page():
+        present = context.uploads.captions(session) if session else {}
+        if not present:
+            raise ConfigError("there are no images to caption; drop some first")
+        if all(present.values()):
+            raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
+        if not name_or_path.strip():
+            raise ConfigError("no captioning model is given; enter the folder or hub id of a BLIP model")
+        context.places.check_model("captioning model", name_or_path.strip())
+        from flatlora_diffusion.evaluation.captioner import load_captioner  # imports transformers, which takes seconds
+
+        captioner = load_captioner(name_or_path.strip())
+        count = fill_captions(context.uploads, session, captioner, trigger.strip(), told)
+    return note(f"{count} captions written by the model; read them, and correct what is wrong")
+
+
+def empty_captions(context: AppContext, session: str) -> None:
+    """Remove all captions; the images stay."""
+    if session:
+        context.uploads.save_captions(session, dict.fromkeys(context.uploads.captions(session), ""))
+
+
+def use_trigger(prompt: str, trigger: str, used: str) -> tuple[str, str]:
+    """(the preview prompt with the trigger word, the word in it); `used`: the word in it before."""
+    new = trigger.strip() or used
+    return with_trigger(prompt, used, new), new

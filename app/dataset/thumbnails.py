@@ -1,0 +1,71 @@
+"""Thumbnails of uploaded images as the trainer sees them, and what to know about each; kept by the images' content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.data.crops import choose_view, view_image
+from flatlora_diffusion.data.dataset import Sample, make_sample
+from flatlora_diffusion.data.images import load_alpha, load_image
+
+LONGEST_SIDE = 256
+
+
+@dataclass(frozen=True)
+class Look:
+    """An image's sample without its caption, and whether something of it is transparent."""
+
+    sample: Sample
+    is_transparent: bool
+
+
+class Thumbnails:
+    """The thumbnails in `folder`; they are found again after a restart. Safe under several threads and processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._looks: dict[tuple[str, str], Look] = {}
+        self._lock = threading.Lock()
+
+    def look(self, path: Path) -> Look:
+        """What the image at `path` is like; decoded once as long as its content stays."""
+        key = (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+        with self._lock:
+            known = self._looks.get(key)
+        if known is None:
+            alpha = load_alpha(path)
+            is_transparent = alpha.histogram()[255] < alpha.width * alpha.height
+            known = Look(make_sample(path.name, path, ""), is_transparent)
+            with self._lock:
+                self._looks[key] = known
+        return known
+
+    def picture(self, path: Path, sha256: str, background: str, size: tuple[int, int]) -> Image.Image:
+        """The centre crop of the image to `size` (height, width), shrunk. Raises ConfigError for a bad colour."""
+        key = hashlib.sha256(f"{sha256} {background} {size} {LONGEST_SIDE}".encode()).hexdigest()
+        kept = self.folder / f"{key}.png"
+        if not kept.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self.folder / f"{key}.{secrets.token_hex(4)}.part"
+            as_trained(path, background, size).save(aside, "PNG")
+            os.replace(aside, kept)
+        with Image.open(kept) as file:
+            return file.convert("RGB")
+
+
+def as_trained(path: Path, background: str, size: tuple[int, int]) -> Image.Image:
+    """The centre crop at the training size, by the trainer's own functions; shrunk to a thumbnail."""
+    image = load_image(path, background)
+    view = choose_view((image.height, image.width), size, True, False, torch.Generator())
+    picture = view_image(image, view, TrainConfig().data.image_interpolation_mode)
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return picture

@@ -1,0 +1,109 @@
+"""The uploaded images as the trainer will see them, with what to know about each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.data.dataset import SampleSet
+from flatlora_diffusion.data.images import load_image
+
+from .thumbnails import Thumbnails
+from .uploads import Uploads
+
+Captioner = Callable[[Sequence[Image.Image]], list[str]]
+_CAPTIONED_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class DatasetView:
+    """`pictures`: (thumbnail, name) of each image; `rows`: image, file, caption, notes; `captioned` of them."""
+
+    pictures: list[tuple[Image.Image, str]]
+    rows: list[list[str]]
+    captioned: int
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How images are cropped: to squares of `size` pixels, or to the nearest bucket of multiples of `bucket_step`."""
+
+    background: str
+    size: int
+    bucket_step: int | None = None
+
+    def sizes(self, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The training size of each image; all are (height, width)."""
+        if self.bucket_step is None:
+            return [(self.size, self.size)] * len(shapes)
+        from flatlora_diffusion.data.buckets import bucket_sizes  # imports diffusers, which takes seconds
+
+        return bucket_sizes(shapes, self.size, self.bucket_step)
+
+
+def training_size(model: ModelConfig, resolution: int | None) -> int:
+    """The training size in pixels; one that is left open is the base's own, from its configs."""
+    if resolution is not None:
+        return resolution
+    from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor  # imports diffusers, which takes seconds
+
+    return int(part_settings(model, "unet")["sample_size"]) * vae_factor(model)
+
+
+def framing(model: ModelConfig, resolution: int | None, background: str, has_buckets: bool) -> Framing:
+    """How the trainer frames the images for the base `model`."""
+    size = training_size(model, resolution)
+    if not has_buckets:
+        return Framing(background, size)
+    from flatlora_diffusion.sdxl.shapes import size_step
+
+    return Framing(background, size, size_step(model))
+
+
+def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
+    """All images of a session. Raises ConfigError for a bad colour."""
+    images, captions, names = uploads.images(session), uploads.captions(session), uploads.names(session)
+    looks = [thumbnails.look(path) for path in images]
+    samples = [look.sample for look in looks]
+    twins = dict(SampleSet(samples, 0, []).duplicates())
+    sizes = framed.sizes([(sample.height, sample.width) for sample in samples])
+    pictures, rows = [], []
+    for path, look, size in zip(images, looks, sizes, strict=True):
+        name, sample = names[path.name], look.sample
+        bucket = "" if framed.bucket_step is None else f"{size[1]} x {size[0]}"
+        notes = [f"bucket {bucket}"] if bucket else []
+        if sample.height < size[0] or sample.width < size[1]:
+            notes.append(f"small: {sample.width} x {sample.height}, will be enlarged to {size[1]} x {size[0]}")
+        if path.name in twins:
+            notes.append(f"looks like {names[twins[path.name]]}")
+        if look.is_transparent:
+            notes.append(f"transparent: put on {framed.background}")
+        if not captions[path.name]:
+            notes.append("no caption")
+        picture = thumbnails.picture(path, sample.sha256, framed.background, size)
+        pictures.append((picture, f"{name}, {bucket}" if bucket else name))
+        rows.append([path.name, name, captions[path.name], "; ".join(notes)])
+    return DatasetView(pictures, rows, sum(bool(caption) for caption in captions.values()))
+
+
+def fill_captions(
+    uploads: Uploads, session: str, captioner: Captioner, trigger: str, told: Callable[[int, int], None]
+) -> int:
+    """Caption the images that have none; returns how many. Each batch is saved, so that a stop loses little.
+
+    `told` gets how many of how many are done.
+    """
+    captions = uploads.captions(session)
+    bare = [path for path in uploads.images(session) if not captions[path.name]]
+    for first in range(0, len(bare), _CAPTIONED_AT_ONCE):
+        paths = bare[first : first + _CAPTIONED_AT_ONCE]
+        texts = captioner([load_image(path) for path in paths])
+        ending = f", in the style of {trigger}" if trigger else ""
+        still_bare = {name for name, text in uploads.captions(session).items() if not text}  # as it is after the wait
+        made = {path.name: f"{text}{ending}" for path, text in zip(paths, texts, strict=True)}
+        uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare}, first > 0)
+        told(first + len(paths), len(bare))
+    return len(bare)

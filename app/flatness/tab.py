@@ -1,0 +1,125 @@
+"""The Flatness tab: how the loss rises around the weights of finished runs, as charts, tables and a surface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError
+
+from ..context import AppContext
+from ..jobs.view import STATUS_CSS, wrong
+from .view import QUICK, THOROUGH, FlatnessView
+
+_POLL_SECONDS = 1.5
+_EFFORTS = [("Quick look", QUICK), ("Thorough, with the curvature; takes many times as long", THOROUGH)]
+_CSS = """
+.fl-charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.fl-charts figure { margin: 0; padding: 10px; border-radius: 10px; border: 1px solid var(--border-color-primary);
+  background: white; }
+.fl-charts img { width: 100%; margin: 0; display: block; }
+.fl-charts figcaption { margin-top: 6px; font-size: 13px; color: #57534e; }
+.fl-surface { width: 100%; height: 620px; border: 1px solid var(--border-color-primary); border-radius: 10px;
+  background: white; }
+.fl-empty { padding: 48px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
+  border-radius: 12px; color: var(--body-text-color-subdued); }
+.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
+"""
+
+
+def measure(view: FlatnessView, session: str, runs: list[str], effort: str) -> str:
+    """Queue the measurement; the status, or what is wrong with the choice."""
+    try:
+        view.measure(runs or [], effort, session)
+    except ConfigError as error:
+        return wrong(str(error))
+    return view.status()
+
+
+def refresh(
+    view: FlatnessView, known: Any, chosen_runs: list[str], chosen: int | None, told_of: str
+) -> tuple[Any, ...]:
+    """(runs, results, status, stop button, what is known, the status's HTML); what is unchanged is left alone.
+
+    A new result is chosen when it arrives; an error that was told about a choice stays until something happens.
+    """
+    runs, results, status = view.runs(), view.results(), view.status()
+    ids, numbers = [run_id for _, run_id in runs], [number for _, number in results]
+    is_measuring = view.open_job() is not None
+    now = [ids, numbers, is_measuring]
+    is_drawn = status == told_of
+    shown = gr.skip() if is_drawn else status
+    if known is not None and known[:2] == now[:2]:
+        stop = gr.skip() if known[2] == is_measuring else gr.update(visible=is_measuring)
+        return gr.skip(), gr.skip(), shown, stop, now, status
+    kept = [run for run in chosen_runs or () if run in ids] or view.newest()
+    is_new = known is None or numbers[:1] != known[1][:1]
+    newest = numbers[0] if numbers else None
+    return (
+        gr.update(choices=runs, value=kept),
+        gr.update(choices=results, value=newest if is_new or chosen not in numbers else chosen, visible=bool(numbers)),
+        shown,
+        gr.update(visible=is_measuring),
+        now,
+        status,
+    )
+
+
+def show(view: FlatnessView, chosen: int | None) -> tuple[Any, ...]:
+    """(charts, tables, the surface's fold, the surface, not loaded yet) of the chosen measurement."""
+    try:
+        result = view.result(chosen)
+    except ConfigError as error:
+        return wrong(str(error)), "", gr.update(visible=False), ""
+    return result.charts, result.tables, gr.update(visible=chosen is not None, open=False), ""
+
+
+def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Timer:
+    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+
+    `load`: the page's load event.
+    """
+    view = FlatnessView(context)
+    known, told_of = gr.State(None), gr.State("")
+    with gr.Row():
+        runs = gr.Dropdown(
+            [],
+            multiselect=True,
+            label="Runs",
+            info="Finished runs of one base and one set of images. The base itself is always measured too.",
+            scale=3,
+            min_width=280,
+        )
+        effort = gr.Radio(_EFFORTS, value=QUICK, label="Effort", scale=2, min_width=280)
+    with gr.Row():
+        start = gr.Button("Measure", variant="primary", min_width=120, elem_id="fl-measure")
+        stop = gr.Button("Stop measuring", variant="stop", visible=False, min_width=120)
+    status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-flatness-status")
+    chosen = gr.Dropdown([], label="Measurement", visible=False)
+    charts = gr.HTML(view.result(None).charts, css_template=_CSS, elem_id="fl-flatness-charts")
+    with gr.Accordion("Surface in 3-D, to turn and zoom", open=False, visible=False) as fold:
+        surface = gr.HTML("", css_template=_CSS, elem_id="fl-flatness-surface")
+    tables = gr.Markdown("", elem_id="fl-flatness-tables", elem_classes="table-wrap")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    watch = {
+        "fn": partial(refresh, view),
+        "inputs": [known, runs, chosen, told_of],
+        "outputs": [runs, chosen, status, stop, known, told_of],
+        **quiet,
+    }
+
+    def on_measure(request: gr.Request, runs: list[str], effort: str) -> str:
+        return measure(view, request.session_hash or "", runs, effort)
+
+    start.click(on_measure, [runs, effort], [status], **quiet)
+    stop.click(view.stop, None, None, **quiet)
+    chosen.change(partial(show, view), [chosen], [charts, tables, fold, surface], **quiet)
+    fold.expand(view.surface, [chosen], [surface], **quiet)
+    runs.input(view.status, None, [status], **quiet)
+    load(**watch)
+    timer = gr.Timer(_POLL_SECONDS, active=False)
+    timer.tick(**watch)
+    return timer

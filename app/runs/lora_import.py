@@ -1,0 +1,149 @@
+"""A LoRA file from elsewhere as a finished entry among the runs, so that it can be compared.
+
+The file is only read, never run: its header is checked first, its shapes must be those of the base, and what is kept
+is our own copy of the factors. An entry is a run folder with `imported.json`, which
+says what file it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from flatlora_diffusion.config import ConfigError, ImportConfig, ModelConfig
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.saved_settings import portable
+from flatlora_diffusion.sdxl.loading import base_path
+
+from ..compare.picture_cache import file_hash
+from ..jobs.launch import Launch, write_json
+from .names import folder_of
+from .processes import read_json
+from .runs import RunStore
+
+IMPORTED = "imported"
+MOST_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it
+_FILE = "imported.json"
+_LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The file that an entry was made of: the user's name for it, its hash, its layers and their ranks."""
+
+    name: str
+    sha256: str
+    layers: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A new entry: its run's id, how many layers it has, and how many tensors of the file no layer knows."""
+
+    run: str
+    layers: int
+    unknown: int
+
+
+def known_bases(runs: RunStore) -> list[str]:
+    """The bases of the runs there are, the newest first, then the one that ships with the app."""
+    found = [read_json(RunDir(run.folder).config_file).get("pretrained_model_name_or_path") for run in runs.all()]
+    given = [runs.settings(run.id).get("pretrained_model_name_or_path") for run in runs.all()]
+    return list(dict.fromkeys(base for base in [*given, *found, "tiny"] if base))
+
+
+def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:
+    """Check and keep an uploaded file as a LoRA of `base`. Raises ConfigError, one sentence, when it cannot be."""
+    from flatlora_diffusion.lora_tools.converting import import_file, read_lora_file
+
+    _check_upload(runs, file, base)
+    with _folder_beside(runs) as folder:
+        with _said_of(file):
+            lora = read_lora_file(str(file), base)
+            import_file(ImportConfig(file=str(file), base=base, output=str(folder / _LORA)))
+        settings = _settings(runs, base, lora.base.unet)
+        ranks = sorted({layer.rank for layer in lora.layers})
+        _describe(folder, settings, Origin(file.name, file_hash(file), len(lora.layers), ranks))
+        run_id = runs.reserve(file.stem)
+        os.replace(folder, folder_of(runs.folder, run_id))
+    launch = Launch(runs.next_launch(run_id).folder)
+    launch.folder.mkdir(parents=True)
+    write_json(launch.settings_file, settings)  # with the place of the base, which the run folder does not tell
+    return Imported(run_id, len(lora.layers), len(lora.unknown))
+
+
+def origin_of(folder: Path) -> Origin | None:
+    """Where the entry in a run folder comes from; None for a run that was trained."""
+    values = read_json(folder / _FILE)
+    return Origin(**values) if values else None
+
+
+def _check_upload(runs: RunStore, file: Path, base: str) -> None:
+    if file.suffix.lower() != ".safetensors":
+        raise ConfigError(f"{file.name} is no .safetensors file; other formats can hold code and are not read")
+    if file.stat().st_size > MOST_BYTES:
+        raise ConfigError(f"{file.name} has {file.stat().st_size / 2**20:.0f} MiB; {MOST_BYTES // 2**20} at most")
+    if not base.strip():
+        raise ConfigError("the base is missing; say which base the LoRA is for")
+    for run in runs.all():
+        origin = origin_of(run.folder)
+        if origin is not None and origin.sha256 == file_hash(file):
+            raise ConfigError(f"{file.name} is among the runs already, as {run.name}")
+
+
+@contextmanager
+def _said_of(file: Path) -> Iterator[None]:
+    """Errors name the file as the user does, not where the upload happens to lie."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error).replace(str(file), file.name).replace(_LORA, file.name)
+        raise ConfigError(text.replace("which --base can name", "choose that one")) from error
+
+
+@contextmanager
+def _folder_beside(runs: RunStore) -> Iterator[Path]:
+    """A folder on the disk of the runs, to be renamed into them when it is complete; gone if it was not."""
+    parent = runs.private / "imports"
+    parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        folder = place / "run"
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(place)
+
+
+def _settings(runs: RunStore, base: str, unet: Any) -> dict[str, Any]:
+    """How the base is loaded: as for the newest run on it."""
+    names = [item.name for item in fields(ModelConfig)]
+    for run in runs.all():
+        values = runs.settings(run.id)
+        if values.get("pretrained_model_name_or_path") == base and values.get("resolution"):
+            model = {name: values[name] for name in names if name in values}
+            return {"method": IMPORTED, **model, "resolution": values["resolution"]}
+    return {"method": IMPORTED, "pretrained_model_name_or_path": base, "resolution": _own_size(base, unet)}
+
+
+def _own_size(base: str, unet: Any) -> int:
+    """The image size of a base, in pixels: that of its latents times what its VAE shrinks by; SDXL's is 8."""
+    levels = read_json(Path(base_path(base)) / "vae" / "config.json").get("block_out_channels", [0] * 4)
+    return int(unet.config.sample_size) * 2 ** (len(levels) - 1)
+
+
+def _describe(folder: Path, settings: Mapping[str, Any], origin: Origin) -> None:
+    """What makes a folder with a LoRA a finished run."""
+    run = RunDir(folder)
+    write_json(run.config_file, portable(settings))
+    write_json(run.manifest_file, [])
+    write_json(folder / _FILE, asdict(origin))
+    run.events_file.write_text(json.dumps({"event": "finished", "step": 0}) + "\n", encoding="utf-8")

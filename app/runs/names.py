@@ -1,0 +1,107 @@
+"""Run ids: the run folder's path below the runs folder, `my-run`, or `demo/lora/seed-0` for a run of a comparison."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.ground.run_dir import RunDir
+
+LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
+_PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
+_MOST_PARTS = 8
+_MOST_FOLDERS = 10_000  # looked into, should somebody take the whole disk for the runs folder
+_LONGEST = 240  # bytes of an id as one folder name, with room for the trash's number
+_OF_A_RUN = re.compile(r"checkpoint-.*|images|logs")
+
+
+def folder_of(root: Path, run_id: str) -> Path:
+    """The run's folder. Raises ConfigError for an id that does not name a place in `root`, links included."""
+    folder = root.joinpath(*run_id.split("/")) if _is_id(run_id) else None
+    if folder is None or not _is_inside(root, folder):
+        raise ConfigError(f"{run_id!r} is not the name of a run; it must be a folder in the runs folder")
+    return folder
+
+
+def is_part(name: str) -> bool:
+    """Whether a folder of this name may be a run: one that can be seen as it is, without control or format characters,
+    with which a name would look like another.
+    """
+    return name.isprintable() and _PART.fullmatch(name) is not None
+
+
+def checked_text(what: str, text: str, most: int = LONGEST_NAME) -> str:
+    """`text` without blanks around it. Raises ConfigError when it is too long or cannot be seen as it is."""
+    text = text.strip()
+    if len(text) > most:
+        raise ConfigError(f"the {what} has {len(text)} letters; {most} at most")
+    hidden = next((letter for letter in text if not letter.isprintable()), None)
+    if hidden is not None:
+        raise ConfigError(f"the {what} has the character U+{ord(hidden):04X}, which cannot be seen; write it without")
+    return text
+
+
+def is_run(folder: Path) -> bool:
+    """A model's folder has a config.json too, so that alone does not make a run."""
+    run = RunDir(folder)
+    return run.config_file.is_file() and run.manifest_file.is_file()
+
+
+def run_ids(root: Path) -> Iterator[str]:
+    """The ids of the run folders below `root`, those that lie less deep first.
+
+    Links are not followed; hidden folders, and what an earlier run has left in a folder, hold none.
+    """
+    waiting = deque([("", root)])
+    for _ in range(_MOST_FOLDERS):
+        if not waiting:
+            return
+        above, folder = waiting.popleft()
+        for path in _folders(folder):
+            run_id = f"{above}/{path.name}" if above else path.name
+            if not _is_id(run_id) or (above and path.name.startswith("earlier-")):
+                continue
+            if is_run(path) and _is_inside(root, path):
+                yield run_id
+            elif _OF_A_RUN.fullmatch(path.name) and is_run(folder):
+                continue
+            waiting.append((run_id, path))
+
+
+def safe_name(wanted: str) -> str:
+    """`wanted` as the name of a folder on any system: letters, digits, `-`, `_` and inner `.`."""
+    return RunDir(Path("run")).lora_name(wanted.strip() or None)
+
+
+def private_name(run_id: str) -> str:
+    """One folder name for an id."""
+    return run_id.replace("%", "%25").replace("/", "%2F")
+
+
+def run_id_of(private: str) -> str:
+    """The id that `private_name` was made of."""
+    return private.replace("%2F", "/").replace("%25", "%")
+
+
+def _is_inside(root: Path, folder: Path) -> bool:
+    return folder.resolve().is_relative_to(root.resolve())
+
+
+def _is_id(text: str) -> bool:
+    parts = text.split("/")
+    is_short = len(parts) <= _MOST_PARTS and len(private_name(text).encode(errors="replace")) <= _LONGEST
+    return is_short and all(map(is_part, parts))
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in `folder` that are not hidden and not links; none in one that cannot be looked into."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [one.name for one in entries if not one.name.startswith(".") and one.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names)]

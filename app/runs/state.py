@@ -1,0 +1,102 @@
+"""What state a run is in, from its files and processes only, and what to do about it."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..jobs.launch import STOPPED_CODE, Launch
+from .progress import Progress
+
+RunState = Literal["queued", "running", "finished", "failed", "stopped", "interrupted"]
+
+_WRONG_INPUT_CODE = 2
+_KILLED = -9
+_NO_LORA = "The training ended well, but its LoRA file is gone from the run folder. Restore it or train again."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A run's state, its exit code if that is known, and what to do, empty when there is nothing to do."""
+
+    state: RunState
+    exit_code: int | None = None
+    advice: str = ""
+
+
+def judge(launch: Launch | None, progress: Progress, files: RunFiles, is_queued: bool, is_trained: bool) -> Verdict:
+    """`launch`: the app's last start of the run; `is_trained`: whether a trainer from a command line is at it."""
+    if is_trained or (launch is not None and launch.is_running()):
+        return Verdict("running")
+    if is_queued:
+        return Verdict("queued")
+    ending = None if launch is None else launch.ending()
+    if launch is None or ending is None or files.changed > ending.time:  # gone on from the command line since
+        return _by_events(progress, files)
+    if ending.code == 0:
+        return Verdict("finished", 0) if files.has_lora else Verdict("failed", 0, _NO_LORA)
+    if ending.code == STOPPED_CODE or ending.was_asked:
+        return Verdict("stopped", ending.code, _go_on(files))
+    return Verdict("failed", ending.code, _failure_advice(ending.code, launch.log(1000), files))
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What is in a run folder: whether a LoRA file, the newest checkpoint's name, when the events last changed."""
+
+    has_lora: bool
+    checkpoint: str | None
+    changed: float
+
+    @classmethod
+    def of(cls, folder: Path, checkpoints: list[Path]) -> RunFiles:
+        events = folder / "events.jsonl"
+        return cls(
+            has_lora=any(folder.glob("*.safetensors")),
+            checkpoint=checkpoints[-1].name if checkpoints else None,
+            changed=events.stat().st_mtime if events.exists() else 0.0,
+        )
+
+
+def _by_events(progress: Progress, files: RunFiles) -> Verdict:
+    if progress.last == "finished":
+        return Verdict("finished") if files.has_lora else Verdict("failed", None, _NO_LORA)
+    if progress.last == "stopped":
+        return Verdict("stopped", None, _go_on(files))
+    reason = "The training does not run any more and has not finished: its process was killed or has failed. "
+    return Verdict("interrupted", None, reason + _go_on(files))
+
+
+def _failure_advice(code: int, log: list[str], files: RunFiles) -> str:
+    sentence = error_sentence(log)
+    if code == _WRONG_INPUT_CODE and sentence:
+        return f"{sentence}\nCorrect this setting in a clone of the run, then start that."
+    if sentence:
+        return f"{sentence}\n{_go_on(files)}"
+    if code == _KILLED:
+        killed = "The training was killed, most often by the system because memory ran out. "
+        return f"{killed}Close other programs, or use a smaller batch or resolution. {_go_on(files)}"
+    if code < 0:
+        return f"The training was ended by the signal {_signal_name(-code)}. {_go_on(files)}"
+    return f"The training ended with exit code {code}; the end of the log says where. {_go_on(files)}"
+
+
+def error_sentence(log: list[str]) -> str:
+    """What the program says last after `error: `, with the lines that belong to it; empty if it said nothing."""
+    starts = [place for place, line in enumerate(log) if line.startswith("error: ")]
+    return "\n".join(log[starts[-1] :]).removeprefix("error: ") if starts else ""
+
+
+def _go_on(files: RunFiles) -> str:
+    if files.checkpoint is None:
+        return "No checkpoint was saved, so start it again from a clone."
+    return f"Resume goes on from {files.checkpoint}."
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -1,0 +1,225 @@
+"""The tab with all runs: look, label, download, delete, clone, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+
+from ..context import AppContext
+from ..dataset.tab import ensure_session
+from ..jobs.view import STATUS_CSS, told, wrong
+from ..reporting import note, told_on_the_page
+from ..train.forms import ConfigForm
+from ..train.tab import TrainTab, method_choice
+from .clone import clone_run
+from .live_view import loss_curves, method_name, run_card
+from .lora_import import IMPORTED, Origin, import_lora_file, known_bases, origin_of
+
+_HEADERS = ["Name", "State", "Method", "Steps", "MiB", "Tags", "Folder"]
+_DOWNLOADS = {"diffusers": "For diffusers", "kohya": "For ComfyUI, A1111, ...", "card": "Model card"}
+
+
+def run_rows(context: AppContext) -> list[list[Any]]:
+    """One row for each run, newest first; the last column is its id."""
+    return [
+        [
+            run.name,
+            run.state,
+            method_name(run.method),
+            "" if run.method == IMPORTED else f"{run.progress.step}/{run.progress.total or '?'}",
+            round(context.runs.size(run.id) / 2**20, 1),
+            ", ".join(run.label.tags),
+            run.id,
+        ]
+        for run in context.runs.all()
+    ]
+
+
+def refresh(context: AppContext, chosen: str | None) -> tuple[list[list[Any]], Any]:
+    """The table, and the choice of runs with `chosen` kept."""
+    rows = run_rows(context)
+    ids = [row[-1] for row in rows]
+    value = chosen if chosen in ids else (ids[0] if ids else None)
+    return rows, gr.Dropdown(choices=[(row[0], row[-1]) for row in rows], value=value)
+
+
+def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
+    """Card, curves, previews, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
+    if not run_id:
+        none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
+        return ("", None, [], {}, "", "", "", *none, gr.Button(interactive=False), gr.Button(interactive=False))
+    with told_on_the_page():
+        run = context.runs.get(run_id)
+        origin = origin_of(run.folder)
+        files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
+    default = TrainConfig().to_dict()
+    downloads = [gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS]
+    images = [(str(path), f"step {step}") for step, path in context.runs.images(run_id) if path.is_file()]
+    return (
+        run_card(run) if origin is None else _imported_card(run.name, origin),
+        loss_curves(context, [run]),
+        images,
+        {name: value for name, value in settings.items() if value != default.get(name)},
+        run.name,
+        ", ".join(run.label.tags),
+        run.label.note,
+        *downloads,
+        gr.Button(interactive=run.is_resumable),
+        gr.Button(interactive=origin is None),
+    )
+
+
+def look_again(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
+    """`details` as they are now, without the labels: somebody may be writing them."""
+    shown = details(context, run_id)
+    return *shown[:4], *[gr.skip()] * 3, *shown[7:]
+
+
+def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
+    """Keep an uploaded LoRA file; (what was taken or why not, the table, the choice with it, the upload emptied)."""
+    if not file:
+        return wrong("no file was given; drop a .safetensors file first"), *([gr.skip()] * 3)
+    try:
+        if base and base not in known_bases(context.runs):
+            context.places.check_model("base", base)
+        taken = import_lora_file(context.runs, Path(file), base or "")
+    except (ConfigError, RunError) as error:
+        return wrong(str(error)), gr.skip(), gr.skip(), None
+    finally:
+        Path(file).unlink(missing_ok=True)  # the entry has its own copy
+    rest = f"; {taken.unknown} tensors of no layer were left out" if taken.unknown else ""
+    text = f"{taken.run} is among the runs now, with {taken.layers} layers{rest}. Choose it on the Compare tab."
+    return told(text), *refresh(context, taken.run), None
+
+
+def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, note: str) -> None:
+    """Keep name, tags (with commas) and note."""
+    with told_on_the_page():
+        context.runs.rename(run_id or "", name)
+        context.runs.tag(run_id or "", *tags.split(","))
+        context.runs.note(run_id or "", note)
+
+
+def delete(context: AppContext, run_id: str | None) -> tuple[str, Any]:
+    """Move the run into the trash; returns the key that undoes it, and the button that does."""
+    with told_on_the_page():
+        key = context.runs.delete(run_id or "")
+    return key, gr.Button(f"Undo: bring {run_id} back", visible=True)
+
+
+def undo(context: AppContext, key: str) -> tuple[Any, ...]:
+    """Bring the deleted run back: the table and the choice with it, and the button out of sight."""
+    with told_on_the_page():
+        run_id = context.runs.trash.undo(key)
+    return *refresh(context, run_id), gr.Button(visible=False)
+
+
+def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | None) -> list[Any]:
+    """The page's Train tab in front, with the run's name, method and settings, and what was made of its images."""
+    session = ensure_session(context, session)
+    with told_on_the_page():
+        made = clone_run(context, session, run_id or "")
+    lines = "<br>".join(map(escape, made.told))
+    text = note(f"<b>Like {escape(made.name)}.</b> Change what should be different, then start it.<br>{lines}")
+    return [
+        gr.Tabs(selected="train"),
+        session,
+        made.name,
+        method_choice(made.method),
+        text,
+        *form.write(made.settings),
+    ]
+
+
+def resume(context: AppContext, session: str, run_id: str | None) -> Any:
+    """Queue the run to go on, and show the Train tab."""
+    with told_on_the_page():
+        context.queue.add_resume(run_id or "", session)
+    return gr.Tabs(selected="train")
+
+
+def _imported_card(name: str, origin: Origin) -> str:
+    ranks = "-".join(str(rank) for rank in dict.fromkeys((origin.ranks[0], origin.ranks[-1])))
+    facts = f"{origin.layers} layers, rank {ranks} · SHA-256 {origin.sha256[:12]}"
+    return (
+        f'<div class="fl-card"><div class="fl-head"><b>{escape(name)}</b><span>imported</span></div>'
+        f'from {escape(origin.name)}<br><span class="fl-faint">{facts}</span></div>'
+    )
+
+
+def build_runs_tab(
+    context: AppContext,
+    form: ConfigForm,
+    session: gr.BrowserState,
+    tabs: gr.Tabs,
+    train: TrainTab,
+    look_at_images: dict[str, Any],
+    shown: Callable[..., Any],
+) -> None:
+    """`shown`: the event of the tab coming to the front; `look_at_images`: what shows the Dataset tab anew."""
+    table = gr.Dataframe(
+        headers=_HEADERS, interactive=False, type="array", label="All runs, newest first", max_height=280, buttons=[]
+    )
+    with gr.Row():
+        chosen = gr.Dropdown([], label="Run", info="also by a click in the table", scale=3)
+        renew = gr.Button("Refresh", scale=1, min_width=100)
+    with gr.Accordion("Import a LoRA, to compare it with yours", open=False), gr.Row():
+        with gr.Column(min_width=280):
+            file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
+        with gr.Column(min_width=280):
+            base = gr.Dropdown(
+                known_bases(context.runs),
+                label="For the base",
+                info="The one it is drawn with: a folder, a hub id, or tiny.",
+                allow_custom_value=True,
+            )
+            take = gr.Button("Import", min_width=90)
+            taken = gr.HTML(css_template=STATUS_CSS)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            card = gr.HTML()
+            curves = gr.LinePlot(x="step", y="loss", color="run", tooltip=["step", "loss", "raw"], height=220)
+            previews = gr.Gallery(label="Previews", columns=4, height=240, object_fit="contain", buttons=[])
+        with gr.Column(min_width=300):
+            labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
+            keep = gr.Button("Save name, tags and note")
+            downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
+            with gr.Row():
+                copy = gr.Button("Clone settings", min_width=90)
+                go_on = gr.Button("Resume", interactive=False, min_width=90)
+                drop = gr.Button("Delete", variant="stop", min_width=90)
+            back = gr.Button("Undo", visible=False)
+            with gr.Accordion("Settings that differ from the defaults", open=False):
+                settings = gr.JSON()
+    key = gr.State("")
+    again = {"fn": partial(refresh, context), "inputs": [chosen], "outputs": [table, chosen]}
+    private = {**again, "api_visibility": "private"}
+    everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
+    look: dict[str, Any] = {"inputs": [chosen], "outputs": everything, "show_progress": "hidden"}
+    as_now = {"fn": partial(look_again, context), **look, "api_visibility": "private"}
+    shown(**private).success(**as_now)
+    renew.click(**again, api_name="runs").success(**as_now)
+    table.select(_picked, None, [chosen])
+    chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
+    take.click(partial(take_lora, context), [file, base], [taken, table, chosen, file])
+    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
+        partial(details, context), **look, api_visibility="private"
+    )
+    drop.click(partial(delete, context), [chosen], [key, back]).success(**private)
+    back.click(partial(undo, context), [key], [table, chosen, back]).success(**as_now)
+    cloned = [tabs, session, train.name, train.method, train.told, *form.components]
+    copy.click(partial(clone, context, form), [session, chosen], cloned).success(**look_at_images).success(
+        **train.summary
+    )
+    go_on.click(partial(resume, context), [session, chosen], [tabs])
+
+
+def _picked(event: gr.SelectData) -> str:
+    return str(event.row_value[-1])

@@ -1,0 +1,123 @@
+"""What a training will take, told before it is started: time from earlier runs, memory and disk by counting."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.data.epochs import steps_per_epoch
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.saved_settings import portable
+
+from ..runs.processes import read_json
+from ..runs.runs import RunStore
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.memory.estimate import MemoryEstimate
+
+# What a step's time depends on most; the method comes on top, since Flat-LoRA draws noise in each step.
+_SPEED_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "quantize_base",
+)
+# Models are rehearsed under a default dtype, which all threads share: one at a time, or they mix.
+_ONE_AT_A_TIME = threading.Lock()
+_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds of the steps of a training, as fast as `run` was."""
+
+    seconds: float
+    seconds_per_step: float
+    steps: int
+    run: str
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """Bytes that a training writes, and that are free where the runs are."""
+
+    needed: int
+    free: int
+
+    @property
+    def is_enough(self) -> bool:
+        return self.needed < self.free
+
+
+def total_steps(config: TrainConfig, images: int) -> int:
+    """The optimizer steps of a training on one device with `images` images."""
+    optim = config.optim
+    return optim.max_train_steps or optim.num_train_epochs * steps_per_epoch(config, images * config.data.repeats)
+
+
+def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstimate | None:
+    """From the last run with the same base, size and batch, of the same method if there is one; None if unknown."""
+    wanted = portable(config.to_dict())
+    alike = []
+    for run in runs.all():
+        saved = read_json(RunDir(run.folder).config_file)
+        if run.progress.seconds_per_step is not None and _is_as_fast(saved, wanted):
+            alike.append((run, run.progress.seconds_per_step))
+    best = next((pair for pair in alike if pair[0].method == config.perturb.method), alike[0] if alike else None)
+    if best is None:
+        return None
+    run, seconds = best
+    steps = total_steps(config, images)
+    return TimeEstimate(steps * seconds, seconds, steps, run.name)
+
+
+@lru_cache(maxsize=32)
+def memory_of(config: TrainConfig) -> MemoryEstimate | None:
+    """What the training needs on a GPU; None for settings that fit no base. Takes seconds the first time.
+
+    A base that is not on this computer counts as SDXL.
+    """
+    from flatlora_diffusion.memory.estimate import estimate_memory  # imports torch and diffusers
+
+    try:
+        with _ONE_AT_A_TIME:
+            return estimate_memory(config)
+    except ConfigError:
+        return None
+
+
+def free_gpu_bytes() -> int | None:
+    """What is free on the first GPU, without taking any of it; None without an NVIDIA GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return int(told[0]) * 2**20 if told and told[0].isdigit() else None
+
+
+def estimate_disk(config: TrainConfig, images: int, lora_bytes: int, folder: Path) -> DiskEstimate:
+    """What the training writes into `folder`; `lora_bytes` is the size of the LoRA in fp32, `MemoryEstimate.lora`.
+
+    A checkpoint has the weights, two averages of the optimizer, that of --use_ema, and two LoRA files.
+    """
+    run = config.run
+    files = 2 * lora_bytes * _BYTES[run.save_dtype] // 4
+    checkpoint = files + lora_bytes * (4 if config.optim.use_ema else 3)
+    count = total_steps(config, images) // run.checkpointing_steps
+    if run.checkpoints_total_limit is not None:
+        count = min(count, run.checkpoints_total_limit)
+    return DiskEstimate(needed=files + max(1, count) * checkpoint, free=shutil.disk_usage(folder).free)
+
+
+def _is_as_fast(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """A resolution that is left open is the base's own, which the saved run has found."""
+    is_same_size = wanted["resolution"] in (None, saved.get("resolution"))
+    return is_same_size and all(wanted[name] == saved.get(name) for name in _SPEED_SETTINGS)

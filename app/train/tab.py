@@ -1,0 +1,274 @@
+"""The tab where trainings are set up, started and watched."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.data.dataset import load_samples
+
+from ..context import AppContext
+from ..dataset.view import training_size
+from ..jobs.store import Job
+from ..reporting import told_on_the_page
+from ..runs.live_view import NOTHING, duration, live
+from ..runs.names import checked_text
+from .estimates import estimate_disk, estimate_time, memory_of, total_steps
+from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
+
+BOTH, FLAT, PLAIN = "both, as a fair pair", "Flat-LoRA", "LoRA"
+_METHODS = {FLAT: "flat-lora", PLAIN: "lora"}
+_FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
+_SECOND = ("resolution", "train_batch_size", "validation_prompt", "num_validation_images", "seed")
+_METHOD_HINT = (
+    "Flat-LoRA adds a little noise to the base while it trains, so that the style holds better. "
+    "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
+)
+_PRESET_HINT = (
+    "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
+    "Low memory: small GPUs. Quality: longer, with a larger LoRA."
+)
+_COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
+_NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve begins with the first steps of a training.</div>'
+_SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class TrainTab:
+    """What other tabs need of this one. `timer` does not tick yet; `summary`: the event that tells it anew."""
+
+    timer: gr.Timer
+    name: gr.Textbox
+    method: gr.Radio
+    told: gr.HTML
+    summary: dict[str, Any]
+
+
+def method_choice(method: str) -> str:
+    """What is to be trained, as the page calls it."""
+    return next(choice for choice, name in _METHODS.items() if name == method)
+
+
+def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
+    """Queue what the form says; returns what was queued."""
+    with told_on_the_page():
+        jobs = queue_training(context, form.read(values), session, name, method)
+    names = " and ".join(html.escape(str(job.run)) for job in jobs)
+    order = ", one after the other" if len(jobs) > 1 else ""
+    return f'<div class="fl-card" role="status"><b>Queued:</b> {names}{order}. Watch under Progress.</div>'
+
+
+def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, method: str) -> list[Job]:
+    """Queue one training or a pair on the upload as it is now. Raises ConfigError for what cannot be trained."""
+    name = checked_text("name", name)
+    if not name:
+        raise ConfigError("the run has no name; give it one")
+    context.places.check(config)
+    config = with_images(context, config, session)
+    if config.data.instance_data_dir is not None:
+        load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
+    if method == BOTH:
+        return context.queue.add_pair(config, name, session)
+    return [context.queue.add_training(_as_method(config, method), name, session)]
+
+
+def with_images(context: AppContext, config: TrainConfig, session: str) -> TrainConfig:
+    """The config with a frozen copy of the upload, unless it names other images."""
+    if config.data.instance_data_dir or config.data.dataset_name:
+        return config
+    if not session:
+        raise ConfigError("there are no images to train on; upload some first")
+    captions = context.uploads.captions(session)
+    if captions:  # without any, freeze says so
+        _check_images(captions, config.data.instance_prompt)
+    return config.replace(instance_data_dir=str(context.uploads.freeze(session)))
+
+
+def summary(context: AppContext, form: ConfigForm, session: str, method: str, *values: Any) -> str:
+    """What would be trained, how long it takes and what it needs, or what is missing."""
+    try:
+        config = _as_method(form.read(values), FLAT if method == BOTH else method)
+        context.places.check(config)
+        captions = context.uploads.captions(session) if session else {}
+        if not config.data.instance_data_dir and not config.data.dataset_name:
+            _check_images(captions, config.data.instance_prompt)
+        else:
+            captions = {}
+        lines = _facts(context, config, captions, arms=2 if method == BOTH else 1)
+    except ConfigError as error:
+        return f'<div class="fl-card fl-bad">{html.escape(str(error))}</div>'
+    return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
+
+
+def stop(context: AppContext, run_id: str | None) -> None:
+    """Stop the run after its step, or take it out of the queue."""
+    with told_on_the_page():
+        jobs = [job for job in context.queue.jobs("running", "queued") if job.run == run_id]
+        if jobs:
+            context.queue.stop(jobs[0].id)
+        elif run_id:
+            context.runs.stop(run_id)
+
+
+def save_now(context: AppContext, run_id: str | None) -> None:
+    """Ask for a checkpoint."""
+    with told_on_the_page():
+        context.runs.save_now(run_id or "")
+    gr.Info("A checkpoint is saved after this step.")
+
+
+def resume(context: AppContext, session: str, run_id: str | None) -> None:
+    """Queue the run to go on."""
+    with told_on_the_page():
+        context.queue.add_resume(run_id or "", session)
+
+
+def build_train_tab(
+    context: AppContext,
+    form: ConfigForm,
+    session: gr.BrowserState,
+    load: Callable[..., Any],
+    opened: Callable[..., Any],
+) -> TrainTab:
+    """Build the tab into the Blocks that is open.
+
+    `load`: the page's load event; `opened`: that of the tab coming to the front.
+    """
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            with gr.Group():
+                name = gr.Textbox("my-style", label="Name", info="of the run and its LoRA file", elem_id="run-name")
+                method = gr.Radio([BOTH, FLAT, PLAIN], value=BOTH, label="Train", info=_METHOD_HINT)
+                preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset", info=_PRESET_HINT)
+            _place_first(form)
+            _place_the_rest(form)
+        with gr.Column(scale=1, min_width=300):
+            told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
+            begin = gr.Button("Start training", variant="primary", elem_id="start")
+            queued = gr.HTML(padding=False)
+            gr.Markdown("### Progress")
+            cards = gr.HTML(NOTHING, elem_id="live", padding=False)
+            chosen = gr.Radio([], label="Buttons and log are for", visible=False)
+            with gr.Row():
+                buttons = [gr.Button(text, interactive=False, min_width=90) for text in ("Stop", "Save now", "Resume")]
+            no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
+            curves = gr.LinePlot(
+                x="step",
+                y="loss",
+                color="run",
+                tooltip=["step", "loss", "raw"],
+                height=300,
+                label="Loss, smoothed: how far the LoRA is off; it should fall, then level out",
+                caption="Both of a pair see the same images and noise, so their curves may lie on each other.",
+                elem_id="loss",
+                visible=False,
+            )
+            previews = gr.Gallery(
+                label="Newest previews",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                buttons=[],
+                elem_classes="fl-gallery",
+                visible=False,
+            )
+            log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+    seen = gr.State(None)
+    told_inputs = [session, method, *form.components]
+    tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
+    triggers = [method.change, *(item.change for item in form.components)]
+    gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
+    preset.input(partial(apply_preset, form), [preset, *form.components], form.components, show_progress="hidden")
+    begin.click(partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start")
+    watch = {
+        "fn": partial(live, context),
+        "inputs": [chosen, seen],
+        "outputs": [cards, chosen, curves, no_loss, previews, log, *buttons, seen],
+        "show_progress": "hidden",
+    }
+    timer = gr.Timer(_SECONDS, active=False)
+    timer.tick(**watch, api_name="live")
+    load(**watch, api_visibility="private")
+    session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
+    opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
+    buttons[0].click(partial(stop, context), [chosen], None, api_name="stop")
+    buttons[1].click(partial(save_now, context), [chosen], None, api_name="save_now")
+    buttons[2].click(partial(resume, context), [session, chosen], None, api_name="resume")
+    return TrainTab(timer, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
+
+
+def _place_first(form: ConfigForm) -> None:
+    form.by_name[_FIRST[0]].render()
+    for pair in (_FIRST[1:3], _FIRST[3:5]):
+        with gr.Row():
+            for item in pair:
+                form.by_name[item].render()
+
+
+def _place_the_rest(form: ConfigForm) -> None:
+    with gr.Accordion("More settings", open=False, elem_id="more-settings"):
+        for item in _SECOND:
+            form.by_name[item].render()
+        for title, names in form.sections.items():
+            with gr.Accordion(title, open=False):
+                for item in names:
+                    if item not in (*_FIRST, *_SECOND, *PLACED_WITH_THE_IMAGES):
+                        form.by_name[item].render()
+
+
+def apply_preset(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
+    """The form with the preset; what it keeps is kept as it is written, a wrong value too."""
+    return form.write(preset_settings(preset, dict(zip(form.by_name, values, strict=True))))
+
+
+def _as_method(config: TrainConfig, method: str) -> TrainConfig:
+    is_plain = method == PLAIN
+    return config.replace(method=_METHODS[method], sigma=None if is_plain else config.perturb.sigma)
+
+
+def _check_images(captions: Mapping[str, str], instance_prompt: str | None) -> None:
+    """Raises ConfigError without images, and for images without a caption or a prompt in its place."""
+    if not captions:
+        raise ConfigError("no images yet; drop some in the Dataset tab or load the sample icons there")
+    bare = sum(not text for text in captions.values())
+    if bare and not (instance_prompt or "").strip():
+        raise ConfigError(
+            f"{bare} of {len(captions)} images have no caption; write them in the Dataset tab, or give an "
+            "Instance prompt under More settings, which then stands for each of them"
+        )
+
+
+def _other_images(config: TrainConfig) -> str:
+    place = html.escape(str(config.data.instance_data_dir or config.data.dataset_name))
+    return f"the images of {place}, not those in the Dataset tab"
+
+
+def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], arms: int) -> list[str]:
+    count = len(captions)
+    size = training_size(config.model, config.data.resolution)
+    steps = total_steps(config, count) if count else config.optim.max_train_steps
+    images = (
+        f"{count} images, captions {sum(map(bool, captions.values()))}/{count}" if count else _other_images(config)
+    )
+    lines = [f"{images}, at {size} x {size} pixels"]
+    lines.append(f"{steps or 'as many as the images need'} steps" + (" for each of LoRA and Flat-LoRA" * (arms == 2)))
+    if count and steps:
+        batch = config.optim.train_batch_size * config.optim.gradient_accumulation_steps
+        lines[-1] += f"; each image is seen about {round(steps * batch / count)} times"
+    time = estimate_time(config, count, context.runs) if count else None
+    told = f"about {duration(arms * time.seconds)}, as fast as {html.escape(time.run)}" if time else ""
+    lines.append(f"time: {told or 'unknown until the first run'}")
+    memory = memory_of(config)
+    if memory is not None:
+        lines.append(f"memory on a GPU: about {memory.total / 2**20:,.0f} MiB")
+        disk = estimate_disk(config, count or 1, memory.lora, context.runs.folder)
+        room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
+        lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")
+    return lines

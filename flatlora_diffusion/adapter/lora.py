@@ -1,0 +1,187 @@
+"""The LoRA on the UNet and, if wanted, the text encoders: its layers and ranks, made from a seed, kept in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from flatlora_diffusion.config import AdapterConfig, ConfigError
+from flatlora_diffusion.ground.seeds import generator
+
+ADAPTER = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+BLORA_BLOCKS = "up_blocks.0.attentions.0,up_blocks.0.attentions.1"
+# Where LoRAs have a name that other tools know: not conv_in, conv_out, time_embedding, add_embedding.
+_BODY = ("down_blocks.", "mid_block.", "up_blocks.")
+
+
+def add_lora(unet: UNet2DConditionModel, config: AdapterConfig, seed: int) -> None:
+    """Put the LoRA on the UNet's chosen layers: A ~ N(0, 1/rank^2) as a function of (seed, layer), B = 0, both fp32.
+
+    Raises ConfigError when the targets or blocks name no layer.
+    """
+    targets = unet_targets(unet, config)
+    ranks = _block_ranks(config.lora_block_ranks, targets)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        init_lora_weights="gaussian",
+        target_modules=targets,
+        rank_pattern=ranks,
+        # Without --lora_alpha each layer's alpha is its rank.
+        alpha_pattern={name: float(rank) for name, rank in ranks.items()} if config.lora_alpha is None else {},
+    )
+    _inject(unet, lora, seed, "")
+
+
+def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, part: str, clip_skip: int | None) -> None:
+    """The same on the attention of one text encoder, without DoRA: diffusers does not restore its magnitudes there.
+
+    `part` (`text_encoder` or `text_encoder_2`) keeps the draws of the two encoders apart. SDXL reads the first
+    encoder's penultimate layer, or `clip_skip` before it: what lies behind gets no LoRA, it could not learn. Of the
+    second encoder the last layer's pooled output is read too.
+    """
+    unused = 1 + (clip_skip or 0) if part == "text_encoder" else 0
+    count = text_encoder.config.num_hidden_layers - unused
+    if count < 1:
+        raise ConfigError(
+            f"clip_skip={clip_skip} leaves no layer of the first text encoder for --train_text_encoder; it can be at "
+            f"most {text_encoder.config.num_hidden_layers - 2} with it"
+        )
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        init_lora_weights="gaussian",
+        target_modules=[f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION],
+    )
+    _inject(text_encoder, lora, seed, f"{part}.")
+
+
+def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
+    """The module paths of the UNet that get a LoRA. Raises ConfigError when the settings name none."""
+    kinds = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    chosen = [name for name, module in kinds.items() if _is_target(name, module, config.lora_target_modules)]
+    if not chosen:
+        raise ConfigError(
+            f"lora_target_modules={config.lora_target_modules!r} names no layer of the UNet; "
+            "use attn, attn+ff, all-linear, conv, or ends of layer names such as to_q,to_v"
+        )
+    blocks = BLORA_BLOCKS if config.use_blora else config.lora_unet_blocks
+    if blocks is None:
+        return chosen
+    inside: list[str] = []
+    for block in _listed(blocks):
+        found = [name for name in chosen if _is_inside(name, block)]
+        if not found:
+            raise ConfigError(
+                f"lora_unet_blocks: {block!r} holds no layer to train; blocks are named like {chosen[0]}"
+            )
+        inside += found
+    return sorted(set(inside), key=chosen.index)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def base_weight(base: Any) -> Tensor:
+    """W of a base layer as it computes with it, in its shape and fp32; a quantized one is dequantized."""
+    if type(base.weight).__name__ == "Int8Params":
+        # PEFT's dequantization takes the scales away from such a layer on a CPU.
+        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+        return base.weight.data.float() * (scales.float() / 127)[:, None]
+    weight: Tensor = dequantize_module_weight(base)
+    return weight.float()
+
+
+@torch.no_grad()
+def start_magnitudes(model: nn.Module) -> None:
+    """Let DoRA start at W + sBA: its magnitudes become the norms of those rows, in fp32; nothing without DoRA.
+
+    PEFT takes them in the base's dtype, which in half precision would move every row of W before the first step.
+    """
+    for layer in lora_layers(model).values():
+        if ADAPTER not in layer.lora_magnitude_vector:
+            continue
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+        down, up = (side[ADAPTER].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
+        weight = base_weight(layer.get_base_layer()).flatten(1)
+        norms = torch.addmm(weight, up, down, alpha=layer.scaling[ADAPTER]).norm(dim=1)
+        magnitude.copy_(norms.view_as(magnitude))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _inject(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
+    with torch.random.fork_rng(devices=[]):  # PEFT draws its initialization from the CPU's global generator
+        model.add_adapter(lora, ADAPTER)
+    cast_training_params(model, torch.float32)
+    for name, layer in lora_layers(model).items():
+        down = layer.lora_A[ADAPTER].weight
+        # Drawn on the CPU, so that one seed gives one LoRA on every device.
+        draw = torch.randn(down.shape, generator=generator("cpu", seed, "lora_init", path + name))
+        down.data.copy_(draw / layer.r[ADAPTER])
+        if ADAPTER in layer.lora_magnitude_vector:
+            dora = layer.lora_magnitude_vector[ADAPTER]
+            dora.get_weight_norm = partial(_norm_in_fp32, dora.get_weight_norm)
+    start_magnitudes(model)
+
+
+def _norm_in_fp32(norm: Callable[..., Tensor], weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """PEFT's norm of a DoRA layer's rows, for which its convolutions leave W in half precision under autocast."""
+    return norm(weight.float(), *args, **kwargs)
+
+
+def _is_target(name: str, module: nn.Module, targets: str) -> bool:
+    if not name.startswith(_BODY):
+        return False
+    if targets == "attn":
+        return name.endswith(ATTENTION)
+    if targets == "attn+ff":
+        return name.endswith(ATTENTION + FEED_FORWARD)
+    if targets == "all-linear":
+        return isinstance(module, nn.Linear)
+    return targets == "conv" or any(name == end or name.endswith(f".{end}") for end in _listed(targets))
+
+
+def _block_ranks(text: str | None, targets: list[str]) -> dict[str, int]:
+    """`mid_block=16,up_blocks.0=8` as a rank for each of the target layers named; a later block wins."""
+    ranks: dict[str, int] = {}
+    for part in _listed(text or ""):
+        block, _, rank = part.partition("=")
+        if not rank.strip().isdigit() or int(rank) < 1:
+            raise ConfigError(f"lora_block_ranks: {part!r} must be BLOCK=RANK, such as mid_block=16")
+        found = [name for name in targets if _is_inside(name, block.strip())]
+        if not found:
+            raise ConfigError(f"lora_block_ranks: {block!r} holds no layer to train")
+        ranks |= dict.fromkeys(found, int(rank))
+    return ranks
+
+
+def _is_inside(name: str, block: str) -> bool:
+    block = block.removeprefix("unet.")
+    return name == block or name.startswith(f"{block}.")
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,170 @@
+"""What a LoRA adds to each layer, as two factors and a scale; whatever its variant, in the form that files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flatlora_diffusion.adapter.lora import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.ground.seeds import generator
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+FOLD_RANK = 32  # of the plain LoRA made of a DoRA, whose change of the rows' magnitudes has full rank
+_POWER_STEPS = 4
+# Largest entries between which fp16 rounds as it should; outside of it some entries are subnormal or infinite.
+_FINE = (2.0**-9, 2.0**14)
+
+
+class Update(NamedTuple):
+    """`scale` times B A: `down` is A, (r, in) or (r, in, kh, kw); `up` is B, (out, r) or (out, r, 1, 1)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+Updates = Mapping[str, Mapping[str, Update]]
+"""Updates by module path, by part of the pipeline; fp32 on the CPU."""
+
+
+class LazyLayers(Mapping[str, Update]):
+    """Updates by module path that are read anew each time they are asked for, so that one at a time is in memory."""
+
+    def __init__(self, modules: Iterable[str], read: Callable[[str], Update]) -> None:
+        self._modules = dict.fromkeys(modules)
+        self._read = read
+
+    def __getitem__(self, module: str) -> Update:
+        if module not in self._modules:
+            raise KeyError(module)
+        return self._read(module)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def lora_updates(pipeline: Any) -> Updates:
+    """The factors of every LoRA layer, for DoRA those of its direction; parts without a LoRA are left out."""
+    return _of_all(pipeline, _factors)
+
+
+def magnitudes(pipeline: Any) -> dict[str, dict[str, Tensor]]:
+    """DoRA's trained magnitudes by module path, by part; empty for another LoRA."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for part in PARTS:
+        for name, layer in lora_layers(getattr(pipeline, part)).items():
+            if ADAPTER in layer.lora_magnitude_vector:
+                value = layer.lora_magnitude_vector[ADAPTER].weight.detach().float().cpu().contiguous()
+                found.setdefault(part, {})[shared_path(part, name)] = value
+    return found
+
+
+def plain_updates(pipeline: Any) -> tuple[Updates, float]:
+    """The factors of a plain LoRA with the same effect, and what of the effect it misses, ||missed|| / ||effect||.
+
+    That is 0 but for DoRA, whose W' - W is folded into a truncated SVD of rank 32, or its own rank if that is higher.
+    """
+    missed, whole = 0.0, 0.0
+
+    def plain(layer: Any) -> Update:
+        nonlocal missed, whole
+        factors = _factors(layer)
+        if ADAPTER not in layer.lora_magnitude_vector:
+            return factors
+        change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
+        folded = truncated(change, max(FOLD_RANK, len(factors.down)))
+        missed += float((change - folded.up @ folded.down).double().square().sum())
+        whole += float(change.double().square().sum())
+        down = folded.down.view(-1, *factors.down.shape[1:])
+        up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:])
+        return Update(down.contiguous(), up.contiguous(), 1.0)
+
+    return _of_all(pipeline, plain), (missed / whole) ** 0.5 if whole else 0.0
+
+
+def shared_path(part: str, module: str) -> str:
+    """The module path that all tools know: with the `text_model.` that transformers has dropped from CLIP-L."""
+    return module if part == "unet" else f"text_model.{module.removeprefix('text_model.')}"
+
+
+def unshifted(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [A; A0] and [B, -B0] of rank 2r, for the untouched base: their product is B A - B0 A0.
+
+    For initializations that took s B0 A0 out of the base (PiSSA, OLoRA, LoRA-GA, ...): the trained model is
+    W - s B0 A0 + s B A. The scale s stays, so alpha doubles with the rank where it is divided by the rank.
+    """
+    return torch.cat([down, down0]), torch.cat([up, -up0], dim=1)
+
+
+def truncated(change: Tensor, rank: int) -> Update:
+    """The best factors of `rank` of a matrix (m, n): singular values shared evenly, by subspace iteration."""
+    rank = min(rank, *change.shape)
+    wide = min(rank + 8, *change.shape)
+    probe = torch.randn(change.shape[1], wide, generator=generator("cpu", 0, "truncated_svd")).to(change)
+    for _ in range(_POWER_STEPS):
+        basis = torch.linalg.qr(change @ probe)[0]
+        probe = torch.linalg.qr(change.T @ basis)[0]
+    basis = torch.linalg.qr(change @ probe)[0]
+    left, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
+    root = values[:rank].sqrt()
+    return Update(root[:, None] * right[:rank], basis @ left[:, :rank] * root, 1.0)
+
+
+def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product by factors that fp16 can hold: a power of two is moved between them where it must be."""
+    sizes = [float(factor.abs().max()) for factor in (down, up)]
+    if not all(sizes) or all(_FINE[0] <= size <= _FINE[1] for size in sizes):
+        return down, up
+    exponents = [int(torch.frexp(torch.tensor(size)).exponent) for size in sizes]
+    shift = (exponents[1] - exponents[0]) // 2
+    return down * 2.0**shift, up * 2.0**-shift
+
+
+def norm(update: Update) -> float:
+    """||s B A||_F without forming B A: s^2 tr((B^T B)(A A^T)), in double."""
+    down, up = update.down.double().flatten(1), update.up.double().flatten(1)
+    return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0)) ** 0.5 * update.scale
+
+
+def difference(one: Update, other: Update) -> float:
+    """||s B A - s' B' A'||_F without forming either; exact to about 1e-8 of their size."""
+    down = torch.cat([one.down.double().flatten(1), other.down.double().flatten(1)])
+    up = torch.cat([one.up.double().flatten(1) * one.scale, other.up.double().flatten(1) * -other.scale], dim=1)
+    return norm(Update(down, up, 1.0))
+
+
+def update_norms(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, float]:
+    """||s B A||_F over all layers of each part."""
+    return {part: sum(norm(update) ** 2 for update in layers.values()) ** 0.5 for part, layers in updates.items()}
+
+
+def _of_all(pipeline: Any, read: Any) -> Updates:
+    found: dict[str, dict[str, Update]] = {}
+    for part in PARTS:
+        for name, layer in lora_layers(getattr(pipeline, part)).items():
+            found.setdefault(part, {})[shared_path(part, name)] = read(layer)
+    return found
+
+
+def _factors(layer: Any) -> Update:
+    down, up = (side[ADAPTER].weight.detach().float().cpu().contiguous() for side in (layer.lora_A, layer.lora_B))
+    return Update(down, up, float(layer.scaling[ADAPTER]))
+
+
+@torch.no_grad()
+def _dora_change(layer: Any) -> Tensor:
+    """W' - W of a DoRA layer, (out, in * kh * kw): each row of W + s B A scaled to its magnitude, minus W."""
+    down, up = (side[ADAPTER].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
+    weight = base_weight(layer.get_base_layer()).flatten(1)
+    direction = weight + layer.scaling[ADAPTER] * (up @ down)
+    magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float().flatten()
+    return (magnitude / direction.norm(dim=1))[:, None] * direction - weight

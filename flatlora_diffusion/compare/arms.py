@@ -1,0 +1,221 @@
+"""Arms times seeds, trained as one experiment: the settings and the folder of each run, trained once, resumed if cut.
+
+All runs of a seed share every setting but those that their arm is about.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flatlora_diffusion.config import (
+    ConfigError,
+    Method,
+    ModelConfig,
+    PerturbConfig,
+    RunError,
+    TrainConfig,
+    read_setting,
+)
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.saved_settings import PATH_SETTINGS, portable
+from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["arm", "null"]
+
+METHODS = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
+SIGMA_0, OTHER_DRAWS, SECOND_EPS = "sigma-0", "other-draws", "second-eps"
+NULLS = {
+    SIGMA_0: "Flat-LoRA at sigma 0",
+    OTHER_DRAWS: "LoRA with other draws",
+    SECOND_EPS: "Flat-LoRA with another eps",
+}
+# An arm must not move these: seeds pair the runs, folders and intervals belong to the experiment, and runs of another
+# base, of other images or in another precision cannot be measured alike.
+_OURS = {"seed", "output_dir", "output_name", "checkpointing_steps", "resume_from_checkpoint", "method"}
+_OURS |= {
+    "instance_data_dir",
+    "dataset_name",
+    "mixed_precision",
+    "push_to_hub",
+    *(item.name for item in fields(ModelConfig)),
+}
+# What training settles when it is left open.
+_SETTLED = ("mixed_precision", "resolution")
+# What a finished run must share beyond what makes its steps: its end, its checkpoints, the precision of its file.
+_SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a method and the settings in which it differs from the experiment's own."""
+
+    key: str
+    name: str
+    role: Role
+    method: Method
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of an experiment, trained or not."""
+
+    arm: Arm
+    seed: int
+    config: TrainConfig
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(Path(self.config.run.output_dir))
+
+    @property
+    def lora(self) -> Path:
+        return self.run.folder / LORA_FILE
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder has a result made with these settings (those left open may have any value)."""
+        ending = self.run.ending()
+        return ending is not None and ending["event"] == "finished" and self.lora.is_file() and self._is_mine()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder has a checkpoint of a run with these settings to go on from."""
+        return bool(self.run.checkpoints()) and self._is_mine()
+
+    @property
+    def last_step(self) -> int:
+        """How many steps the finished run took."""
+        ending = self.run.ending()
+        assert ending is not None
+        return int(ending["step"])
+
+    def _is_mine(self) -> bool:
+        """Whether the run in the folder was made with these settings; what they leave open may have any value."""
+        if not self.run.config_file.is_file():
+            return False
+        wanted, saved = self.config.to_dict(), self.run.config()
+        settled = {name: saved.get(name) for name in _SETTLED if wanted[name] is None}
+        is_alike = not self.run.changed_settings(self.config.replace(**settled))
+        return is_alike and all(saved.get(name) == wanted[name] for name in _SHAPE)
+
+
+def parse_arm(text: str) -> Arm:
+    """The arm `METHOD` or `METHOD:SETTING=VALUE,SETTING=VALUE`.
+
+    Raises ConfigError for an unknown method or setting, and for a setting that the experiment itself sets.
+    """
+    method, _, rest = text.partition(":")
+    if method not in get_args(Method):
+        raise ConfigError(f"arms: {text!r} must begin with one of {', '.join(get_args(Method))}")
+    changes: dict[str, Any] = {}
+    for part in rest.split(",") if rest else []:
+        name, equals, value = part.partition("=")
+        reason = _refusal(method, name) if equals else "is not SETTING=VALUE"
+        if reason:
+            raise ConfigError(f"arms: {part!r} in {text!r} {reason}")
+        changes[name] = read_setting(name, value)
+    shown = ", ".join(f"{name} {value}" for name, value in changes.items())
+    name = METHODS[method] + (f", {shown}" if shown else "")
+    return Arm(text, name, "arm", method, changes)  # type: ignore[arg-type]
+
+
+def null_arms(seed: int, init_seed: int | None = None) -> list[Arm]:
+    """What must show no difference, and what differs by chance alone, for the run of `seed`.
+
+    `init_seed` is that of the first weights, where it is not `seed`.
+    """
+    return [
+        Arm(SIGMA_0, NULLS[SIGMA_0], "null", "flat-lora", {"sigma": 0.0}),
+        Arm(
+            OTHER_DRAWS,
+            NULLS[OTHER_DRAWS],
+            "null",
+            "lora",
+            {"seed": derive_seed(seed, "other draws"), "lora_init_seed": seed if init_seed is None else init_seed},
+        ),
+        Arm(SECOND_EPS, NULLS[SECOND_EPS], "null", "flat-lora", {"perturb_seed": derive_seed(seed, "second eps")}),
+    ]
+
+
+def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[Planned]:
+    """Every run, seed by seed, below `output_dir`; each saves `points` checkpoints.
+
+    Raises ConfigError for settings of an arm that exclude each other, before anything is trained.
+    """
+    steps = config.optim.max_train_steps
+    if steps is None:
+        raise ConfigError("max_train_steps is missing: give the steps, so that all arms have the same")
+    out = Path(config.run.output_dir)
+    planned = []
+    for seed in seeds:
+        for arm in arms:
+            values = {"seed": seed, "method": arm.method, **arm.changes}
+            if arm.method == "lora":
+                values["sigma"] = None
+            arm_steps = int(values.get("max_train_steps", steps))
+            folder = out / _slug(arm.key) / f"seed-{seed}"
+            values |= {
+                "output_dir": str(folder),
+                "output_name": f"{out.name}-{_slug(arm.key)}-{seed}",
+                "checkpointing_steps": max(1, -(-arm_steps // points)),
+                "checkpoints_total_limit": None,
+                "resume_from_checkpoint": None,
+            }
+            planned.append(Planned(arm, seed, config.replace(**values)))
+    return planned
+
+
+def train_planned(planned: Planned) -> None:
+    """Train one run with the command line's own code in a process of its own, unless it is there already.
+
+    Raises RunError when it does not end well.
+    """
+    folder = planned.run.folder
+    label = f"{planned.arm.name}, seed {planned.seed}"
+    if planned.is_finished:
+        logger.info("%s: already trained in %s", label, folder)
+        return
+    logger.info("%s: %s", label, "going on" if planned.is_begun else "training")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder.parent / f"{folder.name}.json"
+    values = planned.config.to_dict()
+    settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
+    # The saved paths may be cut to their names.
+    command += [f"--{name}={value}" for name, value in values.items() if name in PATH_SETTINGS and value]
+    if planned.is_begun:
+        command.append("--resume_from_checkpoint=latest")
+    with subprocess.Popen(command) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            planned.run.stop_file.touch()  # if Ctrl-C has not reached it: it saves what it needs to go on
+            raise
+    if code != 0:
+        raise RunError(f"training {label} ended with exit code {code}; its message is above")
+
+
+def _refusal(method: str, name: str) -> str:
+    """Why an arm of this method cannot have the setting; nothing if it can."""
+    if name in _OURS:
+        return "is the same for the whole experiment"
+    if method == "lora" and name in {item.name for item in fields(PerturbConfig)}:
+        return "means nothing for plain LoRA"
+    return ""
+
+
+def _slug(key: str) -> str:
+    """An arm's key as a folder's name on any system."""
+    return re.sub(r"[^\w.-]+", "-", key)

@@ -1,0 +1,129 @@
+"""Losses of a LoRA on fixed image sets, at any strength; measured once for each file and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flatlora_diffusion.data.dataset import METADATA, Sample
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
+from flatlora_diffusion.ground.files import write_atomically
+from flatlora_diffusion.ground.provenance import base_fingerprint
+from flatlora_diffusion.lora_files.attached import at_strength, loaded
+from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.pipeline import Sdxl
+
+UNGROUPED = "all"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Captioned images to measure on, each in a group (by concept, say) and with `draws` (noise, timestep) pairs."""
+
+    samples: Sequence[Sample]
+    groups: Sequence[str]
+    draws: int = 1
+
+    @property
+    def sha256(self) -> str:
+        """The hash of images, captions and draws, in their order."""
+        rows = [self.draws, *((sample.sha256, sample.caption) for sample in self.samples)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+Losses = dict[str, dict[str, float]]
+"""The mean loss by group, by image set; the group `all` is the mean over all images of the set."""
+
+
+class Meter:
+    """Measures what a LoRA file does to the base's denoising loss, under draws that all LoRAs share."""
+
+    def __init__(
+        self,
+        sdxl: Sdxl,
+        objective: Objective,
+        sets: Mapping[str, ImageSet],
+        resolution: int,
+        kept: Path,
+        background: str = "white",
+        text_is_adapted: bool = False,
+    ) -> None:
+        """`kept` is the folder for results; with `text_is_adapted` captions are encoded anew with each LoRA."""
+        self._sdxl, self._objective, self.sets, self._kept = sdxl, objective, sets, kept
+        hashes = {name: found.sha256 for name, found in sets.items()}
+        base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
+        self._key = json.dumps([*base, hashes, resolution, background, text_is_adapted])
+        self._settings = resolution, background
+        self._text_is_adapted = text_is_adapted
+        self._probes: dict[str, Probe] = {}
+
+    def losses(self, lora: Path | None, strength: float = 1.0) -> Losses:
+        """The losses of the base with `lora`, or of the base alone."""
+
+        def measured() -> Losses:
+            return {name: self._by_group(name) for name in self.sets}
+
+        return self._once("losses", lora, strength, measured)
+
+    def rises(self, lora: Path, name: str, sigma: float, draws: int) -> list[float]:
+        """How much each of `draws` perturbations (Eq. 7) lifts the loss on the set `name`."""
+
+        def measured() -> dict[str, dict[str, float]]:
+            found = loss_rise(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
+            return {name: {str(draw): rise for draw, rise in enumerate(found)}}
+
+        return list(self._once(f"rises {name} {sigma} {draws}", lora, 1.0, measured)[name].values())
+
+    def _by_group(self, name: str) -> dict[str, float]:
+        losses = probe_losses(self._sdxl.unet, self._objective, self._probe(name))
+        groups = self.sets[name].groups
+        found = {UNGROUPED: float(losses.mean())}
+        for group in sorted(set(groups)):
+            found[group] = float(losses[[place for place, one in enumerate(groups) if one == group]].mean())
+        return found
+
+    def _probe(self, name: str) -> Probe:
+        if self._text_is_adapted or name not in self._probes:
+            resolution, background = self._settings
+            found = self.sets[name]
+            self._probes[name] = fixed_probe(self._sdxl, found.samples, resolution, 0, found.draws, background)
+        return self._probes[name]
+
+    def _once(self, what: str, lora: Path | None, strength: float, measured: object) -> Losses:
+        content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
+        key = hashlib.sha256(json.dumps([self._key, what, content, strength]).encode()).hexdigest()[:32]
+        file = self._kept / f"{key}.json"
+        if not file.is_file():
+            assert callable(measured)
+            if lora is None:
+                found = measured()
+            else:
+                files = [LoraFile(lora)]
+                with (
+                    loaded(self._sdxl.pipeline, files),
+                    at_strength(self._sdxl.pipeline, files, strength, merge=False),
+                ):
+                    found = measured()
+            self._kept.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(found) + "\n"
+            write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+        kept: Losses = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+
+
+def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:
+    """The group of each sample: the field `group` of its line in metadata.jsonl, or `all`."""
+    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in metadata_rows(folder)}
+    return [groups.get(sample.id, UNGROUPED) for sample in samples]
+
+
+def metadata_rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of an image folder's metadata.jsonl; none without that file."""
+    file = folder / METADATA
+    lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]

@@ -1,0 +1,162 @@
+"""What a comparison is measured with: image sets, prompts, encoders, and the examiner that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from flatlora_diffusion.compare.arms import Planned
+from flatlora_diffusion.compare.examiner import FORGETTING, HELDOUT, TRAIN, Examiner, Seers, Themes, names_of
+from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, Meter, groups_of
+from flatlora_diffusion.compare.pictures import Painter
+from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.data.dataset import Sample, load_samples
+from flatlora_diffusion.data.images import load_image
+from flatlora_diffusion.data.training_set import load_heldout, load_training_set
+from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
+from flatlora_diffusion.evaluation.judge import load_judge
+from flatlora_diffusion.evaluation.perceptual import load_lpips
+from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.sdxl.objective import objective_of, unweighted
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+
+DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
+SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that was read before the first run is trained."""
+
+    sets: dict[str, ImageSet]
+    themes: Themes
+    heldout: Path
+    seers: Seers
+
+
+def read_material(config: TrainConfig, own: CompareConfig) -> Material:
+    """The images and prompts that the arms are measured with.
+
+    Raises ConfigError for what is missing, and for held-out images that are trained on.
+    """
+    for name, is_set, why in (
+        (
+            "train_text_encoder_ti",
+            config.tokens.train_text_encoder_ti,
+            "captions with new tokens mean nothing to the base",
+        ),
+        ("push_to_hub", config.run.push_to_hub, "every arm and null would be uploaded"),
+    ):
+        if is_set:
+            raise ConfigError(f"{name} cannot be used in a comparison: {why}; leave it out")
+    heldout = _heldout_folder(config, own)
+    training = load_training_set(config.data).samples
+    folders = {HELDOUT: heldout}
+    forgetting = own.forgetting_dir or (FLAT_ICONS if _are_sample_icons(config) else None)
+    if forgetting is not None:
+        folders[FORGETTING] = Path(forgetting)
+    sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
+    for name, folder in folders.items():
+        found = load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)
+        samples = found.samples
+        sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
+    seen = {sample.sha256 for sample in training}
+    both = [sample.id for sample in sets[HELDOUT].samples if sample.sha256 in seen]
+    if both:
+        raise ConfigError(f"heldout_dir has images that are trained on: {', '.join(both[:5])}; take them out")
+    return Material(sets, _themes(config, own, heldout, sets[HELDOUT].samples), heldout, _seers(own))
+
+
+def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Material) -> tuple[Examiner, Sdxl]:
+    """The examiner of `runs`, on the GPU if there is one, and its base.
+
+    What is measured and drawn is kept below `output_dir`, apart for each way to load the base.
+    """
+    folder = Path(config.run.output_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = dataclasses.replace(config.model, quantize_base=None, offload=False)
+    sdxl = load_sdxl(model, device, DTYPES[config.optim.mixed_precision or "no"])
+    resolution = config.data.resolution or sdxl.resolution
+    background = config.data.background_color
+    identity = _identity(config)
+    meter = Meter(
+        sdxl,
+        unweighted(objective_of(config.objective, sdxl.scheduler)),
+        material.sets,
+        resolution,
+        folder / "measured" / identity,
+        background,
+        any(planned.config.adapter.train_text_encoder for planned in runs),
+    )
+    painter = Painter(sdxl, resolution, folder / "pictures" / identity)
+    training = [_as_seen(sample, background, resolution) for sample in material.sets[TRAIN].samples]
+    drawn = [sample for sample in material.sets[HELDOUT].samples if sample.caption in material.themes.style]
+    heldout = {sample.caption: _as_seen(sample, background, resolution) for sample in drawn}
+    names = names_of(material.heldout, material.sets[HELDOUT].samples)
+    return Examiner(meter, painter, material.themes, material.seers, training, heldout, names), sdxl
+
+
+def _seers(own: CompareConfig) -> Seers:
+    """The models that look at pictures: on the CPU, so that training has the GPU for itself."""
+    encoders = [load_encoder(name) for name in own.encoders]
+    judge = load_judge(SAMPLES / "tiny_sdxl" / "judge") if JUDGE in own.encoders else None
+    return Seers(encoders, judge, load_lpips() if own.lpips else None)
+
+
+def _identity(config: TrainConfig) -> str:
+    """A short hash of how the base is loaded and what it is asked to predict."""
+    settings = [asdict(config.model), asdict(config.objective), config.optim.mixed_precision]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+
+
+def _heldout_folder(config: TrainConfig, own: CompareConfig) -> Path:
+    if own.heldout_dir is not None:
+        return Path(own.heldout_dir)
+    if _are_sample_icons(config):
+        return SAMPLE_ICONS / "heldout"
+    raise ConfigError(
+        "heldout_dir is missing: give a folder of captioned images of the style that are not trained on; "
+        "whether a LoRA generalizes shows on those alone"
+    )
+
+
+def _are_sample_icons(config: TrainConfig) -> bool:
+    images = config.data.instance_data_dir
+    return images is not None and Path(images).resolve() == SAMPLE_ICONS.resolve()
+
+
+def _themes(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> Themes:
+    prompts = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
+    style = _lines(prompts) if own.prompts_file or prompts.is_file() else [sample.caption for sample in samples]
+    is_tiny = config.model.pretrained_model_name_or_path == "tiny"
+    ours = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
+    unrelated = _lines(Path(own.unrelated_prompts_file) if own.unrelated_prompts_file else ours)
+    most = own.num_prompts
+    return Themes(
+        tuple(dict.fromkeys(style))[:most],
+        tuple(dict.fromkeys(unrelated))[:most],
+        tuple(range(own.pictures_per_prompt)),
+    )
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: give a text file with one prompt per line") from error
+    if not any(lines):
+        raise ConfigError(f"{str(file)!r} is empty: give a text file with one prompt per line")
+    return [line for line in lines if line]
+
+
+def _as_seen(sample: Sample, background: str, resolution: int) -> Image.Image:
+    """A training image at the resolution of the pictures that it is compared with."""
+    image = centre_square(load_image(sample.source, background))
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)

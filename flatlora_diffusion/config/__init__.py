@@ -1,0 +1,137 @@
+"""Every setting, once: the command lines, config.json and the app's form are all made from here.
+
+Knows neither torch nor any model. Start with `section.py` (what a setting is), then `training.py`.
+"""
+
+from flatlora_diffusion.config.programs import (
+    CompareConfig as CompareConfig,
+)
+from flatlora_diffusion.config.programs import (
+    ExportConfig as ExportConfig,
+)
+from flatlora_diffusion.config.programs import (
+    ExtractConfig as ExtractConfig,
+)
+from flatlora_diffusion.config.programs import (
+    FlatnessConfig as FlatnessConfig,
+)
+from flatlora_diffusion.config.programs import (
+    GenerateConfig as GenerateConfig,
+)
+from flatlora_diffusion.config.programs import (
+    ImportConfig as ImportConfig,
+)
+from flatlora_diffusion.config.programs import (
+    InspectConfig as InspectConfig,
+)
+from flatlora_diffusion.config.programs import (
+    MergeConfig as MergeConfig,
+)
+from flatlora_diffusion.config.programs import (
+    ResizeConfig as ResizeConfig,
+)
+from flatlora_diffusion.config.section import (
+    SAMPLES as SAMPLES,
+)
+from flatlora_diffusion.config.section import (
+    ConfigError as ConfigError,
+)
+from flatlora_diffusion.config.section import (
+    RunError as RunError,
+)
+from flatlora_diffusion.config.section import (
+    Section as Section,
+)
+from flatlora_diffusion.config.section import (
+    StoppedError as StoppedError,
+)
+from flatlora_diffusion.config.section import (
+    choices_of as choices_of,
+)
+from flatlora_diffusion.config.section import (
+    setting as setting,
+)
+from flatlora_diffusion.config.training import (
+    DEFAULT_SIGMA as DEFAULT_SIGMA,
+)
+from flatlora_diffusion.config.training import (
+    AdapterConfig as AdapterConfig,
+)
+from flatlora_diffusion.config.training import (
+    DataConfig as DataConfig,
+)
+from flatlora_diffusion.config.training import (
+    FileLayout as FileLayout,
+)
+from flatlora_diffusion.config.training import (
+    Interpolation as Interpolation,
+)
+from flatlora_diffusion.config.training import (
+    LoraLayout as LoraLayout,
+)
+from flatlora_diffusion.config.training import (
+    LossType as LossType,
+)
+from flatlora_diffusion.config.training import (
+    LrScheduler as LrScheduler,
+)
+from flatlora_diffusion.config.training import (
+    Method as Method,
+)
+from flatlora_diffusion.config.training import (
+    MixedPrecision as MixedPrecision,
+)
+from flatlora_diffusion.config.training import (
+    ModelConfig as ModelConfig,
+)
+from flatlora_diffusion.config.training import (
+    NoiseKind as NoiseKind,
+)
+from flatlora_diffusion.config.training import (
+    ObjectiveConfig as ObjectiveConfig,
+)
+from flatlora_diffusion.config.training import (
+    OptimConfig as OptimConfig,
+)
+from flatlora_diffusion.config.training import (
+    Optimizer as Optimizer,
+)
+from flatlora_diffusion.config.training import (
+    PerturbConfig as PerturbConfig,
+)
+from flatlora_diffusion.config.training import (
+    PerturbPer as PerturbPer,
+)
+from flatlora_diffusion.config.training import (
+    Precision as Precision,
+)
+from flatlora_diffusion.config.training import (
+    PredictionType as PredictionType,
+)
+from flatlora_diffusion.config.training import (
+    Quantization as Quantization,
+)
+from flatlora_diffusion.config.training import (
+    RunConfig as RunConfig,
+)
+from flatlora_diffusion.config.training import (
+    SaveDtype as SaveDtype,
+)
+from flatlora_diffusion.config.training import (
+    SigmaSchedule as SigmaSchedule,
+)
+from flatlora_diffusion.config.training import (
+    TokenConfig as TokenConfig,
+)
+from flatlora_diffusion.config.training import (
+    TrainConfig as TrainConfig,
+)
+from flatlora_diffusion.config.training import (
+    preset_file as preset_file,
+)
+from flatlora_diffusion.config.training import (
+    read_setting as read_setting,
+)
+from flatlora_diffusion.config.training import (
+    setting_hints as setting_hints,
+)

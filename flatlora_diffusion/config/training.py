@@ -1,0 +1,400 @@
+"""Every setting of a training, once: default, bounds, help.
+
+The command line, config.json and the app's form come from here.
+
+Names and defaults are those of diffusers' `train_dreambooth_lora_sdxl.py` wherever that script has the setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, _kinds, setting
+
+Method = Literal["lora", "flat-lora"]
+SigmaSchedule = Literal["cosine", "linear", "constant"]
+NoiseKind = Literal["filter", "iid"]
+PerturbPer = Literal["microbatch", "step"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
+Precision = Literal["no", "fp32", "fp16", "bf16"]
+PredictionType = Literal["epsilon", "v_prediction"]
+Quantization = Literal["nf4", "int8", "torchao-int8"]
+SaveDtype = Literal["fp16", "bf16", "fp32"]
+FileLayout = Literal["kohya", "diffusers"]
+LoraLayout = Literal["kohya", "diffusers", "both"]
+LossType = Literal["l2", "huber"]
+Optimizer = Literal["adamw", "prodigy", "adafactor"]
+LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+DEFAULT_SIGMA = 0.1
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The base model."""
+
+    pretrained_model_name_or_path: str = setting(
+        "tiny",
+        "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny` for the small base that "
+        "ships with this program",
+    )
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, "another VAE, such as the fp16 fix: folder or hub id"
+    )
+    revision: str | None = setting(None, "hub revision of the base")
+    variant: str | None = setting(None, "weight variant of the base, such as fp16")
+    single_file_config: str | None = setting(
+        None, "for a single-file base: a diffusers folder whose configs and tokenizers are used, to work offline"
+    )
+    prediction_type: PredictionType | None = setting(None, "what the base predicts; default: what its scheduler says")
+    zero_terminal_snr: bool = setting(
+        False, "rescale the betas so that the last timestep is pure noise; v-prediction only"
+    )
+    clip_skip: int | None = setting(None, "text encoder layers to skip beyond SDXL's own choice", min=0, max=11)
+    quantize_base: Quantization | None = setting(
+        None, "load the frozen UNet in 4 or 8 bits (nf4, int8: bitsandbytes; torchao-int8: torchao)"
+    )
+    offload: bool = setting(False, "keep text encoders and VAE on the CPU once their outputs are cached")
+    enable_xformers_memory_efficient_attention: bool = setting(
+        False, "attention by xformers; PyTorch's own (SDPA) is the default and as good on most GPUs"
+    )
+    allow_tf32: bool = setting(False, "TF32 matrix products on Ampere and newer GPUs: faster, less exact")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """The images and their captions."""
+
+    instance_data_dir: str | None = setting(
+        None, "folder with the training images; captions from .txt/.caption beside them"
+    )
+    dataset_name: str | None = setting(None, "in place of a folder: a Hugging Face dataset, by hub id or local path")
+    dataset_config_name: str | None = setting(None, "configuration of that dataset")
+    cache_dir: str | None = setting(None, "where downloaded datasets are kept")
+    image_column: str = setting("image", "dataset column with the images")
+    caption_column: str | None = setting(
+        None, "dataset column, or field of metadata.jsonl, with the captions; default: every image uses the prompt"
+    )
+    instance_prompt: str | None = setting(None, "prompt for every image without a caption of its own")
+    repeats: int = setting(1, "how often each image is used per epoch", min=1, max=10_000)
+    with_prior_preservation: bool = setting(False, "train on class images too, so that the class keeps its look")
+    class_data_dir: str | None = setting(None, "folder of class images; missing ones are generated into it")
+    class_prompt: str | None = setting(None, "prompt of the class images")
+    num_class_images: int = setting(100, "class images to have", min=1)
+    sample_batch_size: int = setting(4, "batch size of generating them", min=1)
+    prior_generation_precision: Precision | None = setting(
+        None, "precision of generating them; default: fp16 on a GPU, fp32 on a CPU"
+    )
+    resolution: int | None = setting(
+        None, "training size in pixels; default: the base's own (1024 for SDXL, 64 for tiny)", min=8, max=4096
+    )
+    use_aspect_ratio_buckets: bool = setting(
+        False, "keep each image's shape: batches of one shape, all of about resolution x resolution pixels"
+    )
+    center_crop: bool = setting(False, "crop at the centre instead of at random")
+    random_flip: bool = setting(False, "mirror images at random, anew in each epoch")
+    image_interpolation_mode: Interpolation = setting("lanczos", "filter for resizing")
+    background_color: str = setting("white", "colour put behind transparent images: a name or #rrggbb")
+    caption_dropout: float = setting(
+        0.0, "share of samples trained without prompt (zero embeddings, as SDXL's unconditional half)", min=0, max=1
+    )
+    cache_latents: bool = setting(
+        False, "encode each image once: posterior mean and std, both flips, one seeded crop for the whole run"
+    )
+    cache_text_embeddings: bool = setting(
+        False, "keep the prompt embeddings in --embedding_cache_dir; in memory they are always cached when frozen"
+    )
+    embedding_cache_dir: str | None = setting(None, "keep what is cached in this folder, for later runs")
+    dataloader_num_workers: int = setting(0, "threads that load the images of the next step", min=0, max=64)
+
+
+@dataclass(frozen=True)
+class AdapterConfig(Section):
+    """The LoRA."""
+
+    rank: int = setting(4, "rank of the LoRA", min=1, max=1024)
+    lora_alpha: float | None = setting(None, "scale numerator, W + alpha/rank * BA; default: the rank", min=1e-6)
+    lora_dropout: float = setting(0.0, "dropout in front of A", min=0, max=0.99)
+    use_dora: bool = setting(False, "DoRA: train the rows' magnitudes apart from their directions (arXiv:2402.09353)")
+    use_rslora: bool = setting(False, "rank-stabilized scale, alpha/sqrt(rank) (arXiv:2312.03732)")
+    lora_target_modules: str = setting(
+        "attn", "UNet layers: attn, attn+ff, all-linear, conv (all-linear and convolutions), or names with commas"
+    )
+    lora_unet_blocks: str | None = setting(
+        None, "only these UNet blocks, with commas, such as up_blocks.0.attentions.0,mid_block; default: all"
+    )
+    use_blora: bool = setting(False, "B-LoRA (arXiv:2403.14572): only up_blocks.0.attentions.0 and .1")
+    lora_block_ranks: str | None = setting(None, "another rank for some blocks, such as mid_block=16,up_blocks.0=8")
+    train_text_encoder: bool = setting(False, "a LoRA on the attention of both text encoders too")
+    init_lora: str | None = setting(None, "start from this LoRA file instead of from zero")
+    lora_init_seed: int | None = setting(
+        None, "seed of the LoRA's first weights alone; default: --seed", min=0, max=2**63 - 1
+    )
+
+
+@dataclass(frozen=True)
+class TokenConfig(Section):
+    """Pivotal tuning: new tokens whose embeddings are trained."""
+
+    token_abstraction: str = setting("TOK", "words in the prompts that stand for new tokens, with commas")
+    num_new_tokens_per_abstraction: int = setting(2, "new tokens for each of these words", min=1, max=64)
+    train_text_encoder_ti: bool = setting(False, "train embeddings of new tokens along with the UNet's LoRA")
+    train_text_encoder_ti_frac: float = setting(0.5, "share of the run that trains them", min=0, max=1)
+    train_text_encoder_frac: float = setting(1.0, "share of the run that trains the text encoders", min=0, max=1)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Section):
+    """The loss."""
+
+    loss_type: LossType = setting("l2", "squared error, or its robust sibling huber")
+    snr_gamma: float | None = setting(None, "min-SNR weighting (arXiv:2303.09556); 5 is usual", min=1e-6)
+    noise_offset: float = setting(
+        0.0, "noise shared by all pixels of a channel; 0.05 to 0.1 for dark or bright images"
+    )
+    do_edm_style_training: bool = setting(
+        False, "the EDM objective (arXiv:2206.00364); switched on by itself for a base with an EDM scheduler"
+    )
+    prior_loss_weight: float = setting(1.0, "weight of the class images' loss", min=0)
+    alpha_mask_loss: bool = setting(
+        False, "count only pixels that the image's alpha channel shows, so that an icon's background is not learned"
+    )
+
+
+@dataclass(frozen=True)
+class PerturbConfig(Section):
+    """Flat-LoRA's perturbation of the base weights."""
+
+    method: Method = setting("flat-lora", "flat-lora trains at W + eps (arXiv:2409.14396); lora is plain LoRA")
+    sigma: float | None = setting(
+        None,
+        f"relative radius of eps, flat-lora only; default {DEFAULT_SIGMA}; 0.05 to 0.1 in the paper",
+        min=0,
+        max=1,
+    )
+    sigma_schedule: SigmaSchedule = setting(
+        "cosine", "how sigma grows over the run; the paper names none for SDXL, a ramp is our choice"
+    )
+    perturb_seed: int | None = setting(None, "seed of eps alone; default: --seed", min=0, max=2**63 - 1)
+    perturb_noise: NoiseKind = setting(
+        "filter", "eps scaled to each filter as in Eq. 7, or iid: the same energy spread evenly over a layer"
+    )
+    perturb_per: PerturbPer = setting(
+        "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "lora" and self.sigma is not None:
+            raise ConfigError(
+                f"--method lora has no perturbation, but sigma={self.sigma:g} was given; "
+                "leave --sigma out or use --method flat-lora"
+            )
+
+    @property
+    def strength(self) -> float:
+        """The sigma in force: 0 for plain LoRA."""
+        if self.method == "lora":
+            return 0.0
+        return DEFAULT_SIGMA if self.sigma is None else self.sigma
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """Steps and optimizer."""
+
+    train_batch_size: int = setting(4, "images per micro-batch and device", min=1, max=4096)
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", min=1, max=4096)
+    num_train_epochs: int = setting(1, "passes over the images; ignored with --max_train_steps", min=1)
+    max_train_steps: int | None = setting(None, "optimizer steps", min=1)
+    max_train_seconds: float | None = setting(
+        None, "stop after this time as after a stop request: save, so that it can be resumed", min=1
+    )
+    learning_rate: float = setting(1e-4, "learning rate of the UNet's LoRA", min=0, max=10)
+    text_encoder_lr: float = setting(
+        5e-6, "learning rate of the text encoders; prodigy uses --learning_rate for all", min=0, max=10
+    )
+    scale_lr: bool = setting(False, "multiply the learning rate by batch, accumulation and number of processes")
+    lr_scheduler: LrScheduler = setting("constant", "learning-rate schedule")
+    lr_warmup_steps: int = setting(500, "warm-up steps; no effect with `constant`", min=0)
+    lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts", min=1)
+    lr_power: float = setting(1.0, "power of polynomial", min=0)
+    optimizer: Optimizer = setting("adamw", "adamw, prodigy or adafactor, in any case")
+    use_8bit_adam: bool = setting(False, "AdamW with 8-bit state, from bitsandbytes")
+    adam_beta1: float = setting(0.9, "beta1 of AdamW and prodigy", min=0, max=0.9999999)
+    adam_beta2: float = setting(0.999, "beta2 of AdamW and prodigy", min=0, max=0.9999999)
+    adam_weight_decay: float = setting(1e-4, "weight decay", min=0)
+    adam_weight_decay_text_encoder: float = setting(1e-3, "weight decay of the text encoders", min=0)
+    adam_epsilon: float = setting(1e-8, "epsilon of AdamW and prodigy", min=0)
+    prodigy_beta3: float | None = setting(
+        None, "prodigy's step-size average; default: sqrt(beta2)", min=0, max=0.9999999
+    )
+    prodigy_decouple: bool = setting(True, "prodigy: decoupled weight decay")
+    prodigy_use_bias_correction: bool = setting(True, "prodigy: Adam's bias correction")
+    prodigy_safeguard_warmup: bool = setting(True, "prodigy: keep warm-up from inflating the step size")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: they are not", min=0)
+    use_ema: bool = setting(False, "save an exponential moving average of the LoRA")
+    ema_decay: float = setting(0.999, "its decay", min=0, max=0.9999999)
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower")
+    mixed_precision: MixedPrecision | None = setting(
+        None, "compute precision; default: accelerate's own setting; the LoRA's weights stay fp32 in any case"
+    )
+    deterministic: bool = setting(False, "only deterministic kernels: repeatable on a GPU too, slower")
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Where the run goes and what it leaves."""
+
+    output_dir: str = setting("lora-dreambooth-model", "run folder: weights, checkpoints, log")
+    output_name: str | None = setting(None, "name of the LoRA for other tools; default: the run folder's")
+    output_kohya_format: bool = setting(
+        False, "also write the file for other tools as pytorch_lora_weights_kohya.safetensors, as diffusers names it"
+    )
+    save_dtype: SaveDtype = setting("fp16", "precision of the LoRA files; what a resumed run needs stays fp32")
+    seed: int | None = setting(None, "seed of every draw; default: drawn from the system, printed and saved", min=0)
+    checkpointing_steps: int = setting(500, "a resumable checkpoint every N steps", min=1)
+    checkpoints_total_limit: int | None = setting(None, "keep only this many checkpoints", min=1)
+    resume_from_checkpoint: str | None = setting(None, "a checkpoint's name; `latest` starts a run if there is none")
+    validation_prompt: str | None = setting(None, "prompt of the preview images; default: none are made")
+    validation_prompts_file: str | None = setting(
+        None, "JSON Lines with prompt and, if wanted, negative_prompt and seed: one preview image each"
+    )
+    num_validation_images: int = setting(4, "preview images of --validation_prompt", min=1, max=64)
+    validation_epochs: int = setting(
+        50, "previews after every N epochs, beside those of the base and at the end", min=1
+    )
+    validation_data_dir: str | None = setting(
+        None, "images that are not trained on: their loss, with fixed noise and timesteps, is logged with the previews"
+    )
+    report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, comet_ml, all or none")
+    logging_dir: str = setting("logs", "folder of the tracker, in the run folder")
+    push_to_hub: bool = setting(False, "upload LoRA, model card and preview images to the Hugging Face hub")
+    hub_token: str | None = setting(None, "token for it; never saved. Better: log in with `hf auth login`")
+    hub_model_id: str | None = setting(None, "repository to upload to; default: the run folder's name")
+    local_rank: int = setting(-1, "accepted for old launchers; the environment's LOCAL_RANK is what counts")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of one training run, frozen."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    perturb: PerturbConfig = field(default_factory=PerturbConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse settings that exclude each other. Raises ConfigError that names both."""
+        data, objective = self.data, self.objective
+        for both, why in (
+            (data.instance_data_dir and data.dataset_name, "--instance_data_dir and --dataset_name: give one of them"),
+            (
+                objective.snr_gamma is not None and objective.do_edm_style_training,
+                "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
+            ),
+            (
+                self.adapter.train_text_encoder and self.tokens.train_text_encoder_ti,
+                "--train_text_encoder and --train_text_encoder_ti train the same encoders; leave one out",
+            ),
+            (
+                data.with_prior_preservation and not (data.class_data_dir and data.class_prompt),
+                "--with_prior_preservation needs --class_data_dir and --class_prompt",
+            ),
+            (
+                self.model.zero_terminal_snr and self.model.prediction_type == "epsilon",
+                "--zero_terminal_snr needs a v-prediction base: pure noise has no signal to predict the noise against",
+            ),
+            (
+                self.model.zero_terminal_snr and objective.do_edm_style_training,
+                "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
+            ),
+            (
+                data.cache_text_embeddings and self.trains_text,
+                "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
+            ),
+        ):
+            if both:
+                raise ConfigError(why)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether anything in the text encoders is trained, so that prompts must be encoded in each step."""
+        return self.adapter.train_text_encoder or self.tokens.train_text_encoder_ti
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting by its flat name, JSON-able."""
+        return {name: value for section in fields(self) for name, value in vars(getattr(self, section.name)).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The config with `values` by flat name over the defaults. Raises ConfigError for an unknown name."""
+        return cls().replace(**values)
+
+    def replace(self, **values: Any) -> TrainConfig:
+        """A copy with the settings `values` by flat name."""
+        sections = {}
+        left = dict(values)
+        for section in fields(self):
+            names = {item.name for item in fields(getattr(self, section.name))}
+            mine = {name: left.pop(name) for name in list(left) if name in names}
+            sections[section.name] = dataclasses.replace(getattr(self, section.name), **mine)
+        if left:
+            raise ConfigError(f"unknown setting(s): {', '.join(sorted(left))}; see --help for all names")
+        return TrainConfig(**sections)
+
+    def updated_from(self, path: Path) -> TrainConfig:
+        """This config with the settings of a JSON file over it. Raises ConfigError when the file cannot be used."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"config file {path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"config file {path} must hold one JSON object of settings")
+        return self.replace(**values)
+
+
+def setting_hints() -> dict[str, Any]:
+    """The type of every setting of a TrainConfig by flat name."""
+    sections = typing.get_type_hints(TrainConfig).values()
+    return {name: hint for section in sections for name, hint in typing.get_type_hints(section).items()}
+
+
+def read_setting(name: str, text: str) -> Any:
+    """The value that `text` gives a training setting. Raises ConfigError for a name or a value that cannot be."""
+    hint = setting_hints().get(name)
+    if hint is None:
+        raise ConfigError(f"unknown setting {name!r}; see `train --help` for all names")
+    kind = next(kind for kind in _kinds(hint) if kind is not types.NoneType)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{name}={text!r} must be true or false")
+        return text.lower() == "true"
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} must be of type {kind.__name__}") from error
+
+
+def preset_file(name: str) -> Path:
+    """The JSON file of a preset. Raises ConfigError that lists the presets there are."""
+    path = SAMPLES / "presets" / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.json")))
+        raise ConfigError(f"--preset {name} does not exist; there are: {known}")
+    return path

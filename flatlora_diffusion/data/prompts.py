@@ -1,0 +1,100 @@
+"""What stands in a batch for its captions: embeddings of frozen text encoders, or tokens for trained ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatlora_diffusion.adapter.new_tokens import with_new_tokens
+from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.ground.files import fingerprint, load_tensors, save_tensors
+from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_cut_captions(pipeline: Any, samples: Iterable[Sample], tokens: Mapping[str, list[str]]) -> None:
+    """Tell of captions that are longer than what the text encoders read, by the images that have them."""
+    tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
+    names, most = [], min(tokenizer.model_max_length for tokenizer in tokenizers)
+    lengths: dict[str, int] = {}
+    for sample in samples:
+        text = with_new_tokens(sample.caption, tokens)
+        if text not in lengths:
+            # Besides the text itself they read its start and its end.
+            lengths[text] = 2 + max(len(tokenizer.tokenize(text)) for tokenizer in tokenizers)
+        if lengths[text] > most:
+            names.append(sample.id)
+    if names:
+        have = "1 image has a caption" if len(names) == 1 else f"{len(names)} images have captions"
+        which = names[0] if len(names) == 1 else f"{names[0]} the first"
+        logger.warning(
+            "%s of more than %d tokens (%s): what comes after them is not read; shorten it", have, most, which
+        )
+
+
+class FrozenPrompts:
+    """Encodes each caption once, in memory and, if a folder is given, there too, for later runs."""
+
+    def __init__(self, sdxl: Sdxl, captions: Iterable[str], folder: Path | None) -> None:
+        encoders = [sdxl.pipeline.text_encoder, sdxl.pipeline.text_encoder_2]
+        mark = "" if folder is None else json.dumps([*map(fingerprint, encoders), sdxl.clip_skip])
+        self._embeds: dict[str, tuple[Tensor, Tensor]] = {}
+        for caption in sorted(set(captions)):
+            path = None if folder is None else folder / f"prompt-{_digest(mark, caption)}.safetensors"
+            if path is not None and path.is_file():
+                tensors, _ = load_tensors(path)
+                self._embeds[caption] = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
+                continue
+            prompt_embeds, pooled = (value.cpu() for value in encode_prompts(sdxl, [caption]))
+            self._embeds[caption] = prompt_embeds, pooled
+            if path is not None:
+                save_tensors(path, {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled})
+
+    def conditioning(self, captions: Sequence[str], kept: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+        """The prompt fields of a Batch; a caption with `kept` 0 is all zeros, as SDXL's unconditional half."""
+        pairs = [self._embeds[caption] for caption in captions]
+        prompt_embeds, pooled = (torch.cat(parts).to(device) for parts in zip(*pairs, strict=True))
+        if kept is not None:
+            factors = kept.to(prompt_embeds)
+            prompt_embeds, pooled = prompt_embeds * factors[:, None, None], pooled * factors[:, None]
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+
+
+class TokenizedPrompts:
+    """Tokens of each caption, with the new tokens of pivotal tuning in place of their placeholders."""
+
+    def __init__(self, pipeline: Any, tokens: Mapping[str, list[str]]) -> None:
+        self._tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
+        self._tokens = tokens
+
+    def conditioning(self, captions: Sequence[str], kept: Tensor | None, device: torch.device) -> dict[str, Any]:
+        """The prompt fields of a Batch."""
+        texts = [with_new_tokens(caption, self._tokens) for caption in captions]
+        ids = torch.stack([tokenize(tokenizer, texts) for tokenizer in self._tokenizers], dim=1)
+        kept = torch.ones(len(texts)) if kept is None else kept.float()
+        return {
+            "prompt_embeds": None,
+            "pooled_prompt_embeds": None,
+            "input_ids": ids.to(device),
+            "kept": kept.to(device),
+        }
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Token ids (B, 77), cut and padded as StableDiffusionXLPipeline does."""
+    ids: Tensor = tokenizer(
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

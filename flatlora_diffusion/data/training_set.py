@@ -1,0 +1,88 @@
+"""The training set that the settings name: a folder, or a Hugging Face dataset from the hub or from disk."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from flatlora_diffusion.config import ConfigError, DataConfig
+from flatlora_diffusion.data.dataset import METADATA, SampleSet, load_samples, make_sample
+from flatlora_diffusion.data.images import ImageError
+
+
+def load_training_set(data: DataConfig) -> SampleSet:
+    """The images and captions that `data` names. Raises ConfigError when there are none that can be used."""
+    if data.dataset_name is not None:
+        return load_hf_dataset(data)
+    if data.instance_data_dir is None:
+        raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
+    return load_samples(Path(data.instance_data_dir), data.instance_prompt, data.caption_column)
+
+
+def load_hf_dataset(data: DataConfig) -> SampleSet:
+    """The images of the `train` split of `data.dataset_name`, in the dataset's order.
+
+    A row's caption is that of `caption_column`, or the instance prompt if it has none or a blank one. Raises
+    ConfigError when the dataset, its columns or its images cannot be used, or the package `datasets` is absent.
+    """
+    rows = _train_split(data)
+    samples, skipped, bare = [], [], 0
+    for index, row in enumerate(rows):
+        name = f"row-{index:05d}"
+        caption = _caption(row, data)
+        image = row[data.image_column]
+        content = image["bytes"]
+        try:
+            if content is None:
+                with open(image["path"], "rb") as file:
+                    content = file.read()
+            samples.append(make_sample(name, content, caption or str(data.instance_prompt)))
+            bare += not caption
+        except (ImageError, OSError) as error:
+            skipped.append((name, str(error)))
+    if not samples:
+        raise ConfigError(f"dataset_name={data.dataset_name!r} has no readable image in column {data.image_column!r}")
+    if bare and not (data.instance_prompt and data.instance_prompt.strip()):
+        where = f"{bare} of {len(samples)} images have no caption" if data.caption_column else "it names no captions"
+        raise ConfigError(
+            f"dataset_name={data.dataset_name!r}: {where}; give --caption_column or an --instance_prompt"
+        )
+    return SampleSet(samples, captioned=len(samples) - bare, skipped=skipped)
+
+
+def load_heldout(folder: Path, data: DataConfig) -> SampleSet:
+    """Images that are not trained on, with their captions where the training images have theirs.
+
+    Raises ConfigError as `load_samples` does.
+    """
+    is_alike = data.instance_data_dir is not None and (folder / METADATA).is_file()
+    return load_samples(folder, data.instance_prompt, data.caption_column if is_alike else None)
+
+
+def _caption(row: Any, data: DataConfig) -> str:
+    """The row's own caption on one line; empty if it has none."""
+    caption = row[data.caption_column] if data.caption_column else ""
+    if not isinstance(caption, str | None):
+        raise ConfigError(f"caption_column={data.caption_column!r} must hold texts, but a row has {caption!r}")
+    return " ".join((caption or "").split())
+
+
+def _train_split(data: DataConfig) -> Any:
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError("--dataset_name needs the package `datasets`: pip install datasets")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir)
+    except Exception as error:  # a hub, a disk, a parser: whatever went wrong, the user named the dataset
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"dataset_name={data.dataset_name!r} cannot be loaded: {line}") from error
+    if "train" not in loaded:
+        raise ConfigError(f"dataset_name={data.dataset_name!r} has no split `train`, only {', '.join(loaded)}")
+    split = loaded["train"]
+    for setting, column in (("image_column", data.image_column), ("caption_column", data.caption_column)):
+        if column is not None and column not in split.column_names:
+            known = ", ".join(split.column_names)
+            raise ConfigError(f"{setting}={column!r} is not a column of the dataset, which has: {known}")
+    return split.cast_column(data.image_column, datasets.Image(decode=False))

@@ -1,0 +1,143 @@
+"""Encoders: what turns images and texts into unit vectors whose cosines are the metrics; inference only.
+
+Three kinds: the judge that ships with us, a CLIP and a DINOv2 of transformers. Weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, Dinov2Model
+
+from flatlora_diffusion.config import SAMPLES, ConfigError
+from flatlora_diffusion.evaluation.judge import (
+    Judge,
+    embed_images,
+    embed_texts,
+    image_vectors,
+    load_judge,
+    text_vectors,
+)
+from flatlora_diffusion.evaluation.preprocessing import load_vision_input
+
+JUDGE = "judge"
+_CHUNK = 32  # images or texts per forward
+_LOAD_ERRORS = (OSError, ValueError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Unit vectors of images and, where the model reads text, of texts in the same space; float32 on the CPU.
+
+    `name` is the id or path that it was loaded from.
+    """
+
+    name: str
+    images: Callable[[Sequence[Image.Image]], Tensor]
+    texts: Callable[[Sequence[str]], Tensor] | None
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors, (B, D), of RGB images of any size: each is cropped as the model's preprocessing does it."""
+        return self._in_chunks(self.images, images)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, (len(texts), D), cut at the model's length. Raises ConfigError for a model without text."""
+        if self.texts is None:
+            raise ConfigError(f"{self.name} reads images only; to compare images with prompts, give a CLIP model")
+        return self._in_chunks(self.texts, texts)
+
+    def _in_chunks(self, encode: Callable[[Any], Tensor], values: Sequence[Any]) -> Tensor:
+        if not values:
+            raise ValueError("nothing to encode")
+        with torch.inference_mode():
+            parts = [encode(values[start : start + _CHUNK]).float().cpu() for start in range(0, len(values), _CHUNK)]
+        return torch.cat(parts).clone()  # a clone outside of inference mode is an ordinary tensor
+
+
+def load_encoder(name_or_path: str, device: torch.device | str = "cpu") -> Encoder:
+    """`judge`, or the CLIP or DINOv2 model in a folder or on the hub, by its config's model_type; in float32.
+
+    Raises ConfigError, one sentence, when there is no such model.
+    """
+    if name_or_path == JUDGE:
+        return judge_encoder(load_judge(SAMPLES / "tiny_sdxl" / "judge", device))
+    try:
+        kind = AutoConfig.from_pretrained(name_or_path).model_type
+    except _LOAD_ERRORS as error:
+        raise ConfigError(_cannot(name_or_path, error)) from error
+    if kind == "clip":
+        return _clip_encoder(name_or_path, device)
+    if kind == "dinov2":
+        return _dino_encoder(name_or_path, device)
+    raise ConfigError(f"encoder {name_or_path!r} is a {kind} model; give {JUDGE!r}, a CLIP or a DINOv2")
+
+
+def judge_encoder(judge: Judge) -> Encoder:
+    """The judge as an encoder; it was trained on texts such as `an icon of a fox`, not on whole prompts."""
+    return Encoder(
+        JUDGE,
+        lambda images: embed_images(judge, [centre_square(image) for image in images]),
+        lambda texts: embed_texts(judge, texts),
+    )
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square around the middle."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _clip_encoder(name_or_path: str, device: torch.device | str) -> Encoder:
+    model = _load(CLIPModel, name_or_path, device)
+    vision_input = load_vision_input(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except _LOAD_ERRORS as error:
+        raise ConfigError(_cannot(name_or_path, error)) from error
+    longest = int(model.config.text_config.max_position_embeddings)
+
+    def texts(values: Sequence[str]) -> Tensor:
+        ids = tokenizer(list(values), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        return text_vectors(model, ids["input_ids"].to(device))
+
+    return Encoder(name_or_path, lambda images: image_vectors(model, vision_input.pixels(images).to(device)), texts)
+
+
+def _dino_encoder(name_or_path: str, device: torch.device | str) -> Encoder:
+    model = _load(Dinov2Model, name_or_path, device)
+    vision_input = load_vision_input(name_or_path)
+
+    def images(values: Sequence[Image.Image]) -> Tensor:
+        """The CLS token after the last layer norm."""
+        return F.normalize(model(vision_input.pixels(values).to(device)).last_hidden_state[:, 0], dim=-1)
+
+    return Encoder(name_or_path, images, None)
+
+
+def _load(kind: Any, name_or_path: str, device: torch.device | str) -> Any:
+    """The model in float32 and eval mode; random weights for missing ones are refused."""
+    try:
+        model, info = kind.from_pretrained(
+            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except _LOAD_ERRORS as error:
+        raise ConfigError(_cannot(name_or_path, error)) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ConfigError(f"encoder {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    return model.to(device).eval()
+
+
+def _cannot(name_or_path: str, error: Exception) -> str:
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    where = "" if Path(name_or_path).is_dir() else " (there is no such folder)"
+    return f"encoder {name_or_path!r} cannot be loaded{where}: {why}; give {JUDGE!r}, a folder or a hub id"

@@ -1,0 +1,97 @@
+"""Finished runs that can be compared: the same base, the same images. What does not fit is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
+from flatlora_diffusion.data.dataset import SampleSet, manifest
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+
+# How the same base was loaded; what it is stays the same.
+_LOADING = {"quantize_base", "offload", "enable_xformers_memory_efficient_attention", "allow_tf32", "variant"}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended well; `name` is the shortest end of its path that no other run has."""
+
+    name: str
+    folder: Path
+    config: TrainConfig
+    images: frozenset[tuple[str, str]]
+    sha256: str
+
+    @property
+    def lora(self) -> Path:
+        return self.folder / LORA_FILE
+
+
+def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
+    """The runs of one base and one set of images.
+
+    Raises ConfigError that names the run which is missing, unfinished, or of another base or other images than the
+    first.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    if not paths:
+        raise ConfigError("no run was given; give one or more run folders")
+    if len(set(paths)) < len(paths):
+        raise ConfigError("a run was given twice; give each run folder once")
+    runs = [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    for run in runs[1:]:
+        _check_same_base(run, runs[0])
+        if run.images != runs[0].images:
+            raise ConfigError(
+                f"run {run.name} was trained on other images or captions than {runs[0].name}; leave one of them out"
+            )
+    return runs
+
+
+def check_images(run: FinishedRun, found: SampleSet) -> None:
+    """Raise ConfigError when the images at hand are not those that `run` was trained on, class images apart."""
+    here = _hashes(manifest(found.samples))
+    if not (here <= run.images if run.config.data.with_prior_preservation else here == run.images):
+        raise ConfigError(
+            f"the training images at hand are not those of run {run.name}: files or captions have changed; "
+            "give the unchanged folder as --instance_data_dir"
+        )
+
+
+def _read(folder: Path, name: str) -> FinishedRun:
+    run = RunDir(folder)
+    if not run.config_file.is_file() or not run.manifest_file.is_file():
+        raise ConfigError(f"run {name} is no run folder: there is no config.json or manifest.json in {folder}")
+    ending = run.ending()
+    if ending is None or ending["event"] != "finished" or not (folder / LORA_FILE).is_file():
+        raise ConfigError(
+            f"run {name} has not finished; finish it with --resume_from_checkpoint latest, or leave it out"
+        )
+    sha256 = hashlib.sha256((folder / LORA_FILE).read_bytes()).hexdigest()
+    return FinishedRun(name, folder, TrainConfig.from_dict(run.config()), _hashes(run.manifest()), sha256)
+
+
+def _check_same_base(run: FinishedRun, first: FinishedRun) -> None:
+    for item in fields(ModelConfig):
+        mine, wanted = getattr(run.config.model, item.name), getattr(first.config.model, item.name)
+        if item.name not in _LOADING and mine != wanted:
+            raise ConfigError(
+                f"run {run.name} was trained on another base than {first.name}: {item.name}={mine!r}, "
+                f"not {wanted!r}; leave one of them out"
+            )
+
+
+def _hashes(rows: list[dict[str, str]]) -> frozenset[tuple[str, str]]:
+    return frozenset((row["sha256"], row["caption_sha256"]) for row in rows)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    for count in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [path.as_posix() for path in paths]

@@ -1,0 +1,113 @@
+"""Between a UNet and the space of its weights: W' of a LoRA as tensors, and the probe's loss at any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.evaluation.probe import Probe
+from flatlora_diffusion.flatness.weight_space import Loss, Weights
+from flatlora_diffusion.sdxl.objective import Objective, sample_losses
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a LoRA does to a weight: W + up @ down, (m, r) and (r, n); DoRA then scales rows to `magnitude` (m,)."""
+
+    down: Tensor
+    up: Tensor
+    magnitude: Tensor | None = None
+
+
+Deltas = dict[str, Delta]
+"""Deltas by parameter name."""
+
+
+@torch.no_grad()
+def lora_deltas(unet: nn.Module) -> Deltas:
+    """The deltas of the one LoRA that is loaded into `unet`, in fp32."""
+    deltas = {}
+    for name, layer in lora_layers(unet).items():
+        (adapter,) = layer.active_adapters
+        down, up = layer.lora_A[adapter].weight.float().flatten(1), layer.lora_B[adapter].weight.float().flatten(1)
+        vectors = layer.lora_magnitude_vector
+        magnitude = vectors[adapter].weight.float().flatten().clone() if adapter in vectors else None
+        deltas[f"{name}.weight"] = Delta(down.clone(), up * layer.scaling[adapter], magnitude)
+    return deltas
+
+
+def base_weights(unet: nn.Module, names: Iterable[str]) -> Weights:
+    """The parameters `names` of a UNet without LoRA, in fp32."""
+    parameters = dict(unet.named_parameters())
+    return {name: parameters[name].detach().float() for name in names}
+
+
+@torch.no_grad()
+def merged(base: Weights, deltas: Mapping[str, Delta], strength: float = 1.0) -> Weights:
+    """W' of each weight of `base`; those that the LoRA does not adapt, and all at strength 0, stay W."""
+    return {
+        name: _merged(weight, deltas[name], strength) if strength and name in deltas else weight
+        for name, weight in base.items()
+    }
+
+
+def probe_loss_at(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int) -> Loss:
+    """The probe's mean loss as a function of some of the weights of `unet`, which must be in eval mode."""
+    count = len(probe.timesteps)
+    return [
+        partial(_part, _At(unet), objective, probe, slice(start, start + batch_size))
+        for start in range(0, count, batch_size)
+    ]
+
+
+@contextmanager
+def twice_differentiable(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Attention from plain matrix products, since PyTorch's fused attention has no second derivative."""
+    before = dict(unet.attn_processors)
+    unet.set_attn_processor(AttnProcessor())
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
+
+
+class _At(nn.Module):
+    """The UNet computing with the `weights` in place of its own."""
+
+    weights: Weights
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.weights = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.unet, self.weights, args, kwargs)
+
+
+def _part(model: _At, objective: Objective, probe: Probe, part: slice, weights: Weights) -> Tensor:
+    batch = probe.batch.mapped(lambda value: value[part])
+    model.weights = weights
+    try:
+        losses = sample_losses(model, objective, batch, probe.noise[part], probe.timesteps[part])
+    finally:
+        model.weights = {}
+    return losses.sum() / len(probe.timesteps)
+
+
+def _merged(weight: Tensor, delta: Delta, strength: float) -> Tensor:
+    merged = weight + strength * (delta.up @ delta.down).view_as(weight)
+    if delta.magnitude is None:
+        return merged
+    rows = (-1, *[1] * (weight.ndim - 1))
+    return merged * (delta.magnitude / merged.flatten(1).norm(dim=1)).view(rows)

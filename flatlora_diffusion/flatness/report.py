@@ -1,0 +1,175 @@
+"""`flatness`: the base and finished runs measured around their merged weights, as JSON, tables, charts and a page.
+
+flatness.json     every figure, the settings, versions and the hash of each LoRA file
+flatness.md       the tables
+rise.png          expected rise of the loss by sigma, Eq. 7's noise
+slices.png        the loss along random directions, mean and standard error
+surface.png       filled contours of the loss over two random directions; surface.html: the same to turn and zoom
+strength.png      the loss by the strength of the LoRA
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatlora_diffusion.adapter.new_tokens import new_tokens, with_new_tokens
+from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
+from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.data.training_set import load_heldout, load_training_set
+from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
+from flatlora_diffusion.flatness.figures import HELDOUT, TRAIN, Arm, Figures, measure
+from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
+from flatlora_diffusion.flatness.pictures import write_charts
+from flatlora_diffusion.flatness.robustness import Company
+from flatlora_diffusion.flatness.surface import axis
+from flatlora_diffusion.flatness.tables import tables
+from flatlora_diffusion.ground.saved_settings import portable
+from flatlora_diffusion.ground.versions import versions
+from flatlora_diffusion.lora_files.attached import loaded
+from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.sdxl.objective import objective_of, unweighted
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+
+logger = logging.getLogger(__name__)
+
+BASE = "Base"
+
+
+def flatness(config: FlatnessConfig) -> Path:
+    """Measure the runs and their base and write all files; returns the folder.
+
+    Text encoders and new tokens of a run only read the captions: W' is the UNet's, in fp32. Raises ConfigError for
+    wrong input, before anything is measured.
+    """
+    runs = read_runs(config.runs)
+    first = _where_it_is(runs[0].config, config)
+    images = _images(runs[0], first, config)
+    model = dataclasses.replace(first.model, quantize_base=None, offload=False)
+    sdxl = load_sdxl(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    arms = _arms(sdxl, runs, first, images, config)
+    company = _company(sdxl, config)
+    names = {name: None for deltas in (*(arm.deltas for arm in arms), company.second) for name in deltas}
+    base = base_weights(sdxl.unet, names)
+    objective = unweighted(objective_of(first.objective, sdxl.scheduler))
+    figures = [measure(sdxl.unet, objective, base, arm, config, company) for arm in arms]
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
+    _write(folder, config, figures, facts)
+    return folder
+
+
+def _where_it_is(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
+    """The run's settings with base and images where they are now."""
+    if given.pretrained_model_name_or_path is not None:
+        config = config.replace(pretrained_model_name_or_path=given.pretrained_model_name_or_path)
+    if given.instance_data_dir is not None:
+        config = config.replace(instance_data_dir=given.instance_data_dir, dataset_name=None)
+    return config
+
+
+def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dict[str, list[Sample]]:
+    found = load_training_set(config.data)
+    check_images(run, found)
+    images = {TRAIN: found.samples}
+    if given.heldout_dir is not None:
+        images[HELDOUT] = load_heldout(Path(given.heldout_dir), config.data).samples
+        seen = {sample.sha256 for sample in found.samples}
+        both = [sample.id for sample in images[HELDOUT] if sample.sha256 in seen]
+        if both:
+            raise ConfigError(f"heldout_dir has images that were trained on: {', '.join(both[:5])}; take them out")
+    return images
+
+
+def _arms(
+    sdxl: Sdxl,
+    runs: Sequence[FinishedRun],
+    config: TrainConfig,
+    images: Mapping[str, list[Sample]],
+    given: FlatnessConfig,
+) -> list[Arm]:
+    """The base and each run, every file read before anything is measured."""
+    resolution = config.data.resolution or sdxl.resolution
+
+    def probes(tokens: Mapping[str, list[str]]) -> dict[str, Probe]:
+        return {
+            kind: fixed_probe(
+                sdxl,
+                [dataclasses.replace(sample, caption=with_new_tokens(sample.caption, tokens)) for sample in samples],
+                resolution,
+                given.seed,
+                given.probe_draws,
+                config.data.background_color,
+            )
+            for kind, samples in images.items()
+        }
+
+    arms = [Arm(BASE, {}, probes({}))]
+    for run in runs:
+        tokens = new_tokens(run.config.tokens) if run.config.tokens.train_text_encoder_ti else {}
+        with loaded(sdxl.pipeline, [LoraFile(run.lora)]):
+            arms.append(Arm(run.name, lora_deltas(sdxl.unet), probes(tokens)))
+    return arms
+
+
+def _company(sdxl: Sdxl, given: FlatnessConfig) -> Company:
+    """The second LoRA and the other base that are asked for; the probes stay those of the first base."""
+    second, other_base = {}, {}
+    if given.second_lora is not None:
+        (file, *more) = parse_lora(given.second_lora)
+        if more:
+            raise ConfigError(f"second_lora={given.second_lora!r} must be one file")
+        with loaded(sdxl.pipeline, [file]):
+            second = lora_deltas(sdxl.unet)
+    if given.other_base is not None:
+        other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
+        shapes = {name: weight.shape for name, weight in sdxl.unet.named_parameters()}
+        if {name: weight.shape for name, weight in other.named_parameters()} != shapes:
+            raise ConfigError(f"other_base={given.other_base!r} has other layers than the base of the runs")
+        other_base = base_weights(other, shapes)
+    return Company(second, other_base)
+
+
+def _facts(
+    config: FlatnessConfig, runs: Sequence[FinishedRun], sdxl: Sdxl, images: Mapping[str, list[Sample]], weights: int
+) -> dict[str, Any]:
+    """All that the figures depend on."""
+    settings = portable(dataclasses.asdict(config)) | {"runs": [run.name for run in runs]}
+    for name in ("heldout_dir", "second_lora", "other_base"):
+        settings[name] = None if settings[name] is None else Path(settings[name]).name
+    described = {
+        run.name: {
+            "sha256": run.sha256,
+            "method": run.config.perturb.method,
+            "sigma": run.config.perturb.strength,
+            "rank": run.config.adapter.rank,
+            "max_train_steps": run.config.optim.max_train_steps,
+            "seed": run.config.run.seed,
+        }
+        for run in runs
+    }
+    return {
+        "settings": settings,
+        "base": portable(dataclasses.asdict(runs[0].config.model)),
+        "runs": described,
+        "probe_samples": {kind: len(samples) * config.probe_draws for kind, samples in images.items()},
+        "weights": weights,
+        "axis": axis(config.extent, config.surface_points),
+        "device": str(sdxl.unet.device),
+        "versions": versions(),
+    }
+
+
+def _write(folder: Path, config: FlatnessConfig, figures: Sequence[Figures], facts: Mapping[str, Any]) -> None:
+    result = {**facts, "figures": [dataclasses.asdict(found) for found in figures]}
+    (folder / "flatness.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "flatness.md").write_text(tables(figures, config) + "\n", encoding="utf-8")
+    write_charts(folder, config, figures, facts)

@@ -1,0 +1,129 @@
+"""A loss as a function of chosen weights: values, gradients, Hessian-vector products, and noise. No weight is written.
+
+The weights are a dict of tensors, so W' + eps is only another dict: nothing has to be undone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flatlora_diffusion.evaluation.probe import PURPOSE
+from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.method.noise import row_noise
+
+Weights = dict[str, Tensor]
+"""Weights by parameter name, each (m, n) or (m, n, kh, kw): m filters (rows)."""
+
+Loss = Sequence[Callable[[Weights], Tensor]]
+"""A loss as the sum of its parts, each a scalar: only one part's graph is in memory at a time."""
+
+Metric = Literal["filter", "iid", "raw"]
+"""The unit in which a step in weight space is measured, see `scales`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over at least two random draws, of which the values are kept: two LoRAs are compared draw by draw."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return statistics.stdev(self.values) / len(self.values) ** 0.5
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The differences under common draws, whose error is smaller than that of either."""
+        return Estimate(tuple(one - two for one, two in zip(self.values, other.values, strict=True)))
+
+
+@torch.no_grad()
+def value(loss: Loss, weights: Weights) -> float:
+    """The loss at `weights`."""
+    return sum(float(part(weights)) for part in loss)
+
+
+def gradient(loss: Loss, weights: Weights) -> Weights:
+    """dL/dw by name."""
+    leaves = _leaves(weights)
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for part in loss:
+        found = torch.autograd.grad(part(leaves), list(leaves.values()), materialize_grads=True)
+        for sum_, one in zip(total.values(), found, strict=True):
+            sum_ += one
+    return total
+
+
+def hessian_vector(loss: Loss, weights: Weights, vector: Weights) -> Weights:
+    """H v by name, without forming H: the gradient of <dL/dw, v>."""
+    leaves = _leaves(weights)
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for part in loss:
+        slopes = torch.autograd.grad(part(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
+        along = torch.stack([(slope * vector[name]).sum() for name, slope in zip(leaves, slopes, strict=True)]).sum()
+        if not along.requires_grad:
+            continue  # a part that is linear in the weights
+        found = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
+        for sum_, one in zip(total.values(), found, strict=True):
+            sum_ += one
+    return total
+
+
+@torch.no_grad()
+def scales(weights: Weights, metric: Metric) -> Weights:
+    """The length of one unit for each row, (m, 1, ...) by name.
+
+    `filter` is Eq. 7 of Flat-LoRA (arXiv:2409.14396), ||W'_i|| / sqrt(n): noise of sigma units has the relative row
+    radius sigma. It is the same for a network whose layers are rescaled. `iid` gives all rows of a layer the same unit
+    at equal energy. `raw` is 1: plain weight space, in which rescaling a layer changes every figure.
+    """
+    return {name: _row_scale(weight, metric) for name, weight in weights.items()}
+
+
+def noise(scale: Weights, weights: Weights, seed: int, draw: int) -> Weights:
+    """Gaussian noise of one unit: z * scale with z a function of (seed, layer, draw) alone, so equal for all LoRAs.
+
+    It is the eps that `FlatLora(unet, sigma=1, seed=seed, prefix=PURPOSE)` has in step `draw`.
+    """
+    return {
+        name: row_noise(
+            scale[name].flatten().float(),
+            tuple(weight.shape),
+            derive_seed(seed, "perturbation", PURPOSE, name.removesuffix(".weight"), draw, 0),
+        )
+        for name, weight in weights.items()
+    }
+
+
+def shifted(weights: Weights, step: Mapping[str, Tensor], factor: float) -> Weights:
+    """weights + factor * step; exactly the weights for a factor of 0."""
+    return {name: torch.add(weight, step[name].to(weight), alpha=factor) for name, weight in weights.items()}
+
+
+def size(weights: Weights) -> int:
+    """The number of weights."""
+    return sum(weight.numel() for weight in weights.values())
+
+
+def _leaves(weights: Weights) -> Weights:
+    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+
+def _row_scale(weight: Tensor, metric: Metric) -> Tensor:
+    rows = (-1, *[1] * (weight.ndim - 1))
+    norms = weight.flatten(1).norm(dim=1)
+    if metric == "raw":
+        return torch.ones_like(norms).view(rows)
+    if metric == "iid":
+        norms = norms.square().mean().sqrt().expand_as(norms)
+    return (norms / weight[0].numel() ** 0.5).view(rows)

@@ -1,0 +1,231 @@
+"""`generate`: prompts x seeds x LoRAs x strengths as single PNG files and as labelled grids, the base always first.
+
+A call makes a new folder `output_dir/001`, `002`, ... and writes into it
+
+01_a-red-fox_seed-0_00_base.png        prompt, seed, row of the grid; the same names whenever the same is asked for
+01_a-red-fox_seed-0_01_my-lora_0.8.png
+grid.png                               rows: base, then LoRA x strength; columns: prompt x seed
+grid_01.png, grid_02.png, ...          instead of it when there are more than 8 columns: as many prompts as fit in
+                                       8 columns, at least one, with all their seeds
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from flatlora_diffusion.config import ConfigError, GenerateConfig
+from flatlora_diffusion.gallery.grid import labelled_grid
+from flatlora_diffusion.gallery.png_text import UsedLora, grid_text, image_text
+from flatlora_diffusion.lora_files.attached import at_strength, loaded
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.sdxl.sampling import generate_images
+
+MOST_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the grid: the base, or LoRA files used together at one strength."""
+
+    place: int
+    files: tuple[LoraFile, ...] = ()
+    used: tuple[UsedLora, ...] = ()
+    strength: float = 0.0
+
+    @property
+    def name(self) -> str:
+        shares = zip(self.used, self.files, strict=True)
+        return " + ".join(lora.name if file.weight == 1 else f"{lora.name}@{file.weight:g}" for lora, file in shares)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} x {self.strength:g}" if self.files else "Base"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.place:02}_" + (f"{_slug(self.name, 60)}_{self.strength:g}" if self.files else "base")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the grid: a prompt, its place counted from 1, and a seed."""
+
+    place: int
+    prompt: str
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        return f"{self.place:02}_{_slug(self.prompt, 40)}"
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Draw all that `config` asks for; returns the grids.
+
+    Raises ConfigError for wrong input, before the first image.
+    """
+    prompts = _prompts(config)
+    rows = _rows(config)
+    columns = [Column(place, prompt, seed) for place, prompt in enumerate(prompts, 1) for seed in config.seeds]
+    sdxl, config = _load(config)
+    for files in {row.files: None for row in rows}:  # one that does not fit is found here, not after all the others
+        with loaded(sdxl.pipeline, files):
+            pass
+    folder = _new_folder(Path(config.output_dir))
+    images: list[list[Image.Image]] = []
+    with tqdm(total=len(rows) * len(columns), unit="image") as bar:
+        for files, together in groupby(rows, key=lambda row: row.files):
+            with loaded(sdxl.pipeline, files):
+                for row in together:
+                    with at_strength(sdxl.pipeline, files, row.strength, config.merge):
+                        images.append(_draw_row(sdxl, config, row, columns, folder, bar))
+    return list(_save_grids(config, _sampler(sdxl), rows, columns, images, folder))
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    prompts = list(config.prompts)
+    if config.prompts_file is not None:
+        try:
+            lines = Path(config.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"prompts_file={config.prompts_file!r} cannot be read; give a UTF-8 text file with one prompt per line"
+            ) from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError("nothing to draw: give --prompts or a --prompts_file that is not empty")
+    return list(dict.fromkeys(prompts))
+
+
+def _rows(config: GenerateConfig) -> list[Row]:
+    sets = [parse_lora(text) for text in config.lora]
+    paths = list(dict.fromkeys(file.path for files in sets for file in files))
+    names = dict(zip(paths, _names(paths), strict=True))
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    rows = [Row(0)]
+    for files in sets:
+        for strength in config.strengths:
+            used = [UsedLora(names[file.path], file.weight * strength, hashes[file.path]) for file in files]
+            rows.append(Row(len(rows), files, tuple(used), strength))
+    return rows
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as tell them apart; a run folder's own name for the LoRA in it."""
+    shown = [path.parent if path.name == LORA_FILE else path.with_suffix("") for path in paths]
+    for candidates in (shown, paths):  # a run folder `a` beside a file `a.safetensors` needs the file names
+        for count in range(1, max((len(path.parts) for path in candidates), default=0) + 1):
+            names = ["/".join(path.parts[-count:]) for path in candidates]
+            if len(set(names)) == len(names):
+                return names
+    return []
+
+
+def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
+    """The base, and the config with what it leaves open decided."""
+    has_gpu = torch.cuda.is_available()
+    precision = config.mixed_precision or ("fp16" if has_gpu else "no")
+    sdxl = load_sdxl(config.model, torch.device("cuda" if has_gpu else "cpu"), DTYPES[precision])
+    if config.model.offload and has_gpu:
+        sdxl.pipeline.enable_model_cpu_offload()
+    resolution = config.resolution or sdxl.resolution
+    if resolution % sdxl.size_step:
+        near = max(1, round(resolution / sdxl.size_step)) * sdxl.size_step
+        raise ConfigError(
+            f"resolution={resolution} must be a multiple of {sdxl.size_step} for this base; {near} is the nearest"
+        )
+    return sdxl, dataclasses.replace(config, mixed_precision=precision, resolution=resolution)
+
+
+def _new_folder(parent: Path) -> Path:
+    """The first of `parent/001`, `002`, ... that is free, made."""
+    number = 1
+    while (parent / f"{number:03}").exists():
+        number += 1
+    folder = parent / f"{number:03}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _draw_row(
+    sdxl: Sdxl, config: GenerateConfig, row: Row, columns: Sequence[Column], folder: Path, bar: tqdm[NoReturn]
+) -> list[Image.Image]:
+    """The images of a row, each saved as soon as its batch is drawn."""
+    images: list[Image.Image] = []
+    for start in range(0, len(columns), config.batch_size):
+        part = columns[start : start + config.batch_size]
+        drawn = generate_images(
+            sdxl,
+            [column.prompt for column in part],
+            [column.seed for column in part],
+            config.resolution or sdxl.resolution,
+            config.num_inference_steps,
+            config.guidance_scale,
+            config.batch_size,
+            config.negative_prompt,
+        )
+        for column, image in zip(part, drawn, strict=True):
+            text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used)
+            image.save(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png", pnginfo=text)
+        images += drawn
+        bar.update(len(drawn))
+    return images
+
+
+def _save_grids(
+    config: GenerateConfig,
+    sampler: str,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    images: Sequence[Sequence[Image.Image]],
+    folder: Path,
+) -> Iterator[Path]:
+    count = len(config.seeds)
+    step = count * max(1, MOST_COLUMNS // count)
+    for number, start in enumerate(range(0, len(columns), step), 1):
+        part = columns[start : start + step]
+        prompts = list(dict.fromkeys(column.prompt for column in part))
+        labels = [_column_label(column, len(prompts), count) for column in part]
+        caption = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
+        caption += f", seed {config.seeds[0]}" if count == 1 else ""
+        caption = f"{prompts[0]}\n{caption}" if len(prompts) == 1 and count > 1 else caption
+        shown = [row[start : start + step] for row in images]
+        cell = min(max(192, config.resolution or 0), 320)
+        grid = labelled_grid(shown, [row.label for row in rows], labels, cell, caption)
+        path = folder / ("grid.png" if len(part) == len(columns) else f"grid_{number:02}.png")
+        settings = {
+            "prompts": prompts,
+            "seeds": config.seeds,
+            "rows": [[dataclasses.asdict(lora) for lora in row.used] for row in rows],
+        }
+        grid.save(path, pnginfo=grid_text(config, sampler, settings))
+        yield path
+
+
+def _column_label(column: Column, prompts: int, seeds: int) -> str:
+    if seeds == 1:
+        return column.prompt
+    return f"seed {column.seed}" if prompts == 1 else f"{column.prompt}\nseed {column.seed}"
+
+
+def _sampler(sdxl: Sdxl) -> str:
+    return type(sdxl.pipeline.scheduler).__name__
+
+
+def _slug(text: str, most: int) -> str:
+    """`text` as a part of a file name on any system: letters, digits, `.`, `-`, `_` and `+`."""
+    return re.sub(r"[^\w.+-]+", "-", text)[:most].strip("-.") or "x"

@@ -1,0 +1,82 @@
+"""What a PNG says about its making: A1111's `parameters` line, which many tools read, and all settings as JSON.
+
+No paths: a base or LoRA is named, and a LoRA file known by its hash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL.PngImagePlugin import PngInfo
+
+from flatlora_diffusion.config import GenerateConfig
+from flatlora_diffusion.ground.versions import PROGRAM, __version__
+
+PARAMETERS, SETTINGS = "parameters", "flatlora_diffusion"
+# A1111's names, as far as they are not just the class's.
+_SAMPLERS = {"EulerDiscrete": "Euler", "EulerAncestralDiscrete": "Euler a"}
+
+
+@dataclass(frozen=True)
+class UsedLora:
+    """A LoRA as an image was made with it."""
+
+    name: str
+    strength: float
+    sha256: str
+
+
+def image_text(config: GenerateConfig, sampler: str, prompt: str, seed: int, loras: Sequence[UsedLora]) -> PngInfo:
+    """The text chunks of one image. `config` with its resolution and precision decided; `sampler` is the class."""
+    settings = {"prompt": prompt, "seed": seed, "lora": [asdict(lora) for lora in loras]}
+    text = grid_text(config, sampler, settings)
+    text.add_text(PARAMETERS, _parameters(config, sampler, prompt, seed, loras))
+    return text
+
+
+def grid_text(config: GenerateConfig, sampler: str, settings: dict[str, Any]) -> PngInfo:
+    """The JSON chunk: `settings` of these pictures and all settings that they share."""
+    model = {name: bare_name(value) if isinstance(value, str) else value for name, value in vars(config.model).items()}
+    own = {"model", "prompts", "prompts_file", "seeds", "lora", "strengths", "output_dir"}
+    shared = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in own}
+    program = {"program": PROGRAM, "version": __version__}
+    text = PngInfo()
+    text.add_text(SETTINGS, json.dumps({**program, **settings, **shared, **model, "sampler": sampler}))
+    return text
+
+
+def bare_name(name_or_path: str) -> str:
+    """A hub id as it is; of a path the last part."""
+    path = Path(name_or_path)
+    return path.resolve().name if path.is_absolute() or path.exists() else name_or_path
+
+
+def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, loras: Sequence[UsedLora]) -> str:
+    tags = "".join(f" <lora:{lora.name}:{lora.strength:g}>" for lora in loras)
+    kind = sampler.removesuffix("Scheduler")
+    base = Path(bare_name(config.model.pretrained_model_name_or_path)).name.removesuffix(".safetensors")
+    values: dict[str, Any] = {
+        "Steps": config.num_inference_steps,
+        "Sampler": _SAMPLERS.get(kind, kind),
+        "CFG scale": config.guidance_scale,
+        "Seed": seed,
+        "Size": f"{config.resolution}x{config.resolution}",
+        "Model": base,
+    }
+    if loras:
+        values["Lora"] = ", ".join(f"{lora.name}: {lora.strength:g}" for lora in loras)
+    values["Version"] = f"{PROGRAM} {__version__}"
+    lines = [prompt + tags]
+    if config.negative_prompt:
+        lines.append(f"Negative prompt: {config.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """As A1111 writes a value: in JSON's quotes when it holds what separates values."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value

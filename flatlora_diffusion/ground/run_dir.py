@@ -1,0 +1,281 @@
+"""The run folder: the only contract between the trainer and everything that looks at a run.
+
+config.json       the settings, resolved; no absolute paths
+manifest.json     names, hashes and sizes of the training images
+events.jsonl      one JSON object per line, appended: the hashes of what it starts from, every optimizer step with the
+                  hash of its draws, then how the run ended
+checkpoint-N/     LoRA file and optimizer state after N steps
+images/           preview images
+NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
+stop, save        files that ask a run to stop, or to save a checkpoint, after the step it is at
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.ground.saved_settings import altered, opened, portable
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
+_READ_SETTINGS = (  # what a run goes on reading
+    "instance_data_dir",
+    "dataset_name",
+    "class_data_dir",
+    "validation_data_dir",
+    "validation_prompts_file",
+)
+_RUN_FILES = (
+    "config.json",
+    "manifest.json",
+    "events.jsonl",
+    "images",
+    "README.md",
+    "logs",
+    LORA_FILE,
+    "pytorch_lora_weights_emb.safetensors",
+    "pytorch_lora_weights_kohya.safetensors",
+)
+_LORA_FILES = (".safetensors", ".json", ".png")
+# Stems that a run's other files have, and those that Windows keeps for devices.
+_TAKEN_NAMES = re.compile(r"config|manifest|state|pytorch_lora_weights.*|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
+_LONGEST_NAME = 80
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # and not a user's checkpoint-100-best
+# What a run that was killed has left half-written: of its checkpoints, and of its files.
+_HALF_WRITTEN = re.compile(r"\.checkpoint-[0-9]+\.(part|old)|\..+\.[0-9]+\.part")
+
+
+class RunDir:
+    """One run's folder; all file names are decided here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config_file = folder / "config.json"
+        self.manifest_file = folder / "manifest.json"
+        self.events_file = folder / "events.jsonl"
+        self.images = folder / "images"
+        self.stop_file = folder / "stop"
+        self.save_file = folder / "save"
+
+    def check_new(self, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError if a new run in this folder would move away or overwrite what no run has made."""
+        present = self._present(config)
+        if present and not self._holds_run():
+            names = ", ".join(path.name for path in present)
+            raise ConfigError(
+                f"output_dir={str(self.folder)!r} holds {names}, where a run writes files of its own, but no earlier "
+                "run; give a new folder, such as one inside of it"
+            )
+        for name in _READ_SETTINGS:
+            given = config.get(name)
+            if given and any(Path(given).resolve().is_relative_to(path.resolve()) for path in present):
+                raise ConfigError(
+                    f"{name}={given!r} lies where output_dir has the files of an earlier run, which a new one moves "
+                    "aside; give another output_dir"
+                )
+
+    def start(self, config: Mapping[str, Any], manifest: list[dict[str, Any]]) -> None:
+        """Make the folder for a new run. An earlier run in it is moved aside to `earlier-N/`, never overwritten."""
+        self.check_new(config)
+        with self.writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._move_aside(self._present(config))
+            _write_json(self.config_file, portable(config))
+            _write_json(self.manifest_file, manifest)
+
+    def clean(self) -> None:
+        """Forget requests to runs that have ended, and what they have left half-written."""
+        self.stop_file.unlink(missing_ok=True)
+        self.save_file.unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if _HALF_WRITTEN.fullmatch(path.name):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises RunError in place of an OSError, which while this is open can only be the run folder's."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"the run folder cannot be written: {error.strerror or error}") from error
+
+    def forget_after(self, step: int) -> None:
+        """Move the checkpoints of later steps aside: what goes on from `step` is another run than they belong to."""
+        with self.writing():
+            self._move_aside([path for path in self.checkpoints() if _step_of(path) > step])
+
+    def lora_name(self, output_name: str | None) -> str:
+        """The name of the LoRA in other tools, which is its file's name: the one given or else the folder's."""
+        return file_name(output_name or self.folder.resolve().name)
+
+    def weight_files(self) -> list[str]:
+        """The names of the run's own LoRA and embedding files that are there, without anything else's."""
+        names = [name for name in _RUN_FILES if name.endswith(".safetensors")]
+        saved = json.loads(self.config_file.read_text(encoding="utf-8"))
+        names.append(f"{self.lora_name(saved.get('output_name'))}.safetensors")
+        return sorted(name for name in names if (self.folder / name).is_file())
+
+    def update(self, config: Mapping[str, Any]) -> None:
+        """Save the settings that a resumed run has from now on."""
+        with self.writing():
+            _write_json(self.config_file, portable(config))
+
+    def takes_save_request(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        is_asked = self.save_file.exists()
+        self.save_file.unlink(missing_ok=True)
+        return is_asked
+
+    def add_event(self, event: Mapping[str, Any]) -> None:
+        """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
+        with self.writing(), open(self.events_file, "ab+") as handle:
+            if handle.tell() > 0:
+                handle.seek(-1, os.SEEK_END)
+                if handle.read() != b"\n":  # a power cut or a full disk cut the last event off: it costs only itself
+                    handle.write(b"\n")
+            handle.write(json.dumps(event).encode() + b"\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All complete events so far; lines that were only half written are left out."""
+        if not self.events_file.exists():
+            return []
+        found = []
+        for line in self.events_file.read_bytes().splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def ending(self) -> dict[str, Any] | None:
+        """The event `finished` or `stopped` that ended the run; None while it goes on, and after a crash."""
+        told = [event for event in self.events() if event["event"] in ("step", "stopped", "finished")]
+        return told[-1] if told and told[-1]["event"] != "step" else None
+
+    def manifest(self) -> list[dict[str, Any]]:
+        manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        return manifest
+
+    def config(self) -> dict[str, Any]:
+        """The saved settings. Raises ConfigError when the folder holds no run."""
+        if not self.config_file.is_file():
+            raise ConfigError(
+                f"output_dir={str(self.folder)!r} holds no run to resume; leave --resume_from_checkpoint out"
+            )
+        return opened(json.loads(self.config_file.read_text(encoding="utf-8")))
+
+    def filled_in(self, config: TrainConfig) -> TrainConfig:
+        """`config` with the saved value of each setting that it leaves open.
+
+        Another number of epochs settles the steps: those that are saved are the ones that the earlier epochs made.
+        """
+        given, saved = config.to_dict(), self.config()
+        epochs = given["num_train_epochs"]
+        if epochs not in (TrainConfig().optim.num_train_epochs, saved.get("num_train_epochs")):
+            saved.pop("max_train_steps", None)
+        return config.replace(
+            **{name: saved[name] for name, value in given.items() if value is None and name in saved}
+        )
+
+    def changed_settings(self, config: TrainConfig, but: Collection[str] = ()) -> list[str]:
+        """`name=saved, not now` for each setting that would alter the steps already taken, those in `but` left out."""
+        now, saved = config.to_dict(), {**TrainConfig().to_dict(), **self.config()}
+        return [f"{name}={saved[name]!r}, not {now[name]!r}" for name in altered(now, saved, but)]
+
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+        return sorted((path for path in found if path.is_dir()), key=_step_of)
+
+    def last_checkpoint(self) -> str:
+        """Which checkpoint is the last, in words."""
+        kept = self.checkpoints()
+        return f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was saved yet"
+
+    def checkpoint(self, name: str) -> Path:
+        """The checkpoint called `name`, or the newest for `latest`. Raises ConfigError when there is none."""
+        checkpoints = self.checkpoints()
+        if name == "latest" and checkpoints:
+            return checkpoints[-1]
+        wanted = self.folder / Path(name).name
+        if wanted not in checkpoints:
+            known = ", ".join(path.name for path in checkpoints) or "none"
+            raise ConfigError(f"resume_from_checkpoint={name!r} is not in {self.folder}; checkpoints there: {known}")
+        return wanted
+
+    @contextmanager
+    def new_checkpoint(self, step: int, limit: int | None) -> Iterator[Path]:
+        """A folder to write checkpoint `step` into. It gets its name when all is written; then old ones go."""
+        final, aside = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.part"
+        with self.writing():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            try:
+                yield aside
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would take what the next one needs
+                raise
+            self._remove(final)
+            os.replace(aside, final)
+            for old in self.checkpoints()[:-limit] if limit is not None else []:
+                self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Delete a checkpoint; while that goes on it counts as none."""
+        if checkpoint.is_symlink():
+            checkpoint.unlink()  # where it leads is the user's
+        elif checkpoint.exists():
+            old = self.folder / f".{checkpoint.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(checkpoint, old)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _holds_run(self) -> bool:
+        """Whether a run of this program, or of diffusers' script, has been here."""
+        is_ours = self.config_file.is_file() and self.manifest_file.is_file()
+        return is_ours or (self.folder / LORA_FILE).is_file() or bool(self.checkpoints())
+
+    def _present(self, config: Mapping[str, Any]) -> list[Path]:
+        """What is in the folder already of all that a run writes."""
+        names: set[str] = set()
+        if self._holds_run():
+            earlier = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
+            names = {self.lora_name(values.get("output_name")) for values in (config, earlier)}
+            names.add(file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
+        files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES)]
+        return [self.folder / name for name in files if (self.folder / name).exists()] + self.checkpoints()
+
+    def _move_aside(self, paths: list[Path]) -> None:
+        if not paths:
+            return
+        number = 1
+        while (self.folder / f"earlier-{number}").exists():
+            number += 1
+        earlier = self.folder / f"earlier-{number}"
+        earlier.mkdir()
+        for path in paths:
+            os.replace(path, earlier / path.name)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def file_name(text: str) -> str:
+    """`text` as a file's name on any system and in a prompt of A1111: letters, digits, `-`, `_` and inner `.`."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME].rstrip("-.") or "lora"
+    return f"lora-{name}" if _TAKEN_NAMES.fullmatch(name.split(".")[0]) else name
+
+
+def _write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)

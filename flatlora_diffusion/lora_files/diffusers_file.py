@@ -1,0 +1,111 @@
+"""The LoRA as a file for diffusers: scale folded into B, so that no reader needs it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.update import PARTS, Updates, balanced, lora_updates, magnitudes
+from flatlora_diffusion.ground.files import write_atomically
+from flatlora_diffusion.ground.run_dir import LORA_FILE
+
+
+def diffusers_tensors(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A and sB of every layer in PEFT's names, on the CPU; and DoRA's magnitudes, which stay fp32."""
+    return peft_tensors(lora_updates(pipeline), dtype) | magnitude_tensors(magnitudes(pipeline))
+
+
+def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`lora_A` and `lora_B` of every layer with the scale in B.
+
+    Layers of a lower rank are padded with zeros to their part's highest: older diffusers take one rank for all.
+    """
+    return dict(peft_stream(updates, dtype))
+
+
+def peft_stream(updates: Updates, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """`peft_tensors` one layer after the other."""
+    for part, layers in updates.items():
+        rank = max(len(update.down) for update in layers.values())
+        for module, update in layers.items():
+            down, up = update.down, update.up * update.scale
+            if dtype == torch.float16:
+                down, up = balanced(down, up)
+            missing = rank - len(down)
+            # Pads are counted from the last axis: A's rank is its first, B's its second.
+            down, up = (
+                F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)),
+                F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)),
+            )
+            yield f"{part}.{module}.lora_A.weight", down.to(dtype).contiguous()
+            yield f"{part}.{module}.lora_B.weight", up.to(dtype).contiguous()
+
+
+def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """DoRA's magnitudes, by module path, by part, in PEFT's names."""
+    return {
+        f"{part}.{module}.lora_magnitude_vector": value
+        for part, layers in values.items()
+        for module, value in layers.items()
+    }
+
+
+def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write `pytorch_lora_weights.safetensors` for `load_lora_weights` of a stock pipeline; returns its path."""
+    path = folder / LORA_FILE
+    tensors = diffusers_tensors(pipeline, dtype)
+    arguments: dict[str, Any] = {}
+    for part in PARTS:
+        state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        arguments[f"{part}_lora_layers"] = state or None
+        arguments[f"{part}_lora_adapter_metadata"] = _adapter_metadata(getattr(pipeline, part), state)
+
+    def write(aside: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
+            (Path(scratch) / LORA_FILE).replace(aside)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+    return path
+
+
+def _adapter_metadata(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The fields of a LoraConfig with which diffusers restores `state`: only those that every peft knows.
+
+    Layers are named by their ends where these name no other layer, and otherwise by as much of their paths as all
+    versions of transformers have.
+    """
+    if not state:
+        return None
+    paths = list(lora_layers(model))
+    ends = sorted({_end(path) for path in paths})
+    # While a LoRA is on, a layer's own name is that of its wrapper; what is inside has longer names.
+    others = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{end}" for end in ends))]
+    rank = max(len(value) for key, value in state.items() if key.endswith("lora_A.weight"))
+    metadata: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ends if len(others) == len(paths) else [_version_free(path) for path in paths],
+    }
+    if any(key.endswith(".lora_magnitude_vector") for key in state):
+        metadata["use_dora"] = True
+    return metadata
+
+
+def _end(path: str) -> str:
+    """`to_q` or `to_out.0`: the shortest end of a path that is not a number alone."""
+    head, _, last = path.rpartition(".")
+    return f"{head.rpartition('.')[2]}.{last}" if last.isdigit() else last
+
+
+def _version_free(path: str) -> str:
+    return path.removeprefix("text_model.").removeprefix("encoder.")

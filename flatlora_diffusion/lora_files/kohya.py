@@ -1,0 +1,162 @@
+"""The LoRA in kohya's names for SDXL's own block numbering: the one layout that every tool reads in full.
+
+Names are derived by rule from the module paths, which are those of any UNet with SDXL's blocks. Each module has
+exactly `lora_down.weight`, `lora_up.weight` and `alpha`; what it adds is alpha / rank * up @ down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
+from flatlora_diffusion.adapter.update import LazyLayers, Update, Updates, balanced
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+# Layers whose names and shapes tell other tools the base: InvokeAI looks for any cross attention's keys, Draw Things
+# for these in the second down block, and it takes a LoRA without the middle block for one of SSD-1B.
+_TELLING = tuple(f"{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("down_blocks.1", "mid_block"))
+# Alphas that fp16 and bf16 hold without loss of range.
+_ALPHAS = (2.0**-8, 2.0**15)
+
+
+def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
+    """The name of a module, such as `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
+
+    Raises KeyError for a module of the UNet that has no such name (conv_in, time_embedding, ...).
+    """
+    path = sgm_path(module, layers_per_block) if part == "unet" else module
+    return f"{_PREFIXES[part]}_{path.replace('.', '_')}"
+
+
+def sgm_path(module: str, layers: int) -> str:
+    """`down_blocks.1.attentions.0.proj_in` as `input_blocks.4.1.proj_in`, and so on.
+
+    Raises KeyError for a module of the UNet outside the blocks.
+    """
+    kind, *rest = module.split(".", 1)
+    if kind == "mid_block":
+        part, number, inner = rest[0].split(".", 2)
+        place = 1 if part == "attentions" else 2 * int(number)
+        return f"middle_block.{place}.{_inner(part, inner)}"
+    found = re.fullmatch(r"(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", rest[0] if rest else "")
+    if found is None or kind not in ("down_blocks", "up_blocks"):
+        raise KeyError(f"{module} has no name that other tools know")
+    block, part, index, inner = int(found[1]), found[2], int(found[3]), found[4]
+    if kind == "down_blocks":
+        first = (layers + 1) * block + 1
+        if part == "downsamplers":
+            return f"input_blocks.{first + layers}.0.op"
+        return f"input_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
+    first = (layers + 1) * block
+    if part == "upsamplers":
+        return f"output_blocks.{first + layers}.2.{inner}"
+    return f"output_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
+
+
+def kohya_tensors(
+    updates: Updates, layers_per_block: int = 2, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """`lora_down.weight`, `lora_up.weight` and `alpha` (a 0-dim tensor) of every module, all in `dtype`.
+
+    One alpha per part, the commonest s * r: diffusers gives the commonest to all. Where a layer has another, the
+    difference is in its `lora_up`. Rank 1 gets a row of zeros: stable-diffusion.cpp reads another rank from it.
+    """
+    return dict(kohya_stream(updates, layers_per_block, dtype))
+
+
+def kohya_stream(
+    updates: Updates, layers_per_block: int = 2, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """`kohya_tensors` one layer after the other, by name."""
+    alphas = {part: _common_alpha(layers, dtype) for part, layers in updates.items()}
+    places = {
+        kohya_name(part, module, layers_per_block): (part, module)
+        for part, layers in updates.items()
+        for module in layers
+    }
+    for name, (part, module) in sorted(places.items(), key=lambda item: f"{item[0]}."):
+        update = _of_rank_2(updates[part][module])
+        down, up = update.down, update.up * (update.scale * len(update.down) / float(alphas[part]))
+        if dtype == torch.float16:
+            down, up = balanced(down, up)
+        yield f"{name}.alpha", alphas[part].clone()
+        yield f"{name}.lora_down.weight", down.to(dtype).contiguous()
+        yield f"{name}.lora_up.weight", up.to(dtype).contiguous()
+
+
+def completed(updates: Updates, unet: nn.Module) -> Updates:
+    """`updates` with the layers that other tools need to be there; what is added changes nothing, its factors are 0.
+
+    AUTOMATIC1111 leaves a layer of the second text encoder as it is unless q, k, v and out are all in the file.
+    InvokeAI and Draw Things tell SDXL from other bases by certain layers, which a LoRA on some blocks or on text
+    encoders alone may lack.
+    """
+    whole = dict(updates)
+    second = whole.get("text_encoder_2", {})
+    partners: dict[str, Update] = {}
+    for module in second:
+        group, _, leaf = module.rpartition(".")
+        for missing in TEXT_ATTENTION if leaf in TEXT_ATTENTION else ():
+            if f"{group}.{missing}" not in second and f"{group}.{missing}" not in partners:
+                update = second[module]
+                partners[f"{group}.{missing}"] = _nothing(update.down, update.up, update.scale)
+    if partners:
+        whole["text_encoder_2"] = _with(second, partners)
+    layers = whole.get("unet", {})
+    telling = {module: _weight_shape(unet, module) for module in _TELLING if module not in layers}
+    added = {module: shape for module, shape in telling.items() if shape is not None}
+    if whole and added:
+        patterns = [layers] if layers else list(whole.values())
+        sizes = Counter((len(update.down), update.scale) for part in patterns for update in part.values())
+        rank, scale = sizes.most_common(1)[0][0]
+        nothing = {
+            module: _nothing(torch.empty(rank, wide), torch.empty(out, rank), scale)
+            for module, (out, wide) in added.items()
+        }
+        whole["unet"] = _with(layers, nothing)
+    return whole
+
+
+def _with(layers: Mapping[str, Update], more: Mapping[str, Update]) -> Mapping[str, Update]:
+    return LazyLayers([*layers, *more], lambda module: more[module] if module in more else layers[module])
+
+
+def _nothing(down: Tensor, up: Tensor, scale: float) -> Update:
+    return Update(torch.zeros_like(down), torch.zeros_like(up), scale)
+
+
+def _weight_shape(unet: nn.Module, module: str) -> tuple[int, int] | None:
+    """(out, in) of a Linear, None where the UNet has no such layer."""
+    layer: Any = dict(unet.named_modules()).get(module)
+    return None if layer is None else (int(layer.out_features), int(layer.in_features))
+
+
+def _of_rank_2(update: Update) -> Update:
+    """`update` with at least rank 2; s stays, so its alpha s * r doubles with a rank of 1."""
+    down, up, scale = update
+    if len(down) > 1:
+        return update
+    return Update(torch.cat([down, torch.zeros_like(down)]), torch.cat([up, torch.zeros_like(up)], dim=1), scale)
+
+
+def _common_alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:
+    common = Counter(update.scale * max(len(update.down), 2) for update in layers.values()).most_common(1)[0][0]
+    return torch.tensor(min(max(common, _ALPHAS[0]), _ALPHAS[1]), dtype=dtype)
+
+
+def _inner(part: str, inner: str) -> str:
+    return _RESNET[inner] if part == "resnets" else inner

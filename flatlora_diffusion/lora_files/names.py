@@ -1,0 +1,145 @@
+"""Which layer a LoRA's name means: the names that a base's layers have in the layouts that are in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from flatlora_diffusion.adapter.update import PARTS
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.lora_files.kohya import sgm_path
+from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
+from flatlora_diffusion.sdxl.loading import TINY
+from flatlora_diffusion.sdxl.shapes import weightless
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
+"""How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; those of ComfyUI's models;
+LyCORIS's `lycoris_`; PEFT's `lora_A`; diffusers' `to_q.lora.down` and `lora_linear_layer`; and its oldest,
+`processor.to_q_lora.down`. The last three have the same names and are told by their ends."""
+DIFFUSERS_STYLES: tuple[Style, ...] = ("peft", "diffusers-old", "processor")
+
+# Layers outside the blocks, by their original names.
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_KOHYA_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_COMFYUI_TEXT = {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g."}
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+class Place(NamedTuple):
+    """A layer of the base, and the style of the name by which it was found."""
+
+    part: str
+    module: str
+    style: Style
+
+
+@dataclass(frozen=True)
+class BaseNames:
+    """The layers of a base: no weights, only their shapes and the names that files give them."""
+
+    base: str
+    unet: nn.Module
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+    places: dict[str, Place]
+    layers_per_block: int
+
+    def place(self, name: str, style: Style) -> Place | None:
+        """The layer that a file in `style` calls `name`; None for one that this base has not."""
+        dotted = _dotted(name)
+        found = self.places.get(name) or self.places.get(dotted) or self.places.get(f"unet.{dotted}")
+        if found is None or found.style != "peft":
+            return found  # which tells the style better
+        return Place(found.part, found.module, style)
+
+
+def base_names(base: str | None = None) -> BaseNames:
+    """The names of a base: a diffusers folder, `tiny`, or SDXL's own for None and whatever is not on this disk."""
+    config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
+    name = "SDXL" if config.pretrained_model_name_or_path == SDXL else config.pretrained_model_name_or_path
+    return _names(name, {part: weightless(config, part) for part in PARTS})
+
+
+def tiny_names() -> BaseNames:
+    """The names of the base that ships with this program."""
+    return base_names(TINY)
+
+
+def loaded_names(pipeline: Any) -> BaseNames:
+    """The names of a pipeline's layers, which must have no LoRA on them."""
+    return _names("this base", {part: getattr(pipeline, part) for part in PARTS})
+
+
+def layer_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The weight's shape of every linear layer and convolution, by its path in all versions of transformers."""
+    return {module: _shape(layer) for module, layer in shared_layers(part, model).items()}
+
+
+def shared_layers(part: str, model: nn.Module) -> dict[str, Any]:
+    """Every linear layer and convolution by that path: in text encoders with `text_model.` in front of the layers."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            bare = part == "unet" or name.startswith("text_model.") or name == "text_projection"
+            found[name if bare else f"text_model.{name}"] = layer
+    return found
+
+
+def _names(base: str, models: dict[str, Any]) -> BaseNames:
+    shapes = {part: layer_shapes(part, model) for part, model in models.items()}
+    layers_per_block = models["unet"].config.layers_per_block
+    places: dict[str, Place] = {}
+    for part, layers in shapes.items():
+        for module in layers:
+            places |= _names_of(part, module, layers_per_block)
+    return BaseNames(base, models["unet"], shapes, places, layers_per_block)
+
+
+def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
+    """All names of a layer, each with its style."""
+    flat = module.replace(".", "_")
+    if part != "unet":
+        short = module.removeprefix("text_model.")
+        names: dict[str, Style] = {
+            f"{_KOHYA_TEXT[part]}{flat}": "kohya-sgm",  # the same in both of kohya's styles
+            f"{_KOHYA_TEXT[part]}{short.replace('.', '_')}": "kohya-sgm",
+            f"{_COMFYUI_TEXT[part]}transformer.{module}": "comfyui",
+            f"{part}.{module}": "peft",
+            f"{part}.{short}": "peft",
+        }
+    else:
+        own = _OUTSIDE[module] if module in _OUTSIDE else sgm_path(module, layers_per_block)
+        names = {
+            f"lora_unet_{flat}": "kohya-diffusers",
+            f"lora_unet_{own.replace('.', '_')}": "kohya-sgm",
+            f"diffusion_model.{own}": "comfyui",
+            f"lycoris_{flat}": "lycoris",
+            f"unet.{module}": "peft",
+        }
+    return {name: Place(part, module, style) for name, style in names.items()}
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    # A quantized layer's weight is packed.
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+
+
+def _dotted(name: str) -> str:
+    """`unet.….attn1.to_out.0` from the several ways in which diffusers and PEFT have written it."""
+    name = name.replace(PEFT_PREFIX, "", 1)
+    head, _, leaf = name.rpartition(".")
+    if head.startswith("text_encoder") and leaf in _OLD_TEXT:
+        return f"{head}.{_OLD_TEXT[leaf]}"
+    if head.endswith(".processor"):
+        return f"{head.removesuffix('.processor')}.{'to_out.0' if leaf == 'to_out' else leaf}"
+    return name

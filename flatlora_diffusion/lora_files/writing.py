@@ -1,0 +1,129 @@
+"""LoRA files being written, and what a written file holds compared with what was meant to be in it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flatlora_diffusion.adapter.update import (
+    Update,
+    Updates,
+    difference,
+    norm,
+)
+from flatlora_diffusion.config import RunError
+from flatlora_diffusion.ground.files import contents_of, save_stream
+from flatlora_diffusion.lora_files.kohya import kohya_name
+from flatlora_diffusion.lora_files.metadata import LEGACY_END, with_contents
+
+logger = logging.getLogger(__name__)
+
+_OURS = "flatlora-diffusion"
+
+
+def save_kohya(path: Path, tensors: Callable[[], Iterable[tuple[str, Tensor]]], metadata: Mapping[str, str]) -> None:
+    """Write the tensors of a kohya file one by one; rank, alpha and hashes are added to the metadata."""
+    contents = contents_of(tensors(), LEGACY_END)
+    save_stream(path, tensors, contents, with_contents(metadata, contents))
+
+
+def kohya_updates(tensors: Mapping[str, Tensor], expected: Updates, layers_per_block: int) -> Updates:
+    """What a kohya file adds to the layers of `expected`. Raises KeyError for a layer that is not in it."""
+    found: dict[str, dict[str, Update]] = {}
+    for part, layers in expected.items():
+        for module in layers:
+            name = kohya_name(part, module, layers_per_block)
+            down, up = (tensors[f"{name}.lora_{side}.weight"].float() for side in ("down", "up"))
+            found.setdefault(part, {})[module] = Update(down, up, float(tensors[f"{name}.alpha"]) / len(down))
+    return found
+
+
+def check_updates(path: Path, found: Updates, expected: Updates, dtype: torch.dtype) -> float:
+    """The largest relative error of a layer's update in a file, ||found - expected|| / ||expected||.
+
+    Raises RunError for an error that rounding to `dtype` does not explain.
+    """
+    largest = 0.0
+    for part, layers in expected.items():
+        for module, update in layers.items():
+            saved = found[part][module]
+            error, size = difference(saved, update), norm(update)
+            if not error <= _rounding(saved, dtype):
+                raise RunError(
+                    f"{path.name} does not hold what was to be saved: {part}.{module} is off by {error:.3g} of "
+                    f"{size:.3g}; if the disk is sound, save it as bf16 or fp32"
+                )
+            largest = max(largest, error / size if size else 0.0)
+    return largest
+
+
+def _rounding(saved: Update, dtype: torch.dtype) -> float:
+    """The most by which rounding both factors, each entry to the nearest of its `dtype`, can change their product."""
+    unit = torch.finfo(dtype).eps / 2
+    down, up = float(saved.down.double().norm()), float(saved.up.double().norm())
+    # An entry below the normal range is off by half of the smallest step there is.
+    least = torch.finfo(dtype).smallest_normal * unit
+    below = least * (math.sqrt(saved.down.numel()) * up + math.sqrt(saved.up.numel()) * down)
+    # Double-precision traces tell two products apart to about 1e-8 of their factors' size.
+    return ((2.1 * unit + 1e-7) * down * up + 1.1 * below) * saved.scale
+
+
+def diffusers_updates(tensors: Mapping[str, Tensor], expected: Updates) -> Updates:
+    return {
+        part: {
+            module: Update(
+                tensors[f"{part}.{module}.lora_A.weight"].float(), tensors[f"{part}.{module}.lora_B.weight"].float(), 1
+            )
+            for module in layers
+        }
+        for part, layers in expected.items()
+    }
+
+
+def check_finite(updates: Updates) -> None:
+    for part, layers in updates.items():
+        for module, update in layers.items():
+            if not all(bool(factor.isfinite().all()) for factor in (update.down, update.up)):
+                raise RunError(
+                    f"the LoRA is not finite at {part}.{module}: go on from an earlier checkpoint with a lower "
+                    "--learning_rate"
+                )
+
+
+def check_magnitudes(path: Path, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    saved = load_file(path)
+    for part, layers in expected.items():
+        for module, value in layers.items():
+            if not torch.equal(saved[f"{part}.{module}.lora_magnitude_vector"], value):
+                raise RunError(f"{path.name} does not hold the magnitudes of {part}.{module}: the disk is at fault")
+
+
+def make_room(path: Path) -> None:
+    """Give files of the names to be written another name unless this program wrote them."""
+    if _is_ours(path):
+        return
+    for taken in (path, path.with_suffix(".json"), path.with_suffix(".png")):
+        if taken.exists():
+            number = 1
+            while (other := taken.with_name(f"{taken.stem}-earlier-{number}{taken.suffix}")).exists():
+                number += 1
+            os.rename(taken, other)
+            logger.warning("%s was there already and is now %s", taken.name, other.name)
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("ss_training_comment", "")).startswith(_OURS)
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,146 @@
+"""What is in a LoRA file: parts, ranks, alphas, how much each block is changed, and which tools read it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flatlora_diffusion.adapter.update import norm
+from flatlora_diffusion.config import InspectConfig
+from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
+from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
+from flatlora_diffusion.lora_files.safe_reading import shown
+from flatlora_diffusion.lora_tools.converting import read_lora_file
+from flatlora_diffusion.lora_tools.tool_support import tool_support
+from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
+
+_STYLES = {
+    "kohya-sgm": "kohya",
+    "kohya-diffusers": "kohya with diffusers' block names",
+    "comfyui": "ComfyUI's own names",
+    "lycoris": "LyCORIS (lycoris_)",
+    "peft": "PEFT (lora_A)",
+    "diffusers-old": "diffusers before PEFT (lora.down)",
+    "processor": "the oldest of diffusers (processor.to_q_lora)",
+}
+_MOST_TAGS = 5
+
+
+def inspect_lora(config: InspectConfig) -> str:
+    """The report as text, or as JSON. Raises ConfigError, one sentence, for a file that cannot be used."""
+    report = lora_report(read_lora_file(config.file, config.base))
+    return json.dumps(report, indent=2) if config.json else "\n".join(_lines(report))
+
+
+def lora_report(lora: ImportedLora) -> dict[str, Any]:
+    """The report, JSON-able. `norm` is ||scale * B A||_F over the layers of a block."""
+    family = family_of(lora.base.unet)
+    blocks: dict[tuple[str, str], list[FileLayer]] = defaultdict(list)
+    for layer in lora.layers:
+        blocks[layer.place.part, _block(layer)].append(layer)
+    return {
+        "file": lora.file.path.name,
+        "base": family.name if family == TINY_FAMILY else lora.base.base,
+        "layout": _counted(_STYLES[layer.place.style] for layer in lora.layers),
+        "dtype": _counted(layer.dtype for layer in lora.layers),
+        "ranks": _counted(str(layer.rank) for layer in lora.layers),
+        "alphas": _counted("none" if layer.alpha is None else f"{layer.alpha:g}" for layer in lora.layers),
+        "warnings": [said] if (said := lost_alpha(lora)) else [],
+        "trigger_words": trigger_words(lora.file.metadata),
+        "blocks": [_block_report(lora, *place, layers) for place, layers in sorted(blocks.items())],
+        "unknown_keys": [shown(key) for key in lora.unknown],
+        "tools": [
+            {"tool": tool, "layers": count, "of": len(lora.layers), "note": note}
+            for tool, count, note in tool_support(lora)
+        ],
+    }
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """The words that a file names for its prompt, or else the commonest tags of its training captions."""
+    phrase = metadata.get("modelspec.trigger_phrase")
+    if phrase:
+        return [shown(phrase)]
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except (ValueError, RecursionError):
+        return []
+    tags: Counter[str] = Counter()
+    for counts in folders.values() if isinstance(folders, dict) else ():
+        if isinstance(counts, dict):
+            tags.update({tag: count for tag, count in counts.items() if type(count) is int})
+    return [shown(tag.strip()) for tag, _ in tags.most_common(_MOST_TAGS)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in (head, *rows)
+    ]
+
+
+def _block(layer: FileLayer) -> str:
+    """`down_blocks.1.attentions.0` or `mid_block.resnets.1`; a text encoder is one block."""
+    if layer.place.part != "unet":
+        return ""
+    steps = layer.place.module.split(".")
+    return ".".join(steps[: {"mid_block": 3, "down_blocks": 4, "up_blocks": 4}.get(steps[0], 1)])
+
+
+def _block_report(lora: ImportedLora, part: str, block: str, layers: Sequence[FileLayer]) -> dict[str, Any]:
+    norms = [norm(lora.updates[part][layer.place.module]) for layer in layers]
+    return {
+        "part": part,
+        "block": block,
+        "layers": len(layers),
+        "ranks": sorted({layer.rank for layer in layers}),
+        "norm": sum(value**2 for value in norms) ** 0.5,
+    }
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _lines(report: Mapping[str, Any]) -> list[str]:
+    def summed(name: str) -> str:
+        counts = report[name]
+        return (
+            next(iter(counts)) if len(counts) == 1 else ", ".join(f"{key} ({count})" for key, count in counts.items())
+        )
+
+    rows = [
+        (
+            f"{block['part']}.{block['block']}".rstrip("."),
+            str(block["layers"]),
+            "-".join(str(rank) for rank in dict.fromkeys((block["ranks"][0], block["ranks"][-1]))),
+            f"{block['norm']:.4g}",
+        )
+        for block in report["blocks"]
+    ]
+    tools = [
+        (row["tool"], f"{row['layers']} of {row['of']} modules will load", row["note"]) for row in report["tools"]
+    ]
+    return [
+        f"{report['file']}: a LoRA for {report['base']}",
+        f"layout   {summed('layout')}",
+        f"dtype    {summed('dtype')}",
+        f"rank     {summed('ranks')}",
+        f"alpha    {summed('alphas')}",
+        f"trigger  {', '.join(report['trigger_words']) or 'not in the metadata'}",
+        *(f"warning  {said}" for said in report["warnings"]),
+        "",
+        *table(("block", "layers", "rank", "||dW||"), rows),
+        "",
+        *(f"{tool:22}{count}{': ' if note else ''}{note}" for tool, count, note in tools),
+        *(
+            ["", f"{len(report['unknown_keys'])} keys of no layer: {', '.join(report['unknown_keys'])}"]
+            * bool(report["unknown_keys"])
+        ),
+    ]

@@ -1,0 +1,222 @@
+"""How much device memory a run will need, and which settings would lower it: counted on meta tensors, not guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flatlora_diffusion.config import OptimConfig, Quantization, TrainConfig
+from flatlora_diffusion.memory.rehearsal import Passes, Trained, rehearse_step, rehearse_vae, weight_count
+from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
+from flatlora_diffusion.sdxl.shapes import part_settings, size_step, vae_factor
+
+GIB = 2**30
+CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with the kernels and workspaces of cuBLAS and cuDNN, as commonly seen
+
+# Bytes per weight and per row: bitsandbytes' nf4 has an fp32 scale for 64 weights, the int8 kinds one for each row.
+_QUANTIZED: dict[Quantization, tuple[float, int]] = {"nf4": (0.5625, 0), "int8": (1, 4), "torchao-int8": (1, 4)}
+_8BIT_FROM, _8BIT_BLOCK = 4096, 256  # bitsandbytes: smaller tensors have fp32 state; an fp32 scale per block
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the device. The first fields are parts of a training step; the last two are whole moments beside it.
+
+    activations: what backward needs, all held when forward ends. temporary: what backward holds at its peak beyond
+    that, with gradient checkpointing the recomputed block. perturbation: Flat-LoRA's norms and its largest eps.
+    encoding, previews: all that is held while images are encoded or preview images decoded; 0 if that never happens.
+    The allocator's gaps are not counted: leave it a tenth.
+    """
+
+    unet: int
+    text_encoders: int
+    vae: int
+    lora: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    temporary: int
+    perturbation: int
+    context: int
+    encoding: int = 0
+    previews: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts of a training step by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("encoding", "previews")}
+
+    @property
+    def total(self) -> int:
+        """The peak of the whole run."""
+        return max(sum(self.parts.values()), self.encoding, self.previews)
+
+
+def estimate_memory(config: TrainConfig) -> MemoryEstimate:
+    """The device memory of a run on a GPU in eager mode; it takes seconds for SDXL, and no memory.
+
+    `mixed_precision` and `resolution` count as fp32 and as the base's own where they are left open. Raises ConfigError
+    when the LoRA's settings name no layer of the base.
+    """
+    model, data, optim = config.model, config.data, config.optim
+    base = dataclasses.replace(model, offload=False, quantize_base=None)  # the rest decides on the shapes
+    dtype, resolution = DTYPES[optim.mixed_precision or "no"], _resolution(config)
+    images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
+    trained = Trained(base, config.adapter, _new_tokens(config))
+    passes = rehearse_step(trained, dtype, images, resolution, optim.gradient_checkpointing)
+    # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
+    is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
+    vae_passes = rehearse_vae(base, 1 if is_cached else images, resolution)
+
+    lora = 4 * sum(map(math.prod, passes.trained))
+    text_encoders = dtype.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
+    vae = 4 * weight_count(base, "vae")
+    step = MemoryEstimate(
+        unet=_unet_bytes(passes, model.quantize_base, dtype.itemsize),
+        text_encoders=0 if model.offload and not config.trains_text else text_encoders,
+        vae=0 if model.offload and is_cached else vae,
+        lora=lora,
+        gradients=lora,
+        optimizer=sum(_optimizer_bytes(shape, optim) for shape in passes.trained),
+        ema=lora if optim.use_ema else 0,
+        activations=passes.saved,
+        temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
+        perturbation=_perturbation(passes, dtype.itemsize) if config.perturb.method == "flat-lora" else 0,
+        context=CONTEXT_BYTES,
+    )
+    loaded = step.context + step.unet + text_encoders + vae + lora
+    kept = step.optimizer + step.ema
+    if is_cached:  # before there is an optimizer; with --offload the UNet is placed after it
+        is_unet_last = model.offload and model.quantize_base is None
+        encoding = loaded - (step.unet + lora if is_unet_last else 0) + vae_passes.encode_peak
+    else:
+        encoding = loaded - text_encoders + step.text_encoders + kept + step.gradients + vae_passes.encode_peak
+    has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
+    previews = loaded + kept + vae_passes.decode_peak if has_previews else 0
+    return dataclasses.replace(step, encoding=encoding, previews=previews)
+
+
+def memory_advice(config: TrainConfig, estimate: MemoryEstimate, available_bytes: int) -> list[str]:
+    """The switches that would lower `estimate`, a sentence each, the largest saving first; none if it fits."""
+    if estimate.total <= available_bytes:
+        return []
+    return [
+        f"{switch} saves {_gib(saving)}"
+        + (", and the run fits" if estimate.total - saving <= available_bytes else ", which is not enough alone")
+        for switch, saving in _savings(config, estimate)
+    ]
+
+
+def preflight_lines(config: TrainConfig, available_bytes: int) -> list[str]:
+    """What to tell before a run on a GPU with `available_bytes` free: the estimate, and what lowers it if need be."""
+    estimate = estimate_memory(config)
+    need = f"about {_gib(estimate.total)} of device memory needed, {_gib(available_bytes)} free"
+    advice = memory_advice(config, estimate, available_bytes)
+    return [need, *(f"- {line}" for line in advice)]
+
+
+def out_of_memory_text(config: TrainConfig) -> str:
+    """What a run that ran out of device memory says: its estimate and the switches that would lower it."""
+    estimate = estimate_memory(config)
+    lines = [f"{switch} saves {_gib(saving)}" for switch, saving in _savings(config, estimate)]
+    head = f"the device is out of memory; these settings need about {_gib(estimate.total)}. "
+    if not lines:
+        return head + "No setting lowers that; use a device with more memory, or end what else uses this one"
+    return head + "What lowers it:\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _savings(config: TrainConfig, estimate: MemoryEstimate) -> list[tuple[str, int]]:
+    """Switches and the bytes that each saves on its own, the largest first; those that save under 1 % are left out."""
+    found = [
+        (name, estimate.total - estimate_memory(config.replace(**changes)).total)
+        for name, changes in _switches(config)
+    ]
+    worthwhile = [(name, saving) for name, saving in found if saving > (estimate.total - CONTEXT_BYTES) / 100]
+    return sorted(worthwhile, key=lambda pair: -pair[1])
+
+
+def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The settings that could lower the memory and are not on yet, as the user types them."""
+    model, data, optim = config.model, config.data, config.optim
+    changes: dict[str, Any]
+    if not optim.gradient_checkpointing:
+        yield "--gradient_checkpointing", {"gradient_checkpointing": True}
+    if optim.mixed_precision in (None, "no"):
+        yield "--mixed_precision bf16", {"mixed_precision": "bf16"}
+    if optim.train_batch_size > 1:
+        steps = optim.train_batch_size * optim.gradient_accumulation_steps
+        changes = {"train_batch_size": 1, "gradient_accumulation_steps": steps}
+        yield f"--train_batch_size 1 --gradient_accumulation_steps {steps}", changes
+    if not (data.cache_latents and model.offload):
+        yield "--cache_latents --offload", {"cache_latents": True, "offload": True}
+    if optim.optimizer == "adamw" and not optim.use_8bit_adam:
+        yield "--use_8bit_adam", {"use_8bit_adam": True}
+    if model.quantize_base is None:
+        yield from ((f"--quantize_base {kind}", {"quantize_base": kind}) for kind in ("nf4", "int8"))
+    yield from _less_training(config)
+
+
+def _less_training(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The settings that lower the memory by training on less, or less."""
+    multiple = size_step(config.model)
+    smaller = _resolution(config) * 3 // 4 // multiple * multiple
+    if smaller:
+        yield f"--resolution {smaller}", {"resolution": smaller}
+    if config.adapter.train_text_encoder:
+        yield "no --train_text_encoder", {"train_text_encoder": False}
+    if config.tokens.train_text_encoder_ti:
+        yield "no --train_text_encoder_ti", {"train_text_encoder_ti": False}
+
+
+def _resolution(config: TrainConfig) -> int:
+    if config.data.resolution is not None:
+        return config.data.resolution
+    return int(part_settings(config.model, "unet")["sample_size"]) * vae_factor(config.model)
+
+
+def _new_tokens(config: TrainConfig) -> int:
+    tokens = config.tokens
+    words = [word for word in tokens.token_abstraction.split(",") if word.strip()]
+    return len(words) * tokens.num_new_tokens_per_abstraction if tokens.train_text_encoder_ti else 0
+
+
+def _unet_bytes(passes: Passes, kind: Quantization | None, width: int) -> int:
+    """The frozen UNet with `width` bytes per weight; only its Linear layers are quantized."""
+    per_weight, per_row = (width, 0) if kind is None else _QUANTIZED[kind]
+    linear = sum(rows * (inputs * per_weight + per_row) for rows, inputs in passes.linear)
+    return int(linear) + passes.other * width
+
+
+def _dequantized(passes: Passes, kind: Quantization | None, width: int) -> int:
+    """The largest weight that a quantized layer turns back for its matmul."""
+    return 0 if kind is None else width * max(rows * inputs for rows, inputs in passes.linear)
+
+
+def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
+    """The state of one trained tensor: AdamW two fp32 averages, prodigy at most four, Adafactor one
+    number per row and column."""
+    count = shape.numel()
+    if config.optimizer == "prodigy":
+        return 16 * count
+    if config.optimizer == "adafactor":
+        return 4 * (count // shape[-1] + count // shape[-2]) if len(shape) > 1 else 4 * count
+    if config.use_8bit_adam and count >= _8BIT_FROM:
+        return 2 * count + 2 * 4 * math.ceil(count / _8BIT_BLOCK)
+    return 8 * count
+
+
+def _perturbation(passes: Passes, width: int) -> int:
+    """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype."""
+    rows = sum(shape[0] for shape in passes.adapted)
+    largest = max(shape.numel() for shape in passes.adapted)
+    return 8 * rows + largest * (4 if width == 4 else 4 + width)
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count > GIB / 10 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,183 @@
+"""A training step and the VAE's passes, rehearsed on meta tensors: which weights there are and what would be held."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flatlora_diffusion.adapter.lora import add_lora, add_text_lora, lora_layers, trainable_parameters
+from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
+from flatlora_diffusion.config import AdapterConfig, ModelConfig
+from flatlora_diffusion.memory.allocation import AsOnGpu, LiveBytes
+from flatlora_diffusion.sdxl.denoiser import Denoiser
+from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor, weightless
+
+_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained: a LoRA on a base and, for pivotal tuning, the embeddings of `new_tokens`."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    new_tokens: int = 0
+
+    @property
+    def trains_text(self) -> bool:
+        return self.adapter.train_text_encoder or self.new_tokens > 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What one forward and backward are made on, and the bytes that they hold, with their batch, beside weights and
+    gradients.
+
+    trained, adapted: shapes of the trained tensors, and of the frozen weights that carry a LoRA. linear: (rows,
+    inputs) of the UNet's frozen Linear layers; other: its weights in other layers. saved: bytes when forward has
+    ended; peak: the most at any moment.
+    """
+
+    trained: tuple[torch.Size, ...]
+    adapted: tuple[torch.Size, ...]
+    linear: tuple[tuple[int, int], ...]
+    other: int
+    saved: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class VaePasses:
+    """The bytes that encoding and decoding hold at their peaks, beside the VAE's weights."""
+
+    encode_peak: int
+    decode_peak: int
+
+
+@lru_cache(maxsize=64)
+def rehearse_step(trained: Trained, dtype: torch.dtype, images: int, resolution: int, checkpointing: bool) -> Passes:
+    """Forward and backward of `images` square images of `resolution` pixels, the base in `dtype`, the LoRA in fp32.
+
+    Raises ConfigError when the LoRA's settings name no layer.
+    """
+    model = _trained_model(trained)
+    _set_dtype(model, dtype)
+    _set_checkpointing(model, checkpointing, dtype)
+    parameters = trainable_parameters(model)
+    gradients = [torch.empty_like(parameter) for parameter in parameters.values()]
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        parameter.grad = gradient  # so that gradients are not counted with the activations
+    inputs = _inputs(trained, images, resolution // vae_factor(trained.model), dtype)
+    known = [*model.parameters(), *model.buffers(), *inputs, *gradients]
+    batch = sum(tensor.nbytes for tensor in inputs)
+    with AsOnGpu(dtype), LiveBytes(known) as bytes_held:
+        loss = (model(*inputs).float() - inputs[0]).square().mean()
+        saved = bytes_held.live
+        loss.backward()
+    frozen = {id(layer.weight): layer.weight for layer in model.unet.modules() if _is_frozen_linear(layer)}
+    others = [one for one in model.unet.parameters() if not one.requires_grad and id(one) not in frozen]
+    return Passes(
+        trained=tuple(one.shape for one in parameters.values()),
+        adapted=tuple(layer.get_base_layer().weight.shape for layer in lora_layers(model).values()),
+        linear=tuple((weight.shape[0], weight.shape[1]) for weight in frozen.values()),
+        other=sum(one.numel() for one in others),
+        saved=batch + saved,
+        peak=batch + bytes_held.peak,
+    )
+
+
+@lru_cache(maxsize=64)
+def rehearse_vae(model: ModelConfig, images: int, resolution: int) -> VaePasses:
+    """Encoding `images` images of `resolution` pixels and decoding a single one, in fp32 and without a graph."""
+    vae = weightless(model, "vae")
+    side = resolution // vae_factor(model)
+    with torch.device("meta"):
+        pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)
+        latents = torch.empty(1, vae.config.latent_channels, side, side)
+    peaks = []
+    for work in (lambda: vae.encode(pixels).latent_dist.std, lambda: vae.decode(latents).sample):
+        with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(vae.parameters()) as bytes_held:
+            work()
+        peaks.append(bytes_held.peak)
+    return VaePasses(peaks[0] + pixels.nbytes, peaks[1])
+
+
+@lru_cache(maxsize=64)
+def weight_count(model: ModelConfig, part: str) -> int:
+    """The number of weights of one of the base's four models."""
+    return sum(parameter.numel() for parameter in weightless(model, part).parameters())
+
+
+@lru_cache(maxsize=1)  # building takes as long as a step, and one model is rehearsed with many settings
+def _trained_model(trained: Trained) -> Any:
+    unet = weightless(trained.model, "unet")
+    add_lora(unet, trained.adapter, seed=0)
+    if not trained.trains_text:
+        return _Conditioned(unet).train()
+    encoders = [weightless(trained.model, part) for part in TEXT_PARTS]
+    if trained.adapter.train_text_encoder:
+        for encoder, part in zip(encoders, TEXT_PARTS, strict=True):
+            add_text_lora(encoder, trained.adapter, 0, part, trained.model.clip_skip)
+    else:
+        for encoder in encoders:
+            table = encoder.get_input_embeddings()
+            rows = torch.empty(trained.new_tokens, table.embedding_dim, device="meta")
+            encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
+    return Denoiser(unet, encoders, trained.model.clip_skip).train()
+
+
+class _Conditioned(nn.Module):
+    """The UNet with the conditioning of SDXL as plain arguments."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        output: Tensor = self.unet(sample, timesteps, prompts, added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+
+def _inputs(trained: Trained, images: int, side: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    settings = part_settings(trained.model, "unet")
+    with torch.device("meta"):
+        sample = torch.empty(images, 4, side, side, dtype=dtype)
+        timesteps, time_ids = torch.empty(images, dtype=torch.long), torch.empty(images, 6)
+        if trained.trains_text:
+            ids = torch.empty(images, len(TEXT_PARTS), _TOKENS, dtype=torch.long)
+            return sample, timesteps, ids, torch.empty(images), time_ids
+        prompts = torch.empty(images, _TOKENS, settings["cross_attention_dim"], dtype=dtype)
+        width = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        return sample, timesteps, prompts, torch.empty(images, width, dtype=dtype), time_ids
+
+
+def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _set_checkpointing(model: Any, is_on: bool, dtype: torch.dtype) -> None:
+    """Turn it on or off everywhere; what is recomputed in backward is computed as on a GPU too."""
+    recomputing: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), AsOnGpu(dtype))}
+    if is_on:
+        model.unet.enable_gradient_checkpointing(partial(checkpoint, **recomputing))
+    else:
+        model.unet.disable_gradient_checkpointing()
+    for encoder in getattr(model, "text_encoders", ()):
+        if is_on:
+            encoder.gradient_checkpointing_enable(recomputing)
+        elif encoder.is_gradient_checkpointing:
+            encoder.gradient_checkpointing_disable()
+
+
+def _is_frozen_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and not layer.weight.requires_grad

@@ -1,0 +1,205 @@
+"""The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is made of, their interception.
+
+Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant` and `lora_dropout` of
+`LoraLayer`, and the classes of the DoRA variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from operator import is_
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Conv2d, LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.method.noise import Convolution
+
+_WRAPPERS = ("base_model.model.", "module.")
+_ROWS = 512  # rows of W that are turned into fp32 at a time
+
+
+class AdaptedLayer:
+    """One LoRA layer with its frozen base: m filters of n inputs, `shape` (m, n) or (m, in, kh, kw)."""
+
+    def __init__(self, name: str, tuner: LoraLayer) -> None:
+        self.name = name
+        self.tuner = tuner
+        self._known_adapters = list(tuner.lora_A.values())
+        self.base: Any = tuner.get_base_layer()
+        self.convolution = _geometry(self.base)
+        if self.convolution is None:
+            self.shape: tuple[int, ...] = (self.base.out_features, self.base.in_features)
+        else:
+            self.shape = (self.base.out_channels, self.base.in_channels, *self.base.kernel_size)
+        self.inputs = int(torch.Size(self.shape[1:]).numel())
+        with torch.no_grad():
+            self.base_square_norms = self.square_norms()  # the frozen W never changes, so they are taken once
+        self._replacement: Callable[..., Tensor] | None = None
+        self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
+        self.base_forward: Callable[..., Tensor] = self.base.forward
+
+    def attach(self, forward: Callable[..., Tensor]) -> None:
+        """Let the base layer compute `forward(self, x, ...)`; `base_forward` stays what it was."""
+        self._replacement = _Interception(forward, self)
+        self.base.forward = self._replacement
+
+    def restore(self) -> None:
+        """Undo `attach`, unless another library has wrapped the layer since: then ours stays below, inert."""
+        if self.base.__dict__.get("forward") is not self._replacement:
+            return
+        del self.base.forward
+        if self._outer_forward is not None:
+            self.base.forward = self._outer_forward
+
+    def has_other_adapters(self) -> bool:
+        """Whether an adapter came or went since the layer was found."""
+        now = list(self.tuner.lora_A.values())
+        return len(now) != len(self._known_adapters) or not all(map(is_, now, self._known_adapters))
+
+    def is_active(self) -> bool:
+        """Whether an unmerged adapter takes part in the forward."""
+        return not (self.tuner.disable_adapters or self.tuner.merged) and bool(self._adapters())
+
+    def is_fusable(self) -> bool:
+        """Whether W + eps can be formed in one fp32 buffer: a plain frozen fp32 layer that nobody else intercepts."""
+        weight = self.base.weight
+        return (
+            self._outer_forward is None
+            and type(self.base) in (nn.Linear, nn.Conv2d)
+            and type(weight) is nn.Parameter
+            and weight.dtype == torch.float32
+            and not weight.requires_grad
+        )
+
+    def square_norms(self) -> Tensor:
+        """||W_i||^2 of the base layer as it is now, (m,) fp32. A quantized W is dequantized, a layer at a time."""
+        if type(self.base.weight).__name__ == "Int8Params":
+            # PEFT's dequantization takes the scales away from such a layer on a CPU, and makes all of W fp32.
+            scales = self.base.weight.SCB if self.base.state.SCB is None else self.base.state.SCB
+            return _square_norms(self.base.weight.data).mul_((scales.float() / 127).square())
+        return _square_norms(dequantize_module_weight(self.base).reshape(self.shape[0], -1))
+
+    def _adapters(self) -> list[str]:
+        return [adapter for adapter in self.tuner.active_adapters if adapter in self.tuner.lora_A]
+
+    @property
+    def rank(self) -> int:
+        """R, the sum of the active adapters' ranks."""
+        return sum(int(self.tuner.lora_A[adapter].weight.shape[0]) for adapter in self._adapters())
+
+    @property
+    def scale(self) -> float:
+        """The s that `factors` leaves out: the active adapter's, or 1 when there are several."""
+        adapters = self._adapters()
+        return float(self.tuner.scaling[adapters[0]]) if len(adapters) == 1 else 1.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, n) and B (m, R) in fp32; of several active adapters, side by side with each s in its B."""
+        adapters, tuner = self._adapters(), self.tuner
+        downs = [tuner.lora_A[adapter].weight.float().flatten(1) for adapter in adapters]
+        ups = [tuner.lora_B[adapter].weight.float().flatten(1) for adapter in adapters]
+        if len(adapters) == 1:
+            return downs[0], ups[0]
+        if not adapters:
+            empty = partial(torch.zeros, device=self.base.weight.device)
+            return empty(0, self.inputs), empty(self.shape[0], 0)
+        scaled = [up * tuner.scaling[adapter] for adapter, up in zip(adapters, ups, strict=True)]
+        return torch.cat(downs), torch.cat(scaled, dim=1)
+
+    def weight_times(self, down: Tensor) -> Tensor:
+        """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
+        weight, bias = self.base.weight, self.base.bias
+        if type(weight) in (nn.Parameter, Tensor):
+            return weight.flatten(1).float() @ down.T
+        if bias is None:
+            return self.base_forward(down).float().T
+        # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's.
+        return (self.base_forward(down.to(bias.dtype)).float() - bias.float()).T
+
+
+class _Interception(partial[Tensor]):
+    """The forward that an attached layer has; its type tells that one is attached already."""
+
+
+def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
+    """Every LoRA layer of `model`. Raises ConfigError for none, and for adapted layers that cannot be perturbed."""
+    layers, refused = [], []
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        name = layer_name(path)
+        reason = _why_refused(module)
+        if reason is None:
+            layers.append(AdaptedLayer(name, module))
+        else:
+            refused.append(f"{name} ({reason})")
+    if refused:
+        raise ConfigError(f"Flat-LoRA cannot perturb {len(refused)} adapted layer(s): {', '.join(refused)}")
+    twice = [name for name, count in Counter(layer.name for layer in layers).items() if count > 1]
+    if twice:
+        raise ConfigError(f"adapted layers share a name once wrappers are left out of it: {', '.join(twice)}")
+    if not layers:
+        raise ConfigError("Flat-LoRA found no LoRA layer in the model; add an adapter first")
+    return layers
+
+
+def layer_name(path: str) -> str:
+    """A module path without the wrappers of PEFT and DDP (in front) or of torch.compile (anywhere)."""
+    path = path.replace("_orig_mod.", "")
+    while path.startswith(_WRAPPERS):
+        path = path.removeprefix("module.").removeprefix("base_model.model.")
+    return path
+
+
+def _why_refused(layer: Any) -> str | None:
+    """The reason why eps cannot act on `layer` as Eq. 7 asks, or None."""
+    kind = type(layer).__name__
+    if not isinstance(layer, LoraLayer):
+        return f"{type(layer).__module__.split('.')[-2]} {kind} is not LoRA"
+    base = layer.get_base_layer()
+    is_plain = isinstance(layer.lora_A, nn.ModuleDict) and bool(layer.lora_A) and not isinstance(layer, ParamWrapper)
+    if not is_plain or not isinstance(base, nn.Linear | nn.Conv2d):
+        return f"{kind} around {type(base).__name__} is not handled yet"
+    if layer.merged:
+        return "its adapter is merged into W; unmerge it first"
+    if isinstance(base, nn.Conv2d) and (reason := _why_unmergeable(layer, base)):
+        return reason
+    if isinstance(base.forward, _Interception):
+        return "another FlatLora perturbs it already; detach that one first"
+    for adapter, variant in layer.lora_variant.items():
+        if not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
+            return f"{type(variant).__name__} is not handled yet"
+        if not isinstance(layer.lora_dropout[adapter], nn.Identity):
+            return "DoRA with lora_dropout > 0 would let eps escape its rescaling; set lora_dropout=0"
+    return None
+
+
+def _why_unmergeable(layer: Any, base: nn.Conv2d) -> str | None:
+    """The reason why PEFT could not merge the adapter of a convolution as W + sBA, or None."""
+    if base.groups > 1:
+        return f"groups={base.groups}; only groups=1 can be merged"
+    if set(base.dilation) != {1}:
+        return f"dilation={base.dilation}; PEFT does not dilate A, so it cannot be merged"
+    if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
+        return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
+    return None
+
+
+def _square_norms(weight: Tensor) -> Tensor:
+    """Squared norms of the rows of `weight` (m, n), fp32."""
+    return torch.cat([torch.linalg.vector_norm(rows.float(), dim=1).square() for rows in weight.split(_ROWS)])
+
+
+def _geometry(base: nn.Module) -> Convolution | None:
+    if not isinstance(base, nn.Conv2d):
+        return None
+    assert not isinstance(base.padding, str), "refused when the layers were found"
+    return Convolution(base.stride, base.padding)

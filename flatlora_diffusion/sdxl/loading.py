@@ -1,0 +1,275 @@
+"""The base model: an SDXL pipeline from settings, quantized if asked for, placed on its device and frozen."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    BitsAndBytesConfig,
+    PipelineQuantizationConfig,
+    StableDiffusionXLPipeline,
+    TorchAoConfig,
+)
+from safetensors import SafetensorError, safe_open
+
+from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, Quantization
+from flatlora_diffusion.ground.hub_reach import hub_is_reachable
+
+TINY = "tiny"
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_LOAD_ERRORS = (OSError, ValueError, SafetensorError)
+_SINGLE_FILE_PARTS = {
+    "UNet": ("model.diffusion_model.label_emb.",),
+    "first text encoder": ("conditioner.embedders.0.transformer.",),
+    "second text encoder": ("conditioner.embedders.1.model.",),
+    "VAE": ("first_stage_model.", "vae."),
+}
+_BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # where diffusers lets it load
+
+
+def base_path(name_or_path: str) -> str:
+    """The folder, file or hub id behind `--pretrained_model_name_or_path`; `tiny` is the base that ships with us."""
+    return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
+
+
+def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """The SDXL base on `device`, frozen and in eval mode: the VAE in fp32, all else in `dtype`, no watermark.
+
+    Half-precision SDXL VAEs give black images, so theirs is not `dtype`. A quantized UNet keeps its own weights.
+    Raises ConfigError when there is no SDXL model, or when a setting does not fit the model, device or packages.
+    """
+    path = base_path(config.pretrained_model_name_or_path)
+    is_single_file = _is_single_file(path)
+    _check_source(path, is_single_file, config)
+    quantization = None if config.quantize_base is None else _quantization(config.quantize_base, device, dtype)
+    parts = {}
+    if config.pretrained_vae_model_name_or_path is not None:
+        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+    is_offline = _needs_hub(path, config) and not hub_is_reachable()  # then only what was downloaded before is used
+    try:
+        if is_single_file:
+            pipeline = _from_single_file(path, config, dtype, parts, is_offline)
+        else:
+            pipeline = _from_folder(path, config, dtype, quantization, parts, is_offline)
+    except _LOAD_ERRORS as error:
+        why = _first_line(error) + _hint(path, is_single_file, config, is_offline)
+        raise ConfigError(f"{_named(config)} is no SDXL base that can be loaded: {why}") from error
+    except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
+        raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
+    _check_pipeline(pipeline, config)
+    pipeline.scheduler = _scheduler(pipeline, config)
+    pipeline.to(device)
+    for part in _modules(pipeline):
+        part.requires_grad_(False)
+        part.eval()
+    if config.enable_xformers_memory_efficient_attention:
+        _enable_xformers(pipeline)
+    return pipeline
+
+
+def _is_single_file(path: str) -> bool:
+    return Path(path).is_file() or path.lower().endswith((".safetensors", *_PICKLES))
+
+
+def _check_source(path: str, is_single_file: bool, config: ModelConfig) -> None:
+    """Refuse, before anything is loaded, what cannot be a base or does not go with the other settings."""
+    what, file = _named(config), Path(path)
+    if not is_single_file:
+        if config.single_file_config is not None:
+            raise ConfigError(f"--single_file_config is for a single .safetensors file, but {what} is none; leave it")
+        if file.is_dir() and not (file / "model_index.json").is_file():
+            raise ConfigError(
+                f"{what} is a folder without model_index.json; give a folder saved by diffusers, a hub id or a "
+                "single .safetensors file"
+            )
+        if not file.is_dir() and not _HUB_ID.fullmatch(path):
+            raise ConfigError(f"{what} does not exist: there is no such folder, and it cannot be a hub id")
+        return
+    if file.suffix.lower() != ".safetensors":
+        raise ConfigError(f"{what}: only .safetensors files are read, since other formats can run code when opened")
+    if not file.is_file():
+        raise ConfigError(f"{what} does not exist: there is no such file")
+    if config.revision is not None or config.variant is not None:
+        raise ConfigError(f"--revision and --variant are for hub ids and folders, but {what} is a file; leave them")
+    if config.quantize_base is not None:
+        # diffusers 0.42 takes a single file's weights for quantized already and would load them as they are.
+        raise ConfigError(
+            f"--quantize_base works on folders and hub ids, but {what} is a file; make a folder of it with "
+            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if config.single_file_config is not None and not Path(config.single_file_config, "model_index.json").is_file():
+        raise ConfigError(
+            f"single_file_config={config.single_file_config!r} must be a folder saved by diffusers, with "
+            "model_index.json"
+        )
+    _check_parts(file, config)
+
+
+def _check_parts(file: Path, config: ModelConfig) -> None:
+    """Refuse a single file that is damaged or has no tensors of one of SDXL's four models."""
+    what = _named(config)
+    try:
+        with safe_open(file, framework="pt") as checkpoint:
+            names = list(checkpoint.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{what} is damaged or no safetensors file: {_first_line(error)}") from error
+    lacks = {part for part, prefixes in _SINGLE_FILE_PARTS.items() if not any(n.startswith(prefixes) for n in names)}
+    if config.pretrained_vae_model_name_or_path is not None:
+        lacks.discard("VAE")
+    if lacks == {"VAE"}:
+        raise ConfigError(f"{what} has no VAE; give one with --pretrained_vae_model_name_or_path")
+    if lacks:
+        parts = ", ".join(f"no {part} of SDXL" for part in _SINGLE_FILE_PARTS if part in lacks)
+        raise ConfigError(f"{what} is not SDXL, or not all of it: it has {parts}; give a whole SDXL checkpoint")
+
+
+def _needs_hub(path: str, config: ModelConfig) -> bool:
+    """Whether it is a hub id, or a file whose configs are on the hub."""
+    return config.single_file_config is None and not Path(path).is_dir()
+
+
+def _from_folder(
+    path: str, config: ModelConfig, dtype: torch.dtype, quantization: Any, parts: dict[str, Any], is_offline: bool
+) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(
+        path,
+        dtype={"default": dtype, "vae": torch.float32},
+        revision=config.revision,
+        variant=config.variant,
+        local_files_only=is_offline,
+        use_safetensors=True,
+        quantization_config=quantization and PipelineQuantizationConfig(quant_mapping={"unet": quantization}),
+        add_watermarker=False,
+        **parts,
+    )
+
+
+def _from_single_file(
+    path: str, config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any], is_offline: bool
+) -> StableDiffusionXLPipeline:
+    """The pipeline of an original checkpoint. diffusers takes one dtype for all of it, so the VAE is loaded apart."""
+    where: dict[str, Any] = {"config": config.single_file_config, "local_files_only": is_offline}
+    if "vae" not in parts:
+        parts["vae"] = AutoencoderKL.from_single_file(path, subfolder="vae", dtype=torch.float32, **where)
+    return StableDiffusionXLPipeline.from_single_file(path, dtype=dtype, add_watermarker=False, **where, **parts)
+
+
+def _hint(path: str, is_single_file: bool, config: ModelConfig, is_offline: bool) -> str:
+    unreachable = "; the hub cannot be reached" if is_offline else ""
+    if is_single_file:
+        folder = config.single_file_config
+        return (
+            f"; do the configs in {folder} fit it?"
+            if folder
+            else f"{unreachable}; to work without the hub, give --single_file_config FOLDER"
+        )
+    return "" if Path(path).is_dir() else f"{unreachable}; and there is no such folder"
+
+
+def _load_vae(path: str) -> AutoencoderKL:
+    try:
+        is_offline = not Path(path).is_dir() and not hub_is_reachable()
+        return AutoencoderKL.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=is_offline
+        )
+    except _LOAD_ERRORS as error:
+        raise ConfigError(
+            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> None:
+    if pipeline.text_encoder_2 is None:
+        raise ConfigError(f"{_named(config)} is not SDXL: it has no second text encoder")
+    if pipeline.text_encoder is None:
+        raise ConfigError(
+            f"{_named(config)} is no SDXL base: it has only the second text encoder, as SDXL's refiner; give the base"
+        )
+    channels, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latents:
+        raise ConfigError(
+            f"{_named(config)} is no SDXL base: its UNet takes {channels} channels, not the {latents} of an image "
+            "alone, as models for inpainting and editing do; give the base that it was made from"
+        )
+    layers = min(part.config.num_hidden_layers for part in (pipeline.text_encoder, pipeline.text_encoder_2))
+    if config.clip_skip is not None and config.clip_skip >= layers:
+        raise ConfigError(
+            f"clip_skip={config.clip_skip} goes beyond the text encoders of this base, which have {layers} layers; "
+            f"it can be at most {layers - 1}"
+        )
+    missing = [name for part in _modules(pipeline) for name, tensor in part.named_parameters() if tensor.is_meta]
+    if missing:
+        raise ConfigError(f"{_named(config)} lacks {len(missing)} weights of its models, such as {missing[0]}")
+
+
+def _scheduler(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> Any:
+    """The base's scheduler with the settings over it; training and sampling both read its config."""
+    scheduler = pipeline.scheduler
+    changes: dict[str, Any] = {}
+    if config.prediction_type is not None:
+        changes["prediction_type"] = config.prediction_type
+    if config.zero_terminal_snr:
+        predicts = config.prediction_type or scheduler.config.prediction_type
+        if predicts != "v_prediction":
+            raise ConfigError(
+                f"zero_terminal_snr needs a v-prediction base, but {_named(config)} predicts {predicts}; "
+                "leave it out, or give --prediction_type v_prediction if the base was trained so"
+            )
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    changed = type(scheduler).from_config(scheduler.config, **changes)
+    ignored = [name for name, value in changes.items() if changed.config.get(name) != value]
+    if ignored:
+        raise ConfigError(f"the scheduler of the base, {type(scheduler).__name__}, has no {', '.join(ignored)}")
+    return changed
+
+
+def _quantization(kind: Quantization, device: torch.device, dtype: torch.dtype) -> Any:
+    """diffusers' quantization config for the UNet. Raises ConfigError when package or device cannot do it."""
+    package = "torchao" if kind == "torchao-int8" else "bitsandbytes"
+    if find_spec(package) is None:
+        raise ConfigError(f"quantize_base={kind} needs the package {package}: pip install {package}")
+    if kind in _BITSANDBYTES_DEVICES and device.type not in _BITSANDBYTES_DEVICES[kind]:
+        allowed = ", ".join(_BITSANDBYTES_DEVICES[kind])
+        raise ConfigError(
+            f"quantize_base={kind} cannot be used on {device.type}: diffusers loads it on {allowed} only; "
+            "use torchao-int8 or leave it out"
+        )
+    if kind == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"quantize_base={kind} does not work with this torchao: {_first_line(error)}") from error
+
+
+def _enable_xformers(pipeline: StableDiffusionXLPipeline) -> None:
+    setting = "enable_xformers_memory_efficient_attention"
+    if find_spec("xformers") is None:
+        raise ConfigError(f"{setting} needs the package xformers; leave it out to use PyTorch's own attention")
+    try:
+        pipeline.unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{setting} does not work here, leave it out: {_first_line(error)}") from error
+
+
+def _modules(pipeline: StableDiffusionXLPipeline) -> tuple[torch.nn.Module, ...]:
+    return pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2
+
+
+def _named(config: ModelConfig) -> str:
+    return f"pretrained_model_name_or_path={config.pretrained_model_name_or_path!r}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

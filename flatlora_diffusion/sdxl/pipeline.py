@@ -1,0 +1,112 @@
+"""The SDXL parts: load, freeze and place them; turn prompts and images into what the UNet is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.sdxl.loading import load_pipeline
+from flatlora_diffusion.sdxl.objective import is_edm_scheduler
+
+
+@dataclass(frozen=True)
+class Sdxl:
+    """A frozen SDXL base. The VAE is fp32 (half-precision SDXL VAEs give black images); the rest is in one dtype.
+
+    Every prompt is read `clip_skip` layers further back than SDXL's own choice, in training and out of it.
+    """
+
+    pipeline: StableDiffusionXLPipeline
+    scheduler: DDPMScheduler | EDMEulerScheduler
+    clip_skip: int | None = None
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipeline.unet
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipeline.vae
+
+    @property
+    def resolution(self) -> int:
+        """The image size in pixels that the base was trained at."""
+        return int(self.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    @property
+    def size_step(self) -> int:
+        """Image sides must be a multiple of this: the VAE's factor times the UNet's."""
+        return int(self.pipeline.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+
+def load_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
+    """Load the base onto `device`, frozen and in eval mode. Raises ConfigError when there is no SDXL model there."""
+    pipeline = load_pipeline(config, device, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    # A scheduler of our own: sampling changes the state of the pipeline's.
+    kind = type(pipeline.scheduler) if is_edm_scheduler(pipeline.scheduler) else DDPMScheduler
+    return Sdxl(pipeline, kind.from_config(pipeline.scheduler.config), config.clip_skip)
+
+
+@torch.no_grad()
+def encode_prompts(sdxl: Sdxl, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Prompt embeddings (B, 77, D) and pooled embeddings (B, P), just as the pipeline makes them for inference."""
+    prompt_embeds, _, pooled, _ = sdxl.pipeline.encode_prompt(
+        list(prompts), do_classifier_free_guidance=False, clip_skip=sdxl.clip_skip
+    )
+    return prompt_embeds, pooled
+
+
+@torch.no_grad()
+def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of the normalized latents, each (B, 4, H/f, W/f) fp32, of pixels (B, 3, H, W) in [-1, 1]."""
+    found = vae.encode(pixels.to(vae.dtype)).latent_dist
+    mean, std = _latent_statistics(vae, found.mean.device)
+    scale = vae.config.scaling_factor / std
+    return (found.mean.float() - mean) * scale, found.std.float() * scale
+
+
+def encode_images(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Normalized latents (B, 4, H/f, W/f) in fp32 of pixels (B, 3, H, W) in [-1, 1].
+
+    `noise` (same shape as the latents, N(0, 1)) samples the posterior; without it the latents are the mean.
+    """
+    mean, std = posterior(vae, pixels)
+    return mean if noise is None else mean + std * noise
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) of normalized latents, decoded in the VAE's own fp32 whatever the latents' dtype."""
+    mean, std = _latent_statistics(vae, latents.device)
+    return vae.decode(latents.float() / vae.config.scaling_factor * std + mean).sample
+
+
+def add_time_ids(
+    original_sizes: Sequence[tuple[int, int]],
+    crops_top_left: Sequence[tuple[int, int]],
+    target_size: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """SDXL's size conditioning, (B, 6): original (height, width), crop (top, left), target (height, width)."""
+    rows = [(*size, *crop, *target_size) for size, crop in zip(original_sizes, crops_top_left, strict=True)]
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def _latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std of the latents per channel, (1, C, 1, 1); 0 and 1 for a VAE without them, such as SDXL's."""
+    channels = vae.config.latent_channels
+    mean = getattr(vae.config, "latents_mean", None) or [0.0] * channels
+    std = getattr(vae.config, "latents_std", None) or [1.0] * channels
+    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)

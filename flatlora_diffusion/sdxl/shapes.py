@@ -1,0 +1,100 @@
+"""The base's four models on the meta device: all shapes, no weights. A base that is not on disk counts as SDXL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.sdxl.loading import base_path
+
+_CLASSES = {
+    "unet": UNet2DConditionModel,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "vae": AutoencoderKL,
+}
+# The sizes of stabilityai/stable-diffusion-xl-base-1.0.
+_SDXL: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    },
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+    "vae": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 1024,
+    },
+}
+
+
+def weightless(config: ModelConfig, part: str) -> Any:
+    """The base's `unet`, `text_encoder`, `text_encoder_2` or `vae` on the meta device, fp32, frozen, in eval mode."""
+    settings = part_settings(config, part)
+    with torch.device("meta"):
+        if part.startswith("text_encoder"):
+            model = _CLASSES[part](CLIPTextConfig.from_dict(settings))
+        else:
+            model = _CLASSES[part].from_config(settings)
+    return model.requires_grad_(False).eval()
+
+
+def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
+    """The part's config.json, from the base's folder or the hub's cache; SDXL's own for a base that is in neither."""
+    path = config.single_file_config or base_path(config.pretrained_model_name_or_path)
+    file = Path(path, part, "config.json")
+    if not file.is_file():
+        try:
+            cached = try_to_load_from_cache(path, f"{part}/config.json", revision=config.revision)
+        except HFValidationError:  # the path of a file, not a hub id
+            cached = None
+        if not isinstance(cached, str):
+            return _SDXL[part]
+        file = Path(cached)
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
+
+
+def vae_factor(config: ModelConfig) -> int:
+    """Pixels per latent pixel, in each direction."""
+    return int(2 ** (len(part_settings(config, "vae")["block_out_channels"]) - 1))
+
+
+def size_step(config: ModelConfig) -> int:
+    """Image sides are a multiple of this: the VAE's factor times the UNet's."""
+    return int(vae_factor(config) * 2 ** (len(part_settings(config, "unet")["block_out_channels"]) - 1))

@@ -1,0 +1,142 @@
+"""An SDXL pipeline as one .safetensors file with the original names, as Stability, ComfyUI and A1111 read it.
+
+The inverse of what diffusers reads, by rule; widths and depths are no part of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flatlora_diffusion.ground.files import write_atomically
+
+Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
+
+_UNET_OUTSIDE: Rules = {
+    r"^conv_in": "input_blocks.0.0",
+    r"^conv_norm_out": "out.0",
+    r"^conv_out": "out.2",
+    r"^time_embedding\.linear_(\d)": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
+    r"^add_embedding\.linear_(\d)": lambda m: f"label_emb.0.{2 * int(m[1]) - 2}",
+    r"^mid_block\.resnets\.(\d)": lambda m: f"middle_block.{2 * int(m[1])}",
+    r"^mid_block\.attentions\.0": "middle_block.1",
+}
+_UNET_RESNET: Rules = {
+    r"\.norm1\.": ".in_layers.0.",
+    r"\.conv1\.": ".in_layers.2.",
+    r"\.time_emb_proj\.": ".emb_layers.1.",
+    r"\.norm2\.": ".out_layers.0.",
+    r"\.conv2\.": ".out_layers.3.",
+    r"\.conv_shortcut\.": ".skip_connection.",
+}
+_VAE: Rules = {
+    r"\.down_blocks\.(\d)\.resnets\.": r".down.\1.block.",
+    r"\.down_blocks\.(\d)\.downsamplers\.0\.": r".down.\1.downsample.",
+    r"\.mid_block\.resnets\.(\d)\.": lambda m: f".mid.block_{int(m[1]) + 1}.",
+    r"\.mid_block\.attentions\.0\.": ".mid.attn_1.",
+    r"\.group_norm\.": ".norm.",
+    r"\.to_([qkv])\.": r".\1.",
+    r"\.to_out\.0\.": ".proj_out.",
+    r"\.conv_norm_out\.": ".norm_out.",
+    r"\.conv_shortcut\.": ".nin_shortcut.",
+}
+_OPEN_CLIP: Rules = {
+    r"^text_model\.embeddings\.token_embedding": "token_embedding",
+    r"^text_model\.embeddings\.position_embedding\.weight": "positional_embedding",
+    r"^text_model\.final_layer_norm": "ln_final",
+    r"^text_model\.encoder\.layers\.": "transformer.resblocks.",
+    r"\.layer_norm(\d)\.": r".ln_\1.",
+    r"\.mlp\.fc1\.": ".mlp.c_fc.",
+    r"\.mlp\.fc2\.": ".mlp.c_proj.",
+    r"\.self_attn\.": ".attn.",
+}
+
+
+def save_single_file(pipeline: Any, path: Path) -> Path:
+    """Write UNet, VAE and both text encoders, each tensor in its own dtype; returns the path."""
+    unet = unet_tensors(pipeline.unet.state_dict(), pipeline.unet.config.layers_per_block)
+    tensors = {
+        **_prefixed("model.diffusion_model.", unet),
+        **_prefixed("first_stage_model.", vae_tensors(pipeline.vae.state_dict())),
+        **_prefixed("conditioner.embedders.0.transformer.", clip_tensors(pipeline.text_encoder.state_dict())),
+        **_prefixed("conditioner.embedders.1.model.", open_clip_tensors(pipeline.text_encoder_2.state_dict())),
+    }
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda aside: save_file(contiguous, aside, metadata={"format": "pt"}))
+    return path
+
+
+def unet_tensors(state: Mapping[str, Tensor], layers_per_block: int = 2) -> dict[str, Tensor]:
+    """The UNet by its original names; the shapes stay."""
+    rules = _unet_rules(layers_per_block)
+    return {
+        _renamed(_renamed(name, rules), _UNET_RESNET if ".resnets." in name else {}): tensor
+        for name, tensor in state.items()
+    }
+
+
+def vae_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The VAE by its original names; its attention is made of 1 x 1 convolutions there, its up blocks count down."""
+    last = max(int(name.split(".")[2]) for name in state if name.startswith("decoder.up_blocks."))
+    up: Rules = {
+        r"\.up_blocks\.(\d)\.resnets\.": lambda m: f".up.{last - int(m[1])}.block.",
+        r"\.up_blocks\.(\d)\.upsamplers\.0\.": lambda m: f".up.{last - int(m[1])}.upsample.",
+    }
+    return {
+        _renamed(name, {**_VAE, **up}): tensor[:, :, None, None]
+        if ".attentions." in name and tensor.ndim == 2
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first text encoder, whose `text_model.` transformers has left out since 5.6."""
+    return {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
+
+
+def open_clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The second text encoder as open_clip has it: q, k and v in one `in_proj`, and the projection transposed."""
+    tensors = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)", name)
+        if match is None:
+            tensors[_renamed(name, _OPEN_CLIP)] = tensor
+        elif match[2] == "q":
+            rows = [state[f"{match[1]}.{part}_proj.{match[3]}"] for part in "qkv"]
+            tensors[f"{_renamed(match[1] + '.', _OPEN_CLIP)}in_proj_{match[3]}"] = torch.cat(rows)
+    tensors["text_projection"] = tensors.pop("text_projection.weight").T
+    return tensors
+
+
+def _unet_rules(layers: int) -> Rules:
+    """The UNet's blocks are numbered through: a down block has `layers` and its downsampler, an up block one more."""
+
+    def first(match: re.Match[str]) -> int:
+        return (layers + 1) * int(match[1])
+
+    return {
+        **_UNET_OUTSIDE,
+        r"^down_blocks\.(\d)\.resnets\.(\d)": lambda m: f"input_blocks.{first(m) + int(m[2]) + 1}.0",
+        r"^down_blocks\.(\d)\.attentions\.(\d)": lambda m: f"input_blocks.{first(m) + int(m[2]) + 1}.1",
+        r"^down_blocks\.(\d)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{first(m) + layers + 1}.0.op",
+        r"^up_blocks\.(\d)\.resnets\.(\d)": lambda m: f"output_blocks.{first(m) + int(m[2])}.0",
+        r"^up_blocks\.(\d)\.attentions\.(\d)": lambda m: f"output_blocks.{first(m) + int(m[2])}.1",
+        r"^up_blocks\.(\d)\.upsamplers\.0\.conv": lambda m: f"output_blocks.{first(m) + layers}.2.conv",
+    }
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _renamed(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules.items():
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,165 @@
+"""A run's beginning, its checkpoints and its resumption, as safetensors and JSON."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatlora_diffusion.adapter.new_tokens import save_embeddings
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.data.dataset import manifest
+from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
+from flatlora_diffusion.ground.provenance import base_fingerprint, tensors_sha256
+from flatlora_diffusion.ground.saved_settings import BASE_SETTINGS, REMEDIES
+from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.training.optimizer import set_lr
+from flatlora_diffusion.training.release import save_release
+from flatlora_diffusion.training.state import TrainState, averaged
+from flatlora_diffusion.training.trackers import start_trackers
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.safetensors"
+
+
+def start(state: TrainState) -> int:
+    """Make the run folder of a new run and return its first step, 0."""
+    if state.accelerator.is_main_process:
+        state.run.start(state.config.to_dict(), _manifest(state))
+        lora = tensors_sha256(state.trainable.values())
+        processes = state.accelerator.num_processes
+        state.run.add_event({"event": "start", **_base(state), "lora": lora, "processes": processes})
+    start_trackers(state.accelerator, state.config)
+    return 0
+
+
+def restore(state: TrainState, name: str) -> int:
+    """Load checkpoint `name` into `state` and return the step that comes next.
+
+    Raises ConfigError for a checkpoint that is not there, and for settings, images, a base or a number of processes
+    that would alter the steps that were taken.
+    """
+    folder = state.run.checkpoint(name)
+    _check_alike(state, folder.name)
+    step = load_state(state, folder)
+    saved = {**TrainConfig().to_dict(), **state.run.config()}
+    if state.total_steps < step:
+        raise ConfigError(
+            f"max_train_steps={state.total_steps} is less than the {step} steps that {folder.name} has taken; give at "
+            "least as many, or resume from an earlier checkpoint"
+        )
+    if state.total_steps != saved["max_train_steps"]:
+        logger.info(
+            "%d steps in place of %d: learning rate and sigma follow the new end from here on",
+            state.total_steps,
+            saved["max_train_steps"],
+        )
+    now = state.config.to_dict()
+    changed = {one: [saved[one], now[one]] for one in sorted(REMEDIES) if now[one] != saved[one]}
+    for one, (before, after) in changed.items():
+        logger.info("%s=%s in place of %s from here on", one, after, before)
+    state.accelerator.wait_for_everyone()  # all have read what the first one writes anew
+    if state.accelerator.is_main_process:
+        state.run.forget_after(step)
+        state.run.update(now)
+        state.run.add_event({"event": "resumed", "step": step, "changed": changed})
+    logger.info("resuming from %s; steps left: %d", folder.name, state.total_steps - step)
+    start_trackers(state.accelerator, state.config)
+    return step
+
+
+def save_checkpoint(state: TrainState, step: int) -> None:
+    """Write `checkpoint-STEP/`: all that a resumed run needs, and the LoRA so far as a loadable file."""
+    with state.run.new_checkpoint(step, state.config.run.checkpoints_total_limit) as folder:
+        save_state(state, folder, step)
+        with averaged(state):
+            save_release(state, folder, step)
+            save_embeddings(state.sdxl.pipeline, folder)
+    if state.accelerator.is_main_process:
+        state.run.add_event({"event": "checkpoint", "step": step})
+
+
+def save_state(state: TrainState, folder: Path, step: int) -> None:
+    """Write the state after `step` optimizer steps. Draws are functions of the step, so no RNG state is needed."""
+    tensors, header = optimizer_tensors(state.optimizer.optimizer)
+    tensors |= {f"trained.{name}": parameter for name, parameter in state.trainable.items()}
+    extra: dict[str, Any] = {}
+    if state.accelerator.scaler is not None:
+        extra["scaler"] = state.accelerator.scaler.state_dict()
+    if state.ema is not None:
+        tensors |= {f"ema.{index}": value for index, value in enumerate(state.ema.shadow_params)}
+        extra["ema_step"] = state.ema.optimization_step
+    schedule = {"last_epoch": state.lr_schedule.last_epoch}
+    save_tensors(
+        folder / STATE_FILE, tensors, {"step": step, "optimizer": header, "lr_schedule": schedule, "extra": extra}
+    )
+
+
+def load_state(state: TrainState, folder: Path) -> int:
+    """Restore what `save_state` wrote; returns the step. Raises ConfigError when something else was trained."""
+    tensors, header = load_tensors(folder / STATE_FILE)
+    saved = {name.removeprefix("trained."): value for name, value in tensors.items() if name.startswith("trained.")}
+    shapes = {name: parameter.shape for name, parameter in state.trainable.items()}
+    if shapes != {name: value.shape for name, value in saved.items()}:
+        raise ConfigError(f"{folder.name} holds another LoRA (rank or layers differ); resume with the settings it had")
+    with torch.no_grad():
+        for name, parameter in state.trainable.items():
+            parameter.copy_(saved[name])
+    load_optimizer(state.optimizer.optimizer, tensors, header["optimizer"])
+    state.lr_schedule.last_epoch = header["lr_schedule"]["last_epoch"]
+    set_lr(state.lr_schedule)
+    extra = header["extra"]
+    if state.accelerator.scaler is not None and extra.get("scaler"):
+        state.accelerator.scaler.load_state_dict(extra["scaler"])
+    if state.ema is not None:
+        state.ema.optimization_step = extra["ema_step"]
+        state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
+    state.steps_done = int(header["step"])
+    return state.steps_done
+
+
+def _like(value: Tensor, other: Tensor) -> Tensor:
+    return value.to(other.device)
+
+
+def _manifest(state: TrainState) -> list[dict[str, Any]]:
+    return manifest([*state.feed.samples, *state.feed.class_samples])
+
+
+def _base(state: TrainState) -> dict[str, str]:
+    """The fingerprint of each model of the base."""
+    pipeline = state.sdxl.pipeline
+    parts = {"base": state.sdxl.unet, **{part: getattr(pipeline, part) for part in (*TEXT_PARTS, "vae")}}
+    return {name: base_fingerprint(part) for name, part in parts.items()}
+
+
+def _check_alike(state: TrainState, name: str) -> None:
+    """Raises ConfigError when what comes after checkpoint `name` would not be trained as what came before."""
+    run, config = state.run, state.config
+    starts = [event for event in run.events() if event["event"] == "start"]
+    start = starts[-1] if starts else {}
+    # The hashes are those of one precision; where they cannot tell, names must.
+    is_known = "vae" in start and config.optim.mixed_precision == run.config().get("mixed_precision")
+    is_known = is_known and config.model.quantize_base is None
+    changed = run.changed_settings(config, REMEDIES | (BASE_SETTINGS if is_known else set()))
+    if changed:
+        raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with the settings it had")
+    now = _base(state) if is_known else {}
+    others = ["unet" if part == "base" else part for part, found in now.items() if found != start[part]]
+    if others:
+        raise ConfigError(
+            f"{name} was made on another base than {config.model.pretrained_model_name_or_path!r} is now (other "
+            f"weights: {', '.join(others)}); resume with the base it had"
+        )
+    processes = state.accelerator.num_processes
+    if start.get("processes", processes) != processes:
+        raise ConfigError(
+            f"{name} was made by {start['processes']} process(es), and now there are {processes}, which would train "
+            "on other batches; launch as many as there were"
+        )
+    if _manifest(state) != run.manifest():
+        raise ConfigError(f"the images or captions have changed since {name} was saved; start a new run instead")

@@ -1,0 +1,237 @@
+"""The model card: what the LoRA is, how to use it, how it was made. It names no file, path or caption of the user."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
+
+from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.versions import versions
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.lora_files.metadata import base_name
+from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
+
+PICTURES_PER_ROW = 4
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def write_model_card(
+    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str | None, family: Family
+) -> Path:
+    """Write the run's README.md and return its path.
+
+    `config` has its resolution, steps and seed settled. `pictures` are (file in the run folder, its prompt).
+    `trigger_words` is None where the captions alone say what the LoRA is for.
+    """
+    parts = [
+        f"---\n{_card_data(run, config, pictures, family).to_yaml()}\n---",
+        f"# {_title(run, config)}",
+        _summary(config, family),
+        *_picture_tables(run, pictures),
+        _trigger_section(trigger_words),
+        f"## Use it in diffusers\n\n```python\n{usage_code(config, pictures, trigger_words)}\n```",
+        f"## Use it elsewhere\n\n{_elsewhere(run, config, family)}",
+        f"## How it was trained\n\n{_training_data(run, config)}\n\n{_settings_table(config)}",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
+    ]
+    card = run.folder / REPOCARD_NAME
+    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return card
+
+
+def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str | None) -> str:
+    """Python that draws one image; run it in the folder of the LoRA, where it is not taken from the hub."""
+    prompts = [prompt for _, prompt in pictures] + [config.data.instance_prompt, trigger_words, "an icon"]
+    prompt = _in_new_tokens(config, next(prompt for prompt in prompts if prompt))
+    hub_id = config.run.hub_model_id if config.run.push_to_hub and "/" in (config.run.hub_model_id or "") else None
+    is_pivotal = config.tokens.train_text_encoder_ti
+    clip_skip = "" if config.model.clip_skip is None else f", clip_skip={config.model.clip_skip}"
+    lines = [
+        "import torch",
+        "from diffusers import StableDiffusionXLPipeline",
+        *(["from huggingface_hub import hf_hub_download"] if is_pivotal and hub_id else []),
+        *(["from safetensors.torch import load_file"] if is_pivotal else []),
+        "",
+        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)',
+        f"pipeline = StableDiffusionXLPipeline.{_loading(config)}.to(device, dtype)",
+        *_scheduler_lines(config),
+        f'pipeline.load_lora_weights("{hub_id or "."}", weight_name="{LORA_FILE}")' + ("" if hub_id else "  # here"),
+        *(_embedding_lines(config, hub_id) if is_pivotal else []),
+        f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}, num_inference_steps=25{clip_skip}).images[0]",
+        'image.save("image.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _card_data(
+    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], family: Family
+) -> ModelCardData:
+    said = config.data.instance_prompt
+    method = ["flat-lora"] if config.perturb.method == "flat-lora" else []
+    base = [] if family == TINY_FAMILY else ["stable-diffusion-xl"]
+    return ModelCardData(
+        license=_license(config),
+        library_name="diffusers",
+        base_model=_hub_id(config),
+        tags=["text-to-image", "diffusers", "lora", *method, *base, "template:sd-lora"],
+        instance_prompt=None if said is None else _in_new_tokens(config, said),
+        widget=[
+            {"text": _in_new_tokens(config, prompt), "output": {"url": _relative(run, path)}}
+            for path, prompt in pictures
+        ]
+        or None,
+    )
+
+
+def _hub_id(config: TrainConfig) -> str | None:
+    """The base's hub id; None for our own base, a folder and a file."""
+    name = config.model.pretrained_model_name_or_path
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _license(config: TrainConfig) -> str:
+    """The licence of the base where it is known without asking the hub."""
+    if config.model.pretrained_model_name_or_path == "tiny":
+        return "apache-2.0"
+    return "openrail++" if (_hub_id(config) or "").startswith("stabilityai/stable-diffusion-xl-") else "other"
+
+
+def _base(config: TrainConfig) -> str:
+    """The base as the text names it."""
+    name = base_name(config)
+    return "an SDXL base in a local folder" if name is None else _code(name)
+
+
+def _title(run: RunDir, config: TrainConfig) -> str:
+    on_hub = (config.run.hub_model_id or "").split("/")[-1]
+    return config.run.output_name or on_hub or run.folder.resolve().name
+
+
+def _summary(config: TrainConfig, family: Family) -> str:
+    base = family.name if family == TINY_FAMILY else _base(config)
+    if config.perturb.method == "lora":
+        return f"A LoRA for {base}, trained with flatlora-diffusion."
+    return (
+        f"A LoRA for {base}, trained with flatlora-diffusion by Flat-LoRA "
+        "([arXiv:2409.14396](https://arxiv.org/abs/2409.14396)): each step's gradient is taken at randomly perturbed "
+        "base weights, so that the merged weights end in a flat region of the loss. It is used like any other LoRA."
+    )
+
+
+def _picture_tables(run: RunDir, pictures: Sequence[tuple[Path, str]]) -> list[str]:
+    """One table per row of pictures, the prompts as its head."""
+    rows = [pictures[start : start + PICTURES_PER_ROW] for start in range(0, len(pictures), PICTURES_PER_ROW)]
+    return [
+        _table(
+            [_code(prompt).replace("|", r"\|") for _, prompt in row],
+            [[f"![{path.stem}]({_relative(run, path)})" for path, _ in row]],
+        )
+        for row in rows
+    ]
+
+
+def _trigger_section(trigger_words: str | None) -> str:
+    if not trigger_words:
+        return "## Trigger words\n\nThere are none: the captions of the images share no words."
+    return f"## Trigger words\n\nWrite {_code(trigger_words)} in the prompt."
+
+
+def _loading(config: TrainConfig) -> str:
+    """The call that loads the base; a file is looked for in the working folder, a folder in BASE_FOLDER there."""
+    name = base_name(config) or "BASE_FOLDER"
+    name = "samples/tiny_sdxl" if name == "tiny" else name
+    if name.endswith(".safetensors"):
+        return f'from_single_file("{name}")'
+    choices = {"revision": config.model.revision, "variant": config.model.variant}
+    options = "".join(f', {key}="{value}"' for key, value in choices.items() if value is not None)
+    return f'from_pretrained("{name}"{options})'
+
+
+def _scheduler_lines(config: TrainConfig) -> list[str]:
+    """What makes the base's own scheduler that of the training, where it was another."""
+    changes: dict[str, object] = {}
+    if config.model.prediction_type is not None:
+        changes["prediction_type"] = config.model.prediction_type
+    if config.model.zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if not changes:
+        return []
+    return [
+        f"changes = {changes}",
+        "pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **changes})",
+    ]
+
+
+def _embedding_lines(config: TrainConfig, hub_id: str | None) -> list[str]:
+    tokens = [name for names in new_tokens(config.tokens).values() for name in names]
+    file = f'"{EMBEDDINGS_FILE}"' if hub_id is None else f'hf_hub_download("{hub_id}", "{EMBEDDINGS_FILE}")'
+    return [
+        f"tokens, embeddings = {json.dumps(tokens)}, load_file({file})",
+        *(
+            f'pipeline.load_textual_inversion(list(embeddings["{key}"]), token=tokens, '
+            f"tokenizer=pipeline.{encoder.replace('text_encoder', 'tokenizer')}, text_encoder=pipeline.{encoder})"
+            for encoder, key in FILE_KEYS.items()
+        ),
+    ]
+
+
+def _in_new_tokens(config: TrainConfig, text: str) -> str:
+    """`text` as the LoRA's tokenizers read it: with the trained tokens of pivotal tuning for their placeholders."""
+    return with_new_tokens(text, new_tokens(config.tokens)) if config.tokens.train_text_encoder_ti else text
+
+
+def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
+    if family == TINY_FAMILY:
+        return f"It is for {family.name}, which no other program has."
+    file = f"{run.lora_name(config.run.output_name)}.safetensors"
+    text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
+    if config.adapter.use_dora:
+        text += f" It is a plain LoRA made of the DoRA in `{LORA_FILE}`, which only diffusers reads exactly."
+    return text
+
+
+def _training_data(run: RunDir, config: TrainConfig) -> str:
+    count = len(run.manifest())
+    images = f"Trained on {count} image{'s' * (count != 1)}"
+    if config.data.with_prior_preservation:
+        images += f", and on {config.data.num_class_images} images of the class so that it keeps its look"
+    return f"{images}. Neither the images, nor their names, nor captions of their own are published here."
+
+
+def _settings_table(config: TrainConfig) -> str:
+    data, adapter, perturb, optim = config.data, config.adapter, config.perturb, config.optim
+    rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]
+    if perturb.method == "flat-lora":
+        rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
+    rows += [
+        ("rank", adapter.rank),
+        ("alpha", f"{adapter.rank if adapter.lora_alpha is None else adapter.lora_alpha:g}"),
+        ("learning rate", f"{optim.learning_rate:g}, {optim.lr_scheduler}"),
+        ("optimizer", optim.optimizer),
+        ("steps", optim.max_train_steps),
+        ("batch size", f"{optim.train_batch_size} x {optim.gradient_accumulation_steps} accumulated"),
+        ("resolution", data.resolution),
+        ("seed", config.run.seed),
+    ]
+    return _table(["setting", "value"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    """`text` as a code span on one line, so that `<s0>` or `*` in it are shown and not read as markup."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
+def _relative(run: RunDir, path: Path) -> str:
+    return path.relative_to(run.folder).as_posix()

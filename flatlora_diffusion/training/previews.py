@@ -1,0 +1,97 @@
+"""What is looked at while a run goes on: preview images at fixed seeds, and the loss of images not trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from flatlora_diffusion.adapter.new_tokens import with_new_tokens
+from flatlora_diffusion.data.training_set import load_heldout
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, probe_loss, with_prompts
+from flatlora_diffusion.ground.files import write_atomically
+from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.sdxl.objective import unweighted
+from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.sdxl.sampling import evaluating, generate_images
+from flatlora_diffusion.training.state import TrainState
+from flatlora_diffusion.training.trackers import tell_trackers
+from flatlora_diffusion.training.validation import read_pictures
+
+logger = logging.getLogger(__name__)
+
+
+class Previews:
+    """Makes the previews of one run and logs them as events; does nothing when none are asked for."""
+
+    def __init__(self, state: TrainState) -> None:
+        """Raises ConfigError for a prompts file or validation images that cannot be used."""
+        self._state = state
+        run = state.config.run
+        self._pictures = read_pictures(run)
+        self._probe: Probe | None = None
+        self._captions: list[str] = []
+        if run.validation_data_dir is not None:
+            data = state.config.data
+            found = load_heldout(Path(run.validation_data_dir), data)
+            self._captions = [with_new_tokens(sample.caption, state.tokens) for sample in found.samples]
+            samples = [
+                replace(one, caption=caption) for one, caption in zip(found.samples, self._captions, strict=True)
+            ]
+            with ready(state.sdxl):
+                self._probe = fixed_probe(
+                    state.sdxl, samples, state.feed.resolution, seed=0, background=data.background_color
+                )
+
+    def make(self, name: str, step: int) -> None:
+        """Images `images/NAME-0.png`, ... and the loss after `step` steps. The modules' modes are put back after."""
+        state = self._state
+        if self._pictures:
+            images = self._images()
+            files = [f"{name}-{index}.png" for index in range(len(images))]
+            with state.run.writing():
+                state.run.images.mkdir(exist_ok=True)
+                for file, image in zip(files, images, strict=True):
+                    write_atomically(state.run.images / file, partial(image.save, format="PNG"))
+            state.run.add_event({"event": "preview", "step": step, "images": files})
+        if self._probe is not None:
+            if state.config.trains_text:  # each preview has encoders of its own
+                with ready(state.sdxl):
+                    self._probe = with_prompts(self._probe, state.sdxl, self._captions)
+            loss = probe_loss(state.sdxl.unet, unweighted(state.objective), self._probe)
+            state.run.add_event({"event": "validation", "step": step, "loss": loss})
+            tell_trackers(state.accelerator, {"validation_loss": loss}, step)
+            logger.info("validation loss after %d steps: %.4f", step, loss)
+
+    def _images(self) -> list[Image.Image]:
+        state = self._state
+        images = []
+        with ready(state.sdxl):
+            for picture in self._pictures:
+                images += generate_images(
+                    state.sdxl,
+                    [with_new_tokens(picture.prompt, state.tokens)],
+                    [picture.seed],
+                    resolution=state.feed.resolution,
+                    negative_prompt=picture.negative_prompt,
+                )
+        return images
+
+
+@contextmanager
+def ready(sdxl: Sdxl) -> Iterator[None]:
+    """All parts on the UNet's device and in eval mode while this is open, then where and how they were."""
+    parts = [getattr(sdxl.pipeline, part) for part in (*TEXT_PARTS, "vae")]
+    homes = [part.device for part in parts]
+    with ExitStack() as stack:
+        for part, home in zip(parts, homes, strict=True):
+            if home != sdxl.unet.device:
+                part.to(sdxl.unet.device)
+                stack.callback(part.to, home)
+            stack.enter_context(evaluating(part))
+        yield

@@ -1,0 +1,83 @@
+"""What is kept of a run that fails: the weights of its last whole step, with which it can go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from flatlora_diffusion.config import ConfigError, RunError, StoppedError, TrainConfig
+from flatlora_diffusion.training.checkpoint import save_checkpoint, save_state
+from flatlora_diffusion.training.state import TrainState
+from flatlora_diffusion.training.stopping import interrupted_as
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def explained(config: TrainConfig) -> Iterator[None]:
+    """Raises RunError in place of an error of PyTorch that a setting can mend."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        from flatlora_diffusion.memory.estimate import out_of_memory_text  # slow to import, and needed only here
+
+        raise RunError(out_of_memory_text(config)) from error
+    except RuntimeError as error:
+        operation, is_found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not is_found:
+            raise
+        raise RunError(f"{operation} has no deterministic kernel on this device; leave --deterministic out") from error
+
+
+@contextmanager
+def kept(state: TrainState) -> Iterator[None]:
+    """Save the weights when what goes on while this is open fails, and have the error say so.
+
+    An interruption saves nothing: whoever presses Ctrl-C a second time wants to be out.
+    """
+    try:
+        with interrupted_as(lambda: f"at once; {state.run.last_checkpoint()}"):
+            yield
+    except (ConfigError, StoppedError):
+        raise
+    except Exception as error:
+        found = _keep(state)
+        if not isinstance(error, RunError):
+            logger.warning("%s", found)
+            raise
+        raise RunError(f"{error}{'; ' if len(str(error).splitlines()) == 1 else chr(10)}{found}") from error
+
+
+def _keep(state: TrainState) -> str:
+    """Save what the last whole step has left unless that is saved; returns what there is to go on from, in words."""
+    step, run = state.steps_done, state.run
+    if state.accelerator.is_main_process and step and _is_finite(state):
+        names = [path.name for path in run.checkpoints()]
+        try:
+            if f"checkpoint-{step}" not in names:
+                _save(state, step)
+            return (
+                f"checkpoint-{step} has the weights before that, and --resume_from_checkpoint latest goes on from it"
+            )
+        except Exception as error:  # why the run ends is what matters
+            logger.warning("the weights after step %d could not be saved: %s", step, error)
+    return run.last_checkpoint()
+
+
+def _save(state: TrainState, step: int) -> None:
+    """A checkpoint; no older one goes for it. What does not fit into --save_dtype fits into fp32."""
+    roomy = replace(state, config=state.config.replace(save_dtype="fp32", checkpoints_total_limit=None))
+    try:
+        save_checkpoint(roomy, step)
+    except RunError:  # without a LoRA file to look at it is still one to go on from
+        with state.run.new_checkpoint(step, limit=None) as folder:
+            save_state(state, folder, step)
+        state.run.add_event({"event": "checkpoint", "step": step})
+
+
+def _is_finite(state: TrainState) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in state.trainable.values())

@@ -1,0 +1,104 @@
+"""The end of a run: the files it leaves, the proof that they hold what was trained, and where they go."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, save_embeddings
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.sdxl.base_family import family_of
+from flatlora_diffusion.training.hub import push_to_hub
+from flatlora_diffusion.training.model_card import write_model_card
+from flatlora_diffusion.training.previews import Previews
+from flatlora_diffusion.training.release import accompany, save_release, trigger_words
+from flatlora_diffusion.training.state import TrainState, averaged
+from flatlora_diffusion.training.validation import read_pictures
+
+logger = logging.getLogger(__name__)
+
+
+def save_result(state: TrainState) -> Path:
+    """Save the LoRA with its sidecar and prove it, which finishes the run; returns the path of diffusers' LoRA file.
+
+    Raises RunError when a file does not hold what was trained, or the LoRA changes nothing.
+    """
+    if state.accelerator.is_main_process:
+        with state.run.writing():
+            with averaged(state):
+                proof = save_release(state, state.run.folder, state.total_steps, is_end=True)
+                save_embeddings(state.sdxl.pipeline, state.run.folder)
+            accompany(state, None, _notes(state))
+        state.run.add_event({"event": "proof", **proof})
+        state.run.add_event({"event": "finished", "step": state.total_steps})
+        logger.info("%s", proof_line(proof))
+    state.accelerator.wait_for_everyone()
+    return state.run.folder / LORA_FILE
+
+
+def present(state: TrainState, previews: Previews) -> None:
+    """Make the last previews, the card and the upload.
+
+    The run is finished, so what fails is a warning. Raises RunError for an upload that was asked for and failed.
+    """
+    try:
+        with averaged(state):
+            previews.make(f"step-{state.total_steps}", state.total_steps)
+    except Exception as error:
+        logger.warning("the LoRA is saved, but its last previews could not be made: %s", error)
+    try:
+        _write_card(state)
+    except Exception as error:
+        logger.warning("the LoRA is saved, but its model card could not be written: %s", error)
+    else:
+        if state.config.run.push_to_hub:
+            logger.info("uploaded to %s", push_to_hub(state.run, state.config))
+
+
+def _write_card(state: TrainState) -> None:
+    change, pictures = _image_change(state.run, state.total_steps), _pictures(state)
+    if change is not None:
+        state.run.add_event({"event": "image_change", "levels": change})
+        logger.info("previews differ from the base's by %.1f of 255 levels", change)
+    if pictures:
+        accompany(state, pictures[0][0], _notes(state))
+    family = family_of(state.sdxl.pipeline.unet)
+    write_model_card(state.run, state.config, pictures, trigger_words(state), family)
+
+
+def proof_line(proof: dict[str, Any]) -> str:
+    """The proof in one sentence for the log."""
+    norms = ", ".join(f"{part} {norm:.3g}" for part, norm in proof["update_norms"].items())
+    files, error = " and ".join(proof["files"]), proof["largest_error"]
+    return (
+        f"{files} equal the trained LoRA, largest error {error:.1e} of a layer's update; size of its update: {norms}"
+    )
+
+
+def _notes(state: TrainState) -> tuple[str, ...]:
+    if not state.tokens:
+        return ()
+    return (f"It needs the embeddings in {EMBEDDINGS_FILE}.",)
+
+
+def _pictures(state: TrainState) -> list[tuple[Path, str]]:
+    """(file, prompt) of each of the last previews that there are."""
+    wanted = enumerate(read_pictures(state.config.run))
+    files = [(state.run.images / f"step-{state.total_steps}-{index}.png", item.prompt) for index, item in wanted]
+    return [(file, prompt) for file, prompt in files if file.is_file()]
+
+
+def _image_change(run: RunDir, step: int) -> float | None:
+    """Mean absolute difference of the last previews to the base's, in levels of 255; None without previews."""
+    changes = []
+    for base in sorted(run.images.glob("base-*.png")):
+        last = run.images / base.name.replace("base", f"step-{step}")
+        if last.is_file():
+            one, two = (np.asarray(Image.open(file), dtype=np.float32) for file in (base, last))
+            changes.append(float(np.abs(one - two).mean()))
+    return sum(changes) / len(changes) if changes else None

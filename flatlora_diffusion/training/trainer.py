@@ -1,0 +1,298 @@
+"""DreamBooth-LoRA training of SDXL, plain or flat: the loop, its draws, checkpoints, resume and the end of a run.
+
+Every draw is a function of (seed, purpose, step, slot) or of (seed, sample, epoch), with slot = micro_batch *
+world_size + rank. So resuming needs no RNG state, two processes draw what one process with accumulation 2 draws, and
+LoRA and Flat-LoRA see the same images, crops, noise and timesteps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flatlora_diffusion.adapter.new_tokens import pull_embeddings
+from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
+from flatlora_diffusion.data.class_images import load_class_samples
+from flatlora_diffusion.data.training_set import load_training_set
+from flatlora_diffusion.ground.provenance import DrawHash
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_lock import alone_in
+from flatlora_diffusion.ground.seeds import derive_seed, generator
+from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
+from flatlora_diffusion.training.checkpoint import restore, save_checkpoint, start
+from flatlora_diffusion.training.hub import hub_repository
+from flatlora_diffusion.training.previews import Previews
+from flatlora_diffusion.training.rescue import explained, kept
+from flatlora_diffusion.training.result import present, save_result
+from flatlora_diffusion.training.state import TrainState, averaged, prepare, seeded, set_backends
+from flatlora_diffusion.training.stopping import Stopping, interrupted_as
+from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
+from flatlora_diffusion.training.validation import read_pictures
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED_STEPS = 20  # each halves the scale of fp16, which begins at 2^16: below 1 it is not what overflows
+
+
+def train(config: TrainConfig) -> Path:
+    """Train as `config` says and return the path of the LoRA file.
+
+    Raises ConfigError for settings, images or a model that cannot be used and for a folder that another run writes
+    into, StoppedError when a stop was asked for and RunError when the run cannot go on.
+    """
+    folder = Path(config.run.output_dir)
+    # The processes of one launch are one run.
+    with alone_in(folder, "output_dir") if this_process().is_main_process else nullcontext():
+        return _train(config, RunDir(folder))
+
+
+def _train(config: TrainConfig, run: RunDir) -> Path:
+    checkpoint = config.run.resume_from_checkpoint
+    with interrupted_as(_untrained):
+        if checkpoint == "latest" and not run.checkpoints():
+            logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
+            checkpoint, config = None, config.replace(resume_from_checkpoint=None)
+        if checkpoint is None:
+            run.check_new(config.to_dict())
+        else:
+            config = run.filled_in(config)
+        if this_process().is_main_process:
+            run.clean()
+        if config.run.push_to_hub:
+            hub_repository(config)  # a bad name or token is an error before training, not after
+        read_pictures(config.run)  # so is a bad prompts file
+        found = load_training_set(config.data)
+        logger.info(found.summary)
+        config = seeded(config)
+        _tell_memory(config)
+        set_backends(config)  # before the first kernel, and for the class images too
+        with explained(config):
+            state = prepare(config, found.samples, load_class_samples(config))
+    try:
+        with kept(state), explained(state.config):
+            previews, first = _started(state, checkpoint)
+            with Stopping(run, config.optim.max_train_seconds) as stopping:
+                _loop(state, first, previews, stopping)
+                path = save_result(state)
+        if previews is not None:
+            with interrupted_as(
+                lambda: f"after the LoRA was saved in {path}; last previews, card or upload are missing"
+            ):
+                stopping.interrupt()
+                present(state, previews)
+        state.accelerator.wait_for_everyone()
+        return path
+    finally:
+        _put_away(state)
+
+
+def _untrained() -> str:
+    return "before the first step; nothing was trained"
+
+
+def train_step(state: TrainState, step: int) -> float:
+    """Do optimizer step `step` and return the mean loss of its micro-batches.
+
+    Raises RunError, with the weights as they were, for a loss or a gradient that is not finite; with the scaler of
+    fp16 for the gradients of 20 steps in a row.
+    """
+    accelerator = state.accelerator
+    accumulation = state.config.optim.gradient_accumulation_steps
+    losses, draws = [], DrawHash()
+    for micro in range(accumulation):
+        slot = micro * accelerator.num_processes + accelerator.process_index
+        batch = state.feed.batch(step, slot)
+        rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
+        noise, timesteps = draw_targets(state.objective, batch.latents, rng)
+        last = micro + 1 == accumulation
+        sync = nullcontext() if last else accelerator.no_sync(state.model)
+        with sync, _dropout_draws(state, step, slot), _perturbed(state, step, slot):
+            loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
+            accelerator.backward(loss / accumulation)
+        losses.append(loss.detach())
+        draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
+    mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
+    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
+    value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
+    if not math.isfinite(value):
+        raise RunError(_non_finite(state, step, "loss", _non_finite_slots(state, losses)))
+    # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
+    if not math.isfinite(gradient) and accelerator.scaler is None:
+        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
+    _update(state, step)
+    state.draws = draws.hexdigest()
+    return value
+
+
+def _update(state: TrainState, step: int) -> None:
+    """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
+    state.steps_done = None
+    state.optimizer.step()
+    state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
+    if state.skipped_steps == MOST_SKIPPED_STEPS:
+        state.steps_done = step
+        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
+    if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
+        pull_embeddings(state.sdxl.pipeline)
+    state.lr_schedule.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.step(state.trainable.values())
+    state.steps_done = step + 1
+
+
+def _tell_memory(config: TrainConfig) -> None:
+    """Log what the run needs of a GPU's memory and what is free; the run goes on without it when that fails."""
+    process = this_process()  # chooses this process's GPU: before, CUDA would start on the first one
+    device = process.device
+    if device.type != "cuda" or not process.is_main_process:
+        return
+    from flatlora_diffusion.memory.estimate import preflight_lines  # slow to import, and of no use on a CPU
+
+    try:
+        logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info(device)[0])))
+    except Exception as error:  # it is told for information alone
+        logger.warning("the memory that the run needs could not be estimated: %s", error)
+
+
+def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None, int]:
+    """What makes the previews, None but on the first process, and the first step to do."""
+    with interrupted_as(_untrained):
+        previews = Previews(state) if state.accelerator.is_main_process else None
+        first = start(state) if checkpoint is None else restore(state, checkpoint)
+        if previews is not None and first == 0:
+            previews.make("base", 0)
+    return previews, first
+
+
+def _loop(state: TrainState, first: int, previews: Previews | None, stopping: Stopping) -> None:
+    run = state.config.run
+    bar = tqdm(
+        range(first, state.total_steps),
+        initial=first,
+        total=state.total_steps,
+        desc=state.config.perturb.method,
+        disable=previews is None,
+    )
+    began = time.monotonic()
+    for step in bar:
+        started = time.monotonic()
+        lr = float(state.lr_schedule.get_last_lr()[0])
+        loss = train_step(state, step)
+        done = step + 1
+        if previews is not None:
+            now = time.monotonic()
+            eta = (now - began) / (done - first) * (state.total_steps - done)
+            bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
+            if done < state.total_steps and _is_preview_due(state, step):
+                with averaged(state):
+                    previews.make(f"step-{done}", done)
+        reason = _agreed(state, stopping.reason())
+        is_due = done % run.checkpointing_steps == 0 or reason is not None
+        if previews is not None and (state.run.takes_save_request() or is_due):
+            save_checkpoint(state, done)
+        if reason is not None and done < state.total_steps:
+            if previews is not None:
+                state.run.add_event({"event": "stopped", "step": done, "reason": reason})
+            raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
+
+
+def _put_away(state: TrainState) -> None:
+    state.feed.close()
+    for flat in state.flats:
+        flat.detach()
+    # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
+    state.model = state.accelerator.unwrap_model(state.model)
+    state.accelerator.free_memory()
+    end_trackers(state.accelerator)
+
+
+def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
+    """Add the event of a step, tell the trackers, and return what the progress bar shows."""
+    sigma = state.flats[0].sigma_at(step) if state.flats else 0.0
+    state.run.add_event(
+        {
+            "event": "step",
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "sigma": sigma,
+            "draws": state.draws,
+            "seconds": round(seconds, 4),
+            "eta": round(eta, 1),
+            "memory": _memory_in_use(state.accelerator.device),
+        }
+    )
+    tell_trackers(state.accelerator, {"loss": loss, "lr": lr, "sigma": sigma}, step)
+    return {"loss": f"{loss:.4f}", "sigma": f"{sigma:.3f}"}
+
+
+def _is_preview_due(state: TrainState, step: int) -> bool:
+    """After the first epoch and every `validation_epochs` epochs from there, as in diffusers' script."""
+    before, after = (state.feed.epoch_after(s) for s in (step - 1, step))
+    every = state.config.run.validation_epochs
+    return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))
+
+
+def _agreed(state: TrainState, reason: str | None) -> str | None:
+    """The reason to stop of any process, so that all stop after the same step."""
+    if state.accelerator.num_processes == 1:
+        return reason
+    asked = torch.tensor(float(reason is not None), device=state.accelerator.device)
+    is_asked = float(state.accelerator.reduce(asked, "sum")) > 0
+    return (reason or "another process") if is_asked else None
+
+
+@contextmanager
+def _perturbed(state: TrainState, step: int, slot: int) -> Iterator[None]:
+    """W + eps around forward and backward; with `perturb_per=step` all micro-batches of a step share one eps."""
+    key = slot if state.config.perturb.perturb_per == "microbatch" else 0
+    with ExitStack() as stack:
+        for flat in state.flats:
+            stack.enter_context(flat.perturb(step, key))
+        yield
+
+
+@contextmanager
+def _dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
+    """LoRA dropout draws from the global generator: seed it for this micro-batch, then put it back."""
+    if state.config.adapter.lora_dropout == 0:
+        yield
+        return
+    device = state.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
+        yield
+
+
+def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
+    """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
+    by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
+    return [slot for slot, loss in enumerate(by_rank.T.flatten().tolist()) if not math.isfinite(loss)]
+
+
+def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
+    names = [sample.id for slot in slots for sample in state.feed.samples_at(step, slot)]
+    advice = {
+        "fp16": "go on with --mixed_precision bf16",
+        "bf16": "go on with a lower --learning_rate",
+        "no": "go on with a lower --learning_rate",
+    }[str(state.config.optim.mixed_precision)]
+    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"
+
+
+def _memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of the device's allocator, or this process's resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,100 @@
+"""What a user types: wrong input is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flatlora_diffusion.commands.command_line import main, train_main
+from flatlora_diffusion.flatness import report as flatness_report
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert train_main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_missing_images(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
+    assert "--instance_data_dir is missing" in complaint(capsys, [])
+    assert "has no readable image" in complaint(capsys, ["--instance_data_dir", str(empty)])
+    assert "nowhere" in complaint(capsys, ["--instance_data_dir", str(empty / "nowhere")])
+
+
+def test_missing_caption(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
+    Image.new("RGB", (8, 8)).save(empty / "fox.png")
+    error = complaint(capsys, ["--instance_data_dir", str(empty)])
+    assert "fox.png has no caption" in error
+    assert "--instance_prompt" in error
+
+
+def test_no_model_there(capsys: pytest.CaptureFixture[str], icons: Path, empty: Path) -> None:
+    arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path"]
+    assert "without model_index.json" in complaint(capsys, [*arguments, str(empty)])
+    assert "does not exist: there is no such folder" in complaint(capsys, [*arguments, str(empty / "nowhere")])
+
+
+def test_bad_resolution(capsys: pytest.CaptureFixture[str], icons: Path, base: Path, tmp_path: Path) -> None:
+    arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path", str(base), "--resolution", "33"]
+    assert "resolution=33 must be a multiple of 16" in complaint(capsys, [*arguments, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": 3}', 'prompts.jsonl line 2: "prompt" is 3, but must be a text'),
+        ('{"prompt": "a", "negative_prompt": ["b"]}', "\"negative_prompt\" is ['b'], but must be a text"),
+        ('{"prompt": "a", "seed": "1"}', "\"seed\" is '1', but must be a whole number"),
+        ('{"prompt": "a", "seed": -1}', '"seed" is -1, but must be a whole number'),
+        ('{"seed": 1}', "prompts.jsonl line 2 must be like"),
+        ("prompt", "prompts.jsonl line 2 must be like"),
+        ("\udcff", "prompts.jsonl' cannot be read; give a UTF-8 text file"),
+    ],
+)
+def test_a_bad_prompts_file(
+    capsys: pytest.CaptureFixture[str], icons: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    file.write_text('{"prompt": "a fox", "seed": 3}\n' + line, encoding="utf-8", errors="surrogateescape")
+    arguments = ["--instance_data_dir", str(icons), "--output_dir", str(out), "--validation_prompts_file", str(file)]
+    assert message in complaint(capsys, arguments)
+    assert not out.exists()
+
+
+def test_sigma_with_plain_lora_is_refused(capsys: pytest.CaptureFixture[str], icons: Path) -> None:
+    arguments = ["--instance_data_dir", str(icons), "--method", "lora", "--sigma", "0.1"]
+    with pytest.raises(SystemExit) as stop:
+        train_main(arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "--method lora has no perturbation" in " ".join((printed.out + printed.err).replace("│", " ").split())
+
+
+def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_main(["--no_such_flag", "1"])
+    assert stop.value.code == 2
+    assert main(["nonsense"]) == 2
+    assert "train,compare,generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [[], ["surface.html"]])
+def test_flatness_names_the_files_that_are_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: list[str]
+) -> None:
+    for name in ("flatness.md", "surface.png", *page, "rise.png", "slices.png", "strength.png"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(flatness_report, "flatness", lambda config: tmp_path)
+    assert main(["flatness", "some/run"]) == 0
+    listed = ", ".join(["surface.png", *page, "rise.png", "slices.png"])
+    assert f"Look at {listed} and strength.png in {tmp_path}" in capsys.readouterr().out

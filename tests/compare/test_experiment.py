@@ -1,0 +1,143 @@
+"""Arms as text, the plan of an experiment, and its runs: trained once, resumed, renewed when settings change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan, train_planned
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+
+
+@pytest.fixture
+def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "instance_prompt": "an icon",
+            "output_dir": str(tmp_path / "experiment"),
+            "resolution": 32,
+            "max_train_steps": 2,
+            "report_to": "none",
+        }
+    )
+
+
+def test_an_arm_is_a_method_and_typed_settings() -> None:
+    arm = parse_arm("flat-lora:sigma=0.2,lora_target_modules=attn+ff,use_ema=true,rank=8")
+    assert (arm.method, arm.role) == ("flat-lora", "arm")
+    assert arm.changes == {"sigma": 0.2, "lora_target_modules": "attn+ff", "use_ema": True, "rank": 8}
+    assert arm.name == "Flat-LoRA, sigma 0.2, lora_target_modules attn+ff, use_ema True, rank 8"
+    assert parse_arm("lora").role == "arm"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dreambooth", "'dreambooth' must begin with one of lora, flat-lora"),
+        ("lora:rank", "'rank' in 'lora:rank' is not SETTING=VALUE"),
+        ("lora:seed=3", "'seed=3' in 'lora:seed=3' is the same for the whole experiment"),
+        ("lora:mixed_precision=bf16", "is the same for the whole experiment"),
+        ("lora:sigma=0.2", "'sigma=0.2' in 'lora:sigma=0.2' means nothing for plain LoRA"),
+        ("lora:rnk=3", "unknown setting 'rnk'"),
+        ("lora:rank=many", "rank='many' must be of type int"),
+        ("lora:use_ema=yes", "use_ema='yes' must be true or false"),
+    ],
+)
+def test_a_wrong_arm_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_arm(text)
+
+
+def test_the_runs_of_a_seed_differ_by_their_arms_settings_alone(config: TrainConfig) -> None:
+    planned = plan(config, [parse_arm("lora"), parse_arm("flat-lora:sigma=0.2")], [3, 4], points=2)
+    assert [(one.arm.key, one.seed) for one in planned] == [
+        ("lora", 3),
+        ("flat-lora:sigma=0.2", 3),
+        ("lora", 4),
+        ("flat-lora:sigma=0.2", 4),
+    ]
+    lora, flat = (one.config.to_dict() for one in planned[:2])
+    differing = {name for name in lora if lora[name] != flat[name]}
+    assert differing == {"method", "sigma", "output_dir", "output_name"}
+    assert flat["checkpointing_steps"] == 1
+    assert len({one.run.folder for one in planned}) == 4
+
+
+def test_an_arm_of_fewer_steps_has_as_many_checkpoints(config: TrainConfig) -> None:
+    arms = [parse_arm("lora"), parse_arm("lora:max_train_steps=40")]
+    full, half = plan(config.replace(max_train_steps=80), arms, [0], 4)
+    assert (full.config.run.checkpointing_steps, half.config.run.checkpointing_steps) == (20, 10)
+
+
+def test_the_nulls_share_the_first_weights(config: TrainConfig) -> None:
+    sigma_0, other_draws, second_eps = (one.config for one in plan(config, null_arms(7), [7], 1))
+    assert (sigma_0.run.seed, sigma_0.perturb.sigma) == (7, 0.0)
+    assert other_draws.run.seed not in (7, None)
+    assert other_draws.adapter.lora_init_seed == 7
+    assert null_arms(7, 5)[1].changes["lora_init_seed"] == 5
+    assert second_eps.run.seed == 7
+    assert second_eps.perturb.perturb_seed not in (7, None)
+
+
+def test_without_steps_arms_cannot_be_matched(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="max_train_steps is missing"):
+        plan(config.replace(max_train_steps=None), [parse_arm("lora")], [0], 1)
+
+
+def test_a_run_is_trained_once_and_again_when_its_settings_change(config: TrainConfig) -> None:
+    (planned,) = plan(config, [parse_arm("lora")], [0], 1)
+    assert not planned.is_finished
+    train_planned(planned)
+    assert planned.is_finished
+    written = planned.lora.stat().st_mtime_ns
+    train_planned(planned)
+    assert planned.lora.stat().st_mtime_ns == written
+    assert planned.last_step == 2
+    for setting in (
+        {"rank": 2},
+        {"snr_gamma": 5.0},
+        {"lora_alpha": 1.0},
+        {"max_train_steps": 3},
+        {"save_dtype": "bf16"},
+    ):
+        (changed,) = plan(config.replace(**setting), [parse_arm("lora")], [0], 1)
+        assert not changed.is_finished, setting
+        assert not changed.is_begun, "a checkpoint of other settings is not one to go on from"
+    (same,) = plan(config.replace(dataloader_num_workers=1), [parse_arm("lora")], [0], 1)
+    assert same.is_finished
+
+
+def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig) -> None:
+    (planned,) = plan(config.replace(snr_gamma=5.0, sigma=0.2), [parse_arm("flat-lora")], [0], 1)
+    train_planned(planned)
+    assert planned.is_finished
+    for left_open in ({"snr_gamma": None}, {"sigma": None}):
+        (other,) = plan(planned.config.replace(**left_open, output_dir=config.run.output_dir), [planned.arm], [0], 1)
+        assert other.run.folder == planned.run.folder
+        assert not other.is_finished
+
+
+def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:
+    (planned,) = plan(config, [parse_arm("lora")], [0], points=2)
+    train_planned(planned)
+    events = [event for event in planned.run.events() if event["event"] != "finished" and event.get("step") != 1]
+    planned.run.events_file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    planned.lora.unlink()
+    shutil.rmtree(planned.run.checkpoints()[-1])
+    assert planned.is_begun
+    train_planned(planned)
+    assert planned.is_finished
+    kinds = [event["event"] for event in planned.run.events()]
+    assert (kinds.count("start"), kinds.count("step")) == (1, 2)
+
+
+def test_a_run_that_fails_ends_the_experiment(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (planned,) = plan(config.replace(instance_data_dir=str(tmp_path / "empty")), [parse_arm("lora")], [4], 1)
+    with pytest.raises(RunError, match="training LoRA, seed 4 ended with exit code 2"):
+        train_planned(planned)

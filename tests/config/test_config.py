@@ -1,0 +1,143 @@
+"""One definition of the settings: defaults, bounds, JSON and command line agree."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, preset_file
+
+OTHER: dict[str, Any] = {
+    "pretrained_model_name_or_path": "some/base",
+    "instance_data_dir": "pictures",
+    "instance_prompt": "a TOK icon",
+    "resolution": 512,
+    "center_crop": True,
+    "image_interpolation_mode": "bicubic",
+    "caption_dropout": 0.2,
+    "rank": 16,
+    "lora_alpha": 8.0,
+    "method": "flat-lora",
+    "sigma": 0.05,
+    "sigma_schedule": "constant",
+    "perturb_seed": 9,
+    "perturb_per": "step",
+    "train_batch_size": 1,
+    "max_train_steps": 7,
+    "learning_rate": 2e-4,
+    "mixed_precision": "bf16",
+    "gradient_checkpointing": True,
+    "seed": 11,
+}
+
+
+def test_setting_names_are_unique_and_each_has_help() -> None:
+    config = TrainConfig()
+    settings = [item for section in fields(config) for item in fields(getattr(config, section.name))]
+    assert len({item.name for item in settings}) == len(settings) == len(config.to_dict())
+    assert all(item.metadata["help"] for item in settings)
+
+
+def test_command_line_json_and_keywords_give_the_same_config(tmp_path: Path) -> None:
+    expected = TrainConfig.from_dict(OTHER)
+    flags: list[str] = []
+    for name, value in OTHER.items():
+        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    assert parse_config(flags) == expected
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(expected.to_dict()), encoding="utf-8")
+    assert parse_config(["--config", str(file)]) == expected
+
+
+def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"rank": 2, "learning_rate": 0.5}), encoding="utf-8")
+    config = parse_config(["--preset", "paper", "--config", str(file), "--learning_rate", "0.25"])
+    assert config.adapter.rank == 2
+    assert config.optim.learning_rate == 0.25
+    assert config.optim.max_train_steps == 500
+    assert config.perturb.perturb_per == "step"
+
+
+@pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
+def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Path, flags: list[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.05}).to_dict()), encoding="utf-8")
+    for source in (["--preset", "paper"], ["--config", str(file)]):
+        assert parse_config([*source, *flags, "--output_name", "sigma"]).perturb.strength == 0
+        assert parse_config([*source, "--method", "flat-lora"]).perturb.strength > 0
+        with pytest.raises(SystemExit):
+            parse_config([*source, *flags, "--sigma", "0.1"])
+
+
+def test_epochs_as_a_flag_win_over_steps_of_a_preset_but_not_over_steps_as_a_flag() -> None:
+    flags = ["--preset", "paper", "--num-train-epochs=3"]
+    assert parse_config(flags).optim.max_train_steps is None
+    assert parse_config([*flags, "--max_train_steps=7"]).optim.max_train_steps == 7
+
+
+def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
+    config = TrainConfig().updated_from(preset_file("paper"))
+    assert (config.adapter.rank, config.adapter.lora_alpha) == (4, 4)
+    assert (config.optim.max_train_steps, config.optim.train_batch_size) == (500, 1)
+    assert (config.optim.learning_rate, config.optim.lr_scheduler) == (1e-4, "constant")
+    assert (config.perturb.strength, config.perturb.perturb_per) == (0.1, "step")
+
+
+@pytest.mark.parametrize("file", sorted((SAMPLES / "presets").glob("*.json")), ids=lambda file: file.stem)
+def test_every_preset_can_be_read(file: Path) -> None:
+    assert TrainConfig().updated_from(file) != TrainConfig()
+
+
+def test_flat_lora_is_the_default_with_sigma_0_1_and_plain_lora_has_none() -> None:
+    assert TrainConfig().perturb.strength == 0.1
+    assert TrainConfig.from_dict({"sigma": 0.05}).perturb.strength == 0.05
+    assert TrainConfig.from_dict({"method": "lora"}).perturb.strength == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rnak": 4}, "unknown setting.*rnak"),
+        ({"rank": 0}, "rank=0 is out of range: it must be between 1 and 1024"),
+        ({"rank": 2.5}, "rank=2.5 must be of type int"),
+        ({"rank": True}, "rank=True must be of type int"),
+        ({"rank": None}, "rank=None must be of type int"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be of type float"),
+        ({"method": "sam"}, "method='sam' is not one of lora, flat-lora"),
+        ({"sigma": -0.1}, "sigma=-0.1 is out of range"),
+        ({"method": "lora", "sigma": 0.1}, "--method lora has no perturbation, but sigma=0.1"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[1]", "must hold one JSON object"), (None, "cannot be read")]
+)
+def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "settings.json"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"settings.json {message}"):
+        parse_config(["--config", str(file)])
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    known = "bilora_icons, demo, low_memory, paper, quality"
+    with pytest.raises(ConfigError, match=f"--preset nope does not exist; there are: {known}"):
+        parse_config(["--preset", "nope"])
+
+
+def test_pure_noise_and_an_objective_in_sigmas_exclude_each_other() -> None:
+    one = TrainConfig.from_dict({"zero_terminal_snr": True, "prediction_type": "v_prediction"})
+    with pytest.raises(ConfigError, match=r"--zero_terminal_snr ends in pure noise, .* --do_edm_style_training"):
+        one.replace(do_edm_style_training=True)

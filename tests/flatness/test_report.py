@@ -1,0 +1,390 @@
+"""`flatness` on the tiny random pipeline: W' is PEFT's, nothing is written, misfits are refused, files complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+from torch import nn
+
+from flatlora_diffusion.adapter.lora import add_lora, lora_layers
+from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, LORA
+from flatlora_diffusion.commands.command_line import main
+from flatlora_diffusion.config import AdapterConfig, ConfigError, FlatnessConfig, ModelConfig, TrainConfig
+from flatlora_diffusion.data.dataset import load_samples, manifest
+from flatlora_diffusion.evaluation.finished_runs import read_runs
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_loss
+from flatlora_diffusion.flatness import report as flatness_report
+from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
+from flatlora_diffusion.flatness.figures import Arm, measure
+from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
+from flatlora_diffusion.flatness.merged_weights import (
+    Delta,
+    base_weights,
+    lora_deltas,
+    merged,
+    probe_loss_at,
+    twice_differentiable,
+)
+from flatlora_diffusion.flatness.report import flatness
+from flatlora_diffusion.flatness.robustness import Company, rounded, to_bits, truncated, variants
+from flatlora_diffusion.flatness.weight_space import Weights, noise, scales, shifted, value
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE, save_lora
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+
+QUICK = FlatnessConfig(
+    sigmas=(0.0, 0.2),
+    rise_draws=2,
+    radii=(0.01,),
+    eigenvalues=1,
+    lanczos_steps=2,
+    trace_probes=2,
+    surface_points=3,
+    slice_directions=2,
+)
+
+
+def load(base: Path) -> Sdxl:
+    return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
+
+
+def with_lora(sdxl: Sdxl, seed: int = 0, **adapter: object) -> Sdxl:
+    """The base with a LoRA whose product BA is not zero."""
+    add_lora(sdxl.unet, AdapterConfig(**adapter), seed=0)  # type: ignore[arg-type]
+    for index, layer in enumerate(lora_layers(sdxl.unet).values()):
+        rng = torch.Generator().manual_seed(100 * seed + index)
+        weight = layer.lora_B["default"].weight
+        weight.data.copy_(torch.randn(weight.shape, generator=rng) * 0.3)
+    return sdxl
+
+
+@pytest.fixture
+def sdxl(base: Path) -> Sdxl:
+    return load(base)
+
+
+@pytest.fixture
+def probe(sdxl: Sdxl, icons: Path) -> Probe:
+    return fixed_probe(sdxl, load_samples(icons).samples, 32, seed=0, draws=2)
+
+
+@pytest.fixture
+def make_run(base: Path, icons: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A run folder as training leaves it."""
+
+    def make(name: str, seed: int = 0, ended: str = "finished", **settings: object) -> Path:
+        folder = tmp_path / name
+        found = {"pretrained_model_name_or_path": "base", "instance_data_dir": "icons", "rank": 4, **settings}
+        run = RunDir(folder)
+        run.start(TrainConfig.from_dict(found).to_dict(), manifest(load_samples(icons).samples))
+        save_lora(with_lora(load(base), seed, rank=4).pipeline, folder)
+        run.add_event({"event": ended, "step": 1})
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("adapter", [{}, {"lora_target_modules": "conv"}, {"use_dora": True}])
+def test_loss_at_w_prime_is_that_of_the_loaded_lora(
+    sdxl: Sdxl, base: Path, probe: Probe, adapter: dict[str, Any]
+) -> None:
+    other = with_lora(load(base), **adapter)
+    for layer in lora_layers(other.unet).values():
+        if "default" in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector["default"].weight.data *= 1.1
+    deltas = lora_deltas(other.unet)
+    wanted = probe_loss(other.unet, Objective(sdxl.scheduler), probe)
+    weights = base_weights(sdxl.unet, deltas)
+    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), probe, batch_size=4)
+    assert value(loss, merged(weights, deltas)) == pytest.approx(wanted, rel=1e-5)
+    assert value(loss, weights) == pytest.approx(probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe), rel=1e-6)
+    assert value(loss, weights) != pytest.approx(wanted, rel=1e-4)
+    assert (
+        merged(weights, deltas, 0.0)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+        is (weights["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"])
+    )
+
+
+def test_rise_is_that_of_the_training_perturbation(sdxl: Sdxl, base: Path, probe: Probe) -> None:
+    other, objective = with_lora(load(base)), Objective(sdxl.scheduler)
+    deltas = lora_deltas(other.unet)
+    weights = merged(base_weights(sdxl.unet, deltas), deltas)
+    loss = probe_loss_at(sdxl.unet, objective, probe, 8)
+    eps = noise(scales(weights, "filter"), weights, seed=3, draw=0)
+    mine = value(loss, shifted(weights, eps, 0.5)) - value(loss, weights)
+    assert mine == pytest.approx(loss_rise(other.unet, objective, probe, 0.5, draws=1, seed=3)[0], rel=1e-3)
+
+
+def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, probe: Probe) -> None:
+    deltas = lora_deltas(with_lora(load(base)).unet)
+    moved = {name: replace(delta, down=delta.down * 8, up=delta.up / 8) for name, delta in deltas.items()}
+    weights = base_weights(sdxl.unet, deltas)
+    one, other = (
+        asdict(
+            measure(
+                sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", found, {"train": probe}), QUICK, Company()
+            )
+        )
+        for found in (deltas, moved)
+    )
+    for name in ("losses", "rises", "worst", "curvature", "slices", "surface", "strengths", "variants"):
+        assert flat(one[name]) == pytest.approx(flat(other[name]), rel=1e-4, abs=1e-6), name
+
+
+def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: Path, probe: Probe) -> None:
+    deltas = lora_deltas(with_lora(load(base)).unet)
+    before = state(sdxl.unet)
+    sdxl.unet.train()
+    weights = base_weights(sdxl.unet, deltas)
+    measure(sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", deltas, {"train": probe}), QUICK, Company())
+    assert same(state(sdxl.unet), before)
+    assert sdxl.unet.training
+    assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.unet.attn_processors.values())
+    assert all(not parameter.requires_grad for parameter in sdxl.unet.parameters())
+
+
+def test_nothing_is_written_after_an_exception(sdxl: Sdxl, base: Path, probe: Probe) -> None:
+    deltas = lora_deltas(with_lora(load(base)).unet)
+    before, weights = state(sdxl.unet), base_weights(sdxl.unet, deltas)
+    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), probe, 4)
+    fails = sdxl.unet.conv_out.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for measurement in (lambda: expected_rise(loss, weights, 0.3, 2, 0), lambda: worst_rises(loss, weights, [0.1])):
+        with pytest.raises(KeyboardInterrupt):
+            measurement()
+    with pytest.raises(KeyboardInterrupt), twice_differentiable(sdxl.unet):
+        trace(loss, weights, "filter", 2, 0)
+    fails.remove()
+    assert same(state(sdxl.unet), before)
+    assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.unet.attn_processors.values())
+
+
+def test_curvature_of_the_unet_is_that_of_finite_differences(sdxl: Sdxl, base: Path, probe: Probe) -> None:
+    """The fused attention has no second derivative, and the plain one gives the same loss."""
+    sdxl.unet.double()
+    probe = replace(probe, batch=probe.batch.mapped(lambda part: part.double()), noise=probe.noise.double())
+    names = list(lora_deltas(with_lora(load(base)).unet))[:2]
+    weights = {name: weight.double() for name, weight in base_weights(sdxl.unet, names).items()}
+    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), probe, 3)
+    fused = value(loss, weights)
+    with twice_differentiable(sdxl.unet):
+        assert value(loss, weights) == pytest.approx(fused, rel=1e-6)
+        top = top_eigenvalues(loss, weights, "filter", 1, 30, seed=0)[0]
+        found = trace(loss, weights, "filter", 40, seed=0)
+    rise = expected_rise(loss, weights, 0.5, 40, seed=0)
+    assert rise.mean == pytest.approx(0.5**2 / 2 * found.mean, abs=4 * (rise.error + found.error / 8), rel=0.05)
+    assert top.value > 0
+    assert top.residual < 0.05 * top.value
+
+
+def test_fewer_bits_round_as_they_say() -> None:
+    values = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-3], [1], [10], [0]])
+    assert torch.equal(to_bits(values, "fp16"), values.half().float())
+    assert torch.equal(to_bits(values, "fp8"), values.to(torch.float8_e4m3fn).float())
+    assert to_bits(torch.tensor([[1e6]]), "fp8").item() == 448
+    steps = values.abs().amax(dim=1, keepdim=True) / 127
+    assert bool(((to_bits(values, "int8") - values).abs() <= steps / 2 + 1e-9).all())
+    assert len(to_bits(values, "int8")[1].unique()) <= 255
+    assert torch.equal(to_bits(values, "int8")[3], values[3])
+
+
+def test_cut_ranks_are_the_best_there_are() -> None:
+    rng = torch.Generator().manual_seed(0)
+    delta = Delta(torch.randn(5, 9, generator=rng), torch.randn(7, 5, generator=rng))
+    change = delta.up @ delta.down
+    values = torch.linalg.svdvals(change)
+    for rank in (1, 3):
+        cut = truncated({"w": delta}, rank)["w"]
+        assert cut.down.shape == (rank, 9)
+        missed = torch.linalg.matrix_norm(change - cut.up @ cut.down)
+        assert float(missed) == pytest.approx(float(values[rank:].square().sum().sqrt()), rel=1e-4)
+    assert [name for name, _ in variants({"w": change}, {"w": delta}, Company()) if "rank" in name] == [
+        "LoRA cut to rank 1",
+        "LoRA cut to rank 2",
+        "LoRA cut to rank 4",
+    ]
+    assert torch.allclose(rounded({"w": delta}, "fp16")["w"].down, delta.down, rtol=1e-3)
+
+
+def test_a_lora_meets_a_rough_base_a_second_lora_and_another_base() -> None:
+    rng = torch.Generator().manual_seed(0)
+    base, other = torch.randn(6, 8, generator=rng), torch.randn(6, 8, generator=rng)
+    one, two = (Delta(torch.randn(1, 8, generator=rng), torch.randn(6, 1, generator=rng)) for _ in range(2))
+    found = dict(variants({"w": base}, {"w": one}, Company({"w": two}, {"w": other, "rest": other})))
+    change, second = one.up @ one.down, two.up @ two.down
+    assert torch.equal(found["base in int8, LoRA whole"]["w"], to_bits(base, "int8") + change)
+    assert torch.equal(found["with the second LoRA"]["w"], base + change + second)
+    assert torch.equal(found["second LoRA alone"]["w"], base + second)
+    assert torch.equal(found["on the other base"]["w"], other + change)
+    assert torch.equal(found["on the other base"]["rest"], other)
+    assert torch.equal(found["other base alone"]["w"], other)
+
+
+def test_a_report_has_all_files_and_figures(
+    make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = make_run("plain", method="lora"), make_run("flat", seed=1)
+    held = tmp_path / "held"
+    held.mkdir()
+    Image.new("RGB", (40, 40), "teal").save(held / "a.png")
+    (held / "a.txt").write_text("a teal icon", encoding="utf-8")
+    out = tmp_path / "out"
+    flags = ["--output_dir", str(out), "--heldout_dir", str(held), "--instance_data_dir", str(icons)]
+    flags += ["--pretrained_model_name_or_path", str(base), "--surface_points", "3", "--slice_directions", "2"]
+    flags += ["--rise_draws", "2", "--lanczos_steps", "2", "--eigenvalues", "1", "--sigmas", "0.1", "--radii", "0.01"]
+    flags += ["--second_lora", str(two), "--other_base", str(base)]
+    assert main(["flatness", str(one), str(two), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "| Base |" in printed.replace("  ", "")
+    assert "rise less that of plain, Eq. 7, sigma 0.1" in printed
+    found = json.loads((out / "flatness.json").read_text(encoding="utf-8"))
+    assert [figures["name"] for figures in found["figures"]] == ["Base", "plain", "flat"]
+    for figures in found["figures"]:
+        assert figures["surface"][1][1] == figures["losses"]["train"]
+        assert [part[1] for part in figures["slices"]] == [figures["losses"]["train"]] * 2
+        assert all(set(losses) == {"train", "heldout"} for losses in figures["strengths"].values())
+    arm = found["figures"][1]
+    assert arm["strengths"]["1.0"] == arm["losses"]
+    assert arm["strengths"]["0.0"] == found["figures"][0]["losses"]
+    assert arm["variants"]["on the other base"] == pytest.approx(arm["losses"]), "here it is the same base"
+    assert found["figures"][2]["variants"]["second LoRA alone"] == pytest.approx(found["figures"][2]["losses"])
+    assert arm["variants"]["with the second LoRA"]["train"] != arm["losses"]["train"]
+    assert len(found["runs"]["plain"]["sha256"]) == 64
+    assert found["runs"]["plain"]["sha256"] != found["runs"]["flat"]["sha256"]
+    assert str(tmp_path) not in (out / "flatness.json").read_text(encoding="utf-8")
+    for name in ("rise.png", "slices.png", "strength.png", "surface.png"):
+        assert Image.open(out / name).width > 500
+    pixels = np.asarray(Image.open(out / "strength.png").convert("RGB")).reshape(-1, 3)
+    seen = {f"#{pixel.tobytes().hex()}" for pixel in np.unique(pixels, axis=0)}
+    assert {look.tone.light for look in (BASE, LORA, FLAT_LORA)} <= seen, "each method in its own colour"
+
+
+def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
+    make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def watched(unet: Any, objective: Objective, weights: Weights, arm: Arm, *rest: Any) -> None:
+        found.append((objective, arm))
+
+    monkeypatch.setattr(flatness_report, "measure", watched)
+    monkeypatch.setattr(flatness_report, "_write", lambda *args: None)
+    run = make_run("plain", clip_skip=1, do_edm_style_training=True)
+    config = FlatnessConfig(
+        runs=(str(run),),
+        output_dir=str(tmp_path / "out"),
+        pretrained_model_name_or_path=str(base),
+        instance_data_dir=str(icons),
+    )
+    flatness(config)
+    pipeline, captions = load(base).pipeline, [sample.caption for sample in load_samples(icons).samples]
+    prompts = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, clip_skip=1)[0]
+    assert len(found) == 2
+    for objective, arm in found:
+        assert objective.edm
+        assert torch.equal(arm.probes["train"].batch.prompt_embeds, prompts)
+
+
+def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    config = replace(
+        QUICK,
+        runs=(str(make_run("plain")),),
+        pretrained_model_name_or_path=str(base),
+        instance_data_dir=str(icons),
+        output_dir=str(tmp_path / "out"),
+        curvature=False,
+    )
+    page = (flatness(config) / "surface.html").read_text(encoding="utf-8")
+    assert "Plotly.newPlot" in page
+    assert len(page) > 1_000_000, "plotly.js is not in it"
+    assert not re.search(r"<(script|link)[^>]*(src|href)=", page)
+    found = json.loads((tmp_path / "out" / "flatness.json").read_text(encoding="utf-8"))
+    assert found["figures"][1]["curvature"] == {}
+    assert found["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pretrained_model_name_or_path": "elsewhere"}, "run other was trained on another base than plain"),
+        ({"prediction_type": "v_prediction"}, "prediction_type='v_prediction', not None"),
+        ({"ended": "stopped"}, "run other has not finished"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_named(
+    make_run: Callable[..., Path], settings: dict[str, str], message: str
+) -> None:
+    one, two = make_run("plain"), make_run("other", **settings)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_runs([str(one), str(two)])
+
+
+def test_other_images_and_missing_runs_are_named(
+    make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path
+) -> None:
+    one, two = make_run("plain"), make_run("other")
+    with pytest.raises(ConfigError, match="run nowhere is no run folder"):
+        read_runs([str(one), str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match="given twice"):
+        read_runs([str(one), str(one / ".." / "plain")])
+    with pytest.raises(ConfigError, match="no run was given"):
+        read_runs([])
+    entries = json.loads((two / "manifest.json").read_text(encoding="utf-8"))
+    (two / "manifest.json").write_text(json.dumps(entries[1:]), encoding="utf-8")
+    with pytest.raises(ConfigError, match="run other was trained on other images or captions than plain"):
+        read_runs([str(one), str(two)])
+    changed = tmp_path / "changed"
+    shutil.copytree(icons, changed)
+    (changed / "icon-0.txt").write_text("something else", encoding="utf-8")
+    config = replace(QUICK, runs=(str(one),), instance_data_dir=str(changed), pretrained_model_name_or_path=str(base))
+    with pytest.raises(ConfigError, match="not those of run plain"):
+        flatness(config)
+    with pytest.raises(ConfigError, match=r"heldout_dir has images that were trained on: icon-0\.png"):
+        flatness(replace(config, instance_data_dir=str(icons), heldout_dir=str(icons)))
+
+
+def test_runs_with_one_name_are_told_apart(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    one, two = make_run("a/lora"), make_run("b/lora")
+    assert [run.name for run in read_runs([str(one), str(two)])] == ["a/lora", "b/lora"]
+    (two / LORA_FILE).unlink()
+    with pytest.raises(ConfigError, match="run b/lora has not finished"):
+        read_runs([str(one), str(two)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"surface_points": 4}, "5 is"), ({"sigmas": ()}, "sigmas is empty"), ({"radii": ()}, "radii is empty")],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FlatnessConfig(**settings)  # type: ignore[arg-type]
+
+
+def state(module: nn.Module) -> Weights:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: Weights, two: Weights) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def flat(found: object) -> list[float]:
+    """All numbers in nested dicts and lists."""
+    if isinstance(found, dict):
+        return [number for value in found.values() for number in flat(value)]
+    if isinstance(found, list | tuple):
+        return [number for value in found for number in flat(value)]
+    assert isinstance(found, float)
+    return [found]

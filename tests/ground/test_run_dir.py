@@ -1,0 +1,105 @@
+"""The run folder: one run at a time in it, and of what lies in it only what is its own is taken for its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flatlora_diffusion.config import ConfigError, RunError
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_lock import alone_in
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_user_s_own_copy_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
+    run, own = (
+        RunDir(tmp_path),
+        {"checkpoint-9-best", "checkpoint-best", "checkpoint-", "checkpoint-007", "checkpoint-٣"},
+    )
+    for name in own:
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-12").write_text("a note")
+    for step in (1, 2, 3):
+        with run.new_checkpoint(step, limit=1) as folder:
+            (folder / "state").write_text("")
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-3"]
+    assert run.checkpoint("latest").name == "checkpoint-3"
+    assert names(tmp_path) == own | {"checkpoint-3", "checkpoint-12"}
+    with pytest.raises(ConfigError, match="'checkpoint-9-best' is not in"):
+        run.checkpoint("checkpoint-9-best")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_run_folder_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(RunError, match="the run folder cannot be written: full"):
+        _write_half(run)
+    assert names(tmp_path) == set()
+
+
+def _write_half(run: RunDir) -> None:
+    with run.new_checkpoint(1, None) as folder:
+        (folder / "state").write_text("half")
+        raise OSError("full")
+
+
+def test_checkpoints_of_later_steps_make_way_for_a_run_that_goes_on_from_an_earlier_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in (2, 4, 6):
+        with run.new_checkpoint(step, limit=None):
+            pass
+    run.forget_after(2)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-2"]
+    assert names(tmp_path / "earlier-1") == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_only_what_a_killed_run_has_left_half_written_is_cleaned_away(tmp_path: Path) -> None:
+    for name in (".checkpoint-5.part", ".checkpoint-4.old", "checkpoint-3", ".mine.part"):
+        (tmp_path / name).mkdir()
+    for name in ("stop", "save", ".x.safetensors.4711.part", "x.part", ".hidden"):
+        (tmp_path / name).write_text("")
+    RunDir(tmp_path).clean()
+    assert names(tmp_path) == {"checkpoint-3", ".mine.part", "x.part", ".hidden"}
+
+
+@pytest.mark.parametrize(
+    ("events", "ending"),
+    [
+        (["start", "step"], None),
+        (["start", "step", "finished", "preview", "image_change"], "finished"),
+        (["start", "step", "finished", "resumed", "step"], None),
+        (["start", "step", "stopped"], "stopped"),
+    ],
+)
+def test_a_run_has_ended_when_no_step_came_after(tmp_path: Path, events: list[str], ending: str | None) -> None:
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps({"event": event}) + "\n" for event in events))
+    found = RunDir(tmp_path).ending()
+    assert (None if found is None else found["event"]) == ending
+
+
+def test_a_folder_belongs_to_one_run_at_a_time_and_is_as_before_after_it(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    with alone_in(folder, "output_dir"):
+        with (
+            pytest.raises(ConfigError, match=r"output_dir='.*one' belongs to another run"),
+            alone_in(folder, "output_dir"),
+        ):
+            pass
+        with alone_in(tmp_path, "output_dir"):
+            pass
+    assert not folder.exists()
+    with alone_in(folder, "output_dir"):
+        (folder / "file").write_text("")
+    assert names(folder) == {"file"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "run"
+    complaint = r"output_dir='.*' cannot be written: .+; give another folder"
+    with pytest.raises(ConfigError, match=complaint), alone_in(folder, "output_dir"):
+        pass

@@ -1,0 +1,372 @@
+"""The memory estimate: against what a real step saves and allocates, against arithmetic, and what it advises."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.memory.estimate import (
+    GIB,
+    MemoryEstimate,
+    estimate_memory,
+    memory_advice,
+    out_of_memory_text,
+    preflight_lines,
+)
+from flatlora_diffusion.memory.rehearsal import rehearse_vae, weight_count
+from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
+from flatlora_diffusion.sdxl.pipeline import encode_images
+from flatlora_diffusion.sdxl.shapes import part_settings
+from flatlora_diffusion.training.state import TrainState, prepare
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.fixture
+def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "run"),
+            "report_to": "none",
+            "max_train_steps": 4,
+            "mixed_precision": "no",
+            "seed": 3,
+        }
+    )
+
+
+@pytest.fixture
+def sdxl_config() -> TrainConfig:
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": SDXL,
+            "rank": 16,
+            "mixed_precision": "bf16",
+            "gradient_checkpointing": True,
+            "train_batch_size": 1,
+        }
+    )
+
+
+def prepared(config: TrainConfig) -> TrainState:
+    return prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
+
+
+class RealStep:
+    """The forward of one batch, which is there before."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self.batch = state.feed.batch(0, 0)
+        self.draws = draw_targets(state.objective, self.batch.latents, generator("cpu", 3, "test"))
+
+    def loss(self) -> Tensor:
+        return diffusion_loss(self.state.model, self.state.objective, self.batch, *self.draws)
+
+
+def saved_by(step: RealStep) -> int:
+    """Bytes of the storages that autograd holds when forward has ended, without the parameters'."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in step.state.model.parameters()}
+    seen: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step.loss()
+    alive = {storage.data_ptr(): storage.nbytes() for ref in seen if (storage := ref()) is not None}
+    assert loss.requires_grad
+    return sum(size for address, size in alive.items() if address not in known)
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """The most bytes that PyTorch's allocator held during `work` beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events: list[Any] = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_the_activations_are_those_that_a_real_step_saves(
+    config: TrainConfig, checkpointing: bool, train_text_encoder: bool
+) -> None:
+    config = config.replace(
+        gradient_checkpointing=checkpointing, train_text_encoder=train_text_encoder, method="lora", rank=2
+    )
+    estimate = estimate_memory(config)
+    step = RealStep(prepared(config))
+    # Checkpoints of the text encoders' layers keep a causal mask that autograd does not know of.
+    masks = 2 * 4 * 77 * 77 if train_text_encoder and checkpointing else 0
+    assert estimate.activations == pytest.approx(saved_by(step) + masks, rel=0.05)
+    step.loss().backward()  # so that the gradients are there before
+    peak = peak_of(lambda: step.loss().backward())
+    assert estimate.activations + estimate.temporary == pytest.approx(peak, rel=0.1)
+
+
+def test_gradient_checkpointing_is_seen_to_recompute(config: TrainConfig) -> None:
+    plain, recomputed = (estimate_memory(config.replace(gradient_checkpointing=on)) for on in (False, True))
+    assert recomputed.activations < plain.activations / 2
+    assert recomputed.temporary > plain.temporary
+
+
+def test_weights_gradients_and_optimizer_state_are_the_real_ones(config: TrainConfig) -> None:
+    config = config.replace(train_text_encoder=True, use_ema=True, lora_block_ranks="mid_block=3")
+    estimate = estimate_memory(config)
+    state = prepared(config)
+    RealStep(state).loss().backward()
+    state.optimizer.step()
+    trained = state.trainable.values()
+    states = [value for one in state.optimizer.state.values() for value in one.values() if value.numel() > 1]
+    pipeline = state.sdxl.pipeline
+    frozen = [one for one in state.sdxl.unet.parameters() if not one.requires_grad]
+    encoders = [*pipeline.text_encoder.parameters(), *pipeline.text_encoder_2.parameters()]
+    assert estimate.unet == _bytes(frozen)
+    assert estimate.text_encoders == _bytes([one for one in encoders if not one.requires_grad])
+    assert estimate.vae == _bytes(state.sdxl.vae.parameters())
+    assert estimate.lora == estimate.ema == _bytes(trained)
+    assert estimate.gradients == _bytes([one.grad for one in trained])
+    assert estimate.optimizer == _bytes(states)
+    assert state.ema is not None
+    assert estimate.ema == _bytes(state.ema.shadow_params)
+
+
+def test_new_tokens_are_trained_through_the_text_encoders(config: TrainConfig) -> None:
+    config = config.replace(train_text_encoder_ti=True, instance_prompt="an icon of TOK", token_abstraction="TOK,an")
+    estimate, without = estimate_memory(config), estimate_memory(config.replace(train_text_encoder_ti=False))
+    assert estimate.lora == _bytes(prepared(config).trainable.values())
+    assert estimate.lora - without.lora == 2 * 2 * (16 + 24) * 4
+    assert estimate.activations > 1.5 * without.activations
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "use_8bit", "tolerance"),
+    [("adafactor", False, 0.01), ("adamw", True, 0.01), ("prodigy", False, 0.15)],  # prodigy keeps no zeros
+)
+def test_other_optimizers_have_their_own_state(
+    config: TrainConfig, optimizer: str, use_8bit: bool, tolerance: float
+) -> None:
+    pytest.importorskip({"prodigy": "prodigyopt", "adamw": "bitsandbytes"}.get(optimizer, "transformers"))
+    config = config.replace(optimizer=optimizer, use_8bit_adam=use_8bit, learning_rate=1.0, rank=300)
+    state = prepared(config)
+    RealStep(state).loss().backward()
+    try:
+        state.optimizer.step()
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # bitsandbytes is for GPUs
+        pytest.skip(f"{optimizer} does not run here: {error}")
+    tensors = [value for one in state.optimizer.state.values() for value in one.values() if torch.is_tensor(value)]
+    quantile_maps = {id(value) for value in tensors if value.numel() == 256 and use_8bit}
+    held = _bytes([value for value in tensors if value.numel() > 1 and id(value) not in quantile_maps])
+    assert estimate_memory(config).optimizer == pytest.approx(held, rel=tolerance)
+
+
+def test_flat_lora_costs_its_norms_and_one_eps(config: TrainConfig) -> None:
+    flat, plain = (estimate_memory(config.replace(method=method)) for method in ("flat-lora", "lora"))
+    state = prepared(config)
+    shapes = [layer.get_base_layer().weight.shape for layer in state.flats[0].layers.values()]
+    assert flat.perturbation == 2 * state.flats[0].state_bytes + 4 * max(shape.numel() for shape in shapes)
+    assert flat.total - plain.total == flat.perturbation
+
+
+def test_more_images_and_more_pixels_need_more(config: TrainConfig) -> None:
+    for name, values in {"train_batch_size": (1, 2, 4), "resolution": (32, 48, 64)}.items():
+        estimates = [estimate_memory(config.replace(**{name: value})) for value in values]
+        for part in ("activations", "encoding"):
+            counts = [getattr(estimate, part) for estimate in estimates]
+            assert counts[0] < counts[1] < counts[2], (name, part)
+    prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
+    both = estimate_memory(config.replace(train_batch_size=2, **prior))
+    assert both == estimate_memory(config.replace(train_batch_size=4))
+
+
+def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainConfig) -> None:
+    config = config.replace(train_batch_size=4)
+    drawn = estimate_memory(config)
+    cached = estimate_memory(config.replace(cache_latents=True))
+    away = estimate_memory(config.replace(cache_latents=True, offload=True))
+    assert cached.encoding < drawn.encoding
+    assert (away.vae, away.text_encoders) == (0, 0)
+    assert sum(away.parts.values()) == sum(cached.parts.values()) - cached.vae - cached.text_encoders
+    assert away.encoding == cached.encoding - cached.unet - cached.lora, "the UNet comes after the encoding"
+    assert estimate_memory(config.replace(cache_latents=True)).encoding == cached.encoding
+    assert estimate_memory(config.replace(offload=True, train_text_encoder=True)).text_encoders > 0
+
+
+def test_class_images_of_many_sizes_keep_the_vae_on_the_device(config: TrainConfig) -> None:
+    prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
+    config = config.replace(cache_latents=True, offload=True, **prior)
+    square, buckets = (estimate_memory(config.replace(use_aspect_ratio_buckets=on)) for on in (False, True))
+    assert (square.vae, square.vae < buckets.vae) == (0, True)
+    assert square.encoding < buckets.encoding
+    assert buckets.vae == estimate_memory(config.replace(cache_latents=False)).vae
+
+
+def test_previews_count_only_when_they_are_made(config: TrainConfig) -> None:
+    assert estimate_memory(config).previews == 0
+    assert estimate_memory(config.replace(validation_prompt="an icon")).previews > drawn_weights(config)
+
+
+def drawn_weights(config: TrainConfig) -> int:
+    estimate = estimate_memory(config)
+    return estimate.unet + estimate.text_encoders + estimate.vae
+
+
+def test_the_peak_of_encoding_is_that_of_the_real_vae(config: TrainConfig) -> None:
+    vae = prepared(config).sdxl.vae
+    pixels = torch.rand(3, 3, 32, 32)
+    peak = peak_of(lambda: encode_images(vae, pixels))
+    # The CPU's convolutions keep one more copy of their input, which is no tensor.
+    copy = 3 * 8 * 32 * 32 * 4
+    assert rehearse_vae(config.model, 3, 32).encode_peak == pytest.approx(peak - copy + pixels.nbytes, rel=0.1)
+
+
+def test_each_advice_lowers_the_estimate_by_what_it_says_the_largest_first(config: TrainConfig) -> None:
+    config = config.replace(train_batch_size=64, train_text_encoder=True, rank=64)
+    estimate = estimate_memory(config)
+    advice = memory_advice(config, estimate, available_bytes=estimate.total - 1)
+    switches = [line.split(" saves ")[0] for line in advice]
+    assert {"--gradient_checkpointing", "--mixed_precision bf16", "no --train_text_encoder"} <= set(switches)
+    assert "--train_batch_size 1 --gradient_accumulation_steps 64" in switches
+    savings = [estimate.total - estimate_memory(config.replace(**_settings(switch))).total for switch in switches]
+    assert min(savings) > 0
+    assert savings == sorted(savings, reverse=True)
+    for line, saving in zip(advice, savings, strict=True):
+        assert f" saves {saving / 2**20:.1f} MiB" in line
+
+
+def test_advice_says_whether_it_is_enough(config: TrainConfig) -> None:
+    config = config.replace(train_batch_size=64)
+    estimate = estimate_memory(config)
+    assert memory_advice(config, estimate, estimate.total) == []
+    half = estimate_memory(config.replace(mixed_precision="bf16")).total
+    advice = {line.split(" saves ")[0]: line.split(", ")[-1] for line in memory_advice(config, estimate, half)}
+    assert advice["--mixed_precision bf16"] == advice["--gradient_checkpointing"] == "and the run fits"
+    assert advice["--cache_latents --offload"] == "which is not enough alone"
+
+
+def test_a_run_says_before_it_starts_whether_it_fits(config: TrainConfig) -> None:
+    (fits,) = preflight_lines(config, 100 * GIB)
+    assert "of device memory needed, 100.0 GiB free" in fits
+    need, *advice = preflight_lines(config, GIB // 2)
+    assert "0.5 GiB free" in need
+    assert any("--mixed_precision bf16 saves" in line for line in advice)
+
+
+def test_an_out_of_memory_error_ends_with_the_same_list(config: TrainConfig) -> None:
+    config = config.replace(train_batch_size=64, gradient_checkpointing=True)
+    estimate = estimate_memory(config)
+    text = out_of_memory_text(config)
+    assert f"about {estimate.total / GIB:.1f} GiB" in text
+    advice = memory_advice(config, estimate, available_bytes=0)
+    assert text.endswith("\n".join(f"- {line.split(',')[0]}" for line in advice))
+    assert "--gradient_checkpointing" not in text
+
+
+def test_shapes_come_from_the_base_or_from_sdxl(base: Path, tmp_path: Path) -> None:
+    widths = {
+        name: part_settings(model, "unet")["cross_attention_dim"]
+        for name, model in {
+            "folder": ModelConfig(pretrained_model_name_or_path=str(base)),
+            "tiny": ModelConfig(),
+            "hub": ModelConfig(pretrained_model_name_or_path=SDXL),
+            "file": ModelConfig(pretrained_model_name_or_path=str(tmp_path / "base.safetensors")),
+            "config": ModelConfig(
+                pretrained_model_name_or_path=str(tmp_path / "base.safetensors"), single_file_config=str(base)
+            ),
+        }.items()
+    }
+    assert widths == {"folder": 40, "tiny": 224, "hub": 2048, "file": 2048, "config": 40}
+
+
+def test_a_base_in_the_hub_cache_is_looked_at(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tmp_path / "config.json"
+    shutil.copy(base / "unet" / "config.json", found)
+    monkeypatch.setattr("flatlora_diffusion.sdxl.shapes.try_to_load_from_cache", lambda *_, **__: str(found))
+    assert part_settings(ModelConfig(pretrained_model_name_or_path=SDXL), "unet")["cross_attention_dim"] == 40
+
+
+def test_an_estimate_draws_nothing_from_the_global_generator(config: TrainConfig) -> None:
+    before = torch.random.get_rng_state()
+    estimate_memory(config.replace(rank=5, lora_dropout=0.2, gradient_checkpointing=True, train_text_encoder=True))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_true_sdxl_has_its_sizes_and_fits_where_it_is_known_to_fit(sdxl_config: TrainConfig) -> None:
+    model = ModelConfig(pretrained_model_name_or_path=SDXL)
+    counts = {part: weight_count(model, part) for part in ("unet", "text_encoder", "text_encoder_2", "vae")}
+    assert counts == {
+        "unet": 2_567_463_684,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+        "vae": 83_653_863,
+    }
+    estimate = estimate_memory(sdxl_config)
+    assert estimate.unet == 2 * counts["unet"]
+    assert 8 * GIB < estimate.total < 12 * GIB
+    assert sum(estimate.parts.values()) < 9 * GIB
+
+
+def test_the_lora_of_sdxl_has_the_parameters_that_its_layers_ask_for(sdxl_config: TrainConfig) -> None:
+    """(inputs + outputs) * rank for q, k, v and out, of self- and of cross-attention to 2048 wide prompts."""
+    per_rank = 0
+    for width, blocks in ((640, 2 * 2 + 3 * 2), (1280, 2 * 10 + 10 + 3 * 10)):
+        square, cross = width + width, 2048 + width
+        per_rank += blocks * (6 * square + 2 * cross)
+    assert per_rank * 16 == 23_224_320
+    assert estimate_memory(sdxl_config).lora == 4 * 16 * per_rank
+
+
+def test_a_quantized_base_is_smaller(sdxl_config: TrainConfig) -> None:
+    whole, int8, nf4 = (estimate_memory(sdxl_config.replace(quantize_base=kind)) for kind in (None, "int8", "nf4"))
+    assert whole.unet > int8.unet > nf4.unet > whole.unet / 4
+    assert whole.temporary < int8.temporary == nf4.temporary
+    assert isinstance(nf4, MemoryEstimate)
+    assert nf4.total < whole.total
+
+
+def _settings(switch: str) -> dict[str, Any]:
+    """A switch as the settings that it stands for."""
+    if switch.startswith("no --"):
+        return {switch.removeprefix("no --"): False}
+    words = [part.split() for part in switch.split("--")[1:]]
+    values = {name: rest[0] if rest else True for name, *rest in words}
+    return {
+        name: int(value) if str(value).isdigit() and value is not True else value for name, value in values.items()
+    }
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "gib"),
+    [
+        ("paper", {"mixed_precision": "bf16", "gradient_checkpointing": True, "validation_prompt": "an icon"}, 10.3),
+        ("low_memory", {}, 6.2),
+        ("quality", {}, 10.4),
+    ],
+)
+def test_the_readme_s_figures_are_those_of_the_estimate(preset: str, flags: dict[str, Any], gib: float) -> None:
+    config = TrainConfig().updated_from(preset_file(preset)).replace(pretrained_model_name_or_path=SDXL, **flags)
+    assert estimate_memory(config).total / GIB == pytest.approx(gib, abs=0.05)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"| {gib} GiB |" in readme

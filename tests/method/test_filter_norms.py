@@ -1,0 +1,52 @@
+"""Layers share the small operations of their norms; each must still get its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_by_hand import lora_layers, merged_weight
+from peft import LoraConfig, get_peft_model
+from tiny_models import seeded
+from torch import nn
+
+from flatlora_diffusion.method.adapted_layers import find_adapted_layers
+from flatlora_diffusion.method.filter_norms import merged_square_norms
+
+
+def many_layers() -> nn.Module:
+    """40 layers: 34 of one shape, of which two differ in rank and three in scale; 6 of another shape."""
+    model = nn.Sequential(*[nn.Linear(12, 8) for _ in range(34)], *[nn.Linear(8, 12) for _ in range(6)])
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=[str(number) for number in range(40)],
+        rank_pattern={r"^3$": 2, r"^17$": 2},
+        alpha_pattern={r"^5$": 1, r"^6$": 1, r"^33$": 9},
+        init_lora_weights=False,
+    )
+    return get_peft_model(model, config)
+
+
+def test_each_layer_gets_the_norms_of_its_own_merged_weight() -> None:
+    with seeded(0):
+        model = many_layers()
+    by_hand = lora_layers(model)
+    seen = set()
+    with torch.no_grad():
+        for group, square_norms in merged_square_norms(find_adapted_layers(model)):
+            assert square_norms.shape == (len(group), group[0].shape[0])
+            for layer, norms in zip(group, square_norms.sqrt(), strict=True):
+                torch.testing.assert_close(norms, merged_weight(by_hand[layer.name]).norm(dim=1), rtol=1e-5, atol=0)
+                seen.add(layer.name)
+    assert seen == set(by_hand)
+
+
+@pytest.mark.parametrize(("rank", "together"), [(1, 16), (4, 4), (32, 1)])
+def test_no_more_layers_are_taken_together_than_fit_into_the_memory_of_one(rank: int, together: int) -> None:
+    """A, B and two products of B's size: 4 * 64 * rank numbers a layer, against the 64 * 64 of one eps."""
+    layers = nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)])
+    model = get_peft_model(layers, LoraConfig(r=rank, target_modules=[str(number) for number in range(20)]))
+    with torch.no_grad():
+        sizes = [len(group) for group, _ in merged_square_norms(find_adapted_layers(model))]
+    assert sum(sizes) == 20
+    assert max(sizes) == together

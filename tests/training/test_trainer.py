@@ -1,0 +1,378 @@
+"""Training on the tiny random pipeline: what is paired, what resumes, what stops a run, what it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flatlora_diffusion.adapter.lora import trainable_parameters
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.data.epochs import steps_per_epoch
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.training import trainer
+from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.trainer import train, train_step
+
+
+@pytest.fixture
+def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "run"),
+            "max_train_steps": 4,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "lora_alpha": 8,
+            "random_flip": True,
+            "seed": 3,
+        }
+    )
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / LORA_FILE)
+
+
+def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_training_moves_the_lora_and_lowers_the_loss_of_one_repeated_batch(config: TrainConfig) -> None:
+    state = prepare(
+        config.replace(learning_rate=3e-2, method="lora"),
+        load_samples(Path(str(config.data.instance_data_dir))).samples,
+    )
+    before = {name: value.detach().clone() for name, value in state.trainable.items()}
+    first = [train_step(state, step=0) for _ in range(12)]
+    assert first[-1] < first[0]
+    assert all(not torch.equal(before[name], value) for name, value in state.trainable.items())
+
+
+def test_flat_lora_with_sigma_0_is_plain_lora_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
+    train(config.replace(method="lora", output_dir=str(tmp_path / "lora")))
+    train(config.replace(method="flat-lora", sigma=0.0, output_dir=str(tmp_path / "flat")))
+    assert_equal(weights(tmp_path / "lora"), weights(tmp_path / "flat"))
+
+
+def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Any]] = {"lora": [], "flat-lora": []}
+    plain_loss = trainer.diffusion_loss
+    for method, draws in seen.items():
+
+        def recording(
+            unet: Any, objective: Any, batch: Any, noise: Tensor, timesteps: Tensor, to: Any = draws
+        ) -> Tensor:
+            to.append((batch.latents.clone(), batch.prompt_embeds.clone(), batch.add_time_ids, noise, timesteps))
+            return plain_loss(unet, objective, batch, noise, timesteps)
+
+        monkeypatch.setattr(trainer, "diffusion_loss", recording)
+        train(config.replace(method=method, gradient_accumulation_steps=2, output_dir=str(tmp_path / method)))
+    assert len(seen["lora"]) == len(seen["flat-lora"]) == 8
+    for one, two in zip(*seen.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    different = [torch.equal(a[3], b[3]) for i, a in enumerate(seen["lora"]) for b in seen["lora"][:i]]
+    assert not any(different), "two micro-batches drew the same noise"
+    losses = {method: RunDir(tmp_path / method).events()[1]["loss"] for method in seen}
+    assert losses["lora"] == losses["flat-lora"], "sigma is 0 at step 0, so the first losses must be equal"
+    assert not torch.equal(
+        next(iter(weights(tmp_path / "lora").values())), next(iter(weights(tmp_path / "flat-lora").values()))
+    )
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, precision: str
+) -> None:
+    whole = config.replace(
+        mixed_precision=precision,
+        gradient_accumulation_steps=2,
+        lr_scheduler="cosine",
+        lr_warmup_steps=1,
+        lora_dropout=0.1,
+        caption_dropout=0.3,
+        checkpointing_steps=2,
+    )
+    train(whole.replace(output_dir=str(tmp_path / "whole")))
+    train(whole.replace(output_dir=str(tmp_path / "broken")))
+    (tmp_path / "broken" / LORA_FILE).unlink()
+    train(whole.replace(output_dir=str(tmp_path / "broken"), resume_from_checkpoint="checkpoint-2", seed=None))
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert [event["step"] for event in RunDir(tmp_path / "broken").events() if event["event"] == "step"] == [
+        0,
+        1,
+        2,
+        3,
+        2,
+        3,
+    ]
+
+
+def test_resume_refuses_changed_images_and_unknown_checkpoints(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    train(config.replace(checkpointing_steps=2))
+    with pytest.raises(ConfigError, match=r"checkpoint-7.*checkpoint-2, checkpoint-4"):
+        train(config.replace(resume_from_checkpoint="checkpoint-7"))
+    with pytest.raises(ConfigError, match="checkpoint-4 was made with rank=4, not 2; perturb_seed=None, not 5"):
+        train(config.replace(resume_from_checkpoint="latest", rank=2, perturb_seed=5))
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        train(config.replace(resume_from_checkpoint="checkpoint-4", output_dir=str(tmp_path / "nowhere")))
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in icons.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    (changed / "icon-0.txt").write_text("another caption", encoding="utf-8")
+    with pytest.raises(ConfigError, match="have changed since checkpoint-4"):
+        train(config.replace(resume_from_checkpoint="latest", instance_data_dir=str(changed)))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_trainable_weights_are_fp32_and_the_base_is_never_written(config: TrainConfig, precision: str) -> None:
+    state = prepare(
+        config.replace(mixed_precision=precision), load_samples(Path(str(config.data.instance_data_dir))).samples
+    )
+    frozen = {name: p.detach().clone() for name, p in state.sdxl.unet.named_parameters() if not p.requires_grad}
+    for step in range(2):
+        train_step(state, step)
+    assert {p.dtype for p in trainable_parameters(state.sdxl.unet).values()} == {torch.float32}
+    for name, parameter in state.sdxl.unet.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+    assert next(iter(frozen.values())).dtype == (torch.float32 if precision == "no" else torch.bfloat16)
+
+
+def test_training_leaves_the_global_generator_alone(config: TrainConfig) -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    train(config.replace(lora_dropout=0.1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    train(config.replace(output_dir=str(tmp_path / "plain")))
+    train(config.replace(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True))
+    one, two = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
+    for per, expected in (("step", [(5, 0), (5, 0)]), ("microbatch", [(5, 0), (5, 1)])):
+        state = prepare(config.replace(perturb_per=per, gradient_accumulation_steps=2), samples)
+        (flat,) = state.flats
+        opened: list[tuple[int, int]] = []
+        real = flat.perturb
+        monkeypatch.setattr(flat, "perturb", lambda s, k, to=opened, real=real: (to.append((s, k)), real(s, k))[1])
+        train_step(state, step=5)
+        assert opened == expected
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of_its_micro_batch(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "class.png")
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
+    config = config.replace(train_batch_size=1, gradient_accumulation_steps=3)
+    state = prepare(config, samples, load_samples(tmp_path, "an icon").samples)
+    real, factors = trainer.diffusion_loss, iter([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(trainer, "diffusion_loss", lambda *args: real(*args) * next(factors))
+    before = [parameter.detach().clone() for parameter in state.trainable.values()]
+    bad = state.feed.samples_at(0, 1)[0].id
+    message = (
+        f"the loss of step 0 is not finite with these images: {bad}, class.png; go on with a lower --learning_rate"
+    )
+    with pytest.raises(RunError, match=message):
+        train_step(state, step=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig, value: float) -> None:
+    state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
+    before = [parameter.detach().clone() for parameter in state.trainable.values()]
+    next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, value))
+    images = ", ".join(sample.id for sample in state.feed.samples_at(0, 0))
+    with pytest.raises(
+        RunError, match=f"the gradient of step 0 is not finite with these images: {images}; go on with"
+    ):
+        train_step(state, step=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
+
+
+def test_a_gradient_norm_of_0_means_that_nothing_is_clipped(config: TrainConfig, tmp_path: Path) -> None:
+    files = [
+        train(config.replace(max_grad_norm=norm, output_dir=str(tmp_path / f"{norm}"), output_name="x"))
+        for norm in (0.0, 1e9)
+    ]
+    off, never_reached = (load_file(file) for file in files)
+    assert all(torch.equal(value, never_reached[name]) for name, value in off.items())
+
+
+def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.GradScaler]:
+    """A state whose gradients are scaled as for fp16 on a GPU."""
+    state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
+    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    state.optimizer = AcceleratedOptimizer(state.optimizer.optimizer, scaler=scaler)
+    scaler.scale(torch.ones(()))  # it gets its state on first use
+    return state, scaler
+
+
+def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: TrainConfig) -> None:
+    state, scaler = prepared_with_a_scaler(config)
+    before = [parameter.detach().clone() for parameter in state.trainable.values()]
+    next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    train_step(state, step=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
+    assert scaler.get_scale() == 2.0
+
+
+def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainConfig) -> None:
+    state, _ = prepared_with_a_scaler(config)
+    state.config = state.config.replace(mixed_precision="fp16")
+    overflows = True
+    first = next(iter(state.trainable.values()))
+    first.register_hook(lambda gradient: gradient.fill_(float("inf")) if overflows else gradient)
+    for step in range(19):
+        train_step(state, step)
+    overflows = False
+    train_step(state, 19)  # one that counts begins the count anew
+    overflows = True
+    for step in range(20, 39):
+        train_step(state, step)
+    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* go on with --mixed_precision bf16"):
+        train_step(state, 39)
+
+
+@pytest.mark.parametrize(("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_dropout_keeps_the_state_of_no_other_device(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, device: str, forked: list[torch.device]
+) -> None:
+    state = prepare(config.replace(lora_dropout=0.1), load_samples(Path(str(config.data.instance_data_dir))).samples)
+    asked: Any = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), nullcontext())[1])
+    monkeypatch.setattr(type(state.accelerator), "device", torch.device(device))
+    with trainer._dropout_draws(state, step=0, slot=0):
+        pass
+    assert asked == [forked]
+
+
+def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainConfig, tmp_path: Path) -> None:
+    path = train(
+        config.replace(
+            checkpointing_steps=1, checkpoints_total_limit=2, validation_prompt="an icon", num_validation_images=2
+        )
+    )
+    run = RunDir(path.parent)
+    steps = [event for event in run.events() if event["event"] == "step"]
+    assert [event["step"] for event in steps] == [0, 1, 2, 3]
+    assert set(steps[0]) == {"event", "step", "loss", "lr", "sigma", "draws", "seconds", "eta", "memory"}
+    assert [event["sigma"] for event in steps] == pytest.approx([0, 0.1 * 0.146447, 0.05, 0.1 * 0.853553], rel=1e-4)
+    *_, proof, finished, preview, change = run.events()
+    assert finished == run.ending() == {"event": "finished", "step": 4}
+    assert proof["event"] == "proof"
+    assert proof["update_norms"]["unet"] > 0
+    assert preview == {"event": "preview", "step": 4, "images": ["step-4-0.png", "step-4-1.png"]}
+    assert change["event"] == "image_change"
+    assert change["levels"] > 0
+    assert [folder.name for folder in run.checkpoints()] == ["checkpoint-3", "checkpoint-4"]
+    assert {file.name for file in run.images.iterdir()} == {
+        f"{name}-{index}.png" for name in ("base", "step-2", "step-4") for index in (0, 1)
+    }
+    saved = json.loads(run.config_file.read_text())
+    assert saved["resolution"] == 32
+    for file in path.parent.rglob("*"):
+        if file.is_file():
+            assert tmp_path.parent.name.encode() not in file.read_bytes(), file.name
+
+
+def test_a_folder_with_the_user_s_own_files_is_left_as_it_is(config: TrainConfig, icons: Path, tmp_path: Path) -> None:
+    """Training images in `images` and a README beside them are no run's."""
+    project = tmp_path / "project"
+    shutil.copytree(icons, project / "images")
+    (project / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"holds images, README.md, where a run writes files of its own"):
+        train(config.replace(instance_data_dir=str(project / "images"), output_dir=str(project)))
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_images_are_not_moved_aside_with_an_earlier_run(config: TrainConfig, icons: Path) -> None:
+    folder = train(config).parent
+    shutil.copytree(icons, folder / "images" / "mine")
+    with pytest.raises(ConfigError, match=r"instance_data_dir=.* lies where output_dir has the files of an earlier"):
+        train(config.replace(instance_data_dir=str(folder / "images" / "mine")))
+    assert (folder / LORA_FILE).is_file()
+    assert not (folder / "earlier-1").exists()
+
+
+def test_an_earlier_run_is_moved_aside_and_not_overwritten(config: TrainConfig) -> None:
+    path = train(config)
+    first = path.read_bytes()
+    assert train(config.replace(seed=4)).read_bytes() != first
+    assert (path.parent / "earlier-1" / LORA_FILE).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "processes", "steps"),
+    [
+        (23, {"train_batch_size": 4}, 1, 6),
+        (5, {"train_batch_size": 1, "gradient_accumulation_steps": 4}, 1, 2),
+        (23, {"train_batch_size": 4, "gradient_accumulation_steps": 2}, 2, 2),
+        (10, {"train_batch_size": 2, "gradient_accumulation_steps": 4, "num_class_images": 100}, 1, 13),
+        (10, {"train_batch_size": 2, "num_class_images": 4}, 1, 5),
+    ],
+)
+def test_an_epoch_has_as_many_steps_as_in_diffusers(
+    images: int, settings: dict[str, Any], processes: int, steps: int
+) -> None:
+    """max(class, instance) images; batches of them per process; optimizer steps: each rounded up."""
+    prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "x"}
+    chosen = TrainConfig.from_dict(settings | (prior if "num_class_images" in settings else {}))
+    assert steps_per_epoch(chosen, images, processes) == steps
+
+
+def test_epochs_give_the_number_of_steps(config: TrainConfig) -> None:
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
+    state = prepare(config.replace(max_train_steps=None, num_train_epochs=5, gradient_accumulation_steps=2), samples)
+    assert state.total_steps == 5  # 3 images, so 2 batches, in steps of 2 batches
+    assert [state.feed.epoch_after(step) for step in (-1, 0, 3)] == [0, 1, 4]
+
+
+def test_latest_without_a_checkpoint_starts_a_run(config: TrainConfig, tmp_path: Path, caplog: Any) -> None:
+    first = config.replace(resume_from_checkpoint="latest", checkpointing_steps=2)
+    with caplog.at_level("INFO"):
+        path = train(first)
+    assert "no checkpoint yet" in caplog.text
+    run = RunDir(path.parent)
+    assert run.config()["resume_from_checkpoint"] is None
+    assert_equal(weights(path.parent), weights(train(config.replace(output_dir=str(tmp_path / "plain"))).parent))
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint)  # as after a run that was killed before its first one
+    (path.parent / "notes.txt").write_text("mine", encoding="utf-8")
+    train(first)
+    assert (path.parent / "earlier-1" / path.name).is_file()
+    assert (path.parent / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_resolution_that_the_base_cannot_have_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="resolution=36 must be a multiple of 16 for this base; 32 is the nearest"):
+        train(config.replace(resolution=36))
