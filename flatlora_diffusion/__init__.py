@@ -16,9 +16,9 @@ __all__ = ["ConfigError", "FlatLora", "TrainConfig", "__version__", "train"]
 _HOME = {
     "ConfigError": "config",
     "TrainConfig": "config",
-    "FlatLora": "perturbation",
-    "train": "trainer",
-    "__version__": "versions",
+    "FlatLora": "method.perturbation",
+    "train": "training.trainer",
+    "__version__": "ground.versions",
 }
 
 

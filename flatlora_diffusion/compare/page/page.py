@@ -1,6 +1,6 @@
 """A comparison as one HTML page: the verdict and the pictures first, then everything found; it works offline.
 
-The page's looks are in the templates and the style sheet of `page/`; Python prepares what they show.
+The page's looks are in the templates and the style sheet of `templates/`; Python prepares what they show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flatlora_diffusion.compare.page.results import numbers, paired, verdict_cha
 from flatlora_diffusion.compare.page.text import Chip, Result, chip
 
 PAGE = "compare.html"
-_PARTS = Path(__file__).parent / "page"
+_PARTS = Path(__file__).parent / "templates"
 _SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, nulls, proof, settings, made_with)
 _LARGEST_PNG = 400_000  # bytes; larger ones go in as JPEG, or two dozen pictures of SDXL would make 45 MB
 _PROMPTS_AT_ONCE = 8  # as many as stand side by side and are still worth looking at

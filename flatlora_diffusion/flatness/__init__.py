@@ -1,0 +1,4 @@
+"""How flat the loss is around finished runs' merged weights, and what that says of strength, bits and rank.
+
+Reads run folders; knows no training loop. Start with `report.py`, then `landscape.py`.
+"""

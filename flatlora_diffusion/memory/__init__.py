@@ -1,0 +1,4 @@
+"""The memory that a training will need, counted without weights before it starts.
+
+Knows no GPU: it works on a machine without one. Start with `estimate.py`.
+"""
