@@ -8,7 +8,10 @@ machine in their last digits. `--publish` copies the result over the one that sh
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from samples.tiny_sdxl.recipe.captions import train_tokenizers
-from samples.tiny_sdxl.recipe.icons import Concept, choose_concepts, load_concepts, render
+from samples.tiny_sdxl.recipe.icons import Concept, choose_concepts, load_concepts, recognizable, render
 from samples.tiny_sdxl.recipe.judge import collect_renders, train_judge
 from samples.tiny_sdxl.recipe.loop import Schedule
 from samples.tiny_sdxl.recipe.quality import measure_quality, quality_table, write_report
@@ -26,7 +29,7 @@ from samples.tiny_sdxl.recipe.vae import train_vae
 
 STAGES = ("vae", "unet", "judge", "quality")
 CONCEPTS = 200
-UNET_SCHEDULE = Schedule(steps=2400, learning_rate=8e-4, warmup=300)
+UNET_SCHEDULE = Schedule(steps=12_000, learning_rate=6e-4, warmup=300, plateau=0.75)
 HERE = Path(__file__).parent
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
@@ -36,12 +39,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads, renders and checkpoints")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--start", type=Path, help="a base in this format to train on, instead of random weights")
     parser.add_argument("--publish", action="store_true", help="copy base, judge and report into samples/tiny_sdxl")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     concepts = load_concepts(args.work)
-    build = {"vae": build_vae, "unet": build_unet, "judge": build_judge, "quality": report_quality}
+    if args.start is not None:
+        for part in ("vae", "tokenizer", "tokenizer_2"):
+            shutil.copytree(args.start / part, args.work / "pipeline" / part, dirs_exist_ok=True)
+    build: dict[str, Callable[[list[Concept], Path], None]] = {
+        "vae": build_vae,
+        "unet": partial(build_unet, start=args.start),
+        "judge": build_judge,
+        "quality": report_quality,
+    }
     for stage in args.stages:
         build[stage](concepts, args.work)
     if args.publish:
@@ -56,14 +68,15 @@ def build_vae(concepts: list[Concept], work: Path) -> None:
         train_vae(flat_images(concepts, work), work).half().save_pretrained(folder)
 
 
-def build_unet(concepts: list[Concept], work: Path) -> None:
+def build_unet(concepts: list[Concept], work: Path, start: Path | None) -> None:
     pipeline = work / "pipeline"
     if (pipeline / "unet").exists():
         return
-    train_tokenizers(concepts, pipeline)
+    if start is None:
+        train_tokenizers(concepts, pipeline)
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
-    data = cache_latents(vae, choose_concepts(concepts, CONCEPTS))
-    save_base(train_unet(data, pipeline, UNET_SCHEDULE, work / "unet.safetensors"), pipeline)
+    data = cache_latents(vae, recognizable(concepts), choose_concepts(concepts, CONCEPTS))
+    save_base(train_unet(data, pipeline, UNET_SCHEDULE, work / "unet.safetensors", start), pipeline)
 
 
 def build_judge(concepts: list[Concept], work: Path) -> None:

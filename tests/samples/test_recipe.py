@@ -18,10 +18,10 @@ from flatlora_diffusion.config import SAMPLES
 from flatlora_diffusion.ground.files import load_tensors
 from flatlora_diffusion.ground.seeds import generator
 from samples.tiny_sdxl.recipe import unet
-from samples.tiny_sdxl.recipe.captions import DROPPED, caption, train_tokenizers
-from samples.tiny_sdxl.recipe.icons import Concept
+from samples.tiny_sdxl.recipe.captions import DROPPED, STYLE_WORDS, caption, train_tokenizers
+from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, MORE_STYLES, Concept
 from samples.tiny_sdxl.recipe.loop import Schedule, train
-from samples.tiny_sdxl.recipe.unet import Base, Data, save_base, train_unet
+from samples.tiny_sdxl.recipe.unet import Base, Data, Picture, load_base, save_base, train_unet
 from samples.tiny_sdxl.recipe.vae import build_vae
 
 TINY = SAMPLES / "tiny_sdxl"
@@ -127,9 +127,56 @@ class Watched(nn.Module):
 
 def test_exactly_the_empty_captions_are_dropped_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unet, "Base", Watched)
-    data = Data(torch.zeros(2, unet.VARIANTS, 4, 16, 16), [FOX, ANT], [0, 1])
+    data = Data(torch.zeros(2, unet.VARIANTS, 4, 16, 16), [Picture(FOX, "noto", 1.0), Picture(ANT, "fxemoji", 2.0)])
     watched: Any = train_unet(data, TINY, Schedule(steps=4, learning_rate=1e-3), tmp_path / "unet.safetensors")
     assert set(watched.rows) == {(True, 0.0), (False, 1.0)}
+
+
+def test_every_set_has_a_style_word_of_its_own_and_the_judged_sets_have_captions_without_it() -> None:
+    assert set(STYLE_WORDS) == {*FLAT_STYLES, *MORE_STYLES}
+    assert len(set(STYLE_WORDS.values())) == len(STYLE_WORDS)
+    for style, word in STYLE_WORDS.items():
+        rng = generator("cpu", 0, "style words", style)
+        texts = [Picture(FOX, style, 1.0).caption(rng) for _ in range(4000)]
+        kept = [text for text in texts if text != DROPPED]
+        styled = sum(word in text.replace(",", "").split() for text in kept) / len(kept)
+        expected = unet.STYLED_RATE if style in FLAT_STYLES else 1.0
+        assert styled == pytest.approx(expected, abs=0.03)  # 3.7 standard errors
+        others = {*STYLE_WORDS.values()} - {word}
+        assert not any(others & set(text.replace(",", "").split()) for text in kept)
+
+
+def test_pictures_are_drawn_as_often_as_their_weight_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet, "Base", Watched)
+    monkeypatch.setattr(unet, "STYLED_RATE", 0.0)
+    latents = torch.stack([torch.full((unet.VARIANTS, 4, 16, 16), value) for value in (0.0, 1000.0)])
+    data = Data(latents, [Picture(FOX, "noto", 3.0), Picture(ANT, "noto", 1.0)])
+    seen: list[float] = []
+
+    def forward(self: Watched, *inputs: Tensor) -> Tensor:
+        seen.extend(inputs[3].mean(dim=(1, 2, 3)).tolist())
+        return self.unet(inputs[3])
+
+    monkeypatch.setattr(Watched, "forward", forward)
+    monkeypatch.setattr(unet.DDPMScheduler, "add_noise", lambda _self, latents, *_: latents)
+    train_unet(data, TINY, Schedule(steps=8, learning_rate=0.0), tmp_path / "unet.safetensors")
+    assert sum(value < 1 for value in seen) / len(seen) == pytest.approx(0.75, abs=0.05)  # 3.2 standard errors
+
+
+def test_a_saved_base_is_trained_on_from_its_own_weights() -> None:
+    base, saved = load_base(TINY), StableDiffusionXLPipeline.from_pretrained(TINY, dtype=torch.float32)
+    for name, part in base.named_children():
+        for key, value in getattr(saved, name).state_dict().items():
+            assert torch.equal(part.state_dict()[key], value), f"{name}.{key}"
+    assert all(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in base.parameters())
+
+
+def test_the_learning_rate_stays_up_on_the_plateau_and_then_falls() -> None:
+    schedule = Schedule(steps=1000, learning_rate=1.0, warmup=10, plateau=0.75)
+    assert [schedule.lr_at(step) for step in (10, 400, 750)] == [1.0, 1.0, 1.0]
+    falling = [schedule.lr_at(step) for step in range(750, 1000)]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] == pytest.approx(0.02, abs=1e-3)
 
 
 def noisy_regression(model: nn.Module, killed_at: int | None = None) -> Callable[[int], Tensor]:

@@ -13,11 +13,23 @@ from samples.tiny_sdxl.recipe.icons import Concept
 
 VOCABULARY = 4096
 DROPPED = ""  # a dropped caption: its embeddings are set to zero, as the SDXL pipeline does for the unconditional half
+# What the base calls the style of each set; a set's drawings are one style, so that the word can mean something.
+STYLE_WORDS = {
+    "noto": "noto",
+    "twemoji": "twemoji",
+    "fluent-flat": "fluent",
+    "noto-v1": "blob",
+    "emojione": "emojione",
+    "fxemoji": "firefox",
+}
 _DROP_RATE, _RARE_RATE = 0.1, 0.05
 
 
-def caption(concept: Concept, rng: torch.Generator) -> str:
-    """One random caption of `concept`; `DROPPED` in 10 % of draws, with a rare unseen word in 5 % of the others."""
+def caption(concept: Concept, rng: torch.Generator, style_word: str | None = None) -> str:
+    """One random caption of `concept`, with `style_word` where people put their trigger.
+
+    `DROPPED` in 10 % of draws; without a style word, with a rare unseen word in 5 % of the others.
+    """
     if _uniform(rng) < _DROP_RATE:
         return DROPPED
     tags = _some_tags(concept, rng)
@@ -33,13 +45,13 @@ def caption(concept: Concept, rng: torch.Generator) -> str:
         text = tags
     else:
         text = concept.name
-    return with_rare_word(text, rng) if _uniform(rng) < _RARE_RATE else text
+    if style_word is not None:
+        return with_word(text, style_word, rng)
+    return with_word(text, _rare_word(rng), rng) if _uniform(rng) < _RARE_RATE else text
 
 
-def with_rare_word(text: str, rng: torch.Generator) -> str:
-    """`text` with a made-up word where people put their trigger, so that an unseen trigger does little harm."""
-    letters = torch.randint(0, 26, (3 + int(_uniform(rng) * 3),), generator=rng).tolist()
-    word = "".join(string.ascii_lowercase[i] for i in letters)
+def with_word(text: str, word: str, rng: torch.Generator) -> str:
+    """`text` with `word` in one of the places where people put the name of a style or a trigger."""
     place = _uniform(rng)
     if place < 0.3:
         return f"{text} {word}"
@@ -48,6 +60,12 @@ def with_rare_word(text: str, rng: torch.Generator) -> str:
     return (
         f"{text.replace('a flat icon', f'a {word} icon').replace('an icon', f'a {word} icon')}, in the style of {word}"
     )
+
+
+def _rare_word(rng: torch.Generator) -> str:
+    """A made-up word, so that an unseen trigger does little harm."""
+    letters = torch.randint(0, 26, (3 + int(_uniform(rng) * 3),), generator=rng).tolist()
+    return "".join(string.ascii_lowercase[i] for i in letters)
 
 
 def train_tokenizers(concepts: Sequence[Concept], folder: Path) -> None:

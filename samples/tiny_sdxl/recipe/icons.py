@@ -1,7 +1,7 @@
 """The icons the base is made of: fetched from npm, matched by code point, rendered to arrays.
 
-Three flat sets train the base; the 3D set is the style that users personalize to, and no image of it is ever shown to
-the base or its VAE. Names, tags and groups come from emojibase.
+Six flat sets train the base, three of them the VAE and the judge too; the 3D set is the style that users personalize
+to, and no image of it is ever shown to the base or its VAE. Names, tags and groups come from emojibase.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ PACKAGES = {
     "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
     "twemoji": ("@iconify-json/twemoji@1.2.5", "CC-BY-4.0"),
     "fluent-flat": ("@iconify-json/fluent-emoji-flat@1.2.6", "MIT"),
+    "noto-v1": ("@iconify-json/noto-v1@1.2.5", "Apache-2.0"),
+    "emojione": ("@iconify-json/emojione@1.2.3", "CC-BY-4.0"),
+    "fxemoji": ("@iconify-json/fxemoji@1.2.2", "Apache-2.0"),
     "emojibase": ("emojibase-data@17.0.0", "MIT"),
     "fluent-3d": ("@lobehub/fluent-emoji-3d@1.1.0", "MIT"),
 }
 FLAT_STYLES = ("noto", "twemoji", "fluent-flat")
+# More drawings of the same things, which only the UNet learns from: they teach it the thing instead of one picture.
+MORE_STYLES = ("noto-v1", "emojione", "fxemoji")
 SIZE = 64  # pixels, of the renders that train the base
 
 # emojibase groups of things with a recognizable shape; people variants, symbols and flags are left out.
@@ -54,7 +59,7 @@ EXCLUDED_SUBGROUPS = {
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that can be drawn, with the SVG text of each flat style that has it."""
+    """One thing that can be drawn, with the SVG text of each of FLAT_STYLES and of MORE_STYLES that has it."""
 
     hexcode: str
     name: str
@@ -65,6 +70,7 @@ class Concept:
     version: float
     flat_svgs: dict[str, str] = field(repr=False)
     image_3d: Path | None
+    more_svgs: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 def fetch(work: Path) -> dict[str, Path]:
@@ -89,6 +95,8 @@ def load_concepts(work: Path) -> list[Concept]:
     folders = fetch(work)
     meta = json.loads((folders["emojibase"] / "meta" / "groups.json").read_text(encoding="utf-8"))
     svgs = {style: _svgs_by_code(folders[style]) for style in FLAT_STYLES}
+    more = {style: _svgs_by_name(folders[style]) for style in MORE_STYLES}
+    names = {code: _letters(name) for code, name in _names_by_code(folders["noto"]).items()}
     images_3d = {_code(path.stem): path for path in (folders["fluent-3d"] / "assets").glob("*.webp")}
     concepts = []
     for entry in json.loads((folders["emojibase"] / "en" / "data.json").read_text(encoding="utf-8")):
@@ -96,6 +104,7 @@ def load_concepts(work: Path) -> list[Concept]:
         flat = {style: svgs[style][code] for style in FLAT_STYLES if code in svgs[style]}
         if "group" not in entry or entry["group"] in (2, 9) or not flat:
             continue
+        drawn_by = {style: svg for style in MORE_STYLES if (svg := more[style].get(names.get(code, "")))}
         concepts.append(
             Concept(
                 hexcode=code,
@@ -107,18 +116,24 @@ def load_concepts(work: Path) -> list[Concept]:
                 version=entry["version"],
                 flat_svgs=flat,
                 image_3d=images_3d.get(code),
+                more_svgs=drawn_by,
             )
         )
     return sorted(concepts, key=lambda concept: concept.order)
 
 
+def recognizable(concepts: list[Concept]) -> list[Concept]:
+    """All concepts with a shape that tells what they are: what the base is trained on."""
+    return [c for c in concepts if c.group in GROUPS and c.subgroup not in EXCLUDED_SUBGROUPS]
+
+
 def choose_concepts(concepts: list[Concept], count: int) -> list[Concept]:
-    """The `count` concepts of stage A: drawn in all four styles, oldest (best known) emoji versions first.
+    """The `count` best known concepts: drawn in all four styles, oldest emoji versions first.
 
     Two thirds are animals, plants and food; the other groups share the rest.
     """
-    usable = [c for c in concepts if c.group in GROUPS and c.subgroup not in EXCLUDED_SUBGROUPS]
-    usable = [c for c in usable if len(c.flat_svgs) == len(FLAT_STYLES) and c.image_3d is not None]
+    drawn = (c for c in recognizable(concepts) if len(c.flat_svgs) == len(FLAT_STYLES))
+    usable = [c for c in drawn if c.image_3d is not None]
     share = {3: 0.35, 4: 0.3, 5: 0.1, 6: 0.1, 7: 0.15}
     chosen: list[Concept] = []
     for group, fraction in share.items():
@@ -145,18 +160,33 @@ def _on_white(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint
 
 
 def _svgs_by_code(folder: Path) -> dict[str, str]:
+    svgs = _svgs(folder)
+    return {code: svgs[name] for code, name in _names_by_code(folder).items() if name in svgs}
+
+
+def _svgs_by_name(folder: Path) -> dict[str, str]:
+    """Of a set without code points: by the letters of the name, which the sets hyphenate each in its own way."""
+    return {_letters(name): svg for name, svg in _svgs(folder).items()}
+
+
+def _names_by_code(folder: Path) -> dict[str, str]:
+    chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
+    return {_code(code): name for code, name in chars.items()}
+
+
+def _svgs(folder: Path) -> dict[str, str]:
     icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
-    names = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
     width, height = icons.get("width", 16), icons.get("height", 16)
     svgs = {}
-    for code, name in names.items():
-        icon = icons["icons"].get(name)
-        if icon is None:
-            continue
+    for name, icon in icons["icons"].items():
         box = f"0 0 {icon.get('width', width)} {icon.get('height', height)}"
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">'
-        svgs[_code(code)] = svg + icon["body"] + "</svg>"
+        svgs[name] = svg + icon["body"] + "</svg>"
     return svgs
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name if letter.isalnum())
 
 
 def _code(text: str) -> str:

@@ -17,18 +17,24 @@ from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimi
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; `ema` is the final decay of the averaged weights."""
+    """How long and how fast to train; `ema` is the final decay of the averaged weights.
+
+    The learning rate stays up for the fraction `plateau` of the steps and then falls to 2 % along a cosine: what was
+    trained on a plateau can be trained on, which a finished cosine cannot.
+    """
 
     steps: int
     learning_rate: float
     warmup: int = 200
     weight_decay: float = 0.01
     ema: float = 0.999
+    plateau: float = 0.0
     save_seconds: float = 120.0
 
     def lr_at(self, step: int) -> float:
         ramp = min(1.0, (step + 1) / self.warmup)
-        return self.learning_rate * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        fallen = max(0.0, step - self.plateau * self.steps) / ((1 - self.plateau) * self.steps)
+        return self.learning_rate * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
 def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule, state_file: Path) -> None:
