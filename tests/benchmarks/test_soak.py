@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.short_run import LORA, STEPS, Scene
+from benchmarks.short_run import LORA, STEPS, Forked, Scene
 from benchmarks.soak import Case, Order, figures, plan, table
-from benchmarks.soak_disk import means
+from benchmarks.soak_disk import IS_ROOT, break_disk, means, mend_disk, own_disk
 from benchmarks.soak_judge import (
     CACHING,
     CARD,
@@ -159,6 +159,23 @@ def test_files_of_the_user_are_touched_when_they_move_change_or_go(tmp_path: Pat
         "disk/run/notes.txt",
         "icons/crown.txt",
     ]
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="disks can be mounted by root on Linux only")
+@pytest.mark.parametrize("kind", [FULL, READ_ONLY])
+def test_a_disk_breaks_with_a_file_open_on_it_and_is_mended_again(tmp_path: Path, kind: str) -> None:
+    disk, run, process = tmp_path / "disk", tmp_path / "disk" / "run", Forked(0)
+    disk.mkdir()
+    with own_disk(disk):
+        run.mkdir()
+        with (run / ".lock").open("wb"):
+            break_disk(kind, disk, run, process)
+            with pytest.raises(OSError, match="space|Read-only"):
+                (run / "file").write_bytes(bytes(2**13))
+        mend_disk(kind, disk, run)
+        (run / "file").write_bytes(bytes(2**13))
+        break_disk(kind, disk, run, process)
+    assert list(disk.iterdir()) == []
 
 
 def test_progress_is_read_from_the_files_of_a_run_and_a_torn_line_is_no_news(tmp_path: Path) -> None:
