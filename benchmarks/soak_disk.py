@@ -23,7 +23,10 @@ SECONDS_TO_REMOUNT = 5.0  # it has to wait if a file was opened in between
 def means() -> dict[str, str]:
     """What a full disk and a read-only folder are on this machine; nothing for what cannot be had."""
     if IS_ROOT:
-        return {"full disk": f"a tmpfs of {MIB} MiB, filled", "read-only": "a tmpfs, covered by a read-only mount of itself"}
+        return {
+            "full disk": f"a tmpfs of {MIB} MiB, filled",
+            "read-only": "a tmpfs, covered by a read-only mount of itself",
+        }
     limit = {"full disk": f"RLIMIT_FSIZE of {LIMIT} bytes"} if HAS_LIMITS else {}
     return limit | ({} if sys.platform == "win32" else {"read-only": "a run folder of mode 0555"})
 

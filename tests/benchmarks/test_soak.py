@@ -170,7 +170,7 @@ def test_a_disk_breaks_with_a_file_open_on_it_and_is_mended_again(tmp_path: Path
         run.mkdir()
         with (run / ".lock").open("wb"):
             break_disk(kind, disk, run, process)
-            with pytest.raises(OSError, match="space|Read-only"):
+            with pytest.raises(OSError, match=r"space|Read-only"):
                 (run / "file").write_bytes(bytes(2**13))
         mend_disk(kind, disk, run)
         (run / "file").write_bytes(bytes(2**13))
