@@ -87,7 +87,7 @@ def _fill(ballast: Path) -> None:
 
 def _make_read_only(disk: Path) -> None:
     end = time.monotonic() + SECONDS_TO_REMOUNT
-    command = ["mount", "-o", "remount,bind,ro", disk]
+    command = ["mount", "-o", "remount,bind,ro", str(disk)]
     while subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode != 0:
         if time.monotonic() > end:
             raise TimeoutError(f"{disk} stays in use, so it cannot be made read-only")

@@ -93,6 +93,7 @@ def test_steps_previews_and_checkpoints_tell_their_phase() -> None:
         (kill(FULL, CHECKPOINT), 1, FULL_DISK),
         (kill(FULL, CARD, STEPS, (4, 6), has_lora=True), 0, "uploaded"),
         (kill(SIGINT, STEP, STEPS - 1), 0, "saved"),
+        (kill(SIGTERM, CHECKPOINT, STEPS - 1), 143, "error: stopped by SIGTERM after the LoRA was saved in run"),
     ],
 )
 def test_a_promised_end_is_right(done: Kill, code: int, text: str) -> None:
@@ -108,6 +109,7 @@ def test_a_promised_end_is_right(done: Kill, code: int, text: str) -> None:
         (kill(SIGTERM, STEP), -15, "", "exit -15"),
         (kill(SIGTERM, CACHING, 0, ()), -15, "", "exit -15"),
         (kill(SIGINT, STEP), 2, STOPPED, "exit 2"),
+        (kill(SIGTERM, CHECKPOINT), 143, "error: stopped by SIGTERM", "exit 143"),
         (kill(SIGINT, STEP), 0, "saved", "exit 0, as if nothing had been"),
         (kill(SIGINT, LAST, STEPS), 3, "stopped", "not one sentence"),
         (kill(SIGTERM, STEP), 3, f"{STOPPED}\n{STOPPED}", "not one sentence"),
