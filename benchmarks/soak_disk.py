@@ -17,13 +17,16 @@ IS_ROOT = sys.platform == "linux" and os.geteuid() == 0
 HAS_LIMITS = sys.platform == "linux"
 MIB = 16
 LIMIT = 32 * 1024  # bytes: below a LoRA file's and a checkpoint's, above a log's
-SECONDS_TO_REMOUNT = 5.0  # it has to wait while a file is open for writing
+SECONDS_TO_REMOUNT = 5.0  # it has to wait if a file was opened in between
 
 
 def means() -> dict[str, str]:
     """What a full disk and a read-only folder are on this machine; nothing for what cannot be had."""
     if IS_ROOT:
-        return {"full disk": f"a tmpfs of {MIB} MiB, filled", "read-only": "a tmpfs, mounted read-only anew"}
+        return {
+            "full disk": f"a tmpfs of {MIB} MiB, filled",
+            "read-only": "a tmpfs, covered by a read-only mount of itself",
+        }
     limit = {"full disk": f"RLIMIT_FSIZE of {LIMIT} bytes"} if HAS_LIMITS else {}
     return limit | ({} if sys.platform == "win32" else {"read-only": "a run folder of mode 0555"})
 
@@ -38,7 +41,8 @@ def own_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        while os.path.ismount(folder):  # more than once if it is still read-only
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def break_disk(kind: str, disk: Path, run: Path, process: Process) -> None:
@@ -46,7 +50,10 @@ def break_disk(kind: str, disk: Path, run: Path, process: Process) -> None:
     if IS_ROOT and kind == FULL:
         _fill(disk / "ballast")
     elif IS_ROOT:
-        _remount(disk, "ro")
+        # A disk on which a file is open, such as a run's lock, cannot be mounted anew; but it can be mounted again on
+        # top of itself, and this mount can.
+        subprocess.run(["mount", "--bind", disk, disk], check=True)
+        _make_read_only(disk)
     elif kind == FULL:
         import resource
 
@@ -60,7 +67,7 @@ def mend_disk(kind: str, disk: Path, run: Path) -> None:
     if IS_ROOT and kind == FULL:
         (disk / "ballast").unlink()
     elif IS_ROOT:
-        _remount(disk, "rw")
+        subprocess.run(["umount", "--lazy", disk], check=True)
     elif kind != FULL:
         run.chmod(0o755)
 
@@ -78,9 +85,9 @@ def _fill(ballast: Path) -> None:
         os.close(handle)
 
 
-def _remount(disk: Path, how: str) -> None:
+def _make_read_only(disk: Path) -> None:
     end = time.monotonic() + SECONDS_TO_REMOUNT
-    command = ["mount", "-o", f"remount,{how}", str(disk)]
+    command = ["mount", "-o", "remount,bind,ro", str(disk)]
     while subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode != 0:
         if time.monotonic() > end:
-            raise TimeoutError(f"{disk} stays in use, so it cannot be mounted {how}")
+            raise TimeoutError(f"{disk} stays in use, so it cannot be made read-only")

@@ -52,6 +52,11 @@ class Kill:
     at: Progress
     total: int
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the run may have finished before it could hear of it."""
+        return self.phase in AFTER_STEPS or self.at.steps >= self.total - 1
+
 
 @dataclass(frozen=True)
 class End:
@@ -111,8 +116,7 @@ def wrong_end(kill: Kill, end: End, left: Left) -> str | None:
     if "Traceback" in end.text:
         return f"a traceback, exit {end.code}: {end.last_line}"
     if end.code == 0:  # too late to be heard, or with nothing left to write
-        is_late = kill.phase in AFTER_STEPS or kill.at.steps >= kill.total - 1
-        return None if left.has_lora and is_late else "exit 0, as if nothing had been"
+        return None if left.has_lora and kill.is_late else "exit 0, as if nothing had been"
     if end.code not in _codes(kill):
         return f"exit {end.code}: {end.last_line}"
     return None if end.code < 0 or kill.kind == SIGKILL else wrong_words(kill.kind, end, left)
@@ -170,7 +174,7 @@ def same_tensors(one: Path, two: Path) -> bool:
 
 def _codes(kill: Kill) -> tuple[int, ...]:
     """The exit codes that are promised besides 0."""
-    outside = kill.phase in BEFORE_STEPS or kill.phase in AFTER_STEPS
+    outside = kill.phase in BEFORE_STEPS or kill.is_late
     if kill.kind == SIGKILL:
         return (-9, 1)  # 1: as Windows ends a process
     if kill.kind == SIGINT:

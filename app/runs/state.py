@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flatlora_diffusion.ground.run_dir import LORA_FILE
+
 from ..jobs.launch import STOPPED_CODE, Launch
 from .progress import Progress
 
@@ -44,7 +46,7 @@ def judge(launch: Launch | None, progress: Progress, files: RunFiles, is_queued:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is in a run folder: whether a LoRA file, the newest checkpoint's name, when the events last changed."""
+    """What is in a run folder: whether its LoRA, the newest checkpoint's name, when the events last changed."""
 
     has_lora: bool
     checkpoint: str | None
@@ -54,7 +56,7 @@ class RunFiles:
     def of(cls, folder: Path, checkpoints: list[Path]) -> RunFiles:
         events = folder / "events.jsonl"
         return cls(
-            has_lora=any(folder.glob("*.safetensors")),
+            has_lora=(folder / LORA_FILE).is_file(),  # and not a base or another LoRA that lies there too
             checkpoint=checkpoints[-1].name if checkpoints else None,
             changed=events.stat().st_mtime if events.exists() else 0.0,
         )

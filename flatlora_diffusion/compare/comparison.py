@@ -34,6 +34,7 @@ from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
 from flatlora_diffusion.evaluation.metrics import described
 from flatlora_diffusion.gallery.grid import labelled_grid
+from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.saved_settings import portable
@@ -70,9 +71,9 @@ def _compare(config: TrainConfig, own: CompareConfig) -> Path:
     examiner, sdxl = load_examiner(config, [*main, *nulls], material)
     _check_base(config, sdxl, [*main, *nulls])
     result = {"settings": _settings(config, own, material), **_measure(arms, main, nulls, examiner)}
-    (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(out / "compare.json", json.dumps(result, indent=1))
     names = {arm.key: arm.name for arm in arms}
-    (out / "compare.md").write_text(table(names, result["metrics"], result["base"], result["values"]) + "\n", "utf-8")
+    write_text_atomically(out / "compare.md", table(names, result["metrics"], result["base"], result["values"]))
     _save_grid(out, result, {sample.caption for sample in material.sets[TRAIN].samples})
     write_compare_page(result, out)
     return out

@@ -11,7 +11,7 @@ from typing import Any
 
 from flatlora_diffusion.data.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
-from flatlora_diffusion.ground.files import write_atomically
+from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile
@@ -110,8 +110,7 @@ class Meter:
                 ):
                     found = measured()
             self._kept.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(found) + "\n"
-            write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+            write_text_atomically(file, json.dumps(found))
         kept: Losses = json.loads(file.read_text(encoding="utf-8"))
         return kept
 

@@ -20,9 +20,12 @@ from flatlora_diffusion.data.images import ImageError, load_alpha, load_image
 from flatlora_diffusion.data.latents import LatentCache
 from flatlora_diffusion.data.order import BucketOrder, Draw, Order
 from flatlora_diffusion.data.prompts import FrozenPrompts, TokenizedPrompts
+from flatlora_diffusion.ground.atomic import remove_half_written, writing_into
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.objective import Batch
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, posterior
+
+_LONGEST_WRITE = 3600.0  # seconds; a file that another run has not finished in that time it never will
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Feed:
         data = config.data
         folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing_into(folder, "embedding_cache_dir"):
+                folder.mkdir(parents=True, exist_ok=True)
+            remove_half_written(folder, seconds=_LONGEST_WRITE)
         captions = [sample.caption for sample in (*samples, *class_samples)]
         text_folder = folder if data.cache_text_embeddings else None
         self._prompts: FrozenPrompts | TokenizedPrompts = (

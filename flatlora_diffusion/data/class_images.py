@@ -12,7 +12,7 @@ from tqdm import tqdm
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
-from flatlora_diffusion.ground.files import write_atomically
+from flatlora_diffusion.ground.atomic import write_atomically, writing_into
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
@@ -57,4 +57,5 @@ def _generate(config: TrainConfig, folder: Path, present: int, device: torch.dev
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten
                 path = path.with_stem(f"{path.stem}-new")
-            write_atomically(path, partial(image.save, format="PNG"))  # half a picture would count as one
+            with writing_into(folder, "class_data_dir"):
+                write_atomically(path, partial(image.save, format="PNG"))  # half a picture would count as one

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from flatlora_diffusion.data.crops import View, mirrored_view
 from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.ground.atomic import writing_into
 from flatlora_diffusion.ground.files import fingerprint, load_tensors, save_tensors
 from flatlora_diffusion.sdxl.pipeline import posterior
 
@@ -47,7 +48,8 @@ class LatentCache:
                 mean, std = (value.cpu() for value in posterior(vae, pixels))
                 self._posteriors[sample.id, is_mirrored] = mean, std
                 if path is not None:
-                    save_tensors(path, {"mean": mean, "std": std})
+                    with writing_into(path.parent, "embedding_cache_dir"):
+                        save_tensors(path, {"mean": mean, "std": std})
 
     def posterior(self, keys: Sequence[tuple[str, bool]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Normalized mean and std, each (B, 4, h, w), of the samples with id and mirroring as in `keys`."""

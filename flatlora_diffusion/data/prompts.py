@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.ground.atomic import writing_into
 from flatlora_diffusion.ground.files import fingerprint, load_tensors, save_tensors
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
 
@@ -56,7 +57,8 @@ class FrozenPrompts:
             prompt_embeds, pooled = (value.cpu() for value in encode_prompts(sdxl, [caption]))
             self._embeds[caption] = prompt_embeds, pooled
             if path is not None:
-                save_tensors(path, {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled})
+                with writing_into(path.parent, "embedding_cache_dir"):
+                    save_tensors(path, {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled})
 
     def conditioning(self, captions: Sequence[str], kept: Tensor | None, device: torch.device) -> dict[str, Tensor]:
         """The prompt fields of a Batch; a caption with `kept` 0 is all zeros, as SDXL's unconditional half."""

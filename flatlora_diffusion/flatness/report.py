@@ -31,6 +31,7 @@ from flatlora_diffusion.flatness.pictures import write_charts
 from flatlora_diffusion.flatness.robustness import Company
 from flatlora_diffusion.flatness.surface import axis
 from flatlora_diffusion.flatness.tables import tables
+from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.lora_files.attached import loaded
@@ -170,6 +171,6 @@ def _facts(
 
 def _write(folder: Path, config: FlatnessConfig, figures: Sequence[Figures], facts: Mapping[str, Any]) -> None:
     result = {**facts, "figures": [dataclasses.asdict(found) for found in figures]}
-    (folder / "flatness.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / "flatness.md").write_text(tables(figures, config) + "\n", encoding="utf-8")
+    write_text_atomically(folder / "flatness.json", json.dumps(result, indent=1))
+    write_text_atomically(folder / "flatness.md", tables(figures, config))
     write_charts(folder, config, figures, facts)

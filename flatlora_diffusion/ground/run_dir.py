@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.ground.atomic import remove_half_written, write_text_atomically
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
@@ -33,8 +34,6 @@ _READ_SETTINGS = (  # what a run goes on reading
     "validation_prompts_file",
 )
 _RUN_FILES = (
-    "config.json",
-    "manifest.json",
     "events.jsonl",
     "images",
     "README.md",
@@ -43,13 +42,14 @@ _RUN_FILES = (
     "pytorch_lora_weights_emb.safetensors",
     "pytorch_lora_weights_kohya.safetensors",
 )
+# What makes a folder a run: written first and moved away last, so that it is known for one whatever cuts that off.
+_IDENTITY = ("config.json", "manifest.json")
 _LORA_FILES = (".safetensors", ".json", ".png")
 # Stems that a run's other files have, and those that Windows keeps for devices.
 _TAKEN_NAMES = re.compile(r"config|manifest|state|pytorch_lora_weights.*|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 _LONGEST_NAME = 80
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # and not a user's checkpoint-100-best
-# What a run that was killed has left half-written: of its checkpoints, and of its files.
-_HALF_WRITTEN = re.compile(r"\.checkpoint-[0-9]+\.(part|old)|\..+\.[0-9]+\.part")
+_HALF_CHECKPOINT = re.compile(r"\.checkpoint-[0-9]+\.(part|old)")  # of a run that was killed
 
 
 class RunDir:
@@ -87,19 +87,17 @@ class RunDir:
         with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._move_aside(self._present(config))
-            _write_json(self.config_file, portable(config))
             _write_json(self.manifest_file, manifest)
+            _write_json(self.config_file, portable(config))
 
     def clean(self) -> None:
-        """Forget requests to runs that have ended, and what they have left half-written."""
+        """Forget requests to runs that have ended, and what they have left half-written in folders of the run."""
         self.stop_file.unlink(missing_ok=True)
         self.save_file.unlink(missing_ok=True)
+        remove_half_written(self.images)
         for path in self.folder.iterdir():
-            if _HALF_WRITTEN.fullmatch(path.name):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+            if _HALF_CHECKPOINT.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -240,18 +238,25 @@ class RunDir:
 
     def _holds_run(self) -> bool:
         """Whether a run of this program, or of diffusers' script, has been here."""
-        is_ours = self.config_file.is_file() and self.manifest_file.is_file()
-        return is_ours or (self.folder / LORA_FILE).is_file() or bool(self.checkpoints())
+        return self._has_manifest() or (self.folder / LORA_FILE).is_file() or bool(self.checkpoints())
+
+    def _has_manifest(self) -> bool:
+        """Whether there is a manifest.json of a run's kind; web pages have files of that name too."""
+        try:
+            rows = json.loads(self.manifest_file.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(rows, list) and all(isinstance(row, dict) and "sha256" in row for row in rows)
 
     def _present(self, config: Mapping[str, Any]) -> list[Path]:
-        """What is in the folder already of all that a run writes."""
+        """What is in the folder already of all that a run writes, in the order in which to move it away."""
         names: set[str] = set()
         if self._holds_run():
             earlier = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
             names = {self.lora_name(values.get("output_name")) for values in (config, earlier)}
             names.add(file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
-        files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES)]
-        return [self.folder / name for name in files if (self.folder / name).exists()] + self.checkpoints()
+        files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES), *_IDENTITY]
+        return self.checkpoints() + [self.folder / name for name in files if (self.folder / name).exists()]
 
     def _move_aside(self, paths: list[Path]) -> None:
         if not paths:
@@ -276,6 +281,4 @@ def file_name(text: str) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text_atomically(path, json.dumps(value, indent=2))

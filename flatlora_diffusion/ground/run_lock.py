@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.ground.atomic import remove_half_written, writing_into
 
 logger = logging.getLogger(__name__)
 
@@ -19,27 +20,23 @@ _LOCK = ".lock"
 @contextmanager
 def alone_in(folder: Path, setting: str, waits: bool = False) -> Iterator[None]:
     """Hold `folder`, the value of `setting`, which is made if it is not there; gone again if nothing was put into it.
+    What others have left half-written in it is removed.
 
     Raises ConfigError when another process holds it, unless this one `waits` for it, and when it cannot be written.
     """
     is_new = not folder.exists()
     lock = FileLock(folder / _LOCK, thread_local=False)
-    try:
+    with writing_into(folder, setting):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except Timeout as error:
             if not waits:
-                raise
+                owner = "belongs to another run that goes on: let it end, or give another folder"
+                raise ConfigError(f"{setting}={str(folder)!r} {owner}") from error
             logger.info("waiting for another run that writes into %s", folder)
             lock.acquire()
-    except Timeout as error:
-        raise ConfigError(
-            f"{setting}={str(folder)!r} belongs to another run that goes on: let it end, or give another folder"
-        ) from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"{setting}={str(folder)!r} cannot be written: {reason}; give another folder") from error
+    remove_half_written(folder)
     try:
         yield
     finally:

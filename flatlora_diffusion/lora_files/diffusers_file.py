@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.lora import lora_layers
 from flatlora_diffusion.adapter.update import PARTS, Updates, balanced, lora_updates, magnitudes
-from flatlora_diffusion.ground.files import write_atomically
+from flatlora_diffusion.ground.atomic import write_atomically
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
@@ -42,7 +43,7 @@ def write_model_card(
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
     ]
     card = run.folder / REPOCARD_NAME
-    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text_atomically(card, "\n\n".join(parts))
     return card
 
 

@@ -20,7 +20,7 @@ from flatlora_diffusion.adapter.update import (
 )
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
-from flatlora_diffusion.ground.files import write_atomically
+from flatlora_diffusion.ground.atomic import write_atomically, write_text_atomically
 from flatlora_diffusion.lora_files.diffusers_file import save_lora
 from flatlora_diffusion.lora_files.kohya import completed, kohya_stream
 from flatlora_diffusion.lora_files.metadata import Training, kohya_metadata, sidecar
@@ -87,7 +87,7 @@ def accompany(state: TrainState, preview: Path | None, notes: tuple[str, ...] = 
     """Write NAME.json and NAME.png, which web UIs show with the file of that name, into the run folder."""
     path = state.run.folder / f"{state.run.lora_name(state.config.run.output_name)}.json"
     text = json.dumps(sidecar(state.config, training(state, state.total_steps), notes), indent=2, ensure_ascii=False)
-    write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+    write_text_atomically(path, text)
     if preview is not None:
         write_atomically(path.with_suffix(".png"), lambda aside: shutil.copyfile(preview, aside))
 

@@ -39,6 +39,27 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[list[int]]:
+    """While open, SIGINT and SIGTERM are put into this list, and nothing else; a second one ends the process.
+
+    For code that runs finalizers: Python prints and forgets what is raised in one.
+    """
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if came:
+            _interrupt(number, frame)
+        came.append(number)
+
+    previous = _handled_by(remember)
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def interrupted_as(became: Callable[[], str]) -> Iterator[None]:
     """Have an interruption say what became of what goes on while this is open."""
     try:

@@ -35,7 +35,7 @@ from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
 from flatlora_diffusion.training.state import TrainState, averaged, prepare, seeded, set_backends
-from flatlora_diffusion.training.stopping import Stopping, interrupted_as
+from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
 from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
 from flatlora_diffusion.training.validation import read_pictures
 
@@ -84,16 +84,18 @@ def _train(config: TrainConfig, run: RunDir) -> Path:
             with Stopping(run, config.optim.max_train_seconds) as stopping:
                 _loop(state, first, previews, stopping)
                 path = save_result(state)
+        saved = f"after the LoRA was saved in {path}"
         if previews is not None:
-            with interrupted_as(
-                lambda: f"after the LoRA was saved in {path}; last previews, card or upload are missing"
-            ):
+            with interrupted_as(lambda: f"{saved}; last previews, card or upload are missing"):
                 stopping.interrupt()
                 present(state, previews)
         state.accelerator.wait_for_everyone()
-        return path
     finally:
-        _put_away(state)
+        with undisturbed() as signals:
+            _put_away(state)
+    if signals:  # a comparison must not go on with its next run
+        raise Interrupted(signals[0], f"{saved}; nothing is missing")
+    return path
 
 
 def _untrained() -> str:

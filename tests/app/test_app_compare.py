@@ -16,6 +16,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 
+from app.compare import comparison
 from app.compare.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.compare.export import difference
 from app.compare.picture_cache import Drawing, DrawOrder, Picture, orders_for
@@ -252,3 +253,7 @@ def test_lists_are_read_as_they_are_written() -> None:
 def test_the_difference_is_amplified_and_has_no_sign() -> None:
     grey, darker = Image.new("RGB", (2, 2), (100, 100, 100)), Image.new("RGB", (2, 2), (90, 100, 0))
     assert difference(darker, grey).getpixel((0, 0)) == difference(grey, darker).getpixel((0, 0)) == (40, 0, 255)
+
+
+def test_the_prompts_kept_out_of_training_are_found() -> None:
+    assert comparison._HELD_OUT.is_file()

@@ -248,8 +248,9 @@ def test_wrong_settings_fail_with_their_sentence(runs: RunStore, settings: dict[
 
 def test_states_of_runs_from_elsewhere_come_from_their_files(runs: RunStore) -> None:
     finished = made_by_hand(runs, "finished", step(9), {"event": "finished", "step": 10})
-    (finished / "finished.safetensors").touch()
-    made_by_hand(runs, "lost", step(9), {"event": "finished", "step": 10})
+    (finished / "pytorch_lora_weights.safetensors").touch()
+    lost = made_by_hand(runs, "lost", step(9), {"event": "finished", "step": 10})
+    (lost / "a base that lies there.safetensors").touch()
     made_by_hand(runs, "stopped", step(3), {"event": "stopped", "step": 4, "reason": "SIGINT"})
     (made_by_hand(runs, "gone", step(3)) / "checkpoint-4").mkdir()
     made_by_hand(runs, "again", {"event": "stopped", "step": 4, "reason": "SIGINT"}, step(4))

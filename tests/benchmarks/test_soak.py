@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.short_run import LORA, STEPS, Scene
+from benchmarks.short_run import LORA, STEPS, Forked, Scene
 from benchmarks.soak import Case, Order, figures, plan, table
-from benchmarks.soak_disk import means
+from benchmarks.soak_disk import IS_ROOT, break_disk, means, mend_disk, own_disk
 from benchmarks.soak_judge import (
     CACHING,
     CARD,
@@ -93,6 +93,7 @@ def test_steps_previews_and_checkpoints_tell_their_phase() -> None:
         (kill(FULL, CHECKPOINT), 1, FULL_DISK),
         (kill(FULL, CARD, STEPS, (4, 6), has_lora=True), 0, "uploaded"),
         (kill(SIGINT, STEP, STEPS - 1), 0, "saved"),
+        (kill(SIGTERM, CHECKPOINT, STEPS - 1), 143, "error: stopped by SIGTERM after the LoRA was saved in run"),
     ],
 )
 def test_a_promised_end_is_right(done: Kill, code: int, text: str) -> None:
@@ -108,6 +109,7 @@ def test_a_promised_end_is_right(done: Kill, code: int, text: str) -> None:
         (kill(SIGTERM, STEP), -15, "", "exit -15"),
         (kill(SIGTERM, CACHING, 0, ()), -15, "", "exit -15"),
         (kill(SIGINT, STEP), 2, STOPPED, "exit 2"),
+        (kill(SIGTERM, CHECKPOINT), 143, "error: stopped by SIGTERM", "exit 143"),
         (kill(SIGINT, STEP), 0, "saved", "exit 0, as if nothing had been"),
         (kill(SIGINT, LAST, STEPS), 3, "stopped", "not one sentence"),
         (kill(SIGTERM, STEP), 3, f"{STOPPED}\n{STOPPED}", "not one sentence"),
@@ -159,6 +161,23 @@ def test_files_of_the_user_are_touched_when_they_move_change_or_go(tmp_path: Pat
         "disk/run/notes.txt",
         "icons/crown.txt",
     ]
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="disks can be mounted by root on Linux only")
+@pytest.mark.parametrize("kind", [FULL, READ_ONLY])
+def test_a_disk_breaks_with_a_file_open_on_it_and_is_mended_again(tmp_path: Path, kind: str) -> None:
+    disk, run, process = tmp_path / "disk", tmp_path / "disk" / "run", Forked(0)
+    disk.mkdir()
+    with own_disk(disk):
+        run.mkdir()
+        with (run / ".lock").open("wb"):
+            break_disk(kind, disk, run, process)
+            with pytest.raises(OSError, match=r"space|Read-only"):
+                (run / "file").write_bytes(bytes(2**13))
+        mend_disk(kind, disk, run)
+        (run / "file").write_bytes(bytes(2**13))
+        break_disk(kind, disk, run, process)
+    assert list(disk.iterdir()) == []
 
 
 def test_progress_is_read_from_the_files_of_a_run_and_a_torn_line_is_no_news(tmp_path: Path) -> None:

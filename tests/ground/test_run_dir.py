@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,10 +63,61 @@ def test_checkpoints_of_later_steps_make_way_for_a_run_that_goes_on_from_an_earl
 def test_only_what_a_killed_run_has_left_half_written_is_cleaned_away(tmp_path: Path) -> None:
     for name in (".checkpoint-5.part", ".checkpoint-4.old", "checkpoint-3", ".mine.part"):
         (tmp_path / name).mkdir()
-    for name in ("stop", "save", ".x.safetensors.4711.part", "x.part", ".hidden"):
+    (tmp_path / "images").mkdir()
+    killed = (".x.safetensors.4711.part", ".config.json.4711.part", "images/.step-2-0.png.4711.part")
+    for name in ("stop", "save", *killed, "x.part", ".hidden", "images/step-1-0.png"):
         (tmp_path / name).write_text("")
-    RunDir(tmp_path).clean()
-    assert names(tmp_path) == {"checkpoint-3", ".mine.part", "x.part", ".hidden"}
+    with alone_in(tmp_path, "output_dir"):
+        RunDir(tmp_path).clean()
+    assert names(tmp_path) == {"checkpoint-3", ".mine.part", "x.part", ".hidden", "images"}
+    assert names(tmp_path / "images") == {"step-1-0.png"}
+
+
+CONFIG = {"output_dir": "run", "output_name": None}
+MANIFEST = [{"id": "a.png", "sha256": "0"}]
+
+
+@pytest.mark.parametrize("has_earlier", [False, True])
+@pytest.mark.parametrize("renames", range(13))
+def test_a_start_that_is_cut_off_anywhere_can_be_made_again_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int, has_earlier: bool
+) -> None:
+    folder = tmp_path / "run"
+    run, before = RunDir(folder), set()
+    if has_earlier:
+        run.start(CONFIG, MANIFEST)
+        before = {"config.json", "manifest.json", "events.jsonl", "pytorch_lora_weights.safetensors"}
+        before |= {"run.safetensors", "run.json", "run.png", "README.md"}
+        for name in before - {"config.json", "manifest.json"}:
+            (folder / name).write_text("")
+        (folder / "checkpoint-2").mkdir()
+        before.add("checkpoint-2")
+    left, real = [None] * renames, os.replace
+
+    def replace(*args: Any) -> None:
+        if not left:
+            raise SystemExit  # as a kill: nobody tidies up
+        left.pop()
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with suppress(SystemExit):
+            run.start(CONFIG, MANIFEST)
+    run.start(CONFIG, MANIFEST)
+    assert (run.config()["output_dir"], run.manifest()) == ("run", MANIFEST)
+    earlier = [path for path in folder.iterdir() if path.name.startswith("earlier-")]
+    assert before <= {path.name for one in earlier for path in one.iterdir()}
+    assert names(folder) == {"config.json", "manifest.json", *(path.name for path in earlier)}
+
+
+@pytest.mark.parametrize("files", [{"config.json": "{}"}, {"config.json": "{}", "manifest.json": '{"name": "page"}'}])
+def test_files_that_no_run_has_made_are_not_moved_away(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=r"holds config\.json.*, where a run writes .* but no earlier run"):
+        RunDir(tmp_path).start(CONFIG, MANIFEST)
+    assert names(tmp_path) == set(files)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,18 @@ def card(run: RunDir, config: TrainConfig, trigger_words: str | None = "TOK", pr
     return ModelCard.load(path)
 
 
+def test_a_card_that_cannot_be_written_leaves_the_one_before(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = card(run, config()).text
+
+    def fail(*args: Any) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        card(run, config(), trigger_words="other")
+    assert ModelCard.load(run.folder / "README.md").text == before
+
+
 def python_of(text: str) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return str(code)

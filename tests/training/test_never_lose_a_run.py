@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -206,11 +208,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config: TrainConfig, monkeyp
         calls.append(path)
         if len(calls) > 2:
             Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         plain(tensors, path, **rest)
 
     monkeypatch.setattr(tensor_file, "save_file", full)
-    with pytest.raises(RunError, match="No space left on device; the last good checkpoint is checkpoint-2"):
+    complaint = "the run folder cannot be written: No space left on device; the last good checkpoint is checkpoint-2"
+    with pytest.raises(RunError, match=complaint):
         train(config.replace(checkpointing_steps=1))
     run = RunDir(Path(config.run.output_dir))
     assert [path.name for path in run.checkpoints()] == ["checkpoint-1", "checkpoint-2"]
@@ -303,6 +306,35 @@ def test_a_signal_while_the_result_is_saved_waits_until_it_is(
     with pytest.raises(Interrupted, match="stopped by SIGTERM after the LoRA was saved in"):
         train(config)
     assert RunDir(Path(config.run.output_dir)).ending() == {"event": "finished", "step": 6}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_signal_while_a_run_is_put_away_is_heard_when_it_is_and_changes_no_failure(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    class Owner:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    real = Accelerator.free_memory
+
+    def free_memory(self: Accelerator) -> Any:
+        Owner()  # its finalizer runs here, and an exception in it would be printed and forgotten
+        return real(self)
+
+    monkeypatch.setattr(Accelerator, "free_memory", free_memory)
+    if fails:
+        fail_at(monkeypatch, 2, lambda loss: loss * float("nan"))
+    before = signal.getsignal(signal.SIGINT)
+    assert command_line.train_main(arguments(config)[1:]) == (1 if fails else 130)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(
+        "error: the loss of step 2 is not finite"
+        if fails
+        else f"error: stopped by SIGINT after the LoRA was saved in {Path(config.run.output_dir) / LORA_FILE}; nothing"
+    )
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_result_that_cannot_be_saved_leaves_a_checkpoint_to_save_it_from(
@@ -457,6 +489,19 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 def test_the_threads_that_load_images_end_with_the_run(config: TrainConfig) -> None:
     train(config.replace(dataloader_num_workers=2))
     assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
+
+
+# A disk that is full before the first step
+
+
+@pytest.mark.parametrize("cached", ["cache_latents", "cache_text_embeddings"])
+def test_a_cache_that_cannot_be_written_is_named_in_one_sentence(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: str
+) -> None:
+    monkeypatch.setattr(tensor_file, "save_file", raising(SafetensorError("I/O error: No space left (os error 28)")))
+    complaint = r"embedding_cache_dir='.*cache' cannot be written: No space left; give another folder"
+    with pytest.raises(ConfigError, match=complaint):
+        train(config.replace(embedding_cache_dir=str(tmp_path / "cache"), **{cached: True}))
 
 
 # What a run goes on with

@@ -1,0 +1,75 @@
+"""Files that are written whole or not at all, whatever happens meanwhile, and what is left when the process is killed.
+
+Needs no torch, so that run folders can be looked at without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from flatlora_diffusion.config import ConfigError
+
+_ASIDE = re.compile(r"\..+\.[0-9]+\.part")
+_SYSTEM_ERROR = re.compile(r"I/O error: (.+) \(os error ([0-9]+)\)", re.DOTALL)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(aside)` on a neighbour of `path`, flush it to disk, then rename it over `path`.
+
+    The file is readable by whom the umask allows; safetensors would make it readable by its owner alone.
+
+    Raises OSError when it cannot be written, which safetensors calls otherwise.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.touch()
+        mode = aside.stat().st_mode  # what the umask leaves of 0666, without setting the umask to learn it
+        write(aside)
+        os.chmod(aside, mode)
+        with open(aside, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except SafetensorError as error:
+        raise _as_system_error(error) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write `text` and a line's end, as UTF-8 with the same bytes on every system."""
+    write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8", newline="\n"))
+
+
+def remove_half_written(folder: Path, seconds: float = 0.0) -> None:
+    """Remove what `write_atomically` was at in `folder` when its process was killed.
+
+    In a folder that several processes write into, only what has lain there for as many `seconds` is surely that.
+    """
+    for path in folder.glob(".*.part") if folder.is_dir() else ():
+        with suppress(OSError):
+            if _ASIDE.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime >= seconds:
+                path.unlink()
+
+
+@contextmanager
+def writing_into(folder: Path, setting: str) -> Iterator[None]:
+    """Raises ConfigError in place of an OSError, which while this is open can only be that of `folder`, the value of
+    `setting`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{setting}={str(folder)!r} cannot be written: {reason}; give another folder") from error
+
+
+def _as_system_error(error: SafetensorError) -> OSError:
+    found = _SYSTEM_ERROR.search(str(error))
+    return OSError(str(error)) if found is None else OSError(int(found[2]), found[1])
