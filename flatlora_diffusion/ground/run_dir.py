@@ -21,17 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, settings_that
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
-_READ_SETTINGS = (  # what a run goes on reading
-    "instance_data_dir",
-    "dataset_name",
-    "class_data_dir",
-    "validation_data_dir",
-    "validation_prompts_file",
-)
 _RUN_FILES = (
     "config.json",
     "manifest.json",
@@ -73,7 +66,7 @@ class RunDir:
                 f"output_dir={str(self.folder)!r} holds {names}, where a run writes files of its own, but no earlier "
                 "run; give a new folder, such as one inside of it"
             )
-        for name in _READ_SETTINGS:
+        for name in settings_that("stays_open"):
             given = config.get(name)
             if given and any(Path(given).resolve().is_relative_to(path.resolve()) for path in present):
                 raise ConfigError(
