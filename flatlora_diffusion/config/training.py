@@ -81,6 +81,11 @@ class ModelConfig(Section):
         False, "TF32 matrix products on Ampere and newer GPUs: faster, less exact", only_loads=True
     )
 
+    @property
+    def is_unet_last(self) -> bool:
+        """Whether the UNet is placed last, so that it need not share the device with the encoding of the images."""
+        return self.offload and self.quantize_base is None
+
 
 @dataclass(frozen=True)
 class DataConfig(Section):

@@ -46,6 +46,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     write_atomically(path, lambda aside: save_file(contiguous, aside, metadata=metadata))
 
 
+def kept_tensors(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of the file, or, if there is none yet, those that `make` gives, which then are kept in it.
+
+    They are on the CPU. Without a path nothing is kept.
+    """
+    if path is not None and path.is_file():
+        return load_tensors(path)[0]
+    tensors = {name: value.cpu() for name, value in make().items()}
+    if path is not None:
+        save_tensors(path, tensors)
+    return tensors
+
+
 class Contents(NamedTuple):
     """What a file of tensors will hold: each tensor's entry in the header, the value of each single number, the sha256
     of all bytes behind the header, and the first of them.

@@ -34,7 +34,8 @@ from flatlora_diffusion.training.hub import hub_repository
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
-from flatlora_diffusion.training.state import TrainState, averaged, prepare, seeded, set_backends
+from flatlora_diffusion.training.settling import seeded
+from flatlora_diffusion.training.state import TrainState, averaged, prepare, set_backends
 from flatlora_diffusion.training.stopping import Stopping, interrupted_as
 from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
 from flatlora_diffusion.training.validation import read_pictures
