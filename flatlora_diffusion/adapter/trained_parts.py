@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from flatlora_diffusion.adapter.lora import (
     ADAPTER,
     add_lora,
-    add_text_lora,
     lora_layers,
     start_magnitudes,
     trainable_parameters,
@@ -19,6 +18,7 @@ from flatlora_diffusion.adapter.lora import (
 from flatlora_diffusion.adapter.new_tokens import add_tokens
 from flatlora_diffusion.adapter.update import PARTS, Updates, shared_path
 from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 
 def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:
@@ -29,13 +29,10 @@ def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:
     assert config.run.seed is not None
     adapter, seed = config.adapter, config.run.seed
     init_seed = seed if adapter.lora_init_seed is None else adapter.lora_init_seed
-    unet, *text_encoders = (getattr(pipeline, part) for part in PARTS)
-    add_lora(unet, adapter, init_seed)
-    if adapter.train_text_encoder:
-        for part, encoder in zip(PARTS[1:], text_encoders, strict=True):
-            add_text_lora(encoder, adapter, init_seed, part, config.model.clip_skip)
+    unet, text_encoders = pipeline.unet, {part: getattr(pipeline, part) for part in TEXT_PARTS}
+    add_lora(unet, adapter, init_seed, text_encoders if adapter.train_text_encoder else None, config.model.clip_skip)
     tokens = add_tokens(pipeline, config.tokens, seed) if config.tokens.train_text_encoder_ti else {}
-    trained_encoders = text_encoders if config.trains_text else []
+    trained_encoders = list(text_encoders.values()) if config.trains_text else []
     for model in (unet, *trained_encoders):
         model.train()
     if config.optim.gradient_checkpointing:

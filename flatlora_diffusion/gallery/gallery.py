@@ -142,7 +142,7 @@ def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
     sdxl = load_sdxl(config.model, torch.device("cuda" if has_gpu else "cpu"), DTYPES[precision])
     if config.model.offload and has_gpu:
         sdxl.pipeline.enable_model_cpu_offload()
-    resolution = sdxl.facts.checked_resolution(config.resolution)
+    resolution = sdxl.checked_resolution(config.resolution)
     return sdxl, dataclasses.replace(config, mixed_precision=precision, resolution=resolution)
 
 

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flatlora_diffusion.ground.whole_files import write_atomically
+
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(aside)` on a neighbour of `path`, flush it to disk, then rename it over `path`.
-
-    The file is readable by whom the umask allows; safetensors would make it readable by its owner alone.
-
-    Raises OSError when it cannot be written, which safetensors calls otherwise.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.touch()
-        mode = aside.stat().st_mode  # what the umask leaves of 0666, without setting the umask to learn it
-        write(aside)
-        os.chmod(aside, mode)
-        with open(aside, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:

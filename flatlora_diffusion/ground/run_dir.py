@@ -23,6 +23,7 @@ from typing import Any
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, settings_that
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
+from flatlora_diffusion.ground.whole_files import write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
 _RUN_FILES = (
@@ -80,8 +81,8 @@ class RunDir:
         with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._move_aside(self._present(config))
-            _write_json(self.config_file, portable(config))
-            _write_json(self.manifest_file, manifest)
+            write_json(self.config_file, portable(config))
+            write_json(self.manifest_file, manifest)
 
     def clean(self) -> None:
         """Forget requests to runs that have ended, and what they have left half-written."""
@@ -121,7 +122,7 @@ class RunDir:
     def update(self, config: Mapping[str, Any]) -> None:
         """Save the settings that a resumed run has from now on."""
         with self.writing():
-            _write_json(self.config_file, portable(config))
+            write_json(self.config_file, portable(config))
 
     def takes_save_request(self) -> bool:
         """Whether a checkpoint was asked for since the last call."""
@@ -266,9 +267,3 @@ def file_name(text: str) -> str:
     """`text` as a file's name on any system and in a prompt of A1111: letters, digits, `-`, `_` and inner `.`."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME].rstrip("-.") or "lora"
     return f"lora-{name}" if _TAKEN_NAMES.fullmatch(name.split(".")[0]) else name
-
-
-def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)

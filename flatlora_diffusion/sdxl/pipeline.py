@@ -21,25 +21,6 @@ from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 
 
 @dataclass(frozen=True)
-class BaseFacts:
-    """What of a base decides on settings: its image size in pixels, what sides are multiples of, its scheduler."""
-
-    resolution: int
-    size_step: int
-    is_edm: bool
-
-    def checked_resolution(self, wanted: int | None) -> int:
-        """The size to work at: `wanted`, or the base's own. Raises ConfigError for one that cannot be."""
-        resolution, step = wanted or self.resolution, self.size_step
-        if resolution % step:
-            near = max(1, round(resolution / step)) * step
-            raise ConfigError(
-                f"resolution={resolution} must be a multiple of {step} for this base; {near} is the nearest"
-            )
-        return resolution
-
-
-@dataclass(frozen=True)
 class Sdxl:
     """A frozen SDXL base. The VAE is fp32 (half-precision SDXL VAEs give black images); the rest is in one dtype.
 
@@ -68,9 +49,15 @@ class Sdxl:
         """Image sides must be a multiple of this: the VAE's factor times the UNet's."""
         return int(self.pipeline.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
-    @property
-    def facts(self) -> BaseFacts:
-        return BaseFacts(self.resolution, self.size_step, is_edm_scheduler(self.pipeline.scheduler))
+    def checked_resolution(self, wanted: int | None) -> int:
+        """The image size to work at: `wanted`, or the base's own. Raises ConfigError for one that cannot be."""
+        resolution, step = wanted or self.resolution, self.size_step
+        if resolution % step:
+            near = max(1, round(resolution / step)) * step
+            raise ConfigError(
+                f"resolution={resolution} must be a multiple of {step} for this base; {near} is the nearest"
+            )
+        return resolution
 
     def move(self, parts: Iterable[str], device: torch.device) -> None:
         """Place models of the pipeline, by their names in it."""

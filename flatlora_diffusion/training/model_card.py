@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.lora_files.metadata import base_name
+from flatlora_diffusion.lora_files.metadata import base_name, is_hub_id
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
 
 PICTURES_PER_ROW = 4
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def write_model_card(
@@ -93,7 +91,7 @@ def _card_data(
 def _hub_id(config: TrainConfig) -> str | None:
     """The base's hub id; None for our own base, a folder and a file."""
     name = config.model.pretrained_model_name_or_path
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if is_hub_id(name) and not Path(name).exists() else None
 
 
 def _license(config: TrainConfig) -> str:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 from accelerate.utils import broadcast_object_list
 
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.schedule import schedule_of
 from flatlora_diffusion.sdxl.device import this_process
-from flatlora_diffusion.sdxl.pipeline import BaseFacts
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +26,17 @@ def seeded(config: TrainConfig) -> TrainConfig:
 
 
 def settled(
-    config: TrainConfig, base: BaseFacts, shapes: Sequence[tuple[int, int]], precision: str, processes: int
+    config: TrainConfig,
+    precision: str,
+    resolution: int,
+    size_step: int,
+    shapes: Sequence[tuple[int, int]],
+    processes: int,
 ) -> TrainConfig:
     """`config`, which has its seed, with nothing left open: a pure function, and of its own result the same.
 
-    `shapes` are the (height, width) of the training images, `precision` is accelerate's. Raises ConfigError for a
-    resolution or an objective that does not fit the base.
+    `precision` is accelerate's, `resolution` and `size_step` are the base's for this config, `shapes` the (height,
+    width) of the training images.
     """
-    resolution = base.checked_resolution(config.data.resolution)
-    if config.objective.snr_gamma is not None and base.is_edm:
-        raise ConfigError("--snr_gamma does not fit this base, whose scheduler is EDM; leave it out")
     sized = config.replace(mixed_precision=precision, resolution=resolution)
-    steps = schedule_of(sized, shapes, base.size_step, processes).total_steps
-    return sized.replace(max_train_steps=steps)
+    return sized.replace(max_train_steps=schedule_of(sized, shapes, size_step, processes).total_steps)

@@ -76,18 +76,22 @@ class Learner:
 def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Sequence[Sample] = ()) -> TrainState:
     """Settle what `config` leaves open (precision, resolution, steps, seed), then build what its run needs."""
     accelerator = _accelerator(config)
-    set_backends(config)
+    given = seeded(config)
+    set_backends(given)
     precision = accelerator.mixed_precision
-    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, DTYPES[precision])
+    sdxl = load_sdxl(given.model, CPU if given.model.is_unet_last else accelerator.device, DTYPES[precision])
+    objective = objective_of(given.objective, sdxl.scheduler)
+    resolution = sdxl.checked_resolution(given.data.resolution)
     shapes = [(sample.height, sample.width) for sample in samples]
-    whole = settled(seeded(config), sdxl.facts, shapes, precision, accelerator.num_processes)
-    return _built(whole, accelerator, sdxl, samples, class_samples)
+    whole = settled(given, precision, resolution, sdxl.size_step, shapes, accelerator.num_processes)
+    return _built(whole, accelerator, sdxl, objective, samples, class_samples)
 
 
 def _built(
     config: TrainConfig,
     accelerator: Accelerator,
     sdxl: Sdxl,
+    objective: Objective,
     samples: Sequence[Sample],
     class_samples: Sequence[Sample],
 ) -> TrainState:
@@ -114,7 +118,7 @@ def _built(
         accelerator=accelerator,
         sdxl=sdxl,
         model=model,
-        objective=objective_of(config.objective, sdxl.scheduler),
+        objective=objective,
         trainable=learner.trainable,
         optimizer=optimizer,
         lr_schedule=learner.lr_schedule,
@@ -138,7 +142,8 @@ def _learner(config: TrainConfig, sdxl: Sdxl, processes: int) -> Learner:
     if initial is not None:
         start_from(pipeline, initial.updates, initial.magnitudes)
     trainable = trainable_of(pipeline)
-    groups = groups_of(trainable, embedding_parameters(pipeline).values(), config.tokens)
+    embeddings = embedding_parameters(pipeline).values()
+    groups = groups_of(trainable, embeddings, config.tokens)
     per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
     optimizer = make_optimizer(optim, groups, per_step if optim.scale_lr else 1)
     return Learner(tokens, trainable, optimizer, make_lr_schedule(optim, optimizer, groups, optim.max_train_steps))

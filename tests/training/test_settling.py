@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
-from flatlora_diffusion.sdxl.pipeline import BaseFacts
+from flatlora_diffusion.config import TrainConfig, settings_that
 from flatlora_diffusion.training.settling import seeded, settled
 
-BASE = BaseFacts(resolution=64, size_step=16, is_edm=False)
 WIDE, TALL = (40, 80), (80, 40)
 
 
-def of(
-    *, shapes: tuple[tuple[int, int], ...] = (WIDE, TALL, TALL), processes: int = 1, **values: object
-) -> TrainConfig:
-    return settled(TrainConfig.from_dict({"seed": 3, **values}), BASE, shapes, "bf16", processes)
+def of(processes: int = 1, **values: object) -> TrainConfig:
+    return settled(TrainConfig.from_dict({"seed": 3, **values}), "bf16", 64, 16, [WIDE, TALL, TALL], processes)
 
 
 def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
-    given, whole = TrainConfig().to_dict(), settled(seeded(TrainConfig()), BASE, [WIDE], "bf16", 1).to_dict()
+    given, whole = TrainConfig().to_dict(), settled(seeded(TrainConfig()), "bf16", 64, 16, [WIDE], 1).to_dict()
     assert {name for name in given if given[name] != whole[name]} == set(settings_that("is_settled"))
     assert all(whole[name] is not None for name in settings_that("is_settled"))
     assert (whole["resolution"], whole["mixed_precision"]) == (64, "bf16")
@@ -29,7 +23,7 @@ def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
 
 def test_what_is_settled_stays_as_it_is() -> None:
     whole = of(num_train_epochs=5, use_aspect_ratio_buckets=True)
-    assert settled(whole, replace(BASE, resolution=128), [WIDE] * 9, "bf16", 2) == whole
+    assert settled(whole, "bf16", 64, 16, [WIDE] * 9, processes=2) == whole
     assert seeded(whole) is whole
 
 
@@ -45,16 +39,4 @@ def test_what_is_settled_stays_as_it_is() -> None:
     ],
 )
 def test_the_steps_are_those_given_or_those_of_the_epochs(settings: dict[str, int], steps: int) -> None:
-    assert of(**settings).optim.max_train_steps == steps  # type: ignore[arg-type]
-
-
-def test_what_does_not_fit_the_base_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^resolution=36 must be a multiple of 16 for this base; 32 is the nearest$"
-    ):
-        of(resolution=36)
-    edm, config = replace(BASE, is_edm=True), TrainConfig.from_dict({"seed": 3, "snr_gamma": 5.0})
-    with pytest.raises(
-        ConfigError, match=r"^--snr_gamma does not fit this base, whose scheduler is EDM; leave it out$"
-    ):
-        settled(config, edm, [WIDE], "no", 1)
+    assert of(**settings).optim.max_train_steps == steps
