@@ -10,9 +10,25 @@ from accelerate.utils import broadcast_object_list
 
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.schedule import schedule_of
+from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.sdxl.device import this_process
 
 logger = logging.getLogger(__name__)
+
+
+def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
+    """`config` for a new run, or, when a checkpoint is resumed, with what the run has saved for what is left open.
+
+    Raises ConfigError for a new run whose folder holds what it must not touch, and when there is no run to resume.
+    """
+    checkpoint = config.run.resume_from_checkpoint
+    if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
+        return run.filled_in(config)
+    if checkpoint is not None:
+        logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
+    new = config.replace(resume_from_checkpoint=None)
+    run.check_new(new.to_dict())
+    return new
 
 
 def seeded(config: TrainConfig) -> TrainConfig:
