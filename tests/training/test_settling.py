@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flatlora_diffusion.config import TrainConfig, settings_that
+from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.training.settling import seeded, settled
+from flatlora_diffusion.training.state import prepare
 
 WIDE, TALL = (40, 80), (80, 40)
 
@@ -40,3 +44,20 @@ def test_what_is_settled_stays_as_it_is() -> None:
 )
 def test_the_steps_are_those_given_or_those_of_the_epochs(settings: dict[str, int], steps: int) -> None:
     assert of(**settings).optim.max_train_steps == steps
+
+
+def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_path: Path) -> None:
+    given = TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "run"),
+            "num_train_epochs": 3,
+            "report_to": "none",
+        }
+    )
+    state = prepare(given, load_samples(icons).samples)
+    assert state.feed.config is state.config
+    assert all(state.config.to_dict()[name] is not None for name in settings_that("is_settled"))
+    assert state.total_steps == state.config.optim.max_train_steps == 3 * state.feed.schedule.steps_per_epoch
+    assert state.feed.resolution == state.sdxl.resolution
