@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import bare_name
+from flatlora_diffusion.ground.whole_files import write_text
 
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED
@@ -68,9 +69,7 @@ def save_page(comparison: Comparison, found: Mapping[Picture, Path], is_differen
         f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></body></html>\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_text(path, text)
     return path
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .captioned_folder import images_of, read_texts, write_caption, write_whole
+from flatlora_diffusion.ground.whole_files import write_text
+
+from .captioned_folder import images_of, read_texts, write_caption
 from .intake import Incoming, Limits, Refusal, RefusedError, copy_limited, image_suffix, plain_text
 
 MOST_CAPTION_LETTERS = 2000
@@ -60,7 +62,7 @@ class Arrivals:
                 upload.path.name: upload.original for upload in self._result.taken
             }
             if names:
-                write_whole(self._folder / NAMES, json.dumps(names))
+                write_text(self._folder / NAMES, json.dumps(names))
 
     def _try(self, item: Incoming, take: Callable[[Incoming], None]) -> None:
         try:

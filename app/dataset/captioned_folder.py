@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
+
+from flatlora_diffusion.ground.whole_files import write_text
 
 _IMAGE = re.compile(r"\d{4,}\.(?!txt$|part$)[a-z0-9]+")
 
@@ -34,14 +35,7 @@ def write_caption(image: Path, text: str) -> None:
     if not text:
         path.unlink(missing_ok=True)
         return
-    write_whole(path, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write the whole file or none of it."""
-    aside = path.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, text)
 
 
 def content_of(folder: Path) -> str:

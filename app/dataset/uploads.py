@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.ground.whole_files import write_text
 
 from .arrivals import MOST_CAPTION_LETTERS, NAMES, Arrivals, UploadResult
 from .captioned_folder import (
@@ -29,7 +30,6 @@ from .captioned_folder import (
     images_of,
     read_texts,
     write_caption,
-    write_whole,
 )
 from .intake import Limits, Refusal, plain_text, unpack
 
@@ -108,7 +108,7 @@ class Uploads:
             if is_same_change:
                 before |= read_texts(folder / _BEFORE)
             if before != texts:
-                write_whole(folder / _BEFORE, json.dumps(before))
+                write_text(folder / _BEFORE, json.dumps(before))
             for name, text in texts.items():
                 write_caption(known[name], text)
 
@@ -123,7 +123,7 @@ class Uploads:
             if not before:
                 raise ConfigError("no caption was changed yet, so there is nothing to undo")
             now = {name: caption_of(images[name]) for name in before}
-            write_whole(folder / _BEFORE, json.dumps(now))
+            write_text(folder / _BEFORE, json.dumps(now))
             for name, text in before.items():
                 write_caption(images[name], text)
             return sum(now[name] != text for name, text in before.items())
@@ -139,7 +139,7 @@ class Uploads:
             for file in (folder / NAMES, folder / _BEFORE):  # a later image may get the same number
                 texts = read_texts(file)
                 if texts.pop(name, None) is not None:
-                    write_whole(file, json.dumps(texts))
+                    write_text(file, json.dumps(texts))
 
     def clear(self, session: str) -> None:
         """Remove all images of the session; `bring_back` undoes it."""

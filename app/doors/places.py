@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, settings_that
 
 from ..runs.names import is_run
 
-READ = ("instance_data_dir", "validation_data_dir", "validation_prompts_file", "init_lora", "single_file_config")
-WRITTEN = ("class_data_dir", "embedding_cache_dir", "cache_dir")
-MODELS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")  # or a hub id
-PARTS = ("revision", "variant", "dataset_config_name", "logging_dir")  # become a part of a path
+READ, WRITTEN = settings_that("place", "read"), settings_that("place", "written")
+MODELS = settings_that("place", "model")  # or a hub id
+PARTS = settings_that("place", "part")  # of a path
 _TINY = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _NO_LOCAL_PATH = ("~", "//", "\\\\")  # somebody's home, and another machine's disk on Windows

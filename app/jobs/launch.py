@@ -10,7 +10,6 @@ exit.json        how it ended; written by the supervisor, so that it is known ev
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flatlora_diffusion.ground.whole_files import write_json
 
 from ..runs.processes import identity, is_alive, kill_tree, read_json
 from ..settings import AUTH_VARIABLE
@@ -109,13 +110,6 @@ class Launch:
             text = file.read().decode("utf-8", errors="replace")
         last_states = ([state for state in line.split("\r") if state.strip()] for line in text.split("\n"))
         return [states[-1] for states in last_states if states][-lines:]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write the whole file or none of it."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _detached() -> dict[str, Any]:

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+from flatlora_diffusion.ground.whole_files import write_json
+
 from ..runs.processes import identity, kill_tree, read_json
-from .launch import AT_ONCE, Launch, write_json
+from .launch import AT_ONCE, Launch
 
 _POLL_SECONDS = 0.2
 

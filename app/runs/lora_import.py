@@ -20,10 +20,11 @@ from typing import Any
 from flatlora_diffusion.config import ConfigError, ImportConfig, ModelConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
+from flatlora_diffusion.ground.whole_files import write_json
 from flatlora_diffusion.sdxl.loading import base_path
 
 from ..compare.picture_cache import file_hash
-from ..jobs.launch import Launch, write_json
+from ..jobs.launch import Launch
 from .names import folder_of
 from .processes import read_json
 from .runs import RunStore

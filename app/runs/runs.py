@@ -12,8 +12,9 @@ from typing import Any
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.ground.whole_files import write_json
 
-from ..jobs.launch import LOG_LINES, Launch, write_json
+from ..jobs.launch import LOG_LINES, Launch
 from ..jobs.store import Label, Store
 from .names import checked_text, folder_of, is_run, private_name, run_id_of, run_ids, safe_name
 from .processes import Trainers, read_json

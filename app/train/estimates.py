@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.data.epochs import steps_per_epoch
+from flatlora_diffusion.data import epochs
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import portable
 
@@ -58,8 +58,7 @@ class DiskEstimate:
 
 def total_steps(config: TrainConfig, images: int) -> int:
     """The optimizer steps of a training on one device with `images` images."""
-    optim = config.optim
-    return optim.max_train_steps or optim.num_train_epochs * steps_per_epoch(config, images * config.data.repeats)
+    return epochs.total_steps(config, images * config.data.repeats)
 
 
 def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstimate | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,14 +26,29 @@ BLORA_BLOCKS = "up_blocks.0.attentions.0,up_blocks.0.attentions.1"
 _BODY = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
-def add_lora(unet: UNet2DConditionModel, config: AdapterConfig, seed: int) -> None:
-    """Put the LoRA on the UNet's chosen layers: A ~ N(0, 1/rank^2) as a function of (seed, layer), B = 0, both fp32.
+def add_lora(
+    unet: UNet2DConditionModel,
+    config: AdapterConfig,
+    seed: int,
+    text_encoders: Mapping[str, Any] | None = None,
+    clip_skip: int | None = None,
+) -> None:
+    """Put the LoRA on the UNet's chosen layers, and on the attention of `text_encoders`, by part of the pipeline.
 
-    Raises ConfigError when the targets or blocks name no layer.
+    A ~ N(0, 1/rank^2) as a function of (seed, part, layer), B = 0, both fp32. Raises ConfigError, with nothing added,
+    when the settings name no layer.
     """
+    loras = [(unet, _unet_lora(unet, config), "")]
+    for part, encoder in (text_encoders or {}).items():
+        loras.append((encoder, _text_lora(encoder, config, part, clip_skip), f"{part}."))
+    for model, lora, path in loras:
+        _inject(model, lora, seed, path)
+
+
+def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
     targets = unet_targets(unet, config)
     ranks = _block_ranks(config.lora_block_ranks, targets)
-    lora = LoraConfig(
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -45,15 +60,13 @@ def add_lora(unet: UNet2DConditionModel, config: AdapterConfig, seed: int) -> No
         # Without --lora_alpha each layer's alpha is its rank.
         alpha_pattern={name: float(rank) for name, rank in ranks.items()} if config.lora_alpha is None else {},
     )
-    _inject(unet, lora, seed, "")
 
 
-def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, part: str, clip_skip: int | None) -> None:
+def _text_lora(text_encoder: Any, config: AdapterConfig, part: str, clip_skip: int | None) -> LoraConfig:
     """The same on the attention of one text encoder, without DoRA: diffusers does not restore its magnitudes there.
 
-    `part` (`text_encoder` or `text_encoder_2`) keeps the draws of the two encoders apart. SDXL reads the first
-    encoder's penultimate layer, or `clip_skip` before it: what lies behind gets no LoRA, it could not learn. Of the
-    second encoder the last layer's pooled output is read too.
+    SDXL reads the first encoder's penultimate layer, or `clip_skip` before it: what lies behind gets no LoRA, it could
+    not learn. Of the second encoder the last layer's pooled output is read too.
     """
     unused = 1 + (clip_skip or 0) if part == "text_encoder" else 0
     count = text_encoder.config.num_hidden_layers - unused
@@ -62,7 +75,7 @@ def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, part: str
             f"clip_skip={clip_skip} leaves no layer of the first text encoder for --train_text_encoder; it can be at "
             f"most {text_encoder.config.num_hidden_layers - 2} with it"
         )
-    lora = LoraConfig(
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -70,7 +83,6 @@ def add_text_lora(text_encoder: Any, config: AdapterConfig, seed: int, part: str
         init_lora_weights="gaussian",
         target_modules=[f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION],
     )
-    _inject(text_encoder, lora, seed, f"{part}.")
 
 
 def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from flatlora_diffusion.adapter.lora import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import generator
 
+T = TypeVar("T")
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 FOLD_RANK = 32  # of the plain LoRA made of a DoRA, whose change of the rows' magnitudes has full rank
 _POWER_STEPS = 4
@@ -73,22 +74,11 @@ def plain_updates(pipeline: Any) -> tuple[Updates, float]:
 
     That is 0 but for DoRA, whose W' - W is folded into a truncated SVD of rank 32, or its own rank if that is higher.
     """
-    missed, whole = 0.0, 0.0
-
-    def plain(layer: Any) -> Update:
-        nonlocal missed, whole
-        factors = _factors(layer)
-        if ADAPTER not in layer.lora_magnitude_vector:
-            return factors
-        change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
-        folded = truncated(change, max(FOLD_RANK, len(factors.down)))
-        missed += float((change - folded.up @ folded.down).double().square().sum())
-        whole += float(change.double().square().sum())
-        down = folded.down.view(-1, *factors.down.shape[1:])
-        up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:])
-        return Update(down.contiguous(), up.contiguous(), 1.0)
-
-    return _of_all(pipeline, plain), (missed / whole) ** 0.5 if whole else 0.0
+    folds = _of_all(pipeline, _folded)
+    missed = sum(fold.missed for layers in folds.values() for fold in layers.values())
+    whole = sum(fold.whole for layers in folds.values() for fold in layers.values())
+    plain = {part: {module: fold.update for module, fold in layers.items()} for part, layers in folds.items()}
+    return plain, (missed / whole) ** 0.5 if whole else 0.0
 
 
 def shared_path(part: str, module: str) -> str:
@@ -147,12 +137,35 @@ def update_norms(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, float
     return {part: sum(norm(update) ** 2 for update in layers.values()) ** 0.5 for part, layers in updates.items()}
 
 
-def _of_all(pipeline: Any, read: Any) -> Updates:
-    found: dict[str, dict[str, Update]] = {}
+def _of_all(pipeline: Any, read: Callable[[Any], T]) -> dict[str, dict[str, T]]:
+    found: dict[str, dict[str, T]] = {}
     for part in PARTS:
         for name, layer in lora_layers(getattr(pipeline, part)).items():
             found.setdefault(part, {})[shared_path(part, name)] = read(layer)
     return found
+
+
+class _Fold(NamedTuple):
+    """A plain LoRA of one layer, and for a DoRA's the squared norms of what it misses and of the whole effect."""
+
+    update: Update
+    missed: float = 0.0
+    whole: float = 0.0
+
+
+def _folded(layer: Any) -> _Fold:
+    factors = _factors(layer)
+    if ADAPTER not in layer.lora_magnitude_vector:
+        return _Fold(factors)
+    change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
+    folded = truncated(change, max(FOLD_RANK, len(factors.down)))
+    down = folded.down.view(-1, *factors.down.shape[1:])
+    up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:])
+    return _Fold(
+        Update(down.contiguous(), up.contiguous(), 1.0),
+        missed=float((change - folded.up @ folded.down).double().square().sum()),
+        whole=float(change.double().square().sum()),
+    )
 
 
 def _factors(layer: Any) -> Update:

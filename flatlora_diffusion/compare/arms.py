@@ -23,9 +23,10 @@ from flatlora_diffusion.config import (
     RunError,
     TrainConfig,
     read_setting,
+    settings_that,
 )
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.saved_settings import PATH_SETTINGS, portable
+from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 
@@ -42,16 +43,7 @@ NULLS = {
 }
 # An arm must not move these: seeds pair the runs, folders and intervals belong to the experiment, and runs of another
 # base, of other images or in another precision cannot be measured alike.
-_OURS = {"seed", "output_dir", "output_name", "checkpointing_steps", "resume_from_checkpoint", "method"}
-_OURS |= {
-    "instance_data_dir",
-    "dataset_name",
-    "mixed_precision",
-    "push_to_hub",
-    *(item.name for item in fields(ModelConfig)),
-}
-# What training settles when it is left open.
-_SETTLED = ("mixed_precision", "resolution")
+_OURS = {*settings_that("is_shared"), *(item.name for item in fields(ModelConfig))}
 # What a finished run must share beyond what makes its steps: its end, its checkpoints, the precision of its file.
 _SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
 
@@ -106,7 +98,7 @@ class Planned:
         if not self.run.config_file.is_file():
             return False
         wanted, saved = self.config.to_dict(), self.run.config()
-        settled = {name: saved.get(name) for name in _SETTLED if wanted[name] is None}
+        settled = {name: saved.get(name) for name in settings_that("is_settled") if wanted[name] is None}
         is_alike = not self.run.changed_settings(self.config.replace(**settled))
         return is_alike and all(saved.get(name) == wanted[name] for name in _SHAPE)
 
@@ -194,7 +186,7 @@ def train_planned(planned: Planned) -> None:
     settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
     # The saved paths may be cut to their names.
-    command += [f"--{name}={value}" for name, value in values.items() if name in PATH_SETTINGS and value]
+    command += [f"--{name}={value}" for name in settings_that("is_path") if (value := values[name])]
     if planned.is_begun:
         command.append("--resume_from_checkpoint=latest")
     with subprocess.Popen(command) as process:

@@ -34,11 +34,11 @@ from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
 from flatlora_diffusion.evaluation.metrics import described
 from flatlora_diffusion.gallery.grid import labelled_grid
-from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
+from flatlora_diffusion.ground.whole_files import write_text
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,9 @@ def _compare(config: TrainConfig, own: CompareConfig) -> Path:
     examiner, sdxl = load_examiner(config, [*main, *nulls], material)
     _check_base(config, sdxl, [*main, *nulls])
     result = {"settings": _settings(config, own, material), **_measure(arms, main, nulls, examiner)}
-    write_text_atomically(out / "compare.json", json.dumps(result, indent=1))
+    write_text(out / "compare.json", json.dumps(result, indent=1) + "\n")
     names = {arm.key: arm.name for arm in arms}
-    write_text_atomically(out / "compare.md", table(names, result["metrics"], result["base"], result["values"]))
+    write_text(out / "compare.md", table(names, result["metrics"], result["base"], result["values"]) + "\n")
     _save_grid(out, result, {sample.caption for sample in material.sets[TRAIN].samples})
     write_compare_page(result, out)
     return out

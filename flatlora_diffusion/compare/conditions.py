@@ -9,17 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flatlora_diffusion.compare.arms import OTHER_DRAWS, Planned
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import TrainConfig, settings_that
 
 _SHOWN = 16  # hex digits
 # Where a run lies and how often it saves is not how it was trained.
 _PLACES = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
 # An arm that moves one of these has other first weights, or draws in another order.
-_SHAPES = {"rank", "lora_block_ranks", "lora_target_modules", "lora_unet_blocks", "use_dora", "use_blora", "init_lora"}
-_SHAPES |= {"lora_init_seed", "train_text_encoder"}
-_FEEDS = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "random_flip", "center_crop"}
-_FEEDS |= {"noise_offset", "resolution", "repeats", "cache_latents", "use_aspect_ratio_buckets", "background_color"}
-_FEEDS |= {"image_interpolation_mode", "with_prior_preservation", "alpha_mask_loss"}
+_SHAPES = set(settings_that("moves", "weights"))
+_FEEDS = set(settings_that("moves", "draws"))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from flatlora_diffusion.data.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
-from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.provenance import base_fingerprint
+from flatlora_diffusion.ground.whole_files import write_text
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
@@ -110,7 +110,7 @@ class Meter:
                 ):
                     found = measured()
             self._kept.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(file, json.dumps(found))
+            write_text(file, json.dumps(found) + "\n")
         kept: Losses = json.loads(file.read_text(encoding="utf-8"))
         return kept
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.ground.atomic import write_atomically
 from flatlora_diffusion.ground.provenance import base_fingerprint
+from flatlora_diffusion.ground.whole_files import write_atomically
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl

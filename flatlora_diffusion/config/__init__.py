@@ -135,3 +135,6 @@ from flatlora_diffusion.config.training import (
 from flatlora_diffusion.config.training import (
     setting_hints as setting_hints,
 )
+from flatlora_diffusion.config.training import (
+    settings_that as settings_that,
+)

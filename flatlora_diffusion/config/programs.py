@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from flatlora_diffusion.config.section import ConfigError, Section, setting
 from flatlora_diffusion.config.training import FileLayout, LoraLayout, MixedPrecision, ModelConfig, SaveDtype
 
+_LORA_FILE = "LoRA file in any layout, or the folder of a run"
+_LORA_BASE = "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
+_WHOLE_BASE = "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`"
+_NEW_DTYPE = "precision of what is written; default: the old one's"
+_OVERWRITE = "replace what is there"
+
 
 @dataclass(frozen=True)
 class GenerateConfig(Section):
@@ -60,38 +66,34 @@ class GenerateConfig(Section):
 class ImportConfig(Section):
     """All settings of `import`: a LoRA file of any layout to one for diffusers."""
 
-    file: str = setting("", "LoRA file in any layout, or the folder of a run")
+    file: str = setting("", _LORA_FILE)
     output: str | None = setting(None, "file to write, or a folder; default: NAME_diffusers.safetensors beside it")
-    dtype: SaveDtype | None = setting(None, "precision of the new file; default: the old one's")
-    base: str | None = setting(
-        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
-    )
-    overwrite: bool = setting(False, "replace files that are there")
+    dtype: SaveDtype | None = setting(None, _NEW_DTYPE)
+    base: str | None = setting(None, _LORA_BASE)
+    overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class ExportConfig(Section):
     """All settings of `export`: a LoRA file of any layout to the layouts that other programs read."""
 
-    file: str = setting("", "LoRA file in any layout, or the folder of a run")
+    file: str = setting("", _LORA_FILE)
     layout: LoraLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights; or both")
-    dtype: SaveDtype | None = setting(None, "precision of the new files; default: the old one's")
+    dtype: SaveDtype | None = setting(None, _NEW_DTYPE)
     output: str | None = setting(
         None,
         "file to write, or a folder; default: NAME_kohya.safetensors, NAME_diffusers.safetensors beside the old one",
     )
     name: str | None = setting(None, "name of the LoRA in web UIs' prompts; default: as it was, or the file's")
-    base: str | None = setting(
-        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
-    )
-    overwrite: bool = setting(False, "replace files that are there")
+    base: str | None = setting(None, _LORA_BASE)
+    overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class MergeConfig(Section):
     """All settings of `merge`: a base with LoRAs added to its weights."""
 
-    base: str = setting("", "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`")
+    base: str = setting("", _WHOLE_BASE)
     lora: tuple[str, ...] = setting((), "LoRA files, each with its strength if not 1: FILE or FILE@0.8")
     output: str = setting("", "folder to write; with --single_file a .safetensors file")
     single_file: bool = setting(False, "write one checkpoint with the original names, for ComfyUI and other web UIs")
@@ -99,28 +101,26 @@ class MergeConfig(Section):
         None, "for a single-file base: a diffusers folder whose configs and tokenizers are used, to work offline"
     )
     dtype: SaveDtype | None = setting(None, "precision of the result; default: the base's, for a hub id fp16")
-    overwrite: bool = setting(False, "replace what is there")
+    overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class ResizeConfig(Section):
     """All settings of `resize`: the best LoRA of a lower rank."""
 
-    file: str = setting("", "LoRA file in any layout, or the folder of a run")
+    file: str = setting("", _LORA_FILE)
     rank: int = setting(4, "highest rank of a layer", min=1, max=1024)
     output: str | None = setting(None, "file to write, or a folder; default: NAME_rank4.safetensors beside it")
-    dtype: SaveDtype | None = setting(None, "precision of the new file; default: the old one's")
-    base: str | None = setting(
-        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
-    )
-    overwrite: bool = setting(False, "replace files that are there")
+    dtype: SaveDtype | None = setting(None, _NEW_DTYPE)
+    base: str | None = setting(None, _LORA_BASE)
+    overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class ExtractConfig(Section):
     """All settings of `extract`: the difference of two models as a LoRA."""
 
-    base: str = setting("", "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`")
+    base: str = setting("", _WHOLE_BASE)
     tuned: str = setting("", "the model made from it, in one of these forms")
     rank: int = setting(32, "highest rank of a layer", min=1, max=1024)
     output: str = setting("extracted.safetensors", "file to write")
@@ -129,18 +129,16 @@ class ExtractConfig(Section):
     single_file_config: str | None = setting(
         None, "for single files: a diffusers folder whose configs and tokenizers are used, to work offline"
     )
-    overwrite: bool = setting(False, "replace a file that is there")
+    overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class InspectConfig(Section):
     """All settings of `inspect`: what is in a LoRA file, and which tools read it."""
 
-    file: str = setting("", "LoRA file in any layout, or the folder of a run")
+    file: str = setting("", _LORA_FILE)
     json: bool = setting(False, "print JSON")
-    base: str | None = setting(
-        None, "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
-    )
+    base: str | None = setting(None, _LORA_BASE)
 
 
 @dataclass(frozen=True)

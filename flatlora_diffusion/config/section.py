@@ -8,7 +8,10 @@ import types
 import typing
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
@@ -25,9 +28,28 @@ class StoppedError(RunError):
     """A run that was asked to stop, and has saved what it needs to go on."""
 
 
-def setting(default: Any, help: str, min: float | None = None, max: float | None = None) -> Any:
-    """A dataclass field with its help and its inclusive bounds."""
-    return field(default=default, metadata={"help": help, "min": min, "max": max})
+class Traits(TypedDict, total=False):
+    """What others must know of a setting; what is left out is not so."""
+
+    place: Literal["read", "written", "model", "run", "part"]
+    """What it names on disk: a file or folder that is read; a folder that is filled; a model or data set, which may be
+    a hub id too; the run folder; or no path, but a part of one."""
+    is_secret: bool  # never saved
+    free_on_resume: bool  # may differ when a run goes on: none of it alters the steps that were taken
+    is_remedy: bool  # the advice for a run that failed says to change it: the steps to come are others than without
+    is_settled: bool  # a run that leaves it open settles it before anything is built
+    is_shared: bool  # the same for all arms of an experiment, which sets it, pairs by it or could not measure without
+    stays_open: bool  # a place that a run goes on reading
+    names_base: bool  # says which base is meant, of which there is a fingerprint
+    only_loads: bool  # how the base is loaded; what it is stays the same
+    moves: Literal["weights", "draws"]  # with another value the LoRA's first weights, or the draws, are others
+
+
+def setting(
+    default: Any, help: str, min: float | None = None, max: float | None = None, **traits: Unpack[Traits]
+) -> Any:
+    """A dataclass field with its help, its inclusive bounds and its traits."""
+    return field(default=default, metadata={"help": help, "min": min, "max": max, **traits})
 
 
 class Section:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, _kinds, setting
+from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Traits, _kinds, setting
 
 Method = Literal["lora", "flat-lora"]
 SigmaSchedule = Literal["cosine", "linear", "constant"]
@@ -44,14 +44,21 @@ class ModelConfig(Section):
         "tiny",
         "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny` for the small base that "
         "ships with this program",
+        place="model",
+        names_base=True,
     )
     pretrained_vae_model_name_or_path: str | None = setting(
-        None, "another VAE, such as the fp16 fix: folder or hub id"
+        None, "another VAE, such as the fp16 fix: folder or hub id", place="model", names_base=True
     )
-    revision: str | None = setting(None, "hub revision of the base")
-    variant: str | None = setting(None, "weight variant of the base, such as fp16")
+    revision: str | None = setting(None, "hub revision of the base", place="part", names_base=True)
+    variant: str | None = setting(
+        None, "weight variant of the base, such as fp16", place="part", names_base=True, only_loads=True
+    )
     single_file_config: str | None = setting(
-        None, "for a single-file base: a diffusers folder whose configs and tokenizers are used, to work offline"
+        None,
+        "for a single-file base: a diffusers folder whose configs and tokenizers are used, to work offline",
+        place="read",
+        names_base=True,
     )
     prediction_type: PredictionType | None = setting(None, "what the base predicts; default: what its scheduler says")
     zero_terminal_snr: bool = setting(
@@ -59,13 +66,25 @@ class ModelConfig(Section):
     )
     clip_skip: int | None = setting(None, "text encoder layers to skip beyond SDXL's own choice", min=0, max=11)
     quantize_base: Quantization | None = setting(
-        None, "load the frozen UNet in 4 or 8 bits (nf4, int8: bitsandbytes; torchao-int8: torchao)"
+        None, "load the frozen UNet in 4 or 8 bits (nf4, int8: bitsandbytes; torchao-int8: torchao)", only_loads=True
     )
-    offload: bool = setting(False, "keep text encoders and VAE on the CPU once their outputs are cached")
+    offload: bool = setting(
+        False,
+        "keep text encoders and VAE on the CPU once their outputs are cached",
+        free_on_resume=True,
+        only_loads=True,
+    )
     enable_xformers_memory_efficient_attention: bool = setting(
-        False, "attention by xformers; PyTorch's own (SDPA) is the default and as good on most GPUs"
+        False, "attention by xformers; PyTorch's own (SDPA) is the default and as good on most GPUs", only_loads=True
     )
-    allow_tf32: bool = setting(False, "TF32 matrix products on Ampere and newer GPUs: faster, less exact")
+    allow_tf32: bool = setting(
+        False, "TF32 matrix products on Ampere and newer GPUs: faster, less exact", only_loads=True
+    )
+
+    @property
+    def is_unet_last(self) -> bool:
+        """Whether the UNet is placed last, so that it need not share the device with the encoding of the images."""
+        return self.offload and self.quantize_base is None
 
 
 @dataclass(frozen=True)
@@ -73,69 +92,116 @@ class DataConfig(Section):
     """The images and their captions."""
 
     instance_data_dir: str | None = setting(
-        None, "folder with the training images; captions from .txt/.caption beside them"
+        None,
+        "folder with the training images; captions from .txt/.caption beside them",
+        place="read",
+        free_on_resume=True,
+        stays_open=True,
+        is_shared=True,
     )
-    dataset_name: str | None = setting(None, "in place of a folder: a Hugging Face dataset, by hub id or local path")
-    dataset_config_name: str | None = setting(None, "configuration of that dataset")
-    cache_dir: str | None = setting(None, "where downloaded datasets are kept")
+    dataset_name: str | None = setting(
+        None,
+        "in place of a folder: a Hugging Face dataset, by hub id or local path",
+        place="model",
+        free_on_resume=True,
+        stays_open=True,
+        is_shared=True,
+    )
+    dataset_config_name: str | None = setting(None, "configuration of that dataset", place="part")
+    cache_dir: str | None = setting(None, "where downloaded datasets are kept", place="written", free_on_resume=True)
     image_column: str = setting("image", "dataset column with the images")
     caption_column: str | None = setting(
         None, "dataset column, or field of metadata.jsonl, with the captions; default: every image uses the prompt"
     )
     instance_prompt: str | None = setting(None, "prompt for every image without a caption of its own")
-    repeats: int = setting(1, "how often each image is used per epoch", min=1, max=10_000)
-    with_prior_preservation: bool = setting(False, "train on class images too, so that the class keeps its look")
-    class_data_dir: str | None = setting(None, "folder of class images; missing ones are generated into it")
+    repeats: int = setting(1, "how often each image is used per epoch", min=1, max=10_000, moves="draws")
+    with_prior_preservation: bool = setting(
+        False, "train on class images too, so that the class keeps its look", moves="draws"
+    )
+    class_data_dir: str | None = setting(
+        None,
+        "folder of class images; missing ones are generated into it",
+        place="written",
+        free_on_resume=True,
+        stays_open=True,
+    )
     class_prompt: str | None = setting(None, "prompt of the class images")
-    num_class_images: int = setting(100, "class images to have", min=1)
-    sample_batch_size: int = setting(4, "batch size of generating them", min=1)
+    num_class_images: int = setting(100, "class images to have", min=1, free_on_resume=True)
+    sample_batch_size: int = setting(4, "batch size of generating them", min=1, free_on_resume=True)
     prior_generation_precision: Precision | None = setting(
-        None, "precision of generating them; default: fp16 on a GPU, fp32 on a CPU"
+        None, "precision of generating them; default: fp16 on a GPU, fp32 on a CPU", free_on_resume=True
     )
     resolution: int | None = setting(
-        None, "training size in pixels; default: the base's own (1024 for SDXL, 64 for tiny)", min=8, max=4096
+        None,
+        "training size in pixels; default: the base's own (1024 for SDXL, 64 for tiny)",
+        min=8,
+        max=4096,
+        is_settled=True,
+        moves="draws",
     )
     use_aspect_ratio_buckets: bool = setting(
-        False, "keep each image's shape: batches of one shape, all of about resolution x resolution pixels"
+        False,
+        "keep each image's shape: batches of one shape, all of about resolution x resolution pixels",
+        moves="draws",
     )
-    center_crop: bool = setting(False, "crop at the centre instead of at random")
-    random_flip: bool = setting(False, "mirror images at random, anew in each epoch")
-    image_interpolation_mode: Interpolation = setting("lanczos", "filter for resizing")
-    background_color: str = setting("white", "colour put behind transparent images: a name or #rrggbb")
+    center_crop: bool = setting(False, "crop at the centre instead of at random", moves="draws")
+    random_flip: bool = setting(False, "mirror images at random, anew in each epoch", moves="draws")
+    image_interpolation_mode: Interpolation = setting("lanczos", "filter for resizing", moves="draws")
+    background_color: str = setting("white", "colour put behind transparent images: a name or #rrggbb", moves="draws")
     caption_dropout: float = setting(
         0.0, "share of samples trained without prompt (zero embeddings, as SDXL's unconditional half)", min=0, max=1
     )
     cache_latents: bool = setting(
-        False, "encode each image once: posterior mean and std, both flips, one seeded crop for the whole run"
+        False,
+        "encode each image once: posterior mean and std, both flips, one seeded crop for the whole run",
+        moves="draws",
     )
     cache_text_embeddings: bool = setting(
-        False, "keep the prompt embeddings in --embedding_cache_dir; in memory they are always cached when frozen"
+        False,
+        "keep the prompt embeddings in --embedding_cache_dir; in memory they are always cached when frozen",
+        free_on_resume=True,
     )
-    embedding_cache_dir: str | None = setting(None, "keep what is cached in this folder, for later runs")
-    dataloader_num_workers: int = setting(0, "threads that load the images of the next step", min=0, max=64)
+    embedding_cache_dir: str | None = setting(
+        None, "keep what is cached in this folder, for later runs", place="written", free_on_resume=True
+    )
+    dataloader_num_workers: int = setting(
+        0, "threads that load the images of the next step", min=0, max=64, free_on_resume=True
+    )
 
 
 @dataclass(frozen=True)
 class AdapterConfig(Section):
     """The LoRA."""
 
-    rank: int = setting(4, "rank of the LoRA", min=1, max=1024)
+    rank: int = setting(4, "rank of the LoRA", min=1, max=1024, moves="weights")
     lora_alpha: float | None = setting(None, "scale numerator, W + alpha/rank * BA; default: the rank", min=1e-6)
     lora_dropout: float = setting(0.0, "dropout in front of A", min=0, max=0.99)
-    use_dora: bool = setting(False, "DoRA: train the rows' magnitudes apart from their directions (arXiv:2402.09353)")
+    use_dora: bool = setting(
+        False, "DoRA: train the rows' magnitudes apart from their directions (arXiv:2402.09353)", moves="weights"
+    )
     use_rslora: bool = setting(False, "rank-stabilized scale, alpha/sqrt(rank) (arXiv:2312.03732)")
     lora_target_modules: str = setting(
-        "attn", "UNet layers: attn, attn+ff, all-linear, conv (all-linear and convolutions), or names with commas"
+        "attn",
+        "UNet layers: attn, attn+ff, all-linear, conv (all-linear and convolutions), or names with commas",
+        moves="weights",
     )
     lora_unet_blocks: str | None = setting(
-        None, "only these UNet blocks, with commas, such as up_blocks.0.attentions.0,mid_block; default: all"
+        None,
+        "only these UNet blocks, with commas, such as up_blocks.0.attentions.0,mid_block; default: all",
+        moves="weights",
     )
-    use_blora: bool = setting(False, "B-LoRA (arXiv:2403.14572): only up_blocks.0.attentions.0 and .1")
-    lora_block_ranks: str | None = setting(None, "another rank for some blocks, such as mid_block=16,up_blocks.0=8")
-    train_text_encoder: bool = setting(False, "a LoRA on the attention of both text encoders too")
-    init_lora: str | None = setting(None, "start from this LoRA file instead of from zero")
+    use_blora: bool = setting(
+        False, "B-LoRA (arXiv:2403.14572): only up_blocks.0.attentions.0 and .1", moves="weights"
+    )
+    lora_block_ranks: str | None = setting(
+        None, "another rank for some blocks, such as mid_block=16,up_blocks.0=8", moves="weights"
+    )
+    train_text_encoder: bool = setting(False, "a LoRA on the attention of both text encoders too", moves="weights")
+    init_lora: str | None = setting(
+        None, "start from this LoRA file instead of from zero", place="read", moves="weights"
+    )
     lora_init_seed: int | None = setting(
-        None, "seed of the LoRA's first weights alone; default: --seed", min=0, max=2**63 - 1
+        None, "seed of the LoRA's first weights alone; default: --seed", min=0, max=2**63 - 1, moves="weights"
     )
 
 
@@ -157,14 +223,16 @@ class ObjectiveConfig(Section):
     loss_type: LossType = setting("l2", "squared error, or its robust sibling huber")
     snr_gamma: float | None = setting(None, "min-SNR weighting (arXiv:2303.09556); 5 is usual", min=1e-6)
     noise_offset: float = setting(
-        0.0, "noise shared by all pixels of a channel; 0.05 to 0.1 for dark or bright images"
+        0.0, "noise shared by all pixels of a channel; 0.05 to 0.1 for dark or bright images", moves="draws"
     )
     do_edm_style_training: bool = setting(
         False, "the EDM objective (arXiv:2206.00364); switched on by itself for a base with an EDM scheduler"
     )
     prior_loss_weight: float = setting(1.0, "weight of the class images' loss", min=0)
     alpha_mask_loss: bool = setting(
-        False, "count only pixels that the image's alpha channel shows, so that an icon's background is not learned"
+        False,
+        "count only pixels that the image's alpha channel shows, so that an icon's background is not learned",
+        moves="draws",
     )
 
 
@@ -172,7 +240,9 @@ class ObjectiveConfig(Section):
 class PerturbConfig(Section):
     """Flat-LoRA's perturbation of the base weights."""
 
-    method: Method = setting("flat-lora", "flat-lora trains at W + eps (arXiv:2409.14396); lora is plain LoRA")
+    method: Method = setting(
+        "flat-lora", "flat-lora trains at W + eps (arXiv:2409.14396); lora is plain LoRA", is_shared=True
+    )
     sigma: float | None = setting(
         None,
         f"relative radius of eps, flat-lora only; default {DEFAULT_SIGMA}; 0.05 to 0.1 in the paper",
@@ -210,16 +280,23 @@ class PerturbConfig(Section):
 class OptimConfig(Section):
     """Steps and optimizer."""
 
-    train_batch_size: int = setting(4, "images per micro-batch and device", min=1, max=4096)
-    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", min=1, max=4096)
-    num_train_epochs: int = setting(1, "passes over the images; ignored with --max_train_steps", min=1)
-    max_train_steps: int | None = setting(None, "optimizer steps", min=1)
-    max_train_seconds: float | None = setting(
-        None, "stop after this time as after a stop request: save, so that it can be resumed", min=1
+    train_batch_size: int = setting(4, "images per micro-batch and device", min=1, max=4096, moves="draws")
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", min=1, max=4096, moves="draws")
+    num_train_epochs: int = setting(
+        1, "passes over the images; ignored with --max_train_steps", min=1, free_on_resume=True
     )
-    learning_rate: float = setting(1e-4, "learning rate of the UNet's LoRA", min=0, max=10)
+    max_train_steps: int | None = setting(
+        None, "optimizer steps", min=1, free_on_resume=True, is_settled=True, moves="draws"
+    )
+    max_train_seconds: float | None = setting(
+        None,
+        "stop after this time as after a stop request: save, so that it can be resumed",
+        min=1,
+        free_on_resume=True,
+    )
+    learning_rate: float = setting(1e-4, "learning rate of the UNet's LoRA", min=0, max=10, is_remedy=True)
     text_encoder_lr: float = setting(
-        5e-6, "learning rate of the text encoders; prodigy uses --learning_rate for all", min=0, max=10
+        5e-6, "learning rate of the text encoders; prodigy uses --learning_rate for all", min=0, max=10, is_remedy=True
     )
     scale_lr: bool = setting(False, "multiply the learning rate by batch, accumulation and number of processes")
     lr_scheduler: LrScheduler = setting("constant", "learning-rate schedule")
@@ -239,12 +316,18 @@ class OptimConfig(Section):
     prodigy_decouple: bool = setting(True, "prodigy: decoupled weight decay")
     prodigy_use_bias_correction: bool = setting(True, "prodigy: Adam's bias correction")
     prodigy_safeguard_warmup: bool = setting(True, "prodigy: keep warm-up from inflating the step size")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: they are not", min=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: they are not", min=0, is_remedy=True)
     use_ema: bool = setting(False, "save an exponential moving average of the LoRA")
     ema_decay: float = setting(0.999, "its decay", min=0, max=0.9999999)
-    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in backward: less memory, slower", is_remedy=True
+    )
     mixed_precision: MixedPrecision | None = setting(
-        None, "compute precision; default: accelerate's own setting; the LoRA's weights stay fp32 in any case"
+        None,
+        "compute precision; default: accelerate's own setting; the LoRA's weights stay fp32 in any case",
+        is_remedy=True,
+        is_settled=True,
+        is_shared=True,
     )
     deterministic: bool = setting(False, "only deterministic kernels: repeatable on a GPU too, slower")
 
@@ -253,33 +336,78 @@ class OptimConfig(Section):
 class RunConfig(Section):
     """Where the run goes and what it leaves."""
 
-    output_dir: str = setting("lora-dreambooth-model", "run folder: weights, checkpoints, log")
-    output_name: str | None = setting(None, "name of the LoRA for other tools; default: the run folder's")
+    output_dir: str = setting(
+        "lora-dreambooth-model",
+        "run folder: weights, checkpoints, log",
+        place="run",
+        free_on_resume=True,
+        is_shared=True,
+    )
+    output_name: str | None = setting(
+        None, "name of the LoRA for other tools; default: the run folder's", free_on_resume=True, is_shared=True
+    )
     output_kohya_format: bool = setting(
-        False, "also write the file for other tools as pytorch_lora_weights_kohya.safetensors, as diffusers names it"
+        False,
+        "also write the file for other tools as pytorch_lora_weights_kohya.safetensors, as diffusers names it",
+        free_on_resume=True,
     )
-    save_dtype: SaveDtype = setting("fp16", "precision of the LoRA files; what a resumed run needs stays fp32")
-    seed: int | None = setting(None, "seed of every draw; default: drawn from the system, printed and saved", min=0)
-    checkpointing_steps: int = setting(500, "a resumable checkpoint every N steps", min=1)
-    checkpoints_total_limit: int | None = setting(None, "keep only this many checkpoints", min=1)
-    resume_from_checkpoint: str | None = setting(None, "a checkpoint's name; `latest` starts a run if there is none")
-    validation_prompt: str | None = setting(None, "prompt of the preview images; default: none are made")
+    save_dtype: SaveDtype = setting(
+        "fp16", "precision of the LoRA files; what a resumed run needs stays fp32", free_on_resume=True
+    )
+    seed: int | None = setting(
+        None,
+        "seed of every draw; default: drawn from the system, printed and saved",
+        min=0,
+        is_settled=True,
+        is_shared=True,
+    )
+    checkpointing_steps: int = setting(
+        500, "a resumable checkpoint every N steps", min=1, free_on_resume=True, is_shared=True
+    )
+    checkpoints_total_limit: int | None = setting(None, "keep only this many checkpoints", min=1, free_on_resume=True)
+    resume_from_checkpoint: str | None = setting(
+        None, "a checkpoint's name; `latest` starts a run if there is none", free_on_resume=True, is_shared=True
+    )
+    validation_prompt: str | None = setting(
+        None, "prompt of the preview images; default: none are made", free_on_resume=True
+    )
     validation_prompts_file: str | None = setting(
-        None, "JSON Lines with prompt and, if wanted, negative_prompt and seed: one preview image each"
+        None,
+        "JSON Lines with prompt and, if wanted, negative_prompt and seed: one preview image each",
+        place="read",
+        free_on_resume=True,
+        stays_open=True,
     )
-    num_validation_images: int = setting(4, "preview images of --validation_prompt", min=1, max=64)
+    num_validation_images: int = setting(
+        4, "preview images of --validation_prompt", min=1, max=64, free_on_resume=True
+    )
     validation_epochs: int = setting(
-        50, "previews after every N epochs, beside those of the base and at the end", min=1
+        50, "previews after every N epochs, beside those of the base and at the end", min=1, free_on_resume=True
     )
     validation_data_dir: str | None = setting(
-        None, "images that are not trained on: their loss, with fixed noise and timesteps, is logged with the previews"
+        None,
+        "images that are not trained on: their loss, with fixed noise and timesteps, is logged with the previews",
+        place="read",
+        free_on_resume=True,
+        stays_open=True,
     )
-    report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, comet_ml, all or none")
-    logging_dir: str = setting("logs", "folder of the tracker, in the run folder")
-    push_to_hub: bool = setting(False, "upload LoRA, model card and preview images to the Hugging Face hub")
-    hub_token: str | None = setting(None, "token for it; never saved. Better: log in with `hf auth login`")
-    hub_model_id: str | None = setting(None, "repository to upload to; default: the run folder's name")
-    local_rank: int = setting(-1, "accepted for old launchers; the environment's LOCAL_RANK is what counts")
+    report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, comet_ml, all or none", free_on_resume=True)
+    logging_dir: str = setting("logs", "folder of the tracker, in the run folder", place="part", free_on_resume=True)
+    push_to_hub: bool = setting(
+        False,
+        "upload LoRA, model card and preview images to the Hugging Face hub",
+        free_on_resume=True,
+        is_shared=True,
+    )
+    hub_token: str | None = setting(
+        None, "token for it; never saved. Better: log in with `hf auth login`", is_secret=True, free_on_resume=True
+    )
+    hub_model_id: str | None = setting(
+        None, "repository to upload to; default: the run folder's name", free_on_resume=True
+    )
+    local_rank: int = setting(
+        -1, "accepted for old launchers; the environment's LOCAL_RANK is what counts", free_on_resume=True
+    )
 
 
 @dataclass(frozen=True)
@@ -371,6 +499,23 @@ def setting_hints() -> dict[str, Any]:
     """The type of every setting of a TrainConfig by flat name."""
     sections = typing.get_type_hints(TrainConfig).values()
     return {name: hint for section in sections for name, hint in typing.get_type_hints(section).items()}
+
+
+def settings_that(trait: str, *values: str) -> tuple[str, ...]:
+    """The names of the training settings with a trait (see `Traits`), or with one of its `values`, in their order.
+
+    `is_path` is true of those that name a place, whether a hub id may stand there or not.
+    """
+    if trait not in {"is_path", *Traits.__annotations__}:
+        raise KeyError(trait)
+    names = []
+    for section in typing.get_type_hints(TrainConfig).values():
+        for item in fields(section):
+            traits = {"is_path": item.metadata.get("place", "part") != "part", **item.metadata}
+            found = traits.get(trait, False)
+            if found in values if values else found:
+                names.append(item.name)
+    return tuple(names)
 
 
 def read_setting(name: str, text: str) -> Any:

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
-from flatlora_diffusion.ground.atomic import write_atomically, writing_into
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.ground.whole_files import write_atomically, writing_into
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images

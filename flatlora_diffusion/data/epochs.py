@@ -1,4 +1,4 @@
-"""How many optimizer steps an epoch has, as diffusers' script counts them."""
+"""How many optimizer steps an epoch and a run have, as diffusers' script counts them."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def steps_per_epoch(config: TrainConfig, shown: int, processes: int = 1) -> int:
         shown = max(shown, config.data.num_class_images)
     batches = math.ceil(shown / config.optim.train_batch_size)
     return math.ceil(batches / (config.optim.gradient_accumulation_steps * processes))
+
+
+def total_steps(config: TrainConfig, shown: int, processes: int = 1) -> int:
+    """The optimizer steps of a run: those that are given, or those of its epochs."""
+    optim = config.optim
+    return optim.max_train_steps or optim.num_train_epochs * steps_per_epoch(config, shown, processes)

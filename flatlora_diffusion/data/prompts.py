@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.ground.atomic import writing_into
-from flatlora_diffusion.ground.files import fingerprint, load_tensors, save_tensors
+from flatlora_diffusion.ground.files import fingerprint, kept_tensors
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
 
 logger = logging.getLogger(__name__)
@@ -42,23 +42,10 @@ def warn_of_cut_captions(pipeline: Any, samples: Iterable[Sample], tokens: Mappi
 
 
 class FrozenPrompts:
-    """Encodes each caption once, in memory and, if a folder is given, there too, for later runs."""
+    """The embeddings of captions by frozen text encoders, (1, 77, D) and pooled (1, P) of each."""
 
-    def __init__(self, sdxl: Sdxl, captions: Iterable[str], folder: Path | None) -> None:
-        encoders = [sdxl.pipeline.text_encoder, sdxl.pipeline.text_encoder_2]
-        mark = "" if folder is None else json.dumps([*map(fingerprint, encoders), sdxl.clip_skip])
-        self._embeds: dict[str, tuple[Tensor, Tensor]] = {}
-        for caption in sorted(set(captions)):
-            path = None if folder is None else folder / f"prompt-{_digest(mark, caption)}.safetensors"
-            if path is not None and path.is_file():
-                tensors, _ = load_tensors(path)
-                self._embeds[caption] = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
-                continue
-            prompt_embeds, pooled = (value.cpu() for value in encode_prompts(sdxl, [caption]))
-            self._embeds[caption] = prompt_embeds, pooled
-            if path is not None:
-                with writing_into(path.parent, "embedding_cache_dir"):
-                    save_tensors(path, {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled})
+    def __init__(self, embeds: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._embeds = embeds
 
     def conditioning(self, captions: Sequence[str], kept: Tensor | None, device: torch.device) -> dict[str, Tensor]:
         """The prompt fields of a Batch; a caption with `kept` 0 is all zeros, as SDXL's unconditional half."""
@@ -68,6 +55,23 @@ class FrozenPrompts:
             factors = kept.to(prompt_embeds)
             prompt_embeds, pooled = prompt_embeds * factors[:, None, None], pooled * factors[:, None]
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+
+
+def encoded_prompts(sdxl: Sdxl, captions: Iterable[str], folder: Path | None) -> FrozenPrompts:
+    """Encode each caption once, in memory and, if a folder is given, there too, for later runs."""
+    encoders = [sdxl.pipeline.text_encoder, sdxl.pipeline.text_encoder_2]
+    mark = "" if folder is None else json.dumps([*map(fingerprint, encoders), sdxl.clip_skip])
+    embeds = {}
+    for caption in sorted(set(captions)):
+        path = None if folder is None else folder / f"prompt-{_digest(mark, caption)}.safetensors"
+        kept = kept_tensors(path, partial(_embeds, sdxl, caption))
+        embeds[caption] = kept["prompt_embeds"], kept["pooled_prompt_embeds"]
+    return FrozenPrompts(embeds)
+
+
+def _embeds(sdxl: Sdxl, caption: str) -> dict[str, Tensor]:
+    prompt_embeds, pooled = encode_prompts(sdxl, [caption])
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
 
 class TokenizedPrompts:

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
+from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import SampleSet, manifest
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-
-# How the same base was loaded; what it is stays the same.
-_LOADING = {"quantize_base", "offload", "enable_xformers_memory_efficient_attention", "allow_tf32", "variant"}
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,10 @@ def _read(folder: Path, name: str) -> FinishedRun:
 
 
 def _check_same_base(run: FinishedRun, first: FinishedRun) -> None:
+    loading = settings_that("only_loads")
     for item in fields(ModelConfig):
         mine, wanted = getattr(run.config.model, item.name), getattr(first.config.model, item.name)
-        if item.name not in _LOADING and mine != wanted:
+        if item.name not in loading and mine != wanted:
             raise ConfigError(
                 f"run {run.name} was trained on another base than {first.name}: {item.name}={mine!r}, "
                 f"not {wanted!r}; leave one of them out"

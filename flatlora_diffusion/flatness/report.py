@@ -31,9 +31,9 @@ from flatlora_diffusion.flatness.pictures import write_charts
 from flatlora_diffusion.flatness.robustness import Company
 from flatlora_diffusion.flatness.surface import axis
 from flatlora_diffusion.flatness.tables import tables
-from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
+from flatlora_diffusion.ground.whole_files import write_text
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
@@ -171,6 +171,6 @@ def _facts(
 
 def _write(folder: Path, config: FlatnessConfig, figures: Sequence[Figures], facts: Mapping[str, Any]) -> None:
     result = {**facts, "figures": [dataclasses.asdict(found) for found in figures]}
-    write_text_atomically(folder / "flatness.json", json.dumps(result, indent=1))
-    write_text_atomically(folder / "flatness.md", tables(figures, config))
+    write_text(folder / "flatness.json", json.dumps(result, indent=1) + "\n")
+    write_text(folder / "flatness.md", tables(figures, config) + "\n")
     write_charts(folder, config, figures, facts)

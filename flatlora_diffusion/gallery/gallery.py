@@ -142,12 +142,7 @@ def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
     sdxl = load_sdxl(config.model, torch.device("cuda" if has_gpu else "cpu"), DTYPES[precision])
     if config.model.offload and has_gpu:
         sdxl.pipeline.enable_model_cpu_offload()
-    resolution = config.resolution or sdxl.resolution
-    if resolution % sdxl.size_step:
-        near = max(1, round(resolution / sdxl.size_step)) * sdxl.size_step
-        raise ConfigError(
-            f"resolution={resolution} must be a multiple of {sdxl.size_step} for this base; {near} is the nearest"
-        )
+    resolution = sdxl.checked_resolution(config.resolution)
     return sdxl, dataclasses.replace(config, mixed_precision=precision, resolution=resolution)
 
 

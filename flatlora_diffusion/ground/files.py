@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flatlora_diffusion.ground.atomic import write_atomically
+from flatlora_diffusion.ground.whole_files import write_atomically
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -23,6 +23,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     metadata = {key: json.dumps(value) for key, value in (header or {}).items()}
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomically(path, lambda aside: save_file(contiguous, aside, metadata=metadata))
+
+
+def kept_tensors(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of the file, or, if there is none yet, those that `make` gives, which then are kept in it.
+
+    They are on the CPU. Without a path nothing is kept.
+    """
+    if path is not None and path.is_file():
+        return load_tensors(path)[0]
+    tensors = {name: value.cpu() for name, value in make().items()}
+    if path is not None:
+        save_tensors(path, tensors)
+    return tensors
 
 
 class Contents(NamedTuple):

@@ -21,18 +21,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
-from flatlora_diffusion.ground.atomic import remove_half_written, write_text_atomically
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, settings_that
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
+from flatlora_diffusion.ground.whole_files import remove_half_written, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
-_READ_SETTINGS = (  # what a run goes on reading
-    "instance_data_dir",
-    "dataset_name",
-    "class_data_dir",
-    "validation_data_dir",
-    "validation_prompts_file",
-)
 _RUN_FILES = (
     "events.jsonl",
     "images",
@@ -73,7 +66,7 @@ class RunDir:
                 f"output_dir={str(self.folder)!r} holds {names}, where a run writes files of its own, but no earlier "
                 "run; give a new folder, such as one inside of it"
             )
-        for name in _READ_SETTINGS:
+        for name in settings_that("stays_open"):
             given = config.get(name)
             if given and any(Path(given).resolve().is_relative_to(path.resolve()) for path in present):
                 raise ConfigError(
@@ -87,8 +80,8 @@ class RunDir:
         with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._move_aside(self._present(config))
-            _write_json(self.manifest_file, manifest)
-            _write_json(self.config_file, portable(config))
+            write_json(self.manifest_file, manifest)
+            write_json(self.config_file, portable(config))
 
     def clean(self) -> None:
         """Forget requests to runs that have ended, and what they have left half-written in folders of the run."""
@@ -126,7 +119,7 @@ class RunDir:
     def update(self, config: Mapping[str, Any]) -> None:
         """Save the settings that a resumed run has from now on."""
         with self.writing():
-            _write_json(self.config_file, portable(config))
+            write_json(self.config_file, portable(config))
 
     def takes_save_request(self) -> bool:
         """Whether a checkpoint was asked for since the last call."""
@@ -278,7 +271,3 @@ def file_name(text: str) -> str:
     """`text` as a file's name on any system and in a prompt of A1111: letters, digits, `-`, `_` and inner `.`."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME].rstrip("-.") or "lora"
     return f"lora-{name}" if _TAKEN_NAMES.fullmatch(name.split(".")[0]) else name
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_text_atomically(path, json.dumps(value, indent=2))

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.atomic import remove_half_written, writing_into
+from flatlora_diffusion.ground.whole_files import remove_half_written, writing_into
 
 logger = logging.getLogger(__name__)
 

@@ -7,68 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import ConfigError, settings_that
 
-PATH_SETTINGS = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "single_file_config",
-    "instance_data_dir",
-    "dataset_name",
-    "cache_dir",
-    "class_data_dir",
-    "embedding_cache_dir",
-    "init_lora",
-    "output_dir",
-    "validation_prompts_file",
-    "validation_data_dir",
-)
-_SECRETS = ("hub_token",)
-# What may differ when a run goes on: none of it alters the steps that were taken. The images are compared by hash.
-_FREE = {
-    "instance_data_dir",
-    "dataset_name",
-    "class_data_dir",
-    "cache_dir",
-    "embedding_cache_dir",
-    "cache_text_embeddings",
-    "dataloader_num_workers",
-    "num_class_images",
-    "sample_batch_size",
-    "prior_generation_precision",
-    "offload",
-    "output_dir",
-    "output_name",
-    "output_kohya_format",
-    "save_dtype",
-    "max_train_steps",
-    "max_train_seconds",
-    "num_train_epochs",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "validation_prompt",
-    "validation_prompts_file",
-    "num_validation_images",
-    "validation_epochs",
-    "validation_data_dir",
-    "report_to",
-    "logging_dir",
-    "push_to_hub",
-    "hub_token",
-    "hub_model_id",
-    "local_rank",
-}
-# What the advice for a run that failed says to change: the steps to come are others than without, and the run says so.
-REMEDIES = {"learning_rate", "text_encoder_lr", "max_grad_norm", "mixed_precision", "gradient_checkpointing"}
-# What names a base that has a fingerprint.
-BASE_SETTINGS = {
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "single_file_config",
-    "revision",
-    "variant",
-}
+_PATHS = settings_that("is_path")
+_SECRETS = settings_that("is_secret")
+_FREE = settings_that("free_on_resume")  # the images are compared by their hashes
 _CUT = "..."  # stands for the folders that a path was saved without
 
 
@@ -79,7 +22,7 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     last name alone, as `.../NAME`.
     """
     values = {name: value for name, value in config.items() if name not in _SECRETS}
-    for name in PATH_SETTINGS:
+    for name in _PATHS:
         value = values.get(name)
         if isinstance(value, str) and os.path.isabs(value):
             values[name] = _short(Path(value))
@@ -90,7 +33,7 @@ def opened(config: Mapping[str, Any]) -> dict[str, Any]:
     """Saved settings with the paths below the home as this machine has them."""
     return {
         name: str(Path(value).expanduser())
-        if name in PATH_SETTINGS and isinstance(value, str) and value.startswith("~/")
+        if name in _PATHS and isinstance(value, str) and value.startswith("~/")
         else value
         for name, value in config.items()
     }
@@ -98,7 +41,7 @@ def opened(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_paths(config: Mapping[str, Any]) -> None:
     """Raises ConfigError for paths of which a saved config has kept only the last name."""
-    cut = [name for name in PATH_SETTINGS if is_cut_path(config.get(name))]
+    cut = [name for name in _PATHS if is_cut_path(config.get(name))]
     if cut:
         flags = ", ".join(f"--{name} (it was {config[name]})" for name in cut)
         raise ConfigError(f"a saved run keeps no paths outside of the working folder and the home: give {flags} again")
@@ -120,7 +63,7 @@ def altered(now: Mapping[str, Any], saved: Mapping[str, Any], but: Collection[st
 
 def _is_same(name: str, now: Any, saved: Any) -> bool:
     """Paths are the same if one ends as the other does: what they hold is compared by its hash."""
-    if now == saved or name not in PATH_SETTINGS or now is None or saved is None:
+    if now == saved or name not in _PATHS or now is None or saved is None:
         return bool(now == saved)
     one, two = _parts(now), _parts(saved)
     count = min(len(one), len(two))

@@ -13,14 +13,9 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.lora import lora_layers
-from flatlora_diffusion.adapter.update import PARTS, Updates, balanced, lora_updates, magnitudes
-from flatlora_diffusion.ground.atomic import write_atomically
+from flatlora_diffusion.adapter.update import Update, Updates, balanced, lora_updates, magnitudes
 from flatlora_diffusion.ground.run_dir import LORA_FILE
-
-
-def diffusers_tensors(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A and sB of every layer in PEFT's names, on the CPU; and DoRA's magnitudes, which stay fp32."""
-    return peft_tensors(lora_updates(pipeline), dtype) | magnitude_tensors(magnitudes(pipeline))
+from flatlora_diffusion.ground.whole_files import write_atomically
 
 
 def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -60,45 +55,49 @@ def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
 
 def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write `pytorch_lora_weights.safetensors` for `load_lora_weights` of a stock pipeline; returns its path."""
-    path = folder / LORA_FILE
-    tensors = diffusers_tensors(pipeline, dtype)
-    arguments: dict[str, Any] = {}
-    for part in PARTS:
+    save_updates(pipeline, lora_updates(pipeline), magnitudes(pipeline), folder / LORA_FILE, dtype)
+    return folder / LORA_FILE
+
+
+def save_updates(
+    pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mapping[str, Tensor]], path: Path, dtype: torch.dtype
+) -> None:
+    """Write what the pipeline's LoRA adds: A and sB of every layer in PEFT's names, and DoRA's magnitudes in fp32."""
+    arguments: dict[str, Any] = {
+        f"{part}_lora_adapter_metadata": _adapter_metadata(getattr(pipeline, part), layers, part in magnitudes)
+        for part, layers in updates.items()
+    }
+    tensors = magnitude_tensors(magnitudes) | peft_tensors(updates, dtype)
+    for part in updates:
         state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-        arguments[f"{part}_lora_layers"] = state or None
-        arguments[f"{part}_lora_adapter_metadata"] = _adapter_metadata(getattr(pipeline, part), state)
+        arguments[f"{part}_lora_layers"] = state
 
     def write(aside: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
             (Path(scratch) / LORA_FILE).replace(aside)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)
-    return path
 
 
-def _adapter_metadata(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The fields of a LoraConfig with which diffusers restores `state`: only those that every peft knows.
+def _adapter_metadata(model: nn.Module, layers: Mapping[str, Update], is_dora: bool) -> dict[str, Any]:
+    """The fields of a LoraConfig with which diffusers restores `layers`: only those that every peft knows.
 
     Layers are named by their ends where these name no other layer, and otherwise by as much of their paths as all
     versions of transformers have.
     """
-    if not state:
-        return None
     paths = list(lora_layers(model))
     ends = sorted({_end(path) for path in paths})
     # While a LoRA is on, a layer's own name is that of its wrapper; what is inside has longer names.
     others = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{end}" for end in ends))]
-    rank = max(len(value) for key, value in state.items() if key.endswith("lora_A.weight"))
+    rank = max(len(update.down) for update in layers.values())
     metadata: dict[str, Any] = {
         "r": rank,
         "lora_alpha": rank,
         "target_modules": ends if len(others) == len(paths) else [_version_free(path) for path in paths],
     }
-    if any(key.endswith(".lora_magnitude_vector") for key in state):
-        metadata["use_dora"] = True
-    return metadata
+    return metadata | ({"use_dora": True} if is_dora else {})
 
 
 def _end(path: str) -> str:

@@ -45,15 +45,16 @@ class Training:
 def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: datetime) -> dict[str, str]:
     """All keys but those that `with_contents` adds. `config` has its resolution and steps settled."""
     data, optim, objective = config.data, config.optim, config.objective
-    has_text = config.adapter.train_text_encoder
+    has_text, said, base = config.adapter.train_text_encoder, comment(config), base_name(config)
+    title = run.lora_name(config.run.output_name)
     values: dict[str, Any] = {
         "format": "pt",
         # A1111, Forge and SD.Next take a file without this for one of SD 1.
         "ss_base_model_version": training.family.version,
         "ss_v2": False,
         "ss_network_module": "networks.lora",
-        "ss_output_name": run.lora_name(config.run.output_name),
-        "ss_sd_model_name": base_name(config),
+        "ss_output_name": title,
+        "ss_sd_model_name": base,
         "ss_resolution": f"({data.resolution}, {data.resolution})",
         "ss_steps": training.step,
         "ss_max_train_steps": optim.max_train_steps,
@@ -78,12 +79,12 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_noise_offset": objective.noise_offset,
         "ss_training_started_at": run.manifest_file.stat().st_mtime,  # it is written once, at the start
         "ss_training_finished_at": now.timestamp(),
-        "ss_training_comment": comment(config),
+        "ss_training_comment": said,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": training.family.architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": run.lora_name(config.run.output_name),
-        "modelspec.description": comment(config),
+        "modelspec.title": title,
+        "modelspec.description": said,
         "modelspec.date": now.replace(microsecond=0).isoformat(),
         "modelspec.resolution": f"{data.resolution}x{data.resolution}",
         "modelspec.prediction_type": "v" if training.predicts_v else "epsilon",
@@ -121,7 +122,7 @@ def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dic
     """
     kept = {}
     for key, value in metadata.items():
-        is_name = key.startswith("ss_") and key.endswith("_name") and not _HUB_ID.fullmatch(value)
+        is_name = key.startswith("ss_") and key.endswith("_name") and not is_hub_id(value)
         text = re.split(r"[\\/]", value.rstrip("\\/"))[-1] if is_name else value
         # A picture in the metadata is base64, in which there are slashes.
         if not _STALE.fullmatch(key) and (text.startswith("data:image/") or not _ABSOLUTE_PATH.search(text)):
@@ -151,11 +152,16 @@ def comment(config: TrainConfig) -> str:
     return f"flatlora-diffusion: method flat-lora, sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule"
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it can be OWNER/NAME, which no folder of that name has to make a path."""
+    return bool(_HUB_ID.fullmatch(name))
+
+
 def base_name(config: TrainConfig) -> str | None:
     """The base's hub id or file name; None for a folder, whose name is the user's own."""
     name = config.model.pretrained_model_name_or_path
     path = Path(name)
-    if name == "tiny" or (_HUB_ID.fullmatch(name) and not path.exists()):
+    if name == "tiny" or (is_hub_id(name) and not path.exists()):
         return name
     return None if path.is_dir() else path.name
 

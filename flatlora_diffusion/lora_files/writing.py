@@ -55,8 +55,9 @@ def check_updates(path: Path, found: Updates, expected: Updates, dtype: torch.dt
     for part, layers in expected.items():
         for module, update in layers.items():
             saved = found[part][module]
+            allowed = _rounding(saved, dtype)
             error, size = difference(saved, update), norm(update)
-            if not error <= _rounding(saved, dtype):
+            if not error <= allowed:
                 raise RunError(
                     f"{path.name} does not hold what was to be saved: {part}.{module} is off by {error:.3g} of "
                     f"{size:.3g}; if the disk is sound, save it as bf16 or fp32"

@@ -92,14 +92,13 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
     kept = step.optimizer + step.ema
-    if is_cached:  # before there is an optimizer; with --offload the UNet is placed after it
-        is_unet_last = model.offload and model.quantize_base is None
-        encoding = loaded - (step.unet + lora if is_unet_last else 0) + vae_passes.encode_peak
-    else:
-        encoding = loaded - text_encoders + step.text_encoders + kept + step.gradients + vae_passes.encode_peak
+    if is_cached:  # before anything is trained; a UNet that is placed last is not there yet
+        while_encoding = loaded - (step.unet + lora if model.is_unet_last else 0)
+    else:  # in each step, beside what the last one has left
+        while_encoding = loaded - text_encoders + step.text_encoders + kept + step.gradients
     has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
     previews = loaded + kept + vae_passes.decode_peak if has_previews else 0
-    return dataclasses.replace(step, encoding=encoding, previews=previews)
+    return dataclasses.replace(step, encoding=while_encoding + vae_passes.encode_peak, previews=previews)
 
 
 def memory_advice(config: TrainConfig, estimate: MemoryEstimate, available_bytes: int) -> list[str]:

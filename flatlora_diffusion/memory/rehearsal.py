@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flatlora_diffusion.adapter.lora import add_lora, add_text_lora, lora_layers, trainable_parameters
+from flatlora_diffusion.adapter.lora import add_lora, lora_layers, trainable_parameters
 from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.memory.allocation import AsOnGpu, LiveBytes
@@ -117,20 +117,18 @@ def weight_count(model: ModelConfig, part: str) -> int:
 
 @lru_cache(maxsize=1)  # building takes as long as a step, and one model is rehearsed with many settings
 def _trained_model(trained: Trained) -> Any:
-    unet = weightless(trained.model, "unet")
-    add_lora(unet, trained.adapter, seed=0)
+    model, adapter = trained.model, trained.adapter
+    unet = weightless(model, "unet")
+    encoders = {part: weightless(model, part) for part in TEXT_PARTS} if trained.trains_text else {}
+    add_lora(unet, adapter, 0, encoders if adapter.train_text_encoder else None, model.clip_skip)
     if not trained.trains_text:
         return _Conditioned(unet).train()
-    encoders = [weightless(trained.model, part) for part in TEXT_PARTS]
-    if trained.adapter.train_text_encoder:
-        for encoder, part in zip(encoders, TEXT_PARTS, strict=True):
-            add_text_lora(encoder, trained.adapter, 0, part, trained.model.clip_skip)
-    else:
-        for encoder in encoders:
+    if not adapter.train_text_encoder:
+        for encoder in encoders.values():
             table = encoder.get_input_embeddings()
             rows = torch.empty(trained.new_tokens, table.embedding_dim, device="meta")
             encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
-    return Denoiser(unet, encoders, trained.model.clip_skip).train()
+    return Denoiser(unet, list(encoders.values()), model.clip_skip).train()
 
 
 class _Conditioned(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ConfigError, NoiseKind, SigmaSchedule
+from flatlora_diffusion.config import ConfigError, NoiseKind, PerturbConfig, SigmaSchedule
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.filter_norms import merged_square_norms
@@ -220,6 +220,27 @@ class FlatLora:
         if name not in self._layers:
             raise KeyError(f"no perturbed layer {name!r}; FlatLora.layers lists all {len(self._layers)}")
         return self._layers[name]
+
+
+def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int, total_steps: int) -> list[FlatLora]:
+    """The perturbation of each model, by the prefix of its draws; none for plain LoRA.
+
+    `seed` is that of the draws where the config has none of its own.
+    """
+    if config.method != "flat-lora":
+        return []
+    return [
+        FlatLora(
+            model,
+            sigma=config.strength,
+            schedule=config.sigma_schedule,
+            total_steps=total_steps,
+            seed=seed if config.perturb_seed is None else config.perturb_seed,
+            noise=config.perturb_noise,
+            prefix=prefix,
+        )
+        for prefix, model in models.items()
+    ]
 
 
 def _adapters(model: nn.Module) -> list[object]:

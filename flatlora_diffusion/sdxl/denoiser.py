@@ -33,6 +33,11 @@ class Denoiser(nn.Module):
         return output
 
 
+def denoiser_of(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], clip_skip: int | None) -> nn.Module:
+    """What the loss calls: the UNet, with the text encoders that are trained in front of it, if there are any."""
+    return Denoiser(unet, text_encoders, clip_skip) if text_encoders else unet
+
+
 def embed_tokens(
     text_encoders: Sequence[Any] | nn.ModuleList, input_ids: Tensor, clip_skip: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import LossType, ObjectiveConfig
+from flatlora_diffusion.config import ConfigError, LossType, ObjectiveConfig
 
 HUBER_DELTA = 0.1  # errors above it count linearly
 
@@ -60,7 +60,9 @@ class Objective:
 
 
 def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
-    """What `config` trains a base with `scheduler` for."""
+    """What `config` trains a base with `scheduler` for. Raises ConfigError for a weighting that does not fit it."""
+    if config.snr_gamma is not None and is_edm_scheduler(scheduler):
+        raise ConfigError("--snr_gamma does not fit this base, whose scheduler is EDM; leave it out")
     return Objective(
         scheduler,
         edm=config.do_edm_style_training or is_edm_scheduler(scheduler),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.config import ConfigError, ModelConfig
 from flatlora_diffusion.sdxl.loading import load_pipeline
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 
@@ -48,6 +48,21 @@ class Sdxl:
     def size_step(self) -> int:
         """Image sides must be a multiple of this: the VAE's factor times the UNet's."""
         return int(self.pipeline.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def checked_resolution(self, wanted: int | None) -> int:
+        """The image size to work at: `wanted`, or the base's own. Raises ConfigError for one that cannot be."""
+        resolution, step = wanted or self.resolution, self.size_step
+        if resolution % step:
+            near = max(1, round(resolution / step)) * step
+            raise ConfigError(
+                f"resolution={resolution} must be a multiple of {step} for this base; {near} is the nearest"
+            )
+        return resolution
+
+    def move(self, parts: Iterable[str], device: torch.device) -> None:
+        """Place models of the pipeline, by their names in it."""
+        for part in parts:
+            getattr(self.pipeline, part).to(device)
 
 
 def load_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:

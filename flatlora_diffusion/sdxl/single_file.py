@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flatlora_diffusion.ground.atomic import write_atomically
+from flatlora_diffusion.ground.whole_files import write_atomically
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.new_tokens import save_embeddings
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 from flatlora_diffusion.ground.provenance import base_fingerprint, tensors_sha256
-from flatlora_diffusion.ground.saved_settings import BASE_SETTINGS, REMEDIES
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.training.optimizer import set_lr
 from flatlora_diffusion.training.release import save_release
@@ -59,7 +58,7 @@ def restore(state: TrainState, name: str) -> int:
             saved["max_train_steps"],
         )
     now = state.config.to_dict()
-    changed = {one: [saved[one], now[one]] for one in sorted(REMEDIES) if now[one] != saved[one]}
+    changed = {one: [saved[one], now[one]] for one in sorted(settings_that("is_remedy")) if now[one] != saved[one]}
     for one, (before, after) in changed.items():
         logger.info("%s=%s in place of %s from here on", one, after, before)
     state.accelerator.wait_for_everyone()  # all have read what the first one writes anew
@@ -145,7 +144,8 @@ def _check_alike(state: TrainState, name: str) -> None:
     # The hashes are those of one precision; where they cannot tell, names must.
     is_known = "vae" in start and config.optim.mixed_precision == run.config().get("mixed_precision")
     is_known = is_known and config.model.quantize_base is None
-    changed = run.changed_settings(config, REMEDIES | (BASE_SETTINGS if is_known else set()))
+    told = settings_that("names_base") if is_known else ()
+    changed = run.changed_settings(config, (*settings_that("is_remedy"), *told))
     if changed:
         raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with the settings it had")
     now = _base(state) if is_known else {}

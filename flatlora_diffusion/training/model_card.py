@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.ground.atomic import write_text_atomically
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import versions
+from flatlora_diffusion.ground.whole_files import write_text
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.lora_files.metadata import base_name
+from flatlora_diffusion.lora_files.metadata import base_name, is_hub_id
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
 
 PICTURES_PER_ROW = 4
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def write_model_card(
@@ -43,7 +41,7 @@ def write_model_card(
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
     ]
     card = run.folder / REPOCARD_NAME
-    write_text_atomically(card, "\n\n".join(parts))
+    write_text(card, "\n\n".join(parts) + "\n")
     return card
 
 
@@ -94,7 +92,7 @@ def _card_data(
 def _hub_id(config: TrainConfig) -> str | None:
     """The base's hub id; None for our own base, a folder and a file."""
     name = config.model.pretrained_model_name_or_path
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if is_hub_id(name) and not Path(name).exists() else None
 
 
 def _license(config: TrainConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from flatlora_diffusion.config import ConfigError, OptimConfig
+from flatlora_diffusion.config import ConfigError, OptimConfig, TokenConfig
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,25 @@ class Group:
     parameters: Sequence[nn.Parameter]
     is_text: bool = False
     share: float = 1.0
+
+
+def groups_of(
+    trainable: Mapping[str, nn.Parameter], embeddings: Iterable[nn.Parameter], config: TokenConfig
+) -> list[Group]:
+    """What is trained, by part and name, in groups: the UNet's, the text encoders', the new tokens' `embeddings`.
+
+    Groups without parameters are left out.
+    """
+    rows = list(embeddings)
+    known = {id(parameter) for parameter in rows}
+    unet = [parameter for name, parameter in trainable.items() if name.startswith("unet.")]
+    text = [p for name, p in trainable.items() if not name.startswith("unet.") and id(p) not in known]
+    groups = [
+        Group(unet),
+        Group(text, is_text=True, share=config.train_text_encoder_frac),
+        Group(rows, is_text=True, share=config.train_text_encoder_ti_frac),
+    ]
+    return [group for group in groups if group.parameters]
 
 
 def make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: float) -> torch.optim.Optimizer:

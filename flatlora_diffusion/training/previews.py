@@ -14,7 +14,7 @@ from PIL import Image
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.training_set import load_heldout
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, probe_loss, with_prompts
-from flatlora_diffusion.ground.atomic import write_atomically
+from flatlora_diffusion.ground.whole_files import write_atomically
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ from PIL import Image
 
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, save_embeddings
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.whole_files import write_atomically, write_text
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.sdxl.base_family import family_of
+from flatlora_diffusion.lora_files.metadata import sidecar
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.release import accompany, save_release, trigger_words
+from flatlora_diffusion.training.release import facts_of, save_release
 from flatlora_diffusion.training.state import TrainState, averaged
 from flatlora_diffusion.training.validation import read_pictures
 
@@ -29,13 +33,16 @@ def save_result(state: TrainState) -> Path:
     Raises RunError when a file does not hold what was trained, or the LoRA changes nothing.
     """
     if state.accelerator.is_main_process:
-        with state.run.writing():
+        run, facts = state.run, facts_of(state, state.total_steps)
+        notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
+        beside = json.dumps(sidecar(state.config, facts, notes), indent=2, ensure_ascii=False)
+        with run.writing():
             with averaged(state):
-                proof = save_release(state, state.run.folder, state.total_steps, is_end=True)
-                save_embeddings(state.sdxl.pipeline, state.run.folder)
-            accompany(state, None, _notes(state))
-        state.run.add_event({"event": "proof", **proof})
-        state.run.add_event({"event": "finished", "step": state.total_steps})
+                proof = save_release(state, run.folder, state.total_steps, is_end=True)
+                save_embeddings(state.sdxl.pipeline, run.folder)
+            write_text(_beside(state, ".json"), beside + "\n")
+        run.add_event({"event": "proof", **proof})
+        run.add_event({"event": "finished", "step": state.total_steps})
         logger.info("%s", proof_line(proof))
     state.accelerator.wait_for_everyone()
     return state.run.folder / LORA_FILE
@@ -62,13 +69,18 @@ def present(state: TrainState, previews: Previews) -> None:
 
 def _write_card(state: TrainState) -> None:
     change, pictures = _image_change(state.run, state.total_steps), _pictures(state)
+    facts = facts_of(state, state.total_steps)
     if change is not None:
         state.run.add_event({"event": "image_change", "levels": change})
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
-    if pictures:
-        accompany(state, pictures[0][0], _notes(state))
-    family = family_of(state.sdxl.pipeline.unet)
-    write_model_card(state.run, state.config, pictures, trigger_words(state), family)
+    if pictures:  # web UIs show it with the file of its name
+        write_atomically(_beside(state, ".png"), partial(shutil.copyfile, pictures[0][0]))
+    write_model_card(state.run, state.config, pictures, facts.trigger, facts.family)
+
+
+def _beside(state: TrainState, ending: str) -> Path:
+    """The file for web UIs beside the LoRA for other tools."""
+    return state.run.folder / f"{state.run.lora_name(state.config.run.output_name)}{ending}"
 
 
 def proof_line(proof: dict[str, Any]) -> str:
@@ -78,12 +90,6 @@ def proof_line(proof: dict[str, Any]) -> str:
     return (
         f"{files} equal the trained LoRA, largest error {error:.1e} of a layer's update; size of its update: {norms}"
     )
-
-
-def _notes(state: TrainState) -> tuple[str, ...]:
-    if not state.tokens:
-        return ()
-    return (f"It needs the embeddings in {EMBEDDINGS_FILE}.",)
 
 
 def _pictures(state: TrainState) -> list[tuple[Path, str]]:

@@ -34,7 +34,8 @@ from flatlora_diffusion.training.hub import hub_repository
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
-from flatlora_diffusion.training.state import TrainState, averaged, prepare, seeded, set_backends
+from flatlora_diffusion.training.settling import new_or_resumed, seeded
+from flatlora_diffusion.training.state import TrainState, averaged, prepare, set_backends
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
 from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
 from flatlora_diffusion.training.validation import read_pictures
@@ -56,31 +57,24 @@ def train(config: TrainConfig) -> Path:
         return _train(config, RunDir(folder))
 
 
-def _train(config: TrainConfig, run: RunDir) -> Path:
-    checkpoint = config.run.resume_from_checkpoint
+def _train(given: TrainConfig, run: RunDir) -> Path:
     with interrupted_as(_untrained):
-        if checkpoint == "latest" and not run.checkpoints():
-            logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
-            checkpoint, config = None, config.replace(resume_from_checkpoint=None)
-        if checkpoint is None:
-            run.check_new(config.to_dict())
-        else:
-            config = run.filled_in(config)
+        begun = new_or_resumed(given, run)
         if this_process().is_main_process:
             run.clean()
-        if config.run.push_to_hub:
-            hub_repository(config)  # a bad name or token is an error before training, not after
-        read_pictures(config.run)  # so is a bad prompts file
-        found = load_training_set(config.data)
+        if begun.run.push_to_hub:
+            hub_repository(begun)  # a bad name or token is an error before training, not after
+        read_pictures(begun.run)  # so is a bad prompts file
+        found = load_training_set(begun.data)
         logger.info(found.summary)
-        config = seeded(config)
+        config = seeded(begun)
         _tell_memory(config)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
             state = prepare(config, found.samples, load_class_samples(config))
     try:
         with kept(state), explained(state.config):
-            previews, first = _started(state, checkpoint)
+            previews, first = _started(state, config.run.resume_from_checkpoint)
             with Stopping(run, config.optim.max_train_seconds) as stopping:
                 _loop(state, first, previews, stopping)
                 path = save_result(state)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from pathlib import Path
 
 import gradio as gr
@@ -18,15 +16,7 @@ from app.runs.tab import take_lora
 from app.settings import AppSettings
 from app.train.forms import DECIDED_BY_THE_APP, ConfigForm
 from app.train.tab import PLAIN, start, summary
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
-from flatlora_diffusion.ground.saved_settings import PATH_SETTINGS
-
-# Texts that no path is ever made of: prompts, colours, numbers in words, names of layers, columns, trackers, tokens.
-NO_PATHS = {
-    "image_column", "caption_column", "instance_prompt", "class_prompt", "background_color", "lora_target_modules",
-    "lora_unet_blocks", "lora_block_ranks", "token_abstraction", "output_name", "validation_prompt", "report_to",
-    "hub_model_id",
-}  # fmt: skip
+from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, settings_that
 
 
 @pytest.fixture
@@ -57,15 +47,11 @@ def refusal(context: AppContext, name: str, value: str) -> str:
     return ""
 
 
-def test_every_setting_that_is_a_text_is_known_as_a_place_or_as_none() -> None:
-    texts = set()
-    for section in typing.get_type_hints(TrainConfig).values():
-        hints = typing.get_type_hints(section)
-        texts |= {item.name for item in dataclasses.fields(section) if hints[item.name] in (str, str | None)}
+def test_every_setting_that_names_a_place_is_checked_or_decided_by_the_app() -> None:
     places = [*READ, *WRITTEN, *MODELS, *PARTS]
     assert len(set(places)) == len(places)
-    assert texts - set(DECIDED_BY_THE_APP) == {*places, *NO_PATHS}
-    assert set(PATH_SETTINGS) - {"output_dir"} <= set(places)
+    assert set(settings_that("place")) - set(DECIDED_BY_THE_APP) == set(places)
+    assert set(settings_that("is_path")) - {"output_dir"} <= set(places)
 
 
 OUTSIDE = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flatlora_diffusion.commands.train_flags import parse_config
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, preset_file
+from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, preset_file, setting_hints, settings_that
 
 OTHER: dict[str, Any] = {
     "pretrained_model_name_or_path": "some/base",
@@ -34,6 +34,32 @@ OTHER: dict[str, Any] = {
     "gradient_checkpointing": True,
     "seed": 11,
 }
+
+# Texts that no path is ever made of: prompts, colours, numbers in words, names of layers, columns, trackers, tokens.
+NO_PLACES = {
+    "image_column", "caption_column", "instance_prompt", "class_prompt", "background_color", "lora_target_modules",
+    "lora_unet_blocks", "lora_block_ranks", "token_abstraction", "output_name", "validation_prompt", "report_to",
+    "hub_model_id", "hub_token", "resume_from_checkpoint",
+}  # fmt: skip
+
+
+def test_every_setting_that_is_a_text_is_marked_as_a_place_or_known_as_none() -> None:
+    texts = {name for name, hint in setting_hints().items() if hint in (str, str | None)}
+    assert texts == {*settings_that("place"), *NO_PLACES}
+    assert not NO_PLACES & set(settings_that("place"))
+
+
+def test_traits_are_asked_for_by_their_names() -> None:
+    assert settings_that("is_secret") == ("hub_token",)
+    assert settings_that("place", "model", "run") == (
+        "pretrained_model_name_or_path",
+        "pretrained_vae_model_name_or_path",
+        "dataset_name",
+        "output_dir",
+    )
+    assert set(settings_that("place")) - set(settings_that("is_path")) == set(settings_that("place", "part"))
+    with pytest.raises(KeyError, match="is_pathh"):
+        settings_that("is_pathh")
 
 
 def test_setting_names_are_unique_and_each_has_help() -> None:

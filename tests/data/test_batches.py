@@ -12,7 +12,7 @@ import torch
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data import batches as feed_module
-from flatlora_diffusion.data.batches import Feed
+from flatlora_diffusion.data.batches import Feed, encoded_feed
 from flatlora_diffusion.data.crops import View
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
@@ -25,14 +25,14 @@ def sdxl(base: Path) -> Sdxl:
 
 def make_feed(sdxl: Sdxl, icons: Path, world_size: int = 1, **settings: object) -> Feed:
     values = {"seed": 0, "resolution": 32, "train_batch_size": 2, **settings}
-    return Feed(TrainConfig.from_dict(values), sdxl, load_samples(icons).samples, world_size)
+    return encoded_feed(TrainConfig.from_dict(values), sdxl, load_samples(icons).samples, world_size)
 
 
 def make_feed_of_one_picture(sdxl: Sdxl, icons: Path, names: Sequence[str], **settings: object) -> Feed:
     """A feed of one picture, once under each of `names`."""
     values = {"seed": 0, "resolution": 32, "train_batch_size": len(names), **settings}
     picture = load_samples(icons).samples[0]
-    return Feed(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
+    return encoded_feed(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -43,7 +43,7 @@ def test_a_feed_needs_the_vae_when_a_batch_is_encoded(
 ) -> None:
     settings = {"cache_latents": cached, "use_aspect_ratio_buckets": buckets, "resolution": 32, "seed": 0}
     samples = load_samples(icons).samples
-    feed = Feed(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
+    feed = encoded_feed(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
     encoded: Any = []
     real = feed_module.posterior
     monkeypatch.setattr(feed_module, "posterior", lambda vae, pixels: (encoded.append(pixels), real(vae, pixels))[1])

@@ -28,11 +28,13 @@ from flatlora_diffusion.adapter.update import shared_path
 from flatlora_diffusion.config import RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, shared_words
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files import file_pair
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.lora_files.kohya import kohya_name
 from flatlora_diffusion.lora_files.metadata import base_name
+from flatlora_diffusion.lora_files.writing import save_kohya
 from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.training import checkpoint, release
+from flatlora_diffusion.training import checkpoint
 from flatlora_diffusion.training.release import KOHYA_COPY, save_release
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train
@@ -246,7 +248,7 @@ def test_the_schema_of_the_kohya_file(config: TrainConfig, dtype: str) -> None:
 def test_the_legacy_hash_is_of_64_kib_behind_the_first_mebibyte(tmp_path: Path) -> None:
     tensors = {"a.lora_down.weight": torch.randn(2, 300_000), "a.alpha": torch.tensor(2.0)}
     said = {"ss_steps": "3", "modelspec.title": "t", "format": "pt"}
-    release.save_kohya(tmp_path / "a.safetensors", lambda: sorted(tensors.items()), said)
+    save_kohya(tmp_path / "a.safetensors", lambda: sorted(tensors.items()), said)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         found = file.metadata()
     own = {name: value for name, value in found.items() if name.startswith("ss_")}
@@ -310,7 +312,7 @@ def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monke
             return tensors
 
         with monkeypatch.context() as patch:
-            patch.setattr(release, "load_file", bad)
+            patch.setattr(file_pair, "load_file", bad)
             with pytest.raises(RunError, match=f"{name} does not hold what was to be saved: unet.*is off by"):
                 save_release(state, state.run.folder, step=2)
     save_release(state, state.run.folder, step=2)

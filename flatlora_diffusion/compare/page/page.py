@@ -22,7 +22,7 @@ from flatlora_diffusion.compare.page.curves import groups, strengths, trajectori
 from flatlora_diffusion.compare.page.record import advice, alarm, kicker, made_with, nulls, proof, settings
 from flatlora_diffusion.compare.page.results import numbers, paired, verdict_chart
 from flatlora_diffusion.compare.page.text import Chip, Result, chip
-from flatlora_diffusion.ground.atomic import write_text_atomically
+from flatlora_diffusion.ground.whole_files import write_text
 
 PAGE = "compare.html"
 _PARTS = Path(__file__).parent / "templates"
@@ -54,7 +54,7 @@ def write_compare_page(result: Mapping[str, Any], folder: Path) -> Path:
         sections=[section for section in (build(result) for build in _SECTIONS) if section.found is not None],
     )
     path = folder / PAGE
-    write_text_atomically(path, page)
+    write_text(path, page + "\n")
     return path
 
 

@@ -5,12 +5,14 @@ Needs no torch, so that run folders can be looked at without it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -42,9 +44,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` and a line's end, as UTF-8 with the same bytes on every system."""
-    write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8", newline="\n"))
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with the same bytes on every system."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a line's end."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def remove_half_written(folder: Path, seconds: float = 0.0) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.atomic import remove_half_written, write_text_atomically, writing_into
 from flatlora_diffusion.ground.files import load_tensors, save_tensors
+from flatlora_diffusion.ground.whole_files import remove_half_written, write_text, writing_into
 
 resource = pytest.importorskip("resource", reason="no limits for files on this system")
 
@@ -47,9 +47,9 @@ def test_tensors_that_do_not_fit_are_an_error_of_the_system_and_leave_the_file_t
 
 def test_a_text_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    write_text_atomically(path, "before")
+    write_text(path, "before" + "\n")
     with longest_file(10), pytest.raises(OSError, match="File too large"):
-        write_text_atomically(path, "much longer than that")
+        write_text(path, "much longer than that" + "\n")
     assert os.listdir(tmp_path) == ["README.md"]
     assert path.read_bytes() == b"before\n"
 

@@ -1,0 +1,58 @@
+"""The settings that a run leaves open, settled before anything is built: seed, precision, resolution and steps."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+
+from accelerate.utils import broadcast_object_list
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.data.schedule import schedule_of
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.sdxl.device import this_process
+
+logger = logging.getLogger(__name__)
+
+
+def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
+    """`config` for a new run, or, when a checkpoint is resumed, with what the run has saved for what is left open.
+
+    Raises ConfigError for a new run whose folder holds what it must not touch, and when there is no run to resume.
+    """
+    checkpoint = config.run.resume_from_checkpoint
+    if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
+        return run.filled_in(config)
+    if checkpoint is not None:
+        logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
+    new = config.replace(resume_from_checkpoint=None)
+    run.check_new(new.to_dict())
+    return new
+
+
+def seeded(config: TrainConfig) -> TrainConfig:
+    """`config` with a seed: its own, or one from the operating system, the same on all processes."""
+    if config.run.seed is not None:
+        return config
+    this_process()  # starts the process group that the broadcast needs
+    (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
+    logger.info("seed %d", seed)
+    return config.replace(seed=seed)
+
+
+def settled(
+    config: TrainConfig,
+    precision: str,
+    resolution: int,
+    size_step: int,
+    shapes: Sequence[tuple[int, int]],
+    processes: int,
+) -> TrainConfig:
+    """`config`, which has its seed, with nothing left open: a pure function, and of its own result the same.
+
+    `precision` is accelerate's, `resolution` and `size_step` are the base's for this config, `shapes` the (height,
+    width) of the training images.
+    """
+    sized = config.replace(mixed_precision=precision, resolution=resolution)
+    return sized.replace(max_train_steps=schedule_of(sized, shapes, size_step, processes).total_steps)

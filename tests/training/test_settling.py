@@ -1,0 +1,63 @@
+"""What a run leaves open is settled before anything is built, by the settings and a few facts alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flatlora_diffusion.config import TrainConfig, settings_that
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.training.settling import seeded, settled
+from flatlora_diffusion.training.state import prepare
+
+WIDE, TALL = (40, 80), (80, 40)
+
+
+def of(processes: int = 1, **values: object) -> TrainConfig:
+    return settled(TrainConfig.from_dict({"seed": 3, **values}), "bf16", 64, 16, [WIDE, TALL, TALL], processes)
+
+
+def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
+    given, whole = TrainConfig().to_dict(), settled(seeded(TrainConfig()), "bf16", 64, 16, [WIDE], 1).to_dict()
+    assert {name for name in given if given[name] != whole[name]} == set(settings_that("is_settled"))
+    assert all(whole[name] is not None for name in settings_that("is_settled"))
+    assert (whole["resolution"], whole["mixed_precision"]) == (64, "bf16")
+
+
+def test_what_is_settled_stays_as_it_is() -> None:
+    whole = of(num_train_epochs=5, use_aspect_ratio_buckets=True)
+    assert settled(whole, "bf16", 64, 16, [WIDE] * 9, processes=2) == whole
+    assert seeded(whole) is whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_train_steps": 7, "num_train_epochs": 5}, 7),
+        ({"num_train_epochs": 5, "train_batch_size": 2}, 10),
+        ({"num_train_epochs": 5, "train_batch_size": 2, "processes": 2}, 5),
+        # three images of two shapes with a batch of two: one batch of each shape
+        ({"num_train_epochs": 5, "train_batch_size": 2, "use_aspect_ratio_buckets": True}, 10),
+        ({"num_train_epochs": 5, "train_batch_size": 1, "use_aspect_ratio_buckets": True, "repeats": 2}, 30),
+    ],
+)
+def test_the_steps_are_those_given_or_those_of_the_epochs(settings: dict[str, int], steps: int) -> None:
+    assert of(**settings).optim.max_train_steps == steps
+
+
+def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_path: Path) -> None:
+    given = TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "run"),
+            "num_train_epochs": 3,
+            "report_to": "none",
+        }
+    )
+    state = prepare(given, load_samples(icons).samples)
+    assert state.feed.config is state.config
+    assert all(state.config.to_dict()[name] is not None for name in settings_that("is_settled"))
+    assert state.total_steps == state.config.optim.max_train_steps == 3 * state.feed.schedule.steps_per_epoch
+    assert state.feed.resolution == state.sdxl.resolution
