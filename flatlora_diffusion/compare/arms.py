@@ -68,7 +68,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of an experiment, trained or not."""
 
     arm: Arm
@@ -149,7 +149,7 @@ def null_arms(seed: int, init_seed: int | None = None) -> list[Arm]:
     ]
 
 
-def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[Planned]:
+def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[PlannedRun]:
     """Every run, seed by seed, below `output_dir`; each saves `points` checkpoints.
 
     Raises ConfigError for settings of an arm that exclude each other, before anything is trained.
@@ -173,11 +173,11 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
                 "checkpoints_total_limit": None,
                 "resume_from_checkpoint": None,
             }
-            planned.append(Planned(arm, seed, config.replace(**values)))
+            planned.append(PlannedRun(arm, seed, config.replace(**values)))
     return planned
 
 
-def train_planned(planned: Planned) -> None:
+def train_planned(planned: PlannedRun) -> None:
     """Train one run with the command line's own code in a process of its own, unless it is there already.
 
     Raises RunError when it does not end well.

@@ -1,4 +1,4 @@
-"""The figures of a comparison: losses on fixed images and metrics of pictures, for the base and for each run."""
+"""The metrics of a comparison: losses on fixed images and metrics of pictures, for the base and for each run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from flatlora_diffusion.compare.arms import Planned
-from flatlora_diffusion.compare.losses import UNGROUPED, Meter, metadata_rows
-from flatlora_diffusion.compare.pictures import Key, Painter
-from flatlora_diffusion.compare.trajectory import Point
+from flatlora_diffusion.compare.arms import PlannedRun
+from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator, metadata_rows
+from flatlora_diffusion.compare.pictures import Key, PictureGenerator
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import DEFAULT_SIGMA
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.evaluation.encoders import JUDGE, Encoder
 from flatlora_diffusion.evaluation.judge import NAME_PROMPT, Judge
-from flatlora_diffusion.evaluation.metrics import Metric, Reference, encode_reference, judged, measure
+from flatlora_diffusion.evaluation.metrics import Metric, Reference, encode_reference, judge_metrics, picture_metrics
 from flatlora_diffusion.evaluation.perceptual import Distance, lpips_diversity
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 
@@ -37,12 +37,12 @@ OWN_METRICS = (
 )
 _LOSSES = {TRAIN: "clean_train_loss", HELDOUT: "heldout_loss", FORGETTING: "forgetting_loss"}
 
-Figures = dict[str, float]
+MetricValues = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Themes:
-    """What is drawn: prompts in the learned style, prompts that the LoRA should leave alone, and the seeds."""
+class PromptSets:
+    """Prompts in the learned style, prompts that the LoRA should leave alone, and the seeds of the pictures."""
 
     style: tuple[str, ...]
     unrelated: tuple[str, ...]
@@ -53,7 +53,7 @@ class Themes:
 
 
 @dataclass(frozen=True)
-class Seers:
+class ScoringModels:
     """The models that look at pictures."""
 
     encoders: Sequence[Encoder]
@@ -61,15 +61,15 @@ class Seers:
     lpips: Distance | None = None
 
 
-class Examiner:
+class RunEvaluator:
     """Measures runs under conditions that are the same for all of them."""
 
     def __init__(
         self,
-        meter: Meter,
-        painter: Painter,
-        themes: Themes,
-        seers: Seers,
+        loss_evaluator: LossEvaluator,
+        generator: PictureGenerator,
+        prompts: PromptSets,
+        scoring_models: ScoringModels,
         training: Sequence[Image.Image],
         heldout: Mapping[str, Image.Image],
         names: Mapping[str, str],
@@ -78,92 +78,99 @@ class Examiner:
 
         `names` says what a prompt shows, where that is known.
         """
-        self._meter, self._painter, self.themes, self._seers = meter, painter, themes, seers
+        self._loss_evaluator, self._generator, self.prompts, self._scoring_models = (
+            loss_evaluator,
+            generator,
+            prompts,
+            scoring_models,
+        )
         self._names = names
-        base = painter.paint(None, themes.keys((*themes.style, *themes.unrelated)))
+        base = generator.generate(None, prompts.keys((*prompts.style, *prompts.unrelated)))
         texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self._names.items()}
         self._references: dict[str, Reference] = {}
-        for encoder in seers.encoders:
-            prefix = "" if len(seers.encoders) == 1 else f"{Path(encoder.name).name}_"
+        for encoder in scoring_models.encoders:
+            prefix = "" if len(scoring_models.encoders) == 1 else f"{Path(encoder.name).name}_"
             known = texts if encoder.name == JUDGE else {}
             self._references[prefix] = encode_reference(encoder, training, base, heldout, known)
 
-    def base(self) -> Figures:
-        """The base's own figures; what only a LoRA has is left out."""
-        return self._losses(None, 1.0) | self._of_pictures(None, self.themes)
+    def base(self) -> MetricValues:
+        """The base's metrics, without those that only a LoRA has."""
+        return self._losses(None, 1.0) | self._of_pictures(None, self.prompts)
 
-    def run(self, planned: Planned) -> Figures:
-        """All figures of a finished run."""
+    def run(self, planned: PlannedRun) -> MetricValues:
+        """All metrics of a finished run."""
         steps = _steps(planned)
-        return (
-            self._losses(planned.lora, 1.0)
-            | {
-                "loss_rise": statistics.fmean(self._meter.rises(planned.lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS)),
-                "seconds_per_step": _seconds_per_step(steps),
-                "peak_memory_mib": max(event["memory"] for event in steps) / 2**20,
-            }
-            | self._of_pictures(planned.lora, self.themes)
-        )
+        rises = self._loss_evaluator.rises(planned.lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS)
+        return {
+            **self._losses(planned.lora, 1.0),
+            "loss_rise": statistics.fmean(rises),
+            "seconds_per_step": _seconds_per_step(steps),
+            "peak_memory_mib": max(event["memory"] for event in steps) / 2**20,
+            **self._of_pictures(planned.lora, self.prompts),
+        }
 
-    def losses(self, planned: Planned) -> Figures:
+    def losses(self, planned: PlannedRun) -> MetricValues:
         """The losses of a finished run alone."""
         return self._losses(planned.lora, 1.0)
 
-    def trajectory(self, planned: Planned) -> list[Point]:
+    def trajectory(self, planned: PlannedRun) -> list[TrajectoryPoint]:
         """The base, then each checkpoint of the run."""
         seconds = _seconds_per_step(_steps(planned))
-        few = Themes(self.themes.style[:ALONG_THE_WAY], self.themes.unrelated[:ALONG_THE_WAY], self.themes.seeds[:1])
-        points = []
+        style, unrelated = (prompts[:ALONG_THE_WAY] for prompts in (self.prompts.style, self.prompts.unrelated))
+        few = PromptSets(style, unrelated, self.prompts.seeds[:1])
+        prefix = next(iter(self._references), "")
         files = {int(one.name.split("-")[1]): one / LORA_FILE for one in planned.run.checkpoints()}
         files[planned.last_step] = planned.lora
+        points = []
         for step, lora in ((0, None), *files.items()):
-            losses, seen = self._losses(lora, 1.0), self._of_pictures(lora, few)
-            prefix = next(iter(self._references), "")
+            losses, pictured = self._losses(lora, 1.0), self._of_pictures(lora, few)
             points.append(
-                Point(
+                TrajectoryPoint(
                     step,
                     seconds * step,
                     losses["clean_train_loss"],
                     losses["heldout_loss"],
-                    seen.get(f"{prefix}drift"),
-                    seen.get(f"{prefix}memorization"),
+                    pictured.get(f"{prefix}drift"),
+                    pictured.get(f"{prefix}memorization"),
                 )
             )
         return points
 
-    def strengths(self, planned: Planned) -> dict[float, Figures]:
+    def strengths(self, planned: PlannedRun) -> dict[float, MetricValues]:
         """The losses of a finished run by the strength of its LoRA, the base's at 0."""
         return {0.0: self._losses(None, 1.0)} | {
             strength: self._losses(planned.lora, strength) for strength in STRENGTHS
         }
 
-    def groups(self, lora: Path | None) -> Figures:
+    def groups(self, lora: Path | None) -> MetricValues:
         """The held-out loss of each group of concepts."""
-        found = self._meter.losses(lora)[HELDOUT]
-        return {group: loss for group, loss in found.items() if group != UNGROUPED}
+        by_group = self._loss_evaluator.losses(lora)[HELDOUT]
+        return {group: loss for group, loss in by_group.items() if group != UNGROUPED}
 
     def pictures(self, lora: Path | None, seed: int) -> list[Path]:
         """The files of the pictures of the style's prompts with one seed."""
-        keys = [(prompt, seed) for prompt in self.themes.style]
-        self._painter.paint(lora, keys)
-        return self._painter.files(lora, keys)
+        keys = [(prompt, seed) for prompt in self.prompts.style]
+        self._generator.generate(lora, keys)
+        return self._generator.files(lora, keys)
 
-    def _losses(self, lora: Path | None, strength: float) -> Figures:
-        found = self._meter.losses(lora, strength)
-        return {_LOSSES[name]: by_group[UNGROUPED] for name, by_group in found.items()}
+    def _losses(self, lora: Path | None, strength: float) -> MetricValues:
+        by_set = self._loss_evaluator.losses(lora, strength)
+        return {_LOSSES[name]: by_group[UNGROUPED] for name, by_group in by_set.items()}
 
-    def _of_pictures(self, lora: Path | None, themes: Themes) -> Figures:
-        drawn = self._painter.paint(lora, themes.keys(themes.style))
-        others = self._painter.paint(lora, themes.keys(themes.unrelated))
-        found: Figures = {}
+    def _of_pictures(self, lora: Path | None, prompts: PromptSets) -> MetricValues:
+        style = self._generator.generate(lora, prompts.keys(prompts.style))
+        unrelated = self._generator.generate(lora, prompts.keys(prompts.unrelated))
+        values: MetricValues = {}
         for prefix, reference in self._references.items():
-            found |= {prefix + key: value for key, value in measure(reference, drawn, others or None).items()}
-        named = {key: image for key, image in drawn.items() if key[0] in self._names}
-        if self._seers.judge is not None and named:
-            found |= judged(self._seers.judge, named, self._names, sorted(set(self._names.values())))
-        if self._seers.lpips is not None and len(themes.seeds) > 1:
-            found["lpips_diversity"] = lpips_diversity(self._seers.lpips, drawn)
-        return found
+            of_encoder = picture_metrics(reference, style, unrelated or None)
+            values |= {prefix + key: value for key, value in of_encoder.items()}
+        named = {key: image for key, image in style.items() if key[0] in self._names}
+        if self._scoring_models.judge is not None and named:
+            candidates = sorted(set(self._names.values()))
+            values |= judge_metrics(self._scoring_models.judge, named, self._names, candidates)
+        if self._scoring_models.lpips is not None and len(prompts.seeds) > 1:
+            values["lpips_diversity"] = lpips_diversity(self._scoring_models.lpips, style)
+        return values
 
 
 def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
@@ -172,7 +179,7 @@ def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
     return {sample.caption: names[sample.id] for sample in samples if sample.id in names}
 
 
-def _steps(planned: Planned) -> list[Mapping[str, Any]]:
+def _steps(planned: PlannedRun) -> list[Mapping[str, Any]]:
     return [event for event in planned.run.events() if event["event"] == "step"]
 
 
