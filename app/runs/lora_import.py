@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError, ImportConfig, ModelConfig
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.sdxl.loading import base_path
 
@@ -31,7 +31,6 @@ from .runs import RunStore
 IMPORTED = "imported"
 MOST_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it
 _FILE = "imported.json"
-_LORA = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:
     with _folder_beside(runs) as folder:
         with _said_of(file):
             lora = read_lora_file(str(file), base)
-            import_file(ImportConfig(file=str(file), base=base, output=str(folder / _LORA)))
+            import_file(ImportConfig(file=str(file), base=base, output=str(folder / LORA_FILE)))
         settings = _settings(runs, base, lora.base.unet)
         ranks = sorted({layer.rank for layer in lora.layers})
         _describe(folder, settings, Origin(file.name, file_hash(file), len(lora.layers), ranks))
@@ -105,7 +104,7 @@ def _said_of(file: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        text = str(error).replace(str(file), file.name).replace(_LORA, file.name)
+        text = str(error).replace(str(file), file.name).replace(LORA_FILE, file.name)
         raise ConfigError(text.replace("which --base can name", "choose that one")) from error
 
 

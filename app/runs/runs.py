@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 
 from ..jobs.launch import LOG_LINES, Launch, write_json
 from ..jobs.store import Label, Store
@@ -24,7 +24,6 @@ from .trash import Trash
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")
 _LONGEST_NOTE = 2000
-_LORA_FOR_DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class RunStore:
         folder = folder_of(self.folder, run_id)
         run = RunDir(folder)
         name = run.lora_name(read_json(run.config_file).get("output_name"))
-        files = {"diffusers": _LORA_FOR_DIFFUSERS, "kohya": f"{name}.safetensors", "card": "README.md"}
+        files = {"diffusers": LORA_FILE, "kohya": f"{name}.safetensors", "card": "README.md"}
         return {kind: folder / file for kind, file in files.items() if (folder / file).is_file()}
 
     def size(self, run_id: str) -> int:

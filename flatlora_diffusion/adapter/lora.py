@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.method.adapted_layers import int8_steps
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -103,10 +104,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def base_weight(base: Any) -> Tensor:
     """W of a base layer as it computes with it, in its shape and fp32; a quantized one is dequantized."""
-    if type(base.weight).__name__ == "Int8Params":
-        # PEFT's dequantization takes the scales away from such a layer on a CPU.
-        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
-        return base.weight.data.float() * (scales.float() / 127)[:, None]
+    steps = int8_steps(base)
+    if steps is not None:
+        return base.weight.data.float() * steps[:, None]
     weight: Tensor = dequantize_module_weight(base)
     return weight.float()
 

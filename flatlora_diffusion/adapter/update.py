@@ -59,13 +59,13 @@ def lora_updates(pipeline: Any) -> Updates:
 
 def magnitudes(pipeline: Any) -> dict[str, dict[str, Tensor]]:
     """DoRA's trained magnitudes by module path, by part; empty for another LoRA."""
-    found: dict[str, dict[str, Tensor]] = {}
+    by_part: dict[str, dict[str, Tensor]] = {}
     for part in PARTS:
         for name, layer in lora_layers(getattr(pipeline, part)).items():
             if ADAPTER in layer.lora_magnitude_vector:
                 value = layer.lora_magnitude_vector[ADAPTER].weight.detach().float().cpu().contiguous()
-                found.setdefault(part, {})[shared_path(part, name)] = value
-    return found
+                by_part.setdefault(part, {})[shared_path(part, name)] = value
+    return by_part
 
 
 def plain_updates(pipeline: Any) -> tuple[Updates, float]:
@@ -73,22 +73,18 @@ def plain_updates(pipeline: Any) -> tuple[Updates, float]:
 
     That is 0 but for DoRA, whose W' - W is folded into a truncated SVD of rank 32, or its own rank if that is higher.
     """
-    missed, whole = 0.0, 0.0
+    errors: list[tuple[float, float]] = []
 
     def plain(layer: Any) -> Update:
-        nonlocal missed, whole
-        factors = _factors(layer)
         if ADAPTER not in layer.lora_magnitude_vector:
-            return factors
-        change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
-        folded = truncated(change, max(FOLD_RANK, len(factors.down)))
-        missed += float((change - folded.up @ folded.down).double().square().sum())
-        whole += float(change.double().square().sum())
-        down = folded.down.view(-1, *factors.down.shape[1:])
-        up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:])
-        return Update(down.contiguous(), up.contiguous(), 1.0)
+            return _factors(layer)
+        folded, missed, whole = _folded(layer)
+        errors.append((missed, whole))
+        return folded
 
-    return _of_all(pipeline, plain), (missed / whole) ** 0.5 if whole else 0.0
+    updates = _of_all(pipeline, plain)
+    missed, whole = (sum(squares) for squares in zip(*errors, strict=True)) if errors else (0.0, 0.0)
+    return updates, (missed / whole) ** 0.5 if whole else 0.0
 
 
 def shared_path(part: str, module: str) -> str:
@@ -96,13 +92,10 @@ def shared_path(part: str, module: str) -> str:
     return module if part == "unet" else f"text_model.{module.removeprefix('text_model.')}"
 
 
-def unshifted(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors [A; A0] and [B, -B0] of rank 2r, for the untouched base: their product is B A - B0 A0.
-
-    For initializations that took s B0 A0 out of the base (PiSSA, OLoRA, LoRA-GA, ...): the trained model is
-    W - s B0 A0 + s B A. The scale s stays, so alpha doubles with the rank where it is divided by the rank.
-    """
-    return torch.cat([down, down0]), torch.cat([up, -up0], dim=1)
+def with_magnitudes(direction: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's W': each row of W + s B A, (m, ...), scaled to the length that `magnitude` (m,) gives it."""
+    factors = magnitude / direction.flatten(1).norm(dim=1)
+    return direction * factors.view(-1, *[1] * (direction.ndim - 1))
 
 
 def truncated(change: Tensor, rank: int) -> Update:
@@ -117,6 +110,22 @@ def truncated(change: Tensor, rank: int) -> Update:
     left, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
     root = values[:rank].sqrt()
     return Update(root[:, None] * right[:rank], basis @ left[:, :rank] * root, 1.0)
+
+
+def cut_to_rank(update: Update, rank: int) -> tuple[Update, Tensor]:
+    """The best factors of at most `rank` for s B A with a scale of 1, and all its singular values; in double.
+
+    From B = Q_b R_b and A^T = Q_a R_a the singular values of B A are those of the small matrix R_b R_a^T, so that B A
+    is not formed. The factors have the shapes and the dtype of the old ones.
+    """
+    up_basis, up_rest = torch.linalg.qr(update.up.double().flatten(1))
+    down_basis, down_rest = torch.linalg.qr(update.down.double().flatten(1).T)
+    left, values, right = torch.linalg.svd(update.scale * up_rest @ down_rest.T, full_matrices=False)
+    kept = min(rank, len(values))
+    root = values[:kept].sqrt()
+    up = (up_basis @ left[:, :kept] * root).view(len(update.up), kept, *update.up.shape[2:])
+    down = (root[:, None] * (right[:kept] @ down_basis.T)).view(kept, *update.down.shape[1:])
+    return Update(down.to(update.down.dtype), up.to(update.up.dtype), 1.0), values
 
 
 def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,12 +156,12 @@ def update_norms(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, float
     return {part: sum(norm(update) ** 2 for update in layers.values()) ** 0.5 for part, layers in updates.items()}
 
 
-def _of_all(pipeline: Any, read: Any) -> Updates:
-    found: dict[str, dict[str, Update]] = {}
+def _of_all(pipeline: Any, read: Callable[[Any], Update]) -> Updates:
+    updates: dict[str, dict[str, Update]] = {}
     for part in PARTS:
         for name, layer in lora_layers(getattr(pipeline, part)).items():
-            found.setdefault(part, {})[shared_path(part, name)] = read(layer)
-    return found
+            updates.setdefault(part, {})[shared_path(part, name)] = read(layer)
+    return updates
 
 
 def _factors(layer: Any) -> Update:
@@ -160,11 +169,21 @@ def _factors(layer: Any) -> Update:
     return Update(down, up, float(layer.scaling[ADAPTER]))
 
 
+def _folded(layer: Any) -> tuple[Update, float, float]:
+    """A DoRA layer's change as plain factors, ||missed||^2 and ||change||^2."""
+    factors = _factors(layer)
+    change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
+    folded = truncated(change, max(FOLD_RANK, len(factors.down)))
+    missed = float((change - folded.up @ folded.down).double().square().sum())
+    down = folded.down.view(-1, *factors.down.shape[1:]).contiguous()
+    up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:]).contiguous()
+    return Update(down, up, 1.0), missed, float(change.double().square().sum())
+
+
 @torch.no_grad()
 def _dora_change(layer: Any) -> Tensor:
     """W' - W of a DoRA layer, (out, in * kh * kw): each row of W + s B A scaled to its magnitude, minus W."""
     down, up = (side[ADAPTER].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
     weight = base_weight(layer.get_base_layer()).flatten(1)
-    direction = weight + layer.scaling[ADAPTER] * (up @ down)
     magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float().flatten()
-    return (magnitude / direction.norm(dim=1))[:, None] * direction - weight
+    return with_magnitudes(weight + layer.scaling[ADAPTER] * (up @ down), magnitude) - weight

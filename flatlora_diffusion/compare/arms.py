@@ -24,10 +24,9 @@ from flatlora_diffusion.config import (
     TrainConfig,
     read_setting,
 )
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import PATH_SETTINGS, portable
 from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from flatlora_diffusion.evaluation.encoders import JUDGE, Encoder
 from flatlora_diffusion.evaluation.judge import NAME_PROMPT, Judge
 from flatlora_diffusion.evaluation.metrics import Metric, Reference, encode_reference, judge_metrics, picture_metrics
 from flatlora_diffusion.evaluation.perceptual import Distance, lpips_diversity
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 
 TRAIN, HELDOUT, FORGETTING = "train", "heldout", "forgetting"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

@@ -27,7 +27,7 @@ from flatlora_diffusion.compare.pictures import PictureGenerator
 from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import load_image
-from flatlora_diffusion.data.training_set import load_heldout, load_training_set
+from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips
@@ -72,13 +72,9 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         folders[FORGETTING] = Path(forgetting)
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
     for name, folder in folders.items():
-        found = load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)
-        samples = found.samples
+        samples = (load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)).samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
-    seen = {sample.sha256 for sample in training}
-    both = [sample.id for sample in sets[HELDOUT].samples if sample.sha256 in seen]
-    if both:
-        raise ConfigError(f"heldout_dir has images that are trained on: {', '.join(both[:5])}; take them out")
+    check_unseen(sets[HELDOUT].samples, training, "are")
     return Material(sets, _prompts(config, own, heldout, sets[HELDOUT].samples), heldout, _scoring_models(own))
 
 

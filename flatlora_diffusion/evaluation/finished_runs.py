@@ -9,8 +9,7 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import SampleSet, manifest
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 
 # How the same base was loaded; what it is stays the same.
 _LOADING = {"quantize_base", "offload", "enable_xformers_memory_efficient_attention", "allow_tf32", "variant"}

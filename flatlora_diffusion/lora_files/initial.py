@@ -10,7 +10,7 @@ import torch
 from flatlora_diffusion.adapter.lora import ADAPTER, lora_layers, start_magnitudes
 from flatlora_diffusion.adapter.update import shared_path
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.lora_files.names import loaded_names
 from flatlora_diffusion.lora_files.place import in_folder
 from flatlora_diffusion.lora_files.reading import ImportedLora, lora_of_base

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import PARTS, Update, truncated
+from flatlora_diffusion.adapter.update import PARTS, Update, cut_to_rank, truncated
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.lora_files.metadata import kept_metadata
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
@@ -50,7 +50,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     resized: dict[str, dict[str, Update]] = {}
     for part, layers in lora.updates.items():
         for module, update in layers.items():
-            smaller, values = reduced(update, config.rank)
+            smaller, values = cut_to_rank(update, config.rank)
             resized.setdefault(part, {})[module] = smaller
             missed += float(values[len(smaller.down) :].square().sum())
             whole += float(values.square().sum())
@@ -58,21 +58,6 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     metadata = kept_metadata(lora.file.metadata, path.stem, family_of(lora.base.unet))
     written = write_lora(resized, lora.base, path, layout, config.dtype or own_dtype(lora), metadata)
     return Reduced(written, math.sqrt(missed / whole))
-
-
-def reduced(update: Update, rank: int) -> tuple[Update, Tensor]:
-    """The best factors of a rank for scale * B A with a scale of 1, and all its singular values; B A is not formed.
-
-    From B = Q_b R_b and A^T = Q_a R_a the singular values of B A are those of the small matrix R_b R_a^T.
-    """
-    up_basis, up_rest = torch.linalg.qr(update.up.double().flatten(1))
-    down_basis, down_rest = torch.linalg.qr(update.down.double().flatten(1).T)
-    left, values, right = torch.linalg.svd(update.scale * up_rest @ down_rest.T)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    up = (up_basis @ left[:, :kept] * root).view(len(update.up), kept, *update.up.shape[2:])
-    down = (root[:, None] * (right[:kept] @ down_basis.T)).view(kept, *update.down.shape[1:])
-    return Update(down.float(), up.float(), 1.0), values
 
 
 def extract_lora(config: ExtractConfig) -> Reduced:

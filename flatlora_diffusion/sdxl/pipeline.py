@@ -77,13 +77,10 @@ def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return (found.mean.float() - mean) * scale, found.std.float() * scale
 
 
-def encode_images(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Normalized latents (B, 4, H/f, W/f) in fp32 of pixels (B, 3, H, W) in [-1, 1].
-
-    `noise` (same shape as the latents, N(0, 1)) samples the posterior; without it the latents are the mean.
-    """
-    mean, std = posterior(vae, pixels)
-    return mean if noise is None else mean + std * noise
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Normalized latents (B, 4, H/f, W/f) in fp32 of pixels (B, 3, H, W) in [-1, 1]: the posterior's mean."""
+    mean, _ = posterior(vae, pixels)
+    return mean
 
 
 @torch.no_grad()
