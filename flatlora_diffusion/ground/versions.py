@@ -20,7 +20,7 @@ def _own_version() -> str:
     try:
         return version(PROGRAM)
     except PackageNotFoundError:
-        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
         text = project.read_text(encoding="utf-8") if project.is_file() else ""
         found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
         return f"{found[1]}+checkout" if found else "unknown"
