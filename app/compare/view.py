@@ -12,7 +12,7 @@ from ..context import AppContext
 from ..jobs.store import Job
 from ..jobs.view import told, why_failed, why_waiting, wrong
 from .comparison import (
-    Arm,
+    ComparedRun,
     Comparison,
     common_moments,
     default_prompts,
@@ -67,10 +67,10 @@ class CompareView:
         self.context = context
         self.cache = PictureCache(context.queue)
 
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[ComparedRun]:
         return finished_arms(self.context)
 
-    def start(self) -> tuple[list[Arm], list[str], str]:
+    def start(self) -> tuple[list[ComparedRun], list[str], str]:
         """(what can be chosen, the ids that are chosen at first, the prompts at first)."""
         arms = self.arms()
         chosen = newest_pair(self.context, arms)
