@@ -104,8 +104,8 @@ class CompareView:
         """
         comparison = self.comparison(form)
         wanted = comparison.pictures()
-        found = self.cache.find(wanted)
-        missing = [one for one in wanted if one not in found and one not in self._coming(wanted)]
+        drawn = self.cache.find(wanted)
+        missing = [one for one in wanted if one not in drawn and one not in self._coming(wanted)]
         orders = orders_for(missing, comparison.drawing, comparison.files)
         commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue
@@ -129,19 +129,19 @@ class CompareView:
         except ConfigError as error:
             return Shown(empty_page("There is no comparison yet", "See the line above."), wrong(str(error)))
         wanted = comparison.pictures()
-        found = self.cache.find(wanted)
-        grid = grid_page(comparison, found, form.is_difference)
-        missing = [one for one in wanted if one not in found]
+        drawn = self.cache.find(wanted)
+        grid = grid_page(comparison, drawn, form.is_difference)
+        missing = [one for one in wanted if one not in drawn]
         if not missing:
             folder = self.context.runs.folder / ".results" / "grids"
-            picture, page = (save(comparison, found, form.is_difference, folder) for save in (save_grid, save_page))
+            picture, page = (save(comparison, drawn, form.is_difference, folder) for save in (save_grid, save_page))
             return Shown(grid, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
-            return Shown(grid, self._progress(jobs, len(found), len(wanted)), is_drawing=True)
+            return Shown(grid, self._progress(jobs, len(drawn), len(wanted)), is_drawing=True)
         return Shown(grid, self._why_missing(missing, len(wanted)))
 
-    def found(self, comparison: Comparison) -> Mapping[Picture, Path]:
+    def drawn(self, comparison: Comparison) -> Mapping[Picture, Path]:
         return self.cache.find(comparison.pictures())
 
     def _coming(self, wanted: Sequence[Picture]) -> set[Picture]:

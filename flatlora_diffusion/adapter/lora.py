@@ -88,12 +88,12 @@ def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
         return chosen
     inside: list[str] = []
     for block in _listed(blocks):
-        found = [name for name in chosen if _is_inside(name, block)]
-        if not found:
+        in_block = [name for name in chosen if _is_inside(name, block)]
+        if not in_block:
             raise ConfigError(
                 f"lora_unet_blocks: {block!r} holds no layer to train; blocks are named like {chosen[0]}"
             )
-        inside += found
+        inside += in_block
     return sorted(set(inside), key=chosen.index)
 
 
@@ -171,10 +171,10 @@ def _block_ranks(text: str | None, targets: list[str]) -> dict[str, int]:
         block, _, rank = part.partition("=")
         if not rank.strip().isdigit() or int(rank) < 1:
             raise ConfigError(f"lora_block_ranks: {part!r} must be BLOCK=RANK, such as mid_block=16")
-        found = [name for name in targets if _is_inside(name, block.strip())]
-        if not found:
+        in_block = [name for name in targets if _is_inside(name, block.strip())]
+        if not in_block:
             raise ConfigError(f"lora_block_ranks: {block!r} holds no layer to train")
-        ranks |= dict.fromkeys(found, int(rank))
+        ranks |= dict.fromkeys(in_block, int(rank))
     return ranks
 
 

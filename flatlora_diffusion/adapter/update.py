@@ -1,4 +1,4 @@
-"""What a LoRA adds to each layer, as two factors and a scale; whatever its variant, in the form that files hold."""
+"""The update that a LoRA of any variant adds to each layer, as two factors and a scale: the form that files hold."""
 
 from __future__ import annotations
 

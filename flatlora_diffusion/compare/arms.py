@@ -57,7 +57,7 @@ _SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a method and the settings in which it differs from the experiment's own."""
+    """A method, and the settings in which it differs from the experiment's own."""
 
     key: str
     name: str
@@ -131,7 +131,7 @@ def parse_arm(text: str) -> Arm:
 
 
 def null_arms(seed: int, init_seed: int | None = None) -> list[Arm]:
-    """What must show no difference, and what differs by chance alone, for the run of `seed`.
+    """The arms that must show no difference, or one by chance alone, for the run of `seed`.
 
     `init_seed` is that of the first weights, where it is not `seed`.
     """

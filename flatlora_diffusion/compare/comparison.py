@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class ComparisonResult(TypedDict):
-    """What compare.json holds: JSON's own types, arms by their keys, seeds, steps and strengths as text."""
+    """The contents of compare.json, in JSON's own types: arms by their keys, seeds and strengths as text."""
 
     settings: dict[str, Any]
     arms: list[dict[str, Any]]
@@ -123,7 +123,7 @@ def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[PlannedRun]) -> 
 
 
 def _settings(config: TrainConfig, own: CompareConfig, material: Material) -> dict[str, Any]:
-    """What the comparison was made with: the arms' settings, its own, and the image sets by their hashes."""
+    """The settings of the arms and of the comparison itself, and the image sets by their hashes."""
     mine = {
         name: Path(value).name if name.endswith(("_dir", "_file")) and value else value
         for name, value in asdict(own).items()

@@ -76,7 +76,7 @@ class RunEvaluator:
     ) -> None:
         """`training` are the training images as they are seen, `heldout` those of some of the style's prompts.
 
-        `names` says what a prompt shows, where that is known.
+        `names` has the name of the thing that a prompt describes, where it is known.
         """
         self._loss_evaluator, self._generator, self.prompts, self._scoring_models = (
             loss_evaluator,
@@ -174,7 +174,7 @@ class RunEvaluator:
 
 
 def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
-    """What each caption of an image folder shows: the field `name` of its image's line in metadata.jsonl."""
+    """The name of the thing that each caption describes: the field `name` of its image's line in metadata.jsonl."""
     names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder) if "name" in row}
     return {sample.caption: names[sample.id] for sample in samples if sample.id in names}
 

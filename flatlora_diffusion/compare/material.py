@@ -1,4 +1,4 @@
-"""What a comparison is measured with: image sets, prompts, encoders, and the evaluator that holds them."""
+"""The material of a comparison: image sets, prompts, encoders, and the evaluator that holds them."""
 
 from __future__ import annotations
 

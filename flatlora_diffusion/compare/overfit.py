@@ -30,7 +30,7 @@ class Advice:
 
 
 def advise(run: Sequence[TrajectoryPoint], strengths: Mapping[float, float]) -> Advice:
-    """What the held-out images say about a run.
+    """The checkpoint and strength that predict the held-out images best.
 
     `run` begins with the base (step 0) and ends with the finished LoRA; `strengths` has the held-out loss of the
     finished LoRA at each strength.

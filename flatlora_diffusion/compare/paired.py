@@ -1,4 +1,4 @@
-"""What paired differences over seeds can say: their mean, its interval, the smallest difference they could show."""
+"""Paired differences over seeds: their mean, its interval, and the smallest difference that they could show."""
 
 from __future__ import annotations
 

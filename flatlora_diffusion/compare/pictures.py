@@ -39,7 +39,7 @@ class PictureGenerator:
         return {key: _read(file) for key, file in files.items()}
 
     def files(self, lora: Path | None, keys: Sequence[Key]) -> list[Path]:
-        """Where the pictures of `keys` are kept, drawn or not."""
+        """The files in which the pictures of `keys` are kept, drawn or not."""
         content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
         depends = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
         return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """What was measured after `step` steps and `seconds` of training; step 0 is the base."""
+    """The measurements after `step` steps and `seconds` of training; step 0 is the base."""
 
     step: int
     seconds: float

@@ -51,9 +51,9 @@ def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
     return runs
 
 
-def check_images(run: FinishedRun, found: SampleSet) -> None:
+def check_images(run: FinishedRun, training: SampleSet) -> None:
     """Raise ConfigError when the images at hand are not those that `run` was trained on, class images apart."""
-    here = _hashes(manifest(found.samples))
+    here = _hashes(manifest(training.samples))
     if not (here <= run.images if run.config.data.with_prior_preservation else here == run.images):
         raise ConfigError(
             f"the training images at hand are not those of run {run.name}: files or captions have changed; "

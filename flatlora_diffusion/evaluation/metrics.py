@@ -136,13 +136,13 @@ def diversities(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
 
     `images` is (B, D); `prompts[b]` is the prompt of row b.
     """
-    found = {}
+    by_prompt = {}
     for prompt in dict.fromkeys(prompts):
         rows = images[[index for index, other in enumerate(prompts) if other == prompt]]
         if len(rows) > 1:
             first, second = torch.triu_indices(len(rows), len(rows), offset=1)
-            found[prompt] = float((2 * drifts(rows[first], rows[second])).mean())
-    return found
+            by_prompt[prompt] = float((2 * drifts(rows[first], rows[second])).mean())
+    return by_prompt
 
 
 def nearest_cosines(images: Tensor, training: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def memorization_threshold(training: Tensor, quantile: float = 0.95) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with, encoded once: training, held-out and base images, prompts' texts."""
+    """The encoded images and texts that generated images are compared with: training, held-out and base images."""
 
     encoder: Encoder
     training: Tensor

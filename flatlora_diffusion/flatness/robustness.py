@@ -1,4 +1,4 @@
-"""What a user does to a LoRA: another strength, fewer bits, a lower rank, another base, a second LoRA beside it.
+"""Changes that users make to a LoRA: another strength, fewer bits, a lower rank, another base, a second LoRA.
 
 Deltas in, deltas or weights out.
 """

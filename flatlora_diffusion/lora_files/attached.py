@@ -116,13 +116,13 @@ def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> N
 
 
 def _embeddings_of(path: Path) -> Path | None:
-    found = embeddings_beside(path)
-    if len(found) > 1:
+    beside = embeddings_beside(path)
+    if len(beside) > 1:
         raise ConfigError(
-            f"lora: beside {path} are {len(found)} files *_emb.safetensors; leave one, or name it {path.stem}_emb"
+            f"lora: beside {path} are {len(beside)} files *_emb.safetensors; leave one, or name it {path.stem}_emb"
             ".safetensors"
         )
-    return found[0] if found else None
+    return beside[0] if beside else None
 
 
 @contextmanager

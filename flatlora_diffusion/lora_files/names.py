@@ -1,4 +1,4 @@
-"""Which layer a LoRA's name means: the names that a base's layers have in the layouts that are in use."""
+"""The names that a base's layers have in the layouts that are in use, and the layer that each name means."""
 
 from __future__ import annotations
 

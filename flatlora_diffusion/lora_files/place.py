@@ -1,4 +1,4 @@
-"""Which LoRA file an argument means: a file, a folder that holds one, or several with weights. Nothing is opened.
+"""Reads arguments that name LoRA files: a file, a folder that holds one, or several with weights; opens nothing.
 
 Needs no torch, so that a wrong path is told before it is imported.
 """

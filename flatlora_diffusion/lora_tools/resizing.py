@@ -69,7 +69,7 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     check_free([path], config.overwrite)
     base, tuned = (_loaded(name, config) for name in (config.base, config.tuned))
     missed, whole = 0.0, 0.0
-    found: dict[str, dict[str, Update]] = {}
+    extracted: dict[str, dict[str, Update]] = {}
     for part in PARTS:
         before, after = (shared_layers(part, getattr(model, part)) for model in (base, tuned))
         _check_same(before, after, part, config)
@@ -80,15 +80,17 @@ def extract_lora(config: ExtractConfig) -> Reduced:
             if not bool(change.any()):
                 continue
             update = _factors(change, config.rank)
-            found.setdefault(part, {})[module] = update
+            extracted.setdefault(part, {})[module] = update
             rest = change - (update.up.flatten(1) @ update.down.flatten(1)).view_as(change)
             missed += float(rest.double().square().sum())
             whole += float(change.double().square().sum())
-    if not found:
+    if not extracted:
         raise ConfigError(f"tuned={config.tuned!r} has the weights of the base: there is nothing to extract")
     names: BaseNames = base_names(config.single_file_config or config.base)
     metadata = kept_metadata({}, path.stem, family_of(names.unet))
-    return Reduced(write_lora(found, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole))
+    return Reduced(
+        write_lora(extracted, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole)
+    )
 
 
 def _loaded(name: str, config: ExtractConfig) -> Any:

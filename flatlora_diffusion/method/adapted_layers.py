@@ -151,7 +151,7 @@ def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
 
 
 def int8_steps(base: Any) -> Tensor | None:
-    """What 1 stands for in each row of an int8 layer of bitsandbytes, (m,) fp32; None for any other layer.
+    """The step between integers in each row of an int8 layer of bitsandbytes, (m,) fp32; None for any other layer.
 
     PEFT's dequantization takes these scales away from such a layer on a CPU.
     """

@@ -136,7 +136,7 @@ class FlatLora:
             return square_norms[0].sqrt()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same eps: plain JSON-able values."""
+        """The settings from which a resumed run draws the same eps: plain JSON-able values."""
         return {
             "sigma": self.sigma,
             "schedule": self.schedule,
@@ -181,7 +181,7 @@ class FlatLora:
         self._adapters = adapters
 
     def _forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What an adapted base layer computes in place of its own forward."""
+        """The output of an adapted base layer in place of that of its own forward."""
         if self._open is None or self._open.sigma == 0 or self._disabled or not layer.is_active():
             return layer.base_forward(x, *args, **kwargs)
         row_std = self._row_std[layer.name]

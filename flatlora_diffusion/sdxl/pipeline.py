@@ -71,10 +71,10 @@ def encode_prompts(sdxl: Sdxl, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the normalized latents, each (B, 4, H/f, W/f) fp32, of pixels (B, 3, H, W) in [-1, 1]."""
-    found = vae.encode(pixels.to(vae.dtype)).latent_dist
-    mean, std = _latent_statistics(vae, found.mean.device)
+    distribution = vae.encode(pixels.to(vae.dtype)).latent_dist
+    mean, std = _latent_statistics(vae, distribution.mean.device)
     scale = vae.config.scaling_factor / std
-    return (found.mean.float() - mean) * scale, found.std.float() * scale
+    return (distribution.mean.float() - mean) * scale, distribution.std.float() * scale
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:

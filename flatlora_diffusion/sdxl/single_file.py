@@ -100,7 +100,7 @@ def open_clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _original_path(module: str, layers: int) -> str:
-    """What the original lacks, such as `time_embedding.cond_proj` of distilled models, keeps its name."""
+    """The original path; a module that the original lacks, such as a distilled model's `cond_proj`, keeps its own."""
     try:
         return original_path(module, layers)
     except KeyError:
