@@ -10,6 +10,7 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import SampleSet, manifest
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.lora_files.place import distinct_ends
 
 # How the same base was loaded; what it is stays the same.
 _LOADING = {"quantize_base", "offload", "enable_xformers_memory_efficient_attention", "allow_tf32", "variant"}
@@ -41,7 +42,7 @@ def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
         raise ConfigError("no run was given; give one or more run folders")
     if len(set(paths)) < len(paths):
         raise ConfigError("a run was given twice; give each run folder once")
-    runs = [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    runs = [_read(path, name) for path, name in zip(paths, distinct_ends(paths), strict=True)]
     for run in runs[1:]:
         _check_same_base(run, runs[0])
         if run.images != runs[0].images:
@@ -86,11 +87,3 @@ def _check_same_base(run: FinishedRun, first: FinishedRun) -> None:
 
 def _hashes(rows: list[dict[str, str]]) -> frozenset[tuple[str, str]]:
     return frozenset((row["sha256"], row["caption_sha256"]) for row in rows)
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    for count in range(1, max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-count:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [path.as_posix() for path in paths]

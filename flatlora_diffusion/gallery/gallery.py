@@ -29,7 +29,7 @@ from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, grid_text, image_text
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
-from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.lora_files.place import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
@@ -127,12 +127,7 @@ def _rows(config: GenerateConfig) -> list[LoraRow]:
 def _names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many as tell them apart; a run folder's own name for the LoRA in it."""
     shown = [path.parent if path.name == LORA_FILE else path.with_suffix("") for path in paths]
-    for candidates in (shown, paths):  # a run folder `a` beside a file `a.safetensors` needs the file names
-        for count in range(1, max((len(path.parts) for path in candidates), default=0) + 1):
-            names = ["/".join(path.parts[-count:]) for path in candidates]
-            if len(set(names)) == len(names):
-                return names
-    return []
+    return distinct_ends(shown) or distinct_ends(paths)  # a run folder `a` beside a file `a.safetensors`
 
 
 def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
