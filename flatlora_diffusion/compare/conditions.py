@@ -14,35 +14,12 @@ from flatlora_diffusion.config import TrainConfig
 _SHOWN = 16  # hex digits
 # Where a run lies and how often it saves is not how it was trained.
 _PLACES = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
-# An arm that changes one of these has other first weights.
-_MOVES_FIRST_WEIGHTS = {
-    "rank",
-    "lora_block_ranks",
-    "lora_target_modules",
-    "lora_unet_blocks",
-    "use_dora",
-    "use_blora",
-    "init_lora",
-    "lora_init_seed",
-    "train_text_encoder",
-}
-# An arm that changes one of these draws other images, crops, noise or timesteps, or as many of them in other steps.
-_MOVES_DRAWS = {
-    "max_train_steps",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "random_flip",
-    "center_crop",
-    "noise_offset",
-    "resolution",
-    "repeats",
-    "cache_latents",
-    "use_aspect_ratio_buckets",
-    "background_color",
-    "image_interpolation_mode",
-    "with_prior_preservation",
-    "alpha_mask_loss",
-}
+# An arm that moves one of these has other first weights, or draws in another order.
+_SHAPES = {"rank", "lora_block_ranks", "lora_target_modules", "lora_unet_blocks", "use_dora", "use_blora", "init_lora"}
+_SHAPES |= {"lora_init_seed", "train_text_encoder"}
+_FEEDS = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "random_flip", "center_crop"}
+_FEEDS |= {"noise_offset", "resolution", "repeats", "cache_latents", "use_aspect_ratio_buckets", "background_color"}
+_FEEDS |= {"image_interpolation_mode", "with_prior_preservation", "alpha_mask_loss"}
 
 Runs = Mapping[str, PlannedRun]
 """Runs by the label that the report gives them."""
@@ -98,11 +75,11 @@ def _condition(what: str, runs: Runs, hash_of: Callable[[PlannedRun], str], note
 
 
 def _starts_as_others(run: PlannedRun) -> bool:
-    return run.arm.key == OTHER_DRAWS or not _MOVES_FIRST_WEIGHTS & set(run.arm.changes)
+    return run.arm.key == OTHER_DRAWS or not _SHAPES & set(run.arm.changes)
 
 
 def _draws_as_others(run: PlannedRun) -> bool:
-    return run.arm.key != OTHER_DRAWS and not _MOVES_DRAWS & set(run.arm.changes)
+    return run.arm.key != OTHER_DRAWS and not _FEEDS & set(run.arm.changes)
 
 
 def _note_of_left_out(runs: Runs, compared: Runs, why: str) -> str:
