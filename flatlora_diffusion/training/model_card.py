@@ -12,8 +12,9 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import versions
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
 

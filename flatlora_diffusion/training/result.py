@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, save_embeddings
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.sdxl.base_family import family_of
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
