@@ -78,15 +78,10 @@ class RunEvaluator:
 
         `names` has the name of the thing that a prompt describes, where it is known.
         """
-        self._loss_evaluator, self._generator, self.prompts, self._scoring_models = (
-            loss_evaluator,
-            generator,
-            prompts,
-            scoring_models,
-        )
-        self._names = names
+        self._loss_evaluator, self._generator = loss_evaluator, generator
+        self.prompts, self._scoring_models, self._names = prompts, scoring_models, names
         base = generator.generate(None, prompts.keys((*prompts.style, *prompts.unrelated)))
-        texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self._names.items()}
+        texts = {prompt: NAME_PROMPT.format(name) for prompt, name in names.items()}
         self._references: dict[str, Reference] = {}
         for encoder in scoring_models.encoders:
             prefix = "" if len(scoring_models.encoders) == 1 else f"{Path(encoder.name).name}_"

@@ -139,8 +139,8 @@ def _are_sample_icons(config: TrainConfig) -> bool:
 
 
 def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> PromptSets:
-    prompts = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
-    style = _lines(prompts) if own.prompts_file or prompts.is_file() else [sample.caption for sample in samples]
+    file = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
+    style = _lines(file) if own.prompts_file or file.is_file() else [sample.caption for sample in samples]
     is_tiny = config.model.pretrained_model_name_or_path == "tiny"
     ours = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
     unrelated = _lines(Path(own.unrelated_prompts_file) if own.unrelated_prompts_file else ours)
