@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from flatlora_diffusion.compare.examiner import HELDOUT
-from flatlora_diffusion.compare.losses import UNGROUPED, Meter
+from flatlora_diffusion.compare.evaluator import HELDOUT
+from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator
 from flatlora_diffusion.compare.material import SAMPLE_ICONS, read_material
 from flatlora_diffusion.config import CompareConfig, ModelConfig, TrainConfig, preset_file
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
@@ -35,10 +35,10 @@ def main() -> None:
     demo = TrainConfig().updated_from(preset_file("demo")).replace(method="lora", instance_data_dir=str(SAMPLE_ICONS))
     sdxl = load_sdxl(ModelConfig(), torch.device("cpu"), torch.float32)
     heldout = {HELDOUT: read_material(demo, CompareConfig()).sets[HELDOUT]}
-    meter = Meter(sdxl, Objective(sdxl.scheduler), heldout, sdxl.resolution, args.work / "measured")
+    evaluator = LossEvaluator(sdxl, Objective(sdxl.scheduler), heldout, sdxl.resolution, args.work / "measured")
 
     def loss(lora: Path | None) -> float:
-        return meter.losses(lora)[HELDOUT][UNGROUPED]
+        return evaluator.losses(lora)[HELDOUT][UNGROUPED]
 
     found: dict[str, dict[int, float]] = {}
     for rate, rank in TRIALS:

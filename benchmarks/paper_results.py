@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.paper_flatness import flatness_section, table
 from flatlora_diffusion.compare.paired import paired_difference
-from flatlora_diffusion.compare.trajectory import Point, at_equal_loss, at_equal_seconds
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
 
 RESULT = Path(__file__).with_name("paper_text_to_image.json")
 FLATNESS = Path(__file__).with_name("paper_flatness.json")
@@ -176,11 +176,11 @@ def _tuned(result: Result) -> str:
     )
 
 
-def _walk(result: Result, arm: str, seed: int) -> list[Point]:
-    base = Point(0, 0.0, result["base"]["train"]["all"], result["base"]["checkpoint"]["all"])
+def _walk(result: Result, arm: str, seed: int) -> list[TrajectoryPoint]:
+    base = TrajectoryPoint(0, 0.0, result["base"]["train"]["all"], result["base"]["checkpoint"]["all"])
     run = next(run for run in result["runs"] if (run["arm"], run["seed"]) == (arm, seed))
     points = run["points"]
-    return [base, *(Point(one["step"], one["seconds"], one["train"], one["checkpoint"]) for one in points)]
+    return [base, *(TrajectoryPoint(one["step"], one["seconds"], one["train"], one["checkpoint"]) for one in points)]
 
 
 def _seeds(result: Result, pair: Result) -> list[int]:

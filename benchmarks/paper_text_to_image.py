@@ -30,12 +30,12 @@ from flatlora_diffusion.compare.arms import (
     SECOND_EPS,
     SIGMA_0,
     Arm,
-    Planned,
+    PlannedRun,
     null_arms,
     parse_arm,
     plan,
 )
-from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, Meter, groups_of
+from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
 from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
@@ -89,46 +89,46 @@ def main() -> None:
     main_runs = plan(config, arms, SEEDS, POINTS) + plan(config, null_arms(SEEDS[0]), SEEDS[:1], POINTS)
     tuning = _trials(config.replace(output_dir=str(work / "tuning")))
     _say_estimate(config, len(main_runs) + sum(map(len, tuning.values())) + 2 * len(TUNED_SEEDS), work)
-    meters = {names: _meter(work, {name: sets.get(name) for name in names}) for names in _STAGES}
-    _train_and_measure(main_runs, meters)
-    best = {method: _best(trials, meters) for method, trials in tuning.items()}
+    evaluators = {names: _evaluator(work, {name: sets.get(name) for name in names}) for names in _STAGES}
+    _train_and_measure(main_runs, evaluators)
+    best = {method: _best(trials, evaluators) for method, trials in tuning.items()}
     tuned = plan(config.replace(output_dir=str(work / "tuned")), list(best.values()), TUNED_SEEDS, POINTS)
-    _train_and_measure(tuned, meters)
-    result = _result(main_runs, tuning, tuned, best, meters, args.threads)
+    _train_and_measure(tuned, evaluators)
+    result = _result(main_runs, tuning, tuned, best, evaluators, args.threads)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {RESULT}; `python -m benchmarks.paper_results` makes docs/results.md of it")
 
 
 _STAGES: tuple[tuple[str, ...], ...] = (("train", "checkpoint"), ("search",), ("report", "flat"))
-Meters = Mapping[tuple[str, ...], Meter]
+Evaluators = Mapping[tuple[str, ...], LossEvaluator]
 
 
-def _meter(work: Path, folders: Mapping[str, Path | None]) -> Meter:
+def _evaluator(work: Path, folders: Mapping[str, Path | None]) -> LossEvaluator:
     sdxl = load_sdxl(ModelConfig("tiny"), torch.device("cpu"), torch.float32)
     sets = {}
     for name, folder in folders.items():
         where = training_images() if folder is None else folder
         samples = load_samples(where).samples
         sets[name] = ImageSet(samples, groups_of(where, samples), DRAWS[name])
-    return Meter(sdxl, Objective(sdxl.scheduler), sets, sdxl.resolution, work / "losses")
+    return LossEvaluator(sdxl, Objective(sdxl.scheduler), sets, sdxl.resolution, work / "losses")
 
 
-def _train_and_measure(runs: Sequence[Planned], meters: Meters) -> None:
+def _train_and_measure(runs: Sequence[PlannedRun], evaluators: Evaluators) -> None:
     began = time.monotonic()
     for number, planned in enumerate(runs):
         _train(planned)
-        _measure_run(planned, meters)
+        _measure_run(planned, evaluators)
         seconds = time.monotonic() - began
         print(f"{number + 1}/{len(runs)} {planned.arm.key} seed {planned.seed}: {seconds:.0f} s", flush=True)
 
 
-def _train(planned: Planned) -> None:
+def _train(planned: PlannedRun) -> None:
     if planned.is_finished:
         return
     train(planned.config.replace(resume_from_checkpoint="latest") if planned.is_begun else planned.config)
 
 
-def _measure_run(planned: Planned, meters: Meters) -> dict[str, Any]:
+def _measure_run(planned: PlannedRun, evaluators: Evaluators) -> dict[str, Any]:
     """Everything about one run; measured once and kept."""
     steps = [event for event in planned.run.events() if event["event"] == "step"]
     points = []
@@ -136,13 +136,13 @@ def _measure_run(planned: Planned, meters: Meters) -> dict[str, Any]:
         lora = checkpoint / planned.lora.name
         step = int(checkpoint.name.split("-")[1])
         seconds = statistics.median(event["seconds"] for event in steps) * step
-        losses = meters["train", "checkpoint"].losses(lora)
+        losses = evaluators["train", "checkpoint"].losses(lora)
         points.append({"step": step, "seconds": seconds, **{name: found[UNGROUPED] for name, found in losses.items()}})
-    found = meters["report", "flat"].losses(planned.lora)
+    found = evaluators["report", "flat"].losses(planned.lora)
     chosen = min(points, key=lambda point: point["checkpoint"])
     chosen_lora = planned.run.folder / f"checkpoint-{chosen['step']}" / planned.lora.name
-    chosen_loss = meters["report", "flat"].losses(chosen_lora)["report"][UNGROUPED]
-    rises = meters["train", "checkpoint"].rises(planned.lora, "train", 0.1, 4)
+    chosen_loss = evaluators["report", "flat"].losses(chosen_lora)["report"][UNGROUPED]
+    rises = evaluators["train", "checkpoint"].rises(planned.lora, "train", 0.1, 4)
     return {
         "arm": planned.arm.key,
         "seed": planned.seed,
@@ -156,7 +156,7 @@ def _measure_run(planned: Planned, meters: Meters) -> dict[str, Any]:
     }
 
 
-def _trials(config: TrainConfig) -> dict[str, list[Planned]]:
+def _trials(config: TrainConfig) -> dict[str, list[PlannedRun]]:
     """Equally many settings of each method, drawn by key from its grid: LoRA's, and for Flat-LoRA sigma's as well."""
     shared = {
         "learning_rate": (5e-4, 1e-3, 2e-3),
@@ -179,27 +179,27 @@ def _trials(config: TrainConfig) -> dict[str, list[Planned]]:
     return trials
 
 
-def _best(trials: Sequence[Planned], meters: Meters) -> Arm:
+def _best(trials: Sequence[PlannedRun], evaluators: Evaluators) -> Arm:
     """The arm of the trial with the lowest loss on the icons `search`."""
     for number, planned in enumerate(trials):
         _train(planned)
-        print(f"trial {number + 1}/{len(trials)} {planned.arm.key}: {_search_loss(planned, meters):.5f}")
-    return min(trials, key=lambda planned: _search_loss(planned, meters)).arm
+        print(f"trial {number + 1}/{len(trials)} {planned.arm.key}: {_search_loss(planned, evaluators):.5f}")
+    return min(trials, key=lambda planned: _search_loss(planned, evaluators)).arm
 
 
-def _search_loss(planned: Planned, meters: Meters) -> float:
-    return meters["search",].losses(planned.lora)["search"][UNGROUPED]
+def _search_loss(planned: PlannedRun, evaluators: Evaluators) -> float:
+    return evaluators["search",].losses(planned.lora)["search"][UNGROUPED]
 
 
 def _result(
-    main_runs: Sequence[Planned],
-    tuning: Mapping[str, Sequence[Planned]],
-    tuned: Sequence[Planned],
+    main_runs: Sequence[PlannedRun],
+    tuning: Mapping[str, Sequence[PlannedRun]],
+    tuned: Sequence[PlannedRun],
     best: Mapping[str, Arm],
-    meters: Meters,
+    evaluators: Evaluators,
     threads: int,
 ) -> dict[str, Any]:
-    runs = {(one.arm.key, one.seed): _measure_run(one, meters) for one in (*main_runs, *tuned)}
+    runs = {(one.arm.key, one.seed): _measure_run(one, evaluators) for one in (*main_runs, *tuned)}
     pairs = [_paired(runs, arm, against, SEEDS) for arm, against in PAIRS.items()]
     lora, flat = best["lora"].key, best["flat-lora"].key
     first = SEEDS[0]
@@ -209,13 +209,15 @@ def _result(
         nulls[key] = {"against": against, "report": one - other}
     return {
         "settings": SETTINGS,
-        "base": {**meters["report", "flat"].losses(None), **meters["train", "checkpoint"].losses(None)},
-        "icons": {name: len(found.samples) for meter in meters.values() for name, found in meter.sets.items()},
+        "base": {**evaluators["report", "flat"].losses(None), **evaluators["train", "checkpoint"].losses(None)},
+        "icons": {
+            name: len(found.samples) for evaluator in evaluators.values() for name, found in evaluator.sets.items()
+        },
         "pairs": pairs,
         "nulls": nulls,
         "tuned": _paired(runs, flat, lora, TUNED_SEEDS),
         "trials": {
-            method: [{"arm": planned.arm.key, "search": _search_loss(planned, meters)} for planned in trials]
+            method: [{"arm": planned.arm.key, "search": _search_loss(planned, evaluators)} for planned in trials]
             for method, trials in tuning.items()
         },
         "runs": list(runs.values()),
@@ -254,7 +256,7 @@ def _say_estimate(config: TrainConfig, runs: int, work: Path) -> None:
     """Time a few steps and print what the whole will take."""
     trial = config.replace(max_train_steps=12, seed=0, output_dir=str(work / "estimate"))
     train(trial)
-    events = Planned(parse_arm("flat-lora"), 0, trial).run.events()
+    events = PlannedRun(parse_arm("flat-lora"), 0, trial).run.events()
     seconds = statistics.median(event["seconds"] for event in events if event["event"] == "step")
     steps = int(SETTINGS["max_train_steps"])  # type: ignore[call-overload]
     # Measuring forwards about as many images as 120 steps train on, at a third of the cost of each.

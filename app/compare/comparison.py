@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..context import AppContext
@@ -23,11 +23,11 @@ MOST_PICTURES = 400
 ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"
 _METHOD_IN_ID = re.compile(rf"({_FLAT}|{_PLAIN})(?=(/seed-\d+)?$)")  # `compare` has a folder of seeds for each
-_HELD_OUT = Path(__file__).parents[2] / "samples" / "icons_3d" / "heldout" / "prompts.txt"
+_HELD_OUT = SAMPLES / "icons_3d" / "heldout" / "prompts.txt"
 
 
 @dataclass(frozen=True)
-class Arm:
+class ComparedRun:
     """One column: a finished run, its LoRA file, and the base that it was trained on.
 
     `checkpoints` are (steps, LoRA file) of those saved on the way; `steps` is how many there were in all.
@@ -67,7 +67,7 @@ class GridRow:
 class Comparison:
     """Arms of one base, drawn alike. `moments`: after how many training steps; None is the end."""
 
-    arms: tuple[Arm, ...]
+    arms: tuple[ComparedRun, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     strengths: tuple[float, ...]
@@ -130,7 +130,7 @@ class Comparison:
         return list(dict.fromkeys(picture for row in self.rows() for picture in row.pictures))
 
     @property
-    def _first(self) -> Arm:
+    def _first(self) -> ComparedRun:
         """The arm that sets the size: an imported LoRA is drawn at that of its neighbours."""
         return next((arm for arm in self.arms if arm.is_trained), self.arms[0])
 
@@ -152,7 +152,7 @@ class Comparison:
         return " · ".join(parts)
 
 
-def common_moments(arms: Sequence[Arm]) -> tuple[int | None, ...]:
+def common_moments(arms: Sequence[ComparedRun]) -> tuple[int | None, ...]:
     """After how many steps all of `arms` have saved a checkpoint, then the end.
 
     Raises ConfigError when there is no such checkpoint; one at the end is the end itself.
@@ -168,7 +168,7 @@ def common_moments(arms: Sequence[Arm]) -> tuple[int | None, ...]:
     return (*common, None)
 
 
-def finished_arms(context: AppContext) -> list[Arm]:
+def finished_arms(context: AppContext) -> list[ComparedRun]:
     """What can be compared, the newest first."""
     arms = []
     for run in context.runs.all():
@@ -179,7 +179,7 @@ def finished_arms(context: AppContext) -> list[Arm]:
     return arms
 
 
-def newest_pair(context: AppContext, arms: Sequence[Arm]) -> list[str]:
+def newest_pair(context: AppContext, arms: Sequence[ComparedRun]) -> list[str]:
     """The ids of the newest fair pair, LoRA first; without one that of the newest run, or nothing."""
     known = {arm.id: arm for arm in arms}
     queued: dict[str, list[str]] = {}
@@ -200,7 +200,7 @@ def default_seeds(prompts: str) -> str:
     return ", ".join(map(str, range(-(-ENOUGH_PAIRS // count))))
 
 
-def default_prompts(context: AppContext, arms: Sequence[Arm]) -> str:
+def default_prompts(context: AppContext, arms: Sequence[ComparedRun]) -> str:
     """Prompts to begin with: those kept out of the training of the shipped base, else the run's own previews.
 
     Those of the shipped base are for its trigger word, so they get that of the captions of the first run.
@@ -236,8 +236,8 @@ def read_strengths(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(map(float, parts)))
 
 
-def _arm(context: AppContext, run: Run, file: Path, resolution: int) -> Arm:
-    return Arm(
+def _arm(context: AppContext, run: Run, file: Path, resolution: int) -> ComparedRun:
+    return ComparedRun(
         id=run.id,
         name=run.name,
         method=run.method or _PLAIN,

@@ -36,13 +36,13 @@ img { display: block; width: 100%; min-width: 64px; max-width: 360px; border-rad
 """
 
 
-def save_grid(comparison: Comparison, found: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
+def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
     """The grid as one PNG in `folder`; that of the same pictures and labels is made once. All must be drawn."""
     path = folder / f"comparison-{_key(comparison, is_difference)}.png"
     if path.is_file():
         return path
     rows = comparison.rows()
-    images = [_images(row, found, is_difference) for row in rows]
+    images = [_images(row, drawn, is_difference) for row in rows]
     labels = [title if title == "Base" else f"{title}\n{name}" for title, name in comparison.titles]
     folder.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
@@ -52,13 +52,13 @@ def save_grid(comparison: Comparison, found: Mapping[Picture, Path], is_differen
     return path
 
 
-def save_page(comparison: Comparison, found: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
+def save_page(comparison: Comparison, drawn: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
     """The grid as one HTML file in `folder` that needs no other file and runs no script. All must be drawn."""
     path = folder / f"comparison-{_key(comparison, is_difference)}.html"
     if path.is_file():
         return path
     heads = "".join(f"<th>{escape(title)}<small>{escape(name)}</small></th>" for title, name in comparison.titles)
-    rows = "".join(_row(row, comparison.titles, found, is_difference) for row in comparison.rows())
+    rows = "".join(_row(row, comparison.titles, drawn, is_difference) for row in comparison.rows())
     facts = "".join(f"<p>{escape(fact)}</p>" for fact in [_caption(comparison, is_difference), *_facts(comparison)])
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -102,10 +102,10 @@ def _facts(comparison: Comparison) -> list[str]:
     return [f"Base {name}, {drawing.resolution} pixels, {precision}, base's hash {drawing.identity}", *loras]
 
 
-def _row(row: GridRow, titles: Sequence[tuple[str, str]], found: Mapping[Picture, Path], is_difference: bool) -> str:
+def _row(row: GridRow, titles: Sequence[tuple[str, str]], drawn: Mapping[Picture, Path], is_difference: bool) -> str:
     cells = "".join(
         f'<td><img src="{_data_url(image)}" alt="{escape(f"{title}, {name}: {row.label}")}"></td>'
-        for image, (title, name) in zip(_images(row, found, is_difference), titles, strict=True)
+        for image, (title, name) in zip(_images(row, drawn, is_difference), titles, strict=True)
     )
     return f"<tr><th>{escape(row.label)}</th>{cells}</tr>"
 
@@ -120,8 +120,8 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
-def _images(row: GridRow, found: Mapping[Picture, Path], is_difference: bool) -> list[Image.Image]:
-    images = [_opened(found[picture]) for picture in row.pictures]
+def _images(row: GridRow, drawn: Mapping[Picture, Path], is_difference: bool) -> list[Image.Image]:
+    images = [_opened(drawn[picture]) for picture in row.pictures]
     return [images[0], *(difference(image, images[0]) for image in images[1:])] if is_difference else images
 
 

@@ -66,13 +66,13 @@ element.addEventListener('keydown', (event) => {
 """
 
 
-def grid_page(comparison: Comparison, found: Mapping[Picture, Path], is_difference: bool) -> str:
+def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], is_difference: bool) -> str:
     """HTML of all rows; what is not drawn is left open. With `is_difference` the arms show |arm - base|, amplified."""
     columns = len(comparison.titles)
     heads = "".join(
         f"<div><b>{escape(title)}</b><span>{escape(name)}</span></div>" for title, name in comparison.titles
     )
-    lines = "".join(_line(comparison, row, found, is_difference) for row in comparison.rows())
+    lines = "".join(_line(comparison, row, drawn, is_difference) for row in comparison.rows())
     widest = max(64, min(360, 5 * comparison.drawing.resolution))
     style = f"--columns: {columns}; --widest: {widest}px"
     return f'<div class="fl-grid" style="{style}"><div class="fl-line fl-heads">{heads}</div>{lines}</div>'
@@ -88,11 +88,11 @@ def file_url(path: Path) -> str:
     return f"gradio_api/file={quote(path.resolve().as_posix())}"
 
 
-def _line(comparison: Comparison, row: GridRow, found: Mapping[Picture, Path], is_difference: bool) -> str:
-    base = found.get(row.pictures[0])
+def _line(comparison: Comparison, row: GridRow, drawn: Mapping[Picture, Path], is_difference: bool) -> str:
+    base = drawn.get(row.pictures[0])
     cells = []
     for place, (picture, (title, name)) in enumerate(zip(row.pictures, comparison.titles, strict=True)):
-        path = found.get(picture)
+        path = drawn.get(picture)
         if path is None:
             cells.append('<div class="fl-cell fl-open">not drawn yet</div>')
             continue

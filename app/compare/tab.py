@@ -16,7 +16,7 @@ from ..context import AppContext
 from ..jobs.store import Choice
 from ..jobs.view import STATUS_CSS, told, wrong
 from .blind_vote import QUESTIONS
-from .comparison import ENOUGH_PAIRS, Arm, default_seeds
+from .comparison import ENOUGH_PAIRS, ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
 from .view import AUTOMATIC, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
 from .vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
@@ -68,7 +68,7 @@ def choices(view: CompareView, known: list[str] | None, chosen: list[str], promp
     return gr.update(choices=run_choices(arms), value=kept), gr.update(value=prompts or first_prompts), seeds, ids
 
 
-def run_choices(arms: list[Arm]) -> list[tuple[str, str]]:
+def run_choices(arms: list[ComparedRun]) -> list[tuple[str, str]]:
     """(what is shown, the id) of each run."""
     return [(f"{arm.name} · {arm.title}", arm.id) for arm in arms]
 

@@ -12,7 +12,7 @@ from ..context import AppContext
 from ..jobs.store import Job
 from ..jobs.view import told, why_failed, why_waiting, wrong
 from .comparison import (
-    Arm,
+    ComparedRun,
     Comparison,
     common_moments,
     default_prompts,
@@ -67,10 +67,10 @@ class CompareView:
         self.context = context
         self.cache = PictureCache(context.queue)
 
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[ComparedRun]:
         return finished_arms(self.context)
 
-    def start(self) -> tuple[list[Arm], list[str], str]:
+    def start(self) -> tuple[list[ComparedRun], list[str], str]:
         """(what can be chosen, the ids that are chosen at first, the prompts at first)."""
         arms = self.arms()
         chosen = newest_pair(self.context, arms)
@@ -104,8 +104,8 @@ class CompareView:
         """
         comparison = self.comparison(form)
         wanted = comparison.pictures()
-        found = self.cache.find(wanted)
-        missing = [one for one in wanted if one not in found and one not in self._coming(wanted)]
+        drawn = self.cache.find(wanted)
+        missing = [one for one in wanted if one not in drawn and one not in self._coming(wanted)]
         orders = orders_for(missing, comparison.drawing, comparison.files)
         commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue
@@ -129,19 +129,19 @@ class CompareView:
         except ConfigError as error:
             return Shown(empty_page("There is no comparison yet", "See the line above."), wrong(str(error)))
         wanted = comparison.pictures()
-        found = self.cache.find(wanted)
-        grid = grid_page(comparison, found, form.is_difference)
-        missing = [one for one in wanted if one not in found]
+        drawn = self.cache.find(wanted)
+        grid = grid_page(comparison, drawn, form.is_difference)
+        missing = [one for one in wanted if one not in drawn]
         if not missing:
             folder = self.context.runs.folder / ".results" / "grids"
-            picture, page = (save(comparison, found, form.is_difference, folder) for save in (save_grid, save_page))
+            picture, page = (save(comparison, drawn, form.is_difference, folder) for save in (save_grid, save_page))
             return Shown(grid, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
-            return Shown(grid, self._progress(jobs, len(found), len(wanted)), is_drawing=True)
+            return Shown(grid, self._progress(jobs, len(drawn), len(wanted)), is_drawing=True)
         return Shown(grid, self._why_missing(missing, len(wanted)))
 
-    def found(self, comparison: Comparison) -> Mapping[Picture, Path]:
+    def drawn(self, comparison: Comparison) -> Mapping[Picture, Path]:
         return self.cache.find(comparison.pictures())
 
     def _coming(self, wanted: Sequence[Picture]) -> set[Picture]:

@@ -102,9 +102,9 @@ class VoteView:
             raise ConfigError("that column is not in the comparison; choose its run above")
         names = ["Base", *(f"{arm.title} ({arm.name})" for arm in comparison.arms)]
         first, second = (columns.index(side) for side in sides)
-        found = self._compare.found(comparison)
+        drawn = self._compare.drawn(comparison)
         rows = [(row.label, row.pictures[first], row.pictures[second]) for row in comparison.rows()]
-        pairs = shuffled_pairs([row for row in rows if row[1] in found and row[2] in found], order)
+        pairs = shuffled_pairs([row for row in rows if row[1] in drawn and row[2] in drawn], order)
         if not pairs:
             raise ConfigError("there is no pair to vote on; draw the pictures side by side first")
         return Ballot(tuple(pairs), names[first], names[second], question, voter)

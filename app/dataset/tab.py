@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,10 @@ from flatlora_diffusion.data.images import find_images
 
 from ..context import AppContext
 from ..reporting import note, told_on_the_page
-from ..runs.removal import (
-    BRING_BACK,
-    CAPTIONS,
-    IMAGES,
-    NONE_CHOSEN,
-    YES,
-    ask,
-    bring_back,
-    choose,
-    confirmed,
-    remove_one,
-)
+from ..runs.removal import CAPTIONS, IMAGES, ask, bring_back, choose, confirmed, remove_one
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .arrivals import UploadResult
 from .captioning import (
-    HEADERS,
     caption_all,
     caption_by_model,
     save_captions,
@@ -38,6 +27,7 @@ from .captioning import (
     use_trigger,
 )
 from .captions import TRIGGER, has_trigger
+from .layout import Captions, Intake, Pictures, build_captions, build_intake, build_pictures
 from .thumbnails import Thumbnails
 from .view import framing, look_at
 
@@ -45,7 +35,7 @@ _EMPTY = (
     "<b>No images yet.</b><br>Drop 10 to 30 pictures of one style here, with captions in .txt files of the same names "
     "if you have some. To try it out, load the sample icons."
 )
-_LOOKING = "Looking for your images; the first time after a start takes some seconds."
+_LOOKED_AT = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
 
 
 def ensure_session(context: AppContext, session: str) -> str:
@@ -116,131 +106,121 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     """`load`: the page's load event. Returns the event that shows the images anew."""
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            drop = gr.File(
-                label="Drop images or a zip here", file_count="multiple", type="filepath", height=150, elem_id="drop"
-            )
-            samples = gr.Button("Load the 23 sample icons", elem_id="load-samples")
-            back = gr.Button(BRING_BACK, visible=False, elem_id="bring-back")
-            with gr.Group():
-                trigger = gr.Textbox(
-                    TRIGGER, label="Trigger word", info="a made-up word that stands for your style in prompts"
-                )
-                by_name = gr.Button("Write all captions from file names", elem_id="captions-from-names")
-            model, by_model, empty = _model_captioner()
-            with gr.Accordion("How images are cropped and shown to the trainer", open=False):
-                for name in PLACED_WITH_THE_IMAGES:
-                    form.by_name[name].render()
+            intake = build_intake(form)
         with gr.Column(scale=3, min_width=300):
-            count = gr.HTML(note(_LOOKING), elem_id="caption-count", padding=False)
-            told = gr.HTML(padding=False)
-            with gr.Column(visible=False) as filled:
-                gallery = gr.Gallery(
-                    label="As the trainer sees them (centre crop)",
-                    show_label=False,
-                    columns=6,
-                    height=470,
-                    object_fit="contain",
-                    buttons=[],
-                    interactive=False,
-                    elem_id="pictures",
-                    elem_classes="fl-gallery",
-                )
-                with gr.Row():
-                    remove = gr.Button(NONE_CHOSEN, interactive=False, size="sm", elem_id="remove-one", min_width=140)
-                    remove_all = gr.Button("Remove all images", size="sm", elem_id="remove-all", min_width=140)
-                with gr.Row(visible=False) as question:
-                    yes = gr.Button(YES[IMAGES], variant="stop", size="sm", elem_id="remove-all-yes")
-                    no = gr.Button("No, keep them", size="sm")
-    with gr.Column(visible=False) as listed:
-        table = _caption_table()
-        undo = gr.Button("Undo the last change of captions", size="sm", elem_id="undo-captions")
-    taken = gr.State(0)
-    others = [form.by_name[name] for name in ("instance_data_dir", "dataset_name")]
-    prefer: dict[str, Any] = {
-        "fn": prefer_upload,
-        "inputs": [taken, told, *others],
-        "outputs": [told, *others],
-        "show_progress": "hidden",
-        "api_visibility": "private",
-    }
-    chosen, shown, asked, used = gr.State(""), gr.State([]), gr.State(IMAGES), gr.State(TRIGGER)
-    looked_at = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
+            pictures = build_pictures()
+    captions = build_captions()
+    looked_at = [form.by_name[name] for name in _LOOKED_AT]
     look = {
         "fn": partial(show, context, Thumbnails(context.uploads.folder / "thumbnails")),
-        "inputs": [session, trigger, *(form.by_name[name] for name in looked_at)],
-        "outputs": [gallery, table, count, shown, filled, listed, back],
+        "inputs": [session, intake.trigger, *looked_at],
+        "outputs": [
+            pictures.gallery,
+            captions.table,
+            pictures.count,
+            captions.shown,
+            pictures.filled,
+            captions.filled,
+            intake.bring_back,
+        ],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    drop.upload(partial(upload, context), [session, drop], [session, drop, told, taken], api_name="upload").then(
-        **look
-    ).success(**prefer)
-    samples.click(
-        partial(load_samples_icons, context), [session], [session, told, taken], api_name="load_samples"
-    ).success(**look).success(**prefer)
-    back.click(partial(bring_back, context), [session], [chosen, remove, told]).success(**look)
-    by_name.click(partial(caption_all, context), [session, trigger], [told]).success(**look)
-    by_model.click(
-        _captioning(context), [session, model, trigger], [told], concurrency_limit=1, api_name="caption_by_model"
-    ).success(**look)
-    gallery.select(_picked_picture(context), [session, shown], [chosen, remove], show_progress="hidden")
-    table.select(_picked_row(context), [session], [chosen, remove], show_progress="hidden")
-    remove.click(partial(remove_one, context), [session, chosen], [chosen, remove]).success(**look)
-    for button, what in ((remove_all, IMAGES), (empty, CAPTIONS)):
-        button.click(partial(ask, what), None, [question, yes, asked], show_progress="hidden")
-    preview = form.by_name["validation_prompt"]
-    gr.on(
-        [trigger.blur, trigger.submit],
-        use_trigger,
-        [preview, trigger, used],
-        [preview, used],
-        api_visibility="private",
-    ).then(**look)
-    no.click(lambda: gr.Row(visible=False), None, [question], show_progress="hidden")
-    yes.click(partial(confirmed, context), [session, asked], [chosen, remove, told]).then(**look).then(
-        lambda: gr.Row(visible=False), None, [question], show_progress="hidden"
-    )
-    save = partial(save_captions, context)
-    # The last of several quick changes must not get lost; what is refused is shown again as it was.
-    table.input(
-        save, [session, shown, table], [count, shown], show_progress="hidden", trigger_mode="always_last"
-    ).failure(**look)
-    undo.click(partial(undo_captions, context), [session], [told]).success(**look)
-    gr.on([form.by_name[name].change for name in looked_at], trigger_mode="always_last", **look)
+    tab = _Tab(context, session, intake, pictures, captions, look)
+    _connect_intake(tab, form)
+    _connect_removal(tab)
+    _connect_captions(tab, form)
+    gr.on([component.change for component in looked_at], trigger_mode="always_last", **look)
     load(partial(ensure_session, context), [session], [session], show_progress="hidden").then(**look)
     return look
 
 
-def _model_captioner() -> tuple[gr.Textbox, gr.Button, gr.Button]:
-    """The model's name, the button that lets it write, the one that makes room for it."""
-    with gr.Accordion("Caption with a model", open=False):
-        model = gr.Textbox(
-            label="Captioning model",
-            info="folder or hub id of a BLIP model, such as Salesforce/blip-image-captioning-base; "
-            "only images without a caption get one",
-            elem_id="captioner",
-        )
-        with gr.Row():
-            by_model = gr.Button("Caption with a model", elem_id="captions-by-model", min_width=120)
-            empty = gr.Button("Empty all captions", min_width=120)
-    return model, by_model, empty
+@dataclass(frozen=True)
+class _Tab:
+    """What the tab's events are connected to. `look`: the event that shows the images anew."""
+
+    context: AppContext
+    session: gr.BrowserState
+    intake: Intake
+    pictures: Pictures
+    captions: Captions
+    look: dict[str, Any]
 
 
-def _caption_table() -> gr.Dataframe:
-    table = gr.Dataframe(
-        headers=HEADERS,
-        type="pandas",  # with the headers, which tell whether columns were moved
-        label="Captions: double-click one to change it, or press Enter on it",
-        static_columns=[0, 1, 3],
-        column_count=(len(HEADERS), "fixed"),
-        column_widths=["9%", "16%", "50%", "25%"],
-        wrap=True,
-        interactive=True,
-        buttons=[],
-        elem_id="captions",
-    )
-    table.row_count = (1, "fixed")  # as an argument it is deprecated, and row_limits does nothing yet
-    return table
+def _connect_intake(tab: _Tab, form: ConfigForm) -> None:
+    """Dropped images, sample icons, and images that come back."""
+    context, session, intake, pictures = tab.context, tab.session, tab.intake, tab.pictures
+    others = [form.by_name[name] for name in ("instance_data_dir", "dataset_name")]
+    prefer: dict[str, Any] = {
+        "fn": prefer_upload,
+        "inputs": [intake.taken, pictures.told, *others],
+        "outputs": [pictures.told, *others],
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    told = [pictures.told, intake.taken]
+    intake.drop.upload(
+        partial(upload, context), [session, intake.drop], [session, intake.drop, *told], api_name="upload"
+    ).then(**tab.look).success(**prefer)
+    intake.samples.click(
+        partial(load_samples_icons, context), [session], [session, *told], api_name="load_samples"
+    ).success(**tab.look).success(**prefer)
+    intake.bring_back.click(
+        partial(bring_back, context), [session], [pictures.chosen, pictures.remove, pictures.told]
+    ).success(**tab.look)
+
+
+def _connect_removal(tab: _Tab) -> None:
+    """One image chosen and removed; all images or all captions after a question."""
+    context, session, pictures, captions = tab.context, tab.session, tab.pictures, tab.captions
+    choice = [pictures.chosen, pictures.remove]
+    pictures.gallery.select(_picked_picture(context), [session, captions.shown], choice, show_progress="hidden")
+    captions.table.select(_picked_row(context), [session], choice, show_progress="hidden")
+    pictures.remove.click(partial(remove_one, context), [session, pictures.chosen], choice).success(**tab.look)
+    asking = [pictures.question, pictures.yes, pictures.asked]
+    for button, what in ((pictures.remove_all, IMAGES), (tab.intake.empty, CAPTIONS)):
+        button.click(partial(ask, what), None, asking, show_progress="hidden")
+    hide: dict[str, Any] = {
+        "fn": lambda: gr.Row(visible=False),
+        "inputs": None,
+        "outputs": [pictures.question],
+        "show_progress": "hidden",
+    }
+    pictures.no.click(**hide)
+    pictures.yes.click(partial(confirmed, context), [session, pictures.asked], [*choice, pictures.told]).then(
+        **tab.look
+    ).then(**hide)
+
+
+def _connect_captions(tab: _Tab, form: ConfigForm) -> None:
+    """Captions written from names, by a model and by hand, and the trigger word in them."""
+    context, session, intake, captions = tab.context, tab.session, tab.intake, tab.captions
+    told, look = [tab.pictures.told], tab.look
+    intake.from_names.click(partial(caption_all, context), [session, intake.trigger], told).success(**look)
+    intake.by_model.click(
+        _captioning(context),
+        [session, intake.model, intake.trigger],
+        told,
+        concurrency_limit=1,
+        api_name="caption_by_model",
+    ).success(**look)
+    preview, used = form.by_name["validation_prompt"], gr.State(TRIGGER)
+    gr.on(
+        [intake.trigger.blur, intake.trigger.submit],
+        use_trigger,
+        [preview, intake.trigger, used],
+        [preview, used],
+        api_visibility="private",
+    ).then(**look)
+    # The last of several quick changes must not get lost; what is refused is shown again as it was.
+    captions.table.input(
+        partial(save_captions, context),
+        [session, captions.shown, captions.table],
+        [tab.pictures.count, captions.shown],
+        show_progress="hidden",
+        trigger_mode="always_last",
+    ).failure(**look)
+    captions.undo.click(partial(undo_captions, context), [session], told).success(**look)
 
 
 def _captioning(context: AppContext) -> Any:

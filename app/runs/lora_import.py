@@ -55,9 +55,9 @@ class Imported:
 
 def known_bases(runs: RunStore) -> list[str]:
     """The bases of the runs there are, the newest first, then the one that ships with the app."""
-    found = [read_json(RunDir(run.folder).config_file).get("pretrained_model_name_or_path") for run in runs.all()]
+    saved = [read_json(RunDir(run.folder).config_file).get("pretrained_model_name_or_path") for run in runs.all()]
     given = [runs.settings(run.id).get("pretrained_model_name_or_path") for run in runs.all()]
-    return list(dict.fromkeys(base for base in [*given, *found, "tiny"] if base))
+    return list(dict.fromkeys(base for base in [*given, *saved, "tiny"] if base))
 
 
 def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:

@@ -80,7 +80,7 @@ class Trainers:
 
 def _output_folders() -> dict[Path, dict[str, Any]]:
     """The identity of each trainer by the folder that it writes to."""
-    found = {}
+    trainers = {}
     for process in psutil.process_iter(["cmdline"]):
         arguments = _training_arguments(process.info["cmdline"] or [])
         if arguments is None:
@@ -89,8 +89,8 @@ def _output_folders() -> dict[Path, dict[str, Any]]:
             cwd = Path(process.cwd())
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        found[(cwd / _output_dir(arguments, cwd)).resolve()] = identity(process.pid)
-    return found
+        trainers[(cwd / _output_dir(arguments, cwd)).resolve()] = identity(process.pid)
+    return trainers
 
 
 def _training_arguments(command: Sequence[str]) -> list[str] | None:

@@ -104,8 +104,8 @@ class RunStore:
 
     def last_launch(self, run_id: str) -> Launch | None:
         """The app's last start of the run; None for one that only command lines have started."""
-        found = self._private_folder(run_id).glob("launch-*")
-        last = max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+        launches = self._private_folder(run_id).glob("launch-*")
+        last = max(launches, key=lambda path: int(path.name.split("-")[1]), default=None)
         return None if last is None else Launch(last)
 
     def start(self, run_id: str, settings: Mapping[str, Any], launch: Launch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,16 +89,6 @@ def memory_of(config: TrainConfig) -> MemoryEstimate | None:
             return estimate_memory(config)
     except ConfigError:
         return None
-
-
-def free_gpu_bytes() -> int | None:
-    """What is free on the first GPU, without taking any of it; None without an NVIDIA GPU."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    return int(told[0]) * 2**20 if told and told[0].isdigit() else None
 
 
 def estimate_disk(config: TrainConfig, images: int, lora_bytes: int, folder: Path) -> DiskEstimate:

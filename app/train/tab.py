@@ -258,7 +258,8 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
         f"{count} images, captions {sum(map(bool, captions.values()))}/{count}" if count else _other_images(config)
     )
     lines = [f"{images}, at {size} x {size} pixels"]
-    lines.append(f"{steps or 'as many as the images need'} steps" + (" for each of LoRA and Flat-LoRA" * (arms == 2)))
+    for_each = " for each of LoRA and Flat-LoRA" if arms == 2 else ""
+    lines.append(f"{steps or 'as many as the images need'} steps{for_each}")
     if count and steps:
         batch = config.optim.train_batch_size * config.optim.gradient_accumulation_steps
         lines[-1] += f"; each image is seen about {round(steps * batch / count)} times"

@@ -1,4 +1,4 @@
-"""What is trained: LoRA layers, new tokens, and what a LoRA of any variant adds to each weight.
+"""The trained parts: LoRA layers, new tokens, and the update that a LoRA of any variant adds to each weight.
 
 Knows no file and no loop. Start with `lora.py`, then `update.py`.
 """

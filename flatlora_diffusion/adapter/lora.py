@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.method.adapted_layers import int8_steps
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -99,12 +100,12 @@ def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
         return chosen
     inside: list[str] = []
     for block in _listed(blocks):
-        found = [name for name in chosen if _is_inside(name, block)]
-        if not found:
+        in_block = [name for name in chosen if _is_inside(name, block)]
+        if not in_block:
             raise ConfigError(
                 f"lora_unet_blocks: {block!r} holds no layer to train; blocks are named like {chosen[0]}"
             )
-        inside += found
+        inside += in_block
     return sorted(set(inside), key=chosen.index)
 
 
@@ -115,10 +116,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def base_weight(base: Any) -> Tensor:
     """W of a base layer as it computes with it, in its shape and fp32; a quantized one is dequantized."""
-    if type(base.weight).__name__ == "Int8Params":
-        # PEFT's dequantization takes the scales away from such a layer on a CPU.
-        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
-        return base.weight.data.float() * (scales.float() / 127)[:, None]
+    steps = int8_steps(base)
+    if steps is not None:
+        return base.weight.data.float() * steps[:, None]
     weight: Tensor = dequantize_module_weight(base)
     return weight.float()
 
@@ -183,10 +183,10 @@ def _block_ranks(text: str | None, targets: list[str]) -> dict[str, int]:
         block, _, rank = part.partition("=")
         if not rank.strip().isdigit() or int(rank) < 1:
             raise ConfigError(f"lora_block_ranks: {part!r} must be BLOCK=RANK, such as mid_block=16")
-        found = [name for name in targets if _is_inside(name, block.strip())]
-        if not found:
+        in_block = [name for name in targets if _is_inside(name, block.strip())]
+        if not in_block:
             raise ConfigError(f"lora_block_ranks: {block!r} holds no layer to train")
-        ranks |= dict.fromkeys(found, int(rank))
+        ranks |= dict.fromkeys(in_block, int(rank))
     return ranks
 
 

@@ -1,4 +1,4 @@
-"""What a LoRA adds to each layer, as two factors and a scale; whatever its variant, in the form that files hold."""
+"""The update that a LoRA of any variant adds to each layer, as two factors and a scale: the form that files hold."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def lora_updates(pipeline: Any) -> Updates:
 
 def magnitudes(pipeline: Any) -> dict[str, dict[str, Tensor]]:
     """DoRA's trained magnitudes by module path, by part; empty for another LoRA."""
-    found: dict[str, dict[str, Tensor]] = {}
+    by_part: dict[str, dict[str, Tensor]] = {}
     for part in PARTS:
         for name, layer in lora_layers(getattr(pipeline, part)).items():
             if ADAPTER in layer.lora_magnitude_vector:
                 value = layer.lora_magnitude_vector[ADAPTER].weight.detach().float().cpu().contiguous()
-                found.setdefault(part, {})[shared_path(part, name)] = value
-    return found
+                by_part.setdefault(part, {})[shared_path(part, name)] = value
+    return by_part
 
 
 def plain_updates(pipeline: Any) -> tuple[Updates, float]:
@@ -86,13 +86,10 @@ def shared_path(part: str, module: str) -> str:
     return module if part == "unet" else f"text_model.{module.removeprefix('text_model.')}"
 
 
-def unshifted(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors [A; A0] and [B, -B0] of rank 2r, for the untouched base: their product is B A - B0 A0.
-
-    For initializations that took s B0 A0 out of the base (PiSSA, OLoRA, LoRA-GA, ...): the trained model is
-    W - s B0 A0 + s B A. The scale s stays, so alpha doubles with the rank where it is divided by the rank.
-    """
-    return torch.cat([down, down0]), torch.cat([up, -up0], dim=1)
+def with_magnitudes(direction: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's W': each row of W + s B A, (m, ...), scaled to the length that `magnitude` (m,) gives it."""
+    factors = magnitude / direction.flatten(1).norm(dim=1)
+    return direction * factors.view(-1, *[1] * (direction.ndim - 1))
 
 
 def truncated(change: Tensor, rank: int) -> Update:
@@ -107,6 +104,22 @@ def truncated(change: Tensor, rank: int) -> Update:
     left, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
     root = values[:rank].sqrt()
     return Update(root[:, None] * right[:rank], basis @ left[:, :rank] * root, 1.0)
+
+
+def cut_to_rank(update: Update, rank: int) -> tuple[Update, Tensor]:
+    """The best factors of at most `rank` for s B A with a scale of 1, and all its singular values; in double.
+
+    From B = Q_b R_b and A^T = Q_a R_a the singular values of B A are those of the small matrix R_b R_a^T, so that B A
+    is not formed. The factors have the shapes and the dtype of the old ones.
+    """
+    up_basis, up_rest = torch.linalg.qr(update.up.double().flatten(1))
+    down_basis, down_rest = torch.linalg.qr(update.down.double().flatten(1).T)
+    left, values, right = torch.linalg.svd(update.scale * up_rest @ down_rest.T, full_matrices=False)
+    kept = min(rank, len(values))
+    root = values[:kept].sqrt()
+    up = (up_basis @ left[:, :kept] * root).view(len(update.up), kept, *update.up.shape[2:])
+    down = (root[:, None] * (right[:kept] @ down_basis.T)).view(kept, *update.down.shape[1:])
+    return Update(down.to(update.down.dtype), up.to(update.up.dtype), 1.0), values
 
 
 def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +151,11 @@ def update_norms(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, float
 
 
 def _of_all(pipeline: Any, read: Callable[[Any], T]) -> dict[str, dict[str, T]]:
-    found: dict[str, dict[str, T]] = {}
+    updates: dict[str, dict[str, T]] = {}
     for part in PARTS:
         for name, layer in lora_layers(getattr(pipeline, part)).items():
-            found.setdefault(part, {})[shared_path(part, name)] = read(layer)
-    return found
+            updates.setdefault(part, {})[shared_path(part, name)] = read(layer)
+    return updates
 
 
 class _Fold(NamedTuple):
@@ -178,6 +191,5 @@ def _dora_change(layer: Any) -> Tensor:
     """W' - W of a DoRA layer, (out, in * kh * kw): each row of W + s B A scaled to its magnitude, minus W."""
     down, up = (side[ADAPTER].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
     weight = base_weight(layer.get_base_layer()).flatten(1)
-    direction = weight + layer.scaling[ADAPTER] * (up @ down)
     magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float().flatten()
-    return (magnitude / direction.norm(dim=1))[:, None] * direction - weight
+    return with_magnitudes(weight + layer.scaling[ADAPTER] * (up @ down), magnitude) - weight

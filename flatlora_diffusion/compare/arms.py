@@ -25,10 +25,9 @@ from flatlora_diffusion.config import (
     read_setting,
     settings_that,
 )
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ _SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a method and the settings in which it differs from the experiment's own."""
+    """A method, and the settings in which it differs from the experiment's own."""
 
     key: str
     name: str
@@ -60,7 +59,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of an experiment, trained or not."""
 
     arm: Arm
@@ -124,7 +123,7 @@ def parse_arm(text: str) -> Arm:
 
 
 def null_arms(seed: int, init_seed: int | None = None) -> list[Arm]:
-    """What must show no difference, and what differs by chance alone, for the run of `seed`.
+    """The arms that must show no difference, or one by chance alone, for the run of `seed`.
 
     `init_seed` is that of the first weights, where it is not `seed`.
     """
@@ -141,7 +140,7 @@ def null_arms(seed: int, init_seed: int | None = None) -> list[Arm]:
     ]
 
 
-def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[Planned]:
+def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[PlannedRun]:
     """Every run, seed by seed, below `output_dir`; each saves `points` checkpoints.
 
     Raises ConfigError for settings of an arm that exclude each other, before anything is trained.
@@ -165,11 +164,11 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
                 "checkpoints_total_limit": None,
                 "resume_from_checkpoint": None,
             }
-            planned.append(Planned(arm, seed, config.replace(**values)))
+            planned.append(PlannedRun(arm, seed, config.replace(**values)))
     return planned
 
 
-def train_planned(planned: Planned) -> None:
+def train_planned(planned: PlannedRun) -> None:
     """Train one run with the command line's own code in a process of its own, unless it is there already.
 
     Raises RunError when it does not end well.

@@ -15,20 +15,20 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
 
-from flatlora_diffusion.compare.arms import Arm, Planned, null_arms, parse_arm, plan, train_planned
-from flatlora_diffusion.compare.conditions import proof
-from flatlora_diffusion.compare.examiner import OWN_METRICS, TRAIN, Examiner, Figures
-from flatlora_diffusion.compare.findings import Values, paired_rows, table, verdict
-from flatlora_diffusion.compare.material import Material, load_examiner, read_material
-from flatlora_diffusion.compare.nulls import Ends, null_rows
+from flatlora_diffusion.compare.arms import Arm, PlannedRun, null_arms, parse_arm, plan, train_planned
+from flatlora_diffusion.compare.conditions import shared_conditions
+from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
+from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_table, paired_rows, verdict
+from flatlora_diffusion.compare.material import Material, load_evaluator, read_material
+from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
 from flatlora_diffusion.compare.overfit import advise
 from flatlora_diffusion.compare.page.page import write_compare_page
-from flatlora_diffusion.compare.trajectory import Point
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
@@ -42,6 +42,28 @@ from flatlora_diffusion.ground.whole_files import write_text
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 logger = logging.getLogger(__name__)
+
+
+class ComparisonResult(TypedDict):
+    """The contents of compare.json, in JSON's own types: arms by their keys, seeds and strengths as text."""
+
+    settings: dict[str, Any]
+    arms: list[dict[str, Any]]
+    seeds: list[int]
+    metrics: list[dict[str, Any]]
+    base: MetricValues
+    values: dict[str, dict[str, MetricValues]]
+    trajectories: dict[str, dict[str, list[dict[str, Any]]]]
+    groups: dict[str, Any]
+    paired: list[dict[str, Any]]
+    verdict: str
+    proof: list[dict[str, Any]]
+    nulls: list[dict[str, Any]]
+    advice: list[dict[str, Any]]
+    pictures: dict[str, Any]
+    strengths: dict[str, dict[str, MetricValues]]
+    device: str
+    versions: dict[str, str]
 
 
 def compare(config: TrainConfig, own: CompareConfig) -> Path:
@@ -68,12 +90,13 @@ def _compare(config: TrainConfig, own: CompareConfig) -> Path:
     runs = read_runs([str(planned.run.folder) for planned in (*main, *nulls)])  # refuses what does not fit together
     check_images(runs[0], load_training_set(config.data))
     config = config.replace(mixed_precision=main[0].run.config()["mixed_precision"])  # as accelerate decided it
-    examiner, sdxl = load_examiner(config, [*main, *nulls], material)
+    evaluator, sdxl = load_evaluator(config, [*main, *nulls], material)
     _check_base(config, sdxl, [*main, *nulls])
-    result = {"settings": _settings(config, own, material), **_measure(arms, main, nulls, examiner)}
+    result = _measure(_settings(config, own, material), arms, main, nulls, evaluator)
     write_text(out / "compare.json", json.dumps(result, indent=1) + "\n")
     names = {arm.key: arm.name for arm in arms}
-    write_text(out / "compare.md", table(names, result["metrics"], result["base"], result["values"]) + "\n")
+    table = metrics_table(names, result["metrics"], result["base"], result["values"])
+    write_text(out / "compare.md", table + "\n")
     _save_grid(out, result, {sample.caption for sample in material.sets[TRAIN].samples})
     write_compare_page(result, out)
     return out
@@ -85,7 +108,7 @@ def _missing(arms: Sequence[Arm]) -> list[Arm]:
     return [replace(arm, role="null") for arm in plain]
 
 
-def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[Planned]) -> None:
+def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[PlannedRun]) -> None:
     """Raise ConfigError when the base is not the one that the runs were trained on."""
     if config.model.quantize_base is not None:
         return  # they saw its quantized weights, which have another hash
@@ -101,7 +124,7 @@ def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[Planned]) -> Non
 
 
 def _settings(config: TrainConfig, own: CompareConfig, material: Material) -> dict[str, Any]:
-    """What the comparison was made with: the arms' settings, its own, and the image sets by their hashes."""
+    """The settings of the arms and of the comparison itself, and the image sets by their hashes."""
     mine = {
         name: Path(value).name if name.endswith(("_dir", "_file")) and value else value
         for name, value in asdict(own).items()
@@ -111,97 +134,107 @@ def _settings(config: TrainConfig, own: CompareConfig, material: Material) -> di
 
 
 def _measure(
-    arms: Sequence[Arm], main: Sequence[Planned], nulls: Sequence[Planned], examiner: Examiner
-) -> dict[str, Any]:
-    values: dict[str, dict[int, Figures]] = {}
-    walks: dict[str, dict[int, list[Point]]] = {}
-    base = examiner.base()
+    settings: dict[str, Any],
+    arms: Sequence[Arm],
+    main: Sequence[PlannedRun],
+    nulls: Sequence[PlannedRun],
+    evaluator: RunEvaluator,
+) -> ComparisonResult:
+    values: dict[str, dict[int, MetricValues]] = {}
+    trajectories: dict[str, dict[int, list[TrajectoryPoint]]] = {}
+    base = evaluator.base()
     for planned in main:
         logger.info("measuring %s, seed %d", planned.arm.name, planned.seed)
-        values.setdefault(planned.arm.key, {})[planned.seed] = examiner.run(planned)
-        walks.setdefault(planned.arm.key, {})[planned.seed] = examiner.trajectory(planned)
+        values.setdefault(planned.arm.key, {})[planned.seed] = evaluator.run(planned)
+        trajectories.setdefault(planned.arm.key, {})[planned.seed] = evaluator.trajectory(planned)
     for planned in nulls:
         logger.info("measuring %s", planned.arm.name)
-        values.setdefault(planned.arm.key, {})[planned.seed] = examiner.losses(planned)
-    metrics = _metrics([base, *(figures for by_seed in values.values() for figures in by_seed.values())])
-    rows = paired_rows(arms, [metric["key"] for metric in metrics], values, walks)
-    first = [planned for planned in main if planned.seed == main[0].seed]
-    swept = {planned.arm.key: examiner.strengths(planned) for planned in first}
-    every = {arm.key: arm for arm in (*arms, *(planned.arm for planned in nulls))}
-    return {
-        "arms": [asdict(arm) for arm in every.values()],
-        "seeds": list(dict.fromkeys(planned.seed for planned in main)),
-        "metrics": metrics,
-        "base": base,
-        "values": _by_text(values),
-        "trajectories": {
-            arm: {str(seed): [asdict(point) for point in walk] for seed, walk in by_seed.items()}
-            for arm, by_seed in walks.items()
-        },
-        "groups": _groups(main, examiner),
-        "paired": rows,
-        "verdict": verdict(rows, {arm.key: arm.name for arm in arms}),
-        "proof": proof([*main, *nulls]),
-        "nulls": null_rows({one.arm.key: _ends(one, examiner) for one in (*first, *nulls)}, values, main[0].seed),
-        "advice": [_advice(planned, walks, swept) for planned in first],
-        "pictures": _pictures(first, examiner),
-        "strengths": {arm: {f"{at:g}": figures for at, figures in found.items()} for arm, found in swept.items()},
-        "device": _device(),
-        "versions": {"python": platform.python_version(), **versions()},
-    }
+        values.setdefault(planned.arm.key, {})[planned.seed] = evaluator.losses(planned)
+    metrics = _metrics([base, *(of_run for by_seed in values.values() for of_run in by_seed.values())])
+    differences = paired_rows(arms, [metric["key"] for metric in metrics], values, trajectories)
+    first_seed = [planned for planned in main if planned.seed == main[0].seed]
+    strengths = {planned.arm.key: evaluator.strengths(planned) for planned in first_seed}
+    all_arms = {arm.key: arm for arm in (*arms, *(planned.arm for planned in nulls))}
+    outputs = {planned.arm.key: _outputs(planned, evaluator) for planned in (*first_seed, *nulls)}
+    return ComparisonResult(
+        settings=settings,
+        arms=[asdict(arm) for arm in all_arms.values()],
+        seeds=list(dict.fromkeys(planned.seed for planned in main)),
+        metrics=metrics,
+        base=base,
+        values=_values_as_json(values),
+        trajectories=_trajectories_as_json(trajectories),
+        groups=_groups(main, evaluator),
+        paired=differences,
+        verdict=verdict(differences, {arm.key: arm.name for arm in arms}),
+        proof=shared_conditions([*main, *nulls]),
+        nulls=null_rows(outputs, values, main[0].seed),
+        advice=[_advice(planned, trajectories, strengths) for planned in first_seed],
+        pictures=_pictures(first_seed, evaluator),
+        strengths={arm: {f"{at:g}": losses for at, losses in by_at.items()} for arm, by_at in strengths.items()},
+        device=_device(),
+        versions={"python": platform.python_version(), **versions()},
+    )
 
 
-def _metrics(figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """What each measured figure is, ours first."""
-    keys = dict.fromkeys(key for found in figures for key in found)
+def _metrics(values: Sequence[MetricValues]) -> list[dict[str, Any]]:
+    """Name, direction and digits of each measured key, our own metrics first."""
+    keys = dict.fromkeys(key for of_run in values for key in of_run)
     ours = [dict(metric._asdict()) for metric in OWN_METRICS if metric.key in keys]
     return ours + described([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
 
 
 def _advice(
-    planned: Planned, walks: Mapping[str, Mapping[int, Sequence[Point]]], swept: Mapping[str, Mapping[float, Figures]]
+    planned: PlannedRun, trajectories: Trajectories, strengths: Mapping[str, Mapping[float, MetricValues]]
 ) -> dict[str, Any]:
-    losses = {strength: figures["heldout_loss"] for strength, figures in swept[planned.arm.key].items()}
-    advice = advise(walks[planned.arm.key][planned.seed], losses)
+    losses = {strength: values["heldout_loss"] for strength, values in strengths[planned.arm.key].items()}
+    advice = advise(trajectories[planned.arm.key][planned.seed], losses)
     return {"arm": planned.arm.key, "seed": planned.seed, **asdict(advice)}
 
 
-def _ends(planned: Planned, examiner: Examiner) -> Ends:
-    """What a run came to: its weights and the pictures of its prompts."""
-    return Ends(planned.lora, examiner.pictures(planned.lora, examiner.themes.seeds[0]))
+def _outputs(planned: PlannedRun, evaluator: RunEvaluator) -> RunOutputs:
+    return RunOutputs(planned.lora, evaluator.pictures(planned.lora, evaluator.prompts.seeds[0]))
 
 
-def _groups(main: Sequence[Planned], examiner: Examiner) -> dict[str, Any]:
+def _groups(main: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:
     """The held-out loss by concept group: of the base, and of each arm and seed."""
-    found: dict[str, Any] = {group: {"base": loss, "values": {}} for group, loss in examiner.groups(None).items()}
+    groups: dict[str, Any] = {group: {"base": loss, "values": {}} for group, loss in evaluator.groups(None).items()}
     for planned in main:
-        for group, loss in examiner.groups(planned.lora).items():
-            found[group]["values"].setdefault(planned.arm.key, {})[str(planned.seed)] = loss
-    return found
+        for group, loss in evaluator.groups(planned.lora).items():
+            groups[group]["values"].setdefault(planned.arm.key, {})[str(planned.seed)] = loss
+    return groups
 
 
-def _pictures(first: Sequence[Planned], examiner: Examiner) -> dict[str, Any]:
-    """The pictures of the base and of each arm at its first seed, as names below the report's folder."""
-    seed = examiner.themes.seeds[0]
-    files = [examiner.pictures(None, seed), *(examiner.pictures(planned.lora, seed) for planned in first)]
+def _pictures(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:
+    """The pictures of the base and of each run, all of the first seed, as names below the report's folder."""
+    seed = evaluator.prompts.seeds[0]
+    files = [evaluator.pictures(None, seed), *(evaluator.pictures(planned.lora, seed) for planned in runs)]
     return {
-        "prompts": list(examiner.themes.style),
-        "columns": ["Base", *(planned.arm.name for planned in first)],
+        "prompts": list(evaluator.prompts.style),
+        "columns": ["Base", *(planned.arm.name for planned in runs)],
         "files": [["/".join(file.parts[-3:]) for file in column] for column in files],
     }
 
 
-def _save_grid(out: Path, result: Mapping[str, Any], captions: set[str]) -> None:
+def _save_grid(out: Path, result: ComparisonResult, captions: set[str]) -> None:
     pictures, steps = result["pictures"], result["settings"]["max_train_steps"]
-    is_new = not set(pictures["prompts"]) & captions
     rows = [[Image.open(out / file).convert("RGB") for file in column] for column in pictures["files"]]
-    caption = f"same prompts, seeds and settings; {steps} steps" + "; none of these was trained on" * is_new
+    caption = f"same prompts, seeds and settings; {steps} steps"
+    if not captions.intersection(pictures["prompts"]):
+        caption += "; none of these was trained on"
     grid = labelled_grid(rows, pictures["columns"], pictures["prompts"], caption=caption)
     grid.save(out / "compare.png")
 
 
-def _by_text(values: Values) -> dict[str, dict[str, Figures]]:
-    return {arm: {str(seed): figures for seed, figures in by_seed.items()} for arm, by_seed in values.items()}
+def _values_as_json(values: Values) -> dict[str, dict[str, MetricValues]]:
+    return {arm: {str(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in values.items()}
+
+
+def _trajectories_as_json(trajectories: Trajectories) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    return {
+        arm: {str(seed): [asdict(point) for point in points] for seed, points in by_seed.items()}
+        for arm, by_seed in trajectories.items()
+    }
 
 
 def _device() -> str:

@@ -1,14 +1,14 @@
-"""The proof that the runs of an experiment were alike: hashes of what they shared, read from their folders."""
+"""Whether the runs of an experiment were alike: hashes of what they shared, read from their folders."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flatlora_diffusion.compare.arms import OTHER_DRAWS, Planned
+from flatlora_diffusion.compare.arms import OTHER_DRAWS, PlannedRun
 from flatlora_diffusion.config import TrainConfig, settings_that
 
 _SHOWN = 16  # hex digits
@@ -18,10 +18,13 @@ _PLACES = {"output_dir", "output_name", "checkpointing_steps", "instance_data_di
 _SHAPES = set(settings_that("moves", "weights"))
 _FEEDS = set(settings_that("moves", "draws"))
 
+Runs = Mapping[str, PlannedRun]
+"""Runs by the label that the report gives them."""
+
 
 @dataclass(frozen=True)
-class Fact:
-    """What runs should share, with the hash of each; `holds` says whether they do."""
+class SharedCondition:
+    """A condition that runs should share, with the hash of each run; `holds` if the hashes are equal."""
 
     what: str
     hashes: Mapping[str, str]
@@ -29,78 +32,79 @@ class Fact:
     note: str
 
 
-def proof(runs: Sequence[Planned]) -> list[dict[str, Any]]:
-    """One fact for the images and the base of all runs, then for settings, first weights and draws of each seed."""
-    labels = {_label(run): run for run in runs}
-    facts = [
-        _alike("training images and captions", {label: _images(run) for label, run in labels.items()}),
-        _alike("base model", {label: _start(run)["base"] for label, run in labels.items()}),
+def shared_conditions(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """Images and base of all runs, then settings, first weights and draws of the runs of each seed."""
+    labelled = {_label(run): run for run in runs}
+    conditions = [
+        _condition("training images and captions", labelled, _images),
+        _condition("base model", labelled, lambda run: str(_start(run)["base"])),
     ]
     for seed in dict.fromkeys(run.seed for run in runs):
-        of_seed = {label: run for label, run in labels.items() if run.seed == seed}
-        facts.append(
-            _alike(
-                f"all settings but the arm's own, seed {seed}",
-                {label: _settings(run, list(of_seed.values())) for label, run in of_seed.items()},
-            )
-        )
-        alike = {
-            label: run
-            for label, run in of_seed.items()
-            if run.arm.key == OTHER_DRAWS or not _SHAPES & set(run.arm.changes)
-        }
-        facts.append(
-            _alike(
-                f"first weights of the LoRA, seed {seed}",
-                {label: _start(run)["lora"] for label, run in alike.items()},
-                _without(of_seed, alike, "another rank or other layers"),
-            )
-        )
-        drawn = {
-            label: run
-            for label, run in of_seed.items()
-            if run.arm.key != OTHER_DRAWS and not _FEEDS & set(run.arm.changes)
-        }
-        facts.append(
-            _alike(
-                f"images, crops, noise and timesteps of every step, seed {seed}",
-                {label: _draws(run) for label, run in drawn.items()},
-                _without(of_seed, drawn, "draws of its own, as intended"),
-            )
-        )
-    return [asdict(fact) for fact in facts]
+        conditions += _conditions_of_seed(seed, {label: run for label, run in labelled.items() if run.seed == seed})
+    return [asdict(condition) for condition in conditions]
 
 
-def _alike(what: str, hashes: Mapping[str, str], note: str = "") -> Fact:
-    return Fact(what, {label: found[:_SHOWN] for label, found in hashes.items()}, len(set(hashes.values())) <= 1, note)
+def _conditions_of_seed(seed: int, runs: Runs) -> list[SharedCondition]:
+    of_arms = {name for run in runs.values() for name in run.arm.changes}
+    with_weights = {label: run for label, run in runs.items() if _starts_as_others(run)}
+    with_draws = {label: run for label, run in runs.items() if _draws_as_others(run)}
+    return [
+        _condition(f"all settings but the arm's own, seed {seed}", runs, lambda run: _settings(run, of_arms)),
+        _condition(
+            f"first weights of the LoRA, seed {seed}",
+            with_weights,
+            lambda run: str(_start(run)["lora"]),
+            _note_of_left_out(runs, with_weights, "another rank or other layers"),
+        ),
+        _condition(
+            f"images, crops, noise and timesteps of every step, seed {seed}",
+            with_draws,
+            _draws,
+            _note_of_left_out(runs, with_draws, "draws of its own, as intended"),
+        ),
+    ]
 
 
-def _without(all_runs: Mapping[str, Planned], taken: Mapping[str, Planned], why: str) -> str:
-    left = [label for label in all_runs if label not in taken]
-    return f"{', '.join(left)}: {why}" if left else ""
+def _condition(what: str, runs: Runs, hash_of: Callable[[PlannedRun], str], note: str = "") -> SharedCondition:
+    hashes = {label: hash_of(run) for label, run in runs.items()}
+    shown = {label: digits[:_SHOWN] for label, digits in hashes.items()}
+    return SharedCondition(what, shown, len(set(hashes.values())) <= 1, note)
 
 
-def _label(run: Planned) -> str:
+def _starts_as_others(run: PlannedRun) -> bool:
+    return run.arm.key == OTHER_DRAWS or not _SHAPES & set(run.arm.changes)
+
+
+def _draws_as_others(run: PlannedRun) -> bool:
+    return run.arm.key != OTHER_DRAWS and not _FEEDS & set(run.arm.changes)
+
+
+def _note_of_left_out(runs: Runs, compared: Runs, why: str) -> str:
+    left_out = [label for label in runs if label not in compared]
+    return f"{', '.join(left_out)}: {why}" if left_out else ""
+
+
+def _label(run: PlannedRun) -> str:
     return f"{run.arm.name}, seed {run.seed}"
 
 
-def _images(run: Planned) -> str:
+def _images(run: PlannedRun) -> str:
     return _sha256([[row["sha256"], row["caption_sha256"]] for row in run.run.manifest()])
 
 
-def _settings(run: Planned, fellows: Sequence[Planned]) -> str:
-    """The hash of what the run was trained with, the settings that tell any arm of this seed from another left out."""
-    own = {"method", "sigma", *_PLACES, *(name for fellow in fellows for name in fellow.arm.changes)}
+def _settings(run: PlannedRun, of_arms: Collection[str]) -> str:
+    """The hash of the run's settings without its place and without those that tell the arms of its seed apart."""
+    own = {"method", "sigma", *_PLACES, *of_arms}
     saved = {**TrainConfig().to_dict(), **run.run.config()}
     return _sha256({name: value for name, value in sorted(saved.items()) if name not in own})
 
 
-def _start(run: Planned) -> Mapping[str, Any]:
+def _start(run: PlannedRun) -> Mapping[str, Any]:
     starts = [event for event in run.run.events() if event["event"] == "start"]
     return starts[0] if starts else {"base": "not recorded", "lora": "not recorded"}
 
 
-def _draws(run: Planned) -> str:
+def _draws(run: PlannedRun) -> str:
     by_step = {event["step"]: event["draws"] for event in run.run.events() if event["event"] == "step"}
     return _sha256(sorted(by_step.items()))
 

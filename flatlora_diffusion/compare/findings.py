@@ -1,4 +1,4 @@
-"""What a comparison found: paired differences, the verdict from them alone, and the table of means."""
+"""The findings of a comparison: paired differences, the verdict from them alone, and the table of means."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import asdict
 from typing import Any
 
 from flatlora_diffusion.compare.arms import Arm
-from flatlora_diffusion.compare.examiner import Figures
-from flatlora_diffusion.compare.paired import PairedDifference, paired_difference
-from flatlora_diffusion.compare.trajectory import Point, at_equal_loss, at_equal_seconds
+from flatlora_diffusion.compare.evaluator import MetricValues
+from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
 from flatlora_diffusion.ground.numbers import figure
 
 HELDOUT_LOSS = "heldout_loss"
 STEPS, ENDS, CLEAN_LOSS, SECONDS = "steps", "ends", "clean loss", "seconds"
 
-Values = Mapping[str, Mapping[int, Figures]]
-"""Figures by arm and seed."""
-Trajectories = Mapping[str, Mapping[int, Sequence[Point]]]
+Values = Mapping[str, Mapping[int, MetricValues]]
+"""MetricValues by arm and seed."""
+Trajectories = Mapping[str, Mapping[int, Sequence[TrajectoryPoint]]]
 
 
 def paired_rows(
@@ -40,17 +40,17 @@ def paired_rows(
                 if metric in values[arm.key][seed] and metric in values[reference][seed]
             ]
             if pairs:
-                rows.append(_row(metric, arm.key, reference, end, pairs))
-        walks = [
+                rows.append(_difference_row(metric, arm.key, reference, end, pairs))
+        pairs_of_runs = [
             (trajectories[arm.key][seed], trajectories[reference][seed])
             for seed in seeds
             if seed in trajectories.get(arm.key, {}) and seed in trajectories.get(reference, {})
         ]
-        if walks:
-            at_loss = [at_equal_loss(*walk) for walk in walks]
-            at_time = [at_equal_seconds(*walk) for walk in walks]
-            rows.append(_row(HELDOUT_LOSS, arm.key, reference, CLEAN_LOSS, at_loss))
-            rows.append(_row(HELDOUT_LOSS, arm.key, reference, SECONDS, at_time))
+        if pairs_of_runs:
+            at_loss = [at_equal_loss(*pair) for pair in pairs_of_runs]
+            at_time = [at_equal_seconds(*pair) for pair in pairs_of_runs]
+            rows.append(_difference_row(HELDOUT_LOSS, arm.key, reference, CLEAN_LOSS, at_loss))
+            rows.append(_difference_row(HELDOUT_LOSS, arm.key, reference, SECONDS, at_time))
     return rows
 
 
@@ -86,20 +86,27 @@ def _digits(row: Mapping[str, Any]) -> int:
     return max(4, 1 - math.floor(math.log10(width))) if width else 4
 
 
-def table(names: Mapping[str, str], metrics: Sequence[Mapping[str, Any]], base: Figures, values: Values) -> str:
+def metrics_table(
+    names: Mapping[str, str],
+    metrics: Sequence[Mapping[str, Any]],
+    base: MetricValues,
+    values: Mapping[str, Mapping[Any, MetricValues]],
+) -> str:
     """The means over seeds as a Markdown table: a row for each metric, a column for the base and for each arm."""
     lines = ["| | Base | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
     for metric in metrics:
         key, digits = metric["key"], metric["digits"]
         cells = [f"{base[key]:.{digits}f}" if key in base else ""]
         for arm in names:
-            found = [figures[key] for figures in values[arm].values() if key in figures]
-            cells.append(f"{sum(found) / len(found):.{digits}f}" if found else "")
+            of_seeds = [of_run[key] for of_run in values[arm].values() if key in of_run]
+            cells.append(f"{sum(of_seeds) / len(of_seeds):.{digits}f}" if of_seeds else "")
         lines.append(f"| {metric['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _row(metric: str, arm: str, against: str, matched: str, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    found: PairedDifference = paired_difference([one for one, _ in pairs], [other for _, other in pairs])
+def _difference_row(
+    metric: str, arm: str, against: str, matched: str, pairs: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
+    difference = paired_difference([one for one, _ in pairs], [other for _, other in pairs])
     place = {"metric": metric, "arm": arm, "against": against, "matched": matched}
-    return {**place, **asdict(found), "differences": list(found.differences), "n": found.n}
+    return {**place, **asdict(difference), "differences": list(difference.differences), "n": difference.n}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ Losses = dict[str, dict[str, float]]
 """The mean loss by group, by image set; the group `all` is the mean over all images of the set."""
 
 
-class Meter:
-    """Measures what a LoRA file does to the base's denoising loss, under draws that all LoRAs share."""
+class LossEvaluator:
+    """Measures the denoising loss of the base with a LoRA file, under draws that all LoRAs share; keeps results."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Meter:
     ) -> None:
         """`kept` is the folder for results; with `text_is_adapted` captions are encoded anew with each LoRA."""
         self._sdxl, self._objective, self.sets, self._kept = sdxl, objective, sets, kept
-        hashes = {name: found.sha256 for name, found in sets.items()}
+        hashes = {name: images.sha256 for name, images in sets.items()}
         base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
         self._key = json.dumps([*base, hashes, resolution, background, text_is_adapted])
         self._settings = resolution, background
@@ -65,54 +65,51 @@ class Meter:
     def losses(self, lora: Path | None, strength: float = 1.0) -> Losses:
         """The losses of the base with `lora`, or of the base alone."""
 
-        def measured() -> Losses:
+        def measure() -> Losses:
             return {name: self._by_group(name) for name in self.sets}
 
-        return self._once("losses", lora, strength, measured)
+        return self._once("losses", lora, strength, measure)
 
     def rises(self, lora: Path, name: str, sigma: float, draws: int) -> list[float]:
         """How much each of `draws` perturbations (Eq. 7) lifts the loss on the set `name`."""
 
-        def measured() -> dict[str, dict[str, float]]:
-            found = loss_rise(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
-            return {name: {str(draw): rise for draw, rise in enumerate(found)}}
+        def measure() -> Losses:
+            rises = loss_rise(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
+            return {name: {str(draw): rise for draw, rise in enumerate(rises)}}
 
-        return list(self._once(f"rises {name} {sigma} {draws}", lora, 1.0, measured)[name].values())
+        return list(self._once(f"rises {name} {sigma} {draws}", lora, 1.0, measure)[name].values())
 
     def _by_group(self, name: str) -> dict[str, float]:
         losses = probe_losses(self._sdxl.unet, self._objective, self._probe(name))
         groups = self.sets[name].groups
-        found = {UNGROUPED: float(losses.mean())}
+        means = {UNGROUPED: float(losses.mean())}
         for group in sorted(set(groups)):
-            found[group] = float(losses[[place for place, one in enumerate(groups) if one == group]].mean())
-        return found
+            means[group] = float(losses[[place for place, one in enumerate(groups) if one == group]].mean())
+        return means
 
     def _probe(self, name: str) -> Probe:
         if self._text_is_adapted or name not in self._probes:
             resolution, background = self._settings
-            found = self.sets[name]
-            self._probes[name] = fixed_probe(self._sdxl, found.samples, resolution, 0, found.draws, background)
+            images = self.sets[name]
+            self._probes[name] = fixed_probe(self._sdxl, images.samples, resolution, 0, images.draws, background)
         return self._probes[name]
 
-    def _once(self, what: str, lora: Path | None, strength: float, measured: object) -> Losses:
+    def _once(self, what: str, lora: Path | None, strength: float, measure: Callable[[], Losses]) -> Losses:
+        """The kept result of `measure` with the LoRA in place; measured where there is none yet."""
         content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
         key = hashlib.sha256(json.dumps([self._key, what, content, strength]).encode()).hexdigest()[:32]
         file = self._kept / f"{key}.json"
         if not file.is_file():
-            assert callable(measured)
-            if lora is None:
-                found = measured()
-            else:
-                files = [LoraFile(lora)]
-                with (
-                    loaded(self._sdxl.pipeline, files),
-                    at_strength(self._sdxl.pipeline, files, strength, merge=False),
-                ):
-                    found = measured()
+            losses = measure() if lora is None else self._with_lora(lora, strength, measure)
             self._kept.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(found) + "\n")
+            write_text(file, json.dumps(losses) + "\n")
         kept: Losses = json.loads(file.read_text(encoding="utf-8"))
         return kept
+
+    def _with_lora(self, lora: Path, strength: float, measure: Callable[[], Losses]) -> Losses:
+        pipeline, files = self._sdxl.pipeline, [LoraFile(lora)]
+        with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=False):
+            return measure()
 
 
 def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a comparison is measured with: image sets, prompts, encoders, and the examiner that holds them."""
+"""The material of a comparison: image sets, prompts, encoders, and the evaluator that holds them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from flatlora_diffusion.compare.arms import Planned
-from flatlora_diffusion.compare.examiner import FORGETTING, HELDOUT, TRAIN, Examiner, Seers, Themes, names_of
-from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, Meter, groups_of
-from flatlora_diffusion.compare.pictures import Painter
+from flatlora_diffusion.compare.arms import PlannedRun
+from flatlora_diffusion.compare.evaluator import (
+    FORGETTING,
+    HELDOUT,
+    TRAIN,
+    PromptSets,
+    RunEvaluator,
+    ScoringModels,
+    names_of,
+)
+from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
+from flatlora_diffusion.compare.pictures import PictureGenerator
 from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import load_image
-from flatlora_diffusion.data.training_set import load_heldout, load_training_set
+from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips
@@ -36,9 +44,9 @@ class Material:
     """Everything that was read before the first run is trained."""
 
     sets: dict[str, ImageSet]
-    themes: Themes
+    prompts: PromptSets
     heldout: Path
-    seers: Seers
+    scoring_models: ScoringModels
 
 
 def read_material(config: TrainConfig, own: CompareConfig) -> Material:
@@ -64,18 +72,14 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         folders[FORGETTING] = Path(forgetting)
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
     for name, folder in folders.items():
-        found = load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)
-        samples = found.samples
+        samples = (load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)).samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
-    seen = {sample.sha256 for sample in training}
-    both = [sample.id for sample in sets[HELDOUT].samples if sample.sha256 in seen]
-    if both:
-        raise ConfigError(f"heldout_dir has images that are trained on: {', '.join(both[:5])}; take them out")
-    return Material(sets, _themes(config, own, heldout, sets[HELDOUT].samples), heldout, _seers(own))
+    check_unseen(sets[HELDOUT].samples, training, "are")
+    return Material(sets, _prompts(config, own, heldout, sets[HELDOUT].samples), heldout, _scoring_models(own))
 
 
-def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Material) -> tuple[Examiner, Sdxl]:
-    """The examiner of `runs`, on the GPU if there is one, and its base.
+def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], material: Material) -> tuple[RunEvaluator, Sdxl]:
+    """The evaluator of `runs`, on the GPU if there is one, and its base.
 
     What is measured and drawn is kept below `output_dir`, apart for each way to load the base.
     """
@@ -86,7 +90,7 @@ def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Materi
     resolution = config.data.resolution or sdxl.resolution
     background = config.data.background_color
     identity = _identity(config)
-    meter = Meter(
+    loss_evaluator = LossEvaluator(
         sdxl,
         unweighted(objective_of(config.objective, sdxl.scheduler)),
         material.sets,
@@ -95,19 +99,21 @@ def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Materi
         background,
         any(planned.config.adapter.train_text_encoder for planned in runs),
     )
-    painter = Painter(sdxl, resolution, folder / "pictures" / identity)
+    generator = PictureGenerator(sdxl, resolution, folder / "pictures" / identity)
     training = [_as_seen(sample, background, resolution) for sample in material.sets[TRAIN].samples]
-    drawn = [sample for sample in material.sets[HELDOUT].samples if sample.caption in material.themes.style]
+    drawn = [sample for sample in material.sets[HELDOUT].samples if sample.caption in material.prompts.style]
     heldout = {sample.caption: _as_seen(sample, background, resolution) for sample in drawn}
     names = names_of(material.heldout, material.sets[HELDOUT].samples)
-    return Examiner(meter, painter, material.themes, material.seers, training, heldout, names), sdxl
+    return RunEvaluator(
+        loss_evaluator, generator, material.prompts, material.scoring_models, training, heldout, names
+    ), sdxl
 
 
-def _seers(own: CompareConfig) -> Seers:
+def _scoring_models(own: CompareConfig) -> ScoringModels:
     """The models that look at pictures: on the CPU, so that training has the GPU for itself."""
     encoders = [load_encoder(name) for name in own.encoders]
     judge = load_judge(SAMPLES / "tiny_sdxl" / "judge") if JUDGE in own.encoders else None
-    return Seers(encoders, judge, load_lpips() if own.lpips else None)
+    return ScoringModels(encoders, judge, load_lpips() if own.lpips else None)
 
 
 def _identity(config: TrainConfig) -> str:
@@ -132,14 +138,14 @@ def _are_sample_icons(config: TrainConfig) -> bool:
     return images is not None and Path(images).resolve() == SAMPLE_ICONS.resolve()
 
 
-def _themes(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> Themes:
-    prompts = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
-    style = _lines(prompts) if own.prompts_file or prompts.is_file() else [sample.caption for sample in samples]
+def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> PromptSets:
+    file = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
+    style = _lines(file) if own.prompts_file or file.is_file() else [sample.caption for sample in samples]
     is_tiny = config.model.pretrained_model_name_or_path == "tiny"
     ours = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
     unrelated = _lines(Path(own.unrelated_prompts_file) if own.unrelated_prompts_file else ours)
     most = own.num_prompts
-    return Themes(
+    return PromptSets(
         tuple(dict.fromkeys(style))[:most],
         tuple(dict.fromkeys(unrelated))[:most],
         tuple(range(own.pictures_per_prompt)),

@@ -23,20 +23,20 @@ _PAIRS = (
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What a run came to: its LoRA file, and pictures of the same prompts and seeds as those of other runs."""
+class RunOutputs:
+    """A run's LoRA file, and its pictures of the prompts and seeds that other runs have too."""
 
     lora: Path
     pictures: Sequence[Path]
 
 
-def null_rows(ends: Mapping[str, Ends], values: Values, seed: int) -> list[dict[str, Any]]:
+def null_rows(outputs: Mapping[str, RunOutputs], values: Values, seed: int) -> list[dict[str, Any]]:
     """For each pair: mean difference of pixels (0 to 255), relative one of weights, and that of the held-out loss."""
     rows = []
     for key, against, name, says in _PAIRS:
-        if key not in ends or against not in ends:
+        if key not in outputs or against not in outputs:
             continue
-        one, other = ends[key], ends[against]
+        one, other = outputs[key], outputs[against]
         moved = values[key][seed][HELDOUT_LOSS] - values[against][seed][HELDOUT_LOSS]
         rows.append(
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flatlora_diffusion.compare.trajectory import Point
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 
 # What must be gained, as a share of the whole gain over the base, before another checkpoint or strength is suggested.
 WORTH = 0.02
@@ -29,8 +29,8 @@ class Advice:
     why: str
 
 
-def advise(run: Sequence[Point], strengths: Mapping[float, float]) -> Advice:
-    """What the held-out images say about a run.
+def advise(run: Sequence[TrajectoryPoint], strengths: Mapping[float, float]) -> Advice:
+    """The checkpoint and strength that predict the held-out images best.
 
     `run` begins with the base (step 0) and ends with the finished LoRA; `strengths` has the held-out loss of the
     finished LoRA at each strength.
@@ -51,7 +51,7 @@ def advise(run: Sequence[Point], strengths: Mapping[float, float]) -> Advice:
     return Advice(last.step, 1.0, False, "The held-out loss fell, or stayed, up to the end: no sign of over-fitting.")
 
 
-def _over_fit(base: Point, best: Point, last: Point, share: float) -> str:
+def _over_fit(base: TrajectoryPoint, best: TrajectoryPoint, last: TrajectoryPoint, share: float) -> str:
     why = f"From step {best.step} to {last.step} the held-out loss rose again: {share:.0%} of what was gained is lost"
     if best.memorization is not None and last.memorization is not None:
         more = last.memorization - best.memorization

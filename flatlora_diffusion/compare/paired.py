@@ -1,4 +1,4 @@
-"""What paired differences over seeds can say: their mean, its interval, the smallest difference they could show."""
+"""Paired differences over seeds: their mean, its interval, and the smallest difference that they could show."""
 
 from __future__ import annotations
 
@@ -31,11 +31,6 @@ class PairedDifference:
     def n(self) -> int:
         return len(self.differences)
 
-    @property
-    def is_found(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> PairedDifference:
     """values - reference, seed by seed, with the 95 % interval of Student's t.
@@ -60,7 +55,7 @@ def _detectable(n: int) -> float:
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
 
     def missing_power(shift: float) -> float:
-        found = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
-        return float(found - POWER) if math.isfinite(found) else 1 - POWER
+        power = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+        return float(power - POWER) if math.isfinite(power) else 1 - POWER
 
     return float(optimize.brentq(missing_power, 1e-3, 100 * critical))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,37 +20,37 @@ from flatlora_diffusion.sdxl.sampling import generate_images
 Key = tuple[str, int]  # prompt, seed
 
 
-class Painter:
+class PictureGenerator:
     """Draws with `steps` and `guidance`; a file's name is the hash of all that its picture depends on."""
 
     def __init__(self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = 25, guidance: float = 5.0) -> None:
         self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, guidance)
         self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
 
-    def paint(self, lora: Path | None, keys: Sequence[Key]) -> dict[Key, Image.Image]:
+    def generate(self, lora: Path | None, keys: Sequence[Key]) -> dict[Key, Image.Image]:
         """The pictures of `keys`, RGB, by the base with `lora` or by the base alone."""
         files = dict(zip(keys, self.files(lora, keys), strict=True))
-        missing = [key for key in files if not files[key].is_file()]
+        missing = {key: file for key, file in files.items() if not file.is_file()}
         if missing and lora is None:
-            self._draw(missing, [files[key] for key in missing])
+            self._draw(missing)
         elif missing and lora is not None:
             with loaded(self._sdxl.pipeline, [LoraFile(lora)]):
-                self._draw(missing, [files[key] for key in missing])
+                self._draw(missing)
         return {key: _read(file) for key, file in files.items()}
 
     def files(self, lora: Path | None, keys: Sequence[Key]) -> list[Path]:
-        """Where the pictures of `keys` are kept, drawn or not."""
+        """The files in which the pictures of `keys` are kept, drawn or not."""
         content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
         depends = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
         return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]
 
-    def _draw(self, keys: Sequence[Key], files: Sequence[Path]) -> None:
-        prompts, seeds = [prompt for prompt, _ in keys], [seed for _, seed in keys]
+    def _draw(self, files: Mapping[Key, Path]) -> None:
+        prompts, seeds = [prompt for prompt, _ in files], [seed for _, seed in files]
         resolution, steps, guidance = self._settings
         # Which pictures are missing must not change any of them: one at a time.
         drawn = generate_images(self._sdxl, prompts, seeds, resolution, steps, guidance, batch_size=1)
         self._kept.mkdir(parents=True, exist_ok=True)
-        for image, file in zip(drawn, files, strict=True):
+        for image, file in zip(drawn, files.values(), strict=True):
             write_atomically(file, partial(image.save, format="PNG"))
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Point:
-    """What was measured after `step` steps and `seconds` of training; step 0 is the base."""
+class TrajectoryPoint:
+    """The measurements after `step` steps and `seconds` of training; step 0 is the base."""
 
     step: int
     seconds: float
@@ -22,7 +22,7 @@ class Point:
 Pair = tuple[float, float]
 
 
-def at_equal_loss(one: Sequence[Point], other: Sequence[Point]) -> Pair:
+def at_equal_loss(one: Sequence[TrajectoryPoint], other: Sequence[TrajectoryPoint]) -> Pair:
     """The held-out losses where each run first reaches the clean training loss that both of them reach.
 
     Between two checkpoints both losses are taken to change evenly. The points are in the order of their steps.
@@ -33,13 +33,13 @@ def at_equal_loss(one: Sequence[Point], other: Sequence[Point]) -> Pair:
     )
 
 
-def at_equal_seconds(one: Sequence[Point], other: Sequence[Point]) -> Pair:
+def at_equal_seconds(one: Sequence[TrajectoryPoint], other: Sequence[TrajectoryPoint]) -> Pair:
     """The held-out losses after as many seconds as the shorter of both runs took."""
     target = min(one[-1].seconds, other[-1].seconds)
     return _where(one, lambda point: -point.seconds, -target), _where(other, lambda point: -point.seconds, -target)
 
 
-def _where(run: Sequence[Point], falling: Callable[[Point], float], target: float) -> float:
+def _where(run: Sequence[TrajectoryPoint], falling: Callable[[TrajectoryPoint], float], target: float) -> float:
     """The held-out loss where `falling` first comes down to `target`, which it does."""
     for before, after in itertools.pairwise(run):
         start, end = falling(before), falling(after)

@@ -67,16 +67,3 @@ def pixels_of(image: Image.Image) -> Tensor:
     """Pixels (3, H, W) in [-1, 1] of an RGB image, (1, H, W) in [0, 1] of a mask (mode L)."""
     values = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
     return values[None] if image.mode == "L" else (values * 2 - 1).permute(2, 0, 1).contiguous()
-
-
-def crop_and_flip(
-    image: Image.Image,
-    resolution: int,
-    center_crop: bool,
-    random_flip: bool,
-    rng: torch.Generator,
-    interpolation: Interpolation = "lanczos",
-) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
-    """(pixels (3, R, R) in [-1, 1], original_size, crop_top_left) of a square crop with R = `resolution`."""
-    view = choose_view((image.height, image.width), (resolution, resolution), center_crop, random_flip, rng)
-    return pixels_of(view_image(image, view, interpolation)), view.original_size, view.crop_top_left

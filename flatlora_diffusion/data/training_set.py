@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flatlora_diffusion.config import ConfigError, DataConfig
-from flatlora_diffusion.data.dataset import METADATA, SampleSet, load_samples, make_sample
+from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, load_samples, make_sample
 from flatlora_diffusion.data.images import ImageError
 
 
@@ -58,6 +59,14 @@ def load_heldout(folder: Path, data: DataConfig) -> SampleSet:
     """
     is_alike = data.instance_data_dir is not None and (folder / METADATA).is_file()
     return load_samples(folder, data.instance_prompt, data.caption_column if is_alike else None)
+
+
+def check_unseen(heldout: Sequence[Sample], training: Sequence[Sample], tense: Literal["are", "were"]) -> None:
+    """Raise ConfigError for images of `heldout_dir` that `are` or `were` trained on."""
+    seen = {sample.sha256 for sample in training}
+    both = [sample.id for sample in heldout if sample.sha256 in seen]
+    if both:
+        raise ConfigError(f"heldout_dir has images that {tense} trained on: {', '.join(both[:5])}; take them out")
 
 
 def _caption(row: Any, data: DataConfig) -> str:

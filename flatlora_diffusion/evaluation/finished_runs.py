@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import SampleSet, manifest
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.lora_files.place import distinct_ends
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
         raise ConfigError("no run was given; give one or more run folders")
     if len(set(paths)) < len(paths):
         raise ConfigError("a run was given twice; give each run folder once")
-    runs = [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    runs = [_read(path, name) for path, name in zip(paths, distinct_ends(paths), strict=True)]
     for run in runs[1:]:
         _check_same_base(run, runs[0])
         if run.images != runs[0].images:
@@ -49,9 +49,9 @@ def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
     return runs
 
 
-def check_images(run: FinishedRun, found: SampleSet) -> None:
+def check_images(run: FinishedRun, training: SampleSet) -> None:
     """Raise ConfigError when the images at hand are not those that `run` was trained on, class images apart."""
-    here = _hashes(manifest(found.samples))
+    here = _hashes(manifest(training.samples))
     if not (here <= run.images if run.config.data.with_prior_preservation else here == run.images):
         raise ConfigError(
             f"the training images at hand are not those of run {run.name}: files or captions have changed; "
@@ -85,11 +85,3 @@ def _check_same_base(run: FinishedRun, first: FinishedRun) -> None:
 
 def _hashes(rows: list[dict[str, str]]) -> frozenset[tuple[str, str]]:
     return frozenset((row["sha256"], row["caption_sha256"]) for row in rows)
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    for count in range(1, max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-count:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [path.as_posix() for path in paths]

@@ -76,7 +76,7 @@ def embed_texts(judge: Judge, texts: Sequence[str]) -> Tensor:
 
 
 def pixel_values(images: Images, size: int) -> Tensor:
-    """What the vision tower reads, (B, 3, size, size) in [-1, 1]: the saved CLIPImageProcessor without torchvision.
+    """The vision tower's input, (B, 3, size, size) in [-1, 1], as the saved CLIPImageProcessor makes it.
 
     `images` are square: PIL in RGB, or a (B, 3, H, H) tensor in [0, 1]. Raises ValueError for an image that is not
     square, or that has alpha or a palette: the crop and the background are the caller's choice.

@@ -1,7 +1,7 @@
 """Metrics of generated images, from unit vectors of images and texts: similarity, fidelity, drift, diversity, copying.
 
-Functions of vectors give one value per image or per prompt; `measure` and `judged` average them into named floats,
-and `described` says what each name means. Knows nothing about how the images were made.
+Functions of vectors give one value per image or per prompt; `picture_metrics` and `judge_metrics` average them into
+named floats, and `described` says what each name means. Knows nothing about how the images were made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STYLE = "fluent-3d"  # of the judge's four styles the one that is trained
 
 
 class Metric(NamedTuple):
-    """What a key of `measure` or `judged` is; `better` is None where neither direction is good in itself."""
+    """One of the named floats; `better` is None where neither direction is good in itself."""
 
     key: str
     name: str
@@ -136,13 +136,13 @@ def diversities(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
 
     `images` is (B, D); `prompts[b]` is the prompt of row b.
     """
-    found = {}
+    by_prompt = {}
     for prompt in dict.fromkeys(prompts):
         rows = images[[index for index, other in enumerate(prompts) if other == prompt]]
         if len(rows) > 1:
             first, second = torch.triu_indices(len(rows), len(rows), offset=1)
-            found[prompt] = float((2 * drifts(rows[first], rows[second])).mean())
-    return found
+            by_prompt[prompt] = float((2 * drifts(rows[first], rows[second])).mean())
+    return by_prompt
 
 
 def nearest_cosines(images: Tensor, training: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def memorization_threshold(training: Tensor, quantile: float = 0.95) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with, encoded once: training, held-out and base images, prompts' texts."""
+    """The encoded images and texts that generated images are compared with: training, held-out and base images."""
 
     encoder: Encoder
     training: Tensor
@@ -182,7 +182,7 @@ def encode_reference(
     heldout: Mapping[str, Image.Image] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Reference:
-    """The reference of `measure`.
+    """The reference of `picture_metrics`.
 
     `base` are the pictures of the base model for every (prompt, seed) that will be measured; `heldout` maps a prompt
     to the real image it describes; `texts` maps a prompt to the text that its images are compared with, where that
@@ -198,7 +198,7 @@ def encode_reference(
     )
 
 
-def measure(reference: Reference, pictures: Pictures, unrelated: Pictures | None = None) -> dict[str, float]:
+def picture_metrics(reference: Reference, pictures: Pictures, unrelated: Pictures | None = None) -> dict[str, float]:
     """The metrics of one model, by the keys of `METRICS`.
 
     `pictures` are of prompts in the learned style, `unrelated` of prompts that the LoRA should leave alone. A key is
@@ -232,7 +232,9 @@ def measure(reference: Reference, pictures: Pictures, unrelated: Pictures | None
     return {metric.key: values[metric.key] for metric in METRICS if metric.key in values}
 
 
-def judged(judge: Judge, pictures: Pictures, names: Mapping[str, str], candidates: Sequence[str]) -> dict[str, float]:
+def judge_metrics(
+    judge: Judge, pictures: Pictures, names: Mapping[str, str], candidates: Sequence[str]
+) -> dict[str, float]:
     """`name_found` and `style_probability` of the pictures, as the judge sees them.
 
     `names` maps each prompt to the name of what it shows; `candidates` are the names it is told from, itself

@@ -1,4 +1,4 @@
-"""LPIPS diversity, through the optional package `lpips`; its AlexNet is downloaded only when asked for."""
+"""LPIPS diversity, through the optional package `lpips`; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from flatlora_diffusion.evaluation.metrics import Pictures
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 _ADDRESS = "https://download.pytorch.org/models/"
-_HASH = "7be5be79"  # first digits of its SHA-256
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (B, 3, H, W) in [-1, 1], twice -> (B, 1, 1, 1)
 
 
-def load_lpips(weights: Path | None = None, download: bool = False) -> Distance:
+def load_lpips(weights: Path | None = None) -> Distance:
     """LPIPS 0.1 with AlexNet's ImageNet weights from `weights`, by default where torchvision keeps them.
 
-    Raises ConfigError when the package is missing, and when the weights are and `download` is false.
+    Raises ConfigError when the package or the weights are missing.
     """
     if find_spec("lpips") is None or find_spec("torchvision") is None:
         raise ConfigError("LPIPS needs the packages lpips and torchvision: pip install lpips torchvision")
@@ -34,12 +33,7 @@ def load_lpips(weights: Path | None = None, download: bool = False) -> Distance:
 
     path = weights or Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
     if not path.is_file():
-        if not download:
-            raise ConfigError(
-                f"LPIPS needs AlexNet's weights (233 MB) in {path}: fetch {_ADDRESS}{ALEXNET}, or allow the download"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(_ADDRESS + ALEXNET, str(path), hash_prefix=_HASH)
+        raise ConfigError(f"LPIPS needs AlexNet's weights (233 MB) in {path}: fetch {_ADDRESS}{ALEXNET}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision in an old way
         # A random trunk, filled here: torchvision would unpickle the file without restriction.

@@ -1,4 +1,4 @@
-"""What a saved vision model reads of an image: its resize, centre crop, mean and deviation; needs no torchvision."""
+"""A saved vision model's preprocessing: resize, centre crop, mean and deviation; needs no torchvision."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
-from flatlora_diffusion.data.crops import crop_and_flip
+from flatlora_diffusion.data.crops import choose_view, pixels_of, view_image
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.images import load_image
 from flatlora_diffusion.ground.seeds import generator
@@ -18,6 +19,7 @@ from flatlora_diffusion.sdxl.objective import Batch, Objective, sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, encode_images, encode_prompts
 from flatlora_diffusion.sdxl.sampling import evaluating
 
+PURPOSE = "flatness"  # of these draws: no LoRA is measured under the very eps that it was trained with
 # What goes through the VAE and the UNet at once: an image of 1024 pixels alone.
 _PIXELS, _LATENTS = 1024**2, 128**2
 
@@ -37,10 +39,8 @@ def fixed_probe(
 ) -> Probe:
     """The probe of `samples`: centre crops, posterior means, timesteps stratified so that each part of time counts."""
     device = sdxl.unet.device
-    views = [
-        crop_and_flip(load_image(s.source, background), resolution, True, False, torch.Generator()) for s in samples
-    ]
-    pixels, sizes, crops = zip(*views, strict=True)
+    centred = [_centre_crop(load_image(sample.source, background), resolution) for sample in samples]
+    pixels, sizes, crops = zip(*centred, strict=True)
     together = _at_once(16, resolution**2, _PIXELS)
     latents = torch.cat([encode_images(sdxl.vae, part.to(device)) for part in torch.stack(pixels).split(together)])
     prompt_embeds, pooled = encode_prompts(sdxl, [sample.caption for sample in samples])
@@ -99,8 +99,12 @@ def loss_rise(
         flat.detach()
 
 
+def _centre_crop(image: Image.Image, resolution: int) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    """Pixels (3, R, R) in [-1, 1] of the centre square, the image's (height, width) and the crop's (top, left)."""
+    no_draws = torch.Generator()  # whose numbers a centre crop without mirroring does not use
+    view = choose_view((image.height, image.width), (resolution, resolution), True, False, no_draws)
+    return pixels_of(view_image(image, view, "lanczos")), view.original_size, view.crop_top_left
+
+
 def _at_once(most: int, area: int, room: int) -> int:
     return max(1, min(most, room // area))
-
-
-PURPOSE = "flatness"  # of these draws: no LoRA is measured under the very eps that it was trained with

@@ -53,8 +53,8 @@ def top_eigenvalues(
         if len(basis) == steps or beside[-1] <= _EXHAUSTED * float(values.abs().max()):
             break
         vector = product
-    found = zip(values.tolist(), (beside[-1] * vectors[-1].abs()).tolist(), strict=True)
-    return [Eigenvalue(*pair) for pair in sorted(found, reverse=True)[:count]]
+    residuals = (beside[-1] * vectors[-1].abs()).tolist()
+    return [Eigenvalue(*pair) for pair in sorted(zip(values.tolist(), residuals, strict=True), reverse=True)[:count]]
 
 
 def trace(loss: Loss, weights: Weights, metric: Metric, probes: int, seed: int) -> Estimate:

@@ -1,4 +1,4 @@
-"""All flatness figures of one W': what is measured, in which order, from which draws."""
+"""All flatness figures of one W', in the order in which they are measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatlora_diffusion.evaluation.probe import Probe
 from flatlora_diffusion.flatness.curvature import Eigenvalue, top_eigenvalues, trace
 from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
 from flatlora_diffusion.flatness.merged_weights import Deltas, merged, probe_loss_at, twice_differentiable
-from flatlora_diffusion.flatness.robustness import STRENGTHS, Company, variants
+from flatlora_diffusion.flatness.robustness import STRENGTHS, OtherModels, variants
 from flatlora_diffusion.flatness.surface import axis, loss_slice, loss_surface
 from flatlora_diffusion.flatness.weight_space import Estimate, Loss, Metric, Weights, value
 from flatlora_diffusion.sdxl.objective import Objective
@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 NOISES: tuple[NoiseKind, ...] = ("filter", "iid")
 METRICS: tuple[Metric, ...] = ("filter", "raw")
 TRAIN, HELDOUT = "train", "heldout"
+IMAGES = {TRAIN: "training images", HELDOUT: "held-out images"}
 
 
 @dataclass(frozen=True)
-class Arm:
+class MeasuredModel:
     """The base (no deltas) or a LoRA, and the probe of each set of images as its text encoders read the captions."""
 
     name: str
@@ -45,8 +46,8 @@ class Curvature:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What was measured at the W' of one arm. All but losses, strengths and variants is of the training images.
+class FlatnessFigures:
+    """The measurements at the W' of one model. All but losses, strengths and variants is of the training images.
 
     rises: by kind of noise, one for each sigma; worst: one for each radius; slices: (direction, point); surface:
     (point along direction 1, point along direction 0); strengths and variants: loss by set of images.
@@ -63,40 +64,53 @@ class Figures:
     variants: dict[str, dict[str, float]]
 
 
-def measure(
+def measure_flatness(
     unet: UNet2DConditionModel,
     objective: Objective,
     base: Weights,
-    arm: Arm,
+    model: MeasuredModel,
     config: FlatnessConfig,
-    company: Company,
-) -> Figures:
-    """The figures of `arm`. `base` are the weights of the UNet that any of the arms adapts; none is written."""
+    others: OtherModels,
+) -> FlatnessFigures:
+    """The figures of `model`. `base` are the weights of the UNet that any of the models adapts; none is written."""
     start = time.monotonic()
-    weights = merged(base, arm.deltas)
+    weights = merged(base, model.deltas)
     losses = {
-        kind: probe_loss_at(unet, objective, probe, config.probe_batch_size) for kind, probe in arm.probes.items()
+        kind: probe_loss_at(unet, objective, probe, config.probe_batch_size) for kind, probe in model.probes.items()
     }
-    train, at, draws, seed = losses[TRAIN], axis(config.extent, config.surface_points), config.rise_draws, config.seed
+    train, points, seed = losses[TRAIN], axis(config.extent, config.surface_points), config.seed
     with evaluating(unet):
-        figures = Figures(
-            arm.name,
-            _each(losses, weights),
-            {
-                kind: [expected_rise(train, weights, sigma, draws, seed, kind) for sigma in config.sigmas]
+        figures = FlatnessFigures(
+            name=model.name,
+            losses=_values(losses, weights),
+            rises={
+                kind: [expected_rise(train, weights, sigma, config.rise_draws, seed, kind) for sigma in config.sigmas]
                 for kind in NOISES
             },
-            worst_rises(train, weights, config.radii),
-            _curvature(unet, train, weights, config),
-            [loss_slice(train, weights, at, seed, index) for index in range(config.slice_directions)],
-            loss_surface(train, weights, at, seed),
-            {s: _each(losses, merged(base, arm.deltas, s)) for s in STRENGTHS} if arm.deltas else {},
-            {name: _each(losses, changed) for name, changed in variants(base, arm.deltas, company)}
-            if arm.deltas
-            else {},
+            worst=worst_rises(train, weights, config.radii),
+            curvature=_curvature(unet, train, weights, config),
+            slices=[loss_slice(train, weights, points, seed, index) for index in range(config.slice_directions)],
+            surface=loss_surface(train, weights, points, seed),
+            strengths=_at_strengths(losses, base, model.deltas),
+            variants=_of_variants(losses, base, model.deltas, others),
         )
-    logger.info("%s: measured in %.0f s", arm.name, time.monotonic() - start)
+    logger.info("%s: measured in %.0f s", model.name, time.monotonic() - start)
     return figures
+
+
+def _at_strengths(losses: Mapping[str, Loss], base: Weights, deltas: Deltas) -> dict[float, dict[str, float]]:
+    """The losses by strength; none of the base, which has no LoRA to be weakened."""
+    if not deltas:
+        return {}
+    return {strength: _values(losses, merged(base, deltas, strength)) for strength in STRENGTHS}
+
+
+def _of_variants(
+    losses: Mapping[str, Loss], base: Weights, deltas: Deltas, others: OtherModels
+) -> dict[str, dict[str, float]]:
+    if not deltas:
+        return {}
+    return {name: _values(losses, weights) for name, weights in variants(base, deltas, others)}
 
 
 def _curvature(
@@ -114,5 +128,5 @@ def _curvature(
         }
 
 
-def _each(losses: Mapping[str, Loss], weights: Weights) -> dict[str, float]:
+def _values(losses: Mapping[str, Loss], weights: Weights) -> dict[str, float]:
     return {kind: value(loss, weights) for kind, loss in losses.items()}

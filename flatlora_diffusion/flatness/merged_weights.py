@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.update import with_magnitudes
 from flatlora_diffusion.evaluation.probe import Probe
 from flatlora_diffusion.flatness.weight_space import Loss, Weights
 from flatlora_diffusion.sdxl.objective import Objective, sample_losses
@@ -22,7 +23,7 @@ from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 
 @dataclass(frozen=True)
 class Delta:
-    """What a LoRA does to a weight: W + up @ down, (m, r) and (r, n); DoRA then scales rows to `magnitude` (m,)."""
+    """A LoRA's change of a weight: W + up @ down, (m, r) and (r, n); DoRA then scales rows to `magnitude` (m,)."""
 
     down: Tensor
     up: Tensor
@@ -107,7 +108,4 @@ def _part(model: _At, objective: Objective, probe: Probe, part: slice, weights: 
 
 def _merged(weight: Tensor, delta: Delta, strength: float) -> Tensor:
     merged = weight + strength * (delta.up @ delta.down).view_as(weight)
-    if delta.magnitude is None:
-        return merged
-    rows = (-1, *[1] * (weight.ndim - 1))
-    return merged * (delta.magnitude / merged.flatten(1).norm(dim=1)).view(rows)
+    return merged if delta.magnitude is None else with_magnitudes(merged, delta.magnitude)

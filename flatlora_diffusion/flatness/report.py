@@ -22,15 +22,15 @@ import torch
 from flatlora_diffusion.adapter.new_tokens import new_tokens, with_new_tokens
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.data.training_set import load_heldout, load_training_set
+from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
-from flatlora_diffusion.flatness.figures import HELDOUT, TRAIN, Arm, Figures, measure
+from flatlora_diffusion.flatness.figures import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
 from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
 from flatlora_diffusion.flatness.pictures import write_charts
-from flatlora_diffusion.flatness.robustness import Company
+from flatlora_diffusion.flatness.robustness import OtherModels
 from flatlora_diffusion.flatness.surface import axis
-from flatlora_diffusion.flatness.tables import tables
+from flatlora_diffusion.flatness.tables import markdown_tables
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_text
@@ -55,12 +55,12 @@ def flatness(config: FlatnessConfig) -> Path:
     images = _images(runs[0], first, config)
     model = dataclasses.replace(first.model, quantize_base=None, offload=False)
     sdxl = load_sdxl(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
-    arms = _arms(sdxl, runs, first, images, config)
-    company = _company(sdxl, config)
-    names = {name: None for deltas in (*(arm.deltas for arm in arms), company.second) for name in deltas}
+    models = _models(sdxl, runs, first, images, config)
+    others = _other_models(sdxl, config)
+    names = {name: None for deltas in (*(model.deltas for model in models), others.second_lora) for name in deltas}
     base = base_weights(sdxl.unet, names)
     objective = unweighted(objective_of(first.objective, sdxl.scheduler))
-    figures = [measure(sdxl.unet, objective, base, arm, config, company) for arm in arms]
+    figures = [measure_flatness(sdxl.unet, objective, base, model, config, others) for model in models]
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
@@ -78,25 +78,22 @@ def _where_it_is(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
 
 
 def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dict[str, list[Sample]]:
-    found = load_training_set(config.data)
-    check_images(run, found)
-    images = {TRAIN: found.samples}
+    training = load_training_set(config.data)
+    check_images(run, training)
+    images = {TRAIN: training.samples}
     if given.heldout_dir is not None:
         images[HELDOUT] = load_heldout(Path(given.heldout_dir), config.data).samples
-        seen = {sample.sha256 for sample in found.samples}
-        both = [sample.id for sample in images[HELDOUT] if sample.sha256 in seen]
-        if both:
-            raise ConfigError(f"heldout_dir has images that were trained on: {', '.join(both[:5])}; take them out")
+        check_unseen(images[HELDOUT], images[TRAIN], "were")
     return images
 
 
-def _arms(
+def _models(
     sdxl: Sdxl,
     runs: Sequence[FinishedRun],
     config: TrainConfig,
     images: Mapping[str, list[Sample]],
     given: FlatnessConfig,
-) -> list[Arm]:
+) -> list[MeasuredModel]:
     """The base and each run, every file read before anything is measured."""
     resolution = config.data.resolution or sdxl.resolution
 
@@ -113,30 +110,30 @@ def _arms(
             for kind, samples in images.items()
         }
 
-    arms = [Arm(BASE, {}, probes({}))]
+    models = [MeasuredModel(BASE, {}, probes({}))]
     for run in runs:
         tokens = new_tokens(run.config.tokens) if run.config.tokens.train_text_encoder_ti else {}
         with loaded(sdxl.pipeline, [LoraFile(run.lora)]):
-            arms.append(Arm(run.name, lora_deltas(sdxl.unet), probes(tokens)))
-    return arms
+            models.append(MeasuredModel(run.name, lora_deltas(sdxl.unet), probes(tokens)))
+    return models
 
 
-def _company(sdxl: Sdxl, given: FlatnessConfig) -> Company:
+def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
     """The second LoRA and the other base that are asked for; the probes stay those of the first base."""
-    second, other_base = {}, {}
+    second_lora, other_base = {}, {}
     if given.second_lora is not None:
         (file, *more) = parse_lora(given.second_lora)
         if more:
             raise ConfigError(f"second_lora={given.second_lora!r} must be one file")
         with loaded(sdxl.pipeline, [file]):
-            second = lora_deltas(sdxl.unet)
+            second_lora = lora_deltas(sdxl.unet)
     if given.other_base is not None:
         other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
         shapes = {name: weight.shape for name, weight in sdxl.unet.named_parameters()}
         if {name: weight.shape for name, weight in other.named_parameters()} != shapes:
             raise ConfigError(f"other_base={given.other_base!r} has other layers than the base of the runs")
         other_base = base_weights(other, shapes)
-    return Company(second, other_base)
+    return OtherModels(second_lora, other_base)
 
 
 def _facts(
@@ -169,8 +166,8 @@ def _facts(
     }
 
 
-def _write(folder: Path, config: FlatnessConfig, figures: Sequence[Figures], facts: Mapping[str, Any]) -> None:
-    result = {**facts, "figures": [dataclasses.asdict(found) for found in figures]}
+def _write(folder: Path, config: FlatnessConfig, figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> None:
+    result = {**facts, "figures": [dataclasses.asdict(one) for one in figures]}
     write_text(folder / "flatness.json", json.dumps(result, indent=1) + "\n")
-    write_text(folder / "flatness.md", tables(figures, config) + "\n")
+    write_text(folder / "flatness.md", markdown_tables(figures, config) + "\n")
     write_charts(folder, config, figures, facts)

@@ -1,4 +1,4 @@
-"""What a user does to a LoRA: another strength, fewer bits, a lower rank, another base, a second LoRA beside it.
+"""Changes that users make to a LoRA: another strength, fewer bits, a lower rank, another base, a second LoRA.
 
 Deltas in, deltas or weights out.
 """
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import balanced
+from flatlora_diffusion.adapter.update import Update, balanced, cut_to_rank
 from flatlora_diffusion.flatness.merged_weights import Delta, Deltas, merged
 from flatlora_diffusion.flatness.weight_space import Weights
 
@@ -22,15 +22,15 @@ Rounding = Literal["fp16", "fp8", "int8"]
 
 
 @dataclass(frozen=True)
-class Company:
-    """What a LoRA may meet: a second LoRA, and all weights of another base of the same architecture."""
+class OtherModels:
+    """Models that a LoRA is combined with: a second LoRA, and all weights of another base of the architecture."""
 
-    second: Deltas = field(default_factory=dict)
+    second_lora: Deltas = field(default_factory=dict)
     other_base: Weights = field(default_factory=dict)
 
 
-def variants(base: Weights, deltas: Deltas, company: Company) -> Iterator[tuple[str, Weights]]:
-    """(name, W') of each: the LoRA's factors, the base or W' rounded, lower ranks, and W' in other company."""
+def variants(base: Weights, deltas: Deltas, others: OtherModels) -> Iterator[tuple[str, Weights]]:
+    """(name, W') of each: the LoRA's factors, the base or W' rounded, lower ranks, and W' with other models."""
     for kind in get_args(Rounding):
         yield f"LoRA in {kind}", merged(base, rounded(deltas, kind))
     for rank in _lower_ranks(deltas):
@@ -40,21 +40,21 @@ def variants(base: Weights, deltas: Deltas, company: Company) -> Iterator[tuple[
     for kind in get_args(Rounding):
         rough = {name: to_bits(weight, kind) for name, weight in base.items()}
         yield f"base in {kind}, LoRA whole", merged(rough, deltas)
-    if company.second:
-        yield "second LoRA alone", merged(base, company.second)
-        yield "with the second LoRA", merged(merged(base, deltas), company.second)
-    if company.other_base:
-        yield "other base alone", company.other_base
-        yield "on the other base", merged(company.other_base, deltas)
+    if others.second_lora:
+        yield "second LoRA alone", merged(base, others.second_lora)
+        yield "with the second LoRA", merged(merged(base, deltas), others.second_lora)
+    if others.other_base:
+        yield "other base alone", others.other_base
+        yield "on the other base", merged(others.other_base, deltas)
 
 
 def rounded(deltas: Deltas, kind: Rounding) -> Deltas:
     """Both factors of each layer in fewer bits, after they were balanced as our files are."""
-    found = {}
+    coarse = {}
     for name, delta in deltas.items():
         down, up = balanced(delta.down, delta.up)
-        found[name] = replace(delta, down=to_bits(down, kind), up=to_bits(up, kind))
-    return found
+        coarse[name] = replace(delta, down=to_bits(down, kind), up=to_bits(up, kind))
+    return coarse
 
 
 @torch.no_grad()
@@ -83,8 +83,5 @@ def _lower_ranks(deltas: Deltas) -> list[int]:
 
 
 def _cut(delta: Delta, rank: int) -> Delta:
-    left, left_square = torch.linalg.qr(delta.up)
-    right, right_square = torch.linalg.qr(delta.down.T)
-    inner, values, outer = torch.linalg.svd(left_square @ right_square.T, full_matrices=False)
-    root = values[:rank].sqrt()
-    return replace(delta, up=left @ inner[:, :rank] * root, down=root[:, None] * outer[:rank] @ right.T)
+    smaller, _ = cut_to_rank(Update(delta.down, delta.up, 1.0), rank)
+    return replace(delta, down=smaller.down, up=smaller.up)

@@ -20,14 +20,13 @@ def direction(weights: Weights, seed: int, index: int) -> Weights:
 
     z is a function of (seed, layer, index), so all LoRAs share it. One unit moves each row by its own length.
     """
-    found = {}
+    directions = {}
     for name, weight in weights.items():
         ones = torch.ones(len(weight), device=weight.device)
         z = row_noise(ones, tuple(weight.shape), derive_seed(seed, "direction", name, index)).to(weight)
-        norms = (rows.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1)) for rows in (weight, z))
-        length, drawn = norms
-        found[name] = z * (length / drawn)
-    return found
+        length, drawn = (rows.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1)) for rows in (weight, z))
+        directions[name] = z * (length / drawn)
+    return directions
 
 
 def loss_slice(loss: Loss, weights: Weights, at: list[float], seed: int, index: int) -> list[float]:

@@ -2,126 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flatlora_diffusion.config import FlatnessConfig
-from flatlora_diffusion.flatness.figures import Figures
+from flatlora_diffusion.flatness.figures import IMAGES, FlatnessFigures
 from flatlora_diffusion.flatness.robustness import STRENGTHS
 from flatlora_diffusion.flatness.weight_space import Estimate
 
-_IMAGES = {"train": "training images", "heldout": "held-out images"}
 _NOISES = {"filter": "Eq. 7", "iid": "iid"}
 _METRICS = {"filter": "filter-normalized", "raw": "raw"}
 
-Cell = Callable[[Figures], str]
+Line = tuple[str, list[str]]
+"""A figure's name and a cell for each column."""
 
 
-def tables(figures: Sequence[Figures], config: FlatnessConfig) -> str:
-    """The flatness of all arms, and what strength, bits and rank do to the loss of the runs.
+def markdown_tables(figures: Sequence[FlatnessFigures], config: FlatnessConfig) -> str:
+    """The flatness of the base and the runs, and the runs' loss at other strengths, bits and ranks.
 
-    Errors are standard errors over draws of the noise, not over trainings.
+    `figures` has the base's first. Errors are standard errors over draws of the noise, not over trainings.
     """
-    base, runs = figures[0], figures[1:]
+    base, *runs = figures
     parts = [
-        _table("flatness at W'", figures, [*_flatness_rows(config, base), *_paired_rows(config, runs)]),
+        _table("flatness at W'", figures, [*_flatness_lines(config, figures), *_paired_lines(config, runs)]),
         f"± is the standard error over {config.rise_draws} draws of the noise, which all share; it says nothing about "
         "how other trainings would differ. Smaller is flatter.",
-        _table("loss after a change", runs, _robustness_rows(base, runs)),
+        _table("loss after a change", runs, _robustness_lines(list(base.losses), runs)),
     ]
     return "\n\n".join(parts)
 
 
-def _flatness_rows(config: FlatnessConfig, base: Figures) -> list[tuple[str, Cell]]:
-    rows: list[tuple[str, Cell]] = [
-        (f"loss, {_IMAGES[kind]}", lambda found, kind=kind: f"{found.losses[kind]:.5f}")  # type: ignore[misc]
-        for kind in base.losses
-    ]
+def _flatness_lines(config: FlatnessConfig, figures: Sequence[FlatnessFigures]) -> list[Line]:
+    lines = [(f"loss, {IMAGES[kind]}", [f"{one.losses[kind]:.5f}" for one in figures]) for kind in figures[0].losses]
     for kind, label in _NOISES.items():
         for place, sigma in enumerate(config.sigmas):
-            rows.append(
-                (
-                    f"expected rise, {label}, sigma {sigma:g}",
-                    lambda found, kind=kind, place=place: _estimate(found.rises[kind][place]),  # type: ignore[misc]
-                )
-            )
+            rises = [_estimate(one.rises[kind][place]) for one in figures]
+            lines.append((f"expected rise, {label}, sigma {sigma:g}", rises))
     for place, radius in enumerate(config.radii):
-        rows.append(
-            (f"worst-case rise, radius {radius:g}", lambda found, place=place: f"{found.worst[place]:.3e}")  # type: ignore[misc]
-        )
-    for metric in base.curvature:
-        rows += _curvature_rows(metric, len(base.curvature[metric].eigenvalues))
-    return rows
+        lines.append((f"worst-case rise, radius {radius:g}", [f"{one.worst[place]:.3e}" for one in figures]))
+    for metric in figures[0].curvature:
+        lines += _curvature_lines(metric, figures)
+    return lines
 
 
-def _curvature_rows(metric: str, count: int) -> list[tuple[str, Cell]]:
-    def eigenvalue(place: int) -> Cell:
-        def cell(found: Figures) -> str:
-            value = found.curvature[metric].eigenvalues[place]
-            return f"{value.value:.3e} ± {value.residual:.0e}"
-
-        return cell
-
-    rows = [(f"Hessian eigenvalue {place + 1}, {_METRICS[metric]}", eigenvalue(place)) for place in range(count)]
-    return [*rows, (f"Hessian trace, {_METRICS[metric]}", lambda found: _estimate(found.curvature[metric].trace))]
+def _curvature_lines(metric: str, figures: Sequence[FlatnessFigures]) -> list[Line]:
+    curvatures = [one.curvature[metric] for one in figures]
+    lines = []
+    for place in range(len(curvatures[0].eigenvalues)):
+        eigenvalues = [curvature.eigenvalues[place] for curvature in curvatures]
+        cells = [f"{one.value:.3e} ± {one.residual:.0e}" for one in eigenvalues]
+        lines.append((f"Hessian eigenvalue {place + 1}, {_METRICS[metric]}", cells))
+    return [*lines, (f"Hessian trace, {_METRICS[metric]}", [_estimate(curvature.trace) for curvature in curvatures])]
 
 
-def _paired_rows(config: FlatnessConfig, runs: Sequence[Figures]) -> list[tuple[str, Cell]]:
-    """The differences of the runs to the first, draw by draw."""
+def _paired_lines(config: FlatnessConfig, runs: Sequence[FlatnessFigures]) -> list[Line]:
+    """The differences of the runs to the first, draw by draw; nothing below the base and the first."""
     if len(runs) < 2:
         return []
-    first = runs[0]
-
-    def difference(place: int) -> Cell:
-        def cell(found: Figures) -> str:
-            if found not in runs[1:]:
-                return ""
-            return _estimate(found.rises["filter"][place].minus(first.rises["filter"][place]))
-
-        return cell
-
-    return [
-        (f"rise less that of {first.name}, Eq. 7, sigma {sigma:g}", difference(place))
-        for place, sigma in enumerate(config.sigmas)
-    ]
+    first, *others = runs
+    lines = []
+    for place, sigma in enumerate(config.sigmas):
+        reference = first.rises["filter"][place]
+        differences = [_estimate(one.rises["filter"][place].minus(reference)) for one in others]
+        lines.append((f"rise less that of {first.name}, Eq. 7, sigma {sigma:g}", ["", "", *differences]))
+    return lines
 
 
-def _robustness_rows(base: Figures, runs: Sequence[Figures]) -> list[tuple[str, Cell]]:
-    rows: list[tuple[str, Cell]] = []
-    changes = list(dict.fromkeys(name for found in runs for name in found.variants))
-    for kind in base.losses:
+def _robustness_lines(kinds: Sequence[str], runs: Sequence[FlatnessFigures]) -> list[Line]:
+    names = list(dict.fromkeys(name for run in runs for name in run.variants))
+    lines = []
+    for kind in kinds:
         for strength in STRENGTHS:
-            rows.append(
-                (
-                    f"strength {strength:g}, {_IMAGES[kind]}",
-                    lambda found, kind=kind, s=strength: f"{found.strengths[s][kind]:.5f}",  # type: ignore[misc]
-                )
-            )
-        for name in changes:
-            rows.append((f"{name}, {_IMAGES[kind]}", _variant(name, kind)))
-    return rows
+            losses = [f"{run.strengths[strength][kind]:.5f}" for run in runs]
+            lines.append((f"strength {strength:g}, {IMAGES[kind]}", losses))
+        for name in names:
+            losses = [f"{run.variants[name][kind]:.5f}" if name in run.variants else "" for run in runs]
+            lines.append((f"{name}, {IMAGES[kind]}", losses))
+    return lines
 
 
-def _variant(name: str, kind: str) -> Cell:
-    return lambda found: f"{found.variants[name][kind]:.5f}" if name in found.variants else ""
-
-
-def _table(corner: str, columns: Sequence[Figures], rows: Sequence[tuple[str, Cell]]) -> str:
+def _table(corner: str, columns: Sequence[FlatnessFigures], lines: Sequence[Line]) -> str:
     """Markdown whose cells are padded, so that it is a table on a terminal too."""
-    lines = [[corner, *(found.name for found in columns)]]
-    lines += [[label, *(cell(found) for found in columns)] for label, cell in rows]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(
-        "| "
-        + " | ".join(_padded(cell, width, place) for place, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        + " |"
-        for line in lines
-    )
+    rows = [[corner, *(column.name for column in columns)], *([label, *cells] for label, cells in lines)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(_padded(row, widths) for row in rows)
 
 
-def _padded(cell: str, width: int, place: int) -> str:
-    return cell.ljust(width) if place == 0 else cell.rjust(width)
+def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
+    """The first cell to the left, the others to the right."""
+    others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return "| " + " | ".join([row[0].ljust(widths[0]), *others]) + " |"
 
 
-def _estimate(found: Estimate) -> str:
-    return f"{found.mean:.3e} ± {found.error:.0e}"
+def _estimate(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3e} ± {estimate.error:.0e}"

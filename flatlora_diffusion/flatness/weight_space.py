@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flatlora_diffusion.evaluation.probe import PURPOSE
 from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.method.filter_norms import row_stds
 from flatlora_diffusion.method.noise import row_noise
 
 Weights = dict[str, Tensor]
@@ -58,8 +59,8 @@ def gradient(loss: Loss, weights: Weights) -> Weights:
     leaves = _leaves(weights)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for part in loss:
-        found = torch.autograd.grad(part(leaves), list(leaves.values()), materialize_grads=True)
-        for sum_, one in zip(total.values(), found, strict=True):
+        gradients = torch.autograd.grad(part(leaves), list(leaves.values()), materialize_grads=True)
+        for sum_, one in zip(total.values(), gradients, strict=True):
             sum_ += one
     return total
 
@@ -73,8 +74,8 @@ def hessian_vector(loss: Loss, weights: Weights, vector: Weights) -> Weights:
         along = torch.stack([(slope * vector[name]).sum() for name, slope in zip(leaves, slopes, strict=True)]).sum()
         if not along.requires_grad:
             continue  # a part that is linear in the weights
-        found = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
-        for sum_, one in zip(total.values(), found, strict=True):
+        products = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
+        for sum_, one in zip(total.values(), products, strict=True):
             sum_ += one
     return total
 
@@ -120,10 +121,6 @@ def _leaves(weights: Weights) -> Weights:
 
 
 def _row_scale(weight: Tensor, metric: Metric) -> Tensor:
-    rows = (-1, *[1] * (weight.ndim - 1))
-    norms = weight.flatten(1).norm(dim=1)
-    if metric == "raw":
-        return torch.ones_like(norms).view(rows)
-    if metric == "iid":
-        norms = norms.square().mean().sqrt().expand_as(norms)
-    return (norms / weight[0].numel() ** 0.5).view(rows)
+    scale = weight.flatten(1).norm(dim=1)
+    scale = torch.ones_like(scale) if metric == "raw" else row_stds(scale.square(), weight[0].numel(), 1.0, metric)
+    return scale.view(-1, *[1] * (weight.ndim - 1))

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, grid_text, image_text
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.lora_files.place import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
@@ -38,7 +38,7 @@ MOST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
-class Row:
+class LoraRow:
     """One row of the grid: the base, or LoRA files used together at one strength."""
 
     place: int
@@ -61,7 +61,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Column:
+class PromptColumn:
     """One column of the grid: a prompt, its place counted from 1, and a seed."""
 
     place: int
@@ -80,7 +80,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     prompts = _prompts(config)
     rows = _rows(config)
-    columns = [Column(place, prompt, seed) for place, prompt in enumerate(prompts, 1) for seed in config.seeds]
+    columns = [PromptColumn(place, prompt, seed) for place, prompt in enumerate(prompts, 1) for seed in config.seeds]
     sdxl, config = _load(config)
     for files in {row.files: None for row in rows}:  # one that does not fit is found here, not after all the others
         with loaded(sdxl.pipeline, files):
@@ -111,28 +111,23 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def _rows(config: GenerateConfig) -> list[Row]:
+def _rows(config: GenerateConfig) -> list[LoraRow]:
     sets = [parse_lora(text) for text in config.lora]
     paths = list(dict.fromkeys(file.path for files in sets for file in files))
     names = dict(zip(paths, _names(paths), strict=True))
     hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    rows = [Row(0)]
+    rows = [LoraRow(0)]
     for files in sets:
         for strength in config.strengths:
             used = [UsedLora(names[file.path], file.weight * strength, hashes[file.path]) for file in files]
-            rows.append(Row(len(rows), files, tuple(used), strength))
+            rows.append(LoraRow(len(rows), files, tuple(used), strength))
     return rows
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many as tell them apart; a run folder's own name for the LoRA in it."""
     shown = [path.parent if path.name == LORA_FILE else path.with_suffix("") for path in paths]
-    for candidates in (shown, paths):  # a run folder `a` beside a file `a.safetensors` needs the file names
-        for count in range(1, max((len(path.parts) for path in candidates), default=0) + 1):
-            names = ["/".join(path.parts[-count:]) for path in candidates]
-            if len(set(names)) == len(names):
-                return names
-    return []
+    return distinct_ends(shown) or distinct_ends(paths)  # a run folder `a` beside a file `a.safetensors`
 
 
 def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
@@ -157,7 +152,12 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _draw_row(
-    sdxl: Sdxl, config: GenerateConfig, row: Row, columns: Sequence[Column], folder: Path, bar: tqdm[NoReturn]
+    sdxl: Sdxl,
+    config: GenerateConfig,
+    row: LoraRow,
+    columns: Sequence[PromptColumn],
+    folder: Path,
+    bar: tqdm[NoReturn],
 ) -> list[Image.Image]:
     """The images of a row, each saved as soon as its batch is drawn."""
     images: list[Image.Image] = []
@@ -184,8 +184,8 @@ def _draw_row(
 def _save_grids(
     config: GenerateConfig,
     sampler: str,
-    rows: Sequence[Row],
-    columns: Sequence[Column],
+    rows: Sequence[LoraRow],
+    columns: Sequence[PromptColumn],
     images: Sequence[Sequence[Image.Image]],
     folder: Path,
 ) -> Iterator[Path]:
@@ -211,7 +211,7 @@ def _save_grids(
         yield path
 
 
-def _column_label(column: Column, prompts: int, seeds: int) -> str:
+def _column_label(column: PromptColumn, prompts: int, seeds: int) -> str:
     if seeds == 1:
         return column.prompt
     return f"seed {column.seed}" if prompts == 1 else f"{column.prompt}\nseed {column.seed}"

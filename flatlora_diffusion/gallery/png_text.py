@@ -1,4 +1,4 @@
-"""What a PNG says about its making: A1111's `parameters` line, which many tools read, and all settings as JSON.
+"""A PNG's text about its making: A1111's `parameters` line, which many tools read, and all settings as JSON.
 
 No paths: a base or LoRA is named, and a LoRA file known by its hash.
 """

@@ -22,7 +22,8 @@ from flatlora_diffusion.adapter.lora import lora_layers
 from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE
 from flatlora_diffusion.adapter.update import PARTS
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE, magnitude_tensors, peft_tensors
+from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.lora_files.diffusers_file import magnitude_tensors, peft_tensors
 from flatlora_diffusion.lora_files.names import BaseNames, loaded_names
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.lora_files.reading import lora_of_base
@@ -115,13 +116,13 @@ def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> N
 
 
 def _embeddings_of(path: Path) -> Path | None:
-    found = embeddings_beside(path)
-    if len(found) > 1:
+    beside = embeddings_beside(path)
+    if len(beside) > 1:
         raise ConfigError(
-            f"lora: beside {path} are {len(found)} files *_emb.safetensors; leave one, or name it {path.stem}_emb"
+            f"lora: beside {path} are {len(beside)} files *_emb.safetensors; leave one, or name it {path.stem}_emb"
             ".safetensors"
         )
-    return found[0] if found else None
+    return beside[0] if beside else None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which other model a LoRA file was made for, told from the names and shapes in its header."""
+"""Recognizes LoRA files for other models than SDXL by the names and shapes in their headers."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.lora_files.names import loaded_names
 from flatlora_diffusion.lora_files.place import in_folder
 from flatlora_diffusion.lora_files.reading import ImportedLora, lora_of_base

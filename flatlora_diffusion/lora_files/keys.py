@@ -1,4 +1,4 @@
-"""Which keys of a LoRA file belong to which layer of a base, in any layout; half layers, other adapters are refused.
+"""Assigns the keys of a LoRA file in any layout to the layers of a base; refuses half layers and other adapters.
 
 Names and shapes decide; no tensor is read.
 """
@@ -96,10 +96,10 @@ def found_keys(file: CheckedFile, names: BaseNames) -> FoundKeys:
 
 def misfits(file: CheckedFile, names: BaseNames) -> list[str] | None:
     """The layers whose factors do not fit the base's weights; None when the file has no layer of this base."""
-    found = found_keys(file, names).layers
-    if not found:
+    layers = found_keys(file, names).layers
+    if not layers:
         return None
-    return [name for name, keys in found.items() if not _fits(file, keys, names)]
+    return [name for name, keys in layers.items() if not _fits(file, keys, names)]
 
 
 def check_kind(file: CheckedFile, refused: Mapping[str, str]) -> None:

@@ -6,7 +6,6 @@ exactly `lora_down.weight`, `lora_up.weight` and `alpha`; what it adds is alpha 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,16 +15,9 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
 from flatlora_diffusion.adapter.update import LazyLayers, Update, Updates, balanced
+from flatlora_diffusion.sdxl.original_names import original_block_path
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # Layers whose names and shapes tell other tools the base: InvokeAI looks for any cross attention's keys, Draw Things
 # for these in the second down block, and it takes a LoRA without the middle block for one of SSD-1B.
 _TELLING = tuple(f"{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("down_blocks.1", "mid_block"))
@@ -38,33 +30,8 @@ def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
 
     Raises KeyError for a module of the UNet that has no such name (conv_in, time_embedding, ...).
     """
-    path = sgm_path(module, layers_per_block) if part == "unet" else module
-    return f"{_PREFIXES[part]}_{path.replace('.', '_')}"
-
-
-def sgm_path(module: str, layers: int) -> str:
-    """`down_blocks.1.attentions.0.proj_in` as `input_blocks.4.1.proj_in`, and so on.
-
-    Raises KeyError for a module of the UNet outside the blocks.
-    """
-    kind, *rest = module.split(".", 1)
-    if kind == "mid_block":
-        part, number, inner = rest[0].split(".", 2)
-        place = 1 if part == "attentions" else 2 * int(number)
-        return f"middle_block.{place}.{_inner(part, inner)}"
-    found = re.fullmatch(r"(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", rest[0] if rest else "")
-    if found is None or kind not in ("down_blocks", "up_blocks"):
-        raise KeyError(f"{module} has no name that other tools know")
-    block, part, index, inner = int(found[1]), found[2], int(found[3]), found[4]
-    if kind == "down_blocks":
-        first = (layers + 1) * block + 1
-        if part == "downsamplers":
-            return f"input_blocks.{first + layers}.0.op"
-        return f"input_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
-    first = (layers + 1) * block
-    if part == "upsamplers":
-        return f"output_blocks.{first + layers}.2.{inner}"
-    return f"output_blocks.{first + index}.{int(part == 'attentions')}.{_inner(part, inner)}"
+    path = original_block_path(module, layers_per_block) if part == "unet" else module
+    return f"{KOHYA_PREFIXES[part]}_{path.replace('.', '_')}"
 
 
 def kohya_tensors(
@@ -156,7 +123,3 @@ def _of_rank_2(update: Update) -> Update:
 def _common_alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:
     common = Counter(update.scale * max(len(update.down), 2) for update in layers.values()).most_common(1)[0][0]
     return torch.tensor(min(max(common, _ALPHAS[0]), _ALPHAS[1]), dtype=dtype)
-
-
-def _inner(part: str, inner: str) -> str:
-    return _RESNET[inner] if part == "resnets" else inner

@@ -1,4 +1,4 @@
-"""What the kohya file says about itself: the keys that web UIs and model sites read, and hashes of its contents.
+"""The kohya file's metadata: the keys that web UIs and model sites read, and hashes of the file's contents.
 
 No directory, caption or path is in it: a base is named by its hub id or file, settings and images by hashes.
 """
@@ -31,7 +31,7 @@ _LEGACY_START, LEGACY_END = 0x100000, 0x110000
 
 @dataclass(frozen=True)
 class Training:
-    """What the settings alone do not tell: the base's family, and the state of the run when the file is written."""
+    """The facts that settings do not hold: the base's family, and the state of the run when the file is written."""
 
     family: Family
     step: int
@@ -115,7 +115,7 @@ def with_contents(metadata: Mapping[str, str], contents: Contents) -> dict[str, 
 
 
 def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dict[str, str]:
-    """What a file's metadata say that holds for another file with the same LoRA, which is called `name`.
+    """The metadata of a file that hold for another file with the same LoRA, which is called `name`, too.
 
     The base is that of the LoRA's shapes, whatever a wrong entry says. Names of files are kept without their folders,
     anything else with an absolute path in it is not, and nothing of the images that it was trained on.

@@ -1,4 +1,4 @@
-"""Which layer a LoRA's name means: the names that a base's layers have in the layouts that are in use."""
+"""The names that a base's layers have in the layouts that are in use, and the layer that each name means."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import nn
 
 from flatlora_diffusion.adapter.update import PARTS
 from flatlora_diffusion.config import ModelConfig
-from flatlora_diffusion.lora_files.kohya import sgm_path
+from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.sdxl.loading import TINY
+from flatlora_diffusion.sdxl.original_names import original_path
 from flatlora_diffusion.sdxl.shapes import weightless
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -22,16 +23,6 @@ LyCORIS's `lycoris_`; PEFT's `lora_A`; diffusers' `to_q.lora.down` and `lora_lin
 `processor.to_q_lora.down`. The last three have the same names and are told by their ends."""
 DIFFUSERS_STYLES: tuple[Style, ...] = ("peft", "diffusers-old", "processor")
 
-# Layers outside the blocks, by their original names.
-_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_KOHYA_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _COMFYUI_TEXT = {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g."}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -57,10 +48,10 @@ class BaseNames:
     def place(self, name: str, style: Style) -> Place | None:
         """The layer that a file in `style` calls `name`; None for one that this base has not."""
         dotted = _dotted(name)
-        found = self.places.get(name) or self.places.get(dotted) or self.places.get(f"unet.{dotted}")
-        if found is None or found.style != "peft":
-            return found  # which tells the style better
-        return Place(found.part, found.module, style)
+        place = self.places.get(name) or self.places.get(dotted) or self.places.get(f"unet.{dotted}")
+        if place is None or place.style != "peft":
+            return place  # the name itself tells the style
+        return Place(place.part, place.module, style)
 
 
 def base_names(base: str | None = None) -> BaseNames:
@@ -87,12 +78,12 @@ def layer_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def shared_layers(part: str, model: nn.Module) -> dict[str, Any]:
     """Every linear layer and convolution by that path: in text encoders with `text_model.` in front of the layers."""
-    found = {}
+    layers = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            bare = part == "unet" or name.startswith("text_model.") or name == "text_projection"
-            found[name if bare else f"text_model.{name}"] = layer
-    return found
+            is_shared = part == "unet" or name.startswith("text_model.") or name == "text_projection"
+            layers[name if is_shared else f"text_model.{name}"] = layer
+    return layers
 
 
 def _names(base: str, models: dict[str, Any]) -> BaseNames:
@@ -111,17 +102,17 @@ def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]
     if part != "unet":
         short = module.removeprefix("text_model.")
         names: dict[str, Style] = {
-            f"{_KOHYA_TEXT[part]}{flat}": "kohya-sgm",  # the same in both of kohya's styles
-            f"{_KOHYA_TEXT[part]}{short.replace('.', '_')}": "kohya-sgm",
+            f"{KOHYA_PREFIXES[part]}_{flat}": "kohya-sgm",  # the same in both of kohya's styles
+            f"{KOHYA_PREFIXES[part]}_{short.replace('.', '_')}": "kohya-sgm",
             f"{_COMFYUI_TEXT[part]}transformer.{module}": "comfyui",
             f"{part}.{module}": "peft",
             f"{part}.{short}": "peft",
         }
     else:
-        own = _OUTSIDE[module] if module in _OUTSIDE else sgm_path(module, layers_per_block)
+        own = original_path(module, layers_per_block)
         names = {
-            f"lora_unet_{flat}": "kohya-diffusers",
-            f"lora_unet_{own.replace('.', '_')}": "kohya-sgm",
+            f"{KOHYA_PREFIXES[part]}_{flat}": "kohya-diffusers",
+            f"{KOHYA_PREFIXES[part]}_{own.replace('.', '_')}": "kohya-sgm",
             f"diffusion_model.{own}": "comfyui",
             f"lycoris_{flat}": "lycoris",
             f"unet.{module}": "peft",

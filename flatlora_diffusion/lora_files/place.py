@@ -1,4 +1,4 @@
-"""Which LoRA file an argument means: a file, a folder that holds one, or several with weights. Nothing is opened.
+"""Reads arguments that name LoRA files: a file, a folder that holds one, or several with weights; opens nothing.
 
 Needs no torch, so that a wrong path is told before it is imported.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def lora_file(text: str) -> Path:
 def in_folder(path: Path) -> Path:
     """The LoRA in a folder; any other path as it is."""
     return path / LORA_FILE if path.is_dir() else path
+
+
+def distinct_ends(paths: Sequence[Path]) -> list[str]:
+    """The ends of equally many parts, as few as tell all `paths` apart; none where two paths are the same."""
+    for count in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        ends = [Path(*path.parts[-count:]).as_posix() for path in paths]
+        if len(set(ends)) == len(ends):
+            return ends
+    return []
 
 
 def parse_lora(text: str) -> tuple[LoraFile, ...]:

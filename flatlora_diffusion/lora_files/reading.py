@@ -95,12 +95,12 @@ def lora_of_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
 
 def layers_of(file: CheckedFile, names: BaseNames) -> ImportedLora:
     """The LoRA of a file that is known to fit the base of these names."""
-    found = found_keys(file, names)
+    keys_by_layer, unknown = found_keys(file, names)
     settings = adapter_settings(file)
     keys_of: dict[str, dict[str, tuple[LayerKeys, float]]] = {}
     magnitudes: dict[str, dict[str, Tensor]] = {}
     layers = []
-    for name, keys in found.layers.items():
+    for name, keys in keys_by_layer.items():
         place = keys.place
         _check_factors(file, keys)
         key = keys.factors["down"]
@@ -114,7 +114,7 @@ def layers_of(file: CheckedFile, names: BaseNames) -> ImportedLora:
             magnitudes.setdefault(place.part, {})[place.module] = _magnitude(file, keys.magnitude, shape)
         layers.append(FileLayer(name, key.removeprefix(name), place, rank, alpha, scale, entry.dtype))
     updates = {part: _lazily(file, keys_of[part], names) for part in PARTS if part in keys_of}
-    return ImportedLora(file, names, updates, magnitudes, tuple(layers), tuple(found.unknown))
+    return ImportedLora(file, names, updates, magnitudes, tuple(layers), tuple(unknown))
 
 
 def _lazily(file: CheckedFile, keys_of: Mapping[str, tuple[LayerKeys, float]], names: BaseNames) -> LazyLayers:
@@ -142,16 +142,16 @@ def _check_family(file: CheckedFile, names: BaseNames) -> None:
 
 def _fitting(file: CheckedFile, candidates: Sequence[BaseNames]) -> BaseNames:
     """The base whose layers have the shapes of the file's. Raises ConfigError when there is none."""
-    found = [misfits(file, candidate) for candidate in candidates]
-    if all(wrong is None for wrong in found):
+    misfitting = [misfits(file, candidate) for candidate in candidates]
+    if all(wrong is None for wrong in misfitting):
         raise ConfigError(
             f"{file.path} holds no LoRA layer of SDXL's UNet or text encoders; its tensors are called "
             f"{listed(file.entries)}"
         )
-    for candidate, wrong in zip(candidates, found, strict=True):
+    for candidate, wrong in zip(candidates, misfitting, strict=True):
         if wrong == []:
             return candidate
-    wrong = found[0] or []
+    wrong = misfitting[0] or []
     raise ConfigError(
         f"{file.path} has {len(wrong)} layer(s) of other shapes than those of {candidates[0].base}, such as "
         f"{listed(wrong, 1)}; it is for another base, which --base can name"

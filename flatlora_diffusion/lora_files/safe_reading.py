@@ -158,7 +158,7 @@ def _check_start(path: Path, start: bytes, length: int, size: int) -> None:
 
 
 def _other_kind(start: bytes, length: int) -> str | None:
-    """What a file with this start is, where that is something known."""
+    """The kind of a file with this start, where it is a known one."""
     if start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "a Python pickle, which can hold code, with another ending"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -167,10 +167,10 @@ def _other_kind(start: bytes, length: int) -> str | None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return values
 
 
 def _entry(path: Path, name: str, value: Any, begin: int) -> Entry:

@@ -1,4 +1,4 @@
-"""LoRA files being written, and what a written file holds compared with what was meant to be in it."""
+"""Writes LoRA files and compares what a written file holds with what was to be saved."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ def save_kohya(path: Path, tensors: Callable[[], Iterable[tuple[str, Tensor]]], 
 
 
 def kohya_updates(tensors: Mapping[str, Tensor], expected: Updates, layers_per_block: int) -> Updates:
-    """What a kohya file adds to the layers of `expected`. Raises KeyError for a layer that is not in it."""
-    found: dict[str, dict[str, Update]] = {}
+    """The updates that a kohya file has for the layers of `expected`. Raises KeyError for a layer that it lacks."""
+    updates: dict[str, dict[str, Update]] = {}
     for part, layers in expected.items():
         for module in layers:
             name = kohya_name(part, module, layers_per_block)
             down, up = (tensors[f"{name}.lora_{side}.weight"].float() for side in ("down", "up"))
-            found.setdefault(part, {})[module] = Update(down, up, float(tensors[f"{name}.alpha"]) / len(down))
-    return found
+            updates.setdefault(part, {})[module] = Update(down, up, float(tensors[f"{name}.alpha"]) / len(down))
+    return updates
 
 
-def check_updates(path: Path, found: Updates, expected: Updates, dtype: torch.dtype) -> float:
-    """The largest relative error of a layer's update in a file, ||found - expected|| / ||expected||.
+def check_updates(path: Path, saved: Updates, expected: Updates, dtype: torch.dtype) -> float:
+    """The largest relative error of a layer's update in a file, ||saved - expected|| / ||expected||.
 
     Raises RunError for an error that rounding to `dtype` does not explain.
     """
     largest = 0.0
     for part, layers in expected.items():
         for module, update in layers.items():
-            saved = found[part][module]
-            allowed = _rounding(saved, dtype)
-            error, size = difference(saved, update), norm(update)
+            of_file = saved[part][module]
+            allowed = _rounding(of_file, dtype)
+            error, size = difference(of_file, update), norm(update)
             if not error <= allowed:
                 raise RunError(
                     f"{path.name} does not hold what was to be saved: {part}.{module} is off by {error:.3g} of "

@@ -1,4 +1,4 @@
-"""What the programs do with LoRA files: export and import, merge, resize, extract, inspect.
+"""The programs that work on LoRA files: export and import, merge, resize, extract, inspect.
 
 Knows no trainer. Start with `converting.py`.
 """

@@ -95,8 +95,8 @@ def write_lora(
             tensors = partial(peft_stream, lora, kind)
             whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
             save_stream(path, tensors, contents_of(tensors()), whole)
-    found = layers_of(checked_file(path), base).updates
-    return Written(path, check_updates(path, found, lora, kind))
+    saved = layers_of(checked_file(path), base).updates
+    return Written(path, check_updates(path, saved, lora, kind))
 
 
 def read_lora_file(path: str, base: str | None) -> ImportedLora:

@@ -86,7 +86,9 @@ def _unet_of_diffusers(layers: Sequence[FileLayer], first_key: str) -> list[File
     """Older names are converted if the first key has one."""
     if layers and all(PEFT_PREFIX in layer.name for layer in layers):
         raise _RefusedError(f"{_REFUSES}: the UNet has no layers of these names")
-    ends = [".lora_A.weight"] + [".lora.down.weight", "_lora.down.weight"] * ("lora_A" not in first_key)
+    ends = [".lora_A.weight"]
+    if "lora_A" not in first_key:
+        ends += [".lora.down.weight", "_lora.down.weight"]
     return [layer for layer in layers if layer.end in ends]
 
 

@@ -75,8 +75,8 @@ def merge_into(pipeline: Any, files: Sequence[LoraFile], base: str | None, dtype
             if (part, module) not in wanted:
                 continue
             merged = layer.weight.float()
-            for found, strength in wanted[part, module]:
-                down, up, scale = found[module]
+            for layers, strength in wanted[part, module]:
+                down, up, scale = layers[module]
                 merged = merged + (strength * scale * (up.flatten(1) @ down.flatten(1))).view_as(merged)
             merged = merged.to(dtypes[part])
             if not bool(merged.isfinite().all()):
@@ -91,8 +91,8 @@ def stored_dtypes(path: str) -> dict[str, torch.dtype]:
 
 def widest(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The one that holds all of them exactly, the VAE's aside: that is always loaded in fp32."""
-    found = {dtype for part, dtype in dtypes.items() if part != "vae"}
-    return found.pop() if len(found) == 1 else torch.float32
+    used = {dtype for part, dtype in dtypes.items() if part != "vae"}
+    return used.pop() if len(used) == 1 else torch.float32
 
 
 def _stored_dtype(place: Path, part: str) -> torch.dtype:
@@ -101,10 +101,10 @@ def _stored_dtype(place: Path, part: str) -> torch.dtype:
     files = (
         [place] if place.is_file() else [file for file in (place / part).glob("*.safetensors") if "." not in file.stem]
     )
-    found: Counter[torch.dtype] = Counter()
+    counts: Counter[torch.dtype] = Counter()
     for file in files:
-        found.update(dtype for name, dtype in _dtypes(file).items() if name.startswith(prefix))
-    return found.most_common(1)[0][0] if found else torch.float16
+        counts.update(dtype for name, dtype in _dtypes(file).items() if name.startswith(prefix))
+    return counts.most_common(1)[0][0] if counts else torch.float16
 
 
 def _dtypes(file: Path) -> dict[str, torch.dtype]:

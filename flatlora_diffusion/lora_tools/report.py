@@ -1,4 +1,4 @@
-"""What is in a LoRA file: parts, ranks, alphas, how much each block is changed, and which tools read it."""
+"""Reports on a LoRA file: parts, ranks, alphas, how much it changes each block, and which tools read it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     return [shown(tag.strip()) for tag, _ in tags.most_common(_MOST_TAGS)]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     return [
@@ -136,11 +136,12 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"trigger  {', '.join(report['trigger_words']) or 'not in the metadata'}",
         *(f"warning  {said}" for said in report["warnings"]),
         "",
-        *table(("block", "layers", "rank", "||dW||"), rows),
+        *text_table(("block", "layers", "rank", "||dW||"), rows),
         "",
         *(f"{tool:22}{count}{': ' if note else ''}{note}" for tool, count, note in tools),
-        *(
-            ["", f"{len(report['unknown_keys'])} keys of no layer: {', '.join(report['unknown_keys'])}"]
-            * bool(report["unknown_keys"])
-        ),
+        *_unknown_lines(report["unknown_keys"]),
     ]
+
+
+def _unknown_lines(keys: Sequence[str]) -> list[str]:
+    return ["", f"{len(keys)} keys of no layer: {', '.join(keys)}"] if keys else []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import PARTS, Update, truncated
+from flatlora_diffusion.adapter.update import PARTS, Update, cut_to_rank, truncated
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.lora_files.metadata import kept_metadata
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
@@ -50,7 +50,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     resized: dict[str, dict[str, Update]] = {}
     for part, layers in lora.updates.items():
         for module, update in layers.items():
-            smaller, values = reduced(update, config.rank)
+            smaller, values = cut_to_rank(update, config.rank)
             resized.setdefault(part, {})[module] = smaller
             missed += float(values[len(smaller.down) :].square().sum())
             whole += float(values.square().sum())
@@ -58,21 +58,6 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     metadata = kept_metadata(lora.file.metadata, path.stem, family_of(lora.base.unet))
     written = write_lora(resized, lora.base, path, layout, config.dtype or own_dtype(lora), metadata)
     return Reduced(written, math.sqrt(missed / whole))
-
-
-def reduced(update: Update, rank: int) -> tuple[Update, Tensor]:
-    """The best factors of a rank for scale * B A with a scale of 1, and all its singular values; B A is not formed.
-
-    From B = Q_b R_b and A^T = Q_a R_a the singular values of B A are those of the small matrix R_b R_a^T.
-    """
-    up_basis, up_rest = torch.linalg.qr(update.up.double().flatten(1))
-    down_basis, down_rest = torch.linalg.qr(update.down.double().flatten(1).T)
-    left, values, right = torch.linalg.svd(update.scale * up_rest @ down_rest.T)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    up = (up_basis @ left[:, :kept] * root).view(len(update.up), kept, *update.up.shape[2:])
-    down = (root[:, None] * (right[:kept] @ down_basis.T)).view(kept, *update.down.shape[1:])
-    return Update(down.float(), up.float(), 1.0), values
 
 
 def extract_lora(config: ExtractConfig) -> Reduced:
@@ -84,7 +69,7 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     check_free([path], config.overwrite)
     base, tuned = (_loaded(name, config) for name in (config.base, config.tuned))
     missed, whole = 0.0, 0.0
-    found: dict[str, dict[str, Update]] = {}
+    extracted: dict[str, dict[str, Update]] = {}
     for part in PARTS:
         before, after = (shared_layers(part, getattr(model, part)) for model in (base, tuned))
         _check_same(before, after, part, config)
@@ -95,15 +80,17 @@ def extract_lora(config: ExtractConfig) -> Reduced:
             if not bool(change.any()):
                 continue
             update = _factors(change, config.rank)
-            found.setdefault(part, {})[module] = update
+            extracted.setdefault(part, {})[module] = update
             rest = change - (update.up.flatten(1) @ update.down.flatten(1)).view_as(change)
             missed += float(rest.double().square().sum())
             whole += float(change.double().square().sum())
-    if not found:
+    if not extracted:
         raise ConfigError(f"tuned={config.tuned!r} has the weights of the base: there is nothing to extract")
     names: BaseNames = base_names(config.single_file_config or config.base)
     metadata = kept_metadata({}, path.stem, family_of(names.unet))
-    return Reduced(write_lora(found, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole))
+    return Reduced(
+        write_lora(extracted, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole)
+    )
 
 
 def _loaded(name: str, config: ExtractConfig) -> Any:

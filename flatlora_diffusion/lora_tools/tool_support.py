@@ -30,15 +30,15 @@ class Support(NamedTuple):
 
 
 def tool_support(lora: ImportedLora) -> list[Support]:
-    """What each tool makes of the file, in the order of a table."""
+    """How much of the file each tool applies, in the order of a table."""
     family = family_of(lora.base.unet)
     if family == TINY_FAMILY:
         count, note = diffusers_support(lora)
         own = Support("diffusers", count, note or "with the tiny base only")
         nothing = f"no other tool can use it: its base is {family.name}"
         return [own if tool == own.tool else Support(tool, 0, nothing) for tool in _TOOLS]
-    found = [Support(tool, *judge(lora)) for tool, judge in _TOOLS.items()]
-    return [row if row.tool == "diffusers" else _with_strength(lora, row) for row in found]
+    supports = [Support(tool, *judge(lora)) for tool, judge in _TOOLS.items()]
+    return [row if row.tool == "diffusers" else _with_strength(lora, row) for row in supports]
 
 
 def _with_strength(lora: ImportedLora, row: Support) -> Support:

@@ -81,10 +81,9 @@ class AdaptedLayer:
 
     def square_norms(self) -> Tensor:
         """||W_i||^2 of the base layer as it is now, (m,) fp32. A quantized W is dequantized, a layer at a time."""
-        if type(self.base.weight).__name__ == "Int8Params":
-            # PEFT's dequantization takes the scales away from such a layer on a CPU, and makes all of W fp32.
-            scales = self.base.weight.SCB if self.base.state.SCB is None else self.base.state.SCB
-            return _square_norms(self.base.weight.data).mul_((scales.float() / 127).square())
+        steps = int8_steps(self.base)
+        if steps is not None:  # PEFT's dequantization would make all of W fp32
+            return _square_norms(self.base.weight.data).mul_(steps.square())
         return _square_norms(dequantize_module_weight(self.base).reshape(self.shape[0], -1))
 
     def _adapters(self) -> list[str]:
@@ -149,6 +148,17 @@ def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     if not layers:
         raise ConfigError("Flat-LoRA found no LoRA layer in the model; add an adapter first")
     return layers
+
+
+def int8_steps(base: Any) -> Tensor | None:
+    """The step between integers in each row of an int8 layer of bitsandbytes, (m,) fp32; None for any other layer.
+
+    PEFT's dequantization takes these scales away from such a layer on a CPU.
+    """
+    if type(base.weight).__name__ != "Int8Params":
+        return None
+    scales: Tensor = base.weight.SCB if base.state.SCB is None else base.state.SCB
+    return scales.float() / 127
 
 
 def layer_name(path: str) -> str:

@@ -1,6 +1,6 @@
-"""Squared filter norms of the merged weights W' = W + sBA, without forming BA and many layers at a time.
+"""Squared filter norms of the merged weights W' = W + sBA, many layers at a time; the noise's size that they give.
 
-For a layer with m filters of n inputs, A (R, n) and B (m, R):
+BA is not formed. For a layer with m filters of n inputs, A (R, n) and B (m, R):
 
     ||W'_i||^2 = ||W_i||^2 + 2s B_i (A W_i^T) + s^2 B_i (A A^T) B_i^T
 
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from flatlora_diffusion.config import NoiseKind
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 
 
@@ -31,6 +32,16 @@ def merged_square_norms(layers: Iterable[AdaptedLayer]) -> Iterator[tuple[list[A
         for start in range(0, len(members), size):
             group = members[start : start + size]
             yield group, _square_norms(group)
+
+
+def row_stds(square_norms: Tensor, inputs: int, sigma: float, kind: NoiseKind) -> Tensor:
+    """Eq. 7: the standard deviation sigma / sqrt(n) * ||W'_i|| of each row's noise, (..., m) from ||W'_i||^2 (..., m).
+
+    `iid` noise has one standard deviation for all rows of a layer, at equal energy.
+    """
+    if kind == "iid":
+        square_norms = square_norms.mean(dim=-1, keepdim=True).expand_as(square_norms)
+    return square_norms.mul(sigma**2 / inputs).sqrt_()
 
 
 def _at_once(layer: AdaptedLayer) -> int:

@@ -24,7 +24,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Draw:
+class NoiseSpec:
     """All that is needed to make a layer's eps again: eps[i] = row_std[i] * z[i] with z ~ N(0, 1) from `seed`.
 
     `shape` is the weight's, (m, n) or (m, n, kh, kw); `dtype` is the one that the layer computes in.
@@ -45,36 +45,36 @@ def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     return _normal(row_std, shape, seed).mul_(_per_row(row_std, shape))
 
 
-def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, draw: Draw) -> Tensor:
+def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
     """The layer's output at W + eps, or at eps alone when `weight` is None (the additive form).
 
-    x: (..., n), or (B, n, H, W) with or without B, in `draw.dtype`. Differentiable once in x and bias. Saves the (m,)
+    x: (..., n), or (B, n, H, W) with or without B, in `spec.dtype`. Differentiable once in x and bias. Saves the (m,)
     `row_std` and no buffer of the weight's size: eps is drawn again in backward.
     """
-    return _PerturbedLayer.apply(x, bias, weight, row_std, draw)
+    return _PerturbedLayer.apply(x, bias, weight, row_std, spec)
 
 
 class _PerturbedLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, draw: Draw
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec
     ) -> Tensor:
         ctx.save_for_backward(row_std)
-        ctx.weight, ctx.draw, ctx.x_shape = weight, draw, x.shape  # the frozen parameter itself, not a copy
-        effective = _effective_weight(weight, row_std, draw)
-        if draw.convolution is None:
+        ctx.weight, ctx.spec, ctx.x_shape = weight, spec, x.shape  # the frozen parameter itself, not a copy
+        effective = _effective_weight(weight, row_std, spec)
+        if spec.convolution is None:
             return F.linear(x, effective, bias)
-        geometry = draw.convolution
+        geometry = spec.convolution
         return F.conv2d(x, effective, bias, geometry.stride, geometry.padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (row_std,) = ctx.saved_tensors
-        geometry = ctx.draw.convolution
+        geometry = ctx.spec.convolution
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            effective = _effective_weight(ctx.weight, row_std, ctx.draw)
+            effective = _effective_weight(ctx.weight, row_std, ctx.spec)
             if geometry is None:
                 grad_x = grad @ effective
             else:
@@ -92,13 +92,13 @@ def _batched(shape: torch.Size) -> tuple[int, ...]:
     return (1, *shape)[-4:]
 
 
-def _effective_weight(weight: Tensor | None, row_std: Tensor, draw: Draw) -> Tensor:
+def _effective_weight(weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
     """W + eps (or eps) in one fp32 buffer, then cast once to the compute dtype."""
     if weight is None:
-        return row_noise(row_std, draw.shape, draw.seed).to(draw.dtype)
-    buffer = _normal(row_std, draw.shape, draw.seed)
-    torch.addcmul(weight, buffer, _per_row(row_std, draw.shape), out=buffer)
-    return buffer.to(draw.dtype)
+        return row_noise(row_std, spec.shape, spec.seed).to(spec.dtype)
+    buffer = _normal(row_std, spec.shape, spec.seed)
+    torch.addcmul(weight, buffer, _per_row(row_std, spec.shape), out=buffer)
+    return buffer.to(spec.dtype)
 
 
 def _normal(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from flatlora_diffusion.config import ConfigError, NoiseKind, PerturbConfig, SigmaSchedule
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
-from flatlora_diffusion.method.filter_norms import merged_square_norms
-from flatlora_diffusion.method.noise import Draw, perturbed_layer, row_noise
+from flatlora_diffusion.method.filter_norms import merged_square_norms, row_stds
+from flatlora_diffusion.method.noise import NoiseSpec, perturbed_layer, row_noise
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class FlatLora:
             return square_norms[0].sqrt()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same eps: plain JSON-able values."""
+        """The settings from which a resumed run draws the same eps: plain JSON-able values."""
         return {
             "sigma": self.sigma,
             "schedule": self.schedule,
@@ -181,7 +181,7 @@ class FlatLora:
         self._adapters = adapters
 
     def _forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What an adapted base layer computes in place of its own forward."""
+        """The output of an adapted base layer in place of that of its own forward."""
         if self._open is None or self._open.sigma == 0 or self._disabled or not layer.is_active():
             return layer.base_forward(x, *args, **kwargs)
         row_std = self._row_std[layer.name]
@@ -190,15 +190,15 @@ class FlatLora:
         if layer.is_fusable():
             # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
             dtype = _compute_dtype(base.weight.device, base.weight.dtype)
-            draw = Draw(seed, layer.shape, dtype, layer.convolution)
+            spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution)
             bias = None if base.bias is None else base.bias.to(dtype)
-            return perturbed_layer(x.to(dtype), bias, base.weight, row_std, draw)
+            return perturbed_layer(x.to(dtype), bias, base.weight, row_std, spec)
         # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
         output: Tensor = layer.base_forward(x, *args, **kwargs)
         # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.
         dtype = _compute_dtype(x.device, output.dtype)
-        draw = Draw(seed, layer.shape, dtype, layer.convolution)
-        return output + perturbed_layer(x.to(dtype), None, None, row_std, draw).to(output.dtype)
+        spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution)
+        return output + perturbed_layer(x.to(dtype), None, None, row_std, spec).to(output.dtype)
 
     def _stds(self, layers: Iterable[AdaptedLayer], sigma: float) -> dict[str, Tensor]:
         """Standard deviation of each row of eps by layer, (m,) fp32: sigma / sqrt(n) * ||W'_i||."""
@@ -207,10 +207,8 @@ class FlatLora:
         # turns gradients on, so no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad(), _full_precision():
             for group, square_norms in merged_square_norms(layers):
-                if self.noise_kind == "iid":
-                    square_norms = square_norms.mean(dim=1, keepdim=True).expand_as(square_norms)
-                row_stds = square_norms.mul(sigma**2 / group[0].inputs).sqrt_()  # (L, m)
-                stds.update((layer.name, row_std) for layer, row_std in zip(group, row_stds.unbind(), strict=True))
+                of_group = row_stds(square_norms, group[0].inputs, sigma, self.noise_kind).unbind()
+                stds.update((layer.name, row_std) for layer, row_std in zip(group, of_group, strict=True))
         return stds
 
     def _seed(self, name: str, step: int, slot: int) -> int:

@@ -1,4 +1,4 @@
-"""What the files of a LoRA call the base that it is for: SDXL, or the tiny base, which no other program has."""
+"""The names that LoRA files have for their base: SDXL, or the tiny base, which no other program has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step runs when text encoders are trained: tokens in, noise prediction out, one module for DDP."""
+"""UNet and trained text encoders as one module for DDP: tokens in, noise prediction out."""
 
 from __future__ import annotations
 

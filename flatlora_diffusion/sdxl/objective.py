@@ -19,7 +19,7 @@ HUBER_DELTA = 0.1  # errors above it count linearly
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model sees of B images, and how much each counts.
+    """The model's inputs for B images, and how much each image counts.
 
     latents (B, 4, h, w) fp32, add_time_ids (B, 6). The prompts: prompt_embeds (B, 77, D) and pooled_prompt_embeds
     (B, P); or, for a `Denoiser` that trains its text encoders, input_ids (B, 2, 77) and kept (B,), 0 where the caption
@@ -60,7 +60,10 @@ class Objective:
 
 
 def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
-    """What `config` trains a base with `scheduler` for. Raises ConfigError for a weighting that does not fit it."""
+    """The objective that `config` sets for a base with `scheduler`.
+
+    Raises ConfigError for a weighting that does not fit the base.
+    """
     if config.snr_gamma is not None and is_edm_scheduler(scheduler):
         raise ConfigError("--snr_gamma does not fit this base, whose scheduler is EDM; leave it out")
     return Objective(

@@ -86,19 +86,16 @@ def encode_prompts(sdxl: Sdxl, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the normalized latents, each (B, 4, H/f, W/f) fp32, of pixels (B, 3, H, W) in [-1, 1]."""
-    found = vae.encode(pixels.to(vae.dtype)).latent_dist
-    mean, std = _latent_statistics(vae, found.mean.device)
+    distribution = vae.encode(pixels.to(vae.dtype)).latent_dist
+    mean, std = _latent_statistics(vae, distribution.mean.device)
     scale = vae.config.scaling_factor / std
-    return (found.mean.float() - mean) * scale, found.std.float() * scale
+    return (distribution.mean.float() - mean) * scale, distribution.std.float() * scale
 
 
-def encode_images(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Normalized latents (B, 4, H/f, W/f) in fp32 of pixels (B, 3, H, W) in [-1, 1].
-
-    `noise` (same shape as the latents, N(0, 1)) samples the posterior; without it the latents are the mean.
-    """
-    mean, std = posterior(vae, pixels)
-    return mean if noise is None else mean + std * noise
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Normalized latents (B, 4, H/f, W/f) in fp32 of pixels (B, 3, H, W) in [-1, 1]: the posterior's mean."""
+    mean, _ = posterior(vae, pixels)
+    return mean
 
 
 @torch.no_grad()

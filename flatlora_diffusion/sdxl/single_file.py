@@ -15,26 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flatlora_diffusion.ground.whole_files import write_atomically
+from flatlora_diffusion.sdxl.original_names import original_path
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 
-_UNET_OUTSIDE: Rules = {
-    r"^conv_in": "input_blocks.0.0",
-    r"^conv_norm_out": "out.0",
-    r"^conv_out": "out.2",
-    r"^time_embedding\.linear_(\d)": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
-    r"^add_embedding\.linear_(\d)": lambda m: f"label_emb.0.{2 * int(m[1]) - 2}",
-    r"^mid_block\.resnets\.(\d)": lambda m: f"middle_block.{2 * int(m[1])}",
-    r"^mid_block\.attentions\.0": "middle_block.1",
-}
-_UNET_RESNET: Rules = {
-    r"\.norm1\.": ".in_layers.0.",
-    r"\.conv1\.": ".in_layers.2.",
-    r"\.time_emb_proj\.": ".emb_layers.1.",
-    r"\.norm2\.": ".out_layers.0.",
-    r"\.conv2\.": ".out_layers.3.",
-    r"\.conv_shortcut\.": ".skip_connection.",
-}
 _VAE: Rules = {
     r"\.down_blocks\.(\d)\.resnets\.": r".down.\1.block.",
     r"\.down_blocks\.(\d)\.downsamplers\.0\.": r".down.\1.downsample.",
@@ -74,11 +58,11 @@ def save_single_file(pipeline: Any, path: Path) -> Path:
 
 def unet_tensors(state: Mapping[str, Tensor], layers_per_block: int = 2) -> dict[str, Tensor]:
     """The UNet by its original names; the shapes stay."""
-    rules = _unet_rules(layers_per_block)
-    return {
-        _renamed(_renamed(name, rules), _UNET_RESNET if ".resnets." in name else {}): tensor
-        for name, tensor in state.items()
-    }
+    tensors = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        tensors[f"{_original_path(module, layers_per_block)}.{kind}"] = tensor
+    return tensors
 
 
 def vae_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,21 +99,12 @@ def open_clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _unet_rules(layers: int) -> Rules:
-    """The UNet's blocks are numbered through: a down block has `layers` and its downsampler, an up block one more."""
-
-    def first(match: re.Match[str]) -> int:
-        return (layers + 1) * int(match[1])
-
-    return {
-        **_UNET_OUTSIDE,
-        r"^down_blocks\.(\d)\.resnets\.(\d)": lambda m: f"input_blocks.{first(m) + int(m[2]) + 1}.0",
-        r"^down_blocks\.(\d)\.attentions\.(\d)": lambda m: f"input_blocks.{first(m) + int(m[2]) + 1}.1",
-        r"^down_blocks\.(\d)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{first(m) + layers + 1}.0.op",
-        r"^up_blocks\.(\d)\.resnets\.(\d)": lambda m: f"output_blocks.{first(m) + int(m[2])}.0",
-        r"^up_blocks\.(\d)\.attentions\.(\d)": lambda m: f"output_blocks.{first(m) + int(m[2])}.1",
-        r"^up_blocks\.(\d)\.upsamplers\.0\.conv": lambda m: f"output_blocks.{first(m) + layers}.2.conv",
-    }
+def _original_path(module: str, layers: int) -> str:
+    """The original path; a module that the original lacks, such as a distilled model's `cond_proj`, keeps its own."""
+    try:
+        return original_path(module, layers)
+    except KeyError:
+        return module
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Updates as factors: bases moved by an initialization, DoRA folded, factors that fp16 can hold."""
+"""Updates as factors: DoRA folded, factors that fp16 can hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from flatlora_diffusion.adapter.update import (
     norm,
     plain_updates,
     truncated,
-    unshifted,
     update_norms,
 )
 
@@ -49,39 +48,6 @@ def full_weight(layer: Any) -> Tensor:
     merged: Tensor = layer.get_base_layer().weight.detach().clone()
     layer.unmerge()
     return merged
-
-
-@pytest.mark.parametrize("kind", ["pissa", "olora"])
-@pytest.mark.parametrize("is_rank_stabilized", [False, True])
-def test_a_base_moved_by_the_initialization_is_undone(base: Path, kind: Any, is_rank_stabilized: bool) -> None:
-    unet, before = adapted(base, r=3, lora_alpha=5, init_lora_weights=kind, use_rslora=is_rank_stabilized)
-    layers = lora_layers(unet)
-    first = {
-        name: (layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone())
-        for name, layer in layers.items()
-    }
-    move(unet)
-    for name, layer in layers.items():
-        weight = before[f"{name}.weight"]
-        assert not torch.allclose(layer.get_base_layer().weight, weight, atol=1e-3), "this one moves nothing"
-        down, up = (side["default"].weight.detach() for side in (layer.lora_A, layer.lora_B))
-        whole_down, whole_up = unshifted(down, up, *first[name])
-        assert len(whole_down) == whole_up.shape[1] == 6
-        change = layer.scaling["default"] * whole_up @ whole_down
-        expected = full_weight(layer)
-        torch.testing.assert_close(weight + change, expected, rtol=0, atol=2e-6)
-        naive = weight + layer.scaling["default"] * up @ down
-        assert float((naive - expected).abs().max()) > 1e-2
-
-
-def test_a_base_moved_under_a_convolution() -> None:
-    rng = torch.Generator().manual_seed(0)
-    down, down0 = (torch.randn(2, 3, 3, 3, generator=rng) for _ in range(2))
-    up, up0 = (torch.randn(4, 2, 1, 1, generator=rng) for _ in range(2))
-    whole_down, whole_up = unshifted(down, up, down0, up0)
-    assert (whole_down.shape, whole_up.shape) == ((4, 3, 3, 3), (4, 4, 1, 1))
-    expected = up.flatten(1) @ down.flatten(1) - up0.flatten(1) @ down0.flatten(1)
-    torch.testing.assert_close(whole_up.flatten(1) @ whole_down.flatten(1), expected)
 
 
 class Pipeline:

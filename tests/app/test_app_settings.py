@@ -13,7 +13,7 @@ import pytest
 from app.__main__ import main
 from app.runs.runs import RunStore
 from app.settings import AppSettings, parse_settings
-from app.train.estimates import estimate_disk, estimate_time, free_gpu_bytes, memory_of, total_steps
+from app.train.estimates import estimate_disk, estimate_time, memory_of, total_steps
 from flatlora_diffusion.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -124,8 +124,6 @@ def test_memory_and_disk_are_counted(base: Path, tmp_path: Path) -> None:
     one = estimate_disk(config.replace(checkpoints_total_limit=1, use_ema=True), 10, memory.lora, tmp_path)
     assert one.needed == (6 + 2) * memory.lora
     assert not estimate_disk(config, 10, 10**18, tmp_path).is_enough
-    free = free_gpu_bytes()
-    assert free is None or free > 0
 
 
 def test_the_app_never_imports_the_trainer_and_its_modules_stay_small() -> None:
@@ -140,7 +138,7 @@ def test_the_app_never_imports_the_trainer_and_its_modules_stay_small() -> None:
 
 def test_the_backend_starts_without_torch() -> None:
     program = (
-        "import sys, app.jobs, app.uploads, app.settings, app.estimates, app.supervise\n"
+        "import sys, app.jobs.jobs, app.dataset.uploads, app.settings, app.train.estimates, app.jobs.supervise\n"
         "print(sorted({'torch', 'diffusers', 'gradio', 'transformers'} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flatlora_diffusion.compare.arms import parse_arm
-from flatlora_diffusion.compare.examiner import FORGETTING, HELDOUT, TRAIN, names_of
-from flatlora_diffusion.compare.findings import paired_rows, table, verdict
+from flatlora_diffusion.compare.evaluator import FORGETTING, HELDOUT, TRAIN, names_of
+from flatlora_diffusion.compare.findings import metrics_table, paired_rows, verdict
 from flatlora_diffusion.compare.material import SAMPLE_ICONS, read_material
-from flatlora_diffusion.compare.nulls import Ends, null_rows
-from flatlora_diffusion.compare.trajectory import Point
+from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 
@@ -43,8 +43,8 @@ def test_every_arm_is_paired_with_the_first_by_seed_and_metric() -> None:
 
 
 def test_trajectories_are_matched_at_equal_loss_and_seconds() -> None:
-    lora = [Point(0, 0, 1.0, 1.0), Point(4, 10, 0.5, 0.6)]
-    flat = [Point(0, 0, 1.0, 1.0), Point(4, 20, 0.5, 0.5)]
+    lora = [TrajectoryPoint(0, 0, 1.0, 1.0), TrajectoryPoint(4, 10, 0.5, 0.6)]
+    flat = [TrajectoryPoint(0, 0, 1.0, 1.0), TrajectoryPoint(4, 20, 0.5, 0.5)]
     rows = paired_rows(ARMS[:2], [], values(0.0), {"lora": {0: lora}, "flat-lora": {0: flat}})
     found = {row["matched"]: row["mean"] for row in rows}
     assert found == pytest.approx({"clean loss": -0.1, "seconds": 0.15})
@@ -90,23 +90,23 @@ def test_the_table_has_means_and_leaves_out_what_is_missing() -> None:
         {"key": "heldout_loss", "name": "held-out loss", "digits": 3},
         {"key": "drift", "name": "drift", "digits": 1},
     ]
-    lines = table(NAMES, metrics, {"heldout_loss": 0.2}, values(0.01, 0.03)).splitlines()
+    lines = metrics_table(NAMES, metrics, {"heldout_loss": 0.2}, values(0.01, 0.03)).splitlines()
     assert lines[0] == "| | Base | LoRA | Flat-LoRA | Flat-LoRA, perturb_noise iid |"
     assert lines[2] == "| held-out loss | 0.200 | 0.105 | 0.125 | 0.300 |"
     assert lines[3] == "| drift |  | 0.5 |  |  |"
 
 
 def test_nulls_measure_pictures_weights_and_losses(tmp_path: Path) -> None:
-    def end(name: str, grey: int, weight: float) -> Ends:
+    def end(name: str, grey: int, weight: float) -> RunOutputs:
         picture, lora = tmp_path / f"{name}.png", tmp_path / f"{name}.safetensors"
         Image.new("RGB", (4, 4), (grey, grey, grey)).save(picture)
         save_file({"down": torch.tensor([3.0, 4.0]) * weight}, lora)
-        return Ends(lora, [picture])
+        return RunOutputs(lora, [picture])
 
-    ends = {"lora": end("lora", 10, 1.0), "sigma-0": end("sigma", 10, 1.0), "other-draws": end("other", 40, 1.5)}
-    losses = {key: {7: {"heldout_loss": 0.1 * place}} for place, key in enumerate(ends)}
+    outputs = {"lora": end("lora", 10, 1.0), "sigma-0": end("sigma", 10, 1.0), "other-draws": end("other", 40, 1.5)}
+    losses = {key: {7: {"heldout_loss": 0.1 * place}} for place, key in enumerate(outputs)}
     losses["sigma-0"] = losses["lora"]
-    equal, other = null_rows(ends, losses, 7)
+    equal, other = null_rows(outputs, losses, 7)
     assert (equal["picture_difference"], equal["weight_difference"], equal["heldout_difference"]) == (0, 0, 0)
     assert (other["picture_difference"], other["weight_difference"]) == pytest.approx((30, 0.5))
     assert other["heldout_difference"] == pytest.approx(0.2)
@@ -123,9 +123,9 @@ def test_the_sample_icons_bring_their_own_heldout_images_and_prompts() -> None:
     flat = material.sets[FORGETTING]
     assert sorted(flat.groups) == sorted(["noto", "twemoji", "fluent-flat"] * 11)
     assert all("flat icon" in sample.caption for sample in flat.samples)
-    assert material.themes.style[0] == "a TOK icon of a peach, in the style of TOK"
-    assert (len(material.themes.style), len(material.themes.unrelated)) == (3, 3)
-    assert len(material.themes.keys(material.themes.style)) == 6
+    assert material.prompts.style[0] == "a TOK icon of a peach, in the style of TOK"
+    assert (len(material.prompts.style), len(material.prompts.unrelated)) == (3, 3)
+    assert len(material.prompts.keys(material.prompts.style)) == 6
     names = names_of(material.heldout, material.sets[HELDOUT].samples)
     assert names["a TOK icon of a dog, in the style of TOK"] == "dog"
 
@@ -174,4 +174,4 @@ def test_without_prompts_the_captions_are_drawn(icons: Path, tmp_path: Path) -> 
     (heldout / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     mine = icons_config(instance_data_dir=str(icons), instance_prompt="an icon")
     material = read_material(mine, CompareConfig(heldout_dir=str(heldout), num_prompts=2))
-    assert material.themes.style == ("an icon of icon-0", "an icon of icon-1")
+    assert material.prompts.style == ("an icon of icon-0", "an icon of icon-1")

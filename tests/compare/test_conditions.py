@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from flatlora_diffusion.compare.arms import Planned, null_arms, parse_arm, plan
-from flatlora_diffusion.compare.conditions import proof
+from flatlora_diffusion.compare.arms import PlannedRun, null_arms, parse_arm, plan
+from flatlora_diffusion.compare.conditions import shared_conditions
 from flatlora_diffusion.config import TrainConfig
 
 ARMS = ("lora", "flat-lora", "lora:rank=2", "lora:max_train_steps=1")
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> list[Planned]:
+def runs(tmp_path: Path) -> list[PlannedRun]:
     config = TrainConfig.from_dict({"output_dir": str(tmp_path), "max_train_steps": 2})
     planned = plan(config, [parse_arm(text) for text in ARMS], [0, 1], 1) + plan(config, null_arms(0), [0], 1)
     for one in planned:
@@ -26,8 +26,8 @@ def runs(tmp_path: Path) -> list[Planned]:
     return planned
 
 
-def test_runs_that_were_alike_are_proved_alike(runs: list[Planned]) -> None:
-    facts = proof(runs)
+def test_runs_that_were_alike_are_proved_alike(runs: list[PlannedRun]) -> None:
+    facts = shared_conditions(runs)
     assert all(fact["holds"] for fact in facts)
     assert len(facts) == 2 + 3 * 2
     assert len(facts[0]["hashes"]) == len(runs)
@@ -48,24 +48,24 @@ def test_runs_that_were_alike_are_proved_alike(runs: list[Planned]) -> None:
         ({"draws": "others"}, "images, crops, noise and timesteps of every step, seed 0"),
     ],
 )
-def test_each_way_to_differ_is_found(runs: list[Planned], change: dict[str, Any], broken: str) -> None:
+def test_each_way_to_differ_is_found(runs: list[PlannedRun], change: dict[str, Any], broken: str) -> None:
     flat = runs[1]
     flat.run.events_file.unlink()
     _write(flat, **{"lora": "weights 4 0", "draws": " 0", "steps": 2, **change})
-    assert [fact["what"] for fact in proof(runs) if not fact["holds"]] == [broken]
+    assert [fact["what"] for fact in shared_conditions(runs) if not fact["holds"]] == [broken]
 
 
-def test_a_run_that_recorded_no_start_is_not_called_alike(runs: list[Planned]) -> None:
+def test_a_run_that_recorded_no_start_is_not_called_alike(runs: list[PlannedRun]) -> None:
     lines = runs[0].run.events_file.read_text(encoding="utf-8").splitlines(keepends=True)
     runs[0].run.events_file.write_text("".join(lines[1:]), encoding="utf-8")
-    assert [fact["what"] for fact in proof(runs) if not fact["holds"]] == [
+    assert [fact["what"] for fact in shared_conditions(runs) if not fact["holds"]] == [
         "base model",
         "first weights of the LoRA, seed 0",
     ]
 
 
 def _write(
-    planned: Planned,
+    planned: PlannedRun,
     lora: str,
     draws: str,
     steps: int,

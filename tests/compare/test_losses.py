@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, Meter, groups_of
+from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss, probe_losses
 from flatlora_diffusion.sdxl.objective import Objective
@@ -16,54 +16,58 @@ from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 
 @pytest.fixture
-def meter(sdxl: Sdxl, icons: Path, tmp_path: Path) -> Meter:
+def evaluator(sdxl: Sdxl, icons: Path, tmp_path: Path) -> LossEvaluator:
     sets = {"icons": ImageSet(load_samples(icons).samples, ["a", "b", "a"], draws=2)}
-    return Meter(sdxl, Objective(sdxl.scheduler), sets, 32, tmp_path / "kept")
+    return LossEvaluator(sdxl, Objective(sdxl.scheduler), sets, 32, tmp_path / "kept")
 
 
-def test_the_loss_of_a_group_is_the_mean_of_its_images(meter: Meter, sdxl: Sdxl, icons: Path) -> None:
+def test_the_loss_of_a_group_is_the_mean_of_its_images(evaluator: LossEvaluator, sdxl: Sdxl, icons: Path) -> None:
     probe = fixed_probe(sdxl, load_samples(icons).samples, 32, 0, 2)
     each = probe_losses(sdxl.unet, Objective(sdxl.scheduler), probe)
-    found = meter.losses(None)["icons"]
+    found = evaluator.losses(None)["icons"]
     assert found == pytest.approx(
         {UNGROUPED: float(each.mean()), "a": float(each[[0, 2]].mean()), "b": float(each[1])}, abs=1e-12
     )
 
 
-def test_a_lora_counts_by_its_strength_and_is_gone_afterwards(meter: Meter, sdxl: Sdxl, lora: Path) -> None:
-    base, half, full = meter.losses(None), meter.losses(lora, 0.5), meter.losses(lora)
+def test_a_lora_counts_by_its_strength_and_is_gone_afterwards(
+    evaluator: LossEvaluator, sdxl: Sdxl, lora: Path
+) -> None:
+    base, half, full = evaluator.losses(None), evaluator.losses(lora, 0.5), evaluator.losses(lora)
     assert len({base["icons"][UNGROUPED], half["icons"][UNGROUPED], full["icons"][UNGROUPED]}) == 3
-    assert meter.losses(lora, 0.0)["icons"][UNGROUPED] == pytest.approx(base["icons"][UNGROUPED], abs=1e-6)
-    probe = fixed_probe(sdxl, meter.sets["icons"].samples, 32, 0, 2)
+    assert evaluator.losses(lora, 0.0)["icons"][UNGROUPED] == pytest.approx(base["icons"][UNGROUPED], abs=1e-6)
+    probe = fixed_probe(sdxl, evaluator.sets["icons"].samples, 32, 0, 2)
     assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) == base["icons"][UNGROUPED]
 
 
-def test_captions_are_read_as_in_training(meter: Meter, sdxl: Sdxl, tmp_path: Path) -> None:
+def test_captions_are_read_as_in_training(evaluator: LossEvaluator, sdxl: Sdxl, tmp_path: Path) -> None:
     skipping = replace(sdxl, clip_skip=1)
     objective = Objective(sdxl.scheduler)
-    found = Meter(skipping, objective, meter.sets, 32, tmp_path / "kept").losses(None)["icons"][UNGROUPED]
-    assert found == probe_loss(sdxl.unet, objective, fixed_probe(skipping, meter.sets["icons"].samples, 32, 0, 2))
-    assert found != pytest.approx(meter.losses(None)["icons"][UNGROUPED], rel=1e-5)
+    found = LossEvaluator(skipping, objective, evaluator.sets, 32, tmp_path / "kept").losses(None)["icons"][UNGROUPED]
+    assert found == probe_loss(sdxl.unet, objective, fixed_probe(skipping, evaluator.sets["icons"].samples, 32, 0, 2))
+    assert found != pytest.approx(evaluator.losses(None)["icons"][UNGROUPED], rel=1e-5)
 
 
 def test_what_was_measured_is_read_back_until_the_file_changes(
-    meter: Meter, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluator: LossEvaluator, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(lora.read_bytes())
-    first = meter.losses(copy)
+    first = evaluator.losses(copy)
     (kept,) = (tmp_path / "kept").iterdir()
     assert json.loads(kept.read_text(encoding="utf-8")) == first
-    monkeypatch.setattr(meter, "_by_group", lambda name: pytest.fail("measured again"))
-    assert meter.losses(lora) == first, "the same content under another name"
-    monkeypatch.setattr(meter, "_by_group", lambda name: {"measured": 1.0})
-    assert meter.losses(copy, 0.5) == {"icons": {"measured": 1.0}}
+    monkeypatch.setattr(evaluator, "_by_group", lambda name: pytest.fail("measured again"))
+    assert evaluator.losses(lora) == first, "the same content under another name"
+    monkeypatch.setattr(evaluator, "_by_group", lambda name: {"measured": 1.0})
+    assert evaluator.losses(copy, 0.5) == {"icons": {"measured": 1.0}}
 
 
-def test_the_rises_are_one_per_draw_and_repeatable(meter: Meter, sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
-    rises = meter.rises(lora, "icons", 0.3, 3)
+def test_the_rises_are_one_per_draw_and_repeatable(
+    evaluator: LossEvaluator, sdxl: Sdxl, lora: Path, tmp_path: Path
+) -> None:
+    rises = evaluator.rises(lora, "icons", 0.3, 3)
     assert len(set(rises)) == 3
-    again = Meter(sdxl, Objective(sdxl.scheduler), meter.sets, 32, tmp_path / "other")
+    again = LossEvaluator(sdxl, Objective(sdxl.scheduler), evaluator.sets, 32, tmp_path / "other")
     assert again.rises(lora, "icons", 0.3, 3) == rises
 
 

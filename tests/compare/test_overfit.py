@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from flatlora_diffusion.compare.overfit import advise
-from flatlora_diffusion.compare.trajectory import Point
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 
 
-def run(*heldout: float, memorization: tuple[float, ...] = (), drift: tuple[float, ...] = ()) -> list[Point]:
+def run(*heldout: float, memorization: tuple[float, ...] = (), drift: tuple[float, ...] = ()) -> list[TrajectoryPoint]:
     return [
-        Point(
+        TrajectoryPoint(
             index * 100,
             index * 10.0,
             1 - 0.1 * index,

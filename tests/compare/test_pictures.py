@@ -9,23 +9,24 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from flatlora_diffusion.compare import pictures as painter_module
-from flatlora_diffusion.compare.pictures import Painter
+from flatlora_diffusion.compare import pictures as pictures_module
+from flatlora_diffusion.compare.pictures import PictureGenerator
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 KEYS = [("an icon of a fox", 0), ("an icon of a fox", 1), ("an icon of a cow", 0)]
 
 
 def test_a_picture_is_a_function_of_prompt_and_seed_alone(sdxl: Sdxl, tmp_path: Path) -> None:
-    together = Painter(sdxl, 32, tmp_path / "one", steps=2).paint(None, KEYS)
-    alone = Painter(sdxl, 32, tmp_path / "two", steps=2).paint(None, KEYS[1:2])
+    together = PictureGenerator(sdxl, 32, tmp_path / "one", steps=2).generate(None, KEYS)
+    alone = PictureGenerator(sdxl, 32, tmp_path / "two", steps=2).generate(None, KEYS[1:2])
     assert _equal(together[KEYS[1]], alone[KEYS[1]])
     assert not _equal(together[KEYS[0]], together[KEYS[1]])
 
 
 def test_prompts_are_read_as_in_training(sdxl: Sdxl, tmp_path: Path) -> None:
     plain, skipping = (
-        Painter(replace(sdxl, clip_skip=skipped), 32, tmp_path, steps=2).paint(None, KEYS[:1]) for skipped in (None, 1)
+        PictureGenerator(replace(sdxl, clip_skip=skipped), 32, tmp_path, steps=2).generate(None, KEYS[:1])
+        for skipped in (None, 1)
     )
     assert not _equal(plain[KEYS[0]], skipping[KEYS[0]])
 
@@ -34,30 +35,30 @@ def test_pictures_are_kept_and_only_the_missing_ones_drawn(
     sdxl: Sdxl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    real = painter_module.generate_images
+    real = pictures_module.generate_images
 
     def counting(sdxl: Sdxl, prompts: list[str], *rest: object, **more: object) -> list[Image.Image]:
         drawn.extend(prompts)
         return real(sdxl, prompts, *rest, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(painter_module, "generate_images", counting)
-    painter = Painter(sdxl, 32, tmp_path, steps=1)
-    first = painter.paint(None, KEYS[:2])
-    again = Painter(sdxl, 32, tmp_path, steps=1).paint(None, KEYS)
+    monkeypatch.setattr(pictures_module, "generate_images", counting)
+    generator = PictureGenerator(sdxl, 32, tmp_path, steps=1)
+    first = generator.generate(None, KEYS[:2])
+    again = PictureGenerator(sdxl, 32, tmp_path, steps=1).generate(None, KEYS)
     assert drawn == [prompt for prompt, _ in KEYS]
     assert _equal(first[KEYS[0]], again[KEYS[0]])
-    assert all(file.is_file() for file in painter.files(None, KEYS))
+    assert all(file.is_file() for file in generator.files(None, KEYS))
 
 
 def test_lora_steps_and_base_have_files_of_their_own(sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
-    painter, longer = Painter(sdxl, 32, tmp_path, steps=1), Painter(sdxl, 32, tmp_path, steps=2)
-    names = {painter.files(None, KEYS)[0], painter.files(lora, KEYS)[0], longer.files(None, KEYS)[0]}
+    generator, longer = PictureGenerator(sdxl, 32, tmp_path, steps=1), PictureGenerator(sdxl, 32, tmp_path, steps=2)
+    names = {generator.files(None, KEYS)[0], generator.files(lora, KEYS)[0], longer.files(None, KEYS)[0]}
     assert len(names) == 3
-    before = painter.paint(None, KEYS[:1])[KEYS[0]]
-    assert not _equal(before, painter.paint(lora, KEYS[:1])[KEYS[0]])
+    before = generator.generate(None, KEYS[:1])[KEYS[0]]
+    assert not _equal(before, generator.generate(lora, KEYS[:1])[KEYS[0]])
     with torch.no_grad():
         sdxl.unet.conv_in.weight.add_(0.1)
-    assert Painter(sdxl, 32, tmp_path, steps=1).files(None, KEYS)[0] not in names, "another base"
+    assert PictureGenerator(sdxl, 32, tmp_path, steps=1).files(None, KEYS)[0] not in names, "another base"
 
 
 def _equal(one: Image.Image, other: Image.Image) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from flatlora_diffusion.compare.trajectory import Point, at_equal_loss, at_equal_seconds
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
 
 
-def run(*rows: tuple[float, float, float]) -> list[Point]:
+def run(*rows: tuple[float, float, float]) -> list[TrajectoryPoint]:
     """Points of (seconds, clean train loss, held-out loss)."""
-    return [Point(index * 10, *row) for index, row in enumerate(rows)]
+    return [TrajectoryPoint(index * 10, *row) for index, row in enumerate(rows)]
 
 
 FAST = run((0, 1.0, 1.0), (10, 0.8, 0.9), (20, 0.6, 0.7))

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.data.crops import crop_and_flip
+from flatlora_diffusion.config import ConfigError, Interpolation
+from flatlora_diffusion.data.crops import choose_view, pixels_of, view_image
 from flatlora_diffusion.data.images import ImageError, find_images, load_alpha, load_image, read_header
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -331,6 +331,19 @@ def test_find_images_needs_a_folder(tmp_path: Path) -> None:
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def crop_and_flip(
+    image: Image.Image,
+    resolution: int,
+    center_crop: bool,
+    random_flip: bool,
+    rng: torch.Generator,
+    interpolation: Interpolation = "lanczos",
+) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+    """Pixels, original size and corner of a square crop, as batches and probes are made of them."""
+    view = choose_view((image.height, image.width), (resolution, resolution), center_crop, random_flip, rng)
+    return pixels_of(view_image(image, view, interpolation)), view.original_size, view.crop_top_left
 
 
 def test_pixels_and_micro_conditioning_of_a_centre_crop() -> None:

@@ -45,11 +45,11 @@ from flatlora_diffusion.evaluation.metrics import (
     drifts,
     encode_reference,
     image_similarity,
-    judged,
-    measure,
+    judge_metrics,
     memorization_threshold,
     nearest_cosines,
     own_nearest_cosines,
+    picture_metrics,
 )
 from flatlora_diffusion.evaluation.preprocessing import load_vision_input, vision_input
 
@@ -153,7 +153,7 @@ def test_copies_of_training_icons_are_memorized_and_other_icons_are_not(
     blurred = [image.resize((64, 64)).filter(ImageFilter.GaussianBlur(1)) for image in training]
     copies = {(f"copy {index}", 0): image for index, image in enumerate(blurred)}
     reference = encode_reference(judge_encoder, training, {**copies, **heldout})
-    copied, others = measure(reference, copies), measure(reference, heldout)
+    copied, others = picture_metrics(reference, copies), picture_metrics(reference, heldout)
     assert copied["memorized_share"] == 1
     assert copied["memorization"] > 0.97
     assert others["memorized_share"] < 0.3
@@ -169,7 +169,10 @@ def test_a_model_that_changes_nothing_has_no_drift(
     real = {prompt: image for (prompt, _), image in base.items()}
     reference = encode_reference(judge_encoder, training, base, heldout=real)
     in_other_order = dict(reversed(base.items()))
-    same, other = measure(reference, in_other_order, unrelated=base), measure(reference, mixed, unrelated=mixed)
+    same, other = (
+        picture_metrics(reference, in_other_order, unrelated=base),
+        picture_metrics(reference, mixed, unrelated=mixed),
+    )
     assert same["drift"] == same["style_change"] == 0
     assert same["heldout_similarity"] == pytest.approx(1, abs=1e-5)
     assert 0.05 < other["drift"] <= 1
@@ -186,7 +189,7 @@ def test_right_names_are_more_faithful_than_wrong_ones(
     right = {prompt: f"an icon of {names[prompt]}" for prompt in prompts}
     wrong = {prompt: right[prompts[index - 1]] for index, prompt in enumerate(prompts)}
     scores = [
-        measure(encode_reference(judge_encoder, training, heldout, texts=texts), heldout)["prompt_fidelity"]
+        picture_metrics(encode_reference(judge_encoder, training, heldout, texts=texts), heldout)["prompt_fidelity"]
         for texts in (right, wrong)
     ]
     assert scores[0] > scores[1] + 0.2
@@ -197,9 +200,9 @@ def test_the_judge_tells_3d_icons_from_the_flat_ones_of_the_base(
 ) -> None:
     judge = load_judge(SAMPLES / "tiny_sdxl" / "judge")
     candidates = list(names.values())
-    solid = judged(judge, heldout, names, candidates)
+    solid = judge_metrics(judge, heldout, names, candidates)
     flat = {("a flat icon", seed): image for seed, image in enumerate(flat_icons())}
-    drawn = judged(judge, flat, {"a flat icon": candidates[0]}, candidates)
+    drawn = judge_metrics(judge, flat, {"a flat icon": candidates[0]}, candidates)
     assert solid["style_probability"] > 0.7 > 0.3 > drawn["style_probability"]
     assert solid["name_found"] > 0.9
     assert drawn["name_found"] < 0.1  # each is asked for the name of one thing
@@ -210,15 +213,15 @@ def test_keys_are_there_where_something_defines_them(clip_folder: Path, dino_fol
     style = dict(zip([("a", 0), ("a", 1), ("b", 0)], images[:3], strict=True))
     for folder, has_text in ((clip_folder, True), (dino_folder, False)):
         encoder = load_encoder(str(folder))
-        values = measure(encode_reference(encoder, images[3:], style, {"b": images[4]}), style, style)
+        values = picture_metrics(encode_reference(encoder, images[3:], style, {"b": images[4]}), style, style)
         text = {"prompt_fidelity"} if has_text else set()
         assert set(values) == {metric.key for metric in METRICS[:8]} - {"prompt_fidelity"} | text
         one = {("b", 0): images[2]}
-        few = measure(encode_reference(encoder, images[3:4], one), one)
+        few = picture_metrics(encode_reference(encoder, images[3:4], one), one)
         assert set(few) == {"image_similarity", "style_change", "memorization"} | text
         assert list(few) == [row["key"] for row in described(few)]
         with pytest.raises(ValueError, match=r"1 pictures have no picture of the base .*'c', 7"):
-            measure(encode_reference(encoder, images, one), {("c", 7): images[0]})
+            picture_metrics(encode_reference(encoder, images, one), {("c", 7): images[0]})
 
 
 def test_metrics_of_several_encoders_are_described_apart() -> None:

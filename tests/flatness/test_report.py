@@ -26,7 +26,7 @@ from flatlora_diffusion.evaluation.finished_runs import read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_loss
 from flatlora_diffusion.flatness import report as flatness_report
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
-from flatlora_diffusion.flatness.figures import Arm, measure
+from flatlora_diffusion.flatness.figures import MeasuredModel, measure_flatness
 from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
 from flatlora_diffusion.flatness.merged_weights import (
     Delta,
@@ -37,7 +37,7 @@ from flatlora_diffusion.flatness.merged_weights import (
     twice_differentiable,
 )
 from flatlora_diffusion.flatness.report import flatness
-from flatlora_diffusion.flatness.robustness import Company, rounded, to_bits, truncated, variants
+from flatlora_diffusion.flatness.robustness import OtherModels, rounded, to_bits, truncated, variants
 from flatlora_diffusion.flatness.weight_space import Weights, noise, scales, shifted, value
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE, save_lora
@@ -133,8 +133,13 @@ def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, 
     weights = base_weights(sdxl.unet, deltas)
     one, other = (
         asdict(
-            measure(
-                sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", found, {"train": probe}), QUICK, Company()
+            measure_flatness(
+                sdxl.unet,
+                Objective(sdxl.scheduler),
+                weights,
+                MeasuredModel("arm", found, {"train": probe}),
+                QUICK,
+                OtherModels(),
             )
         )
         for found in (deltas, moved)
@@ -148,7 +153,14 @@ def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: 
     before = state(sdxl.unet)
     sdxl.unet.train()
     weights = base_weights(sdxl.unet, deltas)
-    measure(sdxl.unet, Objective(sdxl.scheduler), weights, Arm("arm", deltas, {"train": probe}), QUICK, Company())
+    measure_flatness(
+        sdxl.unet,
+        Objective(sdxl.scheduler),
+        weights,
+        MeasuredModel("arm", deltas, {"train": probe}),
+        QUICK,
+        OtherModels(),
+    )
     assert same(state(sdxl.unet), before)
     assert sdxl.unet.training
     assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.unet.attn_processors.values())
@@ -209,7 +221,7 @@ def test_cut_ranks_are_the_best_there_are() -> None:
         assert cut.down.shape == (rank, 9)
         missed = torch.linalg.matrix_norm(change - cut.up @ cut.down)
         assert float(missed) == pytest.approx(float(values[rank:].square().sum().sqrt()), rel=1e-4)
-    assert [name for name, _ in variants({"w": change}, {"w": delta}, Company()) if "rank" in name] == [
+    assert [name for name, _ in variants({"w": change}, {"w": delta}, OtherModels()) if "rank" in name] == [
         "LoRA cut to rank 1",
         "LoRA cut to rank 2",
         "LoRA cut to rank 4",
@@ -221,7 +233,7 @@ def test_a_lora_meets_a_rough_base_a_second_lora_and_another_base() -> None:
     rng = torch.Generator().manual_seed(0)
     base, other = torch.randn(6, 8, generator=rng), torch.randn(6, 8, generator=rng)
     one, two = (Delta(torch.randn(1, 8, generator=rng), torch.randn(6, 1, generator=rng)) for _ in range(2))
-    found = dict(variants({"w": base}, {"w": one}, Company({"w": two}, {"w": other, "rest": other})))
+    found = dict(variants({"w": base}, {"w": one}, OtherModels({"w": two}, {"w": other, "rest": other})))
     change, second = one.up @ one.down, two.up @ two.down
     assert torch.equal(found["base in int8, LoRA whole"]["w"], to_bits(base, "int8") + change)
     assert torch.equal(found["with the second LoRA"]["w"], base + change + second)
@@ -275,10 +287,10 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
 ) -> None:
     found: list[Any] = []
 
-    def watched(unet: Any, objective: Objective, weights: Weights, arm: Arm, *rest: Any) -> None:
-        found.append((objective, arm))
+    def watched(unet: Any, objective: Objective, weights: Weights, model: MeasuredModel, *rest: Any) -> None:
+        found.append((objective, model))
 
-    monkeypatch.setattr(flatness_report, "measure", watched)
+    monkeypatch.setattr(flatness_report, "measure_flatness", watched)
     monkeypatch.setattr(flatness_report, "_write", lambda *args: None)
     run = make_run("plain", clip_skip=1, do_edm_style_training=True)
     config = FlatnessConfig(
@@ -291,9 +303,9 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
     pipeline, captions = load(base).pipeline, [sample.caption for sample in load_samples(icons).samples]
     prompts = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, clip_skip=1)[0]
     assert len(found) == 2
-    for objective, arm in found:
+    for objective, model in found:
         assert objective.edm
-        assert torch.equal(arm.probes["train"].batch.prompt_embeds, prompts)
+        assert torch.equal(model.probes["train"].batch.prompt_embeds, prompts)
 
 
 def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path) -> None:

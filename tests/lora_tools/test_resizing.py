@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import Update
+from flatlora_diffusion.adapter.update import Update, cut_to_rank
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.lora_tools.resizing import reduced
 from flatlora_diffusion.sdxl.single_file import save_single_file
 
 
@@ -68,7 +67,7 @@ def test_resizing_keeps_the_largest_singular_values(
 def test_a_rank_above_that_of_a_narrow_layer_is_cut() -> None:
     rng = torch.Generator().manual_seed(0)
     update = Update(torch.randn(8, 3, generator=rng), torch.randn(5, 8, generator=rng), 0.5)
-    smaller, values = reduced(update, 6)
+    smaller, values = cut_to_rank(update, 6)
     assert smaller.down.shape == (3, 3)
     assert values.shape == (3,)
     torch.testing.assert_close(smaller.up @ smaller.down, 0.5 * update.up @ update.down)

@@ -14,7 +14,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, Meter, metadata_rows
+from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, metadata_rows
 from flatlora_diffusion.config import SAMPLES, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.judge import load_judge, rank_names, rank_of
@@ -175,8 +175,8 @@ def test_training_on_3d_icons_makes_held_out_ones_more_likely(tiny: Sdxl, tmp_pa
     )
     samples = load_samples(HELD_OUT).samples
     sets = {"heldout": ImageSet(samples, [UNGROUPED] * len(samples))}
-    meter = Meter(tiny, Objective(tiny.scheduler), sets, 64, tmp_path / "kept")
-    base, trained = (meter.losses(file)["heldout"][UNGROUPED] for file in (None, lora))
+    evaluator = LossEvaluator(tiny, Objective(tiny.scheduler), sets, 64, tmp_path / "kept")
+    base, trained = (evaluator.losses(file)["heldout"][UNGROUPED] for file in (None, lora))
     assert trained < 0.99 * base
 
 

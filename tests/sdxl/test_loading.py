@@ -180,6 +180,11 @@ def test_a_unet_of_sdxl_size_has_1680_original_names() -> None:
     assert tensors["label_emb.0.0.weight"].shape == (1280, 2816)
 
 
+def test_a_weight_that_the_original_has_not_keeps_its_name() -> None:
+    weight = torch.zeros(1)
+    assert unet_tensors({"time_embedding.cond_proj.weight": weight}) == {"time_embedding.cond_proj.weight": weight}
+
+
 def test_the_parts_are_frozen_and_in_eval_mode(folder: Path) -> None:
     pipeline = load(folder)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig
-from flatlora_diffusion.gallery.gallery import Row, generate
+from flatlora_diffusion.gallery.gallery import LoraRow, generate
 from flatlora_diffusion.gallery.grid import labelled_grid, wrapped
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
@@ -497,7 +497,7 @@ def test_long_labels_stay_in_their_place() -> None:
 
 
 def test_the_row_of_the_base_needs_no_lora() -> None:
-    assert (Row(0).label, Row(0).slug) == ("Base", "00_base")
+    assert (LoraRow(0).label, LoraRow(0).slug) == ("Base", "00_base")
 
 
 def test_the_command_line_draws_a_grid(base: Path, face: Path, tmp_path: Path) -> None:

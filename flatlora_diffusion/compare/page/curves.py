@@ -37,8 +37,8 @@ _BETTER = {"lower": ", lower is better", "higher": ", higher is better"}
 
 def trajectories(result: Result) -> Section:
     """Charts over the run: held-out loss by steps, seconds and clean training loss, its difference, and the rest."""
-    found = {arm: result["trajectories"].get(arm, {}) for arm in main_arms(result)}
-    runs = {arm: by_seed for arm, by_seed in found.items() if any(len(points) > 1 for points in by_seed.values())}
+    by_arm = {arm: result["trajectories"].get(arm, {}) for arm in main_arms(result)}
+    runs = {arm: by_seed for arm, by_seed in by_arm.items() if any(len(points) > 1 for points in by_seed.values())}
     keys = dict.fromkeys(
         key for by_seed in runs.values() for run in by_seed.values() for point in run for key in point
     )
@@ -73,26 +73,26 @@ def groups(result: Result) -> Section:
     if first is not None:
         columns.append(difference_name(result, first))
     dots = {name: _group_dots(result, group) for name, group in result["groups"].items()}
-    dots = {name: found for name, found in dots.items() if found}
+    dots = {name: of_group for name, of_group in dots.items() if of_group}
     text = "Held-out loss on groups of concepts; small dots are seeds."
     if not dots:
         return Section("concepts", "By concept group", text, "concepts", None)
-    limits = row_limits(dot.value for found in dots.values() for dot in found)
+    limits = row_limits(dot.value for of_group in dots.values() for dot in of_group)
     rows = [
         {
             "name": name,
-            "chart": dot_row(limits, found, None, zero=False).svg("row", f"held-out loss, {name}"),
+            "chart": dot_row(limits, of_group, None, zero=False).svg("row", f"held-out loss, {name}"),
             "cells": _group_cells(result, result["groups"][name]),
         }
-        for name, found in dots.items()
+        for name, of_group in dots.items()
     ]
-    found = {
+    content = {
         "columns": columns,
         "rows": rows,
         "axis": axis_row(limits).svg("ticks", ""),
         "chips": _chips(result, arms),
     }
-    return Section("concepts", "By concept group", text, "concepts", found)
+    return Section("concepts", "By concept group", text, "concepts", content)
 
 
 def _group_dots(result: Result, group: Mapping[str, Any]) -> list[Dot]:
@@ -125,7 +125,7 @@ def _known(group: Mapping[str, Any], arm: str) -> dict[str, float]:
 
 
 def _run_chart(result: Result, runs: Runs, key: str, x: str) -> Drawn:
-    """What is measured as `key` at each checkpoint, over the runs' `x`."""
+    """The chart of `key` at each checkpoint, over the runs' `x`."""
     lines: list[Line] = []
     for arm, by_seed in runs.items():
         curves = [_curve(points, key, x) for points in by_seed.values()]

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page: the verdict and the pictures first, then everything found; it works offline.
+"""A comparison as one HTML page: the verdict and the pictures first, then everything else; it works offline.
 
 The page's looks are in the templates and the style sheet of `templates/`; Python prepares what they show.
 """
@@ -51,7 +51,7 @@ def write_compare_page(result: Mapping[str, Any], folder: Path) -> Path:
         verdict=result["verdict"],
         headline=verdict_chart(result),
         grids=_grids(result, folder),
-        sections=[section for section in (build(result) for build in _SECTIONS) if section.found is not None],
+        sections=[section for section in (build(result) for build in _SECTIONS) if section.content is not None],
     )
     path = folder / PAGE
     write_text(path, page + "\n")
@@ -69,7 +69,7 @@ def _grids(result: Result, folder: Path) -> list[Mapping[str, Any]]:
     columns, files = shown.get("columns", []), shown.get("files", [])
     if not columns or not any(files):
         return []
-    chips = {found.name: found for found in (chip(result, key) for key in ("base", *_keys(result)))}
+    chips = {one.name: one for one in (chip(result, key) for key in ("base", *_keys(result)))}
     models = [chips.get(name, Chip(name, Markup())) for name in columns]
     prompts = [
         {"text": prompt or "", "pictures": _row(folder, columns, row)}

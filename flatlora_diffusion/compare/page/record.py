@@ -35,24 +35,24 @@ def alarm(result: Result) -> str:
 
 
 def advice(result: Result) -> Section:
-    """Which checkpoint and strength of each run to use, and whether it had over-fitted by its end."""
+    """The checkpoint and strength to use of each run, and whether it had over-fitted by its end."""
     rows = [
         {
-            "arm": chip(result, found["arm"]),
-            "seed": found["seed"],
-            "checkpoint": "" if found["checkpoint"] is None else f"step {found['checkpoint']}",
-            "strength": figure(found["strength"], 2),
-            "over_fit": found["over_fit"],
-            "why": found["why"],
+            "arm": chip(result, one["arm"]),
+            "seed": one["seed"],
+            "checkpoint": "" if one["checkpoint"] is None else f"step {one['checkpoint']}",
+            "strength": figure(one["strength"], 2),
+            "over_fit": one["over_fit"],
+            "why": one["why"],
         }
-        for found in result["advice"]
+        for one in result["advice"]
     ]
     text = "Chosen by held-out loss, so that a run that went on for too long can still be used."
     return Section("advice", "Over-fitting", text, "advice", {"rows": rows} if rows else None)
 
 
 def nulls(result: Result) -> Section:
-    """What differs although nothing but chance does, and what must not differ at all."""
+    """The pairs of runs that differ by chance alone, and those that must not differ at all."""
     rows = [
         {
             "run": null["name"],
@@ -67,7 +67,7 @@ def nulls(result: Result) -> Section:
 
 
 def proof(result: Result) -> Section:
-    """The hashes of what the arms must share."""
+    """The hashes of the conditions that the runs should share."""
     rows = [
         {
             "what": Named(check["what"], check["note"] or ""),
@@ -94,23 +94,23 @@ def settings(result: Result) -> Section:
     text = "All runs share one frozen set of settings, but for what their arm changes."
     if result["seeds"]:
         text += f" Seeds: {', '.join(str(seed) for seed in result['seeds'])}."
-    found = {"arms": arms, "shared": _shown(result["settings"])} if arms or result["settings"] else None
-    return Section("settings", "Settings", text, "settings", found)
+    content = {"arms": arms, "shared": _shown(result["settings"])} if arms or result["settings"] else None
+    return Section("settings", "Settings", text, "settings", content)
 
 
 def made_with(result: Result) -> Section:
     """The device and the versions of the packages."""
-    found = {"versions": _shown(result["versions"])} if result["versions"] else None
-    return Section("versions", "Made with", result["device"], "versions", found)
+    content = {"versions": _shown(result["versions"])} if result["versions"] else None
+    return Section("versions", "Made with", result["device"], "versions", content)
 
 
 def _hashes(hashes: Mapping[str, str]) -> list[Mapping[str, str]]:
     """Each hash with the runs that have it."""
     runs: dict[str, list[str]] = {}
-    for label, found in hashes.items():
-        runs.setdefault(str(found), []).append(label)
-    return [{"whole": found, "short": found[:_SHORT], "runs": " · ".join(labels)} for found, labels in runs.items()]
+    for label, digits in hashes.items():
+        runs.setdefault(str(digits), []).append(label)
+    return [{"whole": digits, "short": digits[:_SHORT], "runs": " · ".join(labels)} for digits, labels in runs.items()]
 
 
-def _shown(found: Mapping[str, Any]) -> list[Named]:
-    return [Named(name, shown(value)) for name, value in found.items()]
+def _shown(values: Mapping[str, Any]) -> list[Named]:
+    return [Named(name, shown(value)) for name, value in values.items()]

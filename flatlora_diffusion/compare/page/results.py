@@ -1,4 +1,4 @@
-"""What a comparison found, prepared for its page: the headline, the numbers and the paired differences."""
+"""A comparison's results, prepared for its page: the headline, the numbers and the paired differences."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def numbers(result: Result) -> Section:
     seeds = len(result["seeds"])
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "of one seed, so without a spread"
     text = f"At the end of the run, strength 1; {spread}. The difference is paired by seed, with its 95 % interval."
-    found = {"columns": columns, "rows": rows, "every": _all_values(result)} if rows else None
-    return Section("numbers", "Numbers", text, "numbers", found)
+    content = {"columns": columns, "rows": rows, "every": _all_values(result)} if rows else None
+    return Section("numbers", "Numbers", text, "numbers", content)
 
 
 def paired(result: Result) -> Section:
@@ -77,7 +77,7 @@ def paired(result: Result) -> Section:
     for metric in result["metrics"]:
         for pair in pairs_of(result, metric["key"]):
             groups.setdefault((pair["arm"], pair["against"]), []).append(pair)
-    found = [
+    groups_shown = [
         {
             "title": difference_name(result, pairs[0]),
             "is_folded": arm not in arms or against not in arms,
@@ -85,7 +85,7 @@ def paired(result: Result) -> Section:
         }
         for (arm, against), pairs in groups.items()
     ]
-    found.sort(key=lambda group: bool(group["is_folded"]))
+    groups_shown.sort(key=lambda group: bool(group["is_folded"]))
     intervals = sum(is_known(pair["low"]) for pairs in groups.values() for pair in pairs)
     text = (
         "Each seed gives one difference between two arms that share everything else: a small dot. The large mark is "
@@ -96,12 +96,14 @@ def paired(result: Result) -> Section:
             f" Of {intervals} such intervals about {intervals / 20:.2g} would leave out 0 by chance alone."
             " What the seeds “could find” is the smallest difference that so many show with 80 % power."
         )
-    return Section("differences", "Paired differences", text, "differences", {"groups": found} if found else None)
+    return Section(
+        "differences", "Paired differences", text, "differences", {"groups": groups_shown} if groups_shown else None
+    )
 
 
 def _by_metric(result: Result, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """The pairs of each metric, drawn on one scale."""
-    found = []
+    by_metric = []
     for key in dict.fromkeys(pair["metric"] for pair in pairs):
         here = [pair for pair in pairs if pair["metric"] == key]
         metric, limits = metric_of(result, key), _limits(here)
@@ -118,8 +120,8 @@ def _by_metric(result: Result, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             }
             for pair in here
         ]
-        found.append({"metric": _named(metric), "rows": rows, **_axis(result, here[0], limits)})
-    return found
+        by_metric.append({"metric": _named(metric), "rows": rows, **_axis(result, here[0], limits)})
+    return by_metric
 
 
 def _row(result: Result, pair: Pair, limits: Limits) -> str:
@@ -154,7 +156,7 @@ def _axis(result: Result, pair: Pair, limits: Limits) -> dict[str, Any]:
 
 
 def _says(result: Result, pair: Pair) -> str:
-    """What the interval says."""
+    """The conclusion from the interval, in words."""
     low, high = pair["low"], pair["high"]
     if not (is_known(low) and is_known(high)):
         return "one seed: no interval" if pair["n"] == 1 else "no interval"

@@ -1,4 +1,4 @@
-"""What all parts of a comparison's page say alike: numbers in words, the arms' names and looks, sections."""
+"""The pieces that all parts of a comparison's page share: numbers in words, the arms' names and looks, sections."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Number(NamedTuple):
 
 
 class Named(NamedTuple):
-    """What something is called, and a note beside it."""
+    """A name and a note beside it."""
 
     name: str
     note: str = ""
@@ -44,8 +44,8 @@ def mean_with_spread(values: Sequence[float], digits: int) -> Number:
 
 def values_of(by_seed: Mapping[str, Any], metric: str) -> list[float]:
     """The known values of a metric over the seeds."""
-    found = [figures.get(metric) for figures in by_seed.values()]
-    return [value for value in found if is_known(value)]
+    values = [figures.get(metric) for figures in by_seed.values()]
+    return [value for value in values if is_known(value)]
 
 
 def main_arms(result: Result) -> list[str]:
@@ -117,18 +117,18 @@ def headline(result: Result) -> Pair | None:
 
 
 def difference_name(result: Result, pair: Pair) -> str:
-    """What a pair's difference is called: one arm less another."""
+    """The name of a pair's difference: one arm less another."""
     return f"{arm_name(result, pair['arm'])} {MINUS} {arm_name(result, pair['against'])}"
 
 
 class Section(NamedTuple):
-    """A part of the page: its title and an explanation beside what the template of that name makes of `found`.
+    """A part of the page: its title and an explanation beside what the template of that name makes of `content`.
 
-    A section that has found nothing is left out.
+    A section without content is left out.
     """
 
     anchor: str
     title: str
     text: str
     template: str
-    found: Mapping[str, Any] | None
+    content: Mapping[str, Any] | None
