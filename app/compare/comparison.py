@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..context import AppContext
@@ -23,7 +23,7 @@ MOST_PICTURES = 400
 ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"
 _METHOD_IN_ID = re.compile(rf"({_FLAT}|{_PLAIN})(?=(/seed-\d+)?$)")  # `compare` has a folder of seeds for each
-_HELD_OUT = Path(__file__).parents[1] / "samples" / "icons_3d" / "heldout" / "prompts.txt"
+_HELD_OUT = SAMPLES / "icons_3d" / "heldout" / "prompts.txt"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped(name: str) -> Path:
+    """What comes with the program: inside of the package where it is installed, beside it in a checkout."""
+    inside = _PACKAGE / name
+    return inside if inside.exists() else _PACKAGE.parent / name
+
+
+SAMPLES = shipped("samples")
 
 
 class ConfigError(ValueError):

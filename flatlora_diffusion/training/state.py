@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.lora import add_lora, add_text_lora, trainable_parameters
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
 from flatlora_diffusion.data.batches import Feed
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.prompts import warn_of_cut_captions
@@ -174,7 +174,7 @@ def check_distribution(kind: DistributedType) -> None:
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"accelerate was configured for {kind.value}, which shards the base; use MULTI_GPU, and --quantize_base "
-            "if the base does not fit (samples/presets/accelerate has ready files)"
+            f"if the base does not fit ({SAMPLES / 'presets' / 'accelerate'} has ready files)"
         )
 
 
