@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from flatlora_diffusion.commands.verb_settings import verb_settings
 from flatlora_diffusion.config import SAMPLES, DoctorConfig, ModelConfig, TrainConfig, shipped
 from flatlora_diffusion.ground.saved_settings import opened
-from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, required, tested
+from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, required, last_tested
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def examine(asked: DoctorConfig, folder: Path) -> Iterator[Finding]:
 
 def python() -> Finding:
     """The interpreter; pip has seen to it that it is not too old."""
-    mine, theirs = f"{sys.version_info[0]}.{sys.version_info[1]}", tested().get("python", "")
+    mine, theirs = f"{sys.version_info[0]}.{sys.version_info[1]}", last_tested().get("python", "")
     level: Literal["ok", "note"] = "ok" if mine == theirs else "note"
     return Finding(level, "Python", f"{sys.version.split()[0]} in {sys.prefix}, last tested with {theirs or 'none'}")
 
@@ -80,7 +80,7 @@ def libraries() -> Iterator[Finding]:
     """A line for each library that is missing or outside of its range, then one for all others."""
     from packaging.utils import canonicalize_name
 
-    others, last = [], tested()
+    others, last = [], last_tested()
     for library in required():
         name, have = library.name, installed(library.name)
         if have is None:

@@ -29,7 +29,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def tested() -> dict[str, str]:
+def last_tested() -> dict[str, str]:
     """The versions that the whole suite last ran with, by package in lower case with dashes; `python` is one."""
     file = shipped(LOCK)
     text = file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -62,9 +62,9 @@ def test_a_line_each_and_the_exit_code_tells_of_problems(
 
 def test_python_is_compared_with_the_tested_one(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    monkeypatch.setattr(doctor, "tested", lambda: {"python": mine})
+    monkeypatch.setattr(doctor, "last_tested", lambda: {"python": mine})
     assert doctor.python().level == "ok"
-    monkeypatch.setattr(doctor, "tested", lambda: {"python": "3.99"})
+    monkeypatch.setattr(doctor, "last_tested", lambda: {"python": "3.99"})
     assert said(doctor.python())[0] == "note"
     assert "last tested with 3.99" in doctor.python().fact
 
@@ -74,7 +74,9 @@ def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypat
     asked = map(Requirement, ("peft>=0.20", "torch>=2.6", "transformers>=5.0,<5.24", "huggingface_hub", "tyro>=0.9"))
     monkeypatch.setattr(doctor, "required", lambda: list(asked))
     monkeypatch.setattr(doctor, "installed", have.get)
-    monkeypatch.setattr(doctor, "tested", lambda: {"peft": "0.21.2", "torch": "2.13.0", "huggingface-hub": "2.4.0"})
+    monkeypatch.setattr(
+        doctor, "last_tested", lambda: {"peft": "0.21.2", "torch": "2.13.0", "huggingface-hub": "2.4.0"}
+    )
     old, gone, others = map(said, doctor.libraries())
     assert old[0] == gone[0] == "problem"
     assert 'transformers 5.24.0 is outside of <5.24,>=5.0: pip install "transformers<5.24,>=5.0"' in old[1]

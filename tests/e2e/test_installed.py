@@ -19,21 +19,6 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "requirements.lock")
 FOLDERS = ("flatlora_diffusion", "app", "samples")
 LARGEST = 60e6  # bytes
-VERBS = [
-    "train",
-    "compare",
-    "generate",
-    "flatness",
-    "export",
-    "import",
-    "merge",
-    "resize",
-    "extract",
-    "inspect",
-    "app",
-    "demo",
-    "doctor",
-]
 
 pytestmark = pytest.mark.slow
 
@@ -95,23 +80,31 @@ def _metadata(archive: zipfile.ZipFile) -> list[str]:
     return [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
 
 
-def test_the_demo_trains_compares_and_is_found_by_the_other_verbs(program: Path, tmp_path: Path) -> None:
-    few = ("--max_train_steps=2", "--num_checkpoints=1", "--num_prompts=1", "--pictures_per_prompt=1")
-    told = start(program, tmp_path, "demo", *few)
+def few_icons(folder: Path) -> Path:
+    """Two icons in place of the many that the demo measures losses on."""
+    folder.mkdir()
+    for name in ("dog", "fish"):
+        shutil.copy(ROOT / "samples" / "icons_3d" / "heldout" / f"{name}.png", folder)
+        (folder / f"{name}.txt").write_text(f"an icon of a {name}", encoding="utf-8")
+    return folder
+
+
+def test_the_demo_trains_and_compares_in_an_empty_folder(program: Path, tmp_path: Path) -> None:
+    work, few = tmp_path / "work", few_icons(tmp_path / "few")
+    work.mkdir()
+    short = ("--max_train_steps=1", "--train_batch_size=1", "--resolution=32", "--num_prompts=1")
+    sparse = ("--num_checkpoints=1", "--pictures_per_prompt=1", f"--heldout_dir={few}", f"--forgetting_dir={few}")
+    told = start(program, work, "demo", *short, *sparse)
     assert f"Look at {Path('outputs/demo/compare.html')}" in told
-    assert (tmp_path / "outputs/demo/compare.html").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
-    run = tmp_path / "outputs" / "demo" / "flat-lora" / "seed-0"
+    assert (work / "outputs/demo/compare.html").is_file()
+    assert [path.name for path in work.iterdir()] == ["outputs"]
+    run = work / "outputs" / "demo" / "flat-lora" / "seed-0"
+    assert (run / LORA_FILE).is_file()
     assert '"instance_data_dir": "samples/icons_3d"' in (run / "config.json").read_text(encoding="utf-8")
-    assert "the LoRA file cannot" not in start(program, tmp_path, "inspect", str(run / LORA_FILE))
-    again = start(program, tmp_path, "train", "--config", str(run / "config.json"), "--max_train_steps=1")
-    assert "LoRA saved in" in again
 
 
 def test_verbs_help_and_doctor_need_no_checkout(program: Path, tmp_path: Path) -> None:
-    listed = start(program, tmp_path)
-    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ")] == sorted(VERBS, key=listed.find)
-    assert start(program, tmp_path, "--help") == listed
+    assert "\n  demo " in start(program, tmp_path, "--help")
     assert "usage: flatlora train" in start(program, tmp_path, "train", "--help")
     assert "usage: flatlora app" in start(program, tmp_path, "app", "--help")
     report = start(program, tmp_path, "doctor", "--port", "7861")
@@ -121,17 +114,12 @@ def test_verbs_help_and_doctor_need_no_checkout(program: Path, tmp_path: Path) -
     assert str(ROOT) not in report
 
 
-def test_the_app_runs_from_inside_the_package(program: Path, tmp_path: Path) -> None:
+def test_the_app_starts_its_jobs_from_inside_the_package(program: Path, tmp_path: Path) -> None:
     python = program.with_name("python.exe" if os.name == "nt" else "python")
     code = (
-        "import app.compare.comparison, flatlora_diffusion.config as c; print(c.SAMPLES)".replace(
-            "import app", "import flatlora_diffusion.app"
-        )
-        + "; from flatlora_diffusion.app.jobs.launch import Launch; from pathlib import Path; import time\n"
+        "import time; from pathlib import Path; from flatlora_diffusion.app.jobs.launch import Launch\n"
         "launch = Launch(Path('job')); launch.start(['-c', 'print(6 * 7)'])\n"
         "while launch.is_running(): time.sleep(0.1)\n"
         "print(launch.ending().code, launch.log())"
     )
-    told = start(python, tmp_path, "-c", code).splitlines()
-    assert told[0].startswith(str(program.parents[1]))
-    assert told[1] == "0 ['42']"
+    assert start(python, tmp_path, "-c", code) == "0 ['42']\n"
