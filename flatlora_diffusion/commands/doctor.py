@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from flatlora_diffusion.commands.verb_settings import verb_settings
 from flatlora_diffusion.config import SAMPLES, DoctorConfig, ModelConfig, TrainConfig, shipped
 from flatlora_diffusion.ground.saved_settings import opened
-from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, required, last_tested
+from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, last_tested, required
 
 if TYPE_CHECKING:
     import torch

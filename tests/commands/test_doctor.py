@@ -187,8 +187,8 @@ def pipeline(folder: Path, name: str = "model.safetensors") -> Path:
     return folder
 
 
-def of_base(path: Path | str, **settings: str) -> tuple[str, str]:
-    return said(doctor.base(ModelConfig(pretrained_model_name_or_path=str(path), **settings)))
+def of_base(path: Path | str, variant: str | None = None) -> tuple[str, str]:
+    return said(doctor.base(ModelConfig(pretrained_model_name_or_path=str(path), variant=variant)))
 
 
 def test_a_base_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
