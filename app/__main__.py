@@ -1,4 +1,4 @@
-"""`python -m app`: open the app on this computer."""
+"""`flatlora app`, in a checkout `python -m app` too: open the app on this computer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that uploads are cleared away
     try:
         settings = parse_settings(arguments, os.environ)
+        if find_spec("gradio") is None:
+            raise ConfigError('the app needs gradio, which is not installed: pip install "flatlora-diffusion[app]"')
         with own_uploads():
             return serve(settings)
     except ConfigError as error:

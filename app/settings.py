@@ -104,7 +104,7 @@ class AppSettings(Section):
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> AppSettings:
     """The settings of a command line. Raises ConfigError for what may not be; exits as argparse does on --help."""
     parser = argparse.ArgumentParser(
-        prog="python -m app",
+        prog="flatlora app",
         description="Train LoRA and Flat-LoRA on your images and compare them in the browser.",
         allow_abbrev=False,
     )

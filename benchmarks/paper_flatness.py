@@ -33,7 +33,7 @@ def flatness_section(flatness: Result) -> str:
     columns = ["", *(_run_name(arm["name"]) for arm in arms)]
     return (
         "## Flatness, and the loss surface for rank 1 and 16\n\nMeasured at W' of the first seed of each arm "
-        "(`python -m flatlora_diffusion flatness RUN…`), all weights that the LoRA adapts, common draws; ± is the "
+        "(`flatlora flatness RUN…`), all weights that the LoRA adapts, common draws; ± is the "
         f"error over draws of the noise, not over trainings.\n\n{table(columns, rows)}\n\n"
         "Loss over two random filter-normalized directions that all share (Li et al., arXiv:1712.09913), the analogue "
         "of the paper's Fig. 6:\n\n![Loss surfaces around W'](flatness_surface.png)\n\n"

@@ -66,7 +66,7 @@ class Launch:
         environment |= {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "1"}
         with open(self.log_file, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "app.jobs.supervise", str(self.folder)],
+                [sys.executable, "-m", f"{__package__}.supervise", str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

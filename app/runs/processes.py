@@ -15,6 +15,7 @@ from flatlora_diffusion.config import ConfigError, RunConfig, preset_file
 
 _CLOCK_STEPS_SECONDS = 2  # a process's start may be told a little differently when the clock is set meanwhile
 _SCRIPT = "train_dreambooth_flatlora.py"
+_COMMANDS = ("flatlora", "flatlora.exe")  # what pip makes of our entry point
 
 
 def identity(pid: int) -> dict[str, Any]:
@@ -100,6 +101,8 @@ def _training_arguments(command: Sequence[str]) -> list[str] | None:
             return list(command[place + 1 :])
         if part == "-m" and list(command[place + 1 : place + 3]) == ["flatlora_diffusion", "train"]:
             return list(command[place + 3 :])
+        if Path(part).name in _COMMANDS and list(command[place + 1 : place + 2]) == ["train"]:
+            return list(command[place + 2 :])
     return None
 
 

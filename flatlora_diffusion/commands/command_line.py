@@ -13,34 +13,36 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
 
+from flatlora_diffusion.commands.doctor import doctor
+from flatlora_diffusion.commands.lora_verbs import (
+    export_verb,
+    extract_verb,
+    import_verb,
+    inspect_verb,
+    merge_verb,
+    resize_verb,
+)
 from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings
 from flatlora_diffusion.config import (
     CompareConfig,
     ConfigError,
-    ExportConfig,
-    ExtractConfig,
     FlatnessConfig,
     GenerateConfig,
-    ImportConfig,
-    InspectConfig,
-    MergeConfig,
     ModelConfig,
-    ResizeConfig,
     RunError,
     StoppedError,
     TrainConfig,
+    shipped,
 )
 from flatlora_diffusion.ground.saved_settings import check_paths
-from flatlora_diffusion.lora_files.place import check_model_file, lora_file, parse_lora
+from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
-
-if TYPE_CHECKING:
-    from flatlora_diffusion.lora_tools.converting import Written
-    from flatlora_diffusion.lora_tools.resizing import Reduced
-
-Settings = TypeVar("Settings")
 
 # Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
 _QUIET = {
@@ -49,26 +51,27 @@ _QUIET = {
 }
 
 
+class Verb(NamedTuple):
+    """What a word after `flatlora` does; the function may return an exit code."""
+
+    run: Callable[[list[str]], int | None]
+    line: str
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m flatlora_diffusion VERB ...`; returns the exit code."""
-    verbs: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "compare": _compare,
-        "generate": _generate,
-        "flatness": _flatness,
-        "export": _export,
-        "import": _import,
-        "merge": _merge,
-        "resize": _resize,
-        "extract": _extract,
-        "inspect": _inspect,
-    }
+    """`flatlora VERB ...`; returns the exit code."""
+    verbs = _verbs()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    verb = verbs.get(given[0]) if given else None
-    if verb is None:
-        print(f"usage: python -m flatlora_diffusion {{{','.join(verbs)}}} [--help]", file=sys.stderr)
+    name = given[0] if given else "--help"
+    if name in ("-h", "--help"):
+        print("usage: flatlora VERB [--help]\n")
+        print("\n".join(f"  {name:<10}{verb.line}" for name, verb in verbs.items()))
+        return 0
+    if name not in verbs:
+        print(f"error: flatlora has no verb {name!r}; there are: {', '.join(verbs)}", file=sys.stderr)
         return 2
-    return _run(verb, given[1:])
+    run = verbs[name].run
+    return _app(given[1:]) if run is _app else _run(run, given[1:])
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +79,25 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
     return _run(_train, list(sys.argv[1:] if arguments is None else arguments))
 
 
-def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
+def _verbs() -> dict[str, Verb]:
+    return {
+        "demo": Verb(_demo, "train LoRA and Flat-LoRA on sample icons and compare them; no GPU, nothing downloaded"),
+        "train": Verb(_train, "train a LoRA or Flat-LoRA on a folder of images"),
+        "compare": Verb(_compare, "train both alike on your images, and report what tells them apart"),
+        "generate": Verb(_generate, "draw prompts with the base and with LoRAs at several strengths"),
+        "flatness": Verb(_flatness, "measure how flat the loss is around finished runs"),
+        "app": Verb(_app, "all of this in the browser"),
+        "inspect": Verb(inspect_verb, "show what is in a LoRA file and which tools read it"),
+        "export": Verb(export_verb, "write a LoRA file for other tools"),
+        "import": Verb(import_verb, "write a LoRA file of any layout for diffusers"),
+        "merge": Verb(merge_verb, "add LoRAs to a base's weights"),
+        "resize": Verb(resize_verb, "write the best LoRA of a lower rank"),
+        "extract": Verb(extract_verb, "write the difference of two models as a LoRA"),
+        "doctor": Verb(doctor, "look whether all that is needed is here, and say what to do if not"),
+    }
+
+
+def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes only the first speaks
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
     for library, level in _QUIET.items():
@@ -87,14 +108,13 @@ def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with interruptible():
-            verb(arguments)
+            return verb(arguments) or 0
     except Interrupted as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, StoppedError) else 1
-    return 0
 
 
 def _train(arguments: list[str]) -> None:
@@ -103,8 +123,12 @@ def _train(arguments: list[str]) -> None:
         train,  # torch and diffusers only after the settings were found right
     )
 
-    _hide_library_bars()
+    hide_library_bars()
     print(f"LoRA saved in {train(config)}")
+
+
+def _demo(arguments: list[str]) -> None:
+    _compare(["--preset", "demo", *arguments])
 
 
 def _compare(arguments: list[str]) -> None:
@@ -116,7 +140,7 @@ def _compare(arguments: list[str]) -> None:
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
         return_unknown_args=True,
-        prog="python -m flatlora_diffusion compare",
+        prog="flatlora compare",
         description="Train arms alike, LoRA and Flat-LoRA or others, and report what tells them apart. "
         "Takes all settings of `train` as well, --preset and --config too.",
     )
@@ -125,7 +149,7 @@ def _compare(arguments: list[str]) -> None:
         config = config.replace(seed=0)
     from flatlora_diffusion.compare.comparison import compare
 
-    _hide_library_bars()
+    hide_library_bars()
     folder = compare(config, own)
     print((folder / "compare.md").read_text(encoding="utf-8"))
     print(json.loads((folder / "compare.json").read_text(encoding="utf-8"))["verdict"])
@@ -135,10 +159,10 @@ def _compare(arguments: list[str]) -> None:
 def _generate(arguments: list[str]) -> None:
     description = "Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid."
     default = GenerateConfig(model=_base_of_runs(arguments))
-    config = _settings(GenerateConfig, "generate", description, arguments, default)
+    config = verb_settings(GenerateConfig, "generate", description, arguments, default)
     from flatlora_diffusion.gallery.gallery import generate
 
-    _hide_library_bars()
+    hide_library_bars()
     for picture in generate(config):
         print(f"Look at {picture}")
 
@@ -147,10 +171,10 @@ def _flatness(arguments: list[str]) -> None:
     description = "Measure how flat the loss is around the merged weights of finished runs: flatness RUN... --flags."
     folders = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     flags = arguments[len(folders) :]
-    config = _settings(FlatnessConfig, "flatness", description, ["--runs", *folders, *flags] if folders else flags)
+    config = verb_settings(FlatnessConfig, "flatness", description, ["--runs", *folders, *flags] if folders else flags)
     from flatlora_diffusion.flatness.report import flatness
 
-    _hide_library_bars()
+    hide_library_bars()
     folder = flatness(config)
     print((folder / "flatness.md").read_text(encoding="utf-8"))
     names = ("surface.png", "surface.html", "rise.png", "slices.png", "strength.png")
@@ -158,82 +182,14 @@ def _flatness(arguments: list[str]) -> None:
     print(f"Look at {', '.join(others)} and {last} in {folder}")
 
 
-def _export(arguments: list[str]) -> None:
-    description = "Write a LoRA file of any layout for other programs: export FILE --layout kohya, diffusers or both."
-    config = _settings(ExportConfig, "export", description, _with_file(arguments))
-    lora_file(config.file)  # a wrong path is told before torch is imported, which takes seconds
-    from flatlora_diffusion.lora_tools.converting import export_lora
-
-    for written in export_lora(config):
-        _say_written(written)
-
-
-def _import(arguments: list[str]) -> None:
-    description = "Write a LoRA file of any layout for diffusers: import FILE."
-    config = _settings(ImportConfig, "import", description, _with_file(arguments))
-    lora_file(config.file)
-    from flatlora_diffusion.lora_tools.converting import import_file
-
-    for written in import_file(config):
-        _say_written(written)
-
-
-def _merge(arguments: list[str]) -> None:
-    description = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
-    config = _settings(MergeConfig, "merge", description, arguments)
-    check_model_file("base", config.base)
-    for lora in config.lora:
-        parse_lora(lora)
-    from flatlora_diffusion.lora_tools.merging import merge_loras
-
-    _hide_library_bars()
-    print(f"merged model saved in {merge_loras(config)}")
-
-
-def _resize(arguments: list[str]) -> None:
-    description = "Write the best LoRA of a lower rank: resize FILE --rank 4."
-    config = _settings(ResizeConfig, "resize", description, _with_file(arguments))
-    lora_file(config.file)
-    from flatlora_diffusion.lora_tools.resizing import resize_lora
-
-    _say_reduced(resize_lora(config))
-
-
-def _extract(arguments: list[str]) -> None:
-    description = "Write the difference of two models as a LoRA."
-    config = _settings(ExtractConfig, "extract", description, arguments)
-    check_model_file("base", config.base)
-    check_model_file("tuned", config.tuned)
-    from flatlora_diffusion.lora_tools.resizing import extract_lora
-
-    _hide_library_bars()
-    _say_reduced(extract_lora(config))
-
-
-def _inspect(arguments: list[str]) -> None:
-    description = "Show what is in a LoRA file and which tools read it: inspect FILE."
-    config = _settings(InspectConfig, "inspect", description, _with_file(arguments))
-    lora_file(config.file)
-    from flatlora_diffusion.lora_tools.report import inspect_lora
-
-    print(inspect_lora(config))
-
-
-def _settings(
-    kind: type[Settings], verb: str, description: str, arguments: Sequence[str], default: Settings | None = None
-) -> Settings:
-    """The settings of a verb; prints help or an unknown flag and exits as argparse does."""
-    import tyro
-
-    return tyro.cli(
-        kind,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-        prog=f"python -m flatlora_diffusion {verb}",
-        description=description,
-        default=tyro.MISSING_NONPROP if default is None else default,
-    )
+def _app(arguments: list[str]) -> int:
+    """It stands inside of this package where that is installed and beside it in a checkout, and only there is ours."""
+    folder = shipped("app")
+    for name in ("flatlora_diffusion.app", "app"):
+        found = find_spec(name)
+        if found is not None and found.origin is not None and Path(found.origin).resolve().parent == folder:
+            return int(import_module(f"{name}.__main__").main(arguments))
+    raise ModuleNotFoundError(f"the app in {folder} cannot be imported")
 
 
 def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
@@ -259,28 +215,8 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
     return next(iter(bases.values()), ModelConfig())
 
 
-def _with_file(arguments: list[str]) -> list[str]:
-    """A first argument without a flag is the file."""
-    return ["--file", *arguments] if arguments and not arguments[0].startswith("-") else arguments
-
-
-def _say_written(written: Written) -> None:
-    print(f"LoRA saved in {written.path}; largest error of a layer by rounding: {written.error:.2g} of its update")
-
-
-def _say_reduced(reduced: Reduced) -> None:
-    _say_written(reduced.written)
-    print(f"missed by the lower rank: {100 * reduced.missed:.3g} % of the whole change (Frobenius norm)")
-
-
 def _checked(config: TrainConfig) -> TrainConfig:
     check_paths(config.to_dict())
     if not config.data.instance_data_dir and not config.data.dataset_name:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     return config
-
-
-def _hide_library_bars() -> None:
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()

@@ -38,6 +38,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
         args=flags,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
+        prog="flatlora train",
         description="Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. "
         "--preset NAME and --config FILE.json give defaults; flags win.",
     )

@@ -7,6 +7,9 @@ from flatlora_diffusion.config.programs import (
     CompareConfig as CompareConfig,
 )
 from flatlora_diffusion.config.programs import (
+    DoctorConfig as DoctorConfig,
+)
+from flatlora_diffusion.config.programs import (
     ExportConfig as ExportConfig,
 )
 from flatlora_diffusion.config.programs import (
@@ -50,6 +53,9 @@ from flatlora_diffusion.config.section import (
 )
 from flatlora_diffusion.config.section import (
     setting as setting,
+)
+from flatlora_diffusion.config.section import (
+    shipped as shipped,
 )
 from flatlora_diffusion.config.training import (
     DEFAULT_SIGMA as DEFAULT_SIGMA,

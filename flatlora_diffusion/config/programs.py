@@ -142,6 +142,15 @@ class InspectConfig(Section):
 
 
 @dataclass(frozen=True)
+class DoctorConfig(Section):
+    """All settings of `doctor`: for what this computer is looked at."""
+
+    config: str | None = setting(None, "settings of a run, such as its config.json; default: those of the tiny base")
+    encoders: tuple[str, ...] = setting(("judge",), "what `compare` is to measure with, as its own --encoders")
+    port: int = setting(7860, "port that the app is to listen on", min=1, max=65535)
+
+
+@dataclass(frozen=True)
 class CompareConfig(Section):
     """What `compare` has beside the settings of `train`, which all its arms share."""
 

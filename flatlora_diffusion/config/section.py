@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped(name: str) -> Path:
+    """What comes with the program: inside of the package where it is installed, beside it in a checkout."""
+    inside = _PACKAGE / name
+    return inside if inside.exists() else _PACKAGE.parent / name
+
+
+SAMPLES = shipped("samples")
 
 
 class ConfigError(ValueError):

@@ -7,19 +7,20 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, settings_that
+from flatlora_diffusion.config import SAMPLES, ConfigError, settings_that
 
 _PATHS = settings_that("is_path")
 _SECRETS = settings_that("is_secret")
 _FREE = settings_that("free_on_resume")  # the images are compared by their hashes
+_SAMPLES_MARK = "samples/"
 _CUT = "..."  # stands for the folders that a path was saved without
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` to be saved: no tokens, no absolute paths, and a run of its own even if this one was resumed.
 
-    A path below the working folder is saved relative to it, one below the home as `~/...`; any other one keeps its
-    last name alone, as `.../NAME`.
+    A path below the working folder is saved relative to it, one below the samples that come with the program as
+    `samples/...`, one below the home as `~/...`; any other one keeps its last name alone, as `.../NAME`.
     """
     values = {name: value for name, value in config.items() if name not in _SECRETS}
     for name in _PATHS:
@@ -30,12 +31,9 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def opened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings with the paths below the home as this machine has them."""
+    """Saved settings with the paths below the home and below the samples as this machine has them."""
     return {
-        name: str(Path(value).expanduser())
-        if name in _PATHS and isinstance(value, str) and value.startswith("~/")
-        else value
-        for name, value in config.items()
+        name: _opened(value) if name in _PATHS and isinstance(value, str) else value for name, value in config.items()
     }
 
 
@@ -75,8 +73,16 @@ def _parts(path: str) -> tuple[str, ...]:
     return tuple(part for part in found if part not in (_CUT, "..", "~"))
 
 
+def _opened(path: str) -> str:
+    """A folder `samples/...` of the user's own, in the working folder, goes before the program's."""
+    if path.startswith("~/"):
+        return str(Path(path).expanduser())
+    sample = SAMPLES / path.removeprefix(_SAMPLES_MARK)
+    return str(sample) if path.startswith(_SAMPLES_MARK) and sample.exists() and not Path(path).exists() else path
+
+
 def _short(path: Path) -> str:
-    for root, mark in ((Path.cwd(), ""), (Path.home(), "~/")):
+    for root, mark in ((SAMPLES, _SAMPLES_MARK), (Path.cwd(), ""), (Path.home(), "~/")):
         if path.is_relative_to(root):
             return mark + path.relative_to(root).as_posix()
     return f"{_CUT}/{path.name}"

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters
 from flatlora_diffusion.adapter.trained_parts import adapt, start_from, trainable_of
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
 from flatlora_diffusion.data.batches import Feed, encoded_feed
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -191,7 +191,7 @@ def check_distribution(kind: DistributedType) -> None:
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"accelerate was configured for {kind.value}, which shards the base; use MULTI_GPU, and --quantize_base "
-            "if the base does not fit (samples/presets/accelerate has ready files)"
+            f"if the base does not fit ({SAMPLES / 'presets' / 'accelerate'} has ready files)"
         )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ import pytest
 
 from app.compare.comparison import _pair_by_name
 from app.jobs.store import Label
-from app.runs.processes import identity, is_alive, kill_tree, read_json
+from app.runs.processes import Trainers, identity, is_alive, kill_tree, read_json
 from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
 from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan
@@ -202,6 +203,28 @@ def test_a_trainer_whose_supervisor_is_gone_still_runs(runs: RunStore, settings:
     assert runs.get("orphan").state == "running"
     runs.stop("orphan")
     assert wait(runs, "orphan", ended).state == "stopped"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["python", "train_dreambooth_flatlora.py"],
+        ["python", "-m", "flatlora_diffusion", "train"],
+        ["/env/bin/python", "/env/bin/flatlora", "train"],
+        ["/env/Scripts/flatlora.exe", "train"],
+        ["python", "-m", "accelerate.commands.launch", "-m", "flatlora_diffusion", "train"],
+    ],
+    ids=lambda command: command[-2],
+)
+def test_each_way_to_start_a_training_is_known(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    def seen(*arguments: str) -> list[Any]:
+        process = SimpleNamespace(info={"cmdline": [*command, *arguments]}, cwd=os.getcwd, pid=os.getpid())
+        return [process]
+
+    monkeypatch.setattr(psutil, "process_iter", lambda names: seen("--output_dir", "here/mine"))
+    trainers = Trainers()
+    assert trainers.is_at(Path("here/mine"))
+    assert not trainers.is_at(Path("here"))
 
 
 @pytest.mark.slow

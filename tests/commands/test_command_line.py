@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from flatlora_diffusion.commands.command_line import main, train_main
+from flatlora_diffusion.compare import comparison
+from flatlora_diffusion.config import CompareConfig, RunError, TrainConfig
 from flatlora_diffusion.flatness import report as flatness_report
 
 
@@ -85,7 +87,49 @@ def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureF
         train_main(["--no_such_flag", "1"])
     assert stop.value.code == 2
     assert main(["nonsense"]) == 2
-    assert "train,compare,generate" in capsys.readouterr().err
+    assert "error: flatlora has no verb 'nonsense'; there are: demo, train, compare" in capsys.readouterr().err
+
+
+VERBS = {"train", "compare", "generate", "flatness", "export", "import", "merge", "resize", "extract", "inspect"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "help", "h"])
+def test_without_a_verb_each_has_a_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert first == "usage: flatlora VERB [--help]"
+    assert {line.split()[0] for line in lines} == VERBS | {"app", "demo", "doctor"}
+    assert all(len(line) < 100 for line in lines)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS | {"app", "demo", "doctor"}))
+def test_usage_names_the_command_as_one_types_it(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(main([verb, "--help"]))
+    assert stop.value.code == 0
+    typed = {"demo": "compare"}.get(verb, verb)
+    assert capsys.readouterr().out.lstrip().startswith(f"usage: flatlora {typed}")
+
+
+def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainConfig] = []
+
+    def compare(config: TrainConfig, own: CompareConfig) -> Path:
+        asked.append(config)
+        raise RunError("enough")
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    assert main(["demo", "--max_train_steps", "7"]) == 1
+    assert (asked[0].optim.max_train_steps, asked[0].run.output_dir) == (7, "outputs/demo")
+
+
+def test_the_app_is_ours_and_says_what_it_lacks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.__main__.find_spec", lambda name: None)
+    assert main(["app"]) == 2
+    told = 'error: the app needs gradio, which is not installed: pip install "flatlora-diffusion[app]"\n'
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("page", [[], ["surface.html"]])

@@ -10,9 +10,9 @@ import pytest
 
 from flatlora_diffusion.commands import command_line
 from flatlora_diffusion.commands.train_flags import parse_config
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.saved_settings import altered, portable
+from flatlora_diffusion.ground.saved_settings import altered, opened, portable
 
 
 @pytest.fixture
@@ -46,6 +46,18 @@ def test_paths_of_the_working_folder_and_of_the_home_repeat_a_run(home: Path) ->
     assert config.data.instance_data_dir == str(home / "pictures")
     assert config.data.class_data_dir == "dogs"
     assert config.run.output_dir == str(home / "runs" / "x")
+
+
+def test_the_samples_are_found_wherever_the_program_is_installed(home: Path) -> None:
+    icons = SAMPLES / "icons_3d"
+    run = save(home / "x", instance_data_dir=str(icons), output_dir="x")
+    assert json.loads(run.config_file.read_text(encoding="utf-8"))["instance_data_dir"] == "samples/icons_3d"
+    assert parse_config(["--config", str(run.config_file)]).data.instance_data_dir == str(icons)
+    assert parse_config(["--preset", "demo"]).data.instance_data_dir == str(icons)
+    assert opened({"instance_data_dir": "samples/mine"}) == {"instance_data_dir": "samples/mine"}
+    Path("samples/icons_3d").mkdir(parents=True)
+    mine = parse_config(["--config", str(run.config_file)]).data.instance_data_dir
+    assert mine == "samples/icons_3d", "the user's own folder of that name goes before"
 
 
 def test_other_paths_have_to_be_given_again_and_one_sentence_says_which(

@@ -1,0 +1,90 @@
+"""The verbs on LoRA files: export, import, merge, resize, extract, inspect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings, with_file
+from flatlora_diffusion.config import (
+    ExportConfig,
+    ExtractConfig,
+    ImportConfig,
+    InspectConfig,
+    MergeConfig,
+    ResizeConfig,
+)
+from flatlora_diffusion.lora_files.place import check_model_file, lora_file, parse_lora
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.lora_tools.converting import Written
+    from flatlora_diffusion.lora_tools.resizing import Reduced
+
+
+def export_verb(arguments: list[str]) -> None:
+    description = "Write a LoRA file of any layout for other programs: export FILE --layout kohya, diffusers or both."
+    config = verb_settings(ExportConfig, "export", description, with_file(arguments))
+    lora_file(config.file)  # a wrong path is told before torch is imported, which takes seconds
+    from flatlora_diffusion.lora_tools.converting import export_lora
+
+    for written in export_lora(config):
+        _say_written(written)
+
+
+def import_verb(arguments: list[str]) -> None:
+    description = "Write a LoRA file of any layout for diffusers: import FILE."
+    config = verb_settings(ImportConfig, "import", description, with_file(arguments))
+    lora_file(config.file)
+    from flatlora_diffusion.lora_tools.converting import import_file
+
+    for written in import_file(config):
+        _say_written(written)
+
+
+def merge_verb(arguments: list[str]) -> None:
+    description = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
+    config = verb_settings(MergeConfig, "merge", description, arguments)
+    check_model_file("base", config.base)
+    for lora in config.lora:
+        parse_lora(lora)
+    from flatlora_diffusion.lora_tools.merging import merge_loras
+
+    hide_library_bars()
+    print(f"merged model saved in {merge_loras(config)}")
+
+
+def resize_verb(arguments: list[str]) -> None:
+    description = "Write the best LoRA of a lower rank: resize FILE --rank 4."
+    config = verb_settings(ResizeConfig, "resize", description, with_file(arguments))
+    lora_file(config.file)
+    from flatlora_diffusion.lora_tools.resizing import resize_lora
+
+    _say_reduced(resize_lora(config))
+
+
+def extract_verb(arguments: list[str]) -> None:
+    description = "Write the difference of two models as a LoRA."
+    config = verb_settings(ExtractConfig, "extract", description, arguments)
+    check_model_file("base", config.base)
+    check_model_file("tuned", config.tuned)
+    from flatlora_diffusion.lora_tools.resizing import extract_lora
+
+    hide_library_bars()
+    _say_reduced(extract_lora(config))
+
+
+def inspect_verb(arguments: list[str]) -> None:
+    description = "Show what is in a LoRA file and which tools read it: inspect FILE."
+    config = verb_settings(InspectConfig, "inspect", description, with_file(arguments))
+    lora_file(config.file)
+    from flatlora_diffusion.lora_tools.report import inspect_lora
+
+    print(inspect_lora(config))
+
+
+def _say_written(written: Written) -> None:
+    print(f"LoRA saved in {written.path}; largest error of a layer by rounding: {written.error:.2g} of its update")
+
+
+def _say_reduced(reduced: Reduced) -> None:
+    _say_written(reduced.written)
+    print(f"missed by the lower rank: {100 * reduced.missed:.3g} % of the whole change (Frobenius norm)")

@@ -1,0 +1,125 @@
+"""The program as one installs it: a wheel in an environment of its own, far from the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "requirements.lock")
+FOLDERS = ("flatlora_diffusion", "app", "samples")
+LARGEST = 60e6  # bytes
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the checkout stays clean."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        shutil.copy(ROOT / name, source)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--wheel-dir", str(out), str(source)], check=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`flatlora` in a new environment with the wheel alone; the libraries are those of this one, by their path."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=os.name != "nt")
+    places = sysconfig.get_paths("venv", {"base": str(folder), "platbase": str(folder)})
+    python = Path(places["scripts"]) / ("python.exe" if os.name == "nt" else "python")
+    # A folder named in a .pth is searched, but no .pth in it is read: not that of an editable installation.
+    libraries = Path(places["purelib"]) / "libraries.pth"
+    libraries.write_text("\n".join(sorted({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})) + "\n")
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
+    return next(Path(places["scripts"]).glob("flatlora*"))
+
+
+def start(program: Path, folder: Path, *arguments: str, code: int = 0) -> str:
+    """What `flatlora ARGUMENTS` prints when it is started in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(program), *arguments], cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_wheel_holds_all_modules_and_samples_and_only_our_package(wheel: Path) -> None:
+    assert wheel.stat().st_size < LARGEST
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert "flatlora = flatlora_diffusion" in archive.read(next(iter(_metadata(archive)))).decode()
+    assert {name.split("/")[0] for name in names} == {"flatlora_diffusion"}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flatlora_diffusion").rglob("*.py")}
+    modules |= {f"flatlora_diffusion/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "app").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+    templates = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("flatlora_diffusion/**/templates/*")}
+    samples = {path for path in (ROOT / "samples").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    data = {f"flatlora_diffusion/{path.relative_to(ROOT).as_posix()}" for path in samples}
+    assert names - modules == data | templates | {"flatlora_diffusion/requirements.lock"}
+
+
+def _metadata(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
+
+
+def few_icons(folder: Path) -> Path:
+    """Two icons in place of the many that the demo measures losses on."""
+    folder.mkdir()
+    for name in ("dog", "fish"):
+        shutil.copy(ROOT / "samples" / "icons_3d" / "heldout" / f"{name}.png", folder)
+        (folder / f"{name}.txt").write_text(f"an icon of a {name}", encoding="utf-8")
+    return folder
+
+
+def test_the_demo_trains_and_compares_in_an_empty_folder(program: Path, tmp_path: Path) -> None:
+    work, few = tmp_path / "work", few_icons(tmp_path / "few")
+    work.mkdir()
+    short = ("--max_train_steps=1", "--train_batch_size=1", "--resolution=32", "--num_prompts=1")
+    sparse = ("--num_checkpoints=1", "--pictures_per_prompt=1", f"--heldout_dir={few}", f"--forgetting_dir={few}")
+    told = start(program, work, "demo", *short, *sparse)
+    assert f"Look at {Path('outputs/demo/compare.html')}" in told
+    assert (work / "outputs/demo/compare.html").is_file()
+    assert [path.name for path in work.iterdir()] == ["outputs"]
+    run = work / "outputs" / "demo" / "flat-lora" / "seed-0"
+    assert (run / LORA_FILE).is_file()
+    assert '"instance_data_dir": "samples/icons_3d"' in (run / "config.json").read_text(encoding="utf-8")
+
+
+def test_verbs_help_and_doctor_need_no_checkout(program: Path, tmp_path: Path) -> None:
+    assert "\n  demo " in start(program, tmp_path, "--help")
+    assert "usage: flatlora train" in start(program, tmp_path, "train", "--help")
+    assert "usage: flatlora app" in start(program, tmp_path, "app", "--help")
+    report = start(program, tmp_path, "doctor", "--port", "7861")
+    assert "no problems" in report
+    assert "tiny is here" in report
+    assert "last tested with 3." in report
+    assert str(ROOT) not in report
+
+
+def test_the_app_starts_its_jobs_from_inside_the_package(program: Path, tmp_path: Path) -> None:
+    python = program.with_name("python.exe" if os.name == "nt" else "python")
+    code = (
+        "import time; from pathlib import Path; from flatlora_diffusion.app.jobs.launch import Launch\n"
+        "launch = Launch(Path('job')); launch.start(['-c', 'print(6 * 7)'])\n"
+        "while launch.is_running(): time.sleep(0.1)\n"
+        "print(launch.ending().code, launch.log())"
+    )
+    assert start(python, tmp_path, "-c", code) == "0 ['42']\n"
