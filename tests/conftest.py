@@ -21,6 +21,7 @@ import torch
 from playwright.sync_api import Browser
 
 if TYPE_CHECKING:
+    from flatlora_diffusion.config import TrainConfig
     from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 torch.set_num_threads(1)
@@ -73,6 +74,27 @@ def sdxl(base: Path) -> Sdxl:
     from flatlora_diffusion.sdxl.pipeline import load_sdxl
 
     return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+    """A run of three steps on `icons`."""
+    from flatlora_diffusion.config import TrainConfig
+
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "run"),
+            "max_train_steps": 3,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "text_encoder_lr": 1e-2,
+            "sigma_schedule": "constant",
+            "report_to": "none",
+            "seed": 3,
+        }
+    )
 
 
 @pytest.fixture(scope="session")
