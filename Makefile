@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+CONTRACTS := tests/test_architecture.py tests/config tests/contracts tests/method tests/lora_files/test_kohya.py
 
-.PHONY: demo app test clean
+.PHONY: demo app check test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m flatlora_diffusion compare --preset demo
@@ -12,11 +14,19 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(BIN)/python -m app
 
+# Lint, types and the fast contracts: what to run after each change. `make test` runs everything.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(CONTRACTS)
+
+# A file's tests share their trained runs, so they stay in one process; tests/conftest.py has the longest files first.
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(WORKERS)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,18 @@ if TYPE_CHECKING:
     from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no process waits for the long file of another."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """All that is imported by now stays, so no search for garbage needs to look at it: each training ends with one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +114,7 @@ def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """One browser for all tests: Playwright starts once in a thread."""
-    from benchmarks.app_driver import BROWSERS, browser_path, open_browser
+    from drivers.app_driver import BROWSERS, browser_path, open_browser
 
     path = browser_path()
     if path is None:
