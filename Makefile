@@ -5,8 +5,10 @@ LOCK ?= requirements.lock
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+CONTRACTS := tests/test_architecture.py tests/config tests/contracts tests/method tests/lora_files/test_kohya.py
 
-.PHONY: demo app test lock clean
+.PHONY: demo app check test lock clean
 
 demo: $(STAMP)
 	$(BIN)/flatlora demo
@@ -14,11 +16,19 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(BIN)/flatlora app
 
+# Lint, types and the fast contracts: what to run after each change. `make test` runs everything.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(CONTRACTS)
+
+# A file's tests share their trained runs, so they stay in one process; tests/conftest.py has the longest files first.
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(WORKERS)
 
 # Into an environment of its own making it puts the PyTorch last tested too; in one that was there yours is kept.
 $(STAMP): pyproject.toml setup.py $(LOCK)

@@ -22,7 +22,7 @@ from typing import Any
 from gradio_client import Client
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from benchmarks.app_driver import RunningApp, browser_path, call_endpoint
+from drivers.app_driver import RunningApp, browser_path, call_endpoint
 
 LIMIT_SECONDS = 235
 RUN = "load"

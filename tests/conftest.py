@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +23,22 @@ import torch
 from playwright.sync_api import Browser
 
 if TYPE_CHECKING:
+    from flatlora_diffusion.config import TrainConfig
     from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no process waits for the long file of another."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """All that is imported by now stays, so no search for garbage needs to look at it: each training ends with one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -75,10 +90,31 @@ def sdxl(base: Path) -> Sdxl:
     return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
 
 
+@pytest.fixture
+def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+    """A run of three steps on `icons`."""
+    from flatlora_diffusion.config import TrainConfig
+
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "run"),
+            "max_train_steps": 3,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "text_encoder_lr": 1e-2,
+            "sigma_schedule": "constant",
+            "report_to": "none",
+            "seed": 3,
+        }
+    )
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """One browser for all tests: Playwright starts once in a thread."""
-    from benchmarks.app_driver import BROWSERS, browser_path, open_browser
+    from drivers.app_driver import BROWSERS, browser_path, open_browser
 
     path = browser_path()
     if path is None:

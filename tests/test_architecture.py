@@ -25,7 +25,8 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MOST_MODULES = 15  # in a folder
 LINES = 300
 DECLARED_LINES = 700  # of a module that only declares settings
-MODULES = sorted(path for folder in (PACKAGE, ROOT / "app") for path in folder.rglob("*.py"))
+OURS = ("flatlora_diffusion", "app")
+MODULES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
 
 def package_of(path: Path) -> str:
@@ -99,6 +100,12 @@ def test_files_and_finished_runs_are_read_without_the_trainer(name: str) -> None
 def test_the_app_never_imports_the_trainer() -> None:
     for path in (ROOT / "app").rglob("*.py"):
         assert "flatlora_diffusion.training.trainer" not in imported(path), named(path)
+
+
+def test_no_test_needs_a_benchmark_and_the_product_neither() -> None:
+    for folder, foreign in (("tests", {"benchmarks"}), *((name, {"benchmarks", "drivers", "tests"}) for name in OURS)):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not {name.split(".")[0] for name in imported(path)} & foreign, named(path)
 
 
 def test_settings_need_neither_torch_nor_diffusers() -> None:

@@ -142,8 +142,8 @@ RUNS: dict[str, str] = {
 }
 NOT_RUN = {
     "revision": "of a hub repository, which cannot be reached here",
-    "variant": "the tiny base has none; test_base_model.py loads one",
-    "single_file_config": "test_base_model.py loads single files with it",
+    "variant": "the tiny base has none; test_loading.py loads one",
+    "single_file_config": "test_loading.py loads single files with it",
     "enable_xformers_memory_efficient_attention": "xformers needs a GPU",
     "push_to_hub": "test_hub.py uploads to a hub on localhost",
     "hub_token": "test_hub.py",

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan, train_planned
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 
 
 @pytest.fixture
-def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig.from_dict(
-        {
-            "pretrained_model_name_or_path": str(base),
-            "instance_data_dir": str(icons),
-            "instance_prompt": "an icon",
-            "output_dir": str(tmp_path / "experiment"),
-            "resolution": 32,
-            "max_train_steps": 2,
-            "report_to": "none",
-        }
+def config(config: TrainConfig, tmp_path: Path) -> TrainConfig:
+    return config.replace(
+        instance_prompt="an icon", output_dir=str(tmp_path / "experiment"), resolution=32, max_train_steps=2, seed=None
     )
+
+
+class InThisProcess:
+    """In place of `subprocess.Popen`: the command line's own code here, without an import of all libraries."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        assert command[1:3] == ["-m", "flatlora_diffusion"]
+        self.code = main(list(command[3:]))
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def wait(self) -> int:
+        return self.code
+
+
+@pytest.fixture
+def without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatlora_diffusion.compare.arms.subprocess.Popen", InThisProcess)
 
 
 def test_an_arm_is_a_method_and_typed_settings() -> None:
@@ -112,6 +128,7 @@ def test_a_run_is_trained_once_and_again_when_its_settings_change(config: TrainC
     assert same.is_finished
 
 
+@pytest.mark.usefixtures("without_a_process")
 def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig) -> None:
     (planned,) = plan(config.replace(snr_gamma=5.0, sigma=0.2), [parse_arm("flat-lora")], [0], 1)
     train_planned(planned)
@@ -122,6 +139,7 @@ def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig
         assert not other.is_finished
 
 
+@pytest.mark.usefixtures("without_a_process")
 def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:
     (planned,) = plan(config, [parse_arm("lora")], [0], points=2)
     train_planned(planned)
@@ -136,6 +154,7 @@ def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:
     assert (kinds.count("start"), kinds.count("step")) == (1, 2)
 
 
+@pytest.mark.usefixtures("without_a_process")
 def test_a_run_that_fails_ends_the_experiment(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (planned,) = plan(config.replace(instance_data_dir=str(tmp_path / "empty")), [parse_arm("lora")], [4], 1)

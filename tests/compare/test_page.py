@@ -69,12 +69,39 @@ def written(result: dict[str, Any], folder: Path) -> Page:
     return page
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The made-up comparison with its pictures and its page; not to be changed."""
+    return tmp_path_factory.mktemp("comparison")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    return with_pictures(made_up_comparison(), folder)
+
+
+@pytest.fixture(scope="module")
+def page(result: dict[str, Any], folder: Path) -> Page:
+    return written(result, folder)
+
+
+@pytest.fixture(scope="module")
+def markup(page: Page, folder: Path) -> str:
+    return (folder / "compare.html").read_text(encoding="utf-8")
+
+
+def lean(result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with every section, but of two metrics alone: most of a page's time goes into its charts."""
+    kept = ("heldout_loss", "diversity")
+    metrics = [metric for metric in result["metrics"] if metric["key"] in kept]
+    return {**result, "metrics": metrics, "paired": [pair for pair in result["paired"] if pair["metric"] in kept]}
+
+
 def empty(result: dict[str, Any]) -> dict[str, Any]:
     return {key: type(value)() if isinstance(value, list | dict) else value for key, value in result.items()}
 
 
-def test_first_screen_has_verdict_interval_and_pictures(tmp_path: Path) -> None:
-    page = written(with_pictures(made_up_comparison(), tmp_path), tmp_path)
+def test_first_screen_has_verdict_interval_and_pictures(page: Page) -> None:
     top = page.text[""]
     assert made_up_comparison()["verdict"] in top
     assert "\N{MINUS SIGN}0.00313 [\N{MINUS SIGN}0.00380, \N{MINUS SIGN}0.00246]" in top
@@ -86,18 +113,16 @@ def test_first_screen_has_verdict_interval_and_pictures(tmp_path: Path) -> None:
     ]
 
 
-def test_pictures_are_embedded_byte_for_byte(tmp_path: Path) -> None:
-    result = with_pictures(made_up_comparison(), tmp_path)
-    page = written(result, tmp_path)
+def test_pictures_are_embedded_byte_for_byte(page: Page, result: dict[str, Any], folder: Path) -> None:
     by_prompt = [name for names in zip(*result["pictures"]["files"], strict=True) for name in names]
     for found, name in zip(page.all_of("img"), by_prompt, strict=True):
         kind, data = found["src"].split(",")
         assert kind == "data:image/png;base64"
-        assert base64.b64decode(data) == (tmp_path / name).read_bytes()
+        assert base64.b64decode(data) == (folder / name).read_bytes()
 
 
 def test_a_large_picture_is_embedded_smaller(tmp_path: Path) -> None:
-    result = with_pictures(made_up_comparison(), tmp_path)
+    result = with_pictures(lean(made_up_comparison()), tmp_path)
     large = tmp_path / result["pictures"]["files"][0][0]
     Image.effect_noise((1024, 1024), 64).convert("RGB").save(large)
     kind, data = written(result, tmp_path).all_of("img")[0]["src"].split(",")
@@ -107,7 +132,7 @@ def test_a_large_picture_is_embedded_smaller(tmp_path: Path) -> None:
 
 
 def test_further_prompts_are_folded_and_all_there(tmp_path: Path) -> None:
-    result = with_pictures(made_up_comparison(), tmp_path)
+    result = with_pictures(lean(made_up_comparison()), tmp_path)
     shown = result["pictures"]
     shown |= {"prompts": PROMPTS * 2, "files": [names * 2 for names in shown["files"]]}
     page = written(result, tmp_path)
@@ -118,7 +143,7 @@ def test_further_prompts_are_folded_and_all_there(tmp_path: Path) -> None:
 def test_a_picture_that_is_not_in_the_folder_leaves_a_gap(tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     folder.mkdir()
-    result = with_pictures(made_up_comparison(), folder)
+    result = with_pictures(lean(made_up_comparison()), folder)
     (tmp_path / "secret.png").write_bytes(b"not of this comparison")
     result["pictures"]["files"][0][:3] = ["gone.png", "../secret.png", None]
     page = written(result, folder)
@@ -126,8 +151,7 @@ def test_a_picture_that_is_not_in_the_folder_leaves_a_gap(tmp_path: Path) -> Non
     assert len(page.all_of("img")) == 3 * len(PROMPTS) - 3
 
 
-def test_every_section_shows_its_values(tmp_path: Path) -> None:
-    page = written(made_up_comparison(), tmp_path)
+def test_every_section_shows_its_values(page: Page) -> None:
     minus = "\N{MINUS SIGN}"
     expected = {
         "numbers": ["0.18344", "0.15022", "± 0.00076", f"{minus}0.00313", f"[{minus}0.00380, {minus}0.00246]"],
@@ -155,8 +179,7 @@ def test_every_section_shows_its_values(tmp_path: Path) -> None:
     assert "9f2c41d07a55e6b3" * 4 in [found.get("title") for found in page.all_of("code")]
 
 
-def test_every_seed_is_a_line_and_the_mean_another(tmp_path: Path) -> None:
-    markup = write_compare_page(made_up_comparison(), tmp_path).read_text(encoding="utf-8")
+def test_every_seed_is_a_line_and_the_mean_another(markup: str) -> None:
     run = markup[markup.index('id="trajectories"') : markup.index('id="strengths"')]
     first = run[run.index("<svg class=") :].split('<svg class="chart"')[1]
     assert first.count('class="seed"') == 6
@@ -189,7 +212,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_empty_is_not_shown(key: str, gone: set[str], tmp_path: Path) -> None:
-    result = made_up_comparison()
+    result = lean(made_up_comparison())
     result[key] = type(result[key])()
     page = written(result, tmp_path)
     assert SECTIONS - page.text.keys() == gone
@@ -229,18 +252,18 @@ def test_missing_values_are_dashes(tmp_path: Path) -> None:
     assert "None" not in "".join(page.text.values())
 
 
-def test_a_failed_proof_is_an_alarm_on_the_first_screen(tmp_path: Path) -> None:
-    result = made_up_comparison()
+def test_a_failed_proof_is_an_alarm_on_the_first_screen(page: Page, tmp_path: Path) -> None:
+    assert page.all_of("p", "alarm") == []
+    result = lean(made_up_comparison())
     result["proof"][2] |= {"holds": False, "note": "LoRA, seed 43 saw other images at step 17"}
     result["proof"][2]["hashes"]["LoRA, seed 43"] = "0" * 64
-    page = written(result, tmp_path)
-    assert [found["role"] for found in page.all_of("p", "alarm")] == ["alert"]
-    assert "These runs are not a fair comparison." in page.text[""]
-    assert "draws of every step, seed 42: LoRA, seed 43 saw other images at step 17" in page.text[""]
-    assert "hold" not in page.text[""].replace("held-out", "")
-    assert page.text["proof"].count("✗ fails") == 1
-    assert "000000000000" in page.text["proof"]
-    assert written(made_up_comparison(), tmp_path).all_of("p", "alarm") == []
+    failed = written(result, tmp_path)
+    assert [found["role"] for found in failed.all_of("p", "alarm")] == ["alert"]
+    assert "These runs are not a fair comparison." in failed.text[""]
+    assert "draws of every step, seed 42: LoRA, seed 43 saw other images at step 17" in failed.text[""]
+    assert "hold" not in failed.text[""].replace("held-out", "")
+    assert failed.text["proof"].count("✗ fails") == 1
+    assert "000000000000" in failed.text["proof"]
 
 
 ATTACK = "\"'><script>alert(1)</script><img src=http://evil.example onerror=alert(1)>&amp;"
@@ -279,19 +302,16 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     assert f"held-out loss{ATTACK}, Flat-LoRA{ATTACK} \N{MINUS SIGN} LoRA{ATTACK} against step" in labels
 
 
-def test_nothing_is_fetched(tmp_path: Path) -> None:
-    page = written(with_pictures(made_up_comparison(), tmp_path), tmp_path)
+def test_nothing_is_fetched(page: Page, markup: str, folder: Path) -> None:
     links = [found[name] for _, found in page.elements for name in ("src", "href") if name in found]
     assert links
     assert all(link.startswith(("data:", "#")) for link in links)
     policy = next(found["content"] for found in page.all_of("meta") if "http-equiv" in found)
     assert policy.startswith("default-src 'none'; img-src data:;")
-    markup = (tmp_path / "compare.html").read_text(encoding="utf-8")
-    assert not any(word in markup for word in ("http:", "https:", "url(", "@import", str(tmp_path)))
+    assert not any(word in markup for word in ("http:", "https:", "url(", "@import", str(folder)))
 
 
-def test_charts_are_told_by_pointer_and_screen_reader_and_share_no_id(tmp_path: Path) -> None:
-    page = written(made_up_comparison(), tmp_path)
+def test_charts_are_told_by_pointer_and_screen_reader_and_share_no_id(page: Page) -> None:
     minus = "\N{MINUS SIGN}"
     assert f"seed 43: {minus}0.00287" in page.text["differences"]
     assert "Flat-LoRA: 0.1454 at 600" in page.text["trajectories"]
@@ -302,8 +322,7 @@ def test_charts_are_told_by_pointer_and_screen_reader_and_share_no_id(tmp_path: 
     assert len(set(ids)) == len(ids)
 
 
-def test_charts_have_the_colours_of_the_page_in_light_and_dark(tmp_path: Path) -> None:
-    markup = write_compare_page(made_up_comparison(), tmp_path).read_text(encoding="utf-8")
+def test_charts_have_the_colours_of_the_page_in_light_and_dark(markup: str) -> None:
     charts = "".join(re.findall(r"<svg.*?</svg>", markup, re.DOTALL))
     assert re.findall("#[0-9a-f]{6}", charts) == []
     used = set(re.findall(r"var\(--([a-z]+)\)", charts))
@@ -314,8 +333,9 @@ def test_charts_have_the_colours_of_the_page_in_light_and_dark(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it(chromium: Any, tmp_path: Path) -> None:
-    path = write_compare_page(with_pictures(made_up_comparison(), tmp_path), tmp_path)
+@pytest.mark.usefixtures("page")
+def test_a_browser_shows_it(chromium: Any, folder: Path) -> None:
+    path = folder / "compare.html"
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data import batches as feed_module
@@ -16,6 +18,8 @@ from flatlora_diffusion.data.batches import Feed, encoded_feed
 from flatlora_diffusion.data.crops import View
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +136,26 @@ def test_crop_and_flip_are_drawn_anew_for_each_epoch_and_each_image(sdxl: Sdxl, 
         assert len({view.crop_top_left for view in views}) > 1
     assert [view.is_mirrored for view in seen["a"]] != [view.is_mirrored for view in seen["b"]]
     assert [view.crop_top_left for view in seen["a"]] != [view.crop_top_left for view in seen["b"]]
+
+
+def test_loader_threads_change_nothing(config: TrainConfig) -> None:
+    plain = prepare(config.replace(gradient_accumulation_steps=2), samples_of(config)).feed
+    threads = prepare(config.replace(gradient_accumulation_steps=2, dataloader_num_workers=2), samples_of(config)).feed
+    for step in range(4):
+        for slot in range(2):
+            assert torch.equal(plain.batch(step, slot).latents, threads.batch(step, slot).latents)
+
+
+def test_only_what_alpha_shows_counts(config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "transparent"
+    folder.mkdir()
+    icon = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    icon.paste((200, 0, 0, 255), (0, 0, 16, 32))
+    icon.save(folder / "half.png")
+    masked = config.replace(instance_data_dir=str(folder), instance_prompt="x", alpha_mask_loss=True)
+    batch = prepare(masked, load_samples(folder, "x").samples).feed.batch(0, 0)
+    assert batch.mask is not None
+    assert batch.mask.shape == (2, 1, 8, 8)
+    assert batch.mask[0, 0, :, :4].eq(1).all()
+    assert batch.mask[0, 0, :, 4:].eq(0).all()
+    train(masked.replace(max_train_steps=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def arguments(base: Path, icons: Path) -> list[str]:
     return [
         f"--pretrained_model_name_or_path={base}",
@@ -54,25 +55,40 @@ def arguments(base: Path, icons: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def together(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run of two processes with a checkpoint before its end, and what they said; to be copied."""
+    run = tmp_path_factory.mktemp("together") / "run"
+    done = launch(2, *arguments, f"--output_dir={run}", "--checkpointing_steps=2")
+    assert done.returncode == 0, done.stderr
+    return run, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders"])
-def test_two_processes_equal_one_with_accumulation(arguments: list[str], tmp_path: Path, text: bool) -> None:
+def test_two_processes_equal_one_with_accumulation(
+    arguments: list[str], together: tuple[Path, str], tmp_path: Path, text: bool
+) -> None:
     both = [*arguments, *(["--train_text_encoder", "--text_encoder_lr=0.01"] if text else [])]
-    two = launch(2, *both, f"--output_dir={tmp_path / 'two'}")
-    assert two.returncode == 0, two.stderr
+    folder, said = together
+    if text:
+        folder = tmp_path / "two"
+        two = launch(2, *both, f"--output_dir={folder}")
+        assert two.returncode == 0, two.stderr
+        said = two.stderr
     one = launch(1, *both, "--gradient_accumulation_steps=2", f"--output_dir={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
-    a, b = load_file(tmp_path / "one" / LORA_FILE), load_file(tmp_path / "two" / LORA_FILE)
+    a, b = load_file(tmp_path / "one" / LORA_FILE), load_file(folder / LORA_FILE)
     assert a.keys() == b.keys()
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
     losses = [
-        [event["loss"] for event in RunDir(tmp_path / run).events() if event["event"] == "step"]
-        for run in ("one", "two")
+        [event["loss"] for event in RunDir(run).events() if event["event"] == "step"]
+        for run in (tmp_path / "one", folder)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(losses[1]) == 3, "only one process writes the log"
-    assert two.stderr.count("3 images, captions 3/3") == 1, "only one process speaks"
+    assert said.count("3 images, captions 3/3") == 1, "only one process speaks"
 
 
 @pytest.mark.slow
@@ -83,10 +99,8 @@ def test_a_process_that_fails_ends_all_with_its_error(arguments: list[str], tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_save_and_resume(arguments: list[str], tmp_path: Path) -> None:
-    run = f"--output_dir={tmp_path / 'run'}"
-    done = launch(2, *arguments, run, "--checkpointing_steps=2")
-    assert done.returncode == 0, done.stderr
+def test_two_processes_save_and_resume(arguments: list[str], together: tuple[Path, str], tmp_path: Path) -> None:
+    run = f"--output_dir={shutil.copytree(together[0], tmp_path / 'run')}"
     whole = load_file(tmp_path / "run" / LORA_FILE)
     again = launch(2, *arguments, run, "--checkpointing_steps=2", "--resume_from_checkpoint=latest")
     assert again.returncode == 0, again.stderr

@@ -55,22 +55,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig.from_dict(
-        {
-            "pretrained_model_name_or_path": str(base),
-            "instance_data_dir": str(icons),
-            "instance_prompt": "an icon in the style of zwx",
-            "output_dir": str(tmp_path / "Icons für mich"),
-            "output_name": "my icons",
-            "max_train_steps": 2,
-            "train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "sigma_schedule": "constant",
-            "report_to": "none",
-            "seed": 3,
-        }
-    )
+def config(config: TrainConfig, tmp_path: Path) -> TrainConfig:
+    names = {"output_dir": str(tmp_path / "Icons für mich"), "output_name": "my icons"}
+    return config.replace(instance_prompt="an icon in the style of zwx", max_train_steps=2, **names)
 
 
 def moved(config: TrainConfig, size: float = 1.0) -> TrainState:

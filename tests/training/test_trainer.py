@@ -27,19 +27,9 @@ from flatlora_diffusion.training.trainer import train, train_step
 
 
 @pytest.fixture
-def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig.from_dict(
-        {
-            "pretrained_model_name_or_path": str(base),
-            "instance_data_dir": str(icons),
-            "output_dir": str(tmp_path / "run"),
-            "max_train_steps": 4,
-            "train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "lora_alpha": 8,
-            "random_flip": True,
-            "seed": 3,
-        }
+def config(config: TrainConfig) -> TrainConfig:
+    return config.replace(
+        max_train_steps=4, lora_alpha=8, random_flip=True, sigma_schedule="cosine", report_to="tensorboard"
     )
 
 

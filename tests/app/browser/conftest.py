@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from benchmarks.app_driver import AppPage, RunningApp
+from drivers.app_driver import AppPage, RunningApp
 
 
 @pytest.fixture(scope="package")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from benchmarks.app_driver import PATIENCE, ROOT, AppPage, RunningApp
+from drivers.app_driver import PATIENCE, ROOT, AppPage, RunningApp
 
 DOCS = ROOT / "docs"
 STEPS = 60

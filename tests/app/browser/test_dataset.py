@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator, expect
 
-from benchmarks.app_driver import PATIENCE, AppPage
+from drivers.app_driver import PATIENCE, AppPage
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from benchmarks.app_driver import PATIENCE, TABS, RunningApp
+from drivers.app_driver import PATIENCE, TABS, RunningApp
 
 pytestmark = pytest.mark.slow
 

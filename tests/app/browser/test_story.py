@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 from safetensors.torch import load_file
 
-from benchmarks.app_driver import PATIENCE, AppPage, RunningApp
+from drivers.app_driver import PATIENCE, AppPage, RunningApp
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

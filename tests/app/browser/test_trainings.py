@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from benchmarks.app_driver import PATIENCE, AppPage, RunningApp
+from drivers.app_driver import PATIENCE, AppPage, RunningApp
 
 pytestmark = pytest.mark.slow
 

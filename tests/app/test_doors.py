@@ -15,7 +15,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from app.train.forms import ConfigForm
-from benchmarks.app_driver import RunningApp, call_endpoint
+from drivers.app_driver import RunningApp, call_endpoint
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

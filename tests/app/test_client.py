@@ -11,7 +11,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from benchmarks.app_driver import PATIENCE, RunningApp, call_endpoint
+from drivers.app_driver import PATIENCE, RunningApp, call_endpoint
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

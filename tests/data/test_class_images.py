@@ -1,0 +1,52 @@
+"""Prior preservation: class images are kept, made up to their number, and their loss is added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import samples_of
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.sdxl.objective import sample_losses
+from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_path: Path, gamma: float) -> None:
+    folder = tmp_path / "class"
+    prior = config.replace(
+        with_prior_preservation=True,
+        class_data_dir=str(folder),
+        class_prompt="an icon",
+        num_class_images=3,
+        prior_loss_weight=0.3,
+        snr_gamma=gamma,
+        max_train_steps=1,
+    )
+    folder.mkdir()
+    Image.new("RGB", (50, 70), "red").save(folder / "mine.png")
+    mine = (folder / "mine.png").read_bytes()
+    train(prior)
+    assert (folder / "mine.png").read_bytes() == mine
+    assert len(list(folder.iterdir())) == 3
+    train(prior)
+    assert len(list(folder.iterdir())) == 3, "enough images were there already"
+    state = prepare(prior, samples_of(config), load_samples(folder, "an icon").samples)
+    batch = state.feed.batch(0, 0)
+    assert len(batch.latents) == 4
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    steps = torch.tensor([1, 300, 600, 999])
+    losses = sample_losses(state.model, state.objective, batch, noise, steps)
+    from flatlora_diffusion.sdxl.objective import diffusion_loss
+
+    whole = diffusion_loss(state.model, state.objective, batch, noise, steps)
+    torch.testing.assert_close(whole, losses[:2].mean() + 0.3 * losses[2:].mean())
+    instance = state.feed.samples_at(0, 0)[0]
+    assert batch.add_time_ids[0, :2].tolist() == [instance.height, instance.width]
+    sizes = {tuple(row[:2].tolist()) for row in batch.add_time_ids[2:]}
+    assert sizes <= {(70.0, 50.0), (32.0, 32.0)}, "a class image has the size conditioning of its own"

@@ -1,0 +1,50 @@
+"""Cached latents: those of the view that a step draws, kept on disk, moved off the GPU when no one needs the VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from tiny_runs import samples_of
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.training.state import prepare
+
+
+def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path: Path) -> None:
+    cached = config.replace(cache_latents=True, random_flip=True, embedding_cache_dir=str(tmp_path / "cache"))
+    first = prepare(cached, samples_of(config)).feed
+    files = set((tmp_path / "cache").iterdir())
+    assert len(files) == 2 * 3
+    again = prepare(cached, samples_of(config)).feed
+    assert set((tmp_path / "cache").iterdir()) == files
+    flips = set()
+    for step in range(6):
+        rows = first._rows(step, 0)
+        flips |= {row.view.is_mirrored for row in rows}
+        pixels = torch.stack([first._pixels(row.sample, row.view) for row in rows])
+        from flatlora_diffusion.sdxl.pipeline import posterior
+
+        mean, std = posterior(first.sdxl.vae, pixels)
+        found = first._posteriors(rows, [], step, 0)
+        torch.testing.assert_close(found, (mean, std))
+        assert torch.equal(again.batch(step, 0).latents, first.batch(step, 0).latents)
+    assert flips == {True, False}
+    prepare(cached.replace(background_color="red"), samples_of(config))
+    assert len(set((tmp_path / "cache").iterdir())) == 2 * len(files), "the background changes the pixels"
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_offload_leaves_the_vae_where_class_images_are_still_to_be_encoded(
+    config: TrainConfig, icons: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool
+) -> None:
+    moves: Any = []
+    plain = AutoencoderKL.to
+    monkeypatch.setattr(AutoencoderKL, "to", lambda vae, *to, **rest: (moves.append(to), plain(vae, *to, **rest))[1])
+    prior = {"with_prior_preservation": True, "class_data_dir": str(icons), "class_prompt": "an icon"}
+    settings = {"cache_latents": True, "offload": True, "use_aspect_ratio_buckets": buckets, **prior}
+    prepare(config.replace(**settings), samples_of(config), samples_of(config))
+    assert (("cpu",) in moves) is not buckets

@@ -1,0 +1,41 @@
+"""diffusers' own file: a stock pipeline that loads it computes what was trained, whatever the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionXLPipeline
+from tiny_runs import output_with, trained
+
+from flatlora_diffusion.config import TrainConfig
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "alpha": {"lora_alpha": 9},
+    "rank stabilized": {"use_rslora": True, "lora_alpha": 8},
+    "dora": {"use_dora": True, "lora_alpha": 8},
+    "mixed ranks": {"lora_block_ranks": "mid_block=7,up_blocks.0=2"},
+    "mixed ranks with alpha": {"lora_block_ranks": "mid_block=7", "lora_alpha": 8},
+    "convolutions": {"lora_target_modules": "conv", "lora_block_ranks": "mid_block=2"},
+    "text encoders": {"train_text_encoder": True, "lora_alpha": 9},
+    "text encoders, rank stabilized": {"train_text_encoder": True, "use_rslora": True},
+    "dora and text encoders": {"use_dora": True, "train_text_encoder": True},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_stock_pipeline_computes_what_was_trained(
+    config: TrainConfig, base: Path, name: str, tmp_path: Path
+) -> None:
+    from flatlora_diffusion.lora_files.diffusers_file import save_lora
+
+    state = trained(config.replace(**ADAPTERS[name], learning_rate=0.1, text_encoder_lr=0.1))
+    path = save_lora(state.sdxl.pipeline, tmp_path / "out")
+    stock = StableDiffusionXLPipeline.from_pretrained(base)
+    plain = output_with(stock, state)
+    stock.load_lora_weights(path)
+    expected = output_with(state.sdxl.pipeline, state)
+    effect = float((expected - plain).abs().max())
+    assert effect > 1e-3
+    assert float((output_with(stock, state) - expected).abs().max()) < 1e-3 * effect

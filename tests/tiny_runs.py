@@ -1,0 +1,35 @@
+"""Short trainings on the tiny random pipeline, and what they compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.trainer import train_step
+
+
+def samples_of(config: TrainConfig) -> list[Any]:
+    return load_samples(Path(str(config.data.instance_data_dir))).samples
+
+
+def trained(config: TrainConfig, steps: int = 3) -> TrainState:
+    state = prepare(config, samples_of(config))
+    for step in range(steps):
+        train_step(state, step)
+    return state
+
+
+def output_with(pipeline: Any, state: TrainState, prompt: str = "an icon of thing 0") -> Tensor:
+    """The UNet's answer for a prompt, on fixed noise: what a LoRA file must reproduce."""
+    prompt_embeds, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    with torch.no_grad():
+        return pipeline.unet(latents, torch.tensor([500]), prompt_embeds, added_cond_kwargs=added).sample

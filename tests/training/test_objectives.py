@@ -1,0 +1,47 @@
+"""Runs on bases with other objectives: EDM, velocity, zero terminal SNR, and other losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionXLPipeline
+from tiny_runs import samples_of
+
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train
+
+
+def test_a_run_on_every_kind_of_objective(config: TrainConfig, tmp_path: Path) -> None:
+    objectives: tuple[dict[str, Any], ...] = (
+        {"do_edm_style_training": True},
+        {"prediction_type": "v_prediction", "snr_gamma": 5.0},
+        {"prediction_type": "v_prediction", "zero_terminal_snr": True, "snr_gamma": 5.0},
+        {"loss_type": "huber", "noise_offset": 0.1, "clip_skip": 1},
+    )
+    for index, settings in enumerate(objectives):
+        train(config.replace(**settings, max_train_steps=2, output_dir=str(tmp_path / str(index))))
+
+
+def test_a_base_with_an_edm_scheduler_is_trained_with_its_own_objective(
+    config: TrainConfig, base: Path, tmp_path: Path
+) -> None:
+    from diffusers import EDMEulerScheduler
+
+    folder = tmp_path / "edm"
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline.scheduler = EDMEulerScheduler(sigma_data=0.5)
+    pipeline.save_pretrained(folder)
+    edm = config.replace(pretrained_model_name_or_path=str(folder), validation_prompt="x", num_validation_images=1)
+    state = prepare(edm, samples_of(config))
+    assert state.objective.edm
+    path = train(edm.replace(validation_data_dir=config.data.instance_data_dir))
+    losses = [event["loss"] for event in RunDir(path.parent).events() if event["event"] == "validation"]
+    probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
+    assert losses[0] == pytest.approx(probe_loss(state.sdxl.unet, state.objective, probe))
+    with pytest.raises(ConfigError, match="--snr_gamma does not fit this base"):
+        train(edm.replace(snr_gamma=5.0))

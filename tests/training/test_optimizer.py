@@ -1,0 +1,77 @@
+"""Optimizers, learning rates and the average of the weights: what each does to a run, and that it resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import samples_of
+
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train, train_step
+
+
+@pytest.mark.parametrize("name", ["adafactor", "prodigy", "8bit"])
+def test_optimizers_lower_the_loss_and_resume_exactly(config: TrainConfig, name: str, tmp_path: Path) -> None:
+    package = {"prodigy": "prodigyopt", "8bit": "bitsandbytes"}.get(name)
+    if package:
+        pytest.importorskip(package)
+    settings: dict[str, Any] = {"use_8bit_adam": True} if name == "8bit" else {"optimizer": name}
+    if name == "prodigy":
+        settings["learning_rate"] = 1.0
+    chosen = config.replace(**settings, max_train_steps=4, checkpointing_steps=2, train_text_encoder=True)
+    first = prepare(chosen.replace(max_train_steps=12), samples_of(config))
+    losses = [train_step(first, 0) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    train(chosen.replace(output_dir=str(tmp_path / "whole")))
+    broken = chosen.replace(output_dir=str(tmp_path / "broken"))
+    train(broken)
+    train(broken.replace(resume_from_checkpoint="checkpoint-2"))
+    whole, resumed = (load_file(tmp_path / run / LORA_FILE) for run in ("whole", "broken"))
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_optional_optimizers_name_their_package(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatlora_diffusion.training.optimizer.importlib.util.find_spec", lambda name: None)
+    for settings, package in (({"optimizer": "prodigy"}, "prodigyopt"), ({"use_8bit_adam": True}, "bitsandbytes")):
+        with pytest.raises(ConfigError, match=f"needs the package {package}: pip install {package}"):
+            prepare(config.replace(**settings), samples_of(config))
+
+
+def test_scale_lr_multiplies_by_the_images_of_a_step(config: TrainConfig) -> None:
+    state = prepare(config.replace(scale_lr=True, gradient_accumulation_steps=3), samples_of(config))
+    assert state.lr_schedule.get_last_lr() == [pytest.approx(1e-2 * 3 * 2)]
+
+
+def test_text_encoders_have_their_own_learning_rate_and_decay(config: TrainConfig) -> None:
+    state = prepare(config.replace(train_text_encoder=True, text_encoder_lr=2e-3), samples_of(config))
+    unet, text = state.optimizer.param_groups
+    assert (unet["lr"], unet["weight_decay"]) == (1e-2, 1e-4)
+    assert (text["lr"], text["weight_decay"]) == (2e-3, 1e-3)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told_of(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    warming = config.replace(lr_scheduler="cosine", max_train_steps=11)
+    for settings in ({"lr_warmup_steps": 10}, {"lr_scheduler": "constant", "lr_warmup_steps": 500}):
+        prepare(warming.replace(**settings), samples_of(config))
+    assert "lr_warmup_steps" not in caplog.text
+    prepare(warming.replace(lr_warmup_steps=20), samples_of(config))
+    assert "lr_warmup_steps=20 is no shorter than the run of 11 steps" in caplog.text
+    assert "never gets beyond 50 % of its value" in caplog.text
+
+
+def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_path: Path) -> None:
+    settings = config.replace(use_ema=True, ema_decay=0.5, max_train_steps=4, checkpointing_steps=2)
+    plain = train(config.replace(max_train_steps=4, output_dir=str(tmp_path / "plain")))
+    averaged = train(settings.replace(output_dir=str(tmp_path / "averaged")))
+    one, two = load_file(plain), load_file(averaged)
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+    norms = [sum(float(v.square().sum()) for k, v in state.items() if "lora_B" in k) for state in (one, two)]
+    assert 0 < norms[1] < norms[0]
+    train(settings.replace(output_dir=str(tmp_path / "averaged"), resume_from_checkpoint="checkpoint-2"))
+    assert all(torch.equal(value, two[key]) for key, value in load_file(averaged).items())

@@ -1,0 +1,70 @@
+"""A prepared run: the base is frozen, a resumed DoRA stands where it stood; launchers and trackers that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from tiny_runs import samples_of, trained
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.training.checkpoint import load_state, save_state
+from flatlora_diffusion.training.state import check_distribution, prepare
+from flatlora_diffusion.training.trainer import train_step
+
+
+def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
+    state = prepare(config, samples_of(config))
+    assert isinstance(state.sdxl, Sdxl)
+    assert not any(p.requires_grad for p in state.sdxl.vae.parameters())
+
+
+def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: TrainConfig, tmp_path: Path) -> None:
+    dora = config.replace(use_dora=True, learning_rate=0.0, mixed_precision="bf16")
+    save_state(trained(dora, 1), tmp_path, 1)
+    again = prepare(dora, samples_of(config))
+    for layer in lora_layers(again.sdxl.unet).values():
+        layer.lora_magnitude_vector["default"].weight.data.zero_()
+    assert load_state(again, tmp_path) == 1
+    for name, layer in lora_layers(again.sdxl.unet).items():
+        norms = layer.get_base_layer().weight.float().norm(dim=1)
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(magnitude, norms, rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [
+        ("comet_ml", "report_to='comet_ml' needs the package comet_ml"),
+        ("paper", "report_to='paper' is not one of tensorboard, wandb, comet_ml, all, none"),
+    ],
+)
+def test_a_tracker_that_is_not_there(config: TrainConfig, report_to: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(config.replace(report_to=report_to), samples_of(config))
+
+
+def test_launchers_that_shard_the_base_are_refused() -> None:
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ConfigError, match=f"configured for {kind.value}, which shards the base; use MULTI_GPU"):
+            check_distribution(kind)
+    check_distribution(DistributedType.MULTI_GPU)
+    check_distribution(DistributedType.NO)
+
+
+def test_several_processes_send_no_weights_of_a_quantized_base(config: TrainConfig) -> None:
+    pytest.importorskip("torchao")
+    state = prepare(config.replace(quantize_base="torchao-int8"), samples_of(config))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        state.model = DistributedDataParallel(state.model)
+        train_step(state, step=0)
+    finally:
+        distributed.destroy_process_group()
+    assert all(parameter.any() for name, parameter in state.trainable.items() if "lora_B" in name), "nothing learned"
