@@ -29,13 +29,13 @@ def alone_in(folder: Path, setting: str, waits: bool = False) -> Iterator[None]:
     with writing_into(folder, setting):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            _acquire(lock, timeout=0)
         except Timeout as error:
             if not waits:
                 owner = "belongs to another run that goes on: let it end, or give another folder"
                 raise ConfigError(f"{setting}={str(folder)!r} {owner}") from error
             logger.info("waiting for another run that writes into %s", folder)
-            lock.acquire()
+            _acquire(lock, timeout=-1)
     remove_half_written(folder)
     try:
         yield
@@ -46,3 +46,12 @@ def alone_in(folder: Path, setting: str, waits: bool = False) -> Iterator[None]:
         if is_new:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _acquire(lock: FileLock, timeout: float) -> None:
+    """Hold the lock's file. One that its last holder has removed meanwhile keeps nobody out, so it is made anew."""
+    while True:
+        lock.acquire(timeout=timeout)
+        if Path(lock.lock_file).exists():
+            return
+        lock.release()

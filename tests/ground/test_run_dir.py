@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from flatlora_diffusion.config import ConfigError, RunError
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -156,4 +157,26 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path)
     folder = tmp_path / "file" / "run"
     complaint = r"output_dir='.*' cannot be written: .+; give another folder"
     with pytest.raises(ConfigError, match=complaint), alone_in(folder, "output_dir"):
+        pass
+
+
+def test_a_lock_whose_file_was_removed_keeps_others_out_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = FileLock.acquire
+    removed: list[bool] = []
+
+    def acquire_a_removed_file(lock: FileLock, timeout: float | None = None) -> object:
+        proxy = acquire(lock, timeout=timeout)
+        if not removed:  # as by a holder that ended between the opening and the locking of its file
+            removed.append(True)
+            (tmp_path / ".lock").unlink()
+        return proxy
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_a_removed_file)
+    with (
+        alone_in(tmp_path, "output_dir"),
+        pytest.raises(ConfigError, match="belongs to another run"),
+        alone_in(tmp_path, "output_dir"),
+    ):
         pass
