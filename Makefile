@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-CONTRACTS := tests/test_architecture.py tests/config tests/contracts tests/method tests/lora_files/test_kohya.py
+CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method
 
 .PHONY: demo app check test lock clean
 

@@ -1,4 +1,4 @@
-"""Short real runs that several tabs show."""
+"""What the tabs work with: an app in an empty folder, its runs, and short real runs to show."""
 
 from __future__ import annotations
 
@@ -7,8 +7,32 @@ from pathlib import Path
 
 import pytest
 
+from app.context import AppContext, make_context
+from app.dataset.thumbnails import Thumbnails
+from app.runs.runs import RunStore
+from app.settings import AppSettings
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> AppContext:
+    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
+
+
+@pytest.fixture
+def thumbnails(tmp_path: Path) -> Thumbnails:
+    return Thumbnails(tmp_path / "thumbnails")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
+    """Runs whose trainers are started as the app starts them, from the repository, on one thread."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return RunStore(tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")

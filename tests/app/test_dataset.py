@@ -34,11 +34,6 @@ def context(tmp_path: Path) -> AppContext:
     return make_context(AppSettings(runs_dir=str(tmp_path / "runs"), data_dir=(str(tmp_path),)))
 
 
-@pytest.fixture
-def thumbnails(tmp_path: Path) -> Thumbnails:
-    return Thumbnails(tmp_path / "thumbnails")
-
-
 def session_of(context: AppContext, folder: Path, *files: tuple[str, tuple[int, int]]) -> str:
     folder.mkdir(exist_ok=True)
     for index, (name, size) in enumerate(files):

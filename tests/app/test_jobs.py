@@ -34,13 +34,6 @@ def config(base: Path, icons: Path) -> TrainConfig:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return RunStore(tmp_path / "runs")
-
-
-@pytest.fixture
 def queue(runs: RunStore) -> Iterator[JobQueue]:
     queue = JobQueue(runs)
     yield queue

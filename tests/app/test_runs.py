@@ -40,13 +40,6 @@ def settings(base: Path, icons: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return RunStore(tmp_path / "runs")
-
-
 def begin(runs: RunStore, name: str, settings: dict[str, Any]) -> str:
     run_id = runs.reserve(name)
     runs.start(run_id, settings, runs.next_launch(run_id))

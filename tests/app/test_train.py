@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import gradio as gr
 import pytest
 
-from app.context import AppContext, make_context
+from app.context import AppContext
 from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
 from app.runs.live_view import loss_curves, own_lines, run_colours
-from app.settings import AppSettings
 from app.theme import COLOURS
 from app.train.forms import ConfigForm, preset_settings
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
 from flatlora_diffusion.config import TrainConfig
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> AppContext:
-    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
 
 
 def make_run(context: AppContext, name: str, method: str, losses: list[float]) -> None:

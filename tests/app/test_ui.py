@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gradio as gr
 import pytest
 
-from app.context import AppContext, make_context
+from app.context import AppContext
 from app.dataset.captioning import caption_all
 from app.dataset.tab import load_samples_icons, show
 from app.dataset.thumbnails import Thumbnails
-from app.settings import AppSettings
 from app.train.forms import ConfigForm
 from app.train.tab import BOTH, live, start, summary
 from app.ui import build_app
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> AppContext:
-    return make_context(AppSettings(runs_dir=str(tmp_path / "runs")))
-
-
-@pytest.fixture
-def thumbnails(tmp_path: Path) -> Thumbnails:
-    return Thumbnails(tmp_path / "thumbnails")
 
 
 def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext, thumbnails: Thumbnails) -> None:
