@@ -40,7 +40,7 @@ from flatlora_diffusion.config import (
     TrainConfig,
     shipped,
 )
-from flatlora_diffusion.ground.saved_settings import check_paths
+from flatlora_diffusion.ground.saved_settings import check_paths, opened
 from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
@@ -204,7 +204,8 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
     for file in (file for text in given.lora for file in parse_lora(text)):
         folder = file.path.parent.parent if file.path.parent.name.startswith("checkpoint-") else file.path.parent
         if (folder / "config.json").is_file() and (folder / "events.jsonl").is_file():
-            model = TrainConfig().updated_from(folder / "config.json").model
+            saved = TrainConfig().updated_from(folder / "config.json").to_dict()
+            model = TrainConfig.from_dict(opened(saved)).model
             check_paths(vars(model))
             bases[model.pretrained_model_name_or_path] = model
     if len(bases) > 1:

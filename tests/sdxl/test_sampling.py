@@ -517,7 +517,7 @@ def test_a_run_is_drawn_with_the_base_it_was_trained_on(
     run = tmp_path / "run"
     shutil.copytree(lora.parent, run)
     saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    assert saved["pretrained_model_name_or_path"] == base.name, "no absolute path is saved"
+    assert saved["pretrained_model_name_or_path"] == f".../{base.name}", "no absolute path is saved"
     (run / "config.json").write_text(json.dumps(saved | {"pretrained_model_name_or_path": str(base)}))
     flags = ["--prompts", "a fox", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
     assert main(["generate", *flags, "--lora", str(run)]) == 0
@@ -535,3 +535,15 @@ def test_runs_of_two_bases_ask_for_one(lora: Path, tmp_path: Path, capsys: pytes
     runs = [str(tmp_path / name) for name in ("one", "two")]
     assert main(["generate", "--prompts", "a fox", "--lora", *runs]) == 2
     assert "different bases (one, two): choose one with --pretrained_model_name_or_path" in capsys.readouterr().err
+
+
+def test_a_base_that_is_saved_as_below_the_home_is_found_again(
+    lora: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(base.parent))
+    monkeypatch.setenv("USERPROFILE", str(base.parent))
+    run = Path(shutil.copytree(lora.parent, tmp_path / "run"))
+    saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    (run / "config.json").write_text(json.dumps(saved | {"pretrained_model_name_or_path": f"~/{base.name}"}))
+    flags = ["--prompts", "a fox", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(["generate", *flags, "--lora", str(run)]) == 0
