@@ -18,7 +18,7 @@ from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, Meter, groups
 from flatlora_diffusion.compare.pictures import Painter
 from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
-from flatlora_diffusion.data.images import load_image
+from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.training_set import load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
@@ -120,7 +120,7 @@ def _heldout_folder(config: TrainConfig, own: CompareConfig) -> Path:
     if own.heldout_dir is not None:
         return Path(own.heldout_dir)
     if _are_sample_icons(config):
-        return SAMPLE_ICONS / "heldout"
+        return SAMPLE_ICONS / HELDOUT_FOLDER
     raise ConfigError(
         "heldout_dir is missing: give a folder of captioned images of the style that are not trained on; "
         "whether a LoRA generalizes shows on those alone"
