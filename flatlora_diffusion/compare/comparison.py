@@ -1,10 +1,12 @@
 """`compare`: arms trained as one experiment, measured alike, and the report of it.
 
+ARM/seed-N/     the run folders;  pictures/, measured/: what is not drawn or measured twice
+compare.png     the same prompts and seeds by the base and each arm, before anything is measured
 compare.html    the verdict, pictures, numbers with intervals, proof: one file that needs no network
 compare.json    every figure and hash
 compare.md      the table
-compare.png     the same prompts and seeds by the base and each arm
-ARM/seed-N/     the run folders;  pictures/, measured/: what is not drawn or measured twice
+
+The report is written when the arms are measured, and again with the nulls. After a stop the same command goes on.
 """
 
 from __future__ import annotations
@@ -13,32 +15,31 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from flatlora_diffusion.compare.arms import Arm, Planned, null_arms, parse_arm, plan, train_planned
+from flatlora_diffusion.compare.arms import Planned
 from flatlora_diffusion.compare.conditions import proof
 from flatlora_diffusion.compare.examiner import OWN_METRICS, TRAIN, Examiner, Figures
+from flatlora_diffusion.compare.experiment import Experiment, outlook, read_experiment
 from flatlora_diffusion.compare.findings import Values, paired_rows, table, verdict
-from flatlora_diffusion.compare.material import Material, load_examiner, read_material
+from flatlora_diffusion.compare.material import free_device
 from flatlora_diffusion.compare.nulls import Ends, null_rows
 from flatlora_diffusion.compare.overfit import advise
-from flatlora_diffusion.compare.page.page import write_compare_page
+from flatlora_diffusion.compare.page.page import GRID, PAGE, write_compare_page
+from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import Point
-from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
-from flatlora_diffusion.data.training_set import load_training_set
-from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
+from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import described
 from flatlora_diffusion.gallery.grid import labelled_grid
-from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.training.stopping import interrupted_as
 
 logger = logging.getLogger(__name__)
 
@@ -50,85 +51,93 @@ def compare(config: TrainConfig, own: CompareConfig) -> Path:
     cannot be compared, RunError when one could not be trained.
     """
     with alone_in(Path(config.run.output_dir), "output_dir"):
-        return _compare(config, own)
+        return _compare(read_experiment(config, own))
 
 
-def _compare(config: TrainConfig, own: CompareConfig) -> Path:
-    material = read_material(config, own)
-    out, seed = Path(config.run.output_dir), config.run.seed
-    assert seed is not None
-    arms = [parse_arm(text) for text in own.arms]
-    seeds = range(seed, seed + own.num_seeds)
-    main = plan(config, arms, seeds, own.num_checkpoints)
-    null = [*_missing(arms), *null_arms(seed, config.adapter.lora_init_seed)]
-    nulls = plan(config, null, [seed], own.num_checkpoints)
-    for planned in (*main, *nulls):
-        train_planned(planned)
-    runs = read_runs([str(planned.run.folder) for planned in (*main, *nulls)])  # refuses what does not fit together
-    check_images(runs[0], load_training_set(config.data))
-    config = config.replace(mixed_precision=main[0].run.config()["mixed_precision"])  # as accelerate decided it
-    examiner, sdxl = load_examiner(config, [*main, *nulls], material)
-    _check_base(config, sdxl, [*main, *nulls])
-    result = {"settings": _settings(config, own, material), **_measure(arms, main, nulls, examiner)}
-    (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    names = {arm.key: arm.name for arm in arms}
-    (out / "compare.md").write_text(table(names, result["metrics"], result["base"], result["values"]) + "\n", "utf-8")
-    _save_grid(out, result, {sample.caption for sample in material.sets[TRAIN].samples})
-    write_compare_page(result, out)
+def _compare(experiment: Experiment) -> Path:
+    """The phases in their order: what there is to look at comes before what takes long."""
+    out = experiment.out
+    for line in outlook(experiment):
+        logger.info("%s", line)
+    with interrupted_as(lambda: f"with what is done kept in {out}: the same command goes on from there"):
+        experiment.train(experiment.main)
+        result = _examine_arms(experiment)
+        free_device()  # for the trainings to come
+        experiment.train(experiment.nulls)
+        _examine_nulls(experiment, result)
     return out
 
 
-def _missing(arms: Sequence[Arm]) -> list[Arm]:
-    """LoRA and Flat-LoRA as they are, for the nulls to be compared with, where they are not arms themselves."""
-    plain = [parse_arm(key) for key in ("lora", "flat-lora") if key not in {arm.key for arm in arms}]
-    return [replace(arm, role="null") for arm in plain]
+def _examine_arms(experiment: Experiment) -> dict[str, Any]:
+    """Draw the grid, measure the arms and write the report without nulls; returns what was found."""
+    out = experiment.out
+    examiner, sdxl = experiment.examiner(experiment.main)
+    logger.info("Drawing the same prompts with the base and each LoRA")
+    do_pieces(sdxl.unet, experiment.to_draw(examiner))
+    pictures = _pictures(experiment.first, examiner)
+    _save_grid(out, pictures, experiment)
+    logger.info("Look at %s", out / GRID)
+    logger.info("Measuring the base and each LoRA")
+    do_pieces(sdxl.unet, experiment.to_measure(examiner))
+    result = {"settings": _settings(experiment), "pictures": pictures, **_measure(experiment, examiner)}
+    _write(out, result)
+    logger.info("Look at %s: all but the nulls is there", out / PAGE)
+    return result
 
 
-def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[Planned]) -> None:
-    """Raise ConfigError when the base is not the one that the runs were trained on."""
-    if config.model.quantize_base is not None:
-        return  # they saw its quantized weights, which have another hash
-    now = base_fingerprint(sdxl.unet)
-    for planned in runs:
-        for event in planned.run.events():
-            if event["event"] == "start" and event["base"] != now:
-                raise ConfigError(
-                    f"run {planned.arm.key}, seed {planned.seed} was trained on another base than "
-                    f"{config.model.pretrained_model_name_or_path!r} is now: put the base back, or give another "
-                    "--output_dir"
-                )
+def _examine_nulls(experiment: Experiment, result: Mapping[str, Any]) -> None:
+    """Measure the nulls and write the whole report."""
+    examiner, sdxl = experiment.examiner(experiment.runs)
+    logger.info("Measuring the nulls")
+    do_pieces(sdxl.unet, experiment.to_measure_nulls(examiner))
+    values = {arm: {int(seed): figures for seed, figures in found.items()} for arm, found in result["values"].items()}
+    for planned in experiment.nulls:
+        values[planned.arm.key] = {planned.seed: examiner.losses(planned)}
+    ends = {planned.arm.key: _ends(planned, examiner) for planned in (*experiment.first, *experiment.nulls)}
+    more = {
+        "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.nulls)],
+        "values": _by_text(values),
+        "proof": proof(experiment.runs),
+        "nulls": null_rows(ends, values, experiment.main[0].seed),
+    }
+    _write(experiment.out, {**result, **more})
 
 
-def _settings(config: TrainConfig, own: CompareConfig, material: Material) -> dict[str, Any]:
+def _write(out: Path, result: Mapping[str, Any]) -> None:
+    """Write the report of `result`."""
+    (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    names = {arm["key"]: arm["name"] for arm in result["arms"] if arm["role"] == "arm"}
+    (out / "compare.md").write_text(table(names, result["metrics"], result["base"], result["values"]) + "\n", "utf-8")
+    write_compare_page(result, out)
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
     """What the comparison was made with: the arms' settings, its own, and the image sets by their hashes."""
+    precision = experiment.main[0].run.config()["mixed_precision"]
     mine = {
         name: Path(value).name if name.endswith(("_dir", "_file")) and value else value
-        for name, value in asdict(own).items()
+        for name, value in asdict(experiment.own).items()
     }
-    sets = {f"{name} images": f"{len(one.samples)}, {one.sha256[:16]}" for name, one in material.sets.items()}
-    return {**portable(config.to_dict()), **mine, **sets}
+    sets = {
+        f"{name} images": f"{len(one.samples)}, {one.sha256[:16]}" for name, one in experiment.material.sets.items()
+    }
+    return {**portable(experiment.config.to_dict()), "mixed_precision": precision, **mine, **sets}
 
 
-def _measure(
-    arms: Sequence[Arm], main: Sequence[Planned], nulls: Sequence[Planned], examiner: Examiner
-) -> dict[str, Any]:
+def _measure(experiment: Experiment, examiner: Examiner) -> dict[str, Any]:
+    """Every figure of the arms, and what follows from them."""
+    arms, main, first = experiment.arms, experiment.main, experiment.first
     values: dict[str, dict[int, Figures]] = {}
     walks: dict[str, dict[int, list[Point]]] = {}
     base = examiner.base()
     for planned in main:
-        logger.info("measuring %s, seed %d", planned.arm.name, planned.seed)
         values.setdefault(planned.arm.key, {})[planned.seed] = examiner.run(planned)
         walks.setdefault(planned.arm.key, {})[planned.seed] = examiner.trajectory(planned)
-    for planned in nulls:
-        logger.info("measuring %s", planned.arm.name)
-        values.setdefault(planned.arm.key, {})[planned.seed] = examiner.losses(planned)
     metrics = _metrics([base, *(figures for by_seed in values.values() for figures in by_seed.values())])
     rows = paired_rows(arms, [metric["key"] for metric in metrics], values, walks)
-    first = [planned for planned in main if planned.seed == main[0].seed]
     swept = {planned.arm.key: examiner.strengths(planned) for planned in first}
-    every = {arm.key: arm for arm in (*arms, *(planned.arm for planned in nulls))}
     return {
-        "arms": [asdict(arm) for arm in every.values()],
+        "arms": [asdict(arm) for arm in arms],
         "seeds": list(dict.fromkeys(planned.seed for planned in main)),
         "metrics": metrics,
         "base": base,
@@ -140,10 +149,9 @@ def _measure(
         "groups": _groups(main, examiner),
         "paired": rows,
         "verdict": verdict(rows, {arm.key: arm.name for arm in arms}),
-        "proof": proof([*main, *nulls]),
-        "nulls": null_rows({one.arm.key: _ends(one, examiner) for one in (*first, *nulls)}, values, main[0].seed),
+        "proof": proof(main),
+        "nulls": [],
         "advice": [_advice(planned, walks, swept) for planned in first],
-        "pictures": _pictures(first, examiner),
         "strengths": {arm: {f"{at:g}": figures for at, figures in found.items()} for arm, found in swept.items()},
         "device": _device(),
         "versions": {"python": platform.python_version(), **versions()},
@@ -190,13 +198,13 @@ def _pictures(first: Sequence[Planned], examiner: Examiner) -> dict[str, Any]:
     }
 
 
-def _save_grid(out: Path, result: Mapping[str, Any], captions: set[str]) -> None:
-    pictures, steps = result["pictures"], result["settings"]["max_train_steps"]
-    is_new = not set(pictures["prompts"]) & captions
+def _save_grid(out: Path, pictures: Mapping[str, Any], experiment: Experiment) -> None:
+    is_new = not set(pictures["prompts"]) & {sample.caption for sample in experiment.material.sets[TRAIN].samples}
     rows = [[Image.open(out / file).convert("RGB") for file in column] for column in pictures["files"]]
+    steps = experiment.config.optim.max_train_steps
     caption = f"same prompts, seeds and settings; {steps} steps" + "; none of these was trained on" * is_new
     grid = labelled_grid(rows, pictures["columns"], pictures["prompts"], caption=caption)
-    grid.save(out / "compare.png")
+    grid.save(out / GRID)
 
 
 def _by_text(values: Values) -> dict[str, dict[str, Figures]]:

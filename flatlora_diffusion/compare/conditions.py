@@ -34,7 +34,7 @@ class Fact:
 
 def proof(runs: Sequence[Planned]) -> list[dict[str, Any]]:
     """One fact for the images and the base of all runs, then for settings, first weights and draws of each seed."""
-    labels = {_label(run): run for run in runs}
+    labels = {run.label: run for run in runs}
     facts = [
         _alike("training images and captions", {label: _images(run) for label, run in labels.items()}),
         _alike("base model", {label: _start(run)["base"] for label, run in labels.items()}),
@@ -81,10 +81,6 @@ def _alike(what: str, hashes: Mapping[str, str], note: str = "") -> Fact:
 def _without(all_runs: Mapping[str, Planned], taken: Mapping[str, Planned], why: str) -> str:
     left = [label for label in all_runs if label not in taken]
     return f"{', '.join(left)}: {why}" if left else ""
-
-
-def _label(run: Planned) -> str:
-    return f"{run.arm.name}, seed {run.seed}"
 
 
 def _images(run: Planned) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from flatlora_diffusion.compare.arms import Planned
 from flatlora_diffusion.compare.losses import UNGROUPED, Meter, metadata_rows
 from flatlora_diffusion.compare.pictures import Key, Painter
+from flatlora_diffusion.compare.progress import Piece
 from flatlora_diffusion.compare.trajectory import Point
 from flatlora_diffusion.config import DEFAULT_SIGMA
 from flatlora_diffusion.data.dataset import Sample
@@ -20,8 +22,8 @@ from flatlora_diffusion.evaluation.encoders import JUDGE, Encoder
 from flatlora_diffusion.evaluation.judge import NAME_PROMPT, Judge
 from flatlora_diffusion.evaluation.metrics import Metric, Reference, encode_reference, judged, measure
 from flatlora_diffusion.evaluation.perceptual import Distance, lpips_diversity
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 
+BASE = "the base"
 TRAIN, HELDOUT, FORGETTING = "train", "heldout", "forgetting"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RISE_DRAWS = 8
@@ -47,6 +49,11 @@ class Themes:
     style: tuple[str, ...]
     unrelated: tuple[str, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def few(self) -> Themes:
+        """What is drawn along a run."""
+        return Themes(self.style[:ALONG_THE_WAY], self.unrelated[:ALONG_THE_WAY], self.seeds[:1])
 
     def keys(self, prompts: Sequence[str]) -> list[Key]:
         return [(prompt, seed) for prompt in prompts for seed in self.seeds]
@@ -79,14 +86,20 @@ class Examiner:
         `names` says what a prompt shows, where that is known.
         """
         self._meter, self._painter, self.themes, self._seers = meter, painter, themes, seers
-        self._names = names
-        base = painter.paint(None, themes.keys((*themes.style, *themes.unrelated)))
+        self._names, self._training, self._heldout = names, training, heldout
+
+    @cached_property
+    def _references(self) -> dict[str, Reference]:
+        """What pictures are compared with, by the prefix of their metrics; made when it is first asked for."""
+        themes, seers = self.themes, self._seers
+        base = self._painter.paint(None, themes.keys((*themes.style, *themes.unrelated)))
         texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self._names.items()}
-        self._references: dict[str, Reference] = {}
+        found: dict[str, Reference] = {}
         for encoder in seers.encoders:
             prefix = "" if len(seers.encoders) == 1 else f"{Path(encoder.name).name}_"
             known = texts if encoder.name == JUDGE else {}
-            self._references[prefix] = encode_reference(encoder, training, base, heldout, known)
+            found[prefix] = encode_reference(encoder, self._training, base, self._heldout, known)
+        return found
 
     def base(self) -> Figures:
         """The base's own figures; what only a LoRA has is left out."""
@@ -112,12 +125,9 @@ class Examiner:
     def trajectory(self, planned: Planned) -> list[Point]:
         """The base, then each checkpoint of the run."""
         seconds = _seconds_per_step(_steps(planned))
-        few = Themes(self.themes.style[:ALONG_THE_WAY], self.themes.unrelated[:ALONG_THE_WAY], self.themes.seeds[:1])
         points = []
-        files = {int(one.name.split("-")[1]): one / LORA_FILE for one in planned.run.checkpoints()}
-        files[planned.last_step] = planned.lora
-        for step, lora in ((0, None), *files.items()):
-            losses, seen = self._losses(lora, 1.0), self._of_pictures(lora, few)
+        for step, lora in ((0, None), *planned.files.items()):
+            losses, seen = self._losses(lora, 1.0), self._of_pictures(lora, self.themes.few)
             prefix = next(iter(self._references), "")
             points.append(
                 Point(
@@ -147,6 +157,46 @@ class Examiner:
         keys = [(prompt, seed) for prompt in self.themes.style]
         self._painter.paint(lora, keys)
         return self._painter.files(lora, keys)
+
+    def to_draw(self, name: str, lora: Path | None, seed: int) -> Piece:
+        """What `pictures` needs."""
+        keys = [(prompt, seed) for prompt in self.themes.style]
+        return self._drawing(f"drawing with {name}", lora, keys)
+
+    def to_measure_base(self) -> list[Piece]:
+        """What `base` and all that is compared with it need."""
+        keys = self.themes.keys((*self.themes.style, *self.themes.unrelated))
+        return [self._loss(BASE, None, 1.0), self._drawing(f"{BASE}: pictures", None, keys)]
+
+    def to_measure(self, planned: Planned) -> list[Piece]:
+        """What `run`, `trajectory` and `strengths` need, beside the base."""
+        name, lora = planned.label, planned.lora
+        rises = lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS
+        keys = self.themes.keys((*self.themes.style, *self.themes.unrelated))
+        pieces = [self._loss(name, lora, 1.0), self._drawing(f"{name}: pictures", lora, keys)]
+        pieces.append(Piece(f"{name}: flatness", self._meter.rises_left(*rises), partial(self._meter.rises, *rises)))
+        few = self.themes.few
+        for step, file in planned.files.items():
+            if file != lora:
+                pieces.append(self._loss(f"{name}, step {step}", file, 1.0))
+                pieces.append(
+                    self._drawing(f"{name}, step {step}: pictures", file, few.keys((*few.style, *few.unrelated)))
+                )
+        others = [strength for strength in STRENGTHS if strength != 1]
+        return pieces + [self._loss(f"{name}, strength {strength:g}", lora, strength) for strength in others]
+
+    def to_measure_null(self, planned: Planned) -> list[Piece]:
+        """What `losses` and `pictures` need."""
+        name, lora = planned.arm.name, planned.lora
+        keys = [(prompt, self.themes.seeds[0]) for prompt in self.themes.style]
+        return [self._loss(name, lora, 1.0), self._drawing(f"{name}: pictures", lora, keys)]
+
+    def _loss(self, name: str, lora: Path | None, strength: float) -> Piece:
+        do = partial(self._meter.losses, lora, strength)
+        return Piece(f"{name}: losses", self._meter.losses_left(lora, strength), do)
+
+    def _drawing(self, what: str, lora: Path | None, keys: Sequence[Key]) -> Piece:
+        return Piece(what, self._painter.left(lora, keys), partial(self._painter.paint, lora, keys))
 
     def _losses(self, lora: Path | None, strength: float) -> Figures:
         found = self._meter.losses(lora, strength)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
 class Material:
     """Everything that was read before the first run is trained."""
 
+    summary: str
     sets: dict[str, ImageSet]
     themes: Themes
     heldout: Path
@@ -57,7 +59,8 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         if is_set:
             raise ConfigError(f"{name} cannot be used in a comparison: {why}; leave it out")
     heldout = _heldout_folder(config, own)
-    training = load_training_set(config.data).samples
+    found = load_training_set(config.data)
+    summary, training = found.summary, found.samples
     folders = {HELDOUT: heldout}
     forgetting = own.forgetting_dir or (FLAT_ICONS if _are_sample_icons(config) else None)
     if forgetting is not None:
@@ -71,7 +74,7 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
     both = [sample.id for sample in sets[HELDOUT].samples if sample.sha256 in seen]
     if both:
         raise ConfigError(f"heldout_dir has images that are trained on: {', '.join(both[:5])}; take them out")
-    return Material(sets, _themes(config, own, heldout, sets[HELDOUT].samples), heldout, _seers(own))
+    return Material(summary, sets, _themes(config, own, heldout, sets[HELDOUT].samples), heldout, _seers(own))
 
 
 def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Material) -> tuple[Examiner, Sdxl]:
@@ -101,6 +104,12 @@ def load_examiner(config: TrainConfig, runs: Sequence[Planned], material: Materi
     heldout = {sample.caption: _as_seen(sample, background, resolution) for sample in drawn}
     names = names_of(material.heldout, material.sets[HELDOUT].samples)
     return Examiner(meter, painter, material.themes, material.seers, training, heldout, names), sdxl
+
+
+def free_device() -> None:
+    """Give the GPU's memory back that an examiner held which nobody needs any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _seers(own: CompareConfig) -> Seers:

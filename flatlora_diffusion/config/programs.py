@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from flatlora_diffusion.config.section import ConfigError, Section, setting
 from flatlora_diffusion.config.training import FileLayout, LoraLayout, MixedPrecision, ModelConfig, SaveDtype
 
+QUIET_VARIABLE = "FLATLORA_QUIET"  # in the environment of a program: it logs warnings alone
+
 
 @dataclass(frozen=True)
 class GenerateConfig(Section):

@@ -49,6 +49,25 @@ def test_pictures_are_kept_and_only_the_missing_ones_drawn(
     assert all(file.is_file() for file in painter.files(None, KEYS))
 
 
+def test_a_stop_loses_no_picture_that_is_drawn(sdxl: Sdxl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, drawn = painter_module.generate_images, 0
+
+    def stopping(*arguments: object, **more: object) -> list[Image.Image]:
+        nonlocal drawn
+        if drawn == 2:
+            raise KeyboardInterrupt
+        drawn += 1
+        return real(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(painter_module, "generate_images", stopping)
+    painter = Painter(sdxl, 32, tmp_path, steps=1)
+    assert painter.left(None, KEYS) == 3 * 2
+    with pytest.raises(KeyboardInterrupt):
+        painter.paint(None, KEYS)
+    assert [file.is_file() for file in painter.files(None, KEYS)] == [True, True, False]
+    assert painter.left(None, KEYS) == 2
+
+
 def test_lora_steps_and_base_have_files_of_their_own(sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
     painter, longer = Painter(sdxl, 32, tmp_path, steps=1), Painter(sdxl, 32, tmp_path, steps=2)
     names = {painter.files(None, KEYS)[0], painter.files(lora, KEYS)[0], longer.files(None, KEYS)[0]}

@@ -23,7 +23,7 @@ from flatlora_diffusion.compare.page.record import advice, alarm, kicker, made_w
 from flatlora_diffusion.compare.page.results import numbers, paired, verdict_chart
 from flatlora_diffusion.compare.page.text import Chip, Result, chip
 
-PAGE = "compare.html"
+PAGE, GRID = "compare.html", "compare.png"
 _PARTS = Path(__file__).parent / "templates"
 _SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, nulls, proof, settings, made_with)
 _LARGEST_PNG = 400_000  # bytes; larger ones go in as JPEG, or two dozen pictures of SDXL would make 45 MB
