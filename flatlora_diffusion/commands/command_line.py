@@ -77,16 +77,20 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
     return _run(_train, list(sys.argv[1:] if arguments is None else arguments))
 
 
+def quiet_libraries() -> None:
+    """Show no bars of the libraries, and none of their notes below an error; call it before they are imported."""
+    for library, level in _QUIET.items():
+        logging.getLogger(library).setLevel(level)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 def _run(verb: Callable[[list[str]], None], arguments: list[str]) -> int:
     # Of several processes only the first speaks.
     is_quiet = QUIET_VARIABLE in os.environ or os.environ.get("RANK", "0") != "0"
     logging.basicConfig(level=logging.WARNING if is_quiet else logging.INFO, format="%(message)s")
-    for library, level in _QUIET.items():
-        logging.getLogger(library).setLevel(level)
-    # One progress bar is shown, that of the training, and no notes of the libraries below an error.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries()
     try:
         with interruptible():
             verb(arguments)

@@ -118,8 +118,8 @@ def _duration(experiment: Experiment) -> str:
     after += (sum(piece.passes for piece in pieces) - drawing) * each
     if until_grid + after == 0:
         return "All of it is done already"
-    whole, grid = _in_words(until_grid + after), _in_words(until_grid)
-    return f"About {whole} on this machine as it is now; the pictures are there after {grid}"
+    pictures = f"; the pictures are there after {_in_words(until_grid)}" if until_grid else ""
+    return f"About {_in_words(until_grid + after)} on this machine as it is now{pictures}"
 
 
 def _training_seconds(planned: Planned, seconds_per_pass: float) -> float:
