@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flatlora_diffusion.commands.command_line import quiet_libraries
 from flatlora_diffusion.config import ConfigError
 
 from .settings import AppSettings, parse_settings
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep each call in the browser, upload keys too
     logging.basicConfig(level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that uploads are cleared away
     try:
         settings = parse_settings(arguments, os.environ)

@@ -30,6 +30,7 @@ from flatlora_diffusion.commands.lora_verbs import (
 from flatlora_diffusion.commands.train_flags import parse_config
 from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings
 from flatlora_diffusion.config import (
+    QUIET_VARIABLE,
     CompareConfig,
     ConfigError,
     FlatnessConfig,
@@ -97,15 +98,20 @@ def _verbs() -> dict[str, Verb]:
     }
 
 
-def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    is_first = os.environ.get("RANK", "0") == "0"  # of several processes only the first speaks
-    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s")
+def quiet_libraries() -> None:
+    """Show no bars of the libraries, and none of their notes below an error; call it before they are imported."""
     for library, level in _QUIET.items():
         logging.getLogger(library).setLevel(level)
-    # One progress bar is shown, that of the training, and no notes of the libraries below an error.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    # Of several processes only the first speaks.
+    is_quiet = QUIET_VARIABLE in os.environ or os.environ.get("RANK", "0") != "0"
+    logging.basicConfig(level=logging.WARNING if is_quiet else logging.INFO, format="%(message)s")
+    quiet_libraries()
     try:
         with interruptible():
             return verb(arguments) or 0
@@ -151,9 +157,11 @@ def _compare(arguments: list[str]) -> None:
 
     hide_library_bars()
     folder = compare(config, own)
-    print((folder / "compare.md").read_text(encoding="utf-8"))
+    print(f"\n{(folder / 'compare.md').read_text(encoding='utf-8')}")
     print(json.loads((folder / "compare.json").read_text(encoding="utf-8"))["verdict"])
-    print(f"Look at {folder / 'compare.html'}; the LoRA files are in {folder}, ARM/seed-N")
+    print(f"\nPictures    {folder / 'compare.png'}")
+    print(f"LoRA files  {folder}, ARM/seed-N")
+    print(f"Report      {folder / 'compare.html'}: open it in a browser")
 
 
 def _generate(arguments: list[str]) -> None:

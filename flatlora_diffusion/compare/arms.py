@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flatlora_diffusion.config import (
+    QUIET_VARIABLE,
     ConfigError,
     Method,
     ModelConfig,
@@ -67,6 +69,10 @@ class PlannedRun:
     config: TrainConfig
 
     @property
+    def label(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
     def run(self) -> RunDir:
         return RunDir(Path(self.config.run.output_dir))
 
@@ -91,6 +97,29 @@ class PlannedRun:
         ending = self.run.ending()
         assert ending is not None
         return int(ending["step"])
+
+    @property
+    def files(self) -> dict[int, Path]:
+        """The LoRA files along the run by their steps, the result last; before it is trained, where they will be."""
+        if self.is_finished:
+            made = {int(one.name.split("-")[1]): one / LORA_FILE for one in self.run.checkpoints()}
+            return {**made, self.last_step: self.lora}
+        steps = range(self.config.run.checkpointing_steps, self.steps, self.config.run.checkpointing_steps)
+        return {**{step: self.run.folder / f"checkpoint-{step}" / LORA_FILE for step in steps}, self.steps: self.lora}
+
+    @property
+    def steps_left(self) -> int:
+        """How many steps are still to be trained."""
+        if self.is_finished:
+            return 0
+        done = int(self.run.checkpoints()[-1].name.split("-")[1]) if self.is_begun else 0
+        return self.steps - done
+
+    @property
+    def steps(self) -> int:
+        """How many steps the run takes."""
+        assert self.config.optim.max_train_steps is not None
+        return self.config.optim.max_train_steps
 
     def _is_mine(self) -> bool:
         """Whether the run in the folder was made with these settings; what they leave open may have any value."""
@@ -174,7 +203,7 @@ def train_planned(planned: PlannedRun) -> None:
     Raises RunError when it does not end well.
     """
     folder = planned.run.folder
-    label = f"{planned.arm.name}, seed {planned.seed}"
+    label = planned.label
     if planned.is_finished:
         logger.info("%s: already trained in %s", label, folder)
         return
@@ -184,11 +213,12 @@ def train_planned(planned: PlannedRun) -> None:
     values = planned.config.to_dict()
     settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
+    environment = {**os.environ, QUIET_VARIABLE: "1"}  # what it would say of the images is the same for all runs
     # The saved paths may be cut to their names.
     command += [f"--{name}={value}" for name in settings_that("is_path") if (value := values[name])]
     if planned.is_begun:
         command.append("--resume_from_checkpoint=latest")
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:

@@ -1,10 +1,12 @@
 """`compare`: arms trained as one experiment, measured alike, and the report of it.
 
+ARM/seed-N/     the run folders;  pictures/, measured/: what is not drawn or measured twice
+compare.png     the same prompts and seeds by the base and each arm, before anything is measured
 compare.html    the verdict, pictures, numbers with intervals, proof: one file that needs no network
 compare.json    every figure and hash
 compare.md      the table
-compare.png     the same prompts and seeds by the base and each arm
-ARM/seed-N/     the run folders;  pictures/, measured/: what is not drawn or measured twice
+
+The report is written when the arms are measured, and again with the nulls. After a stop the same command goes on.
 """
 
 from __future__ import annotations
@@ -13,33 +15,32 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from PIL import Image
 
-from flatlora_diffusion.compare.arms import Arm, PlannedRun, null_arms, parse_arm, plan, train_planned
+from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.conditions import shared_conditions
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
+from flatlora_diffusion.compare.experiment import Experiment, outlook, read_experiment
 from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_table, paired_rows, verdict
-from flatlora_diffusion.compare.material import Material, load_evaluator, read_material
+from flatlora_diffusion.compare.material import free_device
 from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
 from flatlora_diffusion.compare.overfit import advise
-from flatlora_diffusion.compare.page.page import write_compare_page
+from flatlora_diffusion.compare.page.page import GRID, PAGE, write_compare_page
+from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
-from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
-from flatlora_diffusion.data.training_set import load_training_set
-from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
+from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import described
 from flatlora_diffusion.gallery.grid import labelled_grid
-from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_text
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.training.stopping import interrupted_as
 
 logger = logging.getLogger(__name__)
 
@@ -73,92 +74,98 @@ def compare(config: TrainConfig, own: CompareConfig) -> Path:
     cannot be compared, RunError when one could not be trained.
     """
     with alone_in(Path(config.run.output_dir), "output_dir"):
-        return _compare(config, own)
+        return _compare(read_experiment(config, own))
 
 
-def _compare(config: TrainConfig, own: CompareConfig) -> Path:
-    material = read_material(config, own)
-    out, seed = Path(config.run.output_dir), config.run.seed
-    assert seed is not None
-    arms = [parse_arm(text) for text in own.arms]
-    seeds = range(seed, seed + own.num_seeds)
-    main = plan(config, arms, seeds, own.num_checkpoints)
-    null = [*_missing(arms), *null_arms(seed, config.adapter.lora_init_seed)]
-    nulls = plan(config, null, [seed], own.num_checkpoints)
-    for planned in (*main, *nulls):
-        train_planned(planned)
-    runs = read_runs([str(planned.run.folder) for planned in (*main, *nulls)])  # refuses what does not fit together
-    check_images(runs[0], load_training_set(config.data))
-    config = config.replace(mixed_precision=main[0].run.config()["mixed_precision"])  # as accelerate decided it
-    evaluator, sdxl = load_evaluator(config, [*main, *nulls], material)
-    _check_base(config, sdxl, [*main, *nulls])
-    result = _measure(_settings(config, own, material), arms, main, nulls, evaluator)
-    write_text(out / "compare.json", json.dumps(result, indent=1) + "\n")
-    names = {arm.key: arm.name for arm in arms}
-    table = metrics_table(names, result["metrics"], result["base"], result["values"])
-    write_text(out / "compare.md", table + "\n")
-    _save_grid(out, result, {sample.caption for sample in material.sets[TRAIN].samples})
-    write_compare_page(result, out)
+def _compare(experiment: Experiment) -> Path:
+    """The phases in their order: what there is to look at comes before what takes long."""
+    out = experiment.out
+    for line in outlook(experiment):
+        logger.info("%s", line)
+    with interrupted_as(lambda: f"with what is done kept in {out}: the same command goes on from there"):
+        experiment.train(experiment.main)
+        result = _evaluate_arms(experiment)
+        free_device()  # for the trainings to come
+        experiment.train(experiment.nulls)
+        _evaluate_nulls(experiment, result)
     return out
 
 
-def _missing(arms: Sequence[Arm]) -> list[Arm]:
-    """LoRA and Flat-LoRA as they are, for the nulls to be compared with, where they are not arms themselves."""
-    plain = [parse_arm(key) for key in ("lora", "flat-lora") if key not in {arm.key for arm in arms}]
-    return [replace(arm, role="null") for arm in plain]
+def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
+    """Draw the grid, measure the arms and write the report without nulls; returns what was found."""
+    out = experiment.out
+    evaluator, sdxl = experiment.evaluator(experiment.main)
+    logger.info("Drawing the same prompts with the base and each LoRA")
+    do_pieces(sdxl.unet, experiment.to_draw(evaluator))
+    pictures = _pictures(experiment.first, evaluator)
+    _save_grid(out, pictures, experiment)
+    logger.info("Look at %s", out / GRID)
+    logger.info("Measuring the base and each LoRA")
+    do_pieces(sdxl.unet, experiment.to_measure(evaluator))
+    result = _measure(experiment, evaluator, pictures)
+    _write(out, result)
+    logger.info("Look at %s: all but the nulls is there", out / PAGE)
+    return result
 
 
-def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[PlannedRun]) -> None:
-    """Raise ConfigError when the base is not the one that the runs were trained on."""
-    if config.model.quantize_base is not None:
-        return  # they saw its quantized weights, which have another hash
-    now = base_fingerprint(sdxl.unet)
-    for planned in runs:
-        for event in planned.run.events():
-            if event["event"] == "start" and event["base"] != now:
-                raise ConfigError(
-                    f"run {planned.arm.key}, seed {planned.seed} was trained on another base than "
-                    f"{config.model.pretrained_model_name_or_path!r} is now: put the base back, or give another "
-                    "--output_dir"
-                )
+def _evaluate_nulls(experiment: Experiment, result: ComparisonResult) -> None:
+    """Measure the nulls and write the whole report."""
+    evaluator, sdxl = experiment.evaluator(experiment.runs)
+    logger.info("Measuring the nulls")
+    do_pieces(sdxl.unet, experiment.to_measure_nulls(evaluator))
+    values = {
+        arm: {int(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in result["values"].items()
+    }
+    for planned in experiment.nulls:
+        values[planned.arm.key] = {planned.seed: evaluator.losses(planned)}
+    outputs = {planned.arm.key: _outputs(planned, evaluator) for planned in (*experiment.first, *experiment.nulls)}
+    with_nulls: ComparisonResult = {
+        **result,
+        "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.nulls)],
+        "values": _values_as_json(values),
+        "proof": shared_conditions(experiment.runs),
+        "nulls": null_rows(outputs, values, experiment.main[0].seed),
+    }
+    _write(experiment.out, with_nulls)
 
 
-def _settings(config: TrainConfig, own: CompareConfig, material: Material) -> dict[str, Any]:
+def _write(out: Path, result: ComparisonResult) -> None:
+    """Write the report of `result`."""
+    write_text(out / "compare.json", json.dumps(result, indent=1) + "\n")
+    names = {arm["key"]: arm["name"] for arm in result["arms"] if arm["role"] == "arm"}
+    table = metrics_table(names, result["metrics"], result["base"], result["values"])
+    write_text(out / "compare.md", table + "\n")
+    write_compare_page(result, out)
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
     """The settings of the arms and of the comparison itself, and the image sets by their hashes."""
+    precision = experiment.main[0].run.config()["mixed_precision"]
     mine = {
         name: Path(value).name if name.endswith(("_dir", "_file")) and value else value
-        for name, value in asdict(own).items()
+        for name, value in asdict(experiment.own).items()
     }
-    sets = {f"{name} images": f"{len(one.samples)}, {one.sha256[:16]}" for name, one in material.sets.items()}
-    return {**portable(config.to_dict()), **mine, **sets}
+    sets = {
+        f"{name} images": f"{len(one.samples)}, {one.sha256[:16]}" for name, one in experiment.material.sets.items()
+    }
+    return {**portable(experiment.config.to_dict()), "mixed_precision": precision, **mine, **sets}
 
 
-def _measure(
-    settings: dict[str, Any],
-    arms: Sequence[Arm],
-    main: Sequence[PlannedRun],
-    nulls: Sequence[PlannedRun],
-    evaluator: RunEvaluator,
-) -> ComparisonResult:
+def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str, Any]) -> ComparisonResult:
+    """Every value of the arms, and what follows from them."""
+    arms, main, first = experiment.arms, experiment.main, experiment.first
     values: dict[str, dict[int, MetricValues]] = {}
     trajectories: dict[str, dict[int, list[TrajectoryPoint]]] = {}
     base = evaluator.base()
     for planned in main:
-        logger.info("measuring %s, seed %d", planned.arm.name, planned.seed)
         values.setdefault(planned.arm.key, {})[planned.seed] = evaluator.run(planned)
         trajectories.setdefault(planned.arm.key, {})[planned.seed] = evaluator.trajectory(planned)
-    for planned in nulls:
-        logger.info("measuring %s", planned.arm.name)
-        values.setdefault(planned.arm.key, {})[planned.seed] = evaluator.losses(planned)
     metrics = _metrics([base, *(of_run for by_seed in values.values() for of_run in by_seed.values())])
     differences = paired_rows(arms, [metric["key"] for metric in metrics], values, trajectories)
-    first_seed = [planned for planned in main if planned.seed == main[0].seed]
-    strengths = {planned.arm.key: evaluator.strengths(planned) for planned in first_seed}
-    all_arms = {arm.key: arm for arm in (*arms, *(planned.arm for planned in nulls))}
-    outputs = {planned.arm.key: _outputs(planned, evaluator) for planned in (*first_seed, *nulls)}
+    strengths = {planned.arm.key: evaluator.strengths(planned) for planned in first}
     return ComparisonResult(
-        settings=settings,
-        arms=[asdict(arm) for arm in all_arms.values()],
+        settings=_settings(experiment),
+        arms=[asdict(arm) for arm in arms],
         seeds=list(dict.fromkeys(planned.seed for planned in main)),
         metrics=metrics,
         base=base,
@@ -167,10 +174,10 @@ def _measure(
         groups=_groups(main, evaluator),
         paired=differences,
         verdict=verdict(differences, {arm.key: arm.name for arm in arms}),
-        proof=shared_conditions([*main, *nulls]),
-        nulls=null_rows(outputs, values, main[0].seed),
-        advice=[_advice(planned, trajectories, strengths) for planned in first_seed],
-        pictures=_pictures(first_seed, evaluator),
+        proof=shared_conditions(main),
+        nulls=[],
+        advice=[_advice(planned, trajectories, strengths) for planned in first],
+        pictures=pictures,
         strengths={arm: {f"{at:g}": losses for at, losses in by_at.items()} for arm, by_at in strengths.items()},
         device=_device(),
         versions={"python": platform.python_version(), **versions()},
@@ -216,14 +223,14 @@ def _pictures(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, 
     }
 
 
-def _save_grid(out: Path, result: ComparisonResult, captions: set[str]) -> None:
-    pictures, steps = result["pictures"], result["settings"]["max_train_steps"]
+def _save_grid(out: Path, pictures: Mapping[str, Any], experiment: Experiment) -> None:
+    captions = {sample.caption for sample in experiment.material.sets[TRAIN].samples}
     rows = [[Image.open(out / file).convert("RGB") for file in column] for column in pictures["files"]]
-    caption = f"same prompts, seeds and settings; {steps} steps"
+    caption = f"same prompts, seeds and settings; {experiment.config.optim.max_train_steps} steps"
     if not captions.intersection(pictures["prompts"]):
         caption += "; none of these was trained on"
     grid = labelled_grid(rows, pictures["columns"], pictures["prompts"], caption=caption)
-    grid.save(out / "compare.png")
+    grid.save(out / GRID)
 
 
 def _values_as_json(values: Values) -> dict[str, dict[str, MetricValues]]:

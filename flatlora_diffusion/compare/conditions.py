@@ -34,7 +34,7 @@ class SharedCondition:
 
 def shared_conditions(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     """Images and base of all runs, then settings, first weights and draws of the runs of each seed."""
-    labelled = {_label(run): run for run in runs}
+    labelled = {run.label: run for run in runs}
     conditions = [
         _condition("training images and captions", labelled, _images),
         _condition("base model", labelled, lambda run: str(_start(run)["base"])),
@@ -82,10 +82,6 @@ def _draws_as_others(run: PlannedRun) -> bool:
 def _note_of_left_out(runs: Runs, compared: Runs, why: str) -> str:
     left_out = [label for label in runs if label not in compared]
     return f"{', '.join(left_out)}: {why}" if left_out else ""
-
-
-def _label(run: PlannedRun) -> str:
-    return f"{run.arm.name}, seed {run.seed}"
 
 
 def _images(run: PlannedRun) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator, metadata_rows
 from flatlora_diffusion.compare.pictures import Key, PictureGenerator
+from flatlora_diffusion.compare.progress import Piece
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import DEFAULT_SIGMA
 from flatlora_diffusion.data.dataset import Sample
@@ -20,8 +22,8 @@ from flatlora_diffusion.evaluation.encoders import JUDGE, Encoder
 from flatlora_diffusion.evaluation.judge import NAME_PROMPT, Judge
 from flatlora_diffusion.evaluation.metrics import Metric, Reference, encode_reference, judge_metrics, picture_metrics
 from flatlora_diffusion.evaluation.perceptual import Distance, lpips_diversity
-from flatlora_diffusion.ground.run_dir import LORA_FILE
 
+BASE = "the base"
 TRAIN, HELDOUT, FORGETTING = "train", "heldout", "forgetting"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RISE_DRAWS = 8
@@ -47,6 +49,11 @@ class PromptSets:
     style: tuple[str, ...]
     unrelated: tuple[str, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def few(self) -> PromptSets:
+        """What is drawn along a run."""
+        return PromptSets(self.style[:ALONG_THE_WAY], self.unrelated[:ALONG_THE_WAY], self.seeds[:1])
 
     def keys(self, prompts: Sequence[str]) -> list[Key]:
         return [(prompt, seed) for prompt in prompts for seed in self.seeds]
@@ -80,13 +87,20 @@ class RunEvaluator:
         """
         self._loss_evaluator, self._generator = loss_evaluator, generator
         self.prompts, self._scoring_models, self._names = prompts, scoring_models, names
-        base = generator.generate(None, prompts.keys((*prompts.style, *prompts.unrelated)))
-        texts = {prompt: NAME_PROMPT.format(name) for prompt, name in names.items()}
-        self._references: dict[str, Reference] = {}
-        for encoder in scoring_models.encoders:
-            prefix = "" if len(scoring_models.encoders) == 1 else f"{Path(encoder.name).name}_"
+        self._training, self._heldout = training, heldout
+
+    @cached_property
+    def _references(self) -> dict[str, Reference]:
+        """What pictures are compared with, by the prefix of their metrics; made when it is first asked for."""
+        prompts, encoders = self.prompts, self._scoring_models.encoders
+        base = self._generator.generate(None, prompts.keys((*prompts.style, *prompts.unrelated)))
+        texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self._names.items()}
+        references: dict[str, Reference] = {}
+        for encoder in encoders:
+            prefix = "" if len(encoders) == 1 else f"{Path(encoder.name).name}_"
             known = texts if encoder.name == JUDGE else {}
-            self._references[prefix] = encode_reference(encoder, training, base, heldout, known)
+            references[prefix] = encode_reference(encoder, self._training, base, self._heldout, known)
+        return references
 
     def base(self) -> MetricValues:
         """The base's metrics, without those that only a LoRA has."""
@@ -111,14 +125,10 @@ class RunEvaluator:
     def trajectory(self, planned: PlannedRun) -> list[TrajectoryPoint]:
         """The base, then each checkpoint of the run."""
         seconds = _seconds_per_step(_steps(planned))
-        style, unrelated = (prompts[:ALONG_THE_WAY] for prompts in (self.prompts.style, self.prompts.unrelated))
-        few = PromptSets(style, unrelated, self.prompts.seeds[:1])
         prefix = next(iter(self._references), "")
-        files = {int(one.name.split("-")[1]): one / LORA_FILE for one in planned.run.checkpoints()}
-        files[planned.last_step] = planned.lora
         points = []
-        for step, lora in ((0, None), *files.items()):
-            losses, pictured = self._losses(lora, 1.0), self._of_pictures(lora, few)
+        for step, lora in ((0, None), *planned.files.items()):
+            losses, pictured = self._losses(lora, 1.0), self._of_pictures(lora, self.prompts.few)
             points.append(
                 TrajectoryPoint(
                     step,
@@ -147,6 +157,52 @@ class RunEvaluator:
         keys = [(prompt, seed) for prompt in self.prompts.style]
         self._generator.generate(lora, keys)
         return self._generator.files(lora, keys)
+
+    def to_draw(self, name: str, lora: Path | None, seed: int) -> Piece:
+        """What `pictures` needs."""
+        keys = [(prompt, seed) for prompt in self.prompts.style]
+        return self._drawing(f"drawing with {name}", lora, keys)
+
+    def to_measure_base(self) -> list[Piece]:
+        """What `base` and all that is compared with it need."""
+        keys = self.prompts.keys((*self.prompts.style, *self.prompts.unrelated))
+        return [self._loss(BASE, None, 1.0), self._drawing(f"{BASE}: pictures", None, keys)]
+
+    def to_measure(self, planned: PlannedRun) -> list[Piece]:
+        """What `run`, `trajectory` and `strengths` need, beside the base."""
+        name, lora = planned.label, planned.lora
+        rises = lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS
+        keys = self.prompts.keys((*self.prompts.style, *self.prompts.unrelated))
+        pieces = [self._loss(name, lora, 1.0), self._drawing(f"{name}: pictures", lora, keys)]
+        pieces.append(
+            Piece(
+                f"{name}: flatness",
+                self._loss_evaluator.rises_left(*rises),
+                partial(self._loss_evaluator.rises, *rises),
+            )
+        )
+        few = self.prompts.few
+        for step, file in planned.files.items():
+            if file != lora:
+                pieces.append(self._loss(f"{name}, step {step}", file, 1.0))
+                pieces.append(
+                    self._drawing(f"{name}, step {step}: pictures", file, few.keys((*few.style, *few.unrelated)))
+                )
+        others = [strength for strength in STRENGTHS if strength != 1]
+        return pieces + [self._loss(f"{name}, strength {strength:g}", lora, strength) for strength in others]
+
+    def to_measure_null(self, planned: PlannedRun) -> list[Piece]:
+        """What `losses` and `pictures` need."""
+        name, lora = planned.arm.name, planned.lora
+        keys = [(prompt, self.prompts.seeds[0]) for prompt in self.prompts.style]
+        return [self._loss(name, lora, 1.0), self._drawing(f"{name}: pictures", lora, keys)]
+
+    def _loss(self, name: str, lora: Path | None, strength: float) -> Piece:
+        do = partial(self._loss_evaluator.losses, lora, strength)
+        return Piece(f"{name}: losses", self._loss_evaluator.losses_left(lora, strength), do)
+
+    def _drawing(self, what: str, lora: Path | None, keys: Sequence[Key]) -> Piece:
+        return Piece(what, self._generator.left(lora, keys), partial(self._generator.generate, lora, keys))
 
     def _losses(self, lora: Path | None, strength: float) -> MetricValues:
         by_set = self._loss_evaluator.losses(lora, strength)

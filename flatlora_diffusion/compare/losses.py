@@ -30,6 +30,11 @@ class ImageSet:
     draws: int = 1
 
     @property
+    def size(self) -> int:
+        """How many samples of the denoising loss it has."""
+        return len(self.samples) * self.draws
+
+    @property
     def sha256(self) -> str:
         """The hash of images, captions and draws, in their order."""
         rows = [self.draws, *((sample.sha256, sample.caption) for sample in self.samples)]
@@ -70,6 +75,10 @@ class LossEvaluator:
 
         return self._once("losses", lora, strength, measure)
 
+    def losses_left(self, lora: Path | None, strength: float = 1.0) -> int:
+        """How many samples the UNet has to see for `losses`; 0 when they are kept."""
+        return 0 if self._is_kept("losses", lora, strength) else sum(images.size for images in self.sets.values())
+
     def rises(self, lora: Path, name: str, sigma: float, draws: int) -> list[float]:
         """How much each of `draws` perturbations (Eq. 7) lifts the loss on the set `name`."""
 
@@ -77,7 +86,11 @@ class LossEvaluator:
             rises = loss_rise(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
             return {name: {str(draw): rise for draw, rise in enumerate(rises)}}
 
-        return list(self._once(f"rises {name} {sigma} {draws}", lora, 1.0, measure)[name].values())
+        return list(self._once(_rises(name, sigma, draws), lora, 1.0, measure)[name].values())
+
+    def rises_left(self, lora: Path, name: str, sigma: float, draws: int) -> int:
+        """How many samples the UNet has to see for `rises`; 0 when they are kept."""
+        return 0 if self._is_kept(_rises(name, sigma, draws), lora, 1.0) else self.sets[name].size * (1 + draws)
 
     def _by_group(self, name: str) -> dict[str, float]:
         losses = probe_losses(self._sdxl.unet, self._objective, self._probe(name))
@@ -94,11 +107,18 @@ class LossEvaluator:
             self._probes[name] = fixed_probe(self._sdxl, images.samples, resolution, 0, images.draws, background)
         return self._probes[name]
 
-    def _once(self, what: str, lora: Path | None, strength: float, measure: Callable[[], Losses]) -> Losses:
-        """The kept result of `measure` with the LoRA in place; measured where there is none yet."""
+    def _file(self, what: str, lora: Path | None, strength: float) -> Path:
+        """Where a result is kept, measured or not."""
         content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
         key = hashlib.sha256(json.dumps([self._key, what, content, strength]).encode()).hexdigest()[:32]
-        file = self._kept / f"{key}.json"
+        return self._kept / f"{key}.json"
+
+    def _is_kept(self, what: str, lora: Path | None, strength: float) -> bool:
+        return (lora is None or lora.is_file()) and self._file(what, lora, strength).is_file()
+
+    def _once(self, what: str, lora: Path | None, strength: float, measure: Callable[[], Losses]) -> Losses:
+        """The kept result of `measure` with the LoRA in place; measured where there is none yet."""
+        file = self._file(what, lora, strength)
         if not file.is_file():
             losses = measure() if lora is None else self._with_lora(lora, strength, measure)
             self._kept.mkdir(parents=True, exist_ok=True)
@@ -110,6 +130,10 @@ class LossEvaluator:
         pipeline, files = self._sdxl.pipeline, [LoraFile(lora)]
         with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=False):
             return measure()
+
+
+def _rises(name: str, sigma: float, draws: int) -> str:
+    return f"rises {name} {sigma} {draws}"
 
 
 def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:

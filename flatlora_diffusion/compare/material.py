@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
 from flatlora_diffusion.compare.pictures import PictureGenerator
 from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
-from flatlora_diffusion.data.images import load_image
+from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
@@ -43,6 +44,7 @@ SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
 class Material:
     """Everything that was read before the first run is trained."""
 
+    summary: str
     sets: dict[str, ImageSet]
     prompts: PromptSets
     heldout: Path
@@ -65,7 +67,8 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         if is_set:
             raise ConfigError(f"{name} cannot be used in a comparison: {why}; leave it out")
     heldout = _heldout_folder(config, own)
-    training = load_training_set(config.data).samples
+    training_set = load_training_set(config.data)
+    summary, training = training_set.summary, training_set.samples
     folders = {HELDOUT: heldout}
     forgetting = own.forgetting_dir or (FLAT_ICONS if _are_sample_icons(config) else None)
     if forgetting is not None:
@@ -75,7 +78,8 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         samples = (load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)).samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
     check_unseen(sets[HELDOUT].samples, training, "are")
-    return Material(sets, _prompts(config, own, heldout, sets[HELDOUT].samples), heldout, _scoring_models(own))
+    prompts = _prompts(config, own, heldout, sets[HELDOUT].samples)
+    return Material(summary, sets, prompts, heldout, _scoring_models(own))
 
 
 def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], material: Material) -> tuple[RunEvaluator, Sdxl]:
@@ -109,6 +113,12 @@ def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], material: Ma
     ), sdxl
 
 
+def free_device() -> None:
+    """Give the GPU's memory back that an evaluator held which nobody needs any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _scoring_models(own: CompareConfig) -> ScoringModels:
     """The models that look at pictures: on the CPU, so that training has the GPU for itself."""
     encoders = [load_encoder(name) for name in own.encoders]
@@ -126,7 +136,7 @@ def _heldout_folder(config: TrainConfig, own: CompareConfig) -> Path:
     if own.heldout_dir is not None:
         return Path(own.heldout_dir)
     if _are_sample_icons(config):
-        return SAMPLE_ICONS / "heldout"
+        return SAMPLE_ICONS / HELDOUT_FOLDER
     raise ConfigError(
         "heldout_dir is missing: give a folder of captioned images of the style that are not trained on; "
         "whether a LoRA generalizes shows on those alone"

@@ -38,6 +38,13 @@ class PictureGenerator:
                 self._draw(missing)
         return {key: _read(file) for key, file in files.items()}
 
+    def left(self, lora: Path | None, keys: Sequence[Key]) -> int:
+        """How many samples the UNet has to see for the pictures of `keys` that are not kept."""
+        _, steps, guidance = self._settings
+        is_there = lora is None or lora.is_file()
+        missing = sum(not file.is_file() for file in self.files(lora, keys)) if is_there else len(keys)
+        return missing * steps * (2 if guidance > 1 else 1)
+
     def files(self, lora: Path | None, keys: Sequence[Key]) -> list[Path]:
         """The files in which the pictures of `keys` are kept, drawn or not."""
         content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
@@ -45,12 +52,11 @@ class PictureGenerator:
         return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]
 
     def _draw(self, files: Mapping[Key, Path]) -> None:
-        prompts, seeds = [prompt for prompt, _ in files], [seed for _, seed in files]
         resolution, steps, guidance = self._settings
-        # Which pictures are missing must not change any of them: one at a time.
-        drawn = generate_images(self._sdxl, prompts, seeds, resolution, steps, guidance, batch_size=1)
         self._kept.mkdir(parents=True, exist_ok=True)
-        for image, file in zip(drawn, files.values(), strict=True):
+        # One at a time: which pictures are missing must not change any of them, and a stop loses none that is drawn.
+        for (prompt, seed), file in files.items():
+            (image,) = generate_images(self._sdxl, [prompt], [seed], resolution, steps, guidance, batch_size=1)
             write_atomically(file, partial(image.save, format="PNG"))
 
 

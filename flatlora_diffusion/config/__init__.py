@@ -4,6 +4,9 @@ Knows neither torch nor any model. Start with `section.py` (what a setting is), 
 """
 
 from flatlora_diffusion.config.programs import (
+    QUIET_VARIABLE as QUIET_VARIABLE,
+)
+from flatlora_diffusion.config.programs import (
     CompareConfig as CompareConfig,
 )
 from flatlora_diffusion.config.programs import (

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from flatlora_diffusion.config.section import ConfigError, Section, setting
 from flatlora_diffusion.config.training import FileLayout, LoraLayout, MixedPrecision, ModelConfig, SaveDtype
 
+QUIET_VARIABLE = "FLATLORA_QUIET"  # in the environment of a program: it logs warnings alone
+
 _LORA_FILE = "LoRA file in any layout, or the folder of a run"
 _LORA_BASE = "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
 _WHOLE_BASE = "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ from flatlora_diffusion.config import ConfigError
 # What users have. Not every format Pillow knows: EPS would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
 CAPTION_SUFFIXES = (".txt", ".caption")
-# Files that belong beside images and need no mention when they are not read as one.
+# Files that belong beside images and are never read as one.
 SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json", ".jsonl")
+HELDOUT_FOLDER = "heldout"  # beside the images that it is held out from
+# Texts that nobody takes for images: they need no mention where they are not read as one.
+_TEXT_SUFFIXES = (".md", ".rst", ".csv", ".yaml", ".yml", ".toml", ".ini", ".log", ".py", ".sh", ".bat", ".ipynb")
 
 # A shape that is thinner is no picture; just covering a square with it would need gigabytes.
 _LARGEST_RATIO = 50
@@ -76,8 +80,8 @@ def read_header(source: Source) -> Header:
 def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """The readable images directly in `folder`, by name, and (name, reason) of everything that is skipped.
 
-    A file is an image if it decodes to its last pixel, whatever its suffix. Hidden files, captions and JSON are no
-    images and not reported. Raises ConfigError if `folder` is not a folder.
+    A file is an image if it decodes to its last pixel, whatever its suffix. What is plainly none is not reported:
+    hidden files, captions, JSON, texts, and the folder `heldout`. Raises ConfigError if `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"image folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -86,7 +90,7 @@ def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            if not path.name.startswith("__"):  # __pycache__, __MACOSX
+            if not path.name.startswith("__") and path.name != HELDOUT_FOLDER:  # __pycache__, __MACOSX
                 skipped.append((path.name, "a subfolder; only images directly in the folder are read"))
             continue
         if path.suffix.lower() in SIDECAR_SUFFIXES:
@@ -95,10 +99,22 @@ def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
             with _read_errors(path):
                 _decode(path)
         except ImageError as error:
-            skipped.append((path.name, error.reason))
+            if not _is_text(path):
+                skipped.append((path.name, error.reason))
         else:
             images.append(path)
     return images, skipped
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file that is no image was never meant as one: a text by its suffix, or by its content without one."""
+    if path.suffix:
+        return path.suffix.lower() in _TEXT_SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(file.read(4096))
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _opaque_colour(background: str) -> tuple[int, ...]:

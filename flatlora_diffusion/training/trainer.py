@@ -156,7 +156,8 @@ def _tell_memory(config: TrainConfig) -> None:
     from flatlora_diffusion.memory.estimate import preflight_lines  # slow to import, and of no use on a CPU
 
     try:
-        logger.info("%s", "\n".join(preflight_lines(config, torch.cuda.mem_get_info(device)[0])))
+        lines = preflight_lines(config, torch.cuda.mem_get_info(device)[0])
+        logger.log(logging.WARNING if len(lines) > 1 else logging.INFO, "%s", "\n".join(lines))
     except Exception as error:  # it is told for information alone
         logger.warning("the memory that the run needs could not be estimated: %s", error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,13 @@ def test_flatness_names_the_files_that_are_there(
     assert main(["flatness", "some/run"]) == 0
     listed = ", ".join(["surface.png", *page, "rise.png", "slices.png"])
     assert f"Look at {listed} and strength.png in {tmp_path}" in capsys.readouterr().out
+
+
+def test_no_library_speaks_when_it_is_imported() -> None:
+    program = (
+        "import logging; logging.basicConfig(level=logging.INFO); "
+        "from flatlora_diffusion.commands.command_line import quiet_libraries; quiet_libraries(); "
+        "import flatlora_diffusion.sdxl.pipeline"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

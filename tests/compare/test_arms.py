@@ -105,11 +105,19 @@ def test_without_steps_arms_cannot_be_matched(config: TrainConfig) -> None:
         plan(config.replace(max_train_steps=None), [parse_arm("lora")], [0], 1)
 
 
-def test_a_run_is_trained_once_and_again_when_its_settings_change(config: TrainConfig) -> None:
+def test_a_run_is_trained_once_and_again_when_its_settings_change(
+    config: TrainConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
     (planned,) = plan(config, [parse_arm("lora")], [0], 1)
     assert not planned.is_finished
+    assert (planned.steps_left, list(planned.files)) == (2, [2])
     train_planned(planned)
     assert planned.is_finished
+    assert (planned.steps_left, list(planned.files)) == (0, [2])
+    said = capfd.readouterr()
+    assert "lora: 100%" in said.err, "its bar is shown"
+    assert "captions" not in said.err, "what is the same for all runs is not told with each of them"
+    assert said.out == ""
     written = planned.lora.stat().st_mtime_ns
     train_planned(planned)
     assert planned.lora.stat().st_mtime_ns == written
@@ -148,6 +156,7 @@ def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:
     planned.lora.unlink()
     shutil.rmtree(planned.run.checkpoints()[-1])
     assert planned.is_begun
+    assert planned.steps_left == 1
     train_planned(planned)
     assert planned.is_finished
     kinds = [event["event"] for event in planned.run.events()]

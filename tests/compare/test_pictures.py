@@ -50,6 +50,25 @@ def test_pictures_are_kept_and_only_the_missing_ones_drawn(
     assert all(file.is_file() for file in generator.files(None, KEYS))
 
 
+def test_a_stop_loses_no_picture_that_is_drawn(sdxl: Sdxl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, drawn = pictures_module.generate_images, 0
+
+    def stopping(*arguments: object, **more: object) -> list[Image.Image]:
+        nonlocal drawn
+        if drawn == 2:
+            raise KeyboardInterrupt
+        drawn += 1
+        return real(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pictures_module, "generate_images", stopping)
+    generator = PictureGenerator(sdxl, 32, tmp_path, steps=1)
+    assert generator.left(None, KEYS) == 3 * 2
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(None, KEYS)
+    assert [file.is_file() for file in generator.files(None, KEYS)] == [True, True, False]
+    assert generator.left(None, KEYS) == 2
+
+
 def test_lora_steps_and_base_have_files_of_their_own(sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
     generator, longer = PictureGenerator(sdxl, 32, tmp_path, steps=1), PictureGenerator(sdxl, 32, tmp_path, steps=2)
     names = {generator.files(None, KEYS)[0], generator.files(lora, KEYS)[0], longer.files(None, KEYS)[0]}

@@ -309,6 +309,17 @@ def test_find_images_decides_by_content_and_names_what_it_skips(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_find_images_says_nothing_of_what_is_plainly_no_image(tmp_path: Path) -> None:
+    save(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+    for text in ("LICENSE", "README.md", "build.py", "notes.CSV"):
+        (tmp_path / text).write_text("Für alle", encoding="utf-8")
+    (tmp_path / "heldout").mkdir()
+    assert find_images(tmp_path) == ([tmp_path / "a.png"], [])
+    (tmp_path / "camera").write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF")  # an image without a suffix that broke
+    (tmp_path / "drawing.svg").write_text("<svg/>", encoding="utf-8")
+    assert [name for name, _ in find_images(tmp_path)[1]] == ["camera", "drawing.svg"]
+
+
 def test_find_images_skips_files_that_end_too_early(tmp_path: Path) -> None:
     path = save(noise_image(64, 64), tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:1500])

@@ -24,7 +24,7 @@ from flatlora_diffusion.compare.page.results import numbers, paired, verdict_cha
 from flatlora_diffusion.compare.page.text import Chip, Result, chip
 from flatlora_diffusion.ground.whole_files import write_text
 
-PAGE = "compare.html"
+PAGE, GRID = "compare.html", "compare.png"
 _PARTS = Path(__file__).parent / "templates"
 _SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, nulls, proof, settings, made_with)
 _LARGEST_PNG = 400_000  # bytes; larger ones go in as JPEG, or two dozen pictures of SDXL would make 45 MB

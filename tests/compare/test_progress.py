@@ -1,0 +1,30 @@
+"""The bar over what is left to measure."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from torch import nn
+
+from flatlora_diffusion.compare.progress import Piece, do_pieces
+
+
+def test_a_bar_names_what_goes_on_and_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    unet = nn.Identity()
+    done: list[str] = []
+
+    def asked(what: str) -> None:
+        unet([[0.0, 0.0]])
+        done.append(what)
+
+    passes = {"a": 2, "b": 0, "c": 9}
+    pieces = [Piece(f"LoRA: {what}", count, partial(asked, what)) for what, count in passes.items()]
+    do_pieces(unet, pieces)
+    assert done == ["a", "c"]
+    shown = capsys.readouterr().err
+    assert "LoRA: a:   0%" in shown
+    assert "LoRA: c: 100%" in shown
+    assert "left" in shown
+    do_pieces(unet, pieces[1:2])
+    assert capsys.readouterr().err == "", "nothing to do has no bar"
