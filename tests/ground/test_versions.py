@@ -57,5 +57,5 @@ def test_the_versions_are_those_of_the_program_and_its_libraries() -> None:
 
 
 def test_nothing_else_asks_for_a_version_that_may_not_be_there() -> None:
-    modules = [path for folder in ("flatlora_diffusion", "app") for path in (ROOT / folder).glob("*.py")]
+    modules = [path for folder in ("flatlora_diffusion", "app") for path in (ROOT / folder).rglob("*.py")]
     assert [path.stem for path in modules if "importlib.metadata" in path.read_text("utf-8")] == ["versions"]
