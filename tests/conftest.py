@@ -114,7 +114,7 @@ def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """One browser for all tests: Playwright starts once in a thread."""
-    from drivers.app_driver import BROWSERS, browser_path, open_browser
+    from app_driver import BROWSERS, browser_path, open_browser
 
     path = browser_path()
     if path is None:

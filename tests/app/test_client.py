@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from app_driver import PATIENCE, RunningApp, call_endpoint
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from drivers.app_driver import PATIENCE, RunningApp, call_endpoint
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+from app_driver import RunningApp, call_endpoint
 from gradio_client import Client, handle_file
 from PIL import Image
 
 from app.train.forms import ConfigForm
-from drivers.app_driver import RunningApp, call_endpoint
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from app_driver import AppPage, RunningApp
 from playwright.sync_api import Browser
-
-from drivers.app_driver import AppPage, RunningApp
 
 
 @pytest.fixture(scope="package")

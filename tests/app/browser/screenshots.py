@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from app_driver import PATIENCE, ROOT, AppPage, RunningApp
 from playwright.sync_api import Browser, expect
-
-from drivers.app_driver import PATIENCE, ROOT, AppPage, RunningApp
 
 DOCS = ROOT / "docs"
 STEPS = 60

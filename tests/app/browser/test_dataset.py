@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from app_driver import PATIENCE, AppPage
 from PIL import Image
 from playwright.sync_api import Locator, expect
 
-from drivers.app_driver import PATIENCE, AppPage
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

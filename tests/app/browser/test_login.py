@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from app_driver import PATIENCE, TABS, RunningApp
 from playwright.sync_api import Browser, expect
-
-from drivers.app_driver import PATIENCE, TABS, RunningApp
 
 pytestmark = pytest.mark.slow
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from app_driver import PATIENCE, AppPage
 from playwright.sync_api import expect
-
-from drivers.app_driver import PATIENCE, AppPage
 
 pytestmark = pytest.mark.slow
 HOSTILE = '<img id="injected" src="x">'

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from app_driver import PATIENCE, AppPage, RunningApp
 from playwright.sync_api import expect
 from safetensors.torch import load_file
 
-from drivers.app_driver import PATIENCE, AppPage, RunningApp
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow

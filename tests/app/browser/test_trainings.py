@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from app_driver import PATIENCE, AppPage, RunningApp
 from playwright.sync_api import expect
-
-from drivers.app_driver import PATIENCE, AppPage, RunningApp
 
 pytestmark = pytest.mark.slow
 
