@@ -35,7 +35,7 @@ def test_the_floors_are_those_of_the_architecture() -> None:
     ("name", "file"),
     [
         ("METRICS", "flatlora_diffusion/evaluation/metrics.py"),
-        ("OWN_METRICS", "flatlora_diffusion/compare/examiner.py"),
+        ("OWN_METRICS", "flatlora_diffusion/compare/evaluator.py"),
         ("_TOOLS", "flatlora_diffusion/lora_tools/tool_support.py"),
         ("TABLE", "tests/lora_tools/test_tool_support.py"),
         ("RUNS", "tests/commands/test_every_flag.py"),
