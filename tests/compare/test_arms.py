@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ def config(config: TrainConfig, tmp_path: Path) -> TrainConfig:
 class InThisProcess:
     """In place of `subprocess.Popen`: the command line's own code here, without an import of all libraries."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         assert command[1:3] == ["-m", "flatlora_diffusion"]
         self.code = main(list(command[3:]))
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from tiny_runs import samples_of
 
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import prepare
 
 
@@ -42,9 +43,11 @@ def test_offload_leaves_the_vae_where_class_images_are_still_to_be_encoded(
     config: TrainConfig, icons: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool
 ) -> None:
     moves: Any = []
-    plain = AutoencoderKL.to
-    monkeypatch.setattr(AutoencoderKL, "to", lambda vae, *to, **rest: (moves.append(to), plain(vae, *to, **rest))[1])
+    plain = Sdxl.move
+    monkeypatch.setattr(Sdxl, "move", lambda sdxl, parts, to: (moves.append(parts), plain(sdxl, parts, to))[1])
     prior = {"with_prior_preservation": True, "class_data_dir": str(icons), "class_prompt": "an icon"}
     settings = {"cache_latents": True, "offload": True, "use_aspect_ratio_buckets": buckets, **prior}
     prepare(config.replace(**settings), samples_of(config), samples_of(config))
-    assert (("cpu",) in moves) is not buckets
+    _to_the_device, away, _unet = moves
+    assert set(TEXT_PARTS) <= set(away)
+    assert ("vae" in away) is not buckets
