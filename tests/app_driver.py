@@ -95,12 +95,16 @@ class AppPage:
         self.page = page
         self.url = url
         self.faults: list[str] = []
+        self._is_leaving = False
         page.on("console", self._note_message)
         page.on("pageerror", self._note_error)
         page.on("request", self._note_request)
 
     def open(self) -> None:
+        """Open the app, also in place of the page that is there, whose requests are cut off by that."""
+        self._is_leaving = True
         self.page.goto(self.url)
+        self._is_leaving = False
         expect(self.page.get_by_role("tab", name=TABS[0])).to_be_visible(timeout=PATIENCE)
 
     def show_tab(self, name: str) -> None:
@@ -179,7 +183,8 @@ class AppPage:
 
     def _note_message(self, message: ConsoleMessage) -> None:
         # A request that is cut off because its page leaves is no fault.
-        if message.type == "error" and "signal is aborted" not in message.text:
+        is_cut_off = "signal is aborted" in message.text or (self._is_leaving and "Connection errored" in message.text)
+        if message.type == "error" and not is_cut_off:
             self.faults.append(f"console: {message.text} ({message.location.get('url')})")
 
     def _note_error(self, error: Error) -> None:

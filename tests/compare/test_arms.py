@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan, train_planned
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.config import QUIET_VARIABLE, ConfigError, RunError, TrainConfig
 
 
 @pytest.fixture
@@ -24,7 +26,8 @@ def config(config: TrainConfig, tmp_path: Path) -> TrainConfig:
 class InThisProcess:
     """In place of `subprocess.Popen`: the command line's own code here, without an import of all libraries."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: int) -> None:
+        assert (env.keys() - os.environ.keys(), stdout) == ({QUIET_VARIABLE}, subprocess.DEVNULL)
         assert command[1:3] == ["-m", "flatlora_diffusion"]
         self.code = main(list(command[3:]))
 
