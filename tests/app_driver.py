@@ -123,7 +123,7 @@ class AppPage:
     def settled_width(self) -> int:
         """What the page is wide in pixels, once it has had time to fit its window."""
         with suppress(PlaywrightTimeout):
-            self.page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=5000)
+            self.page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=60_000)
         return int(self.page.evaluate("document.documentElement.scrollWidth"))
 
     def button(self, name: str) -> Locator:

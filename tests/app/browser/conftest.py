@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from app_driver import AppPage, RunningApp
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
+
+expect.set_options(timeout=60_000)  # milliseconds: other tests share the cores
 
 
 @pytest.fixture(scope="package")
