@@ -101,11 +101,15 @@ class AppPage:
         page.on("request", self._note_request)
 
     def open(self) -> None:
-        """Open the app, also in place of the page that is there, whose requests are cut off by that."""
-        self._is_leaving = True
-        self.page.goto(self.url)
-        self._is_leaving = False
+        """Open the app, also in place of the page that is there."""
+        self.go_to(self.url)
         expect(self.page.get_by_role("tab", name=TABS[0])).to_be_visible(timeout=PATIENCE)
+
+    def go_to(self, url: str) -> None:
+        """Leave the page that is there, whose requests are cut off by that."""
+        self._is_leaving = True
+        self.page.goto(url)
+        self._is_leaving = False
 
     def show_tab(self, name: str) -> None:
         """Bring the tab to the front, also from the menu that holds what a narrow page has no room for."""

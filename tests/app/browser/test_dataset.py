@@ -52,7 +52,7 @@ def test_the_caption_table_changes_captions_only_and_the_last_change_is_undone(p
     page.page.keyboard.type("12")
     page.page.keyboard.press("Enter")
     count(page, "captions 2/2, saved")
-    page.page.reload()
+    page.open()
     expect(cell(page, "12")).to_be_visible(timeout=PATIENCE)
     page.button("Undo the last change of captions").click()
     expect(cell(page, "fox")).to_be_visible(timeout=PATIENCE)

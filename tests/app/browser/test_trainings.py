@@ -16,12 +16,12 @@ def test_progress_is_shown_again_after_a_reload_and_after_a_restart_of_the_app(p
     page.start_training("long", "LoRA", ENDLESS)
     seen = page.wait_for_step("long", 1)
 
-    page.page.reload()
+    page.open()
     page.show_tab("2 Train")
     page.wait_for_state("long", "running")
     seen = page.wait_for_step("long", seen + 1)
 
-    page.page.goto("about:blank")  # an open page would complain of the app that is gone
+    page.go_to("about:blank")  # an open page would complain of the app that is gone
     app.stop()
     app.start()
     page.open()
