@@ -111,6 +111,14 @@ def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
     )
 
 
+@pytest.fixture
+def without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compare` trains in this process."""
+    from in_this_process import InThisProcess
+
+    monkeypatch.setattr("flatlora_diffusion.compare.arms.subprocess.Popen", InThisProcess)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """One browser for all tests: Playwright starts once in a thread."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan, train_planned
-from flatlora_diffusion.config import QUIET_VARIABLE, ConfigError, RunError, TrainConfig
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 
 
 @pytest.fixture
@@ -21,29 +17,6 @@ def config(config: TrainConfig, tmp_path: Path) -> TrainConfig:
     return config.replace(
         instance_prompt="an icon", output_dir=str(tmp_path / "experiment"), resolution=32, max_train_steps=2, seed=None
     )
-
-
-class InThisProcess:
-    """In place of `subprocess.Popen`: the command line's own code here, without an import of all libraries."""
-
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: int) -> None:
-        assert (env.keys() - os.environ.keys(), stdout) == ({QUIET_VARIABLE}, subprocess.DEVNULL)
-        assert command[1:3] == ["-m", "flatlora_diffusion"]
-        self.code = main(list(command[3:]))
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def wait(self) -> int:
-        return self.code
-
-
-@pytest.fixture
-def without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatlora_diffusion.compare.arms.subprocess.Popen", InThisProcess)
 
 
 def test_an_arm_is_a_method_and_typed_settings() -> None:

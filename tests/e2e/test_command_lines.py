@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import os
 import socketserver
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
+from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.sdxl.single_file import save_single_file
 
@@ -120,16 +122,17 @@ def test_the_script_trains_and_a_stock_pipeline_draws_other_images_with_its_lora
 
 
 @pytest.mark.slow
-def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(base: Path, icons: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_a_process")
+def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(
+    base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     prompts, heldout, out = tmp_path / "prompts.txt", tmp_path / "heldout", tmp_path / "pair"
     prompts.write_text("an icon of a fox\n\nan icon of a cow\n", encoding="utf-8")
     heldout.mkdir()
     for file in icons.glob("*.png"):
         ImageOps.mirror(Image.open(file)).save(heldout / file.name)
         (heldout / f"{file.stem}.txt").write_text("an icon", encoding="utf-8")
-    arguments = (
-        "-m",
-        "flatlora_diffusion",
+    arguments = [
         "compare",
         f"--pretrained_model_name_or_path={base}",
         f"--instance_data_dir={icons}",
@@ -141,10 +144,9 @@ def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(base: Path
         "--max_train_steps=3",
         "--train_batch_size=1",
         "--learning_rate=0.01",
-    )
-    done = start(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert "One seed cannot tell: Flat-LoRA's held-out loss differs" in done.stdout
+    ]
+    assert main(arguments) == 0
+    assert "One seed cannot tell: Flat-LoRA's held-out loss differs" in capsys.readouterr().out
     picture = Image.open(out / "compare.png")
     assert picture.width > 2 * 192
     assert picture.height > 3 * 192
@@ -169,7 +171,7 @@ def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(base: Path
     files = sorted(out.glob(f"*/seed-0/{LORA_FILE}"))
     assert len(files) == 5
     made = [file.stat().st_mtime_ns for file in files]
-    again = start(*arguments)
-    assert again.returncode == 0, again.stderr
-    assert "LoRA, seed 0: already trained" in again.stderr
+    with caplog.at_level(logging.INFO):
+        assert main(arguments) == 0
+    assert "LoRA, seed 0: already trained" in caplog.text
     assert [file.stat().st_mtime_ns for file in files] == made
