@@ -10,10 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, save_embeddings
+from flatlora_diffusion.adapter.new_tokens import save_embeddings
 from flatlora_diffusion.adapter.update import lora_updates, magnitudes, plain_updates, update_norms
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
+from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, KOHYA_COPY
 from flatlora_diffusion.lora_files.file_pair import FilePair, largest_error, write_pair
 from flatlora_diffusion.lora_files.kohya import completed
 from flatlora_diffusion.lora_files.metadata import Training, kohya_metadata, sidecar
@@ -23,8 +24,6 @@ from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-KOHYA_COPY = "pytorch_lora_weights_kohya.safetensors"
 
 
 def save_release(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
@@ -49,8 +48,8 @@ def save_release(state: TrainState, folder: Path, step: int, is_end: bool = Fals
     pair = FilePair(
         for_others=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
         copy=folder / KOHYA_COPY if run.output_kohya_format else None,
-        metadata=kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc)),
         sidecar=sidecar(state.config, facts, notes) if is_end else None,
+        metadata=kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc)),
         plain=completed(plain, pipeline.unet),
         trained=trained,
         magnitudes=kept,
@@ -58,9 +57,9 @@ def save_release(state: TrainState, folder: Path, step: int, is_end: bool = Fals
         dtype=DTYPES[run.save_dtype],
     )
     write_pair(pair, pipeline)
-    save_embeddings(pipeline, folder)
     files = [pair.for_others.name, pair.for_diffusers.name]
     proof = {"update_norms": norms, "files": files, "largest_error": largest_error(pair)}
+    save_embeddings(pipeline, folder)
     if missed:
         logger.warning(
             "DoRA is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,7 +33,12 @@ def save_result(state: TrainState) -> Path:
             proof = save_release(state, run.folder, state.total_steps, is_end=True)
         run.add_event({"event": "proof", **proof})
         run.add_event({"event": "finished", "step": state.total_steps})
-        logger.info("%s", _in_words(proof))
+        logger.info(
+            "%s equal the trained LoRA, largest error %.1e of a layer's update; size of its update: %s",
+            " and ".join(proof["files"]),
+            proof["largest_error"],
+            ", ".join(f"{part} {norm:.3g}" for part, norm in proof["update_norms"].items()),
+        )
     state.accelerator.wait_for_everyone()
     return state.run.folder / LORA_FILE
 
@@ -68,14 +72,6 @@ def _write_card(state: TrainState) -> None:
     if pictures:  # web UIs show it with the file of its name
         with writing_whole(run.folder / f"{run.lora_name(state.config.run.output_name)}.png") as aside:
             shutil.copyfile(pictures[0][0], aside)
-
-
-def _in_words(proof: dict[str, Any]) -> str:
-    norms = ", ".join(f"{part} {norm:.3g}" for part, norm in proof["update_norms"].items())
-    files, error = " and ".join(proof["files"]), proof["largest_error"]
-    return (
-        f"{files} equal the trained LoRA, largest error {error:.1e} of a layer's update; size of its update: {norms}"
-    )
 
 
 def _pictures(state: TrainState) -> list[tuple[Path, str]]:

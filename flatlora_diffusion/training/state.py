@@ -138,10 +138,9 @@ def _learner(config: TrainConfig, sdxl: Sdxl, processes: int) -> Learner:
     assert optim.max_train_steps is not None
     initial = None if init_lora is None else read_lora(pipeline, Path(init_lora))
     tokens = adapt(pipeline, config)
-    trainable = trainable_of(pipeline)
+    trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline).values()
     if initial is not None:
         start_from(pipeline, initial.updates, initial.magnitudes)
-    embeddings = embedding_parameters(pipeline).values()
     groups = groups_of(trainable, embeddings, config.tokens)
     per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
     optimizer = make_optimizer(optim, groups, per_step if optim.scale_lr else 1)
