@@ -20,7 +20,6 @@ class Progress:
     eta_seconds: float | None = None
     seconds_per_step: float | None = None
     loss: float | None = None
-    memory_bytes: int | None = None
     last: str | None = None
 
     @property
@@ -53,7 +52,6 @@ class EventLog:
                 eta_seconds=None if total is None else speed * max(0, total - done),
                 seconds_per_step=speed,
                 loss=last["loss"],
-                memory_bytes=last.get("memory"),
                 last=self._ending,
             )
 

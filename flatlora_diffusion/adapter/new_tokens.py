@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError, TokenConfig
 from flatlora_diffusion.ground.files import save_tensors
+from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE
 from flatlora_diffusion.ground.seeds import generator
 
-EMBEDDINGS_FILE = "pytorch_lora_weights_emb.safetensors"
 PULL = 0.1  # the share of its excess, in powers, that the spread of the new rows loses in each step
 # The names under which other tools look for the embeddings of the first and the second encoder.
 FILE_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

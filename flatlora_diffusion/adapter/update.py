@@ -10,9 +10,10 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.lora import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 T = TypeVar("T")
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS = ("unet", *TEXT_PARTS)
 FOLD_RANK = 32  # of the plain LoRA made of a DoRA, whose change of the rows' magnitudes has full rank
 _POWER_STEPS = 4
 # Largest entries between which fp16 rounds as it should; outside of it some entries are subnormal or infinite.

@@ -16,7 +16,6 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -40,7 +39,7 @@ from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import write_atomically, write_text
+from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 from flatlora_diffusion.training.stopping import interrupted_as
 
 logger = logging.getLogger(__name__)
@@ -231,7 +230,8 @@ def _save_grid(out: Path, pictures: Mapping[str, Any], experiment: Experiment) -
     if not captions.intersection(pictures["prompts"]):
         caption += "; none of these was trained on"
     grid = labelled_grid(rows, pictures["columns"], pictures["prompts"], caption=caption)
-    write_atomically(out / GRID, partial(grid.save, format="PNG"))  # it is looked at while the rest goes on
+    with writing_whole(out / GRID) as aside:  # it is looked at while the rest goes on
+        grid.save(aside, format="PNG")
 
 
 def _values_as_json(values: Values) -> dict[str, dict[str, MetricValues]]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from flatlora_diffusion.ground.provenance import base_fingerprint
-from flatlora_diffusion.ground.whole_files import write_atomically
+from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
@@ -57,7 +56,8 @@ class PictureGenerator:
         # One at a time: which pictures are missing must not change any of them, and a stop loses none that is drawn.
         for (prompt, seed), file in files.items():
             (image,) = generate_images(self._sdxl, [prompt], [seed], resolution, steps, guidance, batch_size=1)
-            write_atomically(file, partial(image.save, format="PNG"))
+            with writing_whole(file) as aside:
+                image.save(aside, format="PNG")
 
 
 def _read(file: Path) -> Image.Image:

@@ -18,15 +18,12 @@ from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.framing import Framing
 from flatlora_diffusion.data.images import ImageError
 from flatlora_diffusion.data.latents import LatentCache, encoded_latents
-from flatlora_diffusion.data.prompts import FrozenPrompts, TokenizedPrompts, encoded_prompts, warn_of_cut_captions
+from flatlora_diffusion.data.prompts import FrozenPrompts, TokenizedPrompts, prompts_of
 from flatlora_diffusion.data.schedule import Schedule, schedule_of
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.ground.whole_files import remove_half_written, writing_into
 from flatlora_diffusion.sdxl.objective import Batch
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, posterior
-
-_LONGEST_WRITE = 3600.0  # seconds; a file that another run has not finished in that time it never will
-
 
 _LONGEST_WRITE = 3600.0  # seconds; a file that another run has not finished in that time it never will
 
@@ -208,19 +205,13 @@ def encoded_feed(
     shapes = [(sample.height, sample.width) for sample in samples]
     schedule = schedule_of(config, shapes, sdxl.size_step, world_size, len(class_samples))
     framing = Framing(data, seed)
-    warn_of_cut_captions(sdxl.pipeline, [*samples, *class_samples], tokens or {})
     folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
-    prompts: FrozenPrompts | TokenizedPrompts
     latents = class_latents = None
     with nullcontext() if folder is None else writing_into(folder, "embedding_cache_dir"):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_half_written(folder, seconds=_LONGEST_WRITE)
-        if config.trains_text:
-            prompts = TokenizedPrompts(sdxl.pipeline, tokens or {})
-        else:
-            captions = [sample.caption for sample in (*samples, *class_samples)]
-            prompts = encoded_prompts(sdxl, captions, folder if data.cache_text_embeddings else None)
+        prompts = prompts_of(config, sdxl, [*samples, *class_samples], tokens or {}, folder)
         if data.cache_latents:
             latents = encoded_latents(vae, samples, schedule.sizes, framing, folder)
             # With buckets a class image has as many sizes as there are buckets, so it is encoded when it is needed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.ground.whole_files import write_atomically, writing_into
+from flatlora_diffusion.ground.whole_files import writing_into, writing_whole
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
@@ -57,5 +56,5 @@ def _generate(config: TrainConfig, folder: Path, present: int, device: torch.dev
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten
                 path = path.with_stem(f"{path.stem}-new")
-            with writing_into(folder, "class_data_dir"):
-                write_atomically(path, partial(image.save, format="PNG"))  # half a picture would count as one
+            with writing_into(folder, "class_data_dir"), writing_whole(path) as aside:  # half a picture would count
+                image.save(aside, format="PNG")

@@ -14,31 +14,12 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
+from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.files import fingerprint, kept_tensors
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
 
 logger = logging.getLogger(__name__)
-
-
-def warn_of_cut_captions(pipeline: Any, samples: Iterable[Sample], tokens: Mapping[str, list[str]]) -> None:
-    """Tell of captions that are longer than what the text encoders read, by the images that have them."""
-    tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
-    names, most = [], min(tokenizer.model_max_length for tokenizer in tokenizers)
-    lengths: dict[str, int] = {}
-    for sample in samples:
-        text = with_new_tokens(sample.caption, tokens)
-        if text not in lengths:
-            # Besides the text itself they read its start and its end.
-            lengths[text] = 2 + max(len(tokenizer.tokenize(text)) for tokenizer in tokenizers)
-        if lengths[text] > most:
-            names.append(sample.id)
-    if names:
-        have = "1 image has a caption" if len(names) == 1 else f"{len(names)} images have captions"
-        which = names[0] if len(names) == 1 else f"{names[0]} the first"
-        logger.warning(
-            "%s of more than %d tokens (%s): what comes after them is not read; shorten it", have, most, which
-        )
 
 
 class FrozenPrompts:
@@ -55,23 +36,6 @@ class FrozenPrompts:
             factors = kept.to(prompt_embeds)
             prompt_embeds, pooled = prompt_embeds * factors[:, None, None], pooled * factors[:, None]
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-
-
-def encoded_prompts(sdxl: Sdxl, captions: Iterable[str], folder: Path | None) -> FrozenPrompts:
-    """Encode each caption once, in memory and, if a folder is given, there too, for later runs."""
-    encoders = [sdxl.pipeline.text_encoder, sdxl.pipeline.text_encoder_2]
-    mark = "" if folder is None else json.dumps([*map(fingerprint, encoders), sdxl.clip_skip])
-    embeds = {}
-    for caption in sorted(set(captions)):
-        path = None if folder is None else folder / f"prompt-{_digest(mark, caption)}.safetensors"
-        kept = kept_tensors(path, partial(_embeds, sdxl, caption))
-        embeds[caption] = kept["prompt_embeds"], kept["pooled_prompt_embeds"]
-    return FrozenPrompts(embeds)
-
-
-def _embeds(sdxl: Sdxl, caption: str) -> dict[str, Tensor]:
-    prompt_embeds, pooled = encode_prompts(sdxl, [caption])
-    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
 
 class TokenizedPrompts:
@@ -94,12 +58,64 @@ class TokenizedPrompts:
         }
 
 
+def prompts_of(
+    config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], tokens: Mapping[str, list[str]], folder: Path | None
+) -> FrozenPrompts | TokenizedPrompts:
+    """What a run with these samples has for their captions; captions that are cut are told of.
+
+    With frozen text encoders each caption is encoded, once for all runs if it may be kept in `folder`. `tokens` are
+    pivotal tuning's, by placeholder.
+    """
+    _warn_of_cut(sdxl.pipeline, samples, tokens)
+    if config.trains_text:
+        return TokenizedPrompts(sdxl.pipeline, tokens)
+    captions = {sample.caption for sample in samples}
+    return _encoded(sdxl, captions, folder if config.data.cache_text_embeddings else None)
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Token ids (B, 77), cut and padded as StableDiffusionXLPipeline does."""
     ids: Tensor = tokenizer(
         list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
     return ids
+
+
+def _warn_of_cut(pipeline: Any, samples: Iterable[Sample], tokens: Mapping[str, list[str]]) -> None:
+    """Tell of captions that are longer than what the text encoders read, by the images that have them."""
+    tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
+    names, most = [], min(tokenizer.model_max_length for tokenizer in tokenizers)
+    lengths: dict[str, int] = {}
+    for sample in samples:
+        text = with_new_tokens(sample.caption, tokens)
+        if text not in lengths:
+            # Besides the text itself they read its start and its end.
+            lengths[text] = 2 + max(len(tokenizer.tokenize(text)) for tokenizer in tokenizers)
+        if lengths[text] > most:
+            names.append(sample.id)
+    if names:
+        have = "1 image has a caption" if len(names) == 1 else f"{len(names)} images have captions"
+        which = names[0] if len(names) == 1 else f"{names[0]} the first"
+        logger.warning(
+            "%s of more than %d tokens (%s): what comes after them is not read; shorten it", have, most, which
+        )
+
+
+def _encoded(sdxl: Sdxl, captions: set[str], folder: Path | None) -> FrozenPrompts:
+    """Encode each caption once, in memory and, if a folder is given, there too, for later runs."""
+    encoders = [sdxl.pipeline.text_encoder, sdxl.pipeline.text_encoder_2]
+    mark = "" if folder is None else json.dumps([*map(fingerprint, encoders), sdxl.clip_skip])
+    embeds = {}
+    for caption in sorted(captions):
+        path = None if folder is None else folder / f"prompt-{_digest(mark, caption)}.safetensors"
+        kept = kept_tensors(path, partial(_embeds, sdxl, caption))
+        embeds[caption] = kept["prompt_embeds"], kept["pooled_prompt_embeds"]
+    return FrozenPrompts(embeds)
+
+
+def _embeds(sdxl: Sdxl, caption: str) -> dict[str, Tensor]:
+    prompt_embeds, pooled = encode_prompts(sdxl, [caption])
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
 
 def _digest(*parts: str) -> str:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flatlora_diffusion.ground.whole_files import write_atomically
+from flatlora_diffusion.ground.whole_files import writing_whole
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -22,7 +22,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     """Write `tensors` and a JSON-able `header` to one safetensors file."""
     metadata = {key: json.dumps(value) for key, value in (header or {}).items()}
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_atomically(path, lambda aside: save_file(contiguous, aside, metadata=metadata))
+    with writing_whole(path) as aside:
+        save_file(contiguous, aside, metadata=metadata)
 
 
 def kept_tensors(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -81,14 +82,10 @@ def save_stream(
 
     It is called once for `contents` and once here, and must give the same both times.
     """
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as handle:
-            handle.write(header_bytes(contents.entries, metadata))
-            for _, tensor in tensors():
-                handle.write(_raw(tensor))
-
-    write_atomically(path, write)
+    with writing_whole(path) as aside, open(aside, "wb") as handle:
+        handle.write(header_bytes(contents.entries, metadata))
+        for _, tensor in tensors():
+            handle.write(_raw(tensor))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,14 +26,16 @@ from flatlora_diffusion.ground.saved_settings import altered, opened, portable
 from flatlora_diffusion.ground.whole_files import remove_half_written, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
+EMBEDDINGS_FILE = "pytorch_lora_weights_emb.safetensors"  # those of new tokens
+KOHYA_COPY = "pytorch_lora_weights_kohya.safetensors"  # the name that diffusers' script gives the file for other tools
 _RUN_FILES = (
     "events.jsonl",
     "images",
     "README.md",
     "logs",
     LORA_FILE,
-    "pytorch_lora_weights_emb.safetensors",
-    "pytorch_lora_weights_kohya.safetensors",
+    EMBEDDINGS_FILE,
+    KOHYA_COPY,
 )
 # What makes a folder a run: written first and moved away last, so that it is known for one whatever cuts that off.
 _IDENTITY = ("config.json", "manifest.json")

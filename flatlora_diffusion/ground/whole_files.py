@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ _ASIDE = re.compile(r"\..+\.[0-9]+\.part")
 _SYSTEM_ERROR = re.compile(r"I/O error: (.+) \(os error ([0-9]+)\)", re.DOTALL)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(aside)` on a neighbour of `path`, flush it to disk, then rename it over `path`.
+@contextmanager
+def writing_whole(path: Path) -> Iterator[Path]:
+    """A neighbour of `path` to write to while this is open; then it is flushed to disk and renamed over `path`.
 
     The file is readable by whom the umask allows; safetensors would make it readable by its owner alone.
 
@@ -33,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         aside.touch()
         mode = aside.stat().st_mode  # what the umask leaves of 0666, without setting the umask to learn it
-        write(aside)
+        yield aside
         os.chmod(aside, mode)
         with open(aside, "rb+") as handle:
             os.fsync(handle.fileno())
@@ -46,7 +47,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 with the same bytes on every system."""
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", newline="\n"))
+    with writing_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,7 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove_half_written(folder: Path, seconds: float = 0.0) -> None:
-    """Remove what `write_atomically` was at in `folder` when its process was killed.
+    """Remove what `writing_whole` was at in `folder` when its process was killed.
 
     In a folder that several processes write into, only what has lain there for as many `seconds` is surely that.
     """

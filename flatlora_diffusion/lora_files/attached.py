@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flatlora_diffusion.adapter.lora import lora_layers
-from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE
 from flatlora_diffusion.adapter.update import PARTS
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, LORA_FILE
 from flatlora_diffusion.lora_files.diffusers_file import magnitude_tensors, peft_tensors
 from flatlora_diffusion.lora_files.names import BaseNames, loaded_names
 from flatlora_diffusion.lora_files.place import LoraFile

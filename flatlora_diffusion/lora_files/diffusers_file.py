@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.adapter.lora import lora_layers
 from flatlora_diffusion.adapter.update import Update, Updates, balanced, lora_updates, magnitudes
 from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.ground.whole_files import write_atomically
+from flatlora_diffusion.ground.whole_files import writing_whole
 
 
 def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -71,14 +71,10 @@ def save_updates(
     for part in updates:
         state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
         arguments[f"{part}_lora_layers"] = state
-
-    def write(aside: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
-            (Path(scratch) / LORA_FILE).replace(aside)
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
+    with writing_whole(path) as aside, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
+        (Path(scratch) / LORA_FILE).replace(aside)
 
 
 def _adapter_metadata(model: nn.Module, layers: Mapping[str, Update], is_dora: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.update import Updates
-from flatlora_diffusion.ground.whole_files import write_atomically
+from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE, save_updates
 from flatlora_diffusion.lora_files.kohya import kohya_stream
 from flatlora_diffusion.lora_files.writing import (
@@ -34,6 +35,7 @@ class FilePair:
     for_others: Path
     copy: Path | None  # of it
     metadata: Mapping[str, str]  # of it
+    sidecar: Mapping[str, Any] | None  # what web UIs show with it
     plain: Updates  # of it: those of a plain LoRA
     trained: Updates  # of diffusers' file
     magnitudes: Mapping[str, Mapping[str, Tensor]]  # of diffusers' file
@@ -51,7 +53,11 @@ def write_pair(pair: FilePair, pipeline: Any) -> None:
     tensors = partial(kohya_stream, pair.plain, pair.layers_per_block, pair.dtype)
     save_kohya(pair.for_others, tensors, pair.metadata)
     if pair.copy is not None:
-        write_atomically(pair.copy, partial(shutil.copyfile, pair.for_others))
+        with writing_whole(pair.copy) as aside:
+            shutil.copyfile(pair.for_others, aside)
+    if pair.sidecar is not None:
+        text = json.dumps(pair.sidecar, indent=2, ensure_ascii=False)
+        write_text(pair.for_others.with_suffix(".json"), text + "\n")
     save_updates(pipeline, pair.trained, pair.magnitudes, pair.for_diffusers, pair.dtype)
 
 

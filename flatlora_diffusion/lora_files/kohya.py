@@ -34,21 +34,14 @@ def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
     return f"{KOHYA_PREFIXES[part]}_{path.replace('.', '_')}"
 
 
-def kohya_tensors(
+def kohya_stream(
     updates: Updates, layers_per_block: int = 2, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """`lora_down.weight`, `lora_up.weight` and `alpha` (a 0-dim tensor) of every module, all in `dtype`.
+) -> Iterator[tuple[str, Tensor]]:
+    """`lora_down.weight`, `lora_up.weight` and `alpha` (a 0-dim tensor) of every module, all in `dtype`, by name.
 
     One alpha per part, the commonest s * r: diffusers gives the commonest to all. Where a layer has another, the
     difference is in its `lora_up`. Rank 1 gets a row of zeros: stable-diffusion.cpp reads another rank from it.
     """
-    return dict(kohya_stream(updates, layers_per_block, dtype))
-
-
-def kohya_stream(
-    updates: Updates, layers_per_block: int = 2, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[str, Tensor]]:
-    """`kohya_tensors` one layer after the other, by name."""
     alphas = {part: _common_alpha(layers, dtype) for part, layers in updates.items()}
     places = {
         kohya_name(part, module, layers_per_block): (part, module)

@@ -133,7 +133,7 @@ def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dic
     return {**kept, "format": "pt", "ss_output_name": name, "modelspec.title": name}
 
 
-def sidecar(config: TrainConfig, training: Training, notes: Sequence[str] = ()) -> dict[str, Any]:
+def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> dict[str, Any]:
     """The JSON beside the kohya file that A1111, Forge and InvokeAI read."""
     return {
         "description": comment(config),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from flatlora_diffusion.adapter.update import PARTS
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
@@ -122,7 +123,7 @@ def _known_text(part: str, layers: Sequence[FileLayer]) -> Sequence[FileLayer]:
 def _alpha_note(layers: Sequence[FileLayer]) -> str:
     """Attention's own alphas are lost, and all of the first text encoder: they get the commonest of their part."""
     wrong = 0
-    for part in ("unet", *TEXT_PARTS):
+    for part in PARTS:
         own = [layer for layer in layers if layer.place.part == part]
         alphas = Counter(layer.alpha for layer in own if layer.alpha is not None)
         common = alphas.most_common(1)[0][0] if alphas else None

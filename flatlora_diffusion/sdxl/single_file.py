@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flatlora_diffusion.ground.whole_files import write_atomically
+from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.sdxl.original_names import original_path
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
@@ -52,7 +52,8 @@ def save_single_file(pipeline: Any, path: Path) -> Path:
         **_prefixed("conditioner.embedders.1.model.", open_clip_tensors(pipeline.text_encoder_2.state_dict())),
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda aside: save_file(contiguous, aside, metadata={"format": "pt"}))
+    with writing_whole(path) as aside:
+        save_file(contiguous, aside, metadata={"format": "pt"})
     return path
 
 

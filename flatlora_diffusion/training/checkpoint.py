@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.new_tokens import save_embeddings
 from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
@@ -77,7 +76,6 @@ def save_checkpoint(state: TrainState, step: int) -> None:
         save_state(state, folder, step)
         with averaged(state):
             save_release(state, folder, step)
-            save_embeddings(state.sdxl.pipeline, folder)
     if state.accelerator.is_main_process:
         state.run.add_event({"event": "checkpoint", "step": step})
 

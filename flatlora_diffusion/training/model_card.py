@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
-from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, FILE_KEYS, new_tokens, with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, with_new_tokens
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, RunDir
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_text
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +13,7 @@ from PIL import Image
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.training_set import load_heldout
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, probe_loss, with_prompts
-from flatlora_diffusion.ground.whole_files import write_atomically
+from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl
@@ -57,7 +56,8 @@ class Previews:
             with state.run.writing():
                 state.run.images.mkdir(exist_ok=True)
                 for file, image in zip(files, images, strict=True):
-                    write_atomically(state.run.images / file, partial(image.save, format="PNG"))
+                    with writing_whole(state.run.images / file) as aside:
+                        image.save(aside, format="PNG")
             state.run.add_event({"event": "preview", "step": step, "images": files})
         if self._probe is not None:
             if state.config.trains_text:  # each preview has encoders of its own

@@ -1,4 +1,7 @@
-"""The files of a LoRA that people share: one for diffusers, one for every other tool, each read back and compared."""
+"""The files of a LoRA that people share: one for diffusers, one for every other tool, each read back and compared.
+
+With them, where there are any, the embeddings of new tokens, and at the end of a run the sidecar that web UIs show.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from flatlora_diffusion.adapter.new_tokens import save_embeddings
 from flatlora_diffusion.adapter.update import lora_updates, magnitudes, plain_updates, update_norms
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
+from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, KOHYA_COPY
 from flatlora_diffusion.lora_files.file_pair import FilePair, largest_error, write_pair
 from flatlora_diffusion.lora_files.kohya import completed
-from flatlora_diffusion.lora_files.metadata import Training, kohya_metadata
+from flatlora_diffusion.lora_files.metadata import Training, kohya_metadata, sidecar
 from flatlora_diffusion.lora_files.writing import check_finite
 from flatlora_diffusion.sdxl.base_family import family_of
 from flatlora_diffusion.sdxl.device import DTYPES
@@ -20,40 +25,41 @@ from flatlora_diffusion.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-KOHYA_COPY = "pytorch_lora_weights_kohya.safetensors"
-
 
 def save_release(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
-    """Plan both files, write them into `folder`, read them back, and return the proof: sizes and the largest error.
+    """Plan the files, write them into `folder`, read them back, and return the proof: sizes and the largest error.
 
     Raises RunError when a file does not hold what was trained, within the rounding of its precision; for a LoRA that
     is not finite; and at the end of a run for one that changes nothing, unless the learning rate is 0. A checkpoint
     may be one: a warm-up can begin with steps of 0, and stopping there would lose the run.
     """
-    run, pipeline, facts = state.config.run, state.sdxl.pipeline, facts_of(state, step)
-    metadata = kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc))
-    trained = lora_updates(pipeline)
+    run, pipeline = state.config.run, state.sdxl.pipeline
+    trained, kept = lora_updates(pipeline), magnitudes(pipeline)
     plain, missed = plain_updates(pipeline)
-    check_finite(trained)
     norms = update_norms(plain)
+    check_finite(trained)
     if not any(norms.values()):
         what = "the LoRA changes nothing: no step has moved it"
         if is_end and state.config.optim.learning_rate:
             raise RunError(f"{what}; look at --learning_rate and --lr_warmup_steps, then resume with more steps")
         logger.warning("%s", what)
+    facts = facts_of(state, step)
+    notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
     pair = FilePair(
         for_others=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
         copy=folder / KOHYA_COPY if run.output_kohya_format else None,
-        metadata=metadata,
+        sidecar=sidecar(state.config, facts, notes) if is_end else None,
+        metadata=kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc)),
         plain=completed(plain, pipeline.unet),
         trained=trained,
-        magnitudes=magnitudes(pipeline),
+        magnitudes=kept,
         layers_per_block=pipeline.unet.config.layers_per_block,
         dtype=DTYPES[run.save_dtype],
     )
     write_pair(pair, pipeline)
     files = [pair.for_others.name, pair.for_diffusers.name]
     proof = {"update_norms": norms, "files": files, "largest_error": largest_error(pair)}
+    save_embeddings(pipeline, folder)
     if missed:
         logger.warning(
             "DoRA is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.adapter.new_tokens import EMBEDDINGS_FILE, save_embeddings
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.whole_files import write_atomically, write_text
+from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.lora_files.metadata import sidecar
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
 from flatlora_diffusion.training.previews import Previews
@@ -33,17 +28,17 @@ def save_result(state: TrainState) -> Path:
     Raises RunError when a file does not hold what was trained, or the LoRA changes nothing.
     """
     if state.accelerator.is_main_process:
-        run, facts = state.run, facts_of(state, state.total_steps)
-        notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
-        beside = json.dumps(sidecar(state.config, facts, notes), indent=2, ensure_ascii=False)
-        with run.writing():
-            with averaged(state):
-                proof = save_release(state, run.folder, state.total_steps, is_end=True)
-                save_embeddings(state.sdxl.pipeline, run.folder)
-            write_text(_beside(state, ".json"), beside + "\n")
+        run = state.run
+        with run.writing(), averaged(state):
+            proof = save_release(state, run.folder, state.total_steps, is_end=True)
         run.add_event({"event": "proof", **proof})
         run.add_event({"event": "finished", "step": state.total_steps})
-        logger.info("%s", proof_line(proof))
+        logger.info(
+            "%s equal the trained LoRA, largest error %.1e of a layer's update; size of its update: %s",
+            " and ".join(proof["files"]),
+            proof["largest_error"],
+            ", ".join(f"{part} {norm:.3g}" for part, norm in proof["update_norms"].items()),
+        )
     state.accelerator.wait_for_everyone()
     return state.run.folder / LORA_FILE
 
@@ -68,28 +63,15 @@ def present(state: TrainState, previews: Previews) -> None:
 
 
 def _write_card(state: TrainState) -> None:
-    change, pictures = _image_change(state.run, state.total_steps), _pictures(state)
-    facts = facts_of(state, state.total_steps)
+    run, change, pictures = state.run, _image_change(state.run, state.total_steps), _pictures(state)
     if change is not None:
-        state.run.add_event({"event": "image_change", "levels": change})
+        run.add_event({"event": "image_change", "levels": change})
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
+    facts = facts_of(state, state.total_steps)
+    write_model_card(run, state.config, pictures, facts.trigger, facts.family)
     if pictures:  # web UIs show it with the file of its name
-        write_atomically(_beside(state, ".png"), partial(shutil.copyfile, pictures[0][0]))
-    write_model_card(state.run, state.config, pictures, facts.trigger, facts.family)
-
-
-def _beside(state: TrainState, ending: str) -> Path:
-    """The file for web UIs beside the LoRA for other tools."""
-    return state.run.folder / f"{state.run.lora_name(state.config.run.output_name)}{ending}"
-
-
-def proof_line(proof: dict[str, Any]) -> str:
-    """The proof in one sentence for the log."""
-    norms = ", ".join(f"{part} {norm:.3g}" for part, norm in proof["update_norms"].items())
-    files, error = " and ".join(proof["files"]), proof["largest_error"]
-    return (
-        f"{files} equal the trained LoRA, largest error {error:.1e} of a layer's update; size of its update: {norms}"
-    )
+        with writing_whole(run.folder / f"{run.lora_name(state.config.run.output_name)}.png") as aside:
+            shutil.copyfile(pictures[0][0], aside)
 
 
 def _pictures(state: TrainState) -> list[tuple[Path, str]]:

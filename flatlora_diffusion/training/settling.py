@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
-    """`config` for a new run, or, when a checkpoint is resumed, with what the run has saved for what is left open.
+    """`config` with its seed: for a new run, or, when one is resumed, with what it has saved for what is left open.
 
     Raises ConfigError for a new run whose folder holds what it must not touch, and when there is no run to resume.
     """
     checkpoint = config.run.resume_from_checkpoint
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
-        return run.filled_in(config)
+        return seeded(run.filled_in(config))
     if checkpoint is not None:
         logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
     new = config.replace(resume_from_checkpoint=None)
     run.check_new(new.to_dict())
-    return new
+    return seeded(new)
 
 
 def seeded(config: TrainConfig) -> TrainConfig:

@@ -30,7 +30,7 @@ from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.optimizer import groups_of, make_lr_schedule, make_optimizer
-from flatlora_diffusion.training.settling import seeded, settled
+from flatlora_diffusion.training.settling import settled
 
 CPU = torch.device("cpu")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # and their packages
@@ -74,16 +74,15 @@ class Learner:
 
 
 def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Sequence[Sample] = ()) -> TrainState:
-    """Settle what `config` leaves open (precision, resolution, steps, seed), then build what its run needs."""
+    """Settle what `config`, which has its seed, leaves open (precision, resolution, steps), then build from it."""
     accelerator = _accelerator(config)
-    given = seeded(config)
-    set_backends(given)
+    set_backends(config)
     precision = accelerator.mixed_precision
-    sdxl = load_sdxl(given.model, CPU if given.model.is_unet_last else accelerator.device, DTYPES[precision])
-    objective = objective_of(given.objective, sdxl.scheduler)
-    resolution = sdxl.checked_resolution(given.data.resolution)
+    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, DTYPES[precision])
+    resolution = sdxl.checked_resolution(config.data.resolution)
+    objective = objective_of(config.objective, sdxl.scheduler)
     shapes = [(sample.height, sample.width) for sample in samples]
-    whole = settled(given, precision, resolution, sdxl.size_step, shapes, accelerator.num_processes)
+    whole = settled(config, precision, resolution, sdxl.size_step, shapes, accelerator.num_processes)
     return _built(whole, accelerator, sdxl, objective, samples, class_samples)
 
 
@@ -139,10 +138,9 @@ def _learner(config: TrainConfig, sdxl: Sdxl, processes: int) -> Learner:
     assert optim.max_train_steps is not None
     initial = None if init_lora is None else read_lora(pipeline, Path(init_lora))
     tokens = adapt(pipeline, config)
+    trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline).values()
     if initial is not None:
         start_from(pipeline, initial.updates, initial.magnitudes)
-    trainable = trainable_of(pipeline)
-    embeddings = embedding_parameters(pipeline).values()
     groups = groups_of(trainable, embeddings, config.tokens)
     per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
     optimizer = make_optimizer(optim, groups, per_step if optim.scale_lr else 1)

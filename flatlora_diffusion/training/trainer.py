@@ -34,7 +34,7 @@ from flatlora_diffusion.training.hub import hub_repository
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
-from flatlora_diffusion.training.settling import new_or_resumed, seeded
+from flatlora_diffusion.training.settling import new_or_resumed
 from flatlora_diffusion.training.state import TrainState, averaged, prepare, set_backends
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
 from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
@@ -59,15 +59,14 @@ def train(config: TrainConfig) -> Path:
 
 def _train(given: TrainConfig, run: RunDir) -> Path:
     with interrupted_as(_untrained):
-        begun = new_or_resumed(given, run)
+        config = new_or_resumed(given, run)
         if this_process().is_main_process:
             run.clean()
-        if begun.run.push_to_hub:
-            hub_repository(begun)  # a bad name or token is an error before training, not after
-        read_pictures(begun.run)  # so is a bad prompts file
-        found = load_training_set(begun.data)
+        if config.run.push_to_hub:
+            hub_repository(config)  # a bad name or token is an error before training, not after
+        read_pictures(config.run)  # so is a bad prompts file
+        found = load_training_set(config.data)
         logger.info(found.summary)
-        config = seeded(begun)
         _tell_memory(config)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.data.images import load_image
 from flatlora_diffusion.evaluation import perceptual
-from flatlora_diffusion.evaluation.bilora_icons import INSTANCES, PROMPTS, icon_scores
 from flatlora_diffusion.evaluation.captioner import load_captioner
 from flatlora_diffusion.evaluation.encoders import Encoder, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
@@ -324,26 +321,6 @@ def test_random_weights_are_not_taken_for_missing_ones(clip_folder: Path, dino_f
     (mixed / "model.safetensors").write_bytes((dino_folder / "model.safetensors").read_bytes())
     with pytest.raises(ConfigError, match=r"mixed' lacks .* of its weights, such as"):
         load_encoder(str(mixed))
-
-
-def test_the_icon_protocol_scores_images_and_captions_of_six_prompts(clip_folder: Path) -> None:
-    encoder = load_encoder(str(clip_folder))
-    assert len(PROMPTS) == len(INSTANCES) == 6
-    painted, asked = pictures(12), []
-
-    def paint(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        asked.append((tuple(prompts), tuple(seeds)))
-        return painted[6 * (len(asked) - 1) : 6 * len(asked)]
-
-    scores = icon_scores(paint, encoder, lambda images: list(PROMPTS), runs=2, first_seed=5)
-    assert asked == [(PROMPTS, (5,) * 6), (PROMPTS, (6,) * 6)]
-    texts, images = encoder.embed_texts(PROMPTS).numpy(), encoder.embed_images(painted).numpy()
-    runs = [100 * np.mean([images[6 * run + k] @ texts[k] for k in range(6)]) for run in (0, 1)]
-    assert scores["i2t"] == pytest.approx(np.mean(runs), abs=1e-4)
-    assert scores["i2t_std"] == pytest.approx(abs(runs[0] - runs[1]) / math.sqrt(2), abs=1e-4)
-    assert scores["t2t"] == pytest.approx(100, abs=1e-4)  # each caption is its prompt
-    asked.clear()
-    assert set(icon_scores(paint, encoder, runs=1)) == {"i2t"}
 
 
 def test_a_captioner_says_the_likeliest_words(tmp_path: Path) -> None:

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.ground.files import kept_tensors
-from flatlora_diffusion.ground.whole_files import write_atomically, write_json
+from flatlora_diffusion.ground.whole_files import write_json, writing_whole
 
 
 def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     write_json(file, {"rank": 4})
 
-    def half(aside: Path) -> None:
-        aside.write_text("{")
-        raise OSError("the disk is full")
+    def write_half() -> None:
+        with writing_whole(file) as aside:
+            aside.write_text("{")
+            raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="full"):
-        write_atomically(file, half)
+        write_half()
     assert json.loads(file.read_text(encoding="utf-8")) == {"rank": 4}
     assert list(tmp_path.iterdir()) == [file]
 

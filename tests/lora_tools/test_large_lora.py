@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.update import LazyLayers, Update
 from flatlora_diffusion.ground.files import contents_of, save_stream
-from flatlora_diffusion.lora_files.kohya import kohya_stream, kohya_tensors
+from flatlora_diffusion.lora_files.kohya import kohya_stream
 from flatlora_diffusion.lora_files.names import base_names
 
 RANK = 64
@@ -96,7 +96,7 @@ def test_a_streamed_file_is_the_one_that_safetensors_writes(tmp_path: Path, dtyp
             name: Update(torch.randn(4, 8, generator=rng), torch.randn(8, 4, generator=rng), 0.5) for name in modules
         }
     }
-    save_file(kohya_tensors(updates, dtype=dtype), tmp_path / "a.safetensors", metadata={"x": "\u00fc \n"})
+    save_file(dict(kohya_stream(updates, dtype=dtype)), tmp_path / "a.safetensors", metadata={"x": "\u00fc \n"})
     contents = contents_of(kohya_stream(updates, dtype=dtype))
     save_stream(tmp_path / "b.safetensors", lambda: kohya_stream(updates, dtype=dtype), contents, {"x": "\u00fc \n"})
     one, other = ((tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors"))

@@ -1,10 +1,11 @@
-"""The 3D-Icons protocol of Bi-LoRA (arXiv:2508.19564v2, section 4.4, table 3 and appendices K and R.4), as a preset.
+"""The 3D-Icons protocol of Bi-LoRA (arXiv:2508.19564v2, section 4.4, table 3 and appendices K and R.4).
 
-Published: one prompt form with six instances, 200 runs each, CLIP image-to-text (I2T) and text-to-text (T2T)
-similarity in percent. The instances are those of figure A2; they are six, but the text does not say that they are the
-six of the table. Not published, and so chosen here: which CLIP (the caller's), where T2T's second text comes from (a
-caption of the image, by the caller's captioner), what a run is (one seed, six images) and what ± is (the standard
-deviation over runs of the mean over the six). Scores with another CLIP or captioner are not comparable with those.
+`--preset bilora_icons` trains for it; `docs/metrics.md` has the published scores, of one prompt form with six
+instances, 200 runs each, CLIP image-to-text (I2T) and text-to-text (T2T) similarity in percent. The instances are
+those of figure A2; they are six, but the text does not say that they are the six of the table. Not published, and so
+chosen here: which CLIP (the caller's), where T2T's second text comes from (a caption of the image, by the caller's
+captioner), what a run is (one seed, six images) and what ± is (the standard deviation over runs of the mean over the
+six). Scores with another CLIP or captioner are not comparable with those.
 """
 
 from __future__ import annotations
@@ -21,12 +22,7 @@ from flatlora_diffusion.evaluation.metrics import pair_cosines
 INSTANCES = ("fluffy rabbit", "curly cloud", "roaring lion", "dripping water drop", "hopping frog", "smiling sun")
 # The paper writes TOK and ToK by turns; SDXL's and CLIP's tokenizers read both in lower case.
 PROMPTS = tuple(f"a TOK icon of a {instance}, in the style of TOK" for instance in INSTANCES)
-INSTANCE_PROMPT = "a TOK icon, in the style of TOK"  # of every training image
 RUNS = 200
-PUBLISHED = {
-    "LoRA": {"i2t": 32.43, "i2t_std": 0.46, "t2t": 42.27, "t2t_std": 2.08},
-    "Bi-LoRA": {"i2t": 33.14, "i2t_std": 0.41, "t2t": 46.79, "t2t_std": 2.37},
-}
 
 Paint = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]  # one image per (prompt, seed)
 
