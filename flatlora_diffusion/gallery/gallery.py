@@ -28,6 +28,7 @@ from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, grid_text, image_text
 from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
@@ -175,7 +176,8 @@ def _draw_row(
         )
         for column, image in zip(part, drawn, strict=True):
             text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used)
-            image.save(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png", pnginfo=text)
+            with writing_whole(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png") as aside:
+                image.save(aside, format="PNG", pnginfo=text)
         images += drawn
         bar.update(len(drawn))
     return images
@@ -207,7 +209,8 @@ def _save_grids(
             "seeds": config.seeds,
             "rows": [[dataclasses.asdict(lora) for lora in row.used] for row in rows],
         }
-        grid.save(path, pnginfo=grid_text(config, sampler, settings))
+        with writing_whole(path) as aside:
+            grid.save(aside, format="PNG", pnginfo=grid_text(config, sampler, settings))
         yield path
 
 

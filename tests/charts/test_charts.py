@@ -104,6 +104,19 @@ def test_charts_are_the_same_each_time_whatever_the_user_has_set(tmp_path: Path)
     assert settings() == before
 
 
+def test_a_chart_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(path: Path, **_: object) -> None:
+        path.write_bytes(b"half a chart")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "chart.png").write_bytes(b"of the run before")
+    chart = line_chart([], "step")
+    monkeypatch.setattr(chart.figure, "savefig", breaks)
+    with pytest.raises(OSError, match="No space left"):
+        chart.save(tmp_path / "chart.png")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"chart.png": b"of the run before"}
+
+
 def test_no_chart_is_drawn_by_pyplot() -> None:
     code = "import sys, flatlora_diffusion.charts.rows; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
