@@ -14,29 +14,41 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flatlora_diffusion.commands.command_line import train_main
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A run of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable]
-    if processes == 2:
-        config = ROOT / "samples" / "presets" / "accelerate" / "two_cpu_processes.yaml"
-        command += ["-m", "accelerate.commands.launch", f"--config_file={config}", f"--main_process_port={port}"]
+    config = ROOT / "samples" / "presets" / "accelerate" / "two_cpu_processes.yaml"
+    launcher = ["-m", "accelerate.commands.launch", f"--config_file={config}", f"--main_process_port={port}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
-        [*command, "train_dreambooth_flatlora.py", *arguments],
+        [sys.executable, *launcher, "train_dreambooth_flatlora.py", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         encoding="utf-8",
     )
+
+
+def alone(arguments: list[str], folder: Path) -> None:
+    """The same run of one process, this one."""
+    assert train_main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={folder}"]) == 0
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    a, b = load_file(one / LORA_FILE), load_file(two / LORA_FILE)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def arguments(base: Path, icons: Path) -> list[str]:
 def together(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run of two processes with a checkpoint before its end, and what they said; to be copied."""
     run = tmp_path_factory.mktemp("together") / "run"
-    done = launch(2, *arguments, f"--output_dir={run}", "--checkpointing_steps=2")
+    done = launch(*arguments, f"--output_dir={run}", "--checkpointing_steps=2")
     assert done.returncode == 0, done.stderr
     return run, done.stderr
 
@@ -73,15 +85,11 @@ def test_two_processes_equal_one_with_accumulation(
     folder, said = together
     if text:
         folder = tmp_path / "two"
-        two = launch(2, *both, f"--output_dir={folder}")
+        two = launch(*both, f"--output_dir={folder}")
         assert two.returncode == 0, two.stderr
         said = two.stderr
-    one = launch(1, *both, "--gradient_accumulation_steps=2", f"--output_dir={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
-    a, b = load_file(tmp_path / "one" / LORA_FILE), load_file(folder / LORA_FILE)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
+    alone(both, tmp_path / "one")
+    assert_alike(tmp_path / "one", folder)
     losses = [
         [event["loss"] for event in RunDir(run).events() if event["event"] == "step"]
         for run in (tmp_path / "one", folder)
@@ -93,7 +101,7 @@ def test_two_processes_equal_one_with_accumulation(
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_all_with_its_error(arguments: list[str], tmp_path: Path) -> None:
-    done = launch(2, *arguments, f"--output_dir={tmp_path / 'run'}", "--resolution=36")
+    done = launch(*arguments, f"--output_dir={tmp_path / 'run'}", "--resolution=36")
     assert done.returncode != 0
     assert "resolution=36 must be a multiple of 16" in done.stderr
 
@@ -102,7 +110,7 @@ def test_a_process_that_fails_ends_all_with_its_error(arguments: list[str], tmp_
 def test_two_processes_save_and_resume(arguments: list[str], together: tuple[Path, str], tmp_path: Path) -> None:
     run = f"--output_dir={shutil.copytree(together[0], tmp_path / 'run')}"
     whole = load_file(tmp_path / "run" / LORA_FILE)
-    again = launch(2, *arguments, run, "--checkpointing_steps=2", "--resume_from_checkpoint=latest")
+    again = launch(*arguments, run, "--checkpointing_steps=2", "--resume_from_checkpoint=latest")
     assert again.returncode == 0, again.stderr
     assert all(torch.equal(value, whole[name]) for name, value in load_file(tmp_path / "run" / LORA_FILE).items())
     steps = [event["step"] for event in RunDir(tmp_path / "run").events() if event["event"] == "step"]
@@ -113,12 +121,10 @@ def test_two_processes_save_and_resume(arguments: list[str], together: tuple[Pat
 @pytest.mark.slow
 def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: list[str], tmp_path: Path) -> None:
     drawn = [argument for argument in arguments if not argument.startswith("--seed")]
-    two = launch(2, *drawn, f"--output_dir={tmp_path / 'two'}")
+    two = launch(*drawn, f"--output_dir={tmp_path / 'two'}")
     assert two.returncode == 0, two.stderr
     seed = json.loads((tmp_path / "two" / "config.json").read_text())["seed"]
-    again = launch(2, *drawn, f"--seed={seed}", f"--output_dir={tmp_path / 'again'}")
-    assert again.returncode == 0, again.stderr
-    a, b = load_file(tmp_path / "two" / LORA_FILE), load_file(tmp_path / "again" / LORA_FILE)
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    alone([*drawn, f"--seed={seed}"], tmp_path / "again")
+    assert_alike(tmp_path / "again", tmp_path / "two")
     steps = [event["step"] for event in RunDir(tmp_path / "two").events() if event["event"] == "step"]
     assert steps == [0, 1, 2], "each process trained a run of its own"
