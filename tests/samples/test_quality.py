@@ -103,6 +103,10 @@ def test_the_table_has_a_column_for_each_judge_and_the_styles_of_each_word(tmp_p
     for style in FLAT_STYLES:
         (row,) = (line for line in lines if line.split(" | ")[0].endswith(f"guidance 4: {style}"))
         assert "fluent-3d" in row
+    for style, shares in report["styles"]["styled"].items():
+        shares |= {name: 0.9 if name == style else 0.05 for name in STYLES}
+    assert "| mean of the style words: the right set | 90.0% |  |" in quality_table(report)
+    assert "| mean of the style words: 3D, which it never saw | 5.0% |  |" in quality_table(report)
     quality.write_report(report, drawn, tmp_path / "report")
     assert Image.open(tmp_path / "report" / "contact_sheet.png").size[0] > 64
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ def quality_table(report: dict[str, Any]) -> str:
     known, everything = f"the {settings['known']} best known things", f"all {settings['everything']} things"
     plain = f"`{settings['prompt']}`, guidance {settings['guidance']:g}"
     words = {style: f"`{settings['styled_prompt'].replace('WORD', STYLE_WORDS[style])}`" for style in styles["styled"]}
+    by_word: Mapping[str, Mapping[str, float]] = styles["styled"]
     styled = f"guidance {settings['styled_guidance']:g}"
 
     def rates(what: str, *keys: str) -> tuple[str, ...]:
@@ -218,7 +220,15 @@ def quality_table(report: dict[str, Any]) -> str:
         rates(f"the judge itself: {settings['held_out']} renders it never saw", "held_out"),
         ("**style, as the judge sees it**",),
         (f"no style word: {plain}", _shares(styles["plain"])),
-        *((f"{text}, {styled}: {style}", _shares(styles["styled"][style])) for style, text in words.items()),
+        *((f"{text}, {styled}: {style}", _shares(by_word[style])) for style, text in words.items()),
+        (
+            "mean of the style words: the right set",
+            f"{statistics.fmean(shares[style] for style, shares in by_word.items()):.1%}",
+        ),
+        (
+            "mean of the style words: 3D, which it never saw",
+            f"{statistics.fmean(s['fluent-3d'] for s in by_word.values()):.1%}",
+        ),
         ("the judge itself: right style among 4, the same renders", f"{styles['held_out']:.1%}"),
         ("**the base**",),
         (f"VAE PSNR on {report['vae']['images_3d']} 3D icons it never saw", f"{report['vae']['psnr_db']:.1f} dB"),
