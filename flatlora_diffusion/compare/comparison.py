@@ -1,7 +1,8 @@
 """`compare`: arms trained as one experiment, measured alike, and the report of it.
 
 ARM/seed-N/     the run folders;  pictures/, measured/: what is not drawn or measured twice
-compare.png     the same prompts and seeds by the base and each arm, before anything is measured
+compare.png     what was trained on, the same prompts and seeds by the base and each arm, and the real images of them,
+                before anything is measured
 compare.html    the verdict, pictures, numbers with intervals, proof: one file that needs no network
 compare.json    every figure and hash
 compare.md      the table
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from PIL import Image
 
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.conditions import shared_conditions
@@ -31,11 +31,11 @@ from flatlora_diffusion.compare.material import free_device
 from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
 from flatlora_diffusion.compare.overfit import advise
 from flatlora_diffusion.compare.page.page import GRID, PAGE, write_compare_page
+from flatlora_diffusion.compare.poster import poster
 from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import described
-from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
@@ -98,7 +98,10 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
     logger.info("Drawing the same prompts with the base and each LoRA")
     do_pieces(sdxl.unet, experiment.to_draw(evaluator))
     pictures = _pictures(experiment.first, evaluator)
-    _save_grid(out, pictures, experiment)
+    captions = {sample.caption for sample in experiment.material.sets[TRAIN].samples}
+    grid = poster(experiment.first, evaluator, captions)
+    with writing_whole(out / GRID) as aside:  # it is looked at while the rest goes on
+        grid.save(aside, format="PNG")
     logger.info("Look at %s", out / GRID)
     logger.info("Measuring the base and each LoRA")
     do_pieces(sdxl.unet, experiment.to_measure(evaluator))
@@ -221,17 +224,6 @@ def _pictures(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, 
         "columns": ["Base", *(planned.arm.name for planned in runs)],
         "files": [["/".join(file.parts[-3:]) for file in column] for column in files],
     }
-
-
-def _save_grid(out: Path, pictures: Mapping[str, Any], experiment: Experiment) -> None:
-    captions = {sample.caption for sample in experiment.material.sets[TRAIN].samples}
-    rows = [[Image.open(out / file).convert("RGB") for file in column] for column in pictures["files"]]
-    caption = f"same prompts, seeds and settings; {experiment.config.optim.max_train_steps} steps"
-    if not captions.intersection(pictures["prompts"]):
-        caption += "; none of these was trained on"
-    grid = labelled_grid(rows, pictures["columns"], pictures["prompts"], caption=caption)
-    with writing_whole(out / GRID) as aside:  # it is looked at while the rest goes on
-        grid.save(aside, format="PNG")
 
 
 def _values_as_json(values: Values) -> dict[str, dict[str, MetricValues]]:

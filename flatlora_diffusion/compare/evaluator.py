@@ -86,20 +86,20 @@ class RunEvaluator:
         `names` has the name of the thing that a prompt describes, where it is known.
         """
         self._loss_evaluator, self._generator = loss_evaluator, generator
-        self.prompts, self._scoring_models, self._names = prompts, scoring_models, names
-        self._training, self._heldout = training, heldout
+        self.prompts, self._scoring_models, self.names = prompts, scoring_models, names
+        self.training, self.heldout = training, heldout
 
     @cached_property
     def _references(self) -> dict[str, Reference]:
         """What pictures are compared with, by the prefix of their metrics; made when it is first asked for."""
         prompts, encoders = self.prompts, self._scoring_models.encoders
         base = self._generator.generate(None, prompts.keys((*prompts.style, *prompts.unrelated)))
-        texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self._names.items()}
+        texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self.names.items()}
         references: dict[str, Reference] = {}
         for encoder in encoders:
             prefix = "" if len(encoders) == 1 else f"{Path(encoder.name).name}_"
             known = texts if encoder.name == JUDGE else {}
-            references[prefix] = encode_reference(encoder, self._training, base, self._heldout, known)
+            references[prefix] = encode_reference(encoder, self.training, base, self.heldout, known)
         return references
 
     def base(self) -> MetricValues:
@@ -158,10 +158,23 @@ class RunEvaluator:
         self._generator.generate(lora, keys)
         return self._generator.files(lora, keys)
 
+    def at_strengths(self, lora: Path, prompt: str, strengths: Sequence[float]) -> list[Image.Image]:
+        """The pictures of `prompt`, with the first seed, by the LoRA at each strength; at 0 by the base."""
+        key = (prompt, self.prompts.seeds[0])
+        return [self._generator.generate(lora if at else None, [key], at)[key] for at in strengths]
+
     def to_draw(self, name: str, lora: Path | None, seed: int) -> Piece:
         """What `pictures` needs."""
         keys = [(prompt, seed) for prompt in self.prompts.style]
         return self._drawing(f"drawing with {name}", lora, keys)
+
+    def to_draw_at_strengths(
+        self, name: str, lora: Path, prompts: Sequence[str], strengths: Sequence[float]
+    ) -> list[Piece]:
+        """What `at_strengths` needs for each of `prompts`, but for strengths 0 and 1, which `pictures` draws."""
+        keys = [(prompt, self.prompts.seeds[0]) for prompt in prompts]
+        others = [at for at in strengths if at not in (0, 1)]
+        return [self._drawing(f"drawing with {name} at {at:g}", lora, keys, at) for at in others]
 
     def to_measure_base(self) -> list[Piece]:
         """What `base` and all that is compared with it need."""
@@ -201,8 +214,9 @@ class RunEvaluator:
         do = partial(self._loss_evaluator.losses, lora, strength)
         return Piece(f"{name}: losses", self._loss_evaluator.losses_left(lora, strength), do)
 
-    def _drawing(self, what: str, lora: Path | None, keys: Sequence[Key]) -> Piece:
-        return Piece(what, self._generator.left(lora, keys), partial(self._generator.generate, lora, keys))
+    def _drawing(self, what: str, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> Piece:
+        model = lora, keys, strength
+        return Piece(what, self._generator.left(*model), partial(self._generator.generate, *model))
 
     def _losses(self, lora: Path | None, strength: float) -> MetricValues:
         by_set = self._loss_evaluator.losses(lora, strength)
@@ -215,10 +229,10 @@ class RunEvaluator:
         for prefix, reference in self._references.items():
             of_encoder = picture_metrics(reference, style, unrelated or None)
             values |= {prefix + key: value for key, value in of_encoder.items()}
-        named = {key: image for key, image in style.items() if key[0] in self._names}
+        named = {key: image for key, image in style.items() if key[0] in self.names}
         if self._scoring_models.judge is not None and named:
-            candidates = sorted(set(self._names.values()))
-            values |= judge_metrics(self._scoring_models.judge, named, self._names, candidates)
+            candidates = sorted(set(self.names.values()))
+            values |= judge_metrics(self._scoring_models.judge, named, self.names, candidates)
         if self._scoring_models.lpips is not None and len(prompts.seeds) > 1:
             values["lpips_diversity"] = lpips_diversity(self._scoring_models.lpips, style)
         return values

@@ -13,6 +13,7 @@ from flatlora_diffusion.compare.arms import Arm, PlannedRun, null_arms, parse_ar
 from flatlora_diffusion.compare.evaluator import BASE, HELDOUT, RunEvaluator
 from flatlora_diffusion.compare.material import Material, load_evaluator, read_material
 from flatlora_diffusion.compare.page.page import GRID, PAGE
+from flatlora_diffusion.compare.poster import poster_pieces
 from flatlora_diffusion.compare.progress import Piece
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.training_set import load_training_set
@@ -70,7 +71,8 @@ class Experiment:
     def to_draw(self, evaluator: RunEvaluator) -> list[Piece]:
         """What the grid needs."""
         models = [(BASE, None), *((planned.arm.name, planned.lora) for planned in self.first)]
-        return [evaluator.to_draw(name, lora, evaluator.prompts.seeds[0]) for name, lora in models]
+        pieces = [evaluator.to_draw(name, lora, evaluator.prompts.seeds[0]) for name, lora in models]
+        return pieces + poster_pieces(self.first[0], evaluator)
 
     def to_measure(self, evaluator: RunEvaluator) -> list[Piece]:
         """What the report of the arms needs."""

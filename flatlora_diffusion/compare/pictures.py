@@ -11,7 +11,7 @@ from PIL import Image
 
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.whole_files import writing_whole
-from flatlora_diffusion.lora_files.attached import loaded
+from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
@@ -26,27 +26,28 @@ class PictureGenerator:
         self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, guidance)
         self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
 
-    def generate(self, lora: Path | None, keys: Sequence[Key]) -> dict[Key, Image.Image]:
+    def generate(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> dict[Key, Image.Image]:
         """The pictures of `keys`, RGB, by the base with `lora` or by the base alone."""
-        files = dict(zip(keys, self.files(lora, keys), strict=True))
+        files = dict(zip(keys, self.files(lora, keys, strength), strict=True))
         missing = {key: file for key, file in files.items() if not file.is_file()}
         if missing and lora is None:
             self._draw(missing)
         elif missing and lora is not None:
-            with loaded(self._sdxl.pipeline, [LoraFile(lora)]):
+            pipeline, used = self._sdxl.pipeline, [LoraFile(lora)]
+            with loaded(pipeline, used), at_strength(pipeline, used, strength, merge=False):
                 self._draw(missing)
         return {key: _read(file) for key, file in files.items()}
 
-    def left(self, lora: Path | None, keys: Sequence[Key]) -> int:
+    def left(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> int:
         """How many samples the UNet has to see for the pictures of `keys` that are not kept."""
         _, steps, guidance = self._settings
         is_there = lora is None or lora.is_file()
-        missing = sum(not file.is_file() for file in self.files(lora, keys)) if is_there else len(keys)
+        missing = sum(not file.is_file() for file in self.files(lora, keys, strength)) if is_there else len(keys)
         return missing * steps * (2 if guidance > 1 else 1)
 
-    def files(self, lora: Path | None, keys: Sequence[Key]) -> list[Path]:
+    def files(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> list[Path]:
         """The files in which the pictures of `keys` are kept, drawn or not."""
-        content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
+        content = "base" if lora is None else f"{hashlib.sha256(lora.read_bytes()).hexdigest()} at {strength:g}"
         depends = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
         return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]
 

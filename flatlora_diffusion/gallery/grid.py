@@ -1,13 +1,33 @@
-"""A labelled grid of images, legible at a glance."""
+"""Labelled grids of images, legible at a glance also where the whole is shown at half its size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _PAPER, _FAINT = "#1f2328", "white", "#59636e"
 _MOST_LINES = 8
+_GAP, _BETWEEN = 8, 24  # pixels between images, and more of them between bands
+_SHORT = 122  # pixels: a label at the left that large letters are used for
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of images, each scaled to `cell` pixels, with labels at the left and, where there are any, on top."""
+
+    rows: Sequence[Sequence[Image.Image]]
+    row_labels: Sequence[str]
+    column_labels: Sequence[str] = ()
+    cell: int = 192
+
+    @property
+    def width(self) -> int:
+        """That of the images, in pixels."""
+        return max(len(row) for row in self.rows) * (self.cell + _GAP)
 
 
 def labelled_grid(
@@ -21,35 +41,62 @@ def labelled_grid(
 
     Labels and caption are broken into lines that fit their place, after 8 of them cut.
     """
-    small, large = ImageFont.load_default(16), ImageFont.load_default(24)
-    gap, columns = 8, len(column_labels)
-    column_texts = [wrapped(label, small, cell) for label in column_labels]
-    # Large letters if all labels are short.
-    row_font = large if all(large.getlength(label) <= 122 for label in row_labels) else small
-    row_texts = [wrapped(label, row_font, cell) for label in row_labels]
-    widest = max(_size(text, row_font)[0] for text in row_texts)
-    left, top = max(150, widest + 28), 22 + max(_size(text, small)[1] for text in column_texts)
-    width = left + columns * (cell + gap)
-    caption_text = wrapped(caption, small, width - 2 * gap)
-    bottom = 24 + _size(caption_text, small)[1] if caption else gap
-    canvas = Image.new("RGB", (width, top + len(rows) * (cell + gap) + bottom), _PAPER)
+    return labelled_bands([Band(rows, row_labels, column_labels, cell)], caption)
+
+
+def labelled_bands(bands: Sequence[Band], caption: str = "") -> Image.Image:
+    """`bands` below each other, their images aligned at the left, and the caption under all of them."""
+    small, large = ImageFont.load_default(18), ImageFont.load_default(24)
+    labels = [label for band in bands for label in band.row_labels]
+    row_font = large if all(large.getlength(label) <= _SHORT for label in labels) else small
+    row_texts = [wrapped(label, row_font, 192) for label in labels]
+    left = max(150, max(_size(text, row_font)[0] for text in row_texts) + 28)
+    width = left + max(band.width for band in bands)
+    tops = [_column_texts(band, small, large) for band in bands]
+    heights = [_top(*top) + len(band.rows) * (band.cell + _GAP) for band, top in zip(bands, tops, strict=True)]
+    caption_text = wrapped(caption, small, width - 2 * _GAP)
+    bottom = 24 + _size(caption_text, small)[1] if caption else _GAP
+    canvas = Image.new("RGB", (width, sum(heights) + _BETWEEN * (len(bands) - 1) + bottom), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    for column, text in enumerate(column_texts):
-        middle = left + column * (cell + gap) + cell // 2
-        draw.multiline_text((middle, top - 6), text, _INK, small, anchor="md", align="center")
-    for row, (text, images) in enumerate(zip(row_texts, rows, strict=True)):
-        y = top + row * (cell + gap)
-        draw.multiline_text((left - 14, y + cell // 2), text, _INK, row_font, anchor="rm", align="right")
-        for column, image in enumerate(images):
-            enlarged = image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
-            canvas.paste(enlarged, (left + column * (cell + gap), y))
+    y, texts = 0, iter(row_texts)
+    for band, (columns, font), height in zip(bands, tops, heights, strict=True):
+        first = y + _top(columns, font)
+        for column, text in enumerate(columns):
+            middle = left + column * (band.cell + _GAP) + band.cell // 2
+            draw.multiline_text((middle, first - 8), text, _INK, font, anchor="md", align="center")
+        for row, images in enumerate(band.rows):
+            top = first + row * (band.cell + _GAP)
+            draw.multiline_text(
+                (left - 14, top + band.cell // 2), next(texts), _INK, row_font, anchor="rm", align="right"
+            )
+            for column, image in enumerate(images):
+                canvas.paste(_scaled(image, band.cell), (left + column * (band.cell + _GAP), top))
+        y += height + _BETWEEN
     if caption:
-        x = left if _size(caption_text, small)[0] <= width - left - gap else gap
+        x = left if _size(caption_text, small)[0] <= width - left - _GAP else _GAP
         draw.multiline_text((x, canvas.height - 12), caption_text, _FAINT, small, anchor="ld")
     return canvas
 
 
-def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _column_texts(band: Band, small: Font, large: Font) -> tuple[list[str], Font]:
+    """The labels on top in their lines; in large letters if each needs two lines at most."""
+    for font in (large, small):
+        texts = [wrapped(label, font, band.cell) for label in band.column_labels]
+        if all(text.count("\n") < 2 for text in texts):
+            return texts, font
+    return texts, small
+
+
+def _top(texts: Sequence[str], font: Font) -> int:
+    """How high the labels on top are."""
+    return 24 + max(_size(text, font)[1] for text in texts) if texts else _GAP
+
+
+def _scaled(image: Image.Image, cell: int) -> Image.Image:
+    return image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+
+
+def wrapped(text: str, font: Font, width: int) -> str:
     """`text` in lines of at most `width` pixels, broken between words, or inside of one that is wider by itself."""
     lines = [line for paragraph in text.splitlines() for line in _lines(paragraph, font, width)]
     if len(lines) > _MOST_LINES:
@@ -57,7 +104,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return "\n".join(lines)
 
 
-def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Iterator[str]:
+def _lines(text: str, font: Font, width: int) -> Iterator[str]:
     line = ""
     for word in text.split():
         longer = f"{line} {word}" if line else word
@@ -75,7 +122,7 @@ def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
         yield line
 
 
-def _size(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> tuple[int, int]:
+def _size(text: str, font: Font) -> tuple[int, int]:
     """Width and height in pixels of text in lines."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font)

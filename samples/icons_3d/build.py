@@ -64,8 +64,8 @@ def main() -> None:
 def split(concepts: Sequence[Concept]) -> tuple[list[Concept], list[Concept]]:
     """(training, held out) by the rule above."""
     training = take(concepts, TRAINING, "training")
-    seen = {word for concept in training for word in _words(concept.name)}
-    return training, take([c for c in concepts if not seen & _words(c.name)], HELD_OUT, "heldout")
+    seen = {word for concept in training for word in named_words(concept.name)}
+    return training, take([c for c in concepts if not seen & named_words(c.name)], HELD_OUT, "heldout")
 
 
 def take(concepts: Sequence[Concept], count: int, purpose: str) -> list[Concept]:
@@ -148,7 +148,8 @@ def _draw(purpose: str, concept: Concept) -> int:
     return derive_seed(SEED, "icons_3d", purpose, concept.hexcode)
 
 
-def _words(name: str) -> set[str]:
+def named_words(name: str) -> set[str]:
+    """The words by which two names are taken for the same thing."""
     return {word for word in slug(name).split("-") if len(word) > 2 and word not in ("and", "with", "over")}
 
 

@@ -19,15 +19,17 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from flatlora_diffusion.evaluation.judge import load_judge
 from samples.tiny_sdxl.recipe.captions import train_tokenizers
 from samples.tiny_sdxl.recipe.icons import Concept, choose_concepts, load_concepts, recognizable, render
 from samples.tiny_sdxl.recipe.judge import collect_renders, train_judge
 from samples.tiny_sdxl.recipe.loop import Schedule
-from samples.tiny_sdxl.recipe.quality import measure_quality, quality_table, write_report
+from samples.tiny_sdxl.recipe.quality import STYLED_GUIDANCE, draw, measure_quality, quality_table, write_report
+from samples.tiny_sdxl.recipe.second_judge import load_second_judge, train_second_judge
 from samples.tiny_sdxl.recipe.unet import cache_latents, save_base, train_unet
 from samples.tiny_sdxl.recipe.vae import train_vae
 
-STAGES = ("vae", "unet", "judge", "quality")
+STAGES = ("vae", "unet", "judge", "judge2", "quality")
 CONCEPTS = 200
 UNET_SCHEDULE = Schedule(steps=12_000, learning_rate=6e-4, warmup=300, plateau=0.75)
 HERE = Path(__file__).parent
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads, renders and checkpoints")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--start", type=Path, help="a base in this format to train on, instead of random weights")
+    parser.add_argument("--guidance", type=float, default=STYLED_GUIDANCE, help="of the styled prompts of `quality`")
     parser.add_argument("--publish", action="store_true", help="copy base, judge and report into samples/tiny_sdxl")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,8 @@ def main() -> None:
         "vae": build_vae,
         "unet": partial(build_unet, start=args.start),
         "judge": build_judge,
-        "quality": report_quality,
+        "judge2": build_second_judge,
+        "quality": partial(report_quality, guidance=args.guidance),
     }
     for stage in args.stages:
         build[stage](concepts, args.work)
@@ -85,12 +89,18 @@ def build_judge(concepts: list[Concept], work: Path) -> None:
         train_judge(concepts, renders, work / "pipeline" / "tokenizer", work, work / "judge")
 
 
-def report_quality(concepts: list[Concept], work: Path) -> None:
+def build_second_judge(concepts: list[Concept], work: Path) -> None:
+    if not (work / "judge2").exists():
+        train_second_judge(concepts, collect_renders(concepts, flat_images(concepts, work)), work, work / "judge2")
+
+
+def report_quality(concepts: list[Concept], work: Path, guidance: float) -> None:
     renders = collect_renders(concepts, flat_images(concepts, work))
-    chosen = choose_concepts(concepts, CONCEPTS)
-    report, sheet = measure_quality(concepts, chosen, renders, work / "pipeline", work / "judge")
-    (work / "report").mkdir(exist_ok=True)
-    write_report(report, sheet, work / "report")
+    base = work / "pipeline"
+    drawn = draw(base, recognizable(concepts), choose_concepts(concepts, CONCEPTS), guidance, work / "drawn")
+    second = load_second_judge(work / "judge2") if (work / "judge2").exists() else None
+    report = measure_quality(concepts, drawn, renders, base, load_judge(work / "judge"), second, guidance)
+    write_report(report, drawn, work / "report")
     print(quality_table(report))
 
 

@@ -80,5 +80,17 @@ def test_lora_steps_and_base_have_files_of_their_own(sdxl: Sdxl, lora: Path, tmp
     assert PictureGenerator(sdxl, 32, tmp_path, steps=1).files(None, KEYS)[0] not in names, "another base"
 
 
+def test_a_lora_is_drawn_at_any_strength_and_each_is_kept_for_itself(sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
+    generator, key = PictureGenerator(sdxl, 32, tmp_path, steps=1), KEYS[0]
+    base = generator.generate(None, [key])[key]
+    none, half, full = (generator.generate(lora, [key], strength)[key] for strength in (0.0, 0.5, 1.0))
+    assert _equal(none, base)
+    assert not _equal(half, base)
+    assert not _equal(half, full)
+    assert _equal(full, generator.generate(lora, [key])[key])
+    assert generator.left(lora, [key], 0.5) == 0
+    assert generator.left(lora, [key], 1.5) == 2
+
+
 def _equal(one: Image.Image, other: Image.Image) -> bool:
     return ImageChops.difference(one, other).getbbox() is None

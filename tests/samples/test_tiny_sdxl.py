@@ -190,7 +190,8 @@ def test_the_readmes_figures_are_those_of_the_report(report: dict[str, Any]) -> 
     readme = (TINY / "README.md").read_text(encoding="utf-8")
     assert quality_table(report) in readme
     prose = " ".join(readme.split())  # a claim may span two lines
-    generated, flat = (f"{rate:.0%}".rstrip("%") for rate in (report["generated"]["first"], report["real"]["flat"]))
+    found = report["names"]["judge"]
+    generated, flat = (f"{rate:.0%}".rstrip("%") for rate in (found["known"], found["real_known"]["flat"]))
     assert f"Of 100 generated icons a judge finds the right name for {generated}" in prose
     assert f"of 100 real flat renders of the same things it finds {flat}" in prose
-    assert f"renders it never saw, of all things and styles, it finds {report['held_out']['names']:.1%}" in prose
+    assert f"renders it never saw, of all things and styles, it finds {found['held_out']:.1%}" in prose

@@ -123,7 +123,7 @@ def train_judge(
     processor = build_processor(CLIPTokenizer.from_pretrained(tokenizer_folder))
     model = build_judge(processor.tokenizer).train()
     trained = renders.take(split_held_out(renders)[0])
-    can_mirror = torch.tensor([_can_mirror(concept) for concept in concepts])
+    may_mirror = torch.tensor([can_mirror(concept) for concept in concepts])
 
     def loss_at(step: int) -> Tensor:
         rng = generator("cpu", 0, "judge", step)
@@ -131,7 +131,7 @@ def train_judge(
         extra = torch.randint(0, len(concepts), (EXTRA_NAMES,), generator=rng)
         texts = [caption(concepts[index], rng) for index in batch.concepts.tolist()]
         texts += [NAME_PROMPT.format(concepts[index].name) for index in extra.tolist()]
-        pixels = augment(to_pixels(batch.images), can_mirror[batch.concepts], rng)
+        pixels = augment(to_pixels(batch.images), may_mirror[batch.concepts], rng)
         count = KEPT_PATCHES if step < FULL_FROM * SCHEDULE.steps else (SIZE // PATCH) ** 2
         kept = torch.rand(BATCH, (SIZE // PATCH) ** 2, generator=rng).argsort(dim=1)[:, :count]
         tokens = processor.tokenizer(
@@ -190,7 +190,7 @@ def caption(concept: Concept, rng: torch.Generator) -> str:
     return ", ".join(concept.tags[index] for index in order[:4])
 
 
-def augment(pixels: Tensor, can_mirror: Tensor, rng: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, may_mirror: Tensor, rng: torch.Generator) -> Tensor:
     """What generated images differ in from renders: place, size, angle, colour, sharpness, noise.
 
     (B, 3, H, W) in [-1, 1], and (B,) which rows may be mirrored.
@@ -200,7 +200,7 @@ def augment(pixels: Tensor, can_mirror: Tensor, rng: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=rng)
 
-    moved = _moved(pixels, torch.where(can_mirror & (uniform(0, 1) < 0.5), -1.0, 1.0), uniform)
+    moved = _moved(pixels, torch.where(may_mirror & (uniform(0, 1) < 0.5), -1.0, 1.0), uniform)
     grey = moved.mean(dim=1, keepdim=True)
     vivid = grey + uniform(0.75, 1.25, 1, 1, 1) * (moved - grey)
     lit = vivid * uniform(0.92, 1.06, 3, 1, 1) + uniform(-0.08, 0.08, 1, 1, 1)
@@ -223,7 +223,7 @@ def _blurred(pixels: Tensor) -> Tensor:
     return F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
 
 
-def _can_mirror(concept: Concept) -> bool:
+def can_mirror(concept: Concept) -> bool:
     """Animals, food and things mean the same from both sides; people's gestures, signs and moons may not."""
     return concept.group in (3, 4, 6, 7) and not {"left", "right"} & set(concept.name.replace("-", " ").split())
 

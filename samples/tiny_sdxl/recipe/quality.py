@@ -1,145 +1,176 @@
-"""The numbers and the picture by which the base is judged: VAE fidelity, name retrieval, styles, a contact sheet."""
+"""The numbers and the picture by which the base is judged: names found, styles, VAE fidelity, size, a contact sheet.
+
+Each name rate stands beside the same judge's rate on real renders and on renders that it never saw.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
-from flatlora_diffusion.evaluation.judge import (
-    STYLE_PROMPTS,
-    Judge,
-    load_judge,
-    rank_names,
-    rank_of,
-    style_probabilities,
-)
+from flatlora_diffusion.evaluation.judge import Images, Judge, rank_names, rank_of, style_probabilities
 from flatlora_diffusion.ground.seeds import generator
+from samples.tiny_sdxl.recipe.captions import STYLE_WORDS
+from samples.tiny_sdxl.recipe.drawing import STEPS, draw_icons, size_of
+from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, SIZE, Concept
 from samples.tiny_sdxl.recipe.judge import STYLES, Renders, split_held_out
 from samples.tiny_sdxl.recipe.vae import psnr
 
-if TYPE_CHECKING:  # importing it at run time needs the `recipe` extra, which nothing here does
-    from samples.tiny_sdxl.recipe.icons import Concept
-
-PROMPT = "a flat icon of {}"
+PROMPT, GUIDANCE = "a flat icon of {}", 5.0  # of all figures since the first base
+STYLED_PROMPT, STYLED_GUIDANCE = "a flat icon of {}, in the style of WORD", 4.0  # what is recommended
 CANDIDATES = 100  # names that the judge chooses from: the right one and 99 seeded others
-STEPS = 25
-SIZE = 64
-BATCH = 20
 IS_3D = STYLES.index("fluent-3d")
+
+Ranker = Callable[[Images, Sequence[Concept]], Tensor]
+"""A score of the name of each concept for each image, (B, len(concepts)): what a judge of names is."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the base drew, an icon per concept: `everything` it was trained on, and the `known` ones in each style."""
+
+    everything: Sequence[Concept]
+    known: Sequence[Concept]
+    plain: Sequence[Image.Image]
+    styled: Mapping[str, Sequence[Image.Image]]
+
+    @property
+    def plain_known(self) -> list[Image.Image]:
+        """Of `plain` those of the `known` concepts, in their order."""
+        by_code = {concept.hexcode: icon for concept, icon in zip(self.everything, self.plain, strict=True)}
+        return [by_code[concept.hexcode] for concept in self.known]
+
+
+def draw(base: Path, everything: Sequence[Concept], known: Sequence[Concept], guidance: float, kept: Path) -> Drawn:
+    """All that is measured, drawn once; `guidance` is that of the styled prompts."""
+    styled = {
+        style: draw_icons(base, known, STYLED_PROMPT.replace("WORD", STYLE_WORDS[style]), guidance, kept)
+        for style in FLAT_STYLES
+    }
+    return Drawn(everything, known, draw_icons(base, everything, PROMPT, GUIDANCE, kept), styled)
 
 
 def measure_quality(
     concepts: Sequence[Concept],
-    chosen: Sequence[Concept],
+    drawn: Drawn,
     renders: Renders,
-    pipeline_folder: Path,
-    judge_folder: Path,
-    guidance: float = 5.0,
-) -> tuple[dict[str, Any], Image.Image]:
-    """The report of the saved pipeline and the contact sheet of every second concept of `chosen`.
-
-    `renders` are those of all `concepts`; `chosen` are the concepts that the pipeline was trained on.
-    """
-    judge = load_judge(judge_folder)
-    vae = AutoencoderKL.from_pretrained(pipeline_folder, subfolder="vae").float().eval()
+    base: Path,
+    judge: Judge,
+    second: Ranker | None,
+    guidance: float,
+) -> dict[str, Any]:
+    """The report of the saved pipeline; `renders` are those of all `concepts`, `second` another judge of names."""
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae").float().eval()
     images_3d = renders.images[(renders.styles == IS_3D).numpy()]
-    icons = generate_icons(pipeline_folder, chosen, guidance)
-    report = {
+    rankers: dict[str, Ranker] = {"judge": partial(rank_by_clip, judge)}
+    if second is not None:
+        rankers["second_judge"] = second
+    return {
+        "megabytes": round(size_of(base), 1),
         "vae": {"psnr_db": round(psnr(vae, images_3d), 2), "images_3d": len(images_3d)},
-        "generated": {
+        "settings": {
             "prompt": PROMPT.format("NAME"),
+            "guidance": GUIDANCE,
+            "styled_prompt": STYLED_PROMPT.format("NAME"),
+            "styled_guidance": guidance,
             "steps": STEPS,
-            "guidance": guidance,
             "size": SIZE,
-            **retrieval(judge, icons, chosen),
-            "styles": style_shares(judge, icons),
+            "candidates": CANDIDATES,
+            "known": len(drawn.known),
+            "everything": len(drawn.everything),
+            "held_out": len(split_held_out(renders)[1]),
         },
-        "real": real_rates(judge, concepts, chosen, renders),
-        "held_out": held_out_rates(judge, concepts, renders),
+        "names": {name: name_rates(rank, concepts, drawn, renders) for name, rank in rankers.items()},
+        "styles": style_rates(judge, drawn, renders),
+        "taken_for": taken_for(rankers["judge"], drawn.plain_known, drawn.known),
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
         "device": f"CPU, {platform.machine()}",
     }
-    return report, contact_sheet(icons[::2], [concept.name for concept in chosen[::2]])
 
 
-def generate_icons(pipeline_folder: Path, concepts: Sequence[Concept], guidance: float) -> list[Image.Image]:
-    """One 64-pixel image per concept; its noise depends on the concept alone, not on its neighbours in the batch."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(pipeline_folder, add_watermarker=False).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    icons: list[Image.Image] = []
-    for start in tqdm(range(0, len(concepts), BATCH), desc="generate", unit="batch"):
-        batch = concepts[start : start + BATCH]
-        icons += pipeline(
-            prompt=[PROMPT.format(concept.name) for concept in batch],
-            num_inference_steps=STEPS,
-            guidance_scale=guidance,
-            height=SIZE,
-            width=SIZE,
-            original_size=(SIZE, SIZE),
-            target_size=(SIZE, SIZE),
-            generator=[generator("cpu", 0, "quality", concept.hexcode) for concept in batch],
-        ).images
-    return icons
+def rank_by_clip(judge: Judge, images: Images, concepts: Sequence[Concept]) -> Tensor:
+    """The first judge as a `Ranker`."""
+    return rank_names(judge, images, [concept.name for concept in concepts])
 
 
-def retrieval(judge: Judge, icons: list[Image.Image], concepts: Sequence[Concept]) -> dict[str, Any]:
-    """How often the right name is first and among the first five, and what the judge took each missed icon for."""
-    names = [concept.name for concept in concepts]
-    candidates = draw_candidates(concepts)
-    scores = rank_names(judge, icons, names).gather(1, candidates)
-    ranks = _ranks(scores)
-    taken_for = candidates.gather(1, scores.argmax(dim=1, keepdim=True)).flatten().tolist()
-    missed = {names[i]: names[taken_for[i]] for i in range(len(names)) if ranks[i] > 0}
+def name_rates(rank: Ranker, concepts: Sequence[Concept], drawn: Drawn, renders: Renders) -> dict[str, Any]:
+    """How often the right name is first: of generated icons, of real renders of the same things, of held-out ones."""
+    found = ranks(rank, drawn.plain_known, drawn.known)
+    held = renders.take(split_held_out(renders)[1])
     return {
-        "concepts": len(names),
-        "candidates": candidates.shape[1],
-        "first": _share(ranks == 0),
-        "first_five": _share(ranks < 5),
-        "taken_for": missed,
+        "known": _share(found == 0),
+        "known_first_five": _share(found < 5),
+        "everything": _share(ranks(rank, drawn.plain, drawn.everything) == 0),
+        "styled": {style: _share(ranks(rank, icons, drawn.known) == 0) for style, icons in drawn.styled.items()},
+        "real_known": real_rates(rank, concepts, drawn.known, renders),
+        "real_everything": real_rates(rank, concepts, drawn.everything, renders),
+        "held_out": _share(ranks(rank, _pixels(held), concepts, held.concepts) == 0),
     }
 
 
-def style_shares(judge: Judge, icons: list[Image.Image]) -> dict[str, float]:
+def style_rates(judge: Judge, drawn: Drawn, renders: Renders) -> dict[str, Any]:
+    """What styles the judge sees: without a style word, with each set's, and its own rate on held-out renders."""
+    held = renders.take(split_held_out(renders)[1])
+    is_right = style_probabilities(judge, _pixels(held)).argmax(dim=1) == held.styles
+    return {
+        "plain": style_shares(judge, drawn.plain_known),
+        "styled": {style: style_shares(judge, icons) for style, icons in drawn.styled.items()},
+        "held_out": _share(is_right),
+    }
+
+
+def ranks(rank: Ranker, images: Images, concepts: Sequence[Concept], owners: Tensor | None = None) -> Tensor:
+    """The rank of the right name of each image among its candidates, (B,); 0 is first.
+
+    `owners` has the concept of each image by its place; without it there is an image of each concept.
+    """
+    candidates = draw_candidates(concepts)
+    scores = rank(images, concepts).gather(1, candidates if owners is None else candidates[owners])
+    return rank_of(scores, torch.zeros(len(scores), dtype=torch.long))  # the right name stands in column 0
+
+
+def taken_for(rank: Ranker, icons: Images, concepts: Sequence[Concept]) -> dict[str, str]:
+    """What the judge took each missed icon for."""
+    candidates = draw_candidates(concepts)
+    first = rank(icons, concepts).gather(1, candidates).argmax(dim=1, keepdim=True)
+    found = candidates.gather(1, first).flatten().tolist()
+    return {
+        one.name: concepts[place].name for one, place in zip(concepts, found, strict=True) if concepts[place] != one
+    }
+
+
+def style_shares(judge: Judge, icons: Sequence[Image.Image]) -> dict[str, float]:
     """The share of the icons that the judge takes for each style; sums to 1."""
-    found = style_probabilities(judge, icons).argmax(dim=1).bincount(minlength=len(STYLE_PROMPTS))
+    found = style_probabilities(judge, icons).argmax(dim=1).bincount(minlength=len(STYLES))
     return {style: int(count) / len(icons) for style, count in zip(STYLES, found, strict=True)}
 
 
 def real_rates(
-    judge: Judge, concepts: Sequence[Concept], chosen: Sequence[Concept], renders: Renders
+    rank: Ranker, concepts: Sequence[Concept], chosen: Sequence[Concept], renders: Renders
 ) -> dict[str, float]:
-    """The judge's rate on real renders of the concepts that were generated, among the same candidates; the ceiling."""
+    """A judge's rate on real renders of the concepts that were generated, among the same candidates; the ceiling."""
     place = torch.full((len(concepts),), -1)
     codes = {concept.hexcode: index for index, concept in enumerate(concepts)}
     place[[codes[concept.hexcode] for concept in chosen]] = torch.arange(len(chosen))
     own = renders.take((place[renders.concepts] >= 0).nonzero().flatten())
-    owners = place[own.concepts]
-    scores = rank_names(judge, _pixels(own), [concept.name for concept in chosen])
-    is_first = _ranks(scores.gather(1, draw_candidates(chosen)[owners])) == 0
+    is_first = ranks(rank, _pixels(own), chosen, place[own.concepts]) == 0
     is_3d = own.styles == IS_3D
     return {"flat": _share(is_first[~is_3d]), "3d": _share(is_first[is_3d])}
-
-
-def held_out_rates(judge: Judge, concepts: Sequence[Concept], renders: Renders) -> dict[str, float]:
-    """The judge on renders it was not trained on: the right name first among 100 of all, the right style among 4."""
-    held = renders.take(split_held_out(renders)[1])
-    scores = rank_names(judge, _pixels(held), [concept.name for concept in concepts])
-    is_first = _ranks(scores.gather(1, draw_candidates(concepts)[held.concepts])) == 0
-    is_style = style_probabilities(judge, _pixels(held)).argmax(dim=1) == held.styles
-    return {"images": len(held.concepts), "names": _share(is_first), "styles": _share(is_style)}
 
 
 def draw_candidates(concepts: Sequence[Concept], count: int = CANDIDATES) -> Tensor:
@@ -151,29 +182,61 @@ def draw_candidates(concepts: Sequence[Concept], count: int = CANDIDATES) -> Ten
     return torch.stack(rows)
 
 
-def write_report(report: dict[str, Any], sheet: Image.Image, folder: Path) -> None:
-    """`quality.json` and `contact_sheet.png` in `folder`."""
+def write_report(report: dict[str, Any], drawn: Drawn, folder: Path) -> None:
+    """`quality.json` and `contact_sheet.png`, of every second known concept, in `folder`."""
+    folder.mkdir(exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     (folder / "quality.json").write_text(text, encoding="utf-8")
+    sheet = contact_sheet(drawn.plain_known[::2], [concept.name for concept in drawn.known[::2]])
     sheet.save(folder / "contact_sheet.png", optimize=True)
 
 
 def quality_table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
-    made, real, held = report["generated"], report["real"], report["held_out"]
-    among = f"right name first among {made['candidates']}"
-    styles = ", ".join(f"{style} {share:.0%}" for style, share in made["styles"].items())
-    rows = [
+    """The report as a Markdown table, with a column for each judge of names."""
+    judges, styles, settings = list(report["names"].values()), report["styles"], report["settings"]
+    known, everything = f"the {settings['known']} best known things", f"all {settings['everything']} things"
+    plain = f"`{settings['prompt']}`, guidance {settings['guidance']:g}"
+    words = {style: f"`{settings['styled_prompt'].replace('WORD', STYLE_WORDS[style])}`" for style in styles["styled"]}
+    by_word: Mapping[str, Mapping[str, float]] = styles["styled"]
+    styled = f"guidance {settings['styled_guidance']:g}"
+
+    def rates(what: str, *keys: str) -> tuple[str, ...]:
+        found = []
+        for value in judges:
+            for key in keys:
+                value = value[key]
+            found.append(f"{value:.1%}")
+        return (what, *found)
+
+    rows: list[tuple[str, ...]] = [
+        (f"**right name first among {settings['candidates']}**",),
+        rates(f"generated, {known}: {plain}", "known"),
+        rates("the same, right name among the first five", "known_first_five"),
+        rates(f"generated, {everything}: {plain}", "everything"),
+        *(rates(f"generated, {known}: {text}, {styled}", "styled", style) for style, text in words.items()),
+        rates(f"real flat renders of {known}", "real_known", "flat"),
+        rates(f"real flat renders of {everything}", "real_everything", "flat"),
+        rates(f"real 3D renders of {known}", "real_known", "3d"),
+        rates(f"the judge itself: {settings['held_out']} renders it never saw", "held_out"),
+        ("**style, as the judge sees it**",),
+        (f"no style word: {plain}", _shares(styles["plain"])),
+        *((f"{text}, {styled}: {style}", _shares(by_word[style])) for style, text in words.items()),
+        (
+            "mean of the style words: the right set",
+            f"{statistics.fmean(shares[style] for style, shares in by_word.items()):.1%}",
+        ),
+        (
+            "mean of the style words: 3D, which it never saw",
+            f"{statistics.fmean(s['fluent-3d'] for s in by_word.values()):.1%}",
+        ),
+        ("the judge itself: right style among 4, the same renders", f"{styles['held_out']:.1%}"),
+        ("**the base**",),
         (f"VAE PSNR on {report['vae']['images_3d']} 3D icons it never saw", f"{report['vae']['psnr_db']:.1f} dB"),
-        (f"{among}: {made['concepts']} generated icons, one per concept", f"{made['first']:.1%}"),
-        (f"{among}: real flat renders of the same concepts", f"{real['flat']:.1%}"),
-        (f"{among}: real 3D renders of the same concepts", f"{real['3d']:.1%}"),
-        ("right name among the first five: generated icons", f"{made['first_five']:.1%}"),
-        ("style of the generated icons, as the judge sees it", styles),
-        (f"judge: {among}, {held['images']} renders it never saw", f"{held['names']:.1%}"),
-        ("judge: right style among 4, the same renders", f"{held['styles']:.1%}"),
+        ("size without judge", f"{report['megabytes']:.1f} MB"),
     ]
-    return "\n".join(["| what | value |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)])
+    heads = ["what", *(name.replace("_", " ") for name in report["names"])]
+    lines = [[*row, *[""] * (len(heads) - len(row))] for row in (heads, ["---"] * len(heads), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def contact_sheet(icons: Sequence[Image.Image], names: Sequence[str], columns: int = 10) -> Image.Image:
@@ -198,10 +261,9 @@ def _pixels(renders: Renders) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(renders.images)).permute(0, 3, 1, 2).float() / 255
 
 
-def _ranks(scores: Tensor) -> Tensor:
-    """The rank of the right name, which stands in column 0."""
-    return rank_of(scores, torch.zeros(len(scores), dtype=torch.long))
-
-
 def _share(is_true: Tensor) -> float:
     return round(float(is_true.float().mean()), 4)
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{style} {share:.0%}" for style, share in shares.items())
