@@ -62,8 +62,9 @@ def _strengths(run: PlannedRun, evaluator: RunEvaluator) -> Band:
 
 
 def _risen(evaluator: RunEvaluator) -> Sequence[str]:
-    """The prompts that are shown at every strength: as many as stand side by side."""
-    return evaluator.prompts.style[: MOST_PROMPTS // len(STRENGTHS)]
+    """The prompts that are shown at every strength: evenly taken of those above, as many as stand side by side."""
+    prompts, count = evaluator.prompts.style[:MOST_PROMPTS], MOST_PROMPTS // len(STRENGTHS)
+    return prompts[:: max(1, len(prompts) // count)][:count]
 
 
 def _heading(evaluator: RunEvaluator, prompt: str) -> str:

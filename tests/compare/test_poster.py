@@ -150,4 +150,4 @@ def test_prompts_that_were_trained_on_are_not_called_new_and_left_out_images_are
 def test_only_the_strengths_in_between_are_drawn_for_it(tmp_path: Path) -> None:
     evaluator: Any = Drawn(tmp_path, PROMPTS)
     assert poster_pieces(RUNS[0], evaluator) == ["pieces"]
-    assert evaluator.asked == [("LoRA", Path("lora"), PROMPTS[:2], poster_module.STRENGTHS)]
+    assert evaluator.asked == [("LoRA", Path("lora"), PROMPTS[:8:4], poster_module.STRENGTHS)]
