@@ -70,6 +70,9 @@ from flatlora_diffusion.config.training import (
     DataConfig as DataConfig,
 )
 from flatlora_diffusion.config.training import (
+    DrawKind as DrawKind,
+)
+from flatlora_diffusion.config.training import (
     FileLayout as FileLayout,
 )
 from flatlora_diffusion.config.training import (

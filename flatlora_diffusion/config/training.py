@@ -21,6 +21,7 @@ from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Tra
 Method = Literal["lora", "flat-lora"]
 SigmaSchedule = Literal["cosine", "linear", "constant"]
 NoiseKind = Literal["filter", "iid"]
+DrawKind = Literal["full", "low_rank"]
 PerturbPer = Literal["microbatch", "step"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
@@ -255,6 +256,11 @@ class PerturbConfig(Section):
     perturb_seed: int | None = setting(None, "seed of eps alone; default: --seed", min=0, max=2**63 - 1)
     perturb_noise: NoiseKind = setting(
         "filter", "eps scaled to each filter as in Eq. 7, or iid: the same energy spread evenly over a layer"
+    )
+    perturb_draw: DrawKind = setting(
+        "full",
+        "each entry of eps drawn by itself as in Eq. 7, or low_rank: its variances, and no correlations either, from "
+        "far fewer numbers and in less time",
     )
     perturb_per: PerturbPer = setting(
         "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"

@@ -14,6 +14,8 @@ from torch import nn
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import ConfigError, SigmaSchedule
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 
 @pytest.fixture
 def model() -> nn.Module:
