@@ -139,6 +139,9 @@ from flatlora_diffusion.config.training import (
     TrainConfig as TrainConfig,
 )
 from flatlora_diffusion.config.training import (
+    completed as completed,
+)
+from flatlora_diffusion.config.training import (
     preset_file as preset_file,
 )
 from flatlora_diffusion.config.training import (

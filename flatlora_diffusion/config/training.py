@@ -261,6 +261,7 @@ class PerturbConfig(Section):
         "full",
         "each entry of eps drawn by itself as in Eq. 7, or low_rank: its variances, and no correlations either, from "
         "far fewer numbers and in less time",
+        before="full",
     )
     perturb_per: PerturbPer = setting(
         "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"
@@ -474,7 +475,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The config with `values` by flat name over the defaults. Raises ConfigError for an unknown name."""
-        return cls().replace(**values)
+        return cls().replace(**completed(values))
 
     def replace(self, **values: Any) -> TrainConfig:
         """A copy with the settings `values` by flat name."""
@@ -498,7 +499,20 @@ class TrainConfig:
             raise ConfigError(f"config file {path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path} must hold one JSON object of settings")
-        return self.replace(**values)
+        return self.replace(**completed(values))
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings, with those that their version did not have yet as it worked then.
+
+    A file that leaves out older settings of the section, too, is no saved one: what it does not say is the default.
+    """
+    whole = dict(values)
+    for section in typing.get_type_hints(TrainConfig).values():
+        before = {item.name: item.metadata["before"] for item in fields(section) if "before" in item.metadata}
+        if {item.name for item in fields(section)} - before.keys() <= values.keys():
+            whole = {**before, **whole}
+    return whole
 
 
 def setting_hints() -> dict[str, Any]:

@@ -87,18 +87,21 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
     )
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mixed_precision": "bf16"}, {"perturb_draw": "low_rank", "lora_dropout": 0.0}],
+    ids=["fp32", "bf16", "low-rank draws"],
+)
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
-    config: TrainConfig, tmp_path: Path, precision: str
+    config: TrainConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     whole = config.replace(
-        mixed_precision=precision,
         gradient_accumulation_steps=2,
         lr_scheduler="cosine",
         lr_warmup_steps=1,
-        lora_dropout=0.1,
         caption_dropout=0.3,
         checkpointing_steps=2,
+        **{"lora_dropout": 0.1, **changes},
     )
     train(whole.replace(output_dir=str(tmp_path / "whole")))
     train(whole.replace(output_dir=str(tmp_path / "broken")))
@@ -174,6 +177,13 @@ def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatc
         monkeypatch.setattr(flat, "perturb", lambda s, k, to=opened, real=real: (to.append((s, k)), real(s, k))[1])
         train_step(state, step=5)
         assert opened == expected
+
+
+def test_the_kind_of_draw_reaches_the_training(config: TrainConfig) -> None:
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
+    for draw in ("full", "low_rank"):
+        (flat,) = prepare(config.replace(perturb_draw=draw), samples).flats
+        assert flat.state_dict()["draw"] == draw
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of_its_micro_batch(
