@@ -263,6 +263,9 @@ class PerturbConfig(Section):
         "far fewer numbers and in less time",
         before="full",
     )
+    perturb_norm_every: int = setting(
+        1, "optimizer steps between two measurements of the norms that scale eps", min=1, before=1
+    )
     perturb_per: PerturbPer = setting(
         "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"
     )

@@ -59,11 +59,14 @@ class AdaptedLayer:
             first.forward = _Interception(down, self, adapter)
             second.forward = _Interception(up, self, adapter)
 
-    def restore(self) -> None:
-        """Undo `attach`, unless another library has wrapped the layer since: then ours stays below, inert."""
+    def restore_pairs(self) -> None:
+        """Undo `attach_pairs`."""
         for module in (module for pair in self.plain_pairs.values() for module in pair):
             if isinstance(module.__dict__.get("forward"), _Interception):
                 del module.forward
+
+    def restore(self) -> None:
+        """Undo `attach`, unless another library has wrapped the layer since: then ours stays below, inert."""
         if self.base.__dict__.get("forward") is not self._replacement:
             return
         del self.base.forward

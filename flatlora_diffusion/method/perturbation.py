@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, PerturbConfig, SigmaSchedule
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.draw import Draw, DrawKey
-from flatlora_diffusion.method.filter_norms import merged_square_norms, row_stds
+from flatlora_diffusion.method.filter_norms import Group, KeptNorms, NormState, merged_square_norms, row_stds
 from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.method.low_rank_draw import LowRankDraw
 from flatlora_diffusion.method.settings import Settings, check_sigma, check_whole
@@ -47,6 +47,7 @@ class FlatLora:
         draw: `full` draws every eps[i, j] by itself. `low_rank` has the same mean and covariance, 0 between any two
             entries, but its entries are not normal: eps = diag(row_std) U V^T / sqrt(k) with N(0, 1) in
             U (m, k) and V (n, k), k = 4. It takes k (m + n) numbers in place of m n.
+        norm_every: ||W'_i|| is taken anew in the first perturbed step of each `norm_every` optimizer steps.
 
     Raises:
         ConfigError: a setting out of range, no LoRA layer, or adapted layers that cannot be perturbed (named).
@@ -63,15 +64,18 @@ class FlatLora:
         prefix: str = "unet",
         *,
         draw: DrawKind = "full",
+        norm_every: int = 1,
     ) -> None:
-        self.settings = Settings(sigma, schedule, total_steps, seed, noise, prefix, draw)
+        settings = Settings(sigma, schedule, total_steps, seed, noise, prefix, draw, norm_every)
         self._model = model
         self._adapters = _adapters(model)
         self._is_open = False
         self._draw: Draw | None = None
         self._disabled = 0
         self._layers = {layer.name: layer for layer in find_adapted_layers(model)}
-        self._attach()
+        for layer in self._layers.values():
+            layer.attach(self._base_forward)
+        self._use_settings(settings)
 
     @property
     def layers(self) -> Mapping[str, BaseTunerLayer]:
@@ -80,8 +84,8 @@ class FlatLora:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes kept between steps: the (m,) squared row norms of each frozen W."""
-        return sum(layer.base_square_norms.nbytes for layer in self._layers.values())
+        """Bytes kept between steps: the (m,) squared row norms of each frozen W, and with `norm_every` those of W'."""
+        return self._norms.nbytes + sum(layer.base_square_norms.nbytes for layer in self._layers.values())
 
     def sigma_at(self, step: int) -> float:
         """sigma at the 0-based optimizer `step`; the ramps start at 0 and stay at sigma from `total_steps` on."""
@@ -103,7 +107,8 @@ class FlatLora:
             raise RuntimeError("perturb() is already open; close it before you open another")
         strength = self._strength(step, sigma)
         if strength > 0:
-            self._draw = self._drawn(step, slot, strength)
+            with _exact():
+                self._draw = self._drawn(self._norms.at(step), DrawKey(*self._root, step, slot), strength)
         self._is_open = True
         try:
             yield
@@ -122,12 +127,14 @@ class FlatLora:
 
     def noise(self, name: str, step: int, slot: int = 0, sigma: float | None = None) -> Tensor:
         """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W."""
-        self._layer(name)
-        return self._drawn(step, slot, self._strength(step, sigma), only=name).noise(name)
+        layers = [self._layer(name)] if not _DRAWS[self.settings.draw].is_joint else self._layers.values()
+        with _exact():
+            norms = self._norms.seen_from(step, layers)
+            return self._drawn(norms, DrawKey(*self._root, step, slot), self._strength(step, sigma)).noise(name)
 
     def filter_norms(self, name: str) -> Tensor:
         """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
-        with torch.no_grad(), _full_precision():
+        with _exact():
             ((_, square_norms),) = merged_square_norms([self._layer(name)])
             return square_norms[0].sqrt()
 
@@ -137,24 +144,29 @@ class FlatLora:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the settings of a `state_dict`. Raises ConfigError when a key is missing or not known."""
-        self.settings = Settings.from_state(dict(state))
-        self._restore()
-        self._attach()
+        self._use_settings(Settings.from_state(dict(state)))
+
+    def norm_state(self) -> NormState | None:
+        """With `norm_every` > 1 the norms in use, which a run that is resumed inside an interval needs; else None."""
+        return self._norms.state()
+
+    def load_norm_state(self, state: NormState) -> None:
+        self._norms.load(state)
 
     def detach(self) -> None:
         """Give the model back as it was. The object cannot be used afterwards."""
-        self._restore()
+        for layer in self._layers.values():
+            layer.restore_pairs()
+            layer.restore()
         self._layers = {}
 
-    def _attach(self) -> None:
+    def _use_settings(self, settings: Settings) -> None:
+        self.settings = settings
+        self._norms = KeptNorms(self._layers, settings.norm_every)
         for layer in self._layers.values():
-            layer.attach(self._base_forward)
-            if _DRAWS[self.settings.draw].acts_in_branch:
+            layer.restore_pairs()
+            if _DRAWS[settings.draw].acts_in_branch:
                 layer.attach_pairs(self._down_forward, self._up_forward)
-
-    def _restore(self) -> None:
-        for layer in self._layers.values():
-            layer.restore()
 
     def _check_all_attached(self) -> None:
         adapters = _adapters(self._model)
@@ -184,24 +196,16 @@ class FlatLora:
             return nn.Linear.forward(layer.plain_pairs[adapter][1], x)
         return self._draw.branch_output(layer, adapter, x)
 
-    def _drawn(self, step: int, slot: int, sigma: float, only: str | None = None) -> Draw:
-        """The draw of a step and slot; with `only`, as much of it as that layer's eps needs."""
-        kind = _DRAWS[self.settings.draw]
-        is_alone = only is not None and not kind.is_joint
-        layers = {only: self._layers[only]} if only is not None and is_alone else self._layers
-        # What is drawn may be saved for a later backward, so it must not be inference tensors; leaving inference mode
-        # turns gradients on, so no_grad comes after it.
-        with torch.inference_mode(False), torch.no_grad(), _full_precision():
-            key = DrawKey(self.settings.seed, self.settings.prefix, step, slot)
-            return kind(layers, self._stds(layers.values(), sigma), key)
-
-    def _stds(self, layers: Iterable[AdaptedLayer], sigma: float) -> dict[str, Tensor]:
-        """Standard deviation of each row of eps by layer, (m,) fp32: sigma / sqrt(n) * ||W'_i||."""
+    def _drawn(self, norms: Iterable[Group], key: DrawKey, sigma: float) -> Draw:
         stds: dict[str, Tensor] = {}
-        for group, square_norms in merged_square_norms(layers):
+        for group, square_norms in norms:
             of_group = row_stds(square_norms, group[0].inputs, sigma, self.settings.noise).unbind()
             stds.update((layer.name, row_std) for layer, row_std in zip(group, of_group, strict=True))
-        return stds
+        return _DRAWS[self.settings.draw](self._layers, stds, key)
+
+    @property
+    def _root(self) -> tuple[int, str]:
+        return self.settings.seed, self.settings.prefix
 
     def _strength(self, step: int, sigma: float | None) -> float:
         if sigma is None:
@@ -232,6 +236,7 @@ def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int
             noise=config.perturb_noise,
             prefix=prefix,
             draw=config.perturb_draw,
+            norm_every=config.perturb_norm_every,
         )
         for prefix, model in models.items()
     ]
@@ -244,9 +249,13 @@ def _adapters(model: nn.Module) -> list[object]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """No autocast on any device, for norms in fp32."""
-    with ExitStack() as stack:
+def _exact() -> Iterator[None]:
+    """No gradients, and no autocast on any device.
+
+    What comes of it may be saved for a later backward, so it must not be inference tensors; leaving inference mode
+    turns gradients on, so no_grad comes after it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         for device in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -20,6 +20,7 @@ class Settings:
     noise: NoiseKind
     prefix: str
     draw: DrawKind
+    norm_every: int
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SigmaSchedule)
@@ -27,12 +28,13 @@ class Settings:
         _check_choice("draw", self.draw, DrawKind)
         check_whole("total_steps", self.total_steps, 1)
         check_whole("seed", self.seed, 0)
+        check_whole("norm_every", self.norm_every, 1)
         check_sigma(self.sigma)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Settings:
-        """The settings of a `state_dict`. One that knows no kind of draw is from a version that had the full alone."""
-        whole = {"draw": "full", **state}
+        """The settings of a `state_dict`, in that of an earlier version those that it lacks as it worked then."""
+        whole = {"draw": "full", "norm_every": 1, **state}
         names = [item.name for item in fields(cls)]
         if set(whole) != set(names):
             raise ConfigError(f"FlatLora state has keys {sorted(state)}, expected {sorted(names)}")

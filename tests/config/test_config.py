@@ -37,6 +37,7 @@ OTHER: dict[str, Any] = {
     "perturb_seed": 9,
     "perturb_per": "step",
     "perturb_draw": "low_rank",
+    "perturb_norm_every": 10,
     "train_batch_size": 1,
     "max_train_steps": 7,
     "learning_rate": 2e-4,
@@ -103,11 +104,11 @@ def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
 def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: Path) -> None:
     """It lacks the setting, and its run drew every entry of eps, whatever the default has become."""
     saved = TrainConfig.from_dict({"seed": 5}).to_dict()
-    del saved["perturb_draw"]
-    usual = TrainConfig.from_dict({"perturb_draw": "low_rank"})
+    del saved["perturb_draw"], saved["perturb_norm_every"]
+    usual = TrainConfig.from_dict({"perturb_draw": "low_rank", "perturb_norm_every": 10})
     file = tmp_path / "config.json"
     file.write_text(json.dumps(saved), encoding="utf-8")
-    assert usual.updated_from(file).perturb.perturb_draw == "full"
+    assert usual.updated_from(file) == TrainConfig.from_dict({"seed": 5})
     assert completed(saved)["perturb_draw"] == RunDir(tmp_path).config()["perturb_draw"] == "full"
     assert completed({**saved, "perturb_draw": "low_rank"})["perturb_draw"] == "low_rank"
     file.write_text(json.dumps({"seed": 5, "sigma": 0.05}), encoding="utf-8")

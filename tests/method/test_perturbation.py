@@ -71,6 +71,7 @@ def test_the_defaults_are_those_of_the_documentation(model: nn.Module) -> None:
         ("total_steps", 0),
         ("total_steps", -5),
         ("total_steps", 2.5),
+        ("norm_every", 0),
         ("seed", -1),
         ("seed", "zero"),
         ("seed", True),
@@ -134,7 +135,7 @@ def test_a_loaded_state_goes_on_with_the_same_noise(model: nn.Module) -> None:
 
 def test_a_state_of_a_version_that_knew_full_draws_alone_goes_on_with_them(model: nn.Module) -> None:
     state = FlatLora(toy_case().model, **SAVED, draw="full").state_dict()
-    del state["draw"]
+    del state["draw"], state["norm_every"]
     flat = FlatLora(model, draw="low_rank")
     flat.load_state_dict(state)
     assert flat.state_dict()["draw"] == "full"
