@@ -92,7 +92,10 @@ class AdaptedLayer:
 
     def carries(self, adapter: str | None, scale: float) -> bool:
         """Whether PEFT, if it runs any adapter now, runs the branch of this one, with this s."""
-        return adapter in self.tuner.active_adapters and self.tuner.scaling[adapter] == scale
+        return adapter is not None and adapter in self.tuner.active_adapters and self.scales_by(adapter, scale)
+
+    def scales_by(self, adapter: str, scale: float) -> bool:
+        return bool(self.tuner.scaling[adapter] == scale)
 
     def is_fusable(self) -> bool:
         """Whether W + eps can be formed in one fp32 buffer: a plain frozen fp32 layer that nobody else intercepts."""
@@ -129,8 +132,8 @@ class AdaptedLayer:
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, n) and B (m, R) in fp32; of several active adapters, side by side with each s in its B."""
         adapters, tuner = self._adapters(), self.tuner
-        downs = [tuner.lora_A[adapter].weight.float().flatten(1) for adapter in adapters]
-        ups = [tuner.lora_B[adapter].weight.float().flatten(1) for adapter in adapters]
+        downs = [_matrix(tuner.lora_A[adapter].weight) for adapter in adapters]
+        ups = [_matrix(tuner.lora_B[adapter].weight) for adapter in adapters]
         if len(adapters) == 1:
             return downs[0], ups[0]
         if not adapters:
@@ -143,7 +146,7 @@ class AdaptedLayer:
         """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
         weight, bias = self.base.weight, self.base.bias
         if type(weight) in (nn.Parameter, Tensor):
-            return weight.flatten(1).float() @ down.T
+            return _matrix(weight) @ down.mT
         if bias is None:
             return self.base_forward(down).float().T
         # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's.
@@ -232,6 +235,11 @@ def _why_unmergeable(layer: Any, base: nn.Conv2d) -> str | None:
     if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
         return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
     return None
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A weight as (m, n) fp32. What is that already, as a rule, costs no call of an operator."""
+    return weight if weight.ndim == 2 and weight.dtype == torch.float32 else weight.flatten(1).float()
 
 
 def _square_norms(weight: Tensor) -> Tensor:

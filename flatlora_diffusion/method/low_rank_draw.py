@@ -32,7 +32,7 @@ DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by
 
 @dataclass(frozen=True)
 class Factors:
-    """eps of one layer: scale * up^T down, with up (k, m) and down (k, n)."""
+    """eps of one layer: scale * up down, with up (m, k) and down (k, n)."""
 
     up: Tensor
     down: Tensor
@@ -69,15 +69,15 @@ class LowRankDraw(Draw):
             for layer, (_, scale) in zip(layers, carriers, strict=True)
         ]
         rows = torch.cat(stds).div_(usual * math.sqrt(DRAW_RANK))
-        ups = _normal(len(rows), rng).mul_(rows).bfloat16().split([len(std) for std in stds], dim=1)
+        ups = _normal(len(rows), DRAW_RANK, rng).mul_(rows[:, None]).bfloat16().split([len(std) for std in stds])
         inputs = [layer.inputs for layer in layers]
-        downs = _normal(sum(inputs), rng).bfloat16().split(inputs, dim=1)
+        downs = _normal(DRAW_RANK, sum(inputs), rng).bfloat16().split(inputs, dim=1)
         for layer, up, down, (adapter, scale) in zip(layers, ups, downs, carriers, strict=True):
             self._factors[layer.name] = Factors(up, down, adapter, scale)
 
     def noise(self, name: str) -> Tensor:
         factors = self._factors[name]
-        eps = factors.up.mT.float() @ factors.down.float()
+        eps = factors.up.float() @ factors.down.float()
         return eps.mul_(factors.scale).view(self._layers[name].shape)
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,7 +86,7 @@ class LowRankDraw(Draw):
         if layer.carries(factors.adapter, factors.scale) or not layer.is_active():
             return output
         dtype = compute_dtype(x.device, output.dtype)
-        x, down, up = x.to(dtype), factors.down.to(dtype), factors.up.mT.to(dtype)
+        x, down, up = x.to(dtype), factors.down.to(dtype), factors.up.to(dtype)
         if layer.convolution is None:
             hidden = F.linear(x, down) * factors.scale
             return output + F.linear(hidden, up).to(output.dtype)
@@ -96,7 +96,7 @@ class LowRankDraw(Draw):
 
     def takes_branch(self, layer: AdaptedLayer, adapter: str) -> bool:
         factors = self._factors[layer.name]
-        return factors.adapter == adapter and layer.carries(factors.adapter, factors.scale)
+        return factors.adapter == adapter and layer.scales_by(adapter, factors.scale)
 
     def branch_output(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
         down, up = layer.plain_pairs[adapter]
@@ -112,36 +112,33 @@ class _WiderBranch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, factors: Factors) -> Tensor:
-        hidden = F.linear(x, _joined(down, factors.down, x.dtype))
-        ctx.save_for_backward(x, down, up, hidden)
-        ctx.factors = factors
-        return hidden @ _joined(up.mT, factors.up, x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = rows.mm(_joined(down, factors.down, x.dtype, 0).mT)
+        ctx.save_for_backward(rows, down, up, hidden)
+        ctx.factors, ctx.x_shape = factors, x.shape
+        return hidden.mm(_joined(up, factors.up, x.dtype, 1).mT).view(*x.shape[:-1], len(up))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, down, up, hidden = ctx.saved_tensors
+        rows, down, up, hidden = ctx.saved_tensors
         rank = len(down)
-        grad_hidden = F.linear(grad, _joined(up.mT, ctx.factors.up, x.dtype))
+        grad = grad.reshape(-1, len(up))
+        grad_hidden = grad.mm(_joined(up, ctx.factors.up, rows.dtype, 1))
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_hidden @ _joined(down, ctx.factors.down, x.dtype)
+            grad_x = grad_hidden.mm(_joined(down, ctx.factors.down, rows.dtype, 0)).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            grad_down = _flat(grad_hidden)[:, :rank].mT @ _flat(x)
+            grad_down = grad_hidden[:, :rank].mT.mm(rows)
         if ctx.needs_input_grad[2]:
-            grad_up = (_flat(hidden)[:, :rank].mT @ _flat(grad)).mT
+            grad_up = hidden[:, :rank].mT.mm(grad).mT
         return grad_x, grad_down, grad_up, None
 
 
-def _joined(learned: Tensor, drawn: Tensor, dtype: torch.dtype) -> Tensor:
-    """Both (r, n) and (k, n) as one (r + k, n) in `dtype`."""
-    whole = learned.new_empty(len(learned) + len(drawn), learned.shape[1], dtype=dtype)
-    return torch.cat((learned, drawn), out=whole)
+def _joined(learned: Tensor, drawn: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """What is drawn behind what is learned, in `dtype`."""
+    return torch.cat((learned.to(dtype), drawn.to(dtype)), dim)
 
 
-def _flat(batch: Tensor) -> Tensor:
-    return batch.reshape(-1, batch.shape[-1])
-
-
-def _normal(columns: int, rng: torch.Generator) -> Tensor:
-    return torch.empty(DRAW_RANK, columns, device=rng.device).normal_(generator=rng)
+def _normal(rows: int, columns: int, rng: torch.Generator) -> Tensor:
+    return torch.empty(rows, columns, device=rng.device).normal_(generator=rng)
