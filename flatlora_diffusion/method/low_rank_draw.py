@@ -113,10 +113,10 @@ class _WiderBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, factors: Factors) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        hidden = rows.mm(_joined(down, factors.down, x.dtype, 0).mT)
+        hidden = _joined(down, factors.down, x.dtype, 0).mm(rows.mT)  # (r + k, tokens): a thin matrix is slow on CPUs
         ctx.save_for_backward(rows, down, up, hidden)
         ctx.factors, ctx.x_shape = factors, x.shape
-        return hidden.mm(_joined(up, factors.up, x.dtype, 1).mT).view(*x.shape[:-1], len(up))
+        return hidden.mT.mm(_joined(up, factors.up, x.dtype, 1).mT).view(*x.shape[:-1], len(up))
 
     @staticmethod
     @once_differentiable
@@ -124,14 +124,14 @@ class _WiderBranch(torch.autograd.Function):
         rows, down, up, hidden = ctx.saved_tensors
         rank = len(down)
         grad = grad.reshape(-1, len(up))
-        grad_hidden = grad.mm(_joined(up, ctx.factors.up, rows.dtype, 1))
+        grad_hidden = _joined(up, ctx.factors.up, rows.dtype, 1).mT.mm(grad.mT)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_hidden.mm(_joined(down, ctx.factors.down, rows.dtype, 0)).view(ctx.x_shape)
+            grad_x = grad_hidden.mT.mm(_joined(down, ctx.factors.down, rows.dtype, 0)).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            grad_down = grad_hidden[:, :rank].mT.mm(rows)
+            grad_down = grad_hidden[:rank].mm(rows)
         if ctx.needs_input_grad[2]:
-            grad_up = hidden[:, :rank].mT.mm(grad).mT
+            grad_up = hidden[:rank].mm(grad).mT
         return grad_x, grad_down, grad_up, None
 
 
