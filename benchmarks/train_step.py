@@ -6,8 +6,8 @@ subjects: the tiny base, with cached latents and batches of 4, and one
 transformer block of SDXL (1280 wide, 1,024 tokens, cross-attention to 77 tokens of 2048). The arms take turns step by
 step in one process, so that a noisy machine hits all alike, and each goes first in turn. The figures are medians of
 the ratios within a turn. Peak memory is what one step allocates beyond what is there between steps: PyTorch's
-allocator as its profiler sees it, on CUDA as the allocator counts it. Operators are counted where Python or autograd
-calls them; those beyond LoRA's are given for each adapted layer. Writes benchmarks/train_step.json.
+allocator as its profiler sees it, on CUDA as the allocator counts it. Launches are operators that work on numbers;
+those beyond LoRA's are given for each adapted layer. Writes benchmarks/train_step.json.
 """
 
 from __future__ import annotations
@@ -215,18 +215,16 @@ def optimizer_of(parameters: list[nn.Parameter]) -> tuple[torch.optim.Optimizer,
 
 def report(subject: str, result: dict[str, Any]) -> None:
     print(f"\n{subject}, {result['turns']} steps of each arm\n")
-    print("| arm | s/step | quartiles | / LoRA | quartiles | peak MiB | operators a layer |")
+    print("| arm | s/step | quartiles | / LoRA | quartiles | peak MiB | launches a layer |")
     print("|---|---|---|---|---|---|---|")
-    calls = result["operator_calls"]
+    calls = result["launches"]
     for name, (low, median, high) in result["seconds"].items():
-        ratio = ["", "", ""]
+        memory = result["peak_bytes"][name] / 2**20
+        ratio, more = "| |", ""
         if (key := f"{name} / lora") in result:
-            ratio = [f"{value:.3f}" for value in result[key]]
-        more = f"{(calls[name] - calls['lora']) / result['layers']:+.1f}" if ratio[0] else ""
-        print(
-            f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {ratio[1]} | {ratio[0]} to {ratio[2]} "
-            f"| {result['peak_bytes'][name] / 2**20:.1f} | {more} |"
-        )
+            ratio = "{1:.3f} | {0:.3f} to {2:.3f} |".format(*result[key])
+            more = f"{(calls[name] - calls['lora']) / result['layers']:+.1f}"
+        print(f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {ratio} {memory:.1f} | {more} |")
     low, median, high = result["lora / plain"]
     print(f"lora / plain: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
 

@@ -1,4 +1,4 @@
-"""Steps of several arms, taken in turns in one process: their seconds, their memory and their operator calls."""
+"""Steps of several arms, taken in turns in one process: their seconds, their memory and their launches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ import torch
 
 WARMUP = 3
 
+# Operators that only look at a tensor in another way, or ask for memory.
+_WITHOUT_WORK = {
+    f"aten::{name}"
+    for name in (
+        "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "flatten", "mT",
+        "narrow", "new_empty", "new_empty_strided", "numpy_T", "permute", "reshape", "resolve_conj", "resolve_neg",
+        "result_type", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind",
+        "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
+    )
+}  # fmt: skip
+
 Step = Callable[[int], float]  # does optimizer step i and returns its loss
 
 
 def compare(arms: dict[str, Step], budget: float) -> dict[str, Any]:
-    """Seconds of every arm's steps, taken in turns for about `budget` seconds; of one more step bytes and operators.
+    """Seconds of each arm's steps, taken in turns for about `budget` seconds, and bytes and launches of one more step.
 
     Ratios are those of each turn: of `lora` to `plain`, of all others to `lora`.
     """
@@ -36,7 +47,7 @@ def compare(arms: dict[str, Step], budget: float) -> dict[str, Any]:
         "lora / plain": ratio_quartiles(measured["lora"], measured["plain"]),
         **ratios,
         "peak_bytes": {name: peak_bytes(step, turn) for name, step in arms.items()},
-        "operator_calls": {name: operator_calls(step, turn + 1) for name, step in arms.items()},
+        "launches": {name: launches(step, turn + 1) for name, step in arms.items()},
     }
 
 
@@ -75,9 +86,13 @@ def ratio_quartiles(above: list[float], below: list[float]) -> list[float]:
     return statistics.quantiles([one / other for one, other in zip(above, below, strict=True)], n=4)
 
 
-def operator_calls(step: Step, index: int) -> int:
-    """How many PyTorch operators the step calls itself, those inside of others not counted: launches, on a GPU."""
+def launches(step: Step, index: int) -> int:
+    """How many PyTorch operators of the step work on numbers, which on a GPU are its launches, or nearly."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(index)
-    found = [event for event in profile.events() if event.name.startswith("aten::")]
-    return sum(1 for event in found if event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::"))
+    innermost = [event for event in profile.events() if not any(map(_is_operator, event.cpu_children))]
+    return sum(1 for event in innermost if _is_operator(event) and event.name not in _WITHOUT_WORK)
+
+
+def _is_operator(event: Any) -> bool:
+    return bool(event.name.startswith("aten::"))
