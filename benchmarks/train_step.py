@@ -1,11 +1,13 @@
 """Is our LoRA step as fast as diffusers' own, and what does Flat-LoRA add? `python -m benchmarks.train_step`
 
-Three arms: `plain` is the training step of diffusers' script written with the same libraries and none of our code,
-`lora` and `flat-lora` are our `train_step`. Two subjects: the tiny base, with cached latents and batches of 4, and one
+`plain` is the training step of diffusers' script written with the same libraries and none of our code, all other arms
+are our `train_step`: `lora`, and Flat-LoRA with each kind of draw, its norms taken in each step or in each tenth. Two
+subjects: the tiny base, with cached latents and batches of 4, and one
 transformer block of SDXL (1280 wide, 1,024 tokens, cross-attention to 77 tokens of 2048). The arms take turns step by
 step in one process, so that a noisy machine hits all alike, and each goes first in turn. The figures are medians of
 the ratios within a turn. Peak memory is what one step allocates beyond what is there between steps: PyTorch's
-allocator as its profiler sees it, on CUDA as the allocator counts it. Writes benchmarks/train_step.json.
+allocator as its profiler sees it, on CUDA as the allocator counts it. Launches are operators that work on numbers;
+those beyond LoRA's are given for each adapted layer. Writes benchmarks/train_step.json.
 """
 
 from __future__ import annotations
@@ -13,10 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,19 +32,20 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from benchmarks.turns import Step, compare
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Feed
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.perturbation import flat_loras
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
-WARMUP = 3
 RANK = 16
+LAYERS = {"tiny base": 88, "SDXL block": 8}  # that carry a LoRA
 WIDTH, SIDE, PROMPT_TOKENS, PROMPT_WIDTH = 1280, 32, 77, 2048
 LORA = LoraConfig(
     r=RANK,
@@ -54,7 +54,13 @@ LORA = LoraConfig(
     target_modules=["to_q", "to_k", "to_v", "to_out.0"],
 )
 
-Step = Callable[[int], float]  # does optimizer step i and returns its loss
+ARMS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "full": {},
+    "full, norms every 10": {"perturb_norm_every": 10},
+    "low-rank": {"perturb_draw": "low_rank"},
+    "low-rank, norms every 10": {"perturb_draw": "low_rank", "perturb_norm_every": 10},
+}
 
 
 def main() -> None:
@@ -66,13 +72,14 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for subject, make_arms in (("tiny base", tiny_base_arms), ("SDXL block", block_arms)):
-            results[subject] = compare(make_arms(folder), args.seconds)
+            arms = make_arms(folder)
+            results[subject] = {"layers": LAYERS[subject], **compare(arms, args.seconds)}
             report(subject, results[subject])
     save(results, args.threads)
 
 
 def tiny_base_arms(folder: str) -> dict[str, Step]:
-    """The three arms on the base that ships with us, as its users train it, the latents encoded before."""
+    """The arms on the base that ships with us, as its users train it, the latents encoded before."""
     data = SAMPLES / "icons_3d"
     config = TrainConfig.from_dict(
         {
@@ -89,7 +96,7 @@ def tiny_base_arms(folder: str) -> dict[str, Step]:
         }
     )
     samples = load_samples(data).samples
-    states = {method: prepare(config.replace(method=method), samples) for method in ("lora", "flat-lora")}
+    states = {arm: prepare(config.replace(**changes), samples) for arm, changes in ARMS.items()}
     unet = UNet2DConditionModel.from_pretrained(base_path("tiny"), subfolder="unet", dtype=torch.float32)
     unet.to(states["lora"].accelerator.device).requires_grad_(False)
     unet.add_adapter(LORA)
@@ -97,13 +104,11 @@ def tiny_base_arms(folder: str) -> dict[str, Step]:
     scheduler = DDPMScheduler.from_pretrained(base_path("tiny"), subfolder="scheduler")
     batch = states["lora"].feed.batch(0, 0)
     arms = {"plain": plain_step(unet, scheduler, batch)}
-    for method, state in states.items():
-        arms[method] = our_step(state)
-    return arms
+    return arms | {arm: our_step(state) for arm, state in states.items()}
 
 
 def block_arms(folder: str) -> dict[str, Step]:
-    """The three arms on one block, all with the same weights and the same batch."""
+    """The arms on one block, all with the same weights and the same batch."""
     generator = torch.Generator().manual_seed(0)
     device = Accelerator().device
     batch = Batch(
@@ -114,8 +119,8 @@ def block_arms(folder: str) -> dict[str, Step]:
     ).mapped(lambda tensor: tensor.to(device))
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     arms = {"plain": plain_step(Block().to(device), scheduler, batch)}
-    for method in ("lora", "flat-lora"):
-        arms[method] = our_step(block_state(method, scheduler, batch, folder))
+    for arm, changes in ARMS.items():
+        arms[arm] = our_step(block_state(changes, scheduler, batch, folder))
     return arms
 
 
@@ -147,13 +152,14 @@ class FixedFeed:
         return self.fixed
 
 
-def block_state(method: str, scheduler: Any, batch: Batch, folder: str) -> TrainState:
+def block_state(changes: dict[str, Any], scheduler: Any, batch: Batch, folder: str) -> TrainState:
     """What our `train_step` needs to train the block: what `prepare` would make of a whole base."""
     accelerator = Accelerator()
-    config = TrainConfig.from_dict({"method": method, "output_dir": folder, "train_batch_size": 1, "seed": 0})
+    settings = {"output_dir": folder, "train_batch_size": 1, "seed": 0, "sigma_schedule": "constant", **changes}
+    config = TrainConfig.from_dict(settings)
     model: nn.Module = Block().to(accelerator.device)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    flats = [FlatLora(model, config.perturb.strength, "constant")] if method == "flat-lora" else []
+    flats = flat_loras({"unet": model}, config.perturb, 0, total_steps=10_000)
     optimizer, lr_schedule = optimizer_of(list(trainable.values()))
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainState(
@@ -207,71 +213,20 @@ def optimizer_of(parameters: list[nn.Parameter]) -> tuple[torch.optim.Optimizer,
     return optimizer, get_scheduler("constant", optimizer)
 
 
-def compare(arms: dict[str, Step], budget: float) -> dict[str, Any]:
-    """Seconds of every arm's steps, taken in turns for about `budget` seconds, and the bytes of one more step each."""
-    names = list(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    started = time.perf_counter()
-    turn = 0
-    while turn < WARMUP + 5 or time.perf_counter() - started < budget:
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
-            seconds[name].append(timed(arms[name], turn))
-        turn += 1
-    measured = {name: values[WARMUP:] for name, values in seconds.items()}
-    return {
-        "turns": turn - WARMUP,
-        "seconds": {name: statistics.quantiles(values, n=4) for name, values in measured.items()},
-        "lora / plain": ratio_quartiles(measured["lora"], measured["plain"]),
-        "flat-lora / lora": ratio_quartiles(measured["flat-lora"], measured["lora"]),
-        "peak_bytes": {name: peak_bytes(step, turn) for name, step in arms.items()},
-    }
-
-
-def timed(step: Step, index: int) -> float:
-    synchronize()
-    started = time.perf_counter()
-    step(index)
-    synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_bytes(step: Step, index: int) -> int:
-    """The most that the step holds beyond what was allocated before it."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(index)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(index)
-    # The allocations one by one, which no public call gives.
-    events: list[Any] = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def ratio_quartiles(above: list[float], below: list[float]) -> list[float]:
-    return statistics.quantiles([one / other for one, other in zip(above, below, strict=True)], n=4)
-
-
 def report(subject: str, result: dict[str, Any]) -> None:
     print(f"\n{subject}, {result['turns']} steps of each arm\n")
-    print("| arm | s/step | quartiles | peak MiB |\n|---|---|---|---|")
+    print("| arm | s/step | quartiles | / LoRA | quartiles | peak MiB | launches a layer |")
+    print("|---|---|---|---|---|---|---|")
+    calls = result["launches"]
     for name, (low, median, high) in result["seconds"].items():
         memory = result["peak_bytes"][name] / 2**20
-        print(f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {memory:.1f} |")
-    for ratio in ("lora / plain", "flat-lora / lora"):
-        low, median, high = result[ratio]
-        print(f"{ratio}: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
+        ratio, more = "| |", ""
+        if (key := f"{name} / lora") in result:
+            ratio = "{1:.3f} | {0:.3f} to {2:.3f} |".format(*result[key])
+            more = f"{(calls[name] - calls['lora']) / result['layers']:+.1f}"
+        print(f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {ratio} {memory:.1f} | {more} |")
+    low, median, high = result["lora / plain"]
+    print(f"lora / plain: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
 
 
 def save(results: dict[str, Any], threads: int) -> None:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Read at import time by their libraries, so they are set before any of them is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -133,6 +133,17 @@ def chromium() -> Iterator[Browser]:
         pytest.skip(reason)
     with open_browser(path) as browser:
         yield browser
+
+
+@pytest.fixture(params=["full", "low_rank"])
+def draw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of draw in turn, as the one that a `FlatLora` has unless it is told another."""
+    from flatlora_diffusion import FlatLora
+
+    defaults: Any = FlatLora.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "draw", request.param)
+    kind: str = request.param
+    return kind
 
 
 @pytest.fixture(autouse=True)

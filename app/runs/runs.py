@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import ConfigError, completed
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import write_json
 
@@ -144,7 +144,7 @@ class RunStore:
         launch = self.last_launch(run_id)
         values = {} if launch is None else launch.settings()
         queued = self._queued()
-        return values or queued.get(run_id) or RunDir(folder_of(self.folder, run_id)).config()
+        return completed(values or queued.get(run_id) or RunDir(folder_of(self.folder, run_id)).config())
 
     def clone_settings(self, run_id: str) -> dict[str, Any]:
         """The settings for a new run like this one: its own but for its place."""

@@ -70,6 +70,9 @@ from flatlora_diffusion.config.training import (
     DataConfig as DataConfig,
 )
 from flatlora_diffusion.config.training import (
+    DrawKind as DrawKind,
+)
+from flatlora_diffusion.config.training import (
     FileLayout as FileLayout,
 )
 from flatlora_diffusion.config.training import (
@@ -134,6 +137,9 @@ from flatlora_diffusion.config.training import (
 )
 from flatlora_diffusion.config.training import (
     TrainConfig as TrainConfig,
+)
+from flatlora_diffusion.config.training import (
+    completed as completed,
 )
 from flatlora_diffusion.config.training import (
     preset_file as preset_file,

@@ -51,6 +51,7 @@ class Traits(TypedDict, total=False):
     stays_open: bool  # a place that a run goes on reading
     names_base: bool  # says which base is meant, of which there is a fingerprint
     only_loads: bool  # how the base is loaded; what it is stays the same
+    before: Any  # what runs did that were saved before there was this setting
     moves: Literal["weights", "draws"]  # with another value the LoRA's first weights, or the draws, are others
 
 

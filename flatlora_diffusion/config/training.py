@@ -21,6 +21,7 @@ from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Tra
 Method = Literal["lora", "flat-lora"]
 SigmaSchedule = Literal["cosine", "linear", "constant"]
 NoiseKind = Literal["filter", "iid"]
+DrawKind = Literal["full", "low_rank"]
 PerturbPer = Literal["microbatch", "step"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
@@ -256,6 +257,15 @@ class PerturbConfig(Section):
     perturb_noise: NoiseKind = setting(
         "filter", "eps scaled to each filter as in Eq. 7, or iid: the same energy spread evenly over a layer"
     )
+    perturb_draw: DrawKind = setting(
+        "full",
+        "each entry of eps drawn by itself as in Eq. 7, or low_rank: its variances, and no correlations either, from "
+        "far fewer numbers and in less time",
+        before="full",
+    )
+    perturb_norm_every: int = setting(
+        1, "optimizer steps between two measurements of the norms that scale eps", min=1, before=1
+    )
     perturb_per: PerturbPer = setting(
         "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"
     )
@@ -468,7 +478,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The config with `values` by flat name over the defaults. Raises ConfigError for an unknown name."""
-        return cls().replace(**values)
+        return cls().replace(**completed(values))
 
     def replace(self, **values: Any) -> TrainConfig:
         """A copy with the settings `values` by flat name."""
@@ -492,7 +502,20 @@ class TrainConfig:
             raise ConfigError(f"config file {path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path} must hold one JSON object of settings")
-        return self.replace(**values)
+        return self.replace(**completed(values))
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings, with those that their version did not have yet as it worked then.
+
+    A file that leaves out older settings of the section, too, is no saved one: what it does not say is the default.
+    """
+    whole = dict(values)
+    for section in typing.get_type_hints(TrainConfig).values():
+        before = {item.name: item.metadata["before"] for item in fields(section) if "before" in item.metadata}
+        if {item.name for item in fields(section)} - before.keys() <= values.keys():
+            whole = {**before, **whole}
+    return whole
 
 
 def setting_hints() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, settings_that
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, settings_that
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
 from flatlora_diffusion.ground.whole_files import remove_half_written, write_json
 
@@ -163,7 +163,7 @@ class RunDir:
             raise ConfigError(
                 f"output_dir={str(self.folder)!r} holds no run to resume; leave --resume_from_checkpoint out"
             )
-        return opened(json.loads(self.config_file.read_text(encoding="utf-8")))
+        return opened(completed(json.loads(self.config_file.read_text(encoding="utf-8"))))
 
     def filled_in(self, config: TrainConfig) -> TrainConfig:
         """`config` with the saved value of each setting that it leaves open.

@@ -145,11 +145,12 @@ def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> di
 
 
 def comment(config: TrainConfig) -> str:
-    """How it was trained, in a line: the method, and sigma where there is one."""
+    """How it was trained, in a line: the method, and sigma and the kind of draw where there are any."""
     perturb = config.perturb
     if perturb.method == "lora":
         return "flatlora-diffusion: method lora"
-    return f"flatlora-diffusion: method flat-lora, sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule"
+    sigma = f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule"
+    return f"flatlora-diffusion: method flat-lora, {sigma}, {perturb.perturb_draw} draws"
 
 
 def is_hub_id(name: str) -> bool:

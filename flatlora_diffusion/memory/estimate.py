@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.config import OptimConfig, Quantization, TrainConfig
+from flatlora_diffusion.config import OptimConfig, PerturbConfig, Quantization, TrainConfig
 from flatlora_diffusion.memory.rehearsal import Passes, Trained, rehearse_step, rehearse_vae, weight_count
+from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.shapes import part_settings, size_step, vae_factor
 
@@ -28,7 +29,8 @@ class MemoryEstimate:
     """Bytes on the device. The first fields are parts of a training step; the last two are whole moments beside it.
 
     activations: what backward needs, all held when forward ends. temporary: what backward holds at its peak beyond
-    that, with gradient checkpointing the recomputed block. perturbation: Flat-LoRA's norms and its largest eps.
+    that, with gradient checkpointing the recomputed block. perturbation: Flat-LoRA's norms and its largest eps, or
+    the factors of all eps.
     encoding, previews: all that is held while images are encoded or preview images decoded; 0 if that never happens.
     The allocator's gaps are not counted: leave it a tenth.
     """
@@ -87,7 +89,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         ema=lora if optim.use_ema else 0,
         activations=passes.saved,
         temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
-        perturbation=_perturbation(passes, dtype.itemsize) if config.perturb.method == "flat-lora" else 0,
+        perturbation=_perturbation(passes, dtype.itemsize, config.perturb),
         context=CONTEXT_BYTES,
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
@@ -210,9 +212,17 @@ def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
     return 8 * count
 
 
-def _perturbation(passes: Passes, width: int) -> int:
-    """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype."""
+def _perturbation(passes: Passes, width: int, config: PerturbConfig) -> int:
+    """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
+
+    A low-rank draw holds the factors of all eps in bf16 in its place.
+    """
+    if config.method == "lora":
+        return 0
     rows = sum(shape[0] for shape in passes.adapted)
+    if config.perturb_draw == "low_rank":
+        inputs = sum(shape[1:].numel() for shape in passes.adapted)
+        return 8 * rows + 2 * DRAW_RANK * (rows + inputs)
     largest = max(shape.numel() for shape in passes.adapted)
     return 8 * rows + largest * (4 if width == 4 else 4 + width)
 

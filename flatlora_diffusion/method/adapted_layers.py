@@ -1,7 +1,8 @@
 """The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is made of, their interception.
 
 Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant` and `lora_dropout` of
-`LoraLayer`, and the classes of the DoRA variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
+`LoraLayer`, that it computes s B(A(x)) by calling the modules in `lora_A` and `lora_B`, and the classes of the DoRA
+variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
 """
 
 from __future__ import annotations
@@ -45,11 +46,24 @@ class AdaptedLayer:
         self._replacement: Callable[..., Tensor] | None = None
         self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
         self.base_forward: Callable[..., Tensor] = self.base.forward
+        self.plain_pairs = {name: pair for name in tuner.lora_A if (pair := _plain_pair(tuner, name)) is not None}
 
     def attach(self, forward: Callable[..., Tensor]) -> None:
         """Let the base layer compute `forward(self, x, ...)`; `base_forward` stays what it was."""
         self._replacement = _Interception(forward, self)
         self.base.forward = self._replacement
+
+    def attach_pairs(self, down: Callable[..., Tensor], up: Callable[..., Tensor]) -> None:
+        """Let A and B of each of the `plain_pairs` compute `down(self, adapter, x)` and `up(self, adapter, x)`."""
+        for adapter, (first, second) in self.plain_pairs.items():
+            first.forward = _Interception(down, self, adapter)
+            second.forward = _Interception(up, self, adapter)
+
+    def restore_pairs(self) -> None:
+        """Undo `attach_pairs`."""
+        for module in (module for pair in self.plain_pairs.values() for module in pair):
+            if isinstance(module.__dict__.get("forward"), _Interception):
+                del module.forward
 
     def restore(self) -> None:
         """Undo `attach`, unless another library has wrapped the layer since: then ours stays below, inert."""
@@ -67,6 +81,21 @@ class AdaptedLayer:
     def is_active(self) -> bool:
         """Whether an unmerged adapter takes part in the forward."""
         return not (self.tuner.disable_adapters or self.tuner.merged) and bool(self._adapters())
+
+    def carrier(self) -> tuple[str, float] | None:
+        """The first active adapter whose branch can carry more ranks, and its s; None when there is none."""
+        for adapter in self._adapters():
+            scale = float(self.tuner.scaling[adapter])
+            if adapter in self.plain_pairs and scale != 0:
+                return adapter, scale
+        return None
+
+    def carries(self, adapter: str | None, scale: float) -> bool:
+        """Whether PEFT, if it runs any adapter now, runs the branch of this one, with this s."""
+        return adapter is not None and adapter in self.tuner.active_adapters and self.scales_by(adapter, scale)
+
+    def scales_by(self, adapter: str, scale: float) -> bool:
+        return bool(self.tuner.scaling[adapter] == scale)
 
     def is_fusable(self) -> bool:
         """Whether W + eps can be formed in one fp32 buffer: a plain frozen fp32 layer that nobody else intercepts."""
@@ -103,8 +132,8 @@ class AdaptedLayer:
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, n) and B (m, R) in fp32; of several active adapters, side by side with each s in its B."""
         adapters, tuner = self._adapters(), self.tuner
-        downs = [tuner.lora_A[adapter].weight.float().flatten(1) for adapter in adapters]
-        ups = [tuner.lora_B[adapter].weight.float().flatten(1) for adapter in adapters]
+        downs = [_matrix(tuner.lora_A[adapter].weight) for adapter in adapters]
+        ups = [_matrix(tuner.lora_B[adapter].weight) for adapter in adapters]
         if len(adapters) == 1:
             return downs[0], ups[0]
         if not adapters:
@@ -117,7 +146,7 @@ class AdaptedLayer:
         """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
         weight, bias = self.base.weight, self.base.bias
         if type(weight) in (nn.Parameter, Tensor):
-            return weight.flatten(1).float() @ down.T
+            return _matrix(weight) @ down.mT
         if bias is None:
             return self.base_forward(down).float().T
         # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's.
@@ -159,6 +188,11 @@ def int8_steps(base: Any) -> Tensor | None:
         return None
     scales: Tensor = base.weight.SCB if base.state.SCB is None else base.state.SCB
     return scales.float() / 127
+
+
+def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of autocast on `device`, or `otherwise` without autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
 def layer_name(path: str) -> str:
@@ -203,9 +237,23 @@ def _why_unmergeable(layer: Any, base: nn.Conv2d) -> str | None:
     return None
 
 
+def _matrix(weight: Tensor) -> Tensor:
+    """A weight as (m, n) fp32. What is that already, as a rule, costs no call of an operator."""
+    return weight if weight.ndim == 2 and weight.dtype == torch.float32 else weight.flatten(1).float()
+
+
 def _square_norms(weight: Tensor) -> Tensor:
     """Squared norms of the rows of `weight` (m, n), fp32."""
     return torch.cat([torch.linalg.vector_norm(rows.float(), dim=1).square() for rows in weight.split(_ROWS)])
+
+
+def _plain_pair(tuner: LoraLayer, adapter: str) -> tuple[Any, Any] | None:
+    """A and B where PEFT computes base(x) + s B(A(x)) with them and nothing else: no dropout, no DoRA, no bias."""
+    pair = (tuner.lora_A[adapter], tuner.lora_B[adapter])
+    is_bare = isinstance(tuner.lora_dropout[adapter], nn.Identity) and adapter not in tuner.lora_variant
+    if not is_bare or any(type(one) is not nn.Linear or "forward" in one.__dict__ for one in pair):
+        return None
+    return None if pair[1].bias is not None else pair
 
 
 def _geometry(base: nn.Module) -> Convolution | None:

@@ -10,7 +10,8 @@ layers, so those of one shape share them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,20 +19,62 @@ from torch import Tensor
 from flatlora_diffusion.config import NoiseKind
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 
+Group = tuple[list[AdaptedLayer], Tensor]  # L layers of one shape and their ||W'_i||^2, (L, m) fp32
 
-def merged_square_norms(layers: Iterable[AdaptedLayer]) -> Iterator[tuple[list[AdaptedLayer], Tensor]]:
+
+@dataclass(frozen=True)
+class NormState:
+    """||W'_i||^2 of all rows of all layers, (rows,) fp32, which hold for the steps of interval `turn`."""
+
+    turn: int
+    square_norms: Tensor
+
+
+class KeptNorms:
+    """||W'_i||^2 of `layers`, taken anew in the first perturbed step of each interval of `every` steps."""
+
+    def __init__(self, layers: Mapping[str, AdaptedLayer], every: int) -> None:
+        self._layers, self._every = layers, every
+        self._turn: int | None = None
+        self._groups: list[Group] = []
+
+    def at(self, step: int) -> list[Group]:
+        """Those that optimizer step `step` uses, kept for the rest of its interval."""
+        groups = self.seen_from(step, self._layers.values())
+        if self._every > 1:
+            self._turn, self._groups = step // self._every, groups
+        return groups
+
+    def seen_from(self, step: int, layers: Iterable[AdaptedLayer]) -> list[Group]:
+        """Those that `step` would use now, of `layers` at least."""
+        return self._groups if self._turn == step // self._every else list(merged_square_norms(layers))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(square_norms.nbytes for _, square_norms in self._groups)
+
+    def state(self) -> NormState | None:
+        """What is kept, for a checkpoint inside an interval; None when nothing is."""
+        if self._turn is None:
+            return None
+        rows = {layer.name: norms for group, taken in self._groups for layer, norms in zip(group, taken, strict=True)}
+        device = next(iter(rows.values())).device
+        return NormState(self._turn, torch.cat([rows[name].to(device) for name in self._layers]))
+
+    def load(self, state: NormState) -> None:
+        sizes = [layer.shape[0] for layer in self._layers.values()]
+        rows = dict(zip(self._layers, state.square_norms.split(sizes), strict=True))
+        self._turn, self._groups = state.turn, []
+        for group in _groups(self._layers.values()):
+            device = group[0].base_square_norms.device
+            self._groups.append((group, torch.stack([rows[layer.name] for layer in group]).to(device)))
+
+
+def merged_square_norms(layers: Iterable[AdaptedLayer]) -> Iterator[Group]:
     """Groups of L `layers` of one shape, each group with its ||W'_i||^2: (L, m), fp32."""
-    alike: dict[object, list[AdaptedLayer]] = {}
-    for layer in layers:
-        if layer.tuner.merged:
-            yield [layer], layer.square_norms().unsqueeze(0)  # W holds sBA already
-        else:
-            alike.setdefault((layer.shape, layer.rank, layer.scale, layer.base.weight.device), []).append(layer)
-    for members in alike.values():
-        size = _at_once(members[0])
-        for start in range(0, len(members), size):
-            group = members[start : start + size]
-            yield group, _square_norms(group)
+    for group in _groups(layers):
+        is_merged = group[0].tuner.merged  # then W holds sBA already
+        yield group, group[0].square_norms().unsqueeze(0) if is_merged else _square_norms(group)
 
 
 def row_stds(square_norms: Tensor, inputs: int, sigma: float, kind: NoiseKind) -> Tensor:
@@ -42,6 +85,20 @@ def row_stds(square_norms: Tensor, inputs: int, sigma: float, kind: NoiseKind) -
     if kind == "iid":
         square_norms = square_norms.mean(dim=-1, keepdim=True).expand_as(square_norms)
     return square_norms.mul(sigma**2 / inputs).sqrt_()
+
+
+def _groups(layers: Iterable[AdaptedLayer]) -> Iterator[list[AdaptedLayer]]:
+    """Layers whose norms are taken together; a merged one is alone."""
+    alike: dict[object, list[AdaptedLayer]] = {}
+    for layer in layers:
+        if layer.tuner.merged:
+            yield [layer]
+        else:
+            alike.setdefault((layer.shape, layer.rank, layer.scale, layer.base.weight.device), []).append(layer)
+    for members in alike.values():
+        size = _at_once(members[0])
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
 def _at_once(layer: AdaptedLayer) -> int:

@@ -6,35 +6,31 @@ Eq. 7 of the paper, for a layer with m filters (rows) of n inputs and merged wei
 
 The reference code adds eps to W in place and subtracts it later, which drifts half-precision weights, and reseeds the
 global generator; here eps lives only inside the layer's op, drawn from a private generator.
+
+`full_draw.py` draws each entry by itself; `low_rank_draw.py` has the same covariance from far fewer numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from operator import is_
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ConfigError, NoiseKind, PerturbConfig, SigmaSchedule
-from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, PerturbConfig, SigmaSchedule
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
-from flatlora_diffusion.method.filter_norms import merged_square_norms, row_stds
-from flatlora_diffusion.method.noise import NoiseSpec, perturbed_layer, row_noise
+from flatlora_diffusion.method.draw import Draw, DrawKey
+from flatlora_diffusion.method.filter_norms import Group, KeptNorms, NormState, merged_square_norms, row_stds
+from flatlora_diffusion.method.full_draw import FullDraw
+from flatlora_diffusion.method.low_rank_draw import LowRankDraw
+from flatlora_diffusion.method.settings import Settings, check_sigma, check_whole
 
-
-@dataclass(frozen=True)
-class _Open:
-    """The perturbation that is in force."""
-
-    step: int
-    slot: int
-    sigma: float
+_DRAWS: dict[DrawKind, type[Draw]] = {"full": FullDraw, "low_rank": LowRankDraw}
 
 
 class FlatLora:
@@ -48,12 +44,16 @@ class FlatLora:
         seed: eps is a function of (seed, prefix, layer name, step, slot) and of nothing else.
         noise: `filter` is Eq. 7; `iid` gives every row of a layer the same std, at equal expected energy.
         prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
+        draw: `full` draws every eps[i, j] by itself. `low_rank` has the same mean and covariance, 0 between any two
+            entries, but its entries are not normal: eps = diag(row_std) U V^T / sqrt(k) with N(0, 1) in
+            U (m, k) and V (n, k), k = 4. It takes k (m + n) numbers in place of m n.
+        norm_every: ||W'_i|| is taken anew in the first perturbed step of each `norm_every` optimizer steps.
 
     Raises:
         ConfigError: a setting out of range, no LoRA layer, or adapted layers that cannot be perturbed (named).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a setting of its own, all but the model by name)
         self,
         model: nn.Module,
         sigma: float = 0.1,
@@ -62,16 +62,20 @@ class FlatLora:
         seed: int = 0,
         noise: NoiseKind = "filter",
         prefix: str = "unet",
+        *,
+        draw: DrawKind = "full",
+        norm_every: int = 1,
     ) -> None:
-        self._configure(sigma, schedule, total_steps, seed, noise, prefix)
+        settings = Settings(sigma, schedule, total_steps, seed, noise, prefix, draw, norm_every)
         self._model = model
         self._adapters = _adapters(model)
-        self._open: _Open | None = None
+        self._is_open = False
+        self._draw: Draw | None = None
         self._disabled = 0
-        self._row_std: dict[str, Tensor] = {}
         self._layers = {layer.name: layer for layer in find_adapted_layers(model)}
         for layer in self._layers.values():
-            layer.attach(self._forward)
+            layer.attach(self._base_forward)
+        self._use_settings(settings)
 
     @property
     def layers(self) -> Mapping[str, BaseTunerLayer]:
@@ -80,15 +84,12 @@ class FlatLora:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes kept between steps: the (m,) squared row norms of each frozen W."""
-        return sum(layer.base_square_norms.nbytes for layer in self._layers.values())
+        """Bytes kept between steps: the (m,) squared row norms of each frozen W, and with `norm_every` those of W'."""
+        return self._norms.nbytes + sum(layer.base_square_norms.nbytes for layer in self._layers.values())
 
     def sigma_at(self, step: int) -> float:
         """sigma at the 0-based optimizer `step`; the ramps start at 0 and stay at sigma from `total_steps` on."""
-        progress = min(max(step, 0) / self.total_steps, 1.0)
-        if self.schedule == "cosine":
-            return self.sigma * (1 - math.cos(math.pi * progress)) / 2
-        return self.sigma * progress if self.schedule == "linear" else self.sigma
+        return self.settings.sigma_at(step)
 
     @contextmanager
     def perturb(self, step: int, slot: int = 0, sigma: float | None = None) -> Iterator[None]:
@@ -99,20 +100,21 @@ class FlatLora:
         """
         if not self._layers:
             raise RuntimeError("this FlatLora was detached; make a new one")
-        _check_whole("step", step, 0)
-        _check_whole("slot", slot, 0)
+        check_whole("step", step, 0)
+        check_whole("slot", slot, 0)
         self._check_all_attached()
-        if self._open is not None:
+        if self._is_open:
             raise RuntimeError("perturb() is already open; close it before you open another")
-        strength = self.sigma_at(step) if sigma is None else _checked_sigma(sigma)
+        strength = self._strength(step, sigma)
         if strength > 0:
-            self._row_std = self._stds(self._layers.values(), strength)
-        self._open = _Open(step, slot, strength)
+            with _exact():
+                self._draw = self._drawn(self._norms.at(step), DrawKey(*self._root, step, slot), strength)
+        self._is_open = True
         try:
             yield
         finally:
-            self._open = None
-            self._row_std = {}
+            self._is_open = False
+            self._draw = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -125,50 +127,46 @@ class FlatLora:
 
     def noise(self, name: str, step: int, slot: int = 0, sigma: float | None = None) -> Tensor:
         """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W."""
-        layer = self._layer(name)
-        strength = self.sigma_at(step) if sigma is None else _checked_sigma(sigma)
-        return row_noise(self._stds([layer], strength)[name], layer.shape, self._seed(name, step, slot))
+        layers = [self._layer(name)] if not _DRAWS[self.settings.draw].is_joint else self._layers.values()
+        with _exact():
+            norms = self._norms.seen_from(step, layers)
+            return self._drawn(norms, DrawKey(*self._root, step, slot), self._strength(step, sigma)).noise(name)
 
     def filter_norms(self, name: str) -> Tensor:
         """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
-        with torch.no_grad(), _full_precision():
+        with _exact():
             ((_, square_norms),) = merged_square_norms([self._layer(name)])
             return square_norms[0].sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """The settings from which a resumed run draws the same eps: plain JSON-able values."""
-        return {
-            "sigma": self.sigma,
-            "schedule": self.schedule,
-            "total_steps": self.total_steps,
-            "seed": self.seed,
-            "noise": self.noise_kind,
-            "prefix": self.prefix,
-        }
+        return asdict(self.settings)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the settings of a `state_dict`. Raises ConfigError when a key is missing or not known."""
-        if set(state) != set(self.state_dict()):
-            raise ConfigError(f"FlatLora state has keys {sorted(state)}, expected {sorted(self.state_dict())}")
-        self._configure(**state)
+        self._use_settings(Settings.from_state(dict(state)))
+
+    def norm_state(self) -> NormState | None:
+        """With `norm_every` > 1 the norms in use, which a run that is resumed inside an interval needs; else None."""
+        return self._norms.state()
+
+    def load_norm_state(self, state: NormState) -> None:
+        self._norms.load(state)
 
     def detach(self) -> None:
         """Give the model back as it was. The object cannot be used afterwards."""
         for layer in self._layers.values():
+            layer.restore_pairs()
             layer.restore()
         self._layers = {}
 
-    def _configure(
-        self, sigma: float, schedule: SigmaSchedule, total_steps: int, seed: int, noise: NoiseKind, prefix: str
-    ) -> None:
-        """Check all settings, then take them over."""
-        _check_choice("schedule", schedule, SigmaSchedule)
-        _check_choice("noise", noise, NoiseKind)
-        _check_whole("total_steps", total_steps, 1)
-        _check_whole("seed", seed, 0)
-        self.sigma = _checked_sigma(sigma)
-        self.schedule, self.noise_kind = schedule, noise
-        self.total_steps, self.seed, self.prefix = total_steps, seed, prefix
+    def _use_settings(self, settings: Settings) -> None:
+        self.settings = settings
+        self._norms = KeptNorms(self._layers, settings.norm_every)
+        for layer in self._layers.values():
+            layer.restore_pairs()
+            if _DRAWS[settings.draw].acts_in_branch:
+                layer.attach_pairs(self._down_forward, self._up_forward)
 
     def _check_all_attached(self) -> None:
         adapters = _adapters(self._model)
@@ -180,39 +178,40 @@ class FlatLora:
             raise ConfigError("adapters were added or removed after FlatLora was made; detach it and make a new one")
         self._adapters = adapters
 
-    def _forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of an adapted base layer in place of that of its own forward."""
-        if self._open is None or self._open.sigma == 0 or self._disabled or not layer.is_active():
+        if self._draw is None or self._disabled:
             return layer.base_forward(x, *args, **kwargs)
-        row_std = self._row_std[layer.name]
-        seed = self._seed(layer.name, self._open.step, self._open.slot)
-        base = layer.base
-        if layer.is_fusable():
-            # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
-            dtype = _compute_dtype(base.weight.device, base.weight.dtype)
-            spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution)
-            bias = None if base.bias is None else base.bias.to(dtype)
-            return perturbed_layer(x.to(dtype), bias, base.weight, row_std, spec)
-        # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
-        output: Tensor = layer.base_forward(x, *args, **kwargs)
-        # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.
-        dtype = _compute_dtype(x.device, output.dtype)
-        spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution)
-        return output + perturbed_layer(x.to(dtype), None, None, row_std, spec).to(output.dtype)
+        return self._draw.base_output(layer, x, *args, **kwargs)
 
-    def _stds(self, layers: Iterable[AdaptedLayer], sigma: float) -> dict[str, Tensor]:
-        """Standard deviation of each row of eps by layer, (m,) fp32: sigma / sqrt(n) * ||W'_i||."""
+    def _down_forward(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
+        """A x in place of A's own forward; x itself where `_up_forward`, which is given it, does the work of both."""
+        if self._draw is None or self._disabled or not self._draw.takes_branch(layer, adapter):
+            return nn.Linear.forward(layer.plain_pairs[adapter][0], x)
+        return x
+
+    def _up_forward(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
+        """B x in place of B's own forward, or [B, U'] ([A; V'] x)."""
+        if self._draw is None or self._disabled or not self._draw.takes_branch(layer, adapter):
+            return nn.Linear.forward(layer.plain_pairs[adapter][1], x)
+        return self._draw.branch_output(layer, adapter, x)
+
+    def _drawn(self, norms: Iterable[Group], key: DrawKey, sigma: float) -> Draw:
         stds: dict[str, Tensor] = {}
-        # The results may be saved for a later backward, so they must not be inference tensors; leaving inference mode
-        # turns gradients on, so no_grad comes after it.
-        with torch.inference_mode(False), torch.no_grad(), _full_precision():
-            for group, square_norms in merged_square_norms(layers):
-                of_group = row_stds(square_norms, group[0].inputs, sigma, self.noise_kind).unbind()
-                stds.update((layer.name, row_std) for layer, row_std in zip(group, of_group, strict=True))
-        return stds
+        for group, square_norms in norms:
+            of_group = row_stds(square_norms, group[0].inputs, sigma, self.settings.noise).unbind()
+            stds.update((layer.name, row_std) for layer, row_std in zip(group, of_group, strict=True))
+        return _DRAWS[self.settings.draw](self._layers, stds, key)
 
-    def _seed(self, name: str, step: int, slot: int) -> int:
-        return derive_seed(self.seed, "perturbation", self.prefix, name, step, slot)
+    @property
+    def _root(self) -> tuple[int, str]:
+        return self.settings.seed, self.settings.prefix
+
+    def _strength(self, step: int, sigma: float | None) -> float:
+        if sigma is None:
+            return self.sigma_at(step)
+        check_sigma(sigma)
+        return float(sigma)
 
     def _layer(self, name: str) -> AdaptedLayer:
         if name not in self._layers:
@@ -236,6 +235,8 @@ def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int
             seed=seed if config.perturb_seed is None else config.perturb_seed,
             noise=config.perturb_noise,
             prefix=prefix,
+            draw=config.perturb_draw,
+            norm_every=config.perturb_norm_every,
         )
         for prefix, model in models.items()
     ]
@@ -248,32 +249,14 @@ def _adapters(model: nn.Module) -> list[object]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """No autocast on any device, for norms in fp32."""
-    with ExitStack() as stack:
+def _exact() -> Iterator[None]:
+    """No gradients, and no autocast on any device.
+
+    What comes of it may be saved for a later backward, so it must not be inference tensors; leaving inference mode
+    turns gradients on, so no_grad comes after it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         for device in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-def _compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of autocast on `device`, or `otherwise` without autocast."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
-
-
-def _checked_sigma(sigma: float) -> float:
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ConfigError(f"sigma={sigma} must be a finite number of at least 0; 0.05 to 0.1 is usual")
-    return float(sigma)
-
-
-def _check_whole(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {low}")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")

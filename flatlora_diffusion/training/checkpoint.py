@@ -13,6 +13,7 @@ from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 from flatlora_diffusion.ground.provenance import base_fingerprint, tensors_sha256
+from flatlora_diffusion.method.filter_norms import NormState
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.training.optimizer import set_lr
 from flatlora_diffusion.training.release import save_release
@@ -90,6 +91,9 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
     if state.ema is not None:
         tensors |= {f"ema.{index}": value for index, value in enumerate(state.ema.shadow_params)}
         extra["ema_step"] = state.ema.optimization_step
+    kept = {flat.settings.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
+    tensors |= {f"norms.{prefix}": norms.square_norms for prefix, norms in kept.items()}
+    extra["norms"] = {prefix: norms.turn for prefix, norms in kept.items()}
     schedule = {"last_epoch": state.lr_schedule.last_epoch}
     save_tensors(
         folder / STATE_FILE, tensors, {"step": step, "optimizer": header, "lr_schedule": schedule, "extra": extra}
@@ -115,6 +119,10 @@ def load_state(state: TrainState, folder: Path) -> int:
     if state.ema is not None:
         state.ema.optimization_step = extra["ema_step"]
         state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
+    for flat in state.flats:
+        prefix = flat.settings.prefix
+        if prefix in extra.get("norms", {}):  # there are none in the first step, nor with --perturb_norm_every 1
+            flat.load_norm_state(NormState(extra["norms"][prefix], tensors[f"norms.{prefix}"]))
     state.steps_done = int(header["step"])
     return state.steps_done
 

@@ -209,6 +209,7 @@ def _settings_table(config: TrainConfig) -> str:
     rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]
     if perturb.method == "flat-lora":
         rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
+        rows.append(("draws of eps", perturb.perturb_draw))
     rows += [
         ("rank", adapter.rank),
         ("alpha", f"{adapter.rank if adapter.lora_alpha is None else adapter.lora_alpha:g}"),

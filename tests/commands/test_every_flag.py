@@ -131,7 +131,7 @@ RUNS: dict[str, str] = {
     "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber",
     "velocity": "--prediction_type v_prediction --zero_terminal_snr",
     "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --perturb_seed 1 --perturb_per step"
-    " --perturb_noise iid --lora_init_seed 3",
+    " --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3",
     "previews": "--validation_prompt icon --num_validation_images 1 --validation_epochs 1 --validation_prompts_file "
     "PROMPTS --validation_data_dir ICONS --report_to tensorboard --logging_dir log --output_name mine",
     "saving": "--checkpointing_steps 1 --checkpoints_total_limit 1 --output_kohya_format --max_train_seconds 600 "

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from flatlora_diffusion.commands.train_flags import parse_config
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, preset_file, setting_hints, settings_that
+from flatlora_diffusion.config import (
+    SAMPLES,
+    ConfigError,
+    TrainConfig,
+    completed,
+    preset_file,
+    setting_hints,
+    settings_that,
+)
+from flatlora_diffusion.ground.run_dir import RunDir
 
 OTHER: dict[str, Any] = {
     "pretrained_model_name_or_path": "some/base",
@@ -27,6 +36,8 @@ OTHER: dict[str, Any] = {
     "sigma_schedule": "constant",
     "perturb_seed": 9,
     "perturb_per": "step",
+    "perturb_draw": "low_rank",
+    "perturb_norm_every": 10,
     "train_batch_size": 1,
     "max_train_steps": 7,
     "learning_rate": 2e-4,
@@ -88,6 +99,20 @@ def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
     assert config.optim.learning_rate == 0.25
     assert config.optim.max_train_steps == 500
     assert config.perturb.perturb_per == "step"
+
+
+def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: Path) -> None:
+    """It lacks the setting, and its run drew every entry of eps, whatever the default has become."""
+    saved = TrainConfig.from_dict({"seed": 5}).to_dict()
+    del saved["perturb_draw"], saved["perturb_norm_every"]
+    usual = TrainConfig.from_dict({"perturb_draw": "low_rank", "perturb_norm_every": 10})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(saved), encoding="utf-8")
+    assert usual.updated_from(file) == TrainConfig.from_dict({"seed": 5})
+    assert completed(saved)["perturb_draw"] == RunDir(tmp_path).config()["perturb_draw"] == "full"
+    assert completed({**saved, "perturb_draw": "low_rank"})["perturb_draw"] == "low_rank"
+    file.write_text(json.dumps({"seed": 5, "sigma": 0.05}), encoding="utf-8")
+    assert usual.updated_from(file).perturb.perturb_draw == "low_rank", "what is no saved config has the default"
 
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import ConfigError
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 
 def attach(model: nn.Module) -> FlatLora:
     return FlatLora(model, schedule="constant")

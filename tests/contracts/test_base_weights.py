@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

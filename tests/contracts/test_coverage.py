@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import ConfigError
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 
 def attach(model: nn.Module) -> FlatLora:
     return FlatLora(model, schedule="constant")

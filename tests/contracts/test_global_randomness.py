@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 from tiny_models import Adapter, toy_case
 from torch import Tensor
 
 from flatlora_diffusion import FlatLora
+
+pytestmark = pytest.mark.usefixtures("draw")
 
 
 def test_the_global_generators_are_neither_written_nor_read() -> None:

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import ConfigError, NoiseKind
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 SIGMA = 0.1
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 SIGMA = 0.1
 
 LOW_PRECISION = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from draw_statistics import assert_mean, assert_unit_variance
 from lora_by_hand import lora_layers, merged_weight
 from tiny_models import Adapter, add_second_adapter, toy_case, unet_case
 from torch import Tensor
@@ -16,8 +17,10 @@ from torch import Tensor
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import SigmaSchedule
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 SIGMA = 0.1
-DRAWS = 60
+DRAWS = 200
 LAYERS = ["strided", "odd", "tall", "pointwise", "wide", "narrow"]
 
 
@@ -25,15 +28,14 @@ def merged_norms(layer: Any) -> Tensor:
     return merged_weight(layer).flatten(1).norm(dim=1)
 
 
-def draws(flat: FlatLora, name: str, count: int = DRAWS) -> Tensor:
-    """eps of `count` steps as rows of filters, (m, count * n)."""
-    return torch.cat([flat.noise(name, step=step).float().flatten(1) for step in range(count)], dim=1)
+def draws(flat: FlatLora, name: str) -> Tensor:
+    """eps of `DRAWS` steps as matrices, (DRAWS, m, n)."""
+    return torch.stack([flat.noise(name, step=step).float().flatten(1) for step in range(DRAWS)])
 
 
 def standardized(flat: FlatLora, name: str, norms: Tensor) -> Tensor:
     eps = draws(flat, name)
-    fan_in = eps.shape[1] // DRAWS
-    return eps / (SIGMA / math.sqrt(fan_in) * norms)[:, None]
+    return eps / (SIGMA / math.sqrt(eps.shape[2]) * norms)[:, None]
 
 
 @pytest.fixture
@@ -43,15 +45,12 @@ def flat() -> FlatLora:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_std_of_each_row_is_sigma_times_its_merged_norm_over_root_fan_in(flat: FlatLora, name: str) -> None:
-    z = standardized(flat, name, merged_norms(flat.layers[name]))
-    count = z.shape[1]
-    assert (z.mean(dim=1).abs() < 5 / math.sqrt(count)).all()
-    assert ((z.square().mean(dim=1).sqrt() - 1).abs() < 5 / math.sqrt(2 * count)).all()
-    assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / z.numel()), "all rows together are off by a common factor"
+    assert_unit_variance(standardized(flat, name, merged_norms(flat.layers[name])))
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_eps_is_normal(flat: FlatLora, name: str) -> None:
+def test_eps_is_normal_where_each_entry_is_drawn_by_itself(name: str) -> None:
+    flat = FlatLora(toy_case().model, sigma=SIGMA, schedule="constant", draw="full")
     z = standardized(flat, name, merged_norms(flat.layers[name])).flatten()
     count = z.numel()
     assert abs((z**3).mean()) < 5 * math.sqrt(15 / count)
@@ -65,10 +64,10 @@ def test_eps_is_normal(flat: FlatLora, name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_two_rows_and_no_two_places_in_a_row_are_correlated(flat: FlatLora, name: str) -> None:
     z = standardized(flat, name, merged_norms(flat.layers[name]))
-    for values in (z, z.view(len(z), DRAWS, -1).permute(2, 0, 1).flatten(1)):
-        correlation = values @ values.T / values.shape[1]
-        correlation.fill_diagonal_(0)
-        assert correlation.abs().max() < 6 / math.sqrt(values.shape[1])
+    for values in (z, z.mT):
+        products = values @ values.mT / values.shape[2]
+        one, other = torch.triu_indices(products.shape[1], products.shape[1], offset=1)
+        assert_mean(products[:, one, other], 0, errors=6.5)
 
 
 def test_noise_of_different_keys_is_uncorrelated() -> None:
@@ -140,13 +139,14 @@ def test_noise_and_norms_carry_no_gradient_graph(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_eps_is_scaled_by_the_schedule_and_by_nothing_else(schedule: SigmaSchedule) -> None:
+def test_eps_is_scaled_by_the_schedule_and_by_nothing_else(schedule: SigmaSchedule, draw: str) -> None:
     model = toy_case().model
     full = FlatLora(copy.deepcopy(model), sigma=SIGMA, schedule="constant")
     flat = FlatLora(model, sigma=SIGMA, schedule=schedule, total_steps=8)
     for step in (0, 3, 8, 20):
         expected = full.noise("wide", step=step) * (flat.sigma_at(step) / SIGMA)
-        torch.testing.assert_close(flat.noise("wide", step=step), expected, rtol=1e-5, atol=1e-8)
+        rounding = 2**-8 if draw == "low_rank" else 1e-5  # of U in bf16
+        assert (flat.noise("wide", step=step) - expected).norm() <= rounding * expected.norm()
 
 
 def test_iid_noise_has_the_same_energy_but_one_std_for_all_rows() -> None:
@@ -155,9 +155,7 @@ def test_iid_noise_has_the_same_energy_but_one_std_for_all_rows() -> None:
     for name in LAYERS:
         norms = merged_norms(flat.layers[name])
         assert norms.max() > 1.5 * norms.min(), "rows too alike to tell the two kinds of noise apart"
-        z = standardized(flat, name, norms.square().mean().sqrt().expand_as(norms))
-        assert ((z.square().mean(dim=1).sqrt() - 1).abs() < 5 / math.sqrt(2 * z.shape[1])).all()
-        assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / z.numel())
+        assert_unit_variance(standardized(flat, name, norms.square().mean().sqrt().expand_as(norms)))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
 TARGETS = (*ATTENTION, "ff.net.0.proj", "proj_in")
 

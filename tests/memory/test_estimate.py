@@ -186,6 +186,15 @@ def test_flat_lora_costs_its_norms_and_one_eps(config: TrainConfig) -> None:
     assert flat.total - plain.total == flat.perturbation
 
 
+def test_low_rank_draws_cost_their_norms_and_factors(config: TrainConfig) -> None:
+    config = config.replace(perturb_draw="low_rank")
+    low, plain = (estimate_memory(config.replace(method=method)) for method in ("flat-lora", "lora"))
+    state = prepared(config)
+    factors = [state.flats[0].layers[name].get_base_layer().weight.flatten(1).shape for name in state.flats[0].layers]
+    assert low.perturbation == 2 * state.flats[0].state_bytes + 2 * 4 * sum(map(sum, factors))
+    assert low.total - plain.total == low.perturbation
+
+
 def test_more_images_and_more_pixels_need_more(config: TrainConfig) -> None:
     for name, values in {"train_batch_size": (1, 2, 4), "resolution": (32, 48, 64)}.items():
         estimates = [estimate_memory(config.replace(**{name: value})) for value in values]

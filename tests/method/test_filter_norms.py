@@ -7,8 +7,10 @@ import torch
 from lora_by_hand import lora_layers, merged_weight
 from peft import LoraConfig, get_peft_model
 from tiny_models import seeded
-from torch import nn
+from torch import Tensor, nn
 
+from flatlora_diffusion import FlatLora
+from flatlora_diffusion.config import NoiseKind
 from flatlora_diffusion.method.adapted_layers import find_adapted_layers
 from flatlora_diffusion.method.filter_norms import merged_square_norms
 
@@ -39,6 +41,53 @@ def test_each_layer_gets_the_norms_of_its_own_merged_weight() -> None:
                 torch.testing.assert_close(norms, merged_weight(by_hand[layer.name]).norm(dim=1), rtol=1e-5, atol=0)
                 seen.add(layer.name)
     assert seen == set(by_hand)
+
+
+def move(model: nn.Module) -> None:
+    for layer in lora_layers(model).values():
+        layer.lora_B["default"].weight.data.mul_(3)
+
+
+def moved_noise(flat: FlatLora, model: nn.Module, steps: range, start: int = 0) -> list[Tensor]:
+    """eps of each step, in which the model takes a perturbed pass and its LoRA grows."""
+    found = []
+    for step in steps:
+        if step >= start:
+            with flat.perturb(step):
+                found.append(flat.noise("5", step))
+        move(model)
+    return found
+
+
+@pytest.mark.parametrize("noise", ["filter", "iid"])
+def test_norms_are_those_of_the_first_step_of_each_interval(noise: NoiseKind, draw: str) -> None:
+    models = []
+    for _ in range(2):
+        with seeded(0):
+            models.append(many_layers())
+    every, once = (FlatLora(models[i], schedule="constant", noise=noise, norm_every=n) for i, n in ((0, 1), (1, 3)))
+    fresh = moved_noise(every, models[0], range(7))
+    kept = moved_noise(once, models[1], range(7))
+    alike = [torch.equal(one, two) for one, two in zip(fresh, kept, strict=True)]
+    assert alike == [True, False, False, True, False, False, True]
+    assert every.norm_state() is None
+    assert once.state_bytes > every.state_bytes
+
+
+def test_a_run_that_is_resumed_inside_an_interval_draws_what_the_unbroken_one_draws(draw: str) -> None:
+    models = []
+    for _ in range(2):
+        with seeded(0):
+            models.append(many_layers())
+    whole, resumed = (FlatLora(model, schedule="constant", norm_every=4) for model in models)
+    first = moved_noise(whole, models[0], range(2))
+    state = whole.norm_state()
+    assert state is not None
+    resumed.load_norm_state(state)
+    later = moved_noise(whole, models[0], range(2, 6))
+    found = moved_noise(resumed, models[1], range(6), start=2)
+    assert len(first) == 2
+    assert all(torch.equal(one, two) for one, two in zip(later, found, strict=True))
 
 
 @pytest.mark.parametrize(("rank", "together"), [(1, 16), (4, 4), (32, 1)])

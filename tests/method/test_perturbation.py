@@ -14,6 +14,8 @@ from torch import nn
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import ConfigError, SigmaSchedule
 
+pytestmark = pytest.mark.usefixtures("draw")
+
 
 @pytest.fixture
 def model() -> nn.Module:
@@ -65,9 +67,11 @@ def test_the_defaults_are_those_of_the_documentation(model: nn.Module) -> None:
         ("sigma", math.inf),
         ("schedule", "exponential"),
         ("noise", "uniform"),
+        ("draw", "sparse"),
         ("total_steps", 0),
         ("total_steps", -5),
         ("total_steps", 2.5),
+        ("norm_every", 0),
         ("seed", -1),
         ("seed", "zero"),
         ("seed", True),
@@ -129,6 +133,16 @@ def test_a_loaded_state_goes_on_with_the_same_noise(model: nn.Module) -> None:
     assert torch.equal(second.noise("wide", step=7, slot=1), first.noise("wide", step=7, slot=1))
 
 
+def test_a_state_of_a_version_that_knew_full_draws_alone_goes_on_with_them(model: nn.Module) -> None:
+    state = FlatLora(toy_case().model, **SAVED, draw="full").state_dict()
+    del state["draw"], state["norm_every"]
+    flat = FlatLora(model, draw="low_rank")
+    flat.load_state_dict(state)
+    assert flat.state_dict()["draw"] == "full"
+    expected = FlatLora(toy_case().model, **SAVED, draw="full").noise("wide", step=7)
+    assert torch.equal(flat.noise("wide", step=7), expected)
+
+
 @pytest.mark.parametrize("damage", ["missing", "unknown", "invalid sigma", "invalid schedule", "invalid total_steps"])
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model: nn.Module, damage: str) -> None:
     flat = FlatLora(model, schedule="constant")
@@ -151,7 +165,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model: nn.Modu
     assert torch.equal(flat.noise("wide", step=3), noise)
 
 
-@pytest.mark.parametrize("change", [{"noise": "iid"}, {"prefix": "text_encoder"}])
+@pytest.mark.parametrize(
+    "change", [{"noise": "iid"}, {"draw": "full"}, {"draw": "low_rank"}, {"prefix": "text_encoder"}]
+)
 def test_a_state_of_other_noise_never_continues_silently_with_different_noise(
     model: nn.Module, change: dict[str, Any]
 ) -> None:

@@ -87,18 +87,26 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
     )
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixed_precision": "bf16"},
+        {"perturb_draw": "low_rank", "lora_dropout": 0.0},
+        {"perturb_norm_every": 4, "perturb_draw": "low_rank", "train_text_encoder": True},
+    ],
+    ids=["fp32", "bf16", "low-rank draws", "inside an interval of norms"],
+)
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
-    config: TrainConfig, tmp_path: Path, precision: str
+    config: TrainConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     whole = config.replace(
-        mixed_precision=precision,
         gradient_accumulation_steps=2,
         lr_scheduler="cosine",
         lr_warmup_steps=1,
-        lora_dropout=0.1,
         caption_dropout=0.3,
         checkpointing_steps=2,
+        **{"lora_dropout": 0.1, **changes},
     )
     train(whole.replace(output_dir=str(tmp_path / "whole")))
     train(whole.replace(output_dir=str(tmp_path / "broken")))
@@ -174,6 +182,39 @@ def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatc
         monkeypatch.setattr(flat, "perturb", lambda s, k, to=opened, real=real: (to.append((s, k)), real(s, k))[1])
         train_step(state, step=5)
         assert opened == expected
+
+
+def test_the_kind_of_draw_reaches_the_training(config: TrainConfig) -> None:
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
+    for draw in ("full", "low_rank"):
+        (flat,) = prepare(config.replace(perturb_draw=draw), samples).flats
+        assert flat.state_dict()["draw"] == draw
+
+
+def test_norms_that_are_ten_steps_old_are_off_by_less_than_a_fiftieth(config: TrainConfig) -> None:
+    """Each entry of A and B moves by at most the learning rate in a step of Adam, so ||W'_i|| hardly moves.
+
+    This is the worst row of all layers at five times the usual learning rate.
+    """
+    samples = load_samples(Path(str(config.data.instance_data_dir))).samples
+    changes = {"perturb_norm_every": 10, "sigma_schedule": "constant", "learning_rate": 5e-4, "max_train_steps": 20}
+    state = prepare(config.replace(**changes, lr_scheduler="constant"), samples)
+    (flat,) = state.flats
+    off = []
+    for step in range(10):
+        train_step(state, step)
+        kept = flat.norm_state()
+        assert kept is not None
+        assert kept.turn == 0
+        norms = torch.cat([flat.filter_norms(name) for name in flat.layers])
+        off.append(float((kept.square_norms.sqrt() / norms - 1).abs().max()))
+    print("largest relative error of a filter norm by its age in steps:", [f"{value:.1e}" for value in off])
+    assert 0 < off[0] < off[-1] < 0.02
+    train_step(state, 10)
+    norms = torch.cat([flat.filter_norms(name) for name in flat.layers])
+    later = flat.norm_state()
+    assert later is not None
+    assert float((later.square_norms.sqrt() / norms - 1).abs().max()) < off[-1], "they were not taken anew"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of_its_micro_batch(

@@ -1,0 +1,55 @@
+"""What the kinds of draws have in common: one eps for all layers, from its rows' standard deviations and a key."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer
+
+
+@dataclass(frozen=True)
+class DrawKey:
+    """All that eps depends on beside the layers and their norms."""
+
+    seed: int
+    prefix: str
+    step: int
+    slot: int
+
+    def derive(self, purpose: str, *path: str) -> int:
+        return derive_seed(self.seed, purpose, self.prefix, *path, self.step, self.slot)
+
+
+class Draw(ABC):
+    """The eps of one micro-batch or step, a constant of the loss: the same in each forward and backward.
+
+    `row_stds` are those of Eq. 7 for each of the `layers`, (m,) fp32 by name.
+    """
+
+    acts_in_branch = False  # whether `branch_output` may take a part
+    is_joint = False  # whether one layer's eps depends on which others there are
+
+    @abstractmethod
+    def __init__(self, layers: Mapping[str, AdaptedLayer], row_stds: Mapping[str, Tensor], key: DrawKey) -> None: ...
+
+    @abstractmethod
+    def noise(self, name: str) -> Tensor:
+        """eps of layer `name`, materialized: fp32, shape of W."""
+
+    @abstractmethod
+    def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer gives at W + eps, or at W where `branch_output` adds what eps gives."""
+
+    def takes_branch(self, layer: AdaptedLayer, adapter: str) -> bool:
+        """Whether `branch_output` is to stand in for A and B of this adapter."""
+        return False
+
+    def branch_output(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
+        """B A x + eps x / s, which PEFT multiplies by s, for x as PEFT gives it to A."""
+        raise NotImplementedError

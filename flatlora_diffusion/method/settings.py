@@ -1,0 +1,64 @@
+"""The settings of one model's perturbation, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `FlatLora` takes beside the model. Raises ConfigError for a value that is not allowed."""
+
+    sigma: float
+    schedule: SigmaSchedule
+    total_steps: int
+    seed: int
+    noise: NoiseKind
+    prefix: str
+    draw: DrawKind
+    norm_every: int
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, SigmaSchedule)
+        _check_choice("noise", self.noise, NoiseKind)
+        _check_choice("draw", self.draw, DrawKind)
+        check_whole("total_steps", self.total_steps, 1)
+        check_whole("seed", self.seed, 0)
+        check_whole("norm_every", self.norm_every, 1)
+        check_sigma(self.sigma)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Settings:
+        """The settings of a `state_dict`, in that of an earlier version those that it lacks as it worked then."""
+        whole = {"draw": "full", "norm_every": 1, **state}
+        names = [item.name for item in fields(cls)]
+        if set(whole) != set(names):
+            raise ConfigError(f"FlatLora state has keys {sorted(state)}, expected {sorted(names)}")
+        return cls(**whole)
+
+    def sigma_at(self, step: int) -> float:
+        """sigma at the 0-based optimizer `step`; the ramps start at 0 and stay at sigma from `total_steps` on."""
+        progress = min(max(step, 0) / self.total_steps, 1.0)
+        if self.schedule == "cosine":
+            return self.sigma * (1 - math.cos(math.pi * progress)) / 2
+        return self.sigma * progress if self.schedule == "linear" else self.sigma
+
+
+def check_sigma(sigma: float) -> None:
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ConfigError(f"sigma={sigma} must be a finite number of at least 0; 0.05 to 0.1 is usual")
+
+
+def check_whole(name: str, value: int, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {low}")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")

@@ -1,0 +1,136 @@
+"""Low-rank draws: the mean and the covariance of Eq. 7, as more ranks of the LoRA's own branch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from draw_statistics import assert_mean
+from lora_by_hand import add_to_base, all_noise, distance, lora_layers, merged_weight
+from peft import get_peft_model
+from tiny_models import Adapter, Case, loss_and_gradients, normal, randomize_adapters, seeded, toy_case, unet_case
+from torch import Tensor, nn
+
+from flatlora_diffusion import FlatLora
+from flatlora_diffusion.config import AdapterConfig, ModelConfig
+from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+
+SIGMA = 0.2
+COUNT = 4000
+
+
+def low_rank(model: nn.Module, **settings: Any) -> FlatLora:
+    return FlatLora(model, sigma=SIGMA, schedule="constant", draw="low_rank", **settings)
+
+
+def one_layer_case() -> Case:
+    """One linear layer of 5 filters of 6 inputs."""
+    with seeded(0):
+        model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), Adapter().config(("0",)))
+    randomize_adapters(model)
+    inputs = normal(1, 3, 6)
+    return Case(model, lambda module: module(inputs), normal(2, 3, 5))
+
+
+@pytest.fixture(scope="module")
+def z() -> Tensor:
+    """The 30 entries of `COUNT` draws, each over the standard deviation that Eq. 7 gives its row."""
+    model = one_layer_case().model
+    flat = low_rank(model)
+    stds = SIGMA / math.sqrt(6) * merged_weight(lora_layers(model)["0"]).norm(dim=1)
+    return torch.stack([(flat.noise("0", step) / stds[:, None]).flatten() for step in range(COUNT)])
+
+
+def test_each_entry_has_the_mean_and_the_variance_of_eq_7(z: Tensor) -> None:
+    assert_mean(z, 0, errors=5)
+    assert_mean(z.square(), 1, errors=5)
+    assert_mean(z.square().mean(dim=1), 1, errors=4)
+
+
+def test_no_two_entries_are_correlated(z: Tensor) -> None:
+    one, other = torch.triu_indices(30, 30, offset=1)
+    assert_mean(z[:, one] * z[:, other], 0, errors=5.5)
+
+
+def test_what_differs_from_full_draws_is_the_fourth_moment(z: Tensor) -> None:
+    """3 + 6 / k, of a sum of k products of two normal numbers; 3 would be that of a normal number."""
+    assert_mean((z**4).mean(dim=1), 3 + 6 / DRAW_RANK, errors=5)
+    assert float((z**4).mean()) > 4
+
+
+def products(case: Case) -> Counter[str]:
+    """How often a forward and backward call each operator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        case.loss().backward()
+    case.model.zero_grad(set_to_none=True)
+    return Counter({event.key: event.count for event in profile.key_averages()})
+
+
+def test_a_perturbed_pass_has_no_matrix_product_more_than_plain_lora() -> None:
+    """A layer that draws nothing in its passes, reads W as plain LoRA does and only has a wider branch."""
+    case = unet_case()
+    flat = low_rank(case.model)
+    plain = products(case)
+    with flat.perturb(step=1):
+        ours = products(case)
+    for name in ("aten::mm", "aten::addmm", "aten::bmm"):
+        assert ours[name] == plain[name] > 0, name
+    assert not {"aten::normal_", "aten::randn"} & {name for name in ours if ours[name] > plain[name]}
+
+
+@pytest.mark.parametrize("adapter", [Adapter(), Adapter(dropout=0.2)], ids=["in the branch", "beside it"])
+def test_a_strength_that_changes_inside_perturb_leaves_eps_as_it_was(adapter: Adapter) -> None:
+    """diffusers scales LoRA layers within a forward that is given a `scale`; eps is no part of the LoRA."""
+    case = toy_case(adapter)
+    case.model.eval()
+    clean = copy.deepcopy(case.model)
+    flat = low_rank(case.model)
+    noise = all_noise(flat, step=1)
+    with flat.perturb(step=1):
+        for layer in lora_layers(case.model).values():
+            layer.scale_layer(0.5)
+        loss, found = loss_and_gradients(case)
+    for layer in lora_layers(clean).values():
+        layer.scale_layer(0.5)
+    expected_loss, expected = loss_and_gradients(case, add_to_base(clean, noise))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
+    assert distance(found, expected) < 1e-4
+
+
+def test_a_lora_of_strength_zero_is_still_perturbed() -> None:
+    case = toy_case()
+    for layer in lora_layers(case.model).values():
+        layer.set_scale("default", 0.0)
+    clean = copy.deepcopy(case.model)
+    flat = low_rank(case.model)
+    with torch.no_grad(), flat.perturb(step=1):
+        found = case.predict(case.model)
+    with torch.no_grad():
+        expected = case.predict(add_to_base(clean, all_noise(flat, step=1)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_ranks_and_strengths_leave_the_draw_as_it_is() -> None:
+    """Arms that differ in them are compared under alike noise: only the norms of W' differ."""
+    noises = []
+    for adapter in (Adapter(), Adapter(rank=2, alpha=1)):
+        model = toy_case(adapter).model
+        flat = low_rank(model)
+        noises.append({name: flat.noise(name, 1) / flat.filter_norms(name).view(-1, 1) for name in ("wide", "narrow")})
+    for name, noise in noises[0].items():
+        assert (noises[1][name] - noise).norm() < 2**-7 * noise.norm()
+
+
+def test_the_factors_of_all_layers_of_sdxl_fit_in_16_mb() -> None:
+    from flatlora_diffusion.adapter.lora import add_lora
+    from flatlora_diffusion.sdxl.shapes import weightless
+
+    unet = weightless(ModelConfig(pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0"), "unet")
+    add_lora(unet, AdapterConfig(), seed=0)
+    shapes = [layer.get_base_layer().weight.shape for layer in lora_layers(unet).values()]
+    assert len(shapes) == 560
+    assert 2 * DRAW_RANK * sum(map(sum, shapes)) < 16e6
