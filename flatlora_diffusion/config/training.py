@@ -60,7 +60,9 @@ class ModelConfig(Section):
         place="read",
         names_base=True,
     )
-    prediction_type: PredictionType | None = setting(None, "what the base predicts; default: what its scheduler says")
+    prediction_type: PredictionType | None = setting(
+        None, "what the base predicts; default: what its file or scheduler says"
+    )
     zero_terminal_snr: bool = setting(
         False, "rescale the betas so that the last timestep is pure noise; v-prediction only"
     )

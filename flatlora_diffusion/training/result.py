@@ -68,7 +68,10 @@ def _write_card(state: TrainState) -> None:
         run.add_event({"event": "image_change", "levels": change})
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
     facts = facts_of(state, state.total_steps)
-    write_model_card(run, state.config, pictures, facts.trigger, facts.family)
+    config = state.config
+    if facts.predicts_v:  # which others may not find out from the base themselves
+        config = config.replace(prediction_type="v_prediction", zero_terminal_snr=facts.zero_terminal_snr)
+    write_model_card(run, config, pictures, facts.trigger, facts.family)
     if pictures:  # web UIs show it with the file of its name
         with writing_whole(run.folder / f"{run.lora_name(state.config.run.output_name)}.png") as aside:
             shutil.copyfile(pictures[0][0], aside)

@@ -158,7 +158,7 @@ def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | 
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    known = "bilora_icons, demo, low_memory, paper, quality"
+    known = "bilora_icons, demo, illustrious, low_memory, paper, quality"
     with pytest.raises(ConfigError, match=f"--preset nope does not exist; there are: {known}"):
         parse_config(["--preset", "nope"])
 
