@@ -48,7 +48,7 @@ class ModelConfig(Section):
         names_base=True,
     )
     pretrained_vae_model_name_or_path: str | None = setting(
-        None, "another VAE, such as the fp16 fix: folder or hub id", place="model", names_base=True
+        None, "another VAE: folder or hub id; the fp16 fix is in fp16", place="model", names_base=True
     )
     revision: str | None = setting(None, "hub revision of the base", place="part", names_base=True)
     variant: str | None = setting(

@@ -13,6 +13,7 @@ import torch
 from flatlora_diffusion.config import OptimConfig, Quantization, TrainConfig
 from flatlora_diffusion.memory.rehearsal import Passes, Trained, rehearse_step, rehearse_vae, weight_count
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
+from flatlora_diffusion.sdxl.loading import vae_dtype
 from flatlora_diffusion.sdxl.shapes import part_settings, size_step, vae_factor
 
 GIB = 2**30
@@ -72,11 +73,13 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     passes = rehearse_step(trained, dtype, images, resolution, optim.gradient_checkpointing)
     # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
-    vae_passes = rehearse_vae(base, 1 if is_cached else images, resolution)
+    own = base.pretrained_vae_model_name_or_path is None
+    its_dtype = torch.float32 if own else vae_dtype(part_settings(base, "vae"), dtype)
+    vae_passes = rehearse_vae(base, its_dtype, 1 if is_cached else images, resolution)
 
     lora = 4 * sum(map(math.prod, passes.trained))
     text_encoders = dtype.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
-    vae = 4 * weight_count(base, "vae")
+    vae = its_dtype.itemsize * weight_count(base, "vae")
     step = MemoryEstimate(
         unet=_unet_bytes(passes, model.quantize_base, dtype.itemsize),
         text_encoders=0 if model.offload and not config.trains_text else text_encoders,

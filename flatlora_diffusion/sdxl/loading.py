@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from flatlora_diffusion.sdxl.variants import (
 logger = logging.getLogger(__name__)
 
 TINY = "tiny"
+TILE = 1024  # pixels
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -48,10 +50,28 @@ def base_path(name_or_path: str) -> str:
     return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
 
 
-def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The SDXL base on `device`, frozen and in eval mode: the VAE in fp32, all else in `dtype`, no watermark.
+def one_at_a_time(vae: AutoencoderKL) -> AutoencoderKL:
+    """`vae`, which from now on takes the images of a batch one by one; its tiles are as large as most images."""
+    vae.enable_slicing()
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae
 
-    Half-precision SDXL VAEs give black images, so theirs is not `dtype`. A quantized UNet keeps its own weights.
+
+def vae_dtype(settings: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """What a VAE of these `settings` that takes the place of the base's computes in, beside a base in `dtype`.
+
+    One that was mended for it says that it needs no upcast, and is in fp16 then: bf16 has too few digits for colours.
+    """
+    is_mended = not settings.get("force_upcast", True)
+    return torch.float16 if is_mended and dtype != torch.float32 else torch.float32
+
+
+def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """The SDXL base on `device`, frozen and in eval mode: its VAE in fp32, all else in `dtype`, no watermark.
+
+    In half precision SDXL's own VAE gives black images; one that is given and mended is in fp16. A quantized UNet
+    keeps its own weights.
     Raises ConfigError when there is no SDXL model, or when a setting does not fit the model, device or packages.
     """
     path = base_path(config.pretrained_model_name_or_path)
@@ -60,7 +80,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     quantization = None if config.quantize_base is None else _quantization(config.quantize_base, device, dtype)
     parts = {}
     if config.pretrained_vae_model_name_or_path is not None:
-        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, dtype)
     is_offline = _needs_hub(path, config) and not hub_is_reachable()  # then only what was downloaded before is used
     try:
         if is_single_file:
@@ -77,6 +97,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     logger.info("%s", description(variant, config, pipeline.scheduler))
     for doubt in doubts(variant, pipeline.scheduler):
         logger.warning("%s", doubt)
+    one_at_a_time(pipeline.vae)
     pipeline.to(device)
     for part in _modules(pipeline):
         part.requires_grad_(False)
@@ -177,16 +198,17 @@ def _hint(path: str, is_single_file: bool, config: ModelConfig, is_offline: bool
     return "" if Path(path).is_dir() else f"{unreachable}; and there is no such folder"
 
 
-def _load_vae(path: str) -> AutoencoderKL:
+def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
     try:
         is_offline = not Path(path).is_dir() and not hub_is_reachable()
-        return AutoencoderKL.from_pretrained(
+        vae = AutoencoderKL.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, local_files_only=is_offline
         )
     except _LOAD_ERRORS as error:
         raise ConfigError(
             f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {_first_line(error)}"
         ) from error
+    return vae.to(vae_dtype(vae.config, dtype))
 
 
 def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> None:

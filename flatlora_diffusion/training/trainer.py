@@ -22,6 +22,7 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
+from flatlora_diffusion.data.latents import latents_text, not_finite
 from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -278,7 +279,11 @@ def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
 
 
 def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
-    names = [sample.id for slot in slots for sample in state.feed.samples_at(step, slot)]
+    places = [(state.feed.samples_at(step, slot), state.feed.batch(step, slot).latents) for slot in slots]
+    spoiled = [name for samples, latents in places for name in not_finite(latents, samples)]
+    if spoiled:
+        return latents_text(spoiled)
+    names = [sample.id for samples, _ in places for sample in samples]
     advice = {
         "fp16": "go on with --mixed_precision bf16",
         "bf16": "go on with a lower --learning_rate",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
@@ -231,11 +232,32 @@ def drawn_weights(config: TrainConfig) -> int:
 
 def test_the_peak_of_encoding_is_that_of_the_real_vae(config: TrainConfig) -> None:
     vae = prepared(config).sdxl.vae
-    pixels = torch.rand(3, 3, 32, 32)
+    pixels = torch.rand(3, 3, 64, 64)
     peak = peak_of(lambda: encode_images(vae, pixels))
-    # The CPU's convolutions keep one more copy of their input, which is no tensor.
-    copy = 3 * 8 * 32 * 32 * 4
-    assert rehearse_vae(config.model, 3, 32).encode_peak == pytest.approx(peak - copy + pixels.nbytes, rel=0.1)
+    found = rehearse_vae(config.model, torch.float32, 3, 64).encode_peak
+    assert found == pytest.approx(peak + pixels.nbytes, rel=0.1)
+
+
+def test_neither_a_batch_nor_a_large_picture_lets_the_vae_need_more_than_an_image_of_1024_pixels() -> None:
+    model = ModelConfig(pretrained_model_name_or_path=SDXL)
+    one, four = (rehearse_vae(model, torch.float32, images, 1024) for images in (1, 4))
+    assert four.encode_peak < 1.05 * one.encode_peak
+    large = rehearse_vae(model, torch.float32, 1, 2048)
+    assert large.decode_peak < 1.2 * one.decode_peak
+    half = rehearse_vae(model, torch.float16, 1, 1024)
+    assert half.decode_peak < 0.6 * one.decode_peak
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_a_vae_that_is_mended_for_fp16_counts_half(config: TrainConfig, tmp_path: Path, is_mended: bool) -> None:
+    vae = AutoencoderKL.from_pretrained(Path(config.model.pretrained_model_name_or_path) / "vae")
+    vae.register_to_config(force_upcast=not is_mended)
+    vae.save_pretrained(tmp_path)
+    plain = config.replace(mixed_precision="bf16", validation_prompt="an icon")
+    other = estimate_memory(plain.replace(pretrained_vae_model_name_or_path=str(tmp_path)))
+    share = 0.5 if is_mended else 1
+    assert other.vae == share * estimate_memory(plain).vae
+    assert (other.previews < estimate_memory(plain).previews) == is_mended
 
 
 def test_each_advice_lowers_the_estimate_by_what_it_says_the_largest_first(config: TrainConfig) -> None:

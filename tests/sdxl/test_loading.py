@@ -19,7 +19,7 @@ from torch import Tensor
 from flatlora_diffusion.config import ConfigError, ModelConfig, ObjectiveConfig, TrainConfig
 from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
 from flatlora_diffusion.sdxl.objective import objective_of
-from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents, encode_images, load_sdxl
 from flatlora_diffusion.sdxl.single_file import save_single_file, unet_tensors
 from flatlora_diffusion.sdxl.variants import Header, Variant, variant_of
 from flatlora_diffusion.training.trainer import train
@@ -570,3 +570,66 @@ def test_what_a_name_alone_says_is_a_warning(folder: Path, tmp_path: Path, caplo
     caplog.clear()
     load(tmp_path / "noob-vpred-lightning", prediction_type="v_prediction")
     assert "its name says v-prediction" not in caplog.text
+
+
+def other_vae(base: Path, path: Path, is_mended: bool) -> str:
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.register_to_config(force_upcast=not is_mended)
+    vae.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("is_mended", "dtype", "expected"),
+    [
+        (True, torch.bfloat16, torch.float16),
+        (True, torch.float32, torch.float32),
+        (False, torch.float16, torch.float32),
+    ],
+)
+def test_a_given_vae_is_in_fp16_where_it_was_mended_for_it(
+    folder: Path, tmp_path: Path, is_mended: bool, dtype: torch.dtype, expected: torch.dtype
+) -> None:
+    path = other_vae(folder, tmp_path / "vae", is_mended)
+    settings = ModelConfig(pretrained_model_name_or_path=str(folder), pretrained_vae_model_name_or_path=path)
+    sdxl = load_sdxl(settings, CPU, dtype)
+    assert {parameter.dtype for parameter in sdxl.vae.parameters()} == {expected}
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = encode_images(sdxl.vae, pixels)
+    drawn = decode_latents(sdxl.vae, latents)
+    assert latents.dtype == drawn.dtype == torch.float32
+    exact = load(folder).vae
+    torch.testing.assert_close(drawn, decode_latents(exact, encode_images(exact, pixels)), rtol=0.02, atol=0.1)
+
+
+def test_the_vae_takes_images_one_by_one_and_none_depends_on_the_others(sdxl: Sdxl) -> None:
+    seen: list[int] = []
+    hooks = [part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))) for part in vae_parts(sdxl)]
+    pixels = torch.rand(3, 3, 32, 32) * 2 - 1
+    latents = encode_images(sdxl.vae, pixels)
+    drawn = decode_latents(sdxl.vae, latents)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [1] * 6
+    for index in range(3):
+        alone = encode_images(sdxl.vae, pixels[index : index + 1])
+        assert torch.equal(alone, latents[index : index + 1])
+        assert torch.equal(decode_latents(sdxl.vae, alone), drawn[index : index + 1])
+
+
+@pytest.mark.parametrize(("side", "largest"), [(1024, 1024), (1088, 1024)])
+def test_images_above_1024_pixels_are_decoded_in_tiles_and_encoded_whole(sdxl: Sdxl, side: int, largest: int) -> None:
+    encoder, decoder = vae_parts(sdxl)
+    seen: list[int] = []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1] * 4))
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, side, side, generator=rng) * 2 - 1
+    drawn = decode_latents(sdxl.vae, encode_images(sdxl.vae, pixels))
+    assert seen[0] == side
+    assert max(seen[1:]) == largest
+    assert drawn.shape == pixels.shape
+
+
+def vae_parts(sdxl: Sdxl) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return sdxl.vae.encoder, sdxl.vae.decoder
