@@ -15,8 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import GenerateConfig
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
+from flatlora_diffusion.sdxl.drawing import PARAMETERS, quoted
 
-PARAMETERS, SETTINGS = "parameters", "flatlora_diffusion"
+SETTINGS = "flatlora_diffusion"
 # A1111's names, as far as they are not just the class's.
 _SAMPLERS = {"EulerDiscrete": "Euler", "EulerAncestralDiscrete": "Euler a"}
 
@@ -73,10 +74,5 @@ def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, lo
     lines = [prompt + tags]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
+    lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
     return "\n".join(lines)
-
-
-def _quoted(value: str) -> str:
-    """As A1111 writes a value: in JSON's quotes when it holds what separates values."""
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value

@@ -7,6 +7,7 @@ events.jsonl      one JSON object per line, appended: the hashes of what it star
 checkpoint-N/     LoRA file and optimizer state after N steps
 images/           preview images
 NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
+NAME.comfyui.json, NAME.comfyui_api.json, NAME.parameters.txt  what draws NAME.png in ComfyUI and in A1111
 stop, save        files that ask a run to stop, or to save a checkpoint, after the step it is at
 """
 
@@ -39,7 +40,8 @@ _RUN_FILES = (
 )
 # What makes a folder a run: written first and moved away last, so that it is known for one whatever cuts that off.
 _IDENTITY = ("config.json", "manifest.json")
-_LORA_FILES = (".safetensors", ".json", ".png")
+COMFYUI, COMFYUI_API, A1111_TEXT = ".comfyui.json", ".comfyui_api.json", ".parameters.txt"
+BESIDE_LORA = (".json", ".png", COMFYUI, COMFYUI_API, A1111_TEXT)  # the endings of what stands with the LoRA's file
 # Stems that a run's other files have, and those that Windows keeps for devices.
 _TAKEN_NAMES = re.compile(r"config|manifest|state|pytorch_lora_weights.*|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 _LONGEST_NAME = 80
@@ -250,7 +252,11 @@ class RunDir:
             earlier = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
             names = {self.lora_name(values.get("output_name")) for values in (config, earlier)}
             names.add(file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
-        files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES), *_IDENTITY]
+        files = [
+            *_RUN_FILES,
+            *sorted(name + ending for name in names for ending in (".safetensors", *BESIDE_LORA)),
+            *_IDENTITY,
+        ]
         return self.checkpoints() + [self.folder / name for name in files if (self.folder / name).exists()]
 
     def _move_aside(self, paths: list[Path]) -> None:
