@@ -24,7 +24,7 @@ from typing import Any
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, settings_that
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
-from flatlora_diffusion.ground.whole_files import remove_half_written, write_json
+from flatlora_diffusion.ground.whole_files import is_of, remove_half_written, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
 EMBEDDINGS_FILE = "pytorch_lora_weights_emb.safetensors"  # those of new tokens
@@ -98,10 +98,12 @@ class RunDir:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Raises RunError in place of an OSError, which while this is open can only be the run folder's."""
+        """Raises RunError in place of an OSError of the run folder."""
         try:
             yield
         except OSError as error:
+            if not is_of(error, self.folder):
+                raise
             raise RunError(f"the run folder cannot be written: {error.strerror or error}") from error
 
     def forget_after(self, step: int) -> None:

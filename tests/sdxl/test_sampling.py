@@ -480,6 +480,12 @@ def test_wrong_input_is_named_before_anything_is_drawn(base: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_is_named_before_the_base_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir='.*out' cannot be written: .+; give another folder"):
+        generate(config(tmp_path / "no-base", tmp_path / "file" / "out", prompts=("a fox",)))
+
+
 def test_long_labels_stay_in_their_place() -> None:
     font = ImageFont.load_default(16)
     text = wrapped("two words and one_that_is_much_longer_than_a_line_can_be", font, 90)
