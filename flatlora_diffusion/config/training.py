@@ -331,7 +331,18 @@ class OptimConfig(Section):
         is_settled=True,
         is_shared=True,
     )
+    base_dtype: Literal["fp32"] | None = setting(
+        None,
+        "precision of the frozen base's weights; default: that of --mixed_precision. fp32 adds eps before they are "
+        "rounded to it, at twice their memory",
+        is_shared=True,
+    )
     deterministic: bool = setting(False, "only deterministic kernels: repeatable on a GPU too, slower")
+
+    @property
+    def precision_of_base(self) -> str:
+        """That of the frozen weights; `no` where neither setting says it."""
+        return self.base_dtype or self.mixed_precision or "no"
 
 
 @dataclass(frozen=True)
@@ -449,6 +460,10 @@ class TrainConfig:
             (
                 self.model.zero_terminal_snr and objective.do_edm_style_training,
                 "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
+            ),
+            (
+                self.optim.base_dtype is not None and self.model.quantize_base is not None,
+                "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
             ),
             (
                 data.cache_text_embeddings and self.trains_text,

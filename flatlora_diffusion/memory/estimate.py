@@ -68,20 +68,21 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     model, data, optim = config.model, config.data, config.optim
     base = dataclasses.replace(model, offload=False, quantize_base=None)  # the rest decides on the shapes
     dtype, resolution = DTYPES[optim.mixed_precision or "no"], _resolution(config)
+    of_base = DTYPES[optim.precision_of_base]
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
     trained = Trained(base, config.adapter, _new_tokens(config))
-    passes = rehearse_step(trained, dtype, images, resolution, optim.gradient_checkpointing)
+    passes = rehearse_step(trained, dtype, of_base, images, resolution, optim.gradient_checkpointing)
     # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
     own = base.pretrained_vae_model_name_or_path is None
-    its_dtype = torch.float32 if own else vae_dtype(part_settings(base, "vae"), dtype)
+    its_dtype = torch.float32 if own else vae_dtype(part_settings(base, "vae"), of_base)
     vae_passes = rehearse_vae(base, its_dtype, 1 if is_cached else images, resolution)
 
     lora = 4 * sum(map(math.prod, passes.trained))
-    text_encoders = dtype.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
+    text_encoders = of_base.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
     vae = its_dtype.itemsize * weight_count(base, "vae")
     step = MemoryEstimate(
-        unet=_unet_bytes(passes, model.quantize_base, dtype.itemsize),
+        unet=_unet_bytes(passes, model.quantize_base, of_base.itemsize),
         text_encoders=0 if model.offload and not config.trains_text else text_encoders,
         vae=0 if model.offload and is_cached else vae,
         lora=lora,
@@ -151,6 +152,8 @@ def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--gradient_checkpointing", {"gradient_checkpointing": True}
     if optim.mixed_precision in (None, "no"):
         yield "--mixed_precision bf16", {"mixed_precision": "bf16"}
+    if optim.base_dtype is not None:
+        yield "no --base_dtype", {"base_dtype": None}
     if optim.train_batch_size > 1:
         steps = optim.train_batch_size * optim.gradient_accumulation_steps
         changes = {"train_batch_size": 1, "gradient_accumulation_steps": steps}
@@ -159,7 +162,7 @@ def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--cache_latents --offload", {"cache_latents": True, "offload": True}
     if optim.optimizer == "adamw" and not optim.use_8bit_adam:
         yield "--use_8bit_adam", {"use_8bit_adam": True}
-    if model.quantize_base is None:
+    if model.quantize_base is None and optim.base_dtype is None:
         yield from ((f"--quantize_base {kind}", {"quantize_base": kind}) for kind in ("nf4", "int8"))
     yield from _less_training(config)
 

@@ -64,13 +64,17 @@ class VaePasses:
 
 
 @lru_cache(maxsize=64)
-def rehearse_step(trained: Trained, dtype: torch.dtype, images: int, resolution: int, checkpointing: bool) -> Passes:
-    """Forward and backward of `images` square images of `resolution` pixels, the base in `dtype`, the LoRA in fp32.
+def rehearse_step(
+    trained: Trained, dtype: torch.dtype, of_base: torch.dtype, images: int, resolution: int, checkpointing: bool
+) -> Passes:
+    """Forward and backward in `dtype` of `images` square images of `resolution` pixels.
+
+    The base's weights are in `of_base`, the LoRA's in fp32.
 
     Raises ConfigError when the LoRA's settings name no layer.
     """
     model = _trained_model(trained)
-    _set_dtype(model, dtype)
+    _set_dtype(model, of_base)
     _set_checkpointing(model, checkpointing, dtype)
     parameters = trainable_parameters(model)
     gradients = [torch.empty_like(parameter) for parameter in parameters.values()]

@@ -356,6 +356,15 @@ def test_the_lora_of_sdxl_has_the_parameters_that_its_layers_ask_for(sdxl_config
     assert estimate_memory(sdxl_config).lora == 4 * 16 * per_rank
 
 
+def test_a_base_in_fp32_needs_twice_the_memory_and_leaving_it_out_is_advised(sdxl_config: TrainConfig) -> None:
+    whole = sdxl_config.replace(base_dtype="fp32")
+    half, full = estimate_memory(sdxl_config), estimate_memory(whole)
+    assert (full.unet, full.text_encoders) == (2 * half.unet, 2 * half.text_encoders)
+    assert full.lora == half.lora
+    assert full.activations > half.activations, "the weights as they are rounded for each product"
+    assert any(line.startswith("no --base_dtype saves ") for line in memory_advice(whole, full, half.total))
+
+
 def test_a_quantized_base_is_smaller(sdxl_config: TrainConfig) -> None:
     whole, int8, nf4 = (estimate_memory(sdxl_config.replace(quantize_base=kind)) for kind in (None, "int8", "nf4"))
     assert whole.unet > int8.unet > nf4.unet > whole.unet / 4
