@@ -116,6 +116,19 @@ def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution
 
 
 @lru_cache(maxsize=64)
+def rehearse_drawing(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> int:
+    """The bytes that a step of drawing `images` images holds at its peak, beside the UNet's weights in `dtype`.
+
+    Each image is in it twice, with its prompt and without.
+    """
+    unet = _Conditioned(weightless(model, "unet").to(dtype))
+    inputs = _inputs(Trained(model, AdapterConfig()), 2 * images, resolution // vae_factor(model), dtype)
+    with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes([*unet.parameters(), *inputs]) as bytes_held:
+        unet(*inputs)
+    return bytes_held.peak + sum(tensor.nbytes for tensor in inputs)
+
+
+@lru_cache(maxsize=64)
 def weight_count(model: ModelConfig, part: str) -> int:
     """The number of weights of one of the base's four models."""
     return sum(parameter.numel() for parameter in weightless(model, part).parameters())

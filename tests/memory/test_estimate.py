@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from flatlora_diffusion.memory.estimate import (
     out_of_memory_text,
     preflight_lines,
 )
-from flatlora_diffusion.memory.rehearsal import rehearse_vae, weight_count
+from flatlora_diffusion.memory.rehearsal import rehearse_drawing, rehearse_vae, weight_count
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
-from flatlora_diffusion.sdxl.pipeline import encode_images
+from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_images
 from flatlora_diffusion.sdxl.shapes import part_settings
 from flatlora_diffusion.training.state import TrainState, prepare
 
@@ -195,7 +196,7 @@ def test_more_images_and_more_pixels_need_more(config: TrainConfig) -> None:
             assert counts[0] < counts[1] < counts[2], (name, part)
     prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
     both = estimate_memory(config.replace(train_batch_size=2, **prior))
-    assert both == estimate_memory(config.replace(train_batch_size=4))
+    assert replace(both, class_images=0) == estimate_memory(config.replace(train_batch_size=4))
 
 
 def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainConfig) -> None:
@@ -223,6 +224,32 @@ def test_class_images_of_many_sizes_keep_the_vae_on_the_device(config: TrainConf
 def test_previews_count_only_when_they_are_made(config: TrainConfig) -> None:
     assert estimate_memory(config).previews == 0
     assert estimate_memory(config.replace(validation_prompt="an icon")).previews > drawn_weights(config)
+
+
+def test_class_images_count_when_they_are_drawn_and_fewer_at_once_is_advised(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    prior = {"with_prior_preservation": True, "class_prompt": "an icon", "class_data_dir": str(tmp_path / "none")}
+    config = config.replace(**prior, sample_batch_size=256, num_class_images=3)
+    assert estimate_memory(config.replace(with_prior_preservation=False)).class_images == 0
+    assert estimate_memory(config.replace(class_data_dir=str(icons))).class_images == 0, "there are enough"
+    estimate = estimate_memory(config)
+    fewer = estimate_memory(config.replace(sample_batch_size=1))
+    assert estimate.total == estimate.class_images > fewer.class_images > 0
+    assert estimate_memory(config.replace(offload=True)).class_images < estimate.class_images, "one model at a time"
+    advice = memory_advice(config, estimate, estimate.total - 1)
+    assert any(line.startswith("--sample_batch_size 1 saves ") for line in advice)
+
+
+def test_the_peak_of_drawing_is_that_of_the_real_unet(config: TrainConfig, sdxl: Sdxl) -> None:
+    images, resolution = 4, 64
+    added = {"text_embeds": torch.zeros(2 * images, 24), "time_ids": torch.zeros(2 * images, 6)}
+    sample, prompts = torch.zeros(2 * images, 4, 16, 16), torch.zeros(2 * images, 77, 40)
+    with torch.no_grad():
+        peak = peak_of(lambda: sdxl.unet(sample, torch.tensor(3), prompts, added_cond_kwargs=added))
+    found = rehearse_drawing(config.model, torch.float32, images, resolution)
+    given = sum(tensor.nbytes for tensor in (sample, prompts, *added.values()))
+    assert found == pytest.approx(peak + given, rel=0.25)
 
 
 def drawn_weights(config: TrainConfig) -> int:
