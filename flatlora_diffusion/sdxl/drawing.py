@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
 
 PARAMETERS = "parameters"
+NOISE_FROM = "CPU"  # whose generator, in A1111's word
 # ComfyUI's and A1111's names of what diffusers has.
 _SAMPLERS = {
     "EulerDiscreteScheduler": ("euler", "Euler"),
@@ -98,7 +99,7 @@ def base_there(name: str | None) -> str:
 
 def parameters_text(drawing: Drawing) -> str:
     """A1111's text, which its page `PNG Info` and many other tools read."""
-    prompt = _escaped(drawing.prompt, "()[]")
+    prompt = a1111_prompt(drawing.prompt)
     values: dict[str, Any] = {
         "Steps": drawing.steps,
         "Sampler": drawing.sampler[1],
@@ -107,16 +108,26 @@ def parameters_text(drawing: Drawing) -> str:
         "Seed": drawing.seed,
         "Size": f"{drawing.size}x{drawing.size}",
         "Model": drawing.base,
-        "RNG": "CPU",
+        "RNG": NOISE_FROM,
     }
     if drawing.lora is not None:
         prompt += f" <lora:{drawing.lora}:{drawing.strength:g}>"
     values["Version"] = f"{PROGRAM} {__version__}"
     lines = [prompt]
     if drawing.negative_prompt:
-        lines.append(f"Negative prompt: {_escaped(drawing.negative_prompt, '()[]')}")
+        lines.append(f"Negative prompt: {a1111_prompt(drawing.negative_prompt)}")
     lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
     return "\n".join(lines)
+
+
+def a1111_prompt(prompt: str) -> str:
+    """`prompt`, plain text here, as A1111 takes it: with a backslash before what it would read as a weight."""
+    return _escaped(prompt, "()[]")
+
+
+def a1111_sampler(kind: str) -> str:
+    """A1111's name of a scheduler class of diffusers; the class's own where it has none."""
+    return _SAMPLERS[kind][1] if kind in _SAMPLERS else kind.removesuffix("Scheduler")
 
 
 def quoted(value: str) -> str:
