@@ -90,7 +90,7 @@ def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], material: Ma
     folder = Path(config.run.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = dataclasses.replace(config.model, quantize_base=None, offload=False)
-    sdxl = load_sdxl(model, device, DTYPES[config.optim.mixed_precision or "no"])
+    sdxl = load_sdxl(model, device, DTYPES[config.optim.precision_of_base])
     resolution = config.data.resolution or sdxl.resolution
     background = config.data.background_color
     identity = _identity(config)
@@ -128,7 +128,7 @@ def _scoring_models(own: CompareConfig) -> ScoringModels:
 
 def _identity(config: TrainConfig) -> str:
     """A short hash of how the base is loaded and what it is asked to predict."""
-    settings = [asdict(config.model), asdict(config.objective), config.optim.mixed_precision]
+    settings = [asdict(config.model), asdict(config.objective), config.optim.precision_of_base]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 

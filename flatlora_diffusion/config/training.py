@@ -49,7 +49,7 @@ class ModelConfig(Section):
         names_base=True,
     )
     pretrained_vae_model_name_or_path: str | None = setting(
-        None, "another VAE, such as the fp16 fix: folder or hub id", place="model", names_base=True
+        None, "another VAE: folder or hub id; the fp16 fix is in fp16", place="model", names_base=True
     )
     revision: str | None = setting(None, "hub revision of the base", place="part", names_base=True)
     variant: str | None = setting(
@@ -61,7 +61,9 @@ class ModelConfig(Section):
         place="read",
         names_base=True,
     )
-    prediction_type: PredictionType | None = setting(None, "what the base predicts; default: what its scheduler says")
+    prediction_type: PredictionType | None = setting(
+        None, "what the base predicts; default: what its file or scheduler says"
+    )
     zero_terminal_snr: bool = setting(
         False, "rescale the betas so that the last timestep is pure noise; v-prediction only"
     )
@@ -339,7 +341,18 @@ class OptimConfig(Section):
         is_settled=True,
         is_shared=True,
     )
+    base_dtype: Literal["fp32"] | None = setting(
+        None,
+        "precision of the frozen base's weights; default: that of --mixed_precision. fp32 adds eps before they are "
+        "rounded to it, at twice their memory",
+        is_shared=True,
+    )
     deterministic: bool = setting(False, "only deterministic kernels: repeatable on a GPU too, slower")
+
+    @property
+    def precision_of_base(self) -> str:
+        """That of the frozen weights; `no` where neither setting says it."""
+        return self.base_dtype or self.mixed_precision or "no"
 
 
 @dataclass(frozen=True)
@@ -457,6 +470,10 @@ class TrainConfig:
             (
                 self.model.zero_terminal_snr and objective.do_edm_style_training,
                 "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
+            ),
+            (
+                self.optim.base_dtype is not None and self.model.quantize_base is not None,
+                "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
             ),
             (
                 data.cache_text_embeddings and self.trains_text,

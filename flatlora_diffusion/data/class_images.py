@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.ground.whole_files import writing_into, writing_whole
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
-from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,15 @@ def load_class_samples(config: TrainConfig) -> list[Sample]:
     return load_samples(folder, data.class_prompt).samples[: data.num_class_images]
 
 
+def _placed(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
+    """The base that draws on `device`; with --offload each of its models is there only while it works."""
+    one_by_one = model.is_unet_last and device.type != "cpu"
+    sdxl = load_sdxl(model, torch.device("cpu") if one_by_one else device, dtype)
+    if one_by_one:
+        sdxl.pipeline.enable_model_cpu_offload(device=device)
+    return sdxl
+
+
 def _generate(config: TrainConfig, folder: Path, present: int, device: torch.device) -> None:
     """Fill `folder` up to the number wanted; the seed of each image is a function of (seed, its number)."""
     data, seed = config.data, config.run.seed
@@ -45,7 +54,7 @@ def _generate(config: TrainConfig, folder: Path, present: int, device: torch.dev
     logger.info("generating %d class images into %s", len(wanted), folder)
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = default if data.prior_generation_precision is None else DTYPES[data.prior_generation_precision]
-    sdxl = load_sdxl(config.model, device, dtype)
+    sdxl = _placed(config.model, device, dtype)
     size = data.resolution or sdxl.resolution
     for start in tqdm(range(0, len(wanted), data.sample_batch_size), desc="class images"):
         numbers = wanted[start : start + data.sample_batch_size]

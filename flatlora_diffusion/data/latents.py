@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
+from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.crops import View, mirrored_view
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.framing import Framing
@@ -57,6 +58,27 @@ def encoded_latents(
     return LatentCache(posteriors)
 
 
+def not_finite(latents: Tensor, samples: Sequence[Sample]) -> list[str]:
+    """The names of the images whose latents, (B, 4, h, w), are not finite."""
+    bad = (~latents.isfinite()).flatten(1).any(dim=1).tolist()
+    return [sample.id for sample, is_bad in zip(samples, bad, strict=True) if is_bad]
+
+
+def check_latents(latents: Tensor, samples: Sequence[Sample]) -> None:
+    """Raises RunError that names the images whose latents are not finite."""
+    names = not_finite(latents, samples)
+    if names:
+        raise RunError(latents_text(names))
+
+
+def latents_text(names: Sequence[str]) -> str:
+    return (
+        f"the VAE's latents of these images are not finite: {', '.join(names)}; look whether the VAE's file is whole, "
+        "or give another one with --pretrained_vae_model_name_or_path"
+    )
+
+
 def _encoded(vae: AutoencoderKL, framing: Framing, sample: Sample, view: View) -> dict[str, Tensor]:
     mean, std = posterior(vae, framing.pixels(sample, view)[None].to(vae.device))
+    check_latents(mean + std, [sample])
     return {"mean": mean, "std": std}

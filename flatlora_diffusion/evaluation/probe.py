@@ -13,6 +13,7 @@ from torch import Tensor
 from flatlora_diffusion.data.crops import choose_view, pixels_of, view_image
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.images import load_image
+from flatlora_diffusion.data.latents import check_latents
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.sdxl.objective import Batch, Objective, sample_losses
@@ -43,6 +44,7 @@ def fixed_probe(
     pixels, sizes, crops = zip(*centred, strict=True)
     together = _at_once(16, resolution**2, _PIXELS)
     latents = torch.cat([encode_images(sdxl.vae, part.to(device)) for part in torch.stack(pixels).split(together)])
+    check_latents(latents, samples)
     prompt_embeds, pooled = encode_prompts(sdxl, [sample.caption for sample in samples])
     batch = Batch(latents, prompt_embeds, pooled, add_time_ids(sizes, crops, (resolution, resolution), device))
     rng = generator("cpu", seed, "probe")

@@ -33,7 +33,7 @@ from flatlora_diffusion.flatness.surface import axis
 from flatlora_diffusion.flatness.tables import markdown_tables
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import write_text
+from flatlora_diffusion.ground.whole_files import check_writable, write_text
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
@@ -50,7 +50,8 @@ def flatness(config: FlatnessConfig) -> Path:
     Text encoders and new tokens of a run only read the captions: W' is the UNet's, in fp32. Raises ConfigError for
     wrong input, before anything is measured.
     """
-    runs = read_runs(config.runs)
+    runs, folder = read_runs(config.runs), Path(config.output_dir)
+    check_writable(folder, "output_dir")
     first = _where_it_is(runs[0].config, config)
     images = _images(runs[0], first, config)
     model = dataclasses.replace(first.model, quantize_base=None, offload=False)
@@ -61,7 +62,6 @@ def flatness(config: FlatnessConfig) -> Path:
     base = base_weights(sdxl.unet, names)
     objective = unweighted(objective_of(first.objective, sdxl.scheduler))
     figures = [measure_flatness(sdxl.unet, objective, base, model, config, others) for model in models]
-    folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
     _write(folder, config, figures, facts)

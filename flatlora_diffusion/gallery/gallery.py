@@ -28,7 +28,7 @@ from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, grid_text, image_text
 from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.ground.whole_files import check_writable, writing_whole
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
@@ -82,6 +82,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     prompts = _prompts(config)
     rows = _rows(config)
     columns = [PromptColumn(place, prompt, seed) for place, prompt in enumerate(prompts, 1) for seed in config.seeds]
+    check_writable(Path(config.output_dir), "output_dir")
     sdxl, config = _load(config)
     for files in {row.files: None for row in rows}:  # one that does not fit is found here, not after all the others
         with loaded(sdxl.pipeline, files):

@@ -15,10 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import GenerateConfig
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
+from flatlora_diffusion.sdxl.drawing import NOISE_FROM, PARAMETERS, a1111_prompt, a1111_sampler, quoted
 
-PARAMETERS, SETTINGS = "parameters", "flatlora_diffusion"
-# A1111's names, as far as they are not just the class's.
-_SAMPLERS = {"EulerDiscrete": "Euler", "EulerAncestralDiscrete": "Euler a"}
+SETTINGS = "flatlora_diffusion"
 
 
 @dataclass(frozen=True)
@@ -57,26 +56,21 @@ def bare_name(name_or_path: str) -> str:
 
 def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, loras: Sequence[UsedLora]) -> str:
     tags = "".join(f" <lora:{lora.name}:{lora.strength:g}>" for lora in loras)
-    kind = sampler.removesuffix("Scheduler")
     base = Path(bare_name(config.model.pretrained_model_name_or_path)).name.removesuffix(".safetensors")
     values: dict[str, Any] = {
         "Steps": config.num_inference_steps,
-        "Sampler": _SAMPLERS.get(kind, kind),
+        "Sampler": a1111_sampler(sampler),
         "CFG scale": config.guidance_scale,
         "Seed": seed,
         "Size": f"{config.resolution}x{config.resolution}",
         "Model": base,
+        "RNG": NOISE_FROM,
     }
     if loras:
         values["Lora"] = ", ".join(f"{lora.name}: {lora.strength:g}" for lora in loras)
     values["Version"] = f"{PROGRAM} {__version__}"
-    lines = [prompt + tags]
+    lines = [a1111_prompt(prompt) + tags]
     if config.negative_prompt:
-        lines.append(f"Negative prompt: {config.negative_prompt}")
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
+        lines.append(f"Negative prompt: {a1111_prompt(config.negative_prompt)}")
+    lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
     return "\n".join(lines)
-
-
-def _quoted(value: str) -> str:
-    """As A1111 writes a value: in JSON's quotes when it holds what separates values."""
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value

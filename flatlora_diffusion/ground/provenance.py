@@ -12,19 +12,21 @@ _SAMPLED = 64  # values of each weight that the base's fingerprint reads
 
 
 class DrawHash:
-    """The hash of what one optimizer step saw: images, crops and posterior samples (as latents), noise, timesteps."""
+    """The hash of what one optimizer step saw: images, crops and posterior samples (as latents), noise, timesteps.
+
+    They are read when the step is over: reading waits for the device, which each micro-batch would otherwise do.
+    """
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._drawn: list[Tensor] = []
 
     def add(self, *drawn: Tensor) -> None:
         """Add what one micro-batch drew."""
-        for tensor in drawn:
-            self._hash.update(_bytes(tensor))
+        self._drawn += drawn
 
     def hexdigest(self) -> str:
         """The first 16 hex digits: enough to tell steps apart, short in a log."""
-        return self._hash.hexdigest()[:16]
+        return tensors_sha256(self._drawn)[:16]
 
 
 def tensors_sha256(tensors: Iterable[Tensor]) -> str:

@@ -7,6 +7,7 @@ events.jsonl      one JSON object per line, appended: the hashes of what it star
 checkpoint-N/     LoRA file and optimizer state after N steps
 images/           preview images
 NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
+NAME.comfyui.json, NAME.comfyui_api.json, NAME.parameters.txt  what draws NAME.png in ComfyUI and in A1111
 stop, save        files that ask a run to stop, or to save a checkpoint, after the step it is at
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, settings_that
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
-from flatlora_diffusion.ground.whole_files import remove_half_written, write_json
+from flatlora_diffusion.ground.whole_files import is_of, remove_half_written, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
 EMBEDDINGS_FILE = "pytorch_lora_weights_emb.safetensors"  # those of new tokens
@@ -39,7 +40,8 @@ _RUN_FILES = (
 )
 # What makes a folder a run: written first and moved away last, so that it is known for one whatever cuts that off.
 _IDENTITY = ("config.json", "manifest.json")
-_LORA_FILES = (".safetensors", ".json", ".png")
+COMFYUI, COMFYUI_API, A1111_TEXT = ".comfyui.json", ".comfyui_api.json", ".parameters.txt"
+BESIDE_LORA = (".json", ".png", COMFYUI, COMFYUI_API, A1111_TEXT)  # the endings of what stands with the LoRA's file
 # Stems that a run's other files have, and those that Windows keeps for devices.
 _TAKEN_NAMES = re.compile(r"config|manifest|state|pytorch_lora_weights.*|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 _LONGEST_NAME = 80
@@ -96,10 +98,12 @@ class RunDir:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Raises RunError in place of an OSError, which while this is open can only be the run folder's."""
+        """Raises RunError in place of an OSError of the run folder."""
         try:
             yield
         except OSError as error:
+            if not is_of(error, self.folder):
+                raise
             raise RunError(f"the run folder cannot be written: {error.strerror or error}") from error
 
     def forget_after(self, step: int) -> None:
@@ -250,7 +254,11 @@ class RunDir:
             earlier = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
             names = {self.lora_name(values.get("output_name")) for values in (config, earlier)}
             names.add(file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
-        files = [*_RUN_FILES, *sorted(name + ending for name in names for ending in _LORA_FILES), *_IDENTITY]
+        files = [
+            *_RUN_FILES,
+            *sorted(name + ending for name in names for ending in (".safetensors", *BESIDE_LORA)),
+            *_IDENTITY,
+        ]
         return self.checkpoints() + [self.folder / name for name in files if (self.folder / name).exists()]
 
     def _move_aside(self, paths: list[Path]) -> None:

@@ -69,14 +69,47 @@ def remove_half_written(folder: Path, seconds: float = 0.0) -> None:
 
 @contextmanager
 def writing_into(folder: Path, setting: str) -> Iterator[None]:
-    """Raises ConfigError in place of an OSError, which while this is open can only be that of `folder`, the value of
-    `setting`.
-    """
+    """Raises ConfigError in place of an OSError of `folder`, the value of `setting`."""
     try:
         yield
     except OSError as error:
+        if not is_of(error, folder):
+            raise
         reason = error.strerror or error
         raise ConfigError(f"{setting}={str(folder)!r} cannot be written: {reason}; give another folder") from error
+
+
+def is_of(error: OSError, folder: Path) -> bool:
+    """Whether the error is of a file in `folder`, as far as it says; a connection's is an OSError, too."""
+    if isinstance(error, ConnectionError | TimeoutError) or (error.errno is None and type(error) is not OSError):
+        return False
+    file = error.filename
+    return (
+        not isinstance(file, str) or Path(file).absolute().is_relative_to(folder.absolute()) or _is_above(file, folder)
+    )
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises ConfigError, before anything that takes long, if no file can be made in `folder`, the value of `setting`.
+
+    Leaves nothing there, and no folder that was not there.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        with writing_into(folder, setting):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe.{os.getpid()}.part"
+            probe.touch()
+            probe.unlink()
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _is_above(file: str, folder: Path) -> bool:
+    """Whether it is a parent of `folder`, which has to be made or opened for it."""
+    return folder.absolute().is_relative_to(Path(file).absolute())
 
 
 def _as_system_error(error: SafetensorError) -> OSError:

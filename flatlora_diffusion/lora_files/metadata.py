@@ -27,6 +27,7 @@ _STALE = re.compile(
 # Neither an address such as https://... nor a tag such as </b> is one.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
 _LEGACY_START, LEGACY_END = 0x100000, 0x110000
+SDXL_CLIP_SKIP = 2  # others count from the last layer, which is 1; SDXL's own choice is the one before
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Training:
     class_images: int
     trigger: str
     predicts_v: bool
+    zero_terminal_snr: bool
 
 
 def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: datetime) -> dict[str, str]:
@@ -71,12 +73,14 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_max_grad_norm": optim.max_grad_norm,
         "ss_mixed_precision": optim.mixed_precision,
         "ss_seed": config.run.seed,
-        "ss_clip_skip": config.model.clip_skip,
+        "ss_clip_skip": SDXL_CLIP_SKIP + (config.model.clip_skip or 0),
         "ss_num_train_images": training.images * data.repeats,
         "ss_num_reg_images": training.class_images,
         "ss_prior_loss_weight": objective.prior_loss_weight if data.with_prior_preservation else None,
         "ss_min_snr_gamma": objective.snr_gamma,
         "ss_noise_offset": objective.noise_offset,
+        "ss_v_parameterization": training.predicts_v,
+        "ss_zero_terminal_snr": training.zero_terminal_snr,
         "ss_training_started_at": run.manifest_file.stat().st_mtime,  # it is written once, at the start
         "ss_training_finished_at": now.timestamp(),
         "ss_training_comment": said,

@@ -21,6 +21,7 @@ from flatlora_diffusion.adapter.update import (
 )
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.ground.files import contents_of, save_stream
+from flatlora_diffusion.ground.run_dir import BESIDE_LORA
 from flatlora_diffusion.lora_files.kohya import kohya_name
 from flatlora_diffusion.lora_files.metadata import LEGACY_END, with_contents
 
@@ -111,7 +112,7 @@ def make_room(path: Path) -> None:
     """Give files of the names to be written another name unless this program wrote them."""
     if _is_ours(path):
         return
-    for taken in (path, path.with_suffix(".json"), path.with_suffix(".png")):
+    for taken in (path, *(path.with_name(path.stem + ending) for ending in BESIDE_LORA)):
         if taken.exists():
             number = 1
             while (other := taken.with_name(f"{taken.stem}-earlier-{number}{taken.suffix}")).exists():

@@ -6,14 +6,24 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from flatlora_diffusion.config import OptimConfig, PerturbConfig, Quantization, TrainConfig
-from flatlora_diffusion.memory.rehearsal import Passes, Trained, rehearse_step, rehearse_vae, weight_count
+from flatlora_diffusion.config import ModelConfig, OptimConfig, PerturbConfig, Quantization, TrainConfig
+from flatlora_diffusion.data.images import find_images
+from flatlora_diffusion.memory.rehearsal import (
+    Passes,
+    Trained,
+    rehearse_drawing,
+    rehearse_step,
+    rehearse_vae,
+    weight_count,
+)
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
+from flatlora_diffusion.sdxl.loading import vae_dtype
 from flatlora_diffusion.sdxl.shapes import part_settings, size_step, vae_factor
 
 GIB = 2**30
@@ -21,17 +31,19 @@ CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with the kernels and workspaces
 
 # Bytes per weight and per row: bitsandbytes' nf4 has an fp32 scale for 64 weights, the int8 kinds one for each row.
 _QUANTIZED: dict[Quantization, tuple[float, int]] = {"nf4": (0.5625, 0), "int8": (1, 4), "torchao-int8": (1, 4)}
+_MOMENTS = ("encoding", "previews", "class_images")
 _8BIT_FROM, _8BIT_BLOCK = 4096, 256  # bitsandbytes: smaller tensors have fp32 state; an fp32 scale per block
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device. The first fields are parts of a training step; the last two are whole moments beside it.
+    """Bytes on the device. The first fields are parts of a training step; the last three are whole moments beside it.
 
     activations: what backward needs, all held when forward ends. temporary: what backward holds at its peak beyond
     that, with gradient checkpointing the recomputed block. perturbation: Flat-LoRA's norms and its largest eps, or
     the factors of all eps.
-    encoding, previews: all that is held while images are encoded or preview images decoded; 0 if that never happens.
+    encoding, previews, class_images: all that is held while images are encoded, and while previews or class images
+    are drawn; 0 if that never happens.
     The allocator's gaps are not counted: leave it a tenth.
     """
 
@@ -48,16 +60,17 @@ class MemoryEstimate:
     context: int
     encoding: int = 0
     previews: int = 0
+    class_images: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
         """The parts of a training step by name."""
-        return {name: value for name, value in vars(self).items() if name not in ("encoding", "previews")}
+        return {name: value for name, value in vars(self).items() if name not in _MOMENTS}
 
     @property
     def total(self) -> int:
         """The peak of the whole run."""
-        return max(sum(self.parts.values()), self.encoding, self.previews)
+        return max(sum(self.parts.values()), *(getattr(self, name) for name in _MOMENTS))
 
 
 def estimate_memory(config: TrainConfig) -> MemoryEstimate:
@@ -69,18 +82,20 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     model, data, optim = config.model, config.data, config.optim
     base = dataclasses.replace(model, offload=False, quantize_base=None)  # the rest decides on the shapes
     dtype, resolution = DTYPES[optim.mixed_precision or "no"], _resolution(config)
+    of_base = DTYPES[optim.precision_of_base]
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
     trained = Trained(base, config.adapter, _new_tokens(config))
-    passes = rehearse_step(trained, dtype, images, resolution, optim.gradient_checkpointing)
+    passes = rehearse_step(trained, dtype, of_base, images, resolution, optim.gradient_checkpointing)
     # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
-    vae_passes = rehearse_vae(base, 1 if is_cached else images, resolution)
+    its_dtype = _vae_dtype(base, of_base)
+    vae_passes = rehearse_vae(base, its_dtype, 1 if is_cached else images, resolution)
 
     lora = 4 * sum(map(math.prod, passes.trained))
-    text_encoders = dtype.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
-    vae = 4 * weight_count(base, "vae")
+    text_encoders = of_base.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
+    vae = its_dtype.itemsize * weight_count(base, "vae")
     step = MemoryEstimate(
-        unet=_unet_bytes(passes, model.quantize_base, dtype.itemsize),
+        unet=_unet_bytes(passes, model.quantize_base, of_base.itemsize),
         text_encoders=0 if model.offload and not config.trains_text else text_encoders,
         vae=0 if model.offload and is_cached else vae,
         lora=lora,
@@ -99,8 +114,13 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     else:  # in each step, beside what the last one has left
         while_encoding = loaded - text_encoders + step.text_encoders + kept + step.gradients
     has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
-    previews = loaded + kept + vae_passes.decode_peak if has_previews else 0
-    return dataclasses.replace(step, encoding=while_encoding + vae_passes.encode_peak, previews=previews)
+    drawing = max(vae_passes.decode_peak, rehearse_drawing(base, of_base, 1, resolution)) if has_previews else 0
+    return dataclasses.replace(
+        step,
+        encoding=while_encoding + vae_passes.encode_peak,
+        previews=loaded + kept + drawing if has_previews else 0,
+        class_images=_class_images(config, passes, resolution),
+    )
 
 
 def memory_advice(config: TrainConfig, estimate: MemoryEstimate, available_bytes: int) -> list[str]:
@@ -150,15 +170,19 @@ def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--gradient_checkpointing", {"gradient_checkpointing": True}
     if optim.mixed_precision in (None, "no"):
         yield "--mixed_precision bf16", {"mixed_precision": "bf16"}
+    if optim.base_dtype is not None:
+        yield "no --base_dtype", {"base_dtype": None}
     if optim.train_batch_size > 1:
         steps = optim.train_batch_size * optim.gradient_accumulation_steps
         changes = {"train_batch_size": 1, "gradient_accumulation_steps": steps}
         yield f"--train_batch_size 1 --gradient_accumulation_steps {steps}", changes
+    if data.with_prior_preservation and data.sample_batch_size > 1:
+        yield "--sample_batch_size 1", {"sample_batch_size": 1}
     if not (data.cache_latents and model.offload):
         yield "--cache_latents --offload", {"cache_latents": True, "offload": True}
     if optim.optimizer == "adamw" and not optim.use_8bit_adam:
         yield "--use_8bit_adam", {"use_8bit_adam": True}
-    if model.quantize_base is None:
+    if model.quantize_base is None and optim.base_dtype is None:
         yield from ((f"--quantize_base {kind}", {"quantize_base": kind}) for kind in ("nf4", "int8"))
     yield from _less_training(config)
 
@@ -173,6 +197,32 @@ def _less_training(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "no --train_text_encoder", {"train_text_encoder": False}
     if config.tokens.train_text_encoder_ti:
         yield "no --train_text_encoder_ti", {"train_text_encoder_ti": False}
+
+
+def _class_images(config: TrainConfig, passes: Passes, resolution: int) -> int:
+    """All that is held while class images are drawn, with the base alone; 0 where there are enough of them."""
+    data, model = config.data, dataclasses.replace(config.model, offload=False, quantize_base=None)
+    if not data.with_prior_preservation:
+        return 0
+    folder = Path(str(data.class_data_dir))
+    if folder.is_dir() and len(find_images(folder)[0]) >= data.num_class_images:
+        return 0
+    dtype = DTYPES[data.prior_generation_precision or "fp16"]
+    its_dtype = _vae_dtype(model, dtype)
+    drawing = rehearse_drawing(model, dtype, data.sample_batch_size, resolution)
+    decoding = rehearse_vae(model, its_dtype, 1, resolution).decode_peak
+    unet = _unet_bytes(passes, config.model.quantize_base, dtype.itemsize)
+    encoders = dtype.itemsize * sum(weight_count(model, part) for part in TEXT_PARTS)
+    vae = its_dtype.itemsize * weight_count(model, "vae")
+    if config.model.is_unet_last:  # one model after the other
+        return CONTEXT_BYTES + max(encoders, unet + drawing, vae + decoding)
+    return CONTEXT_BYTES + encoders + unet + vae + max(drawing, decoding)
+
+
+def _vae_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the VAE computes in beside a base in `dtype`."""
+    is_own = model.pretrained_vae_model_name_or_path is None
+    return torch.float32 if is_own else vae_dtype(part_settings(model, "vae"), dtype)
 
 
 def _resolution(config: TrainConfig) -> int:

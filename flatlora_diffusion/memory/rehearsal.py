@@ -17,6 +17,8 @@ from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.memory.allocation import AsOnGpu, LiveBytes
 from flatlora_diffusion.sdxl.denoiser import Denoiser
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.sdxl.loading import one_at_a_time
+from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
 from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor, weightless
 
 _TOKENS = 77
@@ -62,13 +64,17 @@ class VaePasses:
 
 
 @lru_cache(maxsize=64)
-def rehearse_step(trained: Trained, dtype: torch.dtype, images: int, resolution: int, checkpointing: bool) -> Passes:
-    """Forward and backward of `images` square images of `resolution` pixels, the base in `dtype`, the LoRA in fp32.
+def rehearse_step(
+    trained: Trained, dtype: torch.dtype, of_base: torch.dtype, images: int, resolution: int, checkpointing: bool
+) -> Passes:
+    """Forward and backward in `dtype` of `images` square images of `resolution` pixels.
+
+    The base's weights are in `of_base`, the LoRA's in fp32.
 
     Raises ConfigError when the LoRA's settings name no layer.
     """
     model = _trained_model(trained)
-    _set_dtype(model, dtype)
+    _set_dtype(model, of_base)
     _set_checkpointing(model, checkpointing, dtype)
     parameters = trainable_parameters(model)
     gradients = [torch.empty_like(parameter) for parameter in parameters.values()]
@@ -94,19 +100,32 @@ def rehearse_step(trained: Trained, dtype: torch.dtype, images: int, resolution:
 
 
 @lru_cache(maxsize=64)
-def rehearse_vae(model: ModelConfig, images: int, resolution: int) -> VaePasses:
-    """Encoding `images` images of `resolution` pixels and decoding a single one, in fp32 and without a graph."""
-    vae = weightless(model, "vae")
+def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaePasses:
+    """Encoding `images` images of `resolution` pixels and decoding one, with the VAE in `dtype` and no graph."""
+    vae = one_at_a_time(weightless(model, "vae").to(dtype))
     side = resolution // vae_factor(model)
     with torch.device("meta"):
         pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)
-        latents = torch.empty(1, vae.config.latent_channels, side, side)
+        latents = torch.empty(1, vae.config.latent_channels, side, side, dtype=dtype)
     peaks = []
-    for work in (lambda: vae.encode(pixels).latent_dist.std, lambda: vae.decode(latents).sample):
+    for work in (lambda: posterior(vae, pixels), lambda: decode_latents(vae, latents)):
         with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(vae.parameters()) as bytes_held:
             work()
         peaks.append(bytes_held.peak)
     return VaePasses(peaks[0] + pixels.nbytes, peaks[1])
+
+
+@lru_cache(maxsize=64)
+def rehearse_drawing(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> int:
+    """The bytes that a step of drawing `images` images holds at its peak, beside the UNet's weights in `dtype`.
+
+    Each image is in it twice, with its prompt and without.
+    """
+    unet = _Conditioned(weightless(model, "unet").to(dtype))
+    inputs = _inputs(Trained(model, AdapterConfig()), 2 * images, resolution // vae_factor(model), dtype)
+    with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes([*unet.parameters(), *inputs]) as bytes_held:
+        unet(*inputs)
+    return bytes_held.peak + sum(tensor.nbytes for tensor in inputs)
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,31 @@ from diffusers import (
     StableDiffusionXLPipeline,
     TorchAoConfig,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, Quantization
 from flatlora_diffusion.ground.hub_reach import hub_is_reachable
+from flatlora_diffusion.sdxl.objective import is_edm_scheduler
+from flatlora_diffusion.sdxl.variants import (
+    Header,
+    Variant,
+    check_channels,
+    check_whole,
+    description,
+    doubts,
+    read_header,
+    scheduler_changes,
+    variant_of,
+)
+
+logger = logging.getLogger(__name__)
 
 TINY = "tiny"
+TILE = 1024  # pixels
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _LOAD_ERRORS = (OSError, ValueError, SafetensorError)
-_SINGLE_FILE_PARTS = {
-    "UNet": ("model.diffusion_model.label_emb.",),
-    "first text encoder": ("conditioner.embedders.0.transformer.",),
-    "second text encoder": ("conditioner.embedders.1.model.",),
-    "VAE": ("first_stage_model.", "vae."),
-}
 _BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # where diffusers lets it load
 
 
@@ -39,19 +50,37 @@ def base_path(name_or_path: str) -> str:
     return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
 
 
-def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The SDXL base on `device`, frozen and in eval mode: the VAE in fp32, all else in `dtype`, no watermark.
+def one_at_a_time(vae: AutoencoderKL) -> AutoencoderKL:
+    """`vae`, which from now on takes the images of a batch one by one; its tiles are as large as most images."""
+    vae.enable_slicing()
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae
 
-    Half-precision SDXL VAEs give black images, so theirs is not `dtype`. A quantized UNet keeps its own weights.
+
+def vae_dtype(settings: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """What a VAE of these `settings` that takes the place of the base's computes in, beside a base in `dtype`.
+
+    One that was mended for it says that it needs no upcast, and is in fp16 then: bf16 has too few digits for colours.
+    """
+    is_mended = not settings.get("force_upcast", True)
+    return torch.float16 if is_mended and dtype != torch.float32 else torch.float32
+
+
+def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """The SDXL base on `device`, frozen and in eval mode: its VAE in fp32, all else in `dtype`, no watermark.
+
+    In half precision SDXL's own VAE gives black images; one that is given and mended is in fp16. A quantized UNet
+    keeps its own weights.
     Raises ConfigError when there is no SDXL model, or when a setting does not fit the model, device or packages.
     """
     path = base_path(config.pretrained_model_name_or_path)
     is_single_file = _is_single_file(path)
-    _check_source(path, is_single_file, config)
+    variant = variant_of(path, _checked_source(path, is_single_file, config))
     quantization = None if config.quantize_base is None else _quantization(config.quantize_base, device, dtype)
     parts = {}
     if config.pretrained_vae_model_name_or_path is not None:
-        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path)
+        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, dtype)
     is_offline = _needs_hub(path, config) and not hub_is_reachable()  # then only what was downloaded before is used
     try:
         if is_single_file:
@@ -64,7 +93,11 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
         raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
     _check_pipeline(pipeline, config)
-    pipeline.scheduler = _scheduler(pipeline, config)
+    pipeline.scheduler = _scheduler(pipeline, config, variant)
+    logger.info("%s", description(variant, config, pipeline.scheduler))
+    for doubt in doubts(variant, pipeline.scheduler):
+        logger.warning("%s", doubt)
+    one_at_a_time(pipeline.vae)
     pipeline.to(device)
     for part in _modules(pipeline):
         part.requires_grad_(False)
@@ -78,20 +111,25 @@ def _is_single_file(path: str) -> bool:
     return Path(path).is_file() or path.lower().endswith((".safetensors", *_PICKLES))
 
 
-def _check_source(path: str, is_single_file: bool, config: ModelConfig) -> None:
-    """Refuse, before anything is loaded, what cannot be a base or does not go with the other settings."""
+def _checked_source(path: str, is_single_file: bool, config: ModelConfig) -> Header:
+    """A single file's header, else none. Refuses, before anything is loaded, what is no base or does not fit."""
     what, file = _named(config), Path(path)
-    if not is_single_file:
-        if config.single_file_config is not None:
-            raise ConfigError(f"--single_file_config is for a single .safetensors file, but {what} is none; leave it")
-        if file.is_dir() and not (file / "model_index.json").is_file():
-            raise ConfigError(
-                f"{what} is a folder without model_index.json; give a folder saved by diffusers, a hub id or a "
-                "single .safetensors file"
-            )
-        if not file.is_dir() and not _HUB_ID.fullmatch(path):
-            raise ConfigError(f"{what} does not exist: there is no such folder, and it cannot be a hub id")
-        return
+    if is_single_file:
+        return _checked_file(file, config)
+    if config.single_file_config is not None:
+        raise ConfigError(f"--single_file_config is for a single .safetensors file, but {what} is none; leave it")
+    if file.is_dir() and not (file / "model_index.json").is_file():
+        raise ConfigError(
+            f"{what} is a folder without model_index.json; give a folder saved by diffusers, a hub id or a "
+            "single .safetensors file"
+        )
+    if not file.is_dir() and not _HUB_ID.fullmatch(path):
+        raise ConfigError(f"{what} does not exist: there is no such folder, and it cannot be a hub id")
+    return Header()
+
+
+def _checked_file(file: Path, config: ModelConfig) -> Header:
+    what = _named(config)
     if file.suffix.lower() != ".safetensors":
         raise ConfigError(f"{what}: only .safetensors files are read, since other formats can run code when opened")
     if not file.is_file():
@@ -109,25 +147,12 @@ def _check_source(path: str, is_single_file: bool, config: ModelConfig) -> None:
             f"single_file_config={config.single_file_config!r} must be a folder saved by diffusers, with "
             "model_index.json"
         )
-    _check_parts(file, config)
-
-
-def _check_parts(file: Path, config: ModelConfig) -> None:
-    """Refuse a single file that is damaged or has no tensors of one of SDXL's four models."""
-    what = _named(config)
     try:
-        with safe_open(file, framework="pt") as checkpoint:
-            names = list(checkpoint.keys())
+        header = read_header(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{what} is damaged or no safetensors file: {_first_line(error)}") from error
-    lacks = {part for part, prefixes in _SINGLE_FILE_PARTS.items() if not any(n.startswith(prefixes) for n in names)}
-    if config.pretrained_vae_model_name_or_path is not None:
-        lacks.discard("VAE")
-    if lacks == {"VAE"}:
-        raise ConfigError(f"{what} has no VAE; give one with --pretrained_vae_model_name_or_path")
-    if lacks:
-        parts = ", ".join(f"no {part} of SDXL" for part in _SINGLE_FILE_PARTS if part in lacks)
-        raise ConfigError(f"{what} is not SDXL, or not all of it: it has {parts}; give a whole SDXL checkpoint")
+    check_whole(header, what, has_vae=config.pretrained_vae_model_name_or_path is not None)
+    return header
 
 
 def _needs_hub(path: str, config: ModelConfig) -> bool:
@@ -173,16 +198,17 @@ def _hint(path: str, is_single_file: bool, config: ModelConfig, is_offline: bool
     return "" if Path(path).is_dir() else f"{unreachable}; and there is no such folder"
 
 
-def _load_vae(path: str) -> AutoencoderKL:
+def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
     try:
         is_offline = not Path(path).is_dir() and not hub_is_reachable()
-        return AutoencoderKL.from_pretrained(
+        vae = AutoencoderKL.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, local_files_only=is_offline
         )
     except _LOAD_ERRORS as error:
         raise ConfigError(
             f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {_first_line(error)}"
         ) from error
+    return vae.to(vae_dtype(vae.config, dtype))
 
 
 def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> None:
@@ -192,12 +218,7 @@ def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) ->
         raise ConfigError(
             f"{_named(config)} is no SDXL base: it has only the second text encoder, as SDXL's refiner; give the base"
         )
-    channels, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-    if channels != latents:
-        raise ConfigError(
-            f"{_named(config)} is no SDXL base: its UNet takes {channels} channels, not the {latents} of an image "
-            "alone, as models for inpainting and editing do; give the base that it was made from"
-        )
+    check_channels(pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels, _named(config))
     layers = min(part.config.num_hidden_layers for part in (pipeline.text_encoder, pipeline.text_encoder_2))
     if config.clip_skip is not None and config.clip_skip >= layers:
         raise ConfigError(
@@ -209,20 +230,15 @@ def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) ->
         raise ConfigError(f"{_named(config)} lacks {len(missing)} weights of its models, such as {missing[0]}")
 
 
-def _scheduler(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> Any:
-    """The base's scheduler with the settings over it; training and sampling both read its config."""
+def _scheduler(pipeline: StableDiffusionXLPipeline, config: ModelConfig, variant: Variant) -> Any:
+    """The base's scheduler as file and settings want it; training and sampling both read its config."""
     scheduler = pipeline.scheduler
-    changes: dict[str, Any] = {}
-    if config.prediction_type is not None:
-        changes["prediction_type"] = config.prediction_type
-    if config.zero_terminal_snr:
-        predicts = config.prediction_type or scheduler.config.prediction_type
-        if predicts != "v_prediction":
-            raise ConfigError(
-                f"zero_terminal_snr needs a v-prediction base, but {_named(config)} predicts {predicts}; "
-                "leave it out, or give --prediction_type v_prediction if the base was trained so"
-            )
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if variant.is_edm and not is_edm_scheduler(scheduler):
+        raise ConfigError(
+            f"{_named(config)} is Playground v2.5, but the scheduler in "
+            f"single_file_config={config.single_file_config!r} is not EDM's; give a folder of Playground's configs"
+        )
+    changes = scheduler_changes(variant, config, scheduler, _named(config))
     changed = type(scheduler).from_config(scheduler.config, **changes)
     ignored = [name for name, value in changes.items() if changed.config.get(name) != value]
     if ignored:

@@ -62,10 +62,15 @@ class Objective:
 def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
     """The objective that `config` sets for a base with `scheduler`.
 
-    Raises ConfigError for a weighting that does not fit the base.
+    Raises ConfigError for a weighting or a kind of noise that does not fit the base.
     """
     if config.snr_gamma is not None and is_edm_scheduler(scheduler):
         raise ConfigError("--snr_gamma does not fit this base, whose scheduler is EDM; leave it out")
+    if config.do_edm_style_training and scheduler.config.get("rescale_betas_zero_snr"):
+        raise ConfigError(
+            "--do_edm_style_training does not fit this base, whose last timestep is pure noise (zero terminal SNR), "
+            "which has no sigma; leave it out"
+        )
     return Objective(
         scheduler,
         edm=config.do_edm_style_training or is_edm_scheduler(scheduler),

@@ -22,7 +22,7 @@ from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 
 @dataclass(frozen=True)
 class Sdxl:
-    """A frozen SDXL base. The VAE is fp32 (half-precision SDXL VAEs give black images); the rest is in one dtype.
+    """A frozen SDXL base. The VAE is fp32 unless another one is given that fp16 suits; the rest is in one dtype.
 
     Every prompt is read `clip_skip` layers further back than SDXL's own choice, in training and out of it.
     """
@@ -100,9 +100,16 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) of normalized latents, decoded in the VAE's own fp32 whatever the latents' dtype."""
+    """Pixels (B, 3, H, W) fp32 of normalized latents, decoded in the VAE's own dtype whatever that of the latents is.
+
+    One image at a time, and one that is larger than 1024 pixels in overlapping tiles of that size.
+    """
     mean, std = _latent_statistics(vae, latents.device)
-    return vae.decode(latents.float() / vae.config.scaling_factor * std + mean).sample
+    vae.enable_tiling()  # not for encoding, where seams would be learned
+    try:
+        return vae.decode((latents.float() / vae.config.scaling_factor * std + mean).to(vae.dtype)).sample.float()
+    finally:
+        vae.disable_tiling()
 
 
 def add_time_ids(

@@ -11,6 +11,8 @@ from torch import nn
 
 from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents
 
+STEPS, GUIDANCE = 25, 5.0  # of a picture for which none are given
+
 
 @torch.no_grad()
 def generate_images(  # noqa: PLR0913 (all that an image depends on)
@@ -18,8 +20,8 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
     prompts: Sequence[str],
     seeds: Sequence[int],
     resolution: int,
-    steps: int = 25,
-    guidance: float = 5.0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
     batch_size: int = 8,
     negative_prompt: str | None = None,
 ) -> list[Image.Image]:

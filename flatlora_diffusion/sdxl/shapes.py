@@ -75,12 +75,18 @@ def weightless(config: ModelConfig, part: str) -> Any:
 
 
 def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
-    """The part's config.json, from the base's folder or the hub's cache; SDXL's own for a base that is in neither."""
-    path = config.single_file_config or base_path(config.pretrained_model_name_or_path)
-    file = Path(path, part, "config.json")
+    """The part's config.json, from the base's folder or the hub's cache; SDXL's own for a base that is in neither.
+
+    Of the VAE that of another one, where one is given.
+    """
+    path, name, revision = config.single_file_config, f"{part}/config.json", config.revision
+    path = path or base_path(config.pretrained_model_name_or_path)
+    if part == "vae" and config.pretrained_vae_model_name_or_path is not None:
+        path, name, revision = config.pretrained_vae_model_name_or_path, "config.json", None
+    file = Path(path, name)
     if not file.is_file():
         try:
-            cached = try_to_load_from_cache(path, f"{part}/config.json", revision=config.revision)
+            cached = try_to_load_from_cache(path, name, revision=revision)
         except HFValidationError:  # the path of a file, not a hub id
             cached = None
         if not isinstance(cached, str):

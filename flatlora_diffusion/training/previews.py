@@ -14,13 +14,16 @@ from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.training_set import load_heldout
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, probe_loss, with_prompts
 from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.lora_files.metadata import base_name
+from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text, sampling_names
 from flatlora_diffusion.sdxl.objective import unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl
-from flatlora_diffusion.sdxl.sampling import evaluating, generate_images
+from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, evaluating, generate_images
 from flatlora_diffusion.training.state import TrainState
 from flatlora_diffusion.training.trackers import tell_trackers
-from flatlora_diffusion.training.validation import read_pictures
+from flatlora_diffusion.training.validation import Picture, read_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +58,10 @@ class Previews:
             files = [f"{name}-{index}.png" for index in range(len(images))]
             with state.run.writing():
                 state.run.images.mkdir(exist_ok=True)
-                for file, image in zip(files, images, strict=True):
+                for file, image, picture in zip(files, images, self._pictures, strict=True):
+                    drawing = drawing_of(state, picture, step)
                     with writing_whole(state.run.images / file) as aside:
-                        image.save(aside, format="PNG")
+                        image.save(aside, format="PNG", pnginfo=drawing and png_text(drawing))
             state.run.add_event({"event": "preview", "step": step, "images": files})
         if self._probe is not None:
             if state.config.trains_text:  # each preview has encoders of its own
@@ -81,6 +85,37 @@ class Previews:
                     negative_prompt=picture.negative_prompt,
                 )
         return images
+
+
+def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None:
+    """How the preview after `step` steps is drawn in other tools; None for one that they cannot draw.
+
+    They have neither the tiny base nor a LoRA between the first step and the last, and new tokens only as embeddings
+    in files of their own.
+    """
+    sdxl, config = state.sdxl, state.config
+    noise, names = sdxl.scheduler.config, sampling_names(sdxl.pipeline.scheduler)
+    is_plain = step == 0 and config.adapter.init_lora is None
+    if names is None or state.tokens or not (is_plain or step == state.total_steps):
+        return None
+    if family_of(sdxl.unet) == TINY_FAMILY:
+        return None
+    return Drawing(
+        prompt=picture.prompt,
+        negative_prompt=picture.negative_prompt or "",
+        seed=picture.seed,
+        size=state.feed.resolution,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        sampler=names[0],
+        spacing=names[1],
+        base=base_there(base_name(config)),
+        lora=None if is_plain else state.run.lora_name(config.run.output_name),
+        clip_skip=config.model.clip_skip or 0,
+        predicts_v=noise.prediction_type == "v_prediction",
+        zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
+        is_zeroed=picture.negative_prompt is None and bool(sdxl.pipeline.config.force_zeros_for_empty_prompt),
+    )
 
 
 @contextmanager

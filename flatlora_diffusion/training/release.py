@@ -76,7 +76,8 @@ def facts_of(state: TrainState, step: int) -> Training:
 
     What calls the LoRA are the new tokens of pivotal tuning, or the prompt of all images, or what captions share.
     """
-    feed, tokens = state.feed, ", ".join("".join(names) for names in state.tokens.values())
+    noise, feed = state.sdxl.scheduler.config, state.feed
+    tokens = ", ".join("".join(names) for names in state.tokens.values())
     prompt = state.config.data.instance_prompt
     return Training(
         trigger=tokens or prompt or shared_words([sample.caption for sample in feed.samples]),
@@ -84,6 +85,7 @@ def facts_of(state: TrainState, step: int) -> Training:
         epoch=feed.epoch_after(step - 1),
         images=len(feed.samples),
         class_images=len(feed.class_samples),
-        predicts_v=state.sdxl.scheduler.config.prediction_type == "v_prediction",
+        predicts_v=noise.prediction_type == "v_prediction",
+        zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
         family=family_of(state.sdxl.unet),
     )

@@ -23,14 +23,26 @@ def explained(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        from flatlora_diffusion.memory.estimate import out_of_memory_text  # slow to import, and needed only here
-
-        raise RunError(out_of_memory_text(config)) from error
+        raise RunError(_what_lowers_it(config)) from error
     except RuntimeError as error:
         operation, is_found, _ = str(error).partition(" does not have a deterministic implementation")
         if not is_found:
             raise
         raise RunError(f"{operation} has no deterministic kernel on this device; leave --deterministic out") from error
+
+
+def _what_lowers_it(config: TrainConfig) -> str:
+    """What a run says that is out of memory. Where the estimate fails, that is not what it failed of."""
+    from flatlora_diffusion.memory.estimate import out_of_memory_text  # slow to import, and needed only here
+
+    try:
+        return out_of_memory_text(config)
+    except Exception as error:
+        logger.warning("the memory that the run needs could not be estimated: %s", error)
+        return (
+            "the device is out of memory; lower --train_batch_size or --resolution, or give "
+            "--gradient_checkpointing, --cache_latents or --offload"
+        )
 
 
 @contextmanager

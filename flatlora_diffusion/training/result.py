@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.ground.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API, RunDir
+from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.sdxl.drawing import parameters_text, workflow_for_api, workflow_for_page
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
-from flatlora_diffusion.training.previews import Previews
+from flatlora_diffusion.training.previews import Previews, drawing_of
 from flatlora_diffusion.training.release import facts_of, save_release
 from flatlora_diffusion.training.state import TrainState, averaged
 from flatlora_diffusion.training.validation import read_pictures
@@ -68,10 +70,26 @@ def _write_card(state: TrainState) -> None:
         run.add_event({"event": "image_change", "levels": change})
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
     facts = facts_of(state, state.total_steps)
-    write_model_card(run, state.config, pictures, facts.trigger, facts.family)
+    config = state.config
+    if facts.predicts_v:  # which others may not find out from the base themselves
+        config = config.replace(prediction_type="v_prediction", zero_terminal_snr=facts.zero_terminal_snr)
+    write_model_card(run, config, pictures, facts.trigger, facts.family)
     if pictures:  # web UIs show it with the file of its name
-        with writing_whole(run.folder / f"{run.lora_name(state.config.run.output_name)}.png") as aside:
+        name = run.lora_name(config.run.output_name)
+        with writing_whole(run.folder / f"{name}.png") as aside:
             shutil.copyfile(pictures[0][0], aside)
+        _write_workflows(state, name)
+
+
+def _write_workflows(state: TrainState, name: str) -> None:
+    """What draws the first of the last previews in ComfyUI and A1111, where they can."""
+    drawing = drawing_of(state, read_pictures(state.config.run)[0], state.total_steps)
+    if drawing is None:
+        return
+    folder = state.run.folder
+    write_text(folder / f"{name}{COMFYUI}", json.dumps(workflow_for_page(drawing), indent=2) + "\n")
+    write_text(folder / f"{name}{COMFYUI_API}", json.dumps(workflow_for_api(drawing), indent=2) + "\n")
+    write_text(folder / f"{name}{A1111_TEXT}", parameters_text(drawing) + "\n")
 
 
 def _pictures(state: TrainState) -> list[tuple[Path, str]]:

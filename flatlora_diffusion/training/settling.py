@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.schedule import schedule_of
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.ground.whole_files import check_writable
+from flatlora_diffusion.sdxl.device import DTYPES, this_process
+from flatlora_diffusion.training.hub import hub_repository
+from flatlora_diffusion.training.validation import read_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +27,12 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     """
     checkpoint = config.run.resume_from_checkpoint
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
-        return seeded(run.filled_in(config))
+        return with_precision(seeded(run.filled_in(config)))
     if checkpoint is not None:
         logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
     new = config.replace(resume_from_checkpoint=None)
     run.check_new(new.to_dict())
-    return seeded(new)
+    return with_precision(seeded(new))
 
 
 def seeded(config: TrainConfig) -> TrainConfig:
@@ -39,6 +43,31 @@ def seeded(config: TrainConfig) -> TrainConfig:
     (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
     logger.info("seed %d", seed)
     return config.replace(seed=seed)
+
+
+def check_early(config: TrainConfig) -> None:
+    """Raises ConfigError, before the model is loaded, for what is needed only after that."""
+    if config.run.push_to_hub:
+        hub_repository(config)
+    read_pictures(config.run)
+    if config.data.embedding_cache_dir is not None:
+        check_writable(Path(config.data.embedding_cache_dir), "embedding_cache_dir")
+
+
+def with_precision(config: TrainConfig) -> TrainConfig:
+    """`config` with a precision: its own, or that of accelerate's launcher, which speaks through the environment.
+
+    Raises ConfigError for one that is not ours.
+    """
+    if config.optim.mixed_precision is not None:
+        return config
+    precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in DTYPES:
+        raise ConfigError(
+            f"accelerate was configured for mixed_precision {precision!r}, which is none of no, fp16, bf16; give "
+            "--mixed_precision, which wins"
+        )
+    return config.replace(mixed_precision=precision)
 
 
 def settled(

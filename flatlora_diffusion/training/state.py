@@ -78,7 +78,8 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     accelerator = _accelerator(config)
     set_backends(config)
     precision = accelerator.mixed_precision
-    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, DTYPES[precision])
+    dtype = DTYPES[config.optim.base_dtype or precision]
+    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
     resolution = sdxl.checked_resolution(config.data.resolution)
     objective = objective_of(config.objective, sdxl.scheduler)
     shapes = [(sample.height, sample.width) for sample in samples]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
+from flatlora_diffusion.data.latents import latents_text, not_finite
 from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -30,15 +31,13 @@ from flatlora_diffusion.ground.seeds import derive_seed, generator
 from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
 from flatlora_diffusion.training.checkpoint import restore, save_checkpoint, start
-from flatlora_diffusion.training.hub import hub_repository
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
-from flatlora_diffusion.training.settling import new_or_resumed
+from flatlora_diffusion.training.settling import check_early, new_or_resumed
 from flatlora_diffusion.training.state import TrainState, averaged, prepare, set_backends
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
 from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
-from flatlora_diffusion.training.validation import read_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +61,7 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         config = new_or_resumed(given, run)
         if this_process().is_main_process:
             run.clean()
-        if config.run.push_to_hub:
-            hub_repository(config)  # a bad name or token is an error before training, not after
-        read_pictures(config.run)  # so is a bad prompts file
+        check_early(config)
         found = load_training_set(config.data)
         logger.info(found.summary)
         _tell_memory(config)
@@ -278,7 +275,11 @@ def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
 
 
 def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
-    names = [sample.id for slot in slots for sample in state.feed.samples_at(step, slot)]
+    places = [(state.feed.samples_at(step, slot), state.feed.batch(step, slot).latents) for slot in slots]
+    spoiled = [name for samples, latents in places for name in not_finite(latents, samples)]
+    if spoiled:
+        return latents_text(spoiled)
+    names = [sample.id for samples, _ in places for sample in samples]
     advice = {
         "fp16": "go on with --mixed_precision bf16",
         "bf16": "go on with a lower --learning_rate",

@@ -183,12 +183,16 @@ def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | 
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    known = "bilora_icons, demo, low_memory, paper, quality"
+    known = "bilora_icons, demo, illustrious, low_memory, paper, quality"
     with pytest.raises(ConfigError, match=f"--preset nope does not exist; there are: {known}"):
         parse_config(["--preset", "nope"])
 
 
 def test_pure_noise_and_an_objective_in_sigmas_exclude_each_other() -> None:
     one = TrainConfig.from_dict({"zero_terminal_snr": True, "prediction_type": "v_prediction"})
+    with pytest.raises(
+        ConfigError, match=r"--base_dtype keeps the whole base in fp32, which --quantize_base does not"
+    ):
+        one.replace(base_dtype="fp32", quantize_base="nf4")
     with pytest.raises(ConfigError, match=r"--zero_terminal_snr ends in pure noise, .* --do_edm_style_training"):
         one.replace(do_edm_style_training=True)

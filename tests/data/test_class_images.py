@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.data import class_images
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.objective import sample_losses
 from flatlora_diffusion.training.state import prepare
@@ -50,3 +53,25 @@ def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_
     assert batch.add_time_ids[0, :2].tolist() == [instance.height, instance.width]
     sizes = {tuple(row[:2].tolist()) for row in batch.add_time_ids[2:]}
     assert sizes <= {(70.0, 50.0), (32.0, 32.0)}, "a class image has the size conditioning of its own"
+
+
+@pytest.mark.parametrize(
+    ("settings", "place", "is_moved"),
+    [
+        ({"offload": True}, "cpu", True),
+        ({}, "cuda", False),
+        ({"offload": True, "quantize_base": "nf4"}, "cuda", False),
+    ],
+)
+def test_with_offload_each_model_is_on_the_gpu_only_while_it_draws(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], place: str, is_moved: bool
+) -> None:
+    loaded, moved, gpu = [], [], torch.device("cuda", 1)
+
+    def load(_: ModelConfig, device: torch.device, __: torch.dtype) -> Any:
+        loaded.append(device.type)
+        return SimpleNamespace(pipeline=SimpleNamespace(enable_model_cpu_offload=lambda device: moved.append(device)))
+
+    monkeypatch.setattr(class_images, "load_sdxl", load)
+    class_images._placed(ModelConfig(**settings), gpu, torch.float16)
+    assert (loaded, moved) == ([place], [gpu] if is_moved else [])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import RunError, TrainConfig
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.sdxl.pipeline import Sdxl, posterior
 from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train_step
 
 
 def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path: Path) -> None:
@@ -27,11 +28,10 @@ def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path
         rows = first._rows(step, 0)
         flips |= {row.view.is_mirrored for row in rows}
         pixels = torch.stack([first._pixels(row.sample, row.view) for row in rows])
-        from flatlora_diffusion.sdxl.pipeline import posterior
-
         mean, std = posterior(first.sdxl.vae, pixels)
         found = first._posteriors(rows, [], step, 0)
-        torch.testing.assert_close(found, (mean, std))
+        assert torch.equal(found[0], mean), "an image has the same latents alone and in a batch"
+        assert torch.equal(found[1], std)
         assert torch.equal(again.batch(step, 0).latents, first.batch(step, 0).latents)
     assert flips == {True, False}
     prepare(cached.replace(background_color="red"), samples_of(config))
@@ -51,3 +51,29 @@ def test_offload_leaves_the_vae_where_class_images_are_still_to_be_encoded(
     _to_the_device, away, _unet = moves
     assert set(TEXT_PARTS) <= set(away)
     assert ("vae" in away) is not buckets
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_latents_that_are_not_finite_stop_the_run_with_the_image_s_name(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    settings = config.replace(cache_latents=is_cached, embedding_cache_dir=str(tmp_path / "cache"))
+    samples = samples_of(config)
+
+    def spoiled(vae: Any, pixels: Any) -> Any:
+        mean, std = posterior(vae, pixels)
+        mean[-1, 0, 0, 0] = torch.nan
+        return mean, std
+
+    for place in ("data.latents", "data.batches"):
+        monkeypatch.setattr(f"flatlora_diffusion.{place}.posterior", spoiled)
+    wanted = "the VAE's latents of these images are not finite: {}; look whether the VAE's file is whole"
+    if is_cached:
+        with pytest.raises(RunError, match=wanted.format(samples[0].id)):
+            prepare(settings, samples)
+        assert not list((tmp_path / "cache").glob("latent-*"))
+        return
+    state = prepare(settings, samples)
+    last = state.feed.samples_at(0, 0)[-1].id
+    with pytest.raises(RunError, match=wanted.format(last)):
+        train_step(state, 0)

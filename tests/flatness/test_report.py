@@ -343,6 +343,16 @@ def test_a_run_that_does_not_fit_is_named(
         read_runs([str(one), str(two)])
 
 
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_measured(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flatness_report, "load_sdxl", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "file").write_text("")
+    config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path / "file" / "out"))
+    with pytest.raises(ConfigError, match=r"output_dir='.*out' cannot be written: .+; give another folder"):
+        flatness(config)
+
+
 def test_other_images_and_missing_runs_are_named(
     make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,14 @@ def test_each_draw_of_a_step_changes_its_hash() -> None:
         hashes.add(_hash(*changed))
     assert len(hashes) == 5
     assert _hash(*(tensor.clone() for tensor in draws)) in hashes
+
+
+def test_nothing_is_read_before_the_step_is_over() -> None:
+    """A meta tensor cannot be read, as one of a GPU cannot without waiting for it."""
+    found = DrawHash()
+    found.add(torch.zeros(1, device="meta"))
+    with pytest.raises(NotImplementedError):
+        found.hexdigest()
 
 
 def test_bf16_tensors_have_hashes_too() -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flatlora_diffusion.config import ConfigError, RunError
 from flatlora_diffusion.ground.files import kept_tensors
-from flatlora_diffusion.ground.whole_files import write_json, writing_whole
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.whole_files import check_writable, write_json, writing_into, writing_whole
 
 
 def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -45,3 +47,39 @@ def test_tensors_are_made_once_where_they_are_kept(tmp_path: Path, is_kept: bool
     for _ in range(2):
         assert torch.equal(kept_tensors(path, make)["mean"], torch.arange(3.0))
     assert len(made) == (1 if is_kept else 2)
+
+
+class RefusedRequest(OSError):
+    """As the errors of HTTP clients are."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(111, "Connection refused"),
+        TimeoutError("timed out"),
+        RefusedRequest("no route to the tracker"),
+        FileNotFoundError(2, "No such file", "/elsewhere/netrc"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_something_else_is_not_blamed_on_the_folder(tmp_path: Path, error: OSError) -> None:
+    for blame in (RunDir(tmp_path).writing(), writing_into(tmp_path, "cache_dir")):
+        with pytest.raises(type(error), match=error.strerror or str(error)), blame:
+            raise error
+
+
+@pytest.mark.parametrize("file", [None, "checkpoint-3/state", "."])
+def test_an_error_of_the_folder_is(tmp_path: Path, file: str | None) -> None:
+    error = OSError(28, "No space left", *([] if file is None else [str(tmp_path / file)]))
+    with pytest.raises(RunError, match="the run folder cannot be written: No space left"), RunDir(tmp_path).writing():
+        raise error
+
+
+def test_a_folder_is_tried_before_it_is_needed_and_left_as_it_was(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "cache_dir")
+    check_writable(tmp_path, "cache_dir")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache_dir='.*file.folder' cannot be written: .+; give another folder"):
+        check_writable(tmp_path / "file" / "folder", "cache_dir")

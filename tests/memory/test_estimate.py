@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
@@ -23,9 +25,9 @@ from flatlora_diffusion.memory.estimate import (
     out_of_memory_text,
     preflight_lines,
 )
-from flatlora_diffusion.memory.rehearsal import rehearse_vae, weight_count
+from flatlora_diffusion.memory.rehearsal import rehearse_drawing, rehearse_vae, weight_count
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
-from flatlora_diffusion.sdxl.pipeline import encode_images
+from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_images
 from flatlora_diffusion.sdxl.shapes import part_settings
 from flatlora_diffusion.training.state import TrainState, prepare
 
@@ -203,7 +205,7 @@ def test_more_images_and_more_pixels_need_more(config: TrainConfig) -> None:
             assert counts[0] < counts[1] < counts[2], (name, part)
     prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
     both = estimate_memory(config.replace(train_batch_size=2, **prior))
-    assert both == estimate_memory(config.replace(train_batch_size=4))
+    assert replace(both, class_images=0) == estimate_memory(config.replace(train_batch_size=4))
 
 
 def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainConfig) -> None:
@@ -233,6 +235,32 @@ def test_previews_count_only_when_they_are_made(config: TrainConfig) -> None:
     assert estimate_memory(config.replace(validation_prompt="an icon")).previews > drawn_weights(config)
 
 
+def test_class_images_count_when_they_are_drawn_and_fewer_at_once_is_advised(
+    config: TrainConfig, icons: Path, tmp_path: Path
+) -> None:
+    prior = {"with_prior_preservation": True, "class_prompt": "an icon", "class_data_dir": str(tmp_path / "none")}
+    config = config.replace(**prior, sample_batch_size=256, num_class_images=3)
+    assert estimate_memory(config.replace(with_prior_preservation=False)).class_images == 0
+    assert estimate_memory(config.replace(class_data_dir=str(icons))).class_images == 0, "there are enough"
+    estimate = estimate_memory(config)
+    fewer = estimate_memory(config.replace(sample_batch_size=1))
+    assert estimate.total == estimate.class_images > fewer.class_images > 0
+    assert estimate_memory(config.replace(offload=True)).class_images < estimate.class_images, "one model at a time"
+    advice = memory_advice(config, estimate, estimate.total - 1)
+    assert any(line.startswith("--sample_batch_size 1 saves ") for line in advice)
+
+
+def test_the_peak_of_drawing_is_that_of_the_real_unet(config: TrainConfig, sdxl: Sdxl) -> None:
+    images, resolution = 4, 64
+    added = {"text_embeds": torch.zeros(2 * images, 24), "time_ids": torch.zeros(2 * images, 6)}
+    sample, prompts = torch.zeros(2 * images, 4, 16, 16), torch.zeros(2 * images, 77, 40)
+    with torch.no_grad():
+        peak = peak_of(lambda: sdxl.unet(sample, torch.tensor(3), prompts, added_cond_kwargs=added))
+    found = rehearse_drawing(config.model, torch.float32, images, resolution)
+    given = sum(tensor.nbytes for tensor in (sample, prompts, *added.values()))
+    assert found == pytest.approx(peak + given, rel=0.25)
+
+
 def drawn_weights(config: TrainConfig) -> int:
     estimate = estimate_memory(config)
     return estimate.unet + estimate.text_encoders + estimate.vae
@@ -240,11 +268,32 @@ def drawn_weights(config: TrainConfig) -> int:
 
 def test_the_peak_of_encoding_is_that_of_the_real_vae(config: TrainConfig) -> None:
     vae = prepared(config).sdxl.vae
-    pixels = torch.rand(3, 3, 32, 32)
+    pixels = torch.rand(3, 3, 64, 64)
     peak = peak_of(lambda: encode_images(vae, pixels))
-    # The CPU's convolutions keep one more copy of their input, which is no tensor.
-    copy = 3 * 8 * 32 * 32 * 4
-    assert rehearse_vae(config.model, 3, 32).encode_peak == pytest.approx(peak - copy + pixels.nbytes, rel=0.1)
+    found = rehearse_vae(config.model, torch.float32, 3, 64).encode_peak
+    assert found == pytest.approx(peak + pixels.nbytes, rel=0.1)
+
+
+def test_neither_a_batch_nor_a_large_picture_lets_the_vae_need_more_than_an_image_of_1024_pixels() -> None:
+    model = ModelConfig(pretrained_model_name_or_path=SDXL)
+    one, four = (rehearse_vae(model, torch.float32, images, 1024) for images in (1, 4))
+    assert four.encode_peak < 1.05 * one.encode_peak
+    large = rehearse_vae(model, torch.float32, 1, 2048)
+    assert large.decode_peak < 1.2 * one.decode_peak
+    half = rehearse_vae(model, torch.float16, 1, 1024)
+    assert half.decode_peak < 0.6 * one.decode_peak
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_a_vae_that_is_mended_for_fp16_counts_half(config: TrainConfig, tmp_path: Path, is_mended: bool) -> None:
+    vae = AutoencoderKL.from_pretrained(Path(config.model.pretrained_model_name_or_path) / "vae")
+    vae.register_to_config(force_upcast=not is_mended)
+    vae.save_pretrained(tmp_path)
+    plain = config.replace(mixed_precision="bf16", validation_prompt="an icon")
+    other = estimate_memory(plain.replace(pretrained_vae_model_name_or_path=str(tmp_path)))
+    share = 0.5 if is_mended else 1
+    assert other.vae == share * estimate_memory(plain).vae
+    assert (other.previews < estimate_memory(plain).previews) == is_mended
 
 
 def test_each_advice_lowers_the_estimate_by_what_it_says_the_largest_first(config: TrainConfig) -> None:
@@ -341,6 +390,15 @@ def test_the_lora_of_sdxl_has_the_parameters_that_its_layers_ask_for(sdxl_config
         per_rank += blocks * (6 * square + 2 * cross)
     assert per_rank * 16 == 23_224_320
     assert estimate_memory(sdxl_config).lora == 4 * 16 * per_rank
+
+
+def test_a_base_in_fp32_needs_twice_the_memory_and_leaving_it_out_is_advised(sdxl_config: TrainConfig) -> None:
+    whole = sdxl_config.replace(base_dtype="fp32")
+    half, full = estimate_memory(sdxl_config), estimate_memory(whole)
+    assert (full.unet, full.text_encoders) == (2 * half.unet, 2 * half.text_encoders)
+    assert full.lora == half.lora
+    assert full.activations > half.activations, "the weights as they are rounded for each product"
+    assert any(line.startswith("no --base_dtype saves ") for line in memory_advice(whole, full, half.total))
 
 
 def test_a_quantized_base_is_smaller(sdxl_config: TrainConfig) -> None:

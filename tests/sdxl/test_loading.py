@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.config import ConfigError, ModelConfig, ObjectiveConfig, TrainConfig
 from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
+from flatlora_diffusion.sdxl.objective import objective_of
+from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents, encode_images, load_sdxl
 from flatlora_diffusion.sdxl.single_file import save_single_file, unet_tensors
+from flatlora_diffusion.sdxl.variants import Header, Variant, variant_of
+from flatlora_diffusion.training.trainer import train
 
 CPU = torch.device("cpu")
 
@@ -302,12 +307,8 @@ def test_a_truncated_file_is_refused(folder: Path, checkpoint: Path, tmp_path: P
             "no UNet of SDXL, no first text encoder of SDXL, no second text encoder of SDXL",
         ),
         (["lora_unet_input_blocks_4_1_proj_in.lora_up.weight"], "no UNet of SDXL"),
-        (
-            ["model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.0.model.x", "first_stage_model.x"],
-            "no second text encoder of SDXL",
-        ),
     ],
-    ids=["SD 1.5", "a LoRA", "the SDXL refiner"],
+    ids=["SD 1.5", "a LoRA"],
 )
 def test_a_file_that_is_not_sdxl_is_refused(tmp_path: Path, names: list[str], sentence: str) -> None:
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "other.safetensors")
@@ -428,3 +429,207 @@ def test_an_absent_package_is_named(
     )
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}.* needs the package {package}"):
         load(folder, **settings)
+
+
+def marked(checkpoint: Path, path: Path, *marks: str, **metadata: str) -> Path:
+    """The checkpoint with empty tensors of these names, as those who train on velocity leave them in theirs."""
+    save_file({**load_file(checkpoint), **{name: torch.zeros(1) for name in marks}}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "expected"),
+    [
+        (("v_pred",), {}, ("v_prediction", False, "SDXL: v-prediction (by the marks v_pred in its file)")),
+        (
+            ("v_pred", "ztsnr"),
+            {"modelspec.title": "NoobAI-XL v-pred 1.0"},
+            (
+                "v_prediction",
+                True,
+                "NoobAI: v-prediction with zero terminal SNR (by the marks v_pred and ztsnr in its file)",
+            ),
+        ),
+        (
+            (),
+            {"modelspec.prediction_type": "v"},
+            ("v_prediction", False, "v-prediction (by the metadata of its file)"),
+        ),
+        ((), {"modelspec.prediction_type": "epsilon"}, ("epsilon", False, "SDXL: epsilon (by its scheduler)")),
+    ],
+)
+def test_a_file_that_says_v_prediction_is_trained_and_drawn_so(
+    folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    marks: tuple[str, ...],
+    metadata: dict[str, str],
+    expected: tuple[str, bool, str],
+) -> None:
+    path = marked(checkpoint, tmp_path / "x.safetensors", *marks, **metadata)
+    settings = ModelConfig(pretrained_model_name_or_path=str(path), single_file_config=str(folder))
+    with caplog.at_level("INFO"):
+        sdxl = load_sdxl(settings, CPU, torch.float32)
+    for scheduler in (sdxl.pipeline.scheduler, sdxl.scheduler):
+        found = scheduler.config
+        assert (found.prediction_type, bool(found.rescale_betas_zero_snr)) == expected[:2]
+    assert (sdxl.scheduler.alphas_cumprod[-1] == 0) == expected[1]
+    assert expected[2] in caplog.text
+
+
+def test_a_prediction_type_that_is_given_wins_over_the_marks_with_a_word(
+    folder: Path, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = marked(checkpoint, tmp_path / "x.safetensors", "v_pred", "ztsnr")
+    with caplog.at_level("INFO"):
+        scheduler = load(path, single_file_config=str(folder), prediction_type="epsilon").scheduler
+    assert (scheduler.config.prediction_type, bool(scheduler.config.rescale_betas_zero_snr)) == ("epsilon", False)
+    assert "epsilon (by --prediction_type over the marks v_pred and ztsnr in its file)" in caplog.text
+
+
+def test_a_marked_base_is_named_so_in_the_files_of_its_loras(
+    folder: Path, checkpoint: Path, icons: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "pretrained_model_name_or_path": str(marked(checkpoint, tmp_path / "noob.safetensors", "v_pred", "ztsnr")),
+        "single_file_config": str(folder),
+        "instance_data_dir": str(icons),
+        "instance_prompt": "an icon",
+        "output_dir": str(tmp_path / "fox"),
+        "max_train_steps": 1,
+        "learning_rate": 0.01,
+        "train_batch_size": 1,
+        "resolution": 32,
+        "seed": 0,
+        "report_to": "none",
+    }
+    run = train(TrainConfig.from_dict(settings)).parent
+    with safe_open(run / "fox.safetensors", "pt") as file:
+        said = file.metadata()
+    assert said["modelspec.prediction_type"] == "v"
+    assert (said["ss_v_parameterization"], said["ss_zero_terminal_snr"]) == ("True", "True")
+    assert "'rescale_betas_zero_snr': True" in (run / "README.md").read_text(encoding="utf-8")
+
+
+def test_edm_style_training_of_a_base_that_ends_in_pure_noise_is_refused(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = marked(checkpoint, tmp_path / "x.safetensors", "v_pred", "ztsnr")
+    settings = ModelConfig(pretrained_model_name_or_path=str(path), single_file_config=str(folder))
+    scheduler = load_sdxl(settings, CPU, torch.float32).scheduler
+    with pytest.raises(ConfigError, match=r"--do_edm_style_training does not fit this base, .*zero terminal SNR"):
+        objective_of(ObjectiveConfig(do_edm_style_training=True), scheduler)
+
+
+@pytest.mark.parametrize(
+    ("changes", "marks", "message"),
+    [
+        ({}, ("edm_vpred.sigma_max",), "is CosXL, which predicts velocity at EDM's noise levels"),
+        ({}, ("edm_mean", "edm_std"), "is Playground v2.5, but the scheduler in single_file_config=.* is not EDM's"),
+        ({"0.transformer.": "0.model."}, (), "is SDXL's refiner, which has the second text encoder only"),
+        ({"channels": "9"}, (), "its UNet takes 9 channels, not the 4 of an image alone, as models for inpainting"),
+    ],
+)
+def test_what_is_no_base_to_train_on_is_refused_by_its_name(
+    folder: Path, checkpoint: Path, tmp_path: Path, changes: dict[str, str], marks: tuple[str, ...], message: str
+) -> None:
+    tensors = {**load_file(checkpoint), **{name: torch.ones(4) for name in marks}}
+    if "channels" in changes:
+        tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(8, 9, 3, 3)
+    for old, new in changes.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "x.safetensors", single_file_config=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", Variant("SDXL")),
+        ("C:\\models\\noobaiXL_vPred10.safetensors", Variant("NoobAI", is_called_v=True)),
+        ("OnomaAIResearch/Illustrious-xl-early-release-v0", Variant("Illustrious")),
+        ("/pony/sdxl.safetensors", Variant("SDXL")),
+        ("ponyDiffusionV6XL.safetensors", Variant("Pony")),
+        ("stabilityai/sdxl-turbo", Variant("SDXL", few_steps="Turbo")),
+        ("ByteDance/SDXL-Lightning", Variant("SDXL", few_steps="Lightning")),
+        ("latent-consistency/lcm-sdxl", Variant("SDXL", few_steps="LCM")),
+        ("calcmodel.safetensors", Variant("SDXL")),
+    ],
+)
+def test_a_variant_is_known_by_its_own_name(name: str, found: Variant) -> None:
+    assert variant_of(name, Header()) == found
+
+
+def test_what_a_name_alone_says_is_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(folder, tmp_path / "noob-vpred-lightning")
+    load(tmp_path / "noob-vpred-lightning")
+    assert "distilled to draw in few steps (Lightning, by its name)" in caplog.text
+    assert "its name says v-prediction; if that is right, give --prediction_type v_prediction" in caplog.text
+    caplog.clear()
+    load(tmp_path / "noob-vpred-lightning", prediction_type="v_prediction")
+    assert "its name says v-prediction" not in caplog.text
+
+
+def other_vae(base: Path, path: Path, is_mended: bool) -> str:
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.register_to_config(force_upcast=not is_mended)
+    vae.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("is_mended", "dtype", "expected"),
+    [
+        (True, torch.bfloat16, torch.float16),
+        (True, torch.float32, torch.float32),
+        (False, torch.float16, torch.float32),
+    ],
+)
+def test_a_given_vae_is_in_fp16_where_it_was_mended_for_it(
+    folder: Path, tmp_path: Path, is_mended: bool, dtype: torch.dtype, expected: torch.dtype
+) -> None:
+    path = other_vae(folder, tmp_path / "vae", is_mended)
+    settings = ModelConfig(pretrained_model_name_or_path=str(folder), pretrained_vae_model_name_or_path=path)
+    sdxl = load_sdxl(settings, CPU, dtype)
+    assert {parameter.dtype for parameter in sdxl.vae.parameters()} == {expected}
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = encode_images(sdxl.vae, pixels)
+    drawn = decode_latents(sdxl.vae, latents)
+    assert latents.dtype == drawn.dtype == torch.float32
+    exact = load(folder).vae
+    torch.testing.assert_close(drawn, decode_latents(exact, encode_images(exact, pixels)), rtol=0.02, atol=0.1)
+
+
+def test_the_vae_takes_images_one_by_one_and_none_depends_on_the_others(sdxl: Sdxl) -> None:
+    seen: list[int] = []
+    hooks = [part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))) for part in vae_parts(sdxl)]
+    pixels = torch.rand(3, 3, 32, 32) * 2 - 1
+    latents = encode_images(sdxl.vae, pixels)
+    drawn = decode_latents(sdxl.vae, latents)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [1] * 6
+    for index in range(3):
+        alone = encode_images(sdxl.vae, pixels[index : index + 1])
+        assert torch.equal(alone, latents[index : index + 1])
+        assert torch.equal(decode_latents(sdxl.vae, alone), drawn[index : index + 1])
+
+
+@pytest.mark.parametrize(("side", "largest"), [(1024, 1024), (1088, 1024)])
+def test_images_above_1024_pixels_are_decoded_in_tiles_and_encoded_whole(sdxl: Sdxl, side: int, largest: int) -> None:
+    encoder, decoder = vae_parts(sdxl)
+    seen: list[int] = []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1] * 4))
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, side, side, generator=rng) * 2 - 1
+    drawn = decode_latents(sdxl.vae, encode_images(sdxl.vae, pixels))
+    assert seen[0] == side
+    assert max(seen[1:]) == largest
+    assert drawn.shape == pixels.shape
+
+
+def vae_parts(sdxl: Sdxl) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return sdxl.vae.encoder, sdxl.vae.decoder

@@ -379,7 +379,7 @@ def test_a_run_leaves_a_grid_and_files_that_say_how_they_were_made(
     settings = {
         "prompts": ('a "fox": red, big',),
         "seeds": (0, 7),
-        "negative_prompt": "fog",
+        "negative_prompt": "fog (grey)",
         "lora": (str(style.parent), f"{style}+{face}@0.5"),
         "strengths": (0.8,),
     }
@@ -393,10 +393,11 @@ def test_a_run_leaves_a_grid_and_files_that_say_how_they_were_made(
     text = Image.open(folder / f"{prefix}-7_02_style-+-face-0.5_0.8.png").text  # type: ignore[attr-defined]
     first, negative, last = text["parameters"].split("\n")
     assert first == 'a "fox": red, big <lora:style:0.8> <lora:face:0.4>'
-    assert negative == "Negative prompt: fog"
+    assert negative == r"Negative prompt: fog \(grey\)"
     # The pattern by which A1111 takes the line apart.
     values = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     expected = {"Steps": "1", "Sampler": "Euler", "CFG scale": "5.0", "Seed": "7", "Size": "32x32", "Model": base.name}
+    expected["RNG"] = "CPU"
     assert expected.items() <= values.items()
     assert json.loads(values["Lora"]) == "style: 0.8, face: 0.4"
     ours = json.loads(text["flatlora_diffusion"])
@@ -478,6 +479,12 @@ def test_wrong_input_is_named_before_anything_is_drawn(base: Path, tmp_path: Pat
         with pytest.raises(ConfigError, match=message):
             generate(config(base, tmp_path / "out", **settings))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_base_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir='.*out' cannot be written: .+; give another folder"):
+        generate(config(tmp_path / "no-base", tmp_path / "file" / "out", prompts=("a fox",)))
 
 
 def test_long_labels_stay_in_their_place() -> None:

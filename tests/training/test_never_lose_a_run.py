@@ -504,6 +504,15 @@ def test_a_cache_that_cannot_be_written_is_named_in_one_sentence(
         train(config.replace(embedding_cache_dir=str(tmp_path / "cache"), **{cached: True}))
 
 
+def test_a_cache_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatlora_diffusion.training.trainer.prepare", raising(AssertionError("it was loaded")))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"embedding_cache_dir='.*' cannot be written: .+; give another folder"):
+        train(config.replace(embedding_cache_dir=str(tmp_path / "file" / "cache"), cache_latents=True))
+
+
 # What a run goes on with
 
 

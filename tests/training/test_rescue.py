@@ -45,6 +45,40 @@ def test_the_first_process_tells_the_memory_of_its_own_gpu_and_goes_on_if_it_can
     assert ("could not be estimated: no driver" in caplog.text) is fails
 
 
+def test_out_of_memory_is_said_even_when_the_estimate_fails(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def broken(*_: Any) -> str:
+        raise KeyError("vae")
+
+    monkeypatch.setattr("flatlora_diffusion.training.trainer.train_step", full)
+    monkeypatch.setattr("flatlora_diffusion.memory.estimate.out_of_memory_text", broken)
+    with pytest.raises(RunError, match="the device is out of memory; lower --train_batch_size or --resolution"):
+        train(config)
+    assert "could not be estimated: 'vae'" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "bf16"), ("no", "no")])
+def test_the_memory_is_told_for_the_launcher_s_precision_unless_one_is_given(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    gpu, told = torch.device("cuda", 0), []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(trainer, "this_process", lambda: SimpleNamespace(device=gpu, is_main_process=True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7, 8))
+
+    def lines(config: TrainConfig, _: int) -> list[str]:
+        told.append(config.optim.mixed_precision)
+        return ["enough"]
+
+    monkeypatch.setattr("flatlora_diffusion.memory.estimate.preflight_lines", lines)
+    train(config.replace(max_train_steps=1, mixed_precision=given))
+    assert told == [expected]
+
+
 @pytest.mark.parametrize("stage", ["prepare", "load_class_samples"])
 def test_out_of_memory_before_the_first_step_ends_alike(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, stage: str

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flatlora_diffusion.config import TrainConfig, settings_that
+from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.training.settling import seeded, settled
+from flatlora_diffusion.training.settling import seeded, settled, with_precision
 from flatlora_diffusion.training.state import prepare
 
 WIDE, TALL = (40, 80), (80, 40)
@@ -23,6 +23,13 @@ def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
     assert {name for name in given if given[name] != whole[name]} == set(settings_that("is_settled"))
     assert all(whole[name] is not None for name in settings_that("is_settled"))
     assert (whole["resolution"], whole["mixed_precision"]) == (64, "bf16")
+
+
+def test_a_launcher_s_precision_that_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert with_precision(TrainConfig().replace(mixed_precision="no")).optim.mixed_precision == "no"
+    with pytest.raises(ConfigError, match="mixed_precision 'fp8', which is none of no, fp16, bf16; give"):
+        with_precision(TrainConfig())
 
 
 def test_what_is_settled_stays_as_it_is() -> None:

@@ -38,6 +38,31 @@ def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: T
         torch.testing.assert_close(magnitude, norms, rtol=1e-6, atol=0, msg=name)
 
 
+def test_a_base_in_fp32_is_rounded_after_eps_was_added_and_not_before(config: TrainConfig) -> None:
+    config = config.replace(mixed_precision="bf16", sigma=0.1)
+    half, whole = (prepare(config.replace(base_dtype=dtype), samples_of(config)) for dtype in (None, "fp32"))
+    frozen = [one.get_base_layer().weight.dtype for one in lora_layers(whole.sdxl.unet).values()]
+    assert set(frozen) == {torch.float32}
+    assert {part.dtype for part in (whole.sdxl.unet, whole.sdxl.pipeline.text_encoder)} == {torch.float32}
+    assert half.sdxl.unet.dtype == torch.bfloat16
+    name, layer = next(iter(lora_layers(whole.sdxl.unet).items()))
+    weight, inputs = layer.get_base_layer().weight, torch.eye(layer.in_features)
+    eps = whole.flats[0].noise(name, step=5).float()
+    with whole.flats[0].perturb(step=5), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        seen = layer(inputs).float().T
+    bias = layer.get_base_layer().bias
+    assert bias is None, "else it were in what is seen"
+    assert torch.equal(seen, (weight + eps).bfloat16().float())
+    assert not torch.equal(seen, (weight.bfloat16().float() + eps).bfloat16().float())
+
+
+def test_a_base_in_fp32_without_eps_trains_a_plain_lora(config: TrainConfig) -> None:
+    config = config.replace(mixed_precision="bf16", base_dtype="fp32")
+    none, plain = (trained(config.replace(**how)) for how in ({"sigma": 0.0}, {"method": "lora"}))
+    for name, value in plain.trainable.items():
+        assert torch.equal(none.trainable[name], value), name
+
+
 @pytest.mark.parametrize(
     ("report_to", "message"),
     [

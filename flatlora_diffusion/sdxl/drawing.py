@@ -1,0 +1,240 @@
+"""How a picture was drawn, as other tools read it: a ComfyUI workflow in both of its forms, and A1111's text.
+
+They say what draws the same picture there: the same noise (from the CPU), noise levels and conditioning. A picture
+whose sampler has no equal in them gets none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from PIL.PngImagePlugin import PngInfo
+
+from flatlora_diffusion.ground.versions import PROGRAM, __version__
+
+PARAMETERS = "parameters"
+NOISE_FROM = "CPU"  # whose generator, in A1111's word
+# ComfyUI's and A1111's names of what diffusers has.
+_SAMPLERS = {
+    "EulerDiscreteScheduler": ("euler", "Euler"),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "Euler a"),
+}
+_SPACINGS = {"leading": ("ddim_uniform", "DDIM"), "trailing": ("simple", "Simple"), "linspace": ("normal", "Normal")}
+_KARRAS = ("karras", "Karras")
+_KNOWN_BASES = {"stabilityai/stable-diffusion-xl-base-1.0": "sd_xl_base_1.0"}  # the file's name there
+_COLUMN, _HEIGHT = 340, 280  # of a node in the workflow's plane
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All that a picture depends on. `sampler` and `spacing` are names of ComfyUI and of A1111.
+
+    base: the base's name there, without its ending. clip_skip counts from SDXL's own choice. is_zeroed: the negative
+    conditioning is zeros and not that of an empty text, as SDXL was trained.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    size: int
+    steps: int
+    guidance: float
+    sampler: tuple[str, str]
+    spacing: tuple[str, str]
+    base: str
+    lora: str | None
+    strength: float = 1.0
+    clip_skip: int = 0
+    predicts_v: bool = False
+    zero_terminal_snr: bool = False
+    is_zeroed: bool = False
+
+
+class _Kind(NamedTuple):
+    """A kind of ComfyUI's nodes: its inputs that are linked, its outputs, and its widgets in their order."""
+
+    links: Mapping[str, str]
+    outputs: tuple[str, ...]
+    widgets: tuple[str, ...]
+
+
+_KINDS = {
+    "CheckpointLoaderSimple": _Kind({}, ("MODEL", "CLIP", "VAE"), ("ckpt_name",)),
+    "LoraLoader": _Kind(
+        {"model": "MODEL", "clip": "CLIP"}, ("MODEL", "CLIP"), ("lora_name", "strength_model", "strength_clip")
+    ),
+    "ModelSamplingDiscrete": _Kind({"model": "MODEL"}, ("MODEL",), ("sampling", "zsnr")),
+    "CLIPSetLastLayer": _Kind({"clip": "CLIP"}, ("CLIP",), ("stop_at_clip_layer",)),
+    "CLIPTextEncode": _Kind({"clip": "CLIP"}, ("CONDITIONING",), ("text",)),
+    "ConditioningZeroOut": _Kind({"conditioning": "CONDITIONING"}, ("CONDITIONING",), ()),
+    "EmptyLatentImage": _Kind({}, ("LATENT",), ("width", "height", "batch_size")),
+    "KSampler": _Kind(
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
+        ("LATENT",),
+        ("seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
+    ),
+    "VAEDecode": _Kind({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",), ()),
+    "SaveImage": _Kind({"images": "IMAGE"}, (), ("filename_prefix",)),
+}
+
+
+def sampling_names(scheduler: Any) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """Sampler and spacing of noise levels by the names of ComfyUI and A1111; None where they have no equal."""
+    sampler = _SAMPLERS.get(type(scheduler).__name__)
+    is_karras = scheduler.config.get("use_karras_sigmas")
+    spacing = _KARRAS if is_karras else _SPACINGS.get(scheduler.config.get("timestep_spacing"))
+    return None if sampler is None or spacing is None else (sampler, spacing)
+
+
+def base_there(name: str | None) -> str:
+    """What a base of this hub id or file name is called in other tools, without ending; BASE where it has no name."""
+    if name is None:
+        return "BASE"
+    return _KNOWN_BASES.get(name, name.rsplit("/", maxsplit=1)[-1].removesuffix(".safetensors"))
+
+
+def parameters_text(drawing: Drawing) -> str:
+    """A1111's text, which its page `PNG Info` and many other tools read."""
+    prompt = a1111_prompt(drawing.prompt)
+    values: dict[str, Any] = {
+        "Steps": drawing.steps,
+        "Sampler": drawing.sampler[1],
+        "Schedule type": drawing.spacing[1],
+        "CFG scale": drawing.guidance,
+        "Seed": drawing.seed,
+        "Size": f"{drawing.size}x{drawing.size}",
+        "Model": drawing.base,
+        "RNG": NOISE_FROM,
+    }
+    if drawing.lora is not None:
+        prompt += f" <lora:{drawing.lora}:{drawing.strength:g}>"
+    values["Version"] = f"{PROGRAM} {__version__}"
+    lines = [prompt]
+    if drawing.negative_prompt:
+        lines.append(f"Negative prompt: {a1111_prompt(drawing.negative_prompt)}")
+    lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
+    return "\n".join(lines)
+
+
+def a1111_prompt(prompt: str) -> str:
+    """`prompt`, plain text here, as A1111 takes it: with a backslash before what it would read as a weight."""
+    return _escaped(prompt, "()[]")
+
+
+def a1111_sampler(kind: str) -> str:
+    """A1111's name of a scheduler class of diffusers; the class's own where it has none."""
+    return _SAMPLERS[kind][1] if kind in _SAMPLERS else kind.removesuffix("Scheduler")
+
+
+def quoted(value: str) -> str:
+    """As A1111 writes a value: in JSON's quotes when it holds what separates values."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
+
+
+def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
+    """The workflow as ComfyUI's server takes it: nodes by number, with links as [node, output]."""
+    nodes: dict[str, Any] = {}
+
+    def add(kind: str, **inputs: Any) -> str:
+        number = str(len(nodes) + 1)
+        nodes[number] = {"class_type": kind, "inputs": inputs}
+        return number
+
+    base = add("CheckpointLoaderSimple", ckpt_name=f"{drawing.base}.safetensors")
+    model, clip = [base, 0], [base, 1]
+    if drawing.lora is not None:
+        strengths = {"strength_model": drawing.strength, "strength_clip": drawing.strength}
+        lora = add("LoraLoader", lora_name=f"{drawing.lora}.safetensors", **strengths, model=model, clip=clip)
+        model, clip = [lora, 0], [lora, 1]
+    if drawing.predicts_v:
+        model = [add("ModelSamplingDiscrete", sampling="v_prediction", zsnr=drawing.zero_terminal_snr, model=model), 0]
+    if drawing.clip_skip:
+        clip = [add("CLIPSetLastLayer", stop_at_clip_layer=-2 - drawing.clip_skip, clip=clip), 0]
+    positive = [add("CLIPTextEncode", text=_escaped(drawing.prompt, "()"), clip=clip), 0]
+    negative = [add("CLIPTextEncode", text=_escaped(drawing.negative_prompt, "()"), clip=clip), 0]
+    if drawing.is_zeroed:
+        negative = [add("ConditioningZeroOut", conditioning=negative), 0]
+    latents = [add("EmptyLatentImage", width=drawing.size, height=drawing.size, batch_size=1), 0]
+    sampled = add(
+        "KSampler",
+        seed=drawing.seed,
+        steps=drawing.steps,
+        cfg=drawing.guidance,
+        sampler_name=drawing.sampler[0],
+        scheduler=drawing.spacing[0],
+        denoise=1.0,
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=latents,
+    )
+    pixels = add("VAEDecode", samples=[sampled, 0], vae=[base, 2])
+    add("SaveImage", filename_prefix=drawing.lora or drawing.base, images=[pixels, 0])
+    return nodes
+
+
+def workflow_for_page(drawing: Drawing) -> dict[str, Any]:
+    """The workflow as ComfyUI's page takes it, which opens it from a file or a picture that is dropped on it."""
+    api = workflow_for_api(drawing)
+    links = [
+        [int(node["inputs"][name][0]), node["inputs"][name][1], int(number), slot, kind]
+        for number, node in api.items()
+        for slot, (name, kind) in enumerate(_KINDS[node["class_type"]].links.items())
+    ]
+    return {
+        "last_node_id": len(api),
+        "last_link_id": len(links),
+        "nodes": [_on_page(int(number), node, links) for number, node in api.items()],
+        "links": [[place, *link] for place, link in enumerate(links, 1)],
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def png_text(drawing: Drawing) -> PngInfo:
+    """The text chunks that both tools read from a picture."""
+    text = PngInfo()
+    text.add_text(PARAMETERS, parameters_text(drawing))
+    text.add_text("prompt", json.dumps(workflow_for_api(drawing)))
+    text.add_text("workflow", json.dumps(workflow_for_page(drawing)))
+    return text
+
+
+def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[str, Any]:
+    """A node with its place; the numbers of links count from 1."""
+    kind, values = _KINDS[node["class_type"]], {"control_after_generate": "fixed", **node["inputs"]}
+    into = {link[3]: place for place, link in enumerate(links, 1) if link[2] == number}
+    return {
+        "id": number,
+        "type": node["class_type"],
+        "pos": [_COLUMN * ((number - 1) // 2), _HEIGHT * ((number - 1) % 2)],
+        "size": [_COLUMN - 40, _HEIGHT - 60],
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": [
+            {"name": name, "type": value, "link": into[slot]} for slot, (name, value) in enumerate(kind.links.items())
+        ],
+        "outputs": [
+            {
+                "name": name,
+                "type": name,
+                "slot_index": slot,
+                "links": [place for place, link in enumerate(links, 1) if link[:2] == [number, slot]],
+            }
+            for slot, name in enumerate(kind.outputs)
+        ],
+        "properties": {"Node name for S&R": node["class_type"]},
+        "widgets_values": [values[name] for name in kind.widgets],
+    }
+
+
+def _escaped(prompt: str, marks: str) -> str:
+    """`prompt` with a backslash before what the tools take for a weight; it is plain text here."""
+    return re.sub(f"([{re.escape(marks)}])", r"\\\1", prompt)
