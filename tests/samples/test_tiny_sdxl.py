@@ -120,8 +120,8 @@ def test_the_vae_reconstructs_3d_icons(pipeline: StableDiffusionXLPipeline, fold
     assert psnr(pipeline.vae, images) >= 29
 
 
-def test_the_judge_finds_the_right_name_for_about_half_of_what_it_draws(pipeline: StableDiffusionXLPipeline) -> None:
-    """Every fifth held-out name, among all 64: it measured 8 of 13; chance finds 0.2, and 6 are asked for."""
+def test_the_judge_finds_the_right_name_for_most_of_what_it_draws(pipeline: StableDiffusionXLPipeline) -> None:
+    """Every fifth held-out name, among all 64: it measured 11 of 13; chance finds 0.2, and 8 are asked for."""
     names = [row["name"] for row in metadata_rows(HELD_OUT)]
     drawn = names[::5]
     icons = pipeline(
@@ -134,18 +134,18 @@ def test_the_judge_finds_the_right_name_for_about_half_of_what_it_draws(pipeline
     ).images
     ranks = rank_of(rank_names(load_judge(TINY / "judge"), icons, names), torch.arange(0, len(names), 5))
     assert len(drawn) == 13
-    assert int((ranks == 0).sum()) >= 6
+    assert int((ranks == 0).sum()) >= 8
 
 
 def test_its_loss_is_that_of_the_weights_that_were_published(own_loss: float) -> None:
     """One spoiled tensor of the UNet or a text encoder mostly shows here. A new base has a new number."""
-    assert own_loss == pytest.approx(0.103480, rel=5e-5)
+    assert own_loss == pytest.approx(0.087518, rel=5e-5)
 
 
 def test_an_unseen_trigger_does_much_less_harm_than_a_wrong_caption(
     tiny: Sdxl, own: list[str], own_loss: float
 ) -> None:
-    """The loss measured +0.04 % and +0.6 % with triggers, +31 % with the captions of other icons."""
+    """The loss measured +0.04 % and +0.6 % with triggers, +36 % with the captions of other icons."""
     assert loss_with(tiny, own[1:] + own[:1]) > 1.2 * own_loss
     behind = [f"{text}, in the style of TOK" for text in own]
     assert loss_with(tiny, behind) < 1.005 * own_loss
