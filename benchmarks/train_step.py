@@ -2,12 +2,12 @@
 
 `plain` is the training step of diffusers' script written with the same libraries and none of our code, all other arms
 are our `train_step`: `lora`, and Flat-LoRA with each kind of draw, its norms taken in each step or in each tenth. Two
-subjects: the tiny base, with cached latents and batches of 4, and one
-transformer block of SDXL (1280 wide, 1,024 tokens, cross-attention to 77 tokens of 2048). The arms take turns step by
-step in one process, so that a noisy machine hits all alike, and each goes first in turn. The figures are medians of
-the ratios within a turn. Peak memory is what one step allocates beyond what is there between steps: PyTorch's
-allocator as its profiler sees it, on CUDA as the allocator counts it. Launches are operators that work on numbers;
-those beyond LoRA's are given for each adapted layer. Writes benchmarks/train_step.json.
+subjects: the tiny base, with cached latents and batches of 4, and one transformer block of SDXL (1280 wide, 1,024
+tokens, cross-attention to 77 tokens of 2048). The arms take turns step by step in one process, so that a noisy machine
+hits all alike, and each goes first in turn. The figures are medians of the ratios within a turn. Peak memory is what
+one step allocates beyond what is there between steps: PyTorch's allocator as its profiler sees it, on CUDA as the
+allocator counts it. Launches are operators that work on numbers; those beyond LoRA's are given for each adapted layer.
+Writes benchmarks/train_step.json.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class FlatLora:
         draw: `full` draws every eps[i, j] by itself. `low_rank` has the same mean and covariance, 0 between any two
             entries, but its entries are not normal: eps = diag(row_std) U V^T / sqrt(k) with N(0, 1) in
             U (m, k) and V (n, k), k = 4. It takes k (m + n) numbers in place of m n.
-        norm_every: ||W'_i|| is taken anew in the first perturbed step of each `norm_every` optimizer steps.
+        norm_every: ||W'_i|| is taken anew in the first perturbed step of each `norm_every` optimizer steps; the
+            active adapters must not change in between.
 
     Raises:
         ConfigError: a setting out of range, no LoRA layer, or adapted layers that cannot be perturbed (named).

@@ -1,7 +1,7 @@
 """Build the tiny SDXL base from public icon sets: `python -m samples.tiny_sdxl.build --work FOLDER`.
 
-Every stage is skipped when its result is in FOLDER, and a killed stage goes on where it was. Takes about six hours on
-two CPU cores; needs npm (to fetch the icons) and the `recipe` extra of this package. Weights differ from machine to
+Every stage is skipped when its result is in FOLDER, and a killed stage goes on where it was. Takes hours on two CPU
+cores; needs npm (to fetch the icons) and the `recipe` extra of this package. Weights differ from machine to
 machine in their last digits. `--publish` copies the result over the one that ships with the repository.
 """
 
