@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run, and not in the process that only hands them out, what they start is a plain installation."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        before = os.environ.get("PYTHONPATH")
+        plain = str(Path(__file__).with_name("plain_start"))
+        os.environ["PYTHONPATH"] = plain if before is None else os.pathsep.join([plain, before])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that at the end no process waits for the long file of another."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

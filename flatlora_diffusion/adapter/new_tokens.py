@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def with_new_tokens(text: str, tokens: Mapping[str, list[str]]) -> str:
     for word, names in tokens.items():
         text = text.replace(word, "".join(names))
     return text
+
+
+def in_captions(samples: Sequence[Any], tokens: Mapping[str, list[str]]) -> list[Any]:
+    """The samples, dataclasses with a `caption`, with each placeholder word in it replaced by its tokens."""
+    return [dataclasses.replace(one, caption=with_new_tokens(one.caption, tokens)) for one in samples]
 
 
 def add_tokens(pipeline: Any, config: TokenConfig, seed: int) -> dict[str, list[str]]:

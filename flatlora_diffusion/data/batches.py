@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -192,12 +192,10 @@ def encoded_feed(
     samples: Sequence[Sample],
     world_size: int = 1,
     class_samples: Sequence[Sample] = (),
-    tokens: Mapping[str, list[str]] | None = None,
 ) -> Feed:
     """The feed of a run, with all encoded that need not be encoded in each step: captions, and images if asked for.
 
-    `config` has its seed and resolution; `tokens` are pivotal tuning's, by placeholder. VAE and text encoders are on
-    the device where batches are made.
+    `config` has its seed and resolution. VAE and text encoders are on the device where batches are made.
     """
     data, vae, seed, resolution = config.data, sdxl.vae, config.run.seed, config.data.resolution
     assert seed is not None
@@ -211,7 +209,7 @@ def encoded_feed(
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_half_written(folder, seconds=_LONGEST_WRITE)
-        prompts = prompts_of(config, sdxl, [*samples, *class_samples], tokens or {}, folder)
+        prompts = prompts_of(config, sdxl, [*samples, *class_samples], folder)
         if data.cache_latents:
             latents = encoded_latents(vae, samples, schedule.sizes, framing, folder)
             # With buckets a class image has as many sizes as there are buckets, so it is encoded when it is needed.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.files import fingerprint, kept_tensors
@@ -39,17 +38,15 @@ class FrozenPrompts:
 
 
 class TokenizedPrompts:
-    """Tokens of each caption, with the new tokens of pivotal tuning in place of their placeholders."""
+    """Tokens of each caption, for text encoders that are trained."""
 
-    def __init__(self, pipeline: Any, tokens: Mapping[str, list[str]]) -> None:
+    def __init__(self, pipeline: Any) -> None:
         self._tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
-        self._tokens = tokens
 
     def conditioning(self, captions: Sequence[str], kept: Tensor | None, device: torch.device) -> dict[str, Any]:
         """The prompt fields of a Batch."""
-        texts = [with_new_tokens(caption, self._tokens) for caption in captions]
-        ids = torch.stack([tokenize(tokenizer, texts) for tokenizer in self._tokenizers], dim=1)
-        kept = torch.ones(len(texts)) if kept is None else kept.float()
+        ids = torch.stack([tokenize(tokenizer, captions) for tokenizer in self._tokenizers], dim=1)
+        kept = torch.ones(len(captions)) if kept is None else kept.float()
         return {
             "prompt_embeds": None,
             "pooled_prompt_embeds": None,
@@ -59,16 +56,15 @@ class TokenizedPrompts:
 
 
 def prompts_of(
-    config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], tokens: Mapping[str, list[str]], folder: Path | None
+    config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], folder: Path | None
 ) -> FrozenPrompts | TokenizedPrompts:
     """What a run with these samples has for their captions; captions that are cut are told of.
 
-    With frozen text encoders each caption is encoded, once for all runs if it may be kept in `folder`. `tokens` are
-    pivotal tuning's, by placeholder.
+    With frozen text encoders each caption is encoded, once for all runs if it may be kept in `folder`.
     """
-    _warn_of_cut(sdxl.pipeline, samples, tokens)
+    _warn_of_cut(sdxl.pipeline, samples)
     if config.trains_text:
-        return TokenizedPrompts(sdxl.pipeline, tokens)
+        return TokenizedPrompts(sdxl.pipeline)
     captions = {sample.caption for sample in samples}
     return _encoded(sdxl, captions, folder if config.data.cache_text_embeddings else None)
 
@@ -81,13 +77,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     return ids
 
 
-def _warn_of_cut(pipeline: Any, samples: Iterable[Sample], tokens: Mapping[str, list[str]]) -> None:
+def _warn_of_cut(pipeline: Any, samples: Iterable[Sample]) -> None:
     """Tell of captions that are longer than what the text encoders read, by the images that have them."""
     tokenizers = pipeline.tokenizer, pipeline.tokenizer_2
     names, most = [], min(tokenizer.model_max_length for tokenizer in tokenizers)
     lengths: dict[str, int] = {}
     for sample in samples:
-        text = with_new_tokens(sample.caption, tokens)
+        text = sample.caption
         if text not in lengths:
             # Besides the text itself they read its start and its end.
             lengths[text] = 2 + max(len(tokenizer.tokenize(text)) for tokenizer in tokenizers)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.adapter.new_tokens import new_tokens, with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
@@ -101,7 +101,7 @@ def _models(
         return {
             kind: fixed_probe(
                 sdxl,
-                [dataclasses.replace(sample, caption=with_new_tokens(sample.caption, tokens)) for sample in samples],
+                in_captions(samples, tokens),
                 resolution,
                 given.seed,
                 given.probe_draws,

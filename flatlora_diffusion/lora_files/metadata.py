@@ -32,8 +32,12 @@ SDXL_CLIP_SKIP = 2  # others count from the last layer, which is 1; SDXL's own c
 
 @dataclass(frozen=True)
 class Training:
-    """The facts that settings do not hold: the base's family, and the state of the run when the file is written."""
+    """What the base is, and the state of the run when the file is written.
 
+    The base's name is a hub id or a file's name; None for a folder's.
+    """
+
+    base: str | None
     family: Family
     step: int
     epoch: int
@@ -47,7 +51,7 @@ class Training:
 def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: datetime) -> dict[str, str]:
     """All keys but those that `with_contents` adds. `config` has its resolution and steps settled."""
     data, optim, objective = config.data, config.optim, config.objective
-    has_text, said, base = config.adapter.train_text_encoder, comment(config), base_name(config)
+    has_text, said = config.adapter.train_text_encoder, comment(config)
     title = run.lora_name(config.run.output_name)
     values: dict[str, Any] = {
         "format": "pt",
@@ -56,7 +60,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_v2": False,
         "ss_network_module": "networks.lora",
         "ss_output_name": title,
-        "ss_sd_model_name": base,
+        "ss_sd_model_name": training.base,
         "ss_resolution": f"({data.resolution}, {data.resolution})",
         "ss_steps": training.step,
         "ss_max_train_steps": optim.max_train_steps,

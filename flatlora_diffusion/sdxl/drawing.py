@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from PIL.PngImagePlugin import PngInfo
 
+from flatlora_diffusion.ground.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
 
 PARAMETERS = "parameters"
@@ -194,6 +195,15 @@ def workflow_for_page(drawing: Drawing) -> dict[str, Any]:
         "config": {},
         "extra": {},
         "version": 0.4,
+    }
+
+
+def recipe_files(drawing: Drawing) -> dict[str, str]:
+    """The files that draw it in other tools, their text by what their names end in."""
+    return {
+        COMFYUI: json.dumps(workflow_for_page(drawing), indent=2) + "\n",
+        COMFYUI_API: json.dumps(workflow_for_api(drawing), indent=2) + "\n",
+        A1111_TEXT: parameters_text(drawing) + "\n",
     }
 
 

@@ -16,6 +16,7 @@ from diffusers import (
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.sdxl.base_family import Family, family_of
 from flatlora_diffusion.sdxl.loading import load_pipeline
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 
@@ -38,6 +39,11 @@ class Sdxl:
     @property
     def vae(self) -> AutoencoderKL:
         return self.pipeline.vae
+
+    @property
+    def family(self) -> Family:
+        """Which of the known shapes the base has."""
+        return family_of(self.unet)
 
     @property
     def resolution(self) -> int:

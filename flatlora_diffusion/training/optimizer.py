@@ -12,7 +12,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from flatlora_diffusion.config import ConfigError, OptimConfig, TokenConfig
+from flatlora_diffusion.config import ConfigError, OptimConfig, TokenConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,19 @@ class Group:
     share: float = 1.0
 
 
-def groups_of(
+def optimizer_of(
+    config: TrainConfig, trainable: Mapping[str, nn.Parameter], embeddings: Iterable[nn.Parameter], processes: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """What moves the trained parameters, new tokens' `embeddings` among them, and its schedule."""
+    optim = config.optim
+    assert optim.max_train_steps is not None
+    groups = _groups_of(trainable, embeddings, config.tokens)
+    per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
+    optimizer = _make_optimizer(optim, groups, per_step if optim.scale_lr else 1)
+    return optimizer, _make_lr_schedule(optim, optimizer, groups, optim.max_train_steps)
+
+
+def _groups_of(
     trainable: Mapping[str, nn.Parameter], embeddings: Iterable[nn.Parameter], config: TokenConfig
 ) -> list[Group]:
     """What is trained, by part and name, in groups: the UNet's, the text encoders', the new tokens' `embeddings`.
@@ -45,7 +57,7 @@ def groups_of(
     return [group for group in groups if group.parameters]
 
 
-def make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: float) -> torch.optim.Optimizer:
+def _make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: float) -> torch.optim.Optimizer:
     """The optimizer of `config`; `lr_factor` is that of --scale_lr.
 
     Raises ConfigError when the package of an optional optimizer is absent.
@@ -88,7 +100,7 @@ def make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: floa
     return torch.optim.AdamW(sets, lr=lr, betas=betas, eps=config.adam_epsilon)
 
 
-def make_lr_schedule(
+def _make_lr_schedule(
     config: OptimConfig, optimizer: torch.optim.Optimizer, groups: Sequence[Group], total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule of `config`; a group's learning rate is 0 once its share of `total_steps` is over."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.adapter.new_tokens import with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import in_captions, with_new_tokens
 from flatlora_diffusion.data.training_set import load_heldout
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, probe_loss, with_prompts
 from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.lora_files.metadata import base_name
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
+from flatlora_diffusion.sdxl.base_family import TINY_FAMILY
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text, sampling_names
 from flatlora_diffusion.sdxl.objective import unweighted
@@ -41,10 +40,8 @@ class Previews:
         if run.validation_data_dir is not None:
             data = state.config.data
             found = load_heldout(Path(run.validation_data_dir), data)
-            self._captions = [with_new_tokens(sample.caption, state.tokens) for sample in found.samples]
-            samples = [
-                replace(one, caption=caption) for one, caption in zip(found.samples, self._captions, strict=True)
-            ]
+            samples = in_captions(found.samples, state.tokens)
+            self._captions = [sample.caption for sample in samples]
             with ready(state.sdxl):
                 self._probe = fixed_probe(
                     state.sdxl, samples, state.feed.resolution, seed=0, background=data.background_color
@@ -98,7 +95,7 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
     is_plain = step == 0 and config.adapter.init_lora is None
     if names is None or state.tokens or not (is_plain or step == state.total_steps):
         return None
-    if family_of(sdxl.unet) == TINY_FAMILY:
+    if sdxl.family == TINY_FAMILY:
         return None
     return Drawing(
         prompt=picture.prompt,

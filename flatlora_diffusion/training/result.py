@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.ground.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API, RunDir
+from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.sdxl.drawing import parameters_text, workflow_for_api, workflow_for_page
+from flatlora_diffusion.sdxl.drawing import recipe_files
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
 from flatlora_diffusion.training.previews import Previews, drawing_of
 from flatlora_diffusion.training.release import facts_of, save_release
 from flatlora_diffusion.training.state import TrainState, averaged
-from flatlora_diffusion.training.validation import read_pictures
+from flatlora_diffusion.training.validation import Picture, read_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def save_result(state: TrainState) -> Path:
     """
     if state.accelerator.is_main_process:
         run = state.run
-        with run.writing(), averaged(state):
+        with averaged(state):
             proof = save_release(state, run.folder, state.total_steps, is_end=True)
         run.add_event({"event": "proof", **proof})
         run.add_event({"event": "finished", "step": state.total_steps})
@@ -65,12 +65,13 @@ def present(state: TrainState, previews: Previews) -> None:
 
 
 def _write_card(state: TrainState) -> None:
-    run, change, pictures = state.run, _image_change(state.run, state.total_steps), _pictures(state)
+    run, config, change = state.run, state.config, _image_change(state.run, state.total_steps)
+    wanted = read_pictures(config.run)
+    pictures = _last_previews(run, wanted, state.total_steps)
     if change is not None:
         run.add_event({"event": "image_change", "levels": change})
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
     facts = facts_of(state, state.total_steps)
-    config = state.config
     if facts.predicts_v:  # which others may not find out from the base themselves
         config = config.replace(prediction_type="v_prediction", zero_terminal_snr=facts.zero_terminal_snr)
     write_model_card(run, config, pictures, facts.trigger, facts.family)
@@ -78,24 +79,15 @@ def _write_card(state: TrainState) -> None:
         name = run.lora_name(config.run.output_name)
         with writing_whole(run.folder / f"{name}.png") as aside:
             shutil.copyfile(pictures[0][0], aside)
-        _write_workflows(state, name)
+        # What draws the first of the last previews in ComfyUI and A1111, where they can.
+        drawing = drawing_of(state, wanted[0], state.total_steps)
+        for ending, text in ({} if drawing is None else recipe_files(drawing)).items():
+            write_text(run.folder / f"{name}{ending}", text)
 
 
-def _write_workflows(state: TrainState, name: str) -> None:
-    """What draws the first of the last previews in ComfyUI and A1111, where they can."""
-    drawing = drawing_of(state, read_pictures(state.config.run)[0], state.total_steps)
-    if drawing is None:
-        return
-    folder = state.run.folder
-    write_text(folder / f"{name}{COMFYUI}", json.dumps(workflow_for_page(drawing), indent=2) + "\n")
-    write_text(folder / f"{name}{COMFYUI_API}", json.dumps(workflow_for_api(drawing), indent=2) + "\n")
-    write_text(folder / f"{name}{A1111_TEXT}", parameters_text(drawing) + "\n")
-
-
-def _pictures(state: TrainState) -> list[tuple[Path, str]]:
+def _last_previews(run: RunDir, wanted: Sequence[Picture], step: int) -> list[tuple[Path, str]]:
     """(file, prompt) of each of the last previews that there are."""
-    wanted = enumerate(read_pictures(state.config.run))
-    files = [(state.run.images / f"step-{state.total_steps}-{index}.png", item.prompt) for index, item in wanted]
+    files = [(run.images / f"step-{step}-{index}.png", item.prompt) for index, item in enumerate(wanted)]
     return [(file, prompt) for file, prompt in files if file.is_file()]
 
 

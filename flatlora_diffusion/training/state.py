@@ -17,19 +17,20 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatlora_diffusion.adapter.new_tokens import embedding_parameters
+from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
 from flatlora_diffusion.data.batches import Feed, encoded_feed
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.initial import read_lora
+from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.method.perturbation import FlatLora, flat_loras
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.training.optimizer import groups_of, make_lr_schedule, make_optimizer
+from flatlora_diffusion.training.optimizer import optimizer_of
 from flatlora_diffusion.training.settling import settled
 
 CPU = torch.device("cpu")
@@ -64,88 +65,76 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Learner:
-    """What is trained, new tokens by placeholder, and what moves it."""
+class Given:
+    """What a run is built from: `config` leaves nothing open, and all that is read has been read."""
 
-    tokens: dict[str, list[str]]
-    trainable: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    lr_schedule: torch.optim.lr_scheduler.LambdaLR
+    config: TrainConfig
+    accelerator: Accelerator
+    sdxl: Sdxl
+    objective: Objective
+    initial: ImportedLora | None
 
 
 def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Sequence[Sample] = ()) -> TrainState:
-    """Settle what `config`, which has its seed, leaves open (precision, resolution, steps), then build from it."""
-    accelerator = _accelerator(config)
-    set_backends(config)
-    precision = accelerator.mixed_precision
-    dtype = DTYPES[config.optim.base_dtype or precision]
-    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
-    resolution = sdxl.checked_resolution(config.data.resolution)
-    objective = objective_of(config.objective, sdxl.scheduler)
-    shapes = [(sample.height, sample.width) for sample in samples]
-    whole = settled(config, precision, resolution, sdxl.size_step, shapes, accelerator.num_processes)
-    return _built(whole, accelerator, sdxl, objective, samples, class_samples)
+    """Settle what `config`, which has its seed, leaves open (precision, resolution, steps), then build from it.
 
-
-def _built(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    sdxl: Sdxl,
-    objective: Objective,
-    samples: Sequence[Sample],
-    class_samples: Sequence[Sample],
-) -> TrainState:
-    """The state before the first step; `config` leaves nothing open."""
+    In the captions pivotal tuning's new tokens stand in place of their placeholders from here on.
+    """
+    given = _given(config, samples)
+    config, accelerator, sdxl = given.config, given.accelerator, given.sdxl
+    pipeline, processes, total_steps = sdxl.pipeline, accelerator.num_processes, config.optim.max_train_steps
     assert config.run.seed is not None
-    assert config.optim.max_train_steps is not None
-    learner = _learner(config, sdxl, accelerator.num_processes)
+    assert total_steps is not None
+    tokens = adapt(pipeline, config)
+    trainable = trainable_of(pipeline)
+    if given.initial is not None:
+        start_from(pipeline, given.initial.updates, given.initial.magnitudes)
+    optimizer, lr_schedule = optimizer_of(config, trainable, embedding_parameters(pipeline).values(), processes)
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
-    feed = encoded_feed(config, sdxl, samples, accelerator.num_processes, class_samples, learner.tokens)
+    feed = encoded_feed(config, sdxl, in_captions(samples, tokens), processes, in_captions(class_samples, tokens))
     if config.model.offload:  # what the steps do not need goes: all outputs of it are cached
         sdxl.move((*(() if config.trains_text else TEXT_PARTS), *(() if feed.needs_vae else ("vae",))), CPU)
     if config.model.is_unet_last:
         sdxl.move(("unet",), accelerator.device)
-    encoders = {part: getattr(sdxl.pipeline, part) for part in TEXT_PARTS}
+    encoders = {part: getattr(pipeline, part) for part in TEXT_PARTS}
     denoiser = denoiser_of(sdxl.unet, list(encoders.values()) if config.trains_text else [], sdxl.clip_skip)
     # Have DDP send no frozen weights: every process has loaded the same ones, and torchao's cannot be sent.
     frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)
-    model, optimizer = accelerator.prepare(denoiser, learner.optimizer)
+    model, optimizer = accelerator.prepare(denoiser, optimizer)
     adapted = {"unet": sdxl.unet, **(encoders if config.adapter.train_text_encoder else {})}
     return TrainState(
         config=config,
         accelerator=accelerator,
         sdxl=sdxl,
         model=model,
-        objective=objective,
-        trainable=learner.trainable,
+        objective=given.objective,
+        trainable=trainable,
         optimizer=optimizer,
-        lr_schedule=learner.lr_schedule,
-        flats=flat_loras(adapted, config.perturb, config.run.seed, config.optim.max_train_steps),
+        lr_schedule=lr_schedule,
+        flats=flat_loras(adapted, config.perturb, config.run.seed, total_steps),
         feed=feed,
         run=RunDir(Path(config.run.output_dir)),
-        total_steps=config.optim.max_train_steps,
-        ema=EMAModel(learner.trainable.values(), decay=config.optim.ema_decay, foreach=True)
-        if config.optim.use_ema
-        else None,
-        tokens=learner.tokens,
+        total_steps=total_steps,
+        ema=EMAModel(trainable.values(), decay=config.optim.ema_decay, foreach=True) if config.optim.use_ema else None,
+        tokens=tokens,
     )
 
 
-def _learner(config: TrainConfig, sdxl: Sdxl, processes: int) -> Learner:
-    """Add what is trained to the base, and make what moves it."""
-    pipeline, optim, init_lora = sdxl.pipeline, config.optim, config.adapter.init_lora
-    assert optim.max_train_steps is not None
-    initial = None if init_lora is None else read_lora(pipeline, Path(init_lora))
-    tokens = adapt(pipeline, config)
-    trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline).values()
-    if initial is not None:
-        start_from(pipeline, initial.updates, initial.magnitudes)
-    groups = groups_of(trainable, embeddings, config.tokens)
-    per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
-    optimizer = make_optimizer(optim, groups, per_step if optim.scale_lr else 1)
-    return Learner(tokens, trainable, optimizer, make_lr_schedule(optim, optimizer, groups, optim.max_train_steps))
+def _given(config: TrainConfig, samples: Sequence[Sample]) -> Given:
+    accelerator = _accelerator(config)
+    set_backends(config)
+    precision = accelerator.mixed_precision
+    dtype = DTYPES[config.optim.base_dtype or precision]
+    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
+    init_lora = config.adapter.init_lora
+    initial = None if init_lora is None else read_lora(sdxl.pipeline, Path(init_lora))
+    objective = objective_of(config.objective, sdxl.scheduler)
+    resolution = sdxl.checked_resolution(config.data.resolution)
+    shapes = [(sample.height, sample.width) for sample in samples]
+    whole = settled(config, precision, resolution, sdxl.size_step, shapes, accelerator.num_processes)
+    return Given(whole, accelerator, sdxl, objective, initial)
 
 
 @contextmanager

@@ -30,7 +30,9 @@ def pipeline(base: Path) -> StableDiffusionXLPipeline:
 
 
 def embed(pipeline: StableDiffusionXLPipeline, tokens: dict[str, list[str]], text: str) -> tuple[torch.Tensor, ...]:
-    ids = TokenizedPrompts(pipeline, tokens).conditioning([text], None, torch.device("cpu"))["input_ids"]
+    ids = TokenizedPrompts(pipeline).conditioning([with_new_tokens(text, tokens)], None, torch.device("cpu"))[
+        "input_ids"
+    ]
     return embed_tokens([pipeline.text_encoder, pipeline.text_encoder_2], ids)
 
 

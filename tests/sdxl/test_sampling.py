@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -507,13 +505,14 @@ def test_the_row_of_the_base_needs_no_lora() -> None:
     assert (LoraRow(0).label, LoraRow(0).slug) == ("Base", "00_base")
 
 
-def test_the_command_line_draws_a_grid(base: Path, face: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flatlora_diffusion", "generate", "--pretrained_model_name_or_path", str(base)]
+def test_the_command_line_draws_a_grid(
+    base: Path, face: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--pretrained_model_name_or_path", str(base)]
     command += ["--prompts", "a fox", "a cow", "--seeds", "3", "--lora", str(face), "--strengths", "-1", "0.5"]
     command += ["--num_inference_steps", "1", "--output_dir", str(tmp_path), "--merge"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert str(tmp_path / "001" / "grid.png") in done.stdout
+    assert main(command) == 0
+    assert str(tmp_path / "001" / "grid.png") in capsys.readouterr().out
     assert len(list((tmp_path / "001").glob("0[12]_a-*_seed-3_0[0-2]_*.png"))) == 6
 
 
