@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +50,17 @@ class Previews:
                     state.sdxl, samples, state.feed.resolution, seed=0, background=data.background_color
                 )
 
-    def make(self, name: str, step: int) -> None:
-        """Images `images/NAME-0.png`, ... and the loss after `step` steps. The modules' modes are put back after."""
+    def make(self, name: str, step: int, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Images `images/NAME-0.png`, ... and the loss after `step` steps. The modules' modes are put back after.
+
+        None is begun once the run `is_over`: a launcher that has asked for the end kills what takes longer than its
+        period of grace. A set that is cut so is not kept.
+        """
         state = self._state
         if self._pictures:
-            images = self._images()
+            images = self._images(is_over)
+            if len(images) < len(self._pictures):
+                return
             files = [f"{name}-{index}.png" for index in range(len(images))]
             with state.run.writing():
                 state.run.images.mkdir(exist_ok=True)
@@ -63,7 +69,7 @@ class Previews:
                     with writing_whole(state.run.images / file) as aside:
                         image.save(aside, format="PNG", pnginfo=drawing and png_text(drawing))
             state.run.add_event({"event": "preview", "step": step, "images": files})
-        if self._probe is not None:
+        if self._probe is not None and not is_over():
             if state.config.trains_text:  # each preview has encoders of its own
                 with ready(state.sdxl):
                     self._probe = with_prompts(self._probe, state.sdxl, self._captions)
@@ -72,11 +78,13 @@ class Previews:
             tell_trackers(state.accelerator, {"validation_loss": loss}, step)
             logger.info("validation loss after %d steps: %.4f", step, loss)
 
-    def _images(self) -> list[Image.Image]:
+    def _images(self, is_over: Callable[[], bool]) -> list[Image.Image]:
         state = self._state
-        images = []
+        images: list[Image.Image] = []
         with ready(state.sdxl):
             for picture in self._pictures:
+                if is_over():
+                    break
                 images += generate_images(
                     state.sdxl,
                     [with_new_tokens(picture.prompt, state.tokens)],

@@ -189,7 +189,7 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
             bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
             if done < state.total_steps and _is_preview_due(state, step):
                 with averaged(state):
-                    previews.make(f"step-{done}", done)
+                    previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
         reason = _agreed(state, stopping.reason())
         is_due = done % run.checkpointing_steps == 0 or reason is not None
         if previews is not None and (state.run.takes_save_request() or is_due):
