@@ -32,6 +32,7 @@ FileLayout = Literal["kohya", "diffusers"]
 LoraLayout = Literal["kohya", "diffusers", "both"]
 LossType = Literal["l2", "huber"]
 Optimizer = Literal["adamw", "prodigy", "adafactor"]
+SelfCheck = Literal["once", "always", "never"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 DEFAULT_SIGMA = 0.1
@@ -413,6 +414,12 @@ class RunConfig(Section):
         place="read",
         free_on_resume=True,
         stays_open=True,
+    )
+    selfcheck: SelfCheck = setting(
+        "once",
+        "let the first three steps of a new run check themselves and tell what they found: once for each version on "
+        "each kind of CUDA device, always, or never",
+        free_on_resume=True,
     )
     report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, comet_ml, all or none", free_on_resume=True)
     logging_dir: str = setting("logs", "folder of the tracker, in the run folder", place="part", free_on_resume=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
@@ -19,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters
 from flatlora_diffusion.adapter.trained_parts import adapt, start_from, trainable_of
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Feed, encoded_feed
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
 from flatlora_diffusion.method.perturbation import FlatLora, flat_loras
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
@@ -31,6 +33,7 @@ from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.optimizer import groups_of, make_lr_schedule, make_optimizer
 from flatlora_diffusion.training.settling import settled
+from flatlora_diffusion.training.trackers import end_trackers
 
 CPU = torch.device("cpu")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # and their packages
@@ -73,13 +76,21 @@ class Learner:
     lr_schedule: torch.optim.lr_scheduler.LambdaLR
 
 
-def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Sequence[Sample] = ()) -> TrainState:
-    """Settle what `config`, which has its seed, leaves open (precision, resolution, steps), then build from it."""
+def prepare(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    class_samples: Sequence[Sample] = (),
+    load: Callable[[ModelConfig, torch.device, torch.dtype], Sdxl] = load_sdxl,
+) -> TrainState:
+    """Settle what `config`, which has its seed, leaves open (precision, resolution, steps), then build from it.
+
+    `load` gets the base.
+    """
     accelerator = _accelerator(config)
     set_backends(config)
     precision = accelerator.mixed_precision
     dtype = DTYPES[config.optim.base_dtype or precision]
-    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
+    sdxl = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
     resolution = sdxl.checked_resolution(config.data.resolution)
     objective = objective_of(config.objective, sdxl.scheduler)
     shapes = [(sample.height, sample.width) for sample in samples]
@@ -112,7 +123,6 @@ def _built(
     frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)
     model, optimizer = accelerator.prepare(denoiser, learner.optimizer)
-    adapted = {"unet": sdxl.unet, **(encoders if config.adapter.train_text_encoder else {})}
     return TrainState(
         config=config,
         accelerator=accelerator,
@@ -122,7 +132,7 @@ def _built(
         trainable=learner.trainable,
         optimizer=optimizer,
         lr_schedule=learner.lr_schedule,
-        flats=flat_loras(adapted, config.perturb, config.run.seed, config.optim.max_train_steps),
+        flats=perturbations(sdxl, config),
         feed=feed,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=config.optim.max_train_steps,
@@ -131,6 +141,15 @@ def _built(
         else None,
         tokens=learner.tokens,
     )
+
+
+def perturbations(sdxl: Sdxl, config: TrainConfig) -> list[FlatLora]:
+    """The perturbation of each adapted model of the base; none for plain LoRA. `config` leaves nothing open."""
+    assert config.run.seed is not None
+    assert config.optim.max_train_steps is not None
+    parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
+    adapted = {part: getattr(sdxl.pipeline, part) for part in parts}
+    return flat_loras(adapted, config.perturb, config.run.seed, config.optim.max_train_steps)
 
 
 def _learner(config: TrainConfig, sdxl: Sdxl, processes: int) -> Learner:
@@ -149,6 +168,25 @@ def _learner(config: TrainConfig, sdxl: Sdxl, processes: int) -> Learner:
 
 
 @contextmanager
+def dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
+    """LoRA dropout draws from the global generator: seed it for this micro-batch, then put it back."""
+    if state.config.adapter.lora_dropout == 0:
+        yield
+        return
+    device = state.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
+        yield
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of the device's allocator, or this process's resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextmanager
 def averaged(state: TrainState) -> Iterator[None]:
     """The exponential moving average in place of the trained weights while this is open; nothing without --use_ema."""
     if state.ema is None:
@@ -160,6 +198,17 @@ def averaged(state: TrainState) -> Iterator[None]:
         yield
     finally:
         state.ema.restore(state.trainable.values())
+
+
+def put_away(state: TrainState) -> None:
+    """End what goes on beside the steps, and give the memory back; `state` cannot be used afterwards."""
+    state.feed.close()
+    for flat in state.flats:
+        flat.detach()
+    # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
+    state.model = state.accelerator.unwrap_model(state.model)
+    state.accelerator.free_memory()
+    end_trackers(state.accelerator)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,17 +26,26 @@ from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
-from flatlora_diffusion.ground.seeds import derive_seed, generator
+from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
 from flatlora_diffusion.training.checkpoint import restore, save_checkpoint, start
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
+from flatlora_diffusion.training.selfcheck.watch import self_check
 from flatlora_diffusion.training.settling import check_early, new_or_resumed
-from flatlora_diffusion.training.state import TrainState, averaged, prepare, set_backends
+from flatlora_diffusion.training.state import (
+    TrainState,
+    averaged,
+    dropout_draws,
+    memory_in_use,
+    prepare,
+    put_away,
+    set_backends,
+)
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
-from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
+from flatlora_diffusion.training.trackers import tell_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +90,7 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         state.accelerator.wait_for_everyone()
     finally:
         with undisturbed() as signals:
-            _put_away(state)
+            put_away(state)
     if signals:  # a comparison must not go on with its next run
         raise Interrupted(signals[0], f"{saved}; nothing is missing")
     return path
@@ -108,7 +116,7 @@ def train_step(state: TrainState, step: int) -> float:
         noise, timesteps = draw_targets(state.objective, batch.latents, rng)
         last = micro + 1 == accumulation
         sync = nullcontext() if last else accelerator.no_sync(state.model)
-        with sync, _dropout_draws(state, step, slot), _perturbed(state, step, slot):
+        with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
             loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
             accelerator.backward(loss / accumulation)
         losses.append(loss.detach())
@@ -177,6 +185,7 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
         desc=state.config.perturb.method,
         disable=previews is None,
     )
+    check = self_check(state) if first == 0 else None
     began = time.monotonic()
     for step in bar:
         started = time.monotonic()
@@ -187,6 +196,8 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
             now = time.monotonic()
             eta = (now - began) / (done - first) * (state.total_steps - done)
             bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
+            if check is not None:
+                check.step_done(loss, now - started)
             if done < state.total_steps and _is_preview_due(state, step):
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
@@ -198,16 +209,6 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
-
-
-def _put_away(state: TrainState) -> None:
-    state.feed.close()
-    for flat in state.flats:
-        flat.detach()
-    # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
-    state.model = state.accelerator.unwrap_model(state.model)
-    state.accelerator.free_memory()
-    end_trackers(state.accelerator)
 
 
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
@@ -223,7 +224,7 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
             "draws": state.draws,
             "seconds": round(seconds, 4),
             "eta": round(eta, 1),
-            "memory": _memory_in_use(state.accelerator.device),
+            "memory": memory_in_use(state.accelerator.device),
         }
     )
     tell_trackers(state.accelerator, {"loss": loss, "lr": lr, "sigma": sigma}, step)
@@ -256,18 +257,6 @@ def _perturbed(state: TrainState, step: int, slot: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
-    """LoRA dropout draws from the global generator: seed it for this micro-batch, then put it back."""
-    if state.config.adapter.lora_dropout == 0:
-        yield
-        return
-    device = state.accelerator.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
-        yield
-
-
 def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
     """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
     by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
@@ -286,10 +275,3 @@ def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> st
         "no": "go on with a lower --learning_rate",
     }[str(state.config.optim.mixed_precision)]
     return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"
-
-
-def _memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak of the device's allocator, or this process's resident memory on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
