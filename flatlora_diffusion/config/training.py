@@ -118,6 +118,20 @@ class DataConfig(Section):
         None, "dataset column, or field of metadata.jsonl, with the captions; default: every image uses the prompt"
     )
     instance_prompt: str | None = setting(None, "prompt for every image without a caption of its own")
+    holdout_images: int = setting(
+        0,
+        "so many of the images, always the same, are not trained on: their loss chooses the checkpoint that becomes "
+        "the result",
+        min=0,
+        max=10_000,
+        moves="draws",
+    )
+    holdout_patience: int = setting(
+        0,
+        "stop after so many checkpoints in a row without a lower loss of --holdout_images; 0: train all steps",
+        min=0,
+        free_on_resume=True,
+    )
     repeats: int = setting(1, "how often each image is used per epoch", min=1, max=10_000, moves="draws")
     with_prior_preservation: bool = setting(
         False, "train on class images too, so that the class keeps its look", moves="draws"
@@ -228,6 +242,36 @@ class ObjectiveConfig(Section):
     snr_gamma: float | None = setting(None, "min-SNR weighting (arXiv:2303.09556); 5 is usual", min=1e-6)
     noise_offset: float = setting(
         0.0, "noise shared by all pixels of a channel; 0.05 to 0.1 for dark or bright images", moves="draws"
+    )
+    multires_noise_iterations: int = setting(
+        0,
+        "add noise of so many coarser sizes, each half the last, so that large shapes are learned",
+        min=0,
+        max=10,
+        moves="draws",
+    )
+    multires_noise_discount: float = setting(
+        0.3,
+        "each coarser noise of --multires_noise_iterations counts so much as the last",
+        min=0,
+        max=1,
+        moves="draws",
+    )
+    ip_noise_gamma: float = setting(
+        0.0,
+        "more noise on what the model sees than it has to predict (arXiv:2301.11706); 0.1 is usual",
+        min=0,
+        max=1,
+        moves="draws",
+    )
+    min_timestep: int = setting(
+        0, "first timestep that is trained; more leaves out the least noisy", min=0, moves="draws"
+    )
+    max_timestep: int | None = setting(
+        None,
+        "last timestep that is trained; less leaves out the noisiest; default: the base's last",
+        min=0,
+        moves="draws",
     )
     do_edm_style_training: bool = setting(
         False, "the EDM objective (arXiv:2206.00364); switched on by itself for a base with an EDM scheduler"
@@ -481,6 +525,10 @@ class TrainConfig:
             (
                 self.optim.base_dtype is not None and self.model.quantize_base is not None,
                 "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
+            ),
+            (
+                data.holdout_patience and not data.holdout_images,
+                "--holdout_patience waits for a lower loss of --holdout_images; give how many, such as 3",
             ),
             (
                 data.cache_text_embeddings and self.trains_text,

@@ -32,9 +32,9 @@ def save_result(state: TrainState) -> Path:
     if state.accelerator.is_main_process:
         run = state.run
         with run.writing(), averaged(state):
-            proof = save_release(state, run.folder, state.total_steps, is_end=True)
+            proof = save_release(state, run.folder, state.end, is_end=True)
         run.add_event({"event": "proof", **proof})
-        run.add_event({"event": "finished", "step": state.total_steps})
+        run.add_event({"event": "finished", "step": state.end})
         logger.info(
             "%s equal the trained LoRA, largest error %.1e of a layer's update; size of its update: %s",
             " and ".join(proof["files"]),
@@ -52,7 +52,7 @@ def present(state: TrainState, previews: Previews) -> None:
     """
     try:
         with averaged(state):
-            previews.make(f"step-{state.total_steps}", state.total_steps)
+            previews.make(f"step-{state.end}", state.end)
     except Exception as error:
         logger.warning("the LoRA is saved, but its last previews could not be made: %s", error)
     try:
@@ -65,11 +65,11 @@ def present(state: TrainState, previews: Previews) -> None:
 
 
 def _write_card(state: TrainState) -> None:
-    run, change, pictures = state.run, _image_change(state.run, state.total_steps), _pictures(state)
+    run, change, pictures = state.run, _image_change(state.run, state.end), _pictures(state)
     if change is not None:
         run.add_event({"event": "image_change", "levels": change})
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
-    facts = facts_of(state, state.total_steps)
+    facts = facts_of(state, state.end)
     config = state.config
     if facts.predicts_v:  # which others may not find out from the base themselves
         config = config.replace(prediction_type="v_prediction", zero_terminal_snr=facts.zero_terminal_snr)
@@ -83,7 +83,7 @@ def _write_card(state: TrainState) -> None:
 
 def _write_workflows(state: TrainState, name: str) -> None:
     """What draws the first of the last previews in ComfyUI and A1111, where they can."""
-    drawing = drawing_of(state, read_pictures(state.config.run)[0], state.total_steps)
+    drawing = drawing_of(state, read_pictures(state.config.run)[0], state.end)
     if drawing is None:
         return
     folder = state.run.folder
@@ -95,7 +95,7 @@ def _write_workflows(state: TrainState, name: str) -> None:
 def _pictures(state: TrainState) -> list[tuple[Path, str]]:
     """(file, prompt) of each of the last previews that there are."""
     wanted = enumerate(read_pictures(state.config.run))
-    files = [(state.run.images / f"step-{state.total_steps}-{index}.png", item.prompt) for index, item in wanted]
+    files = [(state.run.images / f"step-{state.end}-{index}.png", item.prompt) for index, item in wanted]
     return [(file, prompt) for file, prompt in files if file.is_file()]
 
 

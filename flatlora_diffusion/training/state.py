@@ -57,9 +57,16 @@ class TrainState:
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
+    heldout: Sequence[Sample] = ()  # images of the run that are not trained on
     steps_done: int | None = 0  # None while an update is half done
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
+    chosen: int | None = None  # the step whose weights are the result, where held-out images have chosen one
     draws: str = ""  # the hash of what the last step drew, its eps apart
+
+    @property
+    def end(self) -> int:
+        """The step after which the result is as it is."""
+        return self.total_steps if self.chosen is None else self.chosen
 
     def trains_tokens(self, step: int) -> bool:
         """Whether pivotal tuning still trains its new tokens in `step`."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
+from flatlora_diffusion.data.holdout import held_out
 from flatlora_diffusion.data.latents import latents_text, not_finite
 from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
@@ -28,8 +29,9 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.device import this_process
-from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
-from flatlora_diffusion.training.checkpoint import restore, save_checkpoint, start
+from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets, with_more_noise
+from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
+from flatlora_diffusion.training.holdout import Holdout
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
@@ -72,15 +74,20 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         check_early(config)
         found = load_training_set(config.data)
         logger.info(found.summary)
+        samples, heldout = held_out(found.samples, config.data.holdout_images)
         _tell_memory(config)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
-            state = prepare(config, found.samples, load_class_samples(config))
+            state = prepare(config, samples, load_class_samples(config))
+            state.heldout = heldout
     try:
         with kept(state), explained(state.config):
             previews, first = _started(state, config.run.resume_from_checkpoint)
+            holdout = Holdout(state, heldout) if heldout and previews is not None else None
             with Stopping(run, config.optim.max_train_seconds) as stopping:
-                _loop(state, first, previews, stopping)
+                last = _loop(state, first, previews, stopping, holdout)
+                if config.data.holdout_images:
+                    state.chosen = load_best(state, last) if previews is not None else last
                 path = save_result(state)
         saved = f"after the LoRA was saved in {path}"
         if previews is not None:
@@ -114,6 +121,7 @@ def train_step(state: TrainState, step: int) -> float:
         batch = state.feed.batch(step, slot)
         rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
         noise, timesteps = draw_targets(state.objective, batch.latents, rng)
+        batch = with_more_noise(state.objective, batch, rng)
         last = micro + 1 == accumulation
         sync = nullcontext() if last else accelerator.no_sync(state.model)
         with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
@@ -176,7 +184,10 @@ def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None
     return previews, first
 
 
-def _loop(state: TrainState, first: int, previews: Previews | None, stopping: Stopping) -> None:
+def _loop(
+    state: TrainState, first: int, previews: Previews | None, stopping: Stopping, holdout: Holdout | None
+) -> int:
+    """Train the steps from `first` on; returns how many are done when held-out images or their number end them."""
     run = state.config.run
     bar = tqdm(
         range(first, state.total_steps),
@@ -202,13 +213,24 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
         reason = _agreed(state, stopping.reason())
-        is_due = done % run.checkpointing_steps == 0 or reason is not None
+        is_point = done % run.checkpointing_steps == 0
+        if holdout is not None and reason is None and (is_point or done == state.total_steps):
+            holdout.measure(done)
+        is_due = is_point or reason is not None
         if previews is not None and (state.run.takes_save_request() or is_due):
             save_checkpoint(state, done)
         if reason is not None and done < state.total_steps:
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
+        if is_point and state.config.data.holdout_patience and _agreed(state, _enough(holdout)) is not None:
+            logger.info("step %d is the last: the loss of the held-out images falls no more", done)
+            return done
+    return state.total_steps
+
+
+def _enough(holdout: Holdout | None) -> str | None:
+    return "the held-out images" if holdout is not None and holdout.is_over() else None
 
 
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:

@@ -128,7 +128,9 @@ RUNS: dict[str, str] = {
     "dora": "--use_dora --lora_unet_blocks mid_block --lora_block_ranks mid_block=2 --lora_target_modules attn+ff "
     "--rank 3",
     "b-lora": "--use_blora --init_lora LORA",
-    "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber",
+    "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --multires_noise_iterations 2 "
+    "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
+    "holdout": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1",
     "velocity": "--prediction_type v_prediction --zero_terminal_snr",
     "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --perturb_seed 1 --perturb_per step"
     " --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3",
