@@ -255,6 +255,6 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
 
 def _checked(config: TrainConfig) -> TrainConfig:
     check_paths(config.to_dict())
-    if not config.data.instance_data_dir and not config.data.dataset_name:
+    if not config.data.is_given:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     return config

@@ -111,6 +111,14 @@ class DataConfig(Section):
         stays_open=True,
         is_shared=True,
     )
+    dataset_config: str | None = setting(
+        None,
+        "in place of a folder: a dataset file (TOML) of sd-scripts with several folders, their repeats and prompts",
+        place="read",
+        free_on_resume=True,
+        stays_open=True,
+        is_shared=True,
+    )
     dataset_config_name: str | None = setting(None, "configuration of that dataset", place="part")
     cache_dir: str | None = setting(None, "where downloaded datasets are kept", place="written", free_on_resume=True)
     image_column: str = setting("image", "dataset column with the images")
@@ -169,6 +177,9 @@ class DataConfig(Section):
     caption_dropout: float = setting(
         0.0, "share of samples trained without prompt (zero embeddings, as SDXL's unconditional half)", min=0, max=1
     )
+    shuffle_tags: bool = setting(False, "shuffle the tags of a caption, with commas between them, for each showing")
+    keep_tags: int = setting(0, "so many first tags of a caption are neither shuffled nor dropped", min=0)
+    tag_dropout: float = setting(0.0, "share of the other tags that a showing leaves out", min=0, max=1)
     cache_latents: bool = setting(
         False,
         "encode each image once: posterior mean and std, both flips, one seeded crop for the whole run",
@@ -185,6 +196,16 @@ class DataConfig(Section):
     dataloader_num_workers: int = setting(
         0, "threads that load the images of the next step", min=0, max=64, free_on_resume=True
     )
+
+    @property
+    def draws_captions(self) -> bool:
+        """Whether an image's caption is another one in each showing."""
+        return self.shuffle_tags or self.tag_dropout > 0
+
+    @property
+    def is_given(self) -> bool:
+        """Whether some setting names the training images."""
+        return bool(self.instance_data_dir or self.dataset_name or self.dataset_config)
 
 
 @dataclass(frozen=True)
@@ -279,7 +300,8 @@ class ObjectiveConfig(Section):
     prior_loss_weight: float = setting(1.0, "weight of the class images' loss", min=0)
     alpha_mask_loss: bool = setting(
         False,
-        "count only pixels that the image's alpha channel shows, so that an icon's background is not learned",
+        "count only pixels that the image's alpha channel and the mask NAME-masklabel.png beside it show, so that an "
+        "icon's background is not learned",
         moves="draws",
     )
 
@@ -501,7 +523,19 @@ class TrainConfig:
         """Refuse settings that exclude each other. Raises ConfigError that names both."""
         data, objective = self.data, self.objective
         for both, why in (
-            (data.instance_data_dir and data.dataset_name, "--instance_data_dir and --dataset_name: give one of them"),
+            (
+                sum(map(bool, (data.instance_data_dir, data.dataset_name, data.dataset_config))) > 1,
+                "--instance_data_dir, --dataset_name and --dataset_config: give one of them",
+            ),
+            (
+                data.cache_text_embeddings and data.draws_captions,
+                "--cache_text_embeddings cannot cache captions that are drawn anew; leave it, or --shuffle_tags and "
+                "--tag_dropout, out",
+            ),
+            (
+                data.keep_tags and not data.draws_captions,
+                "--keep_tags keeps tags from --shuffle_tags and --tag_dropout; give one of these, or leave it out",
+            ),
             (
                 objective.snr_gamma is not None and objective.do_edm_style_training,
                 "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
@@ -542,6 +576,11 @@ class TrainConfig:
     def trains_text(self) -> bool:
         """Whether anything in the text encoders is trained, so that prompts must be encoded in each step."""
         return self.adapter.train_text_encoder or self.tokens.train_text_encoder_ti
+
+    @property
+    def encodes_in_steps(self) -> bool:
+        """Whether the text encoders are needed in each step, trained or not."""
+        return self.trains_text or self.data.draws_captions
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its flat name, JSON-able."""

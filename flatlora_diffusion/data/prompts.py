@@ -1,4 +1,4 @@
-"""What stands in a batch for its captions: embeddings of frozen text encoders, or tokens for trained ones."""
+"""What stands in a batch for its captions: embeddings by frozen text encoders, or tokens for trained ones."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ class FrozenPrompts:
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
 
+class EncodedPrompts:
+    """Captions that are drawn anew in each step, encoded then by frozen text encoders."""
+
+    def __init__(self, sdxl: Sdxl) -> None:
+        self._sdxl = sdxl
+
+    def conditioning(self, captions: Sequence[str], kept: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+        """The prompt fields of a Batch."""
+        each = {caption: encode_prompts(self._sdxl, [caption]) for caption in dict.fromkeys(captions)}
+        return FrozenPrompts(each).conditioning(captions, kept, device)
+
+
 class TokenizedPrompts:
     """Tokens of each caption, with the new tokens of pivotal tuning in place of their placeholders."""
 
@@ -58,9 +70,12 @@ class TokenizedPrompts:
         }
 
 
+Prompts = FrozenPrompts | EncodedPrompts | TokenizedPrompts
+
+
 def prompts_of(
     config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], tokens: Mapping[str, list[str]], folder: Path | None
-) -> FrozenPrompts | TokenizedPrompts:
+) -> Prompts:
     """What a run with these samples has for their captions; captions that are cut are told of.
 
     With frozen text encoders each caption is encoded, once for all runs if it may be kept in `folder`. `tokens` are
@@ -69,6 +84,8 @@ def prompts_of(
     _warn_of_cut(sdxl.pipeline, samples, tokens)
     if config.trains_text:
         return TokenizedPrompts(sdxl.pipeline, tokens)
+    if config.data.draws_captions:
+        return EncodedPrompts(sdxl)
     captions = {sample.caption for sample in samples}
     return _encoded(sdxl, captions, folder if config.data.cache_text_embeddings else None)
 

@@ -100,8 +100,7 @@ def prepare(
     sdxl = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
     resolution = sdxl.checked_resolution(config.data.resolution)
     objective = objective_of(config.objective, sdxl.scheduler)
-    shapes = [(sample.height, sample.width) for sample in samples]
-    whole = settled(config, precision, resolution, sdxl.size_step, shapes, accelerator.num_processes)
+    whole = settled(config, precision, resolution, sdxl.size_step, samples, accelerator.num_processes)
     return _built(whole, accelerator, sdxl, objective, samples, class_samples)
 
 
@@ -121,7 +120,7 @@ def _built(
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
     feed = encoded_feed(config, sdxl, samples, accelerator.num_processes, class_samples, learner.tokens)
     if config.model.offload:  # what the steps do not need goes: all outputs of it are cached
-        sdxl.move((*(() if config.trains_text else TEXT_PARTS), *(() if feed.needs_vae else ("vae",))), CPU)
+        sdxl.move((*(() if config.encodes_in_steps else TEXT_PARTS), *(() if feed.needs_vae else ("vae",))), CPU)
     if config.model.is_unet_last:
         sdxl.move(("unet",), accelerator.device)
     encoders = {part: getattr(sdxl.pipeline, part) for part in TEXT_PARTS}

@@ -113,6 +113,8 @@ RUNS: dict[str, str] = {
     "--embedding_cache_dir OUT/cache --offload",
     "hugging face": "--dataset_name HF --caption_column text --image_column image --cache_dir OUT/hf "
     "--dataset_config_name default",
+    "tags": "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --offload",
+    "dataset file": "--dataset_config OUT/data.toml",
     "prior": "--with_prior_preservation --class_data_dir OUT/class --class_prompt icon --num_class_images 2 "
     "--sample_batch_size 2 --prior_loss_weight 0.5 --prior_generation_precision fp32 --snr_gamma 5.0",
     "optimizer": "--scale_lr --lr_scheduler polynomial --lr_warmup_steps 1 --lr_power 2.0 --lr_num_cycles 2 "
@@ -212,10 +214,12 @@ def test_the_flags_of(name: str, places: dict[str, str], tmp_path: Path) -> None
         assert train_main([*start, *data, "--use_blora", "--output_dir", places["LORA"]]) == 0
     if name == "resume":
         assert train_main([*start, *data, *output, "--checkpointing_steps", "1"]) == 0
+    if name == "dataset file":
+        (tmp_path / "data.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{places['ICONS']}'\n")
     line = RUNS[name]
     for place, path in places.items():
         line = line.replace(place, path)
-    arguments = [*start, *([] if name == "hugging face" else data), *output, *shlex.split(line)]
+    arguments = [*start, *([] if name in ("hugging face", "dataset file") else data), *output, *shlex.split(line)]
     assert train_main(arguments) == 0
     assert (tmp_path / "run" / LORA_FILE).is_file()
     if name == "saving":
