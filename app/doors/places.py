@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.data.dataset_file import read_dataset_file
 
 from ..runs.names import is_run
 
@@ -43,9 +44,18 @@ class Places:
         for name, value in _given(settings, READ):
             if not self.may_read(value):
                 raise _outside(name, value)
+        self._check_listed(config.data.dataset_config)
         for name, value in _given(settings, WRITTEN):
             if not self._is_written(value):
                 raise _outside(name, value, ", or name a new folder in the runs folder")
+
+    def _check_listed(self, dataset_config: str | None) -> None:
+        """A dataset file that may be read may name folders that may not."""
+        if dataset_config is None or not Path(dataset_config).is_file():  # what it is instead, the training says
+            return
+        for subset in read_dataset_file(Path(dataset_config))[0]:
+            if not self.may_read(str(subset.folder)):
+                raise _outside("image_dir", str(subset.folder))
 
     def check_model(self, name: str, value: str) -> None:
         """Raises ConfigError when the setting `name` is neither a place that may be read nor a hub id."""

@@ -53,7 +53,8 @@ def _images(
     context: AppContext, session: str, run: Run, settings: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
     """What to say of the run's images, and the settings that name them."""
-    folder, dataset = settings.get("instance_data_dir"), settings.get("dataset_name")
+    folder = settings.get("instance_data_dir")
+    dataset = settings.get("dataset_name") or settings.get("dataset_config")
     frozen = context.uploads.frozen_copy(folder)
     if frozen is not None:
         return [_taken(context, session, frozen)], {"instance_data_dir": None}

@@ -14,7 +14,7 @@ def checked_config(settings: Mapping[str, Any]) -> TrainConfig:
     config = TrainConfig.from_dict(settings)
     if config.run.hub_token is not None:
         raise ConfigError("hub_token would be saved with the settings; log in with `hf auth login` instead")
-    if not config.data.instance_data_dir and not config.data.dataset_name:
+    if not config.data.is_given:
         raise ConfigError("there are no images to train on; upload some or give instance_data_dir")
     return config
 

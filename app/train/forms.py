@@ -16,7 +16,13 @@ from ..dataset.captions import TRIGGER
 
 # The app decides these itself: the place, what to resume, the method (which may be both); a token is never saved.
 DECIDED_BY_THE_APP = ("output_dir", "resume_from_checkpoint", "method", "hub_token", "local_rank")
-PRESETS = {"Quick look": "demo", "Paper": "paper", "Low memory": "low_memory", "Quality": "quality"}
+PRESETS = {
+    "Quick look": "demo",
+    "Paper": "paper",
+    "Low memory": "low_memory",
+    "Quality": "quality",
+    "Illustrious": "illustrious",
+}
 # How the images look to the trainer: these stand beside the images.
 PLACED_WITH_THE_IMAGES = ("background_color", "use_aspect_ratio_buckets")
 _LABELS = {

@@ -81,7 +81,7 @@ def queue_training(context: AppContext, config: TrainConfig, session: str, name:
 
 def with_images(context: AppContext, config: TrainConfig, session: str) -> TrainConfig:
     """The config with a frozen copy of the upload, unless it names other images."""
-    if config.data.instance_data_dir or config.data.dataset_name:
+    if config.data.is_given:
         return config
     if not session:
         raise ConfigError("there are no images to train on; upload some first")
@@ -97,7 +97,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
         config = _as_method(form.read(values), FLAT if method == BOTH else method)
         context.places.check(config)
         captions = context.uploads.captions(session) if session else {}
-        if not config.data.instance_data_dir and not config.data.dataset_name:
+        if not config.data.is_given:
             _check_images(captions, config.data.instance_prompt)
         else:
             captions = {}
@@ -246,7 +246,7 @@ def _check_images(captions: Mapping[str, str], instance_prompt: str | None) -> N
 
 
 def _other_images(config: TrainConfig) -> str:
-    place = html.escape(str(config.data.instance_data_dir or config.data.dataset_name))
+    place = html.escape(str(config.data.instance_data_dir or config.data.dataset_name or config.data.dataset_config))
     return f"the images of {place}, not those in the Dataset tab"
 
 

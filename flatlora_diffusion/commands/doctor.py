@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flatlora_diffusion.commands.verb_settings import verb_settings
-from flatlora_diffusion.config import SAMPLES, DoctorConfig, ModelConfig, TrainConfig, shipped
+from flatlora_diffusion.config import SAMPLES, DoctorConfig, ModelConfig, RunError, TrainConfig, shipped
 from flatlora_diffusion.ground.saved_settings import opened
 from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, last_tested, required
 
@@ -67,6 +67,8 @@ def examine(asked: DoctorConfig, folder: Path) -> Iterator[Finding]:
         yield weights("encoder", str(SAMPLES / "tiny_sdxl" / "judge") if name == "judge" else name, named=name)
     yield app()
     yield port(asked.port)
+    if asked.gpu:
+        yield from gpu()
 
 
 def python() -> Finding:
@@ -228,6 +230,32 @@ def port(number: int) -> Finding:
             fact = f"{number} cannot be used ({error.strerror})"
             return Finding("problem", "port", fact, "unless it is the app itself, start it with another --port")
     return Finding("ok", "port", f"{number} is free for the app")
+
+
+def gpu() -> Iterator[Finding]:
+    """The first steps of a training of SDXL's size on the GPU, as they check themselves."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("problem", "gpu", "there is no CUDA device to train on", "see the line torch above")
+        return
+    from flatlora_diffusion.training.selfcheck.drill import drill_config
+
+    yield from drilled(drill_config())
+
+
+def drilled(config: TrainConfig) -> Iterator[Finding]:
+    """A line for each thing that three steps of `config`, with random weights, have shown of this device."""
+    from flatlora_diffusion.training.selfcheck.drill import drill
+
+    try:
+        checks = drill(config)
+    except RunError as error:
+        yield Finding("problem", "gpu", str(error))
+        return
+    for check in checks:
+        level: Literal["ok", "problem"] = "ok" if check.is_right else "problem"
+        yield Finding(level, "gpu", check.told, "" if check.is_right else "please report this with the lines above")
 
 
 def _first_line(error: Exception) -> str:

@@ -103,7 +103,9 @@ class PlannedRun:
         """The LoRA files along the run by their steps, the result last; before it is trained, where they will be."""
         if self.is_finished:
             made = {int(one.name.split("-")[1]): one / LORA_FILE for one in self.run.checkpoints()}
-            return {**made, self.last_step: self.lora}
+            # Those after the one that held-out images have chosen are no part of the way to it.
+            before = {step: file for step, file in made.items() if step < self.last_step}
+            return {**before, self.last_step: self.lora}
         steps = range(self.config.run.checkpointing_steps, self.steps, self.config.run.checkpointing_steps)
         return {**{step: self.run.folder / f"checkpoint-{step}" / LORA_FILE for step in steps}, self.steps: self.lora}
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
@@ -67,21 +67,24 @@ class ComparisonResult(TypedDict):
     versions: dict[str, str]
 
 
-def compare(config: TrainConfig, own: CompareConfig) -> Path:
+def compare(config: TrainConfig, own: CompareConfig, told: Callable[[Experiment], Iterable[str]] = outlook) -> Path:
     """Train all arms, nulls and seeds below `output_dir`, measure them and write the report; returns the folder.
+
+    What will be done is `told` before.
 
     Finished runs with the same settings are not trained again. Raises ConfigError for wrong input and for runs that
     cannot be compared, RunError when one could not be trained.
     """
     with alone_in(Path(config.run.output_dir), "output_dir"):
-        return _compare(read_experiment(config, own))
+        experiment = read_experiment(config, own)
+        for line in told(experiment):
+            logger.info("%s", line)
+        return _compare(experiment)
 
 
 def _compare(experiment: Experiment) -> Path:
     """The phases in their order: what there is to look at comes before what takes long."""
     out = experiment.out
-    for line in outlook(experiment):
-        logger.info("%s", line)
     with interrupted_as(lambda: f"with what is done kept in {out}: the same command goes on from there"):
         experiment.train(experiment.main)
         result = _evaluate_arms(experiment)

@@ -106,10 +106,10 @@ def outlook(experiment: Experiment) -> Iterator[str]:
     yield f"3. measure them, also on {unseen} that none saw: {out / PAGE}"
     yield f"4. train and measure {len(experiment.nulls)} nulls, which show what chance alone does, for that page"
     if not torch.cuda.is_available():  # the trainings shall have a GPU for themselves
-        yield _duration(experiment)
+        yield duration(experiment)
 
 
-def _duration(experiment: Experiment) -> str:
+def duration(experiment: Experiment) -> str:
     """How long it takes, by the passes of the UNet that are left and the seconds that one takes here and now."""
     evaluator, sdxl = experiment.evaluator([planned for planned in experiment.main if planned.is_finished])
     each = _seconds_per_pass(sdxl, experiment.config.data.resolution or sdxl.resolution)

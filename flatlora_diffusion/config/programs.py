@@ -149,6 +149,10 @@ class DoctorConfig(Section):
 
     config: str | None = setting(None, "settings of a run, such as its config.json; default: those of the tiny base")
     encoders: tuple[str, ...] = setting(("judge",), "what `compare` is to measure with, as its own --encoders")
+    gpu: bool = setting(
+        False,
+        "also train three steps on the GPU with random weights of SDXL's shapes, and check them; about 2 minutes",
+    )
     port: int = setting(7860, "port that the app is to listen on", min=1, max=65535)
 
 

@@ -32,6 +32,7 @@ FileLayout = Literal["kohya", "diffusers"]
 LoraLayout = Literal["kohya", "diffusers", "both"]
 LossType = Literal["l2", "huber"]
 Optimizer = Literal["adamw", "prodigy", "adafactor"]
+SelfCheck = Literal["once", "always", "never"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 DEFAULT_SIGMA = 0.1
@@ -110,6 +111,14 @@ class DataConfig(Section):
         stays_open=True,
         is_shared=True,
     )
+    dataset_config: str | None = setting(
+        None,
+        "in place of a folder: a dataset file (TOML) of sd-scripts with several folders, their repeats and prompts",
+        place="read",
+        free_on_resume=True,
+        stays_open=True,
+        is_shared=True,
+    )
     dataset_config_name: str | None = setting(None, "configuration of that dataset", place="part")
     cache_dir: str | None = setting(None, "where downloaded datasets are kept", place="written", free_on_resume=True)
     image_column: str = setting("image", "dataset column with the images")
@@ -117,6 +126,20 @@ class DataConfig(Section):
         None, "dataset column, or field of metadata.jsonl, with the captions; default: every image uses the prompt"
     )
     instance_prompt: str | None = setting(None, "prompt for every image without a caption of its own")
+    holdout_images: int = setting(
+        0,
+        "so many of the images, always the same, are not trained on: their loss chooses the checkpoint that becomes "
+        "the result",
+        min=0,
+        max=10_000,
+        moves="draws",
+    )
+    holdout_patience: int = setting(
+        0,
+        "stop after so many checkpoints in a row without a lower loss of --holdout_images; 0: train all steps",
+        min=0,
+        free_on_resume=True,
+    )
     repeats: int = setting(1, "how often each image is used per epoch", min=1, max=10_000, moves="draws")
     with_prior_preservation: bool = setting(
         False, "train on class images too, so that the class keeps its look", moves="draws"
@@ -154,6 +177,9 @@ class DataConfig(Section):
     caption_dropout: float = setting(
         0.0, "share of samples trained without prompt (zero embeddings, as SDXL's unconditional half)", min=0, max=1
     )
+    shuffle_tags: bool = setting(False, "shuffle the tags of a caption, with commas between them, for each showing")
+    keep_tags: int = setting(0, "so many first tags of a caption are neither shuffled nor dropped", min=0)
+    tag_dropout: float = setting(0.0, "share of the other tags that a showing leaves out", min=0, max=1)
     cache_latents: bool = setting(
         False,
         "encode each image once: posterior mean and std, both flips, one seeded crop for the whole run",
@@ -170,6 +196,16 @@ class DataConfig(Section):
     dataloader_num_workers: int = setting(
         0, "threads that load the images of the next step", min=0, max=64, free_on_resume=True
     )
+
+    @property
+    def draws_captions(self) -> bool:
+        """Whether an image's caption is another one in each showing."""
+        return self.shuffle_tags or self.tag_dropout > 0
+
+    @property
+    def is_given(self) -> bool:
+        """Whether some setting names the training images."""
+        return bool(self.instance_data_dir or self.dataset_name or self.dataset_config)
 
 
 @dataclass(frozen=True)
@@ -228,13 +264,44 @@ class ObjectiveConfig(Section):
     noise_offset: float = setting(
         0.0, "noise shared by all pixels of a channel; 0.05 to 0.1 for dark or bright images", moves="draws"
     )
+    multires_noise_iterations: int = setting(
+        0,
+        "add noise of so many coarser sizes, each half the last, so that large shapes are learned",
+        min=0,
+        max=10,
+        moves="draws",
+    )
+    multires_noise_discount: float = setting(
+        0.3,
+        "each coarser noise of --multires_noise_iterations counts so much as the last",
+        min=0,
+        max=1,
+        moves="draws",
+    )
+    ip_noise_gamma: float = setting(
+        0.0,
+        "more noise on what the model sees than it has to predict (arXiv:2301.11706); 0.1 is usual",
+        min=0,
+        max=1,
+        moves="draws",
+    )
+    min_timestep: int = setting(
+        0, "first timestep that is trained; more leaves out the least noisy", min=0, moves="draws"
+    )
+    max_timestep: int | None = setting(
+        None,
+        "last timestep that is trained; less leaves out the noisiest; default: the base's last",
+        min=0,
+        moves="draws",
+    )
     do_edm_style_training: bool = setting(
         False, "the EDM objective (arXiv:2206.00364); switched on by itself for a base with an EDM scheduler"
     )
     prior_loss_weight: float = setting(1.0, "weight of the class images' loss", min=0)
     alpha_mask_loss: bool = setting(
         False,
-        "count only pixels that the image's alpha channel shows, so that an icon's background is not learned",
+        "count only pixels that the image's alpha channel and the mask NAME-masklabel.png beside it show, so that an "
+        "icon's background is not learned",
         moves="draws",
     )
 
@@ -414,6 +481,12 @@ class RunConfig(Section):
         free_on_resume=True,
         stays_open=True,
     )
+    selfcheck: SelfCheck = setting(
+        "once",
+        "let the first three steps of a new run check themselves and tell what they found: once for each version on "
+        "each kind of CUDA device, always, or never",
+        free_on_resume=True,
+    )
     report_to: str = setting("tensorboard", "tracker: tensorboard, wandb, comet_ml, all or none", free_on_resume=True)
     logging_dir: str = setting("logs", "folder of the tracker, in the run folder", place="part", free_on_resume=True)
     push_to_hub: bool = setting(
@@ -450,7 +523,19 @@ class TrainConfig:
         """Refuse settings that exclude each other. Raises ConfigError that names both."""
         data, objective = self.data, self.objective
         for both, why in (
-            (data.instance_data_dir and data.dataset_name, "--instance_data_dir and --dataset_name: give one of them"),
+            (
+                sum(map(bool, (data.instance_data_dir, data.dataset_name, data.dataset_config))) > 1,
+                "--instance_data_dir, --dataset_name and --dataset_config: give one of them",
+            ),
+            (
+                data.cache_text_embeddings and data.draws_captions,
+                "--cache_text_embeddings cannot cache captions that are drawn anew; leave it, or --shuffle_tags and "
+                "--tag_dropout, out",
+            ),
+            (
+                data.keep_tags and not data.draws_captions,
+                "--keep_tags keeps tags from --shuffle_tags and --tag_dropout; give one of these, or leave it out",
+            ),
             (
                 objective.snr_gamma is not None and objective.do_edm_style_training,
                 "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
@@ -476,6 +561,10 @@ class TrainConfig:
                 "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
             ),
             (
+                data.holdout_patience and not data.holdout_images,
+                "--holdout_patience waits for a lower loss of --holdout_images; give how many, such as 3",
+            ),
+            (
                 data.cache_text_embeddings and self.trains_text,
                 "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
             ),
@@ -487,6 +576,11 @@ class TrainConfig:
     def trains_text(self) -> bool:
         """Whether anything in the text encoders is trained, so that prompts must be encoded in each step."""
         return self.adapter.train_text_encoder or self.tokens.train_text_encoder_ti
+
+    @property
+    def encodes_in_steps(self) -> bool:
+        """Whether the text encoders are needed in each step, trained or not."""
+        return self.trains_text or self.data.draws_captions
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its flat name, JSON-able."""

@@ -18,8 +18,9 @@ from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.framing import Framing
 from flatlora_diffusion.data.images import ImageError
 from flatlora_diffusion.data.latents import LatentCache, encoded_latents
-from flatlora_diffusion.data.prompts import FrozenPrompts, TokenizedPrompts, prompts_of
+from flatlora_diffusion.data.prompts import Prompts, prompts_of
 from flatlora_diffusion.data.schedule import Schedule, schedule_of
+from flatlora_diffusion.data.tags import drawn_caption
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.ground.whole_files import remove_half_written, writing_into
 from flatlora_diffusion.sdxl.objective import Batch
@@ -34,6 +35,7 @@ class Row:
 
     sample: Sample
     view: View
+    caption: str
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Feed:
     class_samples: list[Sample]
     schedule: Schedule
     framing: Framing
-    prompts: FrozenPrompts | TokenizedPrompts
+    prompts: Prompts
     latents: LatentCache | None
     class_latents: LatentCache | None
     device: torch.device
@@ -118,7 +120,7 @@ class Feed:
             ),
             weights=weights,
             mask=self._mask(both) if self.config.objective.alpha_mask_loss else None,
-            **self.prompts.conditioning([row.sample.caption for row in both], kept, self.device),
+            **self.prompts.conditioning([row.caption for row in both], kept, self.device),
         )
 
     def samples_at(self, step: int, slot: int) -> list[Sample]:
@@ -132,9 +134,10 @@ class Feed:
     def _rows(self, step: int, slot: int) -> list[Row]:
         rows = []
         frame = self.framing.drawn if self.latents is None else self.framing.flipped
-        for draw in self.schedule.order.batch(step * self.slots + slot):
+        for draw in self.schedule.batch(step * self.slots + slot):
             sample = self.samples[draw.sample]
-            rows.append(Row(sample, frame(sample, self.schedule.sizes[draw.sample], draw.epoch)))
+            caption = drawn_caption(sample.caption, self.config.data, self.seed, sample.id, draw.epoch)
+            rows.append(Row(sample, frame(sample, self.schedule.sizes[draw.sample], draw.epoch), caption))
         return rows
 
     def _class_rows(self, step: int, slot: int) -> list[Row]:
@@ -142,12 +145,12 @@ class Feed:
         if not self.class_samples:
             return []
         place = step * self.slots + slot
-        size = self.schedule.sizes[self.schedule.order.batch(place)[0].sample]
+        size = self.schedule.sizes[self.schedule.batch(place)[0].sample]
         frame = self.framing.drawn if self.class_latents is None else self.framing.flipped
         rows = []
         for draw in self.schedule.class_order.batch(place):
             sample = self.class_samples[draw.sample]
-            rows.append(Row(sample, frame(sample, size, draw.epoch)))
+            rows.append(Row(sample, frame(sample, size, draw.epoch), sample.caption))
         return rows
 
     def _posteriors(self, rows: list[Row], class_rows: list[Row], step: int, slot: int) -> tuple[Tensor, Tensor]:
@@ -200,8 +203,7 @@ def encoded_feed(
     data, vae, seed, resolution = config.data, sdxl.vae, config.run.seed, config.data.resolution
     assert seed is not None
     assert resolution is not None
-    shapes = [(sample.height, sample.width) for sample in samples]
-    schedule = schedule_of(config, shapes, sdxl.size_step, world_size, len(class_samples))
+    schedule = schedule_of(config, samples, sdxl.size_step, world_size, len(class_samples))
     framing = Framing(data, seed)
     folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
     latents = class_latents = None

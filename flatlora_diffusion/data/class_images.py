@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig
@@ -28,12 +31,17 @@ def load_class_samples(config: TrainConfig) -> list[Sample]:
         return []
     folder = Path(str(data.class_data_dir))
     processes = this_process()
-    if processes.is_main_process:
-        with alone_in(folder, "class_data_dir", waits=True):  # two runs would number their images alike
-            present = len(find_images(folder)[0])
-            if present < data.num_class_images:
-                _generate(config, folder, present, processes.device)
-    processes.wait_for_everyone()
+    # Two runs would number their images alike; the processes of one share the work.
+    alone = alone_in(folder, "class_data_dir", waits=True) if processes.is_main_process else nullcontext()
+    with alone:
+        (present,) = broadcast_object_list([len(find_images(folder)[0]) if processes.is_main_process else 0])
+        missing = range(present, data.num_class_images)
+        if missing:
+            logger.info("generating %d class images into %s", len(missing), folder)
+        mine = missing[processes.process_index :: processes.num_processes]
+        if mine:
+            _generate(config, folder, mine, processes.device)
+        processes.wait_for_everyone()
     return load_samples(folder, data.class_prompt).samples[: data.num_class_images]
 
 
@@ -46,16 +54,14 @@ def _placed(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdx
     return sdxl
 
 
-def _generate(config: TrainConfig, folder: Path, present: int, device: torch.device) -> None:
-    """Fill `folder` up to the number wanted; the seed of each image is a function of (seed, its number)."""
+def _generate(config: TrainConfig, folder: Path, wanted: Sequence[int], device: torch.device) -> None:
+    """Draw the images of these numbers into `folder`; the seed of each is a function of (seed, its number)."""
     data, seed = config.data, config.run.seed
     assert seed is not None
-    wanted = list(range(present, data.num_class_images))
-    logger.info("generating %d class images into %s", len(wanted), folder)
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = default if data.prior_generation_precision is None else DTYPES[data.prior_generation_precision]
     sdxl = _placed(config.model, device, dtype)
-    size = data.resolution or sdxl.resolution
+    size = sdxl.checked_resolution(data.resolution)
     for start in tqdm(range(0, len(wanted), data.sample_batch_size), desc="class images"):
         numbers = wanted[start : start + data.sample_batch_size]
         prompts = [str(data.class_prompt)] * len(numbers)

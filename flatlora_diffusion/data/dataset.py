@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.data.images import CAPTION_SUFFIXES, Source, find_images, load_image
+from flatlora_diffusion.data.images import CAPTION_SUFFIXES, Source, find_images, load_image, mask_beside
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # the first that a line has, unless one is named
@@ -24,7 +24,8 @@ LISTED = 5  # files that a message names before it only counts
 class Sample:
     """One training image; `id` is its file name, `width` and `height` are those of the upright image.
 
-    `look` is a 64-bit difference hash: pictures that look alike differ in few bits.
+    `look` is a 64-bit difference hash: pictures that look alike differ in few bits. `repeats` is how often an epoch
+    shows it. `mask` is the file beside it that says which of its pixels count.
     """
 
     id: str
@@ -34,6 +35,8 @@ class Sample:
     width: int
     height: int
     look: int
+    repeats: int = 1
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class SampleSet:
         sides = [(sample.width, sample.height) for sample in self.samples]
         small, large = min(sides, key=min), max(sides, key=min)
         line += f", {small[0]}x{small[1]}" + (f" to {large[0]}x{large[1]}" if large != small else "") + " pixels"
+        masks = sum(sample.mask is not None for sample in self.samples)
+        line += f", {masks} with a mask" if masks else ""
         if self.skipped:
             line += f"; skipped: {_listing(self.skipped)}"
         alike = self.duplicates()
@@ -101,6 +106,8 @@ def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:
             "width": sample.width,
             "height": sample.height,
             "caption_sha256": hashlib.sha256(sample.caption.encode()).hexdigest(),
+            **({"repeats": sample.repeats} if sample.repeats != 1 else {}),
+            **({"mask_sha256": hashlib.sha256(sample.mask.read_bytes()).hexdigest()} if sample.mask else {}),
         }
         for sample in samples
     ]
@@ -111,7 +118,16 @@ def make_sample(name: str, source: Source, caption: str) -> Sample:
     image = load_image(source)  # a header's size is not always that of the upright image
     content = source.read_bytes() if isinstance(source, Path) else source
     sha256 = hashlib.sha256(content).hexdigest()
-    return Sample(name, source, caption.strip(), sha256, image.width, image.height, _difference_hash(image))
+    return Sample(
+        id=name,
+        source=source,
+        caption=caption.strip(),
+        sha256=sha256,
+        width=image.width,
+        height=image.height,
+        look=_difference_hash(image),
+        mask=mask_beside(source) if isinstance(source, Path) else None,
+    )
 
 
 def _difference_hash(image: Image.Image) -> int:

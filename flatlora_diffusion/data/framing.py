@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from PIL import ImageChops
 from torch import Tensor
 
 from flatlora_diffusion.config import DataConfig
 from flatlora_diffusion.data.crops import View, choose_view, mirrored_view, pixels_of, view_image
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.data.images import load_alpha, load_image
+from flatlora_diffusion.data.images import load_alpha, load_image, load_mask
 from flatlora_diffusion.ground.seeds import generator
 
 
@@ -45,8 +46,11 @@ class Framing:
         return pixels_of(view_image(image, view, self.data.image_interpolation_mode))
 
     def alpha(self, sample: Sample, view: View) -> Tensor:
-        """The share of each pixel that is not transparent, (1, H, W) in [0, 1]."""
-        return pixels_of(view_image(load_alpha(sample.source), view, self.data.image_interpolation_mode))
+        """How much each pixel counts, (1, H, W) in [0, 1]: its alpha, times the mask beside the image."""
+        shown = load_alpha(sample.source)
+        if sample.mask is not None:
+            shown = ImageChops.multiply(shown, load_mask(sample.mask, shown.size))
+        return pixels_of(view_image(shown, view, self.data.image_interpolation_mode))
 
 
 def _original(sample: Sample) -> tuple[int, int]:

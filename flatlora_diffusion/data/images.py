@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "ICO", "J
 CAPTION_SUFFIXES = (".txt", ".caption")
 # Files that belong beside images and are never read as one.
 SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json", ".jsonl")
+MASK = "-masklabel"  # behind the stem of an image's name: the file beside it that says which pixels count
 HELDOUT_FOLDER = "heldout"  # beside the images that it is held out from
 # Texts that nobody takes for images: they need no mention where they are not read as one.
 _TEXT_SUFFIXES = (".md", ".rst", ".csv", ".yaml", ".yml", ".toml", ".ini", ".log", ".py", ".sh", ".bat", ".ipynb")
@@ -69,6 +71,22 @@ def load_alpha(source: Source) -> Image.Image:
     return Image.new("L", colour.size, 255) if alpha is None else alpha
 
 
+def load_mask(mask: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask (mode L) of an image of this (width, height): white counts. Raises ImageError for another size."""
+    with _read_errors(mask):
+        colour, _ = _decode(mask)
+    if colour.size != size:
+        (width, height), (wide, high) = size, colour.size
+        raise ImageError(mask.name, f"it is {wide}x{high} pixels, and the image that it is for {width}x{height}")
+    return colour.convert("L")
+
+
+def mask_beside(image: Path) -> Path | None:
+    """The mask of an image, `NAME-masklabel.png` as OneTrainer calls it; None if there is none."""
+    mask = image.with_name(f"{image.stem}{MASK}.png")
+    return mask if mask.is_file() else None
+
+
 def read_header(source: Source) -> Header:
     """Format and size, without decoding a pixel. Raises ImageError."""
     with _read_errors(source), _open(source) as file:
@@ -93,7 +111,7 @@ def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
             if not path.name.startswith("__") and path.name != HELDOUT_FOLDER:  # __pycache__, __MACOSX
                 skipped.append((path.name, "a subfolder; only images directly in the folder are read"))
             continue
-        if path.suffix.lower() in SIDECAR_SUFFIXES:
+        if path.suffix.lower() in SIDECAR_SUFFIXES or _is_mask(path):
             continue
         try:
             with _read_errors(path):
@@ -104,6 +122,13 @@ def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         else:
             images.append(path)
     return images, skipped
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether it is the mask of an image beside it."""
+    stem = path.stem.removesuffix(MASK)
+    others = (one.suffix.lower() for one in path.parent.glob(f"{glob.escape(stem)}.*")) if stem != path.stem else ()
+    return any(suffix not in SIDECAR_SUFFIXES for suffix in others)
 
 
 def _is_text(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What stands in a batch for its captions: embeddings of frozen text encoders, or tokens for trained ones."""
+"""What stands in a batch for its captions: embeddings by frozen text encoders, or tokens for trained ones."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ class FrozenPrompts:
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
 
+class EncodedPrompts:
+    """Captions that are drawn anew in each step, encoded then by frozen text encoders."""
+
+    def __init__(self, sdxl: Sdxl) -> None:
+        self._sdxl = sdxl
+
+    def conditioning(self, captions: Sequence[str], kept: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+        """The prompt fields of a Batch."""
+        each = {caption: encode_prompts(self._sdxl, [caption]) for caption in dict.fromkeys(captions)}
+        return FrozenPrompts(each).conditioning(captions, kept, device)
+
+
 class TokenizedPrompts:
     """Tokens of each caption, for text encoders that are trained."""
 
@@ -55,9 +67,10 @@ class TokenizedPrompts:
         }
 
 
-def prompts_of(
-    config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], folder: Path | None
-) -> FrozenPrompts | TokenizedPrompts:
+Prompts = FrozenPrompts | EncodedPrompts | TokenizedPrompts
+
+
+def prompts_of(config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], folder: Path | None) -> Prompts:
     """What a run with these samples has for their captions; captions that are cut are told of.
 
     With frozen text encoders each caption is encoded, once for all runs if it may be kept in `folder`.
@@ -65,6 +78,8 @@ def prompts_of(
     _warn_of_cut(sdxl.pipeline, samples)
     if config.trains_text:
         return TokenizedPrompts(sdxl.pipeline)
+    if config.data.draws_captions:
+        return EncodedPrompts(sdxl)
     captions = {sample.caption for sample in samples}
     return _encoded(sdxl, captions, folder if config.data.cache_text_embeddings else None)
 

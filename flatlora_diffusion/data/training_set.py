@@ -1,4 +1,4 @@
-"""The training set that the settings name: a folder, or a Hugging Face dataset from the hub or from disk."""
+"""The training set that the settings name: one folder, several in a dataset file, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from flatlora_diffusion.config import ConfigError, DataConfig
 from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, load_samples, make_sample
+from flatlora_diffusion.data.dataset_file import load_dataset_file
 from flatlora_diffusion.data.images import ImageError
 
 
@@ -16,6 +17,8 @@ def load_training_set(data: DataConfig) -> SampleSet:
     """The images and captions that `data` names. Raises ConfigError when there are none that can be used."""
     if data.dataset_name is not None:
         return load_hf_dataset(data)
+    if data.dataset_config is not None:
+        return load_dataset_file(Path(data.dataset_config), data.instance_prompt)
     if data.instance_data_dir is None:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     return load_samples(Path(data.instance_data_dir), data.instance_prompt, data.caption_column)

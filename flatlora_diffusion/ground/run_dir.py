@@ -157,6 +157,16 @@ class RunDir:
         told = [event for event in self.events() if event["event"] in ("step", "stopped", "finished")]
         return told[-1] if told and told[-1]["event"] != "step" else None
 
+    def holdout_losses(self) -> dict[int, float]:
+        """The loss of the held-out images by step; what came after the step that was resumed from counts no more."""
+        losses: dict[int, float] = {}
+        for event in self.events():
+            if event["event"] == "resumed":
+                losses = {step: loss for step, loss in losses.items() if step <= event["step"]}
+            elif event["event"] == "holdout":
+                losses[event["step"]] = event["loss"]
+        return losses
+
     def manifest(self) -> list[dict[str, Any]]:
         manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))
         return manifest
@@ -209,8 +219,11 @@ class RunDir:
         return wanted
 
     @contextmanager
-    def new_checkpoint(self, step: int, limit: int | None) -> Iterator[Path]:
-        """A folder to write checkpoint `step` into. It gets its name when all is written; then old ones go."""
+    def new_checkpoint(self, step: int, limit: int | None, keep: Collection[int] = ()) -> Iterator[Path]:
+        """A folder to write checkpoint `step` into. It gets its name when all is written; then old ones go.
+
+        Those of the steps `keep` stay, beyond the limit.
+        """
         final, aside = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.part"
         with self.writing():
             shutil.rmtree(aside, ignore_errors=True)
@@ -223,7 +236,8 @@ class RunDir:
             self._remove(final)
             os.replace(aside, final)
             for old in self.checkpoints()[:-limit] if limit is not None else []:
-                self._remove(old)
+                if _step_of(old) not in keep:
+                    self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
         """Delete a checkpoint; while that goes on it counts as none."""

@@ -96,7 +96,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     vae = its_dtype.itemsize * weight_count(base, "vae")
     step = MemoryEstimate(
         unet=_unet_bytes(passes, model.quantize_base, of_base.itemsize),
-        text_encoders=0 if model.offload and not config.trains_text else text_encoders,
+        text_encoders=0 if model.offload and not config.encodes_in_steps else text_encoders,
         vae=0 if model.offload and is_cached else vae,
         lora=lora,
         gradients=lora,

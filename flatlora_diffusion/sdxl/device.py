@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -11,6 +13,14 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 TEXT_PARTS = ("text_encoder", "text_encoder_2")  # of a pipeline, in the order in which their outputs are joined
 
 
+# Processes wait for the first one while it draws previews or uploads; PyTorch's 10 minutes would end them all.
+LONGEST_WAIT = timedelta(hours=6)
+
+
 def this_process() -> PartialState:
-    """This process among those of the launcher, on its device: on the CPU if accelerate was told so."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # Accelerator looks, PartialState does not
+    """This process among those of the launcher, on its device: on the CPU if accelerate was told so.
+
+    The first call starts the process group, if there is one, whose processes wait for each other up to LONGEST_WAIT.
+    """
+    # Accelerator looks whether it was told so, PartialState does not.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)

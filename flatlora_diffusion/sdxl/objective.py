@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class Batch:
     latents (B, 4, h, w) fp32, add_time_ids (B, 6). The prompts: prompt_embeds (B, 77, D) and pooled_prompt_embeds
     (B, P); or, for a `Denoiser` that trains its text encoders, input_ids (B, 2, 77) and kept (B,), 0 where the caption
     is dropped. weights (B,) are each image's factor in the mean; mask (B, 1, h, w) in [0, 1] says which latent pixels
-    count; None means all alike.
+    count; None means all alike. more_noise (B, 4, h, w) is added to the noise that the model sees, not to what it has
+    to predict.
     """
 
     latents: Tensor
@@ -35,6 +36,7 @@ class Batch:
     kept: Tensor | None = None
     weights: Tensor | None = None
     mask: Tensor | None = None
+    more_noise: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to each of its tensors."""
@@ -57,6 +59,9 @@ class Objective:
     loss_type: LossType = "l2"
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+    multires: tuple[int, float] = (0, 0.0)  # coarser noises, and how much each counts of the last
+    more_noise: float = 0.0
+    timesteps: tuple[int, int | None] = (0, None)  # the first and the last that are drawn
 
 
 def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
@@ -71,12 +76,22 @@ def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
             "--do_edm_style_training does not fit this base, whose last timestep is pure noise (zero terminal SNR), "
             "which has no sigma; leave it out"
         )
+    last = scheduler.config.num_train_timesteps - 1
+    low, high = config.min_timestep, last if config.max_timestep is None else config.max_timestep
+    if not low <= high <= last:
+        raise ConfigError(
+            f"min_timestep={low} and max_timestep={high} leave no timestep: they must be in their order, and at most "
+            f"{last} for this base"
+        )
     return Objective(
         scheduler,
         edm=config.do_edm_style_training or is_edm_scheduler(scheduler),
         loss_type=config.loss_type,
         snr_gamma=config.snr_gamma,
         noise_offset=config.noise_offset,
+        multires=(config.multires_noise_iterations, config.multires_noise_discount),
+        more_noise=config.ip_noise_gamma,
+        timesteps=(low, high),
     )
 
 
@@ -88,12 +103,35 @@ def unweighted(objective: Objective) -> Objective:
 def draw_targets(objective: Objective, latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise of the latents' shape and one uniform timestep (an index) per image, from `rng` alone."""
     noise = torch.randn(latents.shape, generator=rng, device=latents.device, dtype=torch.float32)
-    steps = objective.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(0, steps, (latents.shape[0],), generator=rng, device=latents.device)
+    first, last = objective.timesteps
+    end = objective.scheduler.config.num_train_timesteps if last is None else last + 1
+    timesteps = torch.randint(first, end, (latents.shape[0],), generator=rng, device=latents.device)
     if objective.noise_offset:
         shape = (*latents.shape[:2], 1, 1)
         noise = noise + objective.noise_offset * torch.randn(shape, generator=rng, device=latents.device)
+    if objective.multires[0]:
+        noise = _multires(noise, *objective.multires, rng)
     return noise, timesteps
+
+
+def with_more_noise(objective: Objective, batch: Batch, rng: torch.Generator) -> Batch:
+    """`batch` with input perturbation (arXiv:2301.11706) drawn from `rng`; as it is where there is none."""
+    if not objective.more_noise:
+        return batch
+    drawn = torch.randn(batch.latents.shape, generator=rng, device=batch.latents.device)
+    return replace(batch, more_noise=objective.more_noise * drawn)
+
+
+def _multires(noise: Tensor, levels: int, discount: float, rng: torch.Generator) -> Tensor:
+    """`noise` and coarser noises of half the size each, down to one pixel, at std 1 for each image."""
+    height, width = noise.shape[-2:]
+    for level in range(1, levels + 1):
+        size = max(1, height >> level), max(1, width >> level)
+        coarse = torch.randn((*noise.shape[:2], *size), generator=rng, device=noise.device)
+        noise = noise + discount**level * F.interpolate(coarse, (height, width), mode="bilinear")
+        if size == (1, 1):
+            break
+    return noise / noise.std(dim=(1, 2, 3), keepdim=True)
 
 
 def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -109,7 +147,7 @@ def sample_losses(model: nn.Module, objective: Objective, batch: Batch, noise: T
         prediction, target, weights = _denoised(model, objective.scheduler, batch, noise, timesteps)
     else:
         scheduler = objective.scheduler
-        noisy = scheduler.add_noise(batch.latents, noise, timesteps)
+        noisy = scheduler.add_noise(batch.latents, _seen(batch, noise), timesteps)
         prediction = _predict(model, noisy, timesteps, batch)
         target = _target(scheduler, batch.latents, noise, timesteps)
         gamma = objective.snr_gamma
@@ -125,6 +163,11 @@ def sample_losses(model: nn.Module, objective: Objective, batch: Batch, noise: T
 def is_edm_scheduler(scheduler: Any) -> bool:
     """Whether the base was trained with EDM's own preconditioning (such as Playground v2.5)."""
     return hasattr(scheduler, "precondition_outputs")
+
+
+def _seen(batch: Batch, noise: Tensor) -> Tensor:
+    """The noise of what the model sees."""
+    return noise if batch.more_noise is None else noise + batch.more_noise
 
 
 def _predict(model: nn.Module, sample: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
@@ -159,7 +202,7 @@ def _denoised(
     if is_edm_scheduler(scheduler):
         indices = timesteps.cpu()
         sigma = scheduler.sigmas[indices].to(noise).view(-1, 1, 1, 1)
-        noisy = batch.latents + sigma * noise
+        noisy = batch.latents + sigma * _seen(batch, noise)
         times = scheduler.timesteps[indices].to(noise)
         output = _predict(model, scheduler.precondition_inputs(noisy, sigma), times, batch)
         prediction = scheduler.precondition_outputs(noisy, output.float(), sigma)
@@ -168,7 +211,7 @@ def _denoised(
         return prediction, batch.latents, weights.flatten()
     signal = scheduler.alphas_cumprod.to(noise)[timesteps].view(-1, 1, 1, 1)
     sigma = ((1 - signal) / signal).sqrt()
-    noisy = batch.latents + sigma * noise
+    noisy = batch.latents + sigma * _seen(batch, noise)
     scale = (sigma**2 + 1).sqrt()
     output = _predict(model, noisy / scale, timesteps, batch).float()
     if scheduler.config.prediction_type == "epsilon":

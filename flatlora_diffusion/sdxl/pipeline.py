@@ -73,7 +73,11 @@ class Sdxl:
 
 def load_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
     """Load the base onto `device`, frozen and in eval mode. Raises ConfigError when there is no SDXL model there."""
-    pipeline = load_pipeline(config, device, dtype)
+    return framed(load_pipeline(config, device, dtype), config)
+
+
+def framed(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> Sdxl:
+    """The base that a loaded pipeline is."""
     pipeline.set_progress_bar_config(disable=True)
     # A scheduler of our own: sampling changes the state of the pipeline's.
     kind = type(pipeline.scheduler) if is_edm_scheduler(pipeline.scheduler) else DDPMScheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,13 @@ def restore(state: TrainState, name: str) -> int:
 
 
 def save_checkpoint(state: TrainState, step: int) -> None:
-    """Write `checkpoint-STEP/`: all that a resumed run needs, and the LoRA so far as a loadable file."""
-    with state.run.new_checkpoint(step, state.config.run.checkpoints_total_limit) as folder:
+    """Write `checkpoint-STEP/`: all that a resumed run needs, and the LoRA so far as a loadable file.
+
+    Of more than --checkpoints_total_limit the oldest goes, but not the one that is the best so far.
+    """
+    losses = state.run.holdout_losses()
+    best = [best_step(losses)] if losses else []
+    with state.run.new_checkpoint(step, state.config.run.checkpoints_total_limit, best) as folder:
         save_state(state, folder, step)
         with averaged(state):
             save_release(state, folder, step)
@@ -103,13 +109,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
 def load_state(state: TrainState, folder: Path) -> int:
     """Restore what `save_state` wrote; returns the step. Raises ConfigError when something else was trained."""
     tensors, header = load_tensors(folder / STATE_FILE)
-    saved = {name.removeprefix("trained."): value for name, value in tensors.items() if name.startswith("trained.")}
-    shapes = {name: parameter.shape for name, parameter in state.trainable.items()}
-    if shapes != {name: value.shape for name, value in saved.items()}:
-        raise ConfigError(f"{folder.name} holds another LoRA (rank or layers differ); resume with the settings it had")
-    with torch.no_grad():
-        for name, parameter in state.trainable.items():
-            parameter.copy_(saved[name])
+    _load_trained(state, folder, tensors)
     load_optimizer(state.optimizer.optimizer, tensors, header["optimizer"])
     state.lr_schedule.last_epoch = header["lr_schedule"]["last_epoch"]
     set_lr(state.lr_schedule)
@@ -118,7 +118,6 @@ def load_state(state: TrainState, folder: Path) -> int:
         state.accelerator.scaler.load_state_dict(extra["scaler"])
     if state.ema is not None:
         state.ema.optimization_step = extra["ema_step"]
-        state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
     for flat in state.flats:
         prefix = flat.settings.prefix
         if prefix in extra.get("norms", {}):  # there are none in the first step, nor with --perturb_norm_every 1
@@ -127,12 +126,46 @@ def load_state(state: TrainState, folder: Path) -> int:
     return state.steps_done
 
 
+def load_best(state: TrainState, last: int) -> int:
+    """Put the weights of the checkpoint with the lowest held-out loss in place of those after `last` steps.
+
+    Returns its step; `last` where no image was held out, or where that is the best.
+    """
+    losses = state.run.holdout_losses()
+    folder = state.run.folder / f"checkpoint-{best_step(losses)}" if losses else None
+    if folder is None or best_step(losses) == last or not folder.is_dir():
+        return last
+    _load_trained(state, folder, load_tensors(folder / STATE_FILE)[0])
+    logger.info("the result is %s, at which the loss of the held-out images was lowest", folder.name)
+    state.run.add_event({"event": "chosen", "step": best_step(losses)})
+    return best_step(losses)
+
+
+def best_step(losses: Mapping[int, float]) -> int:
+    """The step of the lowest loss, the first of several."""
+    return min(losses, key=lambda step: (losses[step], step))
+
+
+def _load_trained(state: TrainState, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put what was trained, and its average, in place. Raises ConfigError when it was something else."""
+    saved = {name.removeprefix("trained."): value for name, value in tensors.items() if name.startswith("trained.")}
+    shapes = {name: parameter.shape for name, parameter in state.trainable.items()}
+    if shapes != {name: value.shape for name, value in saved.items()}:
+        raise ConfigError(f"{folder.name} holds another LoRA (rank or layers differ); resume with the settings it had")
+    with torch.no_grad():
+        for name, parameter in state.trainable.items():
+            parameter.copy_(saved[name])
+    if state.ema is not None:
+        state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
+
+
 def _like(value: Tensor, other: Tensor) -> Tensor:
     return value.to(other.device)
 
 
 def _manifest(state: TrainState) -> list[dict[str, Any]]:
-    return manifest([*state.feed.samples, *state.feed.class_samples])
+    away = [{**row, "is_held_out": True} for row in manifest(state.heldout)]
+    return [*manifest([*state.feed.samples, *state.feed.class_samples]), *away]
 
 
 def _base(state: TrainState) -> dict[str, str]:

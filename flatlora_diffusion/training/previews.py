@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.adapter.new_tokens import in_captions, with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.training_set import load_heldout
-from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, probe_loss, with_prompts
 from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text, sampling_names
-from flatlora_diffusion.sdxl.objective import unweighted
-from flatlora_diffusion.sdxl.pipeline import Sdxl
-from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, evaluating, generate_images
+from flatlora_diffusion.sdxl.ready import ready
+from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
+from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.state import TrainState
 from flatlora_diffusion.training.trackers import tell_trackers
 from flatlora_diffusion.training.validation import Picture, read_pictures
@@ -35,23 +32,22 @@ class Previews:
         self._state = state
         run = state.config.run
         self._pictures = read_pictures(run)
-        self._probe: Probe | None = None
-        self._captions: list[str] = []
+        self._heldout: HeldoutLoss | None = None
         if run.validation_data_dir is not None:
-            data = state.config.data
-            found = load_heldout(Path(run.validation_data_dir), data)
-            samples = in_captions(found.samples, state.tokens)
-            self._captions = [sample.caption for sample in samples]
-            with ready(state.sdxl):
-                self._probe = fixed_probe(
-                    state.sdxl, samples, state.feed.resolution, seed=0, background=data.background_color
-                )
+            found = load_heldout(Path(run.validation_data_dir), state.config.data)
+            self._heldout = HeldoutLoss(state, found.samples)
 
-    def make(self, name: str, step: int) -> None:
-        """Images `images/NAME-0.png`, ... and the loss after `step` steps. The modules' modes are put back after."""
+    def make(self, name: str, step: int, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Images `images/NAME-0.png`, ... and the loss after `step` steps. The modules' modes are put back after.
+
+        None is begun once the run `is_over`: a launcher that has asked for the end kills what takes longer than its
+        period of grace. A set that is cut so is not kept.
+        """
         state = self._state
         if self._pictures:
-            images = self._images()
+            images = self._images(is_over)
+            if len(images) < len(self._pictures):
+                return
             files = [f"{name}-{index}.png" for index in range(len(images))]
             with state.run.writing():
                 state.run.images.mkdir(exist_ok=True)
@@ -60,20 +56,19 @@ class Previews:
                     with writing_whole(state.run.images / file) as aside:
                         image.save(aside, format="PNG", pnginfo=drawing and png_text(drawing))
             state.run.add_event({"event": "preview", "step": step, "images": files})
-        if self._probe is not None:
-            if state.config.trains_text:  # each preview has encoders of its own
-                with ready(state.sdxl):
-                    self._probe = with_prompts(self._probe, state.sdxl, self._captions)
-            loss = probe_loss(state.sdxl.unet, unweighted(state.objective), self._probe)
+        if self._heldout is not None and not is_over():
+            loss = self._heldout.now()
             state.run.add_event({"event": "validation", "step": step, "loss": loss})
             tell_trackers(state.accelerator, {"validation_loss": loss}, step)
             logger.info("validation loss after %d steps: %.4f", step, loss)
 
-    def _images(self) -> list[Image.Image]:
+    def _images(self, is_over: Callable[[], bool]) -> list[Image.Image]:
         state = self._state
-        images = []
+        images: list[Image.Image] = []
         with ready(state.sdxl):
             for picture in self._pictures:
+                if is_over():
+                    break
                 images += generate_images(
                     state.sdxl,
                     [with_new_tokens(picture.prompt, state.tokens)],
@@ -93,7 +88,7 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
     sdxl, config = state.sdxl, state.config
     noise, names = sdxl.scheduler.config, sampling_names(sdxl.pipeline.scheduler)
     is_plain = step == 0 and config.adapter.init_lora is None
-    if names is None or state.tokens or not (is_plain or step == state.total_steps):
+    if names is None or state.tokens or not (is_plain or step == state.end):
         return None
     if sdxl.family == TINY_FAMILY:
         return None
@@ -113,17 +108,3 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
         zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
         is_zeroed=picture.negative_prompt is None and bool(sdxl.pipeline.config.force_zeros_for_empty_prompt),
     )
-
-
-@contextmanager
-def ready(sdxl: Sdxl) -> Iterator[None]:
-    """All parts on the UNet's device and in eval mode while this is open, then where and how they were."""
-    parts = [getattr(sdxl.pipeline, part) for part in (*TEXT_PARTS, "vae")]
-    homes = [part.device for part in parts]
-    with ExitStack() as stack:
-        for part, home in zip(parts, homes, strict=True):
-            if home != sdxl.unet.device:
-                part.to(sdxl.unet.device)
-                stack.callback(part.to, home)
-            stack.enter_context(evaluating(part))
-        yield

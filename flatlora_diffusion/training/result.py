@@ -32,9 +32,9 @@ def save_result(state: TrainState) -> Path:
     if state.accelerator.is_main_process:
         run = state.run
         with averaged(state):
-            proof = save_release(state, run.folder, state.total_steps, is_end=True)
+            proof = save_release(state, run.folder, state.end, is_end=True)
         run.add_event({"event": "proof", **proof})
-        run.add_event({"event": "finished", "step": state.total_steps})
+        run.add_event({"event": "finished", "step": state.end})
         logger.info(
             "%s equal the trained LoRA, largest error %.1e of a layer's update; size of its update: %s",
             " and ".join(proof["files"]),
@@ -52,7 +52,7 @@ def present(state: TrainState, previews: Previews) -> None:
     """
     try:
         with averaged(state):
-            previews.make(f"step-{state.total_steps}", state.total_steps)
+            previews.make(f"step-{state.end}", state.end)
     except Exception as error:
         logger.warning("the LoRA is saved, but its last previews could not be made: %s", error)
     try:
@@ -65,13 +65,13 @@ def present(state: TrainState, previews: Previews) -> None:
 
 
 def _write_card(state: TrainState) -> None:
-    run, config, change = state.run, state.config, _image_change(state.run, state.total_steps)
+    run, config, change = state.run, state.config, _image_change(state.run, state.end)
     wanted = read_pictures(config.run)
-    pictures = _last_previews(run, wanted, state.total_steps)
+    pictures = _last_previews(run, wanted, state.end)
     if change is not None:
         run.add_event({"event": "image_change", "levels": change})
         logger.info("previews differ from the base's by %.1f of 255 levels", change)
-    facts = facts_of(state, state.total_steps)
+    facts = facts_of(state, state.end)
     if facts.predicts_v:  # which others may not find out from the base themselves
         config = config.replace(prediction_type="v_prediction", zero_terminal_snr=facts.zero_terminal_snr)
     write_model_card(run, config, pictures, facts.trigger, facts.family)
@@ -80,7 +80,7 @@ def _write_card(state: TrainState) -> None:
         with writing_whole(run.folder / f"{name}.png") as aside:
             shutil.copyfile(pictures[0][0], aside)
         # What draws the first of the last previews in ComfyUI and A1111, where they can.
-        drawing = drawing_of(state, wanted[0], state.total_steps)
+        drawing = drawing_of(state, wanted[0], state.end)
         for ending, text in ({} if drawing is None else recipe_files(drawing)).items():
             write_text(run.folder / f"{name}{ending}", text)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.data.schedule import schedule_of
+from flatlora_diffusion.data.schedule import Shape, schedule_of
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.whole_files import check_writable
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
@@ -75,13 +75,13 @@ def settled(
     precision: str,
     resolution: int,
     size_step: int,
-    shapes: Sequence[tuple[int, int]],
+    images: Sequence[Shape],
     processes: int,
 ) -> TrainConfig:
     """`config`, which has its seed, with nothing left open: a pure function, and of its own result the same.
 
-    `precision` is accelerate's, `resolution` and `size_step` are the base's for this config, `shapes` the (height,
-    width) of the training images.
+    `precision` is accelerate's, `resolution` and `size_step` are the base's for this config, `images` are
+    those that are trained on.
     """
     sized = config.replace(mixed_precision=precision, resolution=resolution)
-    return sized.replace(max_train_steps=schedule_of(sized, shapes, size_step, processes).total_steps)
+    return sized.replace(max_train_steps=schedule_of(sized, images, size_step, processes).total_steps)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
@@ -19,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, start_from, trainable_of
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Feed, encoded_feed
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
 from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.method.perturbation import FlatLora, flat_loras
@@ -32,6 +34,7 @@ from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.optimizer import optimizer_of
 from flatlora_diffusion.training.settling import settled
+from flatlora_diffusion.training.trackers import end_trackers
 
 CPU = torch.device("cpu")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # and their packages
@@ -55,9 +58,16 @@ class TrainState:
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
+    heldout: Sequence[Sample] = ()  # images of the run that are not trained on
     steps_done: int | None = 0  # None while an update is half done
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
+    chosen: int | None = None  # the step whose weights are the result, where held-out images have chosen one
     draws: str = ""  # the hash of what the last step drew, its eps apart
+
+    @property
+    def end(self) -> int:
+        """The step after which the result is as it is."""
+        return self.total_steps if self.chosen is None else self.chosen
 
     def trains_tokens(self, step: int) -> bool:
         """Whether pivotal tuning still trains its new tokens in `step`."""
@@ -75,12 +85,17 @@ class Given:
     initial: ImportedLora | None
 
 
-def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Sequence[Sample] = ()) -> TrainState:
+def prepare(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    class_samples: Sequence[Sample] = (),
+    load: Callable[[ModelConfig, torch.device, torch.dtype], Sdxl] = load_sdxl,
+) -> TrainState:
     """Settle what `config`, which has its seed, leaves open (precision, resolution, steps), then build from it.
 
-    In the captions pivotal tuning's new tokens stand in place of their placeholders from here on.
+    `load` gets the base. From here on captions hold pivotal tuning's new tokens in place of their placeholders.
     """
-    given = _given(config, samples)
+    given = _given(config, samples, load)
     config, accelerator, sdxl = given.config, given.accelerator, given.sdxl
     pipeline, processes, total_steps = sdxl.pipeline, accelerator.num_processes, config.optim.max_train_steps
     assert config.run.seed is not None
@@ -94,7 +109,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
     feed = encoded_feed(config, sdxl, in_captions(samples, tokens), processes, in_captions(class_samples, tokens))
     if config.model.offload:  # what the steps do not need goes: all outputs of it are cached
-        sdxl.move((*(() if config.trains_text else TEXT_PARTS), *(() if feed.needs_vae else ("vae",))), CPU)
+        sdxl.move((*(() if config.encodes_in_steps else TEXT_PARTS), *(() if feed.needs_vae else ("vae",))), CPU)
     if config.model.is_unet_last:
         sdxl.move(("unet",), accelerator.device)
     encoders = {part: getattr(pipeline, part) for part in TEXT_PARTS}
@@ -103,7 +118,6 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    adapted = {"unet": sdxl.unet, **(encoders if config.adapter.train_text_encoder else {})}
     return TrainState(
         config=config,
         accelerator=accelerator,
@@ -113,7 +127,7 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        flats=flat_loras(adapted, config.perturb, config.run.seed, total_steps),
+        flats=perturbations(sdxl, config),
         feed=feed,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=total_steps,
@@ -122,19 +136,50 @@ def prepare(config: TrainConfig, samples: Sequence[Sample], class_samples: Seque
     )
 
 
-def _given(config: TrainConfig, samples: Sequence[Sample]) -> Given:
+def _given(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    load: Callable[[ModelConfig, torch.device, torch.dtype], Sdxl],
+) -> Given:
     accelerator = _accelerator(config)
     set_backends(config)
     precision = accelerator.mixed_precision
     dtype = DTYPES[config.optim.base_dtype or precision]
-    sdxl = load_sdxl(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
+    sdxl = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
     init_lora = config.adapter.init_lora
     initial = None if init_lora is None else read_lora(sdxl.pipeline, Path(init_lora))
     objective = objective_of(config.objective, sdxl.scheduler)
     resolution = sdxl.checked_resolution(config.data.resolution)
-    shapes = [(sample.height, sample.width) for sample in samples]
-    whole = settled(config, precision, resolution, sdxl.size_step, shapes, accelerator.num_processes)
+    whole = settled(config, precision, resolution, sdxl.size_step, samples, accelerator.num_processes)
     return Given(whole, accelerator, sdxl, objective, initial)
+
+
+def perturbations(sdxl: Sdxl, config: TrainConfig) -> list[FlatLora]:
+    """The perturbation of each adapted model of the base; none for plain LoRA. `config` leaves nothing open."""
+    assert config.run.seed is not None
+    assert config.optim.max_train_steps is not None
+    parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
+    adapted = {part: getattr(sdxl.pipeline, part) for part in parts}
+    return flat_loras(adapted, config.perturb, config.run.seed, config.optim.max_train_steps)
+
+
+@contextmanager
+def dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
+    """LoRA dropout draws from the global generator: seed it for this micro-batch, then put it back."""
+    if state.config.adapter.lora_dropout == 0:
+        yield
+        return
+    device = state.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
+        yield
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of the device's allocator, or this process's resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager
@@ -149,6 +194,17 @@ def averaged(state: TrainState) -> Iterator[None]:
         yield
     finally:
         state.ema.restore(state.trainable.values())
+
+
+def put_away(state: TrainState) -> None:
+    """End what goes on beside the steps, and give the memory back; `state` cannot be used afterwards."""
+    state.feed.close()
+    for flat in state.flats:
+        flat.detach()
+    # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
+    state.model = state.accelerator.unwrap_model(state.model)
+    state.accelerator.free_memory()
+    end_trackers(state.accelerator)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

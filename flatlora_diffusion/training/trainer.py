@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,22 +21,33 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
+from flatlora_diffusion.data.holdout import held_out
 from flatlora_diffusion.data.latents import latents_text, not_finite
 from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
-from flatlora_diffusion.ground.seeds import derive_seed, generator
+from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.device import this_process
-from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
-from flatlora_diffusion.training.checkpoint import restore, save_checkpoint, start
+from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets, with_more_noise
+from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
+from flatlora_diffusion.training.holdout import Holdout
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.rescue import explained, kept
 from flatlora_diffusion.training.result import present, save_result
+from flatlora_diffusion.training.selfcheck.watch import self_check
 from flatlora_diffusion.training.settling import check_early, new_or_resumed
-from flatlora_diffusion.training.state import TrainState, averaged, prepare, set_backends
+from flatlora_diffusion.training.state import (
+    TrainState,
+    averaged,
+    dropout_draws,
+    memory_in_use,
+    prepare,
+    put_away,
+    set_backends,
+)
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
-from flatlora_diffusion.training.trackers import end_trackers, tell_trackers
+from flatlora_diffusion.training.trackers import tell_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +74,20 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         check_early(config)
         found = load_training_set(config.data)
         logger.info(found.summary)
+        samples, heldout = held_out(found.samples, config.data.holdout_images)
         _tell_memory(config)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
-            state = prepare(config, found.samples, load_class_samples(config))
+            state = prepare(config, samples, load_class_samples(config))
+            state.heldout = heldout
     try:
         with kept(state), explained(state.config):
             previews, first = _started(state, config.run.resume_from_checkpoint)
+            holdout = Holdout(state, heldout) if heldout and previews is not None else None
             with Stopping(run, config.optim.max_train_seconds) as stopping:
-                _loop(state, first, previews, stopping)
+                last = _loop(state, first, previews, stopping, holdout)
+                if config.data.holdout_images:
+                    state.chosen = load_best(state, last) if previews is not None else last
                 path = save_result(state)
         saved = f"after the LoRA was saved in {path}"
         if previews is not None:
@@ -82,7 +97,7 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         state.accelerator.wait_for_everyone()
     finally:
         with undisturbed() as signals:
-            _put_away(state)
+            put_away(state)
     if signals:  # a comparison must not go on with its next run
         raise Interrupted(signals[0], f"{saved}; nothing is missing")
     return path
@@ -106,9 +121,10 @@ def train_step(state: TrainState, step: int) -> float:
         batch = state.feed.batch(step, slot)
         rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
         noise, timesteps = draw_targets(state.objective, batch.latents, rng)
+        batch = with_more_noise(state.objective, batch, rng)
         last = micro + 1 == accumulation
         sync = nullcontext() if last else accelerator.no_sync(state.model)
-        with sync, _dropout_draws(state, step, slot), _perturbed(state, step, slot):
+        with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
             loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
             accelerator.backward(loss / accumulation)
         losses.append(loss.detach())
@@ -168,7 +184,10 @@ def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None
     return previews, first
 
 
-def _loop(state: TrainState, first: int, previews: Previews | None, stopping: Stopping) -> None:
+def _loop(
+    state: TrainState, first: int, previews: Previews | None, stopping: Stopping, holdout: Holdout | None
+) -> int:
+    """Train the steps from `first` on; returns how many are done when held-out images or their number end them."""
     run = state.config.run
     bar = tqdm(
         range(first, state.total_steps),
@@ -177,6 +196,7 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
         desc=state.config.perturb.method,
         disable=previews is None,
     )
+    check = self_check(state) if first == 0 else None
     began = time.monotonic()
     for step in bar:
         started = time.monotonic()
@@ -187,27 +207,30 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
             now = time.monotonic()
             eta = (now - began) / (done - first) * (state.total_steps - done)
             bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
+            if check is not None:
+                check.step_done(loss, now - started)
             if done < state.total_steps and _is_preview_due(state, step):
                 with averaged(state):
-                    previews.make(f"step-{done}", done)
+                    previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
         reason = _agreed(state, stopping.reason())
-        is_due = done % run.checkpointing_steps == 0 or reason is not None
+        is_point = done % run.checkpointing_steps == 0
+        if holdout is not None and reason is None and (is_point or done == state.total_steps):
+            holdout.measure(done)
+        is_due = is_point or reason is not None
         if previews is not None and (state.run.takes_save_request() or is_due):
             save_checkpoint(state, done)
         if reason is not None and done < state.total_steps:
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
+        if is_point and state.config.data.holdout_patience and _agreed(state, _enough(holdout)) is not None:
+            logger.info("step %d is the last: the loss of the held-out images falls no more", done)
+            return done
+    return state.total_steps
 
 
-def _put_away(state: TrainState) -> None:
-    state.feed.close()
-    for flat in state.flats:
-        flat.detach()
-    # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
-    state.model = state.accelerator.unwrap_model(state.model)
-    state.accelerator.free_memory()
-    end_trackers(state.accelerator)
+def _enough(holdout: Holdout | None) -> str | None:
+    return "the held-out images" if holdout is not None and holdout.is_over() else None
 
 
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
@@ -223,7 +246,7 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
             "draws": state.draws,
             "seconds": round(seconds, 4),
             "eta": round(eta, 1),
-            "memory": _memory_in_use(state.accelerator.device),
+            "memory": memory_in_use(state.accelerator.device),
         }
     )
     tell_trackers(state.accelerator, {"loss": loss, "lr": lr, "sigma": sigma}, step)
@@ -256,18 +279,6 @@ def _perturbed(state: TrainState, step: int, slot: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
-    """LoRA dropout draws from the global generator: seed it for this micro-batch, then put it back."""
-    if state.config.adapter.lora_dropout == 0:
-        yield
-        return
-    device = state.accelerator.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
-        yield
-
-
 def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
     """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
     by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
@@ -286,10 +297,3 @@ def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> st
         "no": "go on with a lower --learning_rate",
     }[str(state.config.optim.mixed_precision)]
     return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"
-
-
-def _memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak of the device's allocator, or this process's resident memory on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)

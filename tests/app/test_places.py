@@ -102,6 +102,15 @@ def test_nothing_outside_may_be_named_and_none_is_told_to_exist(
     assert there == told.replace(repr(value), "'X'")  # the same sentence for all
 
 
+def test_a_dataset_file_that_may_be_read_may_not_name_folders_that_may_not(
+    context: AppContext, tmp_path: Path
+) -> None:
+    file = tmp_path / "data" / "my.toml"
+    for folder, is_refused in (("icons", False), (f"{tmp_path}/outside", True), ("link", True)):
+        file.write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{folder}'\n")
+        assert ("image_dir" in refusal(context, "dataset_config", str(file))) is is_refused
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("place", ["runs", "runs/mine", "runs/mine/checkpoint-1", "runs/mine/new", "runs/.results/x"])
 def test_nothing_is_written_into_runs_or_what_is_the_apps_own(

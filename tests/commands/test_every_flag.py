@@ -113,6 +113,8 @@ RUNS: dict[str, str] = {
     "--embedding_cache_dir OUT/cache --offload",
     "hugging face": "--dataset_name HF --caption_column text --image_column image --cache_dir OUT/hf "
     "--dataset_config_name default",
+    "tags": "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --offload",
+    "dataset file": "--dataset_config OUT/data.toml",
     "prior": "--with_prior_preservation --class_data_dir OUT/class --class_prompt icon --num_class_images 2 "
     "--sample_batch_size 2 --prior_loss_weight 0.5 --prior_generation_precision fp32 --snr_gamma 5.0",
     "optimizer": "--scale_lr --lr_scheduler polynomial --lr_warmup_steps 1 --lr_power 2.0 --lr_num_cycles 2 "
@@ -128,14 +130,16 @@ RUNS: dict[str, str] = {
     "dora": "--use_dora --lora_unet_blocks mid_block --lora_block_ranks mid_block=2 --lora_target_modules attn+ff "
     "--rank 3",
     "b-lora": "--use_blora --init_lora LORA",
-    "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber",
+    "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --multires_noise_iterations 2 "
+    "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
+    "holdout": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1",
     "velocity": "--prediction_type v_prediction --zero_terminal_snr",
     "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --perturb_seed 1 --perturb_per step"
     " --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3",
     "previews": "--validation_prompt icon --num_validation_images 1 --validation_epochs 1 --validation_prompts_file "
     "PROMPTS --validation_data_dir ICONS --report_to tensorboard --logging_dir log --output_name mine",
     "saving": "--checkpointing_steps 1 --checkpoints_total_limit 1 --output_kohya_format --max_train_seconds 600 "
-    "--local_rank 0 --num_train_epochs 3 --save_dtype bf16",
+    "--local_rank 0 --selfcheck always --num_train_epochs 3 --save_dtype bf16",
     "resume": "--resume_from_checkpoint latest --checkpointing_steps 1",
     "vae": "--pretrained_vae_model_name_or_path BASE/vae --resolution 16 --train_batch_size 1",
     "quantized": "--quantize_base torchao-int8",
@@ -210,10 +214,12 @@ def test_the_flags_of(name: str, places: dict[str, str], tmp_path: Path) -> None
         assert train_main([*start, *data, "--use_blora", "--output_dir", places["LORA"]]) == 0
     if name == "resume":
         assert train_main([*start, *data, *output, "--checkpointing_steps", "1"]) == 0
+    if name == "dataset file":
+        (tmp_path / "data.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{places['ICONS']}'\n")
     line = RUNS[name]
     for place, path in places.items():
         line = line.replace(place, path)
-    arguments = [*start, *([] if name == "hugging face" else data), *output, *shlex.split(line)]
+    arguments = [*start, *([] if name in ("hugging face", "dataset file") else data), *output, *shlex.split(line)]
     assert train_main(arguments) == 0
     assert (tmp_path / "run" / LORA_FILE).is_file()
     if name == "saving":

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data import class_images
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.objective import sample_losses
@@ -75,3 +75,38 @@ def test_with_offload_each_model_is_on_the_gpu_only_while_it_draws(
     monkeypatch.setattr(class_images, "load_sdxl", load)
     class_images._placed(ModelConfig(**settings), gpu, torch.float16)
     assert (loaded, moved) == ([place], [gpu] if is_moved else [])
+
+
+def test_the_processes_of_a_run_share_the_class_images(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "class"
+    folder.mkdir()
+    Image.new("RGB", (50, 70), "red").save(folder / "mine.png")
+    asked = config.replace(
+        with_prior_preservation=True, class_data_dir=str(folder), class_prompt="an icon", num_class_images=6
+    )
+    drawn: dict[int, list[int]] = {}
+    for rank in range(2):
+        process = SimpleNamespace(
+            process_index=rank,
+            num_processes=2,
+            is_main_process=rank == 0,
+            device=torch.device("cpu"),
+            wait_for_everyone=lambda: None,
+        )
+        monkeypatch.setattr(class_images, "this_process", lambda process=process: process)
+        monkeypatch.setattr(class_images, "broadcast_object_list", lambda _: [1])  # what the first one has found
+        monkeypatch.setattr(
+            class_images, "_generate", lambda _, __, wanted, ___, rank=rank: drawn.update({rank: list(wanted)})
+        )
+        class_images.load_class_samples(asked)
+    assert drawn == {0: [1, 3, 5], 1: [2, 4]}
+
+
+def test_a_size_that_cannot_be_is_refused_before_class_images_are_drawn(config: TrainConfig, tmp_path: Path) -> None:
+    wrong = config.replace(
+        with_prior_preservation=True, class_data_dir=str(tmp_path), class_prompt="an icon", resolution=36
+    )
+    with pytest.raises(ConfigError, match="resolution=36 must be a multiple of 16"):
+        class_images.load_class_samples(wrong)

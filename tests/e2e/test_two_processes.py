@@ -52,7 +52,8 @@ def assert_alike(one: Path, two: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def arguments(base: Path, icons: Path) -> list[str]:
+def arguments(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run; the first one draws the class images."""
     return [
         f"--pretrained_model_name_or_path={base}",
         f"--instance_data_dir={icons}",
@@ -64,6 +65,10 @@ def arguments(base: Path, icons: Path) -> list[str]:
         "--adam_epsilon=0.001",  # Adam would blow up the rounding of gradients that are almost 0
         "--caption_dropout=0.3",
         "--seed=1",
+        "--with_prior_preservation",
+        f"--class_data_dir={tmp_path_factory.mktemp('class')}",
+        "--class_prompt=an icon",
+        "--num_class_images=3",
     ]
 
 

@@ -11,7 +11,16 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from torch import Tensor, nn
 
-from flatlora_diffusion.sdxl.objective import Batch, Objective, diffusion_loss, draw_targets, sample_losses
+from flatlora_diffusion.config import ConfigError, ObjectiveConfig
+from flatlora_diffusion.sdxl.objective import (
+    Batch,
+    Objective,
+    diffusion_loss,
+    draw_targets,
+    objective_of,
+    sample_losses,
+    with_more_noise,
+)
 
 
 def make_batch() -> Batch:
@@ -161,3 +170,53 @@ def test_noise_offset_shifts_whole_channels_and_no_other_draw() -> None:
     spread = difference.amax(dim=(2, 3)) - difference.amin(dim=(2, 3))
     assert float(spread.max()) < 1e-6
     assert 0.05 < float(difference.mean(dim=(2, 3)).std()) < 0.2
+
+
+def test_timesteps_stay_between_those_that_are_given() -> None:
+    scheduler, latents = DDPMScheduler(), torch.zeros(4000, 1, 1, 1)
+    config = ObjectiveConfig(min_timestep=200, max_timestep=203)
+    _, timesteps = draw_targets(objective_of(config, scheduler), latents, torch.Generator().manual_seed(0))
+    assert set(timesteps.tolist()) == {200, 201, 202, 203}
+    for least, most in ((5, 4), (0, 1000), (1000, 999)):
+        with pytest.raises(ConfigError, match=r"leave no timestep: .* at most 999"):
+            objective_of(ObjectiveConfig(min_timestep=least, max_timestep=most), scheduler)
+
+
+def test_without_bounds_the_draws_are_what_they_were() -> None:
+    latents = torch.zeros(8, 4, 2, 2)
+    drawn = [
+        draw_targets(one, latents, torch.Generator().manual_seed(5))
+        for one in (objective_of(ObjectiveConfig(), DDPMScheduler()), Objective(DDPMScheduler()))
+    ]
+    rng = torch.Generator().manual_seed(5)
+    torch.randn(latents.shape, generator=rng)
+    expected = torch.randint(0, 1000, (8,), generator=rng)
+    assert all(torch.equal(timesteps, expected) for _, timesteps in drawn)
+
+
+def test_multires_noise_keeps_its_std_and_has_more_in_large_shapes() -> None:
+    latents = torch.zeros(64, 4, 32, 32)
+    noises = []
+    for iterations in (0, 6):
+        config = ObjectiveConfig(multires_noise_iterations=iterations, multires_noise_discount=0.8)
+        noise, _ = draw_targets(objective_of(config, DDPMScheduler()), latents, torch.Generator().manual_seed(0))
+        noises.append(noise)
+    plain, coarse = noises
+    torch.testing.assert_close(coarse.std(dim=(1, 2, 3)), torch.ones(64))
+    means = [torch.nn.functional.avg_pool2d(noise, 16).var() for noise in noises]
+    assert means[0] == pytest.approx(1 / 256, rel=0.2), "the mean of 256 independent pixels"
+    assert means[1] > 20 * means[0]
+    assert not torch.equal(plain, coarse)
+
+
+def test_more_noise_is_seen_and_not_predicted() -> None:
+    scheduler, batch = DDPMScheduler(), make_batch()
+    objective = objective_of(ObjectiveConfig(ip_noise_gamma=0.1), scheduler)
+    noise, timesteps = draw_targets(objective, batch.latents, torch.Generator().manual_seed(0))
+    noisier = with_more_noise(objective, batch, torch.Generator().manual_seed(1))
+    drawn = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
+    model = Recorder()
+    losses = sample_losses(model, objective, noisier, noise, timesteps)
+    torch.testing.assert_close(model.given.sample, scheduler.add_noise(batch.latents, noise + 0.1 * drawn, timesteps))
+    torch.testing.assert_close(losses, (0.5 - noise).square().mean(dim=(1, 2, 3)))
+    assert with_more_noise(Objective(scheduler), batch, torch.Generator()) is batch

@@ -108,6 +108,18 @@ def test_a_stop_file_ends_the_run_after_the_step_and_it_goes_on_as_if_nothing_wa
     assert_same_lora(run.folder, tmp_path / "whole")
 
 
+def test_a_stop_waits_for_no_preview(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        RunDir, "add_event", lambda self, event, plain=RunDir.add_event: _and_touch(plain, self, event, 1)
+    )
+    images = config.data.instance_data_dir
+    with pytest.raises(StoppedError, match="stopped after step 2"):
+        train(config.replace(validation_prompt="an icon", num_validation_images=2, validation_data_dir=images))
+    run = RunDir(Path(config.run.output_dir))
+    assert {path.name for path in run.images.iterdir()} == {"base-0.png", "base-1.png"}, "epoch 1 ends with step 2"
+    assert [event["step"] for event in run.events() if event["event"] in ("preview", "validation")] == [0, 0]
+
+
 def _and_touch(plain: Any, run: RunDir, event: dict[str, Any], after: int, name: str = "stop") -> None:
     plain(run, event)
     if event["event"] == "step" and event["step"] == after:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.training.settling import seeded, settled, with_precision
 from flatlora_diffusion.training.state import prepare
 
-WIDE, TALL = (40, 80), (80, 40)
+WIDE, TALL = (SimpleNamespace(height=high, width=wide, repeats=1) for high, wide in ((40, 80), (80, 40)))
 
 
 def of(processes: int = 1, **values: object) -> TrainConfig:

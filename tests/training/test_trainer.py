@@ -22,7 +22,7 @@ from flatlora_diffusion.data.epochs import steps_per_epoch
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.training import trainer
-from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.state import TrainState, dropout_draws, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
 
@@ -301,7 +301,7 @@ def test_dropout_keeps_the_state_of_no_other_device(
     asked: Any = []
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), nullcontext())[1])
     monkeypatch.setattr(type(state.accelerator), "device", torch.device(device))
-    with trainer._dropout_draws(state, step=0, slot=0):
+    with dropout_draws(state, step=0, slot=0):
         pass
     assert asked == [forked]
 

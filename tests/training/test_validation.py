@@ -16,7 +16,8 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.training.previews import Previews, ready
+from flatlora_diffusion.sdxl.ready import ready
+from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 

@@ -1,0 +1,171 @@
+"""`evidence`: what it takes, told before; the comparison; and its figures in one file without personal data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from flatlora_diffusion.compare.comparison import compare
+from flatlora_diffusion.compare.experiment import Experiment, duration, outlook
+from flatlora_diffusion.compare.material import free_device
+from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.versions import PROGRAM, __version__
+from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.memory.estimate import estimate_memory
+
+logger = logging.getLogger(__name__)
+
+FILE = "evidence.json"
+BASE, ENCODERS = "stabilityai/stable-diffusion-xl-base-1.0", ("openai/clip-vit-large-patch14", "facebook/dinov2-base")
+# A training of the paper's setting on the sample icons, as `compare` takes it.
+DEFAULTS = (
+    *("--preset", "paper", "--instance_data_dir", "samples/icons_3d", "--resolution", "1024", "--cache_latents"),
+    *("--gradient_checkpointing", "--num_seeds", "3", "--encoders", *ENCODERS, "--output_dir", "evidence"),
+)
+_DOWNLOADS = {BASE: 6.9e9, ENCODERS[0]: 1.7e9, ENCODERS[1]: 0.35e9}  # bytes; the base's in half precision
+_GB = 1e9
+_PIXEL = 1.6  # bytes of a PNG
+# Settings that are texts, and no more personal than a number.
+_PLAIN_TEXTS = ("lora_target_modules", "lora_unet_blocks", "lora_block_ranks", "background_color")
+
+
+def evidence(config: TrainConfig, own: CompareConfig) -> Path:
+    """Make the comparison that the settings describe and write evidence.json beside its report; returns its path.
+
+    Raises ConfigError when the disk has not the room that it takes.
+    """
+    told = downloads(config, own)
+    if told:
+        logger.info("%s", told)
+    folder = compare(config, own, needs)
+    file = folder / FILE
+    write_json(file, sheet(folder))
+    return file
+
+
+def downloads(config: TrainConfig, own: CompareConfig) -> str:
+    """What is downloaded before anything else, with its size; empty if all is here."""
+    names = [config.model.pretrained_model_name_or_path, *own.encoders]
+    wanted = [name for name in names if name in _DOWNLOADS and not _is_here(name)]
+    total = sum(_DOWNLOADS[name] for name in wanted)
+    return f"Downloads about {total / _GB:.1f} GB first: {', '.join(wanted)}" if wanted else ""
+
+
+def needs(experiment: Experiment) -> Iterator[str]:
+    """What will be done, how long it takes on this machine, and the disk that it fills.
+
+    Raises ConfigError when there is not so much.
+    """
+    yield from outlook(experiment)
+    if torch.cuda.is_available():  # on a CPU it is told already
+        yield duration(experiment)
+        free_device()
+    size, free = disk_bytes(experiment), shutil.disk_usage(experiment.out).free
+    yield f"About {size / _GB:.1f} GB in {experiment.out}, where {free / _GB:.1f} GB are free"
+    if size > free:
+        raise ConfigError(
+            f"output_dir={str(experiment.out)!r} has {free / _GB:.1f} GB free, but about {size / _GB:.1f} GB are "
+            "needed; give another one, or a lower --num_seeds or --num_checkpoints"
+        )
+
+
+def disk_bytes(experiment: Experiment) -> int:
+    """About what the runs and pictures that are not there yet fill."""
+    config, prompts = experiment.config, experiment.material.prompts
+    trained = estimate_memory(config).lora // 4
+    width = 4 if config.run.save_dtype == "fp32" else 2
+    state = 12 + (4 if config.optim.use_ema else 0)  # weights and two averages in fp32
+    total = 0.0
+    for planned in experiment.runs:
+        if not planned.is_finished:
+            points = planned.steps // planned.config.run.checkpointing_steps
+            total += trained * (points * (state + 2 * width) + 2 * width)
+    drawn = (len(prompts.style) + len(prompts.unrelated)) * len(prompts.seeds) * (1 + len(experiment.runs))
+    return int(total + drawn * _PIXEL * (config.data.resolution or 1024) ** 2)
+
+
+def sheet(folder: Path) -> dict[str, Any]:
+    """The figures of a comparison with device and versions, and nothing that tells of a person.
+
+    No path, prompt, file name or free text of the settings: the base and the encoders by hub id alone.
+    """
+    result = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    runs = [RunDir(path.parent) for path in sorted(folder.glob("*/seed-*/events.jsonl"))]
+    return {
+        "program": PROGRAM,
+        "version": __version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": result["device"],
+        "device_memory": torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "versions": result["versions"],
+        "settings": _impersonal(result["settings"]),
+        "images": {name: value for name, value in result["settings"].items() if name.endswith(" images")},
+        "seeds": result["seeds"],
+        "verdict": result["verdict"],
+        "metrics": result["metrics"],
+        "base": result["base"],
+        "values": result["values"],
+        "paired": result["paired"],
+        "trajectories": result["trajectories"],
+        "nulls": result["nulls"],
+        "is_alike": all(condition["holds"] for condition in result["proof"]),
+        "runs": [_run(run) for run in runs],
+    }
+
+
+def _run(run: RunDir) -> dict[str, Any]:
+    """Time, memory and losses of a run, and what it found of itself."""
+    events = run.events()
+    steps = [event for event in events if event["event"] == "step"]
+    start = next((event for event in events if event["event"] == "start"), {})
+    return {
+        "arm": run.folder.parent.name,
+        "seed": run.folder.name,
+        "base": start.get("base"),
+        "steps": len(steps),
+        "seconds": round(sum(event["seconds"] for event in steps), 1),
+        "memory": max((event["memory"] for event in steps), default=None),
+        "losses": [round(event["loss"], 5) for event in steps],
+        "selfcheck": [
+            {name: value for name, value in event.items() if name != "event"}
+            for event in events
+            if event["event"] == "selfcheck"
+        ],
+    }
+
+
+def _impersonal(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are numbers, switches or choices, and the models that have a public name."""
+    hints = setting_hints()
+    kept = {
+        name: value
+        for name, value in settings.items()
+        if name in hints and (not isinstance(value, str) or choices_of(hints[name]) or name in _PLAIN_TEXTS)
+    }
+    kept["pretrained_model_name_or_path"] = _public(settings["pretrained_model_name_or_path"])
+    kept["encoders"] = [_public(name) for name in settings["encoders"]]
+    kept["arms"] = list(settings["arms"])
+    return kept
+
+
+def _public(name: str) -> str:
+    return name if name in ("tiny", "judge", *_DOWNLOADS) else "another one"
+
+
+def _is_here(name: str) -> bool:
+    file = "model_index.json" if name == BASE else "config.json"
+    try:
+        return Path(name).exists() or isinstance(try_to_load_from_cache(name, file), str)
+    except HFValidationError:
+        return True

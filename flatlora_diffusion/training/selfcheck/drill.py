@@ -1,0 +1,59 @@
+"""Three steps of Flat-LoRA on random weights, for their self-check alone: nothing is downloaded, nothing kept."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from flatlora_diffusion.config import SAMPLES, TrainConfig
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.sdxl.random_base import random_sdxl
+from flatlora_diffusion.training.rescue import explained
+from flatlora_diffusion.training.selfcheck.measures import Check
+from flatlora_diffusion.training.selfcheck.watch import STEPS, SelfCheck
+from flatlora_diffusion.training.state import prepare, put_away, set_backends
+from flatlora_diffusion.training.trainer import train_step
+
+
+def drill(config: TrainConfig) -> list[Check]:
+    """Train the first steps of `config` on the sample icons, with random weights in the shapes of its base.
+
+    Raises RunError when the device is out of memory.
+    """
+    images = SAMPLES / "icons_3d"
+    with tempfile.TemporaryDirectory() as folder:
+        own = config.replace(
+            instance_data_dir=str(images), output_dir=folder, max_train_steps=STEPS, seed=0, report_to="none"
+        )
+        set_backends(own)
+        with explained(own):
+            state = prepare(own, load_samples(Path(images)).samples, load=random_sdxl)
+            try:
+                check = SelfCheck(state)
+                check.begin()
+                for step in range(STEPS):
+                    began = time.monotonic()
+                    loss = train_step(state, step)
+                    check.step_done(loss, time.monotonic() - began)
+            finally:
+                put_away(state)
+    return check.checks
+
+
+def drill_config() -> TrainConfig:
+    """What a person with a GPU trains first: the paper's setting on SDXL, in the precision that the GPU has."""
+    is_new = this_process().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return TrainConfig().replace(
+        pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0",
+        resolution=1024,
+        train_batch_size=1,
+        perturb_per="step",
+        mixed_precision="bf16" if is_new else "fp16",
+        gradient_checkpointing=True,
+        cache_latents=True,
+        offload=True,
+    )

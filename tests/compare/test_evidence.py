@@ -1,0 +1,142 @@
+"""`evidence`: what it takes is told before, its notebook runs, and its figures name nobody."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import platform
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flatlora_diffusion.commands.command_line import main
+from flatlora_diffusion.compare.evidence import evidence
+from flatlora_diffusion.compare.experiment import read_experiment
+from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "evidence.ipynb"
+
+
+def arguments(base: Path, icons: Path, tmp_path: Path) -> list[str]:
+    """A comparison of two steps on the tiny random base."""
+    heldout = tmp_path / "Jane Doe's pictures"
+    heldout.mkdir()
+    Image.new("RGB", (40, 40), "red").save(heldout / "passport.png")
+    (heldout / "passport.txt").write_text("an icon of Jane")
+    flags = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": icons,
+        "instance_prompt": "an icon of Jane",
+        "heldout_dir": heldout,
+        "output_dir": tmp_path / "janes_run",
+        "output_name": "jane",
+        "resolution": 32,
+        "max_train_steps": 2,
+        "num_seeds": 1,
+        "num_checkpoints": 1,
+        "num_prompts": 1,
+        "pictures_per_prompt": 1,
+        "encoders": "judge",
+        "report_to": "none",
+    }
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_its_figures_name_nobody(
+    base: Path, icons: Path, tmp_path: Path, without_a_process: None, capsys: Any, caplog: Any
+) -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    with caplog.at_level("INFO"):
+        for cell in cells:
+            exec("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                names["ARGUMENTS"] = arguments(base, icons, tmp_path)
+    text = (tmp_path / "janes_run" / "evidence.json").read_text()
+    found = json.loads(text)
+    for personal in ("jane", "passport", str(tmp_path), base.name, getpass.getuser(), platform.node()):
+        assert personal.lower() not in text.lower(), personal
+    assert {run["arm"] for run in found["runs"]} >= {"lora", "flat-lora", "sigma-0"}
+    assert all(run["steps"] == 2 and run["memory"] and run["seconds"] > 0 for run in found["runs"])
+    assert set(found["values"]) >= {"lora", "flat-lora", "sigma-0"}
+    assert found["settings"]["rank"] == 4
+    assert found["settings"]["pretrained_model_name_or_path"] == "another one"
+    assert found["is_alike"]
+    assert "GB are free" in caplog.text, "the disk is told"
+    assert "on this machine as it is now" in caplog.text, "the time is told"
+    assert found["verdict"] in capsys.readouterr().out
+
+
+def test_too_small_a_disk_is_said_before_anything_is_trained(
+    base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(evidence, "outlook", lambda _: iter(()))
+    assert main(["evidence", *arguments(base, icons, tmp_path)]) == 2
+    assert "has 0.0 GB free, but about" in capsys.readouterr().err
+    assert not list((tmp_path / "janes_run").glob("*/seed-*"))
+
+
+def test_the_disk_that_runs_fill_is_about_what_is_told(base: Path, icons: Path, tmp_path: Path) -> None:
+    from flatlora_diffusion.training.trainer import train
+
+    heldout = tmp_path / "heldout"
+    shutil.copytree(icons, heldout)
+    Image.new("RGB", (40, 40), "red").save(heldout / "icon-0.png")
+    for number in (1, 2):
+        (heldout / f"icon-{number}.png").unlink()
+    config = TrainConfig().replace(
+        pretrained_model_name_or_path=str(base),
+        instance_data_dir=str(icons),
+        output_dir=str(tmp_path / "out"),
+        max_train_steps=2,
+        seed=0,
+        resolution=32,
+        rank=64,
+        report_to="none",
+    )
+    own = CompareConfig(heldout_dir=str(heldout), num_checkpoints=2, num_prompts=1)
+    Path(config.run.output_dir).mkdir()
+    experiment = read_experiment(config, own)
+    before = evidence.disk_bytes(experiment)
+    (first, *_) = experiment.main
+    train(first.config)
+    filled = sum(file.stat().st_size for file in first.run.folder.rglob("*") if file.is_file())
+    assert before - evidence.disk_bytes(experiment) == pytest.approx(filled, rel=0.15)
+
+
+def test_only_what_is_not_here_is_downloaded() -> None:
+    config = TrainConfig().replace(pretrained_model_name_or_path=evidence.BASE)
+    assert "about 8.9 GB first" in evidence.downloads(config, CompareConfig(encoders=evidence.ENCODERS))
+    assert evidence.downloads(TrainConfig(), CompareConfig()) == ""
+
+
+def test_a_setting_that_is_a_text_is_not_told(tmp_path: Path) -> None:
+    values = {**TrainConfig().to_dict(), "encoders": [str(tmp_path)], "arms": ["lora"], "token_abstraction": "JANE"}
+    kept = evidence._impersonal(values)
+    assert kept["encoders"] == ["another one"]
+    assert kept["perturb_per"] == "microbatch"
+    assert not {"token_abstraction", "instance_prompt", "output_dir", "hub_model_id"} & {
+        name for name, value in kept.items() if value is not None
+    }
+
+
+def test_flags_win_over_what_evidence_has_as_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def stop(config: TrainConfig, own: CompareConfig) -> Path:
+        seen.extend((config, own))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(evidence, "evidence", stop)
+    assert main(["evidence", "--num_seeds", "5", "--max_train_steps", "7", "--encoders", "judge"]) == 2
+    config, own = seen
+    assert (own.num_seeds, own.encoders) == (5, ("judge",))
+    assert (config.optim.max_train_steps, config.data.resolution) == (7, 1024)
+    assert (config.model.pretrained_model_name_or_path, config.model.variant) == (evidence.BASE, "fp16")
+    assert Path(config.data.instance_data_dir).name == "icons_3d"

@@ -1,0 +1,115 @@
+"""Held-out images choose the checkpoint that becomes the result, and end a run that learns nothing more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import samples_of
+
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.data.holdout import held_out
+from flatlora_diffusion.data.training_set import load_training_set
+from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
+from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.training import holdout
+from flatlora_diffusion.training.checkpoint import best_step
+from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train
+
+
+@pytest.fixture
+def watched(config: TrainConfig) -> TrainConfig:
+    return config.replace(holdout_images=1, checkpointing_steps=1, max_train_steps=4, checkpoints_total_limit=1)
+
+
+def give(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """The held-out losses to be measured, in their order."""
+    left = iter(losses)
+    monkeypatch.setattr(holdout.HeldoutLoss, "now", lambda _: next(left))
+
+
+def steps_of(run: RunDir, event: str) -> list[int]:
+    return [one["step"] for one in run.events() if one["event"] == event]
+
+
+def test_the_result_is_the_checkpoint_with_the_lowest_loss(
+    watched: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(monkeypatch, 0.5, 0.3, 0.4, 0.35)
+    path = train(watched.replace(validation_prompt="an icon", num_validation_images=1))
+    run = RunDir(path.parent)
+    assert steps_of(run, "finished") == steps_of(run, "chosen") == [2]
+    assert [one.name for one in run.checkpoints()] == ["checkpoint-2", "checkpoint-4"], "the best goes over the limit"
+    best, last = load_file(run.folder / "checkpoint-2" / LORA_FILE), load_file(run.folder / "checkpoint-4" / LORA_FILE)
+    result = load_file(path)
+    assert all(torch.equal(value, best[name]) for name, value in result.items())
+    assert not all(torch.equal(value, last[name]) for name, value in result.items())
+    assert (run.images / "step-2-0.png").is_file()
+
+
+def test_a_run_ends_when_the_loss_falls_no_more(watched: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, 0.3, 0.31, 0.32)
+    run = RunDir(train(watched.replace(holdout_patience=2, max_train_steps=9)).parent)
+    assert len(steps_of(run, "step")) == 3
+    assert steps_of(run, "finished") == [1]
+
+
+def test_the_loss_is_that_of_the_images_that_are_not_trained_on(watched: TrainConfig) -> None:
+    watched = watched.replace(max_train_steps=1, use_ema=True)
+    run = RunDir(train(watched).parent)
+    ours, theirs = held_out(samples_of(watched), 1)
+    rows = run.manifest()
+    assert [row["id"] for row in rows if "is_held_out" not in row] == [sample.id for sample in ours]
+    assert [row["id"] for row in rows if row.get("is_held_out")] == [sample.id for sample in theirs]
+    state = prepare(watched, ours)
+    probe = fixed_probe(state.sdxl, theirs, 32, seed=0)
+    before = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe)
+    (loss,) = run.holdout_losses().values()
+    assert loss == pytest.approx(before, rel=0.05)
+    assert loss != before
+
+
+def test_a_resumed_run_chooses_as_the_unbroken_one(watched: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, 0.5, 0.3, 0.2, 0.4, 0.45)
+    watched = watched.replace(checkpoints_total_limit=None)
+    run = RunDir(train(watched.replace(max_train_steps=3)).parent)
+    assert steps_of(run, "finished") == [3]
+    again = {"resume_from_checkpoint": "checkpoint-2", "max_train_steps": 4}
+    train(watched.replace(**again))
+    assert run.holdout_losses() == {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.45}, "step 3 was trained anew"
+    assert steps_of(run, "finished") == [3, 2]
+
+
+def test_the_same_images_are_held_out_in_any_order_and_something_is_left_to_train(config: TrainConfig) -> None:
+    samples = samples_of(config)
+    left, away = held_out(samples, 1)
+    assert {sample.id for sample in held_out(samples[::-1], 1)[1]} == {sample.id for sample in away}
+    assert sorted(sample.id for sample in [*left, *away]) == [sample.id for sample in samples]
+    assert held_out(samples, 0) == (samples, [])
+    with pytest.raises(ConfigError, match="holdout_images=3 leaves none of the 3 images to train on"):
+        train(config.replace(holdout_images=3))
+    with pytest.raises(ConfigError, match="--holdout_patience waits for a lower loss of --holdout_images"):
+        config.replace(holdout_patience=2)
+
+
+def test_the_first_of_equal_losses_is_the_best() -> None:
+    assert best_step({4: 0.2, 2: 0.2, 6: 0.3}) == 2
+
+
+def test_a_comparison_follows_a_run_to_its_chosen_checkpoint(
+    watched: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flatlora_diffusion.compare.arms import Arm, PlannedRun
+
+    give(monkeypatch, 0.5, 0.3, 0.4, 0.35)
+    watched = watched.replace(checkpoints_total_limit=None)
+    path = train(watched)
+    planned = PlannedRun(Arm("flat-lora", "Flat-LoRA", "arm", "flat-lora"), 3, watched)
+    assert planned.is_finished
+    check_images(read_runs([str(path.parent)])[0], load_training_set(watched.data))
+    assert list(planned.files.items()) == [(1, path.parent / "checkpoint-1" / LORA_FILE), (2, Path(path))]

@@ -1,0 +1,144 @@
+"""The first steps of a run check themselves: they tell what is wrong, and change nothing of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import samples_of, trained
+
+from flatlora_diffusion.commands import doctor
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.method.full_draw import FullDraw
+from flatlora_diffusion.sdxl.random_base import random_sdxl
+from flatlora_diffusion.training.selfcheck import watch
+from flatlora_diffusion.training.selfcheck.measures import bits_of_frozen, noise_std, sigma_zero
+from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train
+
+WHATS = ["sigma_zero", "noise_std", "noise_std", "base_weights", "loss", "cost"]
+
+
+def told(path: Path) -> list[dict[str, Any]]:
+    return [event for event in RunDir(path.parent).events() if event["event"] == "selfcheck"]
+
+
+def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path: Path, caplog: Any) -> None:
+    config = config.replace(lora_dropout=0.2, perturb_norm_every=2)
+    plain = train(config.replace(output_dir=str(tmp_path / "plain")))
+    assert told(plain) == [], "on a CPU none is due"
+    with caplog.at_level("INFO"):
+        checked = train(config.replace(selfcheck="always"))
+    one, two = load_file(plain), load_file(checked)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    events = told(checked)
+    assert [event["what"] for event in events] == WHATS
+    assert all(event["is_right"] for event in events), events
+    assert events[0]["difference"] == 0, "on a CPU sigma 0 is the plain LoRA bit for bit"
+    assert caplog.text.count("self-check, right") == len(WHATS)
+    assert str(tmp_path) not in str(events)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"perturb_draw": "low_rank"},
+        {"perturb_noise": "iid"},
+        {"use_dora": True},
+        {"mixed_precision": "bf16", "lora_target_modules": "conv"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_noise_has_its_std(config: TrainConfig, settings: dict[str, Any]) -> None:
+    state = trained(config.replace(**settings), steps=2)
+    flat = state.flats[0]
+    for name in (next(iter(flat.layers)), list(flat.layers)[-1]):
+        check = noise_std(state, flat, name)
+        assert check.is_right, check.told
+    assert sigma_zero(state).is_right
+
+
+def test_what_is_wrong_is_told_and_the_run_goes_on(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    plain = FullDraw.base_output
+
+    def doubled(self: FullDraw, layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        clean = layer.base_forward(x, *args, **kwargs)
+        return clean + 2 * (plain(self, layer, x, *args, **kwargs) - clean)
+
+    monkeypatch.setattr(FullDraw, "base_output", doubled)
+    step = watch.SelfCheck.step_done
+
+    def writes_the_base(self: watch.SelfCheck, *args: float) -> None:
+        weight = next(one for one in self._state.sdxl.unet.parameters() if not one.requires_grad)
+        with torch.no_grad():
+            weight.add_(1e-3)
+        step(self, *args)
+
+    monkeypatch.setattr(watch.SelfCheck, "step_done", writes_the_base)
+    path = train(config.replace(selfcheck="always"))
+    wrong = {event["what"] for event in told(path) if not event["is_right"]}
+    assert wrong == {"noise_std", "base_weights"}
+    assert caplog.text.count("self-check, WRONG") == 3
+    assert "please report these lines" in caplog.text
+
+
+def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(watch, "bits_of_frozen", broken)
+    events = told(train(config.replace(selfcheck="always", method="lora")))
+    assert [event["told"] for event in events[:2]] == ["this could not be looked at: no kernel"] * 2
+    assert [event["what"] for event in events] == ["remember", "base", "loss", "cost"]
+
+
+def test_once_is_once_for_each_version_and_device(config: TrainConfig, monkeypatch: Any, tmp_path: Path) -> None:
+    begun: list[int] = []
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(watch, "cached_assets_path", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(watch, "_kind", lambda _: "GPU 1/2")
+    monkeypatch.setattr(watch.SelfCheck, "begin", lambda _: begun.append(1))
+    state = prepare(config, samples_of(config))
+    assert watch.self_check(state) is None
+    monkeypatch.setattr(type(state.accelerator), "device", gpu)
+    assert watch.self_check(state) is not None
+    watch._remember_as_right(gpu)
+    assert watch.self_check(state) is None
+    monkeypatch.setattr(watch, "__version__", "999")
+    assert watch.self_check(state) is not None
+    assert len(begun) == 2
+
+
+def test_one_changed_bit_of_a_frozen_weight_is_seen(config: TrainConfig) -> None:
+    unet = prepare(config, samples_of(config)).sdxl.unet
+    before = bits_of_frozen([unet])
+    weight = next(one for one in unet.parameters() if not one.requires_grad).data
+    weight.view(torch.int32).flatten()[3] ^= 1
+    assert bits_of_frozen([unet]) != before
+
+
+@pytest.fixture
+def tiny_drill(base: Path) -> TrainConfig:
+    return TrainConfig().replace(
+        pretrained_model_name_or_path=str(base), resolution=32, train_batch_size=1, gradient_checkpointing=True
+    )
+
+
+def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
+    found = list(doctor.drilled(tiny_drill))
+    assert [finding.level for finding in found] == ["ok"] * len(WHATS), found
+    assert "s for a step" in found[-1].fact
+
+
+def test_random_weights_have_the_shapes_of_the_base(tiny_drill: TrainConfig, sdxl: Any) -> None:
+    other = random_sdxl(tiny_drill.model, torch.device("cpu"), torch.float32)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        ours, theirs = (getattr(one.pipeline, part).state_dict() for one in (other, sdxl))
+        assert {name: value.shape for name, value in ours.items()} == {n: v.shape for n, v in theirs.items()}
+        assert all(value.isfinite().all() for value in ours.values())
