@@ -37,7 +37,7 @@ from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Feed
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.method.perturbation import flat_loras
+from flatlora_diffusion.method.configured import flat_loras
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl

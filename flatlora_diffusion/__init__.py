@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from flatlora_diffusion.config import ConfigError, TrainConfig
     from flatlora_diffusion.ground.versions import __version__
     from flatlora_diffusion.method.perturbation import FlatLora
+    from flatlora_diffusion.other_trainers.transformers_trainer import FlatLoraCallback
     from flatlora_diffusion.training.trainer import train
 
-__all__ = ["ConfigError", "FlatLora", "TrainConfig", "__version__", "train"]
+__all__ = ["ConfigError", "FlatLora", "FlatLoraCallback", "TrainConfig", "__version__", "train"]
 
 _HOME = {
     "ConfigError": "config",
     "TrainConfig": "config",
     "FlatLora": "method.perturbation",
+    "FlatLoraCallback": "other_trainers.transformers_trainer",
     "train": "training.trainer",
     "__version__": "ground.versions",
 }

@@ -14,7 +14,7 @@ FLOORS = [
     {"config"},
     {"ground"},
     {"charts", "method", "sdxl"},
-    {"adapter"},
+    {"adapter", "other_trainers"},
     {"data", "lora_files"},
     {"lora_tools", "evaluation", "memory"},
     {"gallery", "training", "flatness"},

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, PerturbConfig, SigmaSchedule
+from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import Group, KeptNorms, NormState, merged_square_norms, row_stds
+from flatlora_diffusion.method.follow import Following
 from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.method.low_rank_draw import LowRankDraw
 from flatlora_diffusion.method.settings import Settings, check_sigma, check_whole
@@ -76,6 +78,7 @@ class FlatLora:
         self._layers = {layer.name: layer for layer in find_adapted_layers(model)}
         for layer in self._layers.values():
             layer.attach(self._base_forward)
+        self._following = Following(self._layers, self._draw_at)
         self._use_settings(settings)
 
     @property
@@ -92,6 +95,28 @@ class FlatLora:
         """sigma at the 0-based optimizer `step`; the ramps start at 0 and stay at sigma from `total_steps` on."""
         return self.settings.sigma_at(step)
 
+    @property
+    def step(self) -> int:
+        """The 0-based optimizer step that a model which follows an optimizer is at."""
+        return self._following.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        check_whole("step", step, 0)
+        self._following.step = step
+
+    def follow(self, optimizer: Optimizer | None = None) -> None:
+        """Perturb each training forward from here on, until `detach`, with one eps for each step of `optimizer`.
+
+        Nothing else changes in the loop: `model.train()` switches eps on, `model.eval()` off, and each step of the
+        optimizer brings the next. Accumulated micro-batches share their step's eps, processes of DDP too. Without an
+        optimizer, whichever steps the LoRA is followed. `state_dict` then has the step, too. Raises ConfigError for an
+        optimizer that does not train the LoRA, is not torch's or trains W, for sharded layers, and, after a step, when
+        no forward was one of training.
+        """
+        self._check_usable()
+        self._following.start(optimizer)
+
     @contextmanager
     def perturb(self, step: int, slot: int = 0, sigma: float | None = None) -> Iterator[None]:
         """Evaluate the layers at W + eps while the context is open; run forward AND backward inside.
@@ -99,17 +124,14 @@ class FlatLora:
         `step` is the 0-based optimizer step, `slot` = micro_batch * world_size + rank; `sigma` overrides the schedule.
         Gradient checkpointing is fine: the recomputed forward draws the same eps.
         """
-        if not self._layers:
-            raise RuntimeError("this FlatLora was detached; make a new one")
+        self._check_usable()
         check_whole("step", step, 0)
         check_whole("slot", slot, 0)
-        self._check_all_attached()
         if self._is_open:
             raise RuntimeError("perturb() is already open; close it before you open another")
-        strength = self._strength(step, sigma)
-        if strength > 0:
-            with _exact():
-                self._draw = self._drawn(self._norms.at(step), DrawKey(*self._root, step, slot), strength)
+        if self._following.is_on:
+            raise RuntimeError("this FlatLora follows an optimizer, so it needs no perturb(); use one of the two")
+        self._draw = self._draw_at(step, slot, sigma)
         self._is_open = True
         try:
             yield
@@ -141,11 +163,15 @@ class FlatLora:
 
     def state_dict(self) -> dict[str, Any]:
         """The settings from which a resumed run draws the same eps: plain JSON-able values."""
-        return asdict(self.settings)
+        return asdict(self.settings) | ({"step": self.step} if self._following.is_on else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the settings of a `state_dict`. Raises ConfigError when a key is missing or not known."""
-        self._use_settings(Settings.from_state(dict(state)))
+        known = dict(state)
+        step = known.pop("step", self.step)
+        check_whole("step", step, 0)
+        self._use_settings(Settings.from_state(known))
+        self.step = step
 
     def norm_state(self) -> NormState | None:
         """With `norm_every` > 1 the norms in use, which a run that is resumed inside an interval needs; else None."""
@@ -156,6 +182,7 @@ class FlatLora:
 
     def detach(self) -> None:
         """Give the model back as it was. The object cannot be used afterwards."""
+        self._following.stop()
         for layer in self._layers.values():
             layer.restore_pairs()
             layer.restore()
@@ -169,6 +196,10 @@ class FlatLora:
             if _DRAWS[settings.draw].acts_in_branch:
                 layer.attach_pairs(self._down_forward, self._up_forward)
 
+    def _check_usable(self) -> None:
+        if not self._layers:
+            raise RuntimeError("this FlatLora was detached; make a new one")
+
     def _check_all_attached(self) -> None:
         adapters = _adapters(self._model)
         if adapters and len(adapters) == len(self._adapters) and all(map(is_, adapters, self._adapters)):
@@ -181,21 +212,39 @@ class FlatLora:
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of an adapted base layer in place of that of its own forward."""
-        if self._draw is None or self._disabled:
+        draw = self._acting_on(layer)
+        if draw is None:
             return layer.base_forward(x, *args, **kwargs)
-        return self._draw.base_output(layer, x, *args, **kwargs)
+        return draw.base_output(layer, x, *args, **kwargs)
 
     def _down_forward(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
         """A x in place of A's own forward; x itself where `_up_forward`, which is given it, does the work of both."""
-        if self._draw is None or self._disabled or not self._draw.takes_branch(layer, adapter):
+        draw = self._acting_on(layer)
+        if draw is None or not draw.takes_branch(layer, adapter):
             return nn.Linear.forward(layer.plain_pairs[adapter][0], x)
         return x
 
     def _up_forward(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
         """B x in place of B's own forward, or [B, U'] ([A; V'] x)."""
-        if self._draw is None or self._disabled or not self._draw.takes_branch(layer, adapter):
+        draw = self._acting_on(layer)
+        if draw is None or not draw.takes_branch(layer, adapter):
             return nn.Linear.forward(layer.plain_pairs[adapter][1], x)
-        return self._draw.branch_output(layer, adapter, x)
+        return draw.branch_output(layer, adapter, x)
+
+    def _acting_on(self, layer: AdaptedLayer) -> Draw | None:
+        """The eps that `layer` computes with now."""
+        if self._disabled:
+            return None
+        return self._following.draw(layer) if self._following.is_on else self._draw
+
+    def _draw_at(self, step: int, slot: int = 0, sigma: float | None = None) -> Draw | None:
+        """The eps of a step and slot, with the norms that W' has now; None where sigma is 0."""
+        self._check_all_attached()
+        strength = self._strength(step, sigma)
+        if strength == 0:
+            return None
+        with _exact():
+            return self._drawn(self._norms.at(step), DrawKey(*self._root, step, slot), strength)
 
     def _drawn(self, norms: Iterable[Group], key: DrawKey, sigma: float) -> Draw:
         stds: dict[str, Tensor] = {}
@@ -218,29 +267,6 @@ class FlatLora:
         if name not in self._layers:
             raise KeyError(f"no perturbed layer {name!r}; FlatLora.layers lists all {len(self._layers)}")
         return self._layers[name]
-
-
-def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int, total_steps: int) -> list[FlatLora]:
-    """The perturbation of each model, by the prefix of its draws; none for plain LoRA.
-
-    `seed` is that of the draws where the config has none of its own.
-    """
-    if config.method != "flat-lora":
-        return []
-    return [
-        FlatLora(
-            model,
-            sigma=config.strength,
-            schedule=config.sigma_schedule,
-            total_steps=total_steps,
-            seed=seed if config.perturb_seed is None else config.perturb_seed,
-            noise=config.perturb_noise,
-            prefix=prefix,
-            draw=config.perturb_draw,
-            norm_every=config.perturb_norm_every,
-        )
-        for prefix, model in models.items()
-    ]
 
 
 def _adapters(model: nn.Module) -> list[object]:

@@ -27,7 +27,8 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
 from flatlora_diffusion.lora_files.reading import ImportedLora
-from flatlora_diffusion.method.perturbation import FlatLora, flat_loras
+from flatlora_diffusion.method.configured import flat_loras
+from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of

@@ -1,0 +1,67 @@
+"""Flat-LoRA in `transformers.Trainer`, and in all that derive from it, such as TRL's trainers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
+from flatlora_diffusion.method.perturbation import FlatLora
+
+
+class FlatLoraCallback(TrainerCallback):
+    """Trains the LoRA of the trainer's model as Flat-LoRA: `Trainer(model, ..., callbacks=[FlatLoraCallback()])`.
+
+    The ramp of sigma ends with the trainer's last step, and a resumed training goes on where it was. Evaluation and
+    all that is saved are without eps. The arguments are those of `FlatLora`; the seed is the trainer's unless given.
+    """
+
+    def __init__(
+        self,
+        sigma: float = 0.05,
+        schedule: SigmaSchedule = "cosine",
+        seed: int | None = None,
+        noise: NoiseKind = "filter",
+        draw: DrawKind = "full",
+        norm_every: int = 1,
+    ) -> None:
+        self._settings: dict[str, Any] = {
+            "sigma": sigma,
+            "schedule": schedule,
+            "noise": noise,
+            "draw": draw,
+            "norm_every": norm_every,
+        }
+        self._seed = seed
+        self._flat: FlatLora | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the model. Raises ConfigError for one without LoRA, and where eps could not act as it should."""
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"the trainer copies the model to {args.n_gpu} GPUs in one process, where Flat-LoRA cannot follow; "
+                "start it with `accelerate launch` or torchrun, or show it one GPU in CUDA_VISIBLE_DEVICES"
+            )
+        self._detach()  # of a training that failed
+        seed = args.seed if self._seed is None else self._seed
+        self._flat = FlatLora(kwargs["model"], total_steps=state.max_steps, seed=seed, **self._settings)
+        self._flat.follow(kwargs["optimizer"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._flat is not None:
+            self._flat.step = state.global_step  # also after a resume, and where a scaler skipped a step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._flat is not None:
+            self._flat.detach()
+        self._flat = None

@@ -1,0 +1,106 @@
+"""Each example runs to its end on a tiny model of its class and made-up data, as Flat-LoRA and as plain LoRA."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import clip_case, llama_case, seeded, t5_case
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPImageProcessorPil, CLIPProcessor, PreTrainedTokenizerFast
+
+WORDS = ["good", "bad", "red", "blue", "cola", "sentence", "acceptable", "unacceptable", "a", "photo", "of"]
+
+
+@pytest.fixture(autouse=True)
+def global_randomness() -> Iterator[None]:
+    """The examples seed the whole process, as scripts may."""
+    state = random.getstate()
+    with seeded(0):
+        yield
+    random.setstate(state)
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])  # as CLIP's and T5's
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=9
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def saved(case: Any, folder: Path) -> str:
+    """The bare model of a case and a tokenizer, as a folder that `from_pretrained` reads."""
+    case.model.unload().save_pretrained(folder)
+    tokenizer(folder)
+    return str(folder)
+
+
+def rows(folder: Path, split: str, lines: list[dict[str, Any]]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.json").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+def both(main: Callable[..., float], out: Path, weights: str, **settings: Any) -> list[float]:
+    """Run with and without eps; what each returns. The two LoRAs differ."""
+    results = [
+        main(**settings, output_dir=str(out / str(sigma)), sigma=sigma, rank=2, max_steps=2) for sigma in (0.8, 0.0)
+    ]
+    flat, plain = (load_file(out / str(sigma) / weights) for sigma in (0.8, 0.0))
+    assert flat.keys() == plain.keys()
+    assert not all(torch.equal(flat[name], plain[name]) for name in plain), "eps changed nothing"
+    return results
+
+
+def test_t5_on_glue(tmp_path: Path) -> None:
+    from examples.t5_glue import main
+
+    case = t5_case()
+    case.model.config.decoder_start_token_id = 0
+    case.model.generation_config.decoder_start_token_id = 0
+    lines = [{"sentence": f"{word} red", "label": number % 2} for number, word in enumerate(WORDS)]
+    for split in ("train", "validation"):
+        rows(tmp_path / "data", split, lines)
+    accuracies = both(
+        main, tmp_path, "adapter_model.safetensors", data=str(tmp_path / "data"), model=saved(case, tmp_path / "t5")
+    )
+    assert all(0 <= value <= 1 for value in accuracies)
+
+
+def test_clip_on_images(tmp_path: Path) -> None:
+    from examples.clip_images import main
+
+    model = saved(clip_case(), tmp_path / "clip")
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(pictures, tokenizer(tmp_path / "clip")).save_pretrained(model)
+    for split in ("train", "test"):
+        for name in ("red", "blue"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (16, 16), name).save(tmp_path / "data" / split / name / f"{number}.png")
+    settings = {"data": str(tmp_path / "data"), "image": "image", "label": "label", "model": model}
+    accuracies = both(main, tmp_path, "lora.safetensors", **settings)
+    assert all(0 <= value <= 1 for value in accuracies)
+
+
+def test_llama_on_instructions(tmp_path: Path) -> None:
+    from examples.llama_instructions import main
+
+    rows(tmp_path / "data", "train", [{"instruction": word, "output": "good red"} for word in WORDS[:4]])
+    settings = {"data": str(tmp_path / "data"), "model": saved(llama_case(), tmp_path / "llama"), "micro_batch": 2}
+    losses = both(main, tmp_path, "adapter_model.safetensors", **settings)
+    assert all(loss > 0 for loss in losses)

@@ -1,0 +1,252 @@
+"""`FlatLora.follow`: a loop that knows nothing of eps trains what one with `perturb` trains, or is told why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lora_by_hand import lora_layers
+from tiny_models import Adapter, Case, llama_case, toy_case
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatlora_diffusion import FlatLora
+from flatlora_diffusion.config import ConfigError
+
+pytestmark = pytest.mark.usefixtures("draw")
+SETTINGS: dict[str, Any] = {"sigma": 0.3, "schedule": "linear", "total_steps": 4, "seed": 5}
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(model), lr=0.05)
+
+
+def train(case: Case, optimizer: Any, steps: int, micro_batches: int = 1, model: nn.Module | None = None) -> None:
+    """A loop that knows nothing of eps."""
+    case.model.train()
+    for _ in range(steps):
+        for _ in range(micro_batches):
+            case.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_by_hand(case: Case, steps: int, micro_batches: int = 1, start: int = 0) -> None:
+    flat, optimizer = FlatLora(case.model, **SETTINGS), adam(case.model)
+    case.model.train()
+    for step in range(start, start + steps):
+        with flat.perturb(step):
+            for _ in range(micro_batches):
+                case.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    flat.detach()
+
+
+def followed(case: Case) -> tuple[FlatLora, torch.optim.Optimizer]:
+    flat, optimizer = FlatLora(case.model, **SETTINGS), adam(case.model)
+    flat.follow(optimizer)
+    return flat, optimizer
+
+
+def weights(case: Case) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in case.model.parameters()]
+
+
+def are_equal(first: Case, second: Case) -> bool:
+    return all(map(torch.equal, weights(first), weights(second)))
+
+
+@pytest.mark.parametrize("make", [toy_case, llama_case, lambda: toy_case(Adapter(dora=True))], ids=str)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_following_trains_what_perturb_by_hand_trains(make: Callable[[], Case], micro_batches: int) -> None:
+    expected, case, plain = make(), make(), make()
+    train_by_hand(expected, 3, micro_batches)
+    train(plain, adam(plain.model), 3, micro_batches)
+    _, optimizer = followed(case)
+    train(case, optimizer, 3, micro_batches)
+    assert are_equal(case, expected)
+    assert not are_equal(case, plain), "nothing was perturbed"
+
+
+def test_an_optimizer_that_comes_later_is_found_by_what_it_steps() -> None:
+    expected, case, other = toy_case(), toy_case(), nn.Linear(2, 2)
+    train_by_hand(expected, 3)
+    flat = FlatLora(case.model, **SETTINGS)
+    flat.follow()
+    unrelated = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.ones(2)).sum().backward()
+    unrelated.step()
+    assert flat.step == 0
+    train(case, adam(case.model), 3)
+    assert are_equal(case, expected)
+
+
+def test_evaluation_between_forward_and_step_sees_no_noise() -> None:
+    case = toy_case()
+    plain = case.predict(case.model.eval()).detach()
+    flat, optimizer = followed(case)
+    train(case, optimizer, 2)
+    case.loss().backward()
+    noisy = case.predict(case.model).detach()
+    case.model.eval()
+    quiet = case.predict(case.model).detach()
+    flat.detach()
+    assert torch.equal(case.predict(case.model), quiet)
+    assert not torch.equal(noisy, quiet)
+    assert not torch.equal(plain, quiet), "nothing was trained"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_computes_the_same(reentrant: bool) -> None:
+    def trained(checkpointed: bool) -> Case:
+        case = llama_case()
+        if checkpointed:
+            case.model.enable_input_require_grads()
+            case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        _, optimizer = followed(case)
+        train(case, optimizer, 2)
+        return case
+
+    for ours, theirs in zip(weights(trained(True)), weights(trained(False)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_mixed_precision_trains_what_perturb_by_hand_trains() -> None:
+    expected, case = toy_case(), toy_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        train_by_hand(expected, 3)
+    _, optimizer = followed(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(case, optimizer, 3)
+    assert are_equal(case, expected)
+
+
+def test_a_step_that_a_scaler_skips_is_not_counted() -> None:
+    case = toy_case()
+    flat, optimizer = followed(case)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    case.model.train()
+    for factor, steps in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
+        scaler.scale(case.loss() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert flat.step == steps
+
+
+def test_accelerates_optimizer_is_followed_through_accumulation() -> None:
+    from accelerate import Accelerator
+
+    expected, case = toy_case(), toy_case()
+    train_by_hand(expected, 2, micro_batches=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    flat = FlatLora(case.model, **SETTINGS)
+    model, optimizer = accelerator.prepare(case.model, adam(case.model))
+    flat.follow(optimizer)
+    model.train()
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            case.loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert flat.step == 2
+    assert are_equal(case, expected)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_model_inside_ddp_trains_the_same() -> None:
+    expected, case = toy_case(), toy_case()
+    train_by_hand(expected, 3)
+    _, optimizer = followed(case)
+    train(case, optimizer, 3, model=DistributedDataParallel(case.model))
+    assert are_equal(case, expected)
+
+
+def test_a_resumed_run_goes_on_at_its_step() -> None:
+    expected, case = toy_case(), toy_case()
+    _, optimizer = followed(expected)
+    train(expected, optimizer, 4)
+    first, optimizer = followed(case)
+    train(case, optimizer, 2)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.detach()
+    second = FlatLora(case.model)
+    second.load_state_dict(state)
+    second.follow(optimizer)
+    train(case, optimizer, 2)
+    assert second.step == 4
+    assert are_equal(case, expected)
+
+
+def test_without_sigma_following_is_bit_equal_to_plain_lora() -> None:
+    plain, case = toy_case(), toy_case()
+    train(plain, adam(plain.model), 2)
+    optimizer = adam(case.model)
+    FlatLora(case.model, sigma=0.0).follow(optimizer)
+    train(case, optimizer, 2)
+    assert are_equal(case, plain)
+
+
+def test_detach_ends_it() -> None:
+    case = toy_case()
+    flat, optimizer = followed(case)
+    train(case, optimizer, 1)
+    flat.detach()
+    train(case, optimizer, 1)
+    assert not optimizer._optimizer_step_post_hooks
+    with pytest.raises(RuntimeError, match="detached"):
+        flat.follow(optimizer)
+
+
+@pytest.mark.parametrize("wrong", ["other", "W", "no optimizer", "twice", "sharded"])
+def test_what_cannot_be_followed_is_told_in_a_sentence(wrong: str) -> None:
+    case = toy_case()
+    flat, optimizer = FlatLora(case.model, **SETTINGS), adam(case.model)
+    match wrong:
+        case "other":
+            optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+            said = r"steps none of the LoRA's 12 trainable parameters"
+        case "W":
+            optimizer.add_param_group({"params": [lora_layers(case.model)["wide"].get_base_layer().weight]})
+            said = r"steps W of wide, which has to stay frozen"
+        case "no optimizer":
+            optimizer, said = object(), r"needs a torch.optim.Optimizer, not object; run forward and backward inside"  # type: ignore[assignment]
+        case "twice":
+            flat.follow(optimizer)
+            said = r"follows an optimizer already"
+        case _:
+            trainable(case.model)[0].ds_id = 1  # type: ignore[attr-defined]
+            said = r"strided is sharded"
+    with pytest.raises(ConfigError, match=said):
+        flat.follow(optimizer)
+
+
+def test_a_loop_that_never_trains_in_training_mode_is_told() -> None:
+    case = toy_case()
+    _, optimizer = followed(case)
+    case.model.eval()
+    case.loss().backward()
+    with pytest.raises(ConfigError, match=r"made step 0 and no perturbed layer ran in training mode"):
+        optimizer.step()
+
+
+def test_perturb_and_follow_are_not_mixed() -> None:
+    flat, _ = followed(toy_case())
+    with pytest.raises(RuntimeError, match="use one of the two"), flat.perturb(1):
+        pass
