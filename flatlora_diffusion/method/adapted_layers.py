@@ -46,6 +46,7 @@ class AdaptedLayer:
         self._replacement: Callable[..., Tensor] | None = None
         self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
         self.base_forward: Callable[..., Tensor] = self.base.forward
+        self.branch_dtype: torch.dtype | None = None  # in which a branch that carries eps computed last
         self.plain_pairs = {name: pair for name in tuner.lora_A if (pair := _plain_pair(tuner, name)) is not None}
 
     def attach(self, forward: Callable[..., Tensor]) -> None:
@@ -89,6 +90,13 @@ class AdaptedLayer:
             if adapter in self.plain_pairs and scale != 0:
                 return adapter, scale
         return None
+
+    def whole_pair(self, adapter: str | None) -> tuple[Tensor, Tensor] | None:
+        """A and B of a plain pair as constants; None without one, and where a process has only a part of them."""
+        if adapter is None:
+            return None
+        weights = [module.weight for module in self.plain_pairs[adapter]]
+        return None if any(type(weight) is not nn.Parameter for weight in weights) else (weights[0], weights[1])
 
     def carries(self, adapter: str | None, scale: float) -> bool:
         """Whether PEFT, if it runs any adapter now, runs the branch of this one, with this s."""
@@ -142,15 +150,15 @@ class AdaptedLayer:
         scaled = [up * tuner.scaling[adapter] for adapter, up in zip(adapters, ups, strict=True)]
         return torch.cat(downs), torch.cat(scaled, dim=1)
 
-    def weight_times(self, down: Tensor) -> Tensor:
-        """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
+    def weight_times(self, down: Tensor, out: Tensor) -> None:
+        """W A^T into `out` (m, R). A quantized W is never dequantized for it: its forward is run on the rows of A."""
         weight, bias = self.base.weight, self.base.bias
         if type(weight) in (nn.Parameter, Tensor):
-            return _matrix(weight) @ down.mT
-        if bias is None:
-            return self.base_forward(down).float().T
-        # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's.
-        return (self.base_forward(down.to(bias.dtype)).float() - bias.float()).T
+            torch.mm(_matrix(weight), down.mT, out=out)
+        elif bias is None:
+            out.copy_(self.base_forward(down).float().T)
+        else:  # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's
+            out.copy_((self.base_forward(down.to(bias.dtype)).float() - bias.float()).T)
 
 
 class _Interception(partial[Tensor]):
