@@ -124,11 +124,12 @@ class LowRankDraw(Draw):
         down, up = (module.weight for module in layer.plain_pairs[adapter])
         factors = self._factors[layer.name]
         whole_down, whole_up = factors.down, factors.up
-        if factors.version is None or factors.version != _version(down, up):  # sharded, or changed since the draw
+        dtype = compute_dtype(x.device, x.dtype)
+        # What is compiled joins them by itself; else they are sharded or have changed since the draw.
+        if torch.compiler.is_compiling() or factors.version != _version(down, up):
             own = zip((down.detach(), up.detach().mT), factors.drawn, strict=True)
             whole_down, whole_up = (torch.cat((learned, drawn.to(learned.dtype))) for learned, drawn in own)
-        dtype = compute_dtype(x.device, x.dtype)
-        if layer.branch_dtype != dtype:
+        elif layer.branch_dtype != dtype:
             layer.branch_dtype = dtype
         return _WiderBranch.apply(x.to(dtype), down, up, whole_down.to(dtype), whole_up.to(dtype))
 
@@ -161,7 +162,7 @@ class _WiderBranch(torch.autograd.Function):
 
 
 def _version(down: Tensor, up: Tensor) -> int:
-    """A number that grows with every change of A or B."""
+    """A number that grows with every change of A or B; never None."""
     return down._version + up._version
 
 
