@@ -18,7 +18,9 @@ _WITHOUT_WORK = {
         "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "flatten", "mT",
         "narrow", "new_empty", "new_empty_strided", "numpy_T", "permute", "reshape", "resolve_conj", "resolve_neg",
         "result_type", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind",
-        "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
+        "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view", "as_strided_", "contiguous", "detach_",
+        "expand_as", "item", "_local_scalar_dense", "lift_fresh", "matrix_H", "movedim", "resize_",
+        "set_", "type_as", "unfold", "unsafe_split", "view_as", "is_nonzero", "adjoint", 
     )
 }  # fmt: skip
 
@@ -90,9 +92,10 @@ def launches(step: Step, index: int) -> int:
     """How many PyTorch operators of the step work on numbers, which on a GPU are its launches, or nearly."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(index)
-    innermost = [event for event in profile.events() if not any(map(_is_operator, event.cpu_children))]
-    return sum(1 for event in innermost if _is_operator(event) and event.name not in _WITHOUT_WORK)
+    return sum(_within(event) for event in profile.events() if event.cpu_parent is None)
 
 
-def _is_operator(event: Any) -> bool:
-    return bool(event.name.startswith("aten::"))
+def _within(event: Any) -> int:
+    """The operators in the event that work on numbers themselves, or else the event, if it is one."""
+    inner = sum(map(_within, event.cpu_children))
+    return inner or int(event.name.startswith("aten::") and event.name not in _WITHOUT_WORK)

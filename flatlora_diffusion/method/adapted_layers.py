@@ -42,10 +42,11 @@ class AdaptedLayer:
             self.shape = (self.base.out_channels, self.base.in_channels, *self.base.kernel_size)
         self.inputs = int(torch.Size(self.shape[1:]).numel())
         with torch.no_grad():
-            self.base_square_norms = self.square_norms()  # the frozen W never changes, so they are taken once
+            self.base_square_norms = _whole(self.square_norms())  # the frozen W never changes, so they are taken once
         self._replacement: Callable[..., Tensor] | None = None
         self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
         self.base_forward: Callable[..., Tensor] = self.base.forward
+        self.branch_dtype: torch.dtype | None = None  # in which a branch that carries eps computed last
         self.plain_pairs = {name: pair for name in tuner.lora_A if (pair := _plain_pair(tuner, name)) is not None}
 
     def attach(self, forward: Callable[..., Tensor]) -> None:
@@ -90,6 +91,13 @@ class AdaptedLayer:
                 return adapter, scale
         return None
 
+    def whole_pair(self, adapter: str | None) -> tuple[Tensor, Tensor] | None:
+        """A and B of a plain pair as constants; None without one, and where a process has only a part of them."""
+        if adapter is None:
+            return None
+        weights = [module.weight for module in self.plain_pairs[adapter]]
+        return None if any(type(weight) is not nn.Parameter for weight in weights) else (weights[0], weights[1])
+
     def carries(self, adapter: str | None, scale: float) -> bool:
         """Whether PEFT, if it runs any adapter now, runs the branch of this one, with this s."""
         return adapter is not None and adapter in self.tuner.active_adapters and self.scales_by(adapter, scale)
@@ -132,8 +140,8 @@ class AdaptedLayer:
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, n) and B (m, R) in fp32; of several active adapters, side by side with each s in its B."""
         adapters, tuner = self._adapters(), self.tuner
-        downs = [_matrix(tuner.lora_A[adapter].weight) for adapter in adapters]
-        ups = [_matrix(tuner.lora_B[adapter].weight) for adapter in adapters]
+        downs = [_matrix(_whole(tuner.lora_A[adapter].weight)) for adapter in adapters]
+        ups = [_matrix(_whole(tuner.lora_B[adapter].weight)) for adapter in adapters]
         if len(adapters) == 1:
             return downs[0], ups[0]
         if not adapters:
@@ -142,15 +150,17 @@ class AdaptedLayer:
         scaled = [up * tuner.scaling[adapter] for adapter, up in zip(adapters, ups, strict=True)]
         return torch.cat(downs), torch.cat(scaled, dim=1)
 
-    def weight_times(self, down: Tensor) -> Tensor:
-        """W A^T, (m, R). A quantized W is never dequantized for it: its own forward is run on the R rows of A."""
+    def weight_times(self, down: Tensor, out: Tensor) -> None:
+        """W A^T into `out` (m, R). A quantized W is never dequantized for it: its forward is run on the rows of A."""
         weight, bias = self.base.weight, self.base.bias
         if type(weight) in (nn.Parameter, Tensor):
-            return _matrix(weight) @ down.mT
-        if bias is None:
-            return self.base_forward(down).float().T
-        # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's.
-        return (self.base_forward(down.to(bias.dtype)).float() - bias.float()).T
+            torch.mm(_matrix(weight), down.mT, out=out)
+        elif _is_sharded(weight):
+            out.copy_(_sharded_product(_matrix(weight), down.mT))
+        elif bias is None:
+            out.copy_(self.base_forward(down).float().T)
+        else:  # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's
+            out.copy_((self.base_forward(down.to(bias.dtype)).float() - bias.float()).T)
 
 
 class _Interception(partial[Tensor]):
@@ -235,6 +245,25 @@ def _why_unmergeable(layer: Any, base: nn.Conv2d) -> str | None:
     if base.padding_mode != "zeros" or isinstance(base.padding, str) or not isinstance(layer, Conv2d):
         return f"padding {base.padding!r} with mode {base.padding_mode!r} is not handled"
     return None
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has a part of it only, as FSDP2 leaves it."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _sharded_product(weight: Any, columns: Tensor) -> Tensor:
+    """W C whole, of a W that is sharded; only the result travels."""
+    from torch.distributed.tensor import DTensor, Replicate  # not in every build of PyTorch
+
+    everywhere = [Replicate()] * weight.device_mesh.ndim
+    product: Tensor = _whole(weight @ DTensor.from_local(columns, weight.device_mesh, everywhere))
+    return product
+
+
+def _whole(tensor: Any) -> Any:
+    """A tensor of which a process may have a part, as all of it."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor
 from flatlora_diffusion.config import NoiseKind
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 
+FREE = 2**20  # bytes that stacked factors may take in any case: of small layers there are many
+
 Group = tuple[list[AdaptedLayer], Tensor]  # L layers of one shape and their ||W'_i||^2, (L, m) fp32
 
 
@@ -102,18 +104,19 @@ def _groups(layers: Iterable[AdaptedLayer]) -> Iterator[list[AdaptedLayer]]:
 
 
 def _at_once(layer: AdaptedLayer) -> int:
-    """How many layers like this one fit, with all that is stacked of them, into the memory of one layer's eps."""
+    """How many layers like this one fit, with all that is stacked of them, into `FREE` or the memory of their eps."""
     filters = layer.shape[0]
     stacked = layer.rank * (layer.inputs + 3 * filters)  # A, B, W A^T and 2 W A^T + s B A A^T
-    return max(1, filters * layer.inputs // max(1, stacked))
+    return max(1, max(filters * layer.inputs, FREE // 4) // max(1, stacked))
 
 
 def _square_norms(group: list[AdaptedLayer]) -> Tensor:
-    factors = [layer.factors() for layer in group]
-    down = torch.stack([down for down, _ in factors])  # (L, R, n)
-    up = torch.stack([up for _, up in factors])  # (L, m, R)
-    crossed = torch.stack([layer.weight_times(down) for layer, (down, _) in zip(group, factors, strict=True)])
-    base = torch.stack([layer.base_square_norms.to(up.device) for layer in group])  # (L, m)
+    downs, ups = zip(*[layer.factors() for layer in group], strict=True)
+    down, up = torch.stack(downs), torch.stack(ups)  # (L, R, n) and (L, m, R)
+    crossed = torch.empty_like(up)
+    for layer, own, out in zip(group, downs, crossed.unbind(), strict=True):
+        layer.weight_times(own, out)
+    base = torch.stack([layer.base_square_norms for layer in group]).to(up.device)  # (L, m)
     scale = group[0].scale
     mixed = torch.baddbmm(crossed, up, down @ down.mT, beta=2, alpha=scale)
     return base.add_(mixed.mul_(up).sum(dim=2), alpha=scale).clamp_(min=0)

@@ -10,12 +10,15 @@ tell: the kurtosis of one is 3 + 6 / k.
 
 Where PEFT computes y = W x + s B (A x), eps is k more ranks of that branch: [B, U'] ([A; V'] x) with
 U' = diag(row_std) U / (s sqrt(k)). Elsewhere (a convolution, DoRA, LoRA dropout) U' (V' x) is added to W x.
+
+[A; V'] and [B, U'] of all layers are put together when a draw is made, side by side, so that a
+pass calls no more operators than plain LoRA does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +35,22 @@ DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by
 
 @dataclass(frozen=True)
 class Factors:
-    """eps of one layer: scale * up down, with up (m, k) and down (k, n)."""
+    """[A; V'] and [B, U']^T of one layer, of which the last k rows make eps, scale * U' V'."""
 
-    up: Tensor
-    down: Tensor
+    down: Tensor  # (r + k, n)
+    up: Tensor  # (r + k, m)
     adapter: str | None  # the one whose branch carries eps, if one can
     scale: float  # its s, or 1
+    version: int | None  # of the A and B that are in front; None where they are not
+
+    @property
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """V' (k, n) and U'^T (k, m)."""
+        return self.down[-DRAW_RANK:], self.up[-DRAW_RANK:]
 
 
 class LowRankDraw(Draw):
-    """Factors of all layers, drawn at once and kept as bf16 as long as the draw is: k (m + n) numbers a layer.
+    """Factors of all layers, drawn at once and kept as long as the draw is: k (m + n) numbers a layer.
 
     The layers' order and sizes belong to the key: a model with another layer has other draws in all.
     """
@@ -69,15 +78,28 @@ class LowRankDraw(Draw):
             for layer, (_, scale) in zip(layers, carriers, strict=True)
         ]
         rows = torch.cat(stds).div_(usual * math.sqrt(DRAW_RANK))
-        ups = _normal(len(rows), DRAW_RANK, rng).mul_(rows[:, None]).bfloat16().split([len(std) for std in stds])
-        inputs = [layer.inputs for layer in layers]
-        downs = _normal(DRAW_RANK, sum(inputs), rng).bfloat16().split(inputs, dim=1)
-        for layer, up, down, (adapter, scale) in zip(layers, ups, downs, carriers, strict=True):
-            self._factors[layer.name] = Factors(up, down, adapter, scale)
+        pairs = {
+            layer.name: pair
+            for layer, (adapter, _) in zip(layers, carriers, strict=True)
+            if (pair := layer.whole_pair(adapter)) is not None
+        }
+        dtype = next((down.dtype for down, _ in pairs.values()), torch.bfloat16)
+        names = [layer.name for layer in layers]
+        u, v = _normal(len(rows), rng).mul_(rows), _normal(sum(layer.inputs for layer in layers), rng)
+        ups = dict(zip(names, _rounded(u, dtype).split([len(std) for std in stds], dim=1), strict=True))
+        downs = dict(zip(names, _rounded(v, dtype).split([layer.inputs for layer in layers], dim=1), strict=True))
+        for members in _alike([layer for layer in layers if layer.name in pairs], pairs):
+            computes_in = self._layers[members[0]].branch_dtype or dtype
+            _put_above(downs, torch.cat([pairs[name][0] for name in members], dim=1), members, computes_in)
+            _put_above(ups, torch.cat([pairs[name][1] for name in members]).mT, members, computes_in)
+        for name, (adapter, scale) in zip(names, carriers, strict=True):
+            version = _version(*pairs[name]) if name in pairs else None
+            self._factors[name] = Factors(downs[name], ups[name], adapter, scale, version)
 
     def noise(self, name: str) -> Tensor:
         factors = self._factors[name]
-        eps = factors.up.float() @ factors.down.float()
+        down, up = factors.drawn
+        eps = up.float().mT @ down.float()
         return eps.mul_(factors.scale).view(self._layers[name].shape)
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,59 +108,84 @@ class LowRankDraw(Draw):
         if layer.carries(factors.adapter, factors.scale) or not layer.is_active():
             return output
         dtype = compute_dtype(x.device, output.dtype)
-        x, down, up = x.to(dtype), factors.down.to(dtype), factors.up.to(dtype)
+        x, (down, up) = x.to(dtype), (drawn.to(dtype) for drawn in factors.drawn)
         if layer.convolution is None:
             hidden = F.linear(x, down) * factors.scale
-            return output + F.linear(hidden, up).to(output.dtype)
+            return output + F.linear(hidden, up.mT).to(output.dtype)
         kernels = down.reshape(DRAW_RANK, *layer.shape[1:])
         hidden = F.conv2d(x, kernels, None, layer.convolution.stride, layer.convolution.padding) * factors.scale
-        return output + F.conv2d(hidden, up[:, :, None, None]).to(output.dtype)
+        return output + F.conv2d(hidden, up.mT[:, :, None, None]).to(output.dtype)
 
     def takes_branch(self, layer: AdaptedLayer, adapter: str) -> bool:
         factors = self._factors[layer.name]
         return factors.adapter == adapter and layer.scales_by(adapter, factors.scale)
 
     def branch_output(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
-        down, up = layer.plain_pairs[adapter]
+        down, up = (module.weight for module in layer.plain_pairs[adapter])
+        factors = self._factors[layer.name]
+        whole_down, whole_up = factors.down, factors.up
         dtype = compute_dtype(x.device, x.dtype)
-        return _WiderBranch.apply(x.to(dtype), down.weight, up.weight, self._factors[layer.name])
+        # What is compiled joins them by itself; else they are sharded or have changed since the draw.
+        if torch.compiler.is_compiling() or factors.version != _version(down, up):
+            own = zip((down.detach(), up.detach().mT), factors.drawn, strict=True)
+            whole_down, whole_up = (torch.cat((learned, drawn.to(learned.dtype))) for learned, drawn in own)
+        elif layer.branch_dtype != dtype:
+            layer.branch_dtype = dtype
+        return _WiderBranch.apply(x.to(dtype), down, up, whole_down.to(dtype), whole_up.to(dtype))
 
 
 class _WiderBranch(torch.autograd.Function):
-    """[B, U'] ([A; V'] x): differentiable once in x (..., n), A (r, n) and B (m, r), eps being a constant.
-
-    Of the wider matrices none is saved: they are joined again in backward.
-    """
+    """[B, U'] ([A; V'] x): differentiable once in x (..., n), A (r, n) and B (m, r), eps being a constant."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, factors: Factors) -> Tensor:
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, whole_down: Tensor, whole_up: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        hidden = _joined(down, factors.down, x.dtype, 0).mm(rows.mT)  # (r + k, tokens): a thin matrix is slow on CPUs
-        ctx.save_for_backward(rows, down, up, hidden)
-        ctx.factors, ctx.x_shape = factors, x.shape
-        return hidden.mT.mm(_joined(up, factors.up, x.dtype, 1).mT).view(*x.shape[:-1], len(up))
+        hidden = whole_down.mm(rows.mT)  # (r + k, tokens): a thin matrix is slow on CPUs
+        ctx.save_for_backward(rows, hidden, whole_down, whole_up)
+        ctx.rank, ctx.x_shape = down.shape[0], x.shape
+        return hidden.mT.mm(whole_up).view(*x.shape[:-1], up.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        rows, down, up, hidden = ctx.saved_tensors
-        rank = len(down)
-        grad = grad.reshape(-1, len(up))
-        grad_hidden = _joined(up, ctx.factors.up, rows.dtype, 1).mT.mm(grad.mT)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        rows, hidden, whole_down, whole_up = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_hidden = whole_up.mm(grad.mT)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_hidden.mT.mm(_joined(down, ctx.factors.down, rows.dtype, 0)).view(ctx.x_shape)
+            grad_x = grad_hidden.mT.mm(whole_down).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            grad_down = grad_hidden[:rank].mm(rows)
+            grad_down = grad_hidden[: ctx.rank].mm(rows)
         if ctx.needs_input_grad[2]:
-            grad_up = hidden[:rank].mm(grad).mT
-        return grad_x, grad_down, grad_up, None
+            grad_up = grad.mT.mm(hidden[: ctx.rank].mT)
+        return grad_x, grad_down, grad_up, None, None
 
 
-def _joined(learned: Tensor, drawn: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
-    """What is drawn behind what is learned, in `dtype`."""
-    return torch.cat((learned.to(dtype), drawn.to(dtype)), dim)
+def _version(down: Tensor, up: Tensor) -> int:
+    """A number that grows with every change of A or B; never None."""
+    return down._version + up._version
 
 
-def _normal(rows: int, columns: int, rng: torch.Generator) -> Tensor:
-    return torch.empty(rows, columns, device=rng.device).normal_(generator=rng)
+def _normal(columns: int, rng: torch.Generator) -> Tensor:
+    """(k, columns) of N(0, 1)."""
+    return torch.empty(DRAW_RANK, columns, device=rng.device).normal_(generator=rng)
+
+
+def _rounded(drawn: Tensor, dtype: torch.dtype) -> Tensor:
+    """`drawn` in `dtype`, but rounded to bf16 whatever that is, so that eps is the same in all."""
+    return drawn.bfloat16().to(dtype)
+
+
+def _alike(layers: list[AdaptedLayer], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Iterable[list[str]]:
+    """The names of layers whose matrices fit side by side: of one rank, in one dtype."""
+    alike: dict[object, list[str]] = {}
+    for layer in layers:
+        alike.setdefault((pairs[layer.name][0].shape[0], layer.branch_dtype), []).append(layer.name)
+    return alike.values()
+
+
+def _put_above(drawn: dict[str, Tensor], learned: Tensor, names: list[str], dtype: torch.dtype) -> None:
+    """Put each layer's columns of `learned` above what is `drawn` for it, in one matrix for all layers named."""
+    columns = [drawn[name].shape[1] for name in names]
+    whole = torch.cat((learned, torch.cat([drawn[name] for name in names], dim=1))).to(dtype)
+    drawn.update(zip(names, whole.split(columns, dim=1), strict=True))

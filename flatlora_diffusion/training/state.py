@@ -232,7 +232,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_distribution(kind: DistributedType) -> None:
-    """Raises ConfigError for launchers that shard the frozen base, which the perturbation and saving do not know."""
+    """Raises ConfigError for launchers that shard the frozen base, which saving does not know."""
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"accelerate was configured for {kind.value}, which shards the base; use MULTI_GPU, and --quantize_base "

@@ -18,11 +18,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_diffusion import FlatLora
+from flatlora_diffusion.method import filter_norms
 
-pytestmark = pytest.mark.usefixtures("draw")
+pytestmark = pytest.mark.usefixtures("draw", "no_free_bytes")
 
 WIDTHS = (48, 64, 40, 56, 72, 44, 60)
 TARGETS = tuple(str(index) for index in range(0, 2 * len(WIDTHS) - 2, 2))
+
+
+@pytest.fixture
+def no_free_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers here are so small that norms would be taken of all at once."""
+    monkeypatch.setattr(filter_norms, "FREE", 0)
 
 
 def stack_case(adapter: Adapter | None = None) -> Case:
@@ -65,6 +72,13 @@ def alike_case(adapter: Adapter | None = None) -> Case:
 
 
 BIG = {"linear": stack_case, "conv": conv_case, "alike": alike_case}
+
+
+def factor_bytes(model: nn.Module, adapter: Adapter | None = None) -> int:
+    """What low-rank draws keep of all layers, side by side: 4 ranks of their own and those of the LoRA."""
+    adapter = adapter or Adapter()
+    numbers = sum((4 + adapter.rank) * sum(weight.flatten(1).shape) for weight in base_weights(model))
+    return numbers * adapter.dtype.itemsize
 
 
 def base_weights(model: nn.Module) -> list[Tensor]:
@@ -112,10 +126,11 @@ def saved_for_backward(
 def test_no_tensor_of_a_weights_size_is_saved_that_plain_lora_does_not_save(
     kind: str, adapter: Adapter, compute: torch.dtype | None, draw: str
 ) -> None:
-    """In pieces too, less than one weight; low-rank draws may keep their factors, 4 numbers a row and an input."""
+    """In pieces too, less than one weight; low-rank draws may keep 4 numbers a row and an input, and as many more as
+    the LoRA has ranks, which its branch reads in their place."""
     case = BIG[kind](adapter)
     smallest = min(weight_sizes(case.model))
-    factors = sum(4 * sum(weight.flatten(1).shape) for weight in base_weights(case.model)) if draw == "low_rank" else 0
+    allowed = factor_bytes(case.model, adapter) if draw == "low_rank" else 0
     plain = saved_for_backward(case, compute)
     flat = FlatLora(case.model, schedule="constant")
     ours = saved_for_backward(case, compute, flat.perturb(step=0))
@@ -127,9 +142,9 @@ def test_no_tensor_of_a_weights_size_is_saved_that_plain_lora_does_not_save(
             storage.nbytes() for storage in buffers.values() if storage.nbytes() >= smallest * adapter.dtype.itemsize
         )
 
-    assert not large(ours) - large(plain)
+    assert sum((large(ours) - large(plain)).elements()) <= allowed
     extra = sum(tensor.nbytes for tensor in ours) - sum(tensor.nbytes for tensor in plain)
-    assert extra < (smallest + factors) * adapter.dtype.itemsize, f"{extra} bytes more than plain LoRA, in pieces"
+    assert extra < smallest * adapter.dtype.itemsize + allowed, f"{extra} bytes more than plain LoRA, in pieces"
 
 
 def test_a_unet_saves_no_tensor_shaped_like_a_weight_that_plain_lora_does_not_save() -> None:
@@ -155,7 +170,7 @@ def live_storages() -> dict[int, int]:
 
 
 @pytest.mark.parametrize("kind", BIG)
-def test_no_buffer_of_a_weights_size_outlives_the_forward(kind: str) -> None:
+def test_no_buffer_of_a_weights_size_outlives_the_forward(kind: str, draw: str) -> None:
     """Catches what is kept beside autograd's own list: attributes of a context, caches, closures."""
     case = BIG[kind]()
     smallest = min(weight_sizes(case.model)) * 4
@@ -166,7 +181,7 @@ def test_no_buffer_of_a_weights_size_outlives_the_forward(kind: str) -> None:
         after = live_storages()
         loss.backward()
     kept = [size for pointer, size in after.items() if pointer not in before and size >= smallest]
-    assert kept == []
+    assert sum(kept) <= (factor_bytes(case.model) if draw == "low_rank" else 0)
 
 
 class LargestLive(TorchDispatchMode):
@@ -199,8 +214,11 @@ class LargestLive(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", BIG)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_one_layers_buffer_lives_at_a_time(kind: str, dtype: torch.dtype) -> None:
-    """At most eps in fp32 and W + eps of the largest layer at once, in forward and in backward alike."""
+def test_only_one_layers_buffer_lives_at_a_time(kind: str, dtype: torch.dtype, draw: str) -> None:
+    """At most eps in fp32 and W + eps of the largest layer at once, in forward and in backward alike.
+
+    Low-rank draws have their factors instead, three times over while they are put together.
+    """
     case = BIG[kind](Adapter(dtype=dtype))
     largest = max(weight_sizes(case.model)) * 4
     flat = FlatLora(case.model, schedule="constant")
@@ -209,7 +227,8 @@ def test_only_one_layers_buffer_lives_at_a_time(kind: str, dtype: torch.dtype) -
     assert plain.peak < largest, "activations are too large for this test to see weights"
     with LargestLive(case.model) as live, flat.perturb(step=0):
         case.loss().backward()
-    assert live.peak <= plain.peak + 2 * largest
+    factors = factor_bytes(case.model, Adapter(dtype=dtype)) if draw == "low_rank" else 0
+    assert live.peak <= plain.peak + 2 * largest + 3 * factors
 
 
 @pytest.mark.parametrize("kind", BIG)

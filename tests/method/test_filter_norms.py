@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import NoiseKind
+from flatlora_diffusion.method import filter_norms
 from flatlora_diffusion.method.adapted_layers import find_adapted_layers
 from flatlora_diffusion.method.filter_norms import merged_square_norms
 
@@ -91,8 +92,11 @@ def test_a_run_that_is_resumed_inside_an_interval_draws_what_the_unbroken_one_dr
 
 
 @pytest.mark.parametrize(("rank", "together"), [(1, 16), (4, 4), (32, 1)])
-def test_no_more_layers_are_taken_together_than_fit_into_the_memory_of_one(rank: int, together: int) -> None:
+def test_no_more_layers_are_taken_together_than_fit_into_the_memory_of_one(
+    rank: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A, B and two products of B's size: 4 * 64 * rank numbers a layer, against the 64 * 64 of one eps."""
+    monkeypatch.setattr(filter_norms, "FREE", 0)
     layers = nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)])
     model = get_peft_model(layers, LoraConfig(r=rank, target_modules=[str(number) for number in range(20)]))
     with torch.no_grad():

@@ -101,6 +101,26 @@ def test_a_strength_that_changes_inside_perturb_leaves_eps_as_it_was(adapter: Ad
     assert distance(found, expected) < 1e-4
 
 
+def test_weights_that_change_inside_perturb_are_seen_and_leave_eps_as_it_was() -> None:
+    case = toy_case()
+    clean = copy.deepcopy(case.model)
+    flat = low_rank(case.model)
+    noise = all_noise(flat, step=1)
+    with flat.perturb(step=1):
+        move(case.model)
+        loss, found = loss_and_gradients(case)
+    move(clean)
+    expected_loss, expected = loss_and_gradients(case, add_to_base(clean, noise))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
+    assert distance(found, expected) < 1e-4
+
+
+def move(model: nn.Module) -> None:
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_A["default"].weight.mul_(2)
+
+
 def test_a_lora_of_strength_zero_is_still_perturbed() -> None:
     case = toy_case()
     for layer in lora_layers(case.model).values():
