@@ -33,7 +33,7 @@ _METHOD_HINT = (
 )
 _PRESET_HINT = (
     "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
-    "Low memory: small GPUs. Quality: longer, with a larger LoRA."
+    "Low memory: small GPUs. Quality: longer, with a larger LoRA. Illustrious: its family, with captions of tags."
 )
 _COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
 _NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve begins with the first steps of a training.</div>'

@@ -38,6 +38,13 @@ class GenerateConfig(Section):
     )
     num_inference_steps: int = setting(25, "denoising steps", min=1, max=1000)
     guidance_scale: float = setting(5.0, "classifier-free guidance; 1 or less is none", min=0, max=100)
+    guidance_rescale: float | None = setting(
+        None,
+        "how far guidance is brought back to the prediction's std (arXiv:2305.08891); default: 0.7 for a base with "
+        "zero terminal SNR, else 0",
+        min=0,
+        max=1,
+    )
     resolution: int | None = setting(None, "image size in pixels; default: the base's own", min=8, max=4096)
     batch_size: int = setting(
         1,

@@ -322,6 +322,12 @@ class PerturbConfig(Section):
     sigma_schedule: SigmaSchedule = setting(
         "cosine", "how sigma grows over the run; the paper names none for SDXL, a ramp is our choice"
     )
+    sigma_ramp_steps: int | None = setting(
+        None,
+        "steps in which the ramp reaches sigma, to stay there; default: all, or those of the finished run that is "
+        "trained longer",
+        min=1,
+    )
     perturb_seed: int | None = setting(None, "seed of eps alone; default: --seed", min=0, max=2**63 - 1)
     perturb_noise: NoiseKind = setting(
         "filter", "eps scaled to each filter as in Eq. 7, or iid: the same energy spread evenly over a layer"

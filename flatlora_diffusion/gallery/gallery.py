@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.gallery.grid import labelled_grid
-from flatlora_diffusion.gallery.png_text import UsedLora, grid_text, image_text
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import check_writable, writing_whole
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.sdxl.drawing import Drawing, base_there
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
 
 MOST_COLUMNS = 8
 
@@ -174,14 +175,40 @@ def _draw_row(
             config.guidance_scale,
             config.batch_size,
             config.negative_prompt,
+            config.guidance_rescale,
         )
         for column, image in zip(part, drawn, strict=True):
-            text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used)
+            drawing = _drawing(sdxl, config, row, column)
+            text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used, drawing)
             with writing_whole(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png") as aside:
                 image.save(aside, format="PNG", pnginfo=text)
         images += drawn
         bar.update(len(drawn))
     return images
+
+
+def _drawing(sdxl: Sdxl, config: GenerateConfig, row: LoraRow, column: PromptColumn) -> Drawing | None:
+    """What draws the image in other tools, where they can."""
+    shares = zip(row.used, row.files, strict=True)
+    return drawing_with(
+        sdxl,
+        column.prompt,
+        column.seed,
+        config.resolution or sdxl.resolution,
+        base_there(bare_name(config.model.pretrained_model_name_or_path)),
+        tuple((_name_there(file.path), lora.strength) for lora, file in shares),
+        config.num_inference_steps,
+        config.guidance_scale,
+        config.negative_prompt,
+        config.guidance_rescale,
+    )
+
+
+def _name_there(path: Path) -> str:
+    """The name of a LoRA in other tools: of a run the one that its own file for them has."""
+    run = RunDir(path.parent)
+    is_run = path.name == LORA_FILE and run.config_file.is_file()
+    return run.lora_name(run.config().get("output_name")) if is_run else path.stem
 
 
 def _save_grids(

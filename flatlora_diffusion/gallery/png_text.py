@@ -1,4 +1,4 @@
-"""A PNG's text about its making: A1111's `parameters` line, which many tools read, and all settings as JSON.
+"""A PNG's text about its making: A1111's `parameters` line, ComfyUI's workflow, and all settings as JSON.
 
 No paths: a base or LoRA is named, and a LoRA file known by its hash.
 """
@@ -15,7 +15,15 @@ from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import GenerateConfig
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
-from flatlora_diffusion.sdxl.drawing import NOISE_FROM, PARAMETERS, a1111_prompt, a1111_sampler, quoted
+from flatlora_diffusion.sdxl.drawing import (
+    NOISE_FROM,
+    PARAMETERS,
+    Drawing,
+    a1111_prompt,
+    a1111_sampler,
+    add_drawing,
+    quoted,
+)
 
 SETTINGS = "flatlora_diffusion"
 
@@ -29,11 +37,24 @@ class UsedLora:
     sha256: str
 
 
-def image_text(config: GenerateConfig, sampler: str, prompt: str, seed: int, loras: Sequence[UsedLora]) -> PngInfo:
-    """The text chunks of one image. `config` with its resolution and precision decided; `sampler` is the class."""
+def image_text(
+    config: GenerateConfig,
+    sampler: str,
+    prompt: str,
+    seed: int,
+    loras: Sequence[UsedLora],
+    drawing: Drawing | None = None,
+) -> PngInfo:
+    """The text chunks of one image. `config` with its resolution and precision decided; `sampler` is the class.
+
+    With a `drawing` ComfyUI's workflow is among them, and A1111's line draws the same picture there.
+    """
     settings = {"prompt": prompt, "seed": seed, "lora": [asdict(lora) for lora in loras]}
     text = grid_text(config, sampler, settings)
-    text.add_text(PARAMETERS, _parameters(config, sampler, prompt, seed, loras))
+    if drawing is None:
+        text.add_text(PARAMETERS, _parameters(config, sampler, prompt, seed, loras))
+    else:
+        add_drawing(text, drawing)
     return text
 
 

@@ -34,8 +34,9 @@ _COLUMN, _HEIGHT = 340, 280  # of a node in the workflow's plane
 class Drawing:
     """All that a picture depends on. `sampler` and `spacing` are names of ComfyUI and of A1111.
 
-    base: the base's name there, without its ending. clip_skip counts from SDXL's own choice. is_zeroed: the negative
-    conditioning is zeros and not that of an empty text, as SDXL was trained.
+    base: the base's name there, without its ending. loras: name and strength of each. clip_skip counts from SDXL's own
+    choice. is_zeroed: the negative conditioning is zeros and not that of an empty text, as SDXL was trained. rescale:
+    how far guidance is brought back to the std of the prediction (arXiv:2305.08891); A1111 has nothing for it.
     """
 
     prompt: str
@@ -47,12 +48,12 @@ class Drawing:
     sampler: tuple[str, str]
     spacing: tuple[str, str]
     base: str
-    lora: str | None
-    strength: float = 1.0
+    loras: tuple[tuple[str, float], ...] = ()
     clip_skip: int = 0
     predicts_v: bool = False
     zero_terminal_snr: bool = False
     is_zeroed: bool = False
+    rescale: float = 0.0
 
 
 class _Kind(NamedTuple):
@@ -69,6 +70,7 @@ _KINDS = {
         {"model": "MODEL", "clip": "CLIP"}, ("MODEL", "CLIP"), ("lora_name", "strength_model", "strength_clip")
     ),
     "ModelSamplingDiscrete": _Kind({"model": "MODEL"}, ("MODEL",), ("sampling", "zsnr")),
+    "RescaleCFG": _Kind({"model": "MODEL"}, ("MODEL",), ("multiplier",)),
     "CLIPSetLastLayer": _Kind({"clip": "CLIP"}, ("CLIP",), ("stop_at_clip_layer",)),
     "CLIPTextEncode": _Kind({"clip": "CLIP"}, ("CONDITIONING",), ("text",)),
     "ConditioningZeroOut": _Kind({"conditioning": "CONDITIONING"}, ("CONDITIONING",), ()),
@@ -111,8 +113,7 @@ def parameters_text(drawing: Drawing) -> str:
         "Model": drawing.base,
         "RNG": NOISE_FROM,
     }
-    if drawing.lora is not None:
-        prompt += f" <lora:{drawing.lora}:{drawing.strength:g}>"
+    prompt += "".join(f" <lora:{name}:{strength:g}>" for name, strength in drawing.loras)
     values["Version"] = f"{PROGRAM} {__version__}"
     lines = [prompt]
     if drawing.negative_prompt:
@@ -147,12 +148,14 @@ def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
 
     base = add("CheckpointLoaderSimple", ckpt_name=f"{drawing.base}.safetensors")
     model, clip = [base, 0], [base, 1]
-    if drawing.lora is not None:
-        strengths = {"strength_model": drawing.strength, "strength_clip": drawing.strength}
-        lora = add("LoraLoader", lora_name=f"{drawing.lora}.safetensors", **strengths, model=model, clip=clip)
+    for name, strength in drawing.loras:
+        strengths = {"strength_model": strength, "strength_clip": strength}
+        lora = add("LoraLoader", lora_name=f"{name}.safetensors", **strengths, model=model, clip=clip)
         model, clip = [lora, 0], [lora, 1]
     if drawing.predicts_v:
         model = [add("ModelSamplingDiscrete", sampling="v_prediction", zsnr=drawing.zero_terminal_snr, model=model), 0]
+    if drawing.rescale:
+        model = [add("RescaleCFG", multiplier=drawing.rescale, model=model), 0]
     if drawing.clip_skip:
         clip = [add("CLIPSetLastLayer", stop_at_clip_layer=-2 - drawing.clip_skip, clip=clip), 0]
     positive = [add("CLIPTextEncode", text=_escaped(drawing.prompt, "()"), clip=clip), 0]
@@ -174,7 +177,7 @@ def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
         latent_image=latents,
     )
     pixels = add("VAEDecode", samples=[sampled, 0], vae=[base, 2])
-    add("SaveImage", filename_prefix=drawing.lora or drawing.base, images=[pixels, 0])
+    add("SaveImage", filename_prefix=drawing.loras[0][0] if drawing.loras else drawing.base, images=[pixels, 0])
     return nodes
 
 
@@ -210,10 +213,15 @@ def recipe_files(drawing: Drawing) -> dict[str, str]:
 def png_text(drawing: Drawing) -> PngInfo:
     """The text chunks that both tools read from a picture."""
     text = PngInfo()
+    add_drawing(text, drawing)
+    return text
+
+
+def add_drawing(text: PngInfo, drawing: Drawing) -> None:
+    """The same, beside what `text` has already."""
     text.add_text(PARAMETERS, parameters_text(drawing))
     text.add_text("prompt", json.dumps(workflow_for_api(drawing)))
     text.add_text("workflow", json.dumps(workflow_for_page(drawing)))
-    return text
 
 
 def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[str, Any]:

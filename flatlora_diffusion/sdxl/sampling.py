@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from flatlora_diffusion.sdxl.base_family import TINY_FAMILY
+from flatlora_diffusion.sdxl.drawing import Drawing, sampling_names
 from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents
 
 STEPS, GUIDANCE = 25, 5.0  # of a picture for which none are given
+RESCALE = 0.7  # of guidance with zero terminal SNR, which burns colours without (arXiv:2305.08891)
 
 
 @torch.no_grad()
@@ -24,12 +27,13 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
     guidance: float = GUIDANCE,
     batch_size: int = 8,
     negative_prompt: str | None = None,
+    rescale: float | None = None,
 ) -> list[Image.Image]:
     """One image per (prompt, seed), a function of these two alone.
 
     Every draw of an image comes from its own seed on the CPU, so all devices and precisions start alike. Which other
     images are in its batch changes an image by rounding only, in fp32 by one of 255 levels; with `batch_size` 1 not
-    at all.
+    at all. `rescale` of guidance is what the base asks for unless it is given.
     """
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
@@ -43,6 +47,7 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
                 width=resolution,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
+                guidance_rescale=rescale_of(sdxl) if rescale is None else rescale,
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
                 clip_skip=sdxl.clip_skip,
                 output_type="latent",
@@ -50,6 +55,46 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
             pixels = decode_latents(sdxl.vae, latents)
             images += sdxl.pipeline.image_processor.postprocess(pixels, output_type="pil")
     return images
+
+
+def rescale_of(sdxl: Sdxl) -> float:
+    """How far guidance is rescaled for this base unless told otherwise."""
+    return RESCALE if sdxl.pipeline.scheduler.config.get("rescale_betas_zero_snr") else 0.0
+
+
+def drawing_with(  # noqa: PLR0913 (all that an image depends on)
+    sdxl: Sdxl,
+    prompt: str,
+    seed: int,
+    size: int,
+    base: str,
+    loras: tuple[tuple[str, float], ...],
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    negative_prompt: str | None = None,
+    rescale: float | None = None,
+) -> Drawing | None:
+    """What other tools are told of an image that `generate_images` has drawn so; None where they cannot draw it."""
+    noise, names = sdxl.scheduler.config, sampling_names(sdxl.pipeline.scheduler)
+    if names is None or sdxl.family == TINY_FAMILY:
+        return None
+    return Drawing(
+        prompt=prompt,
+        negative_prompt=negative_prompt or "",
+        seed=seed,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        sampler=names[0],
+        spacing=names[1],
+        base=base,
+        loras=loras,
+        clip_skip=sdxl.clip_skip or 0,
+        predicts_v=noise.prediction_type == "v_prediction",
+        zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
+        is_zeroed=negative_prompt is None and bool(sdxl.pipeline.config.force_zeros_for_empty_prompt),
+        rescale=rescale_of(sdxl) if rescale is None else rescale,
+    )
 
 
 @contextmanager

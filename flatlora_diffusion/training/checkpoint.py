@@ -45,19 +45,16 @@ def restore(state: TrainState, name: str) -> int:
     """
     folder = state.run.checkpoint(name)
     _check_alike(state, folder.name)
-    step = load_state(state, folder)
     saved = {**TrainConfig().to_dict(), **state.run.config()}
+    _keep_ramp(state, folder, saved)
+    step = load_state(state, folder)
     if state.total_steps < step:
         raise ConfigError(
             f"max_train_steps={state.total_steps} is less than the {step} steps that {folder.name} has taken; give at "
             "least as many, or resume from an earlier checkpoint"
         )
     if state.total_steps != saved["max_train_steps"]:
-        logger.info(
-            "%d steps in place of %d: learning rate and sigma follow the new end from here on",
-            state.total_steps,
-            saved["max_train_steps"],
-        )
+        logger.info("%s", _new_end(state, step, saved))
     now = state.config.to_dict()
     changed = {one: [saved[one], now[one]] for one in sorted(settings_that("is_remedy")) if now[one] != saved[one]}
     for one, (before, after) in changed.items():
@@ -70,6 +67,28 @@ def restore(state: TrainState, name: str) -> int:
     logger.info("resuming from %s; steps left: %d", folder.name, state.total_steps - step)
     start_trackers(state.accelerator, state.config)
     return step
+
+
+def _keep_ramp(state: TrainState, folder: Path, saved: Mapping[str, Any]) -> None:
+    """A run that has finished and is trained longer stays at the sigma that its ramp has reached."""
+    done = load_tensors(folder / STATE_FILE)[1]["step"]
+    if not done == saved["max_train_steps"] < state.total_steps or saved["sigma_ramp_steps"] is not None:
+        return
+    state.config = state.config.replace(sigma_ramp_steps=done)
+    for flat in state.flats:
+        flat.load_state_dict({**flat.state_dict(), "total_steps": done})
+
+
+def _new_end(state: TrainState, step: int, saved: Mapping[str, Any]) -> str:
+    """What becomes of learning rate and sigma when a run goes on to another end."""
+    config = state.config
+    text = f"{state.total_steps} steps in place of {saved['max_train_steps']}: "
+    rate = float(state.lr_schedule.get_last_lr()[0])
+    text += f"the learning rate ({config.optim.lr_scheduler}) follows the new end, {rate:.3g} from here on"
+    if not state.flats or config.perturb.sigma_schedule == "constant":
+        return text
+    ramp = "has ended" if config.perturb.sigma_ramp_steps == step else "follows the new end, too"
+    return f"{text}; sigma's ramp {ramp}, {state.flats[0].sigma_at(step):.3g} from here on"
 
 
 def save_checkpoint(state: TrainState, step: int) -> None:

@@ -12,10 +12,9 @@ from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.training_set import load_heldout
 from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.lora_files.metadata import base_name
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY
-from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text, sampling_names
+from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text
 from flatlora_diffusion.sdxl.ready import ready
-from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
+from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
 from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.state import TrainState
 from flatlora_diffusion.training.trackers import tell_trackers
@@ -85,26 +84,17 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
     They have neither the tiny base nor a LoRA between the first step and the last, and new tokens only as embeddings
     in files of their own.
     """
-    sdxl, config = state.sdxl, state.config
-    noise, names = sdxl.scheduler.config, sampling_names(sdxl.pipeline.scheduler)
+    config = state.config
     is_plain = step == 0 and config.adapter.init_lora is None
-    if names is None or state.tokens or not (is_plain or step == state.end):
+    if state.tokens or not (is_plain or step == state.end):
         return None
-    if sdxl.family == TINY_FAMILY:
-        return None
-    return Drawing(
-        prompt=picture.prompt,
-        negative_prompt=picture.negative_prompt or "",
-        seed=picture.seed,
-        size=state.feed.resolution,
-        steps=STEPS,
-        guidance=GUIDANCE,
-        sampler=names[0],
-        spacing=names[1],
-        base=base_there(base_name(config)),
-        lora=None if is_plain else state.run.lora_name(config.run.output_name),
-        clip_skip=config.model.clip_skip or 0,
-        predicts_v=noise.prediction_type == "v_prediction",
-        zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
-        is_zeroed=picture.negative_prompt is None and bool(sdxl.pipeline.config.force_zeros_for_empty_prompt),
+    name = state.run.lora_name(config.run.output_name)
+    return drawing_with(
+        state.sdxl,
+        picture.prompt,
+        picture.seed,
+        state.feed.resolution,
+        base_there(base_name(config)),
+        () if is_plain else ((name, 1.0),),
+        negative_prompt=picture.negative_prompt,
     )

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.schedule import Shape, schedule_of
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import check_writable
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.training.hub import hub_repository
@@ -29,10 +29,22 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
         return with_precision(seeded(run.filled_in(config)))
     if checkpoint is not None:
+        _check_unfinished(run)
         logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
     new = config.replace(resume_from_checkpoint=None)
     run.check_new(new.to_dict())
     return with_precision(seeded(new))
+
+
+def _check_unfinished(run: RunDir) -> None:
+    """Raises ConfigError for a finished run that kept no checkpoint: it cannot be trained longer."""
+    ending, lora = run.ending(), run.folder / LORA_FILE
+    if ending is not None and ending["event"] == "finished" and lora.is_file():
+        raise ConfigError(
+            f"output_dir={str(run.folder)!r} holds a finished run that has kept no checkpoint to go on from: give "
+            f"another --output_dir and --init_lora {str(lora)!r} to train its LoRA further, or leave "
+            "--resume_from_checkpoint out to train it anew"
+        )
 
 
 def seeded(config: TrainConfig) -> TrainConfig:

@@ -161,7 +161,8 @@ def perturbations(sdxl: Sdxl, config: TrainConfig) -> list[FlatLora]:
     assert config.optim.max_train_steps is not None
     parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
     adapted = {part: getattr(sdxl.pipeline, part) for part in parts}
-    return flat_loras(adapted, config.perturb, config.run.seed, config.optim.max_train_steps)
+    ramp = config.perturb.sigma_ramp_steps or config.optim.max_train_steps
+    return flat_loras(adapted, config.perturb, config.run.seed, ramp)
 
 
 @contextmanager

@@ -134,8 +134,8 @@ RUNS: dict[str, str] = {
     "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
     "holdout": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1",
     "velocity": "--prediction_type v_prediction --zero_terminal_snr",
-    "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --perturb_seed 1 --perturb_per step"
-    " --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3",
+    "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --sigma_ramp_steps 1 --perturb_seed 1 "
+    "--perturb_per step --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3",
     "previews": "--validation_prompt icon --num_validation_images 1 --validation_epochs 1 --validation_prompts_file "
     "PROMPTS --validation_data_dir ICONS --report_to tensorboard --logging_dir log --output_name mine",
     "saving": "--checkpointing_steps 1 --checkpoints_total_limit 1 --output_kohya_format --max_train_seconds 600 "

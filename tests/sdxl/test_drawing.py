@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "strength_clip": float,
     },
     "ModelSamplingDiscrete": {"model": "MODEL", "sampling": str, "zsnr": bool},
+    "RescaleCFG": {"model": "MODEL", "multiplier": float},
     "CLIPSetLastLayer": {"clip": "CLIP", "stop_at_clip_layer": int},
     "CLIPTextEncode": {"clip": "CLIP", "text": str},
     "ConditioningZeroOut": {"conditioning": "CONDITIONING"},
@@ -58,6 +60,7 @@ OUTPUTS = {
     "CheckpointLoaderSimple": ["MODEL", "CLIP", "VAE"],
     "LoraLoader": ["MODEL", "CLIP"],
     "ModelSamplingDiscrete": ["MODEL"],
+    "RescaleCFG": ["MODEL"],
     "CLIPSetLastLayer": ["CLIP"],
     "CLIPTextEncode": ["CONDITIONING"],
     "ConditioningZeroOut": ["CONDITIONING"],
@@ -76,14 +79,21 @@ PLAIN = Drawing(
     sampler=("euler", "Euler"),
     spacing=("ddim_uniform", "DDIM"),
     base="sd_xl_base_1.0",
-    lora="fox",
+    loras=(("fox", 1.0),),
 )
 RICH = replace(
-    PLAIN, negative_prompt="", is_zeroed=True, clip_skip=1, predicts_v=True, zero_terminal_snr=True, strength=0.8
+    PLAIN,
+    negative_prompt="",
+    is_zeroed=True,
+    clip_skip=1,
+    predicts_v=True,
+    zero_terminal_snr=True,
+    loras=(("fox", 0.8),),
+    rescale=0.7,
 )
 
 
-@pytest.mark.parametrize("drawing", [PLAIN, RICH, replace(PLAIN, lora=None)])
+@pytest.mark.parametrize("drawing", [PLAIN, RICH, replace(PLAIN, loras=())])
 def test_the_workflow_is_one_of_comfyui_s_own_nodes_with_all_that_they_require(drawing: Drawing) -> None:
     nodes = workflow_for_api(drawing)
     for node in nodes.values():
@@ -108,10 +118,13 @@ def test_what_a_base_or_a_prompt_needs_beyond_the_usual_is_there() -> None:
     assert one(nodes, "CLIPSetLastLayer")["stop_at_clip_layer"] == -3
     sampler = one(nodes, "KSampler")
     assert nodes[sampler["negative"][0]]["class_type"] == "ConditioningZeroOut"
-    assert nodes[sampler["model"][0]]["class_type"] == "ModelSamplingDiscrete"
+    assert nodes[sampler["model"][0]]["class_type"] == "RescaleCFG"
+    rescale = one(nodes, "RescaleCFG")
+    assert rescale["multiplier"] == 0.7
+    assert nodes[rescale["model"][0]]["class_type"] == "ModelSamplingDiscrete"
     assert one(nodes, "LoraLoader").items() >= {"lora_name": "fox.safetensors", "strength_clip": 0.8}.items()
     kinds = {node["class_type"] for node in workflow_for_api(PLAIN).values()}
-    assert not kinds & {"ModelSamplingDiscrete", "CLIPSetLastLayer", "ConditioningZeroOut"}
+    assert not kinds & {"ModelSamplingDiscrete", "RescaleCFG", "CLIPSetLastLayer", "ConditioningZeroOut"}
 
 
 def test_the_page_s_workflow_has_the_same_nodes_values_and_links() -> None:
@@ -170,7 +183,7 @@ def test_the_noise_is_what_comfyui_draws_from_the_seed(sdxl: Sdxl) -> None:
 
 
 def test_plain_brackets_are_no_weights() -> None:
-    assert one(workflow_for_api(replace(PLAIN, negative_prompt="", lora=None, predicts_v=True)), "SaveImage")
+    assert one(workflow_for_api(replace(PLAIN, negative_prompt="", loras=(), predicts_v=True)), "SaveImage")
     texts = [n["inputs"]["text"] for n in workflow_for_api(PLAIN).values() if n["class_type"] == "CLIPTextEncode"]
     assert texts == [r"a fox \(red\)", "fog"]
     assert parameters_text(replace(PLAIN, prompt="[a] fox")).startswith(r"\[a\] fox <lora:fox:1>")
@@ -257,3 +270,60 @@ def test_a_lora_of_the_tiny_base_has_no_workflow(icons: Path, tmp_path: Path) ->
 def nodes_of(picture: Path) -> dict[str, Any]:
     nodes: dict[str, Any] = json.loads(Image.open(picture).info["prompt"])
     return nodes
+
+
+def test_two_loras_are_one_after_the_other() -> None:
+    both = replace(PLAIN, loras=(("fox", 0.6), ("hat", 1.2)))
+    nodes = workflow_for_api(both)
+    loaders = [node["inputs"] for node in nodes.values() if node["class_type"] == "LoraLoader"]
+    assert [(node["lora_name"], node["strength_model"]) for node in loaders] == [
+        ("fox.safetensors", 0.6),
+        ("hat.safetensors", 1.2),
+    ]
+    assert nodes[loaders[1]["model"][0]]["inputs"] == loaders[0]
+    assert "<lora:fox:0.6> <lora:hat:1.2>" in parameters_text(both)
+
+
+def test_a_picture_of_generate_is_opened_by_other_tools(base: Path, lora: Path, tmp_path: Path) -> None:
+    from flatlora_diffusion.config import GenerateConfig, ModelConfig
+    from flatlora_diffusion.gallery.gallery import generate
+
+    shutil.copytree(lora.parent, tmp_path / "renamed")
+    asked = GenerateConfig(
+        model=ModelConfig(pretrained_model_name_or_path=str(base)),
+        prompts=("a (red) fox",),
+        negative_prompt="fog",
+        seeds=(4,),
+        lora=(f"{tmp_path / 'renamed'}",),
+        strengths=(0.5,),
+        num_inference_steps=2,
+        resolution=32,
+        output_dir=str(tmp_path / "out"),
+    )
+    (grid,) = generate(asked)
+    plain, drawn = sorted(file for file in grid.parent.glob("*.png") if file != grid)
+    nodes = nodes_of(drawn)
+    assert one(nodes, "LoraLoader").items() >= {"lora_name": "renamed.safetensors", "strength_model": 0.5}.items()
+    assert one(nodes, "KSampler").items() >= {"seed": 4, "steps": 2, "cfg": 5.0}.items()
+    assert "Schedule type: DDIM" in Image.open(drawn).info["parameters"]
+    assert "LoraLoader" not in {node["class_type"] for node in nodes_of(plain).values()}
+    assert json.loads(Image.open(drawn).info["flatlora_diffusion"])["seed"] == 4
+
+
+def test_guidance_is_rescaled_for_zero_terminal_snr_and_for_no_other(base: Path, sdxl: Sdxl) -> None:
+    from flatlora_diffusion.config import ModelConfig
+    from flatlora_diffusion.sdxl.pipeline import load_sdxl
+    from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images, rescale_of
+
+    model = ModelConfig(
+        pretrained_model_name_or_path=str(base), prediction_type="v_prediction", zero_terminal_snr=True
+    )
+    ours = load_sdxl(model, torch.device("cpu"), torch.float32)
+    assert (rescale_of(ours), rescale_of(sdxl)) == (0.7, 0.0)
+    drawn = [
+        generate_images(ours, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    drawing = drawing_with(ours, "a fox", 0, 32, "noob", ())
+    assert drawing is not None
+    assert drawing.rescale == 0.7

@@ -183,18 +183,47 @@ def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Pa
     assert_same_lora(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_run_can_go_on_for_longer_and_follows_the_new_end(config: TrainConfig, caplog: Any) -> None:
-    train(config.replace(checkpointing_steps=4, max_train_steps=4))
+def test_a_finished_run_is_trained_longer_at_full_sigma_and_a_rate_of_the_new_end(
+    config: TrainConfig, caplog: Any
+) -> None:
+    ramped = config.replace(
+        sigma_schedule="cosine", lr_scheduler="cosine", lr_warmup_steps=0, checkpointing_steps=4, max_train_steps=4
+    )
+    train(ramped)
+    longer = ramped.replace(max_train_steps=8, resume_from_checkpoint="latest")
     with caplog.at_level("INFO"):
-        train(config.replace(checkpointing_steps=4, max_train_steps=8, resume_from_checkpoint="latest"))
-    assert "8 steps in place of 4: learning rate and sigma follow the new end" in caplog.text
+        train(longer)
+    assert "8 steps in place of 4: the learning rate (cosine) follows the new end, 0.005 from here on" in caplog.text
+    assert "sigma's ramp has ended, 0.1 from here on" in caplog.text
     run = RunDir(Path(config.run.output_dir))
     steps = [event for event in run.events() if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(8))
     fresh = [0.01 * (1 + torch.cos(torch.tensor(torch.pi * step / 8)).item()) / 2 for step in range(4, 8)]
     assert [event["lr"] for event in steps[4:]] == pytest.approx(fresh, rel=1e-5)
-    assert steps[4]["sigma"] == pytest.approx(0.05)
-    assert json.loads(run.config_file.read_text())["max_train_steps"] == 8
+    assert [event["sigma"] for event in steps[4:]] == [0.1] * 4
+    saved = json.loads(run.config_file.read_text())
+    assert (saved["max_train_steps"], saved["sigma_ramp_steps"]) == (8, 4)
+    train(longer.replace(max_train_steps=9))
+    assert run.events()[-1]["event"] == "finished"
+    assert [event["sigma"] for event in run.events() if event["event"] == "step"][-1] == 0.1
+
+
+def test_a_run_that_was_stopped_follows_a_new_end_with_its_ramp(config: TrainConfig, caplog: Any) -> None:
+    ramped = config.replace(sigma_schedule="linear", max_train_steps=4, checkpointing_steps=2)
+    train(ramped)
+    with caplog.at_level("INFO"):
+        train(ramped.replace(max_train_steps=8, resume_from_checkpoint="checkpoint-2"))
+    assert "sigma's ramp follows the new end, too, 0.025 from here on" in caplog.text
+    steps = [event for event in RunDir(Path(config.run.output_dir)).events() if event["event"] == "step"]
+    assert steps[-1]["sigma"] == pytest.approx(0.1 * 7 / 8)
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_trained_over(config: TrainConfig) -> None:
+    path = train(config.replace(max_train_steps=1))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"holds a finished run that has kept no checkpoint.* --init_lora"):
+        train(config.replace(max_train_steps=2, resume_from_checkpoint="latest"))
+    assert path.read_bytes() == before
 
 
 def test_a_run_of_epochs_goes_on_for_more_epochs(config: TrainConfig, caplog: Any) -> None:
