@@ -32,10 +32,11 @@ META = torch.device("meta")
 class AnyDevice(torch.Generator):
     """A generator that may be asked for on any device: of its numbers nothing is read here."""
 
-    device = property(lambda _: META)  # type: ignore[assignment]
+    device: Any = property(lambda _: META)
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        return super().__new__(cls, device="cpu")
+        made: Any = super().__new__
+        return made(cls, device="cpu")
 
 
 class OnMeta(TorchDispatchMode):

@@ -177,7 +177,8 @@ def test_timesteps_stay_between_those_that_are_given() -> None:
     config = ObjectiveConfig(min_timestep=200, max_timestep=203)
     _, timesteps = draw_targets(objective_of(config, scheduler), latents, torch.Generator().manual_seed(0))
     assert set(timesteps.tolist()) == {200, 201, 202, 203}
-    for wrong in ({"min_timestep": 5, "max_timestep": 4}, {"max_timestep": 1000}, {"min_timestep": 1000}):
+    wrongs: list[dict[str, Any]] = [{"min_timestep": 5, "max_timestep": 4}, {"max_timestep": 1000}]
+    for wrong in (*wrongs, {"min_timestep": 1000}):
         with pytest.raises(ConfigError, match=r"leave no timestep: .* at most 999"):
             objective_of(ObjectiveConfig(**wrong), scheduler)
 
