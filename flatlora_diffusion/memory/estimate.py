@@ -42,8 +42,8 @@ class MemoryEstimate:
     activations: what backward needs, all held when forward ends. temporary: what backward holds at its peak beyond
     that, with gradient checkpointing the recomputed block. perturbation: Flat-LoRA's norms and its largest eps, or
     the factors of all eps.
-    encoding, previews, class_images: all that is held while images are encoded, and while previews or class images
-    are drawn; 0 if that never happens.
+    encoding, previews, class_images: all that is held while images are encoded, while previews are drawn or images
+    that are not trained on are looked at, and while class images are drawn; 0 if that never happens.
     The allocator's gaps are not counted: leave it a tenth.
     """
 
@@ -115,10 +115,12 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         while_encoding = loaded - text_encoders + step.text_encoders + kept + step.gradients
     has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
     drawing = max(vae_passes.decode_peak, rehearse_drawing(base, of_base, 1, resolution)) if has_previews else 0
+    has_looks = config.run.validation_data_dir is not None or data.holdout_images > 0
+    looking = rehearse_vae(base, its_dtype, 1, resolution).encode_peak if has_looks else 0
     return dataclasses.replace(
         step,
         encoding=while_encoding + vae_passes.encode_peak,
-        previews=loaded + kept + drawing if has_previews else 0,
+        previews=loaded + kept + max(drawing, looking) if has_previews or has_looks else 0,
         class_images=_class_images(config, passes, resolution),
     )
 

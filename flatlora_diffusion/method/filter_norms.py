@@ -11,6 +11,7 @@ layers, so those of one shape share them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,23 @@ class KeptNorms:
         self._layers, self._every = layers, every
         self._turn: int | None = None
         self._groups: list[Group] = []
+        self._is_one_step = False
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """While this is open they are taken once for a step, however often it is perturbed."""
+        self._is_one_step = True
+        try:
+            yield
+        finally:
+            self._is_one_step = False
+            if self._every == 1:
+                self._turn, self._groups = None, []
 
     def at(self, step: int) -> list[Group]:
         """Those that optimizer step `step` uses, kept for the rest of its interval."""
         groups = self.seen_from(step, self._layers.values())
-        if self._every > 1:
+        if self._every > 1 or self._is_one_step:
             self._turn, self._groups = step // self._every, groups
         return groups
 

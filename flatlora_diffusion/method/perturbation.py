@@ -140,6 +140,12 @@ class FlatLora:
             self._draw = None
 
     @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """While this is open, ||W'_i|| is taken once for a step, however often it is perturbed: A and B must not move."""
+        with self._norms.one_step():
+            yield
+
+    @contextmanager
     def disabled(self) -> Iterator[None]:
         """No eps while this is open, even inside `perturb`: for sampling and evaluation."""
         self._disabled += 1

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
-from flatlora_diffusion.data.latents import latents_text, not_finite
 from flatlora_diffusion.data.training_set import held_out, load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -32,7 +31,7 @@ from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets, with
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.holdout import Holdout
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.rescue import explained, kept
+from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
 from flatlora_diffusion.training.result import present, save_result
 from flatlora_diffusion.training.selfcheck.watch import self_check
 from flatlora_diffusion.training.settling import check_early, new_or_resumed
@@ -112,33 +111,43 @@ def train_step(state: TrainState, step: int) -> float:
     Raises RunError, with the weights as they were, for a loss or a gradient that is not finite; with the scaler of
     fp16 for the gradients of 20 steps in a row.
     """
-    accelerator = state.accelerator
-    accumulation = state.config.optim.gradient_accumulation_steps
-    losses, draws = [], DrawHash()
-    for micro in range(accumulation):
-        slot = micro * accelerator.num_processes + accelerator.process_index
-        batch = state.feed.batch(step, slot)
-        rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
-        noise, timesteps = draw_targets(state.objective, batch.latents, rng)
-        batch = with_more_noise(state.objective, batch, rng)
-        last = micro + 1 == accumulation
-        sync = nullcontext() if last else accelerator.no_sync(state.model)
-        with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
-            loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
-            accelerator.backward(loss / accumulation)
-        losses.append(loss.detach())
-        draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
+    accelerator, draws = state.accelerator, DrawHash()
+    losses = _micro_batches(state, step, draws)
     mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
     norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
     value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
     if not math.isfinite(value):
-        raise RunError(_non_finite(state, step, "loss", _non_finite_slots(state, losses)))
+        raise RunError(non_finite_text(state, step, "loss", non_finite_slots(state, losses)))
     # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
     if not math.isfinite(gradient) and accelerator.scaler is None:
-        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
+        raise RunError(non_finite_text(state, step, "gradient", list(range(state.feed.slots))))
     _update(state, step)
     state.draws = draws.hexdigest()
     return value
+
+
+def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> list[Tensor]:
+    """Add up the gradients of a step's micro-batches of this process; returns the loss of each."""
+    accelerator = state.accelerator
+    accumulation = state.config.optim.gradient_accumulation_steps
+    losses = []
+    with ExitStack() as stack:
+        for flat in state.flats:
+            stack.enter_context(flat.one_step())
+        for micro in range(accumulation):
+            slot = micro * accelerator.num_processes + accelerator.process_index
+            batch = state.feed.batch(step, slot)
+            rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
+            noise, timesteps = draw_targets(state.objective, batch.latents, rng)
+            batch = with_more_noise(state.objective, batch, rng)
+            last = micro + 1 == accumulation
+            sync = nullcontext() if last else accelerator.no_sync(state.model)
+            with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
+                loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
+                accelerator.backward(loss / accumulation)
+            losses.append(loss.detach())
+            draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
+    return losses
 
 
 def _update(state: TrainState, step: int) -> None:
@@ -148,7 +157,7 @@ def _update(state: TrainState, step: int) -> None:
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step
-        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
+        raise RunError(non_finite_text(state, step, "gradient", list(range(state.feed.slots))))
     if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
         pull_embeddings(state.sdxl.pipeline)
     state.lr_schedule.step()
@@ -276,23 +285,3 @@ def _perturbed(state: TrainState, step: int, slot: int) -> Iterator[None]:
         for flat in state.flats:
             stack.enter_context(flat.perturb(step, key))
         yield
-
-
-def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
-    """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
-    by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
-    return [slot for slot, loss in enumerate(by_rank.T.flatten().tolist()) if not math.isfinite(loss)]
-
-
-def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
-    places = [(state.feed.samples_at(step, slot), state.feed.batch(step, slot).latents) for slot in slots]
-    spoiled = [name for samples, latents in places for name in not_finite(latents, samples)]
-    if spoiled:
-        return latents_text(spoiled)
-    names = [sample.id for samples, _ in places for sample in samples]
-    advice = {
-        "fp16": "go on with --mixed_precision bf16",
-        "bf16": "go on with a lower --learning_rate",
-        "no": "go on with a lower --learning_rate",
-    }[str(state.config.optim.mixed_precision)]
-    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"

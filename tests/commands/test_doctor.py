@@ -247,3 +247,10 @@ def test_what_a_checkout_needs_is_known_without_an_installation(monkeypatch: pyt
 
     monkeypatch.setattr(versions, "requires", gone)
     assert {one.name for one in versions.required()} == {"torch", "diffusers", "peft", "transformers"}
+
+
+def test_without_a_gpu_there_is_nothing_to_train_three_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    level, told = said(only(doctor.gpu()))
+    assert level == "problem"
+    assert "there is no CUDA device to train on" in told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lora_by_hand import lora_layers, merged_weight
@@ -103,3 +105,38 @@ def test_no_more_layers_are_taken_together_than_fit_into_the_memory_of_one(
         sizes = [len(group) for group, _ in merged_square_norms(find_adapted_layers(model))]
     assert sum(sizes) == 20
     assert max(sizes) == together
+
+
+def test_the_micro_batches_of_a_step_share_its_norms_and_the_next_step_takes_new_ones(
+    draw: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def counting(layers: Any) -> Any:
+        taken.append(1)
+        return merged_square_norms(layers)
+
+    monkeypatch.setattr(filter_norms, "merged_square_norms", counting)
+    with seeded(0):
+        model = many_layers()
+    flat = FlatLora(model, schedule="constant")
+    plain = [flat.noise(name, 0, slot) for slot in range(3) for name in flat.layers]
+    taken.clear()
+    with flat.one_step():
+        for slot in range(3):
+            with flat.perturb(0, slot):
+                pass
+        assert len(taken) == 1
+        with flat.perturb(1):
+            pass
+        assert len(taken) == 2
+        with flat.perturb(0):
+            pass
+        shared = [flat.noise(name, 0, slot) for slot in range(3) for name in flat.layers]
+    assert all(torch.equal(one, two) for one, two in zip(plain, shared, strict=True))
+    assert flat.norm_state() is None, "what was shared is gone with the step"
+    taken.clear()
+    for slot in range(2):
+        with flat.perturb(0, slot):
+            pass
+    assert len(taken) == 2, "outside of it whoever moves A and B is not given old norms"

@@ -55,5 +55,4 @@ def drill_config() -> TrainConfig:
         mixed_precision="bf16" if is_new else "fp16",
         gradient_checkpointing=True,
         cache_latents=True,
-        offload=True,
     )

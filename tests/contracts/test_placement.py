@@ -1,0 +1,108 @@
+"""Everything in a training step is on one device and waits for nothing: on `meta` other tensors and reads fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flatlora_diffusion import FlatLora
+from flatlora_diffusion.adapter.lora import add_lora
+from flatlora_diffusion.config import AdapterConfig, ModelConfig, ObjectiveConfig
+from flatlora_diffusion.sdxl.objective import (
+    Batch,
+    Objective,
+    diffusion_loss,
+    draw_targets,
+    objective_of,
+    with_more_noise,
+)
+from flatlora_diffusion.sdxl.shapes import weightless
+
+META = torch.device("meta")
+
+
+class AnyDevice(torch.Generator):
+    """A generator that may be asked for on any device: of its numbers nothing is read here."""
+
+    device: Any = property(lambda _: META)
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        made: Any = super().__new__
+        return made(cls, device="cpu")
+
+
+class OnMeta(TorchDispatchMode):
+    """Fails where an operator is given a tensor from elsewhere, beside those that copy; `meta` itself lets some pass.
+
+    A number on the CPU may stand beside tensors of any device.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [one for one in tree_leaves((args, kwargs or {})) if isinstance(one, Tensor) and one.ndim]
+        devices = {one.device for one in given}
+        if META in devices and len(devices) > 1 and "copy" not in str(func):
+            raise AssertionError(f"{func} was given tensors of {devices}")
+        return func(*args, **(kwargs or {}))
+
+
+def step(base: Path, objective: Objective, draw: str, adapter: AdapterConfig) -> list[Tensor]:
+    """The gradients of one micro-batch with every tensor on `meta`."""
+    unet = weightless(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
+    add_lora(unet, adapter, 0)
+    flat = FlatLora(unet, sigma=0.1, schedule="constant", draw=draw)  # type: ignore[arg-type]
+    shapes = {"latents": (2, 4, 8, 8), "prompt_embeds": (2, 77, 40), "pooled_prompt_embeds": (2, 24)}
+    made = {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
+    batch = Batch(**made, add_time_ids=torch.empty(2, 6, device=META), mask=torch.empty(2, 1, 8, 8, device=META))
+    rng: Any = AnyDevice()
+    noise, timesteps = draw_targets(objective, batch.latents, rng)
+    batch = with_more_noise(objective, batch, rng)
+    with flat.perturb(0):
+        diffusion_loss(unet, objective, batch, noise, timesteps).backward()
+    return [one.grad for one in unet.parameters() if one.requires_grad and one.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"snr_gamma": 5.0, "loss_type": "huber", "noise_offset": 0.1},
+        {"multires_noise_iterations": 3, "ip_noise_gamma": 0.1, "min_timestep": 5},
+    ],
+    ids=str,
+)
+def test_a_step_mixes_no_devices_and_reads_nothing_back(
+    base: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch, "Generator", AnyDevice)
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and asked(kind))
+    objective = objective_of(ObjectiveConfig(**settings), DDPMScheduler())
+    with OnMeta():
+        gradients = step(base, objective, kind, AdapterConfig(lora_target_modules="conv"))
+    assert gradients
+    assert {one.device for one in gradients} == {META}
+
+
+def test_another_device_and_a_wait_would_be_seen() -> None:
+    there, here = torch.empty(3, 3, device=META, requires_grad=True), torch.ones(3, 3)
+    for mixed in (
+        lambda: there + here,
+        lambda: there @ here,
+        lambda: F.linear(there, here),
+        lambda: here[there.long()],
+    ):
+        with pytest.raises((RuntimeError, AssertionError)), OnMeta():
+            mixed()
+    with pytest.raises((RuntimeError, AssertionError)), OnMeta():
+        there.mul(2).backward(here)
+    with pytest.raises(RuntimeError):
+        float(there.sum())
