@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="of --base")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of --base")
     parser.add_argument("--quantize_base", help="of --base; there is no `plain` arm then")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[arm for arm in ARMS if arm != "lora"], help="beside lora, of --base"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -99,10 +102,13 @@ def subjects(args: argparse.Namespace) -> dict[str, Callable[[str], tuple[dict[s
     }
     given = {name: value for name, value in settings.items() if value is not None}
     shown = (f"{name} {value}" for name, value in given.items() if not name.startswith("pretrained"))
-    return {f"whole base, {', '.join(shown)}": partial(base_arms, given)}
+    arms = [arm for arm in ARMS if arm == "lora" or args.arms is None or arm in args.arms]
+    return {f"whole base, {', '.join(shown)}": partial(base_arms, given, arms=arms)}
 
 
-def base_arms(settings: dict[str, Any], folder: str) -> tuple[dict[str, Step], int]:
+def base_arms(
+    settings: dict[str, Any], folder: str, arms: Collection[str] = tuple(ARMS)
+) -> tuple[dict[str, Step], int]:
     """The arms on a whole base, as its users train it, the latents encoded before."""
     data = SAMPLES / "icons_3d"
     config = TrainConfig.from_dict(
@@ -120,12 +126,12 @@ def base_arms(settings: dict[str, Any], folder: str) -> tuple[dict[str, Step], i
         }
     )
     samples = load_samples(data).samples
-    states = {arm: prepare(config.replace(**changes), samples) for arm, changes in ARMS.items()}
-    arms = {arm: our_step(state) for arm, state in states.items()}
-    layers = len(states["full"].flats[0].layers)
+    states = {arm: prepare(config.replace(**ARMS[arm]), samples) for arm in arms}
+    steps = {arm: our_step(state) for arm, state in states.items()}
+    layers = max(len(flat.layers) for state in states.values() for flat in state.flats)
     if config.model.quantize_base is not None:
-        return arms, layers
-    return {"plain": plain_base_step(config, states["lora"].feed.batch(0, 0)), **arms}, layers
+        return steps, layers
+    return {"plain": plain_base_step(config, states["lora"].feed.batch(0, 0)), **steps}, layers
 
 
 def plain_base_step(config: TrainConfig, batch: Batch) -> Step:
