@@ -8,30 +8,31 @@ hits all alike, and each goes first in turn. The figures are medians of the rati
 one step allocates beyond what is there between steps: PyTorch's allocator as its profiler sees it, on CUDA as the
 allocator counts it. Launches are operators that work on numbers; those beyond LoRA's are given for each adapted layer.
 Writes benchmarks/train_step.json.
+
+With `--base FOLDER` the one subject is that base, as the other flags say; `benchmarks/gpu.sh` does so with SDXL.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import accelerate
-import diffusers
-import peft
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from benchmarks import record
 from benchmarks.turns import Step, compare
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Feed
@@ -45,7 +46,6 @@ from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
 RANK = 16
-LAYERS = {"tiny base": 88, "SDXL block": 8}  # that carry a LoRA
 WIDTH, SIDE, PROMPT_TOKENS, PROMPT_WIDTH = 1280, 32, 77, 2048
 LORA = LoraConfig(
     r=RANK,
@@ -67,47 +67,88 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=50, help="time to spend on each subject")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--base", help="a folder in diffusers' format; without one, both subjects of the table")
+    parser.add_argument("--batch", type=int, default=1, help="of --base")
+    parser.add_argument("--resolution", type=int, help="of --base; default: its own")
+    parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="of --base")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="of --base")
+    parser.add_argument("--quantize_base", help="of --base; there is no `plain` arm then")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[arm for arm in ARMS if arm != "lora"], help="beside lora, of --base"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for subject, make_arms in (("tiny base", tiny_base_arms), ("SDXL block", block_arms)):
-            arms = make_arms(folder)
-            results[subject] = {"layers": LAYERS[subject], **compare(arms, args.seconds)}
+        for subject, make_arms in subjects(args).items():
+            arms, layers = make_arms(folder)
+            results[subject] = {"layers": layers, **compare(arms, args.seconds)}
             report(subject, results[subject])
-    save(results, args.threads)
+    record.save(args.out, results)
 
 
-def tiny_base_arms(folder: str) -> dict[str, Step]:
-    """The arms on the base that ships with us, as its users train it, the latents encoded before."""
+def subjects(args: argparse.Namespace) -> dict[str, Callable[[str], tuple[dict[str, Step], int]]]:
+    """What makes each subject's arms, and counts the layers that carry a LoRA."""
+    if args.base is None:
+        return {"tiny base": partial(base_arms, {"train_batch_size": 4}), "SDXL block": block_arms}
+    settings = {
+        "pretrained_model_name_or_path": args.base,
+        "train_batch_size": args.batch,
+        "resolution": args.resolution,
+        "mixed_precision": args.mixed_precision,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "quantize_base": args.quantize_base,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    shown = (f"{name} {value}" for name, value in given.items() if not name.startswith("pretrained"))
+    arms = [arm for arm in ARMS if arm == "lora" or args.arms is None or arm in args.arms]
+    return {f"whole base, {', '.join(shown)}": partial(base_arms, given, arms=arms)}
+
+
+def base_arms(
+    settings: dict[str, Any], folder: str, arms: Collection[str] = tuple(ARMS)
+) -> tuple[dict[str, Step], int]:
+    """The arms on a whole base, as its users train it, the latents encoded before."""
     data = SAMPLES / "icons_3d"
     config = TrainConfig.from_dict(
         {
             "instance_data_dir": str(data),
             "output_dir": folder,
             "rank": RANK,
-            "train_batch_size": 4,
             "cache_latents": True,
             "sigma_schedule": "constant",  # so that every timed step is perturbed
             "lr_scheduler": "constant",
             "max_train_steps": 10_000,
             "report_to": "none",
             "seed": 0,
+            **settings,
         }
     )
     samples = load_samples(data).samples
-    states = {arm: prepare(config.replace(**changes), samples) for arm, changes in ARMS.items()}
-    unet = UNet2DConditionModel.from_pretrained(base_path("tiny"), subfolder="unet", dtype=torch.float32)
-    unet.to(states["lora"].accelerator.device).requires_grad_(False)
+    states = {arm: prepare(config.replace(**ARMS[arm]), samples) for arm in arms}
+    steps = {arm: our_step(state) for arm, state in states.items()}
+    layers = max(len(flat.layers) for state in states.values() for flat in state.flats)
+    if config.model.quantize_base is not None:
+        return steps, layers
+    return {"plain": plain_base_step(config, states["lora"].feed.batch(0, 0)), **steps}, layers
+
+
+def plain_base_step(config: TrainConfig, batch: Batch) -> Step:
+    path = base_path(config.model.pretrained_model_name_or_path)
+    is_half = config.optim.mixed_precision == "bf16"
+    dtype = torch.bfloat16 if is_half else torch.float32
+    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=dtype)
+    unet.to(record.DEVICE).requires_grad_(False)
     unet.add_adapter(LORA)
+    cast_training_params(unet)
+    if config.optim.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     unet.train()
-    scheduler = DDPMScheduler.from_pretrained(base_path("tiny"), subfolder="scheduler")
-    batch = states["lora"].feed.batch(0, 0)
-    arms = {"plain": plain_step(unet, scheduler, batch)}
-    return arms | {arm: our_step(state) for arm, state in states.items()}
+    return plain_step(unet, DDPMScheduler.from_pretrained(path, subfolder="scheduler"), batch, is_half)
 
 
-def block_arms(folder: str) -> dict[str, Step]:
+def block_arms(folder: str) -> tuple[dict[str, Step], int]:
     """The arms on one block, all with the same weights and the same batch."""
     generator = torch.Generator().manual_seed(0)
     device = Accelerator().device
@@ -120,8 +161,9 @@ def block_arms(folder: str) -> dict[str, Step]:
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     arms = {"plain": plain_step(Block().to(device), scheduler, batch)}
     for arm, changes in ARMS.items():
-        arms[arm] = our_step(block_state(changes, scheduler, batch, folder))
-    return arms
+        state = block_state(changes, scheduler, batch, folder)
+        arms[arm] = our_step(state)
+    return arms, len(state.flats[0].layers)
 
 
 class Block(nn.Module):
@@ -184,7 +226,7 @@ def our_step(state: TrainState) -> Step:
     return lambda step: train_step(state, step)
 
 
-def plain_step(model: Any, scheduler: Any, batch: Batch) -> Step:
+def plain_step(model: Any, scheduler: Any, batch: Batch, is_half: bool = False) -> Step:
     """The step of diffusers' script with cached latents and a single prompt: what a user would write without us."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, lr_schedule = optimizer_of(parameters)
@@ -196,7 +238,8 @@ def plain_step(model: Any, scheduler: Any, batch: Batch) -> Step:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, count, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        output = model(noisy, timesteps, batch.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=is_half):
+            output = model(noisy, timesteps, batch.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
         loss = F.mse_loss(output.float(), noise.float(), reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -225,20 +268,8 @@ def report(subject: str, result: dict[str, Any]) -> None:
             ratio = "{1:.3f} | {0:.3f} to {2:.3f} |".format(*result[key])
             more = f"{(calls[name] - calls['lora']) / result['layers']:+.1f}"
         print(f"| {name} | {median:.4f} | {low:.4f} to {high:.4f} | {ratio} {memory:.1f} | {more} |")
-    low, median, high = result["lora / plain"]
-    print(f"lora / plain: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
-
-
-def save(results: dict[str, Any], threads: int) -> None:
-    libraries = {"torch": torch, "diffusers": diffusers, "peft": peft, "accelerate": accelerate}
-    record = {
-        **results,
-        "threads": threads,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "memory": "CUDA's allocator" if torch.cuda.is_available() else "PyTorch's CPU allocator, by its profiler",
-        "versions": {name: library.__version__ for name, library in libraries.items()},
-    }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if "lora / plain" in result:
+        print("lora / plain: {1:.3f} (quartiles {0:.3f} to {2:.3f})".format(*result["lora / plain"]))
 
 
 if __name__ == "__main__":

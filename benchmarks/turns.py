@@ -30,24 +30,24 @@ Step = Callable[[int], float]  # does optimizer step i and returns its loss
 def compare(arms: dict[str, Step], budget: float) -> dict[str, Any]:
     """Seconds of each arm's steps, taken in turns for about `budget` seconds, and bytes and launches of one more step.
 
-    Ratios are those of each turn: of `lora` to `plain`, of all others to `lora`.
+    Ratios are those of each turn: of `lora` to `plain` if there is such an arm, of all others to `lora`.
     """
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     turn = 0
-    while turn < WARMUP + 5 or time.perf_counter() - started < budget:
+    while turn < WARMUP + 2 or time.perf_counter() - started < budget:
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
             seconds[name].append(timed(arms[name], turn))
         turn += 1
     measured = {name: values[WARMUP:] for name, values in seconds.items()}
-    ratios = {f"{name} / lora": ratio_quartiles(measured[name], measured["lora"]) for name in names[2:]}
+    pairs = [("lora", "plain")] if "plain" in arms else []
+    pairs += [(name, "lora") for name in names if name not in ("plain", "lora")]
     return {
         "turns": turn - WARMUP,
         "seconds": {name: statistics.quantiles(values, n=4) for name, values in measured.items()},
-        "lora / plain": ratio_quartiles(measured["lora"], measured["plain"]),
-        **ratios,
+        **{f"{one} / {other}": ratio_quartiles(measured[one], measured[other]) for one, other in pairs},
         "peak_bytes": {name: peak_bytes(step, turn) for name, step in arms.items()},
         "launches": {name: launches(step, turn + 1) for name, step in arms.items()},
     }

@@ -267,14 +267,14 @@ def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
 def _perturbation(passes: Passes, width: int, config: PerturbConfig) -> int:
     """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
 
-    A low-rank draw holds the factors of all eps in bf16 in its place.
+    A low-rank draw holds the factors of all eps in its place, and with them the LoRA's in the compute dtype.
     """
     if config.method == "lora":
         return 0
     rows = sum(shape[0] for shape in passes.adapted)
     if config.perturb_draw == "low_rank":
         inputs = sum(shape[1:].numel() for shape in passes.adapted)
-        return 8 * rows + 2 * DRAW_RANK * (rows + inputs)
+        return 8 * rows + width * (DRAW_RANK * (rows + inputs) + sum(map(math.prod, passes.trained)))
     largest = max(shape.numel() for shape in passes.adapted)
     return 8 * rows + largest * (4 if width == 4 else 4 + width)
 

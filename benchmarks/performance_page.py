@@ -1,0 +1,116 @@
+"""Write the tables of docs/performance.md from the benchmarks' JSON: `python -m benchmarks.performance_page`
+
+What stands between `<!-- NAME -->` and `<!-- end -->` is written anew, from the file called NAME; all else of the
+page is written by hand, and has no figures that were measured. A file that is not there says how to make it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "performance.md"
+_BLOCK = re.compile(r"(?<=<!-- )((?!end )\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(page: str) -> str:
+    """The page with its tables as the JSON files are now."""
+    return _BLOCK.sub(lambda found: f"{found[1]} -->\n{block(found[1])}\n", page)
+
+
+def block(name: str) -> str:
+    file = FOLDER / f"{name}.json"
+    if not file.is_file():
+        return f"*Not measured yet: `python -m benchmarks.{name}` does.*"
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    return f"{TABLES[name](figures)}\n\n{origin(name, figures)}"
+
+
+def origin(name: str, figures: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{library} {version}" for library, version in figures["versions"].items())
+    known = [figures[key] for key in ("date", "device") if figures.get(key)]
+    return f"*{', '.join([f'`python -m benchmarks.{name}`', *known])}, {figures['threads']} threads; {libraries}.*"
+
+
+def steps(figures: dict[str, Any]) -> str:
+    """Of `train_step`: a table for each subject."""
+    tables = []
+    for subject, found in subjects(figures).items():
+        lines = [
+            f"{subject}, {found['layers']} adapted layers, {found['turns']} steps of each arm:\n",
+            "| arm | ms a step | / LoRA | quartiles | peak MiB | launches a layer beyond LoRA's |",
+            "|---|---|---|---|---|---|",
+        ]
+        for arm, (_, median, _) in found["seconds"].items():
+            low, ratio, high = found.get(f"{arm} / lora", (None, None, None))
+            more = (found["launches"][arm] - found["launches"]["lora"]) / found["layers"]
+            cells = [f"{1e3 * median:.1f}", f"{ratio:.3f}" if ratio else "", f"{low:.3f} to {high:.3f}" if low else ""]
+            cells += [f"{found['peak_bytes'][arm] / 2**20:.1f}", f"{more:+.1f}" if ratio else ""]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def layers(figures: dict[str, Any]) -> str:
+    """Of `layer_cost`: what each arm adds against its floor, then the ratios of one property at a time."""
+    lines = ["| stack | arm | / LoRA | added, ms | floor, ms | added / floor | peak MiB beyond LoRA's | drift |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, found in figures["shapes"].items():
+        for arm, floor in found["floor"].items():
+            added, peaks = found["added"][arm], found["peak_bytes"]
+            cells = [f"{found[f'{arm} / lora'][1]:.3f}", f"{1e3 * added:.2f}", f"{1e3 * floor:.2f}"]
+            cells += [
+                f"{added / floor:.1f}",
+                f"{(peaks[arm] - peaks['lora']) / 2**20:+.1f}",
+                f"{found['drift'][arm]:.1e}",
+            ]
+            lines.append(f"| {name} | {arm} | {' | '.join(cells)} |")
+    rates = figures["rates"]
+    lines.append(
+        f"\n{rates['bytes'] / 1e9:.1f} GB/s copied, {rates['draws'] / 1e6:.0f} million normal numbers/s drawn.\n"
+    )
+    arms = list(next(iter(figures["shapes"].values()))["floor"])
+    lines += [f"| one property | {' | '.join(f'{arm} / LoRA' for arm in arms)} |", f"|---{'|---' * len(arms)}|"]
+    for what, values in figures["scaling"].items():
+        for value, found in values.items():
+            ratios = " | ".join(f"{found[f'{arm} / lora'][1]:.3f}" for arm in arms)
+            lines.append(f"| {what} {value} | {ratios} |")
+    return "\n".join(lines)
+
+
+def pairs(figures: dict[str, Any]) -> str:
+    """Of `paired_draws`: differences and intervals in 1e-5."""
+    seeds = len(next(iter(next(iter(figures["figures"].values())).values())))
+    lines = [f"Differences over {seeds} seeds with their 95 % intervals, in 10⁻⁵:\n"]
+    lines += ["| steps | arms | held-out loss | clean training loss | loss rise |", "|---|---|---|---|---|"]
+    for step, arms in figures["differences"].items():
+        for names, metrics in arms.items():
+            cells = [interval(metrics[metric]) for metric in ("heldout", "train", "rise")]
+            lines.append(f"| {step} | {names} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(difference: dict[str, Any]) -> str:
+    mean = f"{1e5 * difference['mean']:+.1f}"
+    if difference["low"] is None:
+        return mean
+    return f"{mean} [{1e5 * difference['low']:+.1f}, {1e5 * difference['high']:+.1f}]"
+
+
+def subjects(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if isinstance(value, dict) and "seconds" in value}
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"train_step": steps, "layer_cost": layers, "paired_draws": pairs}
+
+
+if __name__ == "__main__":
+    main()

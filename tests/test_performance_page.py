@@ -1,0 +1,22 @@
+"""The figures of docs/performance.md are those of the benchmarks' files."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.performance_page import FOLDER, PAGE, TABLES, block, filled
+
+
+def test_the_page_is_what_its_command_writes() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert filled(page) == page, "run `python -m benchmarks.performance_page`"
+    for name in TABLES:
+        assert block(name) in page
+
+
+def test_a_table_has_the_medians_of_its_file() -> None:
+    figures = json.loads((FOLDER / "train_step.json").read_text(encoding="utf-8"))
+    for subject, found in figures.items():
+        if isinstance(found, dict) and "turns" in found:
+            assert subject in block("train_step")
+            assert f"| {found['low-rank / lora'][1]:.3f} |" in block("train_step")
