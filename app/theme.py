@@ -47,6 +47,10 @@ button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-v
 .fl-card + .fl-card { margin-top: 10px; }
 .fl-card b { font-weight: 600; }
 .fl-card ul { margin: 6px 0 0; padding-left: 1.2em; list-style: disc; }
+.fl-answer { border-left: 5px solid #b84a16; padding: 4px 0 4px 16px; margin: 4px 0 12px;
+  color: var(--body-text-color); }
+.fl-answer p { margin: 0; max-width: 75ch; } .fl-answer b { font-size: 1.2rem; line-height: 1.35; font-weight: 600; }
+.fl-answer p + p { margin-top: 4px; }
 .fl-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 16px; }
 .fl-track { height: 10px; border-radius: 5px; background: var(--border-color-primary); margin: 8px 0 4px;
   overflow: hidden; }

@@ -14,6 +14,7 @@ import gradio as gr
 from flatlora_diffusion.config import SAMPLES, ConfigError, DataConfig, ModelConfig
 from flatlora_diffusion.data.images import find_images
 
+from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..reporting import note, told_on_the_page
 from ..runs.removal import CAPTIONS, IMAGES, ask, bring_back, choose, confirmed, remove_one
@@ -129,7 +130,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     tab = _Tab(context, session, intake, pictures, captions, look)
     _connect_intake(tab, form)
     _connect_removal(tab)
-    _connect_captions(tab, form)
+    _connect_captions(tab, form, load)
     gr.on([component.change for component in looked_at], trigger_mode="always_last", **look)
     load(partial(ensure_session, context), [session], [session], show_progress="hidden").then(**look)
     return look
@@ -192,7 +193,7 @@ def _connect_removal(tab: _Tab) -> None:
     ).then(**hide)
 
 
-def _connect_captions(tab: _Tab, form: ConfigForm) -> None:
+def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
     """Captions written from names, by a model and by hand, and the trigger word in them."""
     context, session, intake, captions = tab.context, tab.session, tab.intake, tab.captions
     told, look = [tab.pictures.told], tab.look
@@ -205,6 +206,10 @@ def _connect_captions(tab: _Tab, form: ConfigForm) -> None:
         api_name="caption_by_model",
     ).success(**look)
     preview, used = form.by_name["validation_prompt"], gr.State(TRIGGER)
+    # The kept prompt has the kept word in it.
+    keep_fields(load, "dataset", {"trigger": intake.trigger}).then(
+        str.strip, [intake.trigger], [used], show_progress="hidden", api_visibility="private"
+    )
     gr.on(
         [intake.trigger.blur, intake.trigger.submit],
         use_trigger,

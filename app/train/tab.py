@@ -14,6 +14,7 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 
+from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..dataset.view import training_size
 from ..jobs.store import Job
@@ -180,6 +181,7 @@ def build_train_tab(
                 visible=False,
             )
             log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+    keep_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
     seen = gr.State(None)
     told_inputs = [session, method, *form.components]
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
