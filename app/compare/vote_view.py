@@ -128,7 +128,7 @@ class VoteView:
         if pair is None:
             return VotePage(self._told(ballot, files), self._count(ballot, is_over=True), False)
         done = len(self._answers(ballot))
-        bar = f'<progress value="{done}" max="{len(ballot.pairs)}"></progress>'
+        bar = f'<progress aria-label="Pairs voted on" value="{done}" max="{len(ballot.pairs)}"></progress>'
         pictures = "".join(
             f'<img src="{_unnamed(files[picture])}" alt="{side} picture">'
             for side, picture in zip(("Left", "Right"), pair.sides, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from ..runs.live_view import method_name
+from ..runs.run_cards import method_name
 
 _SIGMA = 0.1  # the noise that Flat-LoRA trains with by default
 _LIMITS = (

@@ -19,8 +19,8 @@ from ..context import AppContext
 from ..jobs.store import Job
 from ..jobs.view import told, why_failed, why_waiting, wrong
 from ..reporting import answer_card
-from ..runs.live_view import duration, method_name
 from ..runs.processes import read_json
+from ..runs.run_cards import duration, method_name
 from .answer import answer
 
 QUICK, THOROUGH = "quick", "thorough"

@@ -40,7 +40,7 @@ def upload_and_caption(page: AppPage) -> None:
     page.button("Write all captions from file names").click()
     for icon in ICONS:
         caption = f"a TOK icon of {icon.stem.replace('-', ' ')}, in the style of TOK"
-        expect(page.page.get_by_role("gridcell", name=caption, exact=True)).to_be_visible(timeout=PATIENCE)
+        expect(page.page.get_by_label(f"Caption of {icon.name}")).to_have_value(caption, timeout=PATIENCE)
 
 
 def compare(page: AppPage) -> None:
@@ -99,7 +99,7 @@ def check_what_the_browser_keeps(page: AppPage) -> None:
 
 def download(page: AppPage, folder: Path) -> Path:
     page.show_tab("Runs")
-    button = page.button("For diffusers")
+    button = page.button("Download for diffusers")
     expect(button).to_be_enabled(timeout=PATIENCE)
     with page.page.expect_download() as waiting:
         button.click()
@@ -118,4 +118,5 @@ def test_all_tabs_fit_a_phone(page: AppPage, app: RunningApp) -> None:
     for name in names:
         page.show_tab(name)
         widths[name] = page.settled_width()
+        expect(page.page.get_by_role("tab", name=name, exact=True)).to_be_visible()  # and not behind a menu
     assert max(widths.values()) <= 390, widths
