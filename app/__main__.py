@@ -41,7 +41,7 @@ def make_guard(settings: AppSettings) -> Guard:
 
 def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
     """What `Blocks.launch` gets: who is let in, what is served, how it looks."""
-    from .theme import CSS, make_theme
+    from .theme import CSS, HEAD, make_theme
 
     return {
         "server_name": settings.host,
@@ -57,6 +57,7 @@ def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
         "max_file_size": "1gb",
         "theme": make_theme(),
         "css": CSS,
+        "head": HEAD,
         "footer_links": [],
         "enable_monitoring": False,
         "quiet": True,

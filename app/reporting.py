@@ -23,6 +23,13 @@ def told_on_the_page() -> Iterator[None]:
         raise gr.Error(escape(str(error), quote=False), title="Please check", print_exception=False) from error
 
 
+def answer_card(told: str, rest: str) -> str:
+    """The answer in large letters, and what it rests on below; nothing without one."""
+    if not told:
+        return ""
+    return f'<div class="fl-answer"><p><b>{escape(told)}</b></p><p>{escape(rest)}</p></div>'
+
+
 def note(text: str, tone: str = "") -> str:
     """A card with the HTML `text`, read out by screen readers as it changes."""
     return f'<div class="fl-card {tone}" role="status">{text}</div>'

@@ -27,6 +27,29 @@ def make_theme() -> gr.themes.Base:
         button_primary_background_fill_hover="#9c3d10",
         button_primary_background_fill_dark="#b84a16",
         button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        button_cancel_background_fill="transparent",
+        button_cancel_background_fill_dark="transparent",
+        button_cancel_background_fill_hover="#b42318",
+        button_cancel_background_fill_hover_dark="#ff8a7a",
+        button_cancel_text_color="#b42318",
+        button_cancel_text_color_dark="#ff8a7a",
+        button_cancel_text_color_hover="white",
+        button_cancel_text_color_hover_dark="#171412",
+        button_cancel_border_color="#b42318",
+        button_cancel_border_color_dark="#ff8a7a",
+        button_border_width="1px",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_600",
+        block_label_text_color_dark="*neutral_300",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        color_accent="#b84a16",
     )
 
 
@@ -37,9 +60,15 @@ CSS = """
 .gradio-container > .main { padding: 12px clamp(6px, 2.5vw, 32px) !important; }
 .tabs, .tabitem, .row, .column, .form { min-width: 0; max-width: 100%; }
 footer { display: none !important; }
-button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-visible {
-  outline: 3px solid #2f6fde !important; outline-offset: 2px; }
-.fl-title h1 { margin: 0; } .fl-title p { margin: .2rem 0 0; opacity: .75; }
+.gradio-container { --fl-danger: #b42318; --fl-on-danger: white; --fl-edge: #8f8a85; --fl-focus: #2f6fde; }
+.dark .gradio-container, .gradio-container.dark { --fl-danger: #ff8a7a; --fl-on-danger: #171412; --fl-edge: #8f8a85;
+  --fl-focus: #8db4ff; --color-accent: #f0915c; }
+button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-visible, textarea:focus-visible,
+input:focus-visible, select:focus-visible, [tabindex]:focus-visible {
+  outline: 3px solid var(--fl-focus) !important; outline-offset: 2px; }
+label:has(> input[type=radio]:focus-visible), label:has(> input[type=checkbox]:focus-visible) {
+  outline: 3px solid var(--fl-focus); outline-offset: 2px; }
+.fl-title h1 { margin: 0; } .fl-title p { margin: .2rem 0 0; color: var(--body-text-color-subdued); }
 .html-container { padding: 0 !important; }
 .block:has(> .html-container > .gradio-style:empty) { display: none; }
 .fl-card { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 12px 16px;
@@ -47,15 +76,18 @@ button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-v
 .fl-card + .fl-card { margin-top: 10px; }
 .fl-card b { font-weight: 600; }
 .fl-card ul { margin: 6px 0 0; padding-left: 1.2em; list-style: disc; }
+.fl-answer { border-left: 5px solid #b84a16; padding: 4px 0 4px 16px; margin: 4px 0 12px;
+  color: var(--body-text-color); }
+.fl-answer p { margin: 0; max-width: 75ch; } .fl-answer b { font-size: 1.2rem; line-height: 1.35; font-weight: 600; }
+.fl-answer p + p { margin-top: 4px; }
 .fl-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 16px; }
 .fl-track { height: 10px; border-radius: 5px; background: var(--border-color-primary); margin: 8px 0 4px;
   overflow: hidden; }
 .fl-fill { height: 100%; }
-.fl-faint { opacity: .8; font-size: .9em; }
+.fl-faint { color: var(--body-text-color-subdued); font-size: .9em; }
 .fl-bad { color: #b42318; } .dark .fl-bad { color: #ff8a7a; }
 .fl-card pre { white-space: pre-wrap; max-height: 14em; overflow: auto; font-size: .8em; margin: 8px 0 0; }
-#captions, #captions > *, .table-wrap { max-width: 100%; overflow-x: auto; }
-#captions table { min-width: 640px; }
+.table-wrap { max-width: 100%; overflow-x: auto; }
 #log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }
 .fl-gallery .grid-container .thumbnail-item { aspect-ratio: auto !important; height: auto !important; width: 100%; }
 .fl-gallery .grid-container .thumbnail-item img { aspect-ratio: 1; height: auto; width: 100%; object-fit: contain; }
@@ -67,6 +99,14 @@ button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-v
   font-size: .75rem; line-height: 1.3; background: none; color: var(--body-text-color); }
 @media (max-width: 640px) {
   .fl-gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
-  .tab-container button { padding: 0 9px; }
+  .tab-container button { padding: 0 5px; font-size: 13px; }
 }
 """
+
+# In the head, where a media query holds for all of the page.
+HEAD = """<style>
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation-duration: .01ms !important; animation-iteration-count: 1 !important;
+    transition-duration: .01ms !important; scroll-behavior: auto !important; }
+}
+</style>"""

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from .browser_memory import keep_tab
 from .compare.tab import build_compare_tab
 from .context import AppContext
 from .dataset.tab import build_dataset_tab
@@ -24,6 +25,8 @@ def build_app(context: AppContext) -> gr.Blocks:
     """The page of `context`, not launched yet."""
     with gr.Blocks(title="flatlora-diffusion", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)) as page:
         session = gr.BrowserState("", storage_key="flatlora-session", secret="browser only")
+        # Outside of the tabs: what is in a tab that was not opened yet is not there, and keeps nothing.
+        voter = gr.BrowserState("", storage_key="flatlora-voter", secret="browser only")
         form = ConfigForm()
         gr.Markdown(_TITLE, elem_classes="fl-title")
         with gr.Tabs() as tabs:
@@ -32,13 +35,15 @@ def build_app(context: AppContext) -> gr.Blocks:
             with gr.Tab("2 Train", id="train") as train:
                 train_tab = build_train_tab(context, form, session, page.load, train.select)
             with gr.Tab("3 Compare", id="compare") as compare:
-                compare_timer = build_compare_tab(context, page.load)
+                compare_timer = build_compare_tab(context, voter, page.load)
             with gr.Tab("4 Flatness", id="flatness") as flatness:
                 flatness_timer = build_flatness_tab(context, page.load)
             with gr.Tab("Runs", id="runs") as runs:
                 build_runs_tab(context, form, session, tabs, train_tab, look_at_images, runs.select)
         timers = {train: train_tab.timer, compare: compare_timer, flatness: flatness_timer}
-        for tab in (dataset, train, compare, flatness, runs):
+        named = {"dataset": dataset, "train": train, "compare": compare, "flatness": flatness, "runs": runs}
+        keep_tab(page.load, tabs, named)
+        for tab in named.values():
             tick = partial(_tick, [ticking is tab for ticking in timers])
             # One at a time, so that the tab that was opened last is the one that ticks.
             tab.select(tick, None, list(timers.values()), concurrency_id="tabs", show_progress="hidden")

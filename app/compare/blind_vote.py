@@ -12,7 +12,6 @@ from ..jobs.store import Choice, Vote
 from .picture_cache import Picture
 
 QUESTIONS = ("Which one do you like better?", "Which follows the style better?")
-SHOWN_FROM = 5
 
 
 @dataclass(frozen=True)
@@ -96,18 +95,18 @@ def interval(wins: int, count: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def verdict(count: Tally, first: str, second: str) -> str:
-    """What the votes say about the arms called `first` and `second`, and what they do not say."""
+def verdict(count: Tally, first: str, second: str) -> tuple[str, str]:
+    """(what the votes say about the arms called `first` and `second`, how sure that is); of a vote of fixed length."""
     if count.decided == 0:
-        return f"No vote prefers {first} or {second}, so nothing can be said about a difference."
+        return f"You saw no difference between {first} and {second}.", "All pairs were ties."
     low, high = interval(count.second, count.decided)
     share = f"{second} was preferred in {count.second} of {count.decided} decided votes"
-    told = f"({count.second / count.decided:.0%}; 95 % interval {low:.0%} to {high:.0%})"
+    sure = f"{share} ({count.second / count.decided:.0%}; 95 % interval {low:.0%} to {high:.0%})."
     if low > 0.5:
-        return f"{share} {told}: these votes prefer {second}."
+        return f"You prefer {second}.", sure
     if high < 0.5:
-        return f"{share} {told}: these votes prefer {first}."
+        return f"You prefer {first}.", sure
     return (
-        f"{share} {told}. The interval includes 50 %, so these votes show no difference. "
-        "That is not proof that there is none: a small difference needs many more votes."
+        f"Your votes show no difference between {first} and {second}.",
+        f"{sure} That is not proof that there is none: a small difference needs many more votes.",
     )

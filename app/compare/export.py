@@ -16,7 +16,7 @@ from flatlora_diffusion.gallery.png_text import bare_name
 from flatlora_diffusion.ground.whole_files import write_text
 
 from .comparison import Comparison, GridRow
-from .grid import AMPLIFIED
+from .grid import AMPLIFIED, difference_titles, enlarged
 from .picture_cache import Picture, file_hash
 
 _CELL = 320
@@ -27,71 +27,75 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --line: #44403c; --faint: #a8a29e; } }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 24px auto; padding: 0 16px; }
 h1 { font-size: 20px; margin: 0 0 4px; } p { margin: 2px 0; color: var(--faint); }
-table { border-collapse: collapse; margin-top: 16px; } td, th { padding: 4px; vertical-align: top; text-align: left; }
+table { border-collapse: collapse; margin-top: 16px; width: 100%; table-layout: fixed; }
+col.label { width: 18%; } td, th { padding: 4px; vertical-align: top; text-align: left; }
 th { font-weight: 600; } th small { display: block; font-weight: 400; color: var(--faint); overflow-wrap: anywhere; }
-tr > th:first-child { max-width: 220px; padding-right: 12px; font-weight: 400; overflow-wrap: anywhere; }
+tr > th:first-child { padding-right: 12px; font-weight: 400; overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; background: Canvas; }
 img { display: block; width: 100%; min-width: 64px; max-width: 360px; border-radius: 8px;
   border: 1px solid var(--line); }
 """
 
 
-def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
+def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None, folder: Path) -> Path:
     """The grid as one PNG in `folder`; that of the same pictures and labels is made once. All must be drawn."""
-    path = folder / f"comparison-{_key(comparison, is_difference)}.png"
+    path = folder / f"comparison-{_key(comparison, reference)}.png"
     if path.is_file():
         return path
     rows = comparison.rows()
-    images = [_images(row, drawn, is_difference) for row in rows]
-    labels = [title if title == "Base" else f"{title}\n{name}" for title, name in comparison.titles]
+    images = [_images(row, drawn, reference) for row in rows]
+    titles = difference_titles(comparison, reference)
+    labels = [title if title == "Base" else f"{title}\n{name}" for title, name in titles]
     folder.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
-    grid = labelled_grid(images, [row.label for row in rows], labels, _CELL, _caption(comparison, is_difference))
+    grid = labelled_grid(images, [row.label for row in rows], labels, _CELL, _caption(comparison, reference))
     grid.save(aside, "PNG")
     aside.replace(path)
     return path
 
 
-def save_page(comparison: Comparison, drawn: Mapping[Picture, Path], is_difference: bool, folder: Path) -> Path:
+def save_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None, folder: Path) -> Path:
     """The grid as one HTML file in `folder` that needs no other file and runs no script. All must be drawn."""
-    path = folder / f"comparison-{_key(comparison, is_difference)}.html"
+    path = folder / f"comparison-{_key(comparison, reference)}.html"
     if path.is_file():
         return path
-    heads = "".join(f"<th>{escape(title)}<small>{escape(name)}</small></th>" for title, name in comparison.titles)
-    rows = "".join(_row(row, comparison.titles, drawn, is_difference) for row in comparison.rows())
-    facts = "".join(f"<p>{escape(fact)}</p>" for fact in [_caption(comparison, is_difference), *_facts(comparison)])
+    titles = difference_titles(comparison, reference)
+    columns = '<colgroup><col class="label">' + "<col>" * len(titles) + "</colgroup>"
+    heads = "".join(f"<th>{escape(title)}<small>{escape(name)}</small></th>" for title, name in titles)
+    rows = "".join(_row(row, titles, drawn, reference) for row in comparison.rows())
+    facts = "".join(f"<p>{escape(fact)}</p>" for fact in [_caption(comparison, reference), *_facts(comparison)])
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\"><title>Comparison</title>"
         f"<style>{_STYLE}</style></head><body><h1>{escape(_title(comparison))}</h1>{facts}"
-        f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></body></html>\n"
+        f"<table>{columns}<thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></body></html>\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return path
 
 
-def difference(image: Image.Image, base: Image.Image) -> Image.Image:
-    """|image - base| of two RGB images of one size, amplified."""
-    return ImageChops.difference(image, base).point([min(255, value * AMPLIFIED) for value in range(256)] * 3)
+def difference(image: Image.Image, other: Image.Image) -> Image.Image:
+    """|image - other| of two RGB images of one size, amplified."""
+    return ImageChops.difference(image, other).point([min(255, value * AMPLIFIED) for value in range(256)] * 3)
 
 
-def _key(comparison: Comparison, is_difference: bool) -> str:
+def _key(comparison: Comparison, reference: int | None) -> str:
     rows = [(row.label, [one.key for one in row.pictures]) for row in comparison.rows()]
-    return hashlib.sha256(repr([comparison.titles, rows, is_difference]).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr([comparison.titles, rows, reference, _STYLE]).encode()).hexdigest()[:12]
 
 
 def _title(comparison: Comparison) -> str:
     return " and ".join(dict.fromkeys(title for title, _ in comparison.titles[1:])) + ", beside the base"
 
 
-def _caption(comparison: Comparison, is_difference: bool) -> str:
+def _caption(comparison: Comparison, reference: int | None) -> str:
     caption = f"{comparison.steps} steps, guidance {comparison.guidance:g}"
     if len(comparison.strengths) == 1:
         caption += f", strength {comparison.strengths[0]:g}"
-    return caption + (f"; differences to the base x {AMPLIFIED}" if is_difference else "")
+    return caption + (f"; differences x {AMPLIFIED}" if reference is not None else "")
 
 
 def _facts(comparison: Comparison) -> list[str]:
@@ -99,13 +103,14 @@ def _facts(comparison: Comparison) -> list[str]:
     precision = _PRECISIONS.get(drawing.precision, drawing.precision)
     name = bare_name(drawing.base[1])
     loras = [f"{arm.title} {arm.name}: LoRA file SHA-256 {file_hash(arm.file)[:16]}" for arm in comparison.arms]
-    return [f"Base {name}, {drawing.resolution} pixels, {precision}, base's hash {drawing.identity}", *loras]
+    small = [told] if (told := enlarged(comparison)) else []
+    return [f"Base {name}, {drawing.resolution} pixels, {precision}, base's hash {drawing.identity}", *loras, *small]
 
 
-def _row(row: GridRow, titles: Sequence[tuple[str, str]], drawn: Mapping[Picture, Path], is_difference: bool) -> str:
+def _row(row: GridRow, titles: Sequence[tuple[str, str]], drawn: Mapping[Picture, Path], reference: int | None) -> str:
     cells = "".join(
         f'<td><img src="{_data_url(image)}" alt="{escape(f"{title}, {name}: {row.label}")}"></td>'
-        for image, (title, name) in zip(_images(row, drawn, is_difference), titles, strict=True)
+        for image, (title, name) in zip(_images(row, drawn, reference), titles, strict=True)
     )
     return f"<tr><th>{escape(row.label)}</th>{cells}</tr>"
 
@@ -120,9 +125,12 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
-def _images(row: GridRow, drawn: Mapping[Picture, Path], is_difference: bool) -> list[Image.Image]:
+def _images(row: GridRow, drawn: Mapping[Picture, Path], reference: int | None) -> list[Image.Image]:
     images = [_opened(drawn[picture]) for picture in row.pictures]
-    return [images[0], *(difference(image, images[0]) for image in images[1:])] if is_difference else images
+    if reference is None:
+        return images
+    compared = images[reference]
+    return [*images[: reference + 1], *(difference(image, compared) for image in images[reference + 1 :])]
 
 
 def _opened(path: Path) -> Image.Image:

@@ -7,16 +7,21 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from flatlora_diffusion.charts.palette import BASE
+
+from ..theme import COLOURS
 from .comparison import Comparison, GridRow
 from .picture_cache import Picture
 
-AMPLIFIED = 4  # differences to the base, so that faint ones are seen
+AMPLIFIED = 4  # differences, so that faint ones are seen
 WHILE_LOADING = '<div class="fl-empty">Looking for finished runs ...</div>'
 
 GRID_CSS = """
 .fl-grid { display: grid; gap: 10px; }
-.fl-line { display: grid; gap: 8px; grid-template-columns: repeat(var(--columns), minmax(0, var(--widest))); }
+.fl-line { display: grid; gap: 8px;
+  grid-template-columns: repeat(var(--columns), minmax(0, var(--fl-size, var(--widest)))); }
 .fl-heads { position: sticky; top: 0; z-index: 2; padding: 6px 0; background: var(--background-fill-primary); }
+.fl-heads > div { border-top: 4px solid; padding-top: 4px; }
 .fl-heads b { display: block; }
 .fl-heads span { color: var(--body-text-color-subdued); font-size: 12px; overflow-wrap: anywhere; }
 .fl-label { margin: 6px 0 -4px; font-size: 14px; color: var(--body-text-color); overflow-wrap: anywhere; }
@@ -66,16 +71,42 @@ element.addEventListener('keydown', (event) => {
 """
 
 
-def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], is_difference: bool) -> str:
-    """HTML of all rows; what is not drawn is left open. With `is_difference` the arms show |arm - base|, amplified."""
+def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None) -> str:
+    """HTML of all rows; what is not drawn is left open. Columns after that of `reference` show how they
+    differ from it, amplified.
+    """
     columns = len(comparison.titles)
     heads = "".join(
-        f"<div><b>{escape(title)}</b><span>{escape(name)}</span></div>" for title, name in comparison.titles
+        f'<div style="border-color:{colour_of(title)}"><b>{escape(title)}</b><span>{escape(name)}</span></div>'
+        for title, name in difference_titles(comparison, reference)
     )
-    lines = "".join(_line(comparison, row, drawn, is_difference) for row in comparison.rows())
+    lines = "".join(_line(comparison, row, drawn, reference) for row in comparison.rows())
     widest = max(64, min(360, 5 * comparison.drawing.resolution))
     style = f"--columns: {columns}; --widest: {widest}px"
-    return f'<div class="fl-grid" style="{style}"><div class="fl-line fl-heads">{heads}</div>{lines}</div>'
+    told = f'<p class="fl-label">{told}</p>' if (told := enlarged(comparison)) else ""
+    return f'<div class="fl-grid" style="{style}">{told}<div class="fl-line fl-heads">{heads}</div>{lines}</div>'
+
+
+def enlarged(comparison: Comparison) -> str:
+    """That small pictures are shown larger than they are; empty for those that are not small."""
+    size = comparison.drawing.resolution
+    return "" if size >= 256 else f"This small base draws {size} x {size} pixels; enlarged, they look soft."
+
+
+def difference_titles(comparison: Comparison, reference: int | None) -> list[tuple[str, str]]:
+    """(what it is, the run's name) of each column."""
+    if reference is None:
+        return comparison.titles
+    compared = comparison.titles[reference][0]
+    return [
+        (title, name if place <= reference else f"{name}: difference to {compared}")
+        for place, (title, name) in enumerate(comparison.titles)
+    ]
+
+
+def colour_of(title: str) -> str:
+    """The colour of a column: that of its method everywhere."""
+    return COLOURS.get(title, BASE.tone.light)
 
 
 def empty_page(title: str, text: str) -> str:
@@ -88,8 +119,8 @@ def file_url(path: Path) -> str:
     return f"gradio_api/file={quote(path.resolve().as_posix())}"
 
 
-def _line(comparison: Comparison, row: GridRow, drawn: Mapping[Picture, Path], is_difference: bool) -> str:
-    base = drawn.get(row.pictures[0])
+def _line(comparison: Comparison, row: GridRow, drawn: Mapping[Picture, Path], reference: int | None) -> str:
+    compared = None if reference is None else drawn.get(row.pictures[reference])
     cells = []
     for place, (picture, (title, name)) in enumerate(zip(row.pictures, comparison.titles, strict=True)):
         path = drawn.get(picture)
@@ -99,9 +130,9 @@ def _line(comparison: Comparison, row: GridRow, drawn: Mapping[Picture, Path], i
         alt = escape(f"{title}, {name}: {row.label}")
         images = f'<img src="{file_url(path)}" alt="{alt}" draggable="false">'
         kind = "fl-cell"
-        if is_difference and place and base is not None:
+        if compared is not None and reference is not None and place > reference:
             kind = "fl-cell fl-diff"
-            images += f'<img src="{file_url(base)}" alt="" draggable="false">'
+            images += f'<img src="{file_url(compared)}" alt="" draggable="false">'
         hint = "Click to zoom the whole row"
         cells.append(
             f'<div class="{kind}" tabindex="0" role="button" title="{hint}" aria-label="{alt}">{images}</div>'

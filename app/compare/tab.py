@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import partial
@@ -12,33 +11,43 @@ import gradio as gr
 
 from flatlora_diffusion.config import ConfigError
 
+from ..browser_memory import keep_fields
 from ..context import AppContext
-from ..jobs.store import Choice
-from ..jobs.view import STATUS_CSS, told, wrong
-from .blind_vote import QUESTIONS
-from .comparison import ENOUGH_PAIRS, ComparedRun, default_seeds
+from ..jobs.view import STATUS_CSS, wrong
+from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
-from .view import AUTOMATIC, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
-from .vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
+from .view import (
+    AUTOMATIC,
+    BETWEEN,
+    BY_CHECKPOINT,
+    BY_PROMPT,
+    BY_STRENGTH,
+    PICTURES,
+    TO_BASE,
+    CompareView,
+    Form,
+    Shown,
+)
+from .vote_tab import build_vote
 
 _POLL_SECONDS = 1.5
+_LOOKS = [("Pictures", PICTURES), ("Difference to the base", TO_BASE), ("LoRA against Flat-LoRA", BETWEEN)]
+_RESIZE = "(size) => document.documentElement.style.setProperty('--fl-size', size + 'px')"
 _ROWS = [("Prompts", BY_PROMPT), ("at several strengths", BY_STRENGTH), ("by checkpoint", BY_CHECKPOINT)]
 _PRECISIONS = [("As the device likes", AUTOMATIC), ("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16")]
-_VOTER_KEY = "flatlora-voter"
-_SECRET = "flatlora"  # the voter's number is no secret, but without one Gradio makes it unreadable at each start
 
 
-def build_compare_tab(context: AppContext, load: Callable[..., Any]) -> gr.Timer:
+def build_compare_tab(context: AppContext, voter: gr.BrowserState, load: Callable[..., Any]) -> gr.Timer:
     """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
 
-    `load`: the page's load event.
+    `voter`: who votes in this browser; `load`: the page's load event.
     """
     view = CompareView(context)
     with gr.Tabs():
         with gr.Tab("Side by side"):
             form, timer, known = _build_side_by_side(view, load)
         with gr.Tab("Blind vote"):
-            _build_vote(view, form, known, load)
+            build_vote(view, form, known, voter, load)
     return timer
 
 
@@ -118,14 +127,25 @@ def _build_side_by_side(
         stop = gr.Button("Stop drawing", variant="stop", visible=False, min_width=120)
         picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120, elem_id="fl-save-grid")
         page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120, elem_id="fl-save-page")
-    difference = gr.Checkbox(
-        False, label="Show the difference to the base", info="Black is equal; brightened four times."
-    )
+    with gr.Row():
+        look = gr.Radio(
+            _LOOKS,
+            value=PICTURES,
+            label="Show",
+            info="In a difference black is equal; four times as bright.",
+            scale=3,
+        )
+        size = gr.Slider(
+            64, 640, 320, step=16, label="Size", info="of each picture here, in pixels", scale=2, min_width=220
+        )
+    size.input(None, [size], None, js=_RESIZE)
     status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status")
     grid = gr.HTML(WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid")
     form: list[gr.components.Component] = [
-        runs, prompts, seeds, rows, strength, strengths, steps, guidance, difference, precision,
+        runs, prompts, seeds, rows, strength, strengths, steps, guidance, look, precision,
     ]  # fmt: skip
+    kept = {str(part.label): part for part in (prompts, seeds, rows, strength, strengths, steps, guidance)}
+    restored = keep_fields(load, "compare", kept, event="input")
     outputs = [grid, status, picture, page, stop, last]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -144,7 +164,7 @@ def _build_side_by_side(
     def on_tick(known: list[str] | None, last: Shown | None, *values: Any) -> tuple[Any, ...]:
         return *choices(view, known, values[0], values[1]), *refresh(view, last, *values)
 
-    load(partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
+    restored.then(partial(choices, view), [known, runs, prompts], [runs, prompts, seeds, known], **quiet)
     # A dropdown for many fires `change` without end once its choices were filled in; `input` is the user's own.
     changed = [known.change, runs.input, *(one.change for one in form if one is not runs)]
     gr.on(changed, partial(refresh, view), [last, *form], outputs, **quiet)
@@ -167,77 +187,3 @@ def emptiable_slider(*place: Any, **settings: Any) -> gr.Slider:
 def _show_strengths(rows: str) -> tuple[Any, Any]:
     is_several = rows == BY_STRENGTH
     return gr.update(visible=not is_several), gr.update(visible=is_several)
-
-
-def _build_vote(
-    view: CompareView, form: list[gr.components.Component], known: gr.State, load: Callable[..., Any]
-) -> None:
-    votes = VoteView(view)
-    ballot = gr.State(None)
-    voter = gr.BrowserState("", storage_key=_VOTER_KEY, secret=_SECRET)
-    with gr.Row():
-        first = gr.Dropdown([], label="One column", min_width=160)
-        second = gr.Dropdown([], label="The other", min_width=160)
-        question = gr.Radio(list(QUESTIONS), value=QUESTIONS[0], label="Question")
-        order = gr.Number(1, label="Order", info="Another number shuffles anew.", precision=0, min_width=120)
-    start = gr.Button("Start", variant="primary", elem_id="fl-vote-start")
-    status = gr.HTML("", css_template=STATUS_CSS)
-    page = gr.HTML(NO_BALLOT, css_template=VOTE_CSS, js_on_load=VOTE_KEYS, elem_id="fl-vote")
-    with gr.Row(visible=False) as answers:
-        left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
-        right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
-        tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
-    count = gr.HTML("", elem_id="fl-vote-count")
-    reveal = gr.Button("End and reveal", visible=False, elem_id="fl-vote-reveal", size="sm")
-    shown = [page, count, answers, reveal]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-    def on_start(voter: str, first: str, second: str, question: str, order: float, *values: Any) -> tuple[Any, ...]:
-        try:
-            new = votes.start(Form(*values), (first, second), question, int(order or 0), voter)
-        except ConfigError as error:
-            return None, wrong(str(error)), NO_BALLOT, "", gr.update(visible=False), gr.update(visible=False)
-        return new, few_pairs(new), *vote_outputs(votes, new)
-
-    def on_vote(choice: Choice) -> Callable[[Ballot | None], tuple[Any, ...]]:
-        def vote(ballot: Ballot | None) -> tuple[Any, ...]:
-            if ballot is None:
-                return (gr.skip(),) * len(shown)
-            votes.vote(ballot, choice)
-            return vote_outputs(votes, ballot)
-
-        return vote
-
-    def on_reveal(ballot: Ballot) -> tuple[Any, ...]:
-        ended = votes.reveal(ballot)
-        return ended, *vote_outputs(votes, ended)
-
-    load(lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
-    gr.on([known.change, form[0].input], partial(column_choices, view), form[0], [first, second], **quiet)
-    start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
-    answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
-    for button, choice in answered:
-        button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
-    reveal.click(on_reveal, ballot, [ballot, *shown], **quiet)
-
-
-def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
-    """The two columns to vote on: of those compared, at first the last two."""
-    names = {arm.id: f"{arm.title} ({arm.name})" for arm in view.arms()}
-    columns = [("Base", BASE), *((names[run], run) for run in runs if run in names)]
-    first = columns[-2][1] if len(columns) > 1 else BASE
-    return gr.update(choices=columns, value=first), gr.update(choices=columns, value=columns[-1][1])
-
-
-def few_pairs(ballot: Ballot) -> str:
-    """What to do about a ballot that can hardly say anything."""
-    count = len(ballot.pairs)
-    if count >= ENOUGH_PAIRS:
-        return ""
-    return told(f"Only {count} pairs, from which hardly anything can be told. Draw more prompts or seeds for a vote.")
-
-
-def vote_outputs(votes: VoteView, ballot: Ballot) -> tuple[Any, ...]:
-    """(page, count, the row of answers, the button that reveals)."""
-    page = votes.page(ballot)
-    return page.question, page.count, gr.update(visible=page.is_open), gr.update(visible=page.is_open)

@@ -11,6 +11,8 @@ from flatlora_diffusion.config import ConfigError
 from ..context import AppContext
 from ..jobs.store import Job
 from ..jobs.view import told, why_failed, why_waiting, wrong
+from ..reporting import answer_card
+from .answer import answer
 from .comparison import (
     ComparedRun,
     Comparison,
@@ -27,6 +29,8 @@ from .grid import empty_page, grid_page
 from .picture_cache import Picture, PictureCache, orders_for, own_precision
 
 BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
+PICTURES, TO_BASE, BETWEEN = "pictures", "to_base", "between"
+_REFERENCES = {TO_BASE: 0, BETWEEN: 1}  # the column that the later ones are shown as differences to
 AUTOMATIC = "automatic"
 PRECISIONS = ("no", "fp16", "bf16")
 NO_RUNS = "Nothing to compare yet"
@@ -45,7 +49,7 @@ class Form:
     strengths: str
     steps: int | None
     guidance: float | None
-    is_difference: bool = False
+    look: str = PICTURES
     precision: str = AUTOMATIC
 
 
@@ -130,12 +134,13 @@ class CompareView:
             return Shown(empty_page("There is no comparison yet", "See the line above."), wrong(str(error)))
         wanted = comparison.pictures()
         drawn = self.cache.find(wanted)
-        grid = grid_page(comparison, drawn, form.is_difference)
+        reference = _REFERENCES.get(form.look)
+        grid = grid_page(comparison, drawn, reference)
         missing = [one for one in wanted if one not in drawn]
         if not missing:
             folder = self.context.runs.folder / ".results" / "grids"
-            picture, page = (save(comparison, drawn, form.is_difference, folder) for save in (save_grid, save_page))
-            return Shown(grid, "", picture, page)
+            picture, page = (save(comparison, drawn, reference, folder) for save in (save_grid, save_page))
+            return Shown(answer_card(*answer(comparison, drawn)) + grid, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
             return Shown(grid, self._progress(jobs, len(drawn), len(wanted)), is_drawing=True)

@@ -15,7 +15,8 @@ from PIL import Image
 from flatlora_diffusion.config import ConfigError
 
 from ..jobs.store import Choice
-from .blind_vote import SHOWN_FROM, BlindPair, answers_of, shuffled_pairs, tally, verdict
+from ..reporting import answer_card, note
+from .blind_vote import BlindPair, answers_of, shuffled_pairs, tally, verdict
 from .grid import empty_page, file_url
 from .picture_cache import Picture
 from .view import CompareView, Form
@@ -55,6 +56,7 @@ if (!window.flatloraVoteKeys) {
 """
 
 BASE = "base"
+_FIXED = "Who may stop at any moment can stop at a lucky one, so the number of votes is fixed before the first."
 NO_BALLOT = empty_page(
     "Vote without knowing which is which",
     "Draw the pictures side by side first, then choose two columns and press Start.",
@@ -126,7 +128,7 @@ class VoteView:
         if pair is None:
             return VotePage(self._told(ballot, files), self._count(ballot, is_over=True), False)
         done = len(self._answers(ballot))
-        bar = f'<progress value="{done}" max="{len(ballot.pairs)}"></progress>'
+        bar = f'<progress aria-label="Pairs voted on" value="{done}" max="{len(ballot.pairs)}"></progress>'
         pictures = "".join(
             f'<img src="{_unnamed(files[picture])}" alt="{side} picture">'
             for side, picture in zip(("Left", "Right"), pair.sides, strict=True)
@@ -146,10 +148,14 @@ class VoteView:
 
     def _count(self, ballot: Ballot, is_over: bool) -> str:
         count = tally(ballot.pairs, self._answers(ballot))
-        if not is_over and count.votes < SHOWN_FROM:
-            return f"The count is shown after {SHOWN_FROM} votes, so that it does not sway you."
+        pairs = len(ballot.pairs)
+        if not is_over:
+            return note(f"This vote has {pairs} pairs, neither more nor fewer; count and verdict come after the last.")
         numbers = f"{ballot.first}: {count.first} · {ballot.second}: {count.second} · ties: {count.ties}"
-        return f"<p><b>{escape(numbers)}</b></p><p>{escape(verdict(count, ballot.first, ballot.second))}</p>"
+        if count.votes < pairs:
+            return answer_card(f"No verdict: {count.votes} of {pairs} pairs were voted on.", f"{_FIXED} {numbers}")
+        told, sure = verdict(count, ballot.first, ballot.second)
+        return answer_card(told, f"{sure} {numbers}, after all {pairs} pairs, as was fixed before the first.")
 
     def _told(self, ballot: Ballot, files: Mapping[Picture, Path]) -> str:
         answers = self._answers(ballot)

@@ -38,6 +38,11 @@ def write_caption(image: Path, text: str) -> None:
     write_text(path, text)
 
 
+def version_of(image: Path) -> str:
+    """Another one whenever the image or its caption is another; what is to be read before the caption is."""
+    return hashlib.sha256(f"{image.stat().st_mtime_ns} {caption_of(image)}".encode()).hexdigest()[:12]
+
+
 def content_of(folder: Path) -> str:
     """A hash of the images and captions, the same for the same."""
     content = hashlib.sha256()

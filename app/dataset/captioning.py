@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pandas as pd
-
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
@@ -13,43 +11,11 @@ from ..reporting import note, told_on_the_page
 from .captions import captions_from_names, with_trigger
 from .view import fill_captions
 
-HEADERS = ["Image", "File", "Caption", "Notes"]
-Rows = list[list[str]]  # of the caption table
 
-
-def save_captions(context: AppContext, session: str, shown: Rows, table: pd.DataFrame) -> tuple[str, Rows]:
-    """Keep the captions that were changed in the table; (the new count, the rows as they are shown now).
-
-    `shown`: the rows before. Captions that were not touched here are not written: a model may have changed them.
-    """
-    with told_on_the_page():
-        changed = changed_captions(shown, table)
-        names = context.uploads.names(session)
-        if any(row[0] in changed and names.get(row[0]) != row[1] for row in shown):
-            raise ConfigError("the images are others than when the table was shown, so nothing was saved; look again")
-        context.uploads.save_captions(session, changed)
-    captions = context.uploads.captions(session)
-    count = sum(bool(text) for text in captions.values())
-    told = note(f"<b>{len(captions)} images, captions {count}/{len(captions)}</b>, saved")
-    return told, [[image, file, changed.get(image, caption), *rest] for image, file, caption, *rest in shown]
-
-
-def changed_captions(shown: Rows, table: pd.DataFrame) -> dict[str, str]:
-    """The captions of `table` that differ from those in `shown`, by image.
-
-    Raises ConfigError for a table that is not `shown` with other texts in its caption and notes cells: what stands
-    where the captions were would be taken for them.
-    """
-    rows = [["" if cell is None or cell != cell else cell for cell in row] for row in table.values.tolist()]
-    places = sorted((row[0], row[1]) for row in shown)
-    is_table = list(table.columns) == HEADERS and all(isinstance(cell, str) for row in rows for cell in row)
-    if not is_table or sorted((row[0], row[1]) for row in rows) != places:
-        raise ConfigError(
-            "only captions can be changed in the table, and something else of it was changed, so nothing was saved; "
-            "the table is shown again as it was, and images are removed with the button below them"
-        )
-    before = {row[0]: row[2] for row in shown}
-    return {row[0]: row[2] for row in rows if row[2] != before[row[0]]}
+def count_captions(context: AppContext, session: str) -> str:
+    """How many images have a caption."""
+    captions = context.uploads.captions(session) if session else {}
+    return note(f"<b>{len(captions)} images, captions {sum(map(bool, captions.values()))}/{len(captions)}</b>, saved")
 
 
 def undo_captions(context: AppContext, session: str) -> str:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from ..context import AppContext
 from ..reporting import note
-from ..runs.removal import BRING_BACK, IMAGES, NONE_CHOSEN, YES
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
-from .captioning import HEADERS
+from .bulk import CHANGES, REPLACE
 from .captions import TRIGGER
+from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
+from .removal import BRING_BACK, IMAGES, YES
 
 _LOOKING = "Looking for your images; the first time after a start takes some seconds."
 
@@ -32,29 +34,28 @@ class Intake:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images and their removal. `chosen`: the image to remove; `asked`: what the question is about."""
+    """The cards of the images, and their removal all at once. `asked`: what the question is about."""
 
     count: gr.HTML
     told: gr.HTML
     filled: gr.Column
-    gallery: gr.Gallery
-    remove: gr.Button
+    cards: gr.HTML
     remove_all: gr.Button
     question: gr.Row
     yes: gr.Button
     no: gr.Button
-    chosen: gr.State
     asked: gr.State
 
 
 @dataclass(frozen=True)
-class Captions:
-    """The table of captions. `shown`: its rows as they were shown."""
+class Bulk:
+    """One change to all captions, and back."""
 
-    filled: gr.Column
-    table: gr.Dataframe
+    how: gr.Radio
+    text: gr.Textbox
+    by: gr.Textbox
+    change: gr.Button
     undo: gr.Button
-    shown: gr.State
 
 
 def build_intake(form: ConfigForm) -> Intake:
@@ -71,58 +72,47 @@ def build_intake(form: ConfigForm) -> Intake:
     with gr.Accordion("Caption with a model", open=False):
         model = gr.Textbox(
             label="Captioning model",
-            info="folder or hub id of a BLIP model, such as Salesforce/blip-image-captioning-base; "
-            "only images without a caption get one",
+            info="a BLIP model: its folder, or its name on the Hugging Face hub, such as "
+            "Salesforce/blip-image-captioning-base; only images without a caption get one",
             elem_id="captioner",
         )
         with gr.Row():
             by_model = gr.Button("Caption with a model", elem_id="captions-by-model", min_width=120)
-            empty = gr.Button("Empty all captions", min_width=120)
+            empty = gr.Button("Empty all captions", variant="stop", min_width=120)
     with gr.Accordion("How images are cropped and shown to the trainer", open=False):
         for name in PLACED_WITH_THE_IMAGES:
             form.by_name[name].render()
     return Intake(drop, samples, bring_back, trigger, from_names, model, by_model, empty, taken=gr.State(0))
 
 
-def build_pictures() -> Pictures:
+def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
     count = gr.HTML(note(_LOOKING), elem_id="caption-count", padding=False)
     told = gr.HTML(padding=False)
     with gr.Column(visible=False) as filled:
-        gallery = gr.Gallery(
-            label="As the trainer sees them (centre crop)",
-            show_label=False,
-            columns=6,
-            height=470,
-            object_fit="contain",
-            buttons=[],
-            interactive=False,
-            elem_id="pictures",
-            elem_classes="fl-gallery",
+        bulk = _build_bulk()
+        cards = gr.HTML(
+            "",
+            css_template=CARDS_CSS,
+            js_on_load=CARDS_SCRIPT,
+            server_functions=card_functions(context),
+            elem_id="cards",
         )
         with gr.Row():
-            remove = gr.Button(NONE_CHOSEN, interactive=False, size="sm", elem_id="remove-one", min_width=140)
-            remove_all = gr.Button("Remove all images", size="sm", elem_id="remove-all", min_width=140)
+            remove_all = gr.Button(
+                "Remove all images", variant="stop", size="sm", elem_id="remove-all", min_width=140, scale=0
+            )
         with gr.Row(visible=False) as question:
             yes = gr.Button(YES[IMAGES], variant="stop", size="sm", elem_id="remove-all-yes")
             no = gr.Button("No, keep them", size="sm")
-    chosen, asked = gr.State(""), gr.State(IMAGES)
-    return Pictures(count, told, filled, gallery, remove, remove_all, question, yes, no, chosen, asked)
+    return Pictures(count, told, filled, cards, remove_all, question, yes, no, gr.State(IMAGES)), bulk
 
 
-def build_captions() -> Captions:
-    with gr.Column(visible=False) as filled:
-        table = gr.Dataframe(
-            headers=HEADERS,
-            type="pandas",  # with the headers, which tell whether columns were moved
-            label="Captions: double-click one to change it, or press Enter on it",
-            static_columns=[0, 1, 3],
-            column_count=(len(HEADERS), "fixed"),
-            column_widths=["9%", "16%", "50%", "25%"],
-            wrap=True,
-            interactive=True,
-            buttons=[],
-            elem_id="captions",
-        )
-        table.row_count = (1, "fixed")  # as an argument it is deprecated, and row_limits does nothing yet
-        undo = gr.Button("Undo the last change of captions", size="sm", elem_id="undo-captions")
-    return Captions(filled, table, undo, shown=gr.State([]))
+def _build_bulk() -> Bulk:
+    with gr.Accordion("Change all captions", open=False, elem_id="bulk"):
+        how = gr.Radio(list(CHANGES), value=REPLACE, show_label=False, label="What to change in all captions")
+        with gr.Row():
+            text = gr.Textbox(label="Text", max_lines=1, min_width=160, elem_id="bulk-text")
+            by = gr.Textbox(label="In its place", max_lines=1, min_width=160, elem_id="bulk-by")
+        change = gr.Button("Change all captions", size="sm", elem_id="bulk-change")
+    undo = gr.Button("Undo the last change of captions", size="sm", elem_id="undo-captions")
+    return Bulk(how, text, by, change, undo)

@@ -14,20 +14,17 @@ import gradio as gr
 from flatlora_diffusion.config import SAMPLES, ConfigError, DataConfig, ModelConfig
 from flatlora_diffusion.data.images import find_images
 
+from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..reporting import note, told_on_the_page
-from ..runs.removal import CAPTIONS, IMAGES, ask, bring_back, choose, confirmed, remove_one
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .arrivals import UploadResult
-from .captioning import (
-    caption_all,
-    caption_by_model,
-    save_captions,
-    undo_captions,
-    use_trigger,
-)
+from .bulk import REPLACE, change_all
+from .captioning import caption_all, caption_by_model, count_captions, undo_captions, use_trigger
 from .captions import TRIGGER, has_trigger
-from .layout import Captions, Intake, Pictures, build_captions, build_intake, build_pictures
+from .cards import cards_page
+from .layout import Bulk, Intake, Pictures, build_intake, build_pictures
+from .removal import CAPTIONS, IMAGES, ask, bring_back, confirmed
 from .thumbnails import Thumbnails
 from .view import framing, look_at
 
@@ -44,13 +41,10 @@ def ensure_session(context: AppContext, session: str) -> str:
 
 
 def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str, *values: Any) -> tuple[Any, ...]:
-    """Gallery, caption table, count, the table's rows again, and the parts of the page that are for images only.
-
-    The last is the button for images that were removed.
-    """
+    """The cards, the count, the part of the page that is for images only, the button for images that were removed."""
     back = gr.Button(visible=bool(session) and context.uploads.can_bring_back(session))
     if not session or not context.uploads.images(session):
-        return [], [], note(_EMPTY), [], *[gr.Column(visible=False)] * 2, back
+        return "", note(_EMPTY), gr.Column(visible=False), back
     try:
         background, has_buckets, base, resolution = values
         context.places.check_model("pretrained_model_name_or_path", base.strip())
@@ -58,14 +52,14 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
         framed = framing(model, _resolution(resolution), background, has_buckets)
         view = look_at(context.uploads, thumbnails, session, framed)
     except ConfigError as error:  # while a colour is being typed, so in place of the count and not as an alarm
-        return *[gr.skip()] * 2, note(html.escape(str(error)), "fl-bad"), *[gr.skip()] * 3, back
-    count = len(view.rows)
+        return gr.skip(), note(html.escape(str(error)), "fl-bad"), gr.skip(), back
+    count = len(view.cards)
     shape = f"about {framed.size} x {framed.size}" if has_buckets else f"{framed.size} x {framed.size}"
     told = f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels"
     word = trigger.strip()
-    if word and view.captioned and not any(has_trigger(row[2], word) for row in view.rows):
+    if word and view.captioned and not any(has_trigger(card.caption, word) for card in view.cards):
         told += f"<br>No caption has the trigger word {html.escape(word)}, so prompts with it will not call the style"
-    return view.pictures, view.rows, note(told), view.rows, *[gr.Column(visible=True)] * 2, back
+    return cards_page(view, session), note(told), gr.Column(visible=True), back
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str, int]:
@@ -108,28 +102,19 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
         with gr.Column(scale=2, min_width=280):
             intake = build_intake(form)
         with gr.Column(scale=3, min_width=300):
-            pictures = build_pictures()
-    captions = build_captions()
+            pictures, bulk = build_pictures(context)
     looked_at = [form.by_name[name] for name in _LOOKED_AT]
     look = {
         "fn": partial(show, context, Thumbnails(context.uploads.folder / "thumbnails")),
         "inputs": [session, intake.trigger, *looked_at],
-        "outputs": [
-            pictures.gallery,
-            captions.table,
-            pictures.count,
-            captions.shown,
-            pictures.filled,
-            captions.filled,
-            intake.bring_back,
-        ],
+        "outputs": [pictures.cards, pictures.count, pictures.filled, intake.bring_back],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    tab = _Tab(context, session, intake, pictures, captions, look)
+    tab = _Tab(context, session, intake, pictures, bulk, look)
     _connect_intake(tab, form)
     _connect_removal(tab)
-    _connect_captions(tab, form)
+    _connect_captions(tab, form, load)
     gr.on([component.change for component in looked_at], trigger_mode="always_last", **look)
     load(partial(ensure_session, context), [session], [session], show_progress="hidden").then(**look)
     return look
@@ -143,7 +128,7 @@ class _Tab:
     session: gr.BrowserState
     intake: Intake
     pictures: Pictures
-    captions: Captions
+    bulk: Bulk
     look: dict[str, Any]
 
 
@@ -165,18 +150,13 @@ def _connect_intake(tab: _Tab, form: ConfigForm) -> None:
     intake.samples.click(
         partial(load_samples_icons, context), [session], [session, *told], api_name="load_samples"
     ).success(**tab.look).success(**prefer)
-    intake.bring_back.click(
-        partial(bring_back, context), [session], [pictures.chosen, pictures.remove, pictures.told]
-    ).success(**tab.look)
+    intake.bring_back.click(partial(bring_back, context), [session], [pictures.told]).success(**tab.look)
 
 
 def _connect_removal(tab: _Tab) -> None:
-    """One image chosen and removed; all images or all captions after a question."""
-    context, session, pictures, captions = tab.context, tab.session, tab.pictures, tab.captions
-    choice = [pictures.chosen, pictures.remove]
-    pictures.gallery.select(_picked_picture(context), [session, captions.shown], choice, show_progress="hidden")
-    captions.table.select(_picked_row(context), [session], choice, show_progress="hidden")
-    pictures.remove.click(partial(remove_one, context), [session, pictures.chosen], choice).success(**tab.look)
+    """All images or all captions after a question; each image is removed on its card."""
+    context, session, pictures = tab.context, tab.session, tab.pictures
+    pictures.cards.submit(**tab.look)
     asking = [pictures.question, pictures.yes, pictures.asked]
     for button, what in ((pictures.remove_all, IMAGES), (tab.intake.empty, CAPTIONS)):
         button.click(partial(ask, what), None, asking, show_progress="hidden")
@@ -187,14 +167,14 @@ def _connect_removal(tab: _Tab) -> None:
         "show_progress": "hidden",
     }
     pictures.no.click(**hide)
-    pictures.yes.click(partial(confirmed, context), [session, pictures.asked], [*choice, pictures.told]).then(
-        **tab.look
-    ).then(**hide)
+    pictures.yes.click(partial(confirmed, context), [session, pictures.asked], [pictures.told]).then(**tab.look).then(
+        **hide
+    )
 
 
-def _connect_captions(tab: _Tab, form: ConfigForm) -> None:
+def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
     """Captions written from names, by a model and by hand, and the trigger word in them."""
-    context, session, intake, captions = tab.context, tab.session, tab.intake, tab.captions
+    context, session, intake, bulk = tab.context, tab.session, tab.intake, tab.bulk
     told, look = [tab.pictures.told], tab.look
     intake.from_names.click(partial(caption_all, context), [session, intake.trigger], told).success(**look)
     intake.by_model.click(
@@ -205,6 +185,10 @@ def _connect_captions(tab: _Tab, form: ConfigForm) -> None:
         api_name="caption_by_model",
     ).success(**look)
     preview, used = form.by_name["validation_prompt"], gr.State(TRIGGER)
+    # The kept prompt has the kept word in it.
+    keep_fields(load, "dataset", {"trigger": intake.trigger}).then(
+        str.strip, [intake.trigger], [used], show_progress="hidden", api_visibility="private"
+    )
     gr.on(
         [intake.trigger.blur, intake.trigger.submit],
         use_trigger,
@@ -212,15 +196,12 @@ def _connect_captions(tab: _Tab, form: ConfigForm) -> None:
         [preview, used],
         api_visibility="private",
     ).then(**look)
-    # The last of several quick changes must not get lost; what is refused is shown again as it was.
-    captions.table.input(
-        partial(save_captions, context),
-        [session, captions.shown, captions.table],
-        [tab.pictures.count, captions.shown],
-        show_progress="hidden",
-        trigger_mode="always_last",
-    ).failure(**look)
-    captions.undo.click(partial(undo_captions, context), [session], told).success(**look)
+    saved = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+    tab.pictures.cards.input(partial(count_captions, context), [session], [tab.pictures.count], **saved)
+    bulk.how.change(lambda how: gr.Textbox(visible=how == REPLACE), [bulk.how], [bulk.by], show_progress="hidden")
+    changing: list[gr.components.Component] = [session, bulk.how, bulk.text, bulk.by]
+    bulk.change.click(partial(change_all, context), changing, told).success(**look)
+    bulk.undo.click(partial(undo_captions, context), [session], told).success(**look)
 
 
 def _captioning(context: AppContext) -> Any:
@@ -230,20 +211,6 @@ def _captioning(context: AppContext) -> Any:
         return caption_by_model(context, session, model, trigger, lambda done, of: progress((done, of), unit="images"))
 
     return caption
-
-
-def _picked_picture(context: AppContext) -> Any:
-    def picked(session: str, shown: list[list[str]], event: gr.SelectData) -> tuple[str, Any]:
-        return choose(context, session, shown[event.index][0] if event.index < len(shown) else "")
-
-    return picked
-
-
-def _picked_row(context: AppContext) -> Any:
-    def picked(session: str, event: gr.SelectData) -> tuple[str, Any]:
-        return choose(context, session, str(event.row_value[0]))
-
-    return picked
 
 
 def _resolution(text: str) -> int | None:

@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,12 +30,22 @@ from .captioned_folder import (
     files_of,
     images_of,
     read_texts,
+    version_of,
     write_caption,
 )
 from .intake import Limits, Refusal, plain_text, unpack
 
 _BEFORE = "captions_before.json"
 _SESSION = re.compile(r"[A-Za-z0-9_-]{16,64}")
+
+
+@dataclass(frozen=True)
+class KeptCaption:
+    """A caption as it is now, and whether it is the one that was to be saved."""
+
+    version: str
+    text: str
+    is_saved: bool
 
 
 class Uploads:
@@ -97,20 +108,20 @@ class Uploads:
         Raises ConfigError for an image that is not the session's, or a caption that is too long.
         """
         with self._locked(session) as folder:
-            known = {path.name: path for path in images_of(folder)}
-            texts = {name: plain_text(text) for name, text in captions.items()}
-            for name, text in texts.items():
-                if name not in known:
-                    raise ConfigError("the caption is of an image that is not among yours; reload the page")
-                if len(text) > MOST_CAPTION_LETTERS:
-                    raise ConfigError(f"the caption of {name} has {len(text)} letters; {MOST_CAPTION_LETTERS} at most")
-            before = {name: caption_of(known[name]) for name in texts}
-            if is_same_change:
-                before |= read_texts(folder / _BEFORE)
-            if before != texts:
-                write_text(folder / _BEFORE, json.dumps(before))
-            for name, text in texts.items():
-                write_caption(known[name], text)
+            _write_captions(folder, captions, is_same_change)
+
+    def save_caption(self, session: str, name: str, version: str, text: str) -> KeptCaption:
+        """Write one caption over that of `version`; of any other version nothing is written, and that one is told.
+
+        Raises ConfigError as `save_captions` does.
+        """
+        with self._locked(session) as folder:
+            image = folder / name
+            is_known = image in images_of(folder)
+            is_saved = not is_known or version_of(image) == version
+            if is_saved:
+                _write_captions(folder, {name: text}, False)
+            return KeptCaption(version_of(image), caption_of(image), is_saved)
 
     def undo_captions(self, session: str) -> int:
         """Bring back the captions from before the last change; how many. Another undo takes it back.
@@ -223,6 +234,23 @@ class Uploads:
         locks.mkdir(exist_ok=True)
         with FileLock(locks / session):
             yield folder
+
+
+def _write_captions(folder: Path, captions: Mapping[str, str], is_same_change: bool) -> None:
+    known = {path.name: path for path in images_of(folder)}
+    texts = {name: plain_text(text) for name, text in captions.items()}
+    for name, text in texts.items():
+        if name not in known:
+            raise ConfigError("the caption is of an image that is not among yours; reload the page")
+        if len(text) > MOST_CAPTION_LETTERS:
+            raise ConfigError(f"the caption of {name} has {len(text)} letters; {MOST_CAPTION_LETTERS} at most")
+    before = {name: caption_of(known[name]) for name in texts}
+    if is_same_change:
+        before |= read_texts(folder / _BEFORE)
+    if before != texts:
+        write_text(folder / _BEFORE, json.dumps(before))
+    for name, text in texts.items():
+        write_caption(known[name], text)
 
 
 def _rename_new(aside: Path, final: Path) -> None:

@@ -11,6 +11,7 @@ from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.images import load_image
 
+from .captioned_folder import caption_of, version_of
 from .thumbnails import Thumbnails
 from .uploads import Uploads
 
@@ -19,12 +20,27 @@ _CAPTIONED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class DatasetView:
-    """`pictures`: (thumbnail, name) of each image; `rows`: image, file, caption, notes; `captioned` of them."""
+class Card:
+    """One image: as it is trained on, the user's name for it, its caption in that version, and what to know."""
 
-    pictures: list[tuple[Image.Image, str]]
-    rows: list[list[str]]
-    captioned: int
+    image: str
+    name: str
+    picture: Image.Image
+    caption: str
+    version: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DatasetView:
+    """The cards in the order the images came."""
+
+    cards: list[Card]
+
+    @property
+    def captioned(self) -> int:
+        """How many have a caption."""
+        return sum(bool(card.caption) for card in self.cards)
 
 
 @dataclass(frozen=True)
@@ -65,28 +81,26 @@ def framing(model: ModelConfig, resolution: int | None, background: str, has_buc
 
 def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
     """All images of a session. Raises ConfigError for a bad colour."""
-    images, captions, names = uploads.images(session), uploads.captions(session), uploads.names(session)
+    images, names = uploads.images(session), uploads.names(session)
     looks = [thumbnails.look(path) for path in images]
     samples = [look.sample for look in looks]
     twins = dict(SampleSet(samples, 0, []).duplicates())
     sizes = framed.sizes([(sample.height, sample.width) for sample in samples])
-    pictures, rows = [], []
+    cards = []
     for path, look, size in zip(images, looks, sizes, strict=True):
-        name, sample = names[path.name], look.sample
-        bucket = "" if framed.bucket_step is None else f"{size[1]} x {size[0]}"
-        notes = [f"bucket {bucket}"] if bucket else []
+        sample, version, caption = look.sample, version_of(path), caption_of(path)
+        notes = [] if framed.bucket_step is None else [f"bucket {size[1]} x {size[0]}"]
         if sample.height < size[0] or sample.width < size[1]:
             notes.append(f"small: {sample.width} x {sample.height}, will be enlarged to {size[1]} x {size[0]}")
         if path.name in twins:
             notes.append(f"looks like {names[twins[path.name]]}")
         if look.is_transparent:
             notes.append(f"transparent: put on {framed.background}")
-        if not captions[path.name]:
+        if not caption:
             notes.append("no caption")
         picture = thumbnails.picture(path, sample.sha256, framed.background, size)
-        pictures.append((picture, f"{name}, {bucket}" if bucket else name))
-        rows.append([path.name, name, captions[path.name], "; ".join(notes)])
-    return DatasetView(pictures, rows, sum(bool(caption) for caption in captions.values()))
+        cards.append(Card(path.name, names[path.name], picture, caption, version, tuple(notes)))
+    return DatasetView(cards)
 
 
 def fill_captions(

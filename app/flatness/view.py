@@ -18,8 +18,10 @@ from ..compare.grid import empty_page, file_url
 from ..context import AppContext
 from ..jobs.store import Job
 from ..jobs.view import told, why_failed, why_waiting, wrong
-from ..runs.live_view import duration, method_name
+from ..reporting import answer_card
 from ..runs.processes import read_json
+from ..runs.run_cards import duration, method_name
+from .answer import answer
 
 QUICK, THOROUGH = "quick", "thorough"
 _SETTINGS = {
@@ -45,7 +47,7 @@ NO_RUNS = empty_page(
 
 @dataclass(frozen=True)
 class Result:
-    """What is shown of one measurement."""
+    """What is shown of one measurement; the charts begin with what they say."""
 
     charts: str
     tables: str
@@ -143,7 +145,8 @@ class FlatnessView:
         figures = "".join(_figure(folder / name, text) for name, text in _CHARTS if (folder / name).is_file())
         page = folder / "surface.html"
         tables = escape((folder / "flatness.md").read_text(encoding="utf-8"), quote=False)
-        return Result(f'<div class="fl-charts">{figures}</div>', tables, page if page.is_file() else None)
+        told = answer_card(*answer(read_json(folder / _RESULT)))
+        return Result(f'{told}<div class="fl-charts">{figures}</div>', tables, page if page.is_file() else None)
 
     def surface(self, job_id: int | None) -> str:
         """The surface to turn and zoom, in a frame whose scripts reach nothing of this page.

@@ -81,6 +81,24 @@ class JobQueue:
         if not waiting or not self._store.change_job(job_id, "queued", position=waiting[0].position - 1):
             raise ConfigError("that job does not wait any more")
 
+    def move_up(self, job_id: int) -> None:
+        """Let a waiting job start before the one above it. Raises ConfigError when it does not wait any more."""
+        waiting = self._store.jobs("queued")
+        place = next((place for place, job in enumerate(waiting) if job.id == job_id), None)
+        if place is None:
+            raise ConfigError("that job does not wait any more")
+        if place:
+            before = waiting[place - 1].position
+            above = waiting[place - 2].position if place > 1 else before - 2
+            self._store.change_job(job_id, "queued", position=(before + above) / 2)
+
+    def cancel_waiting(self) -> int:
+        """Take all that waits out of the queue; how many jobs those were."""
+        waiting = self._store.jobs("queued")
+        for job in waiting:
+            self.stop(job.id)
+        return len(waiting)
+
     def preempt(self, job_id: int) -> None:
         """Let a waiting job be the next, and the training that runs make way: it saves, stops, and goes on after."""
         self.put_first(job_id)

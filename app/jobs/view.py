@@ -21,7 +21,7 @@ STATUS_CSS = """
 
 def told(text: str, done: float | None = None) -> str:
     """A line of what is going on, with a bar from 0 to 1 when it is known how far it is."""
-    bar = "" if done is None else f'<progress value="{done:.3f}" max="1"></progress>'
+    bar = "" if done is None else f'<progress aria-label="Progress" value="{done:.3f}" max="1"></progress>'
     return f'<div class="fl-status" role="status">{escape(text)}{bar}</div>'
 
 

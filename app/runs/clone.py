@@ -12,8 +12,8 @@ from flatlora_diffusion.config import ConfigError, Method, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..context import AppContext
+from ..dataset.removal import BRING_BACK
 from .lora_import import IMPORTED
-from .removal import BRING_BACK
 from .runs import Run
 
 

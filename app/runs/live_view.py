@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,39 +10,20 @@ import gradio as gr
 import pandas as pd
 
 from ..context import AppContext
-from ..theme import COLOURS, SHADES
+from ..jobs.store import Job
+from ..theme import SHADES
+from .phase import STOPPING
+from .run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, method_name, own_lines, run_card, waiting_card
 from .runs import Run
 
 _MOST_POINTS = 300
-_LAST_LINES = 12
 LOG_LINES = 40
 _LOG_LINES_READ = 400  # so that enough is left when the noise is out
-# What packages print while they are imported; nobody can act on it, and it hides the training's own lines.
-_NOISE = re.compile(
-    r"Failed to load .*(kernels-community|torchao)"
-    r"|Unable to import `torchao`"
-    r"|Warning: Detected no triton"
-    r"|[WI]\d{4} \d\d:\d\d:\d\d\.\d+ .*(site|dist)-packages"
-    r"|(?!  File ).*(site|dist)-packages.*: \w*Warning: "
-    r"|Loading (pipeline components|weights|checkpoint shards)\b.*\d+%"
-)
-_STATES = {
-    "queued": "waiting for its turn",
-    "running": "training",
-    "finished": "finished",
-    "failed": "failed",
-    "stopped": "stopped",
-    "interrupted": "interrupted",
-}
+_WORK = {"generate": "Drawing pictures", "flatness": "Measuring flatness"}
 NOTHING = (
     '<div class="fl-card"><b>Nothing has been trained here yet.</b><br>'
     "Load images in the Dataset tab, choose a preset, press Start; progress and previews then show here.</div>"
 )
-
-
-def method_name(method: str | None) -> str:
-    """As people say it."""
-    return {"lora": "LoRA", "flat-lora": "Flat-LoRA"}.get(method or "", method or "")
 
 
 def recent_runs(context: AppContext) -> list[Run]:
@@ -58,46 +37,9 @@ def recent_runs(context: AppContext) -> list[Run]:
     return [known[run_id] for run_id in wanted if run_id in known]
 
 
-def run_card(run: Run) -> str:
-    """Progress of one run; of a failed one its sentence and last lines."""
-    progress = run.progress
-    facts = [f"step {progress.step}" + (f" of {progress.total}" if progress.total else "")]
-    if progress.seconds_per_step is not None:
-        facts.append(f"{progress.seconds_per_step:.2f} s/step")
-    if run.state == "running" and progress.eta_seconds is not None:
-        facts.append(f"{duration(progress.eta_seconds)} left")
-    colour = COLOURS.get(method_name(run.method), "#777")
-    card = (
-        f'<div class="fl-card" data-state="{run.state}"><div class="fl-head">'
-        f"<b>{html.escape(run.name)}</b><span>{_STATES[run.state]}</span></div>"
-        f'<div class="fl-track" role="progressbar" aria-valuenow="{round(100 * progress.fraction)}" aria-valuemin="0"'
-        f' aria-valuemax="100"><div class="fl-fill" style="width:{100 * progress.fraction:.1f}%;background:{colour}">'
-        f'</div></div><span class="fl-faint">{" · ".join(facts)}</span>'
-    )
-    if run.advice:
-        tone = "fl-bad" if run.state in ("failed", "interrupted") else "fl-faint"
-        card += f'<p class="{tone}">{html.escape(run.advice)}</p>'
-    log = own_lines(run.log)[-_LAST_LINES:]
-    if log:
-        card += f"<pre>{html.escape(chr(10).join(log))}</pre>"
-    return card + "</div>"
-
-
 def log_tail(context: AppContext, run_id: str) -> str:
     """The last LOG_LINES lines that the training itself has printed."""
     return "\n".join(own_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
-
-
-def own_lines(lines: Sequence[str]) -> list[str]:
-    """The lines without what packages print while they are imported, and without the source line of a warning."""
-    kept = []
-    was_noise = False
-    for line in lines:
-        is_source = was_noise and line.startswith("  ")
-        was_noise = _NOISE.match(line) is not None
-        if not (was_noise or is_source):
-            kept.append(line)
-    return kept
 
 
 def loss_curves(context: AppContext, runs: list[Run]) -> gr.LinePlot:
@@ -140,46 +82,54 @@ def newest_previews(context: AppContext, runs: list[Run]) -> list[tuple[str, str
     return shown
 
 
-def duration(seconds: float) -> str:
-    """`40 s`, `3 min`, `1.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def live(context: AppContext, chosen: str | None, seen: tuple[str, str] | None) -> tuple[Any, ...]:
-    """Cards, run choice, curves, what stands for none, previews, log, the three buttons, what was shown.
-
-    Unchanged parts are left alone.
+def live(context: AppContext, chosen: str | None, seen: tuple[str, str, str] | None) -> tuple[Any, ...]:
+    """Cards, choice of the log, curves, what stands for none, previews, log, the button that cancels all that waits,
+    what was shown. Unchanged parts are left alone.
     """
     runs = recent_runs(context)
     ids = [run.id for run in runs]
     at_work = next((run.id for run in runs if run.state == "running"), ids[-1] if ids else None)
     chosen = chosen if chosen in ids else at_work
-    run = next((run for run in runs if run.id == chosen), None)
     images = newest_previews(context, runs)
-    drawn = f"{chosen} {[(one.id, one.progress.step, one.state, one.is_resumable) for one in runs]} {images}"
+    drawn = f"{chosen} {[(one.id, one.name, one.progress.step, one.state) for one in runs]} {images}"
     log = log_tail(context, chosen) if chosen else ""
-    seen_drawn, seen_log = seen or (None, None)
+    waiting = context.queue.jobs("queued")
+    cards = live_cards(runs, waiting) or NOTHING
+    seen_drawn, seen_log, seen_cards = seen or (None, None, None)
     is_same = drawn == seen_drawn
     choices = [(one.name, one.id) for one in runs]
     has_loss = any(one.progress.step for one in runs)
     return (
-        "".join(map(run_card, runs)) or NOTHING,
+        gr.skip() if cards == seen_cards else cards,
         gr.skip() if is_same else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
         gr.skip() if is_same else loss_curves(context, runs),
         gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
         gr.skip() if is_same else gr.Gallery(value=images, visible=bool(images)),
         gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
-        *([gr.skip()] * 3 if is_same else _buttons(run)),
-        (drawn, log),
+        gr.skip() if cards == seen_cards else gr.Button(visible=len(waiting) > 1),
+        (drawn, log, cards),
     )
 
 
-def _buttons(run: Run | None) -> list[Any]:
-    """Stop, Save now, Resume."""
-    if run is None:
-        return [gr.Button(interactive=False)] * 3
-    is_training = run.state == "running"
-    can = (is_training or run.state == "queued", is_training and run.progress.step > 0, run.is_resumable)
-    return [gr.Button(interactive=one) for one in can]
+def live_cards(runs: Sequence[Run], waiting: Sequence[Job]) -> str:
+    """The cards of the runs, then those of other work that waits, each with what may be done about it."""
+    places = {job.run: place for place, job in enumerate(waiting) if job.run is not None}
+    cards = [run_card(run, acts_of(run, places.get(run.id))) for run in runs]
+    for place, job in enumerate(waiting):
+        if job.run is None:
+            cards.append(waiting_card(f"{_WORK[job.kind]}, waiting", _waiting_acts(place), f"job {job.id}"))
+    return "".join(cards)
+
+
+def acts_of(run: Run, place: int | None) -> list[str]:
+    """What may be done about a run; `place`: in the queue, None for one that does not wait."""
+    if run.state == "running":
+        is_stopping = run.phase == STOPPING
+        return [] if is_stopping else [STOP, SAVE] if run.progress.step else [STOP]
+    if place is not None:
+        return _waiting_acts(place)
+    return [RESUME] if run.is_resumable else []
+
+
+def _waiting_acts(place: int) -> list[str]:
+    return [EARLIER, CANCEL] if place else [CANCEL]

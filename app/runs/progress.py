@@ -13,7 +13,10 @@ RECENT_STEPS = 50
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` optimizer steps of `total` are done; times in seconds. `last` is the last event that ends a run."""
+    """`step` optimizer steps of `total` are done; times in seconds. `last` is the last event that ends a run.
+
+    has_begun: whether all is loaded; has_drawn: whether there are previews.
+    """
 
     step: int = 0
     total: int | None = None
@@ -21,6 +24,8 @@ class Progress:
     seconds_per_step: float | None = None
     loss: float | None = None
     last: str | None = None
+    has_begun: bool = False
+    has_drawn: bool = False
 
     @property
     def fraction(self) -> float:
@@ -43,7 +48,9 @@ class EventLog:
             recent = [event["seconds"] for event in list(self._steps.values())[-RECENT_STEPS:]]
             last = next(reversed(self._steps.values()), None)
             if last is None:
-                return Progress(total=total, last=self._ending)
+                return Progress(
+                    total=total, last=self._ending, has_begun=self._has_begun, has_drawn=bool(self._previews)
+                )
             done = last["step"] + 1
             speed = sum(recent) / len(recent)
             return Progress(
@@ -53,6 +60,8 @@ class EventLog:
                 seconds_per_step=speed,
                 loss=last["loss"],
                 last=self._ending,
+                has_begun=True,
+                has_drawn=bool(self._previews),
             )
 
     def losses(self) -> list[tuple[int, float]]:
@@ -79,6 +88,7 @@ class EventLog:
         self._validation: dict[int, float] = {}
         self._previews: dict[int, list[str]] = {}
         self._ending: str | None = None
+        self._has_begun = False
 
     def _read_on(self) -> None:
         try:
@@ -104,6 +114,7 @@ class EventLog:
 
     def _take(self, event: dict[str, Any]) -> None:
         kind = event["event"]
+        self._has_begun = True
         if kind == "step":
             self._steps.pop(event["step"], None)  # so that the last done is the last of the dict
             self._steps[event["step"]] = event

@@ -17,6 +17,7 @@ from flatlora_diffusion.ground.whole_files import write_json
 from ..jobs.launch import LOG_LINES, Launch
 from ..jobs.store import Label, Store
 from .names import checked_text, folder_of, is_run, private_name, run_id_of, run_ids, safe_name
+from .phase import phase_of
 from .processes import Trainers, read_json
 from .progress import EventLog, Progress
 from .settings import checked_config, near
@@ -29,7 +30,10 @@ _LONGEST_NOTE = 2000
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it is now. `log`: the last lines of a run that failed; `changed`: seconds since 1970."""
+    """One run as it is now. `log`: the last lines of a run that failed; `changed`: seconds since 1970.
+
+    phase: what a running one is busy with, in words.
+    """
 
     id: str
     folder: Path
@@ -42,6 +46,7 @@ class Run:
     checkpoints: tuple[str, ...]
     method: str | None
     changed: float
+    phase: str = ""
 
     @property
     def name(self) -> str:
@@ -226,6 +231,8 @@ class RunStore:
         checkpoints = run.checkpoints() if folder.is_dir() else []
         files = RunFiles.of(folder, checkpoints)
         verdict = judge(launch, progress, files, is_queued, self._trainers.is_at(folder))
+        is_running = verdict.state == "running"
+        has_previews = bool(settings.get("validation_prompt") or settings.get("validation_prompts_file"))
         places = (run.events_file, run.config_file, self._private_folder(run_id))
         return Run(
             id=run_id,
@@ -238,6 +245,7 @@ class RunStore:
             log=tuple(launch.log()) if launch is not None and verdict.state in ("failed", "interrupted") else (),
             checkpoints=tuple(path.name for path in checkpoints),
             method=settings.get("method"),
+            phase=phase_of(run, launch, progress, has_previews) if is_running else "",
             changed=max((path.stat().st_mtime for path in places if path.exists()), default=0.0),
         )
 

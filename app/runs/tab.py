@@ -19,35 +19,28 @@ from ..reporting import note, told_on_the_page
 from ..train.forms import ConfigForm
 from ..train.tab import TrainTab, method_choice
 from .clone import clone_run
-from .live_view import loss_curves, method_name, run_card
-from .lora_import import IMPORTED, Origin, import_lora_file, known_bases, origin_of
+from .live_view import loss_curves
+from .lora_import import Origin, import_lora_file, known_bases, origin_of
+from .run_cards import run_card
+from .trash_tab import build_trash, connect_trash
+from .trash_tab import look as look_at_trash
+from .workbench import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, arranged, list_page, rows_of, storage_line
 
-_HEADERS = ["Name", "State", "Method", "Steps", "MiB", "Tags", "Folder"]
-_DOWNLOADS = {"diffusers": "For diffusers", "kohya": "For ComfyUI, A1111, ...", "card": "Model card"}
-
-
-def run_rows(context: AppContext) -> list[list[Any]]:
-    """One row for each run, newest first; the last column is its id."""
-    return [
-        [
-            run.name,
-            run.state,
-            method_name(run.method),
-            "" if run.method == IMPORTED else f"{run.progress.step}/{run.progress.total or '?'}",
-            round(context.runs.size(run.id) / 2**20, 1),
-            ", ".join(run.label.tags),
-            run.id,
-        ]
-        for run in context.runs.all()
-    ]
+_DOWNLOADS = {
+    "diffusers": "Download for diffusers",
+    "kohya": "Download for ComfyUI, A1111 and others",
+    "card": "Download the model card",
+}
 
 
-def refresh(context: AppContext, chosen: str | None) -> tuple[list[list[Any]], Any]:
-    """The table, and the choice of runs with `chosen` kept."""
-    rows = run_rows(context)
-    ids = [row[-1] for row in rows]
+def refresh(context: AppContext, chosen: str | None, words: str, order: str) -> tuple[Any, ...]:
+    """The list, the choice of runs with `chosen` kept, the storage, and the trash."""
+    rows = rows_of(context)
+    ids = [row.id for row in rows]
     value = chosen if chosen in ids else (ids[0] if ids else None)
-    return rows, gr.Dropdown(choices=[(row[0], row[-1]) for row in rows], value=value)
+    page = list_page(arranged(rows, words, order), order, value, is_searched=bool(rows))
+    choice = gr.Dropdown(choices=[(row.name, row.id) for row in rows], value=value)
+    return page, choice, note(storage_line(context, rows)), *look_at_trash(context)
 
 
 def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
@@ -83,20 +76,24 @@ def look_again(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
 
 
 def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
-    """Keep an uploaded LoRA file; (what was taken or why not, the table, the choice with it, the upload emptied)."""
+    """Keep an uploaded LoRA file; (what was taken or why not, the run to choose, the upload emptied)."""
     if not file:
-        return wrong("no file was given; drop a .safetensors file first"), *([gr.skip()] * 3)
+        return wrong("no file was given; drop a .safetensors file first"), gr.skip(), gr.skip()
     try:
         if base and base not in known_bases(context.runs):
             context.places.check_model("base", base)
         taken = import_lora_file(context.runs, Path(file), base or "")
     except (ConfigError, RunError) as error:
-        return wrong(str(error)), gr.skip(), gr.skip(), None
+        return wrong(str(error)), gr.skip(), None
     finally:
         Path(file).unlink(missing_ok=True)  # the entry has its own copy
     rest = f"; {taken.unknown} tensors of no layer were left out" if taken.unknown else ""
     text = f"{taken.run} is among the runs now, with {taken.layers} layers{rest}. Choose it on the Compare tab."
-    return told(text), *refresh(context, taken.run), None
+    return told(text), gr.Dropdown(choices=[*_choices(context)], value=taken.run), None
+
+
+def _choices(context: AppContext) -> list[tuple[str, str]]:
+    return [(run.name, run.id) for run in context.runs.all()]
 
 
 def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, note: str) -> None:
@@ -107,18 +104,18 @@ def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, n
         context.runs.note(run_id or "", note)
 
 
-def delete(context: AppContext, run_id: str | None) -> tuple[str, Any]:
-    """Move the run into the trash; returns the key that undoes it, and the button that does."""
+def delete(context: AppContext, run_id: str | None) -> None:
+    """Move the run into the trash."""
     with told_on_the_page():
-        key = context.runs.delete(run_id or "")
-    return key, gr.Button(f"Undo: bring {run_id} back", visible=True)
+        context.runs.delete(run_id or "")
+    gr.Info("It is in the trash below, from where it can be brought back.")
 
 
-def undo(context: AppContext, key: str) -> tuple[Any, ...]:
-    """Bring the deleted run back: the table and the choice with it, and the button out of sight."""
+def undo(context: AppContext, key: str | None) -> Any:
+    """Bring a deleted run back and choose it."""
     with told_on_the_page():
-        run_id = context.runs.trash.undo(key)
-    return *refresh(context, run_id), gr.Button(visible=False)
+        run_id = context.runs.trash.undo(key or "")
+    return gr.Dropdown(choices=_choices(context), value=run_id)
 
 
 def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | None) -> list[Any]:
@@ -164,12 +161,13 @@ def build_runs_tab(
     shown: Callable[..., Any],
 ) -> None:
     """`shown`: the event of the tab coming to the front; `look_at_images`: what shows the Dataset tab anew."""
-    table = gr.Dataframe(
-        headers=_HEADERS, interactive=False, type="array", label="All runs, newest first", max_height=280, buttons=[]
-    )
     with gr.Row():
-        chosen = gr.Dropdown([], label="Run", info="also by a click in the table", scale=3)
+        words = gr.Textbox("", label="Search", placeholder="name, method, base, tag ...", scale=3, min_width=180)
+        order = gr.Dropdown(list(ORDERS), value=NEWEST, label="Order", scale=2, min_width=160)
         renew = gr.Button("Refresh", scale=1, min_width=100)
+    table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs")
+    storage = gr.HTML(padding=False)
+    chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
     with gr.Accordion("Import a LoRA, to compare it with yours", open=False), gr.Row():
         with gr.Column(min_width=280):
             file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
@@ -195,25 +193,30 @@ def build_runs_tab(
                 copy = gr.Button("Clone settings", min_width=90)
                 go_on = gr.Button("Resume", interactive=False, min_width=90)
                 drop = gr.Button("Delete", variant="stop", min_width=90)
-            back = gr.Button("Undo", visible=False)
             with gr.Accordion("Settings that differ from the defaults", open=False):
                 settings = gr.JSON()
-    key = gr.State("")
-    again = {"fn": partial(refresh, context), "inputs": [chosen], "outputs": [table, chosen]}
+    trash = build_trash()
+    again = {
+        "fn": partial(refresh, context),
+        "inputs": [chosen, words, order],
+        "outputs": [table, chosen, storage, trash.fold, trash.entries, trash.question],
+    }
     private = {**again, "api_visibility": "private"}
     everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
     look: dict[str, Any] = {"inputs": [chosen], "outputs": everything, "show_progress": "hidden"}
     as_now = {"fn": partial(look_again, context), **look, "api_visibility": "private"}
     shown(**private).success(**as_now)
     renew.click(**again, api_name="runs").success(**as_now)
-    table.select(_picked, None, [chosen])
+    table.click(_picked, None, [chosen], show_progress="hidden")
+    gr.on([words.change, order.change], trigger_mode="always_last", show_progress="hidden", **private)
     chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
-    take.click(partial(take_lora, context), [file, base], [taken, table, chosen, file])
+    take.click(partial(take_lora, context), [file, base], [taken, chosen, file]).success(**private)
     keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
         partial(details, context), **look, api_visibility="private"
     )
-    drop.click(partial(delete, context), [chosen], [key, back]).success(**private)
-    back.click(partial(undo, context), [key], [table, chosen, back]).success(**as_now)
+    drop.click(partial(delete, context), [chosen], None).success(**private)
+    trash.back.click(partial(undo, context), [trash.entries], [chosen]).success(**private).success(**as_now)
+    connect_trash(context, trash, lambda event: event.success(**private))
     cloned = [tabs, session, train.name, train.method, train.told, *form.components]
     copy.click(partial(clone, context, form), [session, chosen], cloned).success(**look_at_images).success(
         **train.summary
@@ -221,5 +224,5 @@ def build_runs_tab(
     go_on.click(partial(resume, context), [session, chosen], [tabs])
 
 
-def _picked(event: gr.SelectData) -> str:
-    return str(event.row_value[-1])
+def _picked(event: gr.EventData) -> str:
+    return str(event.run)

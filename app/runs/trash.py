@@ -53,6 +53,11 @@ class Trash:
         """The deleted runs that are still there, the last deleted first."""
         return [entry for entry in self._store.deleted() if (self._folder / entry.id).is_dir()]
 
+    def size(self) -> int:
+        """Bytes on the disk."""
+        files = self._folder.rglob("*") if self._folder.is_dir() else []
+        return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
+
     def _entry(self, key: str) -> Deleted:
         entry = next((entry for entry in self.entries() if entry.id == key), None)
         if entry is None:

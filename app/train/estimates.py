@@ -91,6 +91,13 @@ def memory_of(config: TrainConfig) -> MemoryEstimate | None:
         return None
 
 
+def has_gpu() -> bool:
+    """Whether trainings here run on a GPU."""
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
 def estimate_disk(config: TrainConfig, images: int, lora_bytes: int, folder: Path) -> DiskEstimate:
     """What the training writes into `folder`; `lora_bytes` is the size of the LoRA in fp32, `MemoryEstimate.lora`.
 

@@ -13,6 +13,7 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError, TrainConfig, choices_of, preset_file, setting_hints
 
 from ..dataset.captions import TRIGGER
+from .words import HELP, LABELS
 
 # The app decides these itself: the place, what to resume, the method (which may be both); a token is never saved.
 DECIDED_BY_THE_APP = ("output_dir", "resume_from_checkpoint", "method", "hub_token", "local_rank")
@@ -25,28 +26,8 @@ PRESETS = {
 }
 # How the images look to the trainer: these stand beside the images.
 PLACED_WITH_THE_IMAGES = ("background_color", "use_aspect_ratio_buckets")
-_LABELS = {
-    "pretrained_model_name_or_path": "Base model",
-    "max_train_steps": "Steps",
-    "train_batch_size": "Batch size",
-    "validation_prompt": "Preview prompt",
-    "instance_data_dir": "Image folder in place of the upload",
-    "sigma": "Sigma (noise of Flat-LoRA)",
-    "num_validation_images": "Preview images",
-    "use_aspect_ratio_buckets": "Keep the shapes of the images (aspect-ratio buckets)",
-}
-# What a word of the settings' own help means to somebody who has not trained before.
-_EXPLAINED = {
-    "max_train_steps": "one step looks at one batch; more steps learn more, and in the end by heart",
-    "rank": "its size: a higher one learns more detail and makes a larger file",
-    "learning_rate": "how far each step goes: too high spoils the style, too low does not learn it",
-    "train_batch_size": "larger is steadier and needs more memory",
-    "sigma": "how strong the noise is that Flat-LoRA trains against",
-    "repeats": "an epoch is one pass over all images",
-    "gradient_checkpointing": "try it when the GPU runs out of memory",
-    "snr_gamma": "weighs easy and hard noise levels alike",
-    "use_aspect_ratio_buckets": "without it every image is cropped to a square",
-}
+# Of the app alone: often enough to go on from, and to compare by checkpoint.
+_OF_PRESET: dict[str, dict[str, Any]] = {"Quick look": {"checkpointing_steps": 50}}
 _START = {
     "validation_prompt": f"a {TRIGGER} icon of a lighthouse, in the style of {TRIGGER}",
     "num_validation_images": 2,
@@ -91,7 +72,7 @@ def preset_settings(preset: str, current: Mapping[str, Any]) -> dict[str, Any]:
     values = json.loads(preset_file(PRESETS[preset]).read_text(encoding="utf-8"))
     mine = {name: value for name, value in values.items() if name not in ("instance_data_dir", "output_dir")}
     carried = {name: current[name] for name in kept if name in current}
-    return TrainConfig().to_dict() | _START | carried | mine
+    return TrainConfig().to_dict() | _START | carried | mine | _OF_PRESET.get(preset, {})
 
 
 def _sections() -> list[tuple[str, type]]:
@@ -104,10 +85,9 @@ def _sections() -> list[tuple[str, type]]:
 
 def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.components.Component:
     """Bounds are told here and checked by the config, whose sentence names the setting."""
-    label = _LABELS.get(item.name, item.name.replace("_", " ").capitalize())
     place = {
-        "label": label,
-        "info": "; ".join(filter(None, (item.metadata["help"], _EXPLAINED.get(item.name)))) + _bounds(item),
+        "label": LABELS[item.name],
+        "info": HELP.get(item.name, item.metadata["help"]) + _bounds(item),
         "elem_id": f"setting-{item.name}",
         "render": False,
     }
@@ -129,7 +109,7 @@ def _bounds(item: dataclasses.Field[Any]) -> str:
     low, high = item.metadata["min"], item.metadata["max"]
     if low is None:
         return ""
-    return f" [at least {low}]" if high is None else f" [{low} to {high}]"
+    return f"; {low} or more" if high is None else f"; {low} to {high}"
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:

@@ -14,13 +14,17 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 
+from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..dataset.view import training_size
 from ..jobs.store import Job
 from ..reporting import told_on_the_page
-from ..runs.live_view import NOTHING, duration, live
+from ..runs.live_view import NOTHING, live
 from ..runs.names import checked_text
-from .estimates import estimate_disk, estimate_time, memory_of, total_steps
+from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
+from .acts import connect_acts
+from .bases import check_base
+from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
 from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", "Flat-LoRA", "LoRA"
@@ -71,6 +75,7 @@ def queue_training(context: AppContext, config: TrainConfig, session: str, name:
     if not name:
         raise ConfigError("the run has no name; give it one")
     context.places.check(config)
+    check_base(config.model)
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
         load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
@@ -96,6 +101,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     try:
         config = _as_method(form.read(values), FLAT if method == BOTH else method)
         context.places.check(config)
+        check_base(config.model)
         captions = context.uploads.captions(session) if session else {}
         if not config.data.is_given:
             _check_images(captions, config.data.instance_prompt)
@@ -105,29 +111,6 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     except ConfigError as error:
         return f'<div class="fl-card fl-bad">{html.escape(str(error))}</div>'
     return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
-
-
-def stop(context: AppContext, run_id: str | None) -> None:
-    """Stop the run after its step, or take it out of the queue."""
-    with told_on_the_page():
-        jobs = [job for job in context.queue.jobs("running", "queued") if job.run == run_id]
-        if jobs:
-            context.queue.stop(jobs[0].id)
-        elif run_id:
-            context.runs.stop(run_id)
-
-
-def save_now(context: AppContext, run_id: str | None) -> None:
-    """Ask for a checkpoint."""
-    with told_on_the_page():
-        context.runs.save_now(run_id or "")
-    gr.Info("A checkpoint is saved after this step.")
-
-
-def resume(context: AppContext, session: str, run_id: str | None) -> None:
-    """Queue the run to go on."""
-    with told_on_the_page():
-        context.queue.add_resume(run_id or "", session)
 
 
 def build_train_tab(
@@ -153,11 +136,9 @@ def build_train_tab(
             told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False)
-            gr.Markdown("### Progress")
-            cards = gr.HTML(NOTHING, elem_id="live", padding=False)
-            chosen = gr.Radio([], label="Buttons and log are for", visible=False)
-            with gr.Row():
-                buttons = [gr.Button(text, interactive=False, min_width=90) for text in ("Stop", "Save now", "Resume")]
+            gr.Markdown("## Progress")
+            cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
+            cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False)
             no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
             curves = gr.LinePlot(
                 x="step",
@@ -179,7 +160,9 @@ def build_train_tab(
                 elem_classes="fl-gallery",
                 visible=False,
             )
+            chosen = gr.Radio([], label="Log of", visible=False)
             log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+    keep_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
     seen = gr.State(None)
     told_inputs = [session, method, *form.components]
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
@@ -190,7 +173,7 @@ def build_train_tab(
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, previews, log, *buttons, seen],
+        "outputs": [cards, chosen, curves, no_loss, previews, log, cancel, seen],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
@@ -198,9 +181,7 @@ def build_train_tab(
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
-    buttons[0].click(partial(stop, context), [chosen], None, api_name="stop")
-    buttons[1].click(partial(save_now, context), [chosen], None, api_name="save_now")
-    buttons[2].click(partial(resume, context), [session, chosen], None, api_name="resume")
+    connect_acts(context, session, cards, cancel, watch)
     return TrainTab(timer, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
 
 
@@ -250,6 +231,12 @@ def _other_images(config: TrainConfig) -> str:
     return f"the images of {place}, not those in the Dataset tab"
 
 
+def _memory_line(needed: float) -> str:
+    if not has_gpu():
+        return "no GPU here: it trains on the processor, which is fast enough for the small base only"
+    return f"memory: about {needed / 2**20:,.0f} MiB of the GPU's"
+
+
 def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], arms: int) -> list[str]:
     count = len(captions)
     size = training_size(config.model, config.data.resolution)
@@ -268,7 +255,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     lines.append(f"time: {told or 'unknown until the first run'}")
     memory = memory_of(config)
     if memory is not None:
-        lines.append(f"memory on a GPU: about {memory.total / 2**20:,.0f} MiB")
+        lines.append(_memory_line(memory.total))
         disk = estimate_disk(config, count or 1, memory.lora, context.runs.folder)
         room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
         lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")

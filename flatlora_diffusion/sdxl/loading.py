@@ -107,6 +107,12 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     return pipeline
 
 
+def check_source(config: ModelConfig) -> None:
+    """Raises ConfigError for what is no base, as far as its place and header tell; nothing is loaded."""
+    path = base_path(config.pretrained_model_name_or_path)
+    _checked_source(path, _is_single_file(path), config)
+
+
 def _is_single_file(path: str) -> bool:
     return Path(path).is_file() or path.lower().endswith((".safetensors", *_PICKLES))
 

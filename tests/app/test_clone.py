@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from app.context import AppContext, make_context
+from app.dataset.removal import bring_back
 from app.dataset.tab import load_samples_icons, prefer_upload, upload
 from app.runs.clone import clone_run
-from app.runs.removal import bring_back
 from app.runs.tab import clone
 from app.settings import AppSettings
 from app.train.forms import ConfigForm

@@ -9,22 +9,25 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
 from PIL import Image
 
 from app.compare import comparison
+from app.compare.answer import answer
 from app.compare.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.compare.export import difference
 from app.compare.picture_cache import Drawing, DrawOrder, Picture, orders_for
 from app.compare.tab import emptiable_slider, refresh
-from app.compare.view import BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, CompareView, Form, Shown
+from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
 from app.settings import AppSettings
+from app.theme import COLOURS
 from flatlora_diffusion.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +70,15 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     assert view.draw(FORM, "me") == []
     again = CompareView(view.context)  # as after a restart
     assert again.show(FORM).picture == shown.picture
-    compared = view.show(replace(FORM, is_difference=True))
-    assert compared.grid.count("fl-diff") == 2
-    assert compared.picture != shown.picture
+    assert re.match(r'<div class="fl-answer"><p><b>LoRA and Flat-LoRA draw (nearly|alike|clearly)', shown.grid)
+    assert "give or take" not in shown.grid  # of one picture
+    assert "draws 32 x 32 pixels; enlarged" in shown.grid
+    for title, colour in COLOURS.items():
+        assert f'border-color:{colour}"><b>{title}</b>' in shown.grid
+    compared, between = (view.show(replace(FORM, look=look)) for look in (TO_BASE, BETWEEN))
+    assert [one.grid.count("fl-diff") for one in (compared, between)] == [2, 1]
+    assert "icons-flat-lora: difference to LoRA" in between.grid
+    assert len({one.picture for one in (shown, compared, between)}) == 3
     stronger = view.draw(replace(FORM, strength=1.5), "me")
     assert [list(job.settings)[-2:] for job in stronger] == [["--strengths", "1.5"]]
     _vote_on(view)
@@ -84,6 +93,8 @@ def _check_page(shown: Shown) -> None:
     for told in ("a &lt;fox&gt; · seed 0", "1 steps, guidance 1, strength 1", "32 pixels, fp32", "Flat-LoRA"):
         assert told in page
     assert "<fox>" not in page
+    assert "table-layout: fixed" in page  # all columns are of one width
+    assert page.count("<col>") == 3
     packed = re.findall(r"base64,([^\"]+)", page)
     pixels = [Image.open(io.BytesIO(base64.b64decode(one))) for one in packed]
     assert [image.size for image in pixels] == [(32, 32)] * 3
@@ -95,6 +106,8 @@ def _vote_on(view: CompareView) -> None:
     ballot = votes.start(FORM, ("base", "icons-flat-lora"), "Which one?", 1, "me")
     page = votes.page(ballot)
     assert page.is_open
+    assert "This vote has 1 pairs, neither more nor fewer" in page.count
+    assert "No verdict: 0 of 1 pairs" in votes.page(votes.reveal(ballot)).count
     assert page.question.count("data:image/png") == 2
     assert "lora" not in page.question.lower().split("data:")[0]
     votes.vote(ballot, "tie")
@@ -104,6 +117,33 @@ def _vote_on(view: CompareView) -> None:
     assert [vote.choice for vote in view.context.runs.store.votes()] == ["tie"]
     with pytest.raises(ConfigError, match="two different columns"):
         votes.start(FORM, ("base", "base"), "Which one?", 1, "me")
+
+
+def test_the_answer_is_how_much_two_loras_differ_beside_what_they_change(tmp_path: Path) -> None:
+    arms = tuple(
+        comparison.ComparedRun(name, name, name, tmp_path / name, DRAWING.base, 64) for name in ("lora", "flat-lora")
+    )
+    rows = {}
+    for seed, level in ((0, 20), (1, 24)):
+        for place, value in (("", 0), ("a", 100), ("b", 100 + level)):
+            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{seed}{place}.png")
+            rows[seed, place] = tmp_path / f"{seed}{place}.png"
+    asked = Rows(arms, rows)
+    told, rest = answer(asked, asked.drawn)  # type: ignore[arg-type]
+    assert told == "LoRA and Flat-LoRA draw nearly the same pictures here."
+    assert "by 20% of what they change in the base, give or take 21%" in rest
+    assert answer(Rows(arms[:1], rows), {})[0] == ""  # type: ignore[arg-type]
+
+
+@dataclass
+class Rows:
+    """A comparison whose pictures are files of plain grey."""
+
+    arms: tuple[comparison.ComparedRun, ...]
+    drawn: dict[tuple[int, str], Path]
+
+    def rows(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pictures=[(seed, place) for place in ("", "a", "b")]) for seed in (0, 1)]
 
 
 def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:

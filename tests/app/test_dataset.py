@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
-import pandas as pd
 import pytest
 from PIL import Image
 
 from app.context import AppContext, make_context
-from app.dataset.captioning import (
-    HEADERS,
-    caption_all,
-    caption_by_model,
-    empty_captions,
-    save_captions,
-    undo_captions,
-    use_trigger,
-)
+from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
+from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
+from app.dataset.cards import card_functions, cards_page
+from app.dataset.removal import ask, confirmed
 from app.dataset.tab import load_samples_icons, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
-from app.dataset.view import Framing, fill_captions, look_at, training_size
-from app.runs.removal import ask, choose, clear, confirmed, remove_one
+from app.dataset.view import DatasetView, Framing, fill_captions, look_at, training_size
 from app.settings import AppSettings
 from app.train.forms import preset_settings
 from flatlora_diffusion.config import ModelConfig
@@ -45,15 +41,12 @@ def test_names_outlive_the_page_and_go_with_their_image(context: AppContext, tmp
     session = session_of(context, tmp_path / "in", ("Sea fox.png", (64, 64)), ("owl.png", (64, 64)))
     again = make_context(context.settings)
     assert again.uploads.names(session) == {"0001.png": "Sea fox.png", "0002.png": "owl.png"}
-    chosen, button = choose(again, session, "0001.png")
-    assert (chosen, button.value, button.interactive) == ("0001.png", "Remove Sea fox.png", True)
-    assert remove_one(again, session, chosen)[0] == ""
+    _, remove = card_functions(again)
+    assert remove({"session": session, "image": "0001.png"}) == {"told": ""}
     assert again.uploads.names(session) == {"0002.png": "owl.png"}
-    with pytest.raises(gr.Error, match="no image is chosen"):
-        remove_one(again, session, "")
-    with pytest.raises(gr.Error, match="not among yours"):
-        remove_one(again, session, "0001.png")
-    clear(again, session)
+    assert "not among yours" in remove({"session": session, "image": "0001.png"})["told"]
+    assert "reload the page" in remove({"session": "../../x", "image": "0001.png"})["told"]
+    again.uploads.clear(session)
     assert again.uploads.names(session) == {}
 
 
@@ -68,9 +61,9 @@ def test_a_drop_of_good_and_bad_files_shows_the_good_ones_and_empties_the_drop_z
     session, drop, told, _ = upload(context, "", [str(tmp_path / name) for name in names])
     assert drop is None
     assert "<li>&lt;b&gt;odd.ppm: invalid literal for int" in told
-    pictures, rows, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
-    assert [row[1] for row in rows] == ["two.jpg", "fox.png"]
-    assert [one.getpixel((5, 5))[0] > 200 for one, _ in pictures] == [True, False]
+    cards = show(context, thumbnails, session, "", "white", False, "tiny", "64")[0]
+    assert re.findall(r"<b>(.*?)</b>", cards) == ["two.jpg", "fox.png"]
+    assert [one.convert("RGB").getpixel((5, 5))[0] > 200 for one in pictures_of(cards)] == [True, False]
     session, drop, told, _ = upload(context, "no session", [str(tmp_path / "fox.png")])
     assert (drop, "reload the page" in told) == (None, True)
 
@@ -80,7 +73,7 @@ def test_samples_do_not_take_the_place_of_the_users_images(context: AppContext, 
     with pytest.raises(gr.Error, match="you have 1 images, and the samples would mix"):
         load_samples_icons(context, session)
     assert context.uploads.names(session) == {"0001.png": "owl.png"}
-    clear(context, session)
+    context.uploads.clear(session)
     load_samples_icons(context, session)
     assert len(context.uploads.images(session)) == 23
 
@@ -96,27 +89,25 @@ def test_buckets_are_told_and_shown_in_their_shape(
     context: AppContext, thumbnails: Thumbnails, tmp_path: Path
 ) -> None:
     session = session_of(context, tmp_path / "in", ("wide.png", (200, 100)), ("square.png", (100, 100)))
-    pictures, rows, count, *_ = show(context, thumbnails, session, "TOK", "white", True, "tiny", "64")
-    assert pictures[0][0].size == (96, 48)
-    assert pictures[0][1] == "wide.png, 96 x 48"
-    assert "bucket 96 x 48" in rows[0][3]
-    assert pictures[1][0].size == (64, 64)
+    cards, count, *_ = show(context, thumbnails, session, "TOK", "white", True, "tiny", "64")
+    assert [one.size for one in pictures_of(cards)] == [(96, 48), (64, 64)]
+    assert re.findall(r"<p>bucket (\d+ x \d+)", cards) == ["96 x 48", "64 x 64"]
     assert "about 64 x 64 pixels" in count
-    pictures, rows, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "64")
-    assert pictures[0][0].size == (64, 64)
-    assert "bucket" not in rows[0][3]
+    cards = show(context, thumbnails, session, "TOK", "white", False, "tiny", "64")[0]
+    assert pictures_of(cards)[0].size == (64, 64)
+    assert "bucket" not in cards
 
 
 def test_a_colour_that_is_none_is_told_and_the_gallery_stays(
     context: AppContext, thumbnails: Thumbnails, tmp_path: Path
 ) -> None:
     session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
-    pictures, _, count, *_ = show(context, thumbnails, session, "TOK", "whi", False, "tiny", "")
-    assert pictures == gr.skip()
+    cards, count, *_ = show(context, thumbnails, session, "TOK", "whi", False, "tiny", "")
+    assert cards == gr.skip()
     assert "whi" in count
     assert "fl-bad" in count
-    assert "32 x 32" in show(context, thumbnails, session, "TOK", "white", False, "tiny", "32")[2]
-    assert "64 x 64" in show(context, thumbnails, session, "TOK", "white", False, "tiny", "99999")[2]
+    assert "32 x 32" in show(context, thumbnails, session, "TOK", "white", False, "tiny", "32")[1]
+    assert "64 x 64" in show(context, thumbnails, session, "TOK", "white", False, "tiny", "99999")[1]
 
 
 def test_thumbnails_are_made_once_for_the_same_content(
@@ -134,12 +125,12 @@ def test_thumbnails_are_made_once_for_the_same_content(
     other = Thumbnails(thumbnails.folder)  # as after a restart
     second = look_at(context.uploads, other, session, Framing("white", 32))
     assert len(made) == 2
-    assert [one.tobytes() for one, _ in first.pictures] == [one.tobytes() for one, _ in second.pictures]
+    assert [one.picture.tobytes() for one in first.cards] == [one.picture.tobytes() for one in second.cards]
     look_at(context.uploads, other, session, Framing("white", 16))
     assert len(made) == 4
     path = context.uploads.images(session)[0]
     Image.new("RGB", (64, 64), "red").save(path)
-    shown = look_at(context.uploads, other, session, Framing("white", 32)).pictures[0][0]
+    shown = look_at(context.uploads, other, session, Framing("white", 32)).cards[0].picture
     assert shown.getpixel((5, 5)) == (255, 0, 0)
 
 
@@ -178,56 +169,71 @@ def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_
     assert context.uploads.captions(session) == {"0001.png": ""}
 
 
-def test_no_table_but_the_one_that_was_shown_changes_a_caption(
-    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
-) -> None:
+def test_a_card_saves_its_caption_only_over_the_one_it_has_shown(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
-    caption_all(context, session, "TOK")
-    before = context.uploads.captions(session)
-    _, rows, _, shown, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
-    table = pd.DataFrame(rows, columns=HEADERS)
-    names = context.uploads.names(session)
-    spoilt = {
-        "deleted caption column": table.drop(columns="Caption"),
-        "deleted file column": table.drop(columns="File"),
-        "column at the left": pd.concat([pd.DataFrame({"Header 5": ["", ""]}), table], axis=1),
-        "column at the right": table.assign(**{"Header 5": ""}),
-        "renamed column": table.rename(columns={"Caption": "Text"}),
-        "reordered columns": table[["Image", "File", "Notes", "Caption"]],
-        "reordered below the headers": table[["Image", "File", "Notes", "Caption"]].set_axis(HEADERS, axis=1)[
-            ["File", "Image", "Caption", "Notes"]
-        ],
-        "deleted row": table.iloc[1:],
-        "added row": pd.concat([table, pd.DataFrame([["", "", "", ""]], columns=HEADERS)]),
-        "row twice": pd.concat([table, table.iloc[1:]]),
-        "another image": table.assign(Image=["0001.png", "0003.png"]),
-        "exchanged images": table.assign(Image=["0002.png", "0001.png"]),
-        "another file": table.assign(File=list(names)),
-        "numbers": table.assign(Caption=[1.5, 2.5]),
-        "nothing": table.iloc[:0],
-    }
-    for how, one in spoilt.items():
-        with pytest.raises(gr.Error, match=r"^'only captions can be changed in the table"):
-            save_captions(context, session, shown, one)
-        assert context.uploads.captions(session) == before, how
-    edited = table.iloc[::-1].assign(Caption=["an owl", None], Notes="mine")
-    told, shown = save_captions(context, session, shown, edited)
-    assert context.uploads.captions(session) == {"0001.png": "", "0002.png": "an owl"}
-    assert "2 images, captions 1/2" in told
-    assert [row[2] for row in shown] == ["", "an owl"]
+    save, _ = card_functions(context)
+    versions = [card.version for card in view_of(context, session, tmp_path).cards]
+    mine = {"session": session, "image": "0001.png", "version": versions[0], "text": "a fox, mine"}
+    kept = save(mine)
+    assert (kept["is_saved"], kept["told"]) == (True, "Saved")
+    assert save(mine | {"version": kept["version"], "text": "a fox, again"})["is_saved"]
+    late = save(mine | {"text": "from a window that was open before"})
+    assert (late["is_saved"], late["text"]) == (False, "a fox, again")
+    assert late["told"] == "Not saved, as another window has written: a fox, again"
+    assert save(mine | {"version": late["version"], "text": "kept"})["is_saved"]  # after it was shown
+    assert context.uploads.captions(session) == {"0001.png": "kept", "0002.png": "owl"}
+    assert [card.version for card in view_of(context, session, tmp_path).cards][1] == versions[1]
+    undo_captions(context, session)
+    assert context.uploads.captions(session)["0001.png"] == "a fox, again"
+    for wrong in (
+        {"image": "../../names.json"},
+        {"session": "x"},
+        {"text": "x" * 2001},
+        {"image": 7},
+        {"session": None},
+    ):
+        assert save(mine | {"version": late["version"]} | wrong)["told"].startswith("Not saved"), wrong
 
 
-def test_only_what_was_changed_in_the_table_is_written(
-    context: AppContext, thumbnails: Thumbnails, tmp_path: Path
-) -> None:
-    session = session_of(context, tmp_path / "in", ("IMG_1.png", (64, 64)), ("IMG_2.png", (64, 64)))
-    _, rows, _, shown, *_ = show(context, thumbnails, session, "", "white", False, "tiny", "64")
-    context.uploads.save_captions(session, {"0002.png": "by a model meanwhile"})
-    table = pd.DataFrame(rows, columns=HEADERS).assign(Caption=["mine", ""])
-    _, shown = save_captions(context, session, shown, table)
-    assert context.uploads.captions(session) == {"0001.png": "mine", "0002.png": "by a model meanwhile"}
-    save_captions(context, session, shown, table.assign(Caption=["", ""]))
-    assert context.uploads.captions(session)["0001.png"] == ""
+def test_a_card_shows_names_and_captions_as_text(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("IMG_1.png", (64, 64)))
+    context.uploads.save_captions(session, {"0001.png": "</textarea><b>"})
+    page = cards_page(view_of(context, session, tmp_path), session)
+    assert "&lt;/textarea&gt;&lt;b&gt;</textarea>" in page
+    assert 'aria-label="Caption of IMG_1.png"' in page
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "by", "changed"),
+    [
+        (REPLACE, "icon", "drawing", {"a": "a TOK drawing of fox", "b": "red drawing, red"}),
+        (FRONT, " TOK ", "", {"b": "TOK red icon, red", "c": "TOK"}),
+        (END, "in red", "", {"a": "a TOK icon of fox in red", "b": "red icon, red in red", "c": "in red"}),
+        (REMOVE, "red", "", {"b": "icon"}),
+        (REMOVE, "fo", "", {}),
+    ],
+)
+def test_all_captions_are_changed_at_once(how: str, text: str, by: str, changed: dict[str, str]) -> None:
+    captions = {"a": "a TOK icon of fox", "b": "red icon, red", "c": ""}
+    assert changed_captions(captions, how, text, by) == changed
+
+
+def test_a_change_of_all_captions_is_undone_at_once(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
+    with pytest.raises(gr.Error, match="nothing to look for"):
+        change_all(context, session, REPLACE, " ", "x")
+    assert "2 of 2 captions changed" in change_all(context, session, FRONT, "TOK", "")
+    assert context.uploads.captions(session) == {"0001.png": "TOK fox", "0002.png": "TOK owl"}
+    undo_captions(context, session)
+    assert context.uploads.captions(session) == {"0001.png": "fox", "0002.png": "owl"}
+
+
+def view_of(context: AppContext, session: str, folder: Path) -> DatasetView:
+    return look_at(context.uploads, Thumbnails(folder / "thumbnails"), session, Framing("white", 32))
+
+
+def pictures_of(cards: str) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(base64.b64decode(one))) for one in re.findall(r"base64,([^\"]+)", cards)]
 
 
 def test_the_last_change_of_captions_can_be_undone_and_done_again(context: AppContext, tmp_path: Path) -> None:
@@ -285,10 +291,10 @@ def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(
     assert use_trigger(prompt, "", used) == (prompt, "ABC")
     session = session_of(context, tmp_path / "in", ("TOKEN.png", (64, 64)))
     values = ("white", False, "tiny", "64")
-    assert "No caption has the trigger word TOK" in show(context, thumbnails, session, "TOK", *values)[2]
-    assert "trigger word" not in show(context, thumbnails, session, " ", *values)[2]
+    assert "No caption has the trigger word TOK" in show(context, thumbnails, session, "TOK", *values)[1]
+    assert "trigger word" not in show(context, thumbnails, session, " ", *values)[1]
     caption_all(context, session, "TOK")
-    assert "trigger word" not in show(context, thumbnails, session, "TOK", *values)[2]
+    assert "trigger word" not in show(context, thumbnails, session, "TOK", *values)[1]
 
 
 def test_all_captions_are_emptied_and_all_images_removed_after_a_question(context: AppContext, tmp_path: Path) -> None:

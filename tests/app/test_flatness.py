@@ -14,6 +14,7 @@ import pytest
 
 from app.compare.comparison import finished_arms, newest_pair
 from app.context import make_context
+from app.flatness.answer import answer
 from app.flatness.tab import measure, refresh, show
 from app.flatness.view import QUICK, FlatnessView
 from app.settings import AppSettings
@@ -79,6 +80,7 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
     ((title, number),) = again.results()
     assert title.startswith("icons-lora and icons-flat-lora, quick")
     result = again.result(number)
+    assert result.charts.startswith('<div class="fl-answer"><p><b>')
     assert [name in result.charts for name in ("rise.png", "slices.png", "strength.png")] == [True] * 3
     assert "| loss, training images" in result.tables
     assert "icons-flat-lora" in result.tables
@@ -91,6 +93,34 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
     assert (choices[1]["value"], choices[1]["visible"]) == (number, True)
     assert refresh(again, choices[4], PAIR, number, "")[1].keys() == {"__type__"}  # left alone
     assert show(again, number)[0] == result.charts
+
+
+@pytest.mark.parametrize(
+    ("flat", "told", "rest"),
+    [
+        ((0.8, 0.82, 0.78, 0.8), "Flat-LoRA is less sensitive: a small change of its weights disturbs it 20%", "3%."),
+        (
+            (1.25, 1.25, 1.24, 1.26),
+            "LoRA is less sensitive: a small change of its weights disturbs it 20%",
+            "1%.",
+        ),
+        (
+            (0.9, 1.1, 1.0, 1.02),
+            "Flat-LoRA and LoRA are equally sensitive to small changes",
+            "+1%, give or",
+        ),
+    ],
+)
+def test_the_answer_comes_first_with_how_sure_it_is(flat: tuple[float, ...], told: str, rest: str) -> None:
+    figures = [("Base", (2, 2, 2, 2)), ("one", (1.0, 1.0, 1.0, 1.0)), ("two", flat)]
+    result = {
+        "settings": {"sigmas": [0.05, 0.1]},
+        "runs": {"one": {"method": "lora"}, "two": {"method": "flat-lora"}},
+        "figures": [{"name": name, "rises": {"filter": [{}, {"values": values}]}} for name, values in figures],
+    }
+    assert answer(result)[0].startswith(told)
+    assert rest in answer(result)[1]
+    assert answer(result | {"runs": {"two": {"method": "flat-lora"}}}) == ("", "")
 
 
 def test_a_fair_pair_is_chosen_before_a_newer_run(view: FlatnessView) -> None:

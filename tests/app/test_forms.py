@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
 from app.train.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
+from app.train.words import HELP, LABELS
 from flatlora_diffusion.config import ConfigError, TrainConfig
 
 
 @pytest.fixture(scope="module")
 def form() -> ConfigForm:
     return ConfigForm()
+
+
+def test_labels_and_help_are_in_plain_words(form: ConfigForm) -> None:
+    """No names of flags or columns, no symbols of the paper; what is quoted is to be typed as it is."""
+    assert set(LABELS) == set(form.by_name)
+    labels = [part.label for part in form.by_name.values()]
+    assert len(set(labels)) == len(labels)
+    for name, part in form.by_name.items():
+        assert not re.search(r"_|--|\beps\b|\bW\b|arXiv", part.label), name
+        assert not re.search(r"--|\beps\b|\bW\b", part.info), (name, part.info)
 
 
 def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm) -> None:
@@ -23,9 +35,14 @@ def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm
             if item.name in DECIDED_BY_THE_APP:
                 continue
             info = form.by_name[item.name].info
-            assert info.startswith(item.metadata["help"])
+            assert info.startswith(HELP.get(item.name, item.metadata["help"]))
             for bound in (item.metadata["min"], item.metadata["max"]):
                 assert bound is None or str(bound) in info
+
+
+def test_a_quick_look_can_be_resumed_and_compared_on_its_way() -> None:
+    settings = preset_settings("Quick look", {})
+    assert settings["max_train_steps"] >= 2 * settings["checkpointing_steps"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,9 @@ from app.compare.view import BY_PROMPT, CompareView, Form
 from app.context import AppContext, make_context
 from app.flatness.view import FlatnessView
 from app.runs.lora_import import import_lora_file, known_bases, origin_of
-from app.runs.tab import clone, delete, details, run_rows, take_lora, undo
+from app.runs.tab import clone, delete, details, refresh, take_lora, undo
+from app.runs.trash_tab import delete_for_good, look
+from app.runs.workbench import NEWEST, rows_of
 from app.settings import AppSettings
 from app.train.forms import ConfigForm
 from flatlora_diffusion.adapter.update import difference, norm
@@ -60,14 +63,14 @@ def test_an_imported_lora_is_a_finished_entry_that_the_comparison_takes(
 def test_the_runs_tab_shows_where_it_comes_from_and_offers_no_training(
     context: AppContext, upload: Path, base: Path
 ) -> None:
-    told, rows, choice, emptied = take_lora(context, str(upload), str(base))
+    told, choice, emptied = take_lora(context, str(upload), str(base))
     run_id = choice.value
     assert ("Soft-clay", run_id) in choice.choices  # else the page refuses its own choice
-    assert run_id in [row[-1] for row in rows]
     assert "Soft-clay is among the runs now" in told
     assert emptied is None
     assert not upload.exists()  # the copy of the upload, not the user's own file
-    assert ["Soft-clay", "finished", "imported", ""] in [row[:4] for row in run_rows(context)]
+    (row,) = [row for row in rows_of(context) if row.id == run_id]
+    assert (row.name, row.state, row.method, row.steps) == ("Soft-clay", "finished", "imported", "")
     shown = details(context, run_id)
     assert "from Soft clay.safetensors" in shown[0]
     assert [shown[-2].interactive, shown[-1].interactive] == [False, False]
@@ -148,9 +151,19 @@ def test_other_endings_and_missing_files_are_told_beside_the_upload(context: App
 
 def test_a_deleted_entry_comes_back_as_a_choice_of_the_page(context: AppContext, upload: Path, base: Path) -> None:
     run_id = import_lora_file(context.runs, upload, str(base)).run
-    key, _ = delete(context, run_id)
-    assert run_id not in [row[-1] for row in run_rows(context)]
-    rows, choice, button = undo(context, key)
-    assert (choice.value, (run_id, run_id) in choice.choices, button.visible) == (run_id, True, False)
-    assert run_id in [row[-1] for row in rows]
+    delete(context, run_id)
+    assert run_id not in [row.id for row in rows_of(context)]
+    again = make_context(context.settings)  # as after a reload
+    *_, fold, entries, _ = refresh(again, None, "", NEWEST)
+    assert (fold.visible, fold.label) == (True, "Trash (1)")
+    assert entries.choices[0][0].startswith(f"{run_id}, deleted ")
+    choice = undo(again, entries.value)
+    assert (choice.value, (run_id, run_id) in choice.choices) == (run_id, True)
+    assert f'data-run="{run_id}"' in refresh(again, run_id, "", NEWEST)[0]
     assert context.runs.settings(run_id)["pretrained_model_name_or_path"] == str(base)
+    delete(context, run_id)
+    delete_for_good(context, refresh(context, None, "", NEWEST)[4].value)
+    assert not look(context)[0].visible
+    assert context.runs.trash.size() == 0
+    with pytest.raises(gr.Error, match="no run is chosen"):
+        delete_for_good(context, None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -10,11 +13,17 @@ import pytest
 from app.context import AppContext
 from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
-from app.runs.live_view import loss_curves, own_lines, run_colours
+from app.jobs.launch import Launch
+from app.runs.live_view import acts_of, loss_curves, run_colours
+from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
+from app.runs.progress import Progress
+from app.runs.run_cards import own_lines, run_card
 from app.theme import COLOURS
+from app.train.acts import act
 from app.train.forms import ConfigForm, preset_settings
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.ground.run_dir import RunDir
 
 
 def make_run(context: AppContext, name: str, method: str, losses: list[float]) -> None:
@@ -51,8 +60,8 @@ def test_before_the_first_step_a_sentence_stands_for_the_curve(context: AppConte
     start(context, form, session, "two", BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
     _, chosen, curves, no_loss, *rest, seen = live(context, None, None)
     assert (len(chosen.choices), curves.visible, no_loss.visible) == (2, False, True)
-    assert [button.interactive for button in rest[-3:]] == [True, False, False]
-    assert live(context, None, seen)[1:] == (*[gr.skip()] * 8, seen)  # left alone
+    assert rest[-1].visible  # two wait, and can be cancelled together
+    assert live(context, None, seen) == (*[gr.skip()] * 7, seen)  # left alone
 
 
 def test_the_log_has_the_trainings_own_lines_only() -> None:
@@ -133,3 +142,75 @@ def test_an_error_is_text_and_no_markup(context: AppContext) -> None:
     values = form.write({"pretrained_model_name_or_path": "<b>x & y</b>", "report_to": "none"})
     with pytest.raises(gr.Error, match="&lt;b&gt;x &amp; y&lt;/b&gt;"):
         start(context, form, "", "run", BOTH, *values)
+
+
+def test_what_waits_is_moved_up_and_cancelled_from_its_card(context: AppContext) -> None:
+    session, _, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    start(context, form, session, "two", BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
+    other = context.queue.add_command("flatness", ["flatness", "--help"], session)
+    cards = live(context, None, None)[0]
+    assert cards.count('data-act="cancel"') == 3
+    assert cards.count('data-act="earlier"') == 2
+    assert "Measuring flatness, waiting" in cards
+    act(context, session, "earlier", f"job {other.id}")
+    assert [job.run for job in context.queue.jobs("queued")] == ["two-lora", None, "two-flat-lora"]
+    act(context, session, "earlier", f"job {other.id}")
+    assert [job.run for job in context.queue.jobs("queued")] == [None, "two-lora", "two-flat-lora"]
+    act(context, session, "cancel", "two-lora")
+    assert [job.run for job in context.queue.jobs("queued")] == [None, "two-flat-lora"]
+    with pytest.raises(gr.Error, match="does not wait any more"):
+        act(context, session, "earlier", "two-lora")
+    assert context.queue.cancel_waiting() == 2
+    assert context.queue.jobs("queued") == []
+
+
+def test_a_running_training_says_what_it_is_busy_with(tmp_path: Path) -> None:
+    run, launch = RunDir(tmp_path / "run"), Launch(tmp_path / "launch")
+    for folder in (run.folder, launch.folder):
+        folder.mkdir()
+
+    def phase(has_previews: bool = True, **progress: Any) -> str:
+        return phase_of(run, launch, Progress(total=4, **progress), has_previews)
+
+    assert phase() == LOADING
+    launch.log_file.write_text("23 images\nthe base is SDXL: epsilon (by its scheduler)\n")
+    assert phase() == CACHING
+    assert phase(has_begun=True) == PREVIEWS
+    assert phase(has_begun=True, has_previews=False) == phase(has_begun=True, has_drawn=True) == TRAINING
+    run.save_file.touch()
+    assert phase(has_begun=True, has_drawn=True, step=2) == SAVING
+    assert phase(has_begun=True, has_drawn=True, step=4) == ENDING
+    run.stop_file.touch()
+    assert phase(has_begun=True, has_drawn=True, step=2) == STOPPING
+
+
+def test_a_card_offers_what_can_be_done_and_no_time_left_while_it_ends(context: AppContext) -> None:
+    make_run(context, "one", "lora", [0.3, 0.2])
+    run = replace(context.runs.get("one"), state="running", phase=TRAINING)
+    assert acts_of(run, None) == ["stop", "save"]
+    assert "8 s left" in run_card(run)
+    ending = replace(run, phase=STOPPING)
+    assert acts_of(ending, None) == []
+    assert "left" not in run_card(ending)
+    assert acts_of(replace(run, state="stopped", checkpoints=("checkpoint-2",)), None) == ["resume"]
+    assert acts_of(replace(run, state="finished"), None) == []
+
+
+def test_a_base_that_is_none_is_refused_before_the_start(context: AppContext) -> None:
+    session, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    folder = context.runs.folder / "bases"
+    folder.mkdir()
+    values = form.write({"pretrained_model_name_or_path": str(folder), "report_to": "none"})
+    for index, reason in (
+        (None, "is a folder without model_index.json"),
+        ({"text_encoder": ["transformers", "CLIPTextModel"]}, "has no text_encoder_2, as Stable Diffusion 1 or 2"),
+        ({"text_encoder": [None, None], "text_encoder_2": ["a", "b"]}, "has no text_encoder, as SDXL&#x27;s refiner"),
+    ):
+        if index is not None:
+            (folder / "model_index.json").write_text(json.dumps(index))
+        assert reason in summary(context, form, session, PLAIN, *values)
+        with pytest.raises(gr.Error, match=reason.partition("&")[0]):
+            start(context, form, session, "one", PLAIN, *values)
+    assert context.queue.jobs() == []

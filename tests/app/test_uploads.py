@@ -234,7 +234,7 @@ def test_no_damaged_image_ends_an_upload(uploads: Uploads, tmp_path: Path, kind:
     assert result.taken[-1].original == "good.png"
     assert len(result.refused) >= 10
     framed = look_at(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 16))
-    assert len(framed.pictures) == len(result.taken)
+    assert len(framed.cards) == len(result.taken)
 
 
 def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(

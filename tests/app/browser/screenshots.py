@@ -61,5 +61,5 @@ def test_screenshots(page: AppPage) -> None:
     shoot(page, "flatness", top="#fl-measure")
 
     page.show_tab("Runs")
-    expect(page.button("For diffusers")).to_be_enabled(timeout=PATIENCE)
+    expect(page.button("Download for diffusers")).to_be_enabled(timeout=PATIENCE)
     shoot(page, "runs")

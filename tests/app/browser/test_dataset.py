@@ -19,8 +19,8 @@ def drop(page: AppPage, *files: Path) -> None:
     page.page.locator("#drop input[type=file]").set_input_files(files)
 
 
-def cell(page: AppPage, text: str) -> Locator:
-    return page.page.locator("#captions").get_by_role("gridcell", name=text, exact=True)
+def caption(page: AppPage, name: str) -> Locator:
+    return page.page.get_by_label(f"Caption of {name}", exact=True)
 
 
 def count(page: AppPage, text: str) -> None:
@@ -39,24 +39,34 @@ def test_a_drop_with_a_bad_file_shows_the_good_ones_and_the_next_drop_works(page
     expect(page.page.get_by_text("odd.ppm")).to_have_count(0)
 
 
-def test_the_caption_table_changes_captions_only_and_the_last_change_is_undone(page: AppPage, tmp_path: Path) -> None:
+def test_captions_are_written_on_their_cards_by_keyboard_and_no_window_overwrites_another(
+    page: AppPage, tmp_path: Path
+) -> None:
     for name in ("fox.png", "owl.png"):
         Image.effect_noise((64, 64), 50).save(tmp_path / name)
     drop(page, tmp_path / "fox.png", tmp_path / "owl.png")
     count(page, "captions 2/2")
-    cell(page, "owl").click(button="right")
-    for action in ("Add row", "Delete row", "Add column", "Delete column"):
-        expect(page.page.get_by_text(action)).to_have_count(0)
-    cell(page, "fox").dblclick()
-    page.page.keyboard.press("Control+A")
-    page.page.keyboard.type("12")
-    page.page.keyboard.press("Enter")
+    other = AppPage(page.page.context.new_page(), page.url)
+    other.open()
+    expect(caption(other, "fox.png")).to_have_value("fox", timeout=PATIENCE)
+    caption(page, "fox.png").fill("a red fox")
+    caption(page, "fox.png").press("Enter")
+    expect(caption(page, "owl.png")).to_be_focused()
     count(page, "captions 2/2, saved")
+    caption(other, "fox.png").fill("a blue fox")
+    caption(other, "fox.png").press("Enter")
+    expect(other.page.get_by_text("another window has written: a red fox")).to_be_visible(timeout=PATIENCE)
+    other.button("Keep mine").click()
+    count(other, "saved")
+    other.button("Remove owl.png").press("Enter")
+    other.page.get_by_text("Remove it?").press("Enter")
+    count(other, "1 images, captions 1/1")
+    other.page.close()
     page.open()
-    expect(cell(page, "12")).to_be_visible(timeout=PATIENCE)
+    expect(caption(page, "fox.png")).to_have_value("a blue fox", timeout=PATIENCE)
+    expect(caption(page, "owl.png")).to_have_count(0)
     page.button("Undo the last change of captions").click()
-    expect(cell(page, "fox")).to_be_visible(timeout=PATIENCE)
-    expect(cell(page, "12")).to_have_count(0)
+    expect(caption(page, "fox.png")).to_have_value("a red fox", timeout=PATIENCE)
 
 
 def test_a_clone_has_the_runs_name_method_and_images_and_takes_new_ones(page: AppPage, tmp_path: Path) -> None:
@@ -88,7 +98,7 @@ def test_a_clone_has_the_runs_name_method_and_images_and_takes_new_ones(page: Ap
     expect(page.page.get_by_role("radio", name="LoRA", exact=True)).to_be_checked()
     expect(page.page.locator("#summary")).to_contain_text("1 images, captions 1/1", timeout=PATIENCE)
     page.show_tab("1 Dataset")
-    expect(cell(page, "fox.png")).to_be_visible(timeout=PATIENCE)
+    expect(caption(page, "fox.png")).to_be_visible(timeout=PATIENCE)
     drop(page, tmp_path / "owl.png")
     count(page, "2 images")
     page.show_tab("2 Train")

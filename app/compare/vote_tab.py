@@ -1,0 +1,96 @@
+"""The blind vote on the page: two pictures without names, three answers, and the verdict on top at the end."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError
+
+from ..jobs.store import Choice
+from ..jobs.view import STATUS_CSS, told, wrong
+from .blind_vote import QUESTIONS
+from .comparison import ENOUGH_PAIRS
+from .view import CompareView, Form
+from .vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
+
+
+def build_vote(
+    view: CompareView,
+    form: list[gr.components.Component],
+    known: gr.State,
+    voter: gr.BrowserState,
+    load: Callable[..., Any],
+) -> None:
+    votes = VoteView(view)
+    ballot = gr.State(None)
+    with gr.Row():
+        first = gr.Dropdown([], label="One column", min_width=160)
+        second = gr.Dropdown([], label="The other", min_width=160)
+        question = gr.Radio(list(QUESTIONS), value=QUESTIONS[0], label="Question")
+        order = gr.Number(1, label="Order", info="Another number shuffles anew.", precision=0, min_width=120)
+    start = gr.Button("Start", variant="primary", elem_id="fl-vote-start")
+    status = gr.HTML("", css_template=STATUS_CSS)
+    count = gr.HTML("", elem_id="fl-vote-count")
+    page = gr.HTML(NO_BALLOT, css_template=VOTE_CSS, js_on_load=VOTE_KEYS, elem_id="fl-vote")
+    with gr.Row(visible=False) as answers:
+        left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
+        right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
+        tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
+    reveal = gr.Button("End without a verdict", visible=False, elem_id="fl-vote-reveal", size="sm")
+    shown = [page, count, answers, reveal]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def on_start(voter: str, first: str, second: str, question: str, order: float, *values: Any) -> tuple[Any, ...]:
+        try:
+            new = votes.start(Form(*values), (first, second), question, int(order or 0), voter)
+        except ConfigError as error:
+            return None, wrong(str(error)), NO_BALLOT, "", gr.update(visible=False), gr.update(visible=False)
+        return new, few_pairs(new), *vote_outputs(votes, new)
+
+    def on_vote(choice: Choice) -> Callable[[Ballot | None], tuple[Any, ...]]:
+        def vote(ballot: Ballot | None) -> tuple[Any, ...]:
+            if ballot is None:
+                return (gr.skip(),) * len(shown)
+            votes.vote(ballot, choice)
+            return vote_outputs(votes, ballot)
+
+        return vote
+
+    def on_reveal(ballot: Ballot) -> tuple[Any, ...]:
+        ended = votes.reveal(ballot)
+        return ended, *vote_outputs(votes, ended)
+
+    load(lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
+    gr.on([known.change, form[0].input], partial(column_choices, view), form[0], [first, second], **quiet)
+    start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
+    answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
+    for button, choice in answered:
+        button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
+    reveal.click(on_reveal, ballot, [ballot, *shown], **quiet)
+
+
+def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
+    """The two columns to vote on: of those compared, at first the last two."""
+    names = {arm.id: f"{arm.title} ({arm.name})" for arm in view.arms()}
+    columns = [("Base", BASE), *((names[run], run) for run in runs if run in names)]
+    first = columns[-2][1] if len(columns) > 1 else BASE
+    return gr.update(choices=columns, value=first), gr.update(choices=columns, value=columns[-1][1])
+
+
+def few_pairs(ballot: Ballot) -> str:
+    """What to do about a ballot that can hardly say anything."""
+    count = len(ballot.pairs)
+    if count >= ENOUGH_PAIRS:
+        return ""
+    return told(f"Only {count} pairs, from which hardly anything can be told. Draw more prompts or seeds for a vote.")
+
+
+def vote_outputs(votes: VoteView, ballot: Ballot) -> tuple[Any, ...]:
+    """(page, count, the row of answers, the button that reveals)."""
+    page = votes.page(ballot)
+    return page.question, page.count, gr.update(visible=page.is_open), gr.update(visible=page.is_open)

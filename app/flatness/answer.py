@@ -1,0 +1,51 @@
+"""What a flatness measurement says, in one sentence that needs no knowledge of losses, with how sure it is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from scipy.stats import t as student
+
+from ..runs.run_cards import method_name
+
+_SIGMA = 0.1  # the noise that Flat-LoRA trains with by default
+_LIMITS = (
+    "That is how this one training came out. Flatter means that small changes disturb it less; whether its pictures "
+    "are better is for the eyes to say, in the blind vote on the Compare tab."
+)
+
+
+def answer(result: Mapping[str, Any]) -> tuple[str, str]:
+    """(the answer, what it rests on and what it leaves open) of a flatness.json; empty when two were not compared."""
+    runs, sigmas = result["runs"], result["settings"]["sigmas"]
+    methods = {name: facts["method"] for name, facts in runs.items()}
+    plain, flat = (next((name for name in methods if methods[name] == one), None) for one in ("lora", "flat-lora"))
+    if plain is None or flat is None or len(runs) != 2:
+        return "", ""
+    place = min(range(len(sigmas)), key=lambda at: abs(sigmas[at] - _SIGMA))
+    rises = {one["name"]: one["rises"]["filter"][place]["values"] for one in result["figures"]}
+    share, margin = _relative(rises[plain], rises[flat])
+    names = (method_name("lora"), method_name("flat-lora"))
+    count = len(rises[plain])
+    rest = f"From {count} random changes that both were put through; 95 % interval. {_LIMITS}"
+    if abs(share) <= margin:
+        return (
+            f"{names[1]} and {names[0]} are equally sensitive to small changes, as far as this measurement can tell.",
+            f"The difference is {share:+.0%}, give or take {margin:.0%}, so it may be none at all. {rest}",
+        )
+    better, worse = (names[1], names[0]) if share < 0 else names
+    less = abs(share) if share < 0 else share / (1 + share)
+    return (
+        f"{better} is less sensitive: a small change of its weights disturbs it {less:.0%} less than {worse}.",
+        f"Give or take {margin:.0%}. {rest}",
+    )
+
+
+def _relative(plain: list[float], flat: list[float]) -> tuple[float, float]:
+    """(how much more the second rises than the first, as a share of the first; half its 95 % interval)."""
+    level = statistics.mean(plain)
+    differences = [(two - one) / level for one, two in zip(plain, flat, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), float(student.ppf(0.975, len(differences) - 1)) * error

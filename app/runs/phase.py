@@ -1,0 +1,44 @@
+"""What a run that does not count its steps just now is busy with, told from its files and the lines it has printed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from flatlora_diffusion.ground.run_dir import RunDir
+
+from ..jobs.launch import Launch
+from .progress import Progress
+
+LOADING = "loading the base model"
+CACHING = "encoding images and captions"
+PREVIEWS = "drawing the previews of the base"
+TRAINING = "training"
+ENDING = "drawing the last previews and saving the LoRA"
+STOPPING = "stopping: it ends its step and saves, then it can be resumed"
+SAVING = "saving a checkpoint after this step"
+_HAS_LOADED = re.compile(r"the base is ")  # the trainer's line once the base's weights are there
+
+
+def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_previews: bool) -> str:
+    """What a running run is doing, in words. has_previews: whether its settings ask for any."""
+    if run.stop_file.exists() or (launch is not None and launch.stop_file.exists()):
+        return STOPPING
+    if not progress.has_begun or _is_older(run, launch):
+        return CACHING if launch is not None and _says(launch.log(200), _HAS_LOADED) else LOADING
+    if progress.step == 0 and has_previews and not progress.has_drawn:
+        return PREVIEWS
+    if progress.total and progress.step >= progress.total:
+        return ENDING
+    return SAVING if run.save_file.exists() else TRAINING
+
+
+def _is_older(run: RunDir, launch: Launch | None) -> bool:
+    """Whether the run's events are all of an earlier start, which this one goes on from."""
+    if launch is None or not run.events_file.exists() or not launch.command_file.exists():
+        return False
+    return run.events_file.stat().st_mtime < launch.command_file.stat().st_mtime
+
+
+def _says(log: Sequence[str], line: re.Pattern[str]) -> bool:
+    return any(line.match(one) for one in log)

@@ -1,0 +1,69 @@
+"""The trash on the page: what was deleted, also before the page was opened; back again, or away for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError
+
+from ..context import AppContext
+from ..reporting import told_on_the_page
+
+
+@dataclass(frozen=True)
+class TrashParts:
+    """`fold`: around all, hidden while nothing was deleted; `entries`: what was, the last first."""
+
+    fold: gr.Accordion
+    entries: gr.Dropdown
+    back: gr.Button
+    away: gr.Button
+    question: gr.Row
+    yes: gr.Button
+    no: gr.Button
+
+
+def build_trash() -> TrashParts:
+    with gr.Accordion("Trash", open=True, visible=False, elem_id="trash") as fold:
+        entries = gr.Dropdown([], label="Deleted runs, the last first")
+        with gr.Row():
+            back = gr.Button("Bring it back", min_width=120)
+            away = gr.Button("Delete for good", variant="stop", min_width=120)
+        with gr.Row(visible=False) as question:
+            yes = gr.Button("Yes, delete it for good", variant="stop", min_width=120)
+            no = gr.Button("No, keep it", min_width=120)
+    return TrashParts(fold, entries, back, away, question, yes, no)
+
+
+def look(context: AppContext) -> tuple[Any, Any, Any]:
+    """The fold, what can be chosen in it, the last deleted first, and no question."""
+    entries = context.runs.trash.entries()
+    choices = [
+        (f"{entry.run}, deleted {datetime.fromtimestamp(entry.deleted).strftime('%d %b, %H:%M')}", entry.id)
+        for entry in entries
+    ]
+    first = entries[0].id if entries else None
+    shown = gr.Accordion(f"Trash ({len(entries)})", visible=bool(entries))
+    return shown, gr.Dropdown(choices=choices, value=first), gr.Row(visible=False)
+
+
+def delete_for_good(context: AppContext, key: str | None) -> None:
+    """Remove a deleted run from the disk."""
+    with told_on_the_page():
+        if not key:
+            raise ConfigError("no run is chosen; choose one in the trash")
+        context.runs.trash.delete_for_good(key)
+
+
+def connect_trash(context: AppContext, trash: TrashParts, again: Callable[[Any], Any]) -> None:
+    """`again`: shows list and trash anew after an event."""
+    shown: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    trash.away.click(lambda: gr.Row(visible=True), None, [trash.question], **shown)
+    trash.no.click(lambda: gr.Row(visible=False), None, [trash.question], **shown)
+    again(trash.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown))

@@ -1,0 +1,112 @@
+"""Every tab for people who see little, use a keyboard, or are made sick by motion: axe-core's rules, focus, motion."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_driver import PATIENCE, AppPage, RunningApp
+from playwright.sync_api import expect
+
+from flatlora_diffusion.config import TrainConfig
+
+pytestmark = pytest.mark.slow
+
+TABS = ("1 Dataset", "2 Train", "3 Compare", "4 Flatness", "Runs")
+# (rule, class of the element): Gradio's own, which no setting of it changes.
+OF_GRADIO = {
+    ("aria-prohibited-attr", "empty"),  # the box in place of a JSON value that is none
+}
+FOCUSED = """() => {
+  const at = document.activeElement, label = at.closest('label');
+  return [at, label].filter(Boolean).map(one => getComputedStyle(one)).some(
+    style => style.outlineStyle === 'solid' && parseFloat(style.outlineWidth) >= 2);
+}"""
+
+
+def make_runs(folder: Path) -> None:
+    """A finished pair and a stopped run, as far as the page looks into their folders."""
+    for name, method, steps in (("seen-lora", "lora", 4), ("seen-flat-lora", "flat-lora", 4), ("half", "lora", 2)):
+        run = folder / name
+        run.mkdir()
+        config = TrainConfig.from_dict(
+            {"method": method, "max_train_steps": 4, "instance_data_dir": "x", "resolution": 64}
+        ).to_dict()
+        (run / "config.json").write_text(json.dumps(config | {"pretrained_model_name_or_path": "tiny"}))
+        (run / "manifest.json").write_text("[]")
+        events: list[dict[str, Any]] = [
+            {"event": "step", "step": step, "loss": 0.1 / (1 + step), "seconds": 1.0, "eta": 0.0}
+            for step in range(steps)
+        ]
+        events.append({"event": "finished" if steps == 4 else "stopped"})
+        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        if steps == 4:
+            (run / "pytorch_lora_weights.safetensors").write_bytes(b"a LoRA")
+
+
+def violations(page: AppPage) -> list[str]:
+    """What axe finds on the page once it is drawn in full, which takes a while on busy cores."""
+    for _ in range(4):
+        page.page.wait_for_timeout(200)
+        found = violations_now(page)
+        if not found:
+            break
+    return found
+
+
+def violations_now(page: AppPage) -> list[str]:
+    """One line for each element."""
+    found = page.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [
+        f"{rule['id']}: {node['html'][:160]} {node['failureSummary'][:200]}"
+        for rule in found
+        for node in rule["nodes"]
+        if not any(rule["id"] == known and f'class="{name}' in node["html"] for known, name in OF_GRADIO)
+    ]
+
+
+def test_every_tab_is_for_everybody(page: AppPage, app: RunningApp) -> None:
+    """In light and dark, on a desk and on a phone; all that moves is at rest, as the system was told to ask for."""
+    make_runs(app.runs)
+    page.page.emulate_media(reduced_motion="reduce")
+    page.load_samples()
+    page.page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
+    found: dict[str, list[str]] = {}
+    for tab in TABS:
+        page.show_tab(tab)
+        if tab == "2 Train":
+            page.page.locator("#more-settings > button").click()
+        if tab == "Runs":
+            expect(page.button("Download for diffusers")).to_be_visible(timeout=PATIENCE)
+        page.page.wait_for_timeout(1000)  # a chart is drawn after its data has come
+        for is_dark in (False, True):
+            page.page.evaluate("dark => document.body.classList.toggle('dark', dark)", is_dark)
+            for width in (1280, 390):
+                page.page.set_viewport_size({"width": width, "height": 900})
+                found[f"{tab}, {'dark' if is_dark else 'light'}, {width} px"] = violations(page)
+        page.page.evaluate("document.body.classList.remove('dark')")
+        page.page.set_viewport_size({"width": 1280, "height": 900})
+    assert {where: lines for where, lines in found.items() if lines} == {}
+    check_focus_is_seen(page)
+    button = page.page.get_by_role("button", name="Start training")
+    assert button.evaluate("one => parseFloat(getComputedStyle(one).transitionDuration)") <= 1e-4
+
+
+def check_focus_is_seen(page: AppPage) -> None:
+    """On a text, a number, a choice, a tab, a button and a caption."""
+    page.show_tab("2 Train")
+    places = [page.box("Name"), page.box("Steps"), page.page.get_by_role("radio", name="Flat-LoRA", exact=True)]
+    places += [page.page.get_by_role("tab", name="1 Dataset"), page.button("Start training")]
+    page.page.keyboard.press("Shift")  # from now on it is a keyboard that moves the focus
+    unseen = []
+    for place in places:
+        place.focus()
+        if not page.page.evaluate(FOCUSED):
+            unseen.append(place.evaluate("one => one.outerHTML.slice(0, 120)"))
+    page.show_tab("1 Dataset")
+    page.page.get_by_label("Caption of bread.png").focus()
+    assert page.page.evaluate(FOCUSED)
+    assert unseen == []
