@@ -126,7 +126,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=6, help="of each arm")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run, 32 texts each")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run, 32 texts each")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     if "lora" not in options.arms:
