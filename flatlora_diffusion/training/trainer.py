@@ -21,8 +21,7 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
-from flatlora_diffusion.data.holdout import held_out
-from flatlora_diffusion.data.training_set import load_training_set
+from flatlora_diffusion.data.training_set import held_out, load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in

@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.data.holdout import held_out
-from flatlora_diffusion.data.training_set import load_training_set
+from flatlora_diffusion.data.training_set import held_out, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
