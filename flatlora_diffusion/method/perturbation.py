@@ -141,7 +141,7 @@ class FlatLora:
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
-        """While this is open, ||W'_i|| is taken once a step, however often it is perturbed: A and B must not move."""
+        """While open, ||W'_i|| is taken once a step, however often that is perturbed: A and B must not move."""
         with self._norms.one_step():
             yield
 

@@ -303,10 +303,10 @@ def at_the_end(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None
     """Have the last previews `act` before they are made."""
     real = Previews.make
 
-    def make(self: Previews, name: str, step: int) -> None:
+    def make(self: Previews, name: str, step: int, *is_over: Any) -> None:
         if name == "step-6":
             act()
-        real(self, name, step)
+        real(self, name, step, *is_over)
 
     monkeypatch.setattr(Previews, "make", make)
 
