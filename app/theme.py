@@ -91,7 +91,6 @@ label:has(> input[type=radio]:focus-visible), label:has(> input[type=checkbox]:f
 #log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }
 .fl-gallery .grid-container .thumbnail-item { aspect-ratio: auto !important; height: auto !important; width: 100%; }
 .fl-gallery .grid-container .thumbnail-item img { aspect-ratio: 1; height: auto; width: 100%; object-fit: contain; }
-#loss { height: auto !important; } #loss .vega-embed { height: 270px; }
 .fl-gallery .grid-wrap.fixed-height { min-height: 0; max-height: 340px; }
 .fl-gallery .grid-container .caption-label { position: static !important; display: block; width: 100%;
   max-width: none !important; padding: 3px 4px; border: 0; border-radius: 0; white-space: normal;

@@ -72,7 +72,7 @@ class RunningApp:
         """End the app; trainings go on, as they do for its users."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(30)
+            self._process.wait(START_SECONDS)
             self._process = None
 
     def kill_trainers(self) -> None:
@@ -192,8 +192,7 @@ class AppPage:
             self.faults.append(f"console: {message.text} ({message.location.get('url')})")
 
     def _note_error(self, error: Error) -> None:
-        if "(reading 'offsetWidth')" not in str(error):  # Gradio's own plot, when the page leaves while it is drawn
-            self.faults.append(f"script: {error}")
+        self.faults.append(f"script: {error}")
 
     def _note_request(self, request: Request) -> None:
         if not request.url.startswith((self.url, "data:", "blob:")):

@@ -109,7 +109,8 @@ class CompareView:
         comparison = self.comparison(form)
         wanted = comparison.pictures()
         drawn = self.cache.find(wanted)
-        missing = [one for one in wanted if one not in drawn and one not in self._coming(wanted)]
+        coming = self._coming(wanted)
+        missing = [one for one in wanted if one not in drawn and one not in coming]
         orders = orders_for(missing, comparison.drawing, comparison.files)
         commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue

@@ -89,7 +89,10 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
     count = gr.HTML(note(_LOOKING), elem_id="caption-count", padding=False)
     told = gr.HTML(padding=False)
     with gr.Column(visible=False) as filled:
-        bulk = _build_bulk()
+        bulk, remove_all = _build_bulk()
+        with gr.Row(visible=False) as question:
+            yes = gr.Button(YES[IMAGES], variant="stop", size="sm", elem_id="remove-all-yes")
+            no = gr.Button("No, keep them", size="sm")
         cards = gr.HTML(
             "",
             css_template=CARDS_CSS,
@@ -97,22 +100,18 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
             server_functions=card_functions(context),
             elem_id="cards",
         )
-        with gr.Row():
-            remove_all = gr.Button(
-                "Remove all images", variant="stop", size="sm", elem_id="remove-all", min_width=140, scale=0
-            )
-        with gr.Row(visible=False) as question:
-            yes = gr.Button(YES[IMAGES], variant="stop", size="sm", elem_id="remove-all-yes")
-            no = gr.Button("No, keep them", size="sm")
     return Pictures(count, told, filled, cards, remove_all, question, yes, no, gr.State(IMAGES)), bulk
 
 
-def _build_bulk() -> Bulk:
+def _build_bulk() -> tuple[Bulk, gr.Button]:
+    """What is for all images stands above them, where a question is seen too; with the button that removes them."""
     with gr.Accordion("Change all captions", open=False, elem_id="bulk"):
         how = gr.Radio(list(CHANGES), value=REPLACE, show_label=False, label="What to change in all captions")
         with gr.Row():
             text = gr.Textbox(label="Text", max_lines=1, min_width=160, elem_id="bulk-text")
             by = gr.Textbox(label="In its place", max_lines=1, min_width=160, elem_id="bulk-by")
         change = gr.Button("Change all captions", size="sm", elem_id="bulk-change")
-    undo = gr.Button("Undo the last change of captions", size="sm", elem_id="undo-captions")
-    return Bulk(how, text, by, change, undo)
+    with gr.Row():
+        undo = gr.Button("Undo the last change of captions", size="sm", elem_id="undo-captions", min_width=140)
+        remove_all = gr.Button("Remove all images", variant="stop", size="sm", elem_id="remove-all", min_width=140)
+    return Bulk(how, text, by, change, undo), remove_all

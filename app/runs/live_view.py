@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
+
+from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..jobs.store import Job
 from ..theme import SHADES
+from .loss_chart import loss_chart
 from .phase import STOPPING
 from .run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, method_name, own_lines, run_card, waiting_card
 from .runs import Run
@@ -20,6 +24,8 @@ _MOST_POINTS = 300
 LOG_LINES = 40
 _LOG_LINES_READ = 400  # so that enough is left when the noise is out
 _WORK = {"generate": "Drawing pictures", "flatness": "Measuring flatness"}
+_LOSS_TEXT = "How far the LoRA is off: it should fall, then level out."
+_PAIR_TEXT = "Both of a pair see the same images and noise, so their curves may lie on each other."
 NOTHING = (
     '<div class="fl-card"><b>Nothing has been trained here yet.</b><br>'
     "Load images in the Dataset tab, choose a preset, press Start; progress and previews then show here.</div>"
@@ -33,8 +39,11 @@ def recent_runs(context: AppContext) -> list[Run]:
     focus = active or jobs[-1:]
     pairs = {job.pair for job in focus if job.pair}
     wanted = dict.fromkeys(job.run for job in jobs if job in focus or job.pair in pairs)
-    known = {run.id: run for run in context.runs.all()}
-    return [known[run_id] for run_id in wanted if run_id in known]
+    found = []
+    for run_id in filter(None, wanted):
+        with suppress(ConfigError):  # of a run that was deleted since
+            found.append(context.runs.get(run_id))
+    return found
 
 
 def log_tail(context: AppContext, run_id: str) -> str:
@@ -42,10 +51,12 @@ def log_tail(context: AppContext, run_id: str) -> str:
     return "\n".join(own_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
 
 
-def loss_curves(context: AppContext, runs: list[Run]) -> gr.LinePlot:
+def loss_curves(context: AppContext, runs: list[Run]) -> gr.HTML:
     """The chart of the runs that have a loss, each in its method's colour; hidden while there is none."""
-    frame = loss_frame(context, runs)
-    return gr.LinePlot(value=frame, color_map=run_colours(runs), visible=len(frame) > 0)
+    curves = {run.name: smoothed(context.runs.losses(run.id)) for run in runs}
+    text = f"{_LOSS_TEXT} {_PAIR_TEXT}" if len(runs) > 1 else _LOSS_TEXT
+    chart = loss_chart(curves, run_colours(runs), "Loss, smoothed", text)
+    return gr.HTML(chart, visible=bool(chart))
 
 
 def run_colours(runs: list[Run]) -> dict[str, str]:
@@ -58,18 +69,16 @@ def run_colours(runs: list[Run]) -> dict[str, str]:
     return colours
 
 
-def loss_frame(context: AppContext, runs: list[Run]) -> pd.DataFrame:
-    """Columns step, loss (mean over a tenth of the run), raw, run."""
-    frames = []
-    for run in runs:
-        points = context.runs.losses(run.id)
-        frame = pd.DataFrame(points, columns=["step", "raw"])
-        window = max(1, len(frame) // 10)
-        frame["loss"] = frame["raw"].rolling(window, center=True, min_periods=1).mean()
-        frame["run"] = run.name
-        frames.append(frame.iloc[:: max(1, len(frame) // _MOST_POINTS)])
-    filled = [frame for frame in frames if len(frame)]
-    return pd.concat(filled) if filled else pd.DataFrame({"step": [], "raw": [], "loss": [], "run": []})
+def smoothed(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """(step, mean loss over a tenth of the run around it), of _MOST_POINTS steps at the most."""
+    reach = max(1, len(losses) // 10) // 2
+    sums = [0.0, *accumulate(loss for _, loss in losses)]
+    every = -(-len(losses) // _MOST_POINTS) or 1
+    means = []
+    for place in range(0, len(losses), every):
+        first, last = max(0, place - reach), min(len(losses), place + reach + 1)
+        means.append((losses[place][0], (sums[last] - sums[first]) / (last - first)))
+    return means
 
 
 def newest_previews(context: AppContext, runs: list[Run]) -> list[tuple[str, str]]:

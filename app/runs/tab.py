@@ -21,6 +21,7 @@ from ..train.tab import TrainTab, method_choice
 from .clone import clone_run
 from .live_view import loss_curves
 from .lora_import import Origin, import_lora_file, known_bases, origin_of
+from .loss_chart import CHART_CSS
 from .run_cards import run_card
 from .trash_tab import build_trash, connect_trash
 from .trash_tab import look as look_at_trash
@@ -47,7 +48,18 @@ def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
     """Card, curves, previews, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
     if not run_id:
         none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
-        return ("", None, [], {}, "", "", "", *none, gr.Button(interactive=False), gr.Button(interactive=False))
+        return (
+            "",
+            gr.HTML(visible=False),
+            [],
+            {},
+            "",
+            "",
+            "",
+            *none,
+            gr.Button(interactive=False),
+            gr.Button(interactive=False),
+        )
     with told_on_the_page():
         run = context.runs.get(run_id)
         origin = origin_of(run.folder)
@@ -183,7 +195,7 @@ def build_runs_tab(
     with gr.Row():
         with gr.Column(min_width=300):
             card = gr.HTML()
-            curves = gr.LinePlot(x="step", y="loss", color="run", tooltip=["step", "loss", "raw"], height=220)
+            curves = gr.HTML("", css_template=CHART_CSS, padding=False)
             previews = gr.Gallery(label="Previews", columns=4, height=240, object_fit="contain", buttons=[])
         with gr.Column(min_width=300):
             labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]

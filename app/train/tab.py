@@ -20,6 +20,7 @@ from ..dataset.view import training_size
 from ..jobs.store import Job
 from ..reporting import told_on_the_page
 from ..runs.live_view import NOTHING, live
+from ..runs.loss_chart import CHART_CSS
 from ..runs.names import checked_text
 from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from .acts import connect_acts
@@ -140,17 +141,7 @@ def build_train_tab(
             cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
             cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False)
             no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
-            curves = gr.LinePlot(
-                x="step",
-                y="loss",
-                color="run",
-                tooltip=["step", "loss", "raw"],
-                height=300,
-                label="Loss, smoothed: how far the LoRA is off; it should fall, then level out",
-                caption="Both of a pair see the same images and noise, so their curves may lie on each other.",
-                elem_id="loss",
-                visible=False,
-            )
+            curves = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
             previews = gr.Gallery(
                 label="Newest previews",
                 columns=4,

@@ -26,6 +26,7 @@ from app.compare.tab import emptiable_slider, refresh
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
+from app.jobs.store import Job, JobState, Store
 from app.settings import AppSettings
 from app.theme import COLOURS
 from flatlora_diffusion.config import ConfigError
@@ -144,6 +145,24 @@ class Rows:
 
     def rows(self) -> list[SimpleNamespace]:
         return [SimpleNamespace(pictures=[(seed, place) for place in ("", "a", "b")]) for seed in (0, 1)]
+
+
+def test_the_queue_is_not_asked_for_each_picture(view: CompareView, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    jobs = view.context.runs.store.jobs
+
+    def noted(_: Store, *states: JobState) -> list[Job]:
+        asked.append(states)
+        return jobs(*states)
+
+    monkeypatch.setattr(Store, "jobs", noted)
+    counts = []
+    for prompts in ("a fox", "\n".join("bcdefghi")):
+        asked.clear()
+        view.draw(replace(FORM, prompts=prompts), "me")
+        view.show(replace(FORM, prompts=prompts))
+        counts.append(len(asked))
+    assert counts[0] == counts[1], counts
 
 
 def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:

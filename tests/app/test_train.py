@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from app.context import AppContext
 from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
 from app.jobs.launch import Launch
-from app.runs.live_view import acts_of, loss_curves, run_colours
+from app.runs.live_view import acts_of, loss_curves, run_colours, smoothed
+from app.runs.loss_chart import loss_chart
 from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
 from app.runs.run_cards import own_lines, run_card
+from app.runs.runs import Run
 from app.theme import COLOURS
 from app.train.acts import act
 from app.train.forms import ConfigForm, preset_settings
@@ -47,7 +50,14 @@ def test_curves_have_their_methods_colours_and_are_hidden_without_a_loss(context
     assert colours["one-lora"] == COLOURS["LoRA"] == "#cf7600"
     assert colours["one-flat"] == COLOURS["Flat-LoRA"] == "#2f6fde"
     assert colours["two-lora"] not in (colours["one-lora"], colours["one-flat"])
-    assert loss_curves(context, [runs["one-lora"], runs["one-flat"]]).visible
+    shown = loss_curves(context, [runs["one-lora"], runs["one-flat"]])
+    assert shown.visible
+    assert [shown.value.count(f'<path stroke="{colour}" d="M') for colour in ("#cf7600", "#2f6fde")] == [1, 1]
+    assert "one-flat: 0.1000 after step 1" in shown.value
+    context.runs.rename("one-lora", "<b>renamed")  # the chart is of the new name at once
+    renamed = loss_curves(context, [context.runs.get("one-lora")]).value
+    assert "<title>&lt;b&gt;renamed</title>" in renamed
+    assert 'stroke="#cf7600"' in renamed
     assert not loss_curves(context, [runs["two-lora"]]).visible
 
 
@@ -214,3 +224,38 @@ def test_a_base_that_is_none_is_refused_before_the_start(context: AppContext) ->
         with pytest.raises(gr.Error, match=reason.partition("&")[0]):
             start(context, form, session, "one", PLAIN, *values)
     assert context.queue.jobs() == []
+
+
+@pytest.mark.parametrize("losses", [[0.5], [0.1, 0.1], [0.02, 3.0, 0.7], [0.0, 0.0], [-1e-9, 1e-9]])
+def test_a_curve_stays_inside_of_its_chart(losses: list[float]) -> None:
+    chart = loss_chart({"run": list(enumerate(losses))}, {"run": "#cf7600"}, "Loss", "")
+    path = re.search(r' d="M(.*?)"', chart)
+    assert path is not None
+    places = [tuple(map(float, one.split())) for one in path[1].split(" L")]
+    assert len(places) == len(losses)
+    assert all(58 <= x <= 630 and 10 <= y <= 236.1 for x, y in places), places
+
+
+def test_a_curve_is_smoothed_over_a_tenth_of_the_run_and_has_few_points() -> None:
+    assert smoothed([(step, 1.0 + step % 2) for step in range(3)]) == [(0, 1.0), (1, 2.0), (2, 1.0)]
+    points = smoothed([(step, float(step % 2)) for step in range(3000)])
+    assert len(points) <= 300
+    assert all(abs(loss - 0.5) < 0.01 for _, loss in points)
+
+
+def test_the_timer_looks_at_the_runs_of_the_queue_alone(context: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    start(context, form, session, "two", BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
+    make_run(context, "other", "lora", [0.1])
+    looked: list[str] = []
+    get = context.runs.get
+    monkeypatch.setattr(context.runs, "all", lambda: pytest.fail("all runs were looked at"))
+
+    def noted(run_id: str) -> Run:
+        looked.append(run_id)
+        return get(run_id)
+
+    monkeypatch.setattr(context.runs, "get", noted)
+    assert live(context, None, None)[0].count('data-state="queued"') == 2
+    assert set(looked) == {"two-lora", "two-flat-lora"}

@@ -91,8 +91,10 @@ def test_every_tab_is_for_everybody(page: AppPage, app: RunningApp) -> None:
         page.page.set_viewport_size({"width": 1280, "height": 900})
     assert {where: lines for where, lines in found.items() if lines} == {}
     check_focus_is_seen(page)
-    button = page.page.get_by_role("button", name="Start training")
-    assert button.evaluate("one => parseFloat(getComputedStyle(one).transitionDuration)") <= 1e-4
+    assert (
+        page.button("Load the 23 sample icons").evaluate("one => parseFloat(getComputedStyle(one).transitionDuration)")
+        <= 1e-4
+    )
 
 
 def check_focus_is_seen(page: AppPage) -> None:
