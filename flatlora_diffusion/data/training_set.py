@@ -81,23 +81,6 @@ def load_heldout(folder: Path, data: DataConfig) -> SampleSet:
     return load_samples(folder, data.instance_prompt, data.caption_column if is_alike else None)
 
 
-def held_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
-    """The images to train on, and `count` that are not, both in their order.
-
-    Their contents choose them, as good as by chance: all seeds and arms of a comparison leave out the same ones.
-    Raises ConfigError when nothing is left to train on.
-    """
-    if count and count >= len(samples):
-        raise ConfigError(
-            f"holdout_images={count} leaves none of the {len(samples)} images to train on; give a lower number"
-        )
-    away = {id(sample) for sample in sorted(samples, key=lambda sample: (sample.sha256, sample.id))[:count]}
-    return (
-        [sample for sample in samples if id(sample) not in away],
-        [sample for sample in samples if id(sample) in away],
-    )
-
-
 def check_unseen(heldout: Sequence[Sample], training: Sequence[Sample], tense: Literal["are", "were"]) -> None:
     """Raise ConfigError for images of `heldout_dir` that `are` or `were` trained on."""
     seen = {sample.sha256 for sample in training}
