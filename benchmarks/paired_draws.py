@@ -28,13 +28,14 @@ from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.trainer import train
 
+SETTINGS: dict[str, Any] = {"learning_rate": 5e-4, "report_to": "none"}
+FLAT: dict[str, Any] = {"method": "flat-lora", "sigma": 0.4, "sigma_schedule": "constant"}
 ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
-    "full": {"perturb_draw": "full"},
-    "low-rank": {"perturb_draw": "low_rank"},
+    "full": {**FLAT, "perturb_draw": "full"},
+    "low-rank": {**FLAT, "perturb_draw": "low_rank"},
 }
 PAIRS = (("low-rank", "full"), ("full", "lora"), ("low-rank", "lora"))
-SETTINGS = {"sigma": 0.4, "sigma_schedule": "constant", "learning_rate": 5e-4, "report_to": "none"}
 RISE, RISE_DRAWS = 0.1, 4
 DRAWS = 8  # (noise, timestep) pairs of each held-out icon
 
@@ -63,7 +64,8 @@ def main() -> None:
         print(table(figures), flush=True)
     base = {name: values[UNGROUPED] for name, values in evaluator.losses(None).items()}
     record.save(
-        args.out, {"settings": SETTINGS, "base": base, "figures": figures, "differences": differences(figures)}
+        args.out,
+        {"settings": {**SETTINGS, **FLAT}, "base": base, "figures": figures, "differences": differences(figures)},
     )
 
 
@@ -90,7 +92,8 @@ def trained(arm: str, seed: int, args: argparse.Namespace, work: Path) -> dict[i
                 checkpointing_steps=args.every,
                 resume_from_checkpoint="latest",
                 seed=seed,
-                **{"method": "flat-lora", **SETTINGS, **ARMS[arm]},
+                **SETTINGS,
+                **ARMS[arm],
             )
         )
         train(config)
