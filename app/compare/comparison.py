@@ -12,10 +12,10 @@ from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..context import AppContext
 from ..dataset.captions import TRIGGER, trigger_of_captions, with_trigger
-from ..runs.base_identity import base_identity
 from ..runs.lora_import import IMPORTED
 from ..runs.processes import read_json
 from ..runs.runs import Run
+from .base_identity import base_identity
 from .picture_cache import Drawing, Picture, base_arguments, file_hash
 
 METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA", IMPORTED: "Imported"}

@@ -14,8 +14,8 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..jobs.store import Job
+from ..loss_chart import loss_chart
 from ..theme import SHADES
-from .loss_chart import loss_chart
 from .phase import STOPPING
 from .run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, method_name, own_lines, run_card, waiting_card
 from .runs import Run

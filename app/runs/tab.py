@@ -15,13 +15,13 @@ from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from ..context import AppContext
 from ..dataset.tab import ensure_session
 from ..jobs.view import STATUS_CSS, told, wrong
+from ..loss_chart import CHART_CSS
 from ..reporting import note, told_on_the_page
 from ..train.forms import ConfigForm
 from ..train.tab import TrainTab, method_choice
 from .clone import clone_run
 from .live_view import loss_curves
 from .lora_import import Origin, import_lora_file, known_bases, origin_of
-from .loss_chart import CHART_CSS
 from .run_cards import run_card
 from .trash_tab import build_trash, connect_trash
 from .trash_tab import look as look_at_trash

@@ -18,9 +18,9 @@ from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..dataset.view import training_size
 from ..jobs.store import Job
+from ..loss_chart import CHART_CSS
 from ..reporting import told_on_the_page
 from ..runs.live_view import NOTHING, live
-from ..runs.loss_chart import CHART_CSS
 from ..runs.names import checked_text
 from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from .acts import connect_acts

@@ -15,8 +15,8 @@ from app.context import AppContext
 from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
 from app.jobs.launch import Launch
+from app.loss_chart import loss_chart
 from app.runs.live_view import acts_of, loss_curves, run_colours, smoothed
-from app.runs.loss_chart import loss_chart
 from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
 from app.runs.run_cards import own_lines, run_card
