@@ -65,7 +65,9 @@ def are_equal(first: Case, second: Case) -> bool:
     return all(map(torch.equal, weights(first), weights(second)))
 
 
-@pytest.mark.parametrize("make", [toy_case, llama_case, lambda: toy_case(Adapter(dora=True))], ids=str)
+@pytest.mark.parametrize(
+    "make", [toy_case, llama_case, lambda: toy_case(Adapter(dora=True))], ids=["toy", "llama", "dora"]
+)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_following_trains_what_perturb_by_hand_trains(make: Callable[[], Case], micro_batches: int) -> None:
     expected, case, plain = make(), make(), make()
