@@ -11,6 +11,8 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
+from flatlora_diffusion.config import METHOD_NAMES
+
 from ..context import AppContext
 from ..theme import COLOURS, SHADES
 from .runs import Run
@@ -44,7 +46,7 @@ NOTHING = (
 
 def method_name(method: str | None) -> str:
     """As people say it."""
-    return {"lora": "LoRA", "flat-lora": "Flat-LoRA"}.get(method or "", method or "")
+    return METHOD_NAMES.get(method or "", method or "")
 
 
 def recent_runs(context: AppContext) -> list[Run]:

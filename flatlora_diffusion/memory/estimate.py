@@ -265,9 +265,11 @@ def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
 def _perturbation(passes: Passes, width: int, config: PerturbConfig) -> int:
     """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
 
-    A low-rank draw holds the factors of all eps in bf16 in its place.
+    A low-rank draw holds the factors of all eps in bf16 in its place; SAM the eps of all layers in fp32.
     """
-    if config.method == "lora":
+    if config.method == "sam":
+        return 4 * sum(shape.numel() for shape in passes.adapted)
+    if not config.draws_noise:
         return 0
     rows = sum(shape[0] for shape in passes.adapted)
     if config.perturb_draw == "low_rank":

@@ -1,15 +1,18 @@
-"""What is kept of a run that fails: the weights of its last whole step, with which it can go on."""
+"""What is kept and said of a run that fails: the weights of its last whole step, with which it can go on."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError, StoppedError, TrainConfig
+from flatlora_diffusion.data.latents import latents_text, not_finite
 from flatlora_diffusion.training.checkpoint import save_checkpoint, save_state
 from flatlora_diffusion.training.state import TrainState
 from flatlora_diffusion.training.stopping import interrupted_as
@@ -62,6 +65,27 @@ def kept(state: TrainState) -> Iterator[None]:
             logger.warning("%s", found)
             raise
         raise RunError(f"{error}{'; ' if len(str(error).splitlines()) == 1 else chr(10)}{found}") from error
+
+
+def non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
+    """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
+    by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
+    return [slot for slot, loss in enumerate(by_rank.T.flatten().tolist()) if not math.isfinite(loss)]
+
+
+def non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
+    """What a run says whose loss or gradient (`what`) is not finite in the micro-batches `slots`."""
+    places = [(state.feed.samples_at(step, slot), state.feed.batch(step, slot).latents) for slot in slots]
+    spoiled = [name for samples, latents in places for name in not_finite(latents, samples)]
+    if spoiled:
+        return latents_text(spoiled)
+    names = [sample.id for samples, _ in places for sample in samples]
+    advice = {
+        "fp16": "go on with --mixed_precision bf16",
+        "bf16": "go on with a lower --learning_rate",
+        "no": "go on with a lower --learning_rate",
+    }[str(state.config.optim.mixed_precision)]
+    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"
 
 
 def _keep(state: TrainState) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
 from flatlora_diffusion.lora_files.reading import ImportedLora
-from flatlora_diffusion.method.configured import flat_loras
+from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.step_gradient import StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
@@ -53,7 +54,7 @@ class TrainState:
     trainable: dict[str, nn.Parameter]
     optimizer: Any
     lr_schedule: torch.optim.lr_scheduler.LambdaLR
-    flats: list[FlatLora]
+    gradient: StepGradient
     feed: Feed
     run: RunDir
     total_steps: int
@@ -64,6 +65,11 @@ class TrainState:
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
     chosen: int | None = None  # the step whose weights are the result, where held-out images have chosen one
     draws: str = ""  # the hash of what the last step drew, its eps apart
+
+    @property
+    def flats(self) -> Sequence[FlatLora]:
+        """The perturbation of each adapted model; none where the method draws no eps."""
+        return self.gradient.flats
 
     @property
     def end(self) -> int:
@@ -128,7 +134,7 @@ def prepare(
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        flats=perturbations(sdxl, config),
+        gradient=gradient_of(sdxl, trainable, config),
         feed=feed,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=total_steps,
@@ -155,14 +161,14 @@ def _given(
     return Given(whole, accelerator, sdxl, objective, initial)
 
 
-def perturbations(sdxl: Sdxl, config: TrainConfig) -> list[FlatLora]:
-    """The perturbation of each adapted model of the base; none for plain LoRA. `config` leaves nothing open."""
+def gradient_of(sdxl: Sdxl, trainable: Mapping[str, nn.Parameter], config: TrainConfig) -> StepGradient:
+    """How the method takes the gradient over the base's adapted models. `config` leaves nothing open."""
     assert config.run.seed is not None
     assert config.optim.max_train_steps is not None
     parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
     adapted = {part: getattr(sdxl.pipeline, part) for part in parts}
     ramp = config.perturb.sigma_ramp_steps or config.optim.max_train_steps
-    return flat_loras(adapted, config.perturb, config.run.seed, ramp)
+    return step_gradient(adapted, trainable, config.perturb, config.run.seed, ramp)
 
 
 @contextmanager
@@ -201,8 +207,7 @@ def averaged(state: TrainState) -> Iterator[None]:
 def put_away(state: TrainState) -> None:
     """End what goes on beside the steps, and give the memory back; `state` cannot be used afterwards."""
     state.feed.close()
-    for flat in state.flats:
-        flat.detach()
+    state.gradient.detach()
     # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
     state.model = state.accelerator.unwrap_model(state.model)
     state.accelerator.free_memory()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,6 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
-from flatlora_diffusion.data.latents import latents_text, not_finite
 from flatlora_diffusion.data.training_set import held_out, load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -32,7 +33,7 @@ from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets, with
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.holdout import Holdout
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.rescue import explained, kept
+from flatlora_diffusion.training.rescue import explained, kept, non_finite, non_finite_slots
 from flatlora_diffusion.training.result import present, save_result
 from flatlora_diffusion.training.selfcheck.watch import self_check
 from flatlora_diffusion.training.settling import check_early, new_or_resumed
@@ -112,43 +113,65 @@ def train_step(state: TrainState, step: int) -> float:
     Raises RunError, with the weights as they were, for a loss or a gradient that is not finite; with the scaler of
     fp16 for the gradients of 20 steps in a row.
     """
-    accelerator = state.accelerator
-    accumulation = state.config.optim.gradient_accumulation_steps
-    losses, draws = [], DrawHash()
+    accelerator, draws = state.accelerator, DrawHash()
+    losses = state.gradient.take(step, _micro_batches(state, step, draws))
+    mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
+    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
+    value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
+    if not math.isfinite(value):
+        raise RunError(non_finite(state, step, "loss", non_finite_slots(state, losses)))
+    # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
+    if not math.isfinite(gradient) and accelerator.scaler is None:
+        raise RunError(non_finite(state, step, "gradient", list(range(state.feed.slots))))
+    _update(state, step)
+    state.draws = draws.hexdigest()
+    return value
+
+
+@dataclass(frozen=True)
+class DrawnMicroBatch:
+    """One micro-batch of a step with its noise and timesteps, which each pass through the model sees."""
+
+    state: TrainState
+    step: int
+    slot: int
+    loss: Callable[[], Tensor]
+    is_last: bool
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        state = self.state
+        sync = nullcontext() if self.is_last and is_shared else state.accelerator.no_sync(state.model)
+        with sync, dropout_draws(state, self.step, self.slot):
+            loss = self.loss()
+            state.accelerator.backward(loss * weight / state.config.optim.gradient_accumulation_steps)
+        return loss.detach()
+
+
+def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[DrawnMicroBatch]:
+    accelerator, accumulation = state.accelerator, state.config.optim.gradient_accumulation_steps
     for micro in range(accumulation):
         slot = micro * accelerator.num_processes + accelerator.process_index
         batch = state.feed.batch(step, slot)
         rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
         noise, timesteps = draw_targets(state.objective, batch.latents, rng)
         batch = with_more_noise(state.objective, batch, rng)
-        last = micro + 1 == accumulation
-        sync = nullcontext() if last else accelerator.no_sync(state.model)
-        with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
-            loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
-            accelerator.backward(loss / accumulation)
-        losses.append(loss.detach())
         draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
-    mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
-    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
-    value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
-    if not math.isfinite(value):
-        raise RunError(_non_finite(state, step, "loss", _non_finite_slots(state, losses)))
-    # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
-    if not math.isfinite(gradient) and accelerator.scaler is None:
-        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
-    _update(state, step)
-    state.draws = draws.hexdigest()
-    return value
+        loss = partial(diffusion_loss, state.model, state.objective, batch, noise, timesteps)
+        yield DrawnMicroBatch(state, step, slot, loss, is_last=micro + 1 == accumulation)
 
 
 def _update(state: TrainState, step: int) -> None:
     """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
     state.steps_done = None
+    learning_rate, scaler = float(state.lr_schedule.get_last_lr()[0]), state.accelerator.scaler
+    loss_scale = 1.0 if scaler is None else float(scaler.get_scale())  # before it is updated
     state.optimizer.step()
+    if not state.optimizer.step_was_skipped:
+        state.gradient.weights_moved(learning_rate, loss_scale)
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step
-        raise RunError(_non_finite(state, step, "gradient", list(range(state.feed.slots))))
+        raise RunError(non_finite(state, step, "gradient", list(range(state.feed.slots))))
     if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
         pull_embeddings(state.sdxl.pipeline)
     state.lr_schedule.step()
@@ -266,33 +289,3 @@ def _agreed(state: TrainState, reason: str | None) -> str | None:
     asked = torch.tensor(float(reason is not None), device=state.accelerator.device)
     is_asked = float(state.accelerator.reduce(asked, "sum")) > 0
     return (reason or "another process") if is_asked else None
-
-
-@contextmanager
-def _perturbed(state: TrainState, step: int, slot: int) -> Iterator[None]:
-    """W + eps around forward and backward; with `perturb_per=step` all micro-batches of a step share one eps."""
-    key = slot if state.config.perturb.perturb_per == "microbatch" else 0
-    with ExitStack() as stack:
-        for flat in state.flats:
-            stack.enter_context(flat.perturb(step, key))
-        yield
-
-
-def _non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
-    """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
-    by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
-    return [slot for slot, loss in enumerate(by_rank.T.flatten().tolist()) if not math.isfinite(loss)]
-
-
-def _non_finite(state: TrainState, step: int, what: str, slots: list[int]) -> str:
-    places = [(state.feed.samples_at(step, slot), state.feed.batch(step, slot).latents) for slot in slots]
-    spoiled = [name for samples, latents in places for name in not_finite(latents, samples)]
-    if spoiled:
-        return latents_text(spoiled)
-    names = [sample.id for samples, _ in places for sample in samples]
-    advice = {
-        "fp16": "go on with --mixed_precision bf16",
-        "bf16": "go on with a lower --learning_rate",
-        "no": "go on with a lower --learning_rate",
-    }[str(state.config.optim.mixed_precision)]
-    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"
