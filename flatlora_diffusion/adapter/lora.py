@@ -12,7 +12,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.anchor import start_at_principal
+from flatlora_diffusion.adapter.anchor import anchor, start_at_principal
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.ground.seeds import generator
@@ -44,6 +44,8 @@ def add_lora(
         _inject(model, lora, seed, path)
         if config.adapter == "pissa":
             start_at_principal(model, lora, 4 if config.pissa_iterations is None else config.pissa_iterations, seed)
+        elif config.adapter == "lora-ga":
+            anchor(model, lora)  # `start_at_slopes` moves both once there are gradients
 
 
 def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:

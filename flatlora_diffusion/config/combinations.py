@@ -20,23 +20,28 @@ def check_combinations(config: TrainConfig) -> None:
 def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
     """What methods, adapters and optimizers do not go together, and why."""
     adapter, perturb, optim = config.adapter, config.perturb, config.optim
-    is_pissa = adapter.adapter == "pissa"
+    name = adapter.adapter
+    starts_away = name in ("pissa", "lora-ga")
     return (
         (
-            is_pissa and adapter.use_dora,
-            "--adapter pissa starts from W's largest directions, which --use_dora would rescale; leave one out",
+            starts_away and adapter.use_dora,
+            f"--adapter {name} starts away from W, which --use_dora would rescale; leave one out",
         ),
         (
-            is_pissa and adapter.init_lora is not None,
-            "--adapter pissa starts from the base's own weights, and --init_lora from a file; leave one out",
+            starts_away and adapter.init_lora is not None,
+            f"--adapter {name} has a start of its own, and --init_lora another one; leave one out",
         ),
         (
-            is_pissa and adapter.lora_target_modules == "conv",
-            "--adapter pissa adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
+            starts_away and adapter.lora_target_modules == "conv",
+            f"--adapter {name} adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
         ),
         (
-            not is_pissa and adapter.pissa_iterations is not None,
-            f"--pissa_iterations means nothing for --adapter {adapter.adapter}; leave it out, or use --adapter pissa",
+            name != "pissa" and adapter.pissa_iterations is not None,
+            f"--pissa_iterations means nothing for --adapter {name}; leave it out, or use --adapter pissa",
+        ),
+        (
+            name != "lora-ga" and adapter.lora_ga_steps is not None,
+            f"--lora_ga_steps means nothing for --adapter {name}; leave it out, or use --adapter lora-ga",
         ),
         (
             adapter.is_dora and adapter.lora_dropout > 0 and perturb.method not in ("lora", "lora-sam"),

@@ -20,7 +20,7 @@ from flatlora_diffusion.config.combinations import check_combinations
 from flatlora_diffusion.config.methods import PerturbConfig
 from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Traits, _kinds, setting
 
-AdapterKind = Literal["lora", "rslora", "dora", "pissa"]
+AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -211,8 +211,9 @@ class AdapterConfig(Section):
 
     adapter: AdapterKind = setting(
         "lora",
-        "lora; rslora, as --use_rslora; dora, as --use_dora; or pissa, which starts from W's largest directions "
-        "(arXiv:2404.02948) and is saved as a plain LoRA of twice the rank",
+        "lora; rslora, as --use_rslora; dora, as --use_dora; pissa, which starts at W's largest directions "
+        "(arXiv:2404.02948), or lora-ga, which starts at those of the first gradients (arXiv:2407.05000): both are "
+        "saved as a plain LoRA of twice the rank",
         moves="weights",
         before="lora",
     )
@@ -221,6 +222,14 @@ class AdapterConfig(Section):
         "power iterations of PiSSA's fast SVD; 0: the exact one; default: 4",
         min=0,
         max=100,
+        moves="weights",
+        before=None,
+    )
+    lora_ga_steps: int | None = setting(
+        None,
+        "steps whose batches give the gradients that LoRA-GA starts from; default: 8",
+        min=1,
+        max=10_000,
         moves="weights",
         before=None,
     )

@@ -78,6 +78,19 @@ class Sam(StepGradient):
         for layer in self._layers:
             layer.restore()
 
+    def slopes(self, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        """dL/dW of each layer, summed over `micro_batches` and averaged over processes; fp32, shape of W."""
+        try:
+            self._is_reading = True
+            for one in micro_batches:
+                one.backward(is_shared=False)
+            average(self._slopes.values())
+            return [self._slopes[layer] for layer in self._layers]
+        finally:
+            self._is_reading = False
+            self._slopes = {}
+            _forget(self._trainable)
+
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = layer.base_forward(x, *args, **kwargs)
         if not layer.is_active():

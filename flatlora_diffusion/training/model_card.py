@@ -214,7 +214,9 @@ def _settings_table(config: TrainConfig) -> str:
     if perturb.draws_noise:
         rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
         rows.append(("draws of eps", perturb.perturb_draw))
+    kinds = [adapter.adapter, *(["dora"] * adapter.use_dora), *(["rslora"] * adapter.use_rslora)]
     rows += [
+        ("adapter", ", ".join(dict.fromkeys(kind for kind in kinds if kind != "lora")) or "lora"),
         ("rank", adapter.rank),
         ("alpha", f"{adapter.rank if adapter.lora_alpha is None else adapter.lora_alpha:g}"),
         ("learning rate", f"{optim.learning_rate:g}, {optim.lr_scheduler}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatlora_diffusion.adapter.anchor import start_at_slopes
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
@@ -27,9 +29,10 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
 from flatlora_diffusion.lora_files.reading import ImportedLora
+from flatlora_diffusion.method.ascent import Sam
 from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.perturbation import FlatLora
-from flatlora_diffusion.method.step_gradient import StepGradient
+from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
@@ -138,7 +141,7 @@ def prepare(
         feed=feed,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=total_steps,
-        ema=EMAModel(trainable.values(), decay=config.optim.ema_decay, foreach=True) if config.optim.use_ema else None,
+        ema=_ema(config, trainable),
         tokens=tokens,
     )
 
@@ -165,10 +168,37 @@ def gradient_of(sdxl: Sdxl, trainable: Mapping[str, nn.Parameter], config: Train
     """How the method takes the gradient over the base's adapted models. `config` leaves nothing open."""
     assert config.run.seed is not None
     assert config.optim.max_train_steps is not None
-    parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
-    adapted = {part: getattr(sdxl.pipeline, part) for part in parts}
+    adapted = _adapted(sdxl, config)
     ramp = config.perturb.sigma_ramp_steps or config.optim.max_train_steps
     return step_gradient(adapted, trainable, config.perturb, config.run.seed, ramp)
+
+
+def start_at_gradients(state: TrainState, micro_batches: Iterable[MicroBatch], steps: int) -> None:
+    """Let LoRA-GA start where the mean gradient of so many `steps`, by their `micro_batches`, points."""
+    config, adapted = state.config, _adapted(state.sdxl, state.config)
+    assert config.run.seed is not None
+    state.gradient.detach()
+    reader = Sam(adapted.values(), list(state.trainable.values()), rho=0.0)
+    slopes = iter(reader.slopes(micro_batches))
+    reader.detach()
+    scaler = state.accelerator.scaler
+    share = 1 / (steps * (1.0 if scaler is None else float(scaler.get_scale())))
+    seed = config.run.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed
+    for model in adapted.values():
+        start_at_slopes(model, {name: next(slopes) * share for name in lora_layers(model)}, seed)
+    state.gradient = gradient_of(state.sdxl, state.trainable, config)
+    state.ema = _ema(config, state.trainable)
+
+
+def _adapted(sdxl: Sdxl, config: TrainConfig) -> dict[str, nn.Module]:
+    """The models with a LoRA, by part."""
+    parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
+    return {part: getattr(sdxl.pipeline, part) for part in parts}
+
+
+def _ema(config: TrainConfig, trainable: Mapping[str, nn.Parameter]) -> EMAModel | None:
+    optim = config.optim
+    return EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets, with_more_noise
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.holdout import Holdout
-from flatlora_diffusion.training.previews import Previews
+from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite, non_finite_slots
 from flatlora_diffusion.training.result import present, save_result
 from flatlora_diffusion.training.selfcheck.watch import self_check
@@ -45,6 +45,7 @@ from flatlora_diffusion.training.state import (
     prepare,
     put_away,
     set_backends,
+    start_at_gradients,
 )
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
 from flatlora_diffusion.training.trackers import tell_trackers
@@ -200,10 +201,20 @@ def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None
     """What makes the previews, None but on the first process, and the first step to do."""
     with interrupted_as(_untrained):
         previews = Previews(state) if state.accelerator.is_main_process else None
+        if checkpoint is None:
+            first_weights(state)
         first = start(state) if checkpoint is None else restore(state, checkpoint)
         if previews is not None and first == 0:
             previews.make("base", 0)
     return previews, first
+
+
+def first_weights(state: TrainState) -> None:
+    """Give a new run's LoRA the first weights that need gradients; all others have theirs."""
+    if state.config.adapter.adapter == "lora-ga":
+        steps = min(state.config.adapter.lora_ga_steps or 8, state.total_steps)
+        every = (one for step in range(steps) for one in _micro_batches(state, step, DrawHash()))
+        start_at_gradients(state, every, steps)
 
 
 def _loop(
@@ -231,15 +242,15 @@ def _loop(
             bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
             if check is not None:
                 check.step_done(loss, now - started)
-            if done < state.total_steps and _is_preview_due(state, step):
+            if done < state.total_steps and is_due(state, step):
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
         reason = _agreed(state, stopping.reason())
         is_point = done % run.checkpointing_steps == 0
         if holdout is not None and reason is None and (is_point or done == state.total_steps):
             holdout.measure(done)
-        is_due = is_point or reason is not None
-        if previews is not None and (state.run.takes_save_request() or is_due):
+        is_asked = is_point or reason is not None
+        if previews is not None and (state.run.takes_save_request() or is_asked):
             save_checkpoint(state, done)
         if reason is not None and done < state.total_steps:
             if previews is not None:
@@ -273,13 +284,6 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
     )
     tell_trackers(state.accelerator, {"loss": loss, "lr": lr, "sigma": sigma}, step)
     return {"loss": f"{loss:.4f}", "sigma": f"{sigma:.3f}"}
-
-
-def _is_preview_due(state: TrainState, step: int) -> bool:
-    """After the first epoch and every `validation_epochs` epochs from there, as in diffusers' script."""
-    before, after = (state.feed.epoch_after(s) for s in (step - 1, step))
-    every = state.config.run.validation_epochs
-    return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))
 
 
 def _agreed(state: TrainState, reason: str | None) -> str | None:

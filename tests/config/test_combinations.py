@@ -19,6 +19,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "conv": {"lora_target_modules": "conv"},
     "init_lora": {"init_lora": "some.safetensors"},
     "pissa_iterations": {"pissa_iterations": 2},
+    "lora_ga_steps": {"lora_ga_steps": 2},
     "sigma": {"sigma": 2.5},
     "rho": {"rho": 0.1},
     "noise_share": {"noise_share": 0.3},
@@ -34,8 +35,10 @@ ADDS_TO_W = {"flat-lora", "mixed-noise", "sam", "bi-lora"}
 
 def is_refused(method: str, adapter: str, extra: str) -> bool:
     """The cells that make no sense, written down apart from the table in the product."""
-    if extra in ("use_dora", "conv", "init_lora") and adapter == "pissa":
+    if extra in ("use_dora", "conv", "init_lora") and adapter in ("pissa", "lora-ga"):
         return True
+    if extra == "lora_ga_steps":
+        return adapter != "lora-ga"
     if extra == "pissa_iterations":
         return adapter != "pissa"
     if extra == "sigma":
@@ -47,7 +50,7 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
     if extra == "lora_dropout":
         return adapter == "dora" and method in ADDS_TO_W
     if extra == "dropout with use_dora":
-        return adapter == "pissa" or method in ADDS_TO_W
+        return adapter in ("pissa", "lora-ga") or method in ADDS_TO_W
     return extra == "lora_plus_ratio with prodigy"
 
 
@@ -64,7 +67,7 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
         assert "--" in told, (method, adapter, extra)
         assert len(told.splitlines()) == 1, told
         assert ". " not in told, told
-    assert len(cells) == 6 * 4 * len(EXTRAS)
+    assert len(cells) == 6 * 5 * len(EXTRAS)
 
 
 def test_what_is_written_down_holds_for_a_config_that_exists() -> None:

@@ -14,9 +14,10 @@ from tiny_models import Case, loss_and_gradients, normal, toy_case, unet_case
 from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.adapter.anchor import ANCHOR, start_at_principal
+from flatlora_diffusion.adapter.anchor import ANCHOR, anchor, start_at_principal, start_at_slopes
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import PerturbConfig
+from flatlora_diffusion.method.ascent import Sam
 from flatlora_diffusion.method.bi_lora import BiLora
 from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.step_gradient import StepGradient
@@ -219,3 +220,29 @@ def test_eps_of_a_pissa_has_the_filter_norms_of_its_merged_weight_and_its_gradie
     with flat.perturb(step=1):
         result = loss_and_gradients(case)[1]
     assert distance(result, by_hand) < 1e-4
+
+
+def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() -> None:
+    case = unet_case()
+    for layer in lora_layers(case.model).values():  # as a LoRA begins
+        layer.lora_B[ADAPTER].weight.data.zero_()
+    clean = copy.deepcopy(case.model)
+    slopes = slopes_of_weights(case, copy.deepcopy(clean))
+    reader = Sam([case.model], [p for p in case.model.parameters() if p.requires_grad], rho=0.0)
+    read = dict(
+        zip(lora_layers(case.model), reader.slopes([Micro(case, share=0.5), Micro(case, share=0.5)]), strict=True)
+    )
+    reader.detach()
+    assert distance(read, slopes) < 1e-4
+    assert not gradients(case.model)
+    before = bits(case.model)
+    anchor(case.model, case.model.peft_config[ADAPTER])
+    start_at_slopes(case.model, read, seed=0)
+    for name, layer in lora_layers(case.model).items():
+        assert torch.equal(layer.get_base_layer().weight, before[f"{name}.base_layer.weight"])
+        rows = torch.linalg.svd(slopes[name])[2][: layer.r[ADAPTER]]  # of the gradient, which A spans
+        down = layer.lora_A[ADAPTER].weight
+        assert (down @ rows.T @ rows - down).norm() < 0.2 * down.norm(), name
+        torch.testing.assert_close(merged_weight(layer), layer.get_base_layer().weight, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(case.predict(case.model), case.predict(clean), rtol=1e-4, atol=1e-4)

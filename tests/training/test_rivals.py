@@ -16,7 +16,7 @@ from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.training.checkpoint import load_state, save_state, start
 from flatlora_diffusion.training.release import save_release
 from flatlora_diffusion.training.state import TrainState, prepare
-from flatlora_diffusion.training.trainer import train_step
+from flatlora_diffusion.training.trainer import first_weights, train_step
 
 # Each method and each adapter at least once, the others in pairs.
 CELLS: dict[str, dict[str, Any]] = {
@@ -53,6 +53,14 @@ CELLS: dict[str, dict[str, Any]] = {
         "base_dtype": "fp32",
     },
     "bi-lora conv": {"method": "bi-lora", "lora_target_modules": "conv", "gradient_accumulation_steps": 2},
+    "flat-lora lora-ga, text, averaged": {
+        "method": "flat-lora",
+        "adapter": "lora-ga",
+        "lora_ga_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "train_text_encoder": True,
+        "use_ema": True,
+    },
     "bi-lora pissa": {"method": "bi-lora", "adapter": "pissa", "gradient_checkpointing": True},
 }
 
@@ -78,6 +86,7 @@ def run(request: Any, base: Path, icons: Path, tmp_path_factory: pytest.TempPath
         }
     )
     state = prepare(changed(config, request.param), samples_of(config))
+    first_weights(state)
     start(state)
     for step in range(2):
         train_step(state, step)
