@@ -71,8 +71,7 @@ def anchor(model: Any, lora: LoraConfig) -> None:
     model.set_adapter([ADAPTER, ANCHOR])
     for layer in lora_layers(model).values():
         for sides in (layer.lora_A, layer.lora_B):
-            sides[ANCHOR].weight.data = sides[ADAPTER].weight.detach().clone()
-            sides[ANCHOR].requires_grad_(False)
+            sides[ANCHOR].weight = nn.Parameter(sides[ADAPTER].weight.detach().clone(), requires_grad=False)
 
 
 def _check_linear(name: str, layer: Any, adapter: str, directions: int) -> None:

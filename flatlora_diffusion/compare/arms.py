@@ -234,7 +234,7 @@ def _refusal(method: str, name: str) -> str:
     """Why an arm of this method cannot have the setting; nothing if it can."""
     if name in _OURS:
         return "is the same for the whole experiment"
-    of_noise = {item.name for item in fields(PerturbConfig)} - {"rho"}
+    of_noise = {item.name for item in fields(PerturbConfig)} - {"rho", "bar_strength"}
     if name in unused_by(method) or (method not in NOISY and name in of_noise):
         return f"means nothing for {'plain ' if method == 'lora' else ''}{METHOD_NAMES[method]}"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flatlora_diffusion.config.methods import NOISY
 from flatlora_diffusion.config.section import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
             f"--lora_ga_steps means nothing for --adapter {name}; leave it out, or use --adapter lora-ga",
         ),
         (
-            adapter.is_dora and adapter.lora_dropout > 0 and perturb.method not in ("lora", "lora-sam"),
+            adapter.is_dora and adapter.lora_dropout > 0 and perturb.method in (*NOISY, "sam", "bi-lora"),
             f"--lora_dropout with DoRA lets what --method {perturb.method} adds to W escape the rescaling; set "
             "--lora_dropout 0",
         ),

@@ -7,7 +7,7 @@ from typing import Literal
 
 from flatlora_diffusion.config.section import ConfigError, Section, setting
 
-Method = Literal["lora", "flat-lora", "mixed-noise", "lora-sam", "sam", "bi-lora"]
+Method = Literal["lora", "flat-lora", "mixed-noise", "lora-sam", "sam", "bi-lora", "nbar", "obar"]
 SigmaSchedule = Literal["cosine", "linear", "constant", "down"]
 NoiseKind = Literal["filter", "iid"]
 DrawKind = Literal["full", "low_rank"]
@@ -20,18 +20,26 @@ METHOD_NAMES: dict[str, str] = {
     "lora-sam": "LoRA-SAM",
     "sam": "SAM",
     "bi-lora": "Bi-LoRA",
+    "nbar": "nBAR",
+    "obar": "oBAR",
 }
 """Each method as people read it."""
 NOISY = ("flat-lora", "mixed-noise")
 """Those that draw eps, and so have a sigma."""
 DEFAULT_SIGMA = 0.1
+BALANCING = ("nbar", "obar")
 DEFAULT_RHO: dict[str, float] = {"lora-sam": 0.003, "sam": 0.05, "bi-lora": 0.05}
 """The radius of each method that ascends."""
 
 
 def unused_by(method: str) -> tuple[str, ...]:
     """The settings of other methods, which must be left open for this one."""
-    unused = (("sigma", method in NOISY), ("rho", method in DEFAULT_RHO), ("noise_share", method == "mixed-noise"))
+    unused = (
+        ("sigma", method in NOISY),
+        ("rho", method in DEFAULT_RHO),
+        ("noise_share", method == "mixed-noise"),
+        ("bar_strength", method in BALANCING),
+    )
     return tuple(name for name, is_used in unused if not is_used)
 
 
@@ -43,7 +51,8 @@ class PerturbConfig(Section):
         "flat-lora",
         "flat-lora trains at W + eps (arXiv:2409.14396), mixed-noise there and at W too (two passes), lora at W "
         "alone; lora-sam and sam (two passes) where A and B, or W, have ascended by --rho (arXiv:2010.01412); bi-lora "
-        "beside a second LoRA that ascends and is dropped at the end (arXiv:2508.19564)",
+        "beside a second LoRA that ascends and is dropped at the end (arXiv:2508.19564); nbar and obar balance A and "
+        "B by their gradients or by themselves (arXiv:2410.14802)",
         is_shared=True,
     )
     sigma: float | None = setting(
@@ -74,6 +83,13 @@ class PerturbConfig(Section):
         None,
         "radius of what ascends, a Frobenius norm over all adapted layers: A and B of lora-sam (default 0.003), W of "
         "sam (0.05), the second LoRA's product of bi-lora (0.05, our choice)",
+        min=0,
+        before=None,
+    )
+    bar_strength: float | None = setting(
+        None,
+        "nbar and obar only: A and B are rescaled by so many times the learning rate, less by a cosine as the run "
+        "goes on; default 0.25",
         min=0,
         before=None,
     )
@@ -112,6 +128,12 @@ class PerturbConfig(Section):
                 "--noise_share out or use --method mixed-noise"
             )
 
+        if self.bar_strength is not None and self.method not in BALANCING:
+            raise ConfigError(
+                f"--method {self.method} balances nothing, but bar_strength={self.bar_strength:g} was given; leave "
+                "--bar_strength out or use --method nbar or obar"
+            )
+
     @property
     def draws_noise(self) -> bool:
         """Whether eps is drawn, so that there is a sigma."""
@@ -128,6 +150,11 @@ class PerturbConfig(Section):
     def radius(self) -> float:
         """The rho in force: 0 where nothing ascends."""
         return DEFAULT_RHO.get(self.method, 0.0) if self.rho is None else self.rho
+
+    @property
+    def balance(self) -> float:
+        """The strength in force of nbar and obar."""
+        return 0.25 if self.bar_strength is None else self.bar_strength
 
     @property
     def share(self) -> float:

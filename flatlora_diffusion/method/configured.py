@@ -8,6 +8,7 @@ from torch import nn
 
 from flatlora_diffusion.config import PerturbConfig
 from flatlora_diffusion.method.ascent import LoraSam, Sam
+from flatlora_diffusion.method.balance import Balanced
 from flatlora_diffusion.method.bi_lora import BiLora
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.method.step_gradient import MixedGradient, NoisyGradient, StepGradient
@@ -22,7 +23,7 @@ def step_gradient(
 ) -> StepGradient:
     """How the gradient of each step is taken over `models`, by the prefix of their draws.
 
-    `trainable` is all that is trained, by name; `total_steps` are those of sigma's ramp.
+    `trainable` is all that is trained, by name; `total_steps` are those of the method's own ramp.
     """
     parameters = list(trainable.values())
     if config.method == "lora-sam":
@@ -30,6 +31,10 @@ def step_gradient(
         return LoraSam(parameters, factors, config.radius)
     if config.method == "sam":
         return Sam(models.values(), parameters, config.radius)
+    if config.method in ("nbar", "obar"):
+        ups = {name.replace(".lora_B.", ".lora_A."): one for name, one in trainable.items() if ".lora_B." in name}
+        pairs = [(trainable[name], up) for name, up in ups.items()]
+        return Balanced(pairs, config.balance, config.method == "obar", total_steps)
     if config.method == "bi-lora":
         return BiLora(models, config.radius, seed)
     flats = flat_loras(models, config, seed, total_steps)

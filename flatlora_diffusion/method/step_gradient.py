@@ -42,6 +42,9 @@ class StepGradient:
         """
         return [one.backward() for one in micro_batches]
 
+    def before_update(self, step: int, learning_rate: float) -> None:
+        """Do to the weights what the method does just before the optimizer's step, its gradients being complete."""
+
     def weights_moved(self, learning_rate: float, loss_scale: float) -> None:
         """Follow the optimizer's step, taken at `learning_rate` after losses that `loss_scale` had multiplied."""
 

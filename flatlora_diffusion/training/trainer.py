@@ -166,6 +166,7 @@ def _update(state: TrainState, step: int) -> None:
     state.steps_done = None
     learning_rate, scaler = float(state.lr_schedule.get_last_lr()[0]), state.accelerator.scaler
     loss_scale = 1.0 if scaler is None else float(scaler.get_scale())  # before it is updated
+    state.gradient.before_update(step, learning_rate)
     state.optimizer.step()
     if not state.optimizer.step_was_skipped:
         state.gradient.weights_moved(learning_rate, loss_scale)

@@ -23,6 +23,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "sigma": {"sigma": 2.5},
     "rho": {"rho": 0.1},
     "noise_share": {"noise_share": 0.3},
+    "bar_strength": {"bar_strength": 0.5},
     "lora_plus_ratio": {"lora_plus_ratio": 16.0},
     "lora_plus_ratio with prodigy": {"lora_plus_ratio": 16.0, "optimizer": "prodigy"},
     "dropout with use_dora": {"use_dora": True, "lora_dropout": 0.1},
@@ -45,6 +46,8 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
         return method not in ("flat-lora", "mixed-noise")
     if extra == "rho":
         return method not in ("lora-sam", "sam", "bi-lora")
+    if extra == "bar_strength":
+        return method not in ("nbar", "obar")
     if extra == "noise_share":
         return method != "mixed-noise"
     if extra == "lora_dropout":
@@ -67,7 +70,7 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
         assert "--" in told, (method, adapter, extra)
         assert len(told.splitlines()) == 1, told
         assert ". " not in told, told
-    assert len(cells) == 6 * 5 * len(EXTRAS)
+    assert len(cells) == 8 * 5 * len(EXTRAS)
 
 
 def test_what_is_written_down_holds_for_a_config_that_exists() -> None:

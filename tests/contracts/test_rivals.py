@@ -172,7 +172,30 @@ def test_bi_lora_takes_the_gradient_at_w_plus_what_has_ascended_and_clips_it_to_
         assert torch.equal(case.predict(case.model), case.predict(clean))
 
 
-@pytest.mark.parametrize("method", ["sam", "lora-sam", "bi-lora", "mixed-noise", "flat-lora", "lora"])
+@pytest.mark.parametrize("method", ["nbar", "obar"])
+def test_bar_multiplies_a_and_b_as_their_gradients_or_norms_say(method: str) -> None:
+    case = toy_case()
+    gradient = rival(case, method, bar_strength=2.0)
+    gradient.take(5, [Micro(case)])
+    before = bits(case.model)
+    gradient.before_update(5, learning_rate=0.01)  # half of the 10 steps are over, so the cosine is at a half
+    after = dict(case.model.named_parameters())
+    for name, down in after.items():
+        if ".lora_A." not in name:
+            continue
+        up = after[name.replace("lora_A", "lora_B")]
+        assert down.grad is not None
+        assert up.grad is not None
+        old_down, old_up = before[name], before[name.replace("lora_A", "lora_B")]
+        if method == "nbar":
+            grows = 1 if down.grad.norm() >= up.grad.norm() else -1
+        else:
+            grows = -1 if old_down.norm() >= old_up.norm() else 1
+        torch.testing.assert_close(down, old_down * (1 + 0.01 * grows))
+        torch.testing.assert_close(up, old_up * (1 - 0.01 * grows))
+
+
+@pytest.mark.parametrize("method", ["sam", "lora-sam", "bi-lora", "mixed-noise", "obar", "flat-lora", "lora"])
 def test_a_method_that_is_taken_off_leaves_the_model_as_it_was(method: str) -> None:
     case = toy_case()
     plain = loss_and_gradients(case)[1]

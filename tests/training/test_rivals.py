@@ -61,6 +61,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "train_text_encoder": True,
         "use_ema": True,
     },
+    "obar": {"method": "obar", "bar_strength": 4.0},
     "bi-lora pissa": {"method": "bi-lora", "adapter": "pissa", "gradient_checkpointing": True},
 }
 
