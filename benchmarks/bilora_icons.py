@@ -1,11 +1,12 @@
 """The 3D-Icons protocol of Bi-LoRA (arXiv:2508.19564v2, section 4.4, table 3 and appendices K and R.4).
 
-`--preset bilora_icons` trains for it; `docs/metrics.md` has the published scores, of one prompt form with six
-instances, 200 runs each, CLIP image-to-text (I2T) and text-to-text (T2T) similarity in percent. The instances are
-those of figure A2; they are six, but the text does not say that they are the six of the table. Not published, and so
-chosen here: which CLIP (the caller's), where T2T's second text comes from (a caption of the image, by the caller's
-captioner), what a run is (one seed, six images) and what ± is (the standard deviation over runs of the mean over the
-six). Scores with another CLIP or captioner are not comparable with those.
+`--preset bilora_icons --method bi-lora` trains the paper's own LoRA for it, `--method lora` its rival;
+`docs/metrics.md` has the published scores, of one prompt form with six instances, 200 runs each, CLIP image-to-text
+(I2T) and text-to-text (T2T) similarity in percent. The instances are those of figure A2; they are six, but the text
+does not say that they are the six of the table. Not published, and so chosen here: which CLIP (the caller's), where
+T2T's second text comes from (a caption of the image, by the caller's captioner), what a run is (one seed, six images)
+and what ± is (the standard deviation over runs of the mean over the six). Scores with another CLIP or captioner are
+not comparable with those.
 """
 
 from __future__ import annotations

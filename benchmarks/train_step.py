@@ -38,7 +38,7 @@ from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Feed
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.method.configured import flat_loras
+from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
@@ -201,7 +201,7 @@ def block_state(changes: dict[str, Any], scheduler: Any, batch: Batch, folder: s
     config = TrainConfig.from_dict(settings)
     model: nn.Module = Block().to(accelerator.device)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    flats = flat_loras({"unet": model}, config.perturb, 0, total_steps=10_000)
+    gradient = step_gradient({"unet": model}, trainable, config.perturb, 0, total_steps=10_000)
     optimizer, lr_schedule = optimizer_of(list(trainable.values()))
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainState(
@@ -213,7 +213,7 @@ def block_state(changes: dict[str, Any], scheduler: Any, batch: Batch, folder: s
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        flats=flats,
+        gradient=gradient,
         feed=cast(Feed, FixedFeed(batch)),
         run=RunDir(Path(folder)),
         total_steps=10_000,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatlora_diffusion.config import SAMPLES, ConfigError
+from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..context import AppContext
@@ -18,7 +18,7 @@ from ..runs.runs import Run
 from .base_identity import base_identity
 from .picture_cache import Drawing, Picture, base_arguments, file_hash
 
-METHOD_TITLES = {"lora": "LoRA", "flat-lora": "Flat-LoRA", IMPORTED: "Imported"}
+METHOD_TITLES = {**METHOD_NAMES, IMPORTED: "Imported"}
 MOST_PICTURES = 400
 ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"

@@ -10,7 +10,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import METHOD_NAMES, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..compare.comparison import finished_arms, newest_pair
@@ -65,7 +65,7 @@ class FlatnessView:
         return [
             (f"{run.name} · {method_name(run.method)}", run.id)
             for run in self.context.runs.all()
-            if run.state == "finished" and run.method in ("lora", "flat-lora")
+            if run.state == "finished" and run.method in METHOD_NAMES
         ]
 
     def newest(self) -> list[str]:

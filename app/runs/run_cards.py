@@ -6,6 +6,8 @@ import html
 import re
 from collections.abc import Sequence
 
+from flatlora_diffusion.config import METHOD_NAMES
+
 from ..theme import COLOURS
 from .phase import TRAINING
 from .runs import Run
@@ -99,7 +101,7 @@ def act_buttons(acts: Sequence[str], of: str) -> str:
 
 def method_name(method: str | None) -> str:
     """As people say it."""
-    return {"lora": "LoRA", "flat-lora": "Flat-LoRA"}.get(method or "", method or "")
+    return METHOD_NAMES.get(method or "", method or "")
 
 
 def own_lines(lines: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig, unused_by
 from flatlora_diffusion.data.dataset import load_samples
 
 from ..browser_memory import keep_fields
@@ -28,8 +28,8 @@ from .bases import check_base
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
 from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 
-BOTH, FLAT, PLAIN = "both, as a fair pair", "Flat-LoRA", "LoRA"
-_METHODS = {FLAT: "flat-lora", PLAIN: "lora"}
+BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
+_METHODS = {title: method for method, title in METHOD_NAMES.items()}
 _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
 _SECOND = ("resolution", "train_batch_size", "validation_prompt", "num_validation_images", "seed")
 _METHOD_HINT = (
@@ -129,7 +129,7 @@ def build_train_tab(
         with gr.Column(scale=1, min_width=300):
             with gr.Group():
                 name = gr.Textbox("my-style", label="Name", info="of the run and its LoRA file", elem_id="run-name")
-                method = gr.Radio([BOTH, FLAT, PLAIN], value=BOTH, label="Train", info=_METHOD_HINT)
+                method = gr.Radio([BOTH, *_METHODS], value=BOTH, label="Train", info=_METHOD_HINT)
                 preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset", info=_PRESET_HINT)
             _place_first(form)
             _place_the_rest(form)
@@ -201,8 +201,8 @@ def apply_preset(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
 
 
 def _as_method(config: TrainConfig, method: str) -> TrainConfig:
-    is_plain = method == PLAIN
-    return config.replace(method=_METHODS[method], sigma=None if is_plain else config.perturb.sigma)
+    chosen = _METHODS[method]
+    return config.replace(method=chosen, **dict.fromkeys(unused_by(chosen)))
 
 
 def _check_images(captions: Mapping[str, str], instance_prompt: str | None) -> None:

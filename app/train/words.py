@@ -49,6 +49,9 @@ LABELS = {
     "cache_text_embeddings": "Keep encoded captions for later runs",
     "embedding_cache_dir": "Where encoded captions are kept",
     "dataloader_num_workers": "Threads that load images",
+    "adapter": "Kind of LoRA",
+    "pissa_iterations": "PiSSA: rounds of its start",
+    "lora_ga_steps": "LoRA-GA: steps that its start looks at",
     "rank": "Rank",
     "lora_alpha": "Alpha",
     "lora_dropout": "Dropout",
@@ -80,6 +83,9 @@ LABELS = {
     "sigma": "Sigma (noise of Flat-LoRA)",
     "sigma_schedule": "How sigma grows",
     "sigma_ramp_steps": "Steps in which sigma grows",
+    "noise_share": "Mixed noise: share with noise",
+    "rho": "Radius of the search for the worst",
+    "bar_strength": "BAR: strength of balancing",
     "perturb_seed": "Seed of the noise",
     "perturb_noise": "Kind of noise",
     "perturb_draw": "How the noise is drawn",
@@ -92,6 +98,7 @@ LABELS = {
     "max_train_seconds": "Longest time in seconds",
     "learning_rate": "Learning rate",
     "text_encoder_lr": "Learning rate of the text encoders",
+    "lora_plus_ratio": "LoRA+: how much faster B learns",
     "scale_lr": "Scale the learning rate with the batch",
     "lr_scheduler": "How the learning rate changes",
     "lr_warmup_steps": "Warm-up steps",
@@ -135,6 +142,11 @@ LABELS = {
 
 # In place of the settings' own help, where that is for somebody at a command line.
 HELP = {
+    "adapter": "lora; rslora and dora as below; pissa and lora-ga start at the largest directions of the base or of the "
+    "first gradients, and make a file of twice the rank",
+    "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
+    "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: what is usual",
+    "lora_plus_ratio": "B learns so many times as fast as A; 16 is usual; left empty: alike",
     "pretrained_model_name_or_path": "an SDXL model: a folder, a name on the Hugging Face hub, a .safetensors file, "
     "or tiny for the small one that ships with this program",
     "cache_text_embeddings": "in memory they are kept in any case",
@@ -149,7 +161,7 @@ HELP = {
     "perturb_norm_every": "the noise is in proportion to the weights, which are measured anew every so many steps",
     "perturb_per": "for each batch, or once for each step as in the paper",
     "sigma": "how strong the noise is that Flat-LoRA trains against; left empty: 0.1",
-    "sigma_schedule": "over the run: constant, or rising from nothing",
+    "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
     "holdout_images": "so many are not trained on: the result is the checkpoint that knows them best",
     "holdout_patience": "stop after so many checkpoints in a row that know the images kept aside no better; 0: never",

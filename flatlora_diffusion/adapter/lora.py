@@ -10,15 +10,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from flatlora_diffusion.adapter.anchor import anchor, start_at_principal
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.method.adapted_layers import int8_steps
 
-ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -36,14 +34,18 @@ def add_lora(
 ) -> None:
     """Put the LoRA on the UNet's chosen layers, and on the attention of `text_encoders`, by part of the pipeline.
 
-    A ~ N(0, 1/rank^2) as a function of (seed, part, layer), B = 0, both fp32. Raises ConfigError, with nothing added,
-    when the settings name no layer.
+    A ~ N(0, 1/rank^2) as a function of (seed, part, layer), B = 0, both fp32; PiSSA's are W's largest directions.
+    Raises ConfigError, with nothing added, when the settings name no layer.
     """
     loras = [(unet, _unet_lora(unet, config), "")]
     for part, encoder in (text_encoders or {}).items():
         loras.append((encoder, _text_lora(encoder, config, part, clip_skip), f"{part}."))
     for model, lora, path in loras:
         _inject(model, lora, seed, path)
+        if config.adapter == "pissa":
+            start_at_principal(model, lora, 4 if config.pissa_iterations is None else config.pissa_iterations, seed)
+        elif config.adapter == "lora-ga":
+            anchor(model, lora)  # `start_at_slopes` moves both once there are gradients
 
 
 def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
@@ -53,8 +55,8 @@ def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
+        use_dora=config.is_dora,
+        use_rslora=config.is_rslora,
         init_lora_weights="gaussian",
         target_modules=targets,
         rank_pattern=ranks,
@@ -80,7 +82,7 @@ def _text_lora(text_encoder: Any, config: AdapterConfig, part: str, clip_skip: i
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
+        use_rslora=config.is_rslora,
         init_lora_weights="gaussian",
         target_modules=[f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION],
     )
@@ -107,20 +109,6 @@ def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
             )
         inside += in_block
     return sorted(set(inside), key=chosen.index)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted layers by module path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-def base_weight(base: Any) -> Tensor:
-    """W of a base layer as it computes with it, in its shape and fp32; a quantized one is dequantized."""
-    steps = int8_steps(base)
-    if steps is not None:
-        return base.weight.data.float() * steps[:, None]
-    weight: Tensor = dequantize_module_weight(base)
-    return weight.float()
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatlora_diffusion.adapter.anchor import anchors
+from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
 from flatlora_diffusion.adapter.lora import (
-    ADAPTER,
     add_lora,
-    lora_layers,
     start_magnitudes,
     trainable_parameters,
 )
@@ -77,3 +77,8 @@ def trainable_of(pipeline: Any) -> dict[str, nn.Parameter]:
         for part in PARTS
         for name, parameter in trainable_parameters(getattr(pipeline, part)).items()
     }
+
+
+def anchors_of(pipeline: Any) -> dict[str, Tensor]:
+    """A0 and B0 of what starts away from zero, by part and name; they are never trained."""
+    return {f"{part}.{name}": weight for part in PARTS for name, weight in anchors(getattr(pipeline, part)).items()}

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.lora import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.adapter.anchor import ANCHOR
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
@@ -183,7 +184,11 @@ def _folded(layer: Any) -> _Fold:
 
 
 def _factors(layer: Any) -> Update:
+    """A and B; of a LoRA with an anchor [A; A0] and [B, -B0]."""
     down, up = (side[ADAPTER].weight.detach().float().cpu().contiguous() for side in (layer.lora_A, layer.lora_B))
+    if ANCHOR in layer.lora_A:
+        first_down, first_up = (side[ANCHOR].weight.detach().float().cpu() for side in (layer.lora_A, layer.lora_B))
+        down, up = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1)
     return Update(down, up, float(layer.scaling[ADAPTER]))
 
 

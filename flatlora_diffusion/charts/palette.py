@@ -41,7 +41,9 @@ THIRD = Look("third", Tone("#1f534b", "#8ae3d8"), (), (10, 3, 2, 3), "^")
 FOURTH = Look("fourth", Tone("#a93cb1", "#d03fc6"), (), (4, 2), "P")
 LOOKS = (BASE, LORA, FLAT_LORA, THIRD, FOURTH)
 METHODS = {"lora": LORA, "flat-lora": FLAT_LORA}
-"""The look of `--method`; an arm of a comparison that is one of these as it comes has its name for a key."""
+"""The look of `--method`, THIRD for its rivals; an arm of a comparison that is one of these as it comes has its name
+for a key.
+"""
 
 TONES = {"paper": PAPER, "ink": INK, "faint": FAINT, "rule": RULE, **{look.name: look.tone for look in LOOKS}}
 """Every colour of a chart by the name of the page's variable that holds it."""

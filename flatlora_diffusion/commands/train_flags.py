@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.config import TrainConfig, choices_of, preset_file, setting_hints
+from flatlora_diffusion.config import TrainConfig, choices_of, preset_file, setting_hints, unused_by
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import is_cut_path, opened
 
@@ -86,8 +86,9 @@ def _without_overruled(config: TrainConfig, flags: Sequence[str]) -> TrainConfig
     """`config`, from preset and file, without the settings that would get in the way of other flags."""
     pairs = itertools.pairwise([*flags, ""])
     given = {flag[2:].replace("-", "_"): value for flag, value in pairs if flag.startswith("--")}
-    if given.get("method") == "lora" and "sigma" not in given:
-        config = config.replace(sigma=None)
+    if "method" in given:
+        unused = {name: None for name in unused_by(given["method"]) if name not in given}
+        config = config.replace(**unused)
     if "num_train_epochs" in given and "max_train_steps" not in given:
         config = config.replace(max_train_steps=None)
     return config

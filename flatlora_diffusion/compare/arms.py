@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flatlora_diffusion.config import (
+    METHOD_NAMES,
+    NOISY,
     QUIET_VARIABLE,
     ConfigError,
     Method,
@@ -26,6 +28,7 @@ from flatlora_diffusion.config import (
     TrainConfig,
     read_setting,
     settings_that,
+    unused_by,
 )
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
@@ -35,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["arm", "null"]
 
-METHODS = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}
 SIGMA_0, OTHER_DRAWS, SECOND_EPS = "sigma-0", "other-draws", "second-eps"
 NULLS = {
     SIGMA_0: "Flat-LoRA at sigma 0",
@@ -149,7 +151,7 @@ def parse_arm(text: str) -> Arm:
             raise ConfigError(f"arms: {part!r} in {text!r} {reason}")
         changes[name] = read_setting(name, value)
     shown = ", ".join(f"{name} {value}" for name, value in changes.items())
-    name = METHODS[method] + (f", {shown}" if shown else "")
+    name = METHOD_NAMES[method] + (f", {shown}" if shown else "")
     return Arm(text, name, "arm", method, changes)  # type: ignore[arg-type]
 
 
@@ -183,9 +185,7 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
     planned = []
     for seed in seeds:
         for arm in arms:
-            values = {"seed": seed, "method": arm.method, **arm.changes}
-            if arm.method == "lora":
-                values["sigma"] = None
+            values = {"seed": seed, "method": arm.method, **dict.fromkeys(unused_by(arm.method)), **arm.changes}
             arm_steps = int(values.get("max_train_steps", steps))
             folder = out / _slug(arm.key) / f"seed-{seed}"
             values |= {
@@ -234,8 +234,9 @@ def _refusal(method: str, name: str) -> str:
     """Why an arm of this method cannot have the setting; nothing if it can."""
     if name in _OURS:
         return "is the same for the whole experiment"
-    if method == "lora" and name in {item.name for item in fields(PerturbConfig)}:
-        return "means nothing for plain LoRA"
+    of_noise = {item.name for item in fields(PerturbConfig)} - {"rho", "bar_strength"}
+    if name in unused_by(method) or (method not in NOISY and name in of_noise):
+        return f"means nothing for {'plain ' if method == 'lora' else ''}{METHOD_NAMES[method]}"
     return ""
 
 

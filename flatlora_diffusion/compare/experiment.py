@@ -23,8 +23,17 @@ from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
 
 # A step of training costs as much as drawing does for so many passes of each of its samples through the UNet:
-# `benchmarks/step_time.json` against the picture that is timed here, both on 2 CPU cores.
-_PASSES = {"lora": 2.5, "flat-lora": 3.0}
+# `benchmarks/step_time.json` against the picture that is timed here, both on 2 CPU cores; a rival's from its passes.
+_PASSES = {
+    "lora": 2.5,
+    "flat-lora": 3.0,
+    "mixed-noise": 5.5,
+    "lora-sam": 5.0,
+    "sam": 6.0,
+    "bi-lora": 3.0,
+    "nbar": 2.5,
+    "obar": 2.5,
+}
 _START_SECONDS = 10  # in which the process of a training imports its libraries and loads the base
 
 

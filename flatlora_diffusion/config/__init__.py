@@ -3,6 +3,39 @@
 Knows neither torch nor any model. Start with `section.py` (what a setting is), then `training.py`.
 """
 
+from flatlora_diffusion.config.methods import (
+    DEFAULT_RHO as DEFAULT_RHO,
+)
+from flatlora_diffusion.config.methods import (
+    DEFAULT_SIGMA as DEFAULT_SIGMA,
+)
+from flatlora_diffusion.config.methods import (
+    METHOD_NAMES as METHOD_NAMES,
+)
+from flatlora_diffusion.config.methods import (
+    NOISY as NOISY,
+)
+from flatlora_diffusion.config.methods import (
+    DrawKind as DrawKind,
+)
+from flatlora_diffusion.config.methods import (
+    Method as Method,
+)
+from flatlora_diffusion.config.methods import (
+    NoiseKind as NoiseKind,
+)
+from flatlora_diffusion.config.methods import (
+    PerturbConfig as PerturbConfig,
+)
+from flatlora_diffusion.config.methods import (
+    PerturbPer as PerturbPer,
+)
+from flatlora_diffusion.config.methods import (
+    SigmaSchedule as SigmaSchedule,
+)
+from flatlora_diffusion.config.methods import (
+    unused_by as unused_by,
+)
 from flatlora_diffusion.config.programs import (
     QUIET_VARIABLE as QUIET_VARIABLE,
 )
@@ -61,16 +94,13 @@ from flatlora_diffusion.config.section import (
     shipped as shipped,
 )
 from flatlora_diffusion.config.training import (
-    DEFAULT_SIGMA as DEFAULT_SIGMA,
-)
-from flatlora_diffusion.config.training import (
     AdapterConfig as AdapterConfig,
 )
 from flatlora_diffusion.config.training import (
-    DataConfig as DataConfig,
+    AdapterKind as AdapterKind,
 )
 from flatlora_diffusion.config.training import (
-    DrawKind as DrawKind,
+    DataConfig as DataConfig,
 )
 from flatlora_diffusion.config.training import (
     FileLayout as FileLayout,
@@ -88,16 +118,10 @@ from flatlora_diffusion.config.training import (
     LrScheduler as LrScheduler,
 )
 from flatlora_diffusion.config.training import (
-    Method as Method,
-)
-from flatlora_diffusion.config.training import (
     MixedPrecision as MixedPrecision,
 )
 from flatlora_diffusion.config.training import (
     ModelConfig as ModelConfig,
-)
-from flatlora_diffusion.config.training import (
-    NoiseKind as NoiseKind,
 )
 from flatlora_diffusion.config.training import (
     ObjectiveConfig as ObjectiveConfig,
@@ -107,12 +131,6 @@ from flatlora_diffusion.config.training import (
 )
 from flatlora_diffusion.config.training import (
     Optimizer as Optimizer,
-)
-from flatlora_diffusion.config.training import (
-    PerturbConfig as PerturbConfig,
-)
-from flatlora_diffusion.config.training import (
-    PerturbPer as PerturbPer,
 )
 from flatlora_diffusion.config.training import (
     Precision as Precision,
@@ -128,9 +146,6 @@ from flatlora_diffusion.config.training import (
 )
 from flatlora_diffusion.config.training import (
     SaveDtype as SaveDtype,
-)
-from flatlora_diffusion.config.training import (
-    SigmaSchedule as SigmaSchedule,
 )
 from flatlora_diffusion.config.training import (
     TokenConfig as TokenConfig,

@@ -16,13 +16,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from flatlora_diffusion.config.combinations import check_combinations
+from flatlora_diffusion.config.methods import PerturbConfig
 from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Traits, _kinds, setting
 
-Method = Literal["lora", "flat-lora"]
-SigmaSchedule = Literal["cosine", "linear", "constant"]
-NoiseKind = Literal["filter", "iid"]
-DrawKind = Literal["full", "low_rank"]
-PerturbPer = Literal["microbatch", "step"]
+AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -35,7 +33,6 @@ Optimizer = Literal["adamw", "prodigy", "adafactor"]
 SelfCheck = Literal["once", "always", "never"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-DEFAULT_SIGMA = 0.1
 
 
 @dataclass(frozen=True)
@@ -212,13 +209,41 @@ class DataConfig(Section):
 class AdapterConfig(Section):
     """The LoRA."""
 
+    adapter: AdapterKind = setting(
+        "lora",
+        "lora; rslora, as --use_rslora; dora, as --use_dora; pissa, which starts at W's largest directions "
+        "(arXiv:2404.02948), or lora-ga, which starts at those of the first gradients (arXiv:2407.05000): both are "
+        "saved as a plain LoRA of twice the rank",
+        moves="weights",
+        before="lora",
+    )
+    pissa_iterations: int | None = setting(
+        None,
+        "power iterations of PiSSA's fast SVD; 0: the exact one; default: 4",
+        min=0,
+        max=100,
+        moves="weights",
+        before=None,
+    )
+    lora_ga_steps: int | None = setting(
+        None,
+        "steps whose batches give the gradients that LoRA-GA starts from; default: 8",
+        min=1,
+        max=10_000,
+        moves="weights",
+        before=None,
+    )
     rank: int = setting(4, "rank of the LoRA", min=1, max=1024, moves="weights")
     lora_alpha: float | None = setting(None, "scale numerator, W + alpha/rank * BA; default: the rank", min=1e-6)
     lora_dropout: float = setting(0.0, "dropout in front of A", min=0, max=0.99)
     use_dora: bool = setting(
-        False, "DoRA: train the rows' magnitudes apart from their directions (arXiv:2402.09353)", moves="weights"
+        False,
+        "DoRA: train the rows' magnitudes apart from their directions (arXiv:2402.09353); as --adapter dora",
+        moves="weights",
     )
-    use_rslora: bool = setting(False, "rank-stabilized scale, alpha/sqrt(rank) (arXiv:2312.03732)")
+    use_rslora: bool = setting(
+        False, "rank-stabilized scale, alpha/sqrt(rank) (arXiv:2312.03732); as --adapter rslora"
+    )
     lora_target_modules: str = setting(
         "attn",
         "UNet layers: attn, attn+ff, all-linear, conv (all-linear and convolutions), or names with commas",
@@ -242,6 +267,14 @@ class AdapterConfig(Section):
     lora_init_seed: int | None = setting(
         None, "seed of the LoRA's first weights alone; default: --seed", min=0, max=2**63 - 1, moves="weights"
     )
+
+    @property
+    def is_dora(self) -> bool:
+        return self.use_dora or self.adapter == "dora"
+
+    @property
+    def is_rslora(self) -> bool:
+        return self.use_rslora or self.adapter == "rslora"
 
 
 @dataclass(frozen=True)
@@ -307,61 +340,6 @@ class ObjectiveConfig(Section):
 
 
 @dataclass(frozen=True)
-class PerturbConfig(Section):
-    """Flat-LoRA's perturbation of the base weights."""
-
-    method: Method = setting(
-        "flat-lora", "flat-lora trains at W + eps (arXiv:2409.14396); lora is plain LoRA", is_shared=True
-    )
-    sigma: float | None = setting(
-        None,
-        f"relative radius of eps, flat-lora only; default {DEFAULT_SIGMA}; 0.05 to 0.1 in the paper",
-        min=0,
-        max=1,
-    )
-    sigma_schedule: SigmaSchedule = setting(
-        "cosine", "how sigma grows over the run; the paper names none for SDXL, a ramp is our choice"
-    )
-    sigma_ramp_steps: int | None = setting(
-        None,
-        "steps in which the ramp reaches sigma, to stay there; default: all, or those of the finished run that is "
-        "trained longer",
-        min=1,
-    )
-    perturb_seed: int | None = setting(None, "seed of eps alone; default: --seed", min=0, max=2**63 - 1)
-    perturb_noise: NoiseKind = setting(
-        "filter", "eps scaled to each filter as in Eq. 7, or iid: the same energy spread evenly over a layer"
-    )
-    perturb_draw: DrawKind = setting(
-        "full",
-        "each entry of eps drawn by itself as in Eq. 7, or low_rank: its variances, and no correlations either, from "
-        "far fewer numbers and in less time",
-        before="full",
-    )
-    perturb_norm_every: int = setting(
-        1, "optimizer steps between two measurements of the norms that scale eps", min=1, before=1
-    )
-    perturb_per: PerturbPer = setting(
-        "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method == "lora" and self.sigma is not None:
-            raise ConfigError(
-                f"--method lora has no perturbation, but sigma={self.sigma:g} was given; "
-                "leave --sigma out or use --method flat-lora"
-            )
-
-    @property
-    def strength(self) -> float:
-        """The sigma in force: 0 for plain LoRA."""
-        if self.method == "lora":
-            return 0.0
-        return DEFAULT_SIGMA if self.sigma is None else self.sigma
-
-
-@dataclass(frozen=True)
 class OptimConfig(Section):
     """Steps and optimizer."""
 
@@ -382,6 +360,13 @@ class OptimConfig(Section):
     learning_rate: float = setting(1e-4, "learning rate of the UNet's LoRA", min=0, max=10, is_remedy=True)
     text_encoder_lr: float = setting(
         5e-6, "learning rate of the text encoders; prodigy uses --learning_rate for all", min=0, max=10, is_remedy=True
+    )
+    lora_plus_ratio: float | None = setting(
+        None,
+        "LoRA+ (arXiv:2402.12354): B's learning rate is so many times A's, 16 in the paper; default: the same",
+        min=1e-3,
+        max=1e4,
+        before=None,
     )
     scale_lr: bool = setting(False, "multiply the learning rate by batch, accumulation and number of processes")
     lr_scheduler: LrScheduler = setting("constant", "learning-rate schedule")
@@ -527,56 +512,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that exclude each other. Raises ConfigError that names both."""
-        data, objective = self.data, self.objective
-        for both, why in (
-            (
-                sum(map(bool, (data.instance_data_dir, data.dataset_name, data.dataset_config))) > 1,
-                "--instance_data_dir, --dataset_name and --dataset_config: give one of them",
-            ),
-            (
-                data.cache_text_embeddings and data.draws_captions,
-                "--cache_text_embeddings cannot cache captions that are drawn anew; leave it, or --shuffle_tags and "
-                "--tag_dropout, out",
-            ),
-            (
-                data.keep_tags and not data.draws_captions,
-                "--keep_tags keeps tags from --shuffle_tags and --tag_dropout; give one of these, or leave it out",
-            ),
-            (
-                objective.snr_gamma is not None and objective.do_edm_style_training,
-                "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
-            ),
-            (
-                self.adapter.train_text_encoder and self.tokens.train_text_encoder_ti,
-                "--train_text_encoder and --train_text_encoder_ti train the same encoders; leave one out",
-            ),
-            (
-                data.with_prior_preservation and not (data.class_data_dir and data.class_prompt),
-                "--with_prior_preservation needs --class_data_dir and --class_prompt",
-            ),
-            (
-                self.model.zero_terminal_snr and self.model.prediction_type == "epsilon",
-                "--zero_terminal_snr needs a v-prediction base: pure noise has no signal to predict the noise against",
-            ),
-            (
-                self.model.zero_terminal_snr and objective.do_edm_style_training,
-                "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
-            ),
-            (
-                self.optim.base_dtype is not None and self.model.quantize_base is not None,
-                "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
-            ),
-            (
-                data.holdout_patience and not data.holdout_images,
-                "--holdout_patience waits for a lower loss of --holdout_images; give how many, such as 3",
-            ),
-            (
-                data.cache_text_embeddings and self.trains_text,
-                "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
-            ),
-        ):
-            if both:
-                raise ConfigError(why)
+        check_combinations(self)
 
     @property
     def trains_text(self) -> bool:

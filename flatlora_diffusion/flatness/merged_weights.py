@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.update import with_magnitudes
 from flatlora_diffusion.evaluation.probe import Probe
 from flatlora_diffusion.flatness.weight_space import Loss, Weights

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.charts.lines import Line, surface_chart, titled_chart
-from flatlora_diffusion.charts.palette import BASE, METHODS
+from flatlora_diffusion.charts.palette import BASE, METHODS, THIRD
 from flatlora_diffusion.config import FlatnessConfig
 from flatlora_diffusion.flatness.figures import HELDOUT, IMAGES, TRAIN, FlatnessFigures
 from flatlora_diffusion.flatness.surface_page import can_write, write_surface_page
@@ -27,7 +27,7 @@ def write_charts(
 
     `figures` has the base's first; `facts` the axis of slices and surfaces, and each run's method by its name.
     """
-    looks = [BASE, *(METHODS[facts["runs"][run.name]["method"]] for run in figures[1:])]
+    looks = [BASE, *(METHODS.get(facts["runs"][run.name]["method"], THIRD) for run in figures[1:])]
     shades = [looks[:place].count(look) for place, look in enumerate(looks)]
 
     def lines(curves: Iterable[Curve]) -> list[Line]:

@@ -43,7 +43,8 @@ def base_fingerprint(unet: nn.Module) -> str:
     Weights whose quantization makes them a tensor class of their own (torchao) cannot be sliced and are passed over;
     norms, biases and convolutions are never quantized.
     """
-    frozen = {name: weight.data for name, weight in unet.named_parameters() if not weight.requires_grad}
+    mine = {name: weight for name, weight in unet.named_parameters() if ".lora_" not in name}
+    frozen = {name: weight.data for name, weight in mine.items() if not weight.requires_grad}
     names = sorted(frozen, key=lambda name: name.replace(".base_layer", ""))  # a LoRA renames what it wraps
     return tensors_sha256(frozen[name].flatten()[:_SAMPLED] for name in names if type(frozen[name]) is Tensor)
 

@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.update import PARTS
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, LORA_FILE

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.update import Update, Updates, balanced, lora_updates, magnitudes
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import writing_whole

@@ -155,10 +155,11 @@ def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> di
 def comment(config: TrainConfig) -> str:
     """How it was trained, in a line: the method, and sigma and the kind of draw where there are any."""
     perturb = config.perturb
-    if perturb.method == "lora":
-        return "flatlora-diffusion: method lora"
+    if not perturb.draws_noise:
+        radius = f", rho {perturb.radius:g}" if perturb.radius else ""
+        return f"flatlora-diffusion: method {perturb.method}{radius}"
     sigma = f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule"
-    return f"flatlora-diffusion: method flat-lora, {sigma}, {perturb.perturb_draw} draws"
+    return f"flatlora-diffusion: method {perturb.method}, {sigma}, {perturb.perturb_draw} draws"
 
 
 def is_hub_id(name: str) -> bool:

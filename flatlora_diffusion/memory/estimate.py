@@ -104,7 +104,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         ema=lora if optim.use_ema else 0,
         activations=passes.saved,
         temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
-        perturbation=_perturbation(passes, dtype.itemsize, config.perturb),
+        perturbation=_of_method(passes, dtype.itemsize, config),
         context=CONTEXT_BYTES,
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
@@ -264,13 +264,25 @@ def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
     return 8 * count
 
 
+def _of_method(passes: Passes, width: int, config: TrainConfig) -> int:
+    """What the method holds in a step, or LoRA-GA before the first one if that is more.
+
+    SAM and LoRA-GA: a slope of all adapted weights in fp32. Bi-LoRA: a second LoRA with gradient and AdamW's state.
+    LoRA-SAM: a copy of the LoRA and its steps.
+    """
+    slopes = 4 * sum(shape.numel() for shape in passes.adapted)
+    trained = sum(shape.numel() for shape in passes.trained)
+    held = {"sam": slopes, "bi-lora": 16 * trained, "lora-sam": 8 * trained}.get(config.perturb.method, 0)
+    if config.perturb.draws_noise:
+        held = _perturbation(passes, width, config.perturb)
+    return max(held, slopes) if config.adapter.adapter == "lora-ga" else held
+
+
 def _perturbation(passes: Passes, width: int, config: PerturbConfig) -> int:
     """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
 
     A low-rank draw holds the factors of all eps in its place, and with them the LoRA's in the compute dtype.
     """
-    if config.method == "lora":
-        return 0
     rows = sum(shape[0] for shape in passes.adapted)
     if config.perturb_draw == "low_rank":
         inputs = sum(shape[1:].numel() for shape in passes.adapted)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flatlora_diffusion.adapter.lora import add_lora, lora_layers, trainable_parameters
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.memory.allocation import AsOnGpu, LiveBytes

@@ -1,4 +1,4 @@
-"""The perturbation of models as a `PerturbConfig` asks for it."""
+"""The perturbation of models, and how a step's gradient is taken, as a `PerturbConfig` asks for it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,48 @@ from collections.abc import Mapping
 from torch import nn
 
 from flatlora_diffusion.config import PerturbConfig
+from flatlora_diffusion.method.ascent import LoraSam, Sam
+from flatlora_diffusion.method.balance import Balanced
+from flatlora_diffusion.method.bi_lora import BiLora
 from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.step_gradient import MixedGradient, NoisyGradient, StepGradient
+
+
+def step_gradient(
+    models: Mapping[str, nn.Module],
+    trainable: Mapping[str, nn.Parameter],
+    config: PerturbConfig,
+    seed: int,
+    total_steps: int,
+) -> StepGradient:
+    """How the gradient of each step is taken over `models`, by the prefix of their draws.
+
+    `trainable` is all that is trained, by name; `total_steps` are those of the method's own ramp.
+    """
+    parameters = list(trainable.values())
+    if config.method == "lora-sam":
+        factors = [one for name, one in trainable.items() if ".lora_A." in name or ".lora_B." in name]
+        return LoraSam(parameters, factors, config.radius)
+    if config.method == "sam":
+        return Sam(models.values(), parameters, config.radius)
+    if config.method in ("nbar", "obar"):
+        ups = {name.replace(".lora_B.", ".lora_A."): one for name, one in trainable.items() if ".lora_B." in name}
+        pairs = [(trainable[name], up) for name, up in ups.items()]
+        return Balanced(pairs, config.balance, config.method == "obar", total_steps)
+    if config.method == "bi-lora":
+        return BiLora(models, config.radius, seed)
+    flats = flat_loras(models, config, seed, total_steps)
+    if config.method == "mixed-noise":
+        return MixedGradient(flats, config.perturb_per, config.share)
+    return NoisyGradient(flats, config.perturb_per) if flats else StepGradient()
 
 
 def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int, total_steps: int) -> list[FlatLora]:
-    """The perturbation of each model, by the prefix of its draws; none for plain LoRA.
+    """The perturbation of each model, by the prefix of its draws; none where nothing draws it.
 
     `seed` is that of the draws where the config has none of its own.
     """
-    if config.method != "flat-lora":
+    if not config.draws_noise:
         return []
     return [
         FlatLora(

@@ -41,8 +41,9 @@ class FlatLora:
     Args:
         model: any module with PEFT LoRA layers (a UNet after `add_adapter`, a `get_peft_model` result).
         sigma: relative radius of the noise: E||eps_i||^2 = sigma^2 ||W'_i||^2. 0.05 to 0.1 in the paper.
-        schedule: how sigma grows over `total_steps`: `cosine` (0 to sigma), `linear` (0 to sigma) or `constant`.
-        total_steps: optimizer steps after which a ramp has reached `sigma`.
+        schedule: how sigma moves over `total_steps`: `cosine` or `linear` (0 to sigma), `constant`, or `down` (sigma
+            to 0 by a cosine).
+        total_steps: optimizer steps after which a ramp has reached its end.
         seed: eps is a function of (seed, prefix, layer name, step, slot) and of nothing else.
         noise: `filter` is Eq. 7; `iid` gives every row of a layer the same std, at equal expected energy.
         prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
@@ -92,7 +93,7 @@ class FlatLora:
         return self._norms.nbytes + sum(layer.base_square_norms.nbytes for layer in self._layers.values())
 
     def sigma_at(self, step: int) -> float:
-        """sigma at the 0-based optimizer `step`; the ramps start at 0 and stay at sigma from `total_steps` on."""
+        """sigma at the 0-based optimizer `step`; from `total_steps` on a ramp stays at its end."""
         return self.settings.sigma_at(step)
 
     @property

@@ -41,10 +41,11 @@ class Settings:
         return cls(**whole)
 
     def sigma_at(self, step: int) -> float:
-        """sigma at the 0-based optimizer `step`; the ramps start at 0 and stay at sigma from `total_steps` on."""
+        """sigma at the 0-based optimizer `step`; from `total_steps` on a ramp stays at its end."""
         progress = min(max(step, 0) / self.total_steps, 1.0)
-        if self.schedule == "cosine":
-            return self.sigma * (1 - math.cos(math.pi * progress)) / 2
+        if self.schedule in ("cosine", "down"):
+            risen = (1 - math.cos(math.pi * progress)) / 2
+            return self.sigma * (risen if self.schedule == "cosine" else 1 - risen)
         return self.sigma * progress if self.schedule == "linear" else self.sigma
 
 

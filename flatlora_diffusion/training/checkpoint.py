@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatlora_diffusion.adapter.trained_parts import anchors_of
 from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
@@ -110,6 +111,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
     """Write the state after `step` optimizer steps. Draws are functions of the step, so no RNG state is needed."""
     tensors, header = optimizer_tensors(state.optimizer.optimizer)
     tensors |= {f"trained.{name}": parameter for name, parameter in state.trainable.items()}
+    tensors |= {f"start.{name}": weight for name, weight in anchors_of(state.sdxl.pipeline).items()}
     extra: dict[str, Any] = {}
     if state.accelerator.scaler is not None:
         extra["scaler"] = state.accelerator.scaler.state_dict()
@@ -119,6 +121,8 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
     kept = {flat.settings.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
     tensors |= {f"norms.{prefix}": norms.square_norms for prefix, norms in kept.items()}
     extra["norms"] = {prefix: norms.turn for prefix, norms in kept.items()}
+    of_method, extra["method"] = state.gradient.state()
+    tensors |= {f"method.{name}": value for name, value in of_method.items()}
     schedule = {"last_epoch": state.lr_schedule.last_epoch}
     save_tensors(
         folder / STATE_FILE, tensors, {"step": step, "optimizer": header, "lr_schedule": schedule, "extra": extra}
@@ -141,6 +145,8 @@ def load_state(state: TrainState, folder: Path) -> int:
         prefix = flat.settings.prefix
         if prefix in extra.get("norms", {}):  # there are none in the first step, nor with --perturb_norm_every 1
             flat.load_norm_state(NormState(extra["norms"][prefix], tensors[f"norms.{prefix}"]))
+    of_method = {name[len("method.") :]: value for name, value in tensors.items() if name.startswith("method.")}
+    state.gradient.load_state(of_method, extra.get("method", {}))
     state.steps_done = int(header["step"])
     return state.steps_done
 
@@ -174,6 +180,8 @@ def _load_trained(state: TrainState, folder: Path, tensors: Mapping[str, Tensor]
     with torch.no_grad():
         for name, parameter in state.trainable.items():
             parameter.copy_(saved[name])
+        for name, weight in anchors_of(state.sdxl.pipeline).items():
+            weight.copy_(tensors[f"start.{name}"])  # another machine's SVD may have found others
     if state.ema is not None:
         state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, with_new_tokens
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import METHOD_NAMES, TrainConfig
 from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, RunDir
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_text
@@ -115,8 +115,10 @@ def _title(run: RunDir, config: TrainConfig) -> str:
 
 def _summary(config: TrainConfig, family: Family) -> str:
     base = family.name if family == TINY_FAMILY else _base(config)
-    if config.perturb.method == "lora":
-        return f"A LoRA for {base}, trained with flatlora-diffusion."
+    if config.perturb.method != "flat-lora":
+        name = METHOD_NAMES[config.perturb.method]
+        how = "" if config.perturb.method == "lora" else f" by {name}"
+        return f"A LoRA for {base}, trained with flatlora-diffusion{how}. It is used like any other LoRA."
     return (
         f"A LoRA for {base}, trained with flatlora-diffusion by Flat-LoRA "
         "([arXiv:2409.14396](https://arxiv.org/abs/2409.14396)): each step's gradient is taken at randomly perturbed "
@@ -191,7 +193,7 @@ def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
         return f"It is for {family.name}, which no other program has."
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
-    if config.adapter.use_dora:
+    if config.adapter.is_dora:
         text += f" It is a plain LoRA made of the DoRA in `{LORA_FILE}`, which only diffusers reads exactly."
     return text
 
@@ -207,10 +209,14 @@ def _training_data(run: RunDir, config: TrainConfig) -> str:
 def _settings_table(config: TrainConfig) -> str:
     data, adapter, perturb, optim = config.data, config.adapter, config.perturb, config.optim
     rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]
-    if perturb.method == "flat-lora":
+    if perturb.radius:
+        rows.append(("rho", f"{perturb.radius:g}"))
+    if perturb.draws_noise:
         rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
         rows.append(("draws of eps", perturb.perturb_draw))
+    kinds = [adapter.adapter, *(["dora"] * adapter.use_dora), *(["rslora"] * adapter.use_rslora)]
     rows += [
+        ("adapter", ", ".join(dict.fromkeys(kind for kind in kinds if kind != "lora")) or "lora"),
         ("rank", adapter.rank),
         ("alpha", f"{adapter.rank if adapter.lora_alpha is None else adapter.lora_alpha:g}"),
         ("learning rate", f"{optim.learning_rate:g}, {optim.lr_scheduler}"),

@@ -24,6 +24,7 @@ class Group:
     parameters: Sequence[nn.Parameter]
     is_text: bool = False
     share: float = 1.0
+    lr_factor: float = 1.0
 
 
 def optimizer_of(
@@ -32,26 +33,35 @@ def optimizer_of(
     """What moves the trained parameters, new tokens' `embeddings` among them, and its schedule."""
     optim = config.optim
     assert optim.max_train_steps is not None
-    groups = _groups_of(trainable, embeddings, config.tokens)
+    groups = _groups_of(trainable, embeddings, config.tokens, optim.lora_plus_ratio)
     per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
     optimizer = _make_optimizer(optim, groups, per_step if optim.scale_lr else 1)
     return optimizer, _make_lr_schedule(optim, optimizer, groups, optim.max_train_steps)
 
 
 def _groups_of(
-    trainable: Mapping[str, nn.Parameter], embeddings: Iterable[nn.Parameter], config: TokenConfig
+    trainable: Mapping[str, nn.Parameter],
+    embeddings: Iterable[nn.Parameter],
+    config: TokenConfig,
+    lora_plus_ratio: float | None = None,
 ) -> list[Group]:
     """What is trained, by part and name, in groups: the UNet's, the text encoders', the new tokens' `embeddings`.
 
-    Groups without parameters are left out.
+    With `lora_plus_ratio` each B is in a group of its own, behind the others of its part. Groups without parameters
+    are left out.
     """
     rows = list(embeddings)
     known = {id(parameter) for parameter in rows}
+    ratio = 1.0 if lora_plus_ratio is None else lora_plus_ratio
+    fast = {id(p) for name, p in trainable.items() if lora_plus_ratio is not None and ".lora_B." in name}
     unet = [parameter for name, parameter in trainable.items() if name.startswith("unet.")]
     text = [p for name, p in trainable.items() if not name.startswith("unet.") and id(p) not in known]
+    share = config.train_text_encoder_frac
     groups = [
-        Group(unet),
-        Group(text, is_text=True, share=config.train_text_encoder_frac),
+        Group([p for p in unet if id(p) not in fast]),
+        Group([p for p in unet if id(p) in fast], lr_factor=ratio),
+        Group([p for p in text if id(p) not in fast], is_text=True, share=share),
+        Group([p for p in text if id(p) in fast], is_text=True, share=share, lr_factor=ratio),
         Group(rows, is_text=True, share=config.train_text_encoder_ti_frac),
     ]
     return [group for group in groups if group.parameters]
@@ -67,7 +77,7 @@ def _make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: flo
     sets: list[dict[str, Any]] = [
         {
             "params": list(group.parameters),
-            "lr": text_lr if group.is_text else lr,
+            "lr": (text_lr if group.is_text else lr) * group.lr_factor,
             "weight_decay": config.adam_weight_decay_text_encoder if group.is_text else config.adam_weight_decay,
         }
         for group in groups

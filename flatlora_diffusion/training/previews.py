@@ -98,3 +98,10 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
         () if is_plain else ((name, 1.0),),
         negative_prompt=picture.negative_prompt,
     )
+
+
+def is_due(state: TrainState, step: int) -> bool:
+    """After the first epoch and every `validation_epochs` epochs from there, as in diffusers' script."""
+    before, after = (state.feed.epoch_after(s) for s in (step - 1, step))
+    every = state.config.run.validation_epochs
+    return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))

@@ -1,4 +1,4 @@
-"""What is kept of a run that fails: the weights of its last whole step, with which it can go on."""
+"""What is kept and said of a run that fails: the weights of its last whole step, with which it can go on."""
 
 from __future__ import annotations
 

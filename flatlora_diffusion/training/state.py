@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatlora_diffusion.adapter.anchor import start_at_slopes
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
@@ -27,8 +29,10 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
 from flatlora_diffusion.lora_files.reading import ImportedLora
-from flatlora_diffusion.method.configured import flat_loras
+from flatlora_diffusion.method.ascent import Sam
+from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
@@ -53,7 +57,7 @@ class TrainState:
     trainable: dict[str, nn.Parameter]
     optimizer: Any
     lr_schedule: torch.optim.lr_scheduler.LambdaLR
-    flats: list[FlatLora]
+    gradient: StepGradient
     feed: Feed
     run: RunDir
     total_steps: int
@@ -64,6 +68,11 @@ class TrainState:
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
     chosen: int | None = None  # the step whose weights are the result, where held-out images have chosen one
     draws: str = ""  # the hash of what the last step drew, its eps apart
+
+    @property
+    def flats(self) -> Sequence[FlatLora]:
+        """The perturbation of each adapted model; none where the method draws no eps."""
+        return self.gradient.flats
 
     @property
     def end(self) -> int:
@@ -128,11 +137,11 @@ def prepare(
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        flats=perturbations(sdxl, config),
+        gradient=gradient_of(sdxl, trainable, config),
         feed=feed,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=total_steps,
-        ema=EMAModel(trainable.values(), decay=config.optim.ema_decay, foreach=True) if config.optim.use_ema else None,
+        ema=_ema(config, trainable),
         tokens=tokens,
     )
 
@@ -155,14 +164,41 @@ def _given(
     return Given(whole, accelerator, sdxl, objective, initial)
 
 
-def perturbations(sdxl: Sdxl, config: TrainConfig) -> list[FlatLora]:
-    """The perturbation of each adapted model of the base; none for plain LoRA. `config` leaves nothing open."""
+def gradient_of(sdxl: Sdxl, trainable: Mapping[str, nn.Parameter], config: TrainConfig) -> StepGradient:
+    """How the method takes the gradient over the base's adapted models. `config` leaves nothing open."""
     assert config.run.seed is not None
     assert config.optim.max_train_steps is not None
-    parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
-    adapted = {part: getattr(sdxl.pipeline, part) for part in parts}
+    adapted = _adapted(sdxl, config)
     ramp = config.perturb.sigma_ramp_steps or config.optim.max_train_steps
-    return flat_loras(adapted, config.perturb, config.run.seed, ramp)
+    return step_gradient(adapted, trainable, config.perturb, config.run.seed, ramp)
+
+
+def start_at_gradients(state: TrainState, micro_batches: Iterable[MicroBatch], steps: int) -> None:
+    """Let LoRA-GA start where the mean gradient of so many `steps`, by their `micro_batches`, points."""
+    config, adapted = state.config, _adapted(state.sdxl, state.config)
+    assert config.run.seed is not None
+    state.gradient.detach()
+    reader = Sam(adapted.values(), list(state.trainable.values()), rho=0.0)
+    slopes = iter(reader.slopes(micro_batches))
+    reader.detach()
+    scaler = state.accelerator.scaler
+    share = 1 / (steps * (1.0 if scaler is None else float(scaler.get_scale())))
+    seed = config.run.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed
+    for model in adapted.values():
+        start_at_slopes(model, {name: next(slopes) * share for name in lora_layers(model)}, seed)
+    state.gradient = gradient_of(state.sdxl, state.trainable, config)
+    state.ema = _ema(config, state.trainable)
+
+
+def _adapted(sdxl: Sdxl, config: TrainConfig) -> dict[str, nn.Module]:
+    """The models with a LoRA, by part."""
+    parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
+    return {part: getattr(sdxl.pipeline, part) for part in parts}
+
+
+def _ema(config: TrainConfig, trainable: Mapping[str, nn.Parameter]) -> EMAModel | None:
+    optim = config.optim
+    return EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None
 
 
 @contextmanager
@@ -201,8 +237,7 @@ def averaged(state: TrainState) -> Iterator[None]:
 def put_away(state: TrainState) -> None:
     """End what goes on beside the steps, and give the memory back; `state` cannot be used afterwards."""
     state.feed.close()
-    for flat in state.flats:
-        flat.detach()
+    state.gradient.detach()
     # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
     state.model = state.accelerator.unwrap_model(state.model)
     state.accelerator.free_memory()

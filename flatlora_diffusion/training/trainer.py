@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets, with_more_noise
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.holdout import Holdout
-from flatlora_diffusion.training.previews import Previews
+from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
 from flatlora_diffusion.training.result import present, save_result
 from flatlora_diffusion.training.selfcheck.watch import self_check
@@ -43,6 +45,7 @@ from flatlora_diffusion.training.state import (
     prepare,
     put_away,
     set_backends,
+    start_at_gradients,
 )
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
 from flatlora_diffusion.training.trackers import tell_trackers
@@ -112,7 +115,7 @@ def train_step(state: TrainState, step: int) -> float:
     fp16 for the gradients of 20 steps in a row.
     """
     accelerator, draws = state.accelerator, DrawHash()
-    losses = _micro_batches(state, step, draws)
+    losses = state.gradient.take(step, _micro_batches(state, step, draws))
     mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
     norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
     value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
@@ -126,34 +129,47 @@ def train_step(state: TrainState, step: int) -> float:
     return value
 
 
-def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> list[Tensor]:
-    """Add up the gradients of a step's micro-batches of this process; returns the loss of each."""
-    accelerator = state.accelerator
-    accumulation = state.config.optim.gradient_accumulation_steps
-    losses = []
-    with ExitStack() as stack:
-        for flat in state.flats:
-            stack.enter_context(flat.one_step())
-        for micro in range(accumulation):
-            slot = micro * accelerator.num_processes + accelerator.process_index
-            batch = state.feed.batch(step, slot)
-            rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
-            noise, timesteps = draw_targets(state.objective, batch.latents, rng)
-            batch = with_more_noise(state.objective, batch, rng)
-            last = micro + 1 == accumulation
-            sync = nullcontext() if last else accelerator.no_sync(state.model)
-            with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
-                loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
-                accelerator.backward(loss / accumulation)
-            losses.append(loss.detach())
-            draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
-    return losses
+@dataclass(frozen=True)
+class DrawnMicroBatch:
+    """One micro-batch of a step with its noise and timesteps, which each pass through the model sees."""
+
+    state: TrainState
+    step: int
+    slot: int
+    loss: Callable[[], Tensor]
+    is_last: bool
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        state = self.state
+        sync = nullcontext() if self.is_last and is_shared else state.accelerator.no_sync(state.model)
+        with sync, dropout_draws(state, self.step, self.slot):
+            loss = self.loss()
+            state.accelerator.backward(loss * weight / state.config.optim.gradient_accumulation_steps)
+        return loss.detach()
+
+
+def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[DrawnMicroBatch]:
+    accelerator, accumulation = state.accelerator, state.config.optim.gradient_accumulation_steps
+    for micro in range(accumulation):
+        slot = micro * accelerator.num_processes + accelerator.process_index
+        batch = state.feed.batch(step, slot)
+        rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
+        noise, timesteps = draw_targets(state.objective, batch.latents, rng)
+        batch = with_more_noise(state.objective, batch, rng)
+        draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
+        loss = partial(diffusion_loss, state.model, state.objective, batch, noise, timesteps)
+        yield DrawnMicroBatch(state, step, slot, loss, is_last=micro + 1 == accumulation)
 
 
 def _update(state: TrainState, step: int) -> None:
     """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
     state.steps_done = None
+    learning_rate, scaler = float(state.lr_schedule.get_last_lr()[0]), state.accelerator.scaler
+    loss_scale = 1.0 if scaler is None else float(scaler.get_scale())  # before it is updated
+    state.gradient.before_update(step, learning_rate)
     state.optimizer.step()
+    if not state.optimizer.step_was_skipped:
+        state.gradient.weights_moved(learning_rate, loss_scale)
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step
@@ -186,10 +202,20 @@ def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None
     """What makes the previews, None but on the first process, and the first step to do."""
     with interrupted_as(_untrained):
         previews = Previews(state) if state.accelerator.is_main_process else None
+        if checkpoint is None:
+            first_weights(state)
         first = start(state) if checkpoint is None else restore(state, checkpoint)
         if previews is not None and first == 0:
             previews.make("base", 0)
     return previews, first
+
+
+def first_weights(state: TrainState) -> None:
+    """Give a new run's LoRA the first weights that need gradients; all others have theirs."""
+    if state.config.adapter.adapter == "lora-ga":
+        steps = min(state.config.adapter.lora_ga_steps or 8, state.total_steps)
+        every = (one for step in range(steps) for one in _micro_batches(state, step, DrawHash()))
+        start_at_gradients(state, every, steps)
 
 
 def _loop(
@@ -217,15 +243,15 @@ def _loop(
             bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
             if check is not None:
                 check.step_done(loss, now - started)
-            if done < state.total_steps and _is_preview_due(state, step):
+            if done < state.total_steps and is_due(state, step):
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
         reason = _agreed(state, stopping.reason())
         is_point = done % run.checkpointing_steps == 0
         if holdout is not None and reason is None and (is_point or done == state.total_steps):
             holdout.measure(done)
-        is_due = is_point or reason is not None
-        if previews is not None and (state.run.takes_save_request() or is_due):
+        is_asked = is_point or reason is not None
+        if previews is not None and (state.run.takes_save_request() or is_asked):
             save_checkpoint(state, done)
         if reason is not None and done < state.total_steps:
             if previews is not None:
@@ -261,13 +287,6 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
     return {"loss": f"{loss:.4f}", "sigma": f"{sigma:.3f}"}
 
 
-def _is_preview_due(state: TrainState, step: int) -> bool:
-    """After the first epoch and every `validation_epochs` epochs from there, as in diffusers' script."""
-    before, after = (state.feed.epoch_after(s) for s in (step - 1, step))
-    every = state.config.run.validation_epochs
-    return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))
-
-
 def _agreed(state: TrainState, reason: str | None) -> str | None:
     """The reason to stop of any process, so that all stop after the same step."""
     if state.accelerator.num_processes == 1:
@@ -275,13 +294,3 @@ def _agreed(state: TrainState, reason: str | None) -> str | None:
     asked = torch.tensor(float(reason is not None), device=state.accelerator.device)
     is_asked = float(state.accelerator.reduce(asked, "sum")) > 0
     return (reason or "another process") if is_asked else None
-
-
-@contextmanager
-def _perturbed(state: TrainState, step: int, slot: int) -> Iterator[None]:
-    """W + eps around forward and backward; with `perturb_per=step` all micro-batches of a step share one eps."""
-    key = slot if state.config.perturb.perturb_per == "microbatch" else 0
-    with ExitStack() as stack:
-        for flat in state.flats:
-            stack.enter_context(flat.perturb(step, key))
-        yield

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from flatlora_diffusion.adapter.lora import add_lora, lora_layers, trainable_parameters
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_runs import samples_of, trained
 
-from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.training.state import prepare
 

@@ -129,6 +129,10 @@ RUNS: dict[str, str] = {
     "--train_text_encoder_ti_frac 0.5 --clip_skip 1",
     "dora": "--use_dora --lora_unet_blocks mid_block --lora_block_ranks mid_block=2 --lora_target_modules attn+ff "
     "--rank 3",
+    "pissa": "--adapter pissa --pissa_iterations 2 --lora_plus_ratio 4 --method mixed-noise --noise_share 0.3",
+    "lora-ga": "--adapter lora-ga --lora_ga_steps 1",
+    "bar": "--method nbar --bar_strength 0.5",
+    "sam": "--method sam --rho 0.1 --adapter rslora",
     "b-lora": "--use_blora --init_lora LORA",
     "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --multires_noise_iterations 2 "
     "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
@@ -180,7 +184,7 @@ def test_what_differs_is_documented() -> None:
     for name in (ours - set(UPSTREAM)) | OTHER_DEFAULTS:
         assert f"`--{name}" in text, name
     mentioned = set(re.findall(r"`--(\w+)", text))
-    assert mentioned <= ours | {"config", "preset", "help"}, "the document names a flag that is not there"
+    assert mentioned <= ours | {"arms", "config", "preset", "help"}, "the document names a flag that is not there"
 
 
 @pytest.fixture

@@ -34,6 +34,8 @@ def test_an_arm_is_a_method_and_typed_settings() -> None:
         ("lora:rank", "'rank' in 'lora:rank' is not SETTING=VALUE"),
         ("lora:seed=3", "'seed=3' in 'lora:seed=3' is the same for the whole experiment"),
         ("lora:mixed_precision=bf16", "is the same for the whole experiment"),
+        ("sam:sigma=0.2", "'sigma=0.2' in 'sam:sigma=0.2' means nothing for SAM"),
+        ("flat-lora:rho=0.2", "'rho=0.2' in 'flat-lora:rho=0.2' means nothing for Flat-LoRA"),
         ("lora:sigma=0.2", "'sigma=0.2' in 'lora:sigma=0.2' means nothing for plain LoRA"),
         ("lora:rnk=3", "unknown setting 'rnk'"),
         ("lora:rank=many", "rank='many' must be of type int"),

@@ -161,7 +161,7 @@ def test_flat_lora_is_the_default_with_sigma_0_1_and_plain_lora_has_none() -> No
         ({"rank": None}, "rank=None must be of type int"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
         ({"learning_rate": "fast"}, "learning_rate='fast' must be of type float"),
-        ({"method": "sam"}, "method='sam' is not one of lora, flat-lora"),
+        ({"method": "sgd"}, "method='sgd' is not one of lora, flat-lora"),
         ({"sigma": -0.1}, "sigma=-0.1 is out of range"),
         ({"method": "lora", "sigma": 0.1}, "--method lora has no perturbation, but sigma=0.1"),
     ],

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from draw_statistics import assert_unit_variance
-from lora_by_hand import lora_layers, merged_weight
-from tiny_models import Adapter, loss_and_gradients, toy_case, unet_case
+from lora_by_hand import distance, gradients, lora_layers, merged_weight
+from tiny_models import Adapter, Case, loss_and_gradients, toy_case, unet_case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatlora_diffusion import FlatLora
+from flatlora_diffusion.method.ascent import Sam
 
 pytestmark = pytest.mark.usefixtures("draw")
 
@@ -66,6 +67,36 @@ def test_loss_and_gradients_equal_the_dora_formula_with_noise_on_the_base_weight
     floor = 1e-6 * max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + floor, name
+
+
+def test_sam_ascends_by_rho_in_w_as_dora_rescales_it() -> None:
+    case = toy_case(DORA)
+    layers = lora_layers(case.model)
+    eps = {name: torch.zeros_like(layer.get_base_layer().weight, requires_grad=True) for name, layer in layers.items()}
+    case.loss(by_hand(copy.deepcopy(case.model), eps)).backward()
+    slopes = {name: value.grad for name, value in eps.items()}
+    norm = torch.stack([slope.norm() for slope in slopes.values() if slope is not None]).norm()
+    moved = {name: 0.5 * slope / norm for name, slope in slopes.items() if slope is not None}
+    expected = loss_and_gradients(case, by_hand(copy.deepcopy(case.model), moved))[1]
+    plain = loss_and_gradients(case)[1]
+    trainable = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
+    sam = Sam([case.model], trainable, rho=0.5)
+    sam.take(0, [OneBatch(case)])
+    ours = gradients(case.model)
+    assert distance(expected, plain) > 0.01
+    assert distance(ours, expected) < 1e-4
+
+
+class OneBatch:
+    slot = 0
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        loss = self._case.loss()
+        (loss * weight).backward()
+        return loss.detach()
 
 
 def test_without_sigma_dora_is_bit_equal_to_plain_dora() -> None:

@@ -82,6 +82,19 @@ def together(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--method=sam --adapter=lora-ga", "--method=bi-lora --adapter=pissa"])
+def test_what_ascends_does_so_alike_on_two_processes_and_on_one(
+    arguments: list[str], tmp_path: Path, flags: str
+) -> None:
+    """Slopes of frozen weights and of the second LoRA are no part of DDP: the method shares them itself."""
+    both = [*arguments, *flags.split(), "--rho=0.5"]
+    done = launch(*both, f"--output_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    alone(both, tmp_path / "one")
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders"])
 def test_two_processes_equal_one_with_accumulation(
     arguments: list[str], together: tuple[Path, str], tmp_path: Path, text: bool

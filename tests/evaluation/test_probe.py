@@ -8,7 +8,8 @@ import pytest
 import torch
 from lora_by_hand import WithoutFloat64
 
-from flatlora_diffusion.adapter.lora import add_lora, lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation import probe as evaluation

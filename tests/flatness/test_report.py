@@ -17,7 +17,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import nn
 
-from flatlora_diffusion.adapter.lora import add_lora, lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, LORA
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import AdapterConfig, ConfigError, FlatnessConfig, ModelConfig, TrainConfig

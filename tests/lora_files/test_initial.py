@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from tiny_runs import output_with, samples_of
 
-from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.update import difference, lora_updates, magnitudes, norm
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.training.state import prepare

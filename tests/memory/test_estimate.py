@@ -188,6 +188,14 @@ def test_flat_lora_costs_its_norms_and_one_eps(config: TrainConfig) -> None:
     assert flat.total - plain.total == flat.perturbation
 
 
+@pytest.mark.parametrize("changes", [{"method": "sam"}, {"method": "lora", "adapter": "lora-ga"}], ids=str)
+def test_a_slope_of_all_adapted_weights_is_held_where_it_is_read(config: TrainConfig, changes: dict[str, Any]) -> None:
+    shapes = [layer.get_base_layer().weight.shape for layer in prepared(config).flats[0].layers.values()]
+    assert estimate_memory(config.replace(method="lora", adapter="pissa")).perturbation == 0
+    found = estimate_memory(config.replace(**changes)).perturbation
+    assert found == 4 * sum(shape.numel() for shape in shapes)
+
+
 def test_low_rank_draws_cost_their_norms_and_factors(config: TrainConfig) -> None:
     config = config.replace(perturb_draw="low_rank")
     low, plain = (estimate_memory(config.replace(method=method)) for method in ("flat-lora", "lora"))

@@ -13,6 +13,7 @@ from torch import nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import ConfigError, SigmaSchedule
+from flatlora_diffusion.method.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("draw")
 
@@ -20,6 +21,16 @@ pytestmark = pytest.mark.usefixtures("draw")
 @pytest.fixture
 def model() -> nn.Module:
     return toy_case().model
+
+
+def test_down_is_the_cosine_ramp_upside_down_and_sigma_may_be_more_than_one(model: nn.Module) -> None:
+    flat = FlatLora(model, sigma=1.4, schedule="down", total_steps=10)
+    assert [round(flat.sigma_at(step), 6) for step in (0, 5, 10, 25)] == [1.4, 0.7, 0.0, 0.0]
+    flat.detach()
+    up = FlatLora(model, sigma=1.4, schedule="cosine", total_steps=10)
+    assert [up.sigma_at(step) for step in range(10)] == pytest.approx(
+        [1.4 - Settings(1.4, "down", 10, 0, "filter", "unet", "full", 1).sigma_at(step) for step in range(10)]
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

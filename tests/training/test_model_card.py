@@ -13,7 +13,8 @@ from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from flatlora_diffusion.adapter.lora import add_lora, lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
 from flatlora_diffusion.config import AdapterConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir

@@ -12,6 +12,7 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.training.optimizer import optimizer_of
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -75,3 +76,17 @@ def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_pa
     assert 0 < norms[1] < norms[0]
     train(settings.replace(output_dir=str(tmp_path / "averaged"), resume_from_checkpoint="checkpoint-2"))
     assert all(torch.equal(value, two[key]) for key, value in load_file(averaged).items())
+
+
+def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: TrainConfig) -> None:
+    trainable = {
+        f"{part}.q.lora_{side}.default.weight": torch.nn.Parameter(torch.zeros(1))
+        for part in ("unet", "text_encoder")
+        for side in ("A", "B")
+    }
+    settings = config.replace(lora_plus_ratio=16.0, learning_rate=0.01, text_encoder_lr=0.001, max_train_steps=10)
+    optimizer, schedule = optimizer_of(settings, trainable, [], processes=1)
+    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    found = [rates[id(parameter)] for parameter in trainable.values()]
+    assert found == pytest.approx([0.01, 0.16, 0.001, 0.016])
+    assert schedule.get_last_lr()[0] == pytest.approx(0.01)

@@ -11,7 +11,7 @@ from tiny_runs import samples_of, trained
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from flatlora_diffusion.adapter.lora import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.checkpoint import load_state, save_state

@@ -12,14 +12,14 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.lora import base_weight
+from flatlora_diffusion.adapter.layers import base_weight
 from flatlora_diffusion.config import DEFAULT_SIGMA
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
 from flatlora_diffusion.sdxl.sampling import evaluating
-from flatlora_diffusion.training.state import TrainState, dropout_draws, perturbations
+from flatlora_diffusion.training.state import TrainState, dropout_draws, gradient_of
 
 _INPUTS = 512  # of a layer, that the noise is measured on
 _ROUNDING = 1e-5  # relative; what kernels that add in any order may differ by
@@ -54,10 +54,9 @@ def sigma_zero(state: TrainState) -> Check:
 
     Two passes of the plain one tell what the device's own kernels differ by.
     """
-    for flat in state.flats:
-        flat.detach()
+    state.gradient.detach()
     plain = [_loss_and_gradients(state, []) for _ in range(2)]
-    state.flats = perturbations(state.sdxl, state.config)
+    state.gradient = gradient_of(state.sdxl, state.trainable, state.config)
     off = _distance(plain[0], _loss_and_gradients(state, state.flats))
     floor = _distance(*plain)
     is_right = off <= max(3 * floor, _ROUNDING)

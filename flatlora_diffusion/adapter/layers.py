@@ -1,0 +1,27 @@
+"""The adapted layers of a model, and the weights that they adapt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from flatlora_diffusion.method.adapted_layers import int8_steps
+
+ADAPTER = "default"
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def base_weight(base: Any) -> Tensor:
+    """W of a base layer as it computes with it, in its shape and fp32; a quantized one is dequantized."""
+    steps = int8_steps(base)
+    if steps is not None:
+        return base.weight.data.float() * steps[:, None]
+    weight: Tensor = dequantize_module_weight(base)
+    return weight.float()

@@ -1,0 +1,113 @@
+"""Bi-LoRA (arXiv:2508.19564): beside the LoRA a second one ascends in the same backward, and is dropped at the end.
+
+    L(W + s B A + s B2 A2):  A and B descend, A2 and B2 ascend, then ||s B2 A2||_F over all layers is clipped to rho
+
+So the step's gradient is taken where the loss is higher, as in SAM, in a single pass. The second LoRA lives in here,
+not in PEFT, and acts only while a gradient is taken: files, previews and validation never see it.
+
+Where the paper leaves it open we let both have one rank and learning rate, AdamW without decay ascend, and clip A2 and
+B2 by the same factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatlora_diffusion.ground.files import load_optimizer, optimizer_tensors
+from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype, find_adapted_layers
+from flatlora_diffusion.method.ascent import average
+from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
+
+
+class BiLora(StepGradient):
+    """The gradient beside an adversarial LoRA on every adapted layer of `models`, by the prefix of its draws."""
+
+    def __init__(self, models: Mapping[str, nn.Module], rho: float, seed: int) -> None:
+        self._rho, self._is_on = rho, False
+        self._pairs: dict[AdaptedLayer, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._scales: dict[AdaptedLayer, float] = {}
+        for prefix, model in models.items():
+            for layer in find_adapted_layers(model):
+                self._pairs[layer] = _new_pair(layer, seed, prefix)
+                self._scales[layer] = float(next(iter(layer.tuner.scaling.values())))
+                layer.attach(self._base_forward)
+        self._optimizer = torch.optim.AdamW(self._parameters(), maximize=True, weight_decay=0.0)
+
+    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        self._optimizer.zero_grad()
+        self._is_on = True
+        try:
+            return [one.backward() for one in micro_batches]
+        finally:
+            self._is_on = False
+
+    @torch.no_grad()
+    def weights_moved(self, learning_rate: float, loss_scale: float) -> None:
+        slopes = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        average(slopes)
+        for slope in slopes:
+            slope /= loss_scale
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        norm = self.norm()
+        if norm > self._rho:
+            for parameter in self._parameters():
+                parameter.mul_((self._rho / norm) ** 0.5)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """||s B2 A2||_F over all layers, without forming B2 A2."""
+        squares = [
+            self._scales[layer] ** 2 * ((up.mT @ up) * (down @ down.mT)).sum().double().cpu()
+            for layer, (down, up) in self._pairs.items()
+        ]
+        return float(torch.stack(squares).sum().clamp(min=0).sqrt())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, header = optimizer_tensors(self._optimizer)
+        own = {f"parameter.{index}": parameter.detach() for index, parameter in enumerate(self._parameters())}
+        return tensors | own, header
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        for index, parameter in enumerate(self._parameters()):
+            parameter.copy_(tensors[f"parameter.{index}"])
+        load_optimizer(self._optimizer, tensors, header)
+
+    def detach(self) -> None:
+        for layer in self._pairs:
+            layer.restore()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for pair in self._pairs.values() for parameter in pair]
+
+    def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = layer.base_forward(x, *args, **kwargs)
+        if not (self._is_on and layer.is_active()):
+            return output
+        dtype = compute_dtype(x.device, output.dtype)
+        x, (down, up) = x.to(dtype), (factor.to(dtype) for factor in self._pairs[layer])
+        if layer.convolution is None:
+            added = F.linear(F.linear(x, down), up)
+        else:
+            kernels = down.view(-1, *layer.shape[1:])
+            hidden = F.conv2d(x, kernels, None, layer.convolution.stride, layer.convolution.padding)
+            added = F.conv2d(hidden, up[:, :, None, None])
+        return output + (self._scales[layer] * added).to(output.dtype)
+
+
+def _new_pair(layer: AdaptedLayer, seed: int, prefix: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A2 (r, n) ~ N(0, 1/r^2) and B2 (m, r) = 0 on the layer's device, fp32."""
+    rank = int(next(iter(layer.tuner.r.values())))
+    # Drawn on the CPU, so that one seed gives one pair on every device.
+    drawn = torch.randn(rank, layer.inputs, generator=generator("cpu", seed, "bi_lora", prefix, layer.name)) / rank
+    device = layer.base.weight.device
+    return nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(layer.shape[0], rank, device=device))

@@ -1,0 +1,107 @@
+"""How the gradient of an optimizer step is taken: the seam between a training loop and the methods.
+
+The loop draws the micro-batches and moves the weights; a method decides where on the loss their gradients are taken,
+and in how many passes. The simplest are here: at the weights, at W + eps, and a mixture of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flatlora_diffusion.config import PerturbPer
+from flatlora_diffusion.method.perturbation import FlatLora
+
+
+class MicroBatch(Protocol):
+    """One micro-batch with all that is drawn for it, so that each pass through the model sees the same."""
+
+    @property
+    def slot(self) -> int:
+        """micro_batch * world_size + rank."""
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        """The loss, detached, after `weight` times its gradient was added to those of the parameters.
+
+        With `is_shared` processes share what they have of the step once its last micro-batch is done.
+        """
+
+
+class StepGradient:
+    """The gradient at the weights as they are: plain LoRA."""
+
+    flats: Sequence[FlatLora] = ()
+
+    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        """Add the gradient of optimizer step `step` to the trained parameters' own; returns the micro-batches' losses.
+
+        The weights are afterwards what they were.
+        """
+        return [one.backward() for one in micro_batches]
+
+    def before_update(self, step: int, learning_rate: float) -> None:
+        """Do to the weights what the method does just before the optimizer's step, its gradients being complete."""
+
+    def weights_moved(self, learning_rate: float, loss_scale: float) -> None:
+        """Follow the optimizer's step, taken at `learning_rate` after losses that `loss_scale` had multiplied."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resumed run needs beside the trained weights: tensors by name, and JSON-able values."""
+        return {}, {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+
+    def detach(self) -> None:
+        """Give the models back as they were. The object cannot be used afterwards."""
+        for flat in self.flats:
+            flat.detach()
+
+
+class NoisyGradient(StepGradient):
+    """The gradient at W + eps, Flat-LoRA, with a new eps for each micro-batch or one for the whole step."""
+
+    def __init__(self, flats: Sequence[FlatLora], per: PerturbPer) -> None:
+        self.flats, self._per = flats, per
+
+    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        with self._one_step():
+            return [self._noisy(step, one) for one in micro_batches]
+
+    @contextmanager
+    def _one_step(self) -> Iterator[None]:
+        """A and B stay as they are meanwhile, so that norms are taken once for all micro-batches."""
+        with ExitStack() as stack:
+            for flat in self.flats:
+                stack.enter_context(flat.one_step())
+            yield
+
+    def _noisy(self, step: int, micro_batch: MicroBatch, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        with self._perturbed(step, micro_batch.slot if self._per == "microbatch" else 0):
+            return micro_batch.backward(weight, is_shared)
+
+    @contextmanager
+    def _perturbed(self, step: int, key: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for flat in self.flats:
+                stack.enter_context(flat.perturb(step, key))
+            yield
+
+
+class MixedGradient(NoisyGradient):
+    """`share` times the gradient at W + eps and the rest at W, in two passes (arXiv:2404.00357, the mixed loss)."""
+
+    def __init__(self, flats: Sequence[FlatLora], per: PerturbPer, share: float) -> None:
+        super().__init__(flats, per)
+        self._share = share
+
+    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        losses = []
+        with self._one_step():
+            for one in micro_batches:
+                noisy = self._noisy(step, one, self._share, is_shared=False)
+                losses.append(self._share * noisy + (1 - self._share) * one.backward(1 - self._share))
+        return losses

@@ -1,0 +1,83 @@
+"""Which methods, adapters and optimizers go together; what does not is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, get_args
+
+import pytest
+
+from flatlora_diffusion.config import AdapterKind, ConfigError, Method, TrainConfig
+from flatlora_diffusion.config.combinations import check_combinations
+
+# What may be added to each method and adapter.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "use_dora": {"use_dora": True},
+    "use_rslora": {"use_rslora": True},
+    "lora_dropout": {"lora_dropout": 0.1},
+    "conv": {"lora_target_modules": "conv"},
+    "init_lora": {"init_lora": "some.safetensors"},
+    "pissa_iterations": {"pissa_iterations": 2},
+    "lora_ga_steps": {"lora_ga_steps": 2},
+    "sigma": {"sigma": 2.5},
+    "rho": {"rho": 0.1},
+    "noise_share": {"noise_share": 0.3},
+    "bar_strength": {"bar_strength": 0.5},
+    "lora_plus_ratio": {"lora_plus_ratio": 16.0},
+    "lora_plus_ratio with prodigy": {"lora_plus_ratio": 16.0, "optimizer": "prodigy"},
+    "dropout with use_dora": {"use_dora": True, "lora_dropout": 0.1},
+    "text encoders": {"train_text_encoder": True},
+    "accumulation in fp16": {"gradient_accumulation_steps": 2, "mixed_precision": "fp16"},
+    "quantized": {"quantize_base": "nf4"},
+}
+ADDS_TO_W = {"flat-lora", "mixed-noise", "sam", "bi-lora"}
+
+
+def is_refused(method: str, adapter: str, extra: str) -> bool:
+    """The cells that make no sense, written down apart from the table in the product."""
+    if extra in ("use_dora", "conv", "init_lora") and adapter in ("pissa", "lora-ga"):
+        return True
+    if extra == "lora_ga_steps":
+        return adapter != "lora-ga"
+    if extra == "pissa_iterations":
+        return adapter != "pissa"
+    if extra == "sigma":
+        return method not in ("flat-lora", "mixed-noise")
+    if extra == "rho":
+        return method not in ("lora-sam", "sam", "bi-lora")
+    if extra == "bar_strength":
+        return method not in ("nbar", "obar")
+    if extra == "noise_share":
+        return method != "mixed-noise"
+    if extra == "lora_dropout":
+        return adapter == "dora" and method in ADDS_TO_W
+    if extra == "dropout with use_dora":
+        return adapter in ("pissa", "lora-ga") or method in ADDS_TO_W
+    return extra == "lora_plus_ratio with prodigy"
+
+
+def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
+    cells = list(itertools.product(get_args(Method), get_args(AdapterKind), EXTRAS))
+    for method, adapter, extra in cells:
+        values = {"method": method, "adapter": adapter, **EXTRAS[extra]}
+        if not is_refused(method, adapter, extra):
+            TrainConfig().replace(**values)
+            continue
+        with pytest.raises(ConfigError) as refused:
+            TrainConfig().replace(**values)
+        told = str(refused.value)
+        assert "--" in told, (method, adapter, extra)
+        assert len(told.splitlines()) == 1, told
+        assert ". " not in told, told
+    assert len(cells) == 8 * 5 * len(EXTRAS)
+
+
+def test_what_is_written_down_holds_for_a_config_that_exists() -> None:
+    check_combinations(TrainConfig())
+
+
+def test_the_older_flags_are_other_names_of_the_adapters() -> None:
+    for flag, adapter in (("use_dora", "dora"), ("use_rslora", "rslora")):
+        old, new = TrainConfig().replace(**{flag: True}).adapter, TrainConfig().replace(adapter=adapter).adapter
+        assert (old.is_dora, old.is_rslora) == (new.is_dora, new.is_rslora) == (flag == "use_dora", flag != "use_dora")

@@ -1,0 +1,271 @@
+"""What each rival's gradient is: that of the plain model at weights moved by hand, to which the rival never writes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from lora_by_hand import add_to_base, all_noise, distance, gradients, lora_layers, merged_weight
+from tiny_models import Case, loss_and_gradients, normal, toy_case, unet_case
+from torch import Tensor, nn
+
+from flatlora_diffusion import FlatLora
+from flatlora_diffusion.adapter.anchor import ANCHOR, anchor, start_at_principal, start_at_slopes
+from flatlora_diffusion.adapter.layers import ADAPTER
+from flatlora_diffusion.config import PerturbConfig
+from flatlora_diffusion.method.ascent import Sam
+from flatlora_diffusion.method.bi_lora import BiLora
+from flatlora_diffusion.method.configured import step_gradient
+from flatlora_diffusion.method.step_gradient import StepGradient
+
+RHO = 0.5
+
+
+@dataclass
+class Micro:
+    """A share of the step on the case's one batch; counts its passes."""
+
+    case: Case
+    slot: int = 0
+    share: float = 1.0
+    passes: int = 0
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        self.passes += 1
+        loss = self.case.loss()
+        (loss * weight * self.share).backward()
+        return loss.detach()
+
+
+def rival(case: Case, method: str, **settings: Any) -> StepGradient:
+    trainable = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
+    config = PerturbConfig(method=method, sigma_schedule="constant", **settings)  # type: ignore[arg-type]
+    return step_gradient({"unet": case.model}, trainable, config, seed=3, total_steps=10)
+
+
+def taken(case: Case, gradient: StepGradient, micros: Sequence[Micro] | None = None) -> dict[str, Tensor]:
+    gradient.take(1, micros or [Micro(case)])
+    return gradients(case.model)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def slopes_of_weights(case: Case, model: Any) -> dict[str, Tensor]:
+    """dL/dW of each adapted layer by autograd, with W trained for the purpose."""
+    layers = lora_layers(model)
+    for layer in layers.values():
+        layer.get_base_layer().weight.requires_grad_(True)
+    case.loss(model).backward()
+    found = {name: layer.get_base_layer().weight.grad.clone() for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.get_base_layer().weight.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def to_radius(slopes: dict[str, Tensor]) -> dict[str, Tensor]:
+    norm = torch.stack([slope.norm() for slope in slopes.values()]).norm()
+    return {name: RHO * slope / norm for name, slope in slopes.items()}
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "linear and convolutions": toy_case,
+    "unet": unet_case,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sam_takes_the_gradient_where_w_has_ascended_by_rho(name: str) -> None:
+    case = CASES[name]()
+    clean = copy.deepcopy(case.model)
+    eps = to_radius(slopes_of_weights(case, copy.deepcopy(clean)))
+    expected = loss_and_gradients(case, add_to_base(copy.deepcopy(clean), eps))[1]
+    assert distance(expected, loss_and_gradients(case, clean)[1]) > 0.01
+    before = bits(case.model)
+    result = taken(case, rival(case, "sam", rho=RHO))
+    assert distance(result, expected) < 1e-4
+    assert all(torch.equal(value, before[key]) for key, value in bits(case.model).items())
+
+
+def test_sam_ascends_along_the_sum_of_the_accumulated_slopes() -> None:
+    case = toy_case()
+    micros = [Micro(case, slot=slot, share=0.5) for slot in range(2)]
+    result = taken(case, rival(case, "sam", rho=RHO), micros)
+    again = toy_case()
+    assert distance(result, taken(again, rival(again, "sam", rho=RHO))) < 1e-5
+    assert [micro.passes for micro in micros] == [2, 2]
+
+
+def test_sam_is_the_same_with_gradient_checkpointing() -> None:
+    case = unet_case()
+    case.model.train()
+    gradient = rival(case, "sam", rho=RHO)
+    expected = taken(case, gradient)
+    case.model.enable_gradient_checkpointing()
+    assert distance(taken(case, gradient), expected) < 1e-5
+
+
+def test_sam_reads_the_slopes_under_autocast() -> None:
+    case = toy_case()
+    expected = taken(case, rival(case, "sam", rho=RHO))
+    other = toy_case()
+
+    class Autocast(Micro):
+        def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().backward(weight, is_shared)
+
+    assert distance(taken(other, rival(other, "sam", rho=RHO), [Autocast(other)]), expected) < 0.05
+
+
+def test_lora_sam_takes_the_gradient_where_a_and_b_have_ascended_by_rho() -> None:
+    case = toy_case()
+    by_hand = copy.deepcopy(case.model)
+    steps = to_radius(loss_and_gradients(case, by_hand)[1])
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if name in steps:
+                parameter += steps[name]
+    expected = loss_and_gradients(case, by_hand)[1]
+    before = bits(case.model)
+    assert distance(taken(case, rival(case, "lora-sam", rho=RHO)), expected) < 1e-5
+    assert all(torch.equal(value, before[key]) for key, value in bits(case.model).items())
+
+
+def test_mixed_noise_is_the_mixture_of_the_clean_and_the_noisy_gradient() -> None:
+    case = toy_case()
+    clean = taken(case, rival(case, "lora"))
+    gradient = rival(case, "flat-lora", sigma=0.5)
+    noisy = taken(case, gradient)
+    gradient.detach()
+    mixed = taken(case, rival(case, "mixed-noise", sigma=0.5, noise_share=0.25))
+    assert distance(mixed, {name: 0.25 * noisy[name] + 0.75 * clean[name] for name in clean}) < 1e-5
+
+
+@pytest.mark.parametrize("build", [toy_case, unet_case], ids=["toy", "unet"])
+def test_bi_lora_takes_the_gradient_at_w_plus_what_has_ascended_and_clips_it_to_rho(build: Any) -> None:
+    case = build()
+    clean = copy.deepcopy(case.model)
+    gradient = rival(case, "bi-lora", rho=RHO)
+    assert isinstance(gradient, BiLora)
+    first = taken(case, gradient)
+    assert distance(first, loss_and_gradients(case, clean)[1]) < 1e-6, "it starts at zero"
+    for _ in range(3):
+        gradient.take(1, [Micro(case)])
+        case.model.zero_grad(set_to_none=True)
+        gradient.weights_moved(learning_rate=0.05, loss_scale=1.0)
+    assert gradient.norm() == pytest.approx(RHO, rel=1e-4)
+    eps = {
+        layer.name: (gradient._scales[layer] * (up @ down)).detach().view(layer.shape)
+        for layer, (down, up) in gradient._pairs.items()
+    }
+    loss, expected = loss_and_gradients(case, add_to_base(copy.deepcopy(clean), eps))
+    assert distance(taken(case, gradient), expected) < 1e-4
+    assert loss > case.loss(clean), "what ascends must raise the loss"
+    with torch.no_grad():  # and nothing of it is there outside of a step
+        assert torch.equal(case.predict(case.model), case.predict(clean))
+
+
+@pytest.mark.parametrize("method", ["nbar", "obar"])
+def test_bar_multiplies_a_and_b_as_their_gradients_or_norms_say(method: str) -> None:
+    case = toy_case()
+    gradient = rival(case, method, bar_strength=2.0)
+    gradient.take(5, [Micro(case)])
+    before = bits(case.model)
+    gradient.before_update(5, learning_rate=0.01)  # half of the 10 steps are over, so the cosine is at a half
+    after = dict(case.model.named_parameters())
+    for name, down in after.items():
+        if ".lora_A." not in name:
+            continue
+        up = after[name.replace("lora_A", "lora_B")]
+        assert down.grad is not None
+        assert up.grad is not None
+        old_down, old_up = before[name], before[name.replace("lora_A", "lora_B")]
+        if method == "nbar":
+            grows = 1 if down.grad.norm() >= up.grad.norm() else -1
+        else:
+            grows = -1 if old_down.norm() >= old_up.norm() else 1
+        torch.testing.assert_close(down, old_down * (1 + 0.01 * grows))
+        torch.testing.assert_close(up, old_up * (1 - 0.01 * grows))
+
+
+@pytest.mark.parametrize("method", ["sam", "lora-sam", "bi-lora", "mixed-noise", "obar", "flat-lora", "lora"])
+def test_a_method_that_is_taken_off_leaves_the_model_as_it_was(method: str) -> None:
+    case = toy_case()
+    plain = loss_and_gradients(case)[1]
+    gradient = rival(case, method)
+    gradient.take(1, [Micro(case)])
+    case.model.zero_grad(set_to_none=True)
+    gradient.detach()
+    after = loss_and_gradients(case)[1]
+    assert all(torch.equal(after[name], plain[name]) for name in plain)
+    assert not any("forward" in layer.get_base_layer().__dict__ for layer in lora_layers(case.model).values())
+
+
+@pytest.mark.parametrize("iterations", [0, 4], ids=["exact", "fast"])
+def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: int) -> None:
+    case = unet_case()
+    before = bits(case.model)
+    start_at_principal(case.model, case.model.peft_config[ADAPTER], iterations, seed=0)
+    for name, layer in lora_layers(case.model).items():
+        weight = layer.get_base_layer().weight
+        assert torch.equal(weight, before[f"{name}.base_layer.weight"])
+        left, values, right = torch.linalg.svd(weight)
+        rank = layer.r[ADAPTER]
+        largest, found = left[:, :rank] * values[:rank] @ right[:rank], layer.get_delta_weight(ADAPTER)
+        if iterations:
+            assert found.norm() > 0.95 * largest.norm()
+        else:
+            torch.testing.assert_close(found, largest, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged_weight(layer), weight, rtol=1e-4, atol=1e-5)
+        assert not any(sides[ANCHOR].weight.requires_grad for sides in (layer.lora_A, layer.lora_B))
+
+
+def test_eps_of_a_pissa_has_the_filter_norms_of_its_merged_weight_and_its_gradient_is_that_by_hand(draw: str) -> None:
+    case = unet_case()
+    start_at_principal(case.model, case.model.peft_config[ADAPTER], 4, seed=0)
+    with torch.no_grad():  # a few steps away from its start
+        for layer in lora_layers(case.model).values():
+            layer.lora_B[ADAPTER].weight += 0.1 * normal(7, *layer.lora_B[ADAPTER].weight.shape)
+    clean = copy.deepcopy(case.model)
+    flat = FlatLora(case.model, sigma=0.1, schedule="constant")
+    for name, layer in lora_layers(clean).items():
+        expected = merged_weight(layer).flatten(1).norm(dim=1)
+        torch.testing.assert_close(flat.filter_norms(name), expected, rtol=1e-4, atol=1e-5)
+    by_hand = loss_and_gradients(case, add_to_base(copy.deepcopy(clean), all_noise(flat, step=1)))[1]
+    assert distance(by_hand, loss_and_gradients(case, clean)[1]) > 0.01
+    with flat.perturb(step=1):
+        result = loss_and_gradients(case)[1]
+    assert distance(result, by_hand) < 1e-4
+
+
+def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() -> None:
+    case = unet_case()
+    for layer in lora_layers(case.model).values():  # as a LoRA begins
+        layer.lora_B[ADAPTER].weight.data.zero_()
+    clean = copy.deepcopy(case.model)
+    slopes = slopes_of_weights(case, copy.deepcopy(clean))
+    reader = Sam([case.model], [p for p in case.model.parameters() if p.requires_grad], rho=0.0)
+    read = dict(
+        zip(lora_layers(case.model), reader.slopes([Micro(case, share=0.5), Micro(case, share=0.5)]), strict=True)
+    )
+    reader.detach()
+    assert distance(read, slopes) < 1e-4
+    assert not gradients(case.model)
+    before = bits(case.model)
+    anchor(case.model, case.model.peft_config[ADAPTER])
+    start_at_slopes(case.model, read, seed=0)
+    for name, layer in lora_layers(case.model).items():
+        assert torch.equal(layer.get_base_layer().weight, before[f"{name}.base_layer.weight"])
+        rows = torch.linalg.svd(slopes[name])[2][: layer.r[ADAPTER]]  # of the gradient, which A spans
+        down = layer.lora_A[ADAPTER].weight
+        assert (down @ rows.T @ rows - down).norm() < 0.2 * down.norm(), name
+        torch.testing.assert_close(merged_weight(layer), layer.get_base_layer().weight, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(case.predict(case.model), case.predict(clean), rtol=1e-4, atol=1e-4)

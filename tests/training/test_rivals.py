@@ -1,0 +1,127 @@
+"""Every method and adapter: trained on the tiny base, saved, and loaded where nobody knows how it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from tiny_runs import output_with, samples_of
+
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.training.checkpoint import load_state, save_state, start
+from flatlora_diffusion.training.release import save_release
+from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.trainer import first_weights, train_step
+
+# Each method and each adapter at least once, the others in pairs.
+CELLS: dict[str, dict[str, Any]] = {
+    "flat-lora rslora": {"method": "flat-lora", "adapter": "rslora", "lora_alpha": 8},
+    "flat-lora dora": {"method": "flat-lora", "adapter": "dora"},
+    "flat-lora pissa": {"method": "flat-lora", "adapter": "pissa", "perturb_draw": "low_rank"},
+    "lora pissa exact, text": {
+        "method": "lora",
+        "adapter": "pissa",
+        "pissa_iterations": 0,
+        "train_text_encoder": True,
+        "lora_alpha": 3,
+        "lora_block_ranks": "mid_block=2",
+    },
+    "mixed-noise lora+": {"method": "mixed-noise", "sigma": 0.5, "lora_plus_ratio": 4.0},
+    "lora-sam pissa bf16": {
+        "method": "lora-sam",
+        "adapter": "pissa",
+        "use_rslora": True,
+        "mixed_precision": "bf16",
+        "base_dtype": "fp32",
+    },
+    "sam conv": {
+        "method": "sam",
+        "lora_target_modules": "conv",
+        "gradient_accumulation_steps": 2,
+        "train_batch_size": 1,
+    },
+    "sam dora, text": {
+        "method": "sam",
+        "adapter": "dora",
+        "train_text_encoder": True,
+        "mixed_precision": "bf16",
+        "base_dtype": "fp32",
+    },
+    "bi-lora conv": {"method": "bi-lora", "lora_target_modules": "conv", "gradient_accumulation_steps": 2},
+    "flat-lora lora-ga, text, averaged": {
+        "method": "flat-lora",
+        "adapter": "lora-ga",
+        "lora_ga_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "train_text_encoder": True,
+        "use_ema": True,
+    },
+    "obar": {"method": "obar", "bar_strength": 4.0},
+    "bi-lora pissa": {"method": "bi-lora", "adapter": "pissa", "gradient_checkpointing": True},
+}
+
+
+def changed(config: TrainConfig, cell: str) -> TrainConfig:
+    return config.replace(**CELLS[cell], learning_rate=0.05, text_encoder_lr=0.05, save_dtype="fp32")
+
+
+@pytest.fixture(scope="module", params=CELLS)
+def run(request: Any, base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainState:
+    """A run of two steps of each cell."""
+    config = TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path_factory.mktemp("run")),
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "sigma_schedule": "constant",
+            "report_to": "none",
+            "seed": 0,
+            "lr_warmup_steps": 0,
+        }
+    )
+    state = prepare(changed(config, request.param), samples_of(config))
+    first_weights(state)
+    start(state)
+    for step in range(2):
+        train_step(state, step)
+    return state
+
+
+def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(
+    run: TrainState, base: Path, tmp_path: Path
+) -> None:
+    save_release(run, tmp_path, 2)
+    stock = StableDiffusionXLPipeline.from_pretrained(base)
+    plain = output_with(stock, run)
+    stock.load_lora_weights(tmp_path / LORA_FILE)
+    pipeline = run.sdxl.pipeline.to(torch.float32)
+    expected = output_with(pipeline, run)
+    effect = float((expected - plain).abs().max())
+    assert effect > 1e-3
+    rounding = 1e-3 if run.config.optim.mixed_precision == "no" else 0.05
+    assert float((output_with(stock, run) - expected).abs().max()) < rounding * effect
+
+
+def test_the_base_is_never_written(run: TrainState, base: Path) -> None:
+    of_file = StableDiffusionXLPipeline.from_pretrained(base).unet.to(run.sdxl.unet.dtype)
+    modules = dict(of_file.named_modules())
+    for name, layer in lora_layers(run.sdxl.unet).items():
+        assert torch.equal(layer.get_base_layer().weight, modules[name].weight), name
+
+
+def test_what_a_checkpoint_holds_goes_on_bit_for_bit(run: TrainState, tmp_path: Path) -> None:
+    save_state(run, tmp_path, 2)
+    other = prepare(run.config, samples_of(run.config))
+    assert load_state(other, tmp_path) == 2
+    for state in (run, other):
+        train_step(state, 2)
+    assert run.draws == other.draws
+    for name, parameter in run.trainable.items():
+        assert torch.equal(parameter, other.trainable[name]), name
