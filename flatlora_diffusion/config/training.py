@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from flatlora_diffusion.config.exclusions import exclusions
 from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Traits, _kinds, setting
 
 Method = Literal["lora", "flat-lora"]
@@ -151,7 +152,7 @@ class DataConfig(Section):
         free_on_resume=True,
         stays_open=True,
     )
-    class_prompt: str | None = setting(None, "prompt of the class images")
+    class_prompt: str | None = setting(None, "prompt of the class, without the trigger")
     num_class_images: int = setting(100, "class images to have", min=1, free_on_resume=True)
     sample_batch_size: int = setting(4, "batch size of generating them", min=1, free_on_resume=True)
     prior_generation_precision: Precision | None = setting(
@@ -261,6 +262,10 @@ class ObjectiveConfig(Section):
 
     loss_type: LossType = setting("l2", "squared error, or its robust sibling huber")
     snr_gamma: float | None = setting(None, "min-SNR weighting (arXiv:2303.09556); 5 is usual", min=1e-6)
+    debiased_estimation: bool = setting(
+        False,
+        "weight each timestep by 1/sqrt(SNR) (arXiv:2310.08442), for v-prediction by 1/(SNR + 1)",
+    )
     noise_offset: float = setting(
         0.0, "noise shared by all pixels of a channel; 0.05 to 0.1 for dark or bright images", moves="draws"
     )
@@ -297,7 +302,14 @@ class ObjectiveConfig(Section):
     do_edm_style_training: bool = setting(
         False, "the EDM objective (arXiv:2206.00364); switched on by itself for a base with an EDM scheduler"
     )
-    prior_loss_weight: float = setting(1.0, "weight of the class images' loss", min=0)
+    prior_from_base: bool = setting(
+        False,
+        "keep the class without class images: hold the LoRA to the base's own prediction on --class_prompt, with the "
+        "same latents and noise",
+    )
+    prior_loss_weight: float = setting(
+        1.0, "weight of the class images' loss, or of what --prior_from_base holds", min=0
+    )
     alpha_mask_loss: bool = setting(
         False,
         "count only pixels that the image's alpha channel and the mask NAME-masklabel.png beside it show, so that an "
@@ -527,54 +539,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that exclude each other. Raises ConfigError that names both."""
-        data, objective = self.data, self.objective
-        for both, why in (
-            (
-                sum(map(bool, (data.instance_data_dir, data.dataset_name, data.dataset_config))) > 1,
-                "--instance_data_dir, --dataset_name and --dataset_config: give one of them",
-            ),
-            (
-                data.cache_text_embeddings and data.draws_captions,
-                "--cache_text_embeddings cannot cache captions that are drawn anew; leave it, or --shuffle_tags and "
-                "--tag_dropout, out",
-            ),
-            (
-                data.keep_tags and not data.draws_captions,
-                "--keep_tags keeps tags from --shuffle_tags and --tag_dropout; give one of these, or leave it out",
-            ),
-            (
-                objective.snr_gamma is not None and objective.do_edm_style_training,
-                "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
-            ),
-            (
-                self.adapter.train_text_encoder and self.tokens.train_text_encoder_ti,
-                "--train_text_encoder and --train_text_encoder_ti train the same encoders; leave one out",
-            ),
-            (
-                data.with_prior_preservation and not (data.class_data_dir and data.class_prompt),
-                "--with_prior_preservation needs --class_data_dir and --class_prompt",
-            ),
-            (
-                self.model.zero_terminal_snr and self.model.prediction_type == "epsilon",
-                "--zero_terminal_snr needs a v-prediction base: pure noise has no signal to predict the noise against",
-            ),
-            (
-                self.model.zero_terminal_snr and objective.do_edm_style_training,
-                "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
-            ),
-            (
-                self.optim.base_dtype is not None and self.model.quantize_base is not None,
-                "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
-            ),
-            (
-                data.holdout_patience and not data.holdout_images,
-                "--holdout_patience waits for a lower loss of --holdout_images; give how many, such as 3",
-            ),
-            (
-                data.cache_text_embeddings and self.trains_text,
-                "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
-            ),
-        ):
+        for both, why in exclusions(self):
             if both:
                 raise ConfigError(why)
 

@@ -84,8 +84,9 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     dtype, resolution = DTYPES[optim.mixed_precision or "no"], _resolution(config)
     of_base = DTYPES[optim.precision_of_base]
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
+    predictions = images * (2 if config.objective.prior_from_base else 1)  # the base's own leave nothing behind
     trained = Trained(base, config.adapter, _new_tokens(config))
-    passes = rehearse_step(trained, dtype, of_base, images, resolution, optim.gradient_checkpointing)
+    passes = rehearse_step(trained, dtype, of_base, predictions, resolution, optim.gradient_checkpointing)
     # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
     its_dtype = _vae_dtype(base, of_base)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
+from flatlora_diffusion.adapter.prior import prior_loss
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.training_set import held_out, load_training_set
@@ -144,6 +145,9 @@ def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> list[Tensor
             sync = nullcontext() if last else accelerator.no_sync(state.model)
             with sync, dropout_draws(state, step, slot), _perturbed(state, step, slot):
                 loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
+                if state.config.objective.prior_from_base:
+                    asked = state.feed.with_class_prompt(batch)
+                    loss = loss + prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
                 accelerator.backward(loss / accumulation)
             losses.append(loss.detach())
             draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
