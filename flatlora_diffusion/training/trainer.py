@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.adapter.prior import prior_loss
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
+from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.training_set import held_out, load_training_set
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -74,7 +76,7 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         found = load_training_set(config.data)
         logger.info(found.summary)
         samples, heldout = held_out(found.samples, config.data.holdout_images)
-        _tell_memory(config)
+        _tell_memory(config, samples)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
             state = prepare(config, samples, load_class_samples(config))
@@ -171,17 +173,19 @@ def _update(state: TrainState, step: int) -> None:
     state.steps_done = step + 1
 
 
-def _tell_memory(config: TrainConfig) -> None:
-    """Log what the run needs of a GPU's memory and what is free; the run goes on without it when that fails."""
+def _tell_memory(config: TrainConfig, samples: Sequence[Sample]) -> None:
+    """Log what the run needs of a GPU's memory and of the CPU's, and what is free; without it where that fails."""
     process = this_process()  # chooses this process's GPU: before, CUDA would start on the first one
     device = process.device
     if device.type != "cuda" or not process.is_main_process:
         return
     from flatlora_diffusion.memory.estimate import preflight_lines  # slow to import, and of no use on a CPU
+    from flatlora_diffusion.memory.of_cpu import cpu_lines
 
     try:
-        lines = preflight_lines(config, torch.cuda.mem_get_info(device)[0])
-        logger.log(logging.WARNING if len(lines) > 1 else logging.INFO, "%s", "\n".join(lines))
+        on_gpu = preflight_lines(config, torch.cuda.mem_get_info(device)[0])
+        for lines in (on_gpu, cpu_lines(config, samples, psutil.virtual_memory().available)):
+            logger.log(logging.WARNING if len(lines) > 1 else logging.INFO, "%s", "\n".join(lines))
     except Exception as error:  # it is told for information alone
         logger.warning("the memory that the run needs could not be estimated: %s", error)
 
