@@ -71,6 +71,7 @@ LABELS = {
     "train_text_encoder_frac": "Share of the run that trains the text encoders",
     "loss_type": "Kind of loss",
     "snr_gamma": "Min-SNR weighting",
+    "debiased_estimation": "Debiased weighting",
     "noise_offset": "Noise offset",
     "multires_noise_iterations": "Coarser sizes of noise",
     "multires_noise_discount": "Weight of each coarser noise",
@@ -78,7 +79,8 @@ LABELS = {
     "min_timestep": "First timestep",
     "max_timestep": "Last timestep",
     "do_edm_style_training": "EDM training",
-    "prior_loss_weight": "Weight of the class images",
+    "prior_from_base": "Keep the look of the class without class images",
+    "prior_loss_weight": "Weight of keeping the class",
     "alpha_mask_loss": "Learn only what is not transparent",
     "sigma": "Sigma (noise of Flat-LoRA)",
     "sigma_schedule": "How sigma grows",
@@ -142,8 +144,8 @@ LABELS = {
 
 # In place of the settings' own help, where that is for somebody at a command line.
 HELP = {
-    "adapter": "lora; rslora and dora as below; pissa and lora-ga start at the largest directions of the base or of the "
-    "first gradients, and make a file of twice the rank",
+    "adapter": "lora; rslora and dora as below; pissa and lora-ga start at the largest directions of the base or of "
+    "the first gradients, and make a file of twice the rank",
     "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
     "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: what is usual",
     "lora_plus_ratio": "B learns so many times as fast as A; 16 is usual; left empty: alike",
@@ -179,6 +181,10 @@ HELP = {
     "validation_epochs": "previews are also drawn at the start and at the end",
     "gradient_checkpointing": "slower; try it when the GPU runs out of memory",
     "snr_gamma": "weighs easy and hard noise levels alike; 5 is usual, left empty it is off",
+    "debiased_estimation": "weighs noisy and clean levels so that large shapes are not neglected; not with Min-SNR",
+    "prior_from_base": "the LoRA is held to what the base itself makes of the prompt of the class; needs about the "
+    "memory of twice the batch size",
+    "prior_loss_weight": "how much it counts, with class images or without",
     "repeats": "in one pass over all images",
     "use_aspect_ratio_buckets": "without it every image is cropped to a square",
     "report_to": "tensorboard, wandb, comet_ml, all, or none",

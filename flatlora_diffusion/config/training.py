@@ -148,7 +148,7 @@ class DataConfig(Section):
         free_on_resume=True,
         stays_open=True,
     )
-    class_prompt: str | None = setting(None, "prompt of the class images")
+    class_prompt: str | None = setting(None, "prompt of the class, without the trigger")
     num_class_images: int = setting(100, "class images to have", min=1, free_on_resume=True)
     sample_batch_size: int = setting(4, "batch size of generating them", min=1, free_on_resume=True)
     prior_generation_precision: Precision | None = setting(
@@ -294,6 +294,10 @@ class ObjectiveConfig(Section):
 
     loss_type: LossType = setting("l2", "squared error, or its robust sibling huber")
     snr_gamma: float | None = setting(None, "min-SNR weighting (arXiv:2303.09556); 5 is usual", min=1e-6)
+    debiased_estimation: bool = setting(
+        False,
+        "weight each timestep by 1/sqrt(SNR) (arXiv:2310.08442), for v-prediction by 1/(SNR + 1)",
+    )
     noise_offset: float = setting(
         0.0, "noise shared by all pixels of a channel; 0.05 to 0.1 for dark or bright images", moves="draws"
     )
@@ -330,7 +334,14 @@ class ObjectiveConfig(Section):
     do_edm_style_training: bool = setting(
         False, "the EDM objective (arXiv:2206.00364); switched on by itself for a base with an EDM scheduler"
     )
-    prior_loss_weight: float = setting(1.0, "weight of the class images' loss", min=0)
+    prior_from_base: bool = setting(
+        False,
+        "keep the class without class images: hold the LoRA to the base's own prediction on --class_prompt, with the "
+        "same latents and noise",
+    )
+    prior_loss_weight: float = setting(
+        1.0, "weight of the class images' loss, or of what --prior_from_base holds", min=0
+    )
     alpha_mask_loss: bool = setting(
         False,
         "count only pixels that the image's alpha channel and the mask NAME-masklabel.png beside it show, so that an "

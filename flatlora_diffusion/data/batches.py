@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -89,6 +89,13 @@ class Feed:
             return self._batch(step, slot)
         except ImageError as error:
             raise RunError(f"step {step}: {error}; put the training images back as they were to go on") from error
+
+    def with_class_prompt(self, batch: Batch) -> Batch:
+        """`batch` as --prior_from_base asks for it: all of each image counts, with the class prompt and its weight."""
+        count, prompt = len(batch.latents), str(self.config.data.class_prompt)
+        weights = torch.full((count,), float(self.config.objective.prior_loss_weight), device=self.device)
+        prompts = self.prompts.conditioning([prompt] * count, None, self.device)
+        return replace(batch, weights=weights, mask=None, **prompts)
 
     def close(self) -> None:
         """End the threads that load images."""

@@ -81,6 +81,8 @@ def prompts_of(config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], folde
     if config.data.draws_captions:
         return EncodedPrompts(sdxl)
     captions = {sample.caption for sample in samples}
+    if config.objective.prior_from_base:
+        captions.add(str(config.data.class_prompt))
     return _encoded(sdxl, captions, folder if config.data.cache_text_embeddings else None)
 
 

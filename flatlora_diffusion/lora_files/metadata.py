@@ -82,6 +82,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_num_reg_images": training.class_images,
         "ss_prior_loss_weight": objective.prior_loss_weight if data.with_prior_preservation else None,
         "ss_min_snr_gamma": objective.snr_gamma,
+        "ss_debiased_estimation": objective.debiased_estimation,
         "ss_noise_offset": objective.noise_offset,
         "ss_v_parameterization": training.predicts_v,
         "ss_zero_terminal_snr": training.zero_terminal_snr,

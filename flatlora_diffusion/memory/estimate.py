@@ -81,11 +81,12 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     """
     model, data, optim = config.model, config.data, config.optim
     base = dataclasses.replace(model, offload=False, quantize_base=None)  # the rest decides on the shapes
-    dtype, resolution = DTYPES[optim.mixed_precision or "no"], _resolution(config)
+    dtype, resolution = DTYPES[optim.mixed_precision or "no"], resolution_of(config)
     of_base = DTYPES[optim.precision_of_base]
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
+    predictions = images * (2 if config.objective.prior_from_base else 1)  # the base's own leave nothing behind
     trained = Trained(base, config.adapter, _new_tokens(config))
-    passes = rehearse_step(trained, dtype, of_base, images, resolution, optim.gradient_checkpointing)
+    passes = rehearse_step(trained, dtype, of_base, predictions, resolution, optim.gradient_checkpointing)
     # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
     its_dtype = _vae_dtype(base, of_base)
@@ -130,7 +131,7 @@ def memory_advice(config: TrainConfig, estimate: MemoryEstimate, available_bytes
     if estimate.total <= available_bytes:
         return []
     return [
-        f"{switch} saves {_gib(saving)}"
+        f"{switch} saves {in_gib(saving)}"
         + (", and the run fits" if estimate.total - saving <= available_bytes else ", which is not enough alone")
         for switch, saving in _savings(config, estimate)
     ]
@@ -139,7 +140,7 @@ def memory_advice(config: TrainConfig, estimate: MemoryEstimate, available_bytes
 def preflight_lines(config: TrainConfig, available_bytes: int) -> list[str]:
     """What to tell before a run on a GPU with `available_bytes` free: the estimate, and what lowers it if need be."""
     estimate = estimate_memory(config)
-    need = f"about {_gib(estimate.total)} of device memory needed, {_gib(available_bytes)} free"
+    need = f"about {in_gib(estimate.total)} of device memory needed, {in_gib(available_bytes)} free"
     advice = memory_advice(config, estimate, available_bytes)
     return [need, *(f"- {line}" for line in advice)]
 
@@ -147,8 +148,8 @@ def preflight_lines(config: TrainConfig, available_bytes: int) -> list[str]:
 def out_of_memory_text(config: TrainConfig) -> str:
     """What a run that ran out of device memory says: its estimate and the switches that would lower it."""
     estimate = estimate_memory(config)
-    lines = [f"{switch} saves {_gib(saving)}" for switch, saving in _savings(config, estimate)]
-    head = f"the device is out of memory; these settings need about {_gib(estimate.total)}. "
+    lines = [f"{switch} saves {in_gib(saving)}" for switch, saving in _savings(config, estimate)]
+    head = f"the device is out of memory; these settings need about {in_gib(estimate.total)}. "
     if not lines:
         return head + "No setting lowers that; use a device with more memory, or end what else uses this one"
     return head + "What lowers it:\n" + "\n".join(f"- {line}" for line in lines)
@@ -192,7 +193,7 @@ def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 def _less_training(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """The settings that lower the memory by training on less, or less."""
     multiple = size_step(config.model)
-    smaller = _resolution(config) * 3 // 4 // multiple * multiple
+    smaller = resolution_of(config) * 3 // 4 // multiple * multiple
     if smaller:
         yield f"--resolution {smaller}", {"resolution": smaller}
     if config.adapter.train_text_encoder:
@@ -227,7 +228,8 @@ def _vae_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_own else vae_dtype(part_settings(model, "vae"), dtype)
 
 
-def _resolution(config: TrainConfig) -> int:
+def resolution_of(config: TrainConfig) -> int:
+    """The run's size in pixels; the base's own where it is left open."""
     if config.data.resolution is not None:
         return config.data.resolution
     return int(part_settings(config.model, "unet")["sample_size"]) * vae_factor(config.model)
@@ -291,5 +293,6 @@ def _perturbation(passes: Passes, width: int, config: PerturbConfig) -> int:
     return 8 * rows + largest * (4 if width == 4 else 4 + width)
 
 
-def _gib(count: int) -> str:
+def in_gib(count: int) -> str:
+    """A number of bytes as it is told."""
     return f"{count / GIB:.1f} GiB" if count > GIB / 10 else f"{count / 2**20:.1f} MiB"

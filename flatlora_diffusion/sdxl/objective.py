@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.config import ConfigError, LossType, ObjectiveConfig
 
 HUBER_DELTA = 0.1  # errors above it count linearly
+MOST_DEBIASED_SNR = 1000.0  # where there is hardly any noise, debiased weights fall no further, as in sd-scripts
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Objective:
     edm: bool = False
     loss_type: LossType = "l2"
     snr_gamma: float | None = None
+    debiased: bool = False
     noise_offset: float = 0.0
     multires: tuple[int, float] = (0, 0.0)  # coarser noises, and how much each counts of the last
     more_noise: float = 0.0
@@ -69,8 +71,12 @@ def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
 
     Raises ConfigError for a weighting or a kind of noise that does not fit the base.
     """
-    if config.snr_gamma is not None and is_edm_scheduler(scheduler):
-        raise ConfigError("--snr_gamma does not fit this base, whose scheduler is EDM; leave it out")
+    for name, is_on in (
+        ("snr_gamma", config.snr_gamma is not None),
+        ("debiased_estimation", config.debiased_estimation),
+    ):
+        if is_on and is_edm_scheduler(scheduler):
+            raise ConfigError(f"--{name} does not fit this base, whose scheduler is EDM; leave it out")
     if config.do_edm_style_training and scheduler.config.get("rescale_betas_zero_snr"):
         raise ConfigError(
             "--do_edm_style_training does not fit this base, whose last timestep is pure noise (zero terminal SNR), "
@@ -88,6 +94,7 @@ def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
         edm=config.do_edm_style_training or is_edm_scheduler(scheduler),
         loss_type=config.loss_type,
         snr_gamma=config.snr_gamma,
+        debiased=config.debiased_estimation,
         noise_offset=config.noise_offset,
         multires=(config.multires_noise_iterations, config.multires_noise_discount),
         more_noise=config.ip_noise_gamma,
@@ -134,30 +141,56 @@ def _multires(noise: Tensor, levels: int, discount: float, rng: torch.Generator)
     return noise / noise.std(dim=(1, 2, 3), keepdim=True)
 
 
-def diffusion_loss(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The mean of the images' losses, each times its weight: a scalar in fp32."""
-    losses = sample_losses(model, objective, batch, noise, timesteps)
+def diffusion_loss(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    noise: Tensor,
+    timesteps: Tensor,
+    target: Tensor | None = None,
+) -> Tensor:
+    """The mean of the images' losses, each times its weight: a scalar in fp32. `target` as in `sample_losses`."""
+    losses = sample_losses(model, objective, batch, noise, timesteps, target)
     return losses.mean() if batch.weights is None else (losses * batch.weights).mean()
 
 
-def sample_losses(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The loss of each image, (B,) fp32. `model` is a UNet, or a `Denoiser` for a batch of token ids."""
-    weights: Tensor | None
-    if objective.edm:
-        prediction, target, weights = _denoised(model, objective.scheduler, batch, noise, timesteps)
-    else:
-        scheduler = objective.scheduler
-        noisy = scheduler.add_noise(batch.latents, _seen(batch, noise), timesteps)
-        prediction = _predict(model, noisy, timesteps, batch)
-        target = _target(scheduler, batch.latents, noise, timesteps)
-        gamma = objective.snr_gamma
-        weights = None if gamma is None else _min_snr(scheduler, timesteps, gamma)
+def sample_losses(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    noise: Tensor,
+    timesteps: Tensor,
+    target: Tensor | None = None,
+) -> Tensor:
+    """The loss of each image, (B,) fp32. `model` is a UNet, or a `Denoiser` for a batch of token ids.
+
+    A `target`, of the shape of the latents, takes the place of what the images ask for.
+    """
+    prediction, asked, weights = _compared(model, objective, batch, noise, timesteps)
+    target = asked if target is None else target
     if objective.loss_type == "l2":
         errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
     else:  # twice PyTorch's huber loss, so that small errors count as in l2
         errors = 2 * F.huber_loss(prediction.float(), target.float(), reduction="none", delta=HUBER_DELTA)
     losses = errors.mean(dim=(1, 2, 3)) if batch.mask is None else _masked_mean(errors, batch.mask)
     return losses if weights is None else losses * weights
+
+
+def predicted(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What `model` predicts where `sample_losses` compares: noise or velocity, or with `edm` denoised latents."""
+    return _compared(model, objective, batch, noise, timesteps)[0]
+
+
+def _compared(
+    model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(prediction, target, weights (B,)); without weights all count alike."""
+    scheduler = objective.scheduler
+    if objective.edm:
+        return _denoised(model, scheduler, batch, noise, timesteps)
+    noisy = scheduler.add_noise(batch.latents, _seen(batch, noise), timesteps)
+    prediction = _predict(model, noisy, timesteps, batch)
+    return prediction, _target(scheduler, batch.latents, noise, timesteps), _weights(objective, timesteps)
 
 
 def is_edm_scheduler(scheduler: Any) -> bool:
@@ -189,10 +222,20 @@ def _target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps:
     raise ValueError(f"unknown prediction_type {scheduler.config.prediction_type!r} in the base's scheduler")
 
 
-def _min_snr(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity (arXiv:2303.09556), (B,)."""
-    snr = compute_snr(scheduler, timesteps)
-    return snr.clamp(max=gamma) / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+def _weights(objective: Objective, timesteps: Tensor) -> Tensor | None:
+    """The weight of each image's timestep, (B,).
+
+    Min-SNR (arXiv:2303.09556): min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity. Debiased estimation
+    (arXiv:2310.08442): 1 / sqrt(SNR) for noise and, as sd-scripts has it, 1 / (SNR + 1) for velocity.
+    """
+    scheduler, gamma = objective.scheduler, objective.snr_gamma
+    if gamma is None and not objective.debiased:
+        return None
+    snr, is_noise = compute_snr(scheduler, timesteps), scheduler.config.prediction_type == "epsilon"
+    if gamma is not None:
+        return snr.clamp(max=gamma) / (snr if is_noise else snr + 1)
+    snr = snr.clamp(max=MOST_DEBIASED_SNR)
+    return snr.rsqrt() if is_noise else 1 / (snr + 1)
 
 
 def _denoised(

@@ -203,6 +203,8 @@ def _training_data(run: RunDir, config: TrainConfig) -> str:
     images = f"Trained on {count} image{'s' * (count != 1)}"
     if config.data.with_prior_preservation:
         images += f", and on {config.data.num_class_images} images of the class so that it keeps its look"
+    if config.objective.prior_from_base:
+        images += ", and held to what the base predicts of the class so that it keeps its look"
     return f"{images}. Neither the images, nor their names, nor captions of their own are published here."
 
 

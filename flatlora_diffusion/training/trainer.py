@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
+from flatlora_diffusion.adapter.prior import prior_loss
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.training_set import held_out, load_training_set
@@ -28,8 +29,9 @@ from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import this_process
-from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets, with_more_noise
+from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.holdout import Holdout
 from flatlora_diffusion.training.previews import Previews, is_due
@@ -76,7 +78,7 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         found = load_training_set(config.data)
         logger.info(found.summary)
         samples, heldout = held_out(found.samples, config.data.holdout_images)
-        _tell_memory(config)
+        tell_memory(config, samples)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
             state = prepare(config, samples, load_class_samples(config))
@@ -157,8 +159,17 @@ def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[Dr
         noise, timesteps = draw_targets(state.objective, batch.latents, rng)
         batch = with_more_noise(state.objective, batch, rng)
         draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
-        loss = partial(diffusion_loss, state.model, state.objective, batch, noise, timesteps)
-        yield DrawnMicroBatch(state, step, slot, loss, is_last=micro + 1 == accumulation)
+        yield DrawnMicroBatch(
+            state, step, slot, partial(_loss, state, batch, noise, timesteps), is_last=micro + 1 == accumulation
+        )
+
+
+def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
+    if state.config.objective.prior_from_base:
+        asked = state.feed.with_class_prompt(batch)
+        loss = loss + prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
+    return loss
 
 
 def _update(state: TrainState, step: int) -> None:
@@ -181,21 +192,6 @@ def _update(state: TrainState, step: int) -> None:
     if state.ema is not None:
         state.ema.step(state.trainable.values())
     state.steps_done = step + 1
-
-
-def _tell_memory(config: TrainConfig) -> None:
-    """Log what the run needs of a GPU's memory and what is free; the run goes on without it when that fails."""
-    process = this_process()  # chooses this process's GPU: before, CUDA would start on the first one
-    device = process.device
-    if device.type != "cuda" or not process.is_main_process:
-        return
-    from flatlora_diffusion.memory.estimate import preflight_lines  # slow to import, and of no use on a CPU
-
-    try:
-        lines = preflight_lines(config, torch.cuda.mem_get_info(device)[0])
-        logger.log(logging.WARNING if len(lines) > 1 else logging.INFO, "%s", "\n".join(lines))
-    except Exception as error:  # it is told for information alone
-        logger.warning("the memory that the run needs could not be estimated: %s", error)
 
 
 def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None, int]:

@@ -217,6 +217,15 @@ def test_more_images_and_more_pixels_need_more(config: TrainConfig) -> None:
     assert replace(both, class_images=0) == estimate_memory(config.replace(train_batch_size=4))
 
 
+def test_the_base_s_own_prior_needs_the_passes_of_twice_the_images(config: TrainConfig) -> None:
+    one, held, two = (
+        estimate_memory(config.replace(**changes))
+        for changes in ({}, {"prior_from_base": True, "class_prompt": "x"}, {"train_batch_size": 8})
+    )
+    assert replace(held, encoding=0) == replace(two, encoding=0)
+    assert held.encoding == one.encoding, "no more images are encoded"
+
+
 def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainConfig) -> None:
     config = config.replace(train_batch_size=4)
     drawn = estimate_memory(config)

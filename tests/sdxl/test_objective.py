@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ConfigError, ObjectiveConfig
+from flatlora_diffusion.config import ConfigError, ObjectiveConfig, TrainConfig
 from flatlora_diffusion.sdxl.objective import (
     Batch,
     Objective,
@@ -103,6 +103,29 @@ def test_min_snr_weights_each_image_by_its_own_timestep(prediction: str) -> None
     expected = plain * snr.clamp(max=5.0) / (snr if prediction == "epsilon" else snr + 1)
     torch.testing.assert_close(sample_losses(Recorder(), objective, batch, noise, timesteps), expected)
     assert not torch.allclose(expected, plain)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_debiased_estimation_weights_each_image_by_its_own_timestep(prediction: str) -> None:
+    scheduler, batch = DDPMScheduler(prediction_type=prediction), make_batch()
+    noise, timesteps = torch.randn(batch.latents.shape), torch.tensor([0, 300, 999])
+    objective = objective_of(ObjectiveConfig(debiased_estimation=True), scheduler)
+    plain = sample_losses(Recorder(), Objective(scheduler), batch, noise, timesteps)
+    signal = scheduler.alphas_cumprod[timesteps].double()
+    snr = signal / (1 - signal)
+    assert snr[0] > 1000, "what is clamped"
+    snr = snr.clamp(max=1000)
+    weights = snr**-0.5 if prediction == "epsilon" else 1 / (snr + 1)
+    weighted = sample_losses(Recorder(), objective, batch, noise, timesteps)
+    torch.testing.assert_close(weighted, (plain * weights).float())
+
+
+def test_debiased_estimation_is_no_second_weighting() -> None:
+    for others in ({"snr_gamma": 5.0}, {"do_edm_style_training": True}):
+        with pytest.raises(ConfigError, match=r"--debiased_estimation .* leave one out"):
+            TrainConfig.from_dict({"debiased_estimation": True, **others})
+    with pytest.raises(ConfigError, match="--debiased_estimation does not fit this base"):
+        objective_of(ObjectiveConfig(debiased_estimation=True), EDMEulerScheduler())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

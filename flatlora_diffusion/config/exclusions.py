@@ -1,0 +1,105 @@
+"""What images, captions, objective and base exclude, and what to say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flatlora_diffusion.config.training import TrainConfig
+
+
+def exclusions(config: TrainConfig) -> Iterable[tuple[object, str]]:
+    """Whether `config` has what cannot be together, and the sentence that names both, for each such pair."""
+    data, objective = config.data, config.objective
+    return (
+        (
+            sum(map(bool, (data.instance_data_dir, data.dataset_name, data.dataset_config))) > 1,
+            "--instance_data_dir, --dataset_name and --dataset_config: give one of them",
+        ),
+        (
+            data.cache_text_embeddings and data.draws_captions,
+            "--cache_text_embeddings cannot cache captions that are drawn anew; leave it, or --shuffle_tags and "
+            "--tag_dropout, out",
+        ),
+        (
+            data.keep_tags and not data.draws_captions,
+            "--keep_tags keeps tags from --shuffle_tags and --tag_dropout; give one of these, or leave it out",
+        ),
+        (
+            config.adapter.train_text_encoder and config.tokens.train_text_encoder_ti,
+            "--train_text_encoder and --train_text_encoder_ti train the same encoders; leave one out",
+        ),
+        (
+            data.with_prior_preservation and not (data.class_data_dir and data.class_prompt),
+            "--with_prior_preservation needs --class_data_dir and --class_prompt",
+        ),
+        *_of_weightings(config),
+        *_of_prior_from_base(config),
+        (
+            config.model.zero_terminal_snr and config.model.prediction_type == "epsilon",
+            "--zero_terminal_snr needs a v-prediction base: pure noise has no signal to predict the noise against",
+        ),
+        (
+            config.model.zero_terminal_snr and objective.do_edm_style_training,
+            "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
+        ),
+        (
+            config.optim.base_dtype is not None and config.model.quantize_base is not None,
+            "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
+        ),
+        (
+            data.holdout_patience and not data.holdout_images,
+            "--holdout_patience waits for a lower loss of --holdout_images; give how many, such as 3",
+        ),
+        (
+            data.cache_text_embeddings and config.trains_text,
+            "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
+        ),
+    )
+
+
+def _of_weightings(config: TrainConfig) -> Iterable[tuple[object, str]]:
+    objective = config.objective
+    return (
+        (
+            objective.snr_gamma is not None and objective.do_edm_style_training,
+            "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
+        ),
+        (
+            objective.debiased_estimation and objective.do_edm_style_training,
+            "--debiased_estimation weights another objective than --do_edm_style_training; leave one out",
+        ),
+        (
+            objective.debiased_estimation and objective.snr_gamma is not None,
+            "--debiased_estimation and --snr_gamma both weight the timesteps; leave one out",
+        ),
+    )
+
+
+def _of_prior_from_base(config: TrainConfig) -> Iterable[tuple[object, str]]:
+    if not config.objective.prior_from_base:
+        return ()
+    data, tokens = config.data, config.tokens
+    prompt = data.class_prompt or ""
+    placeholders = [word.strip() for word in tokens.token_abstraction.split(",") if word.strip()]
+    return (
+        (
+            data.with_prior_preservation,
+            "--prior_from_base does without the class images of --with_prior_preservation; leave one out",
+        ),
+        (
+            not prompt.strip(),
+            "--prior_from_base needs --class_prompt: a prompt without the trigger, such as that of the class",
+        ),
+        (
+            prompt == data.instance_prompt,
+            f"--prior_from_base would keep the LoRA from learning, since class_prompt={prompt!r} is the "
+            "--instance_prompt; leave the trigger out of it",
+        ),
+        (
+            tokens.train_text_encoder_ti and any(word in prompt for word in placeholders),
+            f"--prior_from_base would keep new tokens from being learned, since class_prompt={prompt!r} has one of "
+            f"--token_abstraction ({', '.join(placeholders)}); leave it out of the prompt",
+        ),
+    )

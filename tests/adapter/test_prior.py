@@ -1,0 +1,117 @@
+"""--prior_from_base: the LoRA is held to the base's own prediction without the trigger."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import samples_of
+from torch import Tensor
+
+from flatlora_diffusion.adapter.prior import prior_loss
+from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets
+from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
+from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.trainer import train_step
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    return config.replace(prior_from_base=True, class_prompt="a thing", prior_loss_weight=0.5)
+
+
+def drawn(state: TrainState) -> tuple[Batch, Tensor, Tensor]:
+    """The first micro-batch and its draws, as the trainer makes them."""
+    batch = state.feed.batch(0, 0)
+    rng = generator(batch.latents.device, state.feed.seed, "diffusion", 0, 0)
+    return batch, *draw_targets(state.objective, batch.latents, rng)
+
+
+def prior_of(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    asked = state.feed.with_class_prompt(batch)
+    return prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
+
+
+@torch.no_grad()
+def move_lora(state: TrainState) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for name, weight in state.trainable.items():
+        if "lora_B" in name:
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=rng))
+
+
+def asked_by_hand(sdxl: Sdxl, unet: Any, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    prompts, pooled = (part.expand(len(noise), *part.shape[1:]) for part in encode_prompts(sdxl, ["a thing"]))
+    noisy = sdxl.scheduler.add_noise(batch.latents, noise, timesteps)
+    added = {"text_embeds": pooled, "time_ids": batch.add_time_ids}
+    output: Tensor = unet(noisy, timesteps, prompts, added_cond_kwargs=added).sample
+    return output
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True}, {"shuffle_tags": True}])
+def test_a_lora_that_changes_nothing_is_held_by_nothing(config: TrainConfig, changes: dict[str, Any]) -> None:
+    state = prepare(config.replace(**changes), samples_of(config))
+    loss = prior_of(state, *drawn(state))
+    assert loss.item() == 0
+    loss.backward()
+    gradients = [weight.grad for weight in state.trainable.values()]
+    assert all(one is not None and not one.any() for one in gradients)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_it_is_the_squared_error_to_the_base_without_lora_and_without_eps(
+    config: TrainConfig, sdxl: Sdxl, sigma: float
+) -> None:
+    state = prepare(config, samples_of(config))
+    move_lora(state)
+    draws = drawn(state)
+    with torch.no_grad(), ExitStack() as stack:
+        for flat in state.flats:
+            stack.enter_context(flat.perturb(0, 0, sigma=sigma))
+        loss = prior_of(state, *draws)
+        mine = asked_by_hand(sdxl, state.sdxl.unet, *draws)
+    with torch.no_grad():
+        of_base = asked_by_hand(sdxl, sdxl.unet, *draws)
+    torch.testing.assert_close(loss, 0.5 * (mine - of_base).square().mean())
+    assert float(loss) > 1e-4
+
+
+def test_trained_text_encoders_are_held_to_what_they_were(config: TrainConfig, sdxl: Sdxl) -> None:
+    state = prepare(config.replace(train_text_encoder=True), samples_of(config))
+    move_lora(state)
+    draws = drawn(state)
+    with torch.no_grad():
+        loss = prior_of(state, *draws)
+        mine = asked_by_hand(state.sdxl, state.sdxl.unet, *draws)
+        of_base = asked_by_hand(sdxl, sdxl.unet, *draws)
+    torch.testing.assert_close(loss, 0.5 * (mine - of_base).square().mean())
+
+
+def test_a_step_adds_it_and_trains_all_that_it_did(config: TrainConfig) -> None:
+    state = prepare(config.replace(method="lora", gradient_checkpointing=True), samples_of(config))
+    move_lora(state)
+    draws = drawn(state)
+    with torch.no_grad():
+        plain, prior = diffusion_loss(state.model, state.objective, *draws), prior_of(state, *draws)
+    before = {name: weight.detach().clone() for name, weight in state.trainable.items()}
+    assert train_step(state, 0) == pytest.approx(float(plain + prior))
+    assert float(prior) > 0
+    assert all(not torch.equal(before[name], weight) for name, weight in state.trainable.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"class_prompt": None}, "--prior_from_base needs --class_prompt"),
+        ({"with_prior_preservation": True, "class_data_dir": "x"}, "leave one out"),
+        ({"instance_prompt": "a thing"}, "is the --instance_prompt; leave the trigger out"),
+        ({"class_prompt": "a TOK", "train_text_encoder_ti": True}, r"one of --token_abstraction \(TOK\)"),
+    ],
+)
+def test_what_cannot_be_together_is_said(config: TrainConfig, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        config.replace(**changes)
