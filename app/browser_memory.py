@@ -23,8 +23,11 @@ _KEEP = """(...now) => {
   if (!window.flatloraRestored?.has(KEY)) return;
   localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(NAMES.map((name, place) => [name, now[place]]))));
 }"""
+# Gradio says at the start that the first tab was selected.
+_KEEP_TAB = """() => { if (window.flatloraRestored?.has(KEY)) localStorage.setItem(KEY, NAMES[0]); }"""
 _RESTORE_TAB = """() => {
   const kept = localStorage.getItem(KEY);
+  (window.flatloraRestored ??= new Set()).add(KEY);
   return NAMES.includes(kept) ? {__type__: 'update', selected: kept} : {__type__: 'update'};
 }"""
 
@@ -48,7 +51,7 @@ def keep_fields(
 def keep_tab(load: Callable[..., Any], tabs: gr.Tabs, named: Mapping[str, gr.Tab]) -> None:
     """Open the page on the tab that was in front; `named`: the tabs by their ids. Before other events of the tabs."""
     for name, tab in named.items():
-        tab.select(None, None, None, js=f"() => localStorage.setItem('{_PREFIX}tab', '{name}')")
+        tab.select(None, None, None, js=_filled(_KEEP_TAB, "tab", [name]))
     load(None, None, [tabs], js=_filled(_RESTORE_TAB, "tab", list(named)))
 
 

@@ -205,10 +205,11 @@ def _drawing(sdxl: Sdxl, config: GenerateConfig, row: LoraRow, column: PromptCol
 
 
 def _name_there(path: Path) -> str:
-    """The name of a LoRA in other tools: of a run the one that its own file for them has."""
+    """The name of a LoRA in other tools: of a run the one that its own file for them has, elsewhere its folder's."""
     run = RunDir(path.parent)
-    is_run = path.name == LORA_FILE and run.config_file.is_file()
-    return run.lora_name(run.config().get("output_name")) if is_run else path.stem
+    if path.name != LORA_FILE:
+        return path.stem
+    return run.lora_name(run.config().get("output_name") if run.config_file.is_file() else None)
 
 
 def _save_grids(

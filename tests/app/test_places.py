@@ -174,7 +174,7 @@ def test_every_handler_that_takes_a_place_refuses_others(context: AppContext, tm
     assert "is outside of the folders" in summary(context, form, session, PLAIN, *values)
     assert context.queue.jobs() == []
     shown = show(context, Thumbnails(tmp_path / "t"), session, "", "white", False, outside, None)
-    assert "is outside of the folders" in shown[2]
+    assert "is outside of the folders" in shown[1]
     context.uploads.save_captions(session, {"0001.png": ""})
     with pytest.raises(gr.Error, match=r"captioning model=.* is outside of the folders"):
         caption_by_model(context, session, outside, "", lambda done, of: None)

@@ -93,7 +93,10 @@ def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureF
     assert "error: flatlora has no verb 'nonsense'; there are: demo, train, compare" in capsys.readouterr().err
 
 
-VERBS = {"train", "compare", "generate", "flatness", "export", "import", "merge", "resize", "extract", "inspect"}
+VERBS = {
+    *("train", "compare", "evidence", "generate", "flatness"),
+    *("export", "import", "merge", "resize", "extract", "inspect"),
+}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "help", "h"])

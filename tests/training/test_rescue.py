@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flatlora_diffusion.config import RunError, TrainConfig
-from flatlora_diffusion.training import trainer
+from flatlora_diffusion.memory import preflight
 from flatlora_diffusion.training.trainer import train
 
 
@@ -36,7 +36,7 @@ def test_the_first_process_tells_the_memory_of_its_own_gpu_and_goes_on_if_it_can
             raise RuntimeError("no driver")
         return 7 * 2**30, 8 * 2**30
 
-    monkeypatch.setattr(trainer, "this_process", lambda: SimpleNamespace(device=gpu, is_main_process=is_main))
+    monkeypatch.setattr(preflight, "this_process", lambda: SimpleNamespace(device=gpu, is_main_process=is_main))
     monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_all)
     with caplog.at_level("INFO"):
         assert train(config.replace(max_train_steps=1)).is_file()
@@ -67,7 +67,7 @@ def test_the_memory_is_told_for_the_launcher_s_precision_unless_one_is_given(
 ) -> None:
     gpu, told = torch.device("cuda", 0), []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setattr(trainer, "this_process", lambda: SimpleNamespace(device=gpu, is_main_process=True))
+    monkeypatch.setattr(preflight, "this_process", lambda: SimpleNamespace(device=gpu, is_main_process=True))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7, 8))
 
     def lines(config: TrainConfig, _: int) -> list[str]:

@@ -19,6 +19,7 @@ TABS = ("1 Dataset", "2 Train", "3 Compare", "4 Flatness", "Runs")
 # (rule, class of the element): Gradio's own, which no setting of it changes.
 OF_GRADIO = {
     ("aria-prohibited-attr", "empty"),  # the box in place of a JSON value that is none
+    ("image-redundant-alt", "svelte-"),  # a gallery's picture, whose caption is its alt text too
 }
 FOCUSED = """() => {
   const at = document.activeElement, label = at.closest('label');
