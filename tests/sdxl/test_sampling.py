@@ -397,7 +397,7 @@ def test_a_run_leaves_a_grid_and_files_that_say_how_they_were_made(
     expected = {"Steps": "1", "Sampler": "Euler", "CFG scale": "5.0", "Seed": "7", "Size": "32x32", "Model": base.name}
     expected["RNG"] = "CPU"
     assert expected.items() <= values.items()
-    assert json.loads(values["Lora"]) == "style: 0.8, face: 0.4"
+    assert {"prompt", "workflow"} <= text.keys(), "ComfyUI finds nothing in it"
     ours = json.loads(text["flatlora_diffusion"])
     assert (ours["prompt"], ours["seed"], ours["mixed_precision"], ours["merge"]) == (
         'a "fox": red, big',
