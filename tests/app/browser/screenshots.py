@@ -5,6 +5,7 @@ Not collected otherwise: no test, it writes docs/app_*.png.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,14 +31,14 @@ def app(tmp_path: Path, chromium: Browser) -> Iterator[RunningApp]:
 def shoot(page: AppPage, name: str, top: str = "body") -> None:
     """`top`: what is at the upper edge."""
     page.page.locator(top).first.evaluate("element => element.scrollIntoView()")
-    page.page.wait_for_function("[...document.images].every(image => image.complete)")
+    page.page.wait_for_function("[...document.images].every(one => one.complete || one.loading === 'lazy')")
     page.page.wait_for_timeout(2000)  # a chart is drawn after its data has come
     page.page.screenshot(path=DOCS / f"app_{name}.png", animations="disabled")
 
 
 def test_screenshots(page: AppPage) -> None:
     page.load_samples()
-    expect(page.page.get_by_role("img").filter(visible=True).nth(22)).to_be_attached(timeout=PATIENCE)
+    expect(page.page.get_by_label(re.compile("^Caption of")).nth(22)).to_be_attached(timeout=PATIENCE)
     shoot(page, "dataset")
 
     page.show_tab("2 Train")
