@@ -219,6 +219,7 @@ def block_state(changes: dict[str, Any], scheduler: Any, batch: Batch, folder: s
         total_steps=10_000,
         ema=None,
         tokens={},
+        base=None,
     )
 
 

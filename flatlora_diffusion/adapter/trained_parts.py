@@ -17,7 +17,7 @@ from flatlora_diffusion.adapter.lora import (
 )
 from flatlora_diffusion.adapter.new_tokens import add_tokens
 from flatlora_diffusion.adapter.update import PARTS, Updates, shared_path
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 
@@ -68,6 +68,12 @@ def start_from(pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mapping
             if ADAPTER not in mine[name].lora_magnitude_vector:
                 raise ConfigError("init_lora is a DoRA, whose magnitudes this run would lose; set --use_dora")
             mine[name].lora_magnitude_vector[ADAPTER].weight.copy_(magnitude)
+
+
+def adapted_models(pipeline: Any, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The models with a LoRA, by part."""
+    parts = ("unet", *(TEXT_PARTS if config.train_text_encoder else ()))
+    return {part: getattr(pipeline, part) for part in parts}
 
 
 def trainable_of(pipeline: Any) -> dict[str, nn.Parameter]:

@@ -213,18 +213,16 @@ def encoded_feed(
     schedule = schedule_of(config, samples, sdxl.size_step, world_size, len(class_samples))
     framing = Framing(data, seed)
     folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
-    latents = class_latents = None
     with nullcontext() if folder is None else writing_into(folder, "embedding_cache_dir"):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_half_written(folder, seconds=_LONGEST_WRITE)
         prompts = prompts_of(config, sdxl, [*samples, *class_samples], folder)
-        if data.cache_latents:
-            latents = encoded_latents(vae, samples, schedule.sizes, framing, folder)
-            # With buckets a class image has as many sizes as there are buckets, so it is encoded when it is needed.
-            if class_samples and not data.use_aspect_ratio_buckets:
-                square = [(resolution, resolution)] * len(class_samples)
-                class_latents = encoded_latents(vae, class_samples, square, framing, folder)
+        cached = [(samples, schedule.sizes)] if data.cache_latents else []
+        # With buckets a class image has as many sizes as there are buckets, so it is encoded when it is needed.
+        if cached and class_samples and not data.use_aspect_ratio_buckets:
+            cached.append((class_samples, [(resolution, resolution)] * len(class_samples)))
+        caches = [encoded_latents(vae, some, sizes, framing, folder) for some, sizes in cached]
     return Feed(
         config=config,
         sdxl=sdxl,
@@ -233,7 +231,7 @@ def encoded_feed(
         schedule=schedule,
         framing=framing,
         prompts=prompts,
-        latents=latents,
-        class_latents=class_latents,
+        latents=caches[0] if caches else None,
+        class_latents=caches[1] if len(caches) > 1 else None,
         device=vae.device,
     )

@@ -23,9 +23,10 @@ def step_gradient(
 ) -> StepGradient:
     """How the gradient of each step is taken over `models`, by the prefix of their draws.
 
-    `trainable` is all that is trained, by name; `total_steps` are those of the method's own ramp.
+    `trainable` is all that is trained, by name; `total_steps` are the run's, which ramps last if the config says
+    nothing else.
     """
-    parameters = list(trainable.values())
+    parameters, ramp = list(trainable.values()), config.sigma_ramp_steps or total_steps
     if config.method == "lora-sam":
         factors = [one for name, one in trainable.items() if ".lora_A." in name or ".lora_B." in name]
         return LoraSam(parameters, factors, config.radius)
@@ -34,13 +35,13 @@ def step_gradient(
     if config.method in ("nbar", "obar"):
         ups = {name.replace(".lora_B.", ".lora_A."): one for name, one in trainable.items() if ".lora_B." in name}
         pairs = [(trainable[name], up) for name, up in ups.items()]
-        return Balanced(pairs, config.balance, config.method == "obar", total_steps)
-    if config.method == "bi-lora":
-        return BiLora(models, config.radius, seed)
-    flats = flat_loras(models, config, seed, total_steps)
+        return Balanced(pairs, config.balance, config.method == "obar", ramp)
+    flats = flat_loras(models, config, seed, ramp)
     if config.method == "mixed-noise":
         return MixedGradient(flats, config.perturb_per, config.share)
-    return NoisyGradient(flats, config.perturb_per) if flats else StepGradient()
+    if flats:
+        return NoisyGradient(flats, config.perturb_per)
+    return BiLora(models, config.radius, seed) if config.method == "bi-lora" else StepGradient()
 
 
 def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int, total_steps: int) -> list[FlatLora]:

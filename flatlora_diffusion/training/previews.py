@@ -11,7 +11,6 @@ from PIL import Image
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.training_set import load_heldout
 from flatlora_diffusion.ground.whole_files import writing_whole
-from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text
 from flatlora_diffusion.sdxl.ready import ready
 from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
@@ -94,7 +93,7 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
         picture.prompt,
         picture.seed,
         state.feed.resolution,
-        base_there(base_name(config)),
+        base_there(state.base),
         () if is_plain else ((name, 1.0),),
         negative_prompt=picture.negative_prompt,
     )

@@ -17,7 +17,7 @@ from flatlora_diffusion.data.dataset import shared_words
 from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, KOHYA_COPY
 from flatlora_diffusion.lora_files.file_pair import FilePair, largest_error, write_pair
 from flatlora_diffusion.lora_files.kohya import completed
-from flatlora_diffusion.lora_files.metadata import Training, base_name, kohya_metadata, sidecar
+from flatlora_diffusion.lora_files.metadata import Training, kohya_metadata, sidecar
 from flatlora_diffusion.lora_files.writing import check_finite
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.training.state import TrainState
@@ -47,6 +47,7 @@ def save_release(state: TrainState, folder: Path, step: int, is_end: bool = Fals
     beside = sidecar(state.config, facts, notes) if is_end else None
     metadata = kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc))
     with state.run.writing():
+        save_embeddings(pipeline, folder)  # before the LoRA, which needs them
         pair = FilePair(
             for_others=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
             copy=folder / KOHYA_COPY if run.output_kohya_format else None,
@@ -61,7 +62,6 @@ def save_release(state: TrainState, folder: Path, step: int, is_end: bool = Fals
         write_pair(pair, pipeline)
         files = [pair.for_others.name, pair.for_diffusers.name]
         proof = {"update_norms": norms, "files": files, "largest_error": largest_error(pair)}
-        save_embeddings(pipeline, folder)
     if missed:
         logger.warning(
             "DoRA is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",
@@ -82,7 +82,7 @@ def facts_of(state: TrainState, step: int) -> Training:
     tokens = ", ".join("".join(names) for names in state.tokens.values())
     prompt = state.config.data.instance_prompt
     return Training(
-        base=base_name(state.config),
+        base=state.base,
         family=state.sdxl.family,
         trigger=tokens or prompt or shared_words([sample.caption for sample in feed.samples]),
         step=step,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from flatlora_diffusion.adapter.anchor import start_at_slopes
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
-from flatlora_diffusion.adapter.trained_parts import adapt, start_from, trainable_of
+from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Feed, encoded_feed
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
+from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.method.ascent import Sam
 from flatlora_diffusion.method.configured import step_gradient
@@ -63,6 +64,7 @@ class TrainState:
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
+    base: str | None  # its name, as files and other tools know it
     heldout: Sequence[Sample] = ()  # images of the run that are not trained on
     steps_done: int | None = 0  # None while an update is half done
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
@@ -79,6 +81,11 @@ class TrainState:
         """The step after which the result is as it is."""
         return self.total_steps if self.chosen is None else self.chosen
 
+    def begin_gradient(self) -> None:
+        """Take the gradients by the method anew."""
+        adapted = adapted_models(self.sdxl.pipeline, self.config.adapter)
+        self.gradient = step_gradient(adapted, self.trainable, self.config.perturb, self.feed.seed, self.total_steps)
+
     def trains_tokens(self, step: int) -> bool:
         """Whether pivotal tuning still trains its new tokens in `step`."""
         return bool(self.tokens) and step < self.config.tokens.train_text_encoder_ti_frac * self.total_steps
@@ -93,6 +100,7 @@ class Given:
     sdxl: Sdxl
     objective: Objective
     initial: ImportedLora | None
+    base: str | None
 
 
 def prepare(
@@ -107,17 +115,20 @@ def prepare(
     """
     given = _given(config, samples, load)
     config, accelerator, sdxl = given.config, given.accelerator, given.sdxl
-    pipeline, processes, total_steps = sdxl.pipeline, accelerator.num_processes, config.optim.max_train_steps
+    pipeline, processes, optim = sdxl.pipeline, accelerator.num_processes, config.optim
+    total_steps = optim.max_train_steps
     assert config.run.seed is not None
     assert total_steps is not None
     tokens = adapt(pipeline, config)
-    trainable = trainable_of(pipeline)
+    samples, class_samples = (in_captions(some, tokens) for some in (samples, class_samples))
+    adapted = adapted_models(pipeline, config.adapter)
+    trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline)
     if given.initial is not None:
         start_from(pipeline, given.initial.updates, given.initial.magnitudes)
-    optimizer, lr_schedule = optimizer_of(config, trainable, embedding_parameters(pipeline).values(), processes)
+    optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes)
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
-    feed = encoded_feed(config, sdxl, in_captions(samples, tokens), processes, in_captions(class_samples, tokens))
+    feed = encoded_feed(config, sdxl, samples, processes, class_samples)
     if config.model.offload:  # what the steps do not need goes: all outputs of it are cached
         sdxl.move((*(() if config.encodes_in_steps else TEXT_PARTS), *(() if feed.needs_vae else ("vae",))), CPU)
     if config.model.is_unet_last:
@@ -137,12 +148,14 @@ def prepare(
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        gradient=gradient_of(sdxl, trainable, config),
+        gradient=step_gradient(adapted, trainable, config.perturb, config.run.seed, total_steps),
         feed=feed,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=total_steps,
-        ema=_ema(config, trainable),
+        # Of the weights where they are trained, now that the UNet has moved.
+        ema=EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None,
         tokens=tokens,
+        base=given.base,
     )
 
 
@@ -158,47 +171,28 @@ def _given(
     sdxl = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
     init_lora = config.adapter.init_lora
     initial = None if init_lora is None else read_lora(sdxl.pipeline, Path(init_lora))
+    base = base_name(config)
     objective = objective_of(config.objective, sdxl.scheduler)
     resolution = sdxl.checked_resolution(config.data.resolution)
     whole = settled(config, precision, resolution, sdxl.size_step, samples, accelerator.num_processes)
-    return Given(whole, accelerator, sdxl, objective, initial)
-
-
-def gradient_of(sdxl: Sdxl, trainable: Mapping[str, nn.Parameter], config: TrainConfig) -> StepGradient:
-    """How the method takes the gradient over the base's adapted models. `config` leaves nothing open."""
-    assert config.run.seed is not None
-    assert config.optim.max_train_steps is not None
-    adapted = _adapted(sdxl, config)
-    ramp = config.perturb.sigma_ramp_steps or config.optim.max_train_steps
-    return step_gradient(adapted, trainable, config.perturb, config.run.seed, ramp)
+    return Given(whole, accelerator, sdxl, objective, initial, base)
 
 
 def start_at_gradients(state: TrainState, micro_batches: Iterable[MicroBatch], steps: int) -> None:
     """Let LoRA-GA start where the mean gradient of so many `steps`, by their `micro_batches`, points."""
-    config, adapted = state.config, _adapted(state.sdxl, state.config)
-    assert config.run.seed is not None
+    config, adapted = state.config, adapted_models(state.sdxl.pipeline, state.config.adapter)
     state.gradient.detach()
     reader = Sam(adapted.values(), list(state.trainable.values()), rho=0.0)
     slopes = iter(reader.slopes(micro_batches))
     reader.detach()
     scaler = state.accelerator.scaler
     share = 1 / (steps * (1.0 if scaler is None else float(scaler.get_scale())))
-    seed = config.run.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed
+    seed = state.feed.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed
     for model in adapted.values():
         start_at_slopes(model, {name: next(slopes) * share for name in lora_layers(model)}, seed)
-    state.gradient = gradient_of(state.sdxl, state.trainable, config)
-    state.ema = _ema(config, state.trainable)
-
-
-def _adapted(sdxl: Sdxl, config: TrainConfig) -> dict[str, nn.Module]:
-    """The models with a LoRA, by part."""
-    parts = ("unet", *(TEXT_PARTS if config.adapter.train_text_encoder else ()))
-    return {part: getattr(sdxl.pipeline, part) for part in parts}
-
-
-def _ema(config: TrainConfig, trainable: Mapping[str, nn.Parameter]) -> EMAModel | None:
-    optim = config.optim
-    return EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None
+    state.begin_gradient()
+    if state.ema is not None:
+        state.ema.shadow_params = [parameter.detach().clone() for parameter in state.trainable.values()]
 
 
 @contextmanager

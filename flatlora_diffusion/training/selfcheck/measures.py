@@ -19,7 +19,7 @@ from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
 from flatlora_diffusion.sdxl.sampling import evaluating
-from flatlora_diffusion.training.state import TrainState, dropout_draws, gradient_of
+from flatlora_diffusion.training.state import TrainState, dropout_draws
 
 _INPUTS = 512  # of a layer, that the noise is measured on
 _ROUNDING = 1e-5  # relative; what kernels that add in any order may differ by
@@ -56,7 +56,7 @@ def sigma_zero(state: TrainState) -> Check:
     """
     state.gradient.detach()
     plain = [_loss_and_gradients(state, []) for _ in range(2)]
-    state.gradient = gradient_of(state.sdxl, state.trainable, state.config)
+    state.begin_gradient()
     off = _distance(plain[0], _loss_and_gradients(state, state.flats))
     floor = _distance(*plain)
     is_right = off <= max(3 * floor, _ROUNDING)
