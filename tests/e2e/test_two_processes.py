@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import CAN_FORK, ended, forked
 from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import train_main
@@ -21,22 +22,40 @@ from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A run of two processes."""
+def launched(arguments: list[str], said: Path) -> int:
+    """The exit code of a run of two processes by accelerate's launcher."""
+    config = ROOT / "samples" / "presets" / "accelerate" / "two_cpu_processes.yaml"
+    launcher = ["-m", "accelerate.commands.launch", f"--config_file={config}", f"--main_process_port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with said.open("wb") as file:
+        command = [sys.executable, *launcher, "train_dreambooth_flatlora.py", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file).returncode
+
+
+def together(arguments: list[str], folder: Path) -> str:
+    """Train in two processes into `folder`, as the launcher would start them; returns what both say."""
+    said = [folder.with_name(f"{folder.name}-{rank}.txt") for rank in range(2)]
+    arguments = [*arguments, f"--output_dir={folder}"]
+    if not CAN_FORK:
+        assert launched(arguments, said[0]) == 0, said[0].read_text(encoding="utf-8")
+        return said[0].read_text(encoding="utf-8")
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    pair = [forked(arguments, said[rank], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    codes = [ended(process) for process in pair]
+    texts = [file.read_text(encoding="utf-8") for file in said]
+    assert codes == [0, 0], texts
+    return "".join(texts)
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = ROOT / "samples" / "presets" / "accelerate" / "two_cpu_processes.yaml"
-    launcher = ["-m", "accelerate.commands.launch", f"--config_file={config}", f"--main_process_port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [sys.executable, *launcher, "train_dreambooth_flatlora.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+        return int(free.getsockname()[1])
 
 
 def alone(arguments: list[str], folder: Path) -> None:
@@ -73,12 +92,14 @@ def arguments(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def together(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run of two processes with a checkpoint before its end, and what they said; to be copied."""
-    run = tmp_path_factory.mktemp("together") / "run"
-    done = launch(*arguments, f"--output_dir={run}", "--checkpointing_steps=2")
-    assert done.returncode == 0, done.stderr
-    return run, done.stderr
+def by_launcher(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that accelerate launched, with a checkpoint before its end, and what it said."""
+    run = tmp_path_factory.mktemp("launched") / "run"
+    said = run.with_name("said.txt")
+    code = launched([*arguments, f"--output_dir={run}", "--checkpointing_steps=2"], said)
+    text = said.read_text(encoding="utf-8")
+    assert code == 0, text
+    return run, text
 
 
 @pytest.mark.slow
@@ -88,64 +109,51 @@ def test_what_ascends_does_so_alike_on_two_processes_and_on_one(
 ) -> None:
     """Slopes of frozen weights and of the second LoRA are no part of DDP: the method shares them itself."""
     both = [*arguments, *flags.split(), "--rho=0.5"]
-    done = launch(*both, f"--output_dir={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr
+    together(both, tmp_path / "two")
     alone(both, tmp_path / "one")
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders"])
 def test_two_processes_equal_one_with_accumulation(
-    arguments: list[str], together: tuple[Path, str], tmp_path: Path, text: bool
+    arguments: list[str], by_launcher: tuple[Path, str], tmp_path: Path
 ) -> None:
-    both = arguments
-    if text:  # and with it the prior that needs no class images, for which a step calls the model more than once
-        both = [argument for argument in arguments if not argument.startswith(("--with_prior", "--class_data"))]
-        both += ["--train_text_encoder", "--text_encoder_lr=0.01", "--prior_from_base"]
-    folder, said = together
-    if text:
-        folder = tmp_path / "two"
-        two = launch(*both, f"--output_dir={folder}")
-        assert two.returncode == 0, two.stderr
-        said = two.stderr
-    alone(both, tmp_path / "one")
-    assert_alike(tmp_path / "one", folder)
-    losses = [
-        [event["loss"] for event in RunDir(run).events() if event["event"] == "step"]
-        for run in (tmp_path / "one", folder)
-    ]
+    alone(arguments, tmp_path / "one")
+    assert_same_run(tmp_path / "one", *by_launcher)
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: list[str], tmp_path: Path) -> None:
+    """Text encoders too, with the prior that needs no class images, for which a step calls the model twice."""
+    drawn = [one for one in arguments if not one.startswith(("--seed", "--with_prior", "--class_data"))]
+    drawn += ["--train_text_encoder", "--text_encoder_lr=0.01", "--prior_from_base"]
+    said = together(drawn, tmp_path / "two")
+    seed = json.loads((tmp_path / "two" / "config.json").read_text())["seed"]
+    alone([*drawn, f"--seed={seed}"], tmp_path / "one")
+    assert_same_run(tmp_path / "one", tmp_path / "two", said)
+
+
+def assert_same_run(one: Path, two: Path, said: str) -> None:
+    assert_alike(one, two)
+    losses = [[event["loss"] for event in RunDir(run).events() if event["event"] == "step"] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(losses[1]) == 3, "only one process writes the log"
+    assert len(losses[1]) == 3, "only one process writes the log, and each step is done once"
     assert said.count("3 images, captions 3/3") == 1, "only one process speaks"
 
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_all_with_its_error(arguments: list[str], tmp_path: Path) -> None:
-    done = launch(*arguments, f"--output_dir={tmp_path / 'run'}", "--resolution=36")
-    assert done.returncode != 0
-    assert "resolution=36 must be a multiple of 16" in done.stderr
+    said = tmp_path / "said.txt"
+    assert launched([*arguments, f"--output_dir={tmp_path / 'run'}", "--resolution=36"], said) != 0
+    assert "resolution=36 must be a multiple of 16" in said.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_two_processes_save_and_resume(arguments: list[str], together: tuple[Path, str], tmp_path: Path) -> None:
-    run = f"--output_dir={shutil.copytree(together[0], tmp_path / 'run')}"
-    whole = load_file(tmp_path / "run" / LORA_FILE)
-    again = launch(*arguments, run, "--checkpointing_steps=2", "--resume_from_checkpoint=latest")
-    assert again.returncode == 0, again.stderr
-    assert all(torch.equal(value, whole[name]) for name, value in load_file(tmp_path / "run" / LORA_FILE).items())
-    steps = [event["step"] for event in RunDir(tmp_path / "run").events() if event["event"] == "step"]
+def test_two_processes_save_and_resume(arguments: list[str], by_launcher: tuple[Path, str], tmp_path: Path) -> None:
+    run = shutil.copytree(by_launcher[0], tmp_path / "run")
+    whole = load_file(run / LORA_FILE)
+    together([*arguments, "--checkpointing_steps=2", "--resume_from_checkpoint=latest"], run)
+    assert all(torch.equal(value, whole[name]) for name, value in load_file(run / LORA_FILE).items())
+    steps = [event["step"] for event in RunDir(run).events() if event["event"] == "step"]
     assert steps == [0, 1, 2, 2]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
-
-
-@pytest.mark.slow
-def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: list[str], tmp_path: Path) -> None:
-    drawn = [argument for argument in arguments if not argument.startswith("--seed")]
-    two = launch(*drawn, f"--output_dir={tmp_path / 'two'}")
-    assert two.returncode == 0, two.stderr
-    seed = json.loads((tmp_path / "two" / "config.json").read_text())["seed"]
-    alone([*drawn, f"--seed={seed}"], tmp_path / "again")
-    assert_alike(tmp_path / "again", tmp_path / "two")
-    steps = [event["step"] for event in RunDir(tmp_path / "two").events() if event["event"] == "step"]
-    assert steps == [0, 1, 2], "each process trained a run of its own"
+    assert json.loads((run / "config.json").read_text())["seed"] == 1

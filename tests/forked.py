@@ -1,0 +1,48 @@
+"""Processes of a run that are copies of the test's own: a start costs nothing, all libraries are loaded already."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+CAN_FORK = hasattr(os, "fork")
+LONGEST = 300.0  # seconds
+
+
+def forked(arguments: Sequence[str], said: Path, environment: Mapping[str, str]) -> multiprocessing.Process:
+    """The training script with `arguments` and more in its environment; all that it says goes into the file `said`."""
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(list(arguments), said, environment))
+    process.start()
+    return process  # type: ignore[return-value]  # one of its context's class
+
+
+def ended(process: multiprocessing.Process) -> int:
+    """The exit code; negative for the signal that ended it."""
+    process.join(LONGEST)
+    assert process.exitcode is not None, f"the process did not end in {LONGEST:g} s"
+    return process.exitcode
+
+
+def _train(arguments: list[str], said: Path, environment: Mapping[str, str]) -> None:
+    from flatlora_diffusion.commands.command_line import train_main
+
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # pytest's own lead elsewhere, and so do the handlers of logs that were set up with them.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", buffering=1) for number in (1, 2))
+    logging.root.handlers.clear()
+    os.environ.update(environment)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    code = 1
+    try:
+        code = train_main(arguments)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # not through pytest's own ends
