@@ -7,22 +7,23 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-CAN_FORK = hasattr(os, "fork")
+KIND = "fork" if hasattr(os, "fork") else "spawn"  # Windows has to load all anew
 LONGEST = 300.0  # seconds
 
 
-def forked(arguments: Sequence[str], said: Path, environment: Mapping[str, str]) -> multiprocessing.Process:
+def forked(arguments: Sequence[str], said: Path, environment: Mapping[str, str]) -> BaseProcess:
     """The training script with `arguments` and more in its environment; all that it says goes into the file `said`."""
-    process = multiprocessing.get_context("fork").Process(target=_train, args=(list(arguments), said, environment))
+    process = multiprocessing.get_context(KIND).Process(target=_train, args=(list(arguments), said, environment))
     process.start()
-    return process  # type: ignore[return-value]  # one of its context's class
+    return process
 
 
-def ended(process: multiprocessing.Process) -> int:
+def ended(process: BaseProcess) -> int:
     """The exit code; negative for the signal that ended it."""
     process.join(LONGEST)
     assert process.exitcode is not None, f"the process did not end in {LONGEST:g} s"

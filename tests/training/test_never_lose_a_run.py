@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
+from forked import forked
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,20 +68,9 @@ def arguments(config: TrainConfig) -> list[str]:
     return ["train_dreambooth_flatlora.py", *(f"--{name}={value}" for name, value in given.items())]
 
 
-def launch(config: TrainConfig) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments(config)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-
-
-def wait_for_step(run: RunDir, process: subprocess.Popen[str], step: int) -> None:
+def wait_for_step(run: RunDir, is_alive: Callable[[], bool], said: Path, step: int) -> None:
     while not any(event["event"] == "step" and event["step"] >= step for event in run.events()):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert is_alive(), said.read_text(encoding="utf-8")
         time.sleep(0.02)
 
 
@@ -148,14 +138,16 @@ def test_a_run_stops_when_its_time_is_up(config: TrainConfig, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM cannot be sent to a process there")
-def test_sigterm_saves_and_exits_with_3(config: TrainConfig) -> None:
+def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> None:
     run = RunDir(Path(config.run.output_dir))
-    process = launch(config.replace(max_train_steps=10_000))
-    wait_for_step(run, process, 2)
+    said = tmp_path / "said.txt"
+    command = [sys.executable, *arguments(config.replace(max_train_steps=10_000))]
+    with said.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=file)
+    wait_for_step(run, lambda: process.poll() is None, said, 2)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 3, error
-    assert "by SIGTERM; --resume_from_checkpoint latest goes on" in error
+    assert process.wait(timeout=60) == 3
+    assert "by SIGTERM; --resume_from_checkpoint latest goes on" in said.read_text(encoding="utf-8")
     step = run.events()[-1]["step"]
     assert run.checkpoints()[-1].name == f"checkpoint-{step}"
 
@@ -163,7 +155,7 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig) -> None:
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Path) -> None:
     """Killed at arbitrary moments, three times: what is there is loadable, and the end is the unbroken one's."""
-    steps = 60
+    steps = 45
     whole = config.replace(max_train_steps=steps, checkpointing_steps=1, checkpoints_total_limit=3)
     train(whole.replace(output_dir=str(tmp_path / "whole")))
     broken = whole.replace(output_dir=str(tmp_path / "broken"))
@@ -171,12 +163,13 @@ def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Pa
     rng = random.Random(0)
     for attempt in range(3):
         resume = "latest" if attempt else None
-        process = launch(broken.replace(resume_from_checkpoint=resume))
+        said = tmp_path / f"said-{attempt}.txt"
+        process = forked(arguments(broken.replace(resume_from_checkpoint=resume))[1:], said, {})
         seen = max((event["step"] for event in run.events() if event["event"] == "step"), default=0)
-        wait_for_step(run, process, seen + 3)
+        wait_for_step(run, process.is_alive, said, seen + 3)
         time.sleep(rng.random() * 0.3)
         process.kill()
-        process.communicate()
+        process.join()
         newest = run.checkpoints()[-1]
         StableDiffusionXLPipeline.lora_state_dict(newest)
     train(broken.replace(resume_from_checkpoint="latest"))
