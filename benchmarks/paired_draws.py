@@ -29,7 +29,7 @@ from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.trainer import train
 
 SETTINGS: dict[str, Any] = {"learning_rate": 5e-4, "report_to": "none"}
-FLAT: dict[str, Any] = {"method": "flat-lora", "sigma": 0.4, "sigma_schedule": "constant"}
+FLAT: dict[str, Any] = {"method": "flat-lora", "sigma": 0.4, "sigma_schedule": "constant", "perturb_norm_every": 1}
 ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "full": {**FLAT, "perturb_draw": "full"},

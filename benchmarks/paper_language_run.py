@@ -187,7 +187,7 @@ def _measure(model: Classifier, data: Encoded) -> dict[str, float]:
 
 def _rise(model: Classifier, data: Encoded) -> float:
     """Mean loss under eps of Eq. 7 less the loss at W'."""
-    flat = FlatLora(model, sigma=RISE_SIGMA, schedule="constant", prefix="paper_language rise")
+    flat = FlatLora(model, sigma=RISE_SIGMA, schedule="constant", prefix="paper_language rise", draw="full")
     data = Encoded(data.ids[:RISE_TEXTS], data.mask[:RISE_TEXTS], data.labels[:RISE_TEXTS])
     losses = []
     for draw in range(RISE_DRAWS + 1):

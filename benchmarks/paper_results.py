@@ -84,8 +84,8 @@ Made by `python -m benchmarks.paper_text_to_image --work FOLDER`, then `python -
 
 **What was trained.** The tiny base on the {icons["train"]} icons, {settings["max_train_steps"]} steps of batch \
 {settings["train_batch_size"]}, learning rate {settings["learning_rate"]}, rank {settings["rank"]}, sigma 0.1 with the
-cosine ramp; then one factor at a time. A Flat-LoRA and the LoRA it is paired with share the base, the first weights
-and every image, crop, noise and timestep: {_proved(result)}.
+cosine ramp, full draws with the norms of each step; then one factor at a time. A Flat-LoRA and the LoRA it is paired
+with share the base, the first weights and every image, crop, noise and timestep: {_proved(result)}.
 
 **What was measured.** The denoising loss, without eps, at fixed noise and timesteps, on three lists of 3D icons that
 share no icon and no word with the training icons: {icons["search"]} to choose settings, {icons["checkpoint"]} to

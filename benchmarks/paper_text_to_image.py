@@ -59,6 +59,8 @@ SETTINGS = {
     "cache_latents": True,
     "save_dtype": "fp32",
     "report_to": "none",
+    "perturb_draw": "full",
+    "perturb_norm_every": 1,
 }
 # Each arm and the LoRA that it is paired with.
 PAIRS = {

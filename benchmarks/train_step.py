@@ -56,10 +56,10 @@ LORA = LoraConfig(
 
 ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
-    "full": {},
-    "full, norms every 10": {"perturb_norm_every": 10},
-    "low-rank": {"perturb_draw": "low_rank"},
-    "low-rank, norms every 10": {"perturb_draw": "low_rank", "perturb_norm_every": 10},
+    "full": {"perturb_draw": "full", "perturb_norm_every": 1},
+    "full, norms every 10": {"perturb_draw": "full"},
+    "low-rank": {"perturb_norm_every": 1},
+    "low-rank, norms every 10": {},
 }
 
 

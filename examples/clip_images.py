@@ -88,7 +88,7 @@ def main(  # noqa: PLR0913 (each is a setting of the command line)
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
         compute_metrics=lambda seen: {"accuracy": float(np.mean(seen.predictions.argmax(1) == seen.label_ids))},
-        callbacks=[FlatLoraCallback(sigma=sigma)],
+        callbacks=[FlatLoraCallback(sigma=sigma, draw="full")],
     )
     trainer.train()
     save_file(get_peft_model_state_dict(classifier.clip.vision_model), f"{output_dir}/lora.safetensors")

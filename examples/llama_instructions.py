@@ -83,7 +83,7 @@ def main(  # noqa: PLR0913 (each is a setting of the command line)
         ),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         train_dataset=train.map(as_tokens, remove_columns=train.column_names),
-        callbacks=[FlatLoraCallback(sigma=sigma)],
+        callbacks=[FlatLoraCallback(sigma=sigma, draw="full")],
     )
     loss = trainer.train().training_loss
     lora.save_pretrained(output_dir)

@@ -92,7 +92,7 @@ def main(  # noqa: PLR0913 (each is a setting of the command line)
         train_dataset=splits["train"],
         eval_dataset=splits[dev],
         compute_metrics=accuracy,
-        callbacks=[FlatLoraCallback(sigma=sigma)],
+        callbacks=[FlatLoraCallback(sigma=sigma, draw="full")],
     )
     trainer.train()
     lora.save_pretrained(output_dir)

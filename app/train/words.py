@@ -159,7 +159,8 @@ HELP = {
     "lora_dropout": "share of the LoRA that rests in each step",
     "perturb_seed": "of Flat-LoRA's noise alone; left empty: the seed of the run",
     "perturb_noise": "filter: in proportion to each filter of the base, as in the paper; iid: spread evenly",
-    "perturb_draw": "full: each number by itself, as in the paper; low_rank: nearly the same in less time",
+    "perturb_draw": "low_rank: as strong as in the paper, of far fewer numbers, in less time; full: each by itself, "
+    "as in the paper",
     "perturb_norm_every": "the noise is in proportion to the weights, which are measured anew every so many steps",
     "perturb_per": "for each batch, or once for each step as in the paper",
     "sigma": "how strong the noise is that Flat-LoRA trains against; left empty: 0.1",

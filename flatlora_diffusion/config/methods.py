@@ -98,13 +98,13 @@ class PerturbConfig(Section):
         "filter", "eps scaled to each filter as in Eq. 7, or iid: the same energy spread evenly over a layer"
     )
     perturb_draw: DrawKind = setting(
-        "full",
-        "each entry of eps drawn by itself as in Eq. 7, or low_rank: its variances, and no correlations either, from "
-        "far fewer numbers and in less time",
+        "low_rank",
+        "eps of two thin factors, with the variances of Eq. 7 and no correlations either, from far fewer numbers and "
+        "in less time; or full: each entry drawn by itself, the letter of Eq. 7",
         before="full",
     )
     perturb_norm_every: int = setting(
-        1, "optimizer steps between two measurements of the norms that scale eps", min=1, before=1
+        10, "optimizer steps between two measurements of the norms that scale eps; 1 in the paper", min=1, before=1
     )
     perturb_per: PerturbPer = setting(
         "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"

@@ -89,7 +89,7 @@ def loss_rise(
     The perturbations are functions of `seed`, so two LoRAs of one base are compared under common draws; none of them
     is one of training.
     """
-    flat = FlatLora(unet, sigma=sigma, schedule="constant", seed=seed, prefix=PURPOSE)
+    flat = FlatLora(unet, sigma=sigma, schedule="constant", seed=seed, prefix=PURPOSE, draw="full")
     try:
         clean = probe_loss(unet, objective, probe)
         rises = []

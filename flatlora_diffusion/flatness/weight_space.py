@@ -94,7 +94,7 @@ def scales(weights: Weights, metric: Metric) -> Weights:
 def noise(scale: Weights, weights: Weights, seed: int, draw: int) -> Weights:
     """Gaussian noise of one unit: z * scale with z a function of (seed, layer, draw) alone, so equal for all LoRAs.
 
-    It is the eps that `FlatLora(unet, sigma=1, seed=seed, prefix=PURPOSE)` has in step `draw`.
+    It is the eps that `FlatLora(unet, sigma=1, seed=seed, prefix=PURPOSE, draw="full")` has in step `draw`.
     """
     return {
         name: row_noise(

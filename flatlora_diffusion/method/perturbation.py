@@ -47,9 +47,9 @@ class FlatLora:
         seed: eps is a function of (seed, prefix, layer name, step, slot) and of nothing else.
         noise: `filter` is Eq. 7; `iid` gives every row of a layer the same std, at equal expected energy.
         prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
-        draw: `full` draws every eps[i, j] by itself. `low_rank` has the same mean and covariance, 0 between any two
-            entries, but its entries are not normal: eps = diag(row_std) U V^T / sqrt(k) with N(0, 1) in
-            U (m, k) and V (n, k), k = 4. It takes k (m + n) numbers in place of m n.
+        draw: `low_rank` has the mean and covariance of Eq. 7, 0 between any two entries, but its entries are not
+            normal: eps = diag(row_std) U V^T / sqrt(k) with N(0, 1) in U (m, k) and V (n, k), k = 4. It takes
+            k (m + n) numbers in place of m n. `full` draws every eps[i, j] by itself, the letter of Eq. 7.
         norm_every: ||W'_i|| is taken anew in the first perturbed step of each `norm_every` optimizer steps; the
             active adapters must not change in between.
 
@@ -67,7 +67,7 @@ class FlatLora:
         noise: NoiseKind = "filter",
         prefix: str = "unet",
         *,
-        draw: DrawKind = "full",
+        draw: DrawKind = "low_rank",
         norm_every: int = 1,
     ) -> None:
         settings = Settings(sigma, schedule, total_steps, seed, noise, prefix, draw, norm_every)

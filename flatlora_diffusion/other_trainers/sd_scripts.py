@@ -160,7 +160,7 @@ def _as_peft_layers(loras: dict[str, Any]) -> nn.ModuleDict:
 
 def _split(network_args: dict[str, Any]) -> tuple[PerturbConfig, dict[str, Any]]:
     """Our settings and the rest of `--network_args`, which are texts. Raises ConfigError for a text that is none."""
-    ours: dict[str, Any] = {}
+    ours: dict[str, Any] = {"perturb_norm_every": 1}  # a resume inside an interval would need its norms
     for name in network_args.keys() & _KINDS.keys():
         try:
             ours[name] = _KINDS[name](network_args[name])

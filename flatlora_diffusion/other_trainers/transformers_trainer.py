@@ -23,7 +23,7 @@ class FlatLoraCallback(TrainerCallback):
         schedule: SigmaSchedule = "cosine",
         seed: int | None = None,
         noise: NoiseKind = "filter",
-        draw: DrawKind = "full",
+        draw: DrawKind = "low_rank",
         norm_every: int = 1,
     ) -> None:
         self._settings: dict[str, Any] = {

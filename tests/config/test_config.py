@@ -36,8 +36,8 @@ OTHER: dict[str, Any] = {
     "sigma_schedule": "constant",
     "perturb_seed": 9,
     "perturb_per": "step",
-    "perturb_draw": "low_rank",
-    "perturb_norm_every": 10,
+    "perturb_draw": "full",
+    "perturb_norm_every": 3,
     "train_batch_size": 1,
     "max_train_steps": 7,
     "learning_rate": 2e-4,
@@ -103,16 +103,20 @@ def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
 
 def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: Path) -> None:
     """It lacks the setting, and its run drew every entry of eps, whatever the default has become."""
-    saved = TrainConfig.from_dict({"seed": 5}).to_dict()
+    earlier = TrainConfig.from_dict({"seed": 5, "perturb_draw": "full", "perturb_norm_every": 1})
+    saved = earlier.to_dict()
     del saved["perturb_draw"], saved["perturb_norm_every"]
-    usual = TrainConfig.from_dict({"perturb_draw": "low_rank", "perturb_norm_every": 10})
     file = tmp_path / "config.json"
     file.write_text(json.dumps(saved), encoding="utf-8")
-    assert usual.updated_from(file) == TrainConfig.from_dict({"seed": 5})
+    assert TrainConfig().updated_from(file) == TrainConfig.from_dict(saved) == earlier
+    assert parse_config(["--config", str(file)]).perturb == earlier.perturb
+    resumed = parse_config(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
+    assert resumed.perturb == earlier.perturb
     assert completed(saved)["perturb_draw"] == RunDir(tmp_path).config()["perturb_draw"] == "full"
     assert completed({**saved, "perturb_draw": "low_rank"})["perturb_draw"] == "low_rank"
     file.write_text(json.dumps({"seed": 5, "sigma": 0.05}), encoding="utf-8")
-    assert usual.updated_from(file).perturb.perturb_draw == "low_rank", "what is no saved config has the default"
+    new = TrainConfig().updated_from(file).perturb
+    assert (new.perturb_draw, new.perturb_norm_every) == ("low_rank", 10), "what is no saved config has the defaults"
 
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
@@ -138,6 +142,12 @@ def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
     assert (config.optim.max_train_steps, config.optim.train_batch_size) == (500, 1)
     assert (config.optim.learning_rate, config.optim.lr_scheduler) == (1e-4, "constant")
     assert (config.perturb.strength, config.perturb.perturb_per) == (0.1, "step")
+
+
+@pytest.mark.parametrize("preset", ["paper", "bilora_icons", None])
+def test_what_is_a_papers_setting_keeps_the_letter_of_eq_7_and_all_else_has_the_defaults(preset: str | None) -> None:
+    perturb = parse_config([] if preset is None else ["--preset", preset]).perturb
+    assert (perturb.perturb_draw, perturb.perturb_norm_every) == (("low_rank", 10) if preset is None else ("full", 1))
 
 
 @pytest.mark.parametrize("file", sorted((SAMPLES / "presets").glob("*.json")), ids=lambda file: file.stem)

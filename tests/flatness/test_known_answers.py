@@ -109,10 +109,10 @@ def test_iid_noise_has_one_std_for_a_layer_and_the_same_energy(weights: Weights)
 
 def test_noise_has_the_law_of_training_and_none_of_its_draws() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), _lora())
-    trained = FlatLora(model, sigma=0.1, schedule="constant", seed=9)
+    trained = FlatLora(model, sigma=0.1, schedule="constant", seed=9, draw="full")
     ours = {name: trained.noise(name, step=3) for name in trained.layers}
     trained.detach()
-    flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9, prefix=PURPOSE)
+    flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9, prefix=PURPOSE, draw="full")
     merged = {}
     for name, layer in flat.layers.items():
         base = layer.get_base_layer()

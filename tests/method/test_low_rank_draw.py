@@ -36,6 +36,11 @@ def one_layer_case() -> Case:
     return Case(model, lambda module: module(inputs), normal(2, 3, 5))
 
 
+def test_a_flat_lora_that_is_told_nothing_else_has_low_rank_draws_with_the_norms_of_each_step() -> None:
+    settings = FlatLora(one_layer_case().model).settings
+    assert (settings.draw, settings.norm_every) == ("low_rank", 1)
+
+
 @pytest.fixture(scope="module")
 def z() -> Tensor:
     """The 30 entries of `COUNT` draws, each over the standard deviation that Eq. 7 gives its row."""

@@ -147,7 +147,7 @@ def test_a_loaded_state_goes_on_with_the_same_noise(model: nn.Module) -> None:
 def test_a_state_of_a_version_that_knew_full_draws_alone_goes_on_with_them(model: nn.Module) -> None:
     state = FlatLora(toy_case().model, **SAVED, draw="full").state_dict()
     del state["draw"], state["norm_every"]
-    flat = FlatLora(model, draw="low_rank")
+    flat = FlatLora(model)
     flat.load_state_dict(state)
     assert flat.state_dict()["draw"] == "full"
     expected = FlatLora(toy_case().model, **SAVED, draw="full").noise("wide", step=7)

@@ -224,7 +224,8 @@ def test_the_schema_of_the_kohya_file(config: TrainConfig, dtype: str) -> None:
             "ss_steps": "2",
             "ss_epoch": "1",
             "ss_num_train_images": "3",
-            "ss_training_comment": "flatlora-diffusion: method flat-lora, sigma 0.1, constant schedule, full draws",
+            "ss_training_comment": "flatlora-diffusion: method flat-lora, sigma 0.1, constant schedule, "
+            "low-rank draws",
             "flatlora.config_sha256": hashlib.sha256(state.run.config_file.read_bytes()).hexdigest(),
             "flatlora.manifest_sha256": hashlib.sha256(state.run.manifest_file.read_bytes()).hexdigest(),
         }.items()

@@ -20,7 +20,7 @@ from flatlora_diffusion.training.selfcheck.measures import bits_of_frozen, noise
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
-WHATS = ["sigma_zero", "noise_std", "noise_std", "base_weights", "loss", "cost"]
+WHATS = ["noise_std", "noise_std", "sigma_zero", "base_weights", "loss", "cost"]
 
 
 def told(path: Path) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def told(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path: Path, caplog: Any) -> None:
-    config = config.replace(lora_dropout=0.2, perturb_norm_every=2)
+    config = config.replace(lora_dropout=0.2, sigma_schedule="cosine")
     plain = train(config.replace(output_dir=str(tmp_path / "plain")))
     assert told(plain) == [], "on a CPU none is due"
     with caplog.at_level("INFO"):
@@ -38,7 +38,7 @@ def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path:
     events = told(checked)
     assert [event["what"] for event in events] == WHATS
     assert all(event["is_right"] for event in events), events
-    assert events[0]["difference"] == 0, "on a CPU sigma 0 is the plain LoRA bit for bit"
+    assert events[2]["difference"] == 0, "on a CPU sigma 0 is the plain LoRA bit for bit"
     assert caplog.text.count("self-check, right") == len(WHATS)
     assert str(tmp_path) not in str(events)
 
@@ -46,7 +46,7 @@ def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"perturb_draw": "low_rank"},
+        {"perturb_draw": "full"},
         {"perturb_noise": "iid"},
         {"use_dora": True},
         {"mixed_precision": "bf16", "lora_target_modules": "conv"},
@@ -81,7 +81,7 @@ def test_what_is_wrong_is_told_and_the_run_goes_on(
         step(self, *args)
 
     monkeypatch.setattr(watch.SelfCheck, "step_done", writes_the_base)
-    path = train(config.replace(selfcheck="always"))
+    path = train(config.replace(selfcheck="always", perturb_draw="full"))
     wrong = {event["what"] for event in told(path) if not event["is_right"]}
     assert wrong == {"noise_std", "base_weights"}
     assert caplog.text.count("self-check, WRONG") == 3

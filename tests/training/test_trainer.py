@@ -92,10 +92,11 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
     [
         {},
         {"mixed_precision": "bf16"},
-        {"perturb_draw": "low_rank", "lora_dropout": 0.0},
-        {"perturb_norm_every": 4, "perturb_draw": "low_rank", "train_text_encoder": True},
+        {"perturb_draw": "full", "perturb_norm_every": 1},
+        {"lora_dropout": 0.0},
+        {"train_text_encoder": True},
     ],
-    ids=["fp32", "bf16", "low-rank draws", "inside an interval of norms"],
+    ids=["fp32", "bf16", "full draws", "in the branch", "two models"],
 )
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
     config: TrainConfig, tmp_path: Path, changes: dict[str, Any]
@@ -191,13 +192,14 @@ def test_the_kind_of_draw_reaches_the_training(config: TrainConfig) -> None:
         assert flat.state_dict()["draw"] == draw
 
 
-def test_norms_that_are_ten_steps_old_are_off_by_less_than_a_fiftieth(config: TrainConfig) -> None:
+def test_norms_as_old_as_they_get_by_default_are_off_by_less_than_half_a_percent(config: TrainConfig) -> None:
     """Each entry of A and B moves by at most the learning rate in a step of Adam, so ||W'_i|| hardly moves.
 
-    This is the worst row of all layers at five times the usual learning rate.
+    This is the worst row of all layers at the default learning rate.
     """
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
-    changes = {"perturb_norm_every": 10, "sigma_schedule": "constant", "learning_rate": 5e-4, "max_train_steps": 20}
+    usual = {"learning_rate": TrainConfig().optim.learning_rate, "rank": TrainConfig().adapter.rank}
+    changes = {**usual, "sigma_schedule": "constant", "max_train_steps": 20}
     state = prepare(config.replace(**changes, lr_scheduler="constant"), samples)
     (flat,) = state.flats
     off = []
@@ -209,7 +211,7 @@ def test_norms_that_are_ten_steps_old_are_off_by_less_than_a_fiftieth(config: Tr
         norms = torch.cat([flat.filter_norms(name) for name in flat.layers])
         off.append(float((kept.square_norms.sqrt() / norms - 1).abs().max()))
     print("largest relative error of a filter norm by its age in steps:", [f"{value:.1e}" for value in off])
-    assert 0 < off[0] < off[-1] < 0.02
+    assert 0 < off[0] < off[-1] < 0.005
     train_step(state, 10)
     norms = torch.cat([flat.filter_norms(name) for name in flat.layers])
     later = flat.norm_state()

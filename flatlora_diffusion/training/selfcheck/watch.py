@@ -53,6 +53,7 @@ class SelfCheck:
         self._try(self._remember)
         if self._state.flats and self._state.config.perturb.strength > 0:
             self._try(self._noise)
+            self._try(self._sigma_zero)  # the last: it makes the perturbation anew, without norms taken too early
 
     def step_done(self, loss: float, seconds: float) -> None:
         """After each step of the run; past the third there is nothing to do."""
@@ -69,12 +70,13 @@ class SelfCheck:
         yield from ()
 
     def _noise(self) -> Iterator[Check]:
-        state = self._state
-        yield sigma_zero(state)
-        flat = state.flats[0]
+        flat = self._state.flats[0]
         names = list(flat.layers)
         for name in dict.fromkeys((names[0], names[-1])):
-            yield noise_std(state, flat, name)
+            yield noise_std(self._state, flat, name)
+
+    def _sigma_zero(self) -> Iterator[Check]:
+        yield sigma_zero(self._state)
 
     def _base(self) -> Iterator[Check]:
         now, steps = bits_of_frozen(self._models()), len(self._losses)
