@@ -159,9 +159,10 @@ HELP = {
     "lora_dropout": "share of the LoRA that rests in each step",
     "perturb_seed": "of Flat-LoRA's noise alone; left empty: the seed of the run",
     "perturb_noise": "filter: in proportion to each filter of the base, as in the paper; iid: spread evenly",
-    "perturb_draw": "full: each number by itself, as in the paper; low_rank: nearly the same in less time",
+    "perturb_draw": "full: each number by itself, as in the paper; philox: the same, faster on a GPU; low_rank: "
+    "nearly the same in less time",
     "perturb_norm_every": "the noise is in proportion to the weights, which are measured anew every so many steps",
-    "perturb_per": "for each batch, or once for each step as in the paper",
+    "perturb_per": "for each batch, once for each step as in the paper, or for each image, with low_rank above",
     "sigma": "how strong the noise is that Flat-LoRA trains against; left empty: 0.1",
     "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
