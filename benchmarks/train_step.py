@@ -158,12 +158,17 @@ def block_arms(folder: str) -> tuple[dict[str, Step], int]:
         pooled_prompt_embeds=torch.zeros(1, WIDTH),
         add_time_ids=torch.zeros(1, 6),
     ).mapped(lambda tensor: tensor.to(device))
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler = noise_schedule()
     arms = {"plain": plain_step(Block().to(device), scheduler, batch)}
     for arm, changes in ARMS.items():
-        state = block_state(changes, scheduler, batch, folder)
+        state = state_of(Block().to(device), changes, scheduler, batch, folder)
         arms[arm] = our_step(state)
     return arms, len(state.flats[0].layers)
+
+
+def noise_schedule() -> DDPMScheduler:
+    """SDXL's own."""
+    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
 class Block(nn.Module):
@@ -194,12 +199,11 @@ class FixedFeed:
         return self.fixed
 
 
-def block_state(changes: dict[str, Any], scheduler: Any, batch: Batch, folder: str) -> TrainState:
-    """What our `train_step` needs to train the block: what `prepare` would make of a whole base."""
-    accelerator = Accelerator()
+def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: Batch, folder: str) -> TrainState:
+    """What our `train_step` needs to train a model with a LoRA on one batch: what `prepare` makes of a whole base."""
     settings = {"output_dir": folder, "train_batch_size": 1, "seed": 0, "sigma_schedule": "constant", **changes}
     config = TrainConfig.from_dict(settings)
-    model: nn.Module = Block().to(accelerator.device)
+    accelerator = Accelerator(mixed_precision=config.optim.mixed_precision)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradient = step_gradient({"unet": model}, trainable, config.perturb, 0, total_steps=10_000)
     optimizer, lr_schedule = optimizer_of(list(trainable.values()))

@@ -143,7 +143,7 @@ def chromium() -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture(params=["full", "low_rank"])
+@pytest.fixture(params=["full", "philox", "low_rank"])
 def draw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each kind of draw in turn, as the one that a `FlatLora` has unless it is told another."""
     from flatlora_diffusion import FlatLora

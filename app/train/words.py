@@ -160,9 +160,9 @@ HELP = {
     "perturb_seed": "of Flat-LoRA's noise alone; left empty: the seed of the run",
     "perturb_noise": "filter: in proportion to each filter of the base, as in the paper; iid: spread evenly",
     "perturb_draw": "low_rank: as strong as in the paper, of far fewer numbers, in less time; full: each by itself, "
-    "as in the paper",
+    "as in the paper; philox: likewise, faster on a GPU",
     "perturb_norm_every": "the noise is in proportion to the weights, which are measured anew every so many steps",
-    "perturb_per": "for each batch, or once for each step as in the paper",
+    "perturb_per": "for each batch, once for each step as in the paper, or for each image, with low_rank above",
     "sigma": "how strong the noise is that Flat-LoRA trains against; left empty: 0.1",
     "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",

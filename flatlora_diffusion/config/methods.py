@@ -10,8 +10,8 @@ from flatlora_diffusion.config.section import ConfigError, Section, setting
 Method = Literal["lora", "flat-lora", "mixed-noise", "lora-sam", "sam", "bi-lora", "nbar", "obar"]
 SigmaSchedule = Literal["cosine", "linear", "constant", "down"]
 NoiseKind = Literal["filter", "iid"]
-DrawKind = Literal["full", "low_rank"]
-PerturbPer = Literal["microbatch", "step"]
+DrawKind = Literal["full", "philox", "low_rank"]
+PerturbPer = Literal["microbatch", "step", "example"]
 
 METHOD_NAMES: dict[str, str] = {
     "lora": "LoRA",
@@ -100,14 +100,17 @@ class PerturbConfig(Section):
     perturb_draw: DrawKind = setting(
         "low_rank",
         "eps of two thin factors, with the variances of Eq. 7 and no correlations either, from far fewer numbers and "
-        "in less time; or full: each entry drawn by itself, the letter of Eq. 7",
+        "in less time; full: each entry drawn by itself, the letter of Eq. 7; philox: likewise, with numbers that are "
+        "the same on CPU and GPU, drawn by a Triton kernel on CUDA",
         before="full",
     )
     perturb_norm_every: int = setting(
         10, "optimizer steps between two measurements of the norms that scale eps; 1 in the paper", min=1, before=1
     )
     perturb_per: PerturbPer = setting(
-        "microbatch", "a new eps for each micro-batch, or one for each optimizer step as in the paper"
+        "microbatch",
+        "a new eps for each micro-batch, one for each optimizer step as in the paper, or one for each example of a "
+        "micro-batch, which needs --perturb_draw low_rank",
     )
 
     def __post_init__(self) -> None:
@@ -128,6 +131,11 @@ class PerturbConfig(Section):
                 "--noise_share out or use --method mixed-noise"
             )
 
+        if self.perturb_per == "example" and self.perturb_draw != "low_rank" and self.draws_noise:
+            raise ConfigError(
+                f"--perturb_per example needs thin draws, but perturb_draw={self.perturb_draw} was given; use "
+                "--perturb_draw low_rank or --perturb_per microbatch"
+            )
         if self.bar_strength is not None and self.method not in BALANCING:
             raise ConfigError(
                 f"--method {self.method} balances nothing, but bar_strength={self.bar_strength:g} was given; leave "

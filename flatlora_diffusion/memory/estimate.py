@@ -105,7 +105,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         ema=lora if optim.use_ema else 0,
         activations=passes.saved,
         temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
-        perturbation=_of_method(passes, dtype.itemsize, config),
+        perturbation=_of_method(passes, dtype.itemsize, config, predictions),
         context=CONTEXT_BYTES,
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
@@ -254,8 +254,7 @@ def _dequantized(passes: Passes, kind: Quantization | None, width: int) -> int:
 
 
 def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
-    """The state of one trained tensor: AdamW two fp32 averages, prodigy at most four, Adafactor one
-    number per row and column."""
+    """The state of one trained tensor: AdamW two fp32 averages, prodigy at most four, Adafactor a row and a column."""
     count = shape.numel()
     if config.optimizer == "prodigy":
         return 16 * count
@@ -266,7 +265,7 @@ def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
     return 8 * count
 
 
-def _of_method(passes: Passes, width: int, config: TrainConfig) -> int:
+def _of_method(passes: Passes, width: int, config: TrainConfig, examples: int) -> int:
     """What the method holds in a step, or LoRA-GA before the first one if that is more.
 
     SAM and LoRA-GA: a slope of all adapted weights in fp32. Bi-LoRA: a second LoRA with gradient and AdamW's state.
@@ -276,18 +275,21 @@ def _of_method(passes: Passes, width: int, config: TrainConfig) -> int:
     trained = sum(shape.numel() for shape in passes.trained)
     held = {"sam": slopes, "bi-lora": 16 * trained, "lora-sam": 8 * trained}.get(config.perturb.method, 0)
     if config.perturb.draws_noise:
-        held = _perturbation(passes, width, config.perturb)
+        held = _perturbation(passes, width, config.perturb, examples)
     return max(held, slopes) if config.adapter.adapter == "lora-ga" else held
 
 
-def _perturbation(passes: Passes, width: int, config: PerturbConfig) -> int:
+def _perturbation(passes: Passes, width: int, config: PerturbConfig, examples: int) -> int:
     """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
 
-    A low-rank draw holds the factors of all eps in its place, and with them the LoRA's in the compute dtype.
+    A low-rank draw holds the factors of all eps in its place, and with them the LoRA's in the compute dtype; for each
+    example factors of its own, drawn in fp32 and kept in bf16, but none of the LoRA's.
     """
     rows = sum(shape[0] for shape in passes.adapted)
     if config.perturb_draw == "low_rank":
         inputs = sum(shape[1:].numel() for shape in passes.adapted)
+        if config.perturb_per == "example":
+            return 8 * rows + 6 * DRAW_RANK * (rows + inputs) * examples
         return 8 * rows + width * (DRAW_RANK * (rows + inputs) + sum(map(math.prod, passes.trained)))
     largest = max(shape.numel() for shape in passes.adapted)
     return 8 * rows + largest * (4 if width == 4 else 4 + width)

@@ -62,6 +62,7 @@ def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int
             prefix=prefix,
             draw=config.perturb_draw,
             norm_every=config.perturb_norm_every,
+            per_example=config.perturb_per == "example",
         )
         for prefix, model in models.items()
     ]

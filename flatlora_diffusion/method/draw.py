@@ -39,8 +39,8 @@ class Draw(ABC):
     def __init__(self, layers: Mapping[str, AdaptedLayer], row_stds: Mapping[str, Tensor], key: DrawKey) -> None: ...
 
     @abstractmethod
-    def noise(self, name: str) -> Tensor:
-        """eps of layer `name`, materialized: fp32, shape of W."""
+    def noise(self, name: str, example: int = 0) -> Tensor:
+        """eps of layer `name`, materialized: fp32, shape of W. `example` counts where each has an eps of its own."""
 
     @abstractmethod
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,25 +1,34 @@
-"""The full draw, the letter of Eq. 7: each entry of eps is a normal number of its own, drawn again in every pass."""
+"""The full draws, the letter of Eq. 7: each entry of eps is a normal number of its own, drawn again in every pass.
+
+There are two, whose numbers differ: PyTorch's generator, which gives others on a CPU than on CUDA, and `philox`, the
+same everywhere, which a kernel draws while it reads W. Which one a run has is a setting of its own, and not what
+happens to be installed, so that a run that is resumed goes on with the numbers that it began with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.noise import NoiseSpec, perturbed_layer, row_noise
+from flatlora_diffusion.method.philox.numbers import perturbed_by_place
 
 
 class FullDraw(Draw):
     """eps[i, j] = row_std[i] * z[i, j] with independent z ~ N(0, 1), m * n numbers a layer and pass. None is kept."""
 
+    by_place = False
+
     def __init__(self, layers: Mapping[str, AdaptedLayer], row_stds: Mapping[str, Tensor], key: DrawKey) -> None:
         self._layers, self._row_stds = layers, row_stds
         self._seeds = {name: key.derive("perturbation", name) for name in row_stds}
 
-    def noise(self, name: str) -> Tensor:
+    def noise(self, name: str, example: int = 0) -> Tensor:
         return row_noise(self._row_stds[name], self._layers[name].shape, self._seeds[name])
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -29,12 +38,22 @@ class FullDraw(Draw):
         if layer.is_fusable():
             # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
             dtype = compute_dtype(base.weight.device, base.weight.dtype)
-            spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution)
+            spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution, self.by_place)
             bias = None if base.bias is None else base.bias.to(dtype)
             return perturbed_layer(x.to(dtype), bias, base.weight, row_std, spec)
         # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
         output: Tensor = layer.base_forward(x, *args, **kwargs)
         # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.
         dtype = compute_dtype(x.device, output.dtype)
-        spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution)
+        spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution, self.by_place)
         return output + perturbed_layer(x.to(dtype), None, None, row_std, spec).to(output.dtype)
+
+
+class PhiloxDraw(FullDraw):
+    """The same law by `philox`: one eps for a key on all devices, and on CUDA W + eps in one pass over memory."""
+
+    by_place = True
+
+    def noise(self, name: str, example: int = 0) -> Tensor:
+        shape = self._layers[name].shape
+        return perturbed_by_place(None, self._row_stds[name], shape, self._seeds[name], torch.float32)

@@ -96,7 +96,7 @@ class LowRankDraw(Draw):
             version = _version(*pairs[name]) if name in pairs else None
             self._factors[name] = Factors(downs[name], ups[name], adapter, scale, version)
 
-    def noise(self, name: str) -> Tensor:
+    def noise(self, name: str, example: int = 0) -> Tensor:
         factors = self._factors[name]
         down, up = factors.drawn
         eps = up.float().mT @ down.float()

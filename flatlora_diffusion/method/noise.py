@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from flatlora_diffusion.method.philox.numbers import perturbed_by_place
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -27,13 +29,15 @@ class Convolution:
 class NoiseSpec:
     """All that is needed to make a layer's eps again: eps[i] = row_std[i] * z[i] with z ~ N(0, 1) from `seed`.
 
-    `shape` is the weight's, (m, n) or (m, n, kh, kw); `dtype` is the one that the layer computes in.
+    `shape` is the weight's, (m, n) or (m, n, kh, kw); `dtype` is the one that the layer computes in. With `by_place` z
+    is that of `philox`, else of PyTorch's generator on the device.
     """
 
     seed: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     convolution: Convolution | None = None
+    by_place: bool = False
 
 
 def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -94,6 +98,8 @@ def _batched(shape: torch.Size) -> tuple[int, ...]:
 
 def _effective_weight(weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
     """W + eps (or eps) in one fp32 buffer, then cast once to the compute dtype."""
+    if spec.by_place:
+        return perturbed_by_place(weight, row_std, spec.shape, spec.seed, spec.dtype)
     if weight is None:
         return row_noise(row_std, spec.shape, spec.seed).to(spec.dtype)
     buffer = _normal(row_std, spec.shape, spec.seed)

@@ -28,11 +28,7 @@ from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import Group, KeptNorms, NormState, merged_square_norms, row_stds
 from flatlora_diffusion.method.follow import Following
-from flatlora_diffusion.method.full_draw import FullDraw
-from flatlora_diffusion.method.low_rank_draw import LowRankDraw
 from flatlora_diffusion.method.settings import Settings, check_sigma, check_whole
-
-_DRAWS: dict[DrawKind, type[Draw]] = {"full": FullDraw, "low_rank": LowRankDraw}
 
 
 class FlatLora:
@@ -49,9 +45,11 @@ class FlatLora:
         prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
         draw: `low_rank` has the mean and covariance of Eq. 7, 0 between any two entries, but its entries are not
             normal: eps = diag(row_std) U V^T / sqrt(k) with N(0, 1) in U (m, k) and V (n, k), k = 4. It takes
-            k (m + n) numbers in place of m n. `full` draws every eps[i, j] by itself, the letter of Eq. 7.
+            k (m + n) numbers in place of m n. `full` draws every eps[i, j] by itself, the letter of Eq. 7; `philox`
+            too, the same numbers on all devices.
         norm_every: ||W'_i|| is taken anew in the first perturbed step of each `norm_every` optimizer steps; the
             active adapters must not change in between.
+        per_example: with `low_rank`, an eps for each example, the first dimension of what layers are given.
 
     Raises:
         ConfigError: a setting out of range, no LoRA layer, or adapted layers that cannot be perturbed (named).
@@ -69,8 +67,9 @@ class FlatLora:
         *,
         draw: DrawKind = "low_rank",
         norm_every: int = 1,
+        per_example: bool = False,
     ) -> None:
-        settings = Settings(sigma, schedule, total_steps, seed, noise, prefix, draw, norm_every)
+        settings = Settings(sigma, schedule, total_steps, seed, noise, prefix, draw, norm_every, per_example)
         self._model = model
         self._adapters = _adapters(model)
         self._is_open = False
@@ -155,12 +154,15 @@ class FlatLora:
         finally:
             self._disabled -= 1
 
-    def noise(self, name: str, step: int, slot: int = 0, sigma: float | None = None) -> Tensor:
-        """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W."""
-        layers = [self._layer(name)] if not _DRAWS[self.settings.draw].is_joint else self._layers.values()
+    def noise(self, name: str, step: int, slot: int = 0, sigma: float | None = None, example: int = 0) -> Tensor:
+        """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W.
+
+        With `per_example` that of the micro-batch's `example`.
+        """
+        layers = [self._layer(name)] if not self.settings.draws.is_joint else self._layers.values()
         with _exact():
-            norms = self._norms.seen_from(step, layers)
-            return self._drawn(norms, DrawKey(*self._root, step, slot), self._strength(step, sigma)).noise(name)
+            norms, key = self._norms.seen_from(step, layers), DrawKey(*self._root, step, slot)
+            return self._drawn(norms, key, self._strength(step, sigma)).noise(name, example)
 
     def filter_norms(self, name: str) -> Tensor:
         """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
@@ -200,7 +202,7 @@ class FlatLora:
         self._norms = KeptNorms(self._layers, settings.norm_every)
         for layer in self._layers.values():
             layer.restore_pairs()
-            if _DRAWS[settings.draw].acts_in_branch:
+            if settings.draws.acts_in_branch:
                 layer.attach_pairs(self._down_forward, self._up_forward)
 
     def _check_usable(self) -> None:
@@ -258,7 +260,7 @@ class FlatLora:
         for group, square_norms in norms:
             of_group = row_stds(square_norms, group[0].inputs, sigma, self.settings.noise).unbind()
             stds.update((layer.name, row_std) for layer, row_std in zip(group, of_group, strict=True))
-        return _DRAWS[self.settings.draw](self._layers, stds, key)
+        return self.settings.draws(self._layers, stds, key)
 
     @property
     def _root(self) -> tuple[int, str]:

@@ -7,6 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
+from flatlora_diffusion.method.draw import Draw
+from flatlora_diffusion.method.example_draw import ExampleDraw
+from flatlora_diffusion.method.full_draw import FullDraw, PhiloxDraw
+from flatlora_diffusion.method.low_rank_draw import LowRankDraw
+
+_DRAWS: dict[DrawKind, type[Draw]] = {"full": FullDraw, "philox": PhiloxDraw, "low_rank": LowRankDraw}
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Settings:
     prefix: str
     draw: DrawKind
     norm_every: int
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SigmaSchedule)
@@ -30,15 +37,22 @@ class Settings:
         check_whole("seed", self.seed, 0)
         check_whole("norm_every", self.norm_every, 1)
         check_sigma(self.sigma)
+        if self.per_example and self.draw != "low_rank":
+            raise ConfigError(f"draw={self.draw!r} has one eps for all examples; per_example needs draw='low_rank'")
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Settings:
         """The settings of a `state_dict`, in that of an earlier version those that it lacks as it worked then."""
-        whole = {"draw": "full", "norm_every": 1, **state}
+        whole = {"draw": "full", "norm_every": 1, "per_example": False, **state}
         names = [item.name for item in fields(cls)]
         if set(whole) != set(names):
             raise ConfigError(f"FlatLora state has keys {sorted(state)}, expected {sorted(names)}")
         return cls(**whole)
+
+    @property
+    def draws(self) -> type[Draw]:
+        """What eps is made by."""
+        return ExampleDraw if self.per_example else _DRAWS[self.draw]
 
     def sigma_at(self, step: int) -> float:
         """sigma at the 0-based optimizer `step`; from `total_steps` on a ramp stays at its end."""

@@ -62,7 +62,7 @@ class StepGradient:
 
 
 class NoisyGradient(StepGradient):
-    """The gradient at W + eps, Flat-LoRA, with a new eps for each micro-batch or one for the whole step."""
+    """The gradient at W + eps, Flat-LoRA, with a new eps for each micro-batch or example or one for the whole step."""
 
     def __init__(self, flats: Sequence[FlatLora], per: PerturbPer) -> None:
         self.flats, self._per = flats, per
@@ -80,7 +80,7 @@ class NoisyGradient(StepGradient):
             yield
 
     def _noisy(self, step: int, micro_batch: MicroBatch, weight: float = 1.0, is_shared: bool = True) -> Tensor:
-        with self._perturbed(step, micro_batch.slot if self._per == "microbatch" else 0):
+        with self._perturbed(step, 0 if self._per == "step" else micro_batch.slot):
             return micro_batch.backward(weight, is_shared)
 
     @contextmanager

@@ -119,6 +119,18 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
     assert (new.perturb_draw, new.perturb_norm_every) == ("low_rank", 10), "what is no saved config has the defaults"
 
 
+def test_an_eps_for_each_example_is_for_low_rank_draws_and_refused_before_anything_is_loaded() -> None:
+    flags = ["--perturb_per", "example", "--perturb_draw"]
+    assert parse_config([*flags, "low_rank"]).perturb.perturb_per == "example"
+    for draw in ("full", "philox"):
+        with pytest.raises(SystemExit) as stopped:
+            parse_config([*flags, draw])
+        assert stopped.value.code == 2
+        with pytest.raises(ConfigError, match=f"perturb_draw={draw} was given; use --perturb_draw low_rank"):
+            TrainConfig.from_dict({"perturb_per": "example", "perturb_draw": draw})
+    TrainConfig.from_dict({"perturb_per": "example", "perturb_draw": "full", "method": "lora"})
+
+
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
 def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Path, flags: list[str]) -> None:
     file = tmp_path / "config.json"

@@ -173,11 +173,14 @@ def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: P
         torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-5)
 
 
-def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_eps_per_step_per_micro_batch_or_per_example(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
-    for per, expected in (("step", [(5, 0), (5, 0)]), ("microbatch", [(5, 0), (5, 1)])):
-        state = prepare(config.replace(perturb_per=per, gradient_accumulation_steps=2), samples)
+    config = config.replace(perturb_draw="low_rank", gradient_accumulation_steps=2)
+    each = [(5, 0), (5, 1)]
+    for per, expected in (("step", [(5, 0), (5, 0)]), ("microbatch", each), ("example", each)):
+        state = prepare(config.replace(perturb_per=per), samples)
         (flat,) = state.flats
+        assert flat.settings.per_example == (per == "example")
         opened: list[tuple[int, int]] = []
         real = flat.perturb
         monkeypatch.setattr(flat, "perturb", lambda s, k, to=opened, real=real: (to.append((s, k)), real(s, k))[1])
@@ -187,7 +190,7 @@ def test_one_eps_per_step_or_one_per_micro_batch(config: TrainConfig, monkeypatc
 
 def test_the_kind_of_draw_reaches_the_training(config: TrainConfig) -> None:
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
-    for draw in ("full", "low_rank"):
+    for draw in ("full", "philox", "low_rank"):
         (flat,) = prepare(config.replace(perturb_draw=draw), samples).flats
         assert flat.state_dict()["draw"] == draw
 

@@ -1,0 +1,88 @@
+"""The low-rank draw with an eps for each example of a micro-batch.
+
+One eps for all examples does not average out over a micro-batch. With W + eps_b for example b each adds a draw of its
+own to the mean of the gradient, for thin products: y_b += diag(row_std) U_b (V_b^T x_b) / sqrt(k).
+
+Only low-rank draws can: of full ones each example would need a matrix of W's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
+from flatlora_diffusion.method.draw import Draw, DrawKey
+from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+
+Pair = tuple[Tensor, Tensor]  # V^T (B, k, n) and U^T (B, k, m), the latter times row_std / sqrt(k), in bf16
+
+
+class ExampleDraw(Draw):
+    """Examples are the first dimension of a layer's input. Their factors are drawn when there are so many of them.
+
+    An example's eps depends on its place in the micro-batch beside the key, not on how many others there are.
+    """
+
+    is_joint = True
+
+    def __init__(self, layers: Mapping[str, AdaptedLayer], row_stds: Mapping[str, Tensor], key: DrawKey) -> None:
+        self._layers, self._row_stds, self._key = layers, row_stds, key
+        self._pairs: dict[str, Pair] = {}
+        self._examples = 0
+
+    def noise(self, name: str, example: int = 0) -> Tensor:
+        down, up = self._factors(name, example + 1)
+        return (up[example].float().mT @ down[example].float()).view(self._layers[name].shape)
+
+    def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = layer.base_forward(x, *args, **kwargs)
+        if not layer.is_active():
+            return output
+        dtype = compute_dtype(x.device, output.dtype)
+        if x.ndim == (1 if layer.convolution is None else 3):
+            x = x.unsqueeze(0)  # one example, without a dimension for it
+        down, up = (factor.to(dtype) for factor in self._factors(layer.name, len(x)))
+        return output + _product(layer, x.to(dtype), down, up).to(output.dtype).reshape(output.shape)
+
+    def _factors(self, name: str, examples: int) -> Pair:
+        """Those of the first `examples` examples."""
+        if examples > self._examples:
+            with torch.inference_mode(False), torch.no_grad():  # a later backward may need them
+                self._draw(examples)
+            self._examples = examples
+        down, up = self._pairs[name]
+        return down[:examples], up[:examples]
+
+    def _draw(self, examples: int) -> None:
+        by_device: dict[torch.device, list[AdaptedLayer]] = {}
+        for name, layer in self._layers.items():
+            by_device.setdefault(self._row_stds[name].device, []).append(layer)
+        for device, layers in by_device.items():
+            columns = [layer.inputs for layer in layers] + [layer.shape[0] for layer in layers]
+            stds = torch.cat([self._row_stds[layer.name] for layer in layers]).div_(math.sqrt(DRAW_RANK))
+            drawn = torch.empty(examples, DRAW_RANK, sum(columns), device=device)
+            for example, numbers in enumerate(drawn):
+                rng = torch.Generator(device=device)
+                rng.manual_seed(self._key.derive("low-rank perturbation", f"example {example}"))
+                numbers.normal_(generator=rng)
+            drawn[..., -len(stds) :].mul_(stds)
+            pieces = drawn.bfloat16().split(columns, dim=2)  # the same eps whatever a layer computes in
+            for layer, down, up in zip(layers, pieces, pieces[len(layers) :], strict=False):
+                self._pairs[layer.name] = down, up
+
+
+def _product(layer: AdaptedLayer, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """eps_b x_b of all examples: (B, tokens, m) or (B, m, places)."""
+    if layer.convolution is None:
+        return x.reshape(len(x), -1, layer.inputs) @ down.mT @ up
+    kernels = down.reshape(-1, *layer.shape[1:])  # those of one example are a group
+    geometry = layer.convolution
+    images = x.reshape(1, -1, *x.shape[2:])
+    hidden = F.conv2d(images, kernels, None, geometry.stride, geometry.padding, groups=len(x))
+    return up.mT @ hidden.reshape(len(x), DRAW_RANK, -1)
