@@ -30,7 +30,7 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.memory.preflight import tell_memory
-from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.sdxl.device import one_launch, this_process
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.heldout.folds import chosen_by_folds
@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> Path:
     """
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
-    with alone_in(folder, "output_dir") if this_process().is_main_process else nullcontext():
+    with one_launch() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
         run, chosen = RunDir(folder), None
         if config.data.holdout_folds:
             config, chosen = chosen_by_folds(config, run, _train)

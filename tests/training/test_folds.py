@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from tiny_runs import samples_of
 
@@ -39,10 +40,13 @@ def test_the_run_trains_on_all_images_for_the_steps_that_the_folds_have_found(
     folded: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """As a run of all steps does until then: its result is that run's checkpoint, bit for bit."""
+    ends: list[bool] = []  # of the process group, which folds and run need
+    run = RunDir(Path(folded.run.output_dir))
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda _: ends.append(run.ending() is not None))
     give(monkeypatch, 0.5, 0.4, 0.5, 0.5, 0.4, 0.3)  # of 2 images and of 1: the means are 0.5, 0.4, 0.43
     with caplog.at_level(logging.INFO):
         path = train(folded)
-    run = RunDir(path.parent)
+    assert ends == [True], "it ends once, after the last run"
     assert steps_of(run, "finished") == [2]
     assert len(steps_of(run, "step")) == 2
     ids = {sample.id for sample in samples_of(folded)}
