@@ -65,7 +65,7 @@ def held_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[
         raise ConfigError(
             f"holdout_images={count} leaves none of the {len(samples)} images to train on; give a lower number"
         )
-    return _without(samples, _by_content(samples)[:count])
+    return _without(samples, sorted(samples, key=lambda sample: (sample.sha256, sample.id))[:count])
 
 
 class Fold(NamedTuple):
@@ -83,18 +83,17 @@ def parted(samples: Sequence[Sample], data: DataConfig, fold: Fold | None) -> tu
 def fold_of(samples: Sequence[Sample], number: int, count: int) -> tuple[list[Sample], list[Sample]]:
     """The images that fold `number` of `count`, from 1 on, trains on, and those that it holds out, in their order.
 
-    Each image is held out by one fold, the same by the same one in any order. Raises ConfigError for too few images.
+    Each image is held out by one fold, the same by the same one in any order, and with its copies. Raises ConfigError
+    for too few images.
     """
-    if count > len(samples):
+    contents = sorted({sample.sha256 for sample in samples})
+    if count > len(contents):
         raise ConfigError(
-            f"holdout_folds={count} is more than the {len(samples)} images, of which each fold holds out another "
-            f"part; give at most {len(samples)}"
+            f"holdout_folds={count} is more than the {len(contents)} images, of which each fold holds out another "
+            f"part; give at most {len(contents)}"
         )
-    return _without(samples, _by_content(samples)[number - 1 :: count])
-
-
-def _by_content(samples: Sequence[Sample]) -> list[Sample]:
-    return sorted(samples, key=lambda sample: (sample.sha256, sample.id))
+    away = set(contents[number - 1 :: count])
+    return _without(samples, [sample for sample in samples if sample.sha256 in away])
 
 
 def _without(samples: Sequence[Sample], away: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

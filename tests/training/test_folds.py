@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from tiny_runs import samples_of
 
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm
 from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.data.training_set import Fold, fold_of
@@ -57,6 +59,8 @@ def test_the_run_trains_on_all_images_for_the_steps_that_the_folds_have_found(
     assert "fold 2 of 2: trains on 2 images, 1 are held out" in caplog.text
     assert "1: 0.5000, 2: 0.4000, 3: 0.4333" in caplog.text
     assert "the run on all images takes 2 steps" in caplog.messages
+    planned = PlannedRun(parse_arm("flat-lora:holdout_folds=2"), 3, folded)
+    assert (planned.is_finished, planned.last_step, list(planned.files)) == (True, 2, [1, 2]), "an arm of a comparison"
     other = train(folded.replace(holdout_folds=0, output_dir=str(tmp_path / "other")))
     expected, result = load_file(other.parent / "checkpoint-2" / LORA_FILE), load_file(path)
     assert all(torch.equal(value, expected[name]) for name, value in result.items())
@@ -130,8 +134,12 @@ def test_folds_are_the_same_in_any_order_and_nearly_as_large(config: TrainConfig
         assert {one.id for one in fold_of(samples[::-1], number, 2)[1]} == {one.id for one in theirs}
         assert len(theirs) == 3 - number
         assert sorted(one.id for one in (*ours, *theirs)) == sorted(one.id for one in samples)
+    twins = [*samples, *(replace(sample, id=f"copy of {sample.id}") for sample in samples)]
+    ours, theirs = fold_of(twins, 2, 3)
+    assert len(theirs) == 2
+    assert not {one.sha256 for one in ours} & {one.sha256 for one in theirs}, "a copy would tell what is held out"
     with pytest.raises(ConfigError, match="holdout_folds=4 is more than the 3 images"):
-        fold_of(samples, 1, 4)
+        fold_of(twins, 1, 4)
 
 
 @pytest.mark.parametrize(
