@@ -30,7 +30,7 @@ _HELD_OUT = SAMPLES / "icons_3d" / "heldout" / "prompts.txt"
 class ComparedRun:
     """One column: a finished run, its LoRA file, and the base that it was trained on.
 
-    `checkpoints` are (steps, LoRA file) of those saved on the way; `steps` is how many there were in all.
+    `checkpoints` are (steps, LoRA file) of those saved on the way; `steps` is how many there were to the result.
     """
 
     id: str
@@ -153,11 +153,11 @@ class Comparison:
 
 
 def common_moments(arms: Sequence[ComparedRun]) -> tuple[int | None, ...]:
-    """After how many steps all of `arms` have saved a checkpoint, then the end.
+    """After how many steps all of `arms` have saved a checkpoint on the way to their end, then the end.
 
     Raises ConfigError when there is no such checkpoint; one at the end is the end itself.
     """
-    steps = [{step for step, _ in arm.checkpoints if step != arm.steps} for arm in arms]
+    steps = [{step for step, _ in arm.checkpoints if arm.steps is None or step < arm.steps} for arm in arms]
     common = sorted(set.intersection(*steps)) if steps else []
     if not common:
         names = " and ".join(arm.name for arm in arms)
@@ -244,7 +244,7 @@ def _arm(context: AppContext, run: Run, file: Path, resolution: int) -> Compared
         file=file,
         base=base_arguments(context.runs.settings(run.id)),
         resolution=resolution,
-        steps=run.progress.total,
+        steps=run.progress.end or run.progress.total,
         checkpoints=tuple(
             (int(name.rpartition("-")[2]), run.folder / name / file.name)
             for name in run.checkpoints

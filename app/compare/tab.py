@@ -34,6 +34,7 @@ _POLL_SECONDS = 1.5
 _LOOKS = [("Pictures", PICTURES), ("Difference to the base", TO_BASE), ("LoRA against Flat-LoRA", BETWEEN)]
 _RESIZE = "(size) => document.documentElement.style.setProperty('--fl-size', size + 'px')"
 _ROWS = [("Prompts", BY_PROMPT), ("at several strengths", BY_STRENGTH), ("by checkpoint", BY_CHECKPOINT)]
+_ROWS_INFO = "A checkpoint is the LoRA on its way, so also the end that a run had before it was trained longer."
 _PRECISIONS = [("As the device likes", AUTOMATIC), ("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16")]
 
 
@@ -106,7 +107,7 @@ def _build_side_by_side(
             )
             prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
         with gr.Column(scale=2, min_width=280):
-            rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info="A checkpoint is the LoRA on its way.")
+            rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info=_ROWS_INFO)
             with gr.Column() as one_strength:  # shown and hidden itself, the slider would be made anew as Gradio's own
                 strength = emptiable_slider(
                     0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."

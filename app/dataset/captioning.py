@@ -54,12 +54,12 @@ def caption_by_model(
         if all(present.values()):
             raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
         if not name_or_path.strip():
-            raise ConfigError("no captioning model is given; enter the folder or hub id of a BLIP model")
+            raise ConfigError("no captioning model is given; enter a folder or hub id, as the box says")
         context.places.check_model("captioning model", name_or_path.strip())
         from flatlora_diffusion.evaluation.captioner import load_captioner  # imports transformers, which takes seconds
 
-        captioner = load_captioner(name_or_path.strip())
-        count = fill_captions(context.uploads, session, captioner, trigger.strip(), told)
+        captioner = load_captioner(name_or_path.strip(), trigger.strip())
+        count = fill_captions(context.uploads, session, captioner, told)
     return note(f"{count} captions written by the model; read them, and correct what is wrong")
 
 

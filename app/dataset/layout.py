@@ -72,8 +72,9 @@ def build_intake(form: ConfigForm) -> Intake:
     with gr.Accordion("Caption with a model", open=False):
         model = gr.Textbox(
             label="Captioning model",
-            info="a BLIP model: its folder, or its name on the Hugging Face hub, such as "
-            "Salesforce/blip-image-captioning-base; only images without a caption get one",
+            info="its folder, or its name on the Hugging Face hub: a BLIP or Florence-2 model, such as "
+            "Salesforce/blip-image-captioning-base or florence-community/Florence-2-base, writes sentences; a tagger, "
+            "such as SmilingWolf/wd-swinv2-tagger-v3, writes tags. Only images without a caption get one",
             elem_id="captioner",
         )
         with gr.Row():

@@ -103,9 +103,7 @@ def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Fram
     return DatasetView(cards)
 
 
-def fill_captions(
-    uploads: Uploads, session: str, captioner: Captioner, trigger: str, told: Callable[[int, int], None]
-) -> int:
+def fill_captions(uploads: Uploads, session: str, captioner: Captioner, told: Callable[[int, int], None]) -> int:
     """Caption the images that have none; returns how many. Each batch is saved, so that a stop loses little.
 
     `told` gets how many of how many are done.
@@ -115,9 +113,8 @@ def fill_captions(
     for first in range(0, len(bare), _CAPTIONED_AT_ONCE):
         paths = bare[first : first + _CAPTIONED_AT_ONCE]
         texts = captioner([load_image(path) for path in paths])
-        ending = f", in the style of {trigger}" if trigger else ""
         still_bare = {name for name, text in uploads.captions(session).items() if not text}  # as it is after the wait
-        made = {path.name: f"{text}{ending}" for path, text in zip(paths, texts, strict=True)}
+        made = {path.name: text for path, text in zip(paths, texts, strict=True)}
         uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare}, first > 0)
         told(first + len(paths), len(bare))
     return len(bare)

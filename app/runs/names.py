@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import FOLD, RunDir
 
 LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
 _PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
@@ -54,7 +54,7 @@ def is_run(folder: Path) -> bool:
 def run_ids(root: Path) -> Iterator[str]:
     """The ids of the run folders below `root`, those that lie less deep first.
 
-    Links are not followed; hidden folders, and what an earlier run has left in a folder, hold none.
+    Links are not followed; hidden folders, what an earlier run has left in a folder and the folds of a run hold none.
     """
     waiting = deque([("", root)])
     for _ in range(_MOST_FOLDERS):
@@ -63,7 +63,7 @@ def run_ids(root: Path) -> Iterator[str]:
         above, folder = waiting.popleft()
         for path in _folders(folder):
             run_id = f"{above}/{path.name}" if above else path.name
-            if not _is_id(run_id) or (above and path.name.startswith("earlier-")):
+            if not _is_id(run_id) or (above and path.name.startswith(("earlier-", FOLD))):
                 continue
             if is_run(path) and _is_inside(root, path):
                 yield run_id

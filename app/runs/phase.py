@@ -17,6 +17,8 @@ TRAINING = "training"
 ENDING = "drawing the last previews and saving the LoRA"
 STOPPING = "stopping: it ends its step and saves, then it can be resumed"
 SAVING = "saving a checkpoint after this step"
+FOLDS = "finding the number of steps: fold {} of {}"
+_IN_FOLD = re.compile(r"fold (\d+) of (\d+): trains on")  # the trainer's line as each begins
 _HAS_LOADED = re.compile(r"the base is ")  # the trainer's line once the base's weights are there
 
 
@@ -25,12 +27,20 @@ def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_preview
     if run.stop_file.exists() or (launch is not None and launch.stop_file.exists()):
         return STOPPING
     if not progress.has_begun or _is_older(run, launch):
-        return CACHING if launch is not None and _says(launch.log(200), _HAS_LOADED) else LOADING
+        return _beginning([] if launch is None else launch.log(200))
     if progress.step == 0 and has_previews and not progress.has_drawn:
         return PREVIEWS
     if progress.total and progress.step >= progress.total:
         return ENDING
     return SAVING if run.save_file.exists() else TRAINING
+
+
+def _beginning(log: Sequence[str]) -> str:
+    """What a run is doing before its first step."""
+    in_fold = [found for line in log if (found := _IN_FOLD.match(line))]
+    if in_fold:
+        return FOLDS.format(*in_fold[-1].groups())
+    return CACHING if _says(log, _HAS_LOADED) else LOADING
 
 
 def _is_older(run: RunDir, launch: Launch | None) -> bool:

@@ -15,6 +15,7 @@ RECENT_STEPS = 50
 class Progress:
     """`step` optimizer steps of `total` are done; times in seconds. `last` is the last event that ends a run.
 
+    end: the step of the result of a finished run, which held-out images may have chosen;
     has_begun: whether all is loaded; has_drawn: whether there are previews.
     """
 
@@ -24,6 +25,7 @@ class Progress:
     seconds_per_step: float | None = None
     loss: float | None = None
     last: str | None = None
+    end: int | None = None
     has_begun: bool = False
     has_drawn: bool = False
 
@@ -60,6 +62,7 @@ class EventLog:
                 seconds_per_step=speed,
                 loss=last["loss"],
                 last=self._ending,
+                end=self._end,
                 has_begun=True,
                 has_drawn=bool(self._previews),
             )
@@ -88,6 +91,7 @@ class EventLog:
         self._validation: dict[int, float] = {}
         self._previews: dict[int, list[str]] = {}
         self._ending: str | None = None
+        self._end: int | None = None
         self._has_begun = False
 
     def _read_on(self) -> None:
@@ -125,3 +129,4 @@ class EventLog:
             self._previews[event["step"]] = event["images"]
         elif kind in ("stopped", "finished"):
             self._ending = kind
+            self._end = event["step"] if kind == "finished" else None

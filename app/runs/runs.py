@@ -21,7 +21,7 @@ from .phase import phase_of
 from .processes import Trainers, read_json
 from .progress import EventLog, Progress
 from .settings import checked_config, near
-from .state import RunFiles, RunState, judge
+from .state import RunFiles, RunState, has_folds, judge
 from .trash import Trash
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")
@@ -47,6 +47,7 @@ class Run:
     method: str | None
     changed: float
     phase: str = ""
+    has_folds: bool = False
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Run:
 
     @property
     def is_resumable(self) -> bool:
-        return self.state in _RESUMABLE and bool(self.checkpoints)
+        return self.state in _RESUMABLE and (bool(self.checkpoints) or self.has_folds)
 
 
 class RunStore:
@@ -246,6 +247,7 @@ class RunStore:
             checkpoints=tuple(path.name for path in checkpoints),
             method=settings.get("method"),
             phase=phase_of(run, launch, progress, has_previews) if is_running else "",
+            has_folds=has_folds(folder),
             changed=max((path.stat().st_mtime for path in places if path.exists()), default=0.0),
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE
 
 from ..jobs.launch import STOPPED_CODE, Launch
 from .progress import Progress
@@ -46,7 +46,7 @@ def judge(launch: Launch | None, progress: Progress, files: RunFiles, is_queued:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is in a run folder: whether its LoRA, the newest checkpoint's name, when the events last changed."""
+    """What is in a run folder: its LoRA, the newest checkpoint's name or the folds, when the events last changed."""
 
     has_lora: bool
     checkpoint: str | None
@@ -57,9 +57,14 @@ class RunFiles:
         events = folder / "events.jsonl"
         return cls(
             has_lora=(folder / LORA_FILE).is_file(),  # and not a base or another LoRA that lies there too
-            checkpoint=checkpoints[-1].name if checkpoints else None,
+            checkpoint=checkpoints[-1].name if checkpoints else "its folds" if has_folds(folder) else None,
             changed=events.stat().st_mtime if events.exists() else 0.0,
         )
+
+
+def has_folds(folder: Path) -> bool:
+    """Whether the folds of a run that has not begun itself have kept what to go on from."""
+    return next(folder.glob(f"{FOLD}*/checkpoint-*"), None) is not None
 
 
 def _by_events(progress: Progress, files: RunFiles) -> Verdict:

@@ -35,7 +35,7 @@ _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of the steps of a training, as fast as `run` was."""
+    """Seconds of the steps of a training, those of its folds too, as fast as `run` was."""
 
     seconds: float
     seconds_per_step: float
@@ -72,7 +72,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     if best is None:
         return None
     run, seconds = best
-    steps = total_steps(config, images)
+    steps = total_steps(config, images) * (1 + config.data.holdout_folds)
     return TimeEstimate(steps * seconds, seconds, steps, run.name)
 
 
@@ -109,7 +109,8 @@ def estimate_disk(config: TrainConfig, images: int, lora_bytes: int, folder: Pat
     count = total_steps(config, images) // run.checkpointing_steps
     if run.checkpoints_total_limit is not None:
         count = min(count, run.checkpoints_total_limit)
-    return DiskEstimate(needed=files + max(1, count) * checkpoint, free=shutil.disk_usage(folder).free)
+    folds = config.data.holdout_folds * (files + 2 * checkpoint)  # each keeps its best and its last
+    return DiskEstimate(needed=files + max(1, count) * checkpoint + folds, free=shutil.disk_usage(folder).free)
 
 
 def _is_as_fast(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:

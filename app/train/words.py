@@ -41,6 +41,7 @@ LABELS = {
     "background_color": "Background of transparent images",
     "holdout_images": "Images kept aside to stop in time",
     "holdout_patience": "Stop after checkpoints without a gain",
+    "holdout_folds": "Folds that find the number of steps",
     "shuffle_tags": "Shuffle the tags of captions",
     "keep_tags": "First tags that stay",
     "tag_dropout": "Share of tags left out",
@@ -168,6 +169,8 @@ HELP = {
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
     "holdout_images": "so many are not trained on: the result is the checkpoint that knows them best",
     "holdout_patience": "stop after so many checkpoints in a row that know the images kept aside no better; 0: never",
+    "holdout_folds": "for few images: so many runs, each without another part of the images, find how many steps are "
+    "best; then all images are trained on for so many",
     "multires_noise_discount": "each coarser noise counts so much as the one before",
     "max_train_steps": "one step looks at one batch; more steps learn more, and in the end by heart",
     "num_train_epochs": "only if Steps is empty",

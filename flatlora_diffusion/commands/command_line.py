@@ -31,6 +31,7 @@ from flatlora_diffusion.commands.train_flags import parse_config
 from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings
 from flatlora_diffusion.config import (
     QUIET_VARIABLE,
+    CaptionConfig,
     CompareConfig,
     ConfigError,
     FlatnessConfig,
@@ -89,6 +90,7 @@ def _verbs() -> dict[str, Verb]:
         "generate": Verb(_generate, "draw prompts with the base and with LoRAs at several strengths"),
         "flatness": Verb(_flatness, "measure how flat the loss is around finished runs"),
         "app": Verb(_app, "all of this in the browser"),
+        "caption": Verb(_caption, "write captions for the images of a folder, by a model of your choice"),
         "inspect": Verb(inspect_verb, "show what is in a LoRA file and which tools read it"),
         "export": Verb(export_verb, "write a LoRA file for other tools"),
         "import": Verb(import_verb, "write a LoRA file of any layout for diffusers"),
@@ -132,6 +134,16 @@ def _train(arguments: list[str]) -> None:
 
     hide_library_bars()
     print(f"LoRA saved in {train(config)}")
+
+
+def _caption(arguments: list[str]) -> None:
+    description = "Write a caption for each image of a folder that has none: caption FOLDER --captioner MODEL."
+    given = ["--folder", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    config = verb_settings(CaptionConfig, "caption", description, given)
+    from flatlora_diffusion.evaluation.caption_files import write_captions
+
+    hide_library_bars()
+    print(f"{write_captions(config)} captions written; read them, and correct what is wrong")
 
 
 def _demo(arguments: list[str]) -> None:

@@ -33,6 +33,7 @@ from flatlora_diffusion.config import (
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.training.settling import is_made_with
 
 logger = logging.getLogger(__name__)
 
@@ -127,12 +128,10 @@ class PlannedRun:
 
     def _is_mine(self) -> bool:
         """Whether the run in the folder was made with these settings; what they leave open may have any value."""
-        if not self.run.config_file.is_file():
+        if not is_made_with(self.run, self.config):
             return False
         wanted, saved = self.config.to_dict(), self.run.config()
-        settled = {name: saved.get(name) for name in settings_that("is_settled") if wanted[name] is None}
-        is_alike = not self.run.changed_settings(self.config.replace(**settled))
-        return is_alike and all(saved.get(name) == wanted[name] for name in _SHAPE)
+        return all(saved.get(name) == wanted[name] for name in _SHAPE)
 
 
 def parse_arm(text: str) -> Arm:

@@ -137,8 +137,8 @@ def _training_seconds(planned: PlannedRun, seconds_per_pass: float) -> float:
     """How long what is left of a training takes."""
     if planned.is_finished:
         return 0
-    optim = planned.config.optim
-    samples = planned.steps_left * optim.train_batch_size * optim.gradient_accumulation_steps
+    optim, runs = planned.config.optim, 1 + planned.config.data.holdout_folds
+    samples = runs * planned.steps_left * optim.train_batch_size * optim.gradient_accumulation_steps
     return _START_SECONDS + samples * _PASSES[planned.arm.method] * seconds_per_pass
 
 

@@ -40,6 +40,9 @@ from flatlora_diffusion.config.programs import (
     QUIET_VARIABLE as QUIET_VARIABLE,
 )
 from flatlora_diffusion.config.programs import (
+    CaptionConfig as CaptionConfig,
+)
+from flatlora_diffusion.config.programs import (
     CompareConfig as CompareConfig,
 )
 from flatlora_diffusion.config.programs import (

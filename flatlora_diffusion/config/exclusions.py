@@ -34,6 +34,7 @@ def exclusions(config: TrainConfig) -> Iterable[tuple[object, str]]:
             data.with_prior_preservation and not (data.class_data_dir and data.class_prompt),
             "--with_prior_preservation needs --class_data_dir and --class_prompt",
         ),
+        *_of_folds(config),
         *_of_weightings(config),
         *_of_prior_from_base(config),
         (
@@ -55,6 +56,26 @@ def exclusions(config: TrainConfig) -> Iterable[tuple[object, str]]:
         (
             data.cache_text_embeddings and config.trains_text,
             "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
+        ),
+    )
+
+
+def _of_folds(config: TrainConfig) -> Iterable[tuple[object, str]]:
+    data, steps, each = config.data, config.optim.max_train_steps, config.run.checkpointing_steps
+    if not data.holdout_folds:
+        return ()
+    return (
+        (data.holdout_folds == 1, "--holdout_folds 1 would leave nothing to train on; give 2 or more"),
+        (
+            data.holdout_images or data.holdout_patience,
+            "--holdout_folds holds out each image in turn, over all steps; leave --holdout_images and "
+            "--holdout_patience out",
+        ),
+        (steps is None, "--holdout_folds needs --max_train_steps: an epoch of fewer images has fewer steps"),
+        (
+            steps is not None and each >= steps,
+            f"--holdout_folds chooses among checkpoints, and checkpointing_steps={each} makes none before the end of "
+            f"{steps} steps; give fewer, such as a tenth of them",
         ),
     )
 

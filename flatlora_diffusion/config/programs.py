@@ -151,6 +151,21 @@ class InspectConfig(Section):
 
 
 @dataclass(frozen=True)
+class CaptionConfig(Section):
+    """All settings of `caption`: captions for the images of a folder that have none."""
+
+    folder: str = setting("", "folder of images; those without a caption get one, in NAME.txt beside them")
+    captioner: str = setting(
+        "",
+        "folder or hub id of the model: a BLIP or a Florence-2 in transformers' format writes a sentence, a WD14 "
+        "tagger (model.onnx with selected_tags.csv) tags",
+    )
+    trigger: str = setting("", "trigger word, put in front of tags and behind a sentence, `, in the style of TOK`")
+    tag_threshold: float = setting(0.35, "how likely a tag has to be", min=0, max=1)
+    character_threshold: float = setting(0.85, "how likely the tag of a character has to be", min=0, max=1)
+
+
+@dataclass(frozen=True)
 class DoctorConfig(Section):
     """All settings of `doctor`: for what this computer is looked at."""
 

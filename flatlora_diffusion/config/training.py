@@ -137,6 +137,13 @@ class DataConfig(Section):
         min=0,
         free_on_resume=True,
     )
+    holdout_folds: int = setting(
+        0,
+        "for few images: so many runs of --max_train_steps, each without another part of the images, find at how many "
+        "steps the held-out loss of all images is lowest; then the run trains on all of them for so many",
+        min=0,
+        max=100,
+    )
     repeats: int = setting(1, "how often each image is used per epoch", min=1, max=10_000, moves="draws")
     with_prior_preservation: bool = setting(
         False, "train on class images too, so that the class keeps its look", moves="draws"

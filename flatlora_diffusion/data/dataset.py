@@ -84,8 +84,7 @@ def load_samples(folder: Path, instance_prompt: str | None = None, caption_colum
     if not paths:
         found = f": {_listing(skipped)}" if skipped else "; put the training images directly into it"
         raise ConfigError(f"image folder {folder} has no readable image{found}")
-    listed = _metadata_captions(folder, caption_column)
-    own = {path.name: listed.get(path.name) or _sidecar_caption(path) for path in paths}
+    own = own_captions(folder, paths, caption_column)
     bare = [name for name, caption in own.items() if not caption]
     if bare and not (instance_prompt and instance_prompt.strip()):
         have = "has" if len(bare) == 1 else f"and {len(bare) - 1} more have"
@@ -95,6 +94,12 @@ def load_samples(folder: Path, instance_prompt: str | None = None, caption_colum
         )
     samples = [make_sample(path.name, path, own[path.name] or str(instance_prompt)) for path in paths]
     return SampleSet(samples, captioned=len(paths) - len(bare), skipped=skipped)
+
+
+def own_captions(folder: Path, paths: Iterable[Path], caption_column: str | None = None) -> dict[str, str]:
+    """The caption that each image in `folder` has of its own, by name; empty for one without."""
+    listed = _metadata_captions(folder, caption_column)
+    return {path.name: listed.get(path.name) or _sidecar_caption(path) for path in paths}
 
 
 def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:

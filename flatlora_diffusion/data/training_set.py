@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flatlora_diffusion.config import ConfigError, DataConfig
 from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, load_samples, make_sample
@@ -65,10 +65,43 @@ def held_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[
         raise ConfigError(
             f"holdout_images={count} leaves none of the {len(samples)} images to train on; give a lower number"
         )
-    away = {id(sample) for sample in sorted(samples, key=lambda sample: (sample.sha256, sample.id))[:count]}
+    return _without(samples, sorted(samples, key=lambda sample: (sample.sha256, sample.id))[:count])
+
+
+class Fold(NamedTuple):
+    """One `of` so many parts of the images, numbered from 1 on."""
+
+    number: int
+    of: int
+
+
+def parted(samples: Sequence[Sample], data: DataConfig, fold: Fold | None) -> tuple[list[Sample], list[Sample]]:
+    """The images to train on and those that are held out: by a fold, or by --holdout_images."""
+    return held_out(samples, data.holdout_images) if fold is None else fold_of(samples, *fold)
+
+
+def fold_of(samples: Sequence[Sample], number: int, count: int) -> tuple[list[Sample], list[Sample]]:
+    """The images that fold `number` of `count`, from 1 on, trains on, and those that it holds out, in their order.
+
+    Each image is held out by one fold, the same by the same one in any order, and with its copies. Raises ConfigError
+    for too few images.
+    """
+    contents = sorted({sample.sha256 for sample in samples})
+    if count > len(contents):
+        raise ConfigError(
+            f"holdout_folds={count} is more than the {len(contents)} images, of which each fold holds out another "
+            f"part; give at most {len(contents)}"
+        )
+    away = set(contents[number - 1 :: count])
+    return _without(samples, [sample for sample in samples if sample.sha256 in away])
+
+
+def _without(samples: Sequence[Sample], away: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """The others, and those of `away`, in the order of `samples`."""
+    ids = {id(sample) for sample in away}
     return (
-        [sample for sample in samples if id(sample) not in away],
-        [sample for sample in samples if id(sample) in away],
+        [sample for sample in samples if id(sample) not in ids],
+        [sample for sample in samples if id(sample) in ids],
     )
 
 

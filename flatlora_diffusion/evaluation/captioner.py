@@ -1,37 +1,106 @@
-"""A captioner: one sentence that says what an image shows, by a BLIP of transformers; inference only."""
+"""A captioner: a caption that says what an image shows, by a model of the user's choice; inference only.
+
+BLIP and Florence-2 write a sentence, a tagger of the WD14 kind (`tagger.py`) tags with commas between them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, BlipForConditionalGeneration
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, Florence2ForConditionalGeneration
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.evaluation.preprocessing import load_vision_input
+from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 
+_MOST_TOKENS = 75  # what SDXL reads of a prompt
+_FLORENCE_TASK = "Describe in detail what is shown in the image."  # one of those that Florence-2 was trained on
+_KINDS = (
+    "give a folder or hub id of a BLIP, of a Florence-2 in transformers' own format (such as "
+    "florence-community/Florence-2-base), or of a WD14 tagger (such as SmilingWolf/wd-swinv2-tagger-v3)"
+)
+# What a config.json of another format makes transformers raise: its own parts that it does not know are KeyErrors.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
-def load_captioner(name_or_path: str, device: torch.device | str = "cpu", max_tokens: int = 30) -> Captioner:
-    """A function from images to captions: the likeliest word at each place (greedy), so it has no randomness.
 
-    `name_or_path` is a BLIP captioning model with safetensors, in a folder or on the hub. Raises ConfigError else.
+def load_captioner(
+    name_or_path: str,
+    trigger: str = "",
+    thresholds: Thresholds | None = None,
+    device: torch.device | str = "cpu",
+    max_tokens: int = _MOST_TOKENS,
+) -> Captioner:
+    """A function from images to captions with the `trigger` word in them; without any randomness.
+
+    `thresholds` are those of a tagger; sentences are the likeliest word at each place (greedy), of safetensors.
+    Raises ConfigError for what cannot be loaded.
     """
+    files = find_tagger(name_or_path)
+    if files is not None:
+        tags = load_tagger(name_or_path, files, thresholds or Thresholds())
+        return lambda images: [", ".join([trigger] * bool(trigger) + found) for found in tags(images)]
+    sentences = _load_writer(name_or_path, device, max_tokens)
+    ending = f", in the style of {trigger}" if trigger else ""
+    return lambda images: [f"{text}{ending}" for text in sentences(images)]
+
+
+def _load_writer(name_or_path: str, device: torch.device | str, max_tokens: int) -> Captioner:
     try:
-        model = BlipForConditionalGeneration.from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True)
+        kind = AutoConfig.from_pretrained(name_or_path).model_type
+        load = {"blip": BlipForConditionalGeneration, "florence2": Florence2ForConditionalGeneration}.get(kind)
+        if load is None:
+            raise ConfigError(f"captioner {name_or_path!r} is a {kind} model; {_KINDS}")
+        model, info = load.from_pretrained(
+            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"captioner {name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except ConfigError:
+        raise
+    except _LOAD_ERRORS as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(f"captioner {name_or_path!r} cannot be loaded: {line}; {_KINDS}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ConfigError(
+            f"captioner {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}; {_KINDS}"
+        )
     model.to(device).eval()
     vision_input = load_vision_input(name_or_path)
+    asks = _florence_question(model, tokenizer) if kind == "florence2" else _nothing
 
     @torch.inference_mode()
     def captions(images: Sequence[Image.Image]) -> list[str]:
         pixels = vision_input.pixels(images).to(device)
-        ids = model.generate(pixel_values=pixels, do_sample=False, num_beams=1, max_new_tokens=max_tokens)
+        ids = model.generate(
+            pixel_values=pixels, do_sample=False, num_beams=1, max_new_tokens=max_tokens, **asks(pixels)
+        )
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     return captions
+
+
+def _nothing(pixels: Tensor) -> dict[str, Tensor]:
+    return {}
+
+
+def _florence_question(model: Any, tokenizer: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What Florence-2 is asked of pixels (B, 3, H, W): a place for each token of the image, then the task in words."""
+    words = [tokenizer.bos_token_id, *tokenizer(_FLORENCE_TASK, add_special_tokens=False).input_ids]
+    places: dict[torch.Size, int] = {}  # how many tokens an image of such pixels has
+
+    def question(pixels: Tensor) -> dict[str, Tensor]:
+        if pixels.shape[1:] not in places:
+            places[pixels.shape[1:]] = model.get_image_features(pixels[:1]).pooler_output.shape[1]
+        image = [model.config.image_token_id] * places[pixels.shape[1:]]
+        row = torch.tensor([*image, *words, tokenizer.eos_token_id], device=pixels.device)
+        ids = row.expand(len(pixels), -1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    return question

@@ -8,6 +8,7 @@ checkpoint-N/     LoRA file and optimizer state after N steps
 images/           preview images
 NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
 NAME.comfyui.json, NAME.comfyui_api.json, NAME.parameters.txt  what draws NAME.png in ComfyUI and in A1111
+holdout-fold-N/   the run that holds out a part of the images, to find how many steps are best
 stop, save        files that ask a run to stop, or to save a checkpoint, after the step it is at
 """
 
@@ -29,17 +30,10 @@ from flatlora_diffusion.ground.whole_files import is_of, remove_half_written, wr
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
 EMBEDDINGS_FILE = "pytorch_lora_weights_emb.safetensors"  # those of new tokens
 KOHYA_COPY = "pytorch_lora_weights_kohya.safetensors"  # the name that diffusers' script gives the file for other tools
-_RUN_FILES = (
-    "events.jsonl",
-    "images",
-    "README.md",
-    "logs",
-    LORA_FILE,
-    EMBEDDINGS_FILE,
-    KOHYA_COPY,
-)
+_RUN_FILES = ("events.jsonl", "images", "README.md", "logs", LORA_FILE, EMBEDDINGS_FILE, KOHYA_COPY)
 # What makes a folder a run: written first and moved away last, so that it is known for one whatever cuts that off.
 _IDENTITY = ("config.json", "manifest.json")
+FOLD = "holdout-fold-"
 COMFYUI, COMFYUI_API, A1111_TEXT = ".comfyui.json", ".comfyui_api.json", ".parameters.txt"
 BESIDE_LORA = (".json", ".png", COMFYUI, COMFYUI_API, A1111_TEXT)  # the endings of what stands with the LoRA's file
 # Stems that a run's other files have, and those that Windows keeps for devices.
@@ -59,6 +53,7 @@ class RunDir:
         self.events_file = folder / "events.jsonl"
         self.images = folder / "images"
         self.stop_file = folder / "stop"
+        self.stop_files = [self.stop_file]  # those that it obeys
         self.save_file = folder / "save"
 
     def check_new(self, config: Mapping[str, Any]) -> None:
@@ -95,6 +90,12 @@ class RunDir:
         for path in self.folder.iterdir():
             if _HALF_CHECKPOINT.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def fold(self, number: int) -> RunDir:
+        """The folder of one of --holdout_folds, which obeys a request to stop this run, too."""
+        inner = RunDir(self.folder / f"{FOLD}{number}")
+        inner.stop_files.append(self.stop_file)
+        return inner
 
     @contextmanager
     def writing(self) -> Iterator[None]:

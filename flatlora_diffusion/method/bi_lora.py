@@ -64,12 +64,10 @@ class BiLora(StepGradient):
 
     @torch.no_grad()
     def norm(self) -> float:
-        """||s B2 A2||_F over all layers, without forming B2 A2."""
-        squares = [
-            self._scales[layer] ** 2 * ((up.mT @ up) * (down @ down.mT)).sum().double().cpu()
-            for layer, (down, up) in self._pairs.items()
-        ]
-        return float(torch.stack(squares).sum().clamp(min=0).sqrt())
+        """||s B2 A2||_F over all layers, without forming B2 A2; read from the device once."""
+        squares = torch.stack([((up.mT @ up) * (down @ down.mT)).sum() for down, up in self._pairs.values()])
+        scales = torch.tensor([self._scales[layer] for layer in self._pairs], dtype=torch.float64)
+        return float((scales.square() * squares.cpu().double()).sum().clamp(min=0).sqrt())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, header = optimizer_tensors(self._optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -24,3 +26,13 @@ def this_process() -> PartialState:
     """
     # Accelerator looks whether it was told so, PartialState does not.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+
+
+@contextmanager
+def one_launch() -> Iterator[PartialState]:
+    """This process while its launch trains, one run or several; the process group ends with it."""
+    process = this_process()
+    try:
+        yield process
+    finally:
+        process.destroy_process_group()

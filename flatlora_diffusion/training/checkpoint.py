@@ -54,6 +54,11 @@ def restore(state: TrainState, name: str) -> int:
             f"max_train_steps={state.total_steps} is less than the {step} steps that {folder.name} has taken; give at "
             "least as many, or resume from an earlier checkpoint"
         )
+    if state.end < step:
+        raise ConfigError(
+            f"holdout_folds={state.config.data.holdout_folds} have found {state.end} steps, fewer than the {step} "
+            f"that {folder.name} has taken; resume from an earlier checkpoint, or leave --resume_from_checkpoint out"
+        )
     if state.total_steps != saved["max_train_steps"]:
         logger.info("%s", _new_end(state, step, saved))
     now = state.config.to_dict()
@@ -65,7 +70,7 @@ def restore(state: TrainState, name: str) -> int:
         state.run.forget_after(step)
         state.run.update(now)
         state.run.add_event({"event": "resumed", "step": step, "changed": changed})
-    logger.info("resuming from %s; steps left: %d", folder.name, state.total_steps - step)
+    logger.info("resuming from %s; steps left: %d", folder.name, state.end - step)
     start_trackers(state.accelerator, state.config)
     return step
 

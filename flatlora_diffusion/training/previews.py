@@ -14,7 +14,7 @@ from flatlora_diffusion.ground.whole_files import writing_whole
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text
 from flatlora_diffusion.sdxl.ready import ready
 from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
-from flatlora_diffusion.training.holdout import HeldoutLoss
+from flatlora_diffusion.training.heldout.losses import HeldoutLoss
 from flatlora_diffusion.training.state import TrainState
 from flatlora_diffusion.training.trackers import tell_trackers
 from flatlora_diffusion.training.validation import Picture, read_pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.schedule import Shape, schedule_of
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import check_writable
@@ -34,6 +34,15 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     new = config.replace(resume_from_checkpoint=None)
     run.check_new(new.to_dict())
     return with_precision(seeded(new))
+
+
+def is_made_with(run: RunDir, config: TrainConfig) -> bool:
+    """Whether the run in the folder was made with these settings; what they leave open may have any value."""
+    if not run.config_file.is_file():
+        return False
+    wanted, saved = config.to_dict(), run.config()
+    left_open = {name: saved.get(name) for name in settings_that("is_settled") if wanted[name] is None}
+    return not run.changed_settings(config.replace(**left_open))
 
 
 def _check_unfinished(run: RunDir) -> None:

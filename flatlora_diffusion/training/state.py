@@ -68,7 +68,7 @@ class TrainState:
     heldout: Sequence[Sample] = ()  # images of the run that are not trained on
     steps_done: int | None = 0  # None while an update is half done
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
-    chosen: int | None = None  # the step whose weights are the result, where held-out images have chosen one
+    chosen: int | None = None  # the step whose weights are the result, where held-out images or folds have chosen one
     draws: str = ""  # the hash of what the last step drew, its eps apart
 
     @property

@@ -96,7 +96,7 @@ class Stopping:
         """Why to stop now, or None."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        if self._run.stop_file.exists():
+        if any(file.exists() for file in self._run.stop_files):
             return "the stop file"
         if self._max_seconds is not None and time.monotonic() - self._began >= self._max_seconds:
             return f"max_train_seconds={self._max_seconds:g}"

@@ -34,12 +34,12 @@ def tell_trackers(accelerator: Accelerator, values: Mapping[str, float], step: i
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """End the trackers, and the process group if there is one."""
+    """End the trackers. The process group stays for the next run, which that of folds has."""
     try:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     except Exception as error:
         _give_up(accelerator, error)
-        accelerator.end_training()
 
 
 def _give_up(accelerator: Accelerator, error: Exception) -> None:

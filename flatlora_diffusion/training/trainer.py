@@ -24,16 +24,17 @@ from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.adapter.prior import prior_loss
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
-from flatlora_diffusion.data.training_set import held_out, load_training_set
+from flatlora_diffusion.data.training_set import Fold, load_training_set, parted
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.memory.preflight import tell_memory
-from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.sdxl.device import one_launch, this_process
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
-from flatlora_diffusion.training.holdout import Holdout
+from flatlora_diffusion.training.heldout.folds import chosen_by_folds
+from flatlora_diffusion.training.heldout.losses import Holdout
 from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
 from flatlora_diffusion.training.result import present, save_result
@@ -65,11 +66,15 @@ def train(config: TrainConfig) -> Path:
     """
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
-    with alone_in(folder, "output_dir") if this_process().is_main_process else nullcontext():
-        return _train(config, RunDir(folder))
+    with one_launch() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
+        run, chosen = RunDir(folder), None
+        if config.data.holdout_folds:
+            config, chosen = chosen_by_folds(config, run, _train)
+        return _train(config, run, chosen=chosen)
 
 
-def _train(given: TrainConfig, run: RunDir) -> Path:
+def _train(given: TrainConfig, run: RunDir, fold: Fold | None = None, chosen: int | None = None) -> Path:
+    """Train all steps, or those that were `chosen`; for a `fold` without the images that it holds out."""
     with interrupted_as(_untrained):
         config = new_or_resumed(given, run)
         if this_process().is_main_process:
@@ -77,16 +82,16 @@ def _train(given: TrainConfig, run: RunDir) -> Path:
         check_early(config)
         found = load_training_set(config.data)
         logger.info(found.summary)
-        samples, heldout = held_out(found.samples, config.data.holdout_images)
+        samples, heldout = parted(found.samples, config.data, fold)
         tell_memory(config, samples)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
             state = prepare(config, samples, load_class_samples(config))
-            state.heldout = heldout
+            state.heldout, state.chosen = heldout, chosen
     try:
         with kept(state), explained(state.config):
             previews, first = _started(state, config.run.resume_from_checkpoint)
-            holdout = Holdout(state, heldout) if heldout and previews is not None else None
+            holdout = Holdout(state, heldout, first) if heldout and previews is not None else None
             with Stopping(run, config.optim.max_train_seconds) as stopping:
                 last = _loop(state, first, previews, stopping, holdout)
                 if config.data.holdout_images:
@@ -220,9 +225,9 @@ def _loop(
     """Train the steps from `first` on; returns how many are done when held-out images or their number end them."""
     run = state.config.run
     bar = tqdm(
-        range(first, state.total_steps),
+        range(first, state.end),
         initial=first,
-        total=state.total_steps,
+        total=state.end,
         desc=state.config.perturb.method,
         disable=previews is None,
     )
@@ -235,28 +240,28 @@ def _loop(
         done = step + 1
         if previews is not None:
             now = time.monotonic()
-            eta = (now - began) / (done - first) * (state.total_steps - done)
+            eta = (now - began) / (done - first) * (state.end - done)
             bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
             if check is not None:
                 check.step_done(loss, now - started)
-            if done < state.total_steps and is_due(state, step):
+            if done < state.end and is_due(state, step):
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
         reason = _agreed(state, stopping.reason())
         is_point = done % run.checkpointing_steps == 0
-        if holdout is not None and reason is None and (is_point or done == state.total_steps):
+        if holdout is not None and reason is None and (is_point or done == state.end):
             holdout.measure(done)
         is_asked = is_point or reason is not None
         if previews is not None and (state.run.takes_save_request() or is_asked):
             save_checkpoint(state, done)
-        if reason is not None and done < state.total_steps:
+        if reason is not None and done < state.end:
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
         if is_point and state.config.data.holdout_patience and _agreed(state, _enough(holdout)) is not None:
             logger.info("step %d is the last: the loss of the held-out images falls no more", done)
             return done
-    return state.total_steps
+    return state.end
 
 
 def _enough(holdout: Holdout | None) -> str | None:

@@ -30,6 +30,7 @@ from app.jobs.store import Job, JobState, Store
 from app.settings import AppSettings
 from app.theme import COLOURS
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.ground.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
@@ -260,6 +261,33 @@ def test_rows_by_checkpoint_draw_the_lora_on_its_way(view: CompareView) -> None:
     shutil.rmtree(view.context.runs.folder / "icons-lora" / "checkpoint-1")
     with pytest.raises(ConfigError, match="no checkpoint of the same step was kept on the way"):
         view.comparison(form)
+
+
+def test_a_run_that_was_trained_longer_stands_below_its_earlier_end(view: CompareView) -> None:
+    run = RunDir(view.context.runs.folder / "icons-lora")
+    finished = run.ending()
+    assert finished is not None
+    before = finished["step"]
+    form = replace(FORM, runs=["icons-lora"], rows=BY_CHECKPOINT)
+    labels = [row.label.rpartition(" · ")[2] for row in view.comparison(form).rows()]
+    shutil.copytree(run.folder / "checkpoint-1", run.folder / f"checkpoint-{before}", dirs_exist_ok=True)
+    run.config_file.write_text(json.dumps(run.config() | {"max_train_steps": before + 1}), encoding="utf-8")
+    (last,) = [one for one in run.events() if one["event"] == "step"][-1:]
+    for event in ({"event": "resumed"}, last, {"event": "finished"}):
+        run.add_event(event | {"step": before + (event["event"] == "finished")})
+    longer = [row.label.rpartition(" · ")[2] for row in view.comparison(form).rows()]
+    assert longer == [*labels[:-1], f"after {before} steps", "at the end"]
+
+
+def test_checkpoints_after_the_one_that_held_out_images_have_chosen_are_no_way_to_it(view: CompareView) -> None:
+    run = RunDir(view.context.runs.folder / "icons-lora")
+    finished = run.ending()
+    assert finished is not None
+    for step in (2, 3, finished["step"] + 1):
+        shutil.copytree(run.folder / "checkpoint-1", run.folder / f"checkpoint-{step}", dirs_exist_ok=True)
+    run.add_event({"event": "finished", "step": 2})
+    rows = view.comparison(replace(FORM, runs=["icons-lora"], rows=BY_CHECKPOINT)).rows()
+    assert [row.label.rpartition(" · ")[2] for row in rows] == ["after 1 steps", "at the end"]
 
 
 def test_another_base_in_the_same_place_or_another_precision_is_another_picture(

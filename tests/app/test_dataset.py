@@ -141,10 +141,10 @@ def test_a_model_captions_only_what_has_no_caption(context: AppContext, tmp_path
 
     def captioner(images: Sequence[Image.Image]) -> list[str]:
         context.uploads.save_captions(session, {"0002.png": "mine"})  # the user goes on meanwhile
-        return ["a fox"] * len(images)
+        return ["a fox, in the style of TOK"] * len(images)
 
     told: list[tuple[int, int]] = []
-    fill_captions(context.uploads, session, captioner, "TOK", lambda done, of: told.append((done, of)))
+    fill_captions(context.uploads, session, captioner, lambda done, of: told.append((done, of)))
     captions = context.uploads.captions(session)
     assert captions["0001.png"] == captions["0006.png"] == "a fox, in the style of TOK"
     assert (captions["0002.png"], captions["0007.png"]) == ("mine", "owl")
@@ -256,7 +256,7 @@ def test_the_last_change_of_captions_can_be_undone_and_done_again(context: AppCo
         return ["a fox"] * len(images)
 
     context.uploads.save_captions(session, {"0001.png": "mine"})
-    fill_captions(context.uploads, session, captioner, "", lambda done, of: None)
+    fill_captions(context.uploads, session, captioner, lambda done, of: None)
     context.uploads.remove(session, "0003.png")
     assert "4 captions are as before" in undo_captions(context, session)
     assert [text for text in context.uploads.captions(session).values() if text] == ["mine"]

@@ -22,6 +22,7 @@ from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
 from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
+from flatlora_diffusion.ground.whole_files import write_json
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
@@ -468,7 +469,20 @@ def test_a_folder_with_an_earlier_run_in_it_is_one_run(runs: RunStore) -> None:
         (folder / name).rename(folder / "earlier-1" / name)
     assert runs.all() == []
     made_by_hand(runs, "other/earlier-1")
+    made_by_hand(runs, "third/holdout-fold-1")
     assert runs.all() == []
+
+
+def test_a_run_that_was_stopped_in_its_folds_goes_on_with_them(runs: RunStore) -> None:
+    launch = runs.next_launch(runs.reserve("run"))
+    launch.folder.mkdir(parents=True)
+    write_json(launch.settings_file, {"holdout_folds": 2, "method": "lora"})
+    write_json(launch.exit_file, {"code": 3, "was_asked": True, "time": time.time()})
+    assert not runs.get("run").is_resumable
+    (runs.folder / "run" / "holdout-fold-2" / "checkpoint-1").mkdir(parents=True)
+    run = runs.get("run")
+    assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume goes on from its folds.")
+    assert runs.resume_settings("run")["resume_from_checkpoint"] == "latest"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,9 @@ def test_time_is_that_of_the_last_run_alike(tmp_path: Path) -> None:
     flat = estimate_time(config.replace(method="flat-lora", max_train_steps=None, num_train_epochs=3), 9, runs)
     assert flat is not None
     assert (flat.run, flat.steps, flat.seconds) == ("b", 9, 27.0)
+    folded = estimate_time(config.replace(holdout_folds=4, checkpointing_steps=10), 10, runs)
+    assert folded is not None
+    assert folded.steps == 500
     assert estimate_time(config.replace(resolution=128), 10, runs) is None
     assert estimate_time(config.replace(gradient_checkpointing=True), 10, runs) is None
     assert total_steps(config.replace(max_train_steps=None, repeats=2, gradient_accumulation_steps=2), 9) == 3
@@ -123,6 +126,8 @@ def test_memory_and_disk_are_counted(base: Path, tmp_path: Path) -> None:
     assert two.is_enough
     one = estimate_disk(config.replace(checkpoints_total_limit=1, use_ema=True), 10, memory.lora, tmp_path)
     assert one.needed == (6 + 2) * memory.lora
+    folded = estimate_disk(config.replace(holdout_folds=3), 10, memory.lora, tmp_path)
+    assert folded.needed == two.needed + 3 * (2 * 5 + 2) * memory.lora
     assert not estimate_disk(config, 10, 10**18, tmp_path).is_enough
 
 

@@ -94,6 +94,7 @@ def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureF
 
 
 VERBS = {
+    "caption",
     *("train", "compare", "evidence", "generate", "flatness"),
     *("export", "import", "merge", "resize", "extract", "inspect"),
 }

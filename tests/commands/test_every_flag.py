@@ -137,6 +137,7 @@ RUNS: dict[str, str] = {
     "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --multires_noise_iterations 2 "
     "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
     "holdout": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1",
+    "holdout folds": "--holdout_folds 2 --checkpointing_steps 1",
     "velocity": "--prediction_type v_prediction --zero_terminal_snr --debiased_estimation",
     "prior of the base": "--prior_from_base --class_prompt icon",
     "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --sigma_ramp_steps 1 --perturb_seed 1 "

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig, ObjectiveConfig
+from flatlora_diffusion.method.bi_lora import BiLora
 from flatlora_diffusion.sdxl.objective import (
     Batch,
     Objective,
@@ -90,6 +91,31 @@ def test_a_step_mixes_no_devices_and_reads_nothing_back(
         gradients = step(base, objective, kind, AdapterConfig(lora_target_modules="conv"))
     assert gradients
     assert {one.device for one in gradients} == {META}
+
+
+class Reads(TorchDispatchMode):
+    """Counts what is copied from `meta` to the CPU, for which a real device would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].device == META and kwargs.get("device") != META:
+            assert kwargs.get("dtype") is not torch.float64
+            self.count += 1
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
+        made = func(*args, **(kwargs or {}))
+        has_double = any(isinstance(one, Tensor) and one.dtype is torch.float64 for one in tree_leaves(made))
+        assert not (has_double and made.device == META), "some devices have no float64"
+        return made
+
+
+def test_bi_lora_reads_its_norm_from_the_device_once_and_takes_no_float64_there(base: Path) -> None:
+    unet = weightless(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
+    add_lora(unet, AdapterConfig(), 0)
+    gradient = BiLora({"unet": unet}, rho=0.1, seed=0)
+    with Reads() as reads:
+        gradient.norm()
+    assert reads.count == 1
 
 
 def test_another_device_and_a_wait_would_be_seen() -> None:

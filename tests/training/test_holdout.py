@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
 from flatlora_diffusion.data.training_set import held_out, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.training import holdout
 from flatlora_diffusion.training.checkpoint import best_step
+from flatlora_diffusion.training.heldout import losses as holdout
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -82,6 +82,26 @@ def test_a_resumed_run_chooses_as_the_unbroken_one(watched: TrainConfig, monkeyp
     train(watched.replace(**again))
     assert run.holdout_losses() == {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.45}, "step 3 was trained anew"
     assert steps_of(run, "finished") == [3, 2]
+
+
+def test_a_checkpoint_that_a_stop_left_unmeasured_is_measured_when_the_run_goes_on(
+    watched: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, run = watched.replace(max_train_steps=3), RunDir(Path(watched.run.output_dir))
+    left = iter((0.5, 0.2, 0.4))
+
+    def now(_: object) -> float:
+        if not run.checkpoints():
+            run.stop_file.touch()  # in the first step, so that the second one ends the run
+        return next(left)
+
+    monkeypatch.setattr(holdout.HeldoutLoss, "now", now)
+    with pytest.raises(StoppedError, match="stopped after step 2"):
+        train(watched)
+    assert run.holdout_losses() == {1: 0.5}, "a stop has to be quick"
+    train(watched.replace(resume_from_checkpoint="latest"))
+    assert run.holdout_losses() == {1: 0.5, 2: 0.2, 3: 0.4}
+    assert steps_of(run, "finished") == [2]
 
 
 def test_the_same_images_are_held_out_in_any_order_and_something_is_left_to_train(config: TrainConfig) -> None:

@@ -39,9 +39,13 @@ class HeldoutLoss:
 class Holdout:
     """Measures --holdout_images at each checkpoint; the figures are events of the run."""
 
-    def __init__(self, state: TrainState, samples: Sequence[Sample]) -> None:
+    def __init__(self, state: TrainState, samples: Sequence[Sample], first: int) -> None:
+        """Measures the checkpoint that a run goes on from, after `first` steps, if a stop left no time for it."""
         self._state = state
         self._loss = HeldoutLoss(state, samples)
+        is_point = first > 0 and first % state.config.run.checkpointing_steps == 0
+        if is_point and first not in state.run.holdout_losses():
+            self.measure(first)
 
     def measure(self, step: int) -> None:
         """The loss after `step` steps, of what would be saved."""
