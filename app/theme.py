@@ -89,15 +89,7 @@ label:has(> input[type=radio]:focus-visible), label:has(> input[type=checkbox]:f
 .fl-card pre { white-space: pre-wrap; max-height: 14em; overflow: auto; font-size: .8em; margin: 8px 0 0; }
 .table-wrap { max-width: 100%; overflow-x: auto; }
 #log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }
-.fl-gallery .grid-container .thumbnail-item { aspect-ratio: auto !important; height: auto !important; width: 100%; }
-.fl-gallery .grid-container .thumbnail-item img { aspect-ratio: 1; height: auto; width: 100%; object-fit: contain; }
-.fl-gallery .grid-wrap.fixed-height { min-height: 0; max-height: 340px; }
-.fl-gallery .grid-container .caption-label { position: static !important; display: block; width: 100%;
-  max-width: none !important; padding: 3px 4px; border: 0; border-radius: 0; white-space: normal;
-  overflow-wrap: anywhere; text-align: center;
-  font-size: .75rem; line-height: 1.3; background: none; color: var(--body-text-color); }
 @media (max-width: 640px) {
-  .fl-gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   .tab-container button { padding: 0 5px; font-size: 13px; }
 }
 """

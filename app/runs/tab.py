@@ -20,9 +20,10 @@ from ..reporting import note, told_on_the_page
 from ..train.forms import ConfigForm
 from ..train.tab import TrainTab, method_choice
 from .clone import clone_run
-from .live_view import loss_curves
+from .live_view import loss_curves, samples
 from .lora_import import Origin, import_lora_file, known_bases, origin_of
 from .run_cards import run_card
+from .strip import STRIP_CSS, STRIP_SCRIPT
 from .trash_tab import build_trash, connect_trash
 from .trash_tab import look as look_at_trash
 from .workbench import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, arranged, list_page, rows_of, storage_line
@@ -45,13 +46,13 @@ def refresh(context: AppContext, chosen: str | None, words: str, order: str) -> 
 
 
 def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
-    """Card, curves, previews, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
+    """Card, curves, samples, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
     if not run_id:
         none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
         return (
             "",
             gr.HTML(visible=False),
-            [],
+            gr.HTML(visible=False),
             {},
             "",
             "",
@@ -66,11 +67,10 @@ def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
         files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
     default = TrainConfig().to_dict()
     downloads = [gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS]
-    images = [(str(path), f"step {step}") for step, path in context.runs.images(run_id) if path.is_file()]
     return (
         run_card(run) if origin is None else _imported_card(run.name, origin),
         loss_curves(context, [run]),
-        images,
+        samples(context, [run]),
         {name: value for name, value in settings.items() if value != default.get(name)},
         run.name,
         ", ".join(run.label.tags),
@@ -196,7 +196,7 @@ def build_runs_tab(
         with gr.Column(min_width=300):
             card = gr.HTML()
             curves = gr.HTML("", css_template=CHART_CSS, padding=False)
-            previews = gr.Gallery(label="Previews", columns=4, height=240, object_fit="contain", buttons=[])
+            previews = gr.HTML("", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, visible=False, padding=False)
         with gr.Column(min_width=300):
             labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
             keep = gr.Button("Save name, tags and note")

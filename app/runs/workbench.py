@@ -124,7 +124,7 @@ def mebibytes(count: int) -> str:
 
 def _row(context: AppContext, run: Run) -> Row:
     score, scored = _score(context, run.id)
-    images = [path for _, path in context.runs.images(run.id) if path.is_file()]
+    images = [one.path for one in context.runs.previews(run.id) if one.path.is_file()]
     base = context.runs.settings(run.id).get("pretrained_model_name_or_path") or ""
     is_imported = run.method == IMPORTED
     return Row(

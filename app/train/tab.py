@@ -23,6 +23,7 @@ from ..reporting import told_on_the_page
 from ..runs.live_view import NOTHING, live
 from ..runs.names import checked_text
 from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
+from ..runs.strip import STRIP_CSS, STRIP_SCRIPT
 from .acts import connect_acts
 from .bases import check_base
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
@@ -31,7 +32,8 @@ from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
 _METHODS = {title: method for method, title in METHOD_NAMES.items()}
 _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
-_SECOND = ("resolution", "train_batch_size", "validation_prompt", "num_validation_images", "seed")
+_SAMPLED = "validation_prompt"
+_SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 _METHOD_HINT = (
     "Flat-LoRA adds a little noise to the base while it trains, so that the style holds better. "
     "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
@@ -142,14 +144,8 @@ def build_train_tab(
             cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False)
             no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
             curves = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
-            previews = gr.Gallery(
-                label="Newest previews",
-                columns=4,
-                height="auto",
-                object_fit="contain",
-                buttons=[],
-                elem_classes="fl-gallery",
-                visible=False,
+            samples = gr.HTML(
+                "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, elem_id="samples", visible=False, padding=False
             )
             chosen = gr.Radio([], label="Log of", visible=False)
             log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
@@ -164,7 +160,7 @@ def build_train_tab(
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, previews, log, cancel, seen],
+        "outputs": [cards, chosen, curves, no_loss, samples, log, cancel, seen],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
@@ -182,6 +178,7 @@ def _place_first(form: ConfigForm) -> None:
         with gr.Row():
             for item in pair:
                 form.by_name[item].render()
+    form.by_name[_SAMPLED].render()
 
 
 def _place_the_rest(form: ConfigForm) -> None:
@@ -191,7 +188,7 @@ def _place_the_rest(form: ConfigForm) -> None:
         for title, names in form.sections.items():
             with gr.Accordion(title, open=False):
                 for item in names:
-                    if item not in (*_FIRST, *_SECOND, *PLACED_WITH_THE_IMAGES):
+                    if item not in (*_FIRST, _SAMPLED, *_SECOND, *PLACED_WITH_THE_IMAGES):
                         form.by_name[item].render()
 
 

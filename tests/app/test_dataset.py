@@ -287,7 +287,8 @@ def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(
 ) -> None:
     prompt = preset_settings("Quick look", {})["validation_prompt"]
     prompt, used = use_trigger(prompt, " ABC ", "TOK")
-    assert (prompt, used) == ("a ABC icon of a lighthouse, in the style of ABC", "ABC")
+    assert prompt.splitlines()[0] == "a ABC icon of a lighthouse, in the style of ABC"
+    assert ("TOK" in prompt, used) == (False, "ABC")
     assert use_trigger(prompt, "", used) == (prompt, "ABC")
     session = session_of(context, tmp_path / "in", ("TOKEN.png", (64, 64)))
     values = ("white", False, "tiny", "64")
