@@ -23,7 +23,7 @@ NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED = "Newest first", "By name", "Best s
 ORDERS = (NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED)
 NO_RUNS = empty_page("No runs yet", "What is trained on the Train tab, or imported below, is listed here.")
 NONE_FOUND = empty_page("No run has these words", "Name, state, method, base and tags are searched; use fewer words.")
-_METHOD_AND_SEED = re.compile(r"[-/](flat-lora|lora|base)(-\d+)?(/seed-\d+)?$")
+_ARM_AND_SEED = re.compile(r"/[^/]+/seed-\d+$|[-/](flat-lora|lora|base)(-\d+)?$")
 RUNS_CSS = """
 .fl-runs { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; max-height: 460px; overflow: auto; }
 .fl-runs h3 { margin: 10px 0 2px; font-size: 14px; font-weight: 600; color: var(--body-text-color); }
@@ -72,8 +72,8 @@ class Row:
 
     @property
     def experiment(self) -> str:
-        """What it was trained together with: the id without method and seed."""
-        return _METHOD_AND_SEED.sub("", self.id)
+        """What it was trained together with: the id without arm and seed."""
+        return _ARM_AND_SEED.sub("", self.id)
 
     @property
     def words(self) -> str:
