@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import gradio as gr
 
 from ..context import AppContext
+from ..questions import Question, build_question
 from ..reporting import note
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .bulk import CHANGES, REPLACE
 from .captions import TRIGGER
 from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
-from .removal import BRING_BACK, IMAGES, YES
+from .removal import BRING_BACK
 
 _LOOKING = "Looking for your images; the first time after a start takes some seconds."
 
@@ -34,17 +35,15 @@ class Intake:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The cards of the images, and their removal all at once. `asked`: what the question is about."""
+    """The cards of the images, and the questions before all images or all captions go."""
 
     count: gr.HTML
     told: gr.HTML
     filled: gr.Column
     cards: gr.HTML
     remove_all: gr.Button
-    question: gr.Row
-    yes: gr.Button
-    no: gr.Button
-    asked: gr.State
+    before_images: Question
+    before_captions: Question
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def build_intake(form: ConfigForm) -> Intake:
         )
         with gr.Row():
             by_model = gr.Button("Caption with a model", elem_id="captions-by-model", min_width=120)
-            empty = gr.Button("Empty all captions", variant="stop", min_width=120)
+            empty = gr.Button("Empty all captions", variant="stop", min_width=120, elem_id="empty-captions")
     with gr.Accordion("How images are cropped and shown to the trainer", open=False):
         for name in PLACED_WITH_THE_IMAGES:
             form.by_name[name].render()
@@ -90,9 +89,10 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
     told = gr.HTML(padding=False)
     with gr.Column(visible=False) as filled:
         bulk, remove_all = _build_bulk()
-        with gr.Row(visible=False) as question:
-            yes = gr.Button(YES[IMAGES], variant="stop", size="sm", elem_id="remove-all-yes")
-            no = gr.Button("No, keep them", size="sm")
+        questions = (
+            build_question("remove-all", "Yes, remove all images", "No, keep them"),
+            build_question("empty-captions", "Yes, empty all captions", "No, keep them"),
+        )
         cards = gr.HTML(
             "",
             css_template=CARDS_CSS,
@@ -100,7 +100,7 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
             server_functions=card_functions(context),
             elem_id="cards",
         )
-    return Pictures(count, told, filled, cards, remove_all, question, yes, no, gr.State(IMAGES)), bulk
+    return Pictures(count, told, filled, cards, remove_all, *questions), bulk
 
 
 def _build_bulk() -> tuple[Bulk, gr.Button]:

@@ -14,11 +14,11 @@ from flatlora_diffusion.config import ConfigError
 from ..context import AppContext
 from ..jobs.store import Job
 from ..loss_chart import loss_chart
+from ..sample_strip import strips
 from ..theme import SHADES
 from .phase import STOPPING
 from .run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, method_name, own_lines, run_card, waiting_card
 from .runs import Run
-from .strip import strips
 
 _MOST_POINTS = 300
 LOG_LINES = 40

@@ -16,14 +16,16 @@ from ..context import AppContext
 from ..dataset.tab import ensure_session
 from ..jobs.view import STATUS_CSS, told, wrong
 from ..loss_chart import CHART_CSS
+from ..questions import ask_before, build_question
 from ..reporting import note, told_on_the_page
+from ..reports.tab import build_report, connect_report
+from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..train.forms import ConfigForm
 from ..train.tab import TrainTab, method_choice
 from .clone import clone_run
 from .live_view import loss_curves, samples
 from .lora_import import Origin, import_lora_file, known_bases, origin_of
 from .run_cards import run_card
-from .strip import STRIP_CSS, STRIP_SCRIPT
 from .trash_tab import build_trash, connect_trash
 from .trash_tab import look as look_at_trash
 from .workbench import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, arranged, list_page, rows_of, storage_line
@@ -180,18 +182,8 @@ def build_runs_tab(
     table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs")
     storage = gr.HTML(padding=False)
     chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
-    with gr.Accordion("Import a LoRA, to compare it with yours", open=False), gr.Row():
-        with gr.Column(min_width=280):
-            file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
-        with gr.Column(min_width=280):
-            base = gr.Dropdown(
-                known_bases(context.runs),
-                label="For the base",
-                info="The one it is drawn with: a folder, a hub id, or tiny.",
-                allow_custom_value=True,
-            )
-            take = gr.Button("Import", min_width=90)
-            taken = gr.HTML(css_template=STATUS_CSS)
+    report = build_report()
+    take, of_import, taken = _build_import(context)
     with gr.Row():
         with gr.Column(min_width=300):
             card = gr.HTML()
@@ -204,14 +196,15 @@ def build_runs_tab(
             with gr.Row():
                 copy = gr.Button("Clone settings", min_width=90)
                 go_on = gr.Button("Resume", interactive=False, min_width=90)
-                drop = gr.Button("Delete", variant="stop", min_width=90)
+                drop = gr.Button("Delete", variant="stop", min_width=90, elem_id="delete-run")
+            question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
             with gr.Accordion("Settings that differ from the defaults", open=False):
                 settings = gr.JSON()
     trash = build_trash()
     again = {
         "fn": partial(refresh, context),
         "inputs": [chosen, words, order],
-        "outputs": [table, chosen, storage, trash.fold, trash.entries, trash.question],
+        "outputs": [table, chosen, storage, trash.fold, trash.entries, trash.question.row],
     }
     private = {**again, "api_visibility": "private"}
     everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
@@ -222,11 +215,13 @@ def build_runs_tab(
     table.click(_picked, None, [chosen], show_progress="hidden")
     gr.on([words.change, order.change], trigger_mode="always_last", show_progress="hidden", **private)
     chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
-    take.click(partial(take_lora, context), [file, base], [taken, chosen, file]).success(**private)
+    take.click(partial(take_lora, context), of_import, [taken, chosen, of_import[0]]).success(**private)
+    connect_report(context, report, chosen)
     keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
         partial(details, context), **look, api_visibility="private"
     )
-    drop.click(partial(delete, context), [chosen], None).success(**private)
+    ask_before(drop, question, chosen)
+    question.yes.click(partial(delete, context), [chosen], None).success(**private).then(**question.hidden)
     trash.back.click(partial(undo, context), [trash.entries], [chosen]).success(**private).success(**as_now)
     connect_trash(context, trash, lambda event: event.success(**private))
     cloned = [tabs, session, train.name, train.method, train.told, *form.components]
@@ -234,6 +229,23 @@ def build_runs_tab(
         **train.summary
     )
     go_on.click(partial(resume, context), [session, chosen], [tabs])
+
+
+def _build_import(context: AppContext) -> tuple[gr.Button, list[gr.components.Component], gr.HTML]:
+    """The button, the file and its base, what was taken."""
+    with gr.Accordion("Import a LoRA, to compare it with yours", open=False), gr.Row():
+        with gr.Column(min_width=280):
+            file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
+        with gr.Column(min_width=280):
+            base = gr.Dropdown(
+                known_bases(context.runs),
+                label="For the base",
+                info="The one it is drawn with: a folder, a hub id, or tiny.",
+                allow_custom_value=True,
+            )
+            take = gr.Button("Import", min_width=90)
+            taken = gr.HTML(css_template=STATUS_CSS)
+    return take, [file, base], taken
 
 
 def _picked(event: gr.EventData) -> str:

@@ -28,7 +28,7 @@ PRESETS = {
 PLACED_WITH_THE_IMAGES = ("background_color", "use_aspect_ratio_buckets")
 # Of the app alone: often enough to go on from, and to compare by checkpoint.
 _OF_PRESET: dict[str, dict[str, Any]] = {"Quick look": {"checkpointing_steps": 50}}
-_THINGS = ("a lighthouse", "a tomato", "a penguin")  # none of the sample icons
+_THINGS = ("a tomato", "a penguin", "a violin")  # none of the sample icons
 _START = {
     "validation_prompt": "\n".join(f"a {TRIGGER} icon of {thing}, in the style of {TRIGGER}" for thing in _THINGS),
     "num_validation_images": 1,

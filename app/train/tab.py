@@ -19,11 +19,12 @@ from ..context import AppContext
 from ..dataset.view import training_size
 from ..jobs.store import Job
 from ..loss_chart import CHART_CSS
+from ..questions import ask_before, build_question
 from ..reporting import told_on_the_page
 from ..runs.live_view import NOTHING, live
 from ..runs.names import checked_text
 from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
-from ..runs.strip import STRIP_CSS, STRIP_SCRIPT
+from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
 from .acts import connect_acts
 from .bases import check_base
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
@@ -141,7 +142,8 @@ def build_train_tab(
             queued = gr.HTML(padding=False)
             gr.Markdown("## Progress")
             cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
-            cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False)
+            cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False, elem_id="cancel-all")
+            question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
             no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
             curves = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
             samples = gr.HTML(
@@ -168,7 +170,8 @@ def build_train_tab(
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
-    connect_acts(context, session, cards, cancel, watch)
+    ask_before(cancel, question)
+    connect_acts(context, session, cards, question, watch)
     return TrainTab(timer, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
 
 

@@ -16,7 +16,7 @@ from app.context import AppContext, make_context
 from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
 from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
 from app.dataset.cards import card_functions, cards_page
-from app.dataset.removal import ask, confirmed
+from app.dataset.removal import remove_all
 from app.dataset.tab import load_samples_icons, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
 from app.dataset.view import DatasetView, Framing, fill_captions, look_at, training_size
@@ -287,7 +287,7 @@ def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(
 ) -> None:
     prompt = preset_settings("Quick look", {})["validation_prompt"]
     prompt, used = use_trigger(prompt, " ABC ", "TOK")
-    assert prompt.splitlines()[0] == "a ABC icon of a lighthouse, in the style of ABC"
+    assert prompt.splitlines()[0] == "a ABC icon of a tomato, in the style of ABC"
     assert ("TOK" in prompt, used) == (False, "ABC")
     assert use_trigger(prompt, "", used) == (prompt, "ABC")
     session = session_of(context, tmp_path / "in", ("TOKEN.png", (64, 64)))
@@ -298,12 +298,9 @@ def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(
     assert "trigger word" not in show(context, thumbnails, session, "TOK", *values)[1]
 
 
-def test_all_captions_are_emptied_and_all_images_removed_after_a_question(context: AppContext, tmp_path: Path) -> None:
+def test_all_captions_are_emptied_and_all_images_removed(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
-    question, yes, asked = ask("captions")
-    assert (question.visible, yes.value) == (True, "Yes, empty all captions")
-    confirmed(context, session, asked)
+    empty_captions(context, session)
     assert context.uploads.captions(session) == {"0001.png": ""}
-    assert ask("images")[1].value == "Yes, remove all images"
-    confirmed(context, session, "images")
+    remove_all(context, session)
     assert context.uploads.captions(session) == {}

@@ -13,8 +13,8 @@ from PIL import Image
 
 from app.context import AppContext
 from app.runs.live_view import live
-from app.runs.strip import MOST_COLUMNS, shown_steps
 from app.runs.tab import details
+from app.sample_strip import MOST_COLUMNS, shown_steps
 from app.train.forms import ConfigForm, preset_settings
 from flatlora_diffusion.config import TrainConfig
 
