@@ -36,13 +36,13 @@ STRIP_CSS = """
   max-width: min(60ch, 70vw); overflow-wrap: anywhere; font-size: 13px; }
 .fl-film button, .fl-film .fl-none { display: block; padding: 0; overflow: hidden; border-radius: 8px;
   width: var(--sample, 104px); height: var(--sample, 104px); border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary); cursor: zoom-in; }
+  background: var(--background-fill-secondary); cursor: zoom-in; transition: none; }
 .fl-film .fl-none { border-style: dashed; cursor: default; }
 .fl-film button[aria-pressed=true] { cursor: zoom-out; }
 .fl-film img { display: block; width: 100%; height: 100%; margin: 0; object-fit: contain; }
 """
-# A picture enlarges all of its strip, so that it stands beside the one from before. What is large, where the strip
-# stands and which picture has the focus outlasts the drawing of a new column.
+# A picture enlarges all of its strip to half the width, so that it stands beside the one from before. What is large,
+# where the strip stands and which picture has the focus outlasts the drawing of a new column.
 STRIP_SCRIPT = """
 const large = new Set(), places = new Map();
 let held = null;
@@ -50,7 +50,8 @@ const films = () => [...element.querySelectorAll('.fl-film')];
 const keyOf = (button) => button.closest('.fl-film').dataset.run + ' ' + button.dataset.sample;
 const dress = (film) => {
   const is_large = large.has(film.dataset.run);
-  film.style.setProperty('--sample', is_large ? 'min(66vw, 340px)' : '');
+  const half = Math.max(130, Math.min(420, (film.clientWidth - 20) / 2));
+  film.style.setProperty('--sample', is_large ? half + 'px' : '');
   film.querySelectorAll('button').forEach((one) => one.setAttribute('aria-pressed', is_large));
 };
 const drawn = () => films().forEach((film) => {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 
@@ -11,10 +12,16 @@ from ..questions import Question, build_question
 from ..reporting import note
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .bulk import CHANGES, REPLACE
+from .captioners import installed_captioners
 from .captions import TRIGGER
 from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
 from .removal import BRING_BACK
 
+_CAPTIONER_HERE = "found on this computer; only images without a caption get one"
+_NO_CAPTIONER = (
+    "none is on this computer yet: give the folder of a BLIP model, or its name on the Hugging Face hub, such as "
+    "Salesforce/blip-image-captioning-large; only images without a caption get one"
+)
 _LOOKING = "Looking for your images; the first time after a start takes some seconds."
 
 
@@ -27,7 +34,7 @@ class Intake:
     bring_back: gr.Button
     trigger: gr.Textbox
     from_names: gr.Button
-    model: gr.Textbox
+    model: gr.Dropdown
     by_model: gr.Button
     empty: gr.Button
     taken: gr.State
@@ -57,7 +64,7 @@ class Bulk:
     undo: gr.Button
 
 
-def build_intake(form: ConfigForm) -> Intake:
+def build_intake(context: AppContext, form: ConfigForm) -> Intake:
     drop = gr.File(
         label="Drop images or a zip here", file_count="multiple", type="filepath", height=150, elem_id="drop"
     )
@@ -68,11 +75,14 @@ def build_intake(form: ConfigForm) -> Intake:
             TRIGGER, label="Trigger word", info="a made-up word that stands for your style in prompts"
         )
         from_names = gr.Button("Write all captions from file names", elem_id="captions-from-names")
-    with gr.Accordion("Caption with a model", open=False):
-        model = gr.Textbox(
+    installed = installed_captioners(list(map(Path, context.settings.data_dir)))
+    with gr.Accordion("Caption with a model", open=bool(installed)):
+        model = gr.Dropdown(
+            installed,
+            value=installed[0] if installed else None,
             label="Captioning model",
-            info="a BLIP model: its folder, or its name on the Hugging Face hub, such as "
-            "Salesforce/blip-image-captioning-base; only images without a caption get one",
+            info=_CAPTIONER_HERE if installed else _NO_CAPTIONER,
+            allow_custom_value=True,
             elem_id="captioner",
         )
         with gr.Row():

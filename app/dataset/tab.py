@@ -101,7 +101,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     """`load`: the page's load event. Returns the event that shows the images anew."""
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            intake = build_intake(form)
+            intake = build_intake(context, form)
         with gr.Column(scale=3, min_width=300):
             pictures, bulk = build_pictures(context)
     looked_at = [form.by_name[name] for name in _LOOKED_AT]

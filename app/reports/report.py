@@ -19,6 +19,7 @@ from ..runs.names import folder_of
 from ..runs.processes import read_json
 from ..runs.runs import RunStore
 
+_NO_FIGURES = (UndefinedError, LookupError, TypeError, ValueError, AttributeError)  # of another version, or broken
 _WHOLE = "download it instead, and open it from there"
 REPORT_CSS = """
 iframe { display: block; width: 100%; height: min(85vh, 1000px); border: 1px solid var(--border-color-primary);
@@ -57,5 +58,27 @@ def _page(folder: Path, changed: int) -> str | None:
     """The page of the figures as they were when they `changed`; None for figures that it cannot be made of."""
     try:
         return compare_page(read_json(folder / RESULT), folder, is_framed=True)
-    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError):
+    except _NO_FIGURES:
         return None
+
+
+def arm_picture(runs: RunStore, run_id: str) -> Path | None:
+    """The first picture that the experiment has drawn with the run's arm."""
+    folder = report_of(runs, run_id)
+    if folder is None:
+        return None
+    arm = folder_of(runs.folder, run_id).resolve().relative_to(folder).parts[0]
+    return _pictures(folder, (folder / RESULT).stat().st_mtime_ns).get(arm)
+
+
+@lru_cache(maxsize=32)
+def _pictures(folder: Path, changed: int) -> dict[str, Path]:
+    """A picture of each arm by its key, from the figures as they were when they `changed`."""
+    result = read_json(folder / RESULT)
+    try:
+        keys = {arm["name"]: arm["key"] for arm in result["arms"]}
+        columns = zip(result["pictures"]["columns"], result["pictures"]["files"], strict=True)
+        found = {keys[name]: (folder / files[0]).resolve() for name, files in columns if name in keys and files[0]}
+    except _NO_FIGURES:
+        return {}
+    return {key: path for key, path in found.items() if path.is_relative_to(folder) and path.is_file()}

@@ -14,6 +14,7 @@ from flatlora_diffusion.gallery.png_text import bare_name
 
 from ..compare.grid import empty_page, file_url
 from ..context import AppContext
+from ..reports.report import arm_picture
 from ..theme import COLOURS
 from .lora_import import IMPORTED
 from .run_cards import method_name
@@ -139,7 +140,7 @@ def _row(context: AppContext, run: Run) -> Row:
         size=context.runs.size(run.id),
         tags=run.label.tags,
         changed=run.changed,
-        picture=images[-1] if images else None,
+        picture=images[-1] if images else arm_picture(context.runs, run.id),
     )
 
 

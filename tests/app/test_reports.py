@@ -14,6 +14,7 @@ from made_up_comparison import made_up_comparison, with_pictures
 from app.context import AppContext
 from app.reports.report import report_of
 from app.reports.tab import offer, toggle
+from app.runs.workbench import rows_of
 from flatlora_diffusion.compare.page.page import write_compare_page
 
 RUN = "demo/lora/seed-0"
@@ -67,6 +68,18 @@ def test_the_frame_can_do_nothing_and_holds_no_html_of_the_folder(context: AppCo
     assert "written by somebody else" not in inside
     assert "default-src &#39;none&#39;" in inside or "default-src 'none'" in inside
     assert 'src="data:image/png;base64,' in inside
+
+
+def test_the_list_shows_a_picture_of_an_arm_that_drew_no_previews(
+    context: AppContext, experiment: Path, tmp_path: Path
+) -> None:
+    pictures = {row.id: row.picture for row in rows_of(context)}
+    assert pictures == {RUN: experiment / "picture-1-0.png", "demo/sigma-0/seed-0": None, "alone": None}
+    result = json.loads((experiment / "compare.json").read_text())
+    (tmp_path / "secret.png").write_bytes(b"not for everybody")
+    result["pictures"]["files"][1][0] = "../../secret.png"
+    (experiment / "compare.json").write_text(json.dumps(result))
+    assert {row.picture for row in rows_of(context)} == {None}
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"verdict": 1, "arms": [1]}'])

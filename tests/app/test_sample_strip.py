@@ -107,5 +107,6 @@ def test_the_form_has_several_prompts_and_draws_them_on_the_way() -> None:
     assert form.by_name["validation_prompt"].lines > 1
     config = form.read(form.write(preset_settings("Paper", {})))
     assert len(config.run.preview_prompts) == 3
+    assert config.optim.max_train_steps is not None
     passes = config.optim.max_train_steps / 20  # of 20 images
     assert passes / config.run.validation_epochs >= 4
