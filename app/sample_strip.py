@@ -24,7 +24,7 @@ STRIP_CSS = """
 .fl-strip-head i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
 .fl-strip-head span { font-size: 12.5px; color: var(--body-text-color-subdued); }
 .fl-film { overflow-x: auto; max-width: 100%; }
-.fl-film table { border: 0; border-collapse: separate; border-spacing: 0; width: auto; margin: 0; }
+.fl-film table { border: 0; border-collapse: separate; border-spacing: 0; width: auto; margin: 0 !important; }
 .fl-film th, .fl-film td { border: 0; padding: 0 8px 6px 0; text-align: left; vertical-align: top; font-size: 12.5px;
   font-weight: 400; background: none; color: var(--body-text-color-subdued); white-space: nowrap; }
 .fl-film tr { background: none; border: 0; }

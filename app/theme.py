@@ -34,8 +34,6 @@ def make_theme() -> gr.themes.Base:
         button_cancel_background_fill_hover_dark="#ff8a7a",
         button_cancel_text_color="#b42318",
         button_cancel_text_color_dark="#ff8a7a",
-        button_cancel_text_color_hover="white",
-        button_cancel_text_color_hover_dark="#171412",
         button_cancel_border_color="#b42318",
         button_cancel_border_color_dark="#ff8a7a",
         button_border_width="1px",
@@ -63,6 +61,7 @@ footer { display: none !important; }
 .gradio-container { --fl-danger: #b42318; --fl-on-danger: white; --fl-edge: #8f8a85; --fl-focus: #2f6fde; }
 .dark .gradio-container, .gradio-container.dark { --fl-danger: #ff8a7a; --fl-on-danger: #171412; --fl-edge: #8f8a85;
   --fl-focus: #8db4ff; --color-accent: #f0915c; }
+button.stop:hover { color: var(--fl-on-danger) !important; border-color: var(--fl-danger) !important; }
 button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-visible, textarea:focus-visible,
 input:focus-visible, select:focus-visible, [tabindex]:focus-visible {
   outline: 3px solid var(--fl-focus) !important; outline-offset: 2px; }
