@@ -34,8 +34,6 @@ def make_theme() -> gr.themes.Base:
         button_cancel_background_fill_hover_dark="#ff8a7a",
         button_cancel_text_color="#b42318",
         button_cancel_text_color_dark="#ff8a7a",
-        button_cancel_text_color_hover="white",
-        button_cancel_text_color_hover_dark="#171412",
         button_cancel_border_color="#b42318",
         button_cancel_border_color_dark="#ff8a7a",
         button_border_width="1px",
@@ -63,6 +61,7 @@ footer { display: none !important; }
 .gradio-container { --fl-danger: #b42318; --fl-on-danger: white; --fl-edge: #8f8a85; --fl-focus: #2f6fde; }
 .dark .gradio-container, .gradio-container.dark { --fl-danger: #ff8a7a; --fl-on-danger: #171412; --fl-edge: #8f8a85;
   --fl-focus: #8db4ff; --color-accent: #f0915c; }
+button.stop:hover { color: var(--fl-on-danger) !important; border-color: var(--fl-danger) !important; }
 button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-visible, textarea:focus-visible,
 input:focus-visible, select:focus-visible, [tabindex]:focus-visible {
   outline: 3px solid var(--fl-focus) !important; outline-offset: 2px; }
@@ -89,15 +88,7 @@ label:has(> input[type=radio]:focus-visible), label:has(> input[type=checkbox]:f
 .fl-card pre { white-space: pre-wrap; max-height: 14em; overflow: auto; font-size: .8em; margin: 8px 0 0; }
 .table-wrap { max-width: 100%; overflow-x: auto; }
 #log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }
-.fl-gallery .grid-container .thumbnail-item { aspect-ratio: auto !important; height: auto !important; width: 100%; }
-.fl-gallery .grid-container .thumbnail-item img { aspect-ratio: 1; height: auto; width: 100%; object-fit: contain; }
-.fl-gallery .grid-wrap.fixed-height { min-height: 0; max-height: 340px; }
-.fl-gallery .grid-container .caption-label { position: static !important; display: block; width: 100%;
-  max-width: none !important; padding: 3px 4px; border: 0; border-radius: 0; white-space: normal;
-  overflow-wrap: anywhere; text-align: center;
-  font-size: .75rem; line-height: 1.3; background: none; color: var(--body-text-color); }
 @media (max-width: 640px) {
-  .fl-gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   .tab-container button { padding: 0 5px; font-size: 13px; }
 }
 """

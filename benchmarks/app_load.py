@@ -81,7 +81,7 @@ async def measure(app: RunningApp, sessions: int, seconds: float) -> dict[str, A
 def start_training(url: str) -> None:
     client = Client(url, verbose=False)
     session = call_endpoint(client, "/load_samples", __session="")[0]
-    call_endpoint(client, "/start", __session=session, Name=RUN, Train=ONE, Steps="20000", Preview_prompt="")
+    call_endpoint(client, "/start", __session=session, Name=RUN, Train=ONE, Steps="20000", Preview_prompts="")
 
 
 async def visitor(browser: Browser, url: str) -> Page:

@@ -158,7 +158,7 @@ class AppPage:
         self.fill(Steps=str(steps), Rank="2")
         if not self.box("Batch size").is_visible():
             self.page.locator("#more-settings > button").click()
-        self.fill(Batch_size="1", Preview_prompt=preview)
+        self.fill(Batch_size="1", Preview_prompts=preview)
         self.button("Start training").click()
         expect(self.page.get_by_text("Queued:")).to_be_visible(timeout=PATIENCE)
 

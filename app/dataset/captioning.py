@@ -44,7 +44,7 @@ def caption_all(context: AppContext, session: str, trigger: str) -> str:
 
 
 def caption_by_model(
-    context: AppContext, session: str, name_or_path: str, trigger: str, told: Callable[[int, int], None]
+    context: AppContext, session: str, name_or_path: str | None, trigger: str, told: Callable[[int, int], None]
 ) -> str:
     """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
     with told_on_the_page():
@@ -53,12 +53,13 @@ def caption_by_model(
             raise ConfigError("there are no images to caption; drop some first")
         if all(present.values()):
             raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
-        if not name_or_path.strip():
+        name = (name_or_path or "").strip()
+        if not name:
             raise ConfigError("no captioning model is given; enter a folder or hub id, as the box says")
-        context.places.check_model("captioning model", name_or_path.strip())
+        context.places.check_model("captioning model", name)
         from flatlora_diffusion.evaluation.captioner import load_captioner  # imports transformers, which takes seconds
 
-        captioner = load_captioner(name_or_path.strip(), trigger.strip())
+        captioner = load_captioner(name, trigger.strip())
         count = fill_captions(context.uploads, session, captioner, told)
     return note(f"{count} captions written by the model; read them, and correct what is wrong")
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 
 from ..context import AppContext
+from ..questions import Question, build_question
 from ..reporting import note
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .bulk import CHANGES, REPLACE
+from .captioners import installed_captioners
 from .captions import TRIGGER
 from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
-from .removal import BRING_BACK, IMAGES, YES
+from .removal import BRING_BACK
 
+_CAPTIONER_HERE = "found on this computer; only images without a caption get one"
+_NO_CAPTIONER = (
+    "none is on this computer yet: give its folder, or its name on the Hugging Face hub. A BLIP or Florence-2 model, "
+    "such as Salesforce/blip-image-captioning-base or florence-community/Florence-2-base, writes sentences; a tagger, "
+    "such as SmilingWolf/wd-swinv2-tagger-v3, writes tags. Only images without a caption get one"
+)
 _LOOKING = "Looking for your images; the first time after a start takes some seconds."
 
 
@@ -26,7 +35,7 @@ class Intake:
     bring_back: gr.Button
     trigger: gr.Textbox
     from_names: gr.Button
-    model: gr.Textbox
+    model: gr.Dropdown
     by_model: gr.Button
     empty: gr.Button
     taken: gr.State
@@ -34,17 +43,15 @@ class Intake:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The cards of the images, and their removal all at once. `asked`: what the question is about."""
+    """The cards of the images, and the questions before all images or all captions go."""
 
     count: gr.HTML
     told: gr.HTML
     filled: gr.Column
     cards: gr.HTML
     remove_all: gr.Button
-    question: gr.Row
-    yes: gr.Button
-    no: gr.Button
-    asked: gr.State
+    before_images: Question
+    before_captions: Question
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Bulk:
     undo: gr.Button
 
 
-def build_intake(form: ConfigForm) -> Intake:
+def build_intake(context: AppContext, form: ConfigForm) -> Intake:
     drop = gr.File(
         label="Drop images or a zip here", file_count="multiple", type="filepath", height=150, elem_id="drop"
     )
@@ -69,17 +76,19 @@ def build_intake(form: ConfigForm) -> Intake:
             TRIGGER, label="Trigger word", info="a made-up word that stands for your style in prompts"
         )
         from_names = gr.Button("Write all captions from file names", elem_id="captions-from-names")
-    with gr.Accordion("Caption with a model", open=False):
-        model = gr.Textbox(
+    installed = installed_captioners(list(map(Path, context.settings.data_dir)))
+    with gr.Accordion("Caption with a model", open=bool(installed)):
+        model = gr.Dropdown(
+            installed,
+            value=installed[0] if installed else None,
             label="Captioning model",
-            info="its folder, or its name on the Hugging Face hub: a BLIP or Florence-2 model, such as "
-            "Salesforce/blip-image-captioning-base or florence-community/Florence-2-base, writes sentences; a tagger, "
-            "such as SmilingWolf/wd-swinv2-tagger-v3, writes tags. Only images without a caption get one",
+            info=_CAPTIONER_HERE if installed else _NO_CAPTIONER,
+            allow_custom_value=True,
             elem_id="captioner",
         )
         with gr.Row():
             by_model = gr.Button("Caption with a model", elem_id="captions-by-model", min_width=120)
-            empty = gr.Button("Empty all captions", variant="stop", min_width=120)
+            empty = gr.Button("Empty all captions", variant="stop", min_width=120, elem_id="empty-captions")
     with gr.Accordion("How images are cropped and shown to the trainer", open=False):
         for name in PLACED_WITH_THE_IMAGES:
             form.by_name[name].render()
@@ -91,9 +100,10 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
     told = gr.HTML(padding=False)
     with gr.Column(visible=False) as filled:
         bulk, remove_all = _build_bulk()
-        with gr.Row(visible=False) as question:
-            yes = gr.Button(YES[IMAGES], variant="stop", size="sm", elem_id="remove-all-yes")
-            no = gr.Button("No, keep them", size="sm")
+        questions = (
+            build_question("remove-all", "Yes, remove all images", "No, keep them"),
+            build_question("empty-captions", "Yes, empty all captions", "No, keep them"),
+        )
         cards = gr.HTML(
             "",
             css_template=CARDS_CSS,
@@ -101,7 +111,7 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
             server_functions=card_functions(context),
             elem_id="cards",
         )
-    return Pictures(count, told, filled, cards, remove_all, question, yes, no, gr.State(IMAGES)), bulk
+    return Pictures(count, told, filled, cards, remove_all, *questions), bulk
 
 
 def _build_bulk() -> tuple[Bulk, gr.Button]:

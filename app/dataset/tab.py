@@ -16,15 +16,16 @@ from flatlora_diffusion.data.images import find_images
 
 from ..browser_memory import keep_fields
 from ..context import AppContext
+from ..questions import ask_before
 from ..reporting import note, told_on_the_page
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .arrivals import UploadResult
 from .bulk import REPLACE, change_all
-from .captioning import caption_all, caption_by_model, count_captions, undo_captions, use_trigger
+from .captioning import caption_all, caption_by_model, count_captions, empty_captions, undo_captions, use_trigger
 from .captions import TRIGGER, has_trigger
 from .cards import cards_page
 from .layout import Bulk, Intake, Pictures, build_intake, build_pictures
-from .removal import CAPTIONS, IMAGES, ask, bring_back, confirmed
+from .removal import bring_back, remove_all
 from .thumbnails import Thumbnails
 from .view import framing, look_at
 
@@ -100,7 +101,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     """`load`: the page's load event. Returns the event that shows the images anew."""
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            intake = build_intake(form)
+            intake = build_intake(context, form)
         with gr.Column(scale=3, min_width=300):
             pictures, bulk = build_pictures(context)
     looked_at = [form.by_name[name] for name in _LOOKED_AT]
@@ -157,19 +158,12 @@ def _connect_removal(tab: _Tab) -> None:
     """All images or all captions after a question; each image is removed on its card."""
     context, session, pictures = tab.context, tab.session, tab.pictures
     pictures.cards.submit(**tab.look)
-    asking = [pictures.question, pictures.yes, pictures.asked]
-    for button, what in ((pictures.remove_all, IMAGES), (tab.intake.empty, CAPTIONS)):
-        button.click(partial(ask, what), None, asking, show_progress="hidden")
-    hide: dict[str, Any] = {
-        "fn": lambda: gr.Row(visible=False),
-        "inputs": None,
-        "outputs": [pictures.question],
-        "show_progress": "hidden",
-    }
-    pictures.no.click(**hide)
-    pictures.yes.click(partial(confirmed, context), [session, pictures.asked], [pictures.told]).then(**tab.look).then(
-        **hide
-    )
+    ask_before(pictures.remove_all, pictures.before_images)
+    ask_before(tab.intake.empty, pictures.before_captions)
+    gone = pictures.before_images.yes.click(partial(remove_all, context), [session], [pictures.told])
+    gone.then(**tab.look).then(**pictures.before_images.hidden)
+    emptied = pictures.before_captions.yes.click(partial(empty_captions, context), [session], None)
+    emptied.then(**tab.look).then(**pictures.before_captions.hidden)
 
 
 def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:

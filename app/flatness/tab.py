@@ -12,6 +12,7 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..jobs.view import STATUS_CSS, wrong
+from ..questions import ask_before, build_question
 from .view import QUICK, THOROUGH, FlatnessView
 
 _POLL_SECONDS = 1.5
@@ -96,7 +97,8 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
         effort = gr.Radio(_EFFORTS, value=QUICK, label="Effort", scale=2, min_width=280)
     with gr.Row():
         start = gr.Button("Measure", variant="primary", min_width=120, elem_id="fl-measure")
-        stop = gr.Button("Stop measuring", variant="stop", visible=False, min_width=120)
+        stop = gr.Button("Stop measuring", variant="stop", visible=False, min_width=120, elem_id="stop-measuring")
+    question = build_question("stop-measuring", "Yes, stop and lose what was measured", "No, go on")
     status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-flatness-status")
     chosen = gr.Dropdown([], label="Measurement", visible=False)
     charts = gr.HTML(view.result(None).charts, css_template=_CSS, elem_id="fl-flatness-charts")
@@ -115,7 +117,8 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
         return measure(view, request.session_hash or "", runs, effort)
 
     start.click(on_measure, [runs, effort], [status], **quiet)
-    stop.click(view.stop, None, None, **quiet)
+    ask_before(stop, question)
+    question.yes.click(view.stop, None, None, **quiet).then(**question.hidden)
     chosen.change(partial(show, view), [chosen], [charts, tables, fold, surface], **quiet)
     fold.expand(view.surface, [chosen], [surface], **quiet)
     runs.input(view.status, None, [status], **quiet)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,6 +14,7 @@ from flatlora_diffusion.config import ConfigError
 from ..context import AppContext
 from ..jobs.store import Job
 from ..loss_chart import loss_chart
+from ..sample_strip import strips
 from ..theme import SHADES
 from .phase import STOPPING
 from .run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, method_name, own_lines, run_card, waiting_card
@@ -81,30 +81,26 @@ def smoothed(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return means
 
 
-def newest_previews(context: AppContext, runs: list[Run]) -> list[tuple[str, str]]:
-    """(file, caption) of each run's last previews."""
-    shown = []
-    for run in runs:
-        images = [(step, path) for step, path in context.runs.images(run.id) if Path(path).is_file()]
-        last = max((step for step, _ in images), default=0)
-        shown += [(str(path), f"{run.name}, step {step}") for step, path in images if step == last]
-    return shown
+def samples(context: AppContext, runs: list[Run]) -> gr.HTML:
+    """The previews of the runs over their steps; hidden while there are none."""
+    page = strips(context, runs, run_colours(runs))
+    return gr.HTML(page, visible=bool(page))
 
 
-def live(context: AppContext, chosen: str | None, seen: tuple[str, str, str] | None) -> tuple[Any, ...]:
-    """Cards, choice of the log, curves, what stands for none, previews, log, the button that cancels all that waits,
+def live(context: AppContext, chosen: str | None, seen: tuple[str, str, str, str] | None) -> tuple[Any, ...]:
+    """Cards, choice of the log, curves, what stands for none, samples, log, the button that cancels all that waits,
     what was shown. Unchanged parts are left alone.
     """
     runs = recent_runs(context)
     ids = [run.id for run in runs]
     at_work = next((run.id for run in runs if run.state == "running"), ids[-1] if ids else None)
     chosen = chosen if chosen in ids else at_work
-    images = newest_previews(context, runs)
-    drawn = f"{chosen} {[(one.id, one.name, one.progress.step, one.state) for one in runs]} {images}"
+    drawn = f"{chosen} {[(one.id, one.name, one.progress.step, one.state) for one in runs]}"
+    sampled = f"{[(one.id, one.name, context.runs.previews(one.id)) for one in runs]}"
     log = log_tail(context, chosen) if chosen else ""
     waiting = context.queue.jobs("queued")
     cards = live_cards(runs, waiting) or NOTHING
-    seen_drawn, seen_log, seen_cards = seen or (None, None, None)
+    seen_drawn, seen_sampled, seen_log, seen_cards = seen or [None] * 4
     is_same = drawn == seen_drawn
     choices = [(one.name, one.id) for one in runs]
     has_loss = any(one.progress.step for one in runs)
@@ -113,10 +109,10 @@ def live(context: AppContext, chosen: str | None, seen: tuple[str, str, str] | N
         gr.skip() if is_same else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
         gr.skip() if is_same else loss_curves(context, runs),
         gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
-        gr.skip() if is_same else gr.Gallery(value=images, visible=bool(images)),
+        gr.skip() if sampled == seen_sampled else samples(context, runs),
         gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
         gr.skip() if cards == seen_cards else gr.Button(visible=len(waiting) > 1),
-        (drawn, log, cards),
+        (drawn, sampled, log, cards),
     )
 
 

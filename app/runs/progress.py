@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ class Progress:
     def fraction(self) -> float:
         """From 0 to 1."""
         return min(1.0, self.step / self.total) if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One preview after `step` steps, the `place`-th of its set; those of the base have 0 steps.
+
+    prompt, seed: None in the events of earlier versions.
+    """
+
+    step: int
+    place: int
+    path: Path
+    prompt: str | None
+    seed: int | None
 
 
 class EventLog:
@@ -79,17 +94,17 @@ class EventLog:
             self._read_on()
             return sorted(self._validation.items())
 
-    def previews(self) -> list[tuple[int, str]]:
-        """(steps done, file name in `images/`) of each preview, in order of steps."""
+    def previews(self, images: Path) -> list[Preview]:
+        """Each preview in the folder `images`, in order of steps."""
         with self._lock:
             self._read_on()
-            return [(step, name) for step, names in sorted(self._previews.items()) for name in names]
+            return [one for _, event in sorted(self._previews.items()) for one in _previews_of(event, images)]
 
     def _forget(self) -> None:
         self._offset, self._file = 0, 0
         self._steps: dict[int, dict[str, Any]] = {}
         self._validation: dict[int, float] = {}
-        self._previews: dict[int, list[str]] = {}
+        self._previews: dict[int, dict[str, Any]] = {}
         self._ending: str | None = None
         self._end: int | None = None
         self._has_begun = False
@@ -126,7 +141,14 @@ class EventLog:
         elif kind == "validation":
             self._validation[event["step"]] = event["loss"]
         elif kind == "preview":
-            self._previews[event["step"]] = event["images"]
+            self._previews[event["step"]] = event
         elif kind in ("stopped", "finished"):
             self._ending = kind
             self._end = event["step"] if kind == "finished" else None
+
+
+def _previews_of(event: dict[str, Any], images: Path) -> Iterator[Preview]:
+    names = event["images"]
+    prompts, seeds = (event.get(about) or [None] * len(names) for about in ("prompts", "seeds"))
+    for place, (name, prompt, seed) in enumerate(zip(names, prompts, seeds, strict=False)):
+        yield Preview(event["step"], place, images / Path(name).name, prompt, seed)

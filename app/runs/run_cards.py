@@ -31,25 +31,44 @@ _BUTTONS = {
     CANCEL: ("Cancel", "takes it out of the queue"),
     EARLIER: ("Earlier", "lets it start before the one above it"),
 }
+_ASKED = (STOP, CANCEL)
 CARDS_CSS = """
 .fl-acts { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 10px; }
 .fl-acts button { font: inherit; font-size: 13px; padding: 5px 14px; border-radius: 8px; cursor: pointer;
   color: var(--body-text-color); background: var(--background-fill-secondary); border: 1px solid var(--fl-edge); }
 .fl-acts button:hover { border-color: var(--body-text-color); }
 .fl-acts .fl-ends { color: var(--fl-danger); border-color: currentColor; background: none; }
-.fl-acts .fl-ends:hover { color: var(--fl-on-danger); background: var(--fl-danger); border-color: var(--fl-danger); }
+.fl-acts .fl-ends:hover, .fl-acts .fl-ends.fl-sure { color: var(--fl-on-danger);
+  background: var(--fl-danger); border-color: var(--fl-danger); }
 """
-# The cards are drawn anew while a run goes on, so the button that had the focus is given it again.
+# What ends something asks first: the button itself, which then has to be pressed again. The cards are drawn anew while
+# a run goes on, so the button that had the focus is given it again, and one that asks still asks.
 CARDS_SCRIPT = """
-let held = null;
+let held = null, asked = null;
 const keyOf = (button) => button && button.dataset.act + ' ' + button.dataset.of;
 element.addEventListener('focusin', (event) => { held = keyOf(event.target.closest('button[data-act]')); });
-element.addEventListener('focusout', (event) => { if (event.relatedTarget) held = null; });
+element.addEventListener('focusout', (event) => { if (event.relatedTarget) { held = null; ask(null); } });
+const ask = (key) => {
+  asked = key;
+  element.querySelectorAll('button[data-sure]').forEach((button) => {
+    const is_asked = asked !== null && keyOf(button) === asked;
+    button.classList.toggle('fl-sure', is_asked);
+    button.textContent = is_asked ? button.dataset.sure : button.dataset.name;
+  });
+};
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-act]');
-  if (button) trigger('click', {act: button.dataset.act, of: button.dataset.of});
+  if (!button) return;
+  if (button.dataset.sure && asked !== keyOf(button)) { ask(keyOf(button)); return; }
+  ask(null);
+  trigger('click', {act: button.dataset.act, of: button.dataset.of});
+});
+element.addEventListener('keydown', (event) => { if (event.key === 'Escape') ask(null); });
+document.addEventListener('pointerdown', (event) => {
+  if (asked && !event.target.closest('button[data-sure].fl-sure')) ask(null);
 });
 watch('value', () => {
+  ask(asked);
   if (!held || document.activeElement !== document.body) return;
   [...element.querySelectorAll('button[data-act]')].find((button) => keyOf(button) === held)?.focus();
 });
@@ -91,12 +110,14 @@ def waiting_card(text: str, acts: Sequence[str], of: str) -> str:
 
 def act_buttons(acts: Sequence[str], of: str) -> str:
     """The buttons of one card."""
-    made = "".join(
-        f'<button type="button" class="{"fl-ends" if act in (STOP, CANCEL) else ""}" data-act="{act}" '
-        f'data-of="{html.escape(of)}" title="{_BUTTONS[act][1]}">{_BUTTONS[act][0]}</button>'
-        for act in acts
-    )
+    made = "".join(_act_button(act, html.escape(of)) for act in acts)
     return f'<div class="fl-acts">{made}</div>' if made else ""
+
+
+def _act_button(act: str, of: str) -> str:
+    text, title = _BUTTONS[act]
+    sure = f' class="fl-ends" data-name="{text}" data-sure="{text} it?"' if act in _ASKED else ""
+    return f'<button type="button"{sure} data-act="{act}" data-of="{of}" title="{title}">{text}</button>'
 
 
 def method_name(method: str | None) -> str:

@@ -19,7 +19,7 @@ from ..jobs.store import Label, Store
 from .names import checked_text, folder_of, is_run, private_name, run_id_of, run_ids, safe_name
 from .phase import phase_of
 from .processes import Trainers, read_json
-from .progress import EventLog, Progress
+from .progress import EventLog, Preview, Progress
 from .settings import checked_config, near
 from .state import RunFiles, RunState, has_folds, judge
 from .trash import Trash
@@ -173,10 +173,9 @@ class RunStore:
         """(steps done, loss of images not trained on)."""
         return self._events(run_id).validation_losses()
 
-    def images(self, run_id: str) -> list[tuple[int, Path]]:
-        """(steps done, file) of each preview so far; those of the base have 0 steps."""
-        images = RunDir(folder_of(self.folder, run_id)).images
-        return [(step, images / Path(name).name) for step, name in self._events(run_id).previews()]
+    def previews(self, run_id: str) -> list[Preview]:
+        """The previews so far, in order of steps."""
+        return self._events(run_id).previews(RunDir(folder_of(self.folder, run_id)).images)
 
     def log(self, run_id: str, lines: int = LOG_LINES) -> list[str]:
         """The end of what the trainer has printed; empty for a run from a command line."""

@@ -16,11 +16,14 @@ from ..context import AppContext
 from ..dataset.tab import ensure_session
 from ..jobs.view import STATUS_CSS, told, wrong
 from ..loss_chart import CHART_CSS
+from ..questions import ask_before, build_question
 from ..reporting import note, told_on_the_page
+from ..reports.tab import build_report, connect_report
+from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..train.forms import ConfigForm
 from ..train.tab import TrainTab, method_choice
 from .clone import clone_run
-from .live_view import loss_curves
+from .live_view import loss_curves, samples
 from .lora_import import Origin, import_lora_file, known_bases, origin_of
 from .run_cards import run_card
 from .trash_tab import build_trash, connect_trash
@@ -45,13 +48,13 @@ def refresh(context: AppContext, chosen: str | None, words: str, order: str) -> 
 
 
 def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
-    """Card, curves, previews, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
+    """Card, curves, samples, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
     if not run_id:
         none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
         return (
             "",
             gr.HTML(visible=False),
-            [],
+            gr.HTML(visible=False),
             {},
             "",
             "",
@@ -66,11 +69,10 @@ def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
         files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
     default = TrainConfig().to_dict()
     downloads = [gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS]
-    images = [(str(path), f"step {step}") for step, path in context.runs.images(run_id) if path.is_file()]
     return (
         run_card(run) if origin is None else _imported_card(run.name, origin),
         loss_curves(context, [run]),
-        images,
+        samples(context, [run]),
         {name: value for name, value in settings.items() if value != default.get(name)},
         run.name,
         ", ".join(run.label.tags),
@@ -180,6 +182,57 @@ def build_runs_tab(
     table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs")
     storage = gr.HTML(padding=False)
     chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
+    report = build_report()
+    take, of_import, taken = _build_import(context)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            card = gr.HTML()
+            curves = gr.HTML("", css_template=CHART_CSS, padding=False)
+            previews = gr.HTML("", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, visible=False, padding=False)
+        with gr.Column(min_width=300):
+            labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
+            keep = gr.Button("Save name, tags and note")
+            downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
+            with gr.Row():
+                copy = gr.Button("Clone settings", min_width=90)
+                go_on = gr.Button("Resume", interactive=False, min_width=90)
+                drop = gr.Button("Delete", variant="stop", min_width=90, elem_id="delete-run")
+            question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
+            with gr.Accordion("Settings that differ from the defaults", open=False):
+                settings = gr.JSON()
+    trash = build_trash()
+    again = {
+        "fn": partial(refresh, context),
+        "inputs": [chosen, words, order],
+        "outputs": [table, chosen, storage, trash.fold, trash.entries, trash.question.row],
+    }
+    private = {**again, "api_visibility": "private"}
+    everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
+    look: dict[str, Any] = {"inputs": [chosen], "outputs": everything, "show_progress": "hidden"}
+    as_now = {"fn": partial(look_again, context), **look, "api_visibility": "private"}
+    shown(**private).success(**as_now)
+    renew.click(**again, api_name="runs").success(**as_now)
+    table.click(_picked, None, [chosen], show_progress="hidden")
+    gr.on([words.change, order.change], trigger_mode="always_last", show_progress="hidden", **private)
+    chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
+    take.click(partial(take_lora, context), of_import, [taken, chosen, of_import[0]]).success(**private)
+    connect_report(context, report, chosen)
+    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
+        partial(details, context), **look, api_visibility="private"
+    )
+    ask_before(drop, question, chosen)
+    question.yes.click(partial(delete, context), [chosen], None).success(**private).then(**question.hidden)
+    trash.back.click(partial(undo, context), [trash.entries], [chosen]).success(**private).success(**as_now)
+    connect_trash(context, trash, lambda event: event.success(**private))
+    cloned = [tabs, session, train.name, train.method, train.told, *form.components]
+    copy.click(partial(clone, context, form), [session, chosen], cloned).success(**look_at_images).success(
+        **train.summary
+    )
+    go_on.click(partial(resume, context), [session, chosen], [tabs])
+
+
+def _build_import(context: AppContext) -> tuple[gr.Button, list[gr.components.Component], gr.HTML]:
+    """The button, the file and its base, what was taken."""
     with gr.Accordion("Import a LoRA, to compare it with yours", open=False), gr.Row():
         with gr.Column(min_width=280):
             file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
@@ -192,48 +245,7 @@ def build_runs_tab(
             )
             take = gr.Button("Import", min_width=90)
             taken = gr.HTML(css_template=STATUS_CSS)
-    with gr.Row():
-        with gr.Column(min_width=300):
-            card = gr.HTML()
-            curves = gr.HTML("", css_template=CHART_CSS, padding=False)
-            previews = gr.Gallery(label="Previews", columns=4, height=240, object_fit="contain", buttons=[])
-        with gr.Column(min_width=300):
-            labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
-            keep = gr.Button("Save name, tags and note")
-            downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
-            with gr.Row():
-                copy = gr.Button("Clone settings", min_width=90)
-                go_on = gr.Button("Resume", interactive=False, min_width=90)
-                drop = gr.Button("Delete", variant="stop", min_width=90)
-            with gr.Accordion("Settings that differ from the defaults", open=False):
-                settings = gr.JSON()
-    trash = build_trash()
-    again = {
-        "fn": partial(refresh, context),
-        "inputs": [chosen, words, order],
-        "outputs": [table, chosen, storage, trash.fold, trash.entries, trash.question],
-    }
-    private = {**again, "api_visibility": "private"}
-    everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
-    look: dict[str, Any] = {"inputs": [chosen], "outputs": everything, "show_progress": "hidden"}
-    as_now = {"fn": partial(look_again, context), **look, "api_visibility": "private"}
-    shown(**private).success(**as_now)
-    renew.click(**again, api_name="runs").success(**as_now)
-    table.click(_picked, None, [chosen], show_progress="hidden")
-    gr.on([words.change, order.change], trigger_mode="always_last", show_progress="hidden", **private)
-    chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
-    take.click(partial(take_lora, context), [file, base], [taken, chosen, file]).success(**private)
-    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
-        partial(details, context), **look, api_visibility="private"
-    )
-    drop.click(partial(delete, context), [chosen], None).success(**private)
-    trash.back.click(partial(undo, context), [trash.entries], [chosen]).success(**private).success(**as_now)
-    connect_trash(context, trash, lambda event: event.success(**private))
-    cloned = [tabs, session, train.name, train.method, train.told, *form.components]
-    copy.click(partial(clone, context, form), [session, chosen], cloned).success(**look_at_images).success(
-        **train.summary
-    )
-    go_on.click(partial(resume, context), [session, chosen], [tabs])
+    return take, [file, base], taken
 
 
 def _picked(event: gr.EventData) -> str:

@@ -13,6 +13,7 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
+from ..questions import Question, ask_before, build_question
 from ..reporting import told_on_the_page
 
 
@@ -24,9 +25,7 @@ class TrashParts:
     entries: gr.Dropdown
     back: gr.Button
     away: gr.Button
-    question: gr.Row
-    yes: gr.Button
-    no: gr.Button
+    question: Question
 
 
 def build_trash() -> TrashParts:
@@ -34,11 +33,9 @@ def build_trash() -> TrashParts:
         entries = gr.Dropdown([], label="Deleted runs, the last first")
         with gr.Row():
             back = gr.Button("Bring it back", min_width=120)
-            away = gr.Button("Delete for good", variant="stop", min_width=120)
-        with gr.Row(visible=False) as question:
-            yes = gr.Button("Yes, delete it for good", variant="stop", min_width=120)
-            no = gr.Button("No, keep it", min_width=120)
-    return TrashParts(fold, entries, back, away, question, yes, no)
+            away = gr.Button("Delete for good", variant="stop", min_width=120, elem_id="delete-for-good")
+        question = build_question("delete-for-good", "Yes, delete it for good", "No, keep it")
+    return TrashParts(fold, entries, back, away, question)
 
 
 def look(context: AppContext) -> tuple[Any, Any, Any]:
@@ -64,6 +61,5 @@ def delete_for_good(context: AppContext, key: str | None) -> None:
 def connect_trash(context: AppContext, trash: TrashParts, again: Callable[[Any], Any]) -> None:
     """`again`: shows list and trash anew after an event."""
     shown: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    trash.away.click(lambda: gr.Row(visible=True), None, [trash.question], **shown)
-    trash.no.click(lambda: gr.Row(visible=False), None, [trash.question], **shown)
-    again(trash.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown))
+    ask_before(trash.away, trash.question, trash.entries)
+    again(trash.question.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown))

@@ -14,6 +14,7 @@ from flatlora_diffusion.gallery.png_text import bare_name
 
 from ..compare.grid import empty_page, file_url
 from ..context import AppContext
+from ..reports.report import arm_picture
 from ..theme import COLOURS
 from .lora_import import IMPORTED
 from .run_cards import method_name
@@ -23,7 +24,7 @@ NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED = "Newest first", "By name", "Best s
 ORDERS = (NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED)
 NO_RUNS = empty_page("No runs yet", "What is trained on the Train tab, or imported below, is listed here.")
 NONE_FOUND = empty_page("No run has these words", "Name, state, method, base and tags are searched; use fewer words.")
-_METHOD_AND_SEED = re.compile(r"[-/](flat-lora|lora|base)(-\d+)?(/seed-\d+)?$")
+_ARM_AND_SEED = re.compile(r"/[^/]+/seed-\d+$|[-/](flat-lora|lora|base)(-\d+)?$")
 RUNS_CSS = """
 .fl-runs { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; max-height: 460px; overflow: auto; }
 .fl-runs h3 { margin: 10px 0 2px; font-size: 14px; font-weight: 600; color: var(--body-text-color); }
@@ -72,8 +73,8 @@ class Row:
 
     @property
     def experiment(self) -> str:
-        """What it was trained together with: the id without method and seed."""
-        return _METHOD_AND_SEED.sub("", self.id)
+        """What it was trained together with: the id without arm and seed."""
+        return _ARM_AND_SEED.sub("", self.id)
 
     @property
     def words(self) -> str:
@@ -124,7 +125,7 @@ def mebibytes(count: int) -> str:
 
 def _row(context: AppContext, run: Run) -> Row:
     score, scored = _score(context, run.id)
-    images = [path for _, path in context.runs.images(run.id) if path.is_file()]
+    images = [one.path for one in context.runs.previews(run.id) if one.path.is_file()]
     base = context.runs.settings(run.id).get("pretrained_model_name_or_path") or ""
     is_imported = run.method == IMPORTED
     return Row(
@@ -139,7 +140,7 @@ def _row(context: AppContext, run: Run) -> Row:
         size=context.runs.size(run.id),
         tags=run.label.tags,
         changed=run.changed,
-        picture=images[-1] if images else None,
+        picture=images[-1] if images else arm_picture(context.runs, run.id),
     )
 
 

@@ -9,6 +9,7 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
+from ..questions import Question
 from ..reporting import told_on_the_page
 from ..runs.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP
 
@@ -37,9 +38,11 @@ def stop(context: AppContext, of: str) -> None:
 
 
 def connect_acts(
-    context: AppContext, session: gr.BrowserState, cards: gr.HTML, cancel: gr.Button, watch: dict[str, Any]
+    context: AppContext, session: gr.BrowserState, cards: gr.HTML, cancel: Question, watch: dict[str, Any]
 ) -> None:
-    """The buttons of the cards, and the same for programs. `watch`: the event that shows the cards anew."""
+    """The buttons of the cards, and the same for programs. `cancel`: whether all that waits is to be cancelled;
+    `watch`: the event that shows the cards anew.
+    """
 
     def on_card(session: str, event: gr.EventData) -> None:
         act(context, session, str(event.act), str(event.of))
@@ -58,7 +61,8 @@ def connect_acts(
         act(context, session, RESUME, run_id)
 
     cards.click(on_card, [session], None, api_visibility="private").then(**watch, api_visibility="private")
-    cancel.click(on_cancel, None, None, api_visibility="private").then(**watch, api_visibility="private")
+    cancelled = cancel.yes.click(on_cancel, None, None, api_visibility="private")
+    cancelled.then(**watch, api_visibility="private").then(**cancel.hidden)
     for name, function in (("stop", stop_run), ("save_now", save_run), ("resume", resume_run)):
         gr.api(function, api_name=name)
 

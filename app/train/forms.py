@@ -28,9 +28,11 @@ PRESETS = {
 PLACED_WITH_THE_IMAGES = ("background_color", "use_aspect_ratio_buckets")
 # Of the app alone: often enough to go on from, and to compare by checkpoint.
 _OF_PRESET: dict[str, dict[str, Any]] = {"Quick look": {"checkpointing_steps": 50}}
+_THINGS = ("a tomato", "a penguin", "a violin")  # none of the sample icons
 _START = {
-    "validation_prompt": f"a {TRIGGER} icon of a lighthouse, in the style of {TRIGGER}",
-    "num_validation_images": 2,
+    "validation_prompt": "\n".join(f"a {TRIGGER} icon of {thing}, in the style of {TRIGGER}" for thing in _THINGS),
+    "num_validation_images": 1,
+    "validation_epochs": 5,
     "report_to": "none",
 }
 
@@ -102,7 +104,8 @@ def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.compon
         return gr.Textbox(value=shown, max_lines=1, placeholder="default", **place)
     if kind in (int, float):
         return gr.Number(value=shown, step=1 if kind is int else None, **place)
-    return gr.Textbox(value=shown, max_lines=1, **place)
+    lines = (3, 6) if item.metadata.get("is_lines") else (1, 1)
+    return gr.Textbox(value=shown, lines=lines[0], max_lines=lines[1], **place)
 
 
 def _bounds(item: dataclasses.Field[Any]) -> str:

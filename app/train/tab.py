@@ -19,10 +19,12 @@ from ..context import AppContext
 from ..dataset.view import training_size
 from ..jobs.store import Job
 from ..loss_chart import CHART_CSS
+from ..questions import ask_before, build_question
 from ..reporting import told_on_the_page
 from ..runs.live_view import NOTHING, live
 from ..runs.names import checked_text
 from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
+from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
 from .acts import connect_acts
 from .bases import check_base
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
@@ -31,7 +33,8 @@ from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
 _METHODS = {title: method for method, title in METHOD_NAMES.items()}
 _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
-_SECOND = ("resolution", "train_batch_size", "validation_prompt", "num_validation_images", "seed")
+_SAMPLED = "validation_prompt"
+_SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 _METHOD_HINT = (
     "Flat-LoRA adds a little noise to the base while it trains, so that the style holds better. "
     "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
@@ -139,17 +142,12 @@ def build_train_tab(
             queued = gr.HTML(padding=False)
             gr.Markdown("## Progress")
             cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
-            cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False)
+            cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False, elem_id="cancel-all")
+            question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
             no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
             curves = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
-            previews = gr.Gallery(
-                label="Newest previews",
-                columns=4,
-                height="auto",
-                object_fit="contain",
-                buttons=[],
-                elem_classes="fl-gallery",
-                visible=False,
+            samples = gr.HTML(
+                "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, elem_id="samples", visible=False, padding=False
             )
             chosen = gr.Radio([], label="Log of", visible=False)
             log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
@@ -164,7 +162,7 @@ def build_train_tab(
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, previews, log, cancel, seen],
+        "outputs": [cards, chosen, curves, no_loss, samples, log, cancel, seen],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
@@ -172,7 +170,8 @@ def build_train_tab(
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
-    connect_acts(context, session, cards, cancel, watch)
+    ask_before(cancel, question)
+    connect_acts(context, session, cards, question, watch)
     return TrainTab(timer, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
 
 
@@ -182,6 +181,7 @@ def _place_first(form: ConfigForm) -> None:
         with gr.Row():
             for item in pair:
                 form.by_name[item].render()
+    form.by_name[_SAMPLED].render()
 
 
 def _place_the_rest(form: ConfigForm) -> None:
@@ -191,7 +191,7 @@ def _place_the_rest(form: ConfigForm) -> None:
         for title, names in form.sections.items():
             with gr.Accordion(title, open=False):
                 for item in names:
-                    if item not in (*_FIRST, *_SECOND, *PLACED_WITH_THE_IMAGES):
+                    if item not in (*_FIRST, _SAMPLED, *_SECOND, *PLACED_WITH_THE_IMAGES):
                         form.by_name[item].render()
 
 

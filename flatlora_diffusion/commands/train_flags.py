@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.config import TrainConfig, choices_of, preset_file, setting_hints, unused_by
+from flatlora_diffusion.config import TrainConfig, choices_of, preset_file, setting_hints, settings_that, unused_by
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import is_cut_path, opened
 
@@ -31,7 +31,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
         config = config.updated_from(preset_file(given.preset))
     if given.config is not None:
         config = _in_its_folder(config.updated_from(given.config), given.config.parent)
-    flags = _as_tyro_reads(flags)
+    flags = _lines_in_one(_as_tyro_reads(flags))
     config = tyro.cli(
         TrainConfig,
         default=_without_overruled(config, flags),
@@ -79,6 +79,24 @@ def _as_tyro_reads(flags: Sequence[str]) -> list[str]:
             read += [flag, left.pop(0).lower()]
         else:
             read.append(flag)
+    return read
+
+
+def _lines_in_one(flags: Sequence[str]) -> list[str]:
+    """A setting of lines that is given several times as one flag with all of them."""
+    read: list[str] = []
+    places: dict[str, int] = {}
+    left = list(flags)
+    while left:
+        flag = left.pop(0)
+        name = flag[2:].replace("-", "_")
+        if not (flag.startswith("--") and name in settings_that("is_lines") and left):
+            read.append(flag)
+        elif name in places:
+            read[places[name]] += f"\n{left.pop(0)}"
+        else:
+            places[name] = len(read) + 1
+            read += [flag, left.pop(0)]
     return read
 
 

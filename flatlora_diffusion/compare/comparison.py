@@ -30,7 +30,7 @@ from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_ta
 from flatlora_diffusion.compare.material import free_device
 from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
 from flatlora_diffusion.compare.overfit import advise
-from flatlora_diffusion.compare.page.page import GRID, PAGE, write_compare_page
+from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
 from flatlora_diffusion.compare.poster import poster
 from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
@@ -137,7 +137,7 @@ def _evaluate_nulls(experiment: Experiment, result: ComparisonResult) -> None:
 
 def _write(out: Path, result: ComparisonResult) -> None:
     """Write the report of `result`."""
-    write_text(out / "compare.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
     names = {arm["key"]: arm["name"] for arm in result["arms"] if arm["role"] == "arm"}
     table = metrics_table(names, result["metrics"], result["base"], result["values"])
     write_text(out / "compare.md", table + "\n")

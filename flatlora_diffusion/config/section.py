@@ -48,6 +48,7 @@ class Traits(TypedDict, total=False):
     is_remedy: bool  # the advice for a run that failed says to change it: the steps to come are others than without
     is_settled: bool  # a run that leaves it open settles it before anything is built
     is_shared: bool  # the same for all arms of an experiment, which sets it, pairs by it or could not measure without
+    is_lines: bool  # a text for each line; a command line gives them one by one too
     stays_open: bool  # a place that a run goes on reading
     names_base: bool  # says which base is meant, of which there is a fingerprint
     only_loads: bool  # how the base is loaded; what it is stays the same

@@ -468,7 +468,10 @@ class RunConfig(Section):
         None, "a checkpoint's name; `latest` starts a run if there is none", free_on_resume=True, is_shared=True
     )
     validation_prompt: str | None = setting(
-        None, "prompt of the preview images; default: none are made", free_on_resume=True
+        None,
+        "prompt of the preview images; given several times, or with one a line, of each; default: none are made",
+        free_on_resume=True,
+        is_lines=True,
     )
     validation_prompts_file: str | None = setting(
         None,
@@ -478,7 +481,7 @@ class RunConfig(Section):
         stays_open=True,
     )
     num_validation_images: int = setting(
-        4, "preview images of --validation_prompt", min=1, max=64, free_on_resume=True
+        4, "preview images of each --validation_prompt", min=1, max=64, free_on_resume=True
     )
     validation_epochs: int = setting(
         50, "previews after every N epochs, beside those of the base and at the end", min=1, free_on_resume=True
@@ -513,6 +516,14 @@ class RunConfig(Section):
     local_rank: int = setting(
         -1, "accepted for old launchers; the environment's LOCAL_RANK is what counts", free_on_resume=True
     )
+
+    @property
+    def preview_prompts(self) -> list[str]:
+        """Each line of `validation_prompt` once; an empty one is a prompt of its own, as in diffusers' script."""
+        if self.validation_prompt is None:
+            return []
+        lines = [line.strip() for line in self.validation_prompt.splitlines() if line.strip()]
+        return list(dict.fromkeys(lines)) or [""]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class Previews:
                     drawing = drawing_of(state, picture, step)
                     with writing_whole(state.run.images / file) as aside:
                         image.save(aside, format="PNG", pnginfo=drawing and png_text(drawing))
-            state.run.add_event({"event": "preview", "step": step, "images": files})
+            about = {"prompts": [one.prompt for one in self._pictures], "seeds": [one.seed for one in self._pictures]}
+            state.run.add_event({"event": "preview", "step": step, "images": files, **about})
         if self._heldout is not None and not is_over():
             loss = self._heldout.now()
             state.run.add_event({"event": "validation", "step": step, "loss": loss})

@@ -20,9 +20,7 @@ class Picture:
 
 def read_pictures(run: RunConfig) -> list[Picture]:
     """The pictures that the settings ask for. Raises ConfigError for a prompts file that cannot be used."""
-    pictures = []
-    if run.validation_prompt is not None:
-        pictures = [Picture(run.validation_prompt, seed) for seed in range(run.num_validation_images)]
+    pictures = [Picture(prompt, seed) for prompt in run.preview_prompts for seed in range(run.num_validation_images)]
     if run.validation_prompts_file is None:
         return pictures
     path = Path(run.validation_prompts_file)

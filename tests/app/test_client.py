@@ -47,7 +47,7 @@ def test_upload_start_status_and_generate(client: Client) -> None:
     assert "2 images, captions 2/2" in told
     assert "2 steps" in told
 
-    small = {"Steps": "2", "Rank": 2, "Batch_size": 1, "Preview_prompt": ""}
+    small = {"Steps": "2", "Rank": 2, "Batch_size": 1, "Preview_prompts": ""}
     queued = call_endpoint(client, "/start", __session=session, Name="by program", Train="LoRA", **small)
     assert "by-program" in queued
     wait(lambda: call_endpoint(client, "/live", __chosen=None)[0], lambda cards: 'data-state="finished"' in cards)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 from app.context import AppContext, make_context
 from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
 from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
 from app.dataset.cards import card_functions, cards_page
-from app.dataset.removal import ask, confirmed
+from app.dataset.layout import build_intake
+from app.dataset.removal import remove_all
 from app.dataset.tab import load_samples_icons, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
 from app.dataset.view import DatasetView, Framing, fill_captions, look_at, training_size
 from app.settings import AppSettings
-from app.train.forms import preset_settings
+from app.train.forms import ConfigForm, preset_settings
 from flatlora_diffusion.config import ModelConfig
 
 
@@ -151,8 +154,41 @@ def test_a_model_captions_only_what_has_no_caption(context: AppContext, tmp_path
     assert told == [(4, 6), (6, 6)]
 
 
+def add_model(folder: Path, architecture: str, size: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (folder / "model.safetensors").write_bytes(b"x" * size)
+
+
+def test_a_captioner_that_is_on_this_computer_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: AppContext
+) -> None:
+    cache, blip = tmp_path / "hub", "BlipForConditionalGeneration"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def offered() -> tuple[str | None, list[str], bool]:
+        with gr.Blocks() as page:
+            model = build_intake(context, ConfigForm()).model
+        (fold,) = [one for one in page.blocks.values() if getattr(one, "label", "") == "Caption with a model"]
+        return model.value, [name for name, _ in model.choices], fold.open
+
+    assert offered() == (None, [], False)
+    for name, kind, size in (("a--large", blip, 500), ("b--base", blip, 50), ("c--clip", "CLIPModel", 5)):
+        repo = cache / f"models--{name}"
+        add_model(repo / "snapshots" / ("0" * 40), kind, size)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("0" * 40)
+        (repo / "blobs").mkdir()
+    assert offered() == ("b/base", ["b/base", "a/large"], True)
+    mine = tmp_path / "mine"  # in a folder that --data_dir allows
+    add_model(mine, blip, 5)
+    assert offered()[1] == ["b/base", "a/large", mine.as_posix()]
+    (mine / "model.safetensors").unlink()  # a pickle alone is not read
+    assert offered()[1] == ["b/base", "a/large"]
+
+
 def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_path: Path) -> None:
-    def caption(session: str, model: str) -> str:
+    def caption(session: str, model: str | None) -> str:
         return caption_by_model(context, session, model, "TOK", lambda done, of: None)
 
     with pytest.raises(gr.Error, match="no images to caption"):
@@ -162,7 +198,7 @@ def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_
         caption(session, "x")
     empty_captions(context, session)
     with pytest.raises(gr.Error, match="no captioning model is given"):
-        caption(session, " ")
+        caption(session, None)
     with pytest.raises(gr.Error, match=r"captioner .* cannot be loaded") as told:
         caption(session, str(tmp_path / "nothing"))
     assert "\n" not in str(told.value)
@@ -287,7 +323,8 @@ def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(
 ) -> None:
     prompt = preset_settings("Quick look", {})["validation_prompt"]
     prompt, used = use_trigger(prompt, " ABC ", "TOK")
-    assert (prompt, used) == ("a ABC icon of a lighthouse, in the style of ABC", "ABC")
+    assert prompt.splitlines()[0] == "a ABC icon of a tomato, in the style of ABC"
+    assert ("TOK" in prompt, used) == (False, "ABC")
     assert use_trigger(prompt, "", used) == (prompt, "ABC")
     session = session_of(context, tmp_path / "in", ("TOKEN.png", (64, 64)))
     values = ("white", False, "tiny", "64")
@@ -297,12 +334,9 @@ def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(
     assert "trigger word" not in show(context, thumbnails, session, "TOK", *values)[1]
 
 
-def test_all_captions_are_emptied_and_all_images_removed_after_a_question(context: AppContext, tmp_path: Path) -> None:
+def test_all_captions_are_emptied_and_all_images_removed(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("owl.png", (64, 64)))
-    question, yes, asked = ask("captions")
-    assert (question.visible, yes.value) == (True, "Yes, empty all captions")
-    confirmed(context, session, asked)
+    empty_captions(context, session)
     assert context.uploads.captions(session) == {"0001.png": ""}
-    assert ask("images")[1].value == "Yes, remove all images"
-    confirmed(context, session, "images")
+    remove_all(context, session)
     assert context.uploads.captions(session) == {}

@@ -93,7 +93,7 @@ def test_a_training_from_its_start_to_its_files(runs: RunStore, settings: dict[s
     assert (run.progress.step, run.progress.total, run.progress.fraction) == (4, 4, 1.0)
     assert run.progress.seconds_per_step is not None
     assert [number for number, _ in runs.losses(run_id)] == [0, 1, 2, 3]
-    assert [(done, path.is_file()) for done, path in runs.images(run_id)] == [(0, True), (3, True), (4, True)]
+    assert [(one.step, one.path.is_file()) for one in runs.previews(run_id)] == [(0, True), (3, True), (4, True)]
     assert {kind: path.name for kind, path in runs.exports(run_id).items()} == {
         "diffusers": "pytorch_lora_weights.safetensors",
         "kohya": "Löwe-3D.safetensors",
@@ -296,7 +296,7 @@ def test_progress_follows_events_that_were_done_again_and_half_lines(runs: RunSt
     with open(folder / "events.jsonl", "a") as file:
         file.write('ep": 2, "loss": 0.1, "seconds": 2.0}\n{"event": "preview", "step": 3, "images": ["../x.png"]}\n')
     assert runs.get("run").progress.step == 3
-    assert runs.images("run") == [(3, folder / "images" / "x.png")]
+    assert [(one.step, one.path) for one in runs.previews("run")] == [(3, folder / "images" / "x.png")]
     with open(folder / "events.jsonl", "a") as file:  # a line that a full disk cut off, and the one after it
         file.write('{"event": "st{"event": "step"}\n' + json.dumps(step(3, 0.3)) + "\n")
     assert runs.get("run").progress.step == 4
@@ -334,7 +334,7 @@ def test_a_recycled_process_number_is_not_taken_for_the_trainer() -> None:
 )
 def test_a_run_name_never_leaves_the_runs_folder(runs: RunStore, run_id: str) -> None:
     made_by_hand(runs, "../x")
-    for call in (runs.get, runs.stop, runs.delete, runs.exports, runs.size, runs.losses, runs.images, runs.settings):
+    for call in (runs.get, runs.stop, runs.delete, runs.exports, runs.size, runs.losses, runs.previews, runs.settings):
         with pytest.raises(ConfigError, match="is not the name of a run"):
             call(run_id)
     with pytest.raises(ConfigError, match="is not the name of a run"):

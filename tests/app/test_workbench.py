@@ -77,8 +77,10 @@ def test_a_row_tells_what_there_is_to_know(runs: AppContext) -> None:
 
 
 def test_runs_that_were_trained_together_stand_together(runs: AppContext) -> None:
+    make_run(runs, "demo/sigma-0/seed-0", "flat-lora", [0.2])  # a null of the experiment, called as no method is
     page = refresh(runs, None, "", GROUPED)[0]
     assert re.findall("<h3>(.*?)</h3>", page) == ["cats", "demo"]
+    assert names(page)[1:] == ["demo/flat-lora/seed-0", "demo/lora/seed-0", "demo/sigma-0/seed-0"]
 
 
 def test_an_empty_list_says_what_to_do(context: AppContext) -> None:

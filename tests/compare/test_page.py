@@ -15,7 +15,7 @@ from made_up_comparison import PROMPTS, made_up_comparison, with_one_seed, with_
 from PIL import Image
 
 from flatlora_diffusion.charts.palette import TONES
-from flatlora_diffusion.compare.page.page import write_compare_page
+from flatlora_diffusion.compare.page.page import compare_page, write_compare_page
 
 SECTIONS = {
     "numbers",
@@ -88,6 +88,20 @@ def page(result: dict[str, Any], folder: Path) -> Page:
 @pytest.fixture(scope="module")
 def markup(page: Page, folder: Path) -> str:
     return (folder / "compare.html").read_text(encoding="utf-8")
+
+
+def test_a_framed_page_has_no_script_and_its_links_stay_in_the_frame(
+    result: dict[str, Any], folder: Path, page: Page
+) -> None:
+    framed = Page(compare_page(result, folder, is_framed=True))
+    assert framed.open == []
+    assert not framed.all_of("script")
+    assert not framed.all_of("dialog")
+    links = [link["href"] for link in framed.all_of("a")]
+    assert links
+    assert all(link.startswith("about:srcdoc#") for link in links)
+    assert [link["href"].replace("#", "about:srcdoc#", 1) for link in page.all_of("a")] == links
+    assert len(framed.all_of("img")) == len(page.all_of("img")) > 0
 
 
 def lean(result: dict[str, Any]) -> dict[str, Any]:

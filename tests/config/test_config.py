@@ -142,6 +142,29 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
             parse_config([*source, *flags, "--sigma", "0.1"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "prompts"),
+    [
+        (["--validation_prompt", "a fox"], ["a fox"]),
+        (["--validation_prompt=a fox"], ["a fox"]),
+        (
+            ["--validation_prompt", "a fox", "--rank=2", "--validation-prompt=an owl, asleep"],
+            ["a fox", "an owl, asleep"],
+        ),
+        (["--validation_prompt", "a fox\n\n an owl \na fox"], ["a fox", "an owl"]),
+        (["--validation_prompt", ""], [""]),
+        ([], []),
+    ],
+)
+def test_a_run_has_one_preview_prompt_or_several(tmp_path: Path, flags: list[str], prompts: list[str]) -> None:
+    config = parse_config(["--preset", "demo", *flags])
+    assert config.run.preview_prompts == prompts
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    assert parse_config(["--config", str(file)]).run.preview_prompts == prompts
+    assert parse_config(["--config", str(file), "--validation_prompt", "a key"]).run.preview_prompts == ["a key"]
+
+
 def test_epochs_as_a_flag_win_over_steps_of_a_preset_but_not_over_steps_as_a_flag() -> None:
     flags = ["--preset", "paper", "--num-train-epochs=3"]
     assert parse_config(flags).optim.max_train_steps is None

@@ -326,7 +326,8 @@ def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainCo
     assert finished == run.ending() == {"event": "finished", "step": 4}
     assert proof["event"] == "proof"
     assert proof["update_norms"]["unet"] > 0
-    assert preview == {"event": "preview", "step": 4, "images": ["step-4-0.png", "step-4-1.png"]}
+    about = {"prompts": ["an icon", "an icon"], "seeds": [0, 1]}
+    assert preview == {"event": "preview", "step": 4, "images": ["step-4-0.png", "step-4-1.png"], **about}
     assert change["event"] == "image_change"
     assert change["levels"] > 0
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-3", "checkpoint-4"]

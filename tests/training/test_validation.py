@@ -86,3 +86,18 @@ def test_previews_leave_modes_and_random_numbers_as_they_were(config: TrainConfi
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     names = {path.name for path in (watched.parent / "images").iterdir()}
     assert names == {"base-0.png", "step-2-0.png", "step-3-0.png"}
+
+
+def test_each_preview_prompt_is_drawn_before_the_first_step_and_after(config: TrainConfig) -> None:
+    prompts = {"validation_prompt": "an icon\na fox", "num_validation_images": 2, "validation_epochs": 50}
+    run = RunDir(train(config.replace(**prompts, max_train_steps=1)).parent)
+    told = [event for event in run.events() if event["event"] == "preview"]
+    assert [event["step"] for event in told] == [0, 1]
+    for event in told:
+        assert event["prompts"] == ["an icon", "an icon", "a fox", "a fox"]
+        assert event["seeds"] == [0, 1, 0, 1]
+    assert told[0]["images"] == [f"base-{place}.png" for place in range(4)]
+    pictures = [(run.images / name).read_bytes() for event in told for name in event["images"]]
+    assert len(set(pictures)) == 8, "another prompt, seed or step makes another picture"
+    card = (run.folder / "README.md").read_text(encoding="utf-8")
+    assert "a fox" in card

@@ -24,7 +24,7 @@ from flatlora_diffusion.compare.page.results import numbers, paired, verdict_cha
 from flatlora_diffusion.compare.page.text import Chip, Result, chip
 from flatlora_diffusion.ground.whole_files import write_text
 
-PAGE, GRID = "compare.html", "compare.png"
+PAGE, GRID, RESULT = "compare.html", "compare.png", "compare.json"
 _PARTS = Path(__file__).parent / "templates"
 _SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, nulls, proof, settings, made_with)
 _LARGEST_PNG = 400_000  # bytes; larger ones go in as JPEG, or two dozen pictures of SDXL would make 45 MB
@@ -33,6 +33,16 @@ _PROMPTS_AT_ONCE = 8  # as many as stand side by side and are still worth lookin
 
 def write_compare_page(result: Mapping[str, Any], folder: Path) -> Path:
     """Write `compare.html` into `folder`, which holds the pictures that `result` names; returns its path."""
+    path = folder / PAGE
+    write_text(path, compare_page(result, folder) + "\n")
+    return path
+
+
+def compare_page(result: Mapping[str, Any], folder: Path, is_framed: bool = False) -> str:
+    """The page of `result` with its pictures from `folder`.
+
+    is_framed: for the `srcdoc` of a frame without scripts, where a plain `#section` would be one of the page around.
+    """
     environment = Environment(
         loader=FileSystemLoader(_PARTS),
         autoescape=True,
@@ -41,7 +51,7 @@ def write_compare_page(result: Mapping[str, Any], folder: Path) -> Path:
         lstrip_blocks=True,
     )
     script = _part("script.js")
-    page = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         style=_part("style.css"),
         tones=TONES,
         script=script,
@@ -52,10 +62,9 @@ def write_compare_page(result: Mapping[str, Any], folder: Path) -> Path:
         headline=verdict_chart(result),
         grids=_grids(result, folder),
         sections=[section for section in (build(result) for build in _SECTIONS) if section.content is not None],
+        is_framed=is_framed,
+        here="about:srcdoc" if is_framed else "",
     )
-    path = folder / PAGE
-    write_text(path, page + "\n")
-    return path
 
 
 def _part(name: str) -> Markup:

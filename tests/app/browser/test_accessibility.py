@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 from app_driver import PATIENCE, AppPage, RunningApp
+from made_up_comparison import made_up_comparison, with_pictures
+from PIL import Image
 from playwright.sync_api import expect
 
+from flatlora_diffusion.compare.page.page import write_compare_page
 from flatlora_diffusion.config import TrainConfig
 
 pytestmark = pytest.mark.slow
 
+OF_EXPERIMENT = "exp/lora/seed-0"
 TABS = ("1 Dataset", "2 Train", "3 Compare", "4 Flatness", "Runs")
 # (rule, class of the element): Gradio's own, which no setting of it changes.
 OF_GRADIO = {
     ("aria-prohibited-attr", "empty"),  # the box in place of a JSON value that is none
-    ("image-redundant-alt", "svelte-"),  # a gallery's picture, whose caption is its alt text too
 }
 FOCUSED = """() => {
   const at = document.activeElement, label = at.closest('label');
@@ -29,10 +32,21 @@ FOCUSED = """() => {
 
 
 def make_runs(folder: Path) -> None:
-    """A finished pair and a stopped run, as far as the page looks into their folders."""
-    for name, method, steps in (("seen-lora", "lora", 4), ("seen-flat-lora", "flat-lora", 4), ("half", "lora", 2)):
+    """A finished pair and a stopped run with samples, and an experiment, as far as the page looks into them."""
+    experiment = folder / "exp"
+    experiment.mkdir()
+    result = with_pictures(made_up_comparison(), experiment)
+    write_compare_page(result, experiment)
+    (experiment / "compare.json").write_text(json.dumps(result))
+    runs = (
+        ("seen-lora", "lora", 4),
+        ("seen-flat-lora", "flat-lora", 4),
+        ("half", "lora", 2),
+        (OF_EXPERIMENT, "lora", 4),
+    )
+    for name, method, steps in runs:
         run = folder / name
-        run.mkdir()
+        (run / "images").mkdir(parents=True)
         config = TrainConfig.from_dict(
             {"method": method, "max_train_steps": 4, "instance_data_dir": "x", "resolution": 64}
         ).to_dict()
@@ -42,6 +56,10 @@ def make_runs(folder: Path) -> None:
             {"event": "step", "step": step, "loss": 0.1 / (1 + step), "seconds": 1.0, "eta": 0.0}
             for step in range(steps)
         ]
+        for step in (0, 4):
+            Image.effect_noise((64, 64), 50).save(run / "images" / f"step-{step}.png")
+            about = {"prompts": ["a fox"], "seeds": [0]}
+            events.append({"event": "preview", "step": step, "images": [f"step-{step}.png"], **about})
         events.append({"event": "finished" if steps == 4 else "stopped"})
         (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
         if steps == 4:
@@ -82,6 +100,7 @@ def test_every_tab_is_for_everybody(page: AppPage, app: RunningApp) -> None:
             page.page.locator("#more-settings > button").click()
         if tab == "Runs":
             expect(page.button("Download for diffusers")).to_be_visible(timeout=PATIENCE)
+            check_samples_and_report(page)
         page.page.wait_for_timeout(1000)  # a chart is drawn after its data has come
         for is_dark in (False, True):
             page.page.evaluate("dark => document.body.classList.toggle('dark', dark)", is_dark)
@@ -92,10 +111,35 @@ def test_every_tab_is_for_everybody(page: AppPage, app: RunningApp) -> None:
         page.page.set_viewport_size({"width": 1280, "height": 900})
     assert {where: lines for where, lines in found.items() if lines} == {}
     check_focus_is_seen(page)
+    check_red_buttons_are_read_under_the_pointer(page)
     assert (
         page.button("Load the 23 sample icons").evaluate("one => parseFloat(getComputedStyle(one).transitionDuration)")
         <= 1e-4
     )
+
+
+def check_samples_and_report(page: AppPage) -> None:
+    """Both are there, are used by keyboard, and the report's links stay inside of its frame."""
+    page.page.locator(f'button[data-run="{OF_EXPERIMENT}"]').click()
+    show = page.button("Show the report of exp")
+    expect(show).to_be_visible(timeout=PATIENCE)
+    show.press("Enter")
+    report = page.page.frame_locator("#report iframe")
+    expect(report.get_by_role("heading", level=1)).to_be_visible(timeout=PATIENCE)
+    report.get_by_role("link", name="Proof", exact=True).press("Enter")
+    expect(report.get_by_role("heading", name="Proof", exact=True)).to_be_in_viewport()
+    sample = page.page.get_by_role("img", name="a fox, step 4").filter(visible=True).locator("..")
+    small = sample.bounding_box()
+    sample.press("Enter")
+    expect(sample).to_have_attribute("aria-pressed", "true")
+    large = sample.bounding_box()
+    assert small is not None
+    assert large is not None
+    assert large["width"] > 1.2 * small["width"]
+    before = page.page.get_by_role("img", name="a fox, before training").filter(visible=True)
+    expect(before).to_be_in_viewport()
+    sample.press("Escape")
+    expect(sample).to_have_attribute("aria-pressed", "false")
 
 
 def check_focus_is_seen(page: AppPage) -> None:
@@ -113,3 +157,12 @@ def check_focus_is_seen(page: AppPage) -> None:
     page.page.get_by_label("Caption of bread.png").focus()
     assert page.page.evaluate(FOCUSED)
     assert unseen == []
+
+
+def check_red_buttons_are_read_under_the_pointer(page: AppPage) -> None:
+    """Gradio gives them another ground then, and leaves their words in its colour."""
+    button = page.button("Remove all images")
+    button.hover()
+    page.page.wait_for_timeout(300)  # of the transition
+    words, ground = button.evaluate("one => [getComputedStyle(one).color, getComputedStyle(one).backgroundColor]")
+    assert words != ground

@@ -33,16 +33,22 @@ def test_progress_is_shown_again_after_a_reload_and_after_a_restart_of_the_app(p
 
 def test_a_stopped_training_resumes_from_its_checkpoint(page: AppPage) -> None:
     page.load_samples()
-    page.start_training("halves", "LoRA", 40)
+    page.start_training("halves", "LoRA", 60)
     page.wait_for_step("halves", 1)
-    page.button("Stop").click()
+    page.button("Stop").press("Enter")
+    expect(page.button("Stop it?")).to_be_focused()
+    page.wait_for_step("halves", page.steps_done("halves") + 1)  # the card is drawn anew, and still asks
+    page.page.keyboard.press("Escape")
+    expect(page.button("Stop")).to_be_focused()
+    page.page.keyboard.press("Enter")
+    page.page.keyboard.press("Enter")
     card = page.wait_for_state("halves", "stopped")
     done = page.steps_done("halves")
-    assert done < 40
+    assert done < 60
     expect(card).to_contain_text(f"Resume goes on from checkpoint-{done}.")
     page.button("Resume").click()
     page.wait_for_state("halves", "finished")
-    assert page.steps_done("halves") == 40
+    assert page.steps_done("halves") == 60
 
 
 def test_a_killed_training_is_shown_as_failed_with_its_log_and_what_to_do(page: AppPage, app: RunningApp) -> None:

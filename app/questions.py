@@ -1,0 +1,65 @@
+"""A question before what cannot be undone by the next click: each red button of the page opens one.
+
+By keyboard the focus goes to the answer that changes nothing, and from there back to the button.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# What is to have the focus is drawn a moment after the event.
+_FOCUS = """() => {
+  let tries = 40;
+  const seek = () => {
+    const found = document.getElementById('ID');
+    if (found && found.offsetParent) found.focus();
+    else if (tries--) setTimeout(seek, 25);
+  };
+  seek();
+}"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row that is hidden until it is asked. `yes` is connected by who asks, and then to `hidden`."""
+
+    row: gr.Row
+    yes: gr.Button
+    no: gr.Button
+
+    @property
+    def hidden(self) -> dict[str, Any]:
+        """The event that takes the question off the page."""
+        return {"fn": _hide, "inputs": None, "outputs": [self.row], **_QUIET}
+
+
+def build_question(name: str, yes: str, no: str) -> Question:
+    """`name`: what the elements are found by."""
+    with gr.Row(visible=False, elem_id=f"{name}-question") as row:
+        really = gr.Button(yes, variant="stop", size="sm", elem_id=f"{name}-yes", min_width=140)
+        not_now = gr.Button(no, size="sm", elem_id=f"{name}-no", min_width=140)
+    return Question(row, really, not_now)
+
+
+def ask_before(button: gr.Button, question: Question, about: gr.Dropdown | None = None) -> None:
+    """A click on the button asks. about: what the question is about; with another choice it is not asked any more."""
+    button.click(_show, None, [question.row], **_QUIET).then(**_focused(question.no))
+    question.no.click(**question.hidden).then(**_focused(button))
+    if about is not None:
+        about.change(**question.hidden)
+
+
+def _show() -> Any:
+    return gr.Row(visible=True)
+
+
+def _hide() -> Any:
+    return gr.Row(visible=False)
+
+
+def _focused(button: gr.Button) -> dict[str, Any]:
+    return {"fn": None, "js": _FOCUS.replace("ID", str(button.elem_id)), **_QUIET}

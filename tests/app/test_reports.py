@@ -1,0 +1,103 @@
+"""The report of an experiment in place: made anew from its figures, in a frame that can do nothing."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from made_up_comparison import made_up_comparison, with_pictures
+
+from app.context import AppContext
+from app.reports.report import report_of
+from app.reports.tab import offer, toggle
+from app.runs.workbench import rows_of
+from flatlora_diffusion.compare.page.page import write_compare_page
+
+RUN = "demo/lora/seed-0"
+
+
+def add_run(context: AppContext, run_id: str) -> None:
+    folder = context.runs.folder / run_id
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "manifest.json").write_text("[]")
+
+
+@pytest.fixture
+def experiment(context: AppContext) -> Path:
+    """What `compare` leaves, with markup where an attacker would have it: in the figures and in the page."""
+    for run_id in (RUN, "demo/sigma-0/seed-0", "alone"):
+        add_run(context, run_id)
+    folder = context.runs.folder / "demo"
+    result = with_pictures(made_up_comparison(), folder) | {"verdict": "<script>alert(1)</script> it wins"}
+    write_compare_page(result, folder)
+    (folder / "compare.json").write_text(json.dumps(result))
+    (folder / "compare.html").write_text((folder / "compare.html").read_text() + "<p>written by somebody else</p>")
+    return folder
+
+
+def frame(context: AppContext, run_id: str, shown: str = "") -> Any:
+    return toggle(context, run_id, shown)[1]
+
+
+def test_the_report_is_opened_in_place_and_closed(context: AppContext, experiment: Path) -> None:
+    row, button, file, _, shown = offer(context, RUN, "")
+    assert (row.visible, button.value, shown) == (True, "Show the report of demo", "")
+    assert Path(file.value["path"] if isinstance(file.value, dict) else file.value).name == "compare.html"
+    button, opened, shown = toggle(context, RUN, shown)
+    assert (button.value, opened.visible, shown) == ("Hide the report of demo", True, "demo")
+    assert "it wins" in opened.value
+    assert offer(context, "demo/sigma-0/seed-0", shown)[3:] == (gr.skip(), "demo")  # stays open within the experiment
+    row, *_, closed, shown_now = offer(context, "alone", shown)
+    assert (row.visible, closed.visible, shown_now) == (False, False, "")
+    button, closed, shown = toggle(context, RUN, shown)
+    assert (button.value, closed.visible, shown) == ("Show the report of demo", False, "")
+
+
+def test_the_frame_can_do_nothing_and_holds_no_html_of_the_folder(context: AppContext, experiment: Path) -> None:
+    page = frame(context, RUN).value
+    assert page.count("<") == 2  # the frame and its end: all else is the text of one attribute
+    assert page.startswith('<iframe sandbox="" ')
+    inside = html.unescape(page.partition('srcdoc="')[2].rpartition('"')[0])
+    assert "<script" not in inside
+    assert "&lt;script&gt;alert(1)" in inside
+    assert "written by somebody else" not in inside
+    assert "default-src &#39;none&#39;" in inside or "default-src 'none'" in inside
+    assert 'src="data:image/png;base64,' in inside
+
+
+def test_the_list_shows_a_picture_of_an_arm_that_drew_no_previews(
+    context: AppContext, experiment: Path, tmp_path: Path
+) -> None:
+    pictures = {row.id: row.picture for row in rows_of(context)}
+    assert pictures == {RUN: experiment / "picture-1-0.png", "demo/sigma-0/seed-0": None, "alone": None}
+    result = json.loads((experiment / "compare.json").read_text())
+    (tmp_path / "secret.png").write_bytes(b"not for everybody")
+    result["pictures"]["files"][1][0] = "../../secret.png"
+    (experiment / "compare.json").write_text(json.dumps(result))
+    assert {row.picture for row in rows_of(context)} == {None}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"verdict": 1, "arms": [1]}'])
+def test_figures_of_another_version_are_told_in_a_sentence(context: AppContext, experiment: Path, text: str) -> None:
+    (experiment / "compare.json").write_text(text)
+    with pytest.raises(gr.Error, match="the report of demo was made by another version"):
+        frame(context, RUN)
+
+
+def test_a_report_from_outside_of_the_runs_folder_is_none(
+    context: AppContext, experiment: Path, tmp_path: Path
+) -> None:
+    for name in ("compare.html", "compare.json"):
+        (experiment / name).rename(tmp_path / name)
+    assert report_of(context.runs, RUN) is None, "above the runs folder"
+    for name in ("compare.html", "compare.json"):
+        (experiment / name).symlink_to(tmp_path / name)
+    assert report_of(context.runs, RUN) is None
+    assert offer(context, RUN, "demo")[0].visible is False
+    with pytest.raises(gr.Error, match="not there any more"):
+        frame(context, RUN)
