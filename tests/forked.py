@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState
 
@@ -18,7 +19,8 @@ LONGEST = 300.0  # seconds
 
 def forked(arguments: Sequence[str], said: Path, environment: Mapping[str, str]) -> BaseProcess:
     """The training script with `arguments` and more in its environment; all that it says goes into the file `said`."""
-    process = multiprocessing.get_context(KIND).Process(target=_train, args=(list(arguments), said, environment))
+    context: Any = multiprocessing.get_context(KIND)
+    process: BaseProcess = context.Process(target=_train, args=(list(arguments), said, environment))
     process.start()
     return process
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, ConfigError
@@ -170,13 +171,9 @@ def common_moments(arms: Sequence[ComparedRun]) -> tuple[int | None, ...]:
 
 def finished_arms(context: AppContext) -> list[ComparedRun]:
     """What can be compared, the newest first."""
-    arms = []
-    for run in context.runs.all():
-        file = context.runs.exports(run.id).get("diffusers")
-        resolution = read_json(RunDir(run.folder).config_file).get("resolution")
-        if run.state == "finished" and file is not None and resolution:
-            arms.append(_arm(context, run, file, resolution))
-    return arms
+    finished = [run for run in context.runs.all() if run.state == "finished"]
+    arms = [(run, context.runs.made_of(run, "arm", partial(_arm, context, run))) for run in finished]
+    return [replace(arm, name=run.name) for run, arm in arms if arm is not None]
 
 
 def newest_pair(context: AppContext, arms: Sequence[ComparedRun]) -> list[str]:
@@ -236,7 +233,12 @@ def read_strengths(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(map(float, parts)))
 
 
-def _arm(context: AppContext, run: Run, file: Path, resolution: int) -> ComparedRun:
+def _arm(context: AppContext, run: Run) -> ComparedRun | None:
+    """None of a run without a LoRA, or of which it is not known how large its images are."""
+    file = context.runs.exports(run.id).get("diffusers")
+    resolution = read_json(RunDir(run.folder).config_file).get("resolution")
+    if file is None or not resolution:
+        return None
     return ComparedRun(
         id=run.id,
         name=run.name,

@@ -14,6 +14,7 @@ from flatlora_diffusion.config import ConfigError
 from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..jobs.view import STATUS_CSS, wrong
+from ..watch.ticks import only_news, signs_of
 from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
 from .view import (
@@ -170,7 +171,8 @@ def _build_side_by_side(
     changed = [known.change, runs.input, *(one.change for one in form if one is not runs)]
     gr.on(changed, partial(refresh, view), [last, *form], outputs, **quiet)
     timer = gr.Timer(_POLL_SECONDS, active=False)
-    timer.tick(on_tick, [known, last, *form], [runs, prompts, seeds, known, *outputs], **quiet)
+    looked = {"inputs": [known, last, *form], "outputs": [runs, prompts, seeds, known, *outputs], **quiet}
+    timer.tick(**only_news({"fn": on_tick, **looked}, partial(signs_of, view.context)))
     return form, timer, known
 
 

@@ -13,6 +13,7 @@ from flatlora_diffusion.config import ConfigError
 from ..context import AppContext
 from ..jobs.view import STATUS_CSS, wrong
 from ..questions import ask_before, build_question
+from ..watch.ticks import only_news, signs_of
 from .view import QUICK, THOROUGH, FlatnessView
 
 _POLL_SECONDS = 1.5
@@ -124,5 +125,5 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
     runs.input(view.status, None, [status], **quiet)
     load(**watch)
     timer = gr.Timer(_POLL_SECONDS, active=False)
-    timer.tick(**watch)
+    timer.tick(**only_news(watch, partial(signs_of, context)))
     return timer

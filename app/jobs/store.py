@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from flatlora_diffusion.config import ConfigError
 
+from ..watch.kept import Kept
+
 JobKind = Literal["train", "resume", "generate", "flatness"]
 JobState = Literal["queued", "running", "done", "failed", "stopped", "cancelled"]
 Choice = Literal["left", "right", "tie"]
@@ -112,6 +114,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files = (str(path), f"{path}-wal")
+        self._kept: Kept[Any] = Kept()
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._connect()) as database:
             database.execute("PRAGMA journal_mode=WAL")
@@ -150,7 +154,9 @@ class Store:
         """The jobs in these states, or all, in the order they run."""
         marks = ", ".join("?" * len(states))
         where = f"WHERE state IN ({marks})" if states else ""
-        return [_job(row) for row in self._rows(f"SELECT * FROM jobs {where} ORDER BY position, id", *states)]
+        query = f"SELECT * FROM jobs {where} ORDER BY position, id"
+        made = self._kept.get(states, lambda: ([_job(row) for row in self._rows(query, *states)], self.files))
+        return list(made)
 
     def change_job(self, job_id: int, was: JobState, **values: Any) -> bool:
         """Set columns of a job if it still is in the state `was`; whether it was."""
@@ -163,8 +169,8 @@ class Store:
 
     def labels(self) -> dict[str, Label]:
         """By run, for the runs that have one."""
-        rows = self._rows("SELECT run, name, tags, note FROM labels")
-        return {row["run"]: Label(row["name"], tuple(json.loads(row["tags"])), row["note"]) for row in rows}
+        labels: dict[str, Label] = self._kept.get("labels", lambda: (self._read_labels(), self.files))
+        return labels
 
     def set_label(self, run: str, label: Label) -> None:
         with self._open() as database:
@@ -200,6 +206,10 @@ class Store:
             question,
         )
         return [Vote(*row) for row in rows]
+
+    def _read_labels(self) -> dict[str, Label]:
+        rows = self._rows("SELECT run, name, tags, note FROM labels")
+        return {row["run"]: Label(row["name"], tuple(json.loads(row["tags"])), row["note"]) for row in rows}
 
     def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         with closing(self._connect()) as database:

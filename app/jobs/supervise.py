@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from flatlora_diffusion.ground.whole_files import write_json
 
@@ -13,6 +16,7 @@ from ..runs.processes import identity, kill_tree, read_json
 from .launch import AT_ONCE, Launch
 
 _POLL_SECONDS = 0.2
+_NICENESS = 10  # of 19; a page is answered at once, and on an idle computer nothing is slower
 
 
 def main(folder: Path) -> None:
@@ -20,6 +24,7 @@ def main(folder: Path) -> None:
     launch = Launch(folder)
     command = read_json(launch.command_file)
     stop_file = None if command["stop_file"] is None else Path(command["stop_file"])
+    _give_way()
     process = subprocess.Popen([sys.executable, *command["arguments"]], stdin=subprocess.DEVNULL)
     write_json(launch.trainer_file, identity(process.pid))
     while process.poll() is None:
@@ -33,6 +38,14 @@ def main(folder: Path) -> None:
     if stop_file is not None:
         stop_file.unlink(missing_ok=True)
     write_json(launch.exit_file, {"code": process.returncode, "was_asked": was_asked, "time": time.time()})
+
+
+def _give_way() -> None:
+    """What is started from here on lets the app, and all else on this computer, go first."""
+    if sys.platform == "win32":
+        psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
+    else:
+        os.nice(_NICENESS)
 
 
 def _pass_on(stop_file: Path | None, process: subprocess.Popen[bytes]) -> None:

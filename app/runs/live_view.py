@@ -33,17 +33,22 @@ NOTHING = (
 
 
 def recent_runs(context: AppContext) -> list[Run]:
+    """Those of `recent_ids`, without what was deleted since."""
+    found = []
+    for run_id in recent_ids(context):
+        with suppress(ConfigError):
+            found.append(context.runs.get(run_id))
+    return found
+
+
+def recent_ids(context: AppContext) -> list[str]:
     """The runs that train or wait and, at the least, the newest with its partner, in the order of the queue."""
     jobs = [job for job in context.queue.jobs() if job.run is not None and job.state != "cancelled"]
     active = [job for job in jobs if job.state in ("running", "queued")]
     focus = active or jobs[-1:]
     pairs = {job.pair for job in focus if job.pair}
     wanted = dict.fromkeys(job.run for job in jobs if job in focus or job.pair in pairs)
-    found = []
-    for run_id in filter(None, wanted):
-        with suppress(ConfigError):  # of a run that was deleted since
-            found.append(context.runs.get(run_id))
-    return found
+    return list(filter(None, wanted))
 
 
 def log_tail(context: AppContext, run_id: str) -> str:

@@ -51,16 +51,19 @@ def is_run(folder: Path) -> bool:
     return run.config_file.is_file() and run.manifest_file.is_file()
 
 
-def run_ids(root: Path) -> Iterator[str]:
+def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
     """The ids of the run folders below `root`, those that lie less deep first.
 
     Links are not followed; hidden folders, what an earlier run has left in a folder and the folds of a run hold none.
+    looked_into: gets the folders whose change may change the answer.
     """
     waiting = deque([("", root)])
     for _ in range(_MOST_FOLDERS):
         if not waiting:
             return
         above, folder = waiting.popleft()
+        if looked_into is not None:
+            looked_into.append(folder)
         for path in _folders(folder):
             run_id = f"{above}/{path.name}" if above else path.name
             if not _is_id(run_id) or (above and path.name.startswith(("earlier-", FOLD))):

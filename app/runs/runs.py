@@ -5,10 +5,10 @@ Below the runs folder, `.app/` is the app's own (database, launches with their l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flatlora_diffusion.config import ConfigError, completed
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
@@ -16,7 +16,9 @@ from flatlora_diffusion.ground.whole_files import write_json
 
 from ..jobs.launch import LOG_LINES, Launch
 from ..jobs.store import Label, Store
-from .names import checked_text, folder_of, is_run, private_name, run_id_of, run_ids, safe_name
+from ..watch.kept import Kept
+from ..watch.run_places import RunPlaces, Signs
+from .names import checked_text, folder_of, is_run
 from .phase import phase_of
 from .processes import Trainers, read_json
 from .progress import EventLog, Preview, Progress
@@ -26,6 +28,7 @@ from .trash import Trash
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")
 _LONGEST_NOTE = 2000
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,16 @@ class RunStore:
         self.folder = folder
         self.private = folder / ".app"
         self.store = Store(self.private / "app.db")
-        self._launches = self.private / "runs"
-        self.trash = Trash(folder / ".trash", folder, self._launches, self.store)
+        self._places = RunPlaces(folder, self.private / "runs")
+        self.trash = Trash(folder / ".trash", folder, self._places.launches, self.store)
         self._logs: dict[str, EventLog] = {}
         self._trainers = Trainers()
+        self._kept: Kept[Any] = Kept()
 
     def all(self) -> list[Run]:
         """All runs, the one that changed last first."""
         queued, labels = self._queued(), self.store.labels()
-        ids = {*run_ids(self.folder), *queued, *(run_id for run_id in self._launched() if self.last_launch(run_id))}
+        ids = {*self._places.ids(), *queued, *self._places.launched()}
         return sorted(
             (self._run(run_id, run_id in queued, labels.get(run_id, Label())) for run_id in ids),
             key=lambda run: -run.changed,
@@ -90,29 +94,19 @@ class RunStore:
 
     def reserve(self, name: str) -> str:
         """The id of a new run called `name`, or like it when that is taken; nobody else gets the same."""
-        base = run_id = safe_name(name)
-        number = 2
-        while not self._is_reserved_now(run_id):
-            run_id, number = f"{base}-{number}", number + 1
-        return run_id
+        return self._places.reserve(name)
 
     def release(self, run_id: str) -> None:
         """Give back an id that was never used."""
-        private = self._private_folder(run_id)
-        if private.is_dir() and not any(private.iterdir()):
-            private.rmdir()
+        self._places.release(run_id)
 
     def next_launch(self, run_id: str) -> Launch:
         """The folder of the run's next start, not made yet."""
-        last = self.last_launch(run_id)
-        number = 1 if last is None else int(last.folder.name.split("-")[1]) + 1
-        return Launch(self._private_folder(run_id) / f"launch-{number}")
+        return self._places.next_launch(run_id)
 
     def last_launch(self, run_id: str) -> Launch | None:
         """The app's last start of the run; None for one that only command lines have started."""
-        launches = self._private_folder(run_id).glob("launch-*")
-        last = max(launches, key=lambda path: int(path.name.split("-")[1]), default=None)
-        return None if last is None else Launch(last)
+        return self._places.last_launch(run_id)
 
     def start(self, run_id: str, settings: Mapping[str, Any], launch: Launch) -> None:
         """Train with `settings` in the run's folder. Raises ConfigError for settings that cannot be."""
@@ -165,6 +159,16 @@ class RunStore:
             raise ConfigError(f"{run.name} cannot be resumed: {why}")
         return self.settings(run_id) | {"resume_from_checkpoint": "latest"}
 
+    def made_of(self, run: Run, what: str, make: Callable[[], Value]) -> Value:
+        """What `make` gives, called again only when the state or a file has changed; of a run at work each time."""
+        files = None if run.state == "running" else self._places.files(run.id)
+        value: Value = self._kept.get((run.id, run.state, what), lambda: (make(), files))
+        return value
+
+    def signs(self, run_ids: Iterable[str] | None = None) -> Signs | None:
+        """What tells that runs, jobs and labels are as they were: see `RunPlaces.signs`."""
+        return self._places.signs(self.store.files, run_ids)
+
     def losses(self, run_id: str) -> list[tuple[int, float]]:
         """(step, loss) of each optimizer step."""
         return self._events(run_id).losses()
@@ -215,7 +219,7 @@ class RunStore:
         Raises ConfigError while it runs or waits, and when other runs lie in its folder and would go with it.
         """
         run = self.get(run_id)
-        inner = [one for one in run_ids(self.folder) if one.startswith(f"{run_id}/")]
+        inner = [one for one in self._places.ids() if one.startswith(f"{run_id}/")]
         if inner:
             more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
             raise ConfigError(f"{run.name} has other runs in its folder, {inner[0]}{more}; delete those first")
@@ -224,20 +228,29 @@ class RunStore:
         return self.trash.delete(run_id)
 
     def _run(self, run_id: str, is_queued: bool, label: Label) -> Run:
+        """The run as it is; one that has ended is looked at again only when its files have changed."""
+        run, is_trained = self._kept.get((run_id, is_queued), lambda: self._look(run_id, is_queued))
+        if self._trainers.is_at(run.folder) != is_trained:
+            run, _ = self._look(run_id, is_queued)[0]
+        return replace(run, label=label)
+
+    def _look(self, run_id: str, is_queued: bool) -> tuple[tuple[Run, bool], Iterable[str] | None]:
+        """((the run without its label, whether a trainer from a command line is at it), what it was made of)."""
         folder = folder_of(self.folder, run_id)
         run, launch = RunDir(folder), self.last_launch(run_id)
         settings = read_json(run.config_file) or ({} if launch is None else launch.settings())
         progress = self._events(run_id).progress(settings.get("max_train_steps"))
         checkpoints = run.checkpoints() if folder.is_dir() else []
         files = RunFiles.of(folder, checkpoints)
-        verdict = judge(launch, progress, files, is_queued, self._trainers.is_at(folder))
+        is_trained = self._trainers.is_at(folder)
+        verdict = judge(launch, progress, files, is_queued, is_trained)
         is_running = verdict.state == "running"
         has_previews = bool(settings.get("validation_prompt") or settings.get("validation_prompts_file"))
-        places = (run.events_file, run.config_file, self._private_folder(run_id))
-        return Run(
+        places = (run.events_file, run.config_file, self._places.private(run_id))
+        found = Run(
             id=run_id,
             folder=folder,
-            label=label,
+            label=Label(),
             state=verdict.state,
             progress=progress,
             exit_code=verdict.exit_code,
@@ -249,9 +262,7 @@ class RunStore:
             has_folds=has_folds(folder),
             changed=max((path.stat().st_mtime for path in places if path.exists()), default=0.0),
         )
-
-    def _launched(self) -> list[str]:
-        return [run_id_of(path.name) for path in self._launches.iterdir()] if self._launches.is_dir() else []
+        return (found, is_trained), None if is_running else self._places.files(run_id)
 
     def _queued(self) -> dict[str, dict[str, Any]]:
         """The settings of the runs that wait, also of one that the queue has taken and not launched yet."""
@@ -275,18 +286,3 @@ class RunStore:
 
     def _relabel(self, run_id: str, **values: Any) -> None:
         self.store.set_label(run_id, replace(self.get(run_id).label, **values))
-
-    def _private_folder(self, run_id: str) -> Path:
-        folder_of(self.folder, run_id)
-        return self._launches / private_name(run_id)
-
-    def _is_reserved_now(self, run_id: str) -> bool:
-        private = self._private_folder(run_id)
-        if folder_of(self.folder, run_id).exists():
-            return False
-        self._launches.mkdir(parents=True, exist_ok=True)
-        try:
-            private.mkdir()
-        except FileExistsError:
-            return False
-        return True

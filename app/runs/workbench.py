@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ class Row:
 
 def rows_of(context: AppContext) -> list[Row]:
     """One for each run, the newest first."""
-    return [_row(context, run) for run in context.runs.all()]
+    rows = [(run, context.runs.made_of(run, "row", partial(_row, context, run))) for run in context.runs.all()]
+    return [replace(row, name=run.name, tags=run.label.tags) for run, row in rows]
 
 
 def arranged(rows: Sequence[Row], words: str, order: str) -> list[Row]:

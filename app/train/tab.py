@@ -21,10 +21,11 @@ from ..jobs.store import Job
 from ..loss_chart import CHART_CSS
 from ..questions import ask_before, build_question
 from ..reporting import told_on_the_page
-from ..runs.live_view import NOTHING, live
+from ..runs.live_view import NOTHING, live, recent_ids
 from ..runs.names import checked_text
 from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
+from ..watch.ticks import only_news, signs_of
 from .acts import connect_acts
 from .bases import check_base
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
@@ -166,7 +167,7 @@ def build_train_tab(
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
-    timer.tick(**watch, api_name="live")
+    timer.tick(**only_news(watch, lambda: signs_of(context, recent_ids(context))), api_name="live")
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})

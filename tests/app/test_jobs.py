@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.jobs.jobs import JobQueue
@@ -74,6 +75,18 @@ def test_jobs_run_one_by_one_and_a_failed_one_holds_nobody_up(queue: JobQueue) -
         queue.put_first(last.id)
     queue.stop(last.id)
     assert queue.jobs()[0].state == "done"
+
+
+def test_heavy_work_lets_the_app_go_first(runs: RunStore) -> None:
+    launch = runs.next_launch("nice")
+    launch.start(["-c", "import psutil; print(psutil.Process().nice())"])
+    end = time.monotonic() + PATIENCE_SECONDS
+    while launch.ending() is None:
+        assert time.monotonic() < end, launch.log()
+        time.sleep(0.05)
+    mine = psutil.Process().nice()
+    lower = str(psutil.BELOW_NORMAL_PRIORITY_CLASS) if sys.platform == "win32" else str(min(19, mine + 10))
+    assert launch.log() == [lower]
 
 
 def test_a_pair_differs_in_its_method_alone(queue: JobQueue, runs: RunStore, config: TrainConfig) -> None:

@@ -1,0 +1,37 @@
+"""Timers that send news only: while nothing has changed, a tick opens no file and its answer is empty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import gradio as gr
+
+from ..context import AppContext
+from .run_places import Signs
+
+
+def only_news(event: Mapping[str, Any], signs: Callable[[], Signs | None]) -> dict[str, Any]:
+    """The event of a timer, whose handler is not called while `signs` and its inputs are as in the tick before.
+
+    To be called in the Blocks that is open.
+    """
+    seen, handler, count = gr.State(None), event["fn"], len(event["outputs"]) + 1
+
+    def on_tick(before: Any, *values: Any) -> tuple[Any, ...]:
+        now = signs()
+        if now is not None and (now, values) == before:
+            return (gr.skip(),) * count
+        return *handler(*values), (now, values)
+
+    return {**event, "fn": on_tick, "inputs": [seen, *event["inputs"]], "outputs": [*event["outputs"], seen]}
+
+
+def signs_of(context: AppContext, run_ids: Iterable[str] | None = None) -> Signs | None:
+    """Those of the queue, of what is known of runs, and of all runs or, with each of their steps, of those named.
+
+    None, so that each tick counts, while they settle and while another job than a training runs.
+    """
+    if run_ids is None and any(job.run is None for job in context.queue.jobs("running")):
+        return None
+    return context.runs.signs(run_ids)
