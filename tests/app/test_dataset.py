@@ -185,11 +185,11 @@ def test_a_captioner_that_is_on_this_computer_is_offered(
     assert offered()[1] == ["b/base", "a/large", mine.as_posix()]
     (mine / "model.safetensors").unlink()  # a pickle alone is not read
     assert offered()[1] == ["b/base", "a/large"]
-    add_model(mine / "florence", "Florence2ForConditionalGeneration", 5)
-    (mine / "tagger").mkdir()
+    add_model(mine.with_name("florence"), "Florence2ForConditionalGeneration", 5)
+    mine.with_name("tagger").mkdir()
     for name in ("model.onnx", "selected_tags.csv"):
-        (mine / "tagger" / name).touch()
-    assert offered()[1][2:] == [(mine / name).as_posix() for name in ("florence", "tagger")]
+        (mine.with_name("tagger") / name).touch()
+    assert offered()[1][2:] == [mine.with_name(name).as_posix() for name in ("florence", "tagger")]
 
 
 def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_path: Path) -> None:
