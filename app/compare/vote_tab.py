@@ -13,6 +13,7 @@ from flatlora_diffusion.config import ConfigError
 
 from ..jobs.store import Choice
 from ..jobs.view import STATUS_CSS, told, wrong
+from ..questions import ask_before, build_question
 from .blind_vote import QUESTIONS
 from .comparison import ENOUGH_PAIRS
 from .view import CompareView, Form
@@ -41,7 +42,8 @@ def build_vote(
         left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
         right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
         tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
-    reveal = gr.Button("End without a verdict", visible=False, elem_id="fl-vote-reveal", size="sm")
+    reveal = gr.Button("End without a verdict", variant="stop", visible=False, elem_id="end-vote", size="sm")
+    really = build_question("end-vote", "Yes, end without a verdict", "No, go on voting")
     shown = [page, count, answers, reveal]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -71,7 +73,8 @@ def build_vote(
     answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
     for button, choice in answered:
         button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
-    reveal.click(on_reveal, ballot, [ballot, *shown], **quiet)
+    ask_before(reveal, really)
+    really.yes.click(on_reveal, ballot, [ballot, *shown], **quiet).then(**really.hidden)
 
 
 def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:

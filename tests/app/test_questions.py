@@ -17,6 +17,7 @@ ASKING = {
     "delete-for-good": "Delete for good",
     "cancel-all": "Cancel all that waits",
     "stop-measuring": "Stop measuring",
+    "end-vote": "End without a verdict",
     "remove-all": "Remove all images",
     "empty-captions": "Empty all captions",
 }
@@ -35,7 +36,7 @@ def test_each_red_button_asks_or_is_the_answer(page: gr.Blocks) -> None:
     red = {name: one.value for name, one in buttons(page).items() if one.variant == "stop"}
     assert {name: text for name, text in red.items() if not name.endswith("-yes")} == ASKING
     assert {name for name in red if name.endswith("-yes")} == {f"{name}-yes" for name in ASKING}
-    ending = re.compile("delete|remove|cancel|empty|clear|discard", re.IGNORECASE)
+    ending = re.compile(r"delete|remove|cancel|empty|clear|discard|\bend\b", re.IGNORECASE)
     plain = [one.value for one in buttons(page).values() if one.variant != "stop" and ending.search(str(one.value))]
     assert plain == []
 
