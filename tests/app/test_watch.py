@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from app.__main__ import GRADIO_SETTINGS, queued
 from app.context import AppContext
 from app.jobs.launch import Launch
 from app.jobs.store import NewJob, Store
@@ -202,6 +203,16 @@ def test_what_another_app_writes_into_the_database_is_seen(tmp_path: Path) -> No
     assert files == [f"sqlite3.connect {tmp_path / 'app.db'}"]  # of the labels, once
     theirs.change_job(job.id, "queued", state="cancelled")
     assert mine.jobs("queued") == []
+
+
+def test_gradio_does_little_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an attribute and by variables of its own, which have to be there still."""
+    for name, value in GRADIO_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    page = gr.Blocks()
+    assert page.queue()._queue.sleep_when_free < queued(page)._queue.sleep_when_free <= 0.05
+    assert page._queue.ANALYTICS_MAX_EVENTS == 1
+    assert page._queue.ANAYLTICS_CACHE_FREQUENCY > 10**6
 
 
 def test_a_second_change_in_the_same_moment_is_not_missed(tmp_path: Path) -> None:
