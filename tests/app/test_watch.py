@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +176,22 @@ def test_a_step_is_shown_on_the_train_tab_alone(context: AppContext, pages: dict
             assert pages[name].tick() == [], name
         of_processes = ("supervisor.json", "trainer.json")  # whether they live is no matter of files
         assert [file for file in files if not file.endswith(of_processes)] == [], name
+
+
+def test_a_run_from_elsewhere_that_comes_while_folders_settle_is_watched(context: AppContext) -> None:
+    first = add_run(context, "one-lora")
+    age(context.runs.private)
+    assert context.runs.signs() is None
+    events = Path(shutil.copytree(first, context.runs.folder / "elsewhere")) / "events.jsonl"
+    for folder in (first, events.parent):
+        age(folder)
+    os.utime(context.runs.folder, (0, 0))
+    before = context.runs.signs()
+    assert before is not None
+    assert context.runs.signs() == before
+    events.write_text(events.read_text() + "\n")
+    age(events.parent)
+    assert context.runs.signs() not in (None, before)
 
 
 def test_the_list_of_runs_opens_only_what_has_changed(context: AppContext) -> None:
