@@ -1,7 +1,7 @@
 """The walk through the app in docs/app_walk.webp. Make it anew with `python -m pytest tests/app/browser/walk.py`.
 
 Not collected otherwise: no test. From ten icons to a verdict, as single screenshots at moments of a real training,
-each with a line of what happens. FLATLORA_WALK_STEPS=6 makes a short one to try, FLATLORA_WALK_FILE says where it goes.
+each with a line of what happens. FLATLORA_WALK_STEPS=6 makes a short one to try; it goes to FLATLORA_WALK_FILE.
 """
 
 from __future__ import annotations
