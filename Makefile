@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method
 
-.PHONY: demo app check test lock clean
+.PHONY: demo app check test firefox lock clean
 
 demo: $(STAMP)
 	$(BIN)/flatlora demo
@@ -29,6 +29,10 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(WORKERS)
+
+# The app from images to a verdict once more, in an installed Firefox: `make test` takes Chromium.
+firefox: $(STAMP)
+	FLATLORA_BROWSER=firefox $(BIN)/python -m pytest tests/app/browser/test_story.py
 
 # Into an environment of its own making it puts the PyTorch last tested too; in one that was there yours is kept.
 $(STAMP): pyproject.toml setup.py $(LOCK)

@@ -19,10 +19,19 @@ from flatlora_diffusion.config import ConfigError
 from .settings import AppSettings, parse_settings
 
 if TYPE_CHECKING:
+    import gradio as gr
     from fastapi import FastAPI
 
     from .doors.guard import Guard
 
+GRADIO_SETTINGS = {  # read when gradio is imported
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    # It would sum up its last ten thousand events anew at each event, for a page that we do not have.
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(2**31),
+    "GRADIO_RUN_HISTORY": "False",  # it would keep each call in the browser, upload keys too
+}
+_LOOK_SECONDS = 0.02  # between two looks at Gradio's queue of events; each waits for half of it
 _LOGIN_TEXT = "After five wrong passwords the login waits for up to a quarter of an hour."
 
 
@@ -88,6 +97,13 @@ def own_uploads() -> Iterator[None]:
         yield
 
 
+def queued(page: gr.Blocks) -> gr.Blocks:
+    """The page with its queue, which looks for events fifty times a second; a thousand times is 2 % of a core."""
+    page.queue(default_concurrency_limit=8)
+    page._queue.sleep_when_free = _LOOK_SECONDS
+    return page
+
+
 def serve(settings: AppSettings) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code. Raises ConfigError for a runs folder that cannot be."""
     from .context import make_context
@@ -96,7 +112,7 @@ def serve(settings: AppSettings) -> int:
 
     context, guard = make_context(settings), make_guard(settings)
     context.queue.start()
-    page = build_app(context).queue(default_concurrency_limit=8)
+    page = queued(build_app(context))
     try:
         page.launch(**launch_options(settings, guard), prevent_thread_lock=True)
         if page.share_url:
@@ -113,8 +129,7 @@ def serve(settings: AppSettings) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code: 2 for settings that may not be."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep each call in the browser, upload keys too
+    os.environ |= GRADIO_SETTINGS
     logging.basicConfig(level=logging.INFO)
     quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that uploads are cleared away

@@ -1,14 +1,14 @@
-"""How does the app hold up when five people click through it during a training? `python -m benchmarks.app_load`
+"""What does the app cost while it trains, and how long is a page waited for? `python -m benchmarks.app_load`
 
-Seconds per step are the trainer's own, from three windows: without visitors, with five browser sessions that go from
-tab to tab and change a setting, and without them again. An event is one click until the page shows what it asked for;
-on the Train tab that needs an answer of the app. Prints a table, writes benchmarks/app_load.json, ends in 4 minutes.
+No browser: pages are held open and clicked as a browser does it, over HTTP. Seconds per step are the trainer's own:
+without pages, with five open and idle ones (three on Train, one on Compare, one on Flatness), without again, and with
+five visitors who each read once a second what a click shows. Prints a table, writes benchmarks/app_load.json, ends in
+4 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -16,108 +16,166 @@ import statistics
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 from gradio_client import Client
-from playwright.async_api import Browser, Page, async_playwright, expect
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where what drives the app stands
 
-from app_driver import RunningApp, browser_path, call_endpoint
+from app_driver import RunningApp, call_endpoint
 
-LIMIT_SECONDS = 235
 RUN = "load"
-# What each tab shows once it is in front.
-SHOWN = {"1 Dataset": "Load the 23 sample icons", "3 Compare": "Draw", "Runs": "Refresh"}
-PAIR, ONE = "both, as a fair pair", "LoRA"
+SESSIONS = 5
+TICK_SECONDS, READ_SECONDS = 1.5, 1.0  # the app's own timers; a visitor's clicks
+WAIT_SECONDS = 90  # for the first steps
+TICKING = ("train", "compare", "flatness", "train", "train")
+READS = ("runs", "run", "summary", "live")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30, help="of each of the three windows")
-    parser.add_argument("--sessions", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=25, help="of each of the four windows")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         app = RunningApp(Path(folder) / "runs")
         try:
             app.start()
-            left = LIMIT_SECONDS - (time.monotonic() - started)
-            result = asyncio.run(asyncio.wait_for(measure(app, args.sessions, args.seconds), left))
+            result = measure(app, args.seconds)
         finally:
             app.close()
-    report(result | machine() | {"sessions": args.sessions, "window_seconds": args.seconds}, args.out)
+    report(result | machine() | {"sessions": SESSIONS, "window_seconds": args.seconds}, args.out)
 
 
-async def measure(app: RunningApp, sessions: int, seconds: float) -> dict[str, Any]:
-    """Seconds per step alone and with visitors, and the milliseconds of the visitors' events."""
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-        visitors = [await visitor(browser, app.url) for _ in range(sessions)]
-        await asyncio.to_thread(start_training, app.url)
-        while len(step_seconds(app.runs)) < 3:
-            await asyncio.sleep(0.2)
-        before = await window(app.runs, seconds)
-        end = time.monotonic() + seconds
-        during, *events = await asyncio.gather(window(app.runs, seconds), *(click(one, end) for one in visitors))
-        after = await window(app.runs, seconds)
-        await browser.close()
-    alone, milliseconds = before + after, [value for one in events for value in one]
+def measure(app: RunningApp, seconds: float) -> dict[str, Any]:
+    """Seconds per step in each window, milliseconds of the visitors' reads, CPU of the app's process for each tick."""
+    pages = [Page(app.url) for _ in range(SESSIONS)]
+    start_training(app.url)
+    end = time.monotonic() + WAIT_SECONDS
+    while len(step_seconds(app.runs)) < 3:
+        if time.monotonic() > end:
+            raise SystemExit(
+                f"error: the training has not taken 3 steps in {WAIT_SECONDS} s; try on a quieter machine"
+            )
+        time.sleep(0.2)
+    server = psutil.Process(app.pid)
+    ticks: list[Callable[[], None]] = [page.ticking(tab) for page, tab in zip(pages, TICKING, strict=True)]
+    before = window(app.runs, server, seconds, [], 0)
+    idle = window(app.runs, server, seconds, ticks, TICK_SECONDS)
+    after = window(app.runs, server, seconds, [], 0)
+    reading = window(app.runs, server, seconds, [page.reading() for page in pages], READ_SECONDS)
+    alone = statistics.median(before["steps"] + after["steps"])
+    at_rest = (before["cpu"] + after["cpu"]) / 2
     return {
-        "seconds_per_step_alone": statistics.median(alone),
-        "seconds_per_step_with_sessions": statistics.median(during),
-        "ratio": statistics.median(during) / statistics.median(alone),
-        "steps_alone": len(alone),
-        "steps_with_sessions": len(during),
-        "event_milliseconds_median": statistics.median(milliseconds),
-        "event_milliseconds_p95": statistics.quantiles(milliseconds, n=20)[-1],
-        "events": len(milliseconds),
+        "seconds_per_step_alone": alone,
+        "seconds_per_step_with_idle_pages": statistics.median(idle["steps"]),
+        "seconds_per_step_while_reading": statistics.median(reading["steps"]),
+        "ratio_with_idle_pages": statistics.median(idle["steps"]) / alone,
+        "ratio_while_reading": statistics.median(reading["steps"]) / alone,
+        "read_milliseconds_median": statistics.median(reading["milliseconds"]),
+        "read_milliseconds_p95": statistics.quantiles(reading["milliseconds"], n=20)[-1],
+        "reads": len(reading["milliseconds"]),
+        "server_cpu_milliseconds_per_tick": 1000 * (idle["cpu"] - at_rest) / len(idle["milliseconds"]),
+        "server_cpu_milliseconds_per_read": 1000 * (reading["cpu"] - at_rest) / len(reading["milliseconds"]),
+        "server_cpu_share_alone": at_rest / seconds,
+        "server_cpu_share_with_idle_pages": idle["cpu"] / seconds,
+        "steps": {name: len(one["steps"]) for name, one in (("alone", before), ("idle", idle), ("reading", reading))},
     }
+
+
+class Page:
+    """One open page: its session, its fields, and its events, called as the page's own script does."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.Client(base_url=url, timeout=120)
+        config = self._http.get("config").json()
+        self._session = uuid.uuid4().hex
+        self._events = config["dependencies"]
+        self._values = {one["id"]: one["props"].get("value") for one in config["components"]}
+        for one in config["components"]:
+            if one["type"] == "textbox" and self._values[one["id"]] is None:
+                self._values[one["id"]] = ""
+        self._timers = [one["id"] for one in config["components"] if one["type"] == "timer"]
+
+    def ticking(self, tab: str) -> Callable[[], None]:
+        """One tick of the timer of a tab."""
+        timer = self._timers[("train", "compare", "flatness").index(tab)]
+        (event,) = [one for one in self._events if [timer, "tick"] in one["targets"]]
+        return lambda: self._call(event)
+
+    def reading(self) -> Callable[[], None]:
+        """One read, each time another."""
+        events = [next(one for one in self._events if one["api_name"] == name) for name in READS]
+        turns = cycle(events)
+        return lambda: self._call(next(turns))
+
+    def _call(self, event: dict[str, Any]) -> None:
+        """Raises RuntimeError when the app answers with an error."""
+        data = [self._values[part] for part in event["inputs"]]
+        join = {"data": data, "fn_index": event["id"], "session_hash": self._session, "event_data": None}
+        self._http.post("gradio_api/queue/join", json=join).raise_for_status()
+        for message in self._messages():
+            if message["msg"] == "process_completed":
+                if not message["success"]:
+                    raise RuntimeError(f"{event['api_name']}: {message['output']}")
+                self._take(event["outputs"], message["output"]["data"])
+                return
+
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        stream = self._http.stream("GET", "gradio_api/queue/data", params={"session_hash": self._session})
+        with stream as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data:"):
+                    yield json.loads(line.removeprefix("data:"))
+
+    def _take(self, outputs: list[int], values: list[Any]) -> None:
+        for part, value in zip(outputs, values, strict=True):
+            is_update = isinstance(value, dict) and value.get("__type__") == "update"
+            if not is_update:
+                self._values[part] = value
+            elif "value" in value:
+                self._values[part] = value["value"]
 
 
 def start_training(url: str) -> None:
     client = Client(url, verbose=False)
     session = call_endpoint(client, "/load_samples", __session="")[0]
-    call_endpoint(client, "/start", __session=session, Name=RUN, Train=ONE, Steps="20000", Preview_prompts="")
+    call_endpoint(client, "/start", __session=session, Name=RUN, Train="LoRA", Steps="20000", Preview_prompts="")
 
 
-async def visitor(browser: Browser, url: str) -> Page:
-    """A session of its own with the sample icons loaded."""
-    page = await (await browser.new_context()).new_page()
-    page.set_default_timeout(60_000)
-    await page.goto(url)
-    await page.get_by_role("button", name=SHOWN["1 Dataset"]).click()
-    await expect(page.get_by_text("captions 23/23")).to_be_visible(timeout=60_000)
-    return page
+def window(
+    runs: Path, server: psutil.Process, seconds: float, visits: list[Callable[[], None]], every: float
+) -> dict[str, Any]:
+    """Within `seconds`: the seconds of each step that ended, the milliseconds of each visit, the server's of CPU."""
+    start, cpu = len(step_seconds(runs)), sum(server.cpu_times()[:2])
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(max(1, len(visits))) as pool:
+        waited = [pool.submit(visit_until, end, one, every) for one in visits]
+        time.sleep(seconds)
+    milliseconds = [value for one in waited for value in one.result()]
+    return {
+        "steps": step_seconds(runs)[start:],
+        "milliseconds": milliseconds,
+        "cpu": sum(server.cpu_times()[:2]) - cpu,
+    }
 
 
-async def click(page: Page, end: float) -> list[float]:
-    """Milliseconds of each event until `end`."""
-    events: list[float] = []
-    told = page.get_by_text("for each of LoRA and Flat-LoRA")
-    while time.monotonic() < end:
-        for tab, button in SHOWN.items():
-            started = time.monotonic()
-            await page.get_by_role("tab", name=tab).click()
-            await expect(page.get_by_role("button", name=button, exact=True)).to_be_visible(timeout=60_000)
-            events.append(1000 * (time.monotonic() - started))
-        await page.get_by_role("tab", name="2 Train").click()
-        for method, count in ((ONE, 0), (PAIR, 1)):
-            started = time.monotonic()
-            await page.get_by_role("radio", name=method, exact=True).check()
-            await expect(told).to_have_count(count, timeout=60_000)
-            events.append(1000 * (time.monotonic() - started))
-    return events
-
-
-async def window(runs: Path, seconds: float) -> list[float]:
-    """The seconds of each step that ends within the next `seconds`."""
-    start = len(step_seconds(runs))
-    await asyncio.sleep(seconds)
-    return step_seconds(runs)[start:]
+def visit_until(end: float, visit: Callable[[], None], every: float) -> list[float]:
+    """The milliseconds of each visit."""
+    milliseconds = []
+    while (started := time.monotonic()) < end - every:
+        visit()
+        milliseconds.append(1000 * (time.monotonic() - started))
+        time.sleep(max(0.0, started + every - time.monotonic()))
+    return milliseconds
 
 
 def step_seconds(runs: Path) -> list[float]:
@@ -128,7 +186,7 @@ def step_seconds(runs: Path) -> list[float]:
 
 
 def machine() -> dict[str, Any]:
-    packages = ("torch", "gradio", "playwright", "diffusers", "peft")
+    packages = ("torch", "gradio", "diffusers", "peft")
     return {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -138,11 +196,13 @@ def machine() -> dict[str, Any]:
 
 
 def report(result: dict[str, Any], out: Path) -> None:
-    print("| | median s/step | steps |\n|---|---|---|")
-    print(f"| alone | {result['seconds_per_step_alone']:.4f} | {result['steps_alone']} |")
-    sessions = f"{result['sessions']} sessions"
-    print(f"| {sessions} | {result['seconds_per_step_with_sessions']:.4f} | {result['steps_with_sessions']} |")
-    print(f"ratio {result['ratio']:.3f}; p95 of {result['events']} events {result['event_milliseconds_p95']:.0f} ms")
+    print("| | median s/step | times |\n|---|---|---|")
+    print(f"| alone | {result['seconds_per_step_alone']:.4f} | 1 |")
+    for what, told in (("with_idle_pages", "idle pages"), ("while_reading", "readers")):
+        seconds, ratio = result[f"seconds_per_step_{what}"], result[f"ratio_{what}"]
+        print(f"| {result['sessions']} {told} | {seconds:.4f} | {ratio:.3f} |")
+    print(f"p95 of {result['reads']} reads {result['read_milliseconds_p95']:.0f} ms")
+    print(f"the app's process: {result['server_cpu_milliseconds_per_tick']:.1f} ms of CPU for a tick")
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -68,6 +68,12 @@ class RunningApp:
                     raise RuntimeError(f"the app does not open at {self.url}:\n{log.read()}")
                 time.sleep(0.1)
 
+    @property
+    def pid(self) -> int:
+        """Of the app's own process, once it is started."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         """End the app; trainings go on, as they do for its users."""
         if self._process is not None:

@@ -108,9 +108,10 @@ class RunPlaces:
     def _watch(self, run_id: str) -> _Watched:
         return _Watched(run_id, self.last_launch(run_id), self.files(run_id))
 
-    def _watch_all(self) -> tuple[list[_Watched], Iterable[str]]:
+    def _watch_all(self) -> tuple[list[_Watched], Iterable[str] | None]:
         watched = [self._watch(run_id) for run_id in dict.fromkeys([*self.ids(), *self.launched()])]
-        return watched, [path for key in ("runs", "launched") for path in self._ids.paths(key)]
+        folders, starts = self._ids.paths("runs"), self._ids.paths("launched")
+        return watched, (*folders, *starts) if folders and starts else None  # without those that settle still
 
     def _is_reserved_now(self, run_id: str) -> bool:
         private = self.private(run_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from app.__main__ import GRADIO_SETTINGS, queued
 from app.context import AppContext
 from app.jobs.launch import Launch
 from app.jobs.store import NewJob, Store
@@ -176,6 +178,22 @@ def test_a_step_is_shown_on_the_train_tab_alone(context: AppContext, pages: dict
         assert [file for file in files if not file.endswith(of_processes)] == [], name
 
 
+def test_a_run_from_elsewhere_that_comes_while_folders_settle_is_watched(context: AppContext) -> None:
+    first = add_run(context, "one-lora")
+    age(context.runs.private)
+    assert context.runs.signs() is None
+    events = Path(shutil.copytree(first, context.runs.folder / "elsewhere")) / "events.jsonl"
+    for folder in (first, events.parent):
+        age(folder)
+    os.utime(context.runs.folder, (0, 0))
+    before = context.runs.signs()
+    assert before is not None
+    assert context.runs.signs() == before
+    events.write_text(events.read_text() + "\n")
+    age(events.parent)
+    assert context.runs.signs() not in (None, before)
+
+
 def test_the_list_of_runs_opens_only_what_has_changed(context: AppContext) -> None:
     folders = [add_run(context, f"{number}-lora") for number in range(4)]
     age(context.runs.folder)
@@ -202,6 +220,16 @@ def test_what_another_app_writes_into_the_database_is_seen(tmp_path: Path) -> No
     assert files == [f"sqlite3.connect {tmp_path / 'app.db'}"]  # of the labels, once
     theirs.change_job(job.id, "queued", state="cancelled")
     assert mine.jobs("queued") == []
+
+
+def test_gradio_does_little_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an attribute and by variables of its own, which have to be there still."""
+    for name, value in GRADIO_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    page = gr.Blocks()
+    assert page.queue()._queue.sleep_when_free < queued(page)._queue.sleep_when_free <= 0.05
+    assert page._queue.ANALYTICS_MAX_EVENTS == 1
+    assert page._queue.ANAYLTICS_CACHE_FREQUENCY > 10**6
 
 
 def test_a_second_change_in_the_same_moment_is_not_missed(tmp_path: Path) -> None:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from app_driver import AppPage, RunningApp
+from firefox_bidi import FIREFOXES, firefox_path, open_firefox
 from playwright.sync_api import Browser, expect
 
 expect.set_options(timeout=60_000)  # milliseconds: other tests share the cores
 
 
 @pytest.fixture(scope="package")
-def shared_app(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    """Chromium; with FLATLORA_BROWSER=firefox, which `make firefox` sets, an installed Firefox."""
+    if os.environ.get("FLATLORA_BROWSER") != "firefox":
+        yield request.getfixturevalue("chromium")
+        return
+    path = firefox_path()
+    if path is None:
+        pytest.fail(f"FLATLORA_BROWSER=firefox wants a Firefox: none of {', '.join(FIREFOXES)} is on the PATH")
+    with open_firefox(path) as firefox:
+        yield firefox
+
+
+@pytest.fixture(scope="package")
+def shared_app(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     app = RunningApp(tmp_path_factory.mktemp("app") / "runs")
     try:
         app.start()
@@ -30,9 +45,9 @@ def app(shared_app: RunningApp) -> Iterator[RunningApp]:
 
 
 @pytest.fixture
-def page(chromium: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]:
+def page(browser: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]:
     """A fresh browser profile with the app open; what its console complains of fails the test."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     context.set_default_timeout(60_000)
     page = AppPage(context.new_page(), app.url)
     try:

@@ -18,7 +18,7 @@ STEPS = 60
 
 
 @pytest.fixture
-def app(tmp_path: Path, chromium: Browser) -> Iterator[RunningApp]:
+def app(tmp_path: Path, browser: Browser) -> Iterator[RunningApp]:
     """One of its own, so that no other test's runs are in the picture."""
     app = RunningApp(tmp_path / "runs")
     try:

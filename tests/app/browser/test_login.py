@@ -32,14 +32,14 @@ def status(url: str, body: bytes | None = None) -> int:
         return error.code
 
 
-def test_only_the_right_password_opens_the_app(chromium: Browser, locked_app: RunningApp) -> None:
+def test_only_the_right_password_opens_the_app(browser: Browser, locked_app: RunningApp) -> None:
     (locked_app.runs / "secret.txt").write_text("mine")
     file = (locked_app.runs / "secret.txt").resolve().as_posix()
     for path in ("config", "gradio_api/info", f"gradio_api/file={file}"):
         assert status(locked_app.url + path) == 401, path
     for path in ("gradio_api/call/runs", "gradio_api/queue/join"):
         assert status(locked_app.url + path, b'{"data": [null], "fn_index": 0, "session_hash": "a"}') == 401, path
-    context = chromium.new_context()
+    context = browser.new_context()
     try:
         page = context.new_page()
         page.goto(locked_app.url)
