@@ -58,6 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "full": {},
     "full, norms every 10": {"perturb_norm_every": 10},
+    **({"philox": {"perturb_draw": "philox"}} if record.DEVICE.type == "cuda" else {}),  # by the Triton kernel
     "low-rank": {"perturb_draw": "low_rank"},
     "low-rank, norms every 10": {"perturb_draw": "low_rank", "perturb_norm_every": 10},
 }

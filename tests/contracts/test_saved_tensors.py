@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.method.philox import numbers
 from flatlora_diffusion.method import filter_norms
+from flatlora_diffusion.method.philox import numbers
 
 pytestmark = pytest.mark.usefixtures("draw", "no_free_bytes")
 

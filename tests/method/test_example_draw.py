@@ -139,7 +139,7 @@ def test_inputs_of_any_dimensions_are_taken(shape: tuple[int, ...]) -> None:
 def test_only_low_rank_draws_have_an_eps_for_each_example() -> None:
     for draw in ("full", "philox"):
         with pytest.raises(ConfigError, match="per_example needs draw='low_rank'"):
-            FlatLora(toy_case().model, draw=draw, per_example=True)  # type: ignore[arg-type]
+            FlatLora(toy_case().model, draw=draw, per_example=True)
 
 
 def test_a_state_says_so_and_one_of_before_means_no() -> None:
