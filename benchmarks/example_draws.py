@@ -37,7 +37,7 @@ ARMS = {"one for the batch": False, "one for each example": True}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=100, help="of eps in each arm, and of batches")
+    parser.add_argument("--draws", type=int, default=60, help="of eps in each arm, and of batches")
     parser.add_argument("--batches", type=int, default=2, help="batches whose variance over eps is averaged")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
