@@ -5,8 +5,8 @@ LoRA of rank 16 under autocast to bf16: our `train_step` with plain LoRA, with f
 
 First a step of each is profiled, after one for the memory: what an operator takes by itself counts for the innermost
 part that it runs in. A product with a dimension of the LoRA's rank, or of that and the draw's, is the LoRA's branch,
-in forward and backward alike. Then the arms take turns as in `benchmarks/train_step.py`; on a CPU the seconds are those
-of the process, so that a busy machine tells the same. Writes benchmarks/sdxl_step.json.
+in forward and backward alike. Then the arms take turns as in `benchmarks/train_step.py`; on a CPU the seconds are
+those of the process, so that a busy machine tells the same. Writes benchmarks/sdxl_step.json.
 """
 
 from __future__ import annotations
