@@ -86,6 +86,40 @@ def layers(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def whole_step(figures: dict[str, Any]) -> str:
+    """Of `sdxl_step`: the table of steps, and what share of a step's operators each part has."""
+    tables = [steps(figures)]
+    for found in subjects(figures).values():
+        arms = list(found["parts"])
+        parts = sorted({part for arm in arms for part in found["parts"][arm]}, key=lambda part: weight(found, part))
+        lines = [f"| share of the time | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
+        for part in parts:
+            shares = (found["parts"][arm].get(part) for arm in arms)
+            lines.append(f"| {part} | {' | '.join('' if one is None else f'{one:.1%}' for one in shares)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def weight(found: dict[str, Any], part: str) -> float:
+    """Puts the largest parts of a plain step first, then those of eps."""
+    return -found["parts"]["lora"].get(part, found["parts"]["full"].get(part, 0.0) - 1)
+
+
+def variances(figures: dict[str, Any]) -> str:
+    """Of `example_draws`: the variance of the gradient over eps, and its share in a step's."""
+    lines = [
+        f"Batches of {figures['batch']}, {figures['draws']} draws; the variance that new batches bring is "
+        f"{figures['of_batches']:.2e}:\n",
+        "| sigma | one eps for the batch | share of a step's variance | one for each example | share | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for sigma, found in figures["of_eps"].items():
+        whole, own = found["one for the batch"], found["one for each example"]
+        cells = [f"{cell:.2e} | {cell / (cell + figures['of_batches']):.1%}" for cell in (whole, own)]
+        lines.append(f"| {sigma} | {' | '.join(cells)} | {own / whole:.3f} |")
+    return "\n".join(lines)
+
+
 def pairs(figures: dict[str, Any]) -> str:
     """Of `paired_draws`: differences and intervals in 1e-5."""
     seeds = len(next(iter(next(iter(figures["figures"].values())).values())))
@@ -109,7 +143,13 @@ def subjects(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if isinstance(value, dict) and "seconds" in value}
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"train_step": steps, "layer_cost": layers, "paired_draws": pairs}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "train_step": steps,
+    "sdxl_step": whole_step,
+    "layer_cost": layers,
+    "paired_draws": pairs,
+    "example_draws": variances,
+}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Where does the time of a whole SDXL step go? `python -m benchmarks.sdxl_step`
 
 A UNet of SDXL's sizes with random weights in bf16 (2.6 billion, 5 GB), 512 pixels, batch 1, gradient checkpointing, a
-LoRA of rank 16 under autocast to bf16: our `train_step` with plain LoRA, with full and with low-rank draws. The arms
-take turns as in `benchmarks/train_step.py`, after a step of each for the memory; on a CPU the seconds are those of the
-process, so that a busy machine tells the same. Then a step of each is profiled: what an operator takes by itself
-counts for the innermost part that it runs in. A product with a dimension of the LoRA's rank, or of that and the
-draw's, is the LoRA's branch, in forward and backward alike. Writes benchmarks/sdxl_step.json.
+LoRA of rank 16 under autocast to bf16: our `train_step` with plain LoRA, with full and with low-rank draws.
+
+First a step of each is profiled, after one for the memory: what an operator takes by itself counts for the innermost
+part that it runs in. A product with a dimension of the LoRA's rank, or of that and the draw's, is the LoRA's branch,
+in forward and backward alike. Then the arms take turns as in `benchmarks/train_step.py`; on a CPU the seconds are
+those of the process, so that a busy machine tells the same. Writes benchmarks/sdxl_step.json.
 """
 
 from __future__ import annotations
@@ -68,29 +69,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = measured(plain_state(args.base, args.resolution, folder), args.turns)
     report(subject, found)
-    for arm, shares in found["parts"].items():
-        print(f"\n{arm}: " + ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
     record.save(args.out, {subject: found})
 
 
 def measured(plain: TrainState, turns: int) -> dict[str, Any]:
     """What `benchmarks.turns.compare` gives, and the parts of a step."""
     found: dict[str, Any] = {"turns": turns, "peak_bytes": {}, "launches": {}, "parts": {}}
+    with training(plain, "lora") as step:  # the optimizer makes its state in the first step
+        step(0)
     for arm in ARMS:
         with training(plain, arm) as step:
             found["peak_bytes"][arm] = peak_bytes(step, 0)
+            found["parts"][arm], found["launches"][arm] = profiled(step, 1)
+        shares = ", ".join(f"{part} {share:.1%}" for part, share in found["parts"][arm].items())
+        print(f"{arm}: {shares}", flush=True)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for turn in range(1, turns + 1):
+    for turn in range(2, turns + 2):
         for arm in ARMS:
             with training(plain, arm) as step:
                 seconds[arm].append(busy(step, turn))
-            print(f"turn {turn}, {arm}: {seconds[arm][-1]:.1f} s", flush=True)
+            print(f"step {turn}, {arm}: {seconds[arm][-1]:.1f} s", flush=True)
     found["seconds"] = {arm: quartiles(values) for arm, values in seconds.items()}
     for arm in ARMS:
         if arm != "lora":
             found[f"{arm} / lora"] = quartiles([a / b for a, b in zip(seconds[arm], seconds["lora"], strict=True)])
-        with training(plain, arm) as step:
-            found["parts"][arm], found["launches"][arm] = profiled(step, turns + 1)
     adapted = {name.split(".lora_A.")[0] for name in plain.trainable if ".lora_A." in name}
     return {"layers": len(adapted), **found}
 

@@ -58,6 +58,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "full": {"perturb_draw": "full", "perturb_norm_every": 1},
     "full, norms every 10": {"perturb_draw": "full"},
+    # By the Triton kernel.
+    **({"philox": {"perturb_draw": "philox", "perturb_norm_every": 1}} if record.DEVICE.type == "cuda" else {}),
     "low-rank": {"perturb_norm_every": 1},
     "low-rank, norms every 10": {},
 }

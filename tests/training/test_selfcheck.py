@@ -47,6 +47,7 @@ def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path:
     "settings",
     [
         {"perturb_draw": "full"},
+        {"perturb_per": "example"},
         {"perturb_noise": "iid"},
         {"use_dora": True},
         {"mixed_precision": "bf16", "lora_target_modules": "conv"},

@@ -90,11 +90,11 @@ def _acting_noise(flat: FlatLora, name: str) -> Tensor:
         return flat.noise(name, 0, sigma=DEFAULT_SIGMA).flatten(1)
     weight = base.weight
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    inputs = torch.eye(base.in_features, device=weight.device, dtype=dtype)[:_INPUTS]
+    inputs = torch.eye(base.in_features, device=weight.device, dtype=dtype)[None, :_INPUTS]  # of one example
     with flat.perturb(0, sigma=DEFAULT_SIGMA):
         with flat.disabled():
             without = layer(inputs).float()
-        return (layer(inputs).float() - without).mT
+        return (layer(inputs).float() - without)[0].mT
 
 
 def _expected_std(layer: nn.Module, is_iid: bool) -> Tensor:
