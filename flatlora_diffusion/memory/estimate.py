@@ -283,12 +283,12 @@ def _of_method(passes: Passes, width: int, config: TrainConfig) -> int:
 def _perturbation(passes: Passes, width: int, config: PerturbConfig) -> int:
     """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
 
-    A low-rank draw holds the factors of all eps in its place, and with them the LoRA's in the compute dtype.
+    A low-rank draw holds the factors of all eps in its place, in half precision and, in fp32, as computed with, too.
     """
     rows = sum(shape[0] for shape in passes.adapted)
     if config.perturb_draw == "low_rank":
         inputs = sum(shape[1:].numel() for shape in passes.adapted)
-        return 8 * rows + width * (DRAW_RANK * (rows + inputs) + sum(map(math.prod, passes.trained)))
+        return 8 * rows + DRAW_RANK * (rows + inputs) * (2 if width == 2 else 2 + width)
     largest = max(shape.numel() for shape in passes.adapted)
     return 8 * rows + largest * (4 if width == 4 else 4 + width)
 
