@@ -208,7 +208,7 @@ def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: B
     accelerator = Accelerator(mixed_precision=config.optim.mixed_precision)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradient = step_gradient({"unet": model}, trainable, config.perturb, 0, total_steps=10_000)
-    optimizer, lr_schedule = optimizer_of(list(trainable.values()))
+    optimizer, lr_schedule = optimizer_of(list(trainable.values()), fused=True)  # as ours is
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainState(
         config=config,
@@ -258,8 +258,8 @@ def plain_step(model: Any, scheduler: Any, batch: Batch, is_half: bool = False) 
     return step
 
 
-def optimizer_of(parameters: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4)
+def optimizer_of(parameters: list[nn.Parameter], fused: bool | None = None) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=fused)
     return optimizer, get_scheduler("constant", optimizer)
 
 

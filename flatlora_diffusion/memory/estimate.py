@@ -282,15 +282,15 @@ def _of_method(passes: Passes, width: int, config: TrainConfig, examples: int) -
 def _perturbation(passes: Passes, width: int, config: PerturbConfig, examples: int) -> int:
     """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
 
-    A low-rank draw holds the factors of all eps in its place, and with them the LoRA's in the compute dtype; for each
-    example factors of its own, drawn in fp32 and kept in bf16, but none of the LoRA's.
+    A low-rank draw holds the factors of all eps in its place, in half precision and, in fp32, as computed with, too;
+    for each example factors of its own, drawn in fp32 and kept in half precision.
     """
     rows = sum(shape[0] for shape in passes.adapted)
     if config.perturb_draw == "low_rank":
         inputs = sum(shape[1:].numel() for shape in passes.adapted)
         if config.perturb_per == "example":
             return 8 * rows + 6 * DRAW_RANK * (rows + inputs) * examples
-        return 8 * rows + width * (DRAW_RANK * (rows + inputs) + sum(map(math.prod, passes.trained)))
+        return 8 * rows + DRAW_RANK * (rows + inputs) * (2 if width == 2 else 2 + width)
     largest = max(shape.numel() for shape in passes.adapted)
     return 8 * rows + largest * (4 if width == 4 else 4 + width)
 

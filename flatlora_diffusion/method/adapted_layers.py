@@ -1,14 +1,13 @@
 """The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is made of, their interception.
 
 Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant` and `lora_dropout` of
-`LoraLayer`, that it computes s B(A(x)) by calling the modules in `lora_A` and `lora_B`, and the classes of the DoRA
-variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
+`LoraLayer`, what is behind its properties `disable_adapters`, `merged` and `active_adapters`, that it computes
+base(x) + s B(A(x)), and the classes of the DoRA variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from operator import is_
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.method.noise import Convolution
+from flatlora_diffusion.method.seam import Interception, Seam
 
 _WRAPPERS = ("base_model.model.", "module.")
 _ROWS = 512  # rows of W that are turned into fp32 at a time
@@ -43,36 +43,8 @@ class AdaptedLayer:
         self.inputs = int(torch.Size(self.shape[1:]).numel())
         with torch.no_grad():
             self.base_square_norms = _whole(self.square_norms())  # the frozen W never changes, so they are taken once
-        self._replacement: Callable[..., Tensor] | None = None
-        self._outer_forward: Callable[..., Tensor] | None = self.base.__dict__.get("forward")
-        self.base_forward: Callable[..., Tensor] = self.base.forward
-        self.branch_dtype: torch.dtype | None = None  # in which a branch that carries eps computed last
+        self.whole, self.below = Seam(tuner), Seam(self.base)
         self.plain_pairs = {name: pair for name in tuner.lora_A if (pair := _plain_pair(tuner, name)) is not None}
-
-    def attach(self, forward: Callable[..., Tensor]) -> None:
-        """Let the base layer compute `forward(self, x, ...)`; `base_forward` stays what it was."""
-        self._replacement = _Interception(forward, self)
-        self.base.forward = self._replacement
-
-    def attach_pairs(self, down: Callable[..., Tensor], up: Callable[..., Tensor]) -> None:
-        """Let A and B of each of the `plain_pairs` compute `down(self, adapter, x)` and `up(self, adapter, x)`."""
-        for adapter, (first, second) in self.plain_pairs.items():
-            first.forward = _Interception(down, self, adapter)
-            second.forward = _Interception(up, self, adapter)
-
-    def restore_pairs(self) -> None:
-        """Undo `attach_pairs`."""
-        for module in (module for pair in self.plain_pairs.values() for module in pair):
-            if isinstance(module.__dict__.get("forward"), _Interception):
-                del module.forward
-
-    def restore(self) -> None:
-        """Undo `attach`, unless another library has wrapped the layer since: then ours stays below, inert."""
-        if self.base.__dict__.get("forward") is not self._replacement:
-            return
-        del self.base.forward
-        if self._outer_forward is not None:
-            self.base.forward = self._outer_forward
 
     def has_other_adapters(self) -> bool:
         """Whether an adapter came or went since the layer was found."""
@@ -83,33 +55,47 @@ class AdaptedLayer:
         """Whether an unmerged adapter takes part in the forward."""
         return not (self.tuner.disable_adapters or self.tuner.merged) and bool(self._adapters())
 
-    def carrier(self) -> tuple[str, float] | None:
-        """The first active adapter whose branch can carry more ranks, and its s; None when there is none."""
-        for adapter in self._adapters():
-            scale = float(self.tuner.scaling[adapter])
-            if adapter in self.plain_pairs and scale != 0:
-                return adapter, scale
-        return None
+    def branch(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and s where the layer computes W x + s B(A x) with them, and all of it at once would miss nothing.
 
-    def whole_pair(self, adapter: str | None) -> tuple[Tensor, Tensor] | None:
-        """A and B of a plain pair as constants; None without one, and where a process has only a part of them."""
-        if adapter is None:
+        None for several adapters, for factors of which a process has only a part, and for modules with hooks. It is
+        asked in every pass, so it reads what PEFT's properties read.
+        """
+        tuner = self.tuner
+        if tuner._disable_adapters or tuner.merged_adapters:
             return None
-        weights = [module.weight for module in self.plain_pairs[adapter]]
-        return None if any(type(weight) is not nn.Parameter for weight in weights) else (weights[0], weights[1])
+        active: Any = tuner._active_adapter
+        if type(active) is not str:
+            if len(active) != 1:
+                return None
+            active = active[0]
+        pair = self.plain_pairs.get(active)
+        if pair is None or _has_hooks(self.base):
+            return None
+        if not torch.compiler.is_compiling() and not self.below.is_ours:  # a comparison that cannot be compiled
+            return None
+        first, second = pair
+        if "forward" in first.__dict__ or "forward" in second.__dict__ or _has_hooks(first) or _has_hooks(second):
+            return None
+        down, up = first._parameters["weight"], second._parameters["weight"]
+        is_whole = type(down) is nn.Parameter is type(up)
+        return (down, up, tuner.scaling[active]) if is_whole else None
 
-    def carries(self, adapter: str | None, scale: float) -> bool:
-        """Whether PEFT, if it runs any adapter now, runs the branch of this one, with this s."""
-        return adapter is not None and adapter in self.tuner.active_adapters and self.scales_by(adapter, scale)
-
-    def scales_by(self, adapter: str, scale: float) -> bool:
-        return bool(self.tuner.scaling[adapter] == scale)
+    def plain_base(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """W and bias of a linear layer that is no more than they are and computes in `dtype`; else None."""
+        base = self.base
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if type(base) is not nn.Linear or type(weight) is not nn.Parameter or not self.below.is_bare:
+            return None
+        if weight.dtype != dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        return weight, bias
 
     def is_fusable(self) -> bool:
         """Whether W + eps can be formed in one fp32 buffer: a plain frozen fp32 layer that nobody else intercepts."""
         weight = self.base.weight
         return (
-            self._outer_forward is None
+            self.below.is_bare
             and type(self.base) in (nn.Linear, nn.Conv2d)
             and type(weight) is nn.Parameter
             and weight.dtype == torch.float32
@@ -158,13 +144,9 @@ class AdaptedLayer:
         elif _is_sharded(weight):
             out.copy_(_sharded_product(_matrix(weight), down.mT))
         elif bias is None:
-            out.copy_(self.base_forward(down).float().T)
+            out.copy_(self.below.forward(down).float().T)
         else:  # bitsandbytes casts the bias in place to the dtype of its inputs, so they come in the bias's
-            out.copy_((self.base_forward(down.to(bias.dtype)).float() - bias.float()).T)
-
-
-class _Interception(partial[Tensor]):
-    """The forward that an attached layer has; its type tells that one is attached already."""
+            out.copy_((self.below.forward(down.to(bias.dtype)).float() - bias.float()).T)
 
 
 def find_adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
@@ -226,7 +208,7 @@ def _why_refused(layer: Any) -> str | None:
         return "its adapter is merged into W; unmerge it first"
     if isinstance(base, nn.Conv2d) and (reason := _why_unmergeable(layer, base)):
         return reason
-    if isinstance(base.forward, _Interception):
+    if isinstance(base.forward, Interception):
         return "another FlatLora perturbs it already; detach that one first"
     for adapter, variant in layer.lora_variant.items():
         if not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
@@ -283,6 +265,12 @@ def _plain_pair(tuner: LoraLayer, adapter: str) -> tuple[Any, Any] | None:
     if not is_bare or any(type(one) is not nn.Linear or "forward" in one.__dict__ for one in pair):
         return None
     return None if pair[1].bias is not None else pair
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _geometry(base: nn.Module) -> Convolution | None:

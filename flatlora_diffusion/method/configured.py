@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from flatlora_diffusion.config import PerturbConfig
-from flatlora_diffusion.method.ascent import LoraSam, Sam
-from flatlora_diffusion.method.balance import Balanced
-from flatlora_diffusion.method.bi_lora import BiLora
 from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
+from flatlora_diffusion.method.rivals.balance import Balanced
+from flatlora_diffusion.method.rivals.bi_lora import BiLora
 from flatlora_diffusion.method.step_gradient import MixedGradient, NoisyGradient, StepGradient
 
 

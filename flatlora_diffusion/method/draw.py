@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
+from flatlora_diffusion.method.filter_norms import RowStds
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,16 @@ class DrawKey:
 class Draw(ABC):
     """The eps of one micro-batch or step, a constant of the loss: the same in each forward and backward.
 
-    `row_stds` are those of Eq. 7 for each of the `layers`, (m,) fp32 by name.
+    `stds` are those of Eq. 7 at sigma 1, by device.
     """
 
-    acts_in_branch = False  # whether `branch_output` may take a part
+    acts_in_branch = False  # whether `layer_output` may take a part
     is_joint = False  # whether one layer's eps depends on which others there are
 
     @abstractmethod
-    def __init__(self, layers: Mapping[str, AdaptedLayer], row_stds: Mapping[str, Tensor], key: DrawKey) -> None: ...
+    def __init__(
+        self, layers: Mapping[str, AdaptedLayer], stds: Sequence[RowStds], sigma: float, key: DrawKey
+    ) -> None: ...
 
     @abstractmethod
     def noise(self, name: str, example: int = 0) -> Tensor:
@@ -44,12 +47,8 @@ class Draw(ABC):
 
     @abstractmethod
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer gives at W + eps, or at W where `branch_output` adds what eps gives."""
+        """What the base layer gives at W + eps."""
 
-    def takes_branch(self, layer: AdaptedLayer, adapter: str) -> bool:
-        """Whether `branch_output` is to stand in for A and B of this adapter."""
-        return False
-
-    def branch_output(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
-        """B A x + eps x / s, which PEFT multiplies by s, for x as PEFT gives it to A."""
-        raise NotImplementedError
+    def layer_output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
+        """What base and LoRA give together at W + eps + sBA; None where `base_output` and PEFT are to do it."""
+        return None

@@ -9,7 +9,7 @@ Only low-rank draws can: of full ones each example would need a matrix of W's si
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
 from flatlora_diffusion.method.draw import Draw, DrawKey
+from flatlora_diffusion.method.filter_norms import RowStds
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 
 Pair = tuple[Tensor, Tensor]  # V^T (B, k, n) and U^T (B, k, m), the latter times row_std / sqrt(k), in bf16
@@ -31,8 +32,10 @@ class ExampleDraw(Draw):
 
     is_joint = True
 
-    def __init__(self, layers: Mapping[str, AdaptedLayer], row_stds: Mapping[str, Tensor], key: DrawKey) -> None:
-        self._layers, self._row_stds, self._key = layers, row_stds, key
+    def __init__(
+        self, layers: Mapping[str, AdaptedLayer], stds: Sequence[RowStds], sigma: float, key: DrawKey
+    ) -> None:
+        self._layers, self._stds, self._sigma, self._key = layers, stds, sigma, key
         self._pairs: dict[str, Pair] = {}
         self._examples = 0
 
@@ -41,7 +44,7 @@ class ExampleDraw(Draw):
         return (up[example].float().mT @ down[example].float()).view(self._layers[name].shape)
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = layer.base_forward(x, *args, **kwargs)
+        output: Tensor = layer.below.forward(x, *args, **kwargs)
         if not layer.is_active():
             return output
         dtype = compute_dtype(x.device, output.dtype)
@@ -60,12 +63,10 @@ class ExampleDraw(Draw):
         return down[:examples], up[:examples]
 
     def _draw(self, examples: int) -> None:
-        by_device: dict[torch.device, list[AdaptedLayer]] = {}
-        for name, layer in self._layers.items():
-            by_device.setdefault(self._row_stds[name].device, []).append(layer)
-        for device, layers in by_device.items():
-            columns = [layer.inputs for layer in layers] + [layer.shape[0] for layer in layers]
-            stds = torch.cat([self._row_stds[layer.name] for layer in layers]).div_(math.sqrt(DRAW_RANK))
+        for some in self._stds:
+            device = some.stds.device
+            stds = some.stds * (self._sigma / math.sqrt(DRAW_RANK))
+            columns = [layer.inputs for layer in some.layers] + some.rows
             drawn = torch.empty(examples, DRAW_RANK, sum(columns), device=device)
             for example, numbers in enumerate(drawn):
                 rng = torch.Generator(device=device)
@@ -73,7 +74,7 @@ class ExampleDraw(Draw):
                 numbers.normal_(generator=rng)
             drawn[..., -len(stds) :].mul_(stds)
             pieces = drawn.bfloat16().split(columns, dim=2)  # the same eps whatever a layer computes in
-            for layer, down, up in zip(layers, pieces, pieces[len(layers) :], strict=False):
+            for layer, down, up in zip(some.layers, pieces, pieces[len(some.layers) :], strict=False):
                 self._pairs[layer.name] = down, up
 
 

@@ -10,7 +10,7 @@ layers, so those of one shape share them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,20 +26,36 @@ Group = tuple[list[AdaptedLayer], Tensor]  # L layers of one shape and their ||W
 
 
 @dataclass(frozen=True)
+class RowStds:
+    """Eq. 7's standard deviation at sigma 1 of each row of some `layers` on one device, side by side: (rows,) fp32."""
+
+    layers: list[AdaptedLayer]
+    stds: Tensor
+
+    @property
+    def rows(self) -> list[int]:
+        return [layer.shape[0] for layer in self.layers]
+
+    def times(self, sigma: float) -> dict[str, Tensor]:
+        """The standard deviations at `sigma`, (m,) by layer."""
+        return dict(zip((layer.name for layer in self.layers), (self.stds * sigma).split(self.rows), strict=True))
+
+
+@dataclass(frozen=True)
 class NormState:
-    """||W'_i||^2 of all rows of all layers, (rows,) fp32, which hold for the steps of interval `turn`."""
+    """The standard deviations at sigma 1 of all rows of all layers, (rows,) fp32, of the steps of interval `turn`."""
 
     turn: int
-    square_norms: Tensor
+    stds: Tensor
 
 
 class KeptNorms:
-    """||W'_i||^2 of `layers`, taken anew in the first perturbed step of each interval of `every` steps."""
+    """What ||W'_i|| of `layers` asks of their noise, taken anew in the first perturbed step of each `every` steps."""
 
-    def __init__(self, layers: Mapping[str, AdaptedLayer], every: int) -> None:
-        self._layers, self._every = layers, every
+    def __init__(self, layers: Mapping[str, AdaptedLayer], every: int, kind: NoiseKind) -> None:
+        self._layers, self._every, self._kind = layers, every, kind
         self._turn: int | None = None
-        self._groups: list[Group] = []
+        self._kept: list[RowStds] = []
         self._is_one_step = False
 
     @contextmanager
@@ -51,38 +67,52 @@ class KeptNorms:
         finally:
             self._is_one_step = False
             if self._every == 1:
-                self._turn, self._groups = None, []
+                self._turn, self._kept = None, []
 
-    def at(self, step: int) -> list[Group]:
+    def at(self, step: int) -> list[RowStds]:
         """Those that optimizer step `step` uses, kept for the rest of its interval."""
-        groups = self.seen_from(step, self._layers.values())
+        stds = self.seen_from(step, self._layers.values())
         if self._every > 1 or self._is_one_step:
-            self._turn, self._groups = step // self._every, groups
-        return groups
+            self._turn, self._kept = step // self._every, stds
+        return stds
 
-    def seen_from(self, step: int, layers: Iterable[AdaptedLayer]) -> list[Group]:
+    def seen_from(self, step: int, layers: Collection[AdaptedLayer]) -> list[RowStds]:
         """Those that `step` would use now, of `layers` at least."""
-        return self._groups if self._turn == step // self._every else list(merged_square_norms(layers))
+        return self._kept if self._turn == step // self._every else _taken(layers, self._kind)
 
     @property
     def nbytes(self) -> int:
-        return sum(square_norms.nbytes for _, square_norms in self._groups)
+        return sum(some.stds.nbytes for some in self._kept)
 
     def state(self) -> NormState | None:
         """What is kept, for a checkpoint inside an interval; None when nothing is."""
         if self._turn is None:
             return None
-        rows = {layer.name: norms for group, taken in self._groups for layer, norms in zip(group, taken, strict=True)}
+        rows = {name: stds for some in self._kept for name, stds in some.times(1).items()}
         device = next(iter(rows.values())).device
         return NormState(self._turn, torch.cat([rows[name].to(device) for name in self._layers]))
 
     def load(self, state: NormState) -> None:
-        sizes = [layer.shape[0] for layer in self._layers.values()]
-        rows = dict(zip(self._layers, state.square_norms.split(sizes), strict=True))
-        self._turn, self._groups = state.turn, []
-        for group in _groups(self._layers.values()):
-            device = group[0].base_square_norms.device
-            self._groups.append((group, torch.stack([rows[layer.name] for layer in group]).to(device)))
+        layers = self._layers.values()
+        rows = state.stds.split([layer.shape[0] for layer in layers])
+        stds = {layer.name: own.to(layer.base.weight.device) for layer, own in zip(layers, rows, strict=True)}
+        self._turn, self._kept = state.turn, _by_device(layers, stds)
+
+
+def _taken(layers: Collection[AdaptedLayer], kind: NoiseKind) -> list[RowStds]:
+    stds: dict[str, Tensor] = {}
+    for group, square_norms in merged_square_norms(layers):
+        of_group = row_stds(square_norms, group[0].inputs, 1.0, kind).unbind()
+        stds.update((layer.name, own) for layer, own in zip(group, of_group, strict=True))
+    return _by_device(layers, stds)
+
+
+def _by_device(layers: Iterable[AdaptedLayer], stds: Mapping[str, Tensor]) -> list[RowStds]:
+    """In the order of `layers`, whichever norms were taken together."""
+    members: dict[torch.device, list[AdaptedLayer]] = {}
+    for layer in layers:
+        members.setdefault(stds[layer.name].device, []).append(layer)
+    return [RowStds(those, torch.cat([stds[layer.name] for layer in those])) for those in members.values()]
 
 
 def merged_square_norms(layers: Iterable[AdaptedLayer]) -> Iterator[Group]:

@@ -7,7 +7,7 @@ happens to be installed, so that a run that is resumed goes on with the numbers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
 from flatlora_diffusion.method.draw import Draw, DrawKey
+from flatlora_diffusion.method.filter_norms import RowStds
 from flatlora_diffusion.method.noise import NoiseSpec, perturbed_layer, row_noise
 from flatlora_diffusion.method.philox.numbers import perturbed_by_place
 
@@ -24,16 +25,19 @@ class FullDraw(Draw):
 
     by_place = False
 
-    def __init__(self, layers: Mapping[str, AdaptedLayer], row_stds: Mapping[str, Tensor], key: DrawKey) -> None:
-        self._layers, self._row_stds = layers, row_stds
-        self._seeds = {name: key.derive("perturbation", name) for name in row_stds}
+    def __init__(
+        self, layers: Mapping[str, AdaptedLayer], stds: Sequence[RowStds], sigma: float, key: DrawKey
+    ) -> None:
+        self._layers = layers
+        self._row_stds = {name: row_std for some in stds for name, row_std in some.times(sigma).items()}
+        self._seeds = {name: key.derive("perturbation", name) for name in self._row_stds}
 
     def noise(self, name: str, example: int = 0) -> Tensor:
         return row_noise(self._row_stds[name], self._layers[name].shape, self._seeds[name])
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not layer.is_active():
-            return layer.base_forward(x, *args, **kwargs)
+            return layer.below.forward(x, *args, **kwargs)
         row_std, seed, base = self._row_stds[layer.name], self._seeds[layer.name], layer.base
         if layer.is_fusable():
             # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
@@ -42,7 +46,7 @@ class FullDraw(Draw):
             bias = None if base.bias is None else base.bias.to(dtype)
             return perturbed_layer(x.to(dtype), bias, base.weight, row_std, spec)
         # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
-        output: Tensor = layer.base_forward(x, *args, **kwargs)
+        output: Tensor = layer.below.forward(x, *args, **kwargs)
         # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.
         dtype = compute_dtype(x.device, output.dtype)
         spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution, self.by_place)

@@ -12,9 +12,10 @@ global generator; here eps lives only inside the layer's op, drawn from a privat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.optim import Optimizer
 from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.draw import Draw, DrawKey
-from flatlora_diffusion.method.filter_norms import Group, KeptNorms, NormState, merged_square_norms, row_stds
+from flatlora_diffusion.method.filter_norms import KeptNorms, NormState, RowStds, merged_square_norms
 from flatlora_diffusion.method.follow import Following
 from flatlora_diffusion.method.settings import Settings, check_sigma, check_whole
 
@@ -77,7 +78,7 @@ class FlatLora:
         self._disabled = 0
         self._layers = {layer.name: layer for layer in find_adapted_layers(model)}
         for layer in self._layers.values():
-            layer.attach(self._base_forward)
+            layer.below.attach(partial(self._base_forward, layer))
         self._following = Following(self._layers, self._draw_at)
         self._use_settings(settings)
 
@@ -161,8 +162,8 @@ class FlatLora:
         """
         layers = [self._layer(name)] if not self.settings.draws.is_joint else self._layers.values()
         with _exact():
-            norms, key = self._norms.seen_from(step, layers), DrawKey(*self._root, step, slot)
-            return self._drawn(norms, key, self._strength(step, sigma)).noise(name, example)
+            norms = self._norms.seen_from(step, layers)
+            return self._drawn(norms, step, slot, self._strength(step, sigma)).noise(name, example)
 
     def filter_norms(self, name: str) -> Tensor:
         """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
@@ -193,17 +194,17 @@ class FlatLora:
         """Give the model back as it was. The object cannot be used afterwards."""
         self._following.stop()
         for layer in self._layers.values():
-            layer.restore_pairs()
-            layer.restore()
+            layer.whole.restore()
+            layer.below.restore()
         self._layers = {}
 
     def _use_settings(self, settings: Settings) -> None:
         self.settings = settings
-        self._norms = KeptNorms(self._layers, settings.norm_every)
+        self._norms = KeptNorms(self._layers, settings.norm_every, settings.noise)
         for layer in self._layers.values():
-            layer.restore_pairs()
-            if settings.draws.acts_in_branch:
-                layer.attach_pairs(self._down_forward, self._up_forward)
+            layer.whole.restore()
+            if layer.plain_pairs and settings.draws.acts_in_branch:
+                layer.whole.attach(partial(self._layer_forward, layer))
 
     def _check_usable(self) -> None:
         if not self._layers:
@@ -223,22 +224,14 @@ class FlatLora:
         """The output of an adapted base layer in place of that of its own forward."""
         draw = self._acting_on(layer)
         if draw is None:
-            return layer.base_forward(x, *args, **kwargs)
+            return layer.below.forward(x, *args, **kwargs)
         return draw.base_output(layer, x, *args, **kwargs)
 
-    def _down_forward(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
-        """A x in place of A's own forward; x itself where `_up_forward`, which is given it, does the work of both."""
-        draw = self._acting_on(layer)
-        if draw is None or not draw.takes_branch(layer, adapter):
-            return nn.Linear.forward(layer.plain_pairs[adapter][0], x)
-        return x
-
-    def _up_forward(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> Tensor:
-        """B x in place of B's own forward, or [B, U'] ([A; V'] x)."""
-        draw = self._acting_on(layer)
-        if draw is None or not draw.takes_branch(layer, adapter):
-            return nn.Linear.forward(layer.plain_pairs[adapter][1], x)
-        return draw.branch_output(layer, adapter, x)
+    def _layer_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of base and LoRA in place of PEFT's own forward."""
+        draw = None if args or kwargs else self._acting_on(layer)
+        output = None if draw is None else draw.layer_output(layer, x)
+        return layer.whole.forward(x, *args, **kwargs) if output is None else output
 
     def _acting_on(self, layer: AdaptedLayer) -> Draw | None:
         """The eps that `layer` computes with now."""
@@ -253,18 +246,11 @@ class FlatLora:
         if strength == 0:
             return None
         with _exact():
-            return self._drawn(self._norms.at(step), DrawKey(*self._root, step, slot), strength)
+            return self._drawn(self._norms.at(step), step, slot, strength)
 
-    def _drawn(self, norms: Iterable[Group], key: DrawKey, sigma: float) -> Draw:
-        stds: dict[str, Tensor] = {}
-        for group, square_norms in norms:
-            of_group = row_stds(square_norms, group[0].inputs, sigma, self.settings.noise).unbind()
-            stds.update((layer.name, row_std) for layer, row_std in zip(group, of_group, strict=True))
-        return self.settings.draws(self._layers, stds, key)
-
-    @property
-    def _root(self) -> tuple[int, str]:
-        return self.settings.seed, self.settings.prefix
+    def _drawn(self, stds: Sequence[RowStds], step: int, slot: int, sigma: float) -> Draw:
+        key = DrawKey(self.settings.seed, self.settings.prefix, step, slot)
+        return self.settings.draws(self._layers, stds, sigma, key)
 
     def _strength(self, step: int, sigma: float | None) -> float:
         if sigma is None:

@@ -124,8 +124,8 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
         tensors |= {f"ema.{index}": value for index, value in enumerate(state.ema.shadow_params)}
         extra["ema_step"] = state.ema.optimization_step
     kept = {flat.settings.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
-    tensors |= {f"norms.{prefix}": norms.square_norms for prefix, norms in kept.items()}
-    extra["norms"] = {prefix: norms.turn for prefix, norms in kept.items()}
+    tensors |= {f"row_stds.{prefix}": norms.stds for prefix, norms in kept.items()}
+    extra["row_stds"] = {prefix: norms.turn for prefix, norms in kept.items()}
     of_method, extra["method"] = state.gradient.state()
     tensors |= {f"method.{name}": value for name, value in of_method.items()}
     schedule = {"last_epoch": state.lr_schedule.last_epoch}
@@ -148,8 +148,8 @@ def load_state(state: TrainState, folder: Path) -> int:
         state.ema.optimization_step = extra["ema_step"]
     for flat in state.flats:
         prefix = flat.settings.prefix
-        if prefix in extra.get("norms", {}):  # there are none in the first step, nor with --perturb_norm_every 1
-            flat.load_norm_state(NormState(extra["norms"][prefix], tensors[f"norms.{prefix}"]))
+        if prefix in extra.get("row_stds", {}):  # there are none in the first step, nor with --perturb_norm_every 1
+            flat.load_norm_state(NormState(extra["row_stds"][prefix], tensors[f"row_stds.{prefix}"]))
     of_method = {name[len("method.") :]: value for name, value in tensors.items() if name.startswith("method.")}
     state.gradient.load_state(of_method, extra.get("method", {}))
     state.steps_done = int(header["step"])

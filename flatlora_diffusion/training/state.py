@@ -30,9 +30,9 @@ from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.lora_files.initial import read_lora
 from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora
-from flatlora_diffusion.method.ascent import Sam
 from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.rivals.ascent import Sam
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig, ObjectiveConfig
-from flatlora_diffusion.method.bi_lora import BiLora
+from flatlora_diffusion.method.rivals.bi_lora import BiLora
 from flatlora_diffusion.sdxl.objective import (
     Batch,
     Objective,

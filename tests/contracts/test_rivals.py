@@ -17,9 +17,9 @@ from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.anchor import ANCHOR, anchor, start_at_principal, start_at_slopes
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import PerturbConfig
-from flatlora_diffusion.method.ascent import Sam
-from flatlora_diffusion.method.bi_lora import BiLora
 from flatlora_diffusion.method.configured import step_gradient
+from flatlora_diffusion.method.rivals.ascent import Sam
+from flatlora_diffusion.method.rivals.bi_lora import BiLora
 from flatlora_diffusion.method.step_gradient import StepGradient
 
 RHO = 0.5

@@ -77,10 +77,10 @@ BIG = {"linear": stack_case, "conv": conv_case, "alike": alike_case}
 
 
 def factor_bytes(model: nn.Module, adapter: Adapter | None = None) -> int:
-    """What low-rank draws keep of all layers, side by side: 4 ranks of their own and those of the LoRA."""
+    """What low-rank draws keep of all layers: 4 numbers a row and an input, in half precision and as computed with."""
     adapter = adapter or Adapter()
-    numbers = sum((4 + adapter.rank) * sum(weight.flatten(1).shape) for weight in base_weights(model))
-    return numbers * adapter.dtype.itemsize
+    numbers = sum(4 * sum(weight.flatten(1).shape) for weight in base_weights(model))
+    return numbers * (2 + 4 * (adapter.dtype == torch.float32))
 
 
 def base_weights(model: nn.Module) -> list[Tensor]:
@@ -128,8 +128,7 @@ def saved_for_backward(
 def test_no_tensor_of_a_weights_size_is_saved_that_plain_lora_does_not_save(
     kind: str, adapter: Adapter, compute: torch.dtype | None, draw: str
 ) -> None:
-    """In pieces too, less than one weight; low-rank draws may keep 4 numbers a row and an input, and as many more as
-    the LoRA has ranks, which its branch reads in their place."""
+    """In pieces too, less than one weight; low-rank draws may keep 4 numbers a row and an input."""
     case = BIG[kind](adapter)
     smallest = min(weight_sizes(case.model))
     allowed = factor_bytes(case.model, adapter) if draw == "low_rank" else 0

@@ -78,6 +78,15 @@ def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_pa
     assert all(torch.equal(value, two[key]) for key, value in load_file(averaged).items())
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("no", True), ("bf16", True), ("fp16", None)])
+def test_adamw_is_one_kernel_unless_a_scaler_would_have_it_skip_steps(
+    config: TrainConfig, precision: str, fused: bool | None
+) -> None:
+    settings = config.replace(mixed_precision=precision, max_train_steps=10)
+    optimizer, _ = optimizer_of(settings, {"unet.q.lora_A.default.weight": torch.nn.Parameter(torch.zeros(1))}, [], 1)
+    assert [group["fused"] for group in optimizer.param_groups] == [fused]
+
+
 def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: TrainConfig) -> None:
     trainable = {
         f"{part}.q.lora_{side}.default.weight": torch.nn.Parameter(torch.zeros(1))

@@ -69,7 +69,7 @@ def test_what_is_wrong_is_told_and_the_run_goes_on(
     plain = FullDraw.base_output
 
     def doubled(self: FullDraw, layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        clean = layer.base_forward(x, *args, **kwargs)
+        clean = layer.below.forward(x, *args, **kwargs)
         return clean + 2 * (plain(self, layer, x, *args, **kwargs) - clean)
 
     monkeypatch.setattr(FullDraw, "base_output", doubled)

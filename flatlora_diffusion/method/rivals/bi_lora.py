@@ -12,6 +12,7 @@ B2 by the same factor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.ground.files import load_optimizer, optimizer_tensors
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype, find_adapted_layers
-from flatlora_diffusion.method.ascent import average
+from flatlora_diffusion.method.rivals.ascent import average
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 
 
@@ -36,7 +37,7 @@ class BiLora(StepGradient):
             for layer in find_adapted_layers(model):
                 self._pairs[layer] = _new_pair(layer, seed, prefix)
                 self._scales[layer] = float(next(iter(layer.tuner.scaling.values())))
-                layer.attach(self._base_forward)
+                layer.below.attach(partial(self._base_forward, layer))
         self._optimizer = torch.optim.AdamW(self._parameters(), maximize=True, weight_decay=0.0)
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
@@ -82,13 +83,13 @@ class BiLora(StepGradient):
 
     def detach(self) -> None:
         for layer in self._pairs:
-            layer.restore()
+            layer.below.restore()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for pair in self._pairs.values() for parameter in pair]
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = layer.base_forward(x, *args, **kwargs)
+        output: Tensor = layer.below.forward(x, *args, **kwargs)
         if not (self._is_on and layer.is_active()):
             return output
         dtype = compute_dtype(x.device, output.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Sam(StepGradient):
         self._trainable, self._rho = trainable, rho
         self._layers = [layer for model in models for layer in find_adapted_layers(model)]
         for layer in self._layers:
-            layer.attach(self._base_forward)
+            layer.below.attach(partial(self._base_forward, layer))
         self._slopes: dict[AdaptedLayer, Tensor] = {}
         self._is_reading = False
         # What has a gradient in any case, so that a layer whose inputs need none is asked for its own.
@@ -76,7 +77,7 @@ class Sam(StepGradient):
 
     def detach(self) -> None:
         for layer in self._layers:
-            layer.restore()
+            layer.below.restore()
 
     def slopes(self, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         """dL/dW of each layer, summed over `micro_batches` and averaged over processes; fp32, shape of W."""
@@ -92,7 +93,7 @@ class Sam(StepGradient):
             _forget(self._trainable)
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = layer.base_forward(x, *args, **kwargs)
+        output: Tensor = layer.below.forward(x, *args, **kwargs)
         if not layer.is_active():
             return output
         if self._is_reading:
