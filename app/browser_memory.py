@@ -23,9 +23,8 @@ _KEEP = """(...now) => {
   if (!window.flatloraRestored?.has(KEY)) return;
   localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(NAMES.map((name, place) => [name, now[place]]))));
 }"""
-_KEEP_TAB = """() => localStorage.setItem(KEY, NAMES[0])"""
-# Gradio says at the start that it was selected.
-_KEEP_FIRST_TAB = """() => { if (window.flatloraRestored?.has(KEY)) localStorage.setItem(KEY, NAMES[0]); }"""
+# Gradio says at the start that the first tab was selected.
+_KEEP_TAB = """() => { if (window.flatloraRestored?.has(KEY)) localStorage.setItem(KEY, NAMES[0]); }"""
 _RESTORE_TAB = """() => {
   const kept = localStorage.getItem(KEY);
   (window.flatloraRestored ??= new Set()).add(KEY);
@@ -51,8 +50,8 @@ def keep_fields(
 
 def keep_tab(load: Callable[..., Any], tabs: gr.Tabs, named: Mapping[str, gr.Tab]) -> None:
     """Open the page on the tab that was in front; `named`: the tabs by their ids. Before other events of the tabs."""
-    for place, (name, tab) in enumerate(named.items()):
-        tab.select(None, None, None, js=_filled(_KEEP_TAB if place else _KEEP_FIRST_TAB, "tab", [name]))
+    for name, tab in named.items():
+        tab.select(None, None, None, js=_filled(_KEEP_TAB, "tab", [name]))
     load(None, None, [tabs], js=_filled(_RESTORE_TAB, "tab", list(named)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ def only_news(event: Mapping[str, Any], signs: Callable[[], Signs | None]) -> di
             return (gr.skip(),) * count
         return *handler(*values), (now, values)
 
+    # Gradio names an endpoint's parameters by it.
+    own, *_ = inspect.signature(on_tick).parameters.values()
+    on_tick.__signature__ = inspect.Signature([own, *inspect.signature(handler).parameters.values()])  # type: ignore[attr-defined]
     return {**event, "fn": on_tick, "inputs": [seen, *event["inputs"]], "outputs": [*event["outputs"], seen]}
 
 

@@ -96,9 +96,6 @@ def check_what_the_browser_keeps(page: AppPage) -> None:
     assert all(key.startswith("flatlora-") for key in kept), kept.keys()
     assert sum(map(len, kept.values())) < 20_000
     assert page.page.evaluate("indexedDB.databases()") == []
-    page.page.evaluate("flatloraRestored.delete('flatlora-tab')")  # as it is at first
-    page.show_tab("4 Flatness")
-    page.page.wait_for_function("localStorage['flatlora-tab'] === 'flatness'")
 
 
 def download(page: AppPage, folder: Path) -> Path:

@@ -83,6 +83,7 @@ def test_walk(page: AppPage) -> None:
 
 
 def give_images(page: AppPage, film: Film) -> None:
+    expect(page.page.get_by_text("Looking for your images")).to_be_hidden(timeout=PATIENCE)
     film.shoot("Teach SDXL the style of ten icons. It all happens on this computer.", 3)
     page.page.locator("#drop input[type=file]").set_input_files(ICONS)
     expect(page.page.locator("#caption-count")).to_contain_text("captions 10/10", timeout=PATIENCE)
@@ -99,7 +100,7 @@ def give_images(page: AppPage, film: Film) -> None:
 def train_both(page: AppPage, film: Film) -> None:
     page.show_tab("2 Train")
     page.fill(Name=NAME, Steps=str(STEPS))
-    expect(page.page.locator("#summary")).to_contain_text("for each of LoRA and Flat-LoRA", timeout=PATIENCE)
+    expect(page.page.locator("#summary")).to_contain_text(f"{STEPS} steps for each of", timeout=PATIENCE)
     film.shoot("3. Train LoRA and Flat-LoRA as a fair pair: same images, same noise.", 4)
     page.button("Start training").click()
     page.wait_for_state(f"{NAME}-lora", "running")
@@ -124,7 +125,7 @@ def compare(page: AppPage, film: Film) -> None:
     expect(page.button("Save as PNG")).to_be_enabled(timeout=PATIENCE)
     film.shoot("The answer first: how far apart the two are.", 4, "#fl-compare-grid")
     page.page.get_by_role("radio", name="LoRA against Flat-LoRA").check()
-    expect(page.button("Save as PNG")).to_be_enabled(timeout=PATIENCE)
+    page.page.wait_for_timeout(5000)  # until the grid is drawn anew
     film.shoot("And where they differ: black is equal.", 3, "#fl-compare-grid")
 
 
@@ -138,7 +139,7 @@ def vote(page: AppPage, film: Film) -> None:
     for pair in range(1, pairs + 1):
         expect(page.page.get_by_text(f"Pair {pair} of {pairs}")).to_be_visible(timeout=PATIENCE)
         if pair <= 3:
-            film.shoot(f"5. A blind vote: {pairs} pairs, and no name on them.", 2.5 if pair == 1 else 1.5)
+            film.shoot(f"5. A blind vote: {pairs} pairs, and no name on them.", 2.5 if pair == 1 else 1.5, "#fl-vote")
         page.button(ANSWERS[pair % 2]).click()
     expect(page.page.get_by_text("you chose the").first).to_be_visible(timeout=PATIENCE)
-    film.shoot("The verdict comes when all pairs are done, with how sure it is.", 5)
+    film.shoot("The verdict comes when all pairs are done, with how sure it is.", 5, "#fl-vote")
