@@ -1,9 +1,10 @@
 """Do low-rank draws train what full draws train? `python -m benchmarks.paired_draws --work FOLDER`
 
-LoRA, Flat-LoRA with full draws and with low-rank draws on the 3D icons and the tiny base, seed by seed on the same
-images, first weights, noise and timesteps. The held-out loss, the clean training loss and the loss rise at sigma 0.1
-are measured at each checkpoint; differences are paired by seed, with the 95 % interval of Student's t. Nothing is done
-twice: a run that is stopped goes on, what is measured is kept. Writes benchmarks/paired_draws.json when all is done.
+LoRA, Flat-LoRA with full draws, with low-rank draws, and with those and norms of every tenth step, the default; on
+the 3D icons and the tiny base, seed by seed on the same images, first weights, noise and timesteps. The held-out
+loss, the clean training loss and the loss rise at sigma 0.1 are measured at each checkpoint; differences are paired
+by seed, with the 95 % interval of Student's t. Nothing is done twice: a run that is stopped goes on, what is measured
+is kept. Writes benchmarks/paired_draws.json when all is done.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "full": {**FLAT, "perturb_draw": "full"},
     "low-rank": {**FLAT, "perturb_draw": "low_rank"},
+    "default": {**FLAT, "perturb_draw": "low_rank", "perturb_norm_every": 10},
 }
-PAIRS = (("low-rank", "full"), ("full", "lora"), ("low-rank", "lora"))
+PAIRS = (("low-rank", "full"), ("default", "low-rank"), ("full", "lora"), ("default", "lora"))
 RISE, RISE_DRAWS = 0.1, 4
 DRAWS = 8  # (noise, timestep) pairs of each held-out icon
 
