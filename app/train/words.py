@@ -145,7 +145,7 @@ LABELS = {
 # In place of the settings' own help, where that is for somebody at a command line.
 HELP = {
     "adapter": "lora; rslora and dora as below; pissa and lora-ga start at the largest directions of the base or of "
-    "the first gradients, and make a file of twice the rank",
+    "the first gradients, and make a file of twice the rank; adalora gives the layers that need it more of the rank",
     "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
     "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: what is usual",
     "lora_plus_ratio": "B learns so many times as fast as A; 16 is usual; left empty: alike",

@@ -11,6 +11,7 @@ from torch import Tensor
 from flatlora_diffusion.adapter.anchor import ANCHOR
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.method.branch import factors_of, scale_of
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 T = TypeVar("T")
@@ -184,12 +185,16 @@ def _folded(layer: Any) -> _Fold:
 
 
 def _factors(layer: Any) -> Update:
-    """A and B; of a LoRA with an anchor [A; A0] and [B, -B0]."""
-    down, up = (side[ADAPTER].weight.detach().float().cpu().contiguous() for side in (layer.lora_A, layer.lora_B))
+    """A and B; of a LoRA with an anchor [A; A0] and [B, -B0]; of AdaLoRA what ranks are left."""
+    down, up = (side.detach().float().cpu().contiguous() for side in factors_of(layer, ADAPTER))
+    if ADAPTER in getattr(layer, "lora_E", ()):
+        left = layer.lora_E[ADAPTER].detach().flatten().cpu() != 0
+        left[0] |= not left.any()  # a file has at least one of each layer
+        down, up = down[left], up[:, left]
     if ANCHOR in layer.lora_A:
         first_down, first_up = (side[ANCHOR].weight.detach().float().cpu() for side in (layer.lora_A, layer.lora_B))
         down, up = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1)
-    return Update(down, up, float(layer.scaling[ADAPTER]))
+    return Update(down, up, scale_of(layer, ADAPTER))
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
     name = adapter.adapter
     starts_away = name in ("pissa", "lora-ga")
     return (
+        *_of_adalora(config),
         (
             starts_away and adapter.use_dora,
             f"--adapter {name} starts away from W, which --use_dora would rescale; leave one out",
@@ -59,5 +60,45 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
             optim.lora_plus_ratio is not None and optim.optimizer == "prodigy",
             "--lora_plus_ratio needs learning rates of its own, and --optimizer prodigy finds one for all; leave one "
             "out",
+        ),
+    )
+
+
+def _of_adalora(config: TrainConfig) -> tuple[tuple[object, str], ...]:
+    """What does not go with a budget of ranks, and why."""
+    adapter = config.adapter
+    if adapter.adapter != "adalora":
+        return ()
+    return (
+        (
+            adapter.use_dora or adapter.use_rslora,
+            "--adapter adalora has factors and a scale of its own, which --use_dora and --use_rslora would replace; "
+            "leave them out",
+        ),
+        (
+            adapter.init_lora is not None,
+            "--adapter adalora cannot start from the two factors of --init_lora; leave one out",
+        ),
+        (
+            adapter.lora_target_modules == "conv",
+            "--adapter adalora adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
+        ),
+        (
+            adapter.lora_block_ranks is not None,
+            "--adapter adalora divides the ranks among the layers by itself; leave --lora_block_ranks out",
+        ),
+        (
+            adapter.train_text_encoder,
+            "--adapter adalora shares its ranks among the layers of the UNet alone; leave --train_text_encoder out",
+        ),
+        (
+            config.optim.use_ema,
+            "--use_ema would average ranks that --adapter adalora has taken with those that it has left; leave one "
+            "out",
+        ),
+        (
+            config.perturb.method in ("nbar", "obar"),
+            f"--method {config.perturb.method} balances A and B, which --adapter adalora holds at one size; use "
+            "another of the two",
         ),
     )

@@ -28,7 +28,7 @@ def step_gradient(
     """
     parameters, ramp = list(trainable.values()), config.sigma_ramp_steps or total_steps
     if config.method == "lora-sam":
-        factors = [one for name, one in trainable.items() if ".lora_A." in name or ".lora_B." in name]
+        factors = [one for name, one in trainable.items() if any(f".lora_{side}." in name for side in "ABE")]
         return LoraSam(parameters, factors, config.radius)
     if config.method == "sam":
         return Sam(models.values(), parameters, config.radius)

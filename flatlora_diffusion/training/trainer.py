@@ -146,7 +146,9 @@ class DrawnMicroBatch:
         sync = nullcontext() if self.is_last and is_shared else state.accelerator.no_sync(state.model)
         with sync, dropout_draws(state, self.step, self.slot):
             loss = self.loss()
-            state.accelerator.backward(loss * weight / state.config.optim.gradient_accumulation_steps)
+            penalty = state.penalty()
+            whole = loss if penalty is None else loss + penalty
+            state.accelerator.backward(whole * weight / state.config.optim.gradient_accumulation_steps)
         return loss.detach()
 
 
@@ -181,6 +183,8 @@ def _update(state: TrainState, step: int) -> None:
     state.optimizer.step()
     if not state.optimizer.step_was_skipped:
         state.gradient.weights_moved(learning_rate, loss_scale)
+        if state.ranks is not None:
+            state.ranks.step_done(step + 1)
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step

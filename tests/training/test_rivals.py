@@ -61,6 +61,14 @@ CELLS: dict[str, dict[str, Any]] = {
         "train_text_encoder": True,
         "use_ema": True,
     },
+    "flat-lora adalora": {
+        "method": "flat-lora",
+        "adapter": "adalora",
+        "lora_alpha": 6.0,
+        "perturb_draw": "low_rank",
+    },
+    "lora-sam adalora": {"method": "lora-sam", "adapter": "adalora", "gradient_accumulation_steps": 2},
+    "sam adalora": {"method": "sam", "adapter": "adalora", "gradient_checkpointing": True},
     "obar": {"method": "obar", "bar_strength": 4.0},
     "bi-lora pissa": {"method": "bi-lora", "adapter": "pissa", "gradient_checkpointing": True},
 }
