@@ -148,6 +148,7 @@ HELP = {
     "the first gradients, and make a file of twice the rank; adalora gives the layers that need it more of the rank",
     "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
     "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: what is usual",
+    "optimizer": "adamw, prodigy or adafactor; lora-pro is adamw with steps that come nearer to training all weights",
     "lora_plus_ratio": "B learns so many times as fast as A; 16 is usual; left empty: alike",
     "pretrained_model_name_or_path": "an SDXL model: a folder, a name on the Hugging Face hub, a .safetensors file, "
     "or tiny for the small one that ships with this program",

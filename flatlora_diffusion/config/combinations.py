@@ -26,6 +26,11 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
     starts_away = name in ("pissa", "lora-ga")
     return (
         *_of_adalora(config),
+        *_of_lora_pro(config),
+        (
+            optim.use_8bit_adam and optim.optimizer != "adamw",
+            f"--use_8bit_adam is for --optimizer adamw, not {optim.optimizer}; leave one out",
+        ),
         (
             starts_away and adapter.use_dora,
             f"--adapter {name} starts away from W, which --use_dora would rescale; leave one out",
@@ -92,6 +97,10 @@ def _of_adalora(config: TrainConfig) -> tuple[tuple[object, str], ...]:
             "--adapter adalora shares its ranks among the layers of the UNet alone; leave --train_text_encoder out",
         ),
         (
+            config.model.quantize_base is not None,
+            "--adapter adalora is put around plain linear layers, not those of --quantize_base; leave one out",
+        ),
+        (
             config.optim.use_ema,
             "--use_ema would average ranks that --adapter adalora has taken with those that it has left; leave one "
             "out",
@@ -100,5 +109,27 @@ def _of_adalora(config: TrainConfig) -> tuple[tuple[object, str], ...]:
             config.perturb.method in ("nbar", "obar"),
             f"--method {config.perturb.method} balances A and B, which --adapter adalora holds at one size; use "
             "another of the two",
+        ),
+    )
+
+
+def _of_lora_pro(config: TrainConfig) -> tuple[tuple[object, str], ...]:
+    """What LoRA-Pro's fit to the gradient of W does not go with, and why."""
+    if config.optim.optimizer != "lora-pro":
+        return ()
+    method = config.perturb.method
+    return (
+        (
+            config.adapter.adapter == "adalora",
+            "--optimizer lora-pro fits two factors, and --adapter adalora has three; leave one out",
+        ),
+        (
+            method in ("lora-sam", "nbar", "obar"),
+            f"--optimizer lora-pro needs gradients taken at the A and B that it moves, and --method {method} moves "
+            "them in between; use another of the two",
+        ),
+        (
+            config.optim.lora_plus_ratio is not None,
+            "--lora_plus_ratio would undo by its faster B what --optimizer lora-pro fits; leave one out",
         ),
     )

@@ -29,7 +29,7 @@ SaveDtype = Literal["fp16", "bf16", "fp32"]
 FileLayout = Literal["kohya", "diffusers"]
 LoraLayout = Literal["kohya", "diffusers", "both"]
 LossType = Literal["l2", "huber"]
-Optimizer = Literal["adamw", "prodigy", "adafactor"]
+Optimizer = Literal["adamw", "prodigy", "adafactor", "lora-pro"]
 SelfCheck = Literal["once", "always", "never"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -385,7 +385,11 @@ class OptimConfig(Section):
     lr_warmup_steps: int = setting(500, "warm-up steps; no effect with `constant`", min=0)
     lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts", min=1)
     lr_power: float = setting(1.0, "power of polynomial", min=0)
-    optimizer: Optimizer = setting("adamw", "adamw, prodigy or adafactor, in any case")
+    optimizer: Optimizer = setting(
+        "adamw",
+        "adamw, prodigy or adafactor, in any case; lora-pro is AdamW with the gradients of A and B that move W as "
+        "nearly as they can as its own would (arXiv:2407.18242)",
+    )
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit state, from bitsandbytes")
     adam_beta1: float = setting(0.9, "beta1 of AdamW and prodigy", min=0, max=0.9999999)
     adam_beta2: float = setting(0.999, "beta2 of AdamW and prodigy", min=0, max=0.9999999)

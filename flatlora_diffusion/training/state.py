@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatlora_diffusion.adapter.adalora import RankBudget, has_budget, orthogonality
 from flatlora_diffusion.adapter.anchor import start_at_slopes
 from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora_pro import factor_pairs
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
@@ -131,7 +132,8 @@ def prepare(
     trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline)
     if given.initial is not None:
         start_from(pipeline, given.initial.updates, given.initial.magnitudes)
-    optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes)
+    pairs = factor_pairs(adapted.values()) if optim.optimizer == "lora-pro" else ()
+    optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes, pairs)
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
     feed = encoded_feed(config, sdxl, samples, processes, class_samples)

@@ -32,6 +32,9 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "quantized": {"quantize_base": "nf4"},
     "block ranks": {"lora_block_ranks": "mid_block=2"},
     "averaged": {"use_ema": True},
+    "lora-pro": {"optimizer": "lora-pro"},
+    "lora-pro and lora_plus_ratio": {"optimizer": "lora-pro", "lora_plus_ratio": 16.0},
+    "lora-pro in 8 bits": {"optimizer": "lora-pro", "use_8bit_adam": True},
 }
 NOT_WITH_A_BUDGET = {
     "use_dora",
@@ -42,7 +45,10 @@ NOT_WITH_A_BUDGET = {
     "text encoders",
     "block ranks",
     "averaged",
+    "quantized",
+    "lora-pro",
 }
+NEVER = {"lora_plus_ratio with prodigy", "lora-pro and lora_plus_ratio", "lora-pro in 8 bits"}
 ADDS_TO_W = {"flat-lora", "mixed-noise", "sam", "bi-lora"}
 
 
@@ -50,10 +56,8 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
     """The cells that make no sense, written down apart from the table in the product."""
     if extra in ("use_dora", "conv", "init_lora") and adapter in ("pissa", "lora-ga"):
         return True
-    if extra == "lora_ga_steps":
-        return adapter != "lora-ga"
-    if extra == "pissa_iterations":
-        return adapter != "pissa"
+    if extra in ("lora_ga_steps", "pissa_iterations"):
+        return adapter != ("pissa" if extra == "pissa_iterations" else "lora-ga")
     if extra == "sigma":
         return method not in ("flat-lora", "mixed-noise")
     if extra == "rho":
@@ -66,7 +70,7 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
         return adapter == "dora" and method in ADDS_TO_W
     if extra == "dropout with use_dora":
         return adapter in ("pissa", "lora-ga") or method in ADDS_TO_W
-    return extra == "lora_plus_ratio with prodigy"
+    return extra in NEVER or (extra == "lora-pro" and method in ("lora-sam", "nbar", "obar"))
 
 
 def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:

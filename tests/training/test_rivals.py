@@ -61,6 +61,20 @@ CELLS: dict[str, dict[str, Any]] = {
         "train_text_encoder": True,
         "use_ema": True,
     },
+    "flat-lora lora-pro, text": {
+        "method": "flat-lora",
+        "optimizer": "lora-pro",
+        "train_text_encoder": True,
+        "lora_target_modules": "conv",
+        "use_ema": True,
+    },
+    "bi-lora lora-ga lora-pro": {
+        "method": "bi-lora",
+        "adapter": "lora-ga",
+        "optimizer": "lora-pro",
+        "gradient_accumulation_steps": 2,
+    },
+    "mixed-noise dora lora-pro": {"method": "mixed-noise", "adapter": "dora", "optimizer": "lora-pro"},
     "flat-lora adalora": {
         "method": "flat-lora",
         "adapter": "adalora",
