@@ -145,7 +145,8 @@ LABELS = {
 # In place of the settings' own help, where that is for somebody at a command line.
 HELP = {
     "adapter": "lora; rslora and dora as below; pissa and lora-ga start at the largest directions of the base or of "
-    "the first gradients, and make a file of twice the rank; adalora gives the layers that need it more of the rank",
+    "the first gradients, and make a file of twice the rank; adalora gives the layers that need it more of the rank; "
+    "full trains all weights of the layers, which takes far more memory",
     "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
     "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: what is usual",
     "optimizer": "adamw, prodigy or adafactor; lora-pro is adamw with steps that come nearer to training all weights",

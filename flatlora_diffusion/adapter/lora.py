@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.adalora import adalora_config, start_from_seed
 from flatlora_diffusion.adapter.anchor import anchor, start_at_principal
+from flatlora_diffusion.adapter.full import widen
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_linear, lora_layers
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.ground.seeds import generator
@@ -46,15 +47,18 @@ def add_lora(
         _inject(model, lora, seed, path)
         if config.adapter == "pissa":
             start_at_principal(model, lora, 4 if config.pissa_iterations is None else config.pissa_iterations, seed)
+        elif config.adapter == "full":
+            widen(model)
         elif config.adapter == "lora-ga":
             anchor(model, lora)  # `start_at_slopes` moves both once there are gradients
 
 
 def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
     targets = unet_targets(unet, config)
-    if config.adapter == "adalora":
+    if config.adapter in ("adalora", "full"):
         for name in targets:
             check_linear(name, unet.get_submodule(name), config.adapter)
+    if config.adapter == "adalora":
         return adalora_config(config.rank, config.lora_alpha, config.lora_dropout, targets)
     ranks = _block_ranks(config.lora_block_ranks, targets)
     return LoraConfig(

@@ -25,7 +25,7 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
     name = adapter.adapter
     starts_away = name in ("pissa", "lora-ga")
     return (
-        *_of_adalora(config),
+        *_of_unet_alone(config),
         *_of_lora_pro(config),
         (
             optim.use_8bit_adam and optim.optimizer != "adamw",
@@ -69,46 +69,48 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
     )
 
 
-def _of_adalora(config: TrainConfig) -> tuple[tuple[object, str], ...]:
-    """What does not go with a budget of ranks, and why."""
-    adapter = config.adapter
-    if adapter.adapter != "adalora":
+def _of_unet_alone(config: TrainConfig) -> tuple[tuple[object, str], ...]:
+    """What does not go with adapters that are no LoRA of two trained factors, and why."""
+    adapter, name, method = config.adapter, config.adapter.adapter, config.perturb.method
+    if name not in ("adalora", "full"):
         return ()
+    is_full, out = name == "full", "leave one out"
     return (
-        (
-            adapter.use_dora or adapter.use_rslora,
-            "--adapter adalora has factors and a scale of its own, which --use_dora and --use_rslora would replace; "
-            "leave them out",
-        ),
-        (
-            adapter.init_lora is not None,
-            "--adapter adalora cannot start from the two factors of --init_lora; leave one out",
-        ),
+        (adapter.use_dora or adapter.use_rslora, f"--adapter {name} is itself, not --use_dora or --use_rslora; {out}"),
+        (adapter.init_lora is not None, f"--adapter {name} cannot start from the two factors of --init_lora; {out}"),
         (
             adapter.lora_target_modules == "conv",
-            "--adapter adalora adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
+            f"--adapter {name} adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
         ),
         (
             adapter.lora_block_ranks is not None,
-            "--adapter adalora divides the ranks among the layers by itself; leave --lora_block_ranks out",
+            f"--adapter {name} has one --rank for all layers, and --lora_block_ranks one for each; {out}",
         ),
-        (
-            adapter.train_text_encoder,
-            "--adapter adalora shares its ranks among the layers of the UNet alone; leave --train_text_encoder out",
-        ),
+        (adapter.train_text_encoder, f"--adapter {name} is for the UNet alone; leave --train_text_encoder out"),
         (
             config.model.quantize_base is not None,
-            "--adapter adalora is put around plain linear layers, not those of --quantize_base; leave one out",
+            f"--adapter {name} is put around plain linear layers, not those of --quantize_base; {out}",
         ),
         (
-            config.optim.use_ema,
-            "--use_ema would average ranks that --adapter adalora has taken with those that it has left; leave one "
-            "out",
+            not is_full and config.optim.use_ema,
+            f"--use_ema would average ranks that --adapter {name} has taken with those that it has left; {out}",
         ),
         (
-            config.perturb.method in ("nbar", "obar"),
-            f"--method {config.perturb.method} balances A and B, which --adapter adalora holds at one size; use "
-            "another of the two",
+            method in ("nbar", "obar") or (is_full and method in ("lora-sam", "bi-lora")),
+            f"--method {method} is made for A and B of a LoRA, which --adapter {name} does not have; use another of "
+            "the two",
+        ),
+        (
+            config.optim.optimizer == "lora-pro",
+            f"--optimizer lora-pro is made for A and B of a LoRA, which --adapter {name} does not have; {out}",
+        ),
+        (
+            is_full and (adapter.lora_alpha is not None or adapter.lora_dropout > 0),
+            f"--adapter {name} has neither the scale of --lora_alpha nor the A of --lora_dropout; leave them out",
+        ),
+        (
+            is_full and config.optim.lora_plus_ratio is not None,
+            f"--lora_plus_ratio is made for A and B of a LoRA, which --adapter {name} does not have; {out}",
         ),
     )
 
@@ -119,10 +121,6 @@ def _of_lora_pro(config: TrainConfig) -> tuple[tuple[object, str], ...]:
         return ()
     method = config.perturb.method
     return (
-        (
-            config.adapter.adapter == "adalora",
-            "--optimizer lora-pro fits two factors, and --adapter adalora has three; leave one out",
-        ),
         (
             method in ("lora-sam", "nbar", "obar"),
             f"--optimizer lora-pro needs gradients taken at the A and B that it moves, and --method {method} moves "

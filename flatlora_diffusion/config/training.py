@@ -20,7 +20,7 @@ from flatlora_diffusion.config.combinations import check_combinations
 from flatlora_diffusion.config.methods import PerturbConfig
 from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Traits, _kinds, setting
 
-AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga", "adalora"]
+AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga", "adalora", "full"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -214,7 +214,8 @@ class AdapterConfig(Section):
         "lora; rslora, as --use_rslora; dora, as --use_dora; pissa, which starts at W's largest directions "
         "(arXiv:2404.02948), or lora-ga, which starts at those of the first gradients (arXiv:2407.05000): both are "
         "saved as a plain LoRA of twice the rank; adalora, which begins with half as many ranks again and takes those "
-        "that matter least over all layers until --rank is the mean (arXiv:2303.10512)",
+        "that matter least over all layers until --rank is the mean (arXiv:2303.10512); full, which trains all of "
+        "each layer's weights and saves the merged pipeline beside a LoRA of --rank by SVD",
         moves="weights",
         before="lora",
     )

@@ -36,7 +36,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "lora-pro and lora_plus_ratio": {"optimizer": "lora-pro", "lora_plus_ratio": 16.0},
     "lora-pro in 8 bits": {"optimizer": "lora-pro", "use_8bit_adam": True},
 }
-NOT_WITH_A_BUDGET = {
+NO_LORA = {"adalora": ("nbar", "obar"), "full": ("nbar", "obar", "lora-sam", "bi-lora")}
+OF_BOTH = {
     "use_dora",
     "use_rslora",
     "conv",
@@ -44,10 +45,10 @@ NOT_WITH_A_BUDGET = {
     "dropout with use_dora",
     "text encoders",
     "block ranks",
-    "averaged",
     "quantized",
     "lora-pro",
 }
+OF_LORA = {"adalora": OF_BOTH | {"averaged"}, "full": OF_BOTH | {"lora_dropout", "lora_plus_ratio"}}
 NEVER = {"lora_plus_ratio with prodigy", "lora-pro and lora_plus_ratio", "lora-pro in 8 bits"}
 ADDS_TO_W = {"flat-lora", "mixed-noise", "sam", "bi-lora"}
 
@@ -77,8 +78,8 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
     cells = list(itertools.product(get_args(Method), get_args(AdapterKind), EXTRAS))
     for method, adapter, extra in cells:
         values = {"method": method, "adapter": adapter, **EXTRAS[extra]}
-        has_budget_and_more = adapter == "adalora" and (method in ("nbar", "obar") or extra in NOT_WITH_A_BUDGET)
-        if not (has_budget_and_more or is_refused(method, adapter, extra)):
+        is_of_lora = adapter in NO_LORA and (method in NO_LORA[adapter] or extra in OF_LORA[adapter])
+        if not (is_of_lora or is_refused(method, adapter, extra)):
             TrainConfig().replace(**values)
             continue
         with pytest.raises(ConfigError) as refused:
@@ -87,7 +88,7 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
         assert "--" in told, (method, adapter, extra)
         assert len(told.splitlines()) == 1, told
         assert ". " not in told, told
-    assert len(cells) == 8 * 6 * len(EXTRAS)
+    assert len(cells) == 8 * 7 * len(EXTRAS)
 
 
 def test_what_is_written_down_holds_for_a_config_that_exists() -> None:

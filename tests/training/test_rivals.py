@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from tiny_runs import output_with, samples_of
 
+from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE
@@ -75,6 +76,14 @@ CELLS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     "mixed-noise dora lora-pro": {"method": "mixed-noise", "adapter": "dora", "optimizer": "lora-pro"},
+    "flat-lora full": {"method": "flat-lora", "adapter": "full", "rank": 64, "use_ema": True},
+    "sam full": {
+        "method": "sam",
+        "adapter": "full",
+        "rank": 64,
+        "perturb_draw": "low_rank",
+        "gradient_checkpointing": True,
+    },
     "flat-lora adalora": {
         "method": "flat-lora",
         "adapter": "adalora",
@@ -129,6 +138,14 @@ def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(
     assert effect > 1e-3
     rounding = 1e-3 if run.config.optim.mixed_precision == "no" else 0.05
     assert float((output_with(stock, run) - expected).abs().max()) < rounding * effect
+
+
+def test_full_fine_tuning_leaves_a_pipeline_that_computes_what_was_trained(run: TrainState, tmp_path: Path) -> None:
+    if run.config.adapter.adapter != "full":
+        return
+    save_merged(run.sdxl.pipeline, tmp_path)
+    stock = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(output_with(stock, run), output_with(run.sdxl.pipeline, run), rtol=1e-4, atol=1e-4)
 
 
 def test_the_base_is_never_written(run: TrainState, base: Path) -> None:
