@@ -45,9 +45,14 @@ def widen(model: nn.Module) -> None:
         layer.scaling[ADAPTER] = 1.0
 
 
+def is_whole(layer: Any) -> bool:
+    """Whether all of a layer's dW is trained."""
+    return isinstance(layer.lora_A[ADAPTER], _Same)
+
+
 def whole_change(layer: Any) -> Tensor | None:
     """dW of a layer, (m, n), fp32 on the CPU; None for a LoRA."""
-    if not isinstance(layer.lora_A[ADAPTER], _Same):
+    if not is_whole(layer):
         return None
     change: Tensor = layer.lora_B[ADAPTER].weight.detach().float().cpu()
     return change

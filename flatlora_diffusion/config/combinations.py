@@ -28,6 +28,10 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
         *_of_unet_alone(config),
         *_of_lora_pro(config),
         (
+            adapter.is_dora and optim.delta_weight_decay > 0,
+            "--delta_weight_decay holds down W' - W of two factors, and DoRA rescales it; leave one out",
+        ),
+        (
             optim.use_8bit_adam and optim.optimizer != "adamw",
             f"--use_8bit_adam is for --optimizer adamw, not {optim.optimizer}; leave one out",
         ),

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.adalora import RankBudget, has_budget, orthogonality
 from flatlora_diffusion.adapter.anchor import start_at_slopes
+from flatlora_diffusion.adapter.change import squared_change
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora_pro import factor_pairs
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
@@ -86,7 +87,12 @@ class TrainState:
 
     def penalty(self) -> Tensor | None:
         """What is added to the loss of the images, whatever these are; None for nothing."""
-        return None if self.ranks is None else orthogonality(self.sdxl.unet)
+        penalties = [] if self.ranks is None else [orthogonality(self.sdxl.unet)]
+        decay = self.config.optim.delta_weight_decay
+        if decay > 0:
+            adapted = adapted_models(self.sdxl.pipeline, self.config.adapter).values()
+            penalties += [decay / 2 * squared_change(model) for model in adapted]
+        return torch.stack(penalties).sum() if penalties else None
 
     def begin_gradient(self) -> None:
         """Take the gradients by the method anew."""

@@ -32,6 +32,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "quantized": {"quantize_base": "nf4"},
     "block ranks": {"lora_block_ranks": "mid_block=2"},
     "averaged": {"use_ema": True},
+    "delta_weight_decay": {"delta_weight_decay": 0.1},
     "lora-pro": {"optimizer": "lora-pro"},
     "lora-pro and lora_plus_ratio": {"optimizer": "lora-pro", "lora_plus_ratio": 16.0},
     "lora-pro in 8 bits": {"optimizer": "lora-pro", "use_8bit_adam": True},
@@ -71,6 +72,8 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
         return adapter == "dora" and method in ADDS_TO_W
     if extra == "dropout with use_dora":
         return adapter in ("pissa", "lora-ga") or method in ADDS_TO_W
+    if extra == "delta_weight_decay":
+        return adapter == "dora"
     return extra in NEVER or (extra == "lora-pro" and method in ("lora-sam", "nbar", "obar"))
 
 

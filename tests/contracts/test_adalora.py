@@ -10,11 +10,12 @@ import pytest
 import torch
 from lora_by_hand import add_to_base, all_noise, distance, gradients, lora_layers
 from peft import AdaLoraConfig, get_peft_model
-from tiny_models import Case, normal, seeded
+from tiny_adapters import adalora_case
+from tiny_models import normal, seeded
 from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.adapter.adalora import RankBudget, adalora_config, orthogonality
+from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import DrawKind, PerturbConfig
 from flatlora_diffusion.method.configured import step_gradient
@@ -39,19 +40,6 @@ def told(config: AdaLoraConfig) -> Any:
         for layer in lora_layers(model).values():
             nn.init.normal_(layer.lora_E[ADAPTER])
     return model
-
-
-def adapted() -> Case:
-    """With one rank of each layer taken."""
-    with seeded(1):
-        base = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5, bias=False))
-        model = get_peft_model(base, adalora_config(4, 6.0, 0.0, ["0", "2"]))
-        for layer in lora_layers(model).values():
-            nn.init.normal_(layer.lora_E[ADAPTER])
-            for side in (layer.lora_A, layer.lora_B):
-                nn.init.normal_(side[ADAPTER])
-            layer.lora_E[ADAPTER].data[2] = 0
-    return Case(model, lambda one: one(normal(2, 7, 6)), normal(3, 7, 5))
 
 
 def test_ranks_go_when_and_where_peft_takes_them() -> None:
@@ -89,7 +77,7 @@ def test_factors_are_held_apart_by_pefts_penalty() -> None:
 
 @pytest.mark.parametrize("draw", ["full", "low_rank"])
 def test_noise_is_scaled_to_what_is_left_of_the_merged_weight(draw: DrawKind) -> None:
-    case = adapted()
+    case = adalora_case()
     clean = copy.deepcopy(case.model)
     flat = FlatLora(case.model, sigma=0.5, schedule="constant", seed=3, draw=draw)
     for name, layer in lora_layers(clean).items():
@@ -109,7 +97,7 @@ def test_noise_is_scaled_to_what_is_left_of_the_merged_weight(draw: DrawKind) ->
 
 
 def test_the_second_lora_of_bi_lora_has_the_scale_of_the_first() -> None:
-    case = adapted()
+    case = adalora_case()
     trainable = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
     gradient: Any = step_gradient({"": case.model}, trainable, PerturbConfig(method="bi-lora"), seed=0, total_steps=5)
     assert list(gradient._scales.values()) == pytest.approx([6 / 4, 6 / 4], rel=1e-4)

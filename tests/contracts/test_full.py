@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from lora_by_hand import all_noise, lora_layers
-from peft import LoraConfig, get_peft_model
-from tiny_models import Case, normal, seeded
+from tiny_adapters import full_case
 from torch import nn
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.adapter.full import widen
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import DrawKind
-
-
-def full_case() -> tuple[Case, nn.Sequential]:
-    """A model of which dW is trained, and one that has it in its weights."""
-    with seeded(1):
-        plain = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5, bias=False))
-        model = get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, lora_alpha=6, target_modules=["0", "2"]))
-        widen(model)
-        for name, layer in lora_layers(model).items():
-            change = layer.lora_B[ADAPTER].weight
-            nn.init.normal_(change, std=0.3)
-            weights_of(plain, name).weight.data += change.detach()
-    return Case(model, lambda one: one(normal(2, 7, 6)), normal(3, 7, 5)), plain
 
 
 def weights_of(model: nn.Module, name: str) -> Any:

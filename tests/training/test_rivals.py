@@ -28,6 +28,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "method": "lora",
         "adapter": "pissa",
         "pissa_iterations": 0,
+        "delta_weight_decay": 0.1,
         "train_text_encoder": True,
         "lora_alpha": 3,
         "lora_block_ranks": "mid_block=2",
