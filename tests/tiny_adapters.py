@@ -25,7 +25,7 @@ def adalora_case() -> Case:
             for side in (layer.lora_A, layer.lora_B):
                 nn.init.normal_(side[ADAPTER])
             layer.lora_E[ADAPTER].data[2] = 0
-    return Case(model, lambda one: one(normal(2, 7, 6)), normal(3, 7, 5))
+    return Case(model, lambda one: one(normal(2, 3, 7, 6)), normal(3, 3, 7, 5))
 
 
 def full_case() -> tuple[Case, nn.Sequential]:
@@ -38,4 +38,4 @@ def full_case() -> tuple[Case, nn.Sequential]:
             change = layer.lora_B[ADAPTER].weight
             nn.init.normal_(change, std=0.3)
             plain.get_submodule(name).weight.data += change.detach()
-    return Case(model, lambda one: one(normal(2, 7, 6)), normal(3, 7, 5)), plain
+    return Case(model, lambda one: one(normal(2, 3, 7, 6)), normal(3, 3, 7, 5)), plain

@@ -30,6 +30,7 @@ _PASSES = {
     "lora": 2.5,
     "flat-lora": 3.0,
     "mixed-noise": 5.5,
+    "factor-noise": 2.5,
     "lora-sam": 5.0,
     "sam": 6.0,
     "bi-lora": 3.0,

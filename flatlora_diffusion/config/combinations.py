@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatlora_diffusion.config.exclusions import exclusions
-from flatlora_diffusion.config.methods import NOISY
 from flatlora_diffusion.config.section import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +55,9 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
             f"--lora_ga_steps means nothing for --adapter {name}; leave it out, or use --adapter lora-ga",
         ),
         (
-            adapter.is_dora and adapter.lora_dropout > 0 and perturb.method in (*NOISY, "sam", "bi-lora"),
+            adapter.is_dora
+            and adapter.lora_dropout > 0
+            and perturb.method in ("flat-lora", "mixed-noise", "sam", "bi-lora"),
             f"--lora_dropout with DoRA lets what --method {perturb.method} adds to W escape the rescaling; set "
             "--lora_dropout 0",
         ),
@@ -100,7 +101,7 @@ def _of_unet_alone(config: TrainConfig) -> tuple[tuple[object, str], ...]:
             f"--use_ema would average ranks that --adapter {name} has taken with those that it has left; {out}",
         ),
         (
-            method in ("nbar", "obar") or (is_full and method in ("lora-sam", "bi-lora")),
+            method in ("nbar", "obar") or (is_full and method in ("lora-sam", "bi-lora", "factor-noise")),
             f"--method {method} is made for A and B of a LoRA, which --adapter {name} does not have; use another of "
             "the two",
         ),
@@ -126,7 +127,7 @@ def _of_lora_pro(config: TrainConfig) -> tuple[tuple[object, str], ...]:
     method = config.perturb.method
     return (
         (
-            method in ("lora-sam", "nbar", "obar"),
+            method in ("lora-sam", "factor-noise", "nbar", "obar"),
             f"--optimizer lora-pro needs gradients taken at the A and B that it moves, and --method {method} moves "
             "them in between; use another of the two",
         ),

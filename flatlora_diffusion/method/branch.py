@@ -19,6 +19,11 @@ def has_branch(layer: Any) -> bool:
     return isinstance(layer.lora_A, nn.ModuleDict) and bool(layer.lora_A)
 
 
+def adds_in_place(layer: Any) -> bool:
+    """Whether the update is added to the very tensor that W's layer returns, which then must be no view."""
+    return isinstance(layer, AdaLoraLayer)
+
+
 def factors_of(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """A and B of one adapter as the layer keeps them; of AdaLoRA diag(E) A and B, E being 0 where a rank was taken."""
     if isinstance(layer, AdaLoraLayer):

@@ -269,7 +269,7 @@ def _enough(holdout: Holdout | None) -> str | None:
 
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
     """Add the event of a step, tell the trackers, and return what the progress bar shows."""
-    sigma = state.flats[0].sigma_at(step) if state.flats else 0.0
+    sigma = state.gradient.sigma_at(step)
     state.run.add_event(
         {
             "event": "step",

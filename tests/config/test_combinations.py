@@ -37,7 +37,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "lora-pro and lora_plus_ratio": {"optimizer": "lora-pro", "lora_plus_ratio": 16.0},
     "lora-pro in 8 bits": {"optimizer": "lora-pro", "use_8bit_adam": True},
 }
-NO_LORA = {"adalora": ("nbar", "obar"), "full": ("nbar", "obar", "lora-sam", "bi-lora")}
+NO_LORA = {"adalora": ("nbar", "obar"), "full": ("nbar", "obar", "lora-sam", "bi-lora", "factor-noise")}
 OF_BOTH = {
     "use_dora",
     "use_rslora",
@@ -61,7 +61,7 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
     if extra in ("lora_ga_steps", "pissa_iterations"):
         return adapter != ("pissa" if extra == "pissa_iterations" else "lora-ga")
     if extra == "sigma":
-        return method not in ("flat-lora", "mixed-noise")
+        return method not in ("flat-lora", "mixed-noise", "factor-noise")
     if extra == "rho":
         return method not in ("lora-sam", "sam", "bi-lora")
     if extra == "bar_strength":
@@ -74,7 +74,7 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
         return adapter in ("pissa", "lora-ga") or method in ADDS_TO_W
     if extra == "delta_weight_decay":
         return adapter == "dora"
-    return extra in NEVER or (extra == "lora-pro" and method in ("lora-sam", "nbar", "obar"))
+    return extra in NEVER or (extra == "lora-pro" and method in ("lora-sam", "factor-noise", "nbar", "obar"))
 
 
 def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
@@ -91,7 +91,7 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
         assert "--" in told, (method, adapter, extra)
         assert len(told.splitlines()) == 1, told
         assert ". " not in told, told
-    assert len(cells) == 8 * 7 * len(EXTRAS)
+    assert len(cells) == 9 * 7 * len(EXTRAS)
 
 
 def test_what_is_written_down_holds_for_a_config_that_exists() -> None:

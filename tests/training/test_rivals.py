@@ -91,8 +91,16 @@ CELLS: dict[str, dict[str, Any]] = {
         "lora_alpha": 6.0,
         "perturb_draw": "low_rank",
     },
+    "mixed-noise adalora": {"method": "mixed-noise", "adapter": "adalora", "perturb_draw": "full"},
     "lora-sam adalora": {"method": "lora-sam", "adapter": "adalora", "gradient_accumulation_steps": 2},
     "sam adalora": {"method": "sam", "adapter": "adalora", "gradient_checkpointing": True},
+    "factor-noise pissa, text": {
+        "method": "factor-noise",
+        "adapter": "pissa",
+        "sigma": 0.5,
+        "gradient_accumulation_steps": 2,
+        "train_text_encoder": True,
+    },
     "obar": {"method": "obar", "bar_strength": 4.0},
     "bi-lora pissa": {"method": "bi-lora", "adapter": "pissa", "gradient_checkpointing": True},
 }
