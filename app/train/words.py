@@ -112,6 +112,7 @@ LABELS = {
     "adam_beta1": "First beta of the optimizer",
     "adam_beta2": "Second beta of the optimizer",
     "adam_weight_decay": "Weight decay",
+    "delta_weight_decay": "Hold down the change of the weights",
     "adam_weight_decay_text_encoder": "Weight decay of the text encoders",
     "adam_epsilon": "Smallest divisor of the optimizer",
     "prodigy_beta3": "Prodigy: average of the step size",
@@ -146,9 +147,11 @@ LABELS = {
 # In place of the settings' own help, where that is for somebody at a command line.
 HELP = {
     "adapter": "lora; rslora and dora as below; pissa and lora-ga start at the largest directions of the base or of "
-    "the first gradients, and make a file of twice the rank",
+    "the first gradients, and make a file of twice the rank; adalora gives the layers that need it more of the rank; "
+    "full trains all weights of the layers, which takes far more memory",
     "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
     "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: what is usual",
+    "optimizer": "adamw, prodigy or adafactor; lora-pro is adamw with steps that come nearer to training all weights",
     "lora_plus_ratio": "B learns so many times as fast as A; 16 is usual; left empty: alike",
     "pretrained_model_name_or_path": "an SDXL model: a folder, a name on the Hugging Face hub, a .safetensors file, "
     "or tiny for the small one that ships with this program",
@@ -157,6 +160,7 @@ HELP = {
     "lora_alpha": "strength of the LoRA, as a multiple of its rank; left empty: the rank",
     "lora_init_seed": "left empty: the seed of the run",
     "use_rslora": "keeps high ranks from becoming too weak",
+    "delta_weight_decay": "how strongly what is learned is kept small as a whole; 0: not at all",
     "lora_dropout": "share of the LoRA that rests in each step",
     "perturb_seed": "of Flat-LoRA's noise alone; left empty: the seed of the run",
     "perturb_noise": "filter: in proportion to each filter of the base, as in the paper; iid: spread evenly",

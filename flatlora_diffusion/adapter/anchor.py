@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_linear, lora_layers
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.ground.seeds import derive_seed
 
@@ -38,7 +38,7 @@ def start_at_principal(model: Any, lora: LoraConfig, iterations: int, seed: int)
     """
     how = {"init_lora_weights": f"pissa_niter_{iterations}" if iterations else "pissa"}
     for name, layer in lora_layers(model).items():
-        _check_linear(name, layer, "pissa", layer.r[ADAPTER])
+        _check_directions(name, layer, "pissa", layer.r[ADAPTER])
         if not layer.get_base_layer().weight.is_meta:  # where nothing but shapes is wanted
             _put(layer, _by_peft(layer, how, seed), [ADAPTER])
     anchor(model, lora)
@@ -52,7 +52,7 @@ def start_at_slopes(model: Any, slopes: Mapping[str, Tensor], seed: int) -> None
     """
     how = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     for name, layer in lora_layers(model).items():
-        _check_linear(name, layer, "lora-ga", 2 * layer.r[ADAPTER])
+        _check_directions(name, layer, "lora-ga", 2 * layer.r[ADAPTER])
         _put(layer, _by_peft(layer, how, seed, slopes[name].cpu()), [ADAPTER, ANCHOR])
 
 
@@ -74,10 +74,9 @@ def anchor(model: Any, lora: LoraConfig) -> None:
             sides[ANCHOR].weight = nn.Parameter(sides[ADAPTER].weight.detach().clone(), requires_grad=False)
 
 
-def _check_linear(name: str, layer: Any, adapter: str, directions: int) -> None:
+def _check_directions(name: str, layer: Any, adapter: str, directions: int) -> None:
     base = layer.get_base_layer()
-    if not isinstance(base, nn.Linear):
-        raise ConfigError(f"--adapter {adapter} adapts linear layers only, not {name}; leave it out of the targets")
+    check_linear(name, base, adapter)
     if directions > min(base.in_features, base.out_features):
         raise ConfigError(
             f"rank={layer.r[ADAPTER]} is more than {name}, {base.out_features} x {base.in_features}, has directions "

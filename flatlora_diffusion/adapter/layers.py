@@ -8,6 +8,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.method.adapted_layers import int8_steps
 
 ADAPTER = "default"
@@ -25,3 +26,9 @@ def base_weight(base: Any) -> Tensor:
         return base.weight.data.float() * steps[:, None]
     weight: Tensor = dequantize_module_weight(base)
     return weight.float()
+
+
+def check_linear(name: str, base: nn.Module, adapter: str) -> None:
+    """Raises ConfigError where an adapter cannot be put on the layer `base`."""
+    if not isinstance(base, nn.Linear):
+        raise ConfigError(f"--adapter {adapter} adapts linear layers only, not {name}; leave it out of the targets")

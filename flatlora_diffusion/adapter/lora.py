@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
+from flatlora_diffusion.adapter.adalora import adalora_config, start_from_seed
 from flatlora_diffusion.adapter.anchor import anchor, start_at_principal
-from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.adapter.full import widen
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_linear, lora_layers
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.ground.seeds import generator
 
@@ -34,7 +36,8 @@ def add_lora(
 ) -> None:
     """Put the LoRA on the UNet's chosen layers, and on the attention of `text_encoders`, by part of the pipeline.
 
-    A ~ N(0, 1/rank^2) as a function of (seed, part, layer), B = 0, both fp32; PiSSA's are W's largest directions.
+    A ~ N(0, 1/rank^2) as a function of (seed, part, layer), B = 0, both fp32; PiSSA's are W's largest directions, and
+    AdaLoRA's as `start_from_seed` has them.
     Raises ConfigError, with nothing added, when the settings name no layer.
     """
     loras = [(unet, _unet_lora(unet, config), "")]
@@ -44,12 +47,19 @@ def add_lora(
         _inject(model, lora, seed, path)
         if config.adapter == "pissa":
             start_at_principal(model, lora, 4 if config.pissa_iterations is None else config.pissa_iterations, seed)
+        elif config.adapter == "full":
+            widen(model)
         elif config.adapter == "lora-ga":
             anchor(model, lora)  # `start_at_slopes` moves both once there are gradients
 
 
 def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
     targets = unet_targets(unet, config)
+    if config.adapter in ("adalora", "full"):
+        for name in targets:
+            check_linear(name, unet.get_submodule(name), config.adapter)
+    if config.adapter == "adalora":
+        return adalora_config(config.rank, config.lora_alpha, config.lora_dropout, targets)
     ranks = _block_ranks(config.lora_block_ranks, targets)
     return LoraConfig(
         r=config.rank,
@@ -137,6 +147,10 @@ def _inject(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
         model.add_adapter(lora, ADAPTER)
     cast_training_params(model, torch.float32)
     for name, layer in lora_layers(model).items():
+        if isinstance(lora, AdaLoraConfig):
+            size = lora.init_r, layer.in_features + layer.out_features
+            start_from_seed(layer, torch.randn(size, generator=generator("cpu", seed, "lora_init", path + name)))
+            continue
         down = layer.lora_A[ADAPTER].weight
         # Drawn on the CPU, so that one seed gives one LoRA on every device.
         draw = torch.randn(down.shape, generator=generator("cpu", seed, "lora_init", path + name))

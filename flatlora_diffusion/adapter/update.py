@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.anchor import ANCHOR
+from flatlora_diffusion.adapter.full import whole_change
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.method.branch import factors_of, scale_of
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 T = TypeVar("T")
@@ -74,7 +76,8 @@ def magnitudes(pipeline: Any) -> dict[str, dict[str, Tensor]]:
 def plain_updates(pipeline: Any) -> tuple[Updates, float]:
     """The factors of a plain LoRA with the same effect, and what of the effect it misses, ||missed|| / ||effect||.
 
-    That is 0 but for DoRA, whose W' - W is folded into a truncated SVD of rank 32, or its own rank if that is higher.
+    That is 0 but for DoRA, whose W' - W is folded into a truncated SVD of rank 32, or its own rank if that is higher,
+    and for full fine-tuning, of which the SVD has the rank that was asked for.
     """
     folds = _of_all(pipeline, _folded)
     missed = sum(fold.missed for layers in folds.values() for fold in layers.values())
@@ -169,7 +172,10 @@ class _Fold(NamedTuple):
 
 
 def _folded(layer: Any) -> _Fold:
-    factors = _factors(layer)
+    factors, change = _factors(layer), whole_change(layer)
+    if change is not None:
+        missed = (change - factors.up @ factors.down).double().square().sum()
+        return _Fold(factors, float(missed), float(change.double().square().sum()))
     if ADAPTER not in layer.lora_magnitude_vector:
         return _Fold(factors)
     change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
@@ -184,12 +190,19 @@ def _folded(layer: Any) -> _Fold:
 
 
 def _factors(layer: Any) -> Update:
-    """A and B; of a LoRA with an anchor [A; A0] and [B, -B0]."""
-    down, up = (side[ADAPTER].weight.detach().float().cpu().contiguous() for side in (layer.lora_A, layer.lora_B))
+    """A and B; of a LoRA with an anchor [A; A0] and [B, -B0]; of AdaLoRA what ranks are left; of dW by SVD."""
+    change = whole_change(layer)
+    if change is not None:
+        return truncated(change, layer.r[ADAPTER])
+    down, up = (side.detach().float().cpu().contiguous() for side in factors_of(layer, ADAPTER))
+    if ADAPTER in getattr(layer, "lora_E", ()):
+        left = layer.lora_E[ADAPTER].detach().flatten().cpu() != 0
+        left[0] |= not left.any()  # a file has at least one of each layer
+        down, up = down[left], up[:, left]
     if ANCHOR in layer.lora_A:
         first_down, first_up = (side[ANCHOR].weight.detach().float().cpu() for side in (layer.lora_A, layer.lora_B))
         down, up = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1)
-    return Update(down, up, float(layer.scaling[ADAPTER]))
+    return Update(down, up, scale_of(layer, ADAPTER))
 
 
 @torch.no_grad()

@@ -209,17 +209,8 @@ def train_planned(planned: PlannedRun) -> None:
         logger.info("%s: already trained in %s", label, folder)
         return
     logger.info("%s: %s", label, "going on" if planned.is_begun else "training")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = folder.parent / f"{folder.name}.json"
-    values = planned.config.to_dict()
-    settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
     environment = {**os.environ, QUIET_VARIABLE: "1"}  # what it would say of the images is the same for all runs
-    # The saved paths may be cut to their names.
-    command += [f"--{name}={value}" for name in settings_that("is_path") if (value := values[name])]
-    if planned.is_begun:
-        command.append("--resume_from_checkpoint=latest")
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(training_command(planned), env=environment, stdout=subprocess.DEVNULL) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -227,6 +218,18 @@ def train_planned(planned: PlannedRun) -> None:
             raise
     if code != 0:
         raise RunError(f"training {label} ended with exit code {code}; its message is above")
+
+
+def training_command(planned: PlannedRun) -> list[str]:
+    """What trains a run, or what is left of it, with the settings in a file beside its folder."""
+    folder, values = planned.run.folder, planned.config.to_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder.parent / f"{folder.name}.json"
+    settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
+    # The saved paths may be cut to their names.
+    command += [f"--{name}={value}" for name in settings_that("is_path") if (value := values[name])]
+    return [*command, "--resume_from_checkpoint=latest"] if planned.is_begun else command
 
 
 def _refusal(method: str, name: str) -> str:

@@ -150,6 +150,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     mine = {
         name: Path(value).name if name.endswith(("_dir", "_file")) and value else value
         for name, value in asdict(experiment.own).items()
+        if name not in ("workers", "cluster")  # where it was trained changes nothing of it
     }
     sets = {
         f"{name} images": f"{len(one.samples)}, {one.sha256[:16]}" for name, one in experiment.material.sets.items()

@@ -15,6 +15,8 @@ from flatlora_diffusion.compare.material import Material, load_evaluator, read_m
 from flatlora_diffusion.compare.page.page import GRID, PAGE
 from flatlora_diffusion.compare.poster import poster_pieces
 from flatlora_diffusion.compare.progress import Piece
+from flatlora_diffusion.compare.workers.at_once import train_at_once
+from flatlora_diffusion.compare.workers.places import check_places
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.training_set import load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
@@ -28,6 +30,7 @@ _PASSES = {
     "lora": 2.5,
     "flat-lora": 3.0,
     "mixed-noise": 5.5,
+    "factor-noise": 2.5,
     "lora-sam": 5.0,
     "sam": 6.0,
     "bi-lora": 3.0,
@@ -63,8 +66,11 @@ class Experiment:
 
     def train(self, runs: Sequence[PlannedRun]) -> None:
         """Train what is not trained yet; raises ConfigError for runs that do not fit together."""
-        for planned in runs:
-            train_planned(planned)
+        if self.own.trains_at_once:
+            train_at_once(runs, self.own.workers, self.own.cluster)
+        else:
+            for planned in runs:
+                train_planned(planned)
         found = read_runs([str(planned.run.folder) for planned in self.runs if planned.is_finished])
         check_images(found[0], load_training_set(self.config.data))
 
@@ -94,6 +100,7 @@ class Experiment:
 
 def read_experiment(config: TrainConfig, own: CompareConfig) -> Experiment:
     """The experiment that the settings describe. Raises ConfigError for settings and images that cannot be used."""
+    check_places(own.workers, own.cluster)
     material, seed = read_material(config, own), config.run.seed
     assert seed is not None
     arms = [parse_arm(text) for text in own.arms]
@@ -114,7 +121,8 @@ def outlook(experiment: Experiment) -> Iterator[str]:
     yield f"2. draw {prompts} with the base and with each LoRA: {out / GRID}"
     yield f"3. measure them, also on {unseen} that none saw: {out / PAGE}"
     yield f"4. train and measure {len(experiment.nulls)} nulls, which show what chance alone does, for that page"
-    if not torch.cuda.is_available():  # the trainings shall have a GPU for themselves
+    # The trainings shall have a GPU for themselves; how they share cores or a cluster cannot be told.
+    if not (torch.cuda.is_available() or experiment.own.trains_at_once):
         yield duration(experiment)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from flatlora_diffusion.config.section import ConfigError, Section, setting
 
-Method = Literal["lora", "flat-lora", "mixed-noise", "lora-sam", "sam", "bi-lora", "nbar", "obar"]
+Method = Literal["lora", "flat-lora", "mixed-noise", "factor-noise", "lora-sam", "sam", "bi-lora", "nbar", "obar"]
 SigmaSchedule = Literal["cosine", "linear", "constant", "down"]
 NoiseKind = Literal["filter", "iid"]
 DrawKind = Literal["full", "philox", "low_rank"]
@@ -17,6 +17,7 @@ METHOD_NAMES: dict[str, str] = {
     "lora": "LoRA",
     "flat-lora": "Flat-LoRA",
     "mixed-noise": "Mixed noise",
+    "factor-noise": "Noise in A and B",
     "lora-sam": "LoRA-SAM",
     "sam": "SAM",
     "bi-lora": "Bi-LoRA",
@@ -24,7 +25,7 @@ METHOD_NAMES: dict[str, str] = {
     "obar": "oBAR",
 }
 """Each method as people read it."""
-NOISY = ("flat-lora", "mixed-noise")
+NOISY = ("flat-lora", "mixed-noise", "factor-noise")
 """Those that draw eps, and so have a sigma."""
 DEFAULT_SIGMA = 0.1
 BALANCING = ("nbar", "obar")
@@ -50,14 +51,15 @@ class PerturbConfig(Section):
     method: Method = setting(
         "flat-lora",
         "flat-lora trains at W + eps (arXiv:2409.14396), mixed-noise there and at W too (two passes), lora at W "
-        "alone; lora-sam and sam (two passes) where A and B, or W, have ascended by --rho (arXiv:2010.01412); bi-lora "
-        "beside a second LoRA that ascends and is dropped at the end (arXiv:2508.19564); nbar and obar balance A and "
-        "B by their gradients or by themselves (arXiv:2410.14802)",
+        "alone, factor-noise at A + eps and B + eps; lora-sam and sam (two passes) where A and B, or W, have ascended "
+        "by --rho (arXiv:2010.01412); bi-lora beside a second LoRA that ascends and is dropped at the end "
+        "(arXiv:2508.19564); nbar and obar balance A and B by their gradients or by themselves (arXiv:2410.14802)",
         is_shared=True,
     )
     sigma: float | None = setting(
         None,
-        f"relative radius of eps, flat-lora and mixed-noise only; default {DEFAULT_SIGMA}; 0.05 to 0.1 in the paper",
+        f"relative radius of eps, flat-lora, mixed-noise and factor-noise only; default {DEFAULT_SIGMA}; 0.05 to 0.1 "
+        "in the paper",
         min=0,
     )
     sigma_schedule: SigmaSchedule = setting(

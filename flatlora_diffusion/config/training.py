@@ -20,7 +20,7 @@ from flatlora_diffusion.config.combinations import check_combinations
 from flatlora_diffusion.config.methods import PerturbConfig
 from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Traits, _kinds, setting
 
-AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga"]
+AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga", "adalora", "full"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -29,7 +29,7 @@ SaveDtype = Literal["fp16", "bf16", "fp32"]
 FileLayout = Literal["kohya", "diffusers"]
 LoraLayout = Literal["kohya", "diffusers", "both"]
 LossType = Literal["l2", "huber"]
-Optimizer = Literal["adamw", "prodigy", "adafactor"]
+Optimizer = Literal["adamw", "prodigy", "adafactor", "lora-pro"]
 SelfCheck = Literal["once", "always", "never"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -220,7 +220,9 @@ class AdapterConfig(Section):
         "lora",
         "lora; rslora, as --use_rslora; dora, as --use_dora; pissa, which starts at W's largest directions "
         "(arXiv:2404.02948), or lora-ga, which starts at those of the first gradients (arXiv:2407.05000): both are "
-        "saved as a plain LoRA of twice the rank",
+        "saved as a plain LoRA of twice the rank; adalora, which begins with half as many ranks again and takes those "
+        "that matter least over all layers until --rank is the mean (arXiv:2303.10512); full, which trains all of "
+        "each layer's weights and saves the merged pipeline beside a LoRA of --rank by SVD",
         moves="weights",
         before="lora",
     )
@@ -391,12 +393,24 @@ class OptimConfig(Section):
     lr_warmup_steps: int = setting(500, "warm-up steps; no effect with `constant`", min=0)
     lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts", min=1)
     lr_power: float = setting(1.0, "power of polynomial", min=0)
-    optimizer: Optimizer = setting("adamw", "adamw, prodigy or adafactor, in any case")
+    optimizer: Optimizer = setting(
+        "adamw",
+        "adamw, prodigy or adafactor, in any case; lora-pro is AdamW with the gradients of A and B that move W as "
+        "nearly as they can as its own would (arXiv:2407.18242)",
+    )
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit state, from bitsandbytes")
     adam_beta1: float = setting(0.9, "beta1 of AdamW and prodigy", min=0, max=0.9999999)
     adam_beta2: float = setting(0.999, "beta2 of AdamW and prodigy", min=0, max=0.9999999)
     adam_weight_decay: float = setting(1e-4, "weight decay", min=0)
     adam_weight_decay_text_encoder: float = setting(1e-3, "weight decay of the text encoders", min=0)
+    delta_weight_decay: float = setting(
+        0.0,
+        "hold down the change of the weights itself: this times half the sum of ||W' - W||^2 over the layers is "
+        "added to what is minimized, though not to the loss that is told",
+        min=0,
+        max=1e6,
+        before=0.0,
+    )
     adam_epsilon: float = setting(1e-8, "epsilon of AdamW and prodigy", min=0)
     prodigy_beta3: float | None = setting(
         None, "prodigy's step-size average; default: sqrt(beta2)", min=0, max=0.9999999

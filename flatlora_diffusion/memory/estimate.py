@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.config import ModelConfig, OptimConfig, PerturbConfig, Quantization, TrainConfig
+from flatlora_diffusion.config import ModelConfig, Quantization, TrainConfig
 from flatlora_diffusion.data.images import find_images
+from flatlora_diffusion.memory.of_method import bytes_of_method, optimizer_bytes
 from flatlora_diffusion.memory.rehearsal import (
     Passes,
     Trained,
@@ -21,7 +22,6 @@ from flatlora_diffusion.memory.rehearsal import (
     rehearse_vae,
     weight_count,
 )
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import vae_dtype
 from flatlora_diffusion.sdxl.shapes import part_settings, size_step, vae_factor
@@ -32,7 +32,6 @@ CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with the kernels and workspaces
 # Bytes per weight and per row: bitsandbytes' nf4 has an fp32 scale for 64 weights, the int8 kinds one for each row.
 _QUANTIZED: dict[Quantization, tuple[float, int]] = {"nf4": (0.5625, 0), "int8": (1, 4), "torchao-int8": (1, 4)}
 _MOMENTS = ("encoding", "previews", "class_images")
-_8BIT_FROM, _8BIT_BLOCK = 4096, 256  # bitsandbytes: smaller tensors have fp32 state; an fp32 scale per block
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,11 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         vae=0 if model.offload and is_cached else vae,
         lora=lora,
         gradients=lora,
-        optimizer=sum(_optimizer_bytes(shape, optim) for shape in passes.trained),
+        optimizer=sum(optimizer_bytes(shape, optim) for shape in passes.trained),
         ema=lora if optim.use_ema else 0,
         activations=passes.saved,
         temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
-        perturbation=_of_method(passes, dtype.itemsize, config, predictions),
+        perturbation=bytes_of_method(passes, dtype.itemsize, config, predictions),
         context=CONTEXT_BYTES,
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
@@ -251,48 +250,6 @@ def _unet_bytes(passes: Passes, kind: Quantization | None, width: int) -> int:
 def _dequantized(passes: Passes, kind: Quantization | None, width: int) -> int:
     """The largest weight that a quantized layer turns back for its matmul."""
     return 0 if kind is None else width * max(rows * inputs for rows, inputs in passes.linear)
-
-
-def _optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
-    """The state of one trained tensor: AdamW two fp32 averages, prodigy at most four, Adafactor a row and a column."""
-    count = shape.numel()
-    if config.optimizer == "prodigy":
-        return 16 * count
-    if config.optimizer == "adafactor":
-        return 4 * (count // shape[-1] + count // shape[-2]) if len(shape) > 1 else 4 * count
-    if config.use_8bit_adam and count >= _8BIT_FROM:
-        return 2 * count + 2 * 4 * math.ceil(count / _8BIT_BLOCK)
-    return 8 * count
-
-
-def _of_method(passes: Passes, width: int, config: TrainConfig, examples: int) -> int:
-    """What the method holds in a step, or LoRA-GA before the first one if that is more.
-
-    SAM and LoRA-GA: a slope of all adapted weights in fp32. Bi-LoRA: a second LoRA with gradient and AdamW's state.
-    LoRA-SAM: a copy of the LoRA and its steps.
-    """
-    slopes = 4 * sum(shape.numel() for shape in passes.adapted)
-    trained = sum(shape.numel() for shape in passes.trained)
-    held = {"sam": slopes, "bi-lora": 16 * trained, "lora-sam": 8 * trained}.get(config.perturb.method, 0)
-    if config.perturb.draws_noise:
-        held = _perturbation(passes, width, config.perturb, examples)
-    return max(held, slopes) if config.adapter.adapter == "lora-ga" else held
-
-
-def _perturbation(passes: Passes, width: int, config: PerturbConfig, examples: int) -> int:
-    """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
-
-    A low-rank draw holds the factors of all eps in its place, in half precision and, in fp32, as computed with, too;
-    for each example factors of its own, drawn in fp32 and kept in half precision.
-    """
-    rows = sum(shape[0] for shape in passes.adapted)
-    if config.perturb_draw == "low_rank":
-        inputs = sum(shape[1:].numel() for shape in passes.adapted)
-        if config.perturb_per == "example":
-            return 8 * rows + 6 * DRAW_RANK * (rows + inputs) * examples
-        return 8 * rows + DRAW_RANK * (rows + inputs) * (2 if width == 2 else 2 + width)
-    largest = max(shape.numel() for shape in passes.adapted)
-    return 8 * rows + largest * (4 if width == 4 else 4 + width)
 
 
 def in_gib(count: int) -> str:

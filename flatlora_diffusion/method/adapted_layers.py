@@ -20,6 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.method.branch import factors_of, has_branch, rank_of, scale_of
 from flatlora_diffusion.method.noise import Convolution
 from flatlora_diffusion.method.seam import Interception, Seam
 
@@ -115,25 +116,26 @@ class AdaptedLayer:
     @property
     def rank(self) -> int:
         """R, the sum of the active adapters' ranks."""
-        return sum(int(self.tuner.lora_A[adapter].weight.shape[0]) for adapter in self._adapters())
+        return sum(rank_of(self.tuner, adapter) for adapter in self._adapters())
 
     @property
     def scale(self) -> float:
         """The s that `factors` leaves out: the active adapter's, or 1 when there are several."""
         adapters = self._adapters()
-        return float(self.tuner.scaling[adapters[0]]) if len(adapters) == 1 else 1.0
+        return scale_of(self.tuner, adapters[0]) if len(adapters) == 1 else 1.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, n) and B (m, R) in fp32; of several active adapters, side by side with each s in its B."""
         adapters, tuner = self._adapters(), self.tuner
-        downs = [_matrix(_whole(tuner.lora_A[adapter].weight)) for adapter in adapters]
-        ups = [_matrix(_whole(tuner.lora_B[adapter].weight)) for adapter in adapters]
+        pairs = [factors_of(tuner, adapter) for adapter in adapters]
+        downs = [_matrix(_whole(down)) for down, _ in pairs]
+        ups = [_matrix(_whole(up)) for _, up in pairs]
         if len(adapters) == 1:
             return downs[0], ups[0]
         if not adapters:
             empty = partial(torch.zeros, device=self.base.weight.device)
             return empty(0, self.inputs), empty(self.shape[0], 0)
-        scaled = [up * tuner.scaling[adapter] for adapter, up in zip(adapters, ups, strict=True)]
+        scaled = [up * scale_of(tuner, adapter) for adapter, up in zip(adapters, ups, strict=True)]
         return torch.cat(downs), torch.cat(scaled, dim=1)
 
     def weight_times(self, down: Tensor, out: Tensor) -> None:
@@ -201,7 +203,7 @@ def _why_refused(layer: Any) -> str | None:
     if not isinstance(layer, LoraLayer):
         return f"{type(layer).__module__.split('.')[-2]} {kind} is not LoRA"
     base = layer.get_base_layer()
-    is_plain = isinstance(layer.lora_A, nn.ModuleDict) and bool(layer.lora_A) and not isinstance(layer, ParamWrapper)
+    is_plain = has_branch(layer) and not isinstance(layer, ParamWrapper)
     if not is_plain or not isinstance(base, nn.Linear | nn.Conv2d):
         return f"{kind} around {type(base).__name__} is not handled yet"
     if layer.merged:
@@ -260,7 +262,7 @@ def _square_norms(weight: Tensor) -> Tensor:
 
 def _plain_pair(tuner: LoraLayer, adapter: str) -> tuple[Any, Any] | None:
     """A and B where PEFT computes base(x) + s B(A(x)) with them and nothing else: no dropout, no DoRA, no bias."""
-    pair = (tuner.lora_A[adapter], tuner.lora_B[adapter])
+    pair: tuple[Any, Any] = (tuner.lora_A[adapter], tuner.lora_B[adapter])
     is_bare = isinstance(tuner.lora_dropout[adapter], nn.Identity) and adapter not in tuner.lora_variant
     if not is_bare or any(type(one) is not nn.Linear or "forward" in one.__dict__ for one in pair):
         return None

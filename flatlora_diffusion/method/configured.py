@@ -11,7 +11,8 @@ from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
 from flatlora_diffusion.method.rivals.balance import Balanced
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.step_gradient import MixedGradient, NoisyGradient, StepGradient
+from flatlora_diffusion.method.settings import Settings
+from flatlora_diffusion.method.step_gradient import FactorNoise, MixedGradient, NoisyGradient, StepGradient
 
 
 def step_gradient(
@@ -27,9 +28,13 @@ def step_gradient(
     nothing else.
     """
     parameters, ramp = list(trainable.values()), config.sigma_ramp_steps or total_steps
+    of_factors = {name: one for name, one in trainable.items() if any(f".lora_{side}." in name for side in "ABE")}
     if config.method == "lora-sam":
-        factors = [one for name, one in trainable.items() if ".lora_A." in name or ".lora_B." in name]
-        return LoraSam(parameters, factors, config.radius)
+        return LoraSam(parameters, list(of_factors.values()), config.radius)
+    if config.method == "factor-noise":
+        strength = Settings(config.strength, config.sigma_schedule, ramp, 0, "filter", "", "full", 1).sigma_at
+        own = seed if config.perturb_seed is None else config.perturb_seed
+        return FactorNoise(of_factors, strength, own, config.perturb_per)
     if config.method == "sam":
         return Sam(models.values(), parameters, config.radius)
     if config.method in ("nbar", "obar"):
@@ -45,11 +50,11 @@ def step_gradient(
 
 
 def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int, total_steps: int) -> list[FlatLora]:
-    """The perturbation of each model, by the prefix of its draws; none where nothing draws it.
+    """The perturbation of each model's W, by the prefix of its draws; none where nothing draws it.
 
     `seed` is that of the draws where the config has none of its own.
     """
-    if not config.draws_noise:
+    if not config.draws_noise or config.method == "factor-noise":
         return []
     return [
         FlatLora(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
+from flatlora_diffusion.method.branch import adds_in_place
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
 from flatlora_diffusion.method.noise import NoiseSpec, perturbed_layer, row_noise
@@ -44,7 +45,8 @@ class FullDraw(Draw):
             dtype = compute_dtype(base.weight.device, base.weight.dtype)
             spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution, self.by_place)
             bias = None if base.bias is None else base.bias.to(dtype)
-            return perturbed_layer(x.to(dtype), bias, base.weight, row_std, spec)
+            perturbed = perturbed_layer(x.to(dtype), bias, base.weight, row_std, spec)
+            return perturbed.clone() if adds_in_place(layer.tuner) else perturbed
         # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
         output: Tensor = layer.below.forward(x, *args, **kwargs)
         # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.

@@ -1,18 +1,20 @@
 """How the gradient of an optimizer step is taken: the seam between a training loop and the methods.
 
 The loop draws the micro-batches and moves the weights; a method decides where on the loss their gradients are taken,
-and in how many passes. The simplest are here: at the weights, at W + eps, and a mixture of both.
+and in how many passes. The simplest are here: at the weights, at W + eps, a mixture of both, and at A and B + eps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from flatlora_diffusion.config import PerturbPer
+from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.perturbation import FlatLora
 
 
@@ -34,6 +36,10 @@ class StepGradient:
     """The gradient at the weights as they are: plain LoRA."""
 
     flats: Sequence[FlatLora] = ()
+
+    def sigma_at(self, step: int) -> float:
+        """The relative radius of the noise in optimizer step `step`, 0 without any."""
+        return self.flats[0].sigma_at(step) if self.flats else 0.0
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         """Add the gradient of optimizer step `step` to the trained parameters' own; returns the micro-batches' losses.
@@ -105,3 +111,51 @@ class MixedGradient(NoisyGradient):
                 noisy = self._noisy(step, one, self._share, is_shared=False)
                 losses.append(self._share * noisy + (1 - self._share) * one.backward(1 - self._share))
         return losses
+
+
+class FactorNoise(StepGradient):
+    """The gradient at A + eps and B + eps, each scaled to the factor's rows as Eq. 7 scales eps to those of W'.
+
+    A control: it reaches only what A and B can move W to, and nothing of it is in B while B is 0.
+    """
+
+    def __init__(
+        self, factors: Mapping[str, nn.Parameter], sigma_at: Callable[[int], float], seed: int, per: PerturbPer
+    ) -> None:
+        self._factors, self._sigma_at, self._seed, self._per = factors, sigma_at, seed, per
+
+    def sigma_at(self, step: int) -> float:
+        return self._sigma_at(step)
+
+    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        losses = []
+        for one in micro_batches:
+            key = one.slot if self._per == "microbatch" else 0
+            with moved({factor: self._eps(name, step, key) for name, factor in self._factors.items()}):
+                losses.append(one.backward())
+        return losses
+
+    def _eps(self, name: str, step: int, key: int) -> Tensor:
+        rows = self._factors[name].detach().flatten(1)
+        stds = self._sigma_at(step) * rows.norm(dim=1, keepdim=True) / rows.shape[1] ** 0.5
+        drawn = torch.randn(
+            rows.shape,
+            generator=generator(rows.device, self._seed, "factor noise", name, step, key),
+            device=rows.device,
+        )
+        return (drawn * stds).view_as(self._factors[name])
+
+
+@contextmanager
+def moved(steps: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """The parameters moved by `steps` while this is open; copies are put back, as subtracting would round."""
+    kept = {parameter: parameter.detach().clone() for parameter in steps}
+    try:
+        with torch.no_grad():
+            for parameter, step in steps.items():
+                parameter.add_(step)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept.items():
+                parameter.copy_(value)

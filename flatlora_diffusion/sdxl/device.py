@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 # By the names that settings have for them; "no" is mixed precision's word for none.
@@ -36,3 +36,12 @@ def one_launch() -> Iterator[PartialState]:
         yield process
     finally:
         process.destroy_process_group()
+
+
+def agreed(accelerator: Accelerator, reason: str | None) -> str | None:
+    """The reason to stop of any process, so that all stop after the same step."""
+    if accelerator.num_processes == 1:
+        return reason
+    asked = torch.tensor(float(reason is not None), device=accelerator.device)
+    is_asked = float(accelerator.reduce(asked, "sum")) > 0
+    return (reason or "another process") if is_asked else None

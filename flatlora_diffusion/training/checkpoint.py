@@ -126,6 +126,9 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
     kept = {flat.settings.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
     tensors |= {f"row_stds.{prefix}": norms.stds for prefix, norms in kept.items()}
     extra["row_stds"] = {prefix: norms.turn for prefix, norms in kept.items()}
+    if state.ranks is not None:
+        of_ranks, extra["ranks"] = state.ranks.state()
+        tensors |= {f"ranks.{name}": value for name, value in of_ranks.items()}
     of_method, extra["method"] = state.gradient.state()
     tensors |= {f"method.{name}": value for name, value in of_method.items()}
     schedule = {"last_epoch": state.lr_schedule.last_epoch}
@@ -150,8 +153,9 @@ def load_state(state: TrainState, folder: Path) -> int:
         prefix = flat.settings.prefix
         if prefix in extra.get("row_stds", {}):  # there are none in the first step, nor with --perturb_norm_every 1
             flat.load_norm_state(NormState(extra["row_stds"][prefix], tensors[f"row_stds.{prefix}"]))
-    of_method = {name[len("method.") :]: value for name, value in tensors.items() if name.startswith("method.")}
-    state.gradient.load_state(of_method, extra.get("method", {}))
+    state.gradient.load_state(_below("method.", tensors), extra.get("method", {}))
+    if state.ranks is not None:
+        state.ranks.load_state(_below("ranks.", tensors), extra["ranks"])
     state.steps_done = int(header["step"])
     return state.steps_done
 
@@ -178,7 +182,7 @@ def best_step(losses: Mapping[int, float]) -> int:
 
 def _load_trained(state: TrainState, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Put what was trained, and its average, in place. Raises ConfigError when it was something else."""
-    saved = {name.removeprefix("trained."): value for name, value in tensors.items() if name.startswith("trained.")}
+    saved = _below("trained.", tensors)
     shapes = {name: parameter.shape for name, parameter in state.trainable.items()}
     if shapes != {name: value.shape for name, value in saved.items()}:
         raise ConfigError(f"{folder.name} holds another LoRA (rank or layers differ); resume with the settings it had")
@@ -189,6 +193,11 @@ def _load_trained(state: TrainState, folder: Path, tensors: Mapping[str, Tensor]
             weight.copy_(tensors[f"start.{name}"])  # another machine's SVD may have found others
     if state.ema is not None:
         state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, without it."""
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _like(value: Tensor, other: Tensor) -> Tensor:

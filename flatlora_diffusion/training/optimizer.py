@@ -12,6 +12,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from flatlora_diffusion.adapter.lora_pro import LoraPro, Pair
 from flatlora_diffusion.config import ConfigError, OptimConfig, TokenConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,21 @@ class Group:
 
 
 def optimizer_of(
-    config: TrainConfig, trainable: Mapping[str, nn.Parameter], embeddings: Iterable[nn.Parameter], processes: int
+    config: TrainConfig,
+    trainable: Mapping[str, nn.Parameter],
+    embeddings: Iterable[nn.Parameter],
+    processes: int,
+    pairs: Sequence[Pair] = (),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """What moves the trained parameters, new tokens' `embeddings` among them, and its schedule."""
+    """What moves the trained parameters, new tokens' `embeddings` among them, and its schedule.
+
+    `pairs` are A and B of the layers, for LoRA-Pro.
+    """
     optim = config.optim
     assert optim.max_train_steps is not None
     groups = _groups_of(trainable, embeddings, config.tokens, optim.lora_plus_ratio)
     per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
-    optimizer = _make_optimizer(optim, groups, per_step if optim.scale_lr else 1)
+    optimizer = _make_optimizer(optim, groups, per_step if optim.scale_lr else 1, pairs)
     return optimizer, _make_lr_schedule(optim, optimizer, groups, optim.max_train_steps)
 
 
@@ -67,7 +75,9 @@ def _groups_of(
     return [group for group in groups if group.parameters]
 
 
-def _make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: float) -> torch.optim.Optimizer:
+def _make_optimizer(
+    config: OptimConfig, groups: Sequence[Group], lr_factor: float, pairs: Sequence[Pair] = ()
+) -> torch.optim.Optimizer:
     """The optimizer of `config`; `lr_factor` is that of --scale_lr.
 
     Raises ConfigError when the package of an optional optimizer is absent.
@@ -84,8 +94,6 @@ def _make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: flo
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     if config.use_8bit_adam:
-        if config.optimizer != "adamw":
-            raise ConfigError(f"--use_8bit_adam is for --optimizer adamw, not {config.optimizer}")
         adam: Callable[..., torch.optim.Optimizer] = _import("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit
         return adam(sets, lr=lr, betas=betas, eps=config.adam_epsilon)
     if config.optimizer == "prodigy":
@@ -107,6 +115,8 @@ def _make_optimizer(config: OptimConfig, groups: Sequence[Group], lr_factor: flo
 
         factored: torch.optim.Optimizer = Adafactor(sets, lr=lr, scale_parameter=False, relative_step=False)
         return factored
+    if config.optimizer == "lora-pro":
+        return LoraPro(sets, pairs, lr=lr, betas=betas, eps=config.adam_epsilon)
     # One kernel for all weights. With fp16's scaler it would leave steps out by itself, which nobody then learns of.
     fused = None if config.mixed_precision == "fp16" else True
     return torch.optim.AdamW(sets, lr=lr, betas=betas, eps=config.adam_epsilon, fused=fused)

@@ -24,6 +24,8 @@ from flatlora_diffusion.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+MERGED = "merged"  # the folder of the pipeline that full fine-tuning leaves
+
 
 def save_release(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
     """Plan the files, write them into `folder`, read them back, and return the proof: sizes and the largest error.
@@ -63,9 +65,12 @@ def save_release(state: TrainState, folder: Path, step: int, is_end: bool = Fals
         files = [pair.for_others.name, pair.for_diffusers.name]
         proof = {"update_norms": norms, "files": files, "largest_error": largest_error(pair)}
     if missed:
+        is_full = state.config.adapter.adapter == "full"
+        what, kept_in = ("full fine-tuning", MERGED) if is_full else ("DoRA", pair.for_diffusers.name)
         logger.warning(
-            "DoRA is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",
-            pair.for_diffusers.name,
+            "%s is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",
+            what,
+            kept_in,
             pair.for_others.name,
             100 * missed,
         )

@@ -15,11 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatlora_diffusion.adapter.adalora import RankBudget, has_budget, orthogonality
 from flatlora_diffusion.adapter.anchor import start_at_slopes
+from flatlora_diffusion.adapter.change import squared_change
 from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora_pro import factor_pairs
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
@@ -65,6 +68,7 @@ class TrainState:
     ema: EMAModel | None
     tokens: dict[str, list[str]]
     base: str | None  # its name, as files and other tools know it
+    ranks: RankBudget | None = None  # which AdaLoRA's layers have left
     heldout: Sequence[Sample] = ()  # images of the run that are not trained on
     steps_done: int | None = 0  # None while an update is half done
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
@@ -80,6 +84,15 @@ class TrainState:
     def end(self) -> int:
         """The step after which the result is as it is."""
         return self.total_steps if self.chosen is None else self.chosen
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of the images, whatever these are; None for nothing."""
+        penalties = [] if self.ranks is None else [orthogonality(self.sdxl.unet)]
+        decay = self.config.optim.delta_weight_decay
+        if decay > 0:
+            adapted = adapted_models(self.sdxl.pipeline, self.config.adapter).values()
+            penalties += [decay / 2 * squared_change(model) for model in adapted]
+        return torch.stack(penalties).sum() if penalties else None
 
     def begin_gradient(self) -> None:
         """Take the gradients by the method anew."""
@@ -125,7 +138,8 @@ def prepare(
     trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline)
     if given.initial is not None:
         start_from(pipeline, given.initial.updates, given.initial.magnitudes)
-    optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes)
+    pairs = factor_pairs(adapted.values()) if optim.optimizer == "lora-pro" else ()
+    optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes, pairs)
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
     feed = encoded_feed(config, sdxl, samples, processes, class_samples)
@@ -154,6 +168,7 @@ def prepare(
         total_steps=total_steps,
         # Of the weights where they are trained, now that the UNet has moved.
         ema=EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None,
+        ranks=RankBudget(sdxl.unet, total_steps) if has_budget(sdxl.unet) else None,
         tokens=tokens,
         base=given.base,
     )

@@ -30,7 +30,7 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.memory.preflight import tell_memory
-from flatlora_diffusion.sdxl.device import one_launch, this_process
+from flatlora_diffusion.sdxl.device import agreed, one_launch, this_process
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.heldout.folds import chosen_by_folds
@@ -151,7 +151,9 @@ class DrawnMicroBatch:
         sync = nullcontext() if self.is_last and is_shared else state.accelerator.no_sync(state.model)
         with sync, dropout_draws(state, self.step, self.slot):
             loss = self.loss()
-            state.accelerator.backward(loss * weight / state.config.optim.gradient_accumulation_steps)
+            penalty = state.penalty()
+            whole = loss if penalty is None else loss + penalty
+            state.accelerator.backward(whole * weight / state.config.optim.gradient_accumulation_steps)
         return loss.detach()
 
 
@@ -186,6 +188,8 @@ def _update(state: TrainState, step: int) -> None:
     state.optimizer.step()
     if not state.optimizer.step_was_skipped:
         state.gradient.weights_moved(learning_rate, loss_scale)
+        if state.ranks is not None:
+            state.ranks.step_done(step + 1)
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step
@@ -247,7 +251,7 @@ def _loop(
             if done < state.end and is_due(state, step):
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
-        reason = _agreed(state, stopping.reason())
+        reason = agreed(state.accelerator, stopping.reason())
         is_point = done % run.checkpointing_steps == 0
         if holdout is not None and reason is None and (is_point or done == state.end):
             holdout.measure(done)
@@ -258,7 +262,7 @@ def _loop(
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
-        if is_point and state.config.data.holdout_patience and _agreed(state, _enough(holdout)) is not None:
+        if is_point and state.config.data.holdout_patience and agreed(state.accelerator, _enough(holdout)) is not None:
             logger.info("step %d is the last: the loss of the held-out images falls no more", done)
             return done
     return state.end
@@ -270,7 +274,7 @@ def _enough(holdout: Holdout | None) -> str | None:
 
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
     """Add the event of a step, tell the trackers, and return what the progress bar shows."""
-    sigma = state.flats[0].sigma_at(step) if state.flats else 0.0
+    sigma = state.gradient.sigma_at(step)
     state.run.add_event(
         {
             "event": "step",
@@ -286,12 +290,3 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
     )
     tell_trackers(state.accelerator, {"loss": loss, "lr": lr, "sigma": sigma}, step)
     return {"loss": f"{loss:.4f}", "sigma": f"{sigma:.3f}"}
-
-
-def _agreed(state: TrainState, reason: str | None) -> str | None:
-    """The reason to stop of any process, so that all stop after the same step."""
-    if state.accelerator.num_processes == 1:
-        return reason
-    asked = torch.tensor(float(reason is not None), device=state.accelerator.device)
-    is_asked = float(state.accelerator.reduce(asked, "sum")) > 0
-    return (reason or "another process") if is_asked else None

@@ -131,6 +131,8 @@ RUNS: dict[str, str] = {
     "--rank 3",
     "pissa": "--adapter pissa --pissa_iterations 2 --lora_plus_ratio 4 --method mixed-noise --noise_share 0.3",
     "lora-ga": "--adapter lora-ga --lora_ga_steps 1",
+    "adalora": "--adapter adalora --mixed_precision bf16 --offload",
+    "full": "--adapter full --rank 8 --delta_weight_decay 0.1",
     "bar": "--method nbar --bar_strength 0.5",
     "sam": "--method sam --rho 0.1 --adapter rslora",
     "b-lora": "--use_blora --init_lora LORA",

@@ -30,7 +30,27 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "text encoders": {"train_text_encoder": True},
     "accumulation in fp16": {"gradient_accumulation_steps": 2, "mixed_precision": "fp16"},
     "quantized": {"quantize_base": "nf4"},
+    "block ranks": {"lora_block_ranks": "mid_block=2"},
+    "averaged": {"use_ema": True},
+    "delta_weight_decay": {"delta_weight_decay": 0.1},
+    "lora-pro": {"optimizer": "lora-pro"},
+    "lora-pro and lora_plus_ratio": {"optimizer": "lora-pro", "lora_plus_ratio": 16.0},
+    "lora-pro in 8 bits": {"optimizer": "lora-pro", "use_8bit_adam": True},
 }
+NO_LORA = {"adalora": ("nbar", "obar"), "full": ("nbar", "obar", "lora-sam", "bi-lora", "factor-noise")}
+OF_BOTH = {
+    "use_dora",
+    "use_rslora",
+    "conv",
+    "init_lora",
+    "dropout with use_dora",
+    "text encoders",
+    "block ranks",
+    "quantized",
+    "lora-pro",
+}
+OF_LORA = {"adalora": OF_BOTH | {"averaged"}, "full": OF_BOTH | {"lora_dropout", "lora_plus_ratio"}}
+NEVER = {"lora_plus_ratio with prodigy", "lora-pro and lora_plus_ratio", "lora-pro in 8 bits"}
 ADDS_TO_W = {"flat-lora", "mixed-noise", "sam", "bi-lora"}
 
 
@@ -38,12 +58,10 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
     """The cells that make no sense, written down apart from the table in the product."""
     if extra in ("use_dora", "conv", "init_lora") and adapter in ("pissa", "lora-ga"):
         return True
-    if extra == "lora_ga_steps":
-        return adapter != "lora-ga"
-    if extra == "pissa_iterations":
-        return adapter != "pissa"
+    if extra in ("lora_ga_steps", "pissa_iterations"):
+        return adapter != ("pissa" if extra == "pissa_iterations" else "lora-ga")
     if extra == "sigma":
-        return method not in ("flat-lora", "mixed-noise")
+        return method not in ("flat-lora", "mixed-noise", "factor-noise")
     if extra == "rho":
         return method not in ("lora-sam", "sam", "bi-lora")
     if extra == "bar_strength":
@@ -54,14 +72,17 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
         return adapter == "dora" and method in ADDS_TO_W
     if extra == "dropout with use_dora":
         return adapter in ("pissa", "lora-ga") or method in ADDS_TO_W
-    return extra == "lora_plus_ratio with prodigy"
+    if extra == "delta_weight_decay":
+        return adapter == "dora"
+    return extra in NEVER or (extra == "lora-pro" and method in ("lora-sam", "factor-noise", "nbar", "obar"))
 
 
 def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
     cells = list(itertools.product(get_args(Method), get_args(AdapterKind), EXTRAS))
     for method, adapter, extra in cells:
         values = {"method": method, "adapter": adapter, **EXTRAS[extra]}
-        if not is_refused(method, adapter, extra):
+        is_of_lora = adapter in NO_LORA and (method in NO_LORA[adapter] or extra in OF_LORA[adapter])
+        if not (is_of_lora or is_refused(method, adapter, extra)):
             TrainConfig().replace(**values)
             continue
         with pytest.raises(ConfigError) as refused:
@@ -70,7 +91,7 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
         assert "--" in told, (method, adapter, extra)
         assert len(told.splitlines()) == 1, told
         assert ". " not in told, told
-    assert len(cells) == 8 * 5 * len(EXTRAS)
+    assert len(cells) == 9 * 7 * len(EXTRAS)
 
 
 def test_what_is_written_down_holds_for_a_config_that_exists() -> None:

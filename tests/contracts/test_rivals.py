@@ -269,3 +269,20 @@ def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() 
         torch.testing.assert_close(merged_weight(layer), layer.get_base_layer().weight, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(case.predict(case.model), case.predict(clean), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_of_the_factors_is_scaled_to_their_rows_and_taken_back() -> None:
+    case = toy_case()
+    before = bits(case.model)
+    gradient: Any = rival(case, "factor-noise", sigma=0.5)
+    eps = {name: gradient._eps(name, 1, 0) for name in gradient._factors}
+    moved_by_hand = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for name, parameter in moved_by_hand.named_parameters():
+            parameter += eps.get(name, 0)
+    expected = loss_and_gradients(case, moved_by_hand)[1]
+    assert distance(taken(case, gradient), expected) < 1e-5
+    assert all(torch.equal(value, before[key]) for key, value in bits(case.model).items())
+    sizes = torch.cat([(eps[name].flatten(1).norm(dim=1) / before[name].flatten(1).norm(dim=1)) for name in eps])
+    assert 0.4 < float(sizes.mean()) < 0.6
+    assert not any(torch.equal(gradient._eps(name, 2, 0), value) for name, value in eps.items())

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from tiny_runs import output_with, samples_of
 
+from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE
@@ -27,6 +28,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "method": "lora",
         "adapter": "pissa",
         "pissa_iterations": 0,
+        "delta_weight_decay": 0.1,
         "train_text_encoder": True,
         "lora_alpha": 3,
         "lora_block_ranks": "mid_block=2",
@@ -60,6 +62,44 @@ CELLS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
         "train_text_encoder": True,
         "use_ema": True,
+    },
+    "flat-lora lora-pro, text": {
+        "method": "flat-lora",
+        "optimizer": "lora-pro",
+        "train_text_encoder": True,
+        "lora_target_modules": "conv",
+        "use_ema": True,
+    },
+    "bi-lora lora-ga lora-pro": {
+        "method": "bi-lora",
+        "adapter": "lora-ga",
+        "optimizer": "lora-pro",
+        "gradient_accumulation_steps": 2,
+    },
+    "mixed-noise dora lora-pro": {"method": "mixed-noise", "adapter": "dora", "optimizer": "lora-pro"},
+    "flat-lora full": {"method": "flat-lora", "adapter": "full", "rank": 64, "use_ema": True},
+    "sam full": {
+        "method": "sam",
+        "adapter": "full",
+        "rank": 64,
+        "perturb_draw": "low_rank",
+        "gradient_checkpointing": True,
+    },
+    "flat-lora adalora": {
+        "method": "flat-lora",
+        "adapter": "adalora",
+        "lora_alpha": 6.0,
+        "perturb_draw": "low_rank",
+    },
+    "mixed-noise adalora": {"method": "mixed-noise", "adapter": "adalora", "perturb_draw": "full"},
+    "lora-sam adalora": {"method": "lora-sam", "adapter": "adalora", "gradient_accumulation_steps": 2},
+    "sam adalora": {"method": "sam", "adapter": "adalora", "gradient_checkpointing": True},
+    "factor-noise pissa, text": {
+        "method": "factor-noise",
+        "adapter": "pissa",
+        "sigma": 0.5,
+        "gradient_accumulation_steps": 2,
+        "train_text_encoder": True,
     },
     "obar": {"method": "obar", "bar_strength": 4.0},
     "bi-lora pissa": {"method": "bi-lora", "adapter": "pissa", "gradient_checkpointing": True},
@@ -107,6 +147,14 @@ def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(
     assert effect > 1e-3
     rounding = 1e-3 if run.config.optim.mixed_precision == "no" else 0.05
     assert float((output_with(stock, run) - expected).abs().max()) < rounding * effect
+
+
+def test_full_fine_tuning_leaves_a_pipeline_that_computes_what_was_trained(run: TrainState, tmp_path: Path) -> None:
+    if run.config.adapter.adapter != "full":
+        return
+    save_merged(run.sdxl.pipeline, tmp_path)
+    stock = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(output_with(stock, run), output_with(run.sdxl.pipeline, run), rtol=1e-4, atol=1e-4)
 
 
 def test_the_base_is_never_written(run: TrainState, base: Path) -> None:

@@ -8,8 +8,7 @@ one more fp32 number for each weight of them. Norms are over all layers. The los
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype, find_adapted_layers
-from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
+from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient, moved
 
 
 class LoraSam(StepGradient):
@@ -35,7 +34,7 @@ class LoraSam(StepGradient):
         norm = _norm(slopes.values())
         if not _can_ascend(norm):
             return losses
-        with _moved({factor: slope * (self._rho / norm) for factor, slope in slopes.items()}):
+        with moved({factor: slope * (self._rho / norm) for factor, slope in slopes.items()}):
             _forget(self._trainable)
             for one in again:
                 one.backward()
@@ -138,21 +137,6 @@ def _slope_of_weight(layer: AdaptedLayer, x: Tensor, slope_of_output: Tensor) ->
         return slope_of_output.flatten(0, -2).mT @ x.flatten(0, -2)
     geometry = layer.convolution
     return conv2d_weight(x, list(layer.shape), slope_of_output, geometry.stride, geometry.padding)
-
-
-@contextmanager
-def _moved(steps: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """The parameters moved by `steps` while this is open; copies are put back, as subtracting would round."""
-    kept = {parameter: parameter.detach().clone() for parameter in steps}
-    try:
-        with torch.no_grad():
-            for parameter, step in steps.items():
-                parameter.add_(step)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in kept.items():
-                parameter.copy_(value)
 
 
 def _forget(parameters: Iterable[nn.Parameter]) -> None:

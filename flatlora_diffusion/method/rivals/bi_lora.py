@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.ground.files import load_optimizer, optimizer_tensors
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype, find_adapted_layers
+from flatlora_diffusion.method.branch import rank_of, scale_of
 from flatlora_diffusion.method.rivals.ascent import average
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 
@@ -36,7 +37,7 @@ class BiLora(StepGradient):
         for prefix, model in models.items():
             for layer in find_adapted_layers(model):
                 self._pairs[layer] = _new_pair(layer, seed, prefix)
-                self._scales[layer] = float(next(iter(layer.tuner.scaling.values())))
+                self._scales[layer] = scale_of(layer.tuner, _first(layer))
                 layer.below.attach(partial(self._base_forward, layer))
         self._optimizer = torch.optim.AdamW(self._parameters(), maximize=True, weight_decay=0.0)
 
@@ -105,8 +106,13 @@ class BiLora(StepGradient):
 
 def _new_pair(layer: AdaptedLayer, seed: int, prefix: str) -> tuple[nn.Parameter, nn.Parameter]:
     """A2 (r, n) ~ N(0, 1/r^2) and B2 (m, r) = 0 on the layer's device, fp32."""
-    rank = int(next(iter(layer.tuner.r.values())))
+    rank = rank_of(layer.tuner, _first(layer))
     # Drawn on the CPU, so that one seed gives one pair on every device.
     drawn = torch.randn(rank, layer.inputs, generator=generator("cpu", seed, "bi_lora", prefix, layer.name)) / rank
     device = layer.base.weight.device
     return nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(layer.shape[0], rank, device=device))
+
+
+def _first(layer: AdaptedLayer) -> str:
+    """The adapter that came first, which is the trained one."""
+    return str(next(iter(layer.tuner.lora_A)))

@@ -1,0 +1,57 @@
+"""What the optimizer and the method hold beside weights and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flatlora_diffusion.config import OptimConfig, PerturbConfig, TrainConfig
+from flatlora_diffusion.memory.rehearsal import Passes
+from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+
+_8BIT_FROM, _8BIT_BLOCK = 4096, 256  # bitsandbytes: smaller tensors have fp32 state; an fp32 scale per block
+
+
+def optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
+    """The state of one trained tensor: AdamW two fp32 averages, prodigy at most four, Adafactor a row and a column."""
+    count = shape.numel()
+    if config.optimizer == "prodigy":
+        return 16 * count
+    if config.optimizer == "adafactor":
+        return 4 * (count // shape[-1] + count // shape[-2]) if len(shape) > 1 else 4 * count
+    if config.use_8bit_adam and count >= _8BIT_FROM:
+        return 2 * count + 2 * 4 * math.ceil(count / _8BIT_BLOCK)
+    return 8 * count
+
+
+def bytes_of_method(passes: Passes, width: int, config: TrainConfig, examples: int) -> int:
+    """What the method holds in a step, or LoRA-GA before the first one if that is more.
+
+    SAM and LoRA-GA: a slope of all adapted weights in fp32. Bi-LoRA: a second LoRA with gradient and AdamW's state.
+    LoRA-SAM: a copy of the LoRA and its steps. AdaLoRA: three numbers for each of the LoRA's.
+    """
+    slopes = 4 * sum(shape.numel() for shape in passes.adapted)
+    trained = sum(shape.numel() for shape in passes.trained)
+    held = {"sam": slopes, "bi-lora": 16 * trained, "lora-sam": 8 * trained}.get(config.perturb.method, 0)
+    if config.perturb.draws_noise:
+        held = _perturbation(passes, width, config.perturb, examples)
+    if config.adapter.adapter == "adalora":
+        held += 12 * trained
+    return max(held, slopes) if config.adapter.adapter == "lora-ga" else held
+
+
+def _perturbation(passes: Passes, width: int, config: PerturbConfig, examples: int) -> int:
+    """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
+
+    A low-rank draw holds the factors of all eps in its place, in half precision and, in fp32, as computed with, too;
+    for each example factors of its own, drawn in fp32 and kept in half precision.
+    """
+    rows = sum(shape[0] for shape in passes.adapted)
+    if config.perturb_draw == "low_rank":
+        inputs = sum(shape[1:].numel() for shape in passes.adapted)
+        if config.perturb_per == "example":
+            return 8 * rows + 6 * DRAW_RANK * (rows + inputs) * examples
+        return 8 * rows + DRAW_RANK * (rows + inputs) * (2 if width == 2 else 2 + width)
+    largest = max(shape.numel() for shape in passes.adapted)
+    return 8 * rows + largest * (4 if width == 4 else 4 + width)

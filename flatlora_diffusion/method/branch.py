@@ -1,0 +1,43 @@
+"""What PEFT computes beside W in each kind of layer: the factors of its update s B A, and s.
+
+Private touches of PEFT: that AdaLoRA's `SVDLinear` adds alpha / (r + 1e-5) B (A * E), r being the rank it began with,
+and that its factors are parameters where those of other layers are modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
+from torch import Tensor, nn
+
+
+def has_branch(layer: Any) -> bool:
+    """Whether the layer computes with factors that `factors_of` knows."""
+    if isinstance(layer, AdaLoraLayer):
+        return isinstance(layer, SVDLinear) and not layer.fan_in_fan_out and bool(layer.lora_A)
+    return isinstance(layer.lora_A, nn.ModuleDict) and bool(layer.lora_A)
+
+
+def adds_in_place(layer: Any) -> bool:
+    """Whether the update is added to the very tensor that W's layer returns, which then must be no view."""
+    return isinstance(layer, AdaLoraLayer)
+
+
+def factors_of(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """A and B of one adapter as the layer keeps them; of AdaLoRA diag(E) A and B, E being 0 where a rank was taken."""
+    if isinstance(layer, AdaLoraLayer):
+        return layer.lora_A[adapter] * layer.lora_E[adapter], layer.lora_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def scale_of(layer: Any, adapter: str) -> float:
+    """s of one adapter."""
+    scaling = float(layer.scaling[adapter])
+    return scaling / (layer.r[adapter] + 1e-5) if isinstance(layer, AdaLoraLayer) else scaling
+
+
+def rank_of(layer: Any, adapter: str) -> int:
+    """The rank of one adapter, with those that AdaLoRA has taken."""
+    down = layer.lora_A[adapter]
+    return int(getattr(down, "weight", down).shape[0])

@@ -1,0 +1,168 @@
+"""Trainings at once: what they leave is what they leave one after the other, and a stop reaches all of them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatlora_diffusion.commands.command_line import main
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan, train_planned
+from flatlora_diffusion.compare.workers import at_once
+from flatlora_diffusion.compare.workers import places as of_workers
+from flatlora_diffusion.compare.workers.at_once import train_at_once
+from flatlora_diffusion.compare.workers.places import Places, check_places, places
+from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, TrainConfig
+
+Run = Callable[[Sequence[str], Path], int]
+
+
+@pytest.fixture
+def two(config: TrainConfig, tmp_path: Path) -> list[PlannedRun]:
+    return planned_below(config, tmp_path / "experiment")
+
+
+def planned_below(config: TrainConfig, out: Path) -> list[PlannedRun]:
+    settings = config.replace(
+        instance_prompt="an icon", output_dir=str(out), resolution=32, max_train_steps=2, seed=None
+    )
+    return plan(settings, [parse_arm("lora"), parse_arm("flat-lora")], [0], 1)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, number: int, run: Run) -> None:
+    """Have commands run by `run` in so many places."""
+
+    @contextmanager
+    def of_test(workers: int | None, cluster: str | None) -> Iterator[Places]:
+        yield Places(number, run)
+
+    monkeypatch.setattr(at_once, "places", of_test)
+
+
+def draws(planned: PlannedRun) -> list[Any]:
+    return [event["draws"] for event in planned.run.events() if event["event"] == "step"]
+
+
+@pytest.mark.usefixtures("without_a_process")
+def test_runs_at_once_leave_what_they_leave_one_after_the_other(
+    config: TrainConfig, two: list[PlannedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, places_seen = threading.Lock(), set()
+
+    def here(command: Sequence[str], log: str, environment: Any) -> int:
+        places_seen.add(environment["OMP_NUM_THREADS"])
+        with alone:  # processes would not share the generator of this one
+            return main(list(command[3:]))
+
+    monkeypatch.setattr(of_workers, "_ended", here)
+    train_at_once(two, 2, None)
+    apart = planned_below(config, tmp_path / "other")
+    for one, other in zip(two, apart, strict=True):
+        train_planned(other)
+        assert one.is_finished
+        assert draws(one) == draws(other) != []
+        learned = load_file(one.lora), load_file(other.lora)
+        assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
+    assert places_seen == {"1"}
+    monkeypatch.setattr(of_workers, "_ended", None)
+    train_at_once(two, 2, None)  # nothing is left
+
+
+def test_a_run_that_fails_stops_the_others_and_names_its_log(
+    two: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = two[1].run.stop_file
+
+    def run(command: Sequence[str], log: Path) -> int:
+        if log.parent.name == "lora":
+            return 2
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(500):
+            if stop.exists():
+                return 130
+            threading.Event().wait(0.02)
+        return 0
+
+    given(monkeypatch, 2, run)
+    with pytest.raises(RunError, match=r"LoRA, seed 0 ended with exit code 2; its message is in .*seed-0\.log"):
+        train_at_once(two, 2, None)
+    assert stop.exists()
+
+
+def test_what_has_not_begun_does_not_begin_after_a_failure(
+    two: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def run(command: Sequence[str], log: Path) -> int:
+        begun.append(log.parent.name)
+        threading.Event().wait(0.2)
+        return 1
+
+    given(monkeypatch, 1, run)
+    monkeypatch.setattr(at_once, "_LOOK_EVERY", 0.01)
+    with pytest.raises(RunError):
+        train_at_once([*two, *two], None, "any")
+    assert len(begun) < 4
+
+
+def test_each_place_is_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    seen = []
+    both = threading.Barrier(2)
+
+    def told(command: Sequence[str], log: str, environment: Any) -> int:
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        both.wait(10)
+        return 0
+
+    monkeypatch.setattr(of_workers, "_ended", told)
+    with places(2, None) as (number, run):
+        threads = [threading.Thread(target=run, args=([], tmp_path / "log")) for _ in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(seen) == ["4", "7"]
+
+
+def test_more_workers_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_places(8, None)  # processes of a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_places(2, None)
+    with pytest.raises(ConfigError, match="workers=3 is more than this machine has CUDA devices, 2; give at most"):
+        check_places(3, None)
+
+
+def test_a_cluster_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_workers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "flatlora-diffusion\[cluster\]"'):
+        check_places(None, "auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, False), ({"workers": 1}, False), ({"workers": 2}, True), ({"cluster": "auto"}, True)],
+)
+def test_one_worker_is_no_crowd(settings: dict[str, Any], expected: bool) -> None:
+    assert CompareConfig(**settings).trains_at_once == expected
+
+
+def test_a_cluster_of_two_workers_trains(two: list[PlannedRun], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: the extra `cluster`")
+    with places(2, "local") as (number, run):
+        assert number == 2
+        assert run([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "log") == 1
+    assert (tmp_path / "log").read_text(encoding="utf-8").strip() == "no such thing"
+    train_at_once(two, 2, "local")
+    assert all(planned.is_finished for planned in two)
+    assert draws(two[0]) == draws(two[1])
