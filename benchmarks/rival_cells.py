@@ -29,7 +29,7 @@ from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.sdxl.loading import TINY, base_path
 from flatlora_diffusion.training.checkpoint import start
-from flatlora_diffusion.training.release import save_release
+from flatlora_diffusion.training.saving import save_lora
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import first_weights, train_step
 
@@ -105,7 +105,7 @@ def tried(values: Cell, stock: Any, out: Path) -> Cell:
 
 def loaded(state: TrainState, stock: Any, out: Path) -> Cell:
     """How much the LoRA changes the UNet's output, and how far a stock pipeline with its file is from that."""
-    save_release(state, out, STEPS)
+    save_lora(state, out, STEPS)
     expected, plain = answer(state.sdxl.unet.eval()), answer(stock.unet)
     stock.load_lora_weights(out / LORA_FILE)
     reached = answer(stock.unet)

@@ -38,7 +38,7 @@ from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.filter_norms import KeptNorms
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
 from flatlora_diffusion.sdxl.objective import Batch
-from flatlora_diffusion.sdxl.shapes import weightless
+from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.state import TrainState
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -130,7 +130,7 @@ def plain_state(base: str, resolution: int, folder: str) -> TrainState:
 
 def random_unet(base: ModelConfig) -> Any:
     """Its weights are cuts of one random vector, so that they are made in seconds: it computes, and means nothing."""
-    unet = weightless(base, "unet").to(torch.bfloat16).to_empty(device=record.DEVICE)
+    unet = on_meta(base, "unet").to(torch.bfloat16).to_empty(device=record.DEVICE)
     drawn = torch.randn(2**22 + 7, generator=torch.Generator().manual_seed(0)).to(record.DEVICE, torch.bfloat16)
     for parameter in unet.parameters():
         if parameter.ndim == 1:

@@ -12,7 +12,7 @@ from flatlora_diffusion.ground.seeds import generator
 
 
 @dataclass(frozen=True)
-class Draw:
+class Pick:
     """One image of a batch: the sample's index and the epoch (or repeat) that its crop and flip are drawn for."""
 
     sample: int
@@ -30,15 +30,15 @@ class Order:
     def samples_per_epoch(self) -> int:
         return self.count * self.repeats
 
-    def batch(self, index: int) -> list[Draw]:
+    def batch(self, index: int) -> list[Pick]:
         """The batch at `index` of the endless row of samples that one epoch after the other makes."""
         first = index * self.batch_size
         return [self._at(place) for place in range(first, first + self.batch_size)]
 
-    def _at(self, place: int) -> Draw:
+    def _at(self, place: int) -> Pick:
         epoch, position = divmod(place, self.samples_per_epoch)
         repeat, sample = divmod(_permutation(*self.key, epoch, self.samples_per_epoch)[position], self.count)
-        return Draw(sample, epoch * self.repeats + repeat)
+        return Pick(sample, epoch * self.repeats + repeat)
 
 
 class BucketOrder:
@@ -60,7 +60,7 @@ class BucketOrder:
     def samples_per_epoch(self) -> int:
         return self.batches_per_epoch * self.batch_size
 
-    def batch(self, index: int) -> list[Draw]:
+    def batch(self, index: int) -> list[Pick]:
         """The batch at `index` of the endless row of batches that one epoch after the other makes."""
         epoch, place = divmod(index, self.batches_per_epoch)
         chosen = _permutation(*self.key, epoch, self.batches_per_epoch)[place]
@@ -71,7 +71,7 @@ class BucketOrder:
         shown = [(order[place % len(order)], place // len(order)) for place in places]
         span = self.repeats * (self.batch_size + 1)  # views that one sample can be shown in within an epoch
         return [
-            Draw(members[entry % len(members)], epoch * span + again * self.repeats + entry // len(members))
+            Pick(members[entry % len(members)], epoch * span + again * self.repeats + entry // len(members))
             for entry, again in shown
         ]
 

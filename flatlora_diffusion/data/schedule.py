@@ -9,7 +9,7 @@ from typing import Protocol
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.buckets import bucket_sizes
 from flatlora_diffusion.data.epochs import steps_per_epoch, total_steps
-from flatlora_diffusion.data.order import BucketOrder, Draw, Order
+from flatlora_diffusion.data.order import BucketOrder, Order, Pick
 
 
 class Shape(Protocol):
@@ -38,11 +38,11 @@ class Schedule:
     steps_per_epoch: int
     total_steps: int
 
-    def batch(self, index: int) -> list[Draw]:
+    def batch(self, index: int) -> list[Pick]:
         """The images of the batch at `index`; each repeat of an image has epochs, and so crops, of its own."""
         most = 1 + max(repeat for _, repeat in self.shown)
         drawn = [(*self.shown[draw.sample], draw.epoch) for draw in self.order.batch(index)]
-        return [Draw(image, epoch * most + repeat) for image, repeat, epoch in drawn]
+        return [Pick(image, epoch * most + repeat) for image, repeat, epoch in drawn]
 
 
 def schedule_of(

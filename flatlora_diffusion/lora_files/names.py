@@ -13,7 +13,7 @@ from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.sdxl.loading import TINY
 from flatlora_diffusion.sdxl.original_names import original_path
-from flatlora_diffusion.sdxl.shapes import weightless
+from flatlora_diffusion.sdxl.shapes import on_meta
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -58,7 +58,7 @@ def base_names(base: str | None = None) -> BaseNames:
     """The names of a base: a diffusers folder, `tiny`, or SDXL's own for None and whatever is not on this disk."""
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
     name = "SDXL" if config.pretrained_model_name_or_path == SDXL else config.pretrained_model_name_or_path
-    return _names(name, {part: weightless(config, part) for part in PARTS})
+    return _names(name, {part: on_meta(config, part) for part in PARTS})
 
 
 def tiny_names() -> BaseNames:

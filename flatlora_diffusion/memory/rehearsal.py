@@ -20,7 +20,7 @@ from flatlora_diffusion.sdxl.denoiser import Denoiser
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
-from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor, weightless
+from flatlora_diffusion.sdxl.shapes import on_meta, part_settings, vae_factor
 
 _TOKENS = 77
 
@@ -103,7 +103,7 @@ def rehearse_step(
 @lru_cache(maxsize=64)
 def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaePasses:
     """Encoding `images` images of `resolution` pixels and decoding one, with the VAE in `dtype` and no graph."""
-    vae = one_at_a_time(weightless(model, "vae").to(dtype))
+    vae = one_at_a_time(on_meta(model, "vae").to(dtype))
     side = resolution // vae_factor(model)
     with torch.device("meta"):
         pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)
@@ -122,7 +122,7 @@ def rehearse_drawing(model: ModelConfig, dtype: torch.dtype, images: int, resolu
 
     Each image is in it twice, with its prompt and without.
     """
-    unet = _Conditioned(weightless(model, "unet").to(dtype))
+    unet = _Conditioned(on_meta(model, "unet").to(dtype))
     inputs = _inputs(Trained(model, AdapterConfig()), 2 * images, resolution // vae_factor(model), dtype)
     with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes([*unet.parameters(), *inputs]) as bytes_held:
         unet(*inputs)
@@ -132,14 +132,14 @@ def rehearse_drawing(model: ModelConfig, dtype: torch.dtype, images: int, resolu
 @lru_cache(maxsize=64)
 def weight_count(model: ModelConfig, part: str) -> int:
     """The number of weights of one of the base's four models."""
-    return sum(parameter.numel() for parameter in weightless(model, part).parameters())
+    return sum(parameter.numel() for parameter in on_meta(model, part).parameters())
 
 
 @lru_cache(maxsize=1)  # building takes as long as a step, and one model is rehearsed with many settings
 def _trained_model(trained: Trained) -> Any:
     model, adapter = trained.model, trained.adapter
-    unet = weightless(model, "unet")
-    encoders = {part: weightless(model, part) for part in TEXT_PARTS} if trained.trains_text else {}
+    unet = on_meta(model, "unet")
+    encoders = {part: on_meta(model, part) for part in TEXT_PARTS} if trained.trains_text else {}
     add_lora(unet, adapter, 0, encoders if adapter.train_text_encoder else None, model.clip_skip)
     if not trained.trains_text:
         return _Conditioned(unet).train()

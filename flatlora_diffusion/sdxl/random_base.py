@@ -15,7 +15,7 @@ from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import TINY, base_path, one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import Sdxl, framed
-from flatlora_diffusion.sdxl.shapes import weightless
+from flatlora_diffusion.sdxl.shapes import on_meta
 
 
 def random_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
@@ -23,12 +23,12 @@ def random_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
     Its VAE is fp32 as ever; a weight has the variance that keeps what passes through it of one size.
     """
-    parts = {part: _random(weightless(config, part), device, dtype) for part in ("unet", *TEXT_PARTS)}
+    parts = {part: _random(on_meta(config, part), device, dtype) for part in ("unet", *TEXT_PARTS)}
     tokenizers = {
         name: CLIPTokenizer.from_pretrained(f"{base_path(TINY)}/{name}") for name in ("tokenizer", "tokenizer_2")
     }
     pipeline = StableDiffusionXLPipeline(
-        vae=one_at_a_time(_random(weightless(config, "vae"), device, torch.float32)),
+        vae=one_at_a_time(_random(on_meta(config, "vae"), device, torch.float32)),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,

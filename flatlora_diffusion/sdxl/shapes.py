@@ -63,7 +63,7 @@ _SDXL: dict[str, dict[str, Any]] = {
 }
 
 
-def weightless(config: ModelConfig, part: str) -> Any:
+def on_meta(config: ModelConfig, part: str) -> Any:
     """The base's `unet`, `text_encoder`, `text_encoder_2` or `vae` on the meta device, fp32, frozen, in eval mode."""
     settings = part_settings(config, part)
     with torch.device("meta"):

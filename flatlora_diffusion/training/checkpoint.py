@@ -18,7 +18,7 @@ from flatlora_diffusion.ground.provenance import base_fingerprint, tensors_sha25
 from flatlora_diffusion.method.filter_norms import NormState
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.training.optimizer import set_lr
-from flatlora_diffusion.training.release import save_release
+from flatlora_diffusion.training.saving import save_lora
 from flatlora_diffusion.training.state import TrainState, averaged
 from flatlora_diffusion.training.trackers import start_trackers
 
@@ -107,7 +107,7 @@ def save_checkpoint(state: TrainState, step: int) -> None:
     with state.run.new_checkpoint(step, state.config.run.checkpoints_total_limit, best) as folder:
         save_state(state, folder, step)
         with averaged(state):
-            save_release(state, folder, step)
+            save_lora(state, folder, step)
     if state.accelerator.is_main_process:
         state.run.add_event({"event": "checkpoint", "step": step})
 

@@ -12,8 +12,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from flatlora_diffusion.adapter.lora_pro import LoraPro, Pair
 from flatlora_diffusion.config import ConfigError, OptimConfig, TokenConfig, TrainConfig
+from flatlora_diffusion.training.lora_pro import LoraPro, Pair
 
 logger = logging.getLogger(__name__)
 

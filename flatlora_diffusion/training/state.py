@@ -22,7 +22,6 @@ from flatlora_diffusion.adapter.adalora import RankBudget, has_budget, orthogona
 from flatlora_diffusion.adapter.anchor import start_at_slopes
 from flatlora_diffusion.adapter.change import squared_change
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.adapter.lora_pro import factor_pairs
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
@@ -41,6 +40,7 @@ from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.training.lora_pro import factor_pairs
 from flatlora_diffusion.training.optimizer import optimizer_of
 from flatlora_diffusion.training.settling import settled
 from flatlora_diffusion.training.trackers import end_trackers
@@ -136,9 +136,9 @@ def prepare(
     samples, class_samples = (in_captions(some, tokens) for some in (samples, class_samples))
     adapted = adapted_models(pipeline, config.adapter)
     trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline)
+    pairs = factor_pairs(adapted.values()) if optim.optimizer == "lora-pro" else ()
     if given.initial is not None:
         start_from(pipeline, given.initial.updates, given.initial.magnitudes)
-    pairs = factor_pairs(adapted.values()) if optim.optimizer == "lora-pro" else ()
     optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes, pairs)
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)

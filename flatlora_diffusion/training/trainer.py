@@ -33,11 +33,11 @@ from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import agreed, one_launch, this_process
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
+from flatlora_diffusion.training.ending import present, save_result
 from flatlora_diffusion.training.heldout.folds import chosen_by_folds
 from flatlora_diffusion.training.heldout.losses import Holdout
 from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
-from flatlora_diffusion.training.result import present, save_result
 from flatlora_diffusion.training.selfcheck.watch import self_check
 from flatlora_diffusion.training.settling import check_early, new_or_resumed
 from flatlora_diffusion.training.state import (

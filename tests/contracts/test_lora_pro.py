@@ -10,7 +10,7 @@ from lora_by_hand import lora_layers
 from tiny_models import normal, toy_case
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.lora_pro import LoraPro, Pair, adjust, factor_pairs
+from flatlora_diffusion.training.lora_pro import LoraPro, Pair, adjust, factor_pairs
 
 SCALE = 1.5
 

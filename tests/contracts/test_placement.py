@@ -25,7 +25,7 @@ from flatlora_diffusion.sdxl.objective import (
     objective_of,
     with_more_noise,
 )
-from flatlora_diffusion.sdxl.shapes import weightless
+from flatlora_diffusion.sdxl.shapes import on_meta
 
 META = torch.device("meta")
 
@@ -56,7 +56,7 @@ class OnMeta(TorchDispatchMode):
 
 def step(base: Path, objective: Objective, draw: str, adapter: AdapterConfig) -> list[Tensor]:
     """The gradients of one micro-batch with every tensor on `meta`."""
-    unet = weightless(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
+    unet = on_meta(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
     add_lora(unet, adapter, 0)
     flat = FlatLora(unet, sigma=0.1, schedule="constant", draw=draw)  # type: ignore[arg-type]
     shapes = {"latents": (2, 4, 8, 8), "prompt_embeds": (2, 77, 40), "pooled_prompt_embeds": (2, 24)}
@@ -110,7 +110,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_bi_lora_reads_its_norm_from_the_device_once_and_takes_no_float64_there(base: Path) -> None:
-    unet = weightless(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
+    unet = on_meta(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
     add_lora(unet, AdapterConfig(), 0)
     gradient = BiLora({"unet": unet}, rho=0.1, seed=0)
     with Reads() as reads:

@@ -152,9 +152,9 @@ def test_other_ranks_and_strengths_leave_the_draw_as_it_is() -> None:
 
 def test_the_factors_of_all_layers_of_sdxl_fit_in_16_mb() -> None:
     from flatlora_diffusion.adapter.lora import add_lora
-    from flatlora_diffusion.sdxl.shapes import weightless
+    from flatlora_diffusion.sdxl.shapes import on_meta
 
-    unet = weightless(ModelConfig(pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0"), "unet")
+    unet = on_meta(ModelConfig(pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0"), "unet")
     add_lora(unet, AdapterConfig(), seed=0)
     shapes = [layer.get_base_layer().weight.shape for layer in lora_layers(unet).values()]
     assert len(shapes) == 560

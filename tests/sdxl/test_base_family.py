@@ -19,7 +19,7 @@ from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.lora_files.kohya import kohya_stream
 from flatlora_diffusion.sdxl.base_family import SDXL_FAMILY, TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.loading import base_path
-from flatlora_diffusion.sdxl.shapes import weightless
+from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.trainer import train
 
 
@@ -32,7 +32,7 @@ def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_lora() -> dict[str, dict[str, Update]]:
-    unet = weightless(ModelConfig(pretrained_model_name_or_path="tiny"), "unet")
+    unet = on_meta(ModelConfig(pretrained_model_name_or_path="tiny"), "unet")
     rng = torch.Generator().manual_seed(0)
 
     def update(layer: Any) -> Update:
@@ -53,8 +53,8 @@ def metadata(path: Path) -> dict[str, str]:
 
 def test_a_family_is_told_by_sizes(base: Path, renamed: Path) -> None:
     for place, family in (("tiny", TINY_FAMILY), (str(renamed), TINY_FAMILY), (str(base), SDXL_FAMILY)):
-        assert family_of(weightless(ModelConfig(pretrained_model_name_or_path=place), "unet")) == family
-    assert family_of(weightless(ModelConfig(pretrained_model_name_or_path="some/sdxl"), "unet")) == SDXL_FAMILY
+        assert family_of(on_meta(ModelConfig(pretrained_model_name_or_path=place), "unet")) == family
+    assert family_of(on_meta(ModelConfig(pretrained_model_name_or_path="some/sdxl"), "unet")) == SDXL_FAMILY
 
 
 @pytest.mark.parametrize("place", ["tiny", "renamed"])

@@ -35,7 +35,7 @@ from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.writing import save_kohya
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.training import checkpoint
-from flatlora_diffusion.training.release import save_release
+from flatlora_diffusion.training.saving import save_lora
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -105,7 +105,7 @@ def test_a_stock_pipeline_computes_what_was_trained_from_either_file(
     config: TrainConfig, base: Path, name: str, dtype: str
 ) -> None:
     state = moved(config.replace(**VARIANTS[name], save_dtype=dtype))
-    proof = save_release(state, state.run.folder, step=2)
+    proof = save_lora(state, state.run.folder, step=2)
     trained, plain = outputs(state.sdxl.pipeline), outputs(stock(base))
     effects = apart(plain, trained)
     assert min(effects[: 3 if state.config.adapter.train_text_encoder else 1]) > 0.1, "a no-op could pass"
@@ -125,7 +125,7 @@ def test_a_stock_pipeline_computes_what_was_trained_from_either_file(
 def test_diffusers_restores_it_without_its_metadata_too(config: TrainConfig, base: Path, name: str) -> None:
     """As older versions do, which do not read the metadata."""
     state = moved(config.replace(**VARIANTS[name], save_dtype="fp32"))
-    save_release(state, state.run.folder, step=2)
+    save_lora(state, state.run.folder, step=2)
     path = state.run.folder / "bare.safetensors"
     save_file(load_file(state.run.folder / LORA_FILE), path, {"format": "pt"})
     assert max(apart(outputs(stock(base, path)), outputs(state.sdxl.pipeline))) < 1e-5
@@ -133,7 +133,7 @@ def test_diffusers_restores_it_without_its_metadata_too(config: TrainConfig, bas
 
 def test_dora_is_exact_for_diffusers_and_a_plain_lora_for_others(config: TrainConfig, base: Path) -> None:
     state = moved(config.replace(use_dora=True, lora_alpha=8))
-    proof = save_release(state, state.run.folder, step=2)
+    proof = save_lora(state, state.run.folder, step=2)
     trained, plain = outputs(state.sdxl.pipeline)[0], outputs(stock(base))[0]
     assert float((plain - trained).norm() / trained.norm()) > 0.1
     exact = outputs(stock(base, state.run.folder / LORA_FILE))[0]
@@ -152,7 +152,7 @@ def test_what_the_fold_of_a_dora_misses_is_said(
     monkeypatch.setattr(lora_update, "FOLD_RANK", 5)
     state = moved(config.replace(use_dora=True))
     with caplog.at_level(logging.WARNING):
-        proof = save_release(state, state.run.folder, step=2)
+        proof = save_lora(state, state.run.folder, step=2)
     missed = proof["missed_by_plain_lora"]
     assert 0.05 < missed < 0.9
     assert f"my-icons.safetensors is a plain LoRA that misses {100 * missed:.1f} % of its effect" in caplog.text
@@ -164,7 +164,7 @@ def test_what_the_fold_of_a_dora_misses_is_said(
 def test_the_arithmetic_of_the_file(config: TrainConfig, name: str) -> None:
     """W + alpha / r * up @ down of every module is the weight by hand."""
     state = moved(config.replace(**VARIANTS.get(name, {}), save_dtype="bf16" if name == "bf16" else "fp32"))
-    save_release(state, state.run.folder, step=2)
+    save_lora(state, state.run.folder, step=2)
     tensors = load_file(state.run.folder / "my-icons.safetensors")
     seen = set()
     for part in ("unet", "text_encoder", "text_encoder_2"):
@@ -187,7 +187,7 @@ def test_the_arithmetic_of_the_file(config: TrainConfig, name: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_the_schema_of_the_kohya_file(config: TrainConfig, dtype: str) -> None:
     state = moved(config.replace(train_text_encoder=True, lora_target_modules="conv", save_dtype=dtype, lora_alpha=6))
-    save_release(state, state.run.folder, step=2)
+    save_lora(state, state.run.folder, step=2)
     path = state.run.folder / "my-icons.safetensors"
     tensors = load_file(path)
     assert [key for key in tensors if not KEY.fullmatch(key)] == []
@@ -254,7 +254,7 @@ def test_who_may_read_the_files_is_the_umask_s_affair(config: TrainConfig) -> No
     state = moved(config)
     old = os.umask(0o027)
     try:
-        save_release(state, state.run.folder, step=2)
+        save_lora(state, state.run.folder, step=2)
     finally:
         os.umask(old)
     for name in ("my-icons.safetensors", LORA_FILE):
@@ -279,7 +279,7 @@ def test_a_wrong_file_would_be_seen(
     config: TrainConfig, base: Path, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> None:
     state = moved(config.replace(train_text_encoder=True, lora_alpha=10))
-    save_release(state, state.run.folder, step=2)
+    save_lora(state, state.run.folder, step=2)
     path = state.run.folder / "my-icons.safetensors"
     save_file(damage(load_file(path)), path)
     try:
@@ -305,22 +305,22 @@ def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monke
         with monkeypatch.context() as patch:
             patch.setattr(file_pair, "load_file", bad)
             with pytest.raises(RunError, match=f"{name} does not hold what was to be saved: unet.*is off by"):
-                save_release(state, state.run.folder, step=2)
-    save_release(state, state.run.folder, step=2)
+                save_lora(state, state.run.folder, step=2)
+    save_lora(state, state.run.folder, step=2)
 
 
 def test_a_lora_that_is_not_finite_is_refused(config: TrainConfig) -> None:
     state = moved(config)
     next(iter(lora_layers(state.sdxl.unet).values())).lora_B["default"].weight.data[0, 0] = float("inf")
     with pytest.raises(RunError, match=r"the LoRA is not finite at unet\.down_blocks"):
-        save_release(state, state.run.folder, step=2)
+        save_lora(state, state.run.folder, step=2)
     assert not (state.run.folder / "my-icons.safetensors").exists()
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e6])
 def test_a_very_small_or_large_lora_fits_into_fp16(config: TrainConfig, size: float) -> None:
     state = moved(config, size)
-    assert save_release(state, state.run.folder, step=2)["largest_error"] < 2e-3
+    assert save_lora(state, state.run.folder, step=2)["largest_error"] < 2e-3
     for name in ("my-icons.safetensors", LORA_FILE):
         assert all(bool(value.isfinite().all()) for value in load_file(state.run.folder / name).values())
 

@@ -15,7 +15,7 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.training.checkpoint import load_state, save_state, start
-from flatlora_diffusion.training.release import save_release
+from flatlora_diffusion.training.saving import save_lora
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import first_weights, train_step
 
@@ -137,7 +137,7 @@ def run(request: Any, base: Path, icons: Path, tmp_path_factory: pytest.TempPath
 def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(
     run: TrainState, base: Path, tmp_path: Path
 ) -> None:
-    save_release(run, tmp_path, 2)
+    save_lora(run, tmp_path, 2)
     stock = StableDiffusionXLPipeline.from_pretrained(base)
     plain = output_with(stock, run)
     stock.load_lora_weights(tmp_path / LORA_FILE)

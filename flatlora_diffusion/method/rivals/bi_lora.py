@@ -36,8 +36,8 @@ class BiLora(StepGradient):
         self._scales: dict[AdaptedLayer, float] = {}
         for prefix, model in models.items():
             for layer in find_adapted_layers(model):
-                self._pairs[layer] = _new_pair(layer, seed, prefix)
                 self._scales[layer] = scale_of(layer.tuner, _first(layer))
+                self._pairs[layer] = _new_pair(layer, seed, prefix)
                 layer.below.attach(partial(self._base_forward, layer))
         self._optimizer = torch.optim.AdamW(self._parameters(), maximize=True, weight_decay=0.0)
 

@@ -18,7 +18,7 @@ from flatlora_diffusion.sdxl.drawing import recipe_files
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
 from flatlora_diffusion.training.previews import Previews, drawing_of
-from flatlora_diffusion.training.release import MERGED, facts_of, save_release
+from flatlora_diffusion.training.saving import MERGED, facts_of, save_lora
 from flatlora_diffusion.training.state import TrainState, averaged
 from flatlora_diffusion.training.validation import Picture, read_pictures
 
@@ -33,7 +33,7 @@ def save_result(state: TrainState) -> Path:
     if state.accelerator.is_main_process:
         run = state.run
         with averaged(state):
-            proof = save_release(state, run.folder, state.end, is_end=True)
+            proof = save_lora(state, run.folder, state.end, is_end=True)
             if state.config.adapter.adapter == "full":
                 save_merged(state.sdxl.pipeline, run.folder / MERGED)
         run.add_event({"event": "proof", **proof})

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MERGED = "merged"  # the folder of the pipeline that full fine-tuning leaves
 
 
-def save_release(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
+def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
     """Plan the files, write them into `folder`, read them back, and return the proof: sizes and the largest error.
 
     Raises RunError when a file does not hold what was trained, within the rounding of its precision; for a LoRA that
