@@ -26,7 +26,7 @@ from benchmarks.paper_study import parser_of, study
 from benchmarks.paper_study_run import Classifier
 
 RESULT = Path(__file__).with_suffix(".json")
-TOKENS = 24
+TOKENS = 16
 STEPS = 60
 
 

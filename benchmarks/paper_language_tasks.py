@@ -25,7 +25,7 @@ from pathlib import Path
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.ground.whole_files import write_json
 
-TRAIN, VALIDATION, TEST = 1000, 200, 300  # at most
+TRAIN, VALIDATION, TEST = 480, 200, 300  # at most
 LANGUAGES = ("de", "fr", "es")
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "PIL", "transformers", "gradio")
 _LEAST = 12  # things in a subgroup that counts

@@ -23,8 +23,8 @@ from flatlora_diffusion.method.settings import Settings as NoiseSettings
 from flatlora_diffusion.method.step_gradient import StepGradient
 
 BATCH = 16
-RISE_SIGMA, RISE_DRAWS, RISE_ROWS = 0.1, 2, 150
-TRAIN_ROWS = 200  # of the training's examples, that are measured
+RISE_SIGMA, RISE_DRAWS, RISE_ROWS = 0.1, 2, 100
+TRAIN_ROWS = 100  # of the training's examples, that are measured
 SLOPE_BATCHES = 4  # of which LoRA-GA reads the gradient at its start
 SLOWER_A = 16  # how much slower A learns than B with LoRA+
 FASTER_HEAD = 10  # how much faster the new head learns than the pretrained weights, where these are trained themselves

@@ -75,9 +75,9 @@ def test_a_study_of_texts_is_done_from_its_command(encoder: Path, tmp_path: Path
 
 
 def test_a_thing_is_in_one_split_only() -> None:
-    parts = _split([str(number) for number in range(750)])
-    assert [len(part) for part in parts] == [500, 100, 150]
-    assert len({thing for part in parts for thing in part}) == 750
+    parts = _split([str(number) for number in range(490)])
+    assert [len(part) for part in parts] == [240, 100, 150]
+    assert len({thing for part in parts for thing in part}) == 490
 
 
 def test_docstrings_and_errors_are_told_apart() -> None:
