@@ -32,7 +32,7 @@ from flatlora_diffusion.ground.whole_files import write_json
 TUNING_SEED = 100
 SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 CONSTANT_SIGMAS = (0.05, 0.2, 0.8)
-RANKS = (1, 4, 8, 32)
+RANKS = (1, 4, 8, 16, 32)
 # The likeliest first: the first two are those of arms with a setting of their own.
 RATES = (2e-3, 8e-4, 5e-3)
 RATES_OF: dict[Variant, tuple[float, ...]] = {
