@@ -120,6 +120,13 @@ def test_written_noise_is_what_flat_lora_draws_and_leaves_no_trace(bench: DotBen
     assert torch.allclose(outputs[0], outputs[2], atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["adalora", "full"])
+def test_the_loss_rises_where_no_lora_of_pefts_is_trained_too(bench: DotBench, variant: Variant) -> None:
+    seen = run(bench, replace(USUAL, variant=variant), seed=0)
+    assert seen["rise"] != 0
+    assert set(seen) >= {"validation", "test", "darker", "train"}
+
+
 def test_adalora_ends_with_its_rank(bench: DotBench) -> None:
     torch.manual_seed(0)
     settings = Settings(lr=1e-2, steps=8, rank=2, variant="adalora")
