@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from benchmarks import paper_language
 from benchmarks.paper_language import TextBench
-from benchmarks.paper_language_tasks import Task, _of_tree, _split
+from benchmarks.paper_language_tasks import Task, _even, _of_tree, _split, _split_evenly
 from benchmarks.paper_study_run import run
 from benchmarks.paper_study_settings import Settings
 
@@ -78,6 +78,15 @@ def test_a_thing_is_in_one_split_only() -> None:
     parts = _split([str(number) for number in range(490)])
     assert [len(part) for part in parts] == [240, 100, 150]
     assert len({thing for part in parts for thing in part}) == 490
+
+
+def test_a_rare_class_has_its_share_of_each_split() -> None:
+    rows = {f"text {number}": "rare" if number % 10 == 0 else "usual" for number in range(980)}
+    parts = _split_evenly(_even(rows, most=196))
+    for part in parts:
+        assert sum(label == "rare" for _, label in part) * 2 == len(part)
+        assert {label for _, label in part[:20]} == {"rare", "usual"}  # the first of them are like all
+    assert [len(part) for part in parts] == [96, 40, 60]
 
 
 def test_docstrings_and_errors_are_told_apart() -> None:
