@@ -4,8 +4,8 @@
         numba llvmlite lazy-loader "setuptools<81"
     python -m benchmarks.paper_vision --packages PACKAGES --work WORK
 
-The encoder has 2.8 million parameters and is pretrained here, on flat icons (`paper_vision_base.py`; minutes, kept in
-WORK), with an adapter on its linear layers and a linear head. What is compared and how, `paper_study.py` says; the
+The encoder has 2.8 million parameters and is pretrained here, on flat icons (`paper_vision_base.py`; 15 minutes, kept
+in WORK), with an adapter on its linear layers and a linear head. What is compared and how, `paper_study.py` says; the
 images and their licences, `paper_vision_tasks.py`. WORK may be that of `samples.tiny_sdxl.build`, whose renders are
 then used; without it, npm and the `recipe` extra make them. The runs are kept in `paper_vision.json` beside this file.
 """
@@ -25,7 +25,7 @@ from benchmarks.paper_vision_base import PictureClassifier, pretrained
 from benchmarks.paper_vision_tasks import TASKS, Splits, load_task
 
 RESULT = Path(__file__).with_suffix(".json")
-STEPS = 60
+STEPS = 120
 
 
 class PictureBench:

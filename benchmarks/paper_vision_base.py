@@ -24,7 +24,7 @@ from samples.tiny_sdxl.recipe.vae import to_pixels
 if TYPE_CHECKING:
     from samples.tiny_sdxl.recipe.icons import Concept
 
-SCHEDULE = Schedule(steps=800, learning_rate=1e-3, warmup=80, weight_decay=0.05, ema=0.99)
+SCHEDULE = Schedule(steps=3000, learning_rate=1e-3, warmup=100, weight_decay=0.05, ema=0.99)
 BATCH = 64
 LEAST = 4  # things that a word is said of, to be learned
 CONFIG = ViTConfig(
