@@ -25,7 +25,7 @@ from pathlib import Path
 from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.ground.whole_files import write_json
 
-TRAIN, VALIDATION, TEST = 1000, 300, 600  # at most
+TRAIN, VALIDATION, TEST = 480, 200, 300  # at most
 LANGUAGES = ("de", "fr", "es")
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "PIL", "transformers", "gradio")
 _LEAST = 12  # things in a subgroup that counts
@@ -120,22 +120,9 @@ def library(packages: Path) -> Task:
         kind: {text: next(iter(names)) for text, names in texts.items() if len(names) == 1}
         for kind, texts in found.items()
     }
-
-    def even(kind: str, most: int) -> list[str]:
-        """As many of each library."""
-        each: Counter[str] = Counter()
-        kept = []
-        for text in _shuffled(list(rows[kind])):
-            label = rows[kind][text]
-            each[label] += 1
-            if each[label] <= most // len(LIBRARIES):
-                kept.append(text)
-        return kept
-
-    split = _split(even("function", TRAIN + VALIDATION + TEST))
-    train, validation, test = ([(text, rows["function"][text]) for text in part] for part in split)
+    train, validation, test = _split_evenly(_even(rows["function"], TRAIN + VALIDATION + TEST))
     shifts = {
-        name: [(text, rows[kind][text]) for text in even(kind, TEST)]
+        name: [pair for pairs in _even(rows[kind], TEST).values() for pair in pairs]
         for kind, name in (("class", "classes"), ("error", "errors"))
     }
     return Task("library", train, validation, test, shifts)
@@ -188,5 +175,26 @@ def _split(things: list[str]) -> tuple[list[str], list[str], list[str]]:
     return order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] : ends[2]]
 
 
-def _shuffled(things: Iterable[str]) -> list[str]:
-    return sorted(set(things), key=lambda thing: derive_seed(_SEED, "paper_language", thing))
+def _even(rows: dict[str, str], most: int) -> dict[str, Pairs]:
+    """Of `rows`, text to class, as many of each class, by class."""
+    classes = sorted(set(rows.values()))
+    found: dict[str, Pairs] = {label: [] for label in classes}
+    for text in _shuffled(rows):
+        if len(found[rows[text]]) < most // len(classes):
+            found[rows[text]].append((text, rows[text]))
+    return found
+
+
+def _split_evenly(classes: dict[str, Pairs]) -> tuple[Pairs, Pairs, Pairs]:
+    """As `_split`, class by class: in the shuffled order rare ones come to their share later than others."""
+    label_of = {text: label for pairs in classes.values() for text, label in pairs}
+    parts = [_split([text for text, _ in pairs]) for pairs in classes.values()]
+    train, validation, test = (
+        [(text, label_of[text]) for text in _shuffled((text for split in parts for text in split[place]), "mixed")]
+        for place in range(3)
+    )
+    return train, validation, test
+
+
+def _shuffled(things: Iterable[str], *purpose: str) -> list[str]:
+    return sorted(set(things), key=lambda thing: derive_seed(_SEED, "paper_language", *purpose, thing))

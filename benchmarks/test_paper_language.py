@@ -1,21 +1,24 @@
-"""The language benchmark on a tiny encoder and made-up texts: what it trains, chooses, keeps and compares."""
+"""The language benchmark on a tiny encoder and made-up texts: what is trained and measured, and what its texts are."""
 
 from __future__ import annotations
 
+import ast
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from benchmarks import paper_language
-from benchmarks.paper_language_run import Bench, Settings, run
-from benchmarks.paper_language_tasks import Task, _of_tree, _split
+from benchmarks.paper_language import TextBench
+from benchmarks.paper_language_tasks import Task, _even, _of_tree, _split, _split_evenly
+from benchmarks.paper_study_run import run
+from benchmarks.paper_study_settings import Settings
 
 WORDS = ["sun", "rain", "warm", "cold", "day", "night", "sea", "hill"]
 TASK = Task(
@@ -39,86 +42,54 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench(encoder: Path) -> Bench:
-    return Bench(TASK, encoder)
+def bench(encoder: Path) -> TextBench:
+    return TextBench(TASK, encoder)
 
 
-def without_seconds(seen: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in seen.items() if key != "seconds"}
-
-
-def test_runs_of_one_seed_differ_by_their_settings_alone(bench: Bench) -> None:
-    settings = Settings(steps=3)
-    plain = without_seconds(run(bench, settings, seed=1))
-    assert without_seconds(run(bench, settings, seed=1)) == plain
-    assert without_seconds(run(bench, settings, seed=2)) != plain
-    for change in ({"sigma": 0.5}, {"sigma": 0.5, "draw": "low_rank"}, {"dropout": 0.3}, {"variant": "dora"}):
-        assert without_seconds(run(bench, replace(settings, **change), seed=1))["last_loss"] != plain["last_loss"]
-
-
-def test_every_test_is_measured(bench: Bench) -> None:
-    seen = run(bench, Settings(steps=2), seed=0)
+def test_every_test_is_measured(bench: TextBench) -> None:
+    seen = run(bench, Settings(lr=1e-3, steps=2), seed=0)
     assert {name for name, value in seen.items() if isinstance(value, dict)} == {
         "validation", "test", "reviews", "names", "train",
     }  # fmt: skip
-    assert set(run(bench, Settings(steps=2), seed=0, only_validation=True)) == {"validation", "last_loss", "seconds"}
+    only = run(bench, Settings(lr=1e-3, steps=2), seed=0, only_validation=True)
+    assert set(only) == {"validation", "last_loss", "seconds", "whole_seconds"}
 
 
-def test_the_trial_with_the_best_validation_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quality = {rate: (0.9 if rate == paper_language.RATES[2] else 0.5) for rate in paper_language.RATES}
-
-    def made_up(bench: Any, settings: Settings, seed: int, only_validation: bool) -> dict[str, Any]:
-        return {"validation": {"accuracy": quality[settings.lr], "loss": 1.0}, "seconds": 0.0}
-
-    monkeypatch.setattr(paper_language, "run", made_up)
-    options = paper_language._options(["--packages", "x", "--work", "x"])
-    runs: Any = paper_language.Runs(tmp_path / "result.json")
-    assert paper_language._tuned(runs, None, "sentiment", "lora", options).lr == paper_language.RATES[2]  # type: ignore[arg-type]
+def test_texts_are_measured_by_length_and_each_once(bench: TextBench) -> None:
+    rows = bench.tests["reviews"]
+    parts = rows.parts(None)
+    assert torch.cat(list(parts)).tolist() == [1, 0]
+    (ids, mask), labels = rows.rows(torch.tensor([1]))
+    assert ids.shape == mask.shape == (1, 1)
+    assert labels.tolist() == [bench.classes.index("bad")]
 
 
-def test_all_arms_have_as_many_trials() -> None:
-    assert {len(grid) for _, grid in paper_language.ARMS.values()} == {6}
-
-
-def test_a_benchmark_goes_on_where_it_stopped_and_pairs_seeds(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_of_texts_is_done_from_its_command(encoder: Path, tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "sentiment.json").write_text(json.dumps(asdict(TASK)), encoding="utf-8")
-    result = tmp_path / "result.json"
-    arguments = [
-        "--packages",
-        str(tmp_path),
-        "--work",
-        str(tmp_path),
-        "--model",
-        str(encoder),
-        "--result",
-        str(result),
-    ]
-    arguments += ["--tasks", "sentiment", "--arms", "lora", "flat", "--trials", "1", "--steps", "1", "--seeds", "2"]
-    arguments += ["--sweeps", "variants"]
-    paper_language.main(arguments)
-    first = json.loads(result.read_text(encoding="utf-8"))
-    table = first["tables"]["sentiment"]
-    assert set(table) == {"lora", "flat", "dora", "pissa", "flat dora", "flat pissa"}
-    assert table["flat dora"]["against"] == "dora"
-    assert len(table["flat"]["difference"]["test"]["differences"]) == 2
-    assert table["lora"]["difference"]["shifted"]["mean"] == 0
-    monkeypatch.setattr(paper_language, "run", lambda *_: pytest.fail("a run was done twice"))
-    paper_language.main(arguments)
-    assert json.loads(result.read_text(encoding="utf-8"))["tables"] == first["tables"]
+    arguments = ["--packages", str(tmp_path), "--work", str(tmp_path), "--model", str(encoder)]
+    arguments += ["--result", str(tmp_path / "result.json"), "--tasks", "sentiment", "--arms", "lora", "--sweeps"]
+    paper_language.main([*arguments, "--trials", "1", "--steps", "1", "--seeds", "1"])
+    table = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["tables"]["sentiment"]
+    assert set(table["lora"]["mean"]) >= {"test", "shifted", "reviews", "names", "rise"}
 
 
 def test_a_thing_is_in_one_split_only() -> None:
-    parts = _split([str(number) for number in range(950)])
-    assert [len(part) for part in parts] == [500, 150, 300]
-    assert len({thing for part in parts for thing in part}) == 950
+    parts = _split([str(number) for number in range(490)])
+    assert [len(part) for part in parts] == [240, 100, 150]
+    assert len({thing for part in parts for thing in part}) == 490
+
+
+def test_a_rare_class_has_its_share_of_each_split() -> None:
+    rows = {f"text {number}": "rare" if number % 10 == 0 else "usual" for number in range(980)}
+    parts = _split_evenly(_even(rows, most=196))
+    for part in parts:
+        assert sum(label == "rare" for _, label in part) * 2 == len(part)
+        assert {label for _, label in part[:20]} == {"rare", "usual"}  # the first of them are like all
+    assert [len(part) for part in parts] == [96, 40, 60]
 
 
 def test_docstrings_and_errors_are_told_apart() -> None:
-    import ast
-
     tree = ast.parse(
         'class A:\n    """One."""\n'
         '    def f(self):\n        """Two.\n\n        More."""\n        raise ValueError("Three")'
