@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.anchor import anchors
+from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
 from flatlora_diffusion.adapter.lora import (
     add_lora,
     start_magnitudes,
     trainable_parameters,
 )
-from flatlora_diffusion.adapter.new_tokens import add_tokens
+from flatlora_diffusion.adapter.new_tokens import add_tokens, save_embeddings
 from flatlora_diffusion.adapter.update import PARTS, Updates, shared_path
 from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
@@ -88,3 +90,13 @@ def trainable_of(pipeline: Any) -> dict[str, nn.Parameter]:
 def anchors_of(pipeline: Any) -> dict[str, Tensor]:
     """A0 and B0 of what starts away from zero, by part and name; they are never trained."""
     return {f"{part}.{name}": weight for part in PARTS for name, weight in anchors(getattr(pipeline, part)).items()}
+
+
+def save_beside(pipeline: Any, folder: Path, merged: Path | None = None) -> None:
+    """Write what a LoRA file cannot hold: new tokens' embeddings into `folder`, and the whole of a full fine-tuning.
+
+    The latter goes into the folder `merged`, if one is given.
+    """
+    if merged is not None:
+        save_merged(pipeline, merged)
+    save_embeddings(pipeline, folder)

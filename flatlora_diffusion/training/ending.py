@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
@@ -18,7 +17,7 @@ from flatlora_diffusion.sdxl.drawing import recipe_files
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
 from flatlora_diffusion.training.previews import Previews, drawing_of
-from flatlora_diffusion.training.saving import MERGED, facts_of, save_lora
+from flatlora_diffusion.training.saving import facts_of, save_lora
 from flatlora_diffusion.training.state import TrainState, averaged
 from flatlora_diffusion.training.validation import Picture, read_pictures
 
@@ -34,8 +33,6 @@ def save_result(state: TrainState) -> Path:
         run = state.run
         with averaged(state):
             proof = save_lora(state, run.folder, state.end, is_end=True)
-            if state.config.adapter.adapter == "full":
-                save_merged(state.sdxl.pipeline, run.folder / MERGED)
         run.add_event({"event": "proof", **proof})
         run.add_event({"event": "finished", "step": state.end})
         logger.info(

@@ -44,14 +44,17 @@ def factor_pairs(models: Iterable[nn.Module]) -> list[Pair]:
 
 
 class LoraPro(torch.optim.AdamW):
-    """AdamW over `groups`, in which the gradients of `pairs` are those of LoRA-Pro."""
+    """AdamW over `groups`, in which the gradients of the LoRA of `models` are those of LoRA-Pro."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]], pairs: Sequence[Pair], **settings: Any) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], models: Iterable[nn.Module], **settings: Any) -> None:
         super().__init__(groups, **settings)
-        self._pairs = pairs
+        self._models = tuple(models)
+        self._pairs: list[Pair] | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Adjust the gradients that there are, in place, then step."""
+        if self._pairs is None:
+            self._pairs = factor_pairs(self._models)
         adjust(self._pairs)
         return super().step(closure)
 

@@ -13,7 +13,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from flatlora_diffusion.config import ConfigError, OptimConfig, TokenConfig, TrainConfig
-from flatlora_diffusion.training.lora_pro import LoraPro, Pair
+from flatlora_diffusion.training.lora_pro import LoraPro
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,17 @@ def optimizer_of(
     trainable: Mapping[str, nn.Parameter],
     embeddings: Iterable[nn.Parameter],
     processes: int,
-    pairs: Sequence[Pair] = (),
+    adapted: Iterable[nn.Module] = (),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """What moves the trained parameters, new tokens' `embeddings` among them, and its schedule.
 
-    `pairs` are A and B of the layers, for LoRA-Pro.
+    `adapted` are the models with the LoRA, for LoRA-Pro.
     """
     optim = config.optim
     assert optim.max_train_steps is not None
     groups = _groups_of(trainable, embeddings, config.tokens, optim.lora_plus_ratio)
     per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
-    optimizer = _make_optimizer(optim, groups, per_step if optim.scale_lr else 1, pairs)
+    optimizer = _make_optimizer(optim, groups, per_step if optim.scale_lr else 1, adapted)
     return optimizer, _make_lr_schedule(optim, optimizer, groups, optim.max_train_steps)
 
 
@@ -76,7 +76,7 @@ def _groups_of(
 
 
 def _make_optimizer(
-    config: OptimConfig, groups: Sequence[Group], lr_factor: float, pairs: Sequence[Pair] = ()
+    config: OptimConfig, groups: Sequence[Group], lr_factor: float, adapted: Iterable[nn.Module]
 ) -> torch.optim.Optimizer:
     """The optimizer of `config`; `lr_factor` is that of --scale_lr.
 
@@ -116,7 +116,7 @@ def _make_optimizer(
         factored: torch.optim.Optimizer = Adafactor(sets, lr=lr, scale_parameter=False, relative_step=False)
         return factored
     if config.optimizer == "lora-pro":
-        return LoraPro(sets, pairs, lr=lr, betas=betas, eps=config.adam_epsilon)
+        return LoraPro(sets, adapted, lr=lr, betas=betas, eps=config.adam_epsilon)
     # One kernel for all weights. With fp16's scaler it would leave steps out by itself, which nobody then learns of.
     fused = None if config.mixed_precision == "fp16" else True
     return torch.optim.AdamW(sets, lr=lr, betas=betas, eps=config.adam_epsilon, fused=fused)

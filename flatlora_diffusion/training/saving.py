@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.adapter.new_tokens import save_embeddings
+from flatlora_diffusion.adapter.trained_parts import save_beside
 from flatlora_diffusion.adapter.update import lora_updates, magnitudes, plain_updates, update_norms
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
@@ -47,9 +47,10 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     facts = facts_of(state, step)
     notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
     beside = sidecar(state.config, facts, notes) if is_end else None
+    merged = folder / MERGED if is_end and state.config.adapter.adapter == "full" else None
     metadata = kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc))
     with state.run.writing():
-        save_embeddings(pipeline, folder)  # before the LoRA, which needs them
+        save_beside(pipeline, folder, merged)  # before the LoRA, which may need it
         pair = FilePair(
             for_others=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
             copy=folder / KOHYA_COPY if run.output_kohya_format else None,

@@ -40,7 +40,6 @@ from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.training.lora_pro import factor_pairs
 from flatlora_diffusion.training.optimizer import optimizer_of
 from flatlora_diffusion.training.settling import settled
 from flatlora_diffusion.training.trackers import end_trackers
@@ -136,10 +135,9 @@ def prepare(
     samples, class_samples = (in_captions(some, tokens) for some in (samples, class_samples))
     adapted = adapted_models(pipeline, config.adapter)
     trainable, embeddings = trainable_of(pipeline), embedding_parameters(pipeline)
-    pairs = factor_pairs(adapted.values()) if optim.optimizer == "lora-pro" else ()
     if given.initial is not None:
         start_from(pipeline, given.initial.updates, given.initial.magnitudes)
-    optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes, pairs)
+    optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes, adapted.values())
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
     feed = encoded_feed(config, sdxl, samples, processes, class_samples)
