@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flatlora_diffusion.method.ascent import Sam
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +23,7 @@ from benchmarks import record
 from benchmarks.layer_cost import SIGMA, InPlace, lora_layers
 from benchmarks.turns import compare
 from flatlora_diffusion import FlatLora
+from flatlora_diffusion.method.rivals.ascent import Sam
 from flatlora_diffusion.method.step_gradient import StepGradient
 
 ARMS = ("lora", "full", "low-rank", "in place", "sam")

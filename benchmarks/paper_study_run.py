@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-from flatlora_diffusion.method.ascent import LoraSam, Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.paper_study_adapters import Adapter, Noise, adapted, noise_of
 from benchmarks.paper_study_settings import Settings
 from flatlora_diffusion.ground.seeds import derive_seed, generator
+from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
 from flatlora_diffusion.method.settings import Settings as NoiseSettings
 from flatlora_diffusion.method.step_gradient import StepGradient
 

@@ -144,7 +144,7 @@ class EventLog:
             self._previews[event["step"]] = event
         elif kind in ("stopped", "finished"):
             self._ending = kind
-            self._end = event["step"] if kind == "finished" else None
+            self._end = event.get("step") if kind == "finished" else None  # earlier versions told none
 
 
 def _previews_of(event: dict[str, Any], images: Path) -> Iterator[Preview]:

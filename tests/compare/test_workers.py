@@ -158,7 +158,7 @@ def test_one_worker_is_no_crowd(settings: dict[str, Any], expected: bool) -> Non
 
 
 def test_a_cluster_of_two_workers_trains(two: list[PlannedRun], tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="ray is not installed: the extra `cluster`")
+    pytest.importorskip("ray", reason="Ray is not installed; `make cluster` runs this")
     with places(2, "local") as (number, run):
         assert number == 2
         assert run([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "log") == 1

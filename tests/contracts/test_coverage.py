@@ -9,7 +9,7 @@ import pytest
 import torch
 from lora_by_hand import lora_layers
 from module_surface import surface
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from peft.tuners.lora.layer import LoraLayer
 from tiny_models import CASES, TOY_TARGETS, Adapter, Case, add_second_adapter, normal, toy_case
@@ -93,7 +93,6 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(r=2, **settings)
 
 
-ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 1}
 REFUSED: dict[str, tuple[Callable[[], PeftConfig], str]] = {
     "grouped convolution": (lambda: lora(target_modules=["good", "grouped"]), "grouped"),
     "dilated convolution": (lambda: lora(target_modules=["good", "dilated"]), "dilated"),
@@ -108,7 +107,6 @@ REFUSED: dict[str, tuple[Callable[[], PeftConfig], str]] = {
         "good",
     ),
     "kasa": (lambda: lora(target_modules=["good"], kasa_config=KasaConfig()), "good"),
-    "adalora": (lambda: AdaLoraConfig(target_modules=["good"], **ADALORA), "good"),
     "loha": (lambda: LoHaConfig(r=2, target_modules=["good"]), "good"),
 }
 

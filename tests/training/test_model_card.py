@@ -159,7 +159,7 @@ def test_the_settings_that_matter_are_listed(run: RunDir) -> None:
         "base | `tiny`",
         "method | flat-lora",
         "sigma | 0.05, cosine",
-        "draws of eps | full",
+        "draws of eps | low_rank",
         "rank | 8",
         "alpha | 16",
         "learning rate | 0.0002, constant",

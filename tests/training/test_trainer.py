@@ -272,7 +272,8 @@ def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.G
     """A state whose gradients are scaled as for fp16 on a GPU."""
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
     state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    state.optimizer = AcceleratedOptimizer(state.optimizer.optimizer, scaler=scaler)
+    groups = [{**group, "fused": None} for group in state.optimizer.optimizer.param_groups]  # as for fp16
+    state.optimizer = AcceleratedOptimizer(torch.optim.AdamW(groups), scaler=scaler)
     scaler.scale(torch.ones(()))  # it gets its state on first use
     return state, scaler
 
