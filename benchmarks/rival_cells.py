@@ -39,11 +39,11 @@ ROUNDING = 1e-3, 1e-5  # of the effect, and of outputs of about 1: what a file i
 
 Cell = dict[str, Any]
 OPTIMIZERS: dict[str, Cell] = {
-    "adamw": {},
-    "lora+": {"lora_plus_ratio": 16.0},
-    "lora-pro": {"optimizer": "lora-pro"},
-    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
-    "adafactor": {"optimizer": "adafactor"},
+    "adamw": {"learning_rate": 0.05},
+    "lora+": {"learning_rate": 0.005, "lora_plus_ratio": 16.0},
+    "lora-pro": {"learning_rate": 0.05, "optimizer": "lora-pro"},
+    "prodigy": {"learning_rate": 1.0, "optimizer": "prodigy"},
+    "adafactor": {"learning_rate": 0.05, "optimizer": "adafactor"},
 }
 
 
@@ -86,7 +86,7 @@ def tried(values: Cell, stock: Any, out: Path) -> Cell:
         rank=1024 if is_full else 2,  # of the file: no layer has more
         max_train_steps=STEPS,
         train_batch_size=1,
-        learning_rate=max(0.001 if is_full else 0.05, config.optim.learning_rate),
+        learning_rate=0.001 if is_full and config.optim.learning_rate < 1 else config.optim.learning_rate,
         lr_warmup_steps=0,
         sigma_schedule="constant",
         save_dtype="fp32",

@@ -110,7 +110,7 @@ def train_both(page: AppPage, film: Film) -> None:
             page.wait_for_step(arm, round(STEPS * moment))
             film.shoot(f"{method} trains (shortened); its curve and its samples grow.", 1.5, "#live")
         page.wait_for_state(arm, "finished")
-    film.shoot("Both are trained. Which one is better?", 3, "#live")
+    film.shoot("Both are trained. Samples of each prompt stand beside those from before.", 4, "#samples")
 
 
 def compare(page: AppPage, film: Film) -> None:
@@ -142,4 +142,4 @@ def vote(page: AppPage, film: Film) -> None:
             film.shoot(f"5. A blind vote: {pairs} pairs, and no name on them.", 2.5 if pair == 1 else 1.5, "#fl-vote")
         page.button(ANSWERS[pair % 2]).click()
     expect(page.page.get_by_text("you chose the").first).to_be_visible(timeout=PATIENCE)
-    film.shoot("The verdict comes when all pairs are done, with how sure it is.", 5, "#fl-vote")
+    film.shoot("The verdict comes when all pairs are done, with how sure it is.", 5, "#fl-vote-count")
