@@ -23,12 +23,16 @@ _KEEP = """(...now) => {
   if (!window.flatloraRestored?.has(KEY)) return;
   localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(NAMES.map((name, place) => [name, now[place]]))));
 }"""
-# Gradio says at the start that the first tab was selected.
-_KEEP_TAB = """() => { if (window.flatloraRestored?.has(KEY)) localStorage.setItem(KEY, NAMES[0]); }"""
+# Gradio says at the start that the first tab was selected; another one is the visitor's choice, who need not wait.
+_KEEP_TAB = """() => {
+  if (window.flatloraRestored?.has(KEY)) localStorage.setItem(KEY, NAMES[0]);
+  else if (!IS_FIRST) window.flatloraChosen = NAMES[0];
+}"""
 _RESTORE_TAB = """() => {
-  const kept = localStorage.getItem(KEY);
+  const chosen = window.flatloraChosen, kept = localStorage.getItem(KEY);
   (window.flatloraRestored ??= new Set()).add(KEY);
-  return NAMES.includes(kept) ? {__type__: 'update', selected: kept} : {__type__: 'update'};
+  if (chosen) localStorage.setItem(KEY, chosen);
+  return !chosen && NAMES.includes(kept) ? {__type__: 'update', selected: kept} : {__type__: 'update'};
 }"""
 
 
@@ -50,8 +54,9 @@ def keep_fields(
 
 def keep_tab(load: Callable[..., Any], tabs: gr.Tabs, named: Mapping[str, gr.Tab]) -> None:
     """Open the page on the tab that was in front; `named`: the tabs by their ids. Before other events of the tabs."""
-    for name, tab in named.items():
-        tab.select(None, None, None, js=_filled(_KEEP_TAB, "tab", [name]))
+    for place, (name, tab) in enumerate(named.items()):
+        script = _KEEP_TAB.replace("IS_FIRST", json.dumps(place == 0))
+        tab.select(None, None, None, js=_filled(script, "tab", [name]))
     load(None, None, [tabs], js=_filled(_RESTORE_TAB, "tab", list(named)))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-from functools import partial
-from typing import Any
 
 import gradio as gr
 
@@ -44,16 +43,15 @@ def build_app(context: AppContext) -> gr.Blocks:
         named = {"dataset": dataset, "train": train, "compare": compare, "flatness": flatness, "runs": runs}
         keep_tab(page.load, tabs, named)
         for tab in named.values():
-            tick = partial(_tick, [ticking is tab for ticking in timers])
-            # One at a time, so that the tab that was opened last is the one that ticks.
-            tab.select(tick, None, list(timers.values()), concurrency_id="tabs", show_progress="hidden")
+            # In the browser, so that the tab that was opened last is the one that ticks: answers can overtake others.
+            tab.select(None, None, list(timers.values()), js=_tick([ticking is tab for ticking in timers]))
     _keep_unnamed_private(page)
     return page
 
 
-def _tick(active: list[bool]) -> list[Any]:
+def _tick(active: list[bool]) -> str:
     """The timers, of which only that of the tab in front ticks: hidden ones would keep the browser busy."""
-    return [gr.Timer(active=one) for one in active]
+    return f"() => {json.dumps([{'__type__': 'update', 'active': one} for one in active])}"
 
 
 def _keep_unnamed_private(page: gr.Blocks) -> None:
