@@ -13,11 +13,11 @@ import gradio as gr
 
 _PREFIX = "flatlora-"
 # Before the kept values are back, the page's own must not be kept in their place.
-_RESTORE = """(...now) => {
+_RESTORE = """() => {
   let kept = {};
   try { kept = JSON.parse(localStorage.getItem(KEY)) || {}; } catch (error) {}
   (window.flatloraRestored ??= new Set()).add(KEY);
-  return NAMES.map((name, place) => name in kept ? kept[name] : now[place]);
+  return NAMES.map((name) => name in kept ? kept[name] : {__type__: 'update'});
 }"""
 _KEEP = """(...now) => {
   if (!window.flatloraRestored?.has(KEY)) return;

@@ -56,6 +56,7 @@ def test_screenshots(page: AppPage) -> None:
     shoot(page, "compare", top="#fl-draw")
 
     page.show_tab("4 Flatness")
+    expect(page.page.get_by_text("icons-flat-lora").filter(visible=True).first).to_be_visible(timeout=PATIENCE)
     page.button("Measure").click()
     charts = page.page.locator("#fl-flatness-charts img")
     expect(charts.first).to_be_visible(timeout=600_000)
