@@ -99,7 +99,7 @@ def variance(draws: int, at: Callable[..., Tensor]) -> float:
 def gradient(state: TrainState, batch_of: int, flat: FlatLora | None = None, draw: int = 0) -> Tensor:
     """All trained weights' gradient, for the batch of a step that is still to come."""
     step = STEPS + batch_of
-    batch = state.feed.batch(step, 0)
+    batch = state.batches.batch(step, 0)
     noise, timesteps = draw_targets(
         state.objective, batch.latents, generator(batch.latents.device, 0, "diffusion", step, 0)
     )

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.turns import Step, compare
 from flatlora_diffusion.config import SAMPLES, TrainConfig
-from flatlora_diffusion.data.batches import Feed
+from flatlora_diffusion.data.batches import Batches
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.method.configured import step_gradient
@@ -133,7 +133,7 @@ def base_arms(
     layers = max(len(flat.layers) for state in states.values() for flat in state.flats)
     if config.model.quantize_base is not None:
         return steps, layers
-    return {"plain": plain_base_step(config, states["lora"].feed.batch(0, 0)), **steps}, layers
+    return {"plain": plain_base_step(config, states["lora"].batches.batch(0, 0)), **steps}, layers
 
 
 def plain_base_step(config: TrainConfig, batch: Batch) -> Step:
@@ -191,7 +191,7 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class FixedFeed:
+class FixedBatches:
     """Gives every step the same batch."""
 
     fixed: Batch
@@ -220,7 +220,7 @@ def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: B
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         gradient=gradient,
-        feed=cast(Feed, FixedFeed(batch)),
+        batches=cast(Batches, FixedBatches(batch)),
         run=RunDir(Path(folder)),
         total_steps=10_000,
         ema=None,

@@ -198,7 +198,8 @@ class AppPage:
     def _note_message(self, message: ConsoleMessage) -> None:
         # A request that is cut off because its page leaves is no fault.
         is_cut_off = "signal is aborted" in message.text or (self._is_leaving and "Connection errored" in message.text)
-        is_cut_off |= message.text == "Error"  # which is all that Firefox tells of it
+        if os.environ.get("FLATLORA_BROWSER") == "firefox":
+            is_cut_off |= message.text == "Error"  # which is all that it tells of one
         if message.type == "error" and not is_cut_off:
             self.faults.append(f"console: {message.text} ({message.location.get('url')})")
 

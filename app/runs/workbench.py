@@ -56,7 +56,7 @@ element.addEventListener('click', (event) => {
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run of the list. `score`: a loss, the lower the better, `scored` where; `size`: bytes on the disk."""
 
     id: str
@@ -83,16 +83,16 @@ class Row:
         return " ".join((self.name, self.id, self.state, self.method, self.base, *self.tags)).lower()
 
 
-def rows_of(context: AppContext) -> list[Row]:
+def rows_of(context: AppContext) -> list[RunRow]:
     """One for each run, the newest first."""
     rows = [(run, context.runs.made_of(run, "row", partial(_row, context, run))) for run in context.runs.all()]
     return [replace(row, name=run.name, tags=run.label.tags) for run, row in rows]
 
 
-def arranged(rows: Sequence[Row], words: str, order: str) -> list[Row]:
+def arranged(rows: Sequence[RunRow], words: str, order: str) -> list[RunRow]:
     """The rows that have all of `words`, in this order; without a score last."""
     found = [row for row in rows if all(word in row.words for word in words.lower().split())]
-    keys: dict[str, Callable[[Row], Any]] = {
+    keys: dict[str, Callable[[RunRow], Any]] = {
         BY_NAME: lambda row: row.name.lower(),
         BY_SCORE: lambda row: (row.score is None, row.score or 0.0),
         BY_SIZE: lambda row: -row.size,
@@ -101,7 +101,7 @@ def arranged(rows: Sequence[Row], words: str, order: str) -> list[Row]:
     return sorted(found, key=keys[order]) if order in keys else found
 
 
-def list_page(rows: Sequence[Row], order: str, chosen: str | None, is_searched: bool) -> str:
+def list_page(rows: Sequence[RunRow], order: str, chosen: str | None, is_searched: bool) -> str:
     """The list as HTML, each row a button that chooses its run."""
     if not rows:
         return NONE_FOUND if is_searched else NO_RUNS
@@ -114,7 +114,7 @@ def list_page(rows: Sequence[Row], order: str, chosen: str | None, is_searched: 
     return f'<ul class="fl-runs">{"".join(lines)}</ul>'
 
 
-def storage_line(context: AppContext, rows: Sequence[Row]) -> str:
+def storage_line(context: AppContext, rows: Sequence[RunRow]) -> str:
     """What the runs and the trash take of the disk."""
     trash = context.runs.trash.size()
     return f"{len(rows)} runs take {mebibytes(sum(row.size for row in rows))}, the trash {mebibytes(trash)}."
@@ -125,12 +125,12 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
 
 
-def _row(context: AppContext, run: Run) -> Row:
+def _row(context: AppContext, run: Run) -> RunRow:
     score, scored = _score(context, run.id)
     images = [one.path for one in context.runs.previews(run.id) if one.path.is_file()]
     base = context.runs.settings(run.id).get("pretrained_model_name_or_path") or ""
     is_imported = run.method == IMPORTED
-    return Row(
+    return RunRow(
         id=run.id,
         name=run.name,
         state=run.phase or run.state,
@@ -156,7 +156,7 @@ def _score(context: AppContext, run_id: str) -> tuple[float | None, str]:
     return (sum(last) / len(last), "in training") if last else (None, "")
 
 
-def _line(row: Row, is_chosen: bool) -> str:
+def _line(row: RunRow, is_chosen: bool) -> str:
     picture = '<span class="fl-none"></span>'
     if row.picture is not None:
         picture = f'<img src="{file_url(row.picture)}" alt="" loading="lazy">'

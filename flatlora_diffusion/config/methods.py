@@ -132,16 +132,15 @@ class PerturbConfig(Section):
                 f"--method {self.method} mixes no gradients, but noise_share={self.noise_share:g} was given; leave "
                 "--noise_share out or use --method mixed-noise"
             )
-
-        if self.perturb_per == "example" and self.perturb_draw != "low_rank" and self.draws_noise:
-            raise ConfigError(
-                f"--perturb_per example needs thin draws, but perturb_draw={self.perturb_draw} was given; use "
-                "--perturb_draw low_rank or --perturb_per microbatch"
-            )
         if self.bar_strength is not None and self.method not in BALANCING:
             raise ConfigError(
                 f"--method {self.method} balances nothing, but bar_strength={self.bar_strength:g} was given; leave "
                 "--bar_strength out or use --method nbar or obar"
+            )
+        if self.perturb_per == "example" and self.perturb_draw != "low_rank" and self.draws_noise:
+            raise ConfigError(
+                f"--perturb_per example needs thin draws, but perturb_draw={self.perturb_draw} was given; use "
+                "--perturb_draw low_rank or --perturb_per microbatch"
             )
 
     @property

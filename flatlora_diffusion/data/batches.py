@@ -30,7 +30,7 @@ _LONGEST_WRITE = 3600.0  # seconds; a file that another run has not finished in 
 
 
 @dataclass(frozen=True)
-class Row:
+class Showing:
     """One image of a batch and how it is seen."""
 
     sample: Sample
@@ -39,7 +39,7 @@ class Row:
 
 
 @dataclass
-class Feed:
+class Batches:
     """Makes the batch of any (step, slot), where slot = micro_batch * world_size + rank. Holds no position.
 
     Images without latents are encoded when they are needed, on `device`, where batches are made.
@@ -138,16 +138,16 @@ class Feed:
         """Whole epochs that are over once optimizer step `step` is done."""
         return (step + 1) // self.schedule.steps_per_epoch
 
-    def _rows(self, step: int, slot: int) -> list[Row]:
+    def _rows(self, step: int, slot: int) -> list[Showing]:
         rows = []
         frame = self.framing.drawn if self.latents is None else self.framing.flipped
         for draw in self.schedule.batch(step * self.slots + slot):
             sample = self.samples[draw.sample]
             caption = drawn_caption(sample.caption, self.config.data, self.seed, sample.id, draw.epoch)
-            rows.append(Row(sample, frame(sample, self.schedule.sizes[draw.sample], draw.epoch), caption))
+            rows.append(Showing(sample, frame(sample, self.schedule.sizes[draw.sample], draw.epoch), caption))
         return rows
 
-    def _class_rows(self, step: int, slot: int) -> list[Row]:
+    def _class_rows(self, step: int, slot: int) -> list[Showing]:
         """Class images have no bucket of their own: they are cropped to the size of the batch."""
         if not self.class_samples:
             return []
@@ -157,10 +157,12 @@ class Feed:
         rows = []
         for draw in self.schedule.class_order.batch(place):
             sample = self.class_samples[draw.sample]
-            rows.append(Row(sample, frame(sample, size, draw.epoch), sample.caption))
+            rows.append(Showing(sample, frame(sample, size, draw.epoch), sample.caption))
         return rows
 
-    def _posteriors(self, rows: list[Row], class_rows: list[Row], step: int, slot: int) -> tuple[Tensor, Tensor]:
+    def _posteriors(
+        self, rows: list[Showing], class_rows: list[Showing], step: int, slot: int
+    ) -> tuple[Tensor, Tensor]:
         """Normalized mean and std (B, 4, h, w) of all rows, from the cache or encoded now."""
         found = []
         for part, cache in ((rows, self.latents), (class_rows, self.class_latents)):
@@ -173,7 +175,7 @@ class Feed:
         means, stds = zip(*found, strict=True)
         return torch.cat(means), torch.cat(stds)
 
-    def _loaded(self, rows: list[Row], step: int, slot: int) -> list[Tensor]:
+    def _loaded(self, rows: list[Showing], step: int, slot: int) -> list[Tensor]:
         """The rows' pixels; with loader threads those of the same slot of the next step are begun too."""
         if self._loader is None:
             return self._all_pixels(rows)
@@ -184,26 +186,26 @@ class Feed:
         self._loading[step + 1, slot] = following
         return self._all_pixels(rows) if here is None else [job.result() for job in here]
 
-    def _all_pixels(self, rows: list[Row]) -> list[Tensor]:
+    def _all_pixels(self, rows: list[Showing]) -> list[Tensor]:
         return [self._pixels(row.sample, row.view) for row in rows]
 
     def _pixels(self, sample: Sample, view: View) -> Tensor:
         return self.framing.pixels(sample, view)
 
-    def _mask(self, rows: list[Row]) -> Tensor:
+    def _mask(self, rows: list[Showing]) -> Tensor:
         """The share of each latent pixel that the image's alpha shows, (B, 1, h, w)."""
         masks = [self.framing.alpha(row.sample, row.view) for row in rows]
         return F.avg_pool2d(torch.stack(masks).to(self.device), self.sdxl.pipeline.vae_scale_factor)
 
 
-def encoded_feed(
+def encoded_batches(
     config: TrainConfig,
     sdxl: Sdxl,
     samples: Sequence[Sample],
     world_size: int = 1,
     class_samples: Sequence[Sample] = (),
-) -> Feed:
-    """The feed of a run, with all encoded that need not be encoded in each step: captions, and images if asked for.
+) -> Batches:
+    """The batches of a run, with all encoded that need not be encoded in each step: captions, and images if asked for.
 
     `config` has its seed and resolution. VAE and text encoders are on the device where batches are made.
     """
@@ -223,7 +225,7 @@ def encoded_feed(
         if cached and class_samples and not data.use_aspect_ratio_buckets:
             cached.append((class_samples, [(resolution, resolution)] * len(class_samples)))
         caches = [encoded_latents(vae, some, sizes, framing, folder) for some, sizes in cached]
-    return Feed(
+    return Batches(
         config=config,
         sdxl=sdxl,
         samples=list(samples),

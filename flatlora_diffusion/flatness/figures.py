@@ -13,9 +13,9 @@ from flatlora_diffusion.config import FlatnessConfig, NoiseKind
 from flatlora_diffusion.evaluation.probe import Probe
 from flatlora_diffusion.flatness.curvature import Eigenvalue, top_eigenvalues, trace
 from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
+from flatlora_diffusion.flatness.loss_surface import axis, loss_slice, loss_surface
 from flatlora_diffusion.flatness.merged_weights import Deltas, merged, probe_loss_at, twice_differentiable
 from flatlora_diffusion.flatness.robustness import STRENGTHS, OtherModels, variants
-from flatlora_diffusion.flatness.surface import axis, loss_slice, loss_surface
 from flatlora_diffusion.flatness.weight_space import Estimate, Loss, Metric, Weights, value
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.sampling import evaluating

@@ -26,10 +26,10 @@ from flatlora_diffusion.data.training_set import check_unseen, load_heldout, loa
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
 from flatlora_diffusion.flatness.figures import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
+from flatlora_diffusion.flatness.loss_surface import axis
 from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
 from flatlora_diffusion.flatness.pictures import write_charts
 from flatlora_diffusion.flatness.robustness import OtherModels
-from flatlora_diffusion.flatness.surface import axis
 from flatlora_diffusion.flatness.tables import markdown_tables
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions

@@ -206,7 +206,7 @@ def _like(value: Tensor, other: Tensor) -> Tensor:
 
 def _manifest(state: TrainState) -> list[dict[str, Any]]:
     away = [{**row, "is_held_out": True} for row in manifest(state.heldout)]
-    return [*manifest([*state.feed.samples, *state.feed.class_samples]), *away]
+    return [*manifest([*state.batches.samples, *state.batches.class_samples]), *away]
 
 
 def _base(state: TrainState) -> dict[str, str]:

@@ -72,7 +72,7 @@ class Previews:
                     state.sdxl,
                     [with_new_tokens(picture.prompt, state.tokens)],
                     [picture.seed],
-                    resolution=state.feed.resolution,
+                    resolution=state.batches.resolution,
                     negative_prompt=picture.negative_prompt,
                 )
         return images
@@ -93,7 +93,7 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
         state.sdxl,
         picture.prompt,
         picture.seed,
-        state.feed.resolution,
+        state.batches.resolution,
         base_there(state.base),
         () if is_plain else ((name, 1.0),),
         negative_prompt=picture.negative_prompt,
@@ -102,6 +102,6 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
 
 def is_due(state: TrainState, step: int) -> bool:
     """After the first epoch and every `validation_epochs` epochs from there, as in diffusers' script."""
-    before, after = (state.feed.epoch_after(s) for s in (step - 1, step))
+    before, after = (state.batches.epoch_after(s) for s in (step - 1, step))
     every = state.config.run.validation_epochs
     return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))

@@ -106,7 +106,7 @@ def non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
 
 def non_finite_text(state: TrainState, step: int, what: str, slots: list[int]) -> str:
     """What a run says whose loss or gradient is not finite: in which step, with which images, and what to change."""
-    places = [(state.feed.samples_at(step, slot), state.feed.batch(step, slot).latents) for slot in slots]
+    places = [(state.batches.samples_at(step, slot), state.batches.batch(step, slot).latents) for slot in slots]
     spoiled = [name for samples, latents in places for name in not_finite(latents, samples)]
     if spoiled:
         return latents_text(spoiled)

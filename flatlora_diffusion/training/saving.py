@@ -84,17 +84,17 @@ def facts_of(state: TrainState, step: int) -> Training:
 
     What calls the LoRA are the new tokens of pivotal tuning, or the prompt of all images, or what captions share.
     """
-    noise, feed = state.sdxl.scheduler.config, state.feed
+    noise, batches = state.sdxl.scheduler.config, state.batches
     tokens = ", ".join("".join(names) for names in state.tokens.values())
     prompt = state.config.data.instance_prompt
     return Training(
         base=state.base,
         family=state.sdxl.family,
-        trigger=tokens or prompt or shared_words([sample.caption for sample in feed.samples]),
+        trigger=tokens or prompt or shared_words([sample.caption for sample in batches.samples]),
         step=step,
-        epoch=feed.epoch_after(step - 1),
-        images=len(feed.samples),
-        class_images=len(feed.class_samples),
+        epoch=batches.epoch_after(step - 1),
+        images=len(batches.samples),
+        class_images=len(batches.class_samples),
         predicts_v=noise.prediction_type == "v_prediction",
         zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
     )

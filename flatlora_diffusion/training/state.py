@@ -1,4 +1,4 @@
-"""Everything that a training step needs: the base with its LoRA, the perturbation, optimizer, schedule and feed."""
+"""Everything that a training step needs: the base with its LoRA, the perturbation, optimizer, schedule and batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
-from flatlora_diffusion.data.batches import Feed, encoded_feed
+from flatlora_diffusion.data.batches import Batches, encoded_batches
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.seeds import derive_seed
@@ -61,7 +61,7 @@ class TrainState:
     optimizer: Any
     lr_schedule: torch.optim.lr_scheduler.LambdaLR
     gradient: StepGradient
-    feed: Feed
+    batches: Batches
     run: RunDir
     total_steps: int
     ema: EMAModel | None
@@ -96,7 +96,9 @@ class TrainState:
     def begin_gradient(self) -> None:
         """Take the gradients by the method anew."""
         adapted = adapted_models(self.sdxl.pipeline, self.config.adapter)
-        self.gradient = step_gradient(adapted, self.trainable, self.config.perturb, self.feed.seed, self.total_steps)
+        self.gradient = step_gradient(
+            adapted, self.trainable, self.config.perturb, self.batches.seed, self.total_steps
+        )
 
     def trains_tokens(self, step: int) -> bool:
         """Whether pivotal tuning still trains its new tokens in `step`."""
@@ -140,9 +142,9 @@ def prepare(
     optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes, adapted.values())
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
-    feed = encoded_feed(config, sdxl, samples, processes, class_samples)
+    batches = encoded_batches(config, sdxl, samples, processes, class_samples)
     if config.model.offload:  # what the steps do not need goes: all outputs of it are cached
-        sdxl.move((*(() if config.encodes_in_steps else TEXT_PARTS), *(() if feed.needs_vae else ("vae",))), CPU)
+        sdxl.move((*(() if config.encodes_in_steps else TEXT_PARTS), *(() if batches.needs_vae else ("vae",))), CPU)
     if config.model.is_unet_last:
         sdxl.move(("unet",), accelerator.device)
     encoders = {part: getattr(pipeline, part) for part in TEXT_PARTS}
@@ -161,7 +163,7 @@ def prepare(
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         gradient=step_gradient(adapted, trainable, config.perturb, config.run.seed, total_steps),
-        feed=feed,
+        batches=batches,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=total_steps,
         # Of the weights where they are trained, now that the UNet has moved.
@@ -200,7 +202,7 @@ def start_at_gradients(state: TrainState, micro_batches: Iterable[MicroBatch], s
     reader.detach()
     scaler = state.accelerator.scaler
     share = 1 / (steps * (1.0 if scaler is None else float(scaler.get_scale())))
-    seed = state.feed.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed
+    seed = state.batches.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed
     for model in adapted.values():
         start_at_slopes(model, {name: next(slopes) * share for name in lora_layers(model)}, seed)
     state.begin_gradient()
@@ -216,7 +218,7 @@ def dropout_draws(state: TrainState, step: int, slot: int) -> Iterator[None]:
         return
     device = state.accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(state.feed.seed, "dropout", step, slot))
+        torch.manual_seed(derive_seed(state.batches.seed, "dropout", step, slot))
         yield
 
 
@@ -243,7 +245,7 @@ def averaged(state: TrainState) -> Iterator[None]:
 
 def put_away(state: TrainState) -> None:
     """End what goes on beside the steps, and give the memory back; `state` cannot be used afterwards."""
-    state.feed.close()
+    state.batches.close()
     state.gradient.detach()
     # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
     state.model = state.accelerator.unwrap_model(state.model)

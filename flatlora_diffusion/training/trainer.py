@@ -130,7 +130,7 @@ def train_step(state: TrainState, step: int) -> float:
         raise RunError(non_finite_text(state, step, "loss", non_finite_slots(state, losses)))
     # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
     if not math.isfinite(gradient) and accelerator.scaler is None:
-        raise RunError(non_finite_text(state, step, "gradient", list(range(state.feed.slots))))
+        raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
     _update(state, step)
     state.draws = draws.hexdigest()
     return value
@@ -161,8 +161,8 @@ def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[Dr
     accelerator, accumulation = state.accelerator, state.config.optim.gradient_accumulation_steps
     for micro in range(accumulation):
         slot = micro * accelerator.num_processes + accelerator.process_index
-        batch = state.feed.batch(step, slot)
-        rng = generator(batch.latents.device, state.feed.seed, "diffusion", step, slot)
+        batch = state.batches.batch(step, slot)
+        rng = generator(batch.latents.device, state.batches.seed, "diffusion", step, slot)
         noise, timesteps = draw_targets(state.objective, batch.latents, rng)
         batch = with_more_noise(state.objective, batch, rng)
         draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
@@ -174,7 +174,7 @@ def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[Dr
 def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
     if state.config.objective.prior_from_base:
-        asked = state.feed.with_class_prompt(batch)
+        asked = state.batches.with_class_prompt(batch)
         loss = loss + prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
     return loss
 
@@ -193,7 +193,7 @@ def _update(state: TrainState, step: int) -> None:
     state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step
-        raise RunError(non_finite_text(state, step, "gradient", list(range(state.feed.slots))))
+        raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
     if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
         pull_embeddings(state.sdxl.pipeline)
     state.lr_schedule.step()

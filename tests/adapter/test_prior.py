@@ -26,13 +26,13 @@ def config(config: TrainConfig) -> TrainConfig:
 
 def drawn(state: TrainState) -> tuple[Batch, Tensor, Tensor]:
     """The first micro-batch and its draws, as the trainer makes them."""
-    batch = state.feed.batch(0, 0)
-    rng = generator(batch.latents.device, state.feed.seed, "diffusion", 0, 0)
+    batch = state.batches.batch(0, 0)
+    rng = generator(batch.latents.device, state.batches.seed, "diffusion", 0, 0)
     return batch, *draw_targets(state.objective, batch.latents, rng)
 
 
 def prior_of(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    asked = state.feed.with_class_prompt(batch)
+    asked = state.batches.with_class_prompt(batch)
     return prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
 
 

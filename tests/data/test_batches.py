@@ -14,7 +14,7 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data import batches as feed_module
-from flatlora_diffusion.data.batches import Feed, encoded_feed
+from flatlora_diffusion.data.batches import Batches, encoded_batches
 from flatlora_diffusion.data.crops import View
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
@@ -27,16 +27,16 @@ def sdxl(base: Path) -> Sdxl:
     return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
 
 
-def make_feed(sdxl: Sdxl, icons: Path, world_size: int = 1, **settings: object) -> Feed:
+def make_batches(sdxl: Sdxl, icons: Path, world_size: int = 1, **settings: object) -> Batches:
     values = {"seed": 0, "resolution": 32, "train_batch_size": 2, **settings}
-    return encoded_feed(TrainConfig.from_dict(values), sdxl, load_samples(icons).samples, world_size)
+    return encoded_batches(TrainConfig.from_dict(values), sdxl, load_samples(icons).samples, world_size)
 
 
-def make_feed_of_one_picture(sdxl: Sdxl, icons: Path, names: Sequence[str], **settings: object) -> Feed:
-    """A feed of one picture, once under each of `names`."""
+def make_batches_of_one_picture(sdxl: Sdxl, icons: Path, names: Sequence[str], **settings: object) -> Batches:
+    """A batches of one picture, once under each of `names`."""
     values = {"seed": 0, "resolution": 32, "train_batch_size": len(names), **settings}
     picture = load_samples(icons).samples[0]
-    return encoded_feed(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
+    return encoded_batches(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -47,25 +47,25 @@ def test_a_feed_needs_the_vae_when_a_batch_is_encoded(
 ) -> None:
     settings = {"cache_latents": cached, "use_aspect_ratio_buckets": buckets, "resolution": 32, "seed": 0}
     samples = load_samples(icons).samples
-    feed = encoded_feed(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
+    batches = encoded_batches(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
     encoded: Any = []
     real = feed_module.posterior
     monkeypatch.setattr(feed_module, "posterior", lambda vae, pixels: (encoded.append(pixels), real(vae, pixels))[1])
-    feed.batch(0, 0)
-    assert feed.needs_vae is bool(encoded)
+    batches.batch(0, 0)
+    assert batches.needs_vae is bool(encoded)
 
 
 def test_each_epoch_shows_each_image_once(sdxl: Sdxl, icons: Path) -> None:
-    feed = make_feed(sdxl, icons)
-    shown = [sample.id for step in range(6) for sample in feed.samples_at(step, 0)]
+    batches = make_batches(sdxl, icons)
+    shown = [sample.id for step in range(6) for sample in batches.samples_at(step, 0)]
     for epoch in range(4):
         assert sorted(shown[3 * epoch : 3 * epoch + 3]) == ["icon-0.png", "icon-1.png", "icon-2.png"]
     assert len({tuple(shown[3 * epoch : 3 * epoch + 3]) for epoch in range(4)}) > 1
 
 
 def test_two_processes_draw_what_one_with_accumulation_2_draws(sdxl: Sdxl, icons: Path) -> None:
-    one = make_feed(sdxl, icons, gradient_accumulation_steps=2, caption_dropout=0.5, random_flip=True)
-    two = make_feed(sdxl, icons, world_size=2, caption_dropout=0.5, random_flip=True)
+    one = make_batches(sdxl, icons, gradient_accumulation_steps=2, caption_dropout=0.5, random_flip=True)
+    two = make_batches(sdxl, icons, world_size=2, caption_dropout=0.5, random_flip=True)
     for step in range(3):
         for slot in range(2):
             a, b = one.batch(step, slot), two.batch(step, slot)
@@ -74,37 +74,37 @@ def test_two_processes_draw_what_one_with_accumulation_2_draws(sdxl: Sdxl, icons
 
 
 def test_a_batch_is_a_function_of_its_key_and_another_key_draws_anew(sdxl: Sdxl, icons: Path) -> None:
-    feed = make_feed(sdxl, icons)
-    assert torch.equal(feed.batch(4, 0).latents, feed.batch(4, 0).latents)
-    single = make_feed(sdxl, icons, train_batch_size=3, center_crop=True)  # every step shows all three images
+    batches = make_batches(sdxl, icons)
+    assert torch.equal(batches.batch(4, 0).latents, batches.batch(4, 0).latents)
+    single = make_batches(sdxl, icons, train_batch_size=3, center_crop=True)  # every step shows all three images
     order = [{s.id: i for i, s in enumerate(single.samples_at(step, 0))} for step in (0, 1)]
     a, b = (single.batch(step, 0).latents[order[step]["icon-0.png"]] for step in (0, 1))
     assert not torch.equal(a, b), "the VAE's posterior was not sampled anew"
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(sdxl: Sdxl, icons: Path) -> None:
-    feed = make_feed(sdxl, icons)
-    batch = feed.batch(0, 0)
+    batches = make_batches(sdxl, icons)
+    batch = batches.batch(0, 0)
     assert batch.prompt_embeds is not None
     assert batch.pooled_prompt_embeds is not None
-    for row, sample in enumerate(feed.samples_at(0, 0)):
+    for row, sample in enumerate(batches.samples_at(0, 0)):
         embeds, _, pooled, _ = sdxl.pipeline.encode_prompt(sample.caption, do_classifier_free_guidance=False)
         assert torch.equal(batch.prompt_embeds[row], embeds[0])
         assert torch.equal(batch.pooled_prompt_embeds[row], pooled[0])
 
 
 def test_time_ids_hold_original_size_crop_and_target_size(sdxl: Sdxl, icons: Path) -> None:
-    feed = make_feed(sdxl, icons)
-    for row, sample in zip(feed.batch(0, 0).add_time_ids, feed.samples_at(0, 0), strict=True):
+    batches = make_batches(sdxl, icons)
+    for row, sample in zip(batches.batch(0, 0).add_time_ids, batches.samples_at(0, 0), strict=True):
         assert row[:2].tolist() == [sample.height, sample.width]
         assert row[4:].tolist() == [32, 32]
 
 
 def test_dropped_captions_are_zero_embeddings_at_about_the_asked_rate(sdxl: Sdxl, icons: Path) -> None:
-    feed = make_feed(sdxl, icons, caption_dropout=0.25)
+    batches = make_batches(sdxl, icons, caption_dropout=0.25)
     dropped = []
     for step in range(100):
-        batch = feed.batch(step, 0)
+        batch = batches.batch(step, 0)
         assert batch.prompt_embeds is not None
         assert batch.pooled_prompt_embeds is not None
         empty = batch.prompt_embeds.abs().sum(dim=(1, 2)) == 0
@@ -115,21 +115,19 @@ def test_dropped_captions_are_zero_embeddings_at_about_the_asked_rate(sdxl: Sdxl
 
 def test_each_step_and_slot_draws_its_own_posterior_noise_and_drops_its_own_captions(sdxl: Sdxl, icons: Path) -> None:
     settings = {"gradient_accumulation_steps": 2, "center_crop": True, "caption_dropout": 0.5}
-    feed = make_feed_of_one_picture(sdxl, icons, ["a"], **settings)
-    batches = [[feed.batch(step, slot) for slot in (0, 1)] for step in range(20)]
-    latents = [batch.latents for step in batches for batch in step]
+    batches = make_batches_of_one_picture(sdxl, icons, ["a"], **settings)
+    steps = [[batches.batch(step, slot) for slot in (0, 1)] for step in range(20)]
+    latents = [batch.latents for step in steps for batch in step]
     assert not any(torch.equal(a, b) for i, a in enumerate(latents) for b in latents[:i])
-    dropped = [
-        [batch.prompt_embeds is not None and not batch.prompt_embeds.any() for batch in step] for step in batches
-    ]
+    dropped = [[batch.prompt_embeds is not None and not batch.prompt_embeds.any() for batch in step] for step in steps]
     assert {one == two for one, two in dropped} == {False, True}
 
 
 def test_crop_and_flip_are_drawn_anew_for_each_epoch_and_each_image(sdxl: Sdxl, icons: Path) -> None:
-    feed = make_feed_of_one_picture(sdxl, icons, ["a", "b"], random_flip=True)
+    batches = make_batches_of_one_picture(sdxl, icons, ["a", "b"], random_flip=True)
     seen: dict[str, list[View]] = {"a": [], "b": []}
     for epoch in range(12):  # each batch is one
-        for row in feed._rows(epoch, 0):
+        for row in batches._rows(epoch, 0):
             seen[row.sample.id].append(row.view)
     for views in seen.values():
         assert {view.is_mirrored for view in views} == {False, True}
@@ -139,8 +137,10 @@ def test_crop_and_flip_are_drawn_anew_for_each_epoch_and_each_image(sdxl: Sdxl, 
 
 
 def test_loader_threads_change_nothing(config: TrainConfig) -> None:
-    plain = prepare(config.replace(gradient_accumulation_steps=2), samples_of(config)).feed
-    threads = prepare(config.replace(gradient_accumulation_steps=2, dataloader_num_workers=2), samples_of(config)).feed
+    plain = prepare(config.replace(gradient_accumulation_steps=2), samples_of(config)).batches
+    threads = prepare(
+        config.replace(gradient_accumulation_steps=2, dataloader_num_workers=2), samples_of(config)
+    ).batches
     for step in range(4):
         for slot in range(2):
             assert torch.equal(plain.batch(step, slot).latents, threads.batch(step, slot).latents)
@@ -153,7 +153,7 @@ def test_only_what_alpha_shows_counts(config: TrainConfig, tmp_path: Path) -> No
     icon.paste((200, 0, 0, 255), (0, 0, 16, 32))
     icon.save(folder / "half.png")
     masked = config.replace(instance_data_dir=str(folder), instance_prompt="x", alpha_mask_loss=True)
-    batch = prepare(masked, load_samples(folder, "x").samples).feed.batch(0, 0)
+    batch = prepare(masked, load_samples(folder, "x").samples).batches.batch(0, 0)
     assert batch.mask is not None
     assert batch.mask.shape == (2, 1, 8, 8)
     assert batch.mask[0, 0, :, :4].eq(1).all()

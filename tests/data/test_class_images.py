@@ -40,7 +40,7 @@ def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_
     train(prior)
     assert len(list(folder.iterdir())) == 3, "enough images were there already"
     state = prepare(prior, samples_of(config), load_samples(folder, "an icon").samples)
-    batch = state.feed.batch(0, 0)
+    batch = state.batches.batch(0, 0)
     assert len(batch.latents) == 4
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     steps = torch.tensor([1, 300, 600, 999])
@@ -49,7 +49,7 @@ def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_
 
     whole = diffusion_loss(state.model, state.objective, batch, noise, steps)
     torch.testing.assert_close(whole, losses[:2].mean() + 0.3 * losses[2:].mean())
-    instance = state.feed.samples_at(0, 0)[0]
+    instance = state.batches.samples_at(0, 0)[0]
     assert batch.add_time_ids[0, :2].tolist() == [instance.height, instance.width]
     sizes = {tuple(row[:2].tolist()) for row in batch.add_time_ids[2:]}
     assert sizes <= {(70.0, 50.0), (32.0, 32.0)}, "a class image has the size conditioning of its own"

@@ -18,10 +18,10 @@ from flatlora_diffusion.training.trainer import train_step
 
 def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path: Path) -> None:
     cached = config.replace(cache_latents=True, random_flip=True, embedding_cache_dir=str(tmp_path / "cache"))
-    first = prepare(cached, samples_of(config)).feed
+    first = prepare(cached, samples_of(config)).batches
     files = set((tmp_path / "cache").iterdir())
     assert len(files) == 2 * 3
-    again = prepare(cached, samples_of(config)).feed
+    again = prepare(cached, samples_of(config)).batches
     assert set((tmp_path / "cache").iterdir()) == files
     flips = set()
     for step in range(6):
@@ -74,6 +74,6 @@ def test_latents_that_are_not_finite_stop_the_run_with_the_image_s_name(
         assert not list((tmp_path / "cache").glob("latent-*"))
         return
     state = prepare(settings, samples)
-    last = state.feed.samples_at(0, 0)[-1].id
+    last = state.batches.samples_at(0, 0)[-1].id
     with pytest.raises(RunError, match=wanted.format(last)):
         train_step(state, 0)

@@ -17,9 +17,9 @@ def test_prompt_embeddings_are_kept_on_disk_and_made_anew_when_the_caption_chang
     config: TrainConfig, icons: Path, tmp_path: Path
 ) -> None:
     cached = config.replace(cache_text_embeddings=True, embedding_cache_dir=str(tmp_path / "cache"))
-    plain = prepare(config, samples_of(config)).feed.batch(0, 0)
+    plain = prepare(config, samples_of(config)).batches.batch(0, 0)
     for _ in range(2):
-        batch = prepare(cached, samples_of(config)).feed.batch(0, 0)
+        batch = prepare(cached, samples_of(config)).batches.batch(0, 0)
         assert batch.prompt_embeds is not None
         assert plain.prompt_embeds is not None
         assert torch.equal(batch.prompt_embeds, plain.prompt_embeds)

@@ -40,7 +40,7 @@ def test_so_many_of_the_others_are_left_out() -> None:
 
 def test_batches_have_the_embeddings_of_the_drawn_captions(config: TrainConfig) -> None:
     state = prepare(config.replace(tag_dropout=1.0, keep_tags=0, offload=True, cache_latents=True), samples_of(config))
-    batch = state.feed.batch(0, 0)
+    batch = state.batches.batch(0, 0)
     empty, _, pooled, _ = state.sdxl.pipeline.encode_prompt("", do_classifier_free_guidance=False)
     assert batch.prompt_embeds is not None
     torch.testing.assert_close(batch.prompt_embeds[:1], empty)
@@ -69,10 +69,10 @@ def test_a_mask_beside_an_image_says_which_pixels_count(config: TrainConfig, tmp
     assert "mask_sha256" in manifest(found.samples)[0]
     asked = config.replace(instance_data_dir=str(folder), alpha_mask_loss=True, train_batch_size=1, center_crop=True)
     state = prepare(asked, found.samples[:1])
-    shown = state.feed.batch(0, 0).mask
+    shown = state.batches.batch(0, 0).mask
     assert shown is not None
     assert shown[0, 0, :, :4].eq(1).all()
     assert shown[0, 0, :, 4:].eq(0).all()
     Image.new("L", (30, 32), 0).save(folder / "a-masklabel.png")
     with pytest.raises(ImageError, match=r"a-masklabel\.png cannot be read as an image: it is 30x32 pixels, and the"):
-        state.feed.framing.alpha(found.samples[0], state.feed._rows(0, 0)[0].view)
+        state.batches.framing.alpha(found.samples[0], state.batches._rows(0, 0)[0].view)

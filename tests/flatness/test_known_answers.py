@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.evaluation.probe import PURPOSE
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
 from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
-from flatlora_diffusion.flatness.surface import axis, direction, loss_slice, loss_surface
+from flatlora_diffusion.flatness.loss_surface import axis, direction, loss_slice, loss_surface
 from flatlora_diffusion.flatness.weight_space import (
     Estimate,
     Loss,

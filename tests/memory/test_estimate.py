@@ -71,7 +71,7 @@ class RealStep:
 
     def __init__(self, state: TrainState) -> None:
         self.state = state
-        self.batch = state.feed.batch(0, 0)
+        self.batch = state.batches.batch(0, 0)
         self.draws = draw_targets(state.objective, self.batch.latents, generator("cpu", 3, "test"))
 
     def loss(self) -> Tensor:

@@ -66,19 +66,19 @@ def test_the_caches_and_what_is_offloaded_are_those_of_a_real_run(config: TrainC
     config = config.replace(cache_latents=True, offload=True, prior_from_base=True, class_prompt="a thing")
     samples = samples_of(config)
     estimate, state = estimate_cpu_memory(config, samples), prepare(config, samples)
-    assert state.feed.latents is not None
-    assert estimate.latents == sum(size(*pair) for pair in state.feed.latents._posteriors.values())
-    assert isinstance(state.feed.prompts, FrozenPrompts)
-    assert estimate.prompts == sum(size(*pair) for pair in state.feed.prompts._embeds.values())
+    assert state.batches.latents is not None
+    assert estimate.latents == sum(size(*pair) for pair in state.batches.latents._posteriors.values())
+    assert isinstance(state.batches.prompts, FrozenPrompts)
+    assert estimate.prompts == sum(size(*pair) for pair in state.batches.prompts._embeds.values())
     pipeline = state.sdxl.pipeline
     assert estimate.offloaded == 4 * sum(numbers(getattr(pipeline, part)) for part in PARTS if part != "unet")
     prior = {"with_prior_preservation": True, "prior_from_base": False, "class_data_dir": str(icons)}
     config = config.replace(**prior, num_class_images=3, prior_generation_precision="fp32")
     state = prepare(config, samples, load_samples(icons, "a thing").samples)
     both = estimate_cpu_memory(config, samples)
-    assert state.feed.class_latents is not None
-    cached = [*state.feed.latents._posteriors.values()] if state.feed.latents else []
-    cached += state.feed.class_latents._posteriors.values()
+    assert state.batches.class_latents is not None
+    cached = [*state.batches.latents._posteriors.values()] if state.batches.latents else []
+    cached += state.batches.class_latents._posteriors.values()
     assert both.latents == sum(size(*pair) for pair in cached)
     assert both.class_images == both.loading, "class images are drawn with the same base in fp32"
 

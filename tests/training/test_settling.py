@@ -65,7 +65,7 @@ def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_p
         }
     )
     state = prepare(seeded(given), load_samples(icons).samples)
-    assert state.feed.config is state.config
+    assert state.batches.config is state.config
     assert all(state.config.to_dict()[name] is not None for name in settings_that("is_settled"))
-    assert state.total_steps == state.config.optim.max_train_steps == 3 * state.feed.schedule.steps_per_epoch
-    assert state.feed.resolution == state.sdxl.resolution
+    assert state.total_steps == state.config.optim.max_train_steps == 3 * state.batches.schedule.steps_per_epoch
+    assert state.batches.resolution == state.sdxl.resolution

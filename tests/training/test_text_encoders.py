@@ -45,7 +45,7 @@ def test_a_frozen_text_encoder_is_the_same_denoiser(config: TrainConfig) -> None
     text = prepare(config.replace(method="lora", caption_dropout=0.5, train_text_encoder=True), samples_of(config))
     losses = []
     for state in (plain, text):
-        batch = state.feed.batch(0, 0)
+        batch = state.batches.batch(0, 0)
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
         losses.append(sample_losses(state.model, state.objective, batch, noise, torch.tensor([10, 700])))
     torch.testing.assert_close(*losses)

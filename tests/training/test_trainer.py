@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of
     real, factors = trainer.diffusion_loss, iter([1.0, float("nan"), 1.0])
     monkeypatch.setattr(trainer, "diffusion_loss", lambda *args: real(*args) * next(factors))
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
-    bad = state.feed.samples_at(0, 1)[0].id
+    bad = state.batches.samples_at(0, 1)[0].id
     message = (
         f"the loss of step 0 is not finite with these images: {bad}, class.png; go on with a lower --learning_rate"
     )
@@ -251,7 +251,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, value))
-    images = ", ".join(sample.id for sample in state.feed.samples_at(0, 0))
+    images = ", ".join(sample.id for sample in state.batches.samples_at(0, 0))
     with pytest.raises(
         RunError, match=f"the gradient of step 0 is not finite with these images: {images}; go on with"
     ):
@@ -397,7 +397,7 @@ def test_epochs_give_the_number_of_steps(config: TrainConfig) -> None:
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     state = prepare(config.replace(max_train_steps=None, num_train_epochs=5, gradient_accumulation_steps=2), samples)
     assert state.total_steps == 5  # 3 images, so 2 batches, in steps of 2 batches
-    assert [state.feed.epoch_after(step) for step in (-1, 0, 3)] == [0, 1, 4]
+    assert [state.batches.epoch_after(step) for step in (-1, 0, 3)] == [0, 1, 4]
 
 
 def test_latest_without_a_checkpoint_starts_a_run(config: TrainConfig, tmp_path: Path, caplog: Any) -> None:

@@ -25,7 +25,7 @@ class HeldoutLoss:
         self._captions = [sample.caption for sample in read]
         with ready(state.sdxl):
             self._probe = fixed_probe(
-                state.sdxl, read, state.feed.resolution, seed=0, background=state.config.data.background_color
+                state.sdxl, read, state.batches.resolution, seed=0, background=state.config.data.background_color
             )
 
     def now(self) -> float:

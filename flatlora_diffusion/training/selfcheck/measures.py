@@ -112,8 +112,8 @@ def _expected_std(layer: nn.Module, is_iid: bool) -> Tensor:
 def _loss_and_gradients(state: TrainState, flats: Iterable[FlatLora]) -> list[Tensor]:
     """Those of the first micro-batch; nothing of the run is moved by it. `flats` perturb it with sigma 0."""
     slot = state.accelerator.process_index
-    batch = state.feed.batch(0, slot)
-    rng = generator(batch.latents.device, state.feed.seed, "diffusion", 0, slot)
+    batch = state.batches.batch(0, slot)
+    rng = generator(batch.latents.device, state.batches.seed, "diffusion", 0, slot)
     noise, timesteps = draw_targets(state.objective, batch.latents, rng)
     model = state.accelerator.unwrap_model(state.model)  # one process does this alone
     with dropout_draws(state, 0, slot), ExitStack() as stack:

@@ -45,6 +45,17 @@ def app(shared_app: RunningApp) -> Iterator[RunningApp]:
 
 
 @pytest.fixture
+def own_app(browser: Browser, tmp_path: Path) -> Iterator[RunningApp]:
+    """An app for one test alone."""
+    app = RunningApp(tmp_path / "runs")
+    try:
+        app.start()
+        yield app
+    finally:
+        app.close()
+
+
+@pytest.fixture
 def page(browser: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]:
     """A fresh browser profile with the app open; what its console complains of fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)

@@ -6,26 +6,19 @@ Not collected otherwise: no test, it writes docs/app_*.png.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from app_driver import PATIENCE, ROOT, AppPage, RunningApp
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import expect
 
 DOCS = ROOT / "docs"
 STEPS = 60
 
 
 @pytest.fixture
-def app(tmp_path: Path, browser: Browser) -> Iterator[RunningApp]:
-    """One of its own, so that no other test's runs are in the picture."""
-    app = RunningApp(tmp_path / "runs")
-    try:
-        app.start()
-        yield app
-    finally:
-        app.close()
+def app(own_app: RunningApp) -> RunningApp:
+    """No other test's runs are in the picture."""
+    return own_app
 
 
 def shoot(page: AppPage, name: str, top: str = "body") -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from app_driver import PATIENCE, ROOT, AppPage, RunningApp
 from PIL import Image, ImageDraw, ImageFont
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import expect
 
 from flatlora_diffusion.config import SAMPLES
 
@@ -59,14 +58,9 @@ class Film:
 
 
 @pytest.fixture
-def app(tmp_path: Path, browser: Browser) -> Iterator[RunningApp]:
-    """One of its own, so that no other test's runs are in the picture."""
-    app = RunningApp(tmp_path / "runs")
-    try:
-        app.start()
-        yield app
-    finally:
-        app.close()
+def app(own_app: RunningApp) -> RunningApp:
+    """No other test's runs are in the picture."""
+    return own_app
 
 
 def test_walk(page: AppPage) -> None:
