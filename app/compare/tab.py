@@ -23,7 +23,10 @@ from .view import (
     BY_CHECKPOINT,
     BY_PROMPT,
     BY_STRENGTH,
+    GUIDANCES,
     PICTURES,
+    STEPS,
+    STRENGTHS,
     TO_BASE,
     CompareView,
     Form,
@@ -109,15 +112,15 @@ def _build_side_by_side(
             prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
         with gr.Column(scale=2, min_width=280):
             rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info=_ROWS_INFO)
-            with gr.Column() as one_strength:  # shown and hidden itself, the slider would be made anew as Gradio's own
-                strength = emptiable_slider(
-                    0, 1.5, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
+            with gr.Column() as one_strength:
+                strength = gr.Slider(
+                    *STRENGTHS, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
                 )
             strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
             seeds = gr.Textbox("0", label="Seeds", info="Each number starts from other noise: one more picture each.")
     with gr.Accordion("More settings", open=False), gr.Row():
-        steps = emptiable_slider(1, 100, 25, step=1, label="Steps", info="More is finer and slower.")
-        guidance = emptiable_slider(0, 15, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+        steps = gr.Slider(*STEPS, 25, step=1, label="Steps", info="More is finer and slower.")
+        guidance = gr.Slider(*GUIDANCES, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
         precision = gr.Dropdown(
             _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
         )
@@ -149,7 +152,9 @@ def _build_side_by_side(
     kept = {str(part.label): part for part in (prompts, seeds, rows, strength, strengths, steps, guidance)}
     restored = keep_fields(load, "compare", kept, event="input")
     outputs = [grid, status, picture, page, stop, last]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # The form checks its values itself, in a sentence beside it: for one that Gradio refuses no handler is called, and
+    # what is drawn would come no more. It would refuse choices that are filled in per page, too.
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 
     def on_draw(request: gr.Request, goes_first: bool, *values: Any) -> tuple[Any, ...]:
         return draw(view, goes_first, *values, session=request.session_hash or "")
@@ -159,7 +164,6 @@ def _build_side_by_side(
         return refresh(view, last, *values)
 
     rows.change(_show_strengths, rows, [one_strength, strengths], **quiet)
-    # Choices are filled in per page, and Gradio would refuse those of a program; the handler checks them itself.
     draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw", preprocess=False)
     stop.click(on_stop, [last, *form], outputs, **quiet)
 
@@ -174,17 +178,6 @@ def _build_side_by_side(
     looked = {"inputs": [known, last, *form], "outputs": [runs, prompts, seeds, known, *outputs], **quiet}
     timer.tick(**only_news({"fn": on_tick, **looked}, partial(signs_of, view.context)))
     return form, timer, known
-
-
-def emptiable_slider(*place: Any, **settings: Any) -> gr.Slider:
-    """A slider whose emptied box is None for the handler, where Gradio's own raises a TypeError.
-
-    No class of its own, since Gradio writes a .pyi file beside the module of every component class.
-    """
-    slider = gr.Slider(*place, **settings)
-    checked = slider.preprocess
-    slider.preprocess = lambda payload: None if payload is None else checked(payload)
-    return slider
 
 
 def _show_strengths(rows: str) -> tuple[Any, Any]:

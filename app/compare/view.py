@@ -33,20 +33,21 @@ PICTURES, TO_BASE, BETWEEN = "pictures", "to_base", "between"
 _REFERENCES = {TO_BASE: 0, BETWEEN: 1}  # the column that the later ones are shown as differences to
 AUTOMATIC = "automatic"
 PRECISIONS = ("no", "fp16", "bf16")
+STRENGTHS, STEPS, GUIDANCES = (0.0, 1.5), (1, 100), (0.0, 15.0)  # from and to
 NO_RUNS = "Nothing to compare yet"
 WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has finished."
 
 
 @dataclass(frozen=True)
 class Form:
-    """The values of the form as they are on the page."""
+    """The values of the form as the page has them: unchecked, and None for what is empty."""
 
-    runs: Sequence[str]
-    prompts: str
-    seeds: str
+    runs: Sequence[str] | None
+    prompts: str | None
+    seeds: str | None
     rows: str
     strength: float | None
-    strengths: str
+    strengths: str | None
     steps: int | None
     guidance: float | None
     look: str = PICTURES
@@ -83,19 +84,20 @@ class CompareView:
     def comparison(self, form: Form) -> Comparison:
         """What the form asks for. Raises ConfigError, one sentence, when that cannot be."""
         arms = {arm.id: arm for arm in self.arms()}
-        gone = [run for run in form.runs if run not in arms]
+        runs = form.runs or ()
+        gone = [run for run in runs if run not in arms]
         if gone:
             raise ConfigError(f"the run {gone[0]!r} is not there any more; choose another")
-        strength = _filled("LoRA strength", form.strength)
+        strength = _within("LoRA strength", form.strength, STRENGTHS)
         by_strength = form.rows == BY_STRENGTH
-        chosen = tuple(arms[run] for run in form.runs)
+        chosen = tuple(arms[run] for run in runs)
         return Comparison(
             arms=chosen,
-            prompts=read_prompts(form.prompts),
-            seeds=read_seeds(form.seeds),
-            strengths=read_strengths(form.strengths) if by_strength else (strength,),
-            steps=int(_filled("Steps", form.steps)),
-            guidance=_filled("Guidance", form.guidance),
+            prompts=read_prompts(form.prompts or ""),
+            seeds=read_seeds(form.seeds or ""),
+            strengths=read_strengths(form.strengths or "") if by_strength else (strength,),
+            steps=int(_within("Steps", form.steps, STEPS)),
+            guidance=_within("Guidance", form.guidance, GUIDANCES),
             precision=form.precision if form.precision in PRECISIONS else own_precision(),
             moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
         )
@@ -177,8 +179,11 @@ class CompareView:
         return told(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
 
 
-def _filled(label: str, number: float | None) -> float:
-    """Raises ConfigError for an emptied box."""
+def _within(label: str, number: float | None, bounds: tuple[float, float]) -> float:
+    """Raises ConfigError for an emptied box and for a number beyond `bounds`."""
+    low, high = bounds
     if number is None:
         raise ConfigError(f"{label} is empty; enter a number")
+    if not low <= number <= high:
+        raise ConfigError(f"{label} is {number:g}; enter a number from {low:g} to {high:g}")
     return float(number)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -22,7 +23,7 @@ from app.compare.answer import answer
 from app.compare.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.compare.export import difference
 from app.compare.picture_cache import Drawing, DrawOrder, Picture, orders_for
-from app.compare.tab import emptiable_slider, refresh
+from app.compare.tab import refresh
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
@@ -174,11 +175,21 @@ def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:
     assert len(view.draw(FORM, "me")) == 1
 
 
-def test_an_emptied_slider_reaches_the_form() -> None:
-    slider = emptiable_slider(0, 1.5, 1, step=0.05)
-    assert (slider.preprocess(None), slider.preprocess(0.5)) == (None, 0.5)
-    with pytest.raises(gr.Error):
-        slider.preprocess(2)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"strength": None}, "LoRA strength is empty; enter a number"),
+        ({"steps": 252}, "Steps is 252; enter a number from 1 to 100"),
+        ({"guidance": -1}, "Guidance is -1; enter a number from 0 to 15"),
+    ],
+)
+def test_a_number_that_cannot_be_is_one_sentence_beside_the_form(
+    view: CompareView, change: dict[str, Any], told: str
+) -> None:
+    wrong = replace(FORM, **change)
+    assert told in view.show(wrong).status
+    with pytest.raises(ConfigError, match=told):
+        view.draw(wrong, "me")
 
 
 def test_what_is_not_to_wait_goes_first_also_when_it_was_queued_before(view: CompareView) -> None:
