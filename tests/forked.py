@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,6 +47,8 @@ def _train(arguments: list[str], said: Path, environment: Mapping[str, str]) -> 
     code = 1
     try:
         code = train_main(arguments)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)  # not through pytest's own ends
