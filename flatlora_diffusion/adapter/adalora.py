@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig
 from peft.tuners.adalora import RankAllocator
-from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
@@ -113,8 +112,3 @@ class RankBudget:
             kept[name] = value.to(places[name])
             self._ranks.ipt[name] = torch.zeros_like(kept[name])  # taken anew in each step
         self._left, self._is_settled = header["left"], header["is_settled"]
-
-
-def has_budget(model: nn.Module) -> bool:
-    """Whether the LoRA of `model` is AdaLoRA's."""
-    return any(isinstance(module, AdaLoraLayer) for module in model.modules())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
@@ -70,6 +71,7 @@ def save_merged(pipeline: Any, folder: Path) -> None:
         base = layer.get_base_layer()
         merged = base_weight(base).cpu() + layer.lora_B[ADAPTER].weight.float().cpu()
         tensors[f"{name}.weight"] = merged.to(base.weight.dtype)
-    whole = type(unet).from_config(unet.config).to(unet.dtype)
-    whole.load_state_dict(tensors)
+    with init_empty_weights():  # its own first weights would only be thrown away
+        whole = type(unet).from_config(unet.config)
+    whole.load_state_dict(tensors, assign=True)
     type(pipeline)(**{**pipeline.components, "unet": whole}).save_pretrained(folder)

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from flatlora_diffusion.config import (
     METHOD_NAMES,
     NOISY,
+    PERTURBING,
     QUIET_VARIABLE,
     ConfigError,
     Method,
@@ -237,7 +238,9 @@ def _refusal(method: str, name: str) -> str:
     if name in _OURS:
         return "is the same for the whole experiment"
     of_noise = {item.name for item in fields(PerturbConfig)} - {"rho", "bar_strength"}
-    if name in unused_by(method) or (method not in NOISY and name in of_noise):
+    of_eps = {"perturb_noise", "perturb_draw", "perturb_norm_every"}
+    is_unused = name in unused_by(method) or (method not in NOISY and name in of_noise)
+    if is_unused or (method not in PERTURBING and name in of_eps):
         return f"means nothing for {'plain ' if method == 'lora' else ''}{METHOD_NAMES[method]}"
     return ""
 

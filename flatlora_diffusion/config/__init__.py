@@ -16,6 +16,9 @@ from flatlora_diffusion.config.methods import (
     NOISY as NOISY,
 )
 from flatlora_diffusion.config.methods import (
+    PERTURBING as PERTURBING,
+)
+from flatlora_diffusion.config.methods import (
     DrawKind as DrawKind,
 )
 from flatlora_diffusion.config.methods import (

@@ -25,8 +25,10 @@ METHOD_NAMES: dict[str, str] = {
     "obar": "oBAR",
 }
 """Each method as people read it."""
-NOISY = ("flat-lora", "mixed-noise", "factor-noise")
-"""Those that draw eps, and so have a sigma."""
+PERTURBING = ("flat-lora", "mixed-noise")
+"""Those that draw eps of W."""
+NOISY = (*PERTURBING, "factor-noise")
+"""Those that draw noise, and so have a sigma."""
 DEFAULT_SIGMA = 0.1
 BALANCING = ("nbar", "obar")
 DEFAULT_RHO: dict[str, float] = {"lora-sam": 0.003, "sam": 0.05, "bi-lora": 0.05}
@@ -137,7 +139,12 @@ class PerturbConfig(Section):
                 f"--method {self.method} balances nothing, but bar_strength={self.bar_strength:g} was given; leave "
                 "--bar_strength out or use --method nbar or obar"
             )
-        if self.perturb_per == "example" and self.perturb_draw != "low_rank" and self.draws_noise:
+        if self.perturb_per == "example" and self.method == "factor-noise":
+            raise ConfigError(
+                "--perturb_per example draws an eps of W for each image, but --method factor-noise draws none of W; "
+                "use --perturb_per microbatch or --method flat-lora"
+            )
+        if self.perturb_per == "example" and self.perturb_draw != "low_rank" and self.perturbs_weights:
             raise ConfigError(
                 f"--perturb_per example needs thin draws, but perturb_draw={self.perturb_draw} was given; use "
                 "--perturb_draw low_rank or --perturb_per microbatch"
@@ -145,8 +152,13 @@ class PerturbConfig(Section):
 
     @property
     def draws_noise(self) -> bool:
-        """Whether eps is drawn, so that there is a sigma."""
+        """Whether noise is drawn, so that there is a sigma."""
         return self.method in NOISY
+
+    @property
+    def perturbs_weights(self) -> bool:
+        """Whether it is eps of W, by `perturb_draw`."""
+        return self.method in PERTURBING
 
     @property
     def strength(self) -> float:

@@ -160,7 +160,8 @@ def comment(config: TrainConfig) -> str:
         radius = f", rho {perturb.radius:g}" if perturb.radius else ""
         return f"flatlora-diffusion: method {perturb.method}{radius}"
     sigma = f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule"
-    return f"flatlora-diffusion: method {perturb.method}, {sigma}, {perturb.perturb_draw.replace('_', '-')} draws"
+    draws = f", {perturb.perturb_draw.replace('_', '-')} draws" if perturb.perturbs_weights else ""
+    return f"flatlora-diffusion: method {perturb.method}, {sigma}{draws}"
 
 
 def is_hub_id(name: str) -> bool:

@@ -39,8 +39,8 @@ class MemoryEstimate:
     """Bytes on the device. The first fields are parts of a training step; the last three are whole moments beside it.
 
     activations: what backward needs, all held when forward ends. temporary: what backward holds at its peak beyond
-    that, with gradient checkpointing the recomputed block. perturbation: Flat-LoRA's norms and its largest eps, or
-    the factors of all eps.
+    that, with gradient checkpointing the recomputed block. perturbation: what the method holds, of Flat-LoRA
+    its norms and the factors of all eps or its largest eps, and AdaLoRA's scores.
     encoding, previews, class_images: all that is held while images are encoded, while previews are drawn or images
     that are not trained on are looked at, and while class images are drawn; 0 if that never happens.
     The allocator's gaps are not counted: leave it a tenth.

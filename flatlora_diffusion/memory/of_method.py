@@ -29,12 +29,14 @@ def bytes_of_method(passes: Passes, width: int, config: TrainConfig, examples: i
     """What the method holds in a step, or LoRA-GA before the first one if that is more.
 
     SAM and LoRA-GA: a slope of all adapted weights in fp32. Bi-LoRA: a second LoRA with gradient and AdamW's state.
-    LoRA-SAM: a copy of the LoRA and its steps. AdaLoRA: three numbers for each of the LoRA's.
+    LoRA-SAM and noise in A and B: a copy of the LoRA and its steps. AdaLoRA: three numbers for each of the LoRA's.
     """
     slopes = 4 * sum(shape.numel() for shape in passes.adapted)
     trained = sum(shape.numel() for shape in passes.trained)
-    held = {"sam": slopes, "bi-lora": 16 * trained, "lora-sam": 8 * trained}.get(config.perturb.method, 0)
-    if config.perturb.draws_noise:
+    moved = 8 * trained
+    of_methods = {"sam": slopes, "bi-lora": 16 * trained, "lora-sam": moved, "factor-noise": moved}
+    held = of_methods.get(config.perturb.method, 0)
+    if config.perturb.perturbs_weights:
         held = _perturbation(passes, width, config.perturb, examples)
     if config.adapter.adapter == "adalora":
         held += 12 * trained

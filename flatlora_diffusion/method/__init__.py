@@ -1,5 +1,6 @@
 """Flat-LoRA itself, for any model with PEFT LoRA layers: the noise of Eq. 7 and how a model computes with W + eps.
 
-Knows no SDXL, no diffusers and no training loop. Start with `perturbation.py` (`FlatLora`), then `full_draw.py` and
-`low_rank_draw.py`, the two kinds of eps, and `follow.py` for loops that are not ours.
+Knows no SDXL, no diffusers and no training loop. Start with `perturbation.py` (`FlatLora`), then `low_rank_draw.py`
+and `full_draw.py`, two of the kinds of eps that `settings.py` lists, and `follow.py` for loops that are not ours.
+`step_gradient.py` is how a step's gradient is taken; `rivals/` takes it in other ways.
 """

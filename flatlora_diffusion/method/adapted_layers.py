@@ -1,8 +1,9 @@
 """The seam to PEFT: which layers of a model carry LoRA, what W' = W + sBA is made of, their interception.
 
-Private touches of PEFT, all here: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant` and `lora_dropout` of
-`LoraLayer`, what is behind its properties `disable_adapters`, `merged` and `active_adapters`, that it computes
-base(x) + s B(A(x)), and the classes of the DoRA variants. Of bitsandbytes: `SCB`, the scales of an int8 layer's rows.
+Private touches of PEFT, with those of `branch.py` all: the attributes `lora_A`, `lora_B`, `scaling`, `lora_variant`
+and `lora_dropout` of `LoraLayer`, what is behind its properties `disable_adapters`, `merged` and `active_adapters`,
+that it computes base(x) + s B(A(x)), and the classes of the DoRA variants. Of bitsandbytes: `SCB`, the scales of an
+int8 layer's rows.
 """
 
 from __future__ import annotations

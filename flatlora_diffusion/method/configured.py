@@ -40,7 +40,7 @@ def step_gradient(
     if config.method in ("nbar", "obar"):
         ups = {name.replace(".lora_B.", ".lora_A."): one for name, one in trainable.items() if ".lora_B." in name}
         pairs = [(trainable[name], up) for name, up in ups.items()]
-        return Balanced(pairs, config.balance, config.method == "obar", ramp)
+        return Balanced(pairs, config.balance, config.method == "obar", total_steps)
     flats = flat_loras(models, config, seed, ramp)
     if config.method == "mixed-noise":
         return MixedGradient(flats, config.perturb_per, config.share)
@@ -54,7 +54,7 @@ def flat_loras(models: Mapping[str, nn.Module], config: PerturbConfig, seed: int
 
     `seed` is that of the draws where the config has none of its own.
     """
-    if not config.draws_noise or config.method == "factor-noise":
+    if not config.perturbs_weights:
         return []
     return [
         FlatLora(

@@ -7,7 +7,8 @@ Eq. 7 of the paper, for a layer with m filters (rows) of n inputs and merged wei
 The reference code adds eps to W in place and subtracts it later, which drifts half-precision weights, and reseeds the
 global generator; here eps lives only inside the layer's op, drawn from a private generator.
 
-`full_draw.py` draws each entry by itself; `low_rank_draw.py` has the same covariance from far fewer numbers.
+`low_rank_draw.py` has the covariance of Eq. 7 from few numbers, and `example_draw.py` one such eps for each example;
+`full_draw.py` draws each entry by itself, by PyTorch or by `philox`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class FlatLora:
         schedule: how sigma moves over `total_steps`: `cosine` or `linear` (0 to sigma), `constant`, or `down` (sigma
             to 0 by a cosine).
         total_steps: optimizer steps after which a ramp has reached its end.
-        seed: eps is a function of (seed, prefix, layer name, step, slot) and of nothing else.
+        seed: eps is a function of (seed, prefix, layer name, step, slot), of low-rank draws in place of the name of
+            all layers' order and sizes, and of nothing else; with `per_example` of the example too.
         noise: `filter` is Eq. 7; `iid` gives every row of a layer the same std, at equal expected energy.
         prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
         draw: `low_rank` has the mean and covariance of Eq. 7, 0 between any two entries, but its entries are not

@@ -81,8 +81,8 @@ def _keep_ramp(state: TrainState, folder: Path, saved: Mapping[str, Any]) -> Non
     if not done == saved["max_train_steps"] < state.total_steps or saved["sigma_ramp_steps"] is not None:
         return
     state.config = state.config.replace(sigma_ramp_steps=done)
-    for flat in state.flats:
-        flat.load_state_dict({**flat.state_dict(), "total_steps": done})
+    state.gradient.detach()
+    state.begin_gradient()
 
 
 def _new_end(state: TrainState, step: int, saved: Mapping[str, Any]) -> str:
@@ -91,10 +91,10 @@ def _new_end(state: TrainState, step: int, saved: Mapping[str, Any]) -> str:
     text = f"{state.total_steps} steps in place of {saved['max_train_steps']}: "
     rate = float(state.lr_schedule.get_last_lr()[0])
     text += f"the learning rate ({config.optim.lr_scheduler}) follows the new end, {rate:.3g} from here on"
-    if not state.flats or config.perturb.sigma_schedule == "constant":
+    if not config.perturb.draws_noise or config.perturb.sigma_schedule == "constant":
         return text
     ramp = "has ended" if config.perturb.sigma_ramp_steps == step else "follows the new end, too"
-    return f"{text}; sigma's ramp {ramp}, {state.flats[0].sigma_at(step):.3g} from here on"
+    return f"{text}; sigma's ramp {ramp}, {state.gradient.sigma_at(step):.3g} from here on"
 
 
 def save_checkpoint(state: TrainState, step: int) -> None:

@@ -215,6 +215,7 @@ def _settings_table(config: TrainConfig) -> str:
         rows.append(("rho", f"{perturb.radius:g}"))
     if perturb.draws_noise:
         rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
+    if perturb.perturbs_weights:
         rows.append(("draws of eps", perturb.perturb_draw))
     kinds = [adapter.adapter, *(["dora"] * adapter.use_dora), *(["rslora"] * adapter.use_rslora)]
     rows += [

@@ -1,6 +1,7 @@
 """The files of a LoRA that people share: one for diffusers, one for every other tool, each read back and compared.
 
-With them, where there are any, the embeddings of new tokens, and at the end of a run the sidecar that web UIs show.
+With them, where there are any, the embeddings of new tokens, and at the end of a run the sidecar that web UIs show and
+the merged pipeline of full fine-tuning.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     facts = facts_of(state, step)
     notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
     beside = sidecar(state.config, facts, notes) if is_end else None
-    merged = folder / MERGED if is_end and state.config.adapter.adapter == "full" else None
+    is_full = state.config.adapter.adapter == "full"
+    merged = folder / MERGED if is_end and is_full else None
     metadata = kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc))
     with state.run.writing():
         save_beside(pipeline, folder, merged)  # before the LoRA, which may need it
@@ -65,8 +67,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
         write_pair(pair, pipeline)
         files = [pair.for_others.name, pair.for_diffusers.name]
         proof = {"update_norms": norms, "files": files, "largest_error": largest_error(pair)}
-    if missed:
-        is_full = state.config.adapter.adapter == "full"
+    if missed and not (is_full and merged is None):  # a checkpoint has all of it in its state
         what, kept_in = ("full fine-tuning", MERGED) if is_full else ("DoRA", pair.for_diffusers.name)
         logger.warning(
             "%s is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",

@@ -18,13 +18,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatlora_diffusion.adapter.adalora import RankBudget, has_budget, orthogonality
+from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.anchor import start_at_slopes
 from flatlora_diffusion.adapter.change import squared_change
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
-from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, RunError, TrainConfig
 from flatlora_diffusion.data.batches import Batches, encoded_batches
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -168,7 +168,7 @@ def prepare(
         total_steps=total_steps,
         # Of the weights where they are trained, now that the UNet has moved.
         ema=EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None,
-        ranks=RankBudget(sdxl.unet, total_steps) if has_budget(sdxl.unet) else None,
+        ranks=RankBudget(sdxl.unet, total_steps) if config.adapter.adapter == "adalora" else None,
         tokens=tokens,
         base=given.base,
     )
@@ -198,8 +198,14 @@ def start_at_gradients(state: TrainState, micro_batches: Iterable[MicroBatch], s
     config, adapted = state.config, adapted_models(state.sdxl.pipeline, state.config.adapter)
     state.gradient.detach()
     reader = Sam(adapted.values(), list(state.trainable.values()), rho=0.0)
-    slopes = iter(reader.slopes(micro_batches))
+    found = reader.slopes(micro_batches)
     reader.detach()
+    if not all(bool(slope.isfinite().all()) for slope in found):
+        raise RunError(
+            "the gradients that --adapter lora-ga starts from are not finite; use --mixed_precision bf16 or another "
+            "adapter"
+        )
+    slopes = iter(found)
     scaler = state.accelerator.scaler
     share = 1 / (steps * (1.0 if scaler is None else float(scaler.get_scale())))
     seed = state.batches.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed

@@ -18,6 +18,7 @@ from flatlora_diffusion.adapter.anchor import ANCHOR, anchor, start_at_principal
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import PerturbConfig
 from flatlora_diffusion.method.configured import step_gradient
+from flatlora_diffusion.method.rivals import ascent
 from flatlora_diffusion.method.rivals.ascent import Sam
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
 from flatlora_diffusion.method.step_gradient import StepGradient
@@ -100,6 +101,16 @@ def test_sam_ascends_along_the_sum_of_the_accumulated_slopes() -> None:
     again = toy_case()
     assert distance(result, taken(again, rival(again, "sam", rho=RHO))) < 1e-5
     assert [micro.passes for micro in micros] == [2, 2]
+
+
+def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose gradients alone are finite would take a step that the others leave out."""
+    case, shared = toy_case(), []
+    monkeypatch.setattr(ascent, "average", lambda tensors: shared.append(list(tensors)))
+    rival(case, "sam", rho=RHO).take(1, [Micro(case, share=float("inf"))])
+    _, of_trained = shared
+    trained = [one.grad for one in case.model.parameters() if one.requires_grad]
+    assert [one.data_ptr() for one in of_trained] == [one.data_ptr() for one in trained if one is not None]
 
 
 def test_sam_is_the_same_with_gradient_checkpointing() -> None:

@@ -262,3 +262,9 @@ def test_the_code_draws_with_the_lora(
         for part, rows in embedding_parameters(pipeline).items():
             table = getattr(loaded["pipeline"], part).get_input_embeddings().weight
             assert torch.equal(table[-len(rows) :], rows)
+
+
+def test_noise_in_the_factors_has_no_draws_of_eps(run: RunDir) -> None:
+    text = card(run, config(method="factor-noise", sigma=0.05)).text
+    assert "| sigma | 0.05, cosine |" in text
+    assert "draws of eps" not in text

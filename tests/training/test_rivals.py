@@ -149,9 +149,8 @@ def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(
     assert float((output_with(stock, run) - expected).abs().max()) < rounding * effect
 
 
+@pytest.mark.parametrize("run", [name for name in CELLS if name.endswith(" full")], indirect=True)
 def test_full_fine_tuning_leaves_a_pipeline_that_computes_what_was_trained(run: TrainState, tmp_path: Path) -> None:
-    if run.config.adapter.adapter != "full":
-        return
     save_merged(run.sdxl.pipeline, tmp_path)
     stock = StableDiffusionXLPipeline.from_pretrained(tmp_path)
     torch.testing.assert_close(output_with(stock, run), output_with(run.sdxl.pipeline, run), rtol=1e-4, atol=1e-4)

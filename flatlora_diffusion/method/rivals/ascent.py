@@ -63,6 +63,7 @@ class Sam(StepGradient):
             average(self._slopes.values())
             norm = _norm(self._slopes.values())
             if not _can_ascend(norm):
+                average(one.grad for one in self._trainable if one.grad is not None)  # as no second pass shares them
                 return losses
             for slope in self._slopes.values():
                 slope.mul_(self._rho / norm)
