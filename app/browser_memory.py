@@ -17,16 +17,20 @@ _RESTORE = """() => {
   let kept = {};
   try { kept = JSON.parse(localStorage.getItem(KEY)) || {}; } catch (error) {}
   (window.flatloraRestored ??= new Set()).add(KEY);
-  return NAMES.map((name) => name in kept ? kept[name] : {__type__: 'update'});
+  return NAMES.map((name) => kept[name] ?? {__type__: 'update'});
 }"""
 _KEEP = """(...now) => {
   if (!window.flatloraRestored?.has(KEY)) return;
   localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(NAMES.map((name, place) => [name, now[place]]))));
 }"""
-# Gradio says at the start that the first tab was selected; another one is the visitor's choice, who need not wait.
-_KEEP_TAB = """() => {
-  if (window.flatloraRestored?.has(KEY)) localStorage.setItem(KEY, NAMES[0]);
-  else if (!IS_FIRST) window.flatloraChosen = NAMES[0];
+# The page is asked which tab is in front: Gradio also says "selected" of a restored tab that the visitor has left
+# since, and of the first one at the start. What is chosen before the kept tab is back is the visitor's.
+_KEEP_TAB = """async () => {
+  await new Promise((done) => setTimeout(done, 50));
+  const front = NAMES.find((name) => document.getElementById('fl-tab-' + name)?.getClientRects().length);
+  if (window.flatloraRestored?.has(KEY)) localStorage.setItem(KEY, front);
+  else if (front !== NAMES[0]) window.flatloraChosen = front;
+  return NAMES.flatMap((name) => TICKING.includes(name) ? [{__type__: 'update', active: name === front}] : []);
 }"""
 _RESTORE_TAB = """() => {
   const chosen = window.flatloraChosen, kept = localStorage.getItem(KEY);
@@ -49,14 +53,19 @@ def keep_fields(
     """
     parts = list(fields.values())
     gr.on([getattr(part, event) for part in parts], None, parts, None, js=_filled(_KEEP, key, list(fields)))
-    return load(None, parts, parts, js=_filled(_RESTORE, key, list(fields)))
+    return load(None, None, parts, js=_filled(_RESTORE, key, list(fields)))
 
 
-def keep_tab(load: Callable[..., Any], tabs: gr.Tabs, named: Mapping[str, gr.Tab]) -> None:
-    """Open the page on the tab that was in front; `named`: the tabs by their ids. Before other events of the tabs."""
-    for place, (name, tab) in enumerate(named.items()):
-        script = _KEEP_TAB.replace("IS_FIRST", json.dumps(place == 0))
-        tab.select(None, None, None, js=_filled(script, "tab", [name]))
+def keep_tab(
+    load: Callable[..., Any], tabs: gr.Tabs, named: Mapping[str, gr.Tab], timers: Mapping[str, gr.Timer]
+) -> None:
+    """Open the page on the tab that was in front, and let only the timer of the tab in front tick.
+
+    named: the tabs by their ids, each with `fl-tab-` and its id as `elem_id`; timers: in the order of the tabs.
+    """
+    script = _filled(_KEEP_TAB, "tab", list(named)).replace("TICKING", json.dumps(list(timers)))
+    for tab in named.values():
+        tab.select(None, None, list(timers.values()), js=script)
     load(None, None, [tabs], js=_filled(_RESTORE_TAB, "tab", list(named)))
 
 

@@ -57,13 +57,14 @@ const dress = (film) => {
 const drawn = () => films().forEach((film) => {
   dress(film);
   film.scrollLeft = places.get(film.dataset.run) ?? film.scrollWidth;
-  film.addEventListener('scroll', () => {
-    const is_at_end = film.scrollLeft + film.clientWidth > film.scrollWidth - 8;
-    is_at_end ? places.delete(film.dataset.run) : places.set(film.dataset.run, film.scrollLeft);
-  });
   const again = held && [...film.querySelectorAll('button')].find((one) => keyOf(one) === held);
   if (again && document.activeElement === document.body) again.focus({preventScroll: true});
 });
+element.addEventListener('scroll', ({target: film}) => {
+  if (!film.matches('.fl-film')) return;
+  const is_at_end = film.scrollLeft + film.clientWidth > film.scrollWidth - 8;
+  is_at_end ? places.delete(film.dataset.run) : places.set(film.dataset.run, film.scrollLeft);
+}, true);
 element.addEventListener('focusin', (event) => {
   const button = event.target.closest('button[data-sample]');
   held = button && keyOf(button);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import gradio as gr
@@ -29,29 +28,22 @@ def build_app(context: AppContext) -> gr.Blocks:
         form = ConfigForm()
         gr.Markdown(_TITLE, elem_classes="fl-title")
         with gr.Tabs() as tabs:
-            with gr.Tab("1 Dataset", id="dataset") as dataset:
+            with gr.Tab("1 Dataset", id="dataset", elem_id="fl-tab-dataset") as dataset:
                 look_at_images = build_dataset_tab(context, form, session, page.load)
-            with gr.Tab("2 Train", id="train") as train:
+            with gr.Tab("2 Train", id="train", elem_id="fl-tab-train") as train:
                 train_tab = build_train_tab(context, form, session, page.load, train.select)
-            with gr.Tab("3 Compare", id="compare") as compare:
+            with gr.Tab("3 Compare", id="compare", elem_id="fl-tab-compare") as compare:
                 compare_timer = build_compare_tab(context, voter, page.load)
-            with gr.Tab("4 Flatness", id="flatness") as flatness:
+            with gr.Tab("4 Flatness", id="flatness", elem_id="fl-tab-flatness") as flatness:
                 flatness_timer = build_flatness_tab(context, page.load)
-            with gr.Tab("Runs", id="runs") as runs:
+            with gr.Tab("Runs", id="runs", elem_id="fl-tab-runs") as runs:
                 build_runs_tab(context, form, session, tabs, train_tab, look_at_images, runs.select)
-        timers = {train: train_tab.timer, compare: compare_timer, flatness: flatness_timer}
+        timers = {"train": train_tab.timer, "compare": compare_timer, "flatness": flatness_timer}
         named = {"dataset": dataset, "train": train, "compare": compare, "flatness": flatness, "runs": runs}
-        keep_tab(page.load, tabs, named)
-        for tab in named.values():
-            # In the browser, so that the tab that was opened last is the one that ticks: answers can overtake others.
-            tab.select(None, None, list(timers.values()), js=_tick([ticking is tab for ticking in timers]))
+        # In the browser: answers of the server can overtake others, and hidden timers would keep the browser busy.
+        keep_tab(page.load, tabs, named, timers)
     _keep_unnamed_private(page)
     return page
-
-
-def _tick(active: list[bool]) -> str:
-    """The timers, of which only that of the tab in front ticks: hidden ones would keep the browser busy."""
-    return f"() => {json.dumps([{'__type__': 'update', 'active': one} for one in active])}"
 
 
 def _keep_unnamed_private(page: gr.Blocks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,10 @@ def output_with(pipeline: Any, state: TrainState, prompt: str = "an icon of thin
     added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.no_grad():
         return pipeline.unet(latents, torch.tensor([500]), prompt_embeds, added_cond_kwargs=added).sample
+
+
+def age(folder: Path, hours: float = 2) -> None:
+    """Let all in the folder have happened hours ago, in the order in which it has."""
+    for path in [folder, *folder.rglob("*")]:
+        then = path.stat().st_mtime - hours * 3600
+        os.utime(path, (then, then))

@@ -130,8 +130,8 @@ def _build_side_by_side(
     with gr.Row():
         draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
         stop = gr.Button("Stop drawing", visible=False, min_width=120)
-        picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120, elem_id="fl-save-grid")
-        page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120, elem_id="fl-save-page")
+        picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120)
+        page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120)
     with gr.Row():
         look = gr.Radio(
             _LOOKS,

@@ -42,9 +42,10 @@ def build_vote(
         left = gr.Button("1 · Left", elem_id="fl-vote-left", min_width=90)
         right = gr.Button("2 · Right", elem_id="fl-vote-right", min_width=90)
         tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
-    reveal = gr.Button("End without a verdict", variant="stop", visible=False, elem_id="end-vote", size="sm")
-    really = build_question("end-vote", "Yes, end without a verdict", "No, go on voting")
-    shown = [page, count, answers, reveal]
+    with gr.Column(visible=False) as ending:
+        reveal = gr.Button("End without a verdict", variant="stop", elem_id="end-vote", size="sm")
+        really = build_question("end-vote", "Yes, end without a verdict", "No, go on voting")
+    shown = [page, count, answers, ending]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def on_start(voter: str, first: str, second: str, question: str, order: float, *values: Any) -> tuple[Any, ...]:
@@ -69,7 +70,8 @@ def build_vote(
 
     load(lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)
     gr.on([known.change, form[0].input], partial(column_choices, view), form[0], [first, second], **quiet)
-    start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
+    started = start.click(on_start, [voter, first, second, question, order, *form], [ballot, status, *shown], **quiet)
+    started.then(**really.hidden)
     answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
     for button, choice in answered:
         button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
@@ -94,6 +96,6 @@ def few_pairs(ballot: Ballot) -> str:
 
 
 def vote_outputs(votes: VoteView, ballot: Ballot) -> tuple[Any, ...]:
-    """(page, count, the row of answers, the button that reveals)."""
+    """(page, count, the row of answers, the column that ends)."""
     page = votes.page(ballot)
     return page.question, page.count, gr.update(visible=page.is_open), gr.update(visible=page.is_open)

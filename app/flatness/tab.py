@@ -98,8 +98,9 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
         effort = gr.Radio(_EFFORTS, value=QUICK, label="Effort", scale=2, min_width=280)
     with gr.Row():
         start = gr.Button("Measure", variant="primary", min_width=120, elem_id="fl-measure")
-        stop = gr.Button("Stop measuring", variant="stop", visible=False, min_width=120, elem_id="stop-measuring")
-    question = build_question("stop-measuring", "Yes, stop and lose what was measured", "No, go on")
+    with gr.Column(visible=False) as stopping:
+        stop = gr.Button("Stop measuring", variant="stop", min_width=120, elem_id="stop-measuring")
+        question = build_question("stop-measuring", "Yes, stop and lose what was measured", "No, go on")
     status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-flatness-status")
     chosen = gr.Dropdown([], label="Measurement", visible=False)
     charts = gr.HTML(view.result(None).charts, css_template=_CSS, elem_id="fl-flatness-charts")
@@ -110,14 +111,14 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
     watch = {
         "fn": partial(refresh, view),
         "inputs": [known, runs, chosen, told_of],
-        "outputs": [runs, chosen, status, stop, known, told_of],
+        "outputs": [runs, chosen, status, stopping, known, told_of],
         **quiet,
     }
 
     def on_measure(request: gr.Request, runs: list[str], effort: str) -> str:
         return measure(view, request.session_hash or "", runs, effort)
 
-    start.click(on_measure, [runs, effort], [status], **quiet)
+    start.click(on_measure, [runs, effort], [status], **quiet).then(**question.hidden)
     ask_before(stop, question)
     question.yes.click(view.stop, None, None, **quiet).then(**question.hidden)
     chosen.change(partial(show, view), [chosen], [charts, tables, fold, surface], **quiet)

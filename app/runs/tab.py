@@ -204,7 +204,7 @@ def build_runs_tab(
     again = {
         "fn": partial(refresh, context),
         "inputs": [chosen, words, order],
-        "outputs": [table, chosen, storage, trash.fold, trash.entries, trash.question.row],
+        "outputs": [table, chosen, storage, trash.fold, trash.entries],
     }
     private = {**again, "api_visibility": "private"}
     everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]

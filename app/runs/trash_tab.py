@@ -38,8 +38,8 @@ def build_trash() -> TrashParts:
     return TrashParts(fold, entries, back, away, question)
 
 
-def look(context: AppContext) -> tuple[Any, Any, Any]:
-    """The fold, what can be chosen in it, the last deleted first, and no question."""
+def look(context: AppContext) -> tuple[Any, Any]:
+    """The fold, and what can be chosen in it, the last deleted first."""
     entries = context.runs.trash.entries()
     choices = [
         (f"{entry.run}, deleted {datetime.fromtimestamp(entry.deleted).strftime('%d %b, %H:%M')}", entry.id)
@@ -47,7 +47,7 @@ def look(context: AppContext) -> tuple[Any, Any, Any]:
     ]
     first = entries[0].id if entries else None
     shown = gr.Accordion(f"Trash ({len(entries)})", visible=bool(entries))
-    return shown, gr.Dropdown(choices=choices, value=first), gr.Row(visible=False)
+    return shown, gr.Dropdown(choices=choices, value=first)
 
 
 def delete_for_good(context: AppContext, key: str | None) -> None:
@@ -62,4 +62,5 @@ def connect_trash(context: AppContext, trash: TrashParts, again: Callable[[Any],
     """`again`: shows list and trash anew after an event."""
     shown: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     ask_before(trash.away, trash.question, trash.entries)
-    again(trash.question.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown))
+    gone = trash.question.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown)
+    again(gone).then(**trash.question.hidden)

@@ -86,7 +86,11 @@ class RunRow:
 def rows_of(context: AppContext) -> list[RunRow]:
     """One for each run, the newest first."""
     rows = [(run, context.runs.made_of(run, "row", partial(_row, context, run))) for run in context.runs.all()]
-    return [replace(row, name=run.name, tags=run.label.tags) for run, row in rows]
+    # A report with the pictures of an arm is written after the last word of its run.
+    return [
+        replace(row, name=run.name, tags=run.label.tags, picture=row.picture or arm_picture(context.runs, run.id))
+        for run, row in rows
+    ]
 
 
 def arranged(rows: Sequence[RunRow], words: str, order: str) -> list[RunRow]:
@@ -142,7 +146,7 @@ def _row(context: AppContext, run: Run) -> RunRow:
         size=context.runs.size(run.id),
         tags=run.label.tags,
         changed=run.changed,
-        picture=images[-1] if images else arm_picture(context.runs, run.id),
+        picture=images[-1] if images else None,
     )
 
 

@@ -143,8 +143,9 @@ def build_train_tab(
             queued = gr.HTML(padding=False)
             gr.Markdown("## Progress")
             cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
-            cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", visible=False, elem_id="cancel-all")
-            question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
+            with gr.Column(visible=False) as cancelling:
+                cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
+                question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
             no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
             curves = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
             samples = gr.HTML(
@@ -159,11 +160,14 @@ def build_train_tab(
     triggers = [method.change, *(item.change for item in form.components)]
     gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
     preset.input(partial(apply_preset, form), [preset, *form.components], form.components, show_progress="hidden")
-    begin.click(partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start")
+    begun = begin.click(
+        partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start"
+    )
+    begun.then(**question.hidden)
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, samples, log, cancel, seen],
+        "outputs": [cards, chosen, curves, no_loss, samples, log, cancelling, seen],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)

@@ -154,7 +154,7 @@ def test_a_deleted_entry_comes_back_as_a_choice_of_the_page(context: AppContext,
     delete(context, run_id)
     assert run_id not in [row.id for row in rows_of(context)]
     again = make_context(context.settings)  # as after a reload
-    *_, fold, entries, _ = refresh(again, None, "", NEWEST)
+    *_, fold, entries = refresh(again, None, "", NEWEST)
     assert (fold.visible, fold.label) == (True, "Trash (1)")
     assert entries.choices[0][0].startswith(f"{run_id}, deleted ")
     choice = undo(again, entries.value)

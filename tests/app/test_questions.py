@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -32,6 +33,12 @@ def buttons(page: gr.Blocks) -> dict[str, gr.Button]:
     return {str(part.elem_id): part for part in page.blocks.values() if isinstance(part, gr.Button)}
 
 
+def chain_after(page: gr.Blocks, event: Any) -> list[Any]:
+    """The events that follow one another after this one."""
+    after = [one for one in page.fns.values() if one.trigger_after == event._id]
+    return [*after, *(later for one in after for later in chain_after(page, one))]
+
+
 def test_each_red_button_asks_or_is_the_answer(page: gr.Blocks) -> None:
     red = {name: one.value for name, one in buttons(page).items() if one.variant == "stop"}
     assert {name: text for name, text in red.items() if not name.endswith("-yes")} == ASKING
@@ -47,6 +54,11 @@ def test_the_first_click_only_asks_and_the_focus_goes_to_no(page: gr.Blocks, nam
     row = yes.parent
     assert isinstance(row, gr.Row)
     assert not row.visible
+    hidden_with = asking.parent
+    assert hidden_with.visible or row in hidden_with.children, "the question goes with its button"
+    (done,) = [one for one in page.fns.values() if (yes._id, "click") in one.targets]
+    assert done.fn is not None, "yes does what was asked"
+    assert any(one.outputs == [row] for one in chain_after(page, done)), "and takes the question away"
     (asked,) = [one for one in page.fns.values() if (asking._id, "click") in one.targets]
     assert asked.outputs == [row]
     assert asked.fn().visible

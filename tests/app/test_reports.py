@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from made_up_comparison import made_up_comparison, with_pictures
+from tiny_runs import age
 
 from app.context import AppContext
 from app.reports.report import report_of
@@ -80,6 +81,17 @@ def test_the_list_shows_a_picture_of_an_arm_that_drew_no_previews(
     result["pictures"]["files"][1][0] = "../../secret.png"
     (experiment / "compare.json").write_text(json.dumps(result))
     assert {row.picture for row in rows_of(context)} == {None}
+
+
+def test_the_list_shows_the_picture_of_a_report_that_is_written_long_after_the_runs(
+    context: AppContext, experiment: Path
+) -> None:
+    written = (experiment / "compare.json").rename(experiment / "compare.later")
+    age(context.runs.folder)
+    assert {row.picture for row in rows_of(context)} == {None}
+    written.rename(experiment / "compare.json")
+    age(experiment)
+    assert {row.id: row.picture for row in rows_of(context)}[RUN] == experiment / "picture-1-0.png"
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"verdict": 1, "arms": [1]}'])

@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from tiny_runs import age
 
 from app.__main__ import GRADIO_SETTINGS, queued
 from app.context import AppContext
@@ -28,7 +29,6 @@ from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import write_json
 
 OPENED: list[list[str]] = []
-HOURS = 3600 * 2
 
 
 def _note(event: str, values: tuple[Any, ...]) -> None:
@@ -50,13 +50,6 @@ def opened() -> Iterator[list[str]]:
         yield OPENED[-1]
     finally:
         OPENED.pop()
-
-
-def age(folder: Path) -> None:
-    """Let all in the folder have happened hours ago."""
-    for path in [folder, *folder.rglob("*")]:
-        then = path.stat().st_mtime - HOURS
-        os.utime(path, (then, then))
 
 
 def add_run(context: AppContext, name: str, steps: int = 3) -> Path:
