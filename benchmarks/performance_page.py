@@ -40,6 +40,16 @@ def origin(name: str, figures: dict[str, Any]) -> str:
     return f"*{', '.join([f'`python -m benchmarks.{name}`', *known])}, {figures['threads']} threads; {libraries}.*"
 
 
+def generators(figures: dict[str, Any]) -> str:
+    """Of `cpu_draws`: what else could draw."""
+    lines = ["| generator | ms for 1280 x 1280 | / PyTorch's | quartiles | excess kurtosis |", "|---|---|---|---|---|"]
+    for name, found in figures["draws"].items():
+        low, ratio, high = found["ratio"]
+        kurtosis = f"{found['excess_kurtosis']:+.3f}"
+        lines.append(f"| {name} | {1e3 * found['seconds']:.2f} | {ratio:.3f} | {low:.3f} to {high:.3f} | {kurtosis} |")
+    return "\n".join(lines)
+
+
 def steps(figures: dict[str, Any]) -> str:
     """Of `train_step`: a table for each subject."""
     tables = []
@@ -147,6 +157,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_step": steps,
     "sdxl_step": whole_step,
     "layer_cost": layers,
+    "cpu_draws": generators,
     "paired_draws": pairs,
     "example_draws": variances,
 }

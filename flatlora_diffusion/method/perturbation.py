@@ -91,7 +91,9 @@ class FlatLora:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes kept between steps: the (m,) squared row norms of each frozen W, and with `norm_every` those of W'."""
+        """Bytes kept between steps: the (m,) squared row norms of each frozen W, in host memory, and with `norm_every`
+        what follows from those of W'.
+        """
         return self._norms.nbytes + sum(layer.base_square_norms.nbytes for layer in self._layers.values())
 
     def sigma_at(self, step: int) -> float:
