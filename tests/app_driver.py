@@ -53,20 +53,24 @@ class RunningApp:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
         self._process: subprocess.Popen[str] | None = None
+        self._log = Path(tempfile.mkdtemp()) / "app.log"
 
     def start(self) -> None:
         """Returns once it answers. Raises RuntimeError with what it printed when it ends instead."""
         place = ["--runs_dir", str(self.runs), "--port", str(self.port)]
         command = [sys.executable, "-m", "app", *place, *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        with self._log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
-            end = time.monotonic() + START_SECONDS
-            while not _answers(self.port):
-                if self._process.poll() is not None or time.monotonic() > end:
-                    log.seek(0)
-                    raise RuntimeError(f"the app does not open at {self.url}:\n{log.read()}")
-                time.sleep(0.1)
+        end = time.monotonic() + START_SECONDS
+        while not _answers(self.port):
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the app does not open at {self.url}:\n{self.printed()}")
+            time.sleep(0.1)
+
+    def printed(self) -> str:
+        """All that it has printed, its tracebacks too."""
+        return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
     @property
     def pid(self) -> int:
@@ -92,6 +96,7 @@ class RunningApp:
         for file in self.runs.glob(".app/**/supervisor.json"):
             kill_tree(read_json(file))
         self.kill_trainers()
+        shutil.rmtree(self._log.parent, ignore_errors=True)
 
 
 class AppPage:
@@ -147,13 +152,7 @@ class AppPage:
     def fill(self, **values: str) -> None:
         """Write into the fields by label, `_` for a blank."""
         for label, value in values.items():
-            field = self.box(label.replace("_", " "))
-            if field.get_attribute("type") == "number":  # in those of Firefox `fill` leaves what is there
-                field.press("ControlOrMeta+a")
-                field.press_sequentially(value)
-            else:
-                field.fill(value)
-            field.blur()
+            write(self.box(label.replace("_", " ")), value)
 
     def load_samples(self) -> None:
         self.show_tab(TABS[0])
@@ -198,8 +197,8 @@ class AppPage:
     def _note_message(self, message: ConsoleMessage) -> None:
         # A request that is cut off because its page leaves is no fault.
         is_cut_off = "signal is aborted" in message.text or (self._is_leaving and "Connection errored" in message.text)
-        if os.environ.get("FLATLORA_BROWSER") == "firefox":
-            is_cut_off |= message.text == "Error"  # which is all that it tells of one
+        if os.environ.get("FLATLORA_BROWSER") == "firefox":  # which tells of one as "Error", and where: in Gradio
+            is_cut_off |= message.text == "Error" and "/assets/" in str(message.location.get("url", "/assets/"))
         if message.type == "error" and not is_cut_off:
             self.faults.append(f"console: {message.text} ({message.location.get('url')})")
 
@@ -209,6 +208,17 @@ class AppPage:
     def _note_request(self, request: Request) -> None:
         if not request.url.startswith((self.url, "data:", "blob:")):
             self.faults.append(f"request: {request.url}")
+
+
+def write(field: Locator, value: str) -> None:
+    """Write into a field as a person does; in Firefox's boxes for numbers `fill` leaves what is there."""
+    if field.get_attribute("type") == "number":
+        field.press("ControlOrMeta+a")
+        field.press_sequentially(value)
+    else:
+        field.fill(value)
+    field.blur()
+    expect(field).to_have_value(value)
 
 
 def call_endpoint(client: Client, endpoint: str, **values: Any) -> Any:

@@ -57,13 +57,14 @@ def own_app(browser: Browser, tmp_path: Path) -> Iterator[RunningApp]:
 
 @pytest.fixture
 def page(browser: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]:
-    """A fresh browser profile with the app open; what its console complains of fails the test."""
+    """A fresh browser profile with the app open; what its console complains of and the app raises fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     context.set_default_timeout(60_000)
-    page = AppPage(context.new_page(), app.url)
+    page, before = AppPage(context.new_page(), app.url), len(app.printed())
     try:
         page.open()
         yield page
         assert page.faults == []
+        assert "Traceback" not in app.printed()[before:]
     finally:
         context.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from app_driver import PATIENCE, AppPage, RunningApp
+from app_driver import PATIENCE, AppPage, RunningApp, write
 from playwright.sync_api import expect
 from safetensors.torch import load_file
 
@@ -48,10 +48,7 @@ def compare(page: AppPage) -> None:
     expect(page.page.get_by_text("story-flat-lora · Flat-LoRA")).to_be_visible(timeout=PATIENCE)
     page.fill(Prompts="\n".join(PROMPTS))
     page.page.get_by_role("button", name="More settings").click()
-    steps = page.page.get_by_label("number input for Steps").filter(visible=True)
-    steps.press("ControlOrMeta+a")  # `fill` leaves what is there in Firefox's boxes for numbers
-    steps.press_sequentially("2")
-    steps.blur()
+    write(page.page.get_by_label("number input for Steps").filter(visible=True), "2")
     page.button("Draw").click()
     for prompt in PROMPTS:
         for column in ("Base, without a LoRA", "LoRA, story-lora", "Flat-LoRA, story-flat-lora"):
