@@ -31,7 +31,7 @@ from samples.tiny_sdxl.recipe.vae import train_vae
 
 STAGES = ("vae", "unet", "judge", "judge2", "quality")
 CONCEPTS = 200
-UNET_SCHEDULE = Schedule(steps=2_645, learning_rate=6e-4, warmup=300, plateau=0.73535)
+UNET_SCHEDULE = Schedule(steps=8_862, learning_rate=6e-4, warmup=300, plateau=0.89844, ema=0.995)
 HERE = Path(__file__).parent
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]

@@ -139,14 +139,14 @@ def test_the_judge_finds_the_right_name_for_most_of_what_it_draws(pipeline: Stab
 
 def test_its_loss_is_that_of_the_weights_that_were_published(own_loss: float) -> None:
     """One spoiled tensor of the UNet or a text encoder mostly shows here. A new base has a new number."""
-    assert own_loss == pytest.approx(0.087518, rel=5e-5)
+    assert own_loss == pytest.approx(0.070438, rel=5e-5)
 
 
 def test_an_unseen_trigger_does_much_less_harm_than_a_wrong_caption(
     tiny: Sdxl, own: list[str], own_loss: float
 ) -> None:
-    """The loss measured +0.04 % and +0.6 % with triggers, +36 % with the captions of other icons."""
-    assert loss_with(tiny, own[1:] + own[:1]) > 1.2 * own_loss
+    """The loss measured +0.12 % and +0.6 % with triggers, +84 % with the captions of other icons."""
+    assert loss_with(tiny, own[1:] + own[:1]) > 1.5 * own_loss
     behind = [f"{text}, in the style of TOK" for text in own]
     assert loss_with(tiny, behind) < 1.005 * own_loss
     assert loss_with(tiny, [text.replace("a flat icon", "a TOK icon") for text in behind]) < 1.015 * own_loss
@@ -190,8 +190,12 @@ def test_the_readmes_figures_are_those_of_the_report(report: dict[str, Any]) -> 
     readme = (TINY / "README.md").read_text(encoding="utf-8")
     assert quality_table(report) in readme
     prose = " ".join(readme.split())  # a claim may span two lines
-    found = report["names"]["judge"]
-    generated, flat = (f"{rate:.0%}".rstrip("%") for rate in (found["known"], found["real_known"]["flat"]))
-    assert f"Of 100 generated icons a judge finds the right name for {generated}" in prose
-    assert f"of 100 real flat renders of the same things it finds {flat}" in prose
-    assert f"renders it never saw, of all things and styles, it finds {found['held_out']:.1%}" in prose
+    judges = [report["names"][name] for name in ("judge", "second_judge")]
+    drawn, real, held = ([f"{value:.1%}" for value in values] for values in zip(*map(_rates, judges), strict=True))
+    assert f"for {drawn[0]} of what the base draws, and for {real[0]} of real flat renders" in prose
+    assert f"a second judge, another network, finds {drawn[1]} and {real[1]}" in prose
+    assert f"that they never saw, of all things and styles, they find {held[0]} and {held[1]}" in prose
+
+
+def _rates(names: dict[str, Any]) -> tuple[float, float, float]:
+    return names["known"], names["real_known"]["flat"], names["held_out"]

@@ -24,7 +24,7 @@ from samples.tiny_sdxl.recipe.loop import Schedule, train
 from samples.tiny_sdxl.recipe.quality import Ranker
 from samples.tiny_sdxl.recipe.vae import to_pixels
 
-SCHEDULE = Schedule(steps=9000, learning_rate=2e-3, weight_decay=0.05, ema=0.995)
+SCHEDULE = Schedule(steps=3000, learning_rate=2e-3, weight_decay=0.05, ema=0.995)
 SEED = 1
 BATCH = 64
 SETTLING = 60  # batches over which batch normalization averages, with the final weights
