@@ -24,6 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from flatlora_diffusion import ConfigError, FlatLora, LandscapeConfig, peft_flatness
 from flatlora_diffusion.charts.palette import FLAT_LORA, LORA
+from flatlora_diffusion.flatness import peft_models
 from flatlora_diffusion.flatness.landscape import Landscape
 from flatlora_diffusion.flatness.loss_surface import axis, direction
 from flatlora_diffusion.ground.seeds import FLATNESS
@@ -33,9 +34,22 @@ QUICK = LandscapeConfig(seed=5, sigmas=(0.2,), rise_draws=2, extent=0.5, surface
 CASES = {"t5": t5_case, "llama": llama_case, "clip": clip_case, "toy with convolutions": toy_case}
 
 
-def measured(case: Case, folder: Path, config: LandscapeConfig = QUICK) -> Landscape:
-    (found,) = peft_flatness({"LoRA": case.model}, case.loss, folder, config)
+def undrawn(models: Mapping[str, nn.Module], loss: Any, folder: Path) -> list[Landscape]:
+    """The figures; charts take longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft_models, "write_landscape", lambda *_: None)
+        return peft_flatness(models, loss, folder, QUICK)
+
+
+def measured(case: Case, folder: Path) -> Landscape:
+    (found,) = undrawn({"LoRA": case.model}, case.loss, folder)
     return found
+
+
+def clean(case: Case, merge: bool = False) -> float:
+    """The loss of the model itself, or of what PEFT's own merging leaves of it."""
+    with torch.no_grad():
+        return float(case.loss(case.model.merge_and_unload() if merge else None))
 
 
 def moved(case: Case, steps: Mapping[str, Tensor]) -> float:
@@ -63,7 +77,7 @@ def test_the_surface_is_the_loss_at_w_prime_and_steps_added_by_hand(name: str, t
         for column, a in enumerate(axis(0.5, 3)):
             wanted = moved(case, {layer: a * one[layer] + b * two[layer] for layer in weights})
             assert found.surface[row][column] == pytest.approx(wanted, rel=1e-4), (a, b)
-    assert found.loss == pytest.approx(float(case.loss().detach()), rel=1e-5)
+    assert found.loss == pytest.approx(clean(case), rel=1e-5)
     for layer, step in one.items():  # as long as the rows of W', not of W or of A and B
         torch.testing.assert_close(step.flatten(1).norm(dim=1), weights[layer].flatten(1).norm(dim=1))
     assert found.slices[0] == pytest.approx(found.surface[1])
@@ -77,10 +91,10 @@ def test_the_rise_is_that_of_the_noise_of_training(name: str, tmp_path: Path) ->
     flat = FlatLora(case.model, sigma=0.2, schedule="constant", seed=QUICK.seed, prefix=FLATNESS, draw="full")
     draws = [{layer: flat.noise(layer, step=draw) for layer in flat.layers} for draw in range(2)]
     flat.detach()
-    clean = float(case.loss())
+    still = clean(case)
     for eps, rise in zip(draws, measured(case, tmp_path).rises["filter"][0].values, strict=True):
         both = [moved(case, {layer: sign * one for layer, one in eps.items()}) for sign in (1, -1)]
-        assert rise == pytest.approx(sum(both) / 2 - clean, rel=1e-2, abs=1e-5)
+        assert rise == pytest.approx(sum(both) / 2 - still, rel=1e-2, abs=1e-5)
 
 
 def test_the_model_is_bit_for_bit_what_it_was(tmp_path: Path) -> None:
@@ -115,8 +129,7 @@ def test_merged_and_unmerged_adapters_give_one_landscape(tmp_path: Path) -> None
     before = {name: value.clone() for name, value in merged.items()}
     assert numbers(measured(case, tmp_path)) == pytest.approx(numbers(plain), rel=1e-3, abs=1e-5)
     assert all(torch.equal(value, merged[name]) for name, value in before.items())
-    whole = case.model.merge_and_unload()
-    assert float(case.loss(whole)) == pytest.approx(plain.loss, rel=1e-5)
+    assert clean(clip_case(), merge=True) == pytest.approx(plain.loss, rel=1e-5)
 
 
 def two_adapters() -> Case:
@@ -144,7 +157,7 @@ def test_w_prime_is_what_any_adapter_makes(make: Any, tmp_path: Path) -> None:
     case = make()
     case.model.eval()
     found = measured(case, tmp_path)
-    assert found.loss == pytest.approx(float(case.loss()), rel=1e-4)
+    assert found.loss == pytest.approx(clean(case), rel=1e-4)
     assert found.surface[0][0] != pytest.approx(found.loss, rel=1e-4)
 
 
@@ -152,7 +165,7 @@ def test_a_switched_off_adapter_is_measured_as_the_base(tmp_path: Path) -> None:
     case = llama_case()
     case.model.eval()
     with case.model.disable_adapter():
-        base = float(case.loss())
+        base = clean(case)
         assert measured(case, tmp_path).loss == pytest.approx(base, rel=1e-6)
     assert measured(case, tmp_path).loss != pytest.approx(base, rel=1e-4)
 
@@ -162,7 +175,7 @@ def test_a_weight_that_two_layers_share_moves_only_where_it_is_adapted(tmp_path:
     llama = case.model.base_model.model
     llama.model.embed_tokens.weight = llama.lm_head.get_base_layer().weight
     case.model.eval()
-    assert measured(case, tmp_path).loss == pytest.approx(float(case.loss()), rel=1e-5)
+    assert measured(case, tmp_path).loss == pytest.approx(clean(case), rel=1e-5)
 
 
 def test_an_attached_flat_lora_changes_nothing(tmp_path: Path) -> None:
@@ -229,7 +242,7 @@ def test_draws_are_common_however_peft_is_wrapped_around(
 ) -> None:
     wrapped: Any = vits["LoRA"]
     inside = wrapped.base_model.model
-    one, two = peft_flatness({"wrapped": wrapped, "inside": inside}, batches, tmp_path, QUICK)
+    one, two = undrawn({"wrapped": wrapped, "inside": inside}, batches, tmp_path)
     assert numbers(one) == numbers(two)
 
 
