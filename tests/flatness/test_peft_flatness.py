@@ -292,10 +292,12 @@ def test_other_models_are_measured_without_diffusers() -> None:
             continue
         seen.add(name)
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-        todo += [f"{node.module}" for node in imports]
-        todo += [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
-        assert not {f"{node.module}".split(".")[0] for node in imports} & {"diffusers", "accelerate", "PIL"}, name
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names += [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        assert not {one.split(".")[0] for one in names} & {"diffusers", "accelerate", "PIL"}, name
+        todo += names
     assert "flatlora_diffusion.flatness.weight_space" in seen
     assert "flatlora_diffusion.flatness.landscape_pictures" in seen
 
