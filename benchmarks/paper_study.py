@@ -5,7 +5,8 @@ further seeds; arms of one seed share first weights, batches and dropout. The sw
 time, at the chosen settings of LoRA, and of Flat-LoRA for its pairs. Accuracies are on examples of the training's
 kind (test) and on shifted ones; differences are paired, with the 95 % interval of Student's t over seeds.
 
-Every run is kept in the result file as soon as it is done, so a stopped study goes on.
+Every run is kept in the result file as soon as it is done, so a stopped study goes on. With --surfaces the loss around
+W' of LoRA and Flat-LoRA is drawn for each task, as in the paper's Fig. 6 (`paper_study_surface.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks.paper_study_run import BATCH, Bench, run
 from benchmarks.paper_study_settings import Settings, Variant
+from benchmarks.paper_study_surface import draw_surfaces
 from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.config import SigmaSchedule
 from flatlora_diffusion.ground.versions import versions
@@ -129,6 +131,9 @@ def parser_of(about: str | None, tasks: Sequence[str], result: Path, steps: int)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each arm")
     parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of each run, {BATCH} examples each")
+    parser.add_argument(
+        "--surfaces", type=Path, help="folder to draw the loss around W' in, for one seed of each task"
+    )
     parser.add_argument("--threads", type=int, default=1)
     return parser
 
@@ -137,6 +142,8 @@ def study(options: argparse.Namespace, bench_of: Callable[[str], Bench]) -> None
     """All arms and sweeps on each task, `bench_of` its name, into the result file; tables are printed."""
     if "lora" not in options.arms:
         raise SystemExit("--arms needs lora, which the others are compared with")
+    if options.surfaces and "flat" not in options.arms:
+        raise SystemExit("--surfaces needs flat among --arms: it draws LoRA against Flat-LoRA")
     torch.set_num_threads(options.threads)
     runs = Runs(options.result)
     runs.result |= _made_by(options)
@@ -152,6 +159,9 @@ def study(options: argparse.Namespace, bench_of: Callable[[str], Bench]) -> None
         tables[name] = _table(runs, bench, name, _bouts(chosen, arms, options.sweeps), range(options.seeds))
         runs.save()
         _print(name, tables[name])
+        if options.surfaces:
+            pair = {"LoRA": chosen["lora"], "Flat-LoRA": chosen["flat"]}
+            draw_surfaces(bench, pair, options.surfaces / name)
     print(f"Written: {options.result}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,20 +69,39 @@ class Bench(Protocol):
 def run(bench: Bench, settings: Settings, seed: int, only_validation: bool = False) -> dict[str, Any]:
     """Train once; accuracy and loss on each test, the loss's rise under eps at W', and the CPU's seconds."""
     started = time.process_time()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = bench.model()
-        trained = time.process_time()
-        adapter = _adapted(model, bench, settings, seed)
-        loss = _train(adapter, bench.train, settings, seed)
-        trained = time.process_time() - trained
-    model.eval()
+    done = train(bench, settings, seed)
+    model = done.adapter.model.eval()
     names = ["validation"] if only_validation else list(bench.tests)
     result: dict[str, Any] = {name: _measure(model, bench.tests[name]) for name in names}
     if not only_validation:
-        result["rise"] = _rise(adapter, bench.tests["test"])
+        result["rise"] = _rise(done.adapter, bench.tests["test"])
         result["train"] = _measure(model, bench.train, TRAIN_ROWS)
-    return {**result, "last_loss": loss, "seconds": trained, "whole_seconds": time.process_time() - started}
+    whole = time.process_time() - started
+    return {**result, "last_loss": done.last_loss, "seconds": done.seconds, "whole_seconds": whole}
+
+
+class Trained(NamedTuple):
+    """A trained model, its last loss and the CPU's seconds of training."""
+
+    adapter: Adapter
+    last_loss: float
+    seconds: float
+
+
+def train(bench: Bench, settings: Settings, seed: int) -> Trained:
+    """The model of a run; the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = bench.model()
+        started = time.process_time()
+        adapter = _adapted(model, bench, settings, seed)
+        loss = _train(adapter, bench.train, settings, seed)
+        return Trained(adapter, loss, time.process_time() - started)
+
+
+def loss_of(model: Any, data: Rows, most: int) -> Tensor:
+    """The mean loss of the first examples."""
+    return F.cross_entropy(*_answers(model, data, most))
 
 
 class _Batch:
@@ -185,12 +204,17 @@ def _batches(adapter: Adapter, data: Rows, steps: int, seed: int) -> Iterator[_B
 @torch.inference_mode()
 def _measure(model: Classifier, data: Rows, most: int | None = None) -> dict[str, float]:
     """Accuracy and loss on the examples, or on the first of them."""
-    parts = [data.rows(part) for part in data.parts(most)]
-    logits, labels = torch.cat([model(*inputs) for inputs, _ in parts]), torch.cat([labels for _, labels in parts])
+    logits, labels = _answers(model, data, most)
     return {
         "accuracy": float((logits.argmax(1) == labels).float().mean()),
         "loss": float(F.cross_entropy(logits, labels)),
     }
+
+
+def _answers(model: Any, data: Rows, most: int | None) -> tuple[Tensor, Tensor]:
+    """Logits (rows, classes) and labels (rows,)."""
+    parts = [data.rows(part) for part in data.parts(most)]
+    return torch.cat([model(*inputs) for inputs, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 def _rise(adapter: Adapter, data: Rows) -> float:

@@ -14,11 +14,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks import paper_language
+from benchmarks import paper_language, paper_study_surface
 from benchmarks.paper_language import TextBench
 from benchmarks.paper_language_tasks import Task, _even, _of_tree, _split, _split_evenly
 from benchmarks.paper_study_run import run
 from benchmarks.paper_study_settings import Settings
+from flatlora_diffusion import LandscapeConfig
 
 WORDS = ["sun", "rain", "warm", "cold", "day", "night", "sea", "hill"]
 TASK = Task(
@@ -64,13 +65,19 @@ def test_texts_are_measured_by_length_and_each_once(bench: TextBench) -> None:
     assert labels.tolist() == [bench.classes.index("bad")]
 
 
-def test_a_study_of_texts_is_done_from_its_command(encoder: Path, tmp_path: Path) -> None:
+def test_a_study_of_texts_is_done_from_its_command(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_study_surface, "CONFIG", LandscapeConfig(surface_points=3, slice_directions=2))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "sentiment.json").write_text(json.dumps(asdict(TASK)), encoding="utf-8")
     arguments = ["--packages", str(tmp_path), "--work", str(tmp_path), "--model", str(encoder)]
-    arguments += ["--result", str(tmp_path / "result.json"), "--tasks", "sentiment", "--arms", "lora", "--sweeps"]
+    arguments += ["--result", str(tmp_path / "result.json"), "--surfaces", str(tmp_path / "fig6")]
+    arguments += ["--tasks", "sentiment", "--arms", "lora", "flat", "--sweeps"]
     paper_language.main([*arguments, "--trials", "1", "--steps", "1", "--seeds", "1"])
     table = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["tables"]["sentiment"]
+    drawn = json.loads((tmp_path / "fig6" / "sentiment" / "flatness.json").read_text(encoding="utf-8"))
+    assert set(drawn["losses"]) == {"LoRA", "Flat-LoRA"}
     assert set(table["lora"]["mean"]) >= {"test", "shifted", "reviews", "names", "rise"}
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from benchmarks import paper_study
+from benchmarks import paper_study, paper_study_surface
 from benchmarks.paper_study import ARMS, RATES, VARIANT_ARMS, Runs, parser_of, study
 from benchmarks.paper_study_adapters import adapted, noise_of
 from benchmarks.paper_study_run import Classifier, _adapted, _train, run
 from benchmarks.paper_study_settings import Settings, Variant
+from benchmarks.paper_study_surface import draw_surfaces
+from flatlora_diffusion import LandscapeConfig
 from flatlora_diffusion.method.settings import Settings as NoiseSettings
 
 USUAL = Settings(lr=1e-3, steps=3)
@@ -180,3 +182,32 @@ def test_a_study_goes_on_where_it_stopped_and_pairs_seeds(
     monkeypatch.setattr(paper_study, "run", lambda *_: pytest.fail("a run was done twice"))
     study(options, lambda name: bench)
     assert json.loads(result.read_text(encoding="utf-8"))["tables"] == first["tables"]
+
+
+def test_surfaces_are_those_of_the_runs_and_drawn_once(
+    bench: DotBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_study_surface, "CONFIG", LandscapeConfig(surface_points=3, slice_directions=2))
+    pair = {"LoRA": USUAL, "Flat-LoRA": replace(USUAL, sigma=0.5)}
+    draw_surfaces(bench, pair, tmp_path)
+    found = json.loads((tmp_path / "flatness.json").read_text(encoding="utf-8"))
+    for name, settings in pair.items():
+        seen = run(bench, settings, paper_study_surface.SEED, only_validation=True)["validation"]["loss"]
+        assert found["losses"][name] == pytest.approx(seen, rel=1e-4)
+    assert found["runs"]["Flat-LoRA"]["sigma"] == 0.5
+    assert (tmp_path / "surface.png").is_file()
+    trained: list[Settings] = []
+
+    def stopped(bench: Any, settings: Settings, seed: int) -> Any:
+        trained.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(paper_study_surface, "train", stopped)
+    draw_surfaces(bench, pair, tmp_path)
+    assert not trained, "they were there"
+    with pytest.raises(KeyboardInterrupt):
+        draw_surfaces(bench, {**pair, "LoRA": replace(USUAL, lr=2e-3)}, tmp_path)
+    assert not (tmp_path / "surface.png").exists(), "of other runs"
+    with pytest.raises(KeyboardInterrupt):
+        draw_surfaces(bench, pair, tmp_path)  # figures without a picture were not finished
+    assert [one.lr for one in trained] == [2e-3, USUAL.lr]

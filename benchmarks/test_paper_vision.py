@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
-from benchmarks import paper_vision, paper_vision_base, paper_vision_tasks
+from benchmarks import paper_study_surface, paper_vision, paper_vision_base, paper_vision_tasks
 from benchmarks.paper_vision_base import SCHEDULE, pretrained, word_targets
 from benchmarks.paper_vision_tasks import SIZE, Images, Pictures, corrupted, digits, icon_splits
+from flatlora_diffusion import LandscapeConfig
 from samples.tiny_sdxl.recipe.judge import STYLES, Renders
 
 THREE_D = STYLES.index("fluent-3d")
@@ -108,6 +109,7 @@ def test_pretraining_sees_no_3d_drawing_and_is_done_once(monkeypatch: pytest.Mon
 
 
 def test_a_study_of_images_is_done_from_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(paper_study_surface, "CONFIG", LandscapeConfig(surface_points=3, slice_directions=2))
     ViTModel(TINY, add_pooling_layer=False).save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
     splits = {
@@ -117,7 +119,10 @@ def test_a_study_of_images_is_done_from_its_command(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(paper_vision_tasks._MADE, "digits", lambda *_: splits)
     monkeypatch.setattr(paper_vision_tasks, "corruptions", lambda packages: {"none": lambda image, severity: image})
     arguments = ["--packages", str(tmp_path), "--work", str(tmp_path), "--model", str(tmp_path / "model")]
-    arguments += ["--result", str(tmp_path / "result.json"), "--tasks", "digits", "--arms", "lora", "--sweeps"]
+    arguments += ["--result", str(tmp_path / "result.json"), "--surfaces", str(tmp_path / "fig6")]
+    arguments += ["--tasks", "digits", "--arms", "lora", "flat", "--sweeps"]
     paper_vision.main([*arguments, "--trials", "1", "--steps", "1", "--seeds", "1"])
     table = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["tables"]["digits"]
+    drawn = json.loads((tmp_path / "fig6" / "digits" / "flatness.json").read_text(encoding="utf-8"))
+    assert set(drawn["losses"]) == {"LoRA", "Flat-LoRA"}
     assert set(table["lora"]["mean"]) >= {"test", "shifted", "severity 1", "severity 5", "rise"}

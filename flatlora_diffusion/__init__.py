@@ -6,19 +6,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flatlora_diffusion.config import ConfigError, TrainConfig
+    from flatlora_diffusion.config import ConfigError, LandscapeConfig, TrainConfig
+    from flatlora_diffusion.flatness.peft_models import peft_flatness
     from flatlora_diffusion.ground.versions import __version__
     from flatlora_diffusion.method.perturbation import FlatLora
     from flatlora_diffusion.other_trainers.transformers_trainer import FlatLoraCallback
     from flatlora_diffusion.training.trainer import train
 
-__all__ = ["ConfigError", "FlatLora", "FlatLoraCallback", "TrainConfig", "__version__", "train"]
+__all__ = [
+    "ConfigError",
+    "FlatLora",
+    "FlatLoraCallback",
+    "LandscapeConfig",
+    "TrainConfig",
+    "__version__",
+    "peft_flatness",
+    "train",
+]
 
 _HOME = {
     "ConfigError": "config",
+    "LandscapeConfig": "config",
     "TrainConfig": "config",
     "FlatLora": "method.perturbation",
     "FlatLoraCallback": "other_trainers.transformers_trainer",
+    "peft_flatness": "flatness.peft_models",
     "train": "training.trainer",
     "__version__": "ground.versions",
 }

@@ -70,6 +70,9 @@ from flatlora_diffusion.config.programs import (
     InspectConfig as InspectConfig,
 )
 from flatlora_diffusion.config.programs import (
+    LandscapeConfig as LandscapeConfig,
+)
+from flatlora_diffusion.config.programs import (
     MergeConfig as MergeConfig,
 )
 from flatlora_diffusion.config.programs import (

@@ -59,9 +59,7 @@ class GenerateConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("seeds", "strengths"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty; give at least one value or leave it out")
+        _check_filled(self, "seeds", "strengths")
         if self.negative_prompt is not None and self.guidance_scale <= 1:
             raise ConfigError(
                 f"negative_prompt has no effect at guidance_scale={self.guidance_scale:g}; "
@@ -234,7 +232,28 @@ class CompareConfig(Section):
 
 
 @dataclass(frozen=True)
-class FlatnessConfig(Section):
+class LandscapeConfig(Section):
+    """What is measured around merged weights W', of any model: noise, slices and surface."""
+
+    seed: int = setting(0, "seed of probe, noise and directions, which all runs share", min=0)
+    sigmas: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.4), "relative radii of the noise", min=0, max=10)
+    rise_draws: int = setting(4, "draws of the noise, each with both signs", min=2, max=1000)
+    extent: float = setting(1.0, "slices and surface reach this far: 1 moves each row by its own length", min=1e-3)
+    surface_points: int = setting(11, "points along each side, an odd number", min=3, max=201)
+    slice_directions: int = setting(6, "random directions of the slices", min=2, max=1000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.surface_points % 2 == 0:
+            raise ConfigError(
+                f"surface_points={self.surface_points} must be odd, so that W' itself is in the middle; "
+                f"{self.surface_points + 1} is"
+            )
+        _check_filled(self, "sigmas")
+
+
+@dataclass(frozen=True)
+class FlatnessConfig(LandscapeConfig):
     """All settings of `flatness`: how flat the loss is around the merged weights of finished runs."""
 
     runs: tuple[str, ...] = setting((), "folders of finished runs of one base and one set of images")
@@ -248,27 +267,20 @@ class FlatnessConfig(Section):
     output_dir: str = setting(
         "flatness", "folder for flatness.json, tables and pictures; an earlier result is replaced"
     )
-    seed: int = setting(0, "seed of probe, noise and directions, which all runs share", min=0)
     probe_draws: int = setting(1, "(noise, timestep) pairs for each image", min=1, max=64)
     probe_batch_size: int = setting(16, "samples of the probe at once; 1 saves memory", min=1, max=4096)
-    sigmas: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.4), "relative radii of the noise", min=0, max=10)
-    rise_draws: int = setting(4, "draws of the noise, each with both signs", min=2, max=1000)
     radii: tuple[float, ...] = setting((0.001, 0.003, 0.01), "relative radii of the steepest step", min=0, max=10)
     curvature: bool = setting(True, "eigenvalues and trace of the Hessian; needs several times the memory")
     eigenvalues: int = setting(3, "largest eigenvalues to report", min=1, max=100)
     lanczos_steps: int = setting(10, "Hessian-vector products for them", min=1, max=1000)
     trace_probes: int = setting(4, "Hessian-vector products for the trace", min=2, max=1000)
-    extent: float = setting(1.0, "slices and surface reach this far: 1 moves each row by its own length", min=1e-3)
-    surface_points: int = setting(11, "points along each side, an odd number", min=3, max=201)
-    slice_directions: int = setting(6, "random directions of the slices", min=2, max=1000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.surface_points % 2 == 0:
-            raise ConfigError(
-                f"surface_points={self.surface_points} must be odd, so that W' itself is in the middle; "
-                f"{self.surface_points + 1} is"
-            )
-        for name in ("sigmas", "radii"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty; give at least one value or leave it out")
+        _check_filled(self, "radii")
+
+
+def _check_filled(section: Section, *names: str) -> None:
+    for name in names:
+        if not getattr(section, name):
+            raise ConfigError(f"{name} is empty; give at least one value or leave it out")

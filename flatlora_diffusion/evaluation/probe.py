@@ -14,13 +14,12 @@ from flatlora_diffusion.data.crops import choose_view, pixels_of, view_image
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.images import load_image
 from flatlora_diffusion.data.latents import check_latents
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.ground.seeds import FLATNESS, generator
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.sdxl.objective import Batch, Objective, sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, encode_images, encode_prompts
 from flatlora_diffusion.sdxl.sampling import evaluating
 
-PURPOSE = "flatness"  # of these draws: no LoRA is measured under the very eps that it was trained with
 # What goes through the VAE and the UNet at once: an image of 1024 pixels alone.
 _PIXELS, _LATENTS = 1024**2, 128**2
 
@@ -89,7 +88,7 @@ def loss_rise(
     The perturbations are functions of `seed`, so two LoRAs of one base are compared under common draws; none of them
     is one of training.
     """
-    flat = FlatLora(unet, sigma=sigma, schedule="constant", seed=seed, prefix=PURPOSE, draw="full")
+    flat = FlatLora(unet, sigma=sigma, schedule="constant", seed=seed, prefix=FLATNESS, draw="full")
     try:
         clean = probe_loss(unet, objective, probe)
         rises = []

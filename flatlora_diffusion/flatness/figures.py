@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
 
-from flatlora_diffusion.config import FlatnessConfig, NoiseKind
+from flatlora_diffusion.config import FlatnessConfig
 from flatlora_diffusion.evaluation.probe import Probe
 from flatlora_diffusion.flatness.curvature import Eigenvalue, top_eigenvalues, trace
-from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
-from flatlora_diffusion.flatness.loss_surface import axis, loss_slice, loss_surface
+from flatlora_diffusion.flatness.landscape import Landscape, landscape, worst_rises
 from flatlora_diffusion.flatness.merged_weights import Deltas, merged, probe_loss_at, twice_differentiable
 from flatlora_diffusion.flatness.robustness import STRENGTHS, OtherModels, variants
 from flatlora_diffusion.flatness.weight_space import Estimate, Loss, Metric, Weights, value
@@ -22,7 +21,6 @@ from flatlora_diffusion.sdxl.sampling import evaluating
 
 logger = logging.getLogger(__name__)
 
-NOISES: tuple[NoiseKind, ...] = ("filter", "iid")
 METRICS: tuple[Metric, ...] = ("filter", "raw")
 TRAIN, HELDOUT = "train", "heldout"
 IMAGES = {TRAIN: "training images", HELDOUT: "held-out images"}
@@ -46,20 +44,15 @@ class Curvature:
 
 
 @dataclass(frozen=True)
-class FlatnessFigures:
+class FlatnessFigures(Landscape):
     """The measurements at the W' of one model. All but losses, strengths and variants is of the training images.
 
-    rises: by kind of noise, one for each sigma; worst: one for each radius; slices: (direction, point); surface:
-    (point along direction 1, point along direction 0); strengths and variants: loss by set of images.
+    worst: one for each radius; strengths and variants: loss by set of images.
     """
 
-    name: str
     losses: dict[str, float]
-    rises: dict[str, list[Estimate]]
     worst: list[float]
     curvature: dict[str, Curvature]
-    slices: list[list[float]]
-    surface: list[list[float]]
     strengths: dict[float, dict[str, float]]
     variants: dict[str, dict[str, float]]
 
@@ -78,19 +71,13 @@ def measure_flatness(
     losses = {
         kind: probe_loss_at(unet, objective, probe, config.probe_batch_size) for kind, probe in model.probes.items()
     }
-    train, points, seed = losses[TRAIN], axis(config.extent, config.surface_points), config.seed
+    train = losses[TRAIN]
     with evaluating(unet):
         figures = FlatnessFigures(
-            name=model.name,
+            **vars(landscape(model.name, train, weights, config)),
             losses=_values(losses, weights),
-            rises={
-                kind: [expected_rise(train, weights, sigma, config.rise_draws, seed, kind) for sigma in config.sigmas]
-                for kind in NOISES
-            },
             worst=worst_rises(train, weights, config.radii),
             curvature=_curvature(unet, train, weights, config),
-            slices=[loss_slice(train, weights, points, seed, index) for index in range(config.slice_directions)],
-            surface=loss_surface(train, weights, points, seed),
             strengths=_at_strengths(losses, base, model.deltas),
             variants=_of_variants(losses, base, model.deltas, others),
         )

@@ -1,16 +1,19 @@
-"""How much the loss rises around the merged weights W': on average under noise, and in the steepest direction.
+"""The loss around the merged weights W': how much it rises on average under noise and in the steepest direction, and
+along random directions.
 
-Both are measured in the unit of Eq. 7 of Flat-LoRA (arXiv:2409.14396): a radius of 0.1 moves each row of W' by about
+The unit of the rises is that of Eq. 7 of Flat-LoRA (arXiv:2409.14396): a radius of 0.1 moves each row of W' by about
 a tenth of its length. Only W' counts, not how it is split into W, A and B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from flatlora_diffusion.config import NoiseKind
+from flatlora_diffusion.config import LandscapeConfig, NoiseKind
+from flatlora_diffusion.flatness.loss_surface import axis, loss_slice, loss_surface
 from flatlora_diffusion.flatness.weight_space import (
     Estimate,
     Loss,
@@ -22,6 +25,42 @@ from flatlora_diffusion.flatness.weight_space import (
     size,
     value,
 )
+
+NOISES: tuple[NoiseKind, ...] = ("filter", "iid")
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """The loss around the W' of one model, whatever model it is.
+
+    rises: by kind of noise, one for each sigma; slices: (direction, point); surface: (point along direction 1, point
+    along direction 0).
+    """
+
+    name: str
+    rises: dict[str, list[Estimate]]
+    slices: list[list[float]]
+    surface: list[list[float]]
+
+    @property
+    def loss(self) -> float:
+        """At W' itself, in the middle of the surface."""
+        middle = len(self.surface) // 2
+        return self.surface[middle][middle]
+
+
+def landscape(name: str, loss: Loss, weights: Weights, config: LandscapeConfig) -> Landscape:
+    """The landscape of `loss` around `weights`; draws and directions are those of all that have `config`."""
+    points, seed = axis(config.extent, config.surface_points), config.seed
+    return Landscape(
+        name=name,
+        rises={
+            kind: [expected_rise(loss, weights, sigma, config.rise_draws, seed, kind) for sigma in config.sigmas]
+            for kind in NOISES
+        },
+        slices=[loss_slice(loss, weights, points, seed, index) for index in range(config.slice_directions)],
+        surface=loss_surface(loss, weights, points, seed),
+    )
 
 
 def expected_rise(

@@ -6,18 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.update import with_magnitudes
 from flatlora_diffusion.evaluation.probe import Probe
-from flatlora_diffusion.flatness.weight_space import Loss, Weights
+from flatlora_diffusion.flatness.weight_space import Loss, Weights, loss_at
 from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 
 
@@ -66,7 +64,7 @@ def probe_loss_at(unet: UNet2DConditionModel, objective: Objective, probe: Probe
     """The probe's mean loss as a function of some of the weights of `unet`, which must be in eval mode."""
     count = len(probe.timesteps)
     return [
-        partial(_part, _At(unet), objective, probe, slice(start, start + batch_size))
+        loss_at(unet, partial(_part, objective=objective, probe=probe, part=slice(start, start + batch_size)))
         for start in range(0, count, batch_size)
     ]
 
@@ -82,27 +80,9 @@ def twice_differentiable(unet: UNet2DConditionModel) -> Iterator[None]:
         unet.set_attn_processor(before)
 
 
-class _At(nn.Module):
-    """The UNet computing with the `weights` in place of its own."""
-
-    weights: Weights
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-        self.weights = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.unet, self.weights, args, kwargs)
-
-
-def _part(model: _At, objective: Objective, probe: Probe, part: slice, weights: Weights) -> Tensor:
+def _part(unet: UNet2DConditionModel, objective: Objective, probe: Probe, part: slice) -> Tensor:
     batch = probe.batch.mapped(lambda value: value[part])
-    model.weights = weights
-    try:
-        losses = sample_losses(model, objective, batch, probe.noise[part], probe.timesteps[part])
-    finally:
-        model.weights = {}
+    losses = sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part])
     return losses.sum() / len(probe.timesteps)
 
 

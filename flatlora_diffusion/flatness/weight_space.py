@@ -8,13 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from flatlora_diffusion.evaluation.probe import PURPOSE
-from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.ground.seeds import FLATNESS, derive_seed
 from flatlora_diffusion.method.filter_norms import row_stds
 from flatlora_diffusion.method.noise import row_noise
 
@@ -46,6 +46,15 @@ class Estimate:
     def minus(self, other: Estimate) -> Estimate:
         """The differences under common draws, whose error is smaller than that of either."""
         return Estimate(tuple(one - two for one, two in zip(self.values, other.values, strict=True)))
+
+
+def loss_at(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[Weights], Tensor]:
+    """`loss` of the model as a function of some of its parameters, by their names in `model`: one part of a `Loss`.
+
+    The model that `loss` is given has them in place of its own as long as that runs, and should be in eval mode.
+    """
+    lent = _Lent(model, loss)
+    return lambda weights: functional_call(lent, {f"model.{name}": weight for name, weight in weights.items()}, ())
 
 
 @torch.no_grad()
@@ -94,13 +103,13 @@ def scales(weights: Weights, metric: Metric) -> Weights:
 def noise(scale: Weights, weights: Weights, seed: int, draw: int) -> Weights:
     """Gaussian noise of one unit: z * scale with z a function of (seed, layer, draw) alone, so equal for all LoRAs.
 
-    It is the eps that `FlatLora(unet, sigma=1, seed=seed, prefix=PURPOSE, draw="full")` has in step `draw`.
+    It is the eps that `FlatLora(unet, sigma=1, seed=seed, prefix=FLATNESS, draw="full")` has in step `draw`.
     """
     return {
         name: row_noise(
             scale[name].flatten().float(),
             tuple(weight.shape),
-            derive_seed(seed, "perturbation", PURPOSE, name.removesuffix(".weight"), draw, 0),
+            derive_seed(seed, "perturbation", FLATNESS, name.removesuffix(".weight"), draw, 0),
         )
         for name, weight in weights.items()
     }
@@ -114,6 +123,17 @@ def shifted(weights: Weights, step: Mapping[str, Tensor], factor: float) -> Weig
 def size(weights: Weights) -> int:
     """The number of weights."""
     return sum(weight.numel() for weight in weights.values())
+
+
+class _Lent(nn.Module):
+    """A model's loss as what a module computes, so that all that it asks of the model has the weights given."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self) -> Tensor:
+        return self.loss(self.model)
 
 
 def _leaves(weights: Weights) -> Weights:

@@ -7,6 +7,9 @@ import json
 
 import torch
 
+FLATNESS = "flatness"
+"""The purpose of draws that measure: no LoRA is measured under the very eps that it was trained with."""
+
 _ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
 

@@ -17,8 +17,9 @@ _LIBRARIES = ("torch", "diffusers", "peft", "transformers")  # that figures depe
 
 
 def versions() -> dict[str, str]:
-    """The version by package, this program's first."""
-    return {PROGRAM: __version__, **{name: version(name) for name in _LIBRARIES}}
+    """The version by package, this program's first; of a library that other trainers go without, none."""
+    found = {name: installed(name) for name in _LIBRARIES}
+    return {PROGRAM: __version__, **{name: number for name, number in found.items() if number is not None}}
 
 
 def installed(package: str) -> str | None:

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora_diffusion.evaluation.probe import PURPOSE
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
 from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
 from flatlora_diffusion.flatness.loss_surface import axis, direction, loss_slice, loss_surface
@@ -26,6 +25,7 @@ from flatlora_diffusion.flatness.weight_space import (
     size,
     value,
 )
+from flatlora_diffusion.ground.seeds import FLATNESS
 from flatlora_diffusion.method.perturbation import FlatLora
 
 
@@ -112,7 +112,7 @@ def test_noise_has_the_law_of_training_and_none_of_its_draws() -> None:
     trained = FlatLora(model, sigma=0.1, schedule="constant", seed=9, draw="full")
     ours = {name: trained.noise(name, step=3) for name in trained.layers}
     trained.detach()
-    flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9, prefix=PURPOSE, draw="full")
+    flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9, prefix=FLATNESS, draw="full")
     merged = {}
     for name, layer in flat.layers.items():
         base = layer.get_base_layer()

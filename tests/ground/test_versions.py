@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import pytest
+
 import flatlora_diffusion
+from flatlora_diffusion.ground import versions as versions_module
 from flatlora_diffusion.ground.versions import versions
 
 ROOT = Path(__file__).parents[2]
@@ -59,3 +63,13 @@ def test_the_versions_are_those_of_the_program_and_its_libraries() -> None:
 def test_nothing_else_asks_for_a_version_that_may_not_be_there() -> None:
     modules = [path for folder in ("flatlora_diffusion", "app") for path in (ROOT / folder).rglob("*.py")]
     assert [path.stem for path in modules if "importlib.metadata" in path.read_text("utf-8")] == ["versions"]
+
+
+def test_a_library_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hide(name: str) -> str:
+        if name == "diffusers":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(versions_module, "version", hide)
+    assert list(versions()) == ["flatlora-diffusion", "torch", "peft", "transformers"]

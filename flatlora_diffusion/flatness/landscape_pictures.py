@@ -1,0 +1,59 @@
+"""The loss around W' of some models as charts: PNG, and the surfaces as a page to turn."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from flatlora_diffusion.charts.lines import Line, surface_chart, titled_chart
+from flatlora_diffusion.charts.palette import Look
+from flatlora_diffusion.config import LandscapeConfig
+from flatlora_diffusion.flatness.landscape import Landscape
+from flatlora_diffusion.flatness.loss_surface import axis
+from flatlora_diffusion.flatness.surface_page import can_write, write_surface_page
+
+logger = logging.getLogger(__name__)
+
+Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
+"""xs, ys and the half-widths of the ys' intervals, none where there are none."""
+
+
+def write_landscape(
+    folder: Path, config: LandscapeConfig, figures: Sequence[Landscape], looks: Sequence[Look]
+) -> None:
+    """Write rise.png, slices.png, surface.png and, with plotly, surface.html: all `figures` on each."""
+    at = axis(config.extent, config.surface_points)
+    title, x_label = "Expected rise of the loss under noise on W' (Eq. 7)", "sigma: noise relative to each row of W'"
+    rises = lines_of(figures, looks, [_rise(one, config.sigmas) for one in figures])
+    titled_chart(rises, title, x_label, "rise of the loss", log=True).save(folder / "rise.png")
+    title = f"Loss around W', mean of {config.slice_directions} random directions"
+    slices = lines_of(figures, looks, [_slice(one, at) for one in figures])
+    titled_chart(slices, title, "distance from W', relative to each row", "loss").save(folder / "slices.png")
+    title = "Loss around W' along two random directions, the same for all"
+    surfaces = [(one.name, one.surface) for one in figures]
+    surface_chart(surfaces, config.extent, title).save(folder / "surface.png")
+    if can_write():
+        write_surface_page(folder / "surface.html", surfaces, at, title)
+    else:
+        logger.warning("surface.html was left out: it needs the package plotly: pip install plotly")
+
+
+def lines_of(figures: Sequence[Landscape], looks: Sequence[Look], curves: Sequence[Curve]) -> list[Line]:
+    """A line for each of `figures`; of one look each has another shade."""
+    shades = [list(looks[:place]).count(look) for place, look in enumerate(looks)]
+    of_all = zip(figures, looks, shades, curves, strict=True)
+    return [Line(one.name, look, *curve, shade=shade) for one, look, shade, curve in of_all]
+
+
+def _rise(figures: Landscape, sigmas: Sequence[float]) -> Curve:
+    rises = figures.rises["filter"]
+    return sigmas, [rise.mean for rise in rises], [rise.error for rise in rises]
+
+
+def _slice(figures: Landscape, at: Sequence[float]) -> Curve:
+    """Mean and standard error over the directions."""
+    columns = list(zip(*figures.slices, strict=True))
+    errors = [statistics.stdev(column) / len(column) ** 0.5 for column in columns]
+    return at, [statistics.mean(column) for column in columns], errors
