@@ -12,7 +12,7 @@ from flatlora_diffusion.adapter.anchor import ANCHOR
 from flatlora_diffusion.adapter.full import whole_change
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.method.branch import factors_of, scale_of
+from flatlora_diffusion.method.branch import factors_of, scale_of, square_norm
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 PARTS = ("unet", *TEXT_PARTS)
@@ -140,9 +140,9 @@ def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm(update: Update) -> float:
-    """||s B A||_F without forming B A: s^2 tr((B^T B)(A A^T)), in double."""
+    """||s B A||_F without forming B A, in double."""
     down, up = update.down.double().flatten(1), update.up.double().flatten(1)
-    return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0)) ** 0.5 * update.scale
+    return float(square_norm(down, up).clamp(min=0)) ** 0.5 * update.scale
 
 
 def difference(one: Update, other: Update) -> float:

@@ -37,6 +37,11 @@ def scale_of(layer: Any, adapter: str) -> float:
     return scaling / (layer.r[adapter] + 1e-5) if isinstance(layer, AdaLoraLayer) else scaling
 
 
+def square_norm(down: Tensor, up: Tensor) -> Tensor:
+    """||B A||_F^2 = tr((B^T B)(A A^T)) of A (r, n) and B (m, r), without forming B A."""
+    return ((up.mT @ up) * (down @ down.mT)).sum()
+
+
 def rank_of(layer: Any, adapter: str) -> int:
     """The rank of one adapter, with those that AdaLoRA has taken."""
     down = layer.lora_A[adapter]

@@ -25,6 +25,18 @@ class Convolution:
     padding: tuple[int, ...]
 
 
+def applied(x: Tensor, weight: Tensor, bias: Tensor | None = None, convolution: Convolution | None = None) -> Tensor:
+    """What a layer with this weight gives for x."""
+    if convolution is None:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+
+
+def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of autocast on `device`, or `otherwise` without autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
+
+
 @dataclass(frozen=True)
 class NoiseSpec:
     """All that is needed to make a layer's eps again: eps[i] = row_std[i] * z[i] with z ~ N(0, 1) from `seed`.
@@ -65,11 +77,7 @@ class _PerturbedLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(row_std)
         ctx.weight, ctx.spec, ctx.x_shape = weight, spec, x.shape  # the frozen parameter itself, not a copy
-        effective = _effective_weight(weight, row_std, spec)
-        if spec.convolution is None:
-            return F.linear(x, effective, bias)
-        geometry = spec.convolution
-        return F.conv2d(x, effective, bias, geometry.stride, geometry.padding)
+        return applied(x, _effective_weight(weight, row_std, spec), bias, spec.convolution)
 
     @staticmethod
     @once_differentiable

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype, find_adapted_layers
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
+from flatlora_diffusion.method.noise import applied
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient, moved
 
 
@@ -93,20 +93,13 @@ class Sam(StepGradient):
             _forget(self._trainable)
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._is_reading and layer in self._slopes:
+            eps = self._slopes[layer]
+            return layer.with_added(lambda x: applied(x, eps.to(x.dtype), None, layer.convolution), x, *args, **kwargs)
         output: Tensor = layer.below.forward(x, *args, **kwargs)
-        if not layer.is_active():
-            return output
-        if self._is_reading:
-            read: Tensor = _Read.apply(output, x, self._asks, layer, self._add)
-            return read
-        if layer not in self._slopes:
-            return output
-        dtype = compute_dtype(x.device, output.dtype)
-        eps = self._slopes[layer].to(dtype)
-        if layer.convolution is None:
-            return output + F.linear(x.to(dtype), eps).to(output.dtype)
-        stride, padding = layer.convolution.stride, layer.convolution.padding
-        return output + F.conv2d(x.to(dtype), eps, None, stride, padding).to(output.dtype)
+        if self._is_reading and layer.is_active():
+            output = _Read.apply(output, x, self._asks, layer, self._add)
+        return output
 
     def _add(self, layer: AdaptedLayer, x: Tensor, slope_of_output: Tensor) -> None:
         slope = _slope_of_weight(layer, x.float(), slope_of_output.float())
