@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from flatlora_diffusion.config import PerturbConfig
+from flatlora_diffusion.method.branch import factor_pairs
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
 from flatlora_diffusion.method.rivals.balance import Balanced
@@ -38,9 +39,7 @@ def step_gradient(
     if config.method == "sam":
         return Sam(models.values(), parameters, config.radius)
     if config.method in ("nbar", "obar"):
-        ups = {name.replace(".lora_B.", ".lora_A."): one for name, one in trainable.items() if ".lora_B." in name}
-        pairs = [(trainable[name], up) for name, up in ups.items()]
-        return Balanced(pairs, config.balance, config.method == "obar", total_steps)
+        return Balanced(factor_pairs(models.values()), config.balance, config.method == "obar", total_steps)
     flats = flat_loras(models, config, seed, ramp)
     if config.method == "mixed-noise":
         return MixedGradient(flats, config.perturb_per, config.share)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.ground.files import load_optimizer, optimizer_tensors
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
-from flatlora_diffusion.method.branch import rank_of, scale_of, square_norm
+from flatlora_diffusion.method.branch import first_adapter, rank_of, scale_of, square_norm
 from flatlora_diffusion.method.rivals.ascent import average
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 
@@ -35,7 +35,7 @@ class BiLora(StepGradient):
         self._scales: dict[AdaptedLayer, float] = {}
         for prefix, model in models.items():
             for layer in find_adapted_layers(model):
-                self._scales[layer] = scale_of(layer.tuner, _first(layer))
+                self._scales[layer] = scale_of(layer.tuner, first_adapter(layer.tuner))
                 self._pairs[layer] = _new_pair(layer, seed, prefix)
                 layer.below.attach(partial(self._base_forward, layer))
         self._optimizer = torch.optim.AdamW(self._parameters(), maximize=True, weight_decay=0.0)
@@ -100,13 +100,8 @@ class BiLora(StepGradient):
 
 def _new_pair(layer: AdaptedLayer, seed: int, prefix: str) -> tuple[nn.Parameter, nn.Parameter]:
     """A2 (r, n) ~ N(0, 1/r^2) and B2 (m, r) = 0 on the layer's device, fp32."""
-    rank = rank_of(layer.tuner, _first(layer))
+    rank = rank_of(layer.tuner, first_adapter(layer.tuner))
     # Drawn on the CPU, so that one seed gives one pair on every device.
     drawn = torch.randn(rank, layer.inputs, generator=generator("cpu", seed, "bi_lora", prefix, layer.name)) / rank
     device = layer.base.weight.device
     return nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(layer.shape[0], rank, device=device))
-
-
-def _first(layer: AdaptedLayer) -> str:
-    """The adapter that came first, which is the trained one."""
-    return str(next(iter(layer.tuner.lora_A)))
