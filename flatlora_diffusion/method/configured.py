@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
 from flatlora_diffusion.method.rivals.balance import Balanced
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.settings import Settings
+from flatlora_diffusion.method.settings import scheduled
 from flatlora_diffusion.method.step_gradient import FactorNoise, MixedGradient, NoisyGradient, StepGradient
 
 
@@ -33,7 +34,7 @@ def step_gradient(
     if config.method == "lora-sam":
         return LoraSam(parameters, list(of_factors.values()), config.radius)
     if config.method == "factor-noise":
-        strength = Settings(config.strength, config.sigma_schedule, ramp, 0, "filter", "", "full", 1).sigma_at
+        strength = partial(scheduled, config.strength, config.sigma_schedule, ramp)
         own = seed if config.perturb_seed is None else config.perturb_seed
         return FactorNoise(of_factors, strength, own, config.perturb_per)
     if config.method == "sam":

@@ -22,7 +22,7 @@ from flatlora_diffusion.ground.files import load_optimizer, optimizer_tensors
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.branch import first_adapter, rank_of, scale_of, square_norm
-from flatlora_diffusion.method.rivals.ascent import average
+from flatlora_diffusion.method.rivals.slopes import average
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 
 
