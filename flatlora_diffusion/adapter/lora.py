@@ -46,7 +46,7 @@ def add_lora(
     for model, lora, path in loras:
         _inject(model, lora, seed, path)
         if config.adapter == "pissa":
-            start_at_principal(model, lora, 4 if config.pissa_iterations is None else config.pissa_iterations, seed)
+            start_at_principal(model, lora, config.iterations, seed)
         elif config.adapter == "full":
             widen(model)
         elif config.adapter == "lora-ga":

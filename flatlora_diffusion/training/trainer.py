@@ -226,7 +226,7 @@ def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None
 def first_weights(state: TrainState) -> None:
     """Give a new run's LoRA the first weights that need gradients; all others have theirs."""
     if state.config.adapter.adapter == "lora-ga":
-        steps = min(state.config.adapter.lora_ga_steps or 8, state.total_steps)
+        steps = min(state.config.adapter.slope_steps, state.total_steps)
         every = (one for step in range(steps) for one in _micro_batches(state, step, DrawHash()))
         start_at_gradients(state, every, steps)
 
