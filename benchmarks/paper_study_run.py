@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.paper_study_adapters import Adapter, Noise, adapted, noise_of
+from benchmarks.paper_study_adapters import Adapter, adapted, noise_of
 from benchmarks.paper_study_settings import Settings
+from flatlora_diffusion import FlatLora
 from flatlora_diffusion.ground.seeds import derive_seed, generator
 from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
 from flatlora_diffusion.method.rivals.slopes import read_slopes
@@ -159,7 +160,7 @@ def _gradient(adapter: Adapter, settings: Settings) -> StepGradient:
     return LoraSam(adapter.parameters, factors, settings.rho)
 
 
-def _noise(adapter: Adapter, settings: Settings, seed: int) -> Noise | None:
+def _noise(adapter: Adapter, settings: Settings, seed: int) -> FlatLora | None:
     if settings.sigma == 0:
         return None
     sigma, schedule, draw = settings.sigma, settings.schedule, settings.draw
