@@ -37,6 +37,9 @@ from flatlora_diffusion.config.methods import (
     unused_by as unused_by,
 )
 from flatlora_diffusion.config.programs import (
+    CAPTION_WRITERS as CAPTION_WRITERS,
+)
+from flatlora_diffusion.config.programs import (
     QUIET_VARIABLE as QUIET_VARIABLE,
 )
 from flatlora_diffusion.config.programs import (
