@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.paper_study_adapters import Adapter, Noise, adapted, noise_of
+from benchmarks.paper_study_adapters import Adapter, adapted, noise_of
 from benchmarks.paper_study_settings import Settings
+from flatlora_diffusion import FlatLora
 from flatlora_diffusion.ground.seeds import derive_seed, generator
 from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
+from flatlora_diffusion.method.rivals.slopes import read_slopes
 from flatlora_diffusion.method.settings import Settings as NoiseSettings
 from flatlora_diffusion.method.step_gradient import StepGradient
 
@@ -124,9 +126,8 @@ def _adapted(model: Classifier, bench: Bench, settings: Settings, seed: int) -> 
         """dL/dW of each adapted layer, at the start."""
         model.train()
         batches = list(_batches(adapter, bench.train, SLOPE_BATCHES, seed))
-        reader = Sam([model.encoder], adapter.parameters, rho=0.0)
-        found = [slope / len(batches) for slope in reader.slopes(batches)]
-        reader.detach()
+        found = [slope / len(batches) for slope in read_slopes([model.encoder], batches)]
+        model.zero_grad()
         return found
 
     return adapted(model, bench.targets, settings, seed, slopes)
@@ -178,7 +179,7 @@ def _gradient(adapter: Adapter, settings: Settings) -> StepGradient:
     return LoraSam(adapter.parameters, factors, settings.rho)
 
 
-def _noise(adapter: Adapter, settings: Settings, seed: int) -> Noise | None:
+def _noise(adapter: Adapter, settings: Settings, seed: int) -> FlatLora | None:
     if settings.sigma == 0:
         return None
     sigma, schedule, draw = settings.sigma, settings.schedule, settings.draw

@@ -3,7 +3,7 @@
 Each trains two steps on the tiny base that ships, is saved, and is loaded into a stock pipeline on that base, which
 must compute what was trained. Prints each and writes benchmarks/rival_cells.json: seconds per step, the effect of the
 LoRA on the UNet's output and how far the stock pipeline's is from it, or why the cell is refused. A cell that is there
-is not run again.
+is not run again: delete the file, or the cell in it, to have it tried anew.
 """
 
 from __future__ import annotations

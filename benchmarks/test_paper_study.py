@@ -104,7 +104,7 @@ def test_every_adapter_starts_at_the_pretrained_weights(bench: DotBench) -> None
         assert ours < sum(one.numel() for one in model.parameters()), name
 
 
-def test_written_noise_is_what_flat_lora_draws_and_leaves_no_trace(bench: DotBench) -> None:
+def test_every_adapter_has_the_same_noise_at_its_start_and_loses_it(bench: DotBench) -> None:
     outputs = []
     for variant in ("full", "adalora", "lora"):
         torch.manual_seed(0)

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, ConfigError
+from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..context import AppContext
 from ..dataset.captions import TRIGGER, trigger_of_captions, with_trigger
 from ..runs.lora_import import IMPORTED
 from ..runs.processes import read_json
+from ..runs.run_cards import method_name
 from ..runs.runs import Run
 from .base_identity import base_identity
 from .picture_cache import Drawing, Picture, base_arguments, file_hash
 
-METHOD_TITLES = {**METHOD_NAMES, IMPORTED: "Imported"}
 MOST_PICTURES = 400
 ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"
@@ -45,7 +45,7 @@ class ComparedRun:
 
     @property
     def title(self) -> str:
-        return METHOD_TITLES.get(self.method, self.method)
+        return method_name(self.method)
 
     @property
     def is_trained(self) -> bool:

@@ -8,12 +8,10 @@ from pathlib import Path
 from huggingface_hub import constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
+from flatlora_diffusion.config import CAPTION_WRITERS
 from flatlora_diffusion.evaluation.tagger import MODEL_FILE, TAGS_FILE
 
 from ..runs.processes import read_json
-
-# What `load_captioner` reads: writers by their architecture, taggers by the file of their tags.
-_WRITERS = {"BlipForConditionalGeneration", "Florence2ForConditionalGeneration"}
 
 
 def installed_captioners(folders: Sequence[Path]) -> list[str]:
@@ -35,5 +33,5 @@ def _is_captioner(folder: Path) -> bool:
     if (folder / TAGS_FILE).is_file():
         return (folder / MODEL_FILE).is_file()
     architectures = read_json(folder / "config.json").get("architectures")
-    is_writer = isinstance(architectures, list) and not _WRITERS.isdisjoint(architectures)
+    is_writer = isinstance(architectures, list) and any(kind in architectures for kind in CAPTION_WRITERS.values())
     return is_writer and any(folder.glob("*.safetensors"))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from flatlora_diffusion.config import METHOD_NAMES
 
 from ..theme import COLOURS
+from .lora_import import IMPORTED
 from .phase import TRAINING
 from .runs import Run
 
@@ -122,7 +123,7 @@ def _act_button(act: str, of: str) -> str:
 
 def method_name(method: str | None) -> str:
     """As people say it."""
-    return METHOD_NAMES.get(method or "", method or "")
+    return {**METHOD_NAMES, IMPORTED: "Imported"}.get(method or "", method or "")
 
 
 def own_lines(lines: Sequence[str]) -> list[str]:

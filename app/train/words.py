@@ -5,6 +5,8 @@ A setting that is not named here keeps its own help; each has a label.
 
 from __future__ import annotations
 
+from flatlora_diffusion.config import DEFAULT_SIGMA
+
 LABELS = {
     "pretrained_model_name_or_path": "Base model",
     "pretrained_vae_model_name_or_path": "Another VAE",
@@ -168,7 +170,7 @@ HELP = {
     "as in the paper; philox: likewise, faster on a GPU",
     "perturb_norm_every": "the noise is in proportion to the weights, which are measured anew every so many steps",
     "perturb_per": "for each batch, once for each step as in the paper, or for each image, with low_rank above",
-    "sigma": "how strong the noise is that Flat-LoRA trains against; left empty: 0.1",
+    "sigma": f"how strong the noise is that Flat-LoRA trains against; left empty: {DEFAULT_SIGMA}",
     "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
     "holdout_images": "so many are not trained on: the result is the checkpoint that knows them best",

@@ -24,7 +24,7 @@ from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
 _STD = 0.02  # of A and B at the start, as in PEFT and the paper's code
 
 
-def adalora_config(rank: int, alpha: float | None, dropout: float, targets: list[str]) -> AdaLoraConfig:
+def adalora_config(rank: int, alpha: float | None, dropout: float, targets: list[str] | str) -> AdaLoraConfig:
     """That of `rank` in the mean at the end, s = alpha / rank, begun with half as many ranks again."""
     first = first_rank(rank)
     return AdaLoraConfig(

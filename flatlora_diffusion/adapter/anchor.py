@@ -9,6 +9,8 @@ the scale -s, always on and never trained:
 
 So frozen weights keep their bits, also quantized ones, what perturbs W' sees both, and the plain LoRA of twice the
 rank, [B, -B0] [A; A0], is exact on the original base.
+
+Layers are linear and have at least as many directions as PiSSA's A and B start at, or LoRA-GA's A beside its B.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ import torch
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_linear, lora_layers
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import derive_seed
 
 ANCHOR = "start"
@@ -33,12 +34,10 @@ ANCHOR = "start"
 def start_at_principal(model: Any, lora: LoraConfig, iterations: int, seed: int) -> None:
     """Let the LoRA `lora` of `model` start at the largest directions of each W, by PEFT's PiSSA, and anchor it there.
 
-    `iterations` are those of the fast SVD, 0 for the exact one. Raises ConfigError for a convolution and for a layer
-    with fewer directions than the rank.
+    `iterations` are those of the fast SVD, 0 for the exact one.
     """
     how = {"init_lora_weights": f"pissa_niter_{iterations}" if iterations else "pissa"}
-    for name, layer in lora_layers(model).items():
-        _check_directions(name, layer, "pissa", layer.r[ADAPTER])
+    for layer in lora_layers(model).values():
         if not layer.get_base_layer().weight.is_meta:  # where nothing but shapes is wanted
             _put(layer, _by_peft(layer, how, seed), [ADAPTER])
     anchor(model, lora)
@@ -48,11 +47,10 @@ def start_at_principal(model: Any, lora: LoraConfig, iterations: int, seed: int)
 def start_at_slopes(model: Any, slopes: Mapping[str, Tensor], seed: int) -> None:
     """Let the anchored LoRA of `model` start at the largest directions of dL/dW, by PEFT's LoRA-GA.
 
-    `slopes` has dL/dW of each layer by name. Raises ConfigError as `start_at_principal`, of twice the rank.
+    `slopes` has dL/dW of each layer by name.
     """
     how = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     for name, layer in lora_layers(model).items():
-        _check_directions(name, layer, "lora-ga", 2 * layer.r[ADAPTER])
         _put(layer, _by_peft(layer, how, seed, slopes[name].cpu()), [ADAPTER, ANCHOR])
 
 
@@ -72,16 +70,6 @@ def anchor(model: Any, lora: LoraConfig) -> None:
     for layer in lora_layers(model).values():
         for sides in (layer.lora_A, layer.lora_B):
             sides[ANCHOR].weight = nn.Parameter(sides[ADAPTER].weight.detach().clone(), requires_grad=False)
-
-
-def _check_directions(name: str, layer: Any, adapter: str, directions: int) -> None:
-    base = layer.get_base_layer()
-    check_linear(name, base, adapter)
-    if directions > min(base.in_features, base.out_features):
-        raise ConfigError(
-            f"rank={layer.r[ADAPTER]} is more than {name}, {base.out_features} x {base.in_features}, has directions "
-            f"for with --adapter {adapter}; lower --rank"
-        )
 
 
 def _put(layer: Any, factors: tuple[Tensor, Tensor], adapters: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.full import is_whole
 from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
-from flatlora_diffusion.method.branch import factors_of, scale_of
+from flatlora_diffusion.method.branch import factors_of, scale_of, square_norm
 
 
 def squared_change(model: nn.Module) -> Tensor:
@@ -25,4 +25,4 @@ def _of_layer(layer: Any) -> Tensor:
     pairs = [factors_of(layer, adapter) for adapter in adapters]
     down = torch.cat([first.flatten(1) for first, _ in pairs])
     up = torch.cat([up.flatten(1) * scale_of(layer, one) for (_, up), one in zip(pairs, adapters, strict=True)], dim=1)
-    return ((up.mT @ up) * (down @ down.mT)).sum()
+    return square_norm(down, up)

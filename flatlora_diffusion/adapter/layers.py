@@ -8,10 +8,11 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import LINEAR_ONLY, ConfigError
 from flatlora_diffusion.method.adapted_layers import int8_steps
 
 ADAPTER = "default"
+DIRECTIONS = {"pissa": 1, "lora-ga": 2}  # of W or of its slope, that a rank starts at: LoRA-GA's A and B at others
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -28,7 +29,14 @@ def base_weight(base: Any) -> Tensor:
     return weight.float()
 
 
-def check_linear(name: str, base: nn.Module, adapter: str) -> None:
-    """Raises ConfigError where an adapter cannot be put on the layer `base`."""
-    if not isinstance(base, nn.Linear):
+def check_adaptable(adapter: str, name: str, base: nn.Module, rank: int) -> None:
+    """Raises ConfigError for a layer `base` of the base that cannot have this adapter with this rank."""
+    if adapter in LINEAR_ONLY and not isinstance(base, nn.Linear):
         raise ConfigError(f"--adapter {adapter} adapts linear layers only, not {name}; leave it out of the targets")
+    if adapter in DIRECTIONS and isinstance(base, nn.Linear):
+        most = min(base.in_features, base.out_features) // DIRECTIONS[adapter]
+        if rank > most:
+            raise ConfigError(
+                f"rank={rank} is more than --adapter {adapter} can start with at {name}, {base.out_features} x "
+                f"{base.in_features}; give at most {most}"
+            )

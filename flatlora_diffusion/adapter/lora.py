@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.adapter.adalora import adalora_config, start_from_seed
 from flatlora_diffusion.adapter.anchor import anchor, start_at_principal
 from flatlora_diffusion.adapter.full import widen
-from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_linear, lora_layers
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_adaptable, lora_layers
 from flatlora_diffusion.config import AdapterConfig, ConfigError
 from flatlora_diffusion.ground.seeds import generator
 
@@ -38,7 +38,7 @@ def add_lora(
 
     A ~ N(0, 1/rank^2) as a function of (seed, part, layer), B = 0, both fp32; PiSSA's are W's largest directions, and
     AdaLoRA's as `start_from_seed` has them.
-    Raises ConfigError, with nothing added, when the settings name no layer.
+    Raises ConfigError, with nothing added, when the settings name no layer, or one that cannot have this adapter.
     """
     loras = [(unet, _unet_lora(unet, config), "")]
     for part, encoder in (text_encoders or {}).items():
@@ -46,7 +46,7 @@ def add_lora(
     for model, lora, path in loras:
         _inject(model, lora, seed, path)
         if config.adapter == "pissa":
-            start_at_principal(model, lora, 4 if config.pissa_iterations is None else config.pissa_iterations, seed)
+            start_at_principal(model, lora, config.iterations, seed)
         elif config.adapter == "full":
             widen(model)
         elif config.adapter == "lora-ga":
@@ -55,12 +55,11 @@ def add_lora(
 
 def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
     targets = unet_targets(unet, config)
-    if config.adapter in ("adalora", "full"):
-        for name in targets:
-            check_linear(name, unet.get_submodule(name), config.adapter)
+    ranks = _block_ranks(config.lora_block_ranks, targets)
+    for name in targets:
+        check_adaptable(config.adapter, name, unet.get_submodule(name), ranks.get(name, config.rank))
     if config.adapter == "adalora":
         return adalora_config(config.rank, config.lora_alpha, config.lora_dropout, targets)
-    ranks = _block_ranks(config.lora_block_ranks, targets)
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
@@ -88,13 +87,17 @@ def _text_lora(text_encoder: Any, config: AdapterConfig, part: str, clip_skip: i
             f"clip_skip={clip_skip} leaves no layer of the first text encoder for --train_text_encoder; it can be at "
             f"most {text_encoder.config.num_hidden_layers - 2} with it"
         )
+    targets = [f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION]
+    for name, module in text_encoder.named_modules():
+        if name.endswith(tuple(targets)):
+            check_adaptable(config.adapter, f"{part}.{name}", module, config.rank)
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.is_rslora,
         init_lora_weights="gaussian",
-        target_modules=[f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION],
+        target_modules=targets,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,9 @@ from flatlora_diffusion.adapter.anchor import ANCHOR
 from flatlora_diffusion.adapter.full import whole_change
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.method.branch import factors_of, scale_of
+from flatlora_diffusion.method.branch import factors_of, scale_of, square_norm
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
-T = TypeVar("T")
 PARTS = ("unet", *TEXT_PARTS)
 FOLD_RANK = 32  # of the plain LoRA made of a DoRA, whose change of the rows' magnitudes has full rank
 _POWER_STEPS = 4
@@ -59,27 +58,30 @@ class LazyLayers(Mapping[str, Update]):
 
 def lora_updates(pipeline: Any) -> Updates:
     """The factors of every LoRA layer, for DoRA those of its direction; parts without a LoRA are left out."""
-    return _of_all(pipeline, _factors)
+    return {part: {module: _factors(one) for module, one in layers.items()} for part, layers in _layers(pipeline)}
 
 
 def magnitudes(pipeline: Any) -> dict[str, dict[str, Tensor]]:
     """DoRA's trained magnitudes by module path, by part; empty for another LoRA."""
     by_part: dict[str, dict[str, Tensor]] = {}
-    for part in PARTS:
-        for name, layer in lora_layers(getattr(pipeline, part)).items():
+    for part, layers in _layers(pipeline):
+        for module, layer in layers.items():
             if ADAPTER in layer.lora_magnitude_vector:
                 value = layer.lora_magnitude_vector[ADAPTER].weight.detach().float().cpu().contiguous()
-                by_part.setdefault(part, {})[shared_path(part, name)] = value
+                by_part.setdefault(part, {})[module] = value
     return by_part
 
 
-def plain_updates(pipeline: Any) -> tuple[Updates, float]:
-    """The factors of a plain LoRA with the same effect, and what of the effect it misses, ||missed|| / ||effect||.
+def plain_updates(pipeline: Any, updates: Updates) -> tuple[Updates, float]:
+    """The factors of a plain LoRA with the effect of `lora_updates`, and what it misses, ||missed|| / ||effect||.
 
     That is 0 but for DoRA, whose W' - W is folded into a truncated SVD of rank 32, or its own rank if that is higher,
     and for full fine-tuning, of which the SVD has the rank that was asked for.
     """
-    folds = _of_all(pipeline, _folded)
+    folds = {
+        part: {module: _folded(layer, updates[part][module]) for module, layer in layers.items()}
+        for part, layers in _layers(pipeline)
+    }
     missed = sum(fold.missed for layers in folds.values() for fold in layers.values())
     whole = sum(fold.whole for layers in folds.values() for fold in layers.values())
     plain = {part: {module: fold.update for module, fold in layers.items()} for part, layers in folds.items()}
@@ -138,9 +140,9 @@ def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm(update: Update) -> float:
-    """||s B A||_F without forming B A: s^2 tr((B^T B)(A A^T)), in double."""
+    """||s B A||_F without forming B A, in double."""
     down, up = update.down.double().flatten(1), update.up.double().flatten(1)
-    return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0)) ** 0.5 * update.scale
+    return float(square_norm(down, up).clamp(min=0)) ** 0.5 * update.scale
 
 
 def difference(one: Update, other: Update) -> float:
@@ -155,12 +157,12 @@ def update_norms(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, float
     return {part: sum(norm(update) ** 2 for update in layers.values()) ** 0.5 for part, layers in updates.items()}
 
 
-def _of_all(pipeline: Any, read: Callable[[Any], T]) -> dict[str, dict[str, T]]:
-    updates: dict[str, dict[str, T]] = {}
+def _layers(pipeline: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The LoRA layers by module path of each part that has any."""
     for part in PARTS:
-        for name, layer in lora_layers(getattr(pipeline, part)).items():
-            updates.setdefault(part, {})[shared_path(part, name)] = read(layer)
-    return updates
+        layers = lora_layers(getattr(pipeline, part))
+        if layers:
+            yield part, {shared_path(part, name): layer for name, layer in layers.items()}
 
 
 class _Fold(NamedTuple):
@@ -171,8 +173,8 @@ class _Fold(NamedTuple):
     whole: float = 0.0
 
 
-def _folded(layer: Any) -> _Fold:
-    factors, change = _factors(layer), whole_change(layer)
+def _folded(layer: Any, factors: Update) -> _Fold:
+    change = whole_change(layer)
     if change is not None:
         missed = (change - factors.up @ factors.down).double().square().sum()
         return _Fold(factors, float(missed), float(change.double().square().sum()))

@@ -18,13 +18,11 @@ from typing import Any, Literal, get_args
 
 from flatlora_diffusion.config import (
     METHOD_NAMES,
-    NOISY,
-    PERTURBING,
+    METHODS_WITH,
     QUIET_VARIABLE,
     ConfigError,
     Method,
     ModelConfig,
-    PerturbConfig,
     RunError,
     TrainConfig,
     read_setting,
@@ -237,10 +235,7 @@ def _refusal(method: str, name: str) -> str:
     """Why an arm of this method cannot have the setting; nothing if it can."""
     if name in _OURS:
         return "is the same for the whole experiment"
-    of_noise = {item.name for item in fields(PerturbConfig)} - {"rho", "bar_strength"}
-    of_eps = {"perturb_noise", "perturb_draw", "perturb_norm_every"}
-    is_unused = name in unused_by(method) or (method not in NOISY and name in of_noise)
-    if is_unused or (method not in PERTURBING and name in of_eps):
+    if method not in METHODS_WITH.get(name, METHOD_NAMES):
         return f"means nothing for {'plain ' if method == 'lora' else ''}{METHOD_NAMES[method]}"
     return ""
 

@@ -3,8 +3,8 @@
 Knows neither torch nor any model. Start with `section.py` (what a setting is), then `training.py`.
 """
 
-from flatlora_diffusion.config.methods import (
-    DEFAULT_RHO as DEFAULT_RHO,
+from flatlora_diffusion.config.combinations import (
+    LINEAR_ONLY as LINEAR_ONLY,
 )
 from flatlora_diffusion.config.methods import (
     DEFAULT_SIGMA as DEFAULT_SIGMA,
@@ -13,10 +13,7 @@ from flatlora_diffusion.config.methods import (
     METHOD_NAMES as METHOD_NAMES,
 )
 from flatlora_diffusion.config.methods import (
-    NOISY as NOISY,
-)
-from flatlora_diffusion.config.methods import (
-    PERTURBING as PERTURBING,
+    METHODS_WITH as METHODS_WITH,
 )
 from flatlora_diffusion.config.methods import (
     DrawKind as DrawKind,
@@ -38,6 +35,9 @@ from flatlora_diffusion.config.methods import (
 )
 from flatlora_diffusion.config.methods import (
     unused_by as unused_by,
+)
+from flatlora_diffusion.config.programs import (
+    CAPTION_WRITERS as CAPTION_WRITERS,
 )
 from flatlora_diffusion.config.programs import (
     QUIET_VARIABLE as QUIET_VARIABLE,

@@ -10,6 +10,9 @@ from flatlora_diffusion.config.section import ConfigError
 if TYPE_CHECKING:
     from flatlora_diffusion.config.training import TrainConfig
 
+LINEAR_ONLY = ("pissa", "lora-ga", "adalora", "full")
+"""Adapters that convolutions cannot have."""
+
 
 def check_combinations(config: TrainConfig) -> None:
     """Raises ConfigError, in a sentence that names both, for the first settings that exclude each other."""
@@ -43,7 +46,7 @@ def _of_rivals(config: TrainConfig) -> tuple[tuple[object, str], ...]:
             f"--adapter {name} has a start of its own, and --init_lora another one; leave one out",
         ),
         (
-            starts_away and adapter.lora_target_modules == "conv",
+            name in LINEAR_ONLY and adapter.lora_target_modules == "conv",
             f"--adapter {name} adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
         ),
         (
@@ -83,10 +86,6 @@ def _of_unet_alone(config: TrainConfig) -> tuple[tuple[object, str], ...]:
     return (
         (adapter.use_dora or adapter.use_rslora, f"--adapter {name} is itself, not --use_dora or --use_rslora; {out}"),
         (adapter.init_lora is not None, f"--adapter {name} cannot start from the two factors of --init_lora; {out}"),
-        (
-            adapter.lora_target_modules == "conv",
-            f"--adapter {name} adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
-        ),
         (
             adapter.lora_block_ranks is not None,
             f"--adapter {name} has one --rank for all layers, and --lora_block_ranks one for each; {out}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,25 +26,28 @@ METHOD_NAMES: dict[str, str] = {
     "obar": "oBAR",
 }
 """Each method as people read it."""
-PERTURBING = ("flat-lora", "mixed-noise")
-"""Those that draw eps of W."""
-NOISY = (*PERTURBING, "factor-noise")
-"""Those that draw noise, and so have a sigma."""
 DEFAULT_SIGMA = 0.1
-BALANCING = ("nbar", "obar")
-DEFAULT_RHO: dict[str, float] = {"lora-sam": 0.003, "sam": 0.05, "bi-lora": 0.05}
-"""The radius of each method that ascends."""
+IN_FORCE: dict[str, dict[str, float]] = {
+    "sigma": dict.fromkeys(("flat-lora", "mixed-noise", "factor-noise"), DEFAULT_SIGMA),
+    "rho": {"lora-sam": 0.003, "sam": 0.05, "bi-lora": 0.05},
+    "noise_share": {"mixed-noise": 0.5},
+    "bar_strength": {"nbar": 0.25, "obar": 0.25},
+}
+"""Settings that some methods have and others refuse: what is in force where they are left open, by method."""
+NOISY = tuple(IN_FORCE["sigma"])
+PERTURBING = ("flat-lora", "mixed-noise")
+"""Those that draw eps of W, not of A and B."""
+METHODS_WITH: dict[str, Collection[str]] = {
+    **IN_FORCE,
+    **dict.fromkeys(("sigma_schedule", "sigma_ramp_steps", "perturb_seed", "perturb_per"), NOISY),
+    **dict.fromkeys(("perturb_noise", "perturb_draw", "perturb_norm_every"), PERTURBING),
+}
+"""The methods that a setting means something for, where that is not all."""
 
 
 def unused_by(method: str) -> tuple[str, ...]:
     """The settings of other methods, which must be left open for this one."""
-    unused = (
-        ("sigma", method in NOISY),
-        ("rho", method in DEFAULT_RHO),
-        ("noise_share", method == "mixed-noise"),
-        ("bar_strength", method in BALANCING),
-    )
-    return tuple(name for name, is_used in unused if not is_used)
+    return tuple(name for name, values in IN_FORCE.items() if method not in values)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class PerturbConfig(Section):
     )
     noise_share: float | None = setting(
         None,
-        "mixed-noise only: share of the gradient that is taken at W + eps, the rest at W; default 0.5 "
+        "mixed-noise only: share of the gradient that is taken at W + eps, the rest at W; default "
+        f"{IN_FORCE['noise_share']['mixed-noise']} "
         "(arXiv:2404.00357)",
         min=0,
         max=1,
@@ -85,15 +90,16 @@ class PerturbConfig(Section):
     )
     rho: float | None = setting(
         None,
-        "radius of what ascends, a Frobenius norm over all adapted layers: A and B of lora-sam (default 0.003), W of "
-        "sam (0.05), the second LoRA's product of bi-lora (0.05, our choice)",
+        "radius of what ascends, a Frobenius norm over all adapted layers: A and B of lora-sam (default "
+        f"{IN_FORCE['rho']['lora-sam']}), W of sam ({IN_FORCE['rho']['sam']}), the second LoRA's product of bi-lora "
+        f"({IN_FORCE['rho']['bi-lora']}, our choice)",
         min=0,
         before=None,
     )
     bar_strength: float | None = setting(
         None,
         "nbar and obar only: A and B are rescaled by so many times the learning rate, less by a cosine as the run "
-        "goes on; default 0.25",
+        f"goes on; default {IN_FORCE['bar_strength']['nbar']}",
         min=0,
         before=None,
     )
@@ -119,26 +125,13 @@ class PerturbConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.draws_noise and self.sigma is not None:
-            raise ConfigError(
-                f"--method {self.method} has no perturbation, but sigma={self.sigma:g} was given; "
-                "leave --sigma out or use --method flat-lora"
-            )
-        if self.rho is not None and self.method not in DEFAULT_RHO:
-            raise ConfigError(
-                f"--method {self.method} ascends nowhere, but rho={self.rho:g} was given; leave --rho out or use "
-                f"--method {' or '.join(DEFAULT_RHO)}"
-            )
-        if self.noise_share is not None and self.method != "mixed-noise":
-            raise ConfigError(
-                f"--method {self.method} mixes no gradients, but noise_share={self.noise_share:g} was given; leave "
-                "--noise_share out or use --method mixed-noise"
-            )
-        if self.bar_strength is not None and self.method not in BALANCING:
-            raise ConfigError(
-                f"--method {self.method} balances nothing, but bar_strength={self.bar_strength:g} was given; leave "
-                "--bar_strength out or use --method nbar or obar"
-            )
+        for name in unused_by(self.method):
+            value = getattr(self, name)
+            if value is not None:
+                raise ConfigError(
+                    f"--method {self.method} has no {name}, but {name}={value:g} was given; leave --{name} out or use "
+                    f"--method {' or '.join(IN_FORCE[name])}"
+                )
         if self.perturb_per == "example" and self.method == "factor-noise":
             raise ConfigError(
                 "--perturb_per example draws an eps of W for each image, but --method factor-noise draws none of W; "
@@ -163,21 +156,23 @@ class PerturbConfig(Section):
     @property
     def strength(self) -> float:
         """The sigma in force: 0 where no eps is drawn."""
-        if not self.draws_noise:
-            return 0.0
-        return DEFAULT_SIGMA if self.sigma is None else self.sigma
+        return self._in_force("sigma")
 
     @property
     def radius(self) -> float:
         """The rho in force: 0 where nothing ascends."""
-        return DEFAULT_RHO.get(self.method, 0.0) if self.rho is None else self.rho
+        return self._in_force("rho")
 
     @property
     def balance(self) -> float:
         """The strength in force of nbar and obar."""
-        return 0.25 if self.bar_strength is None else self.bar_strength
+        return self._in_force("bar_strength")
 
     @property
     def share(self) -> float:
         """The share of the gradient that mixed-noise takes at W + eps."""
-        return 0.5 if self.noise_share is None else self.noise_share
+        return self._in_force("noise_share")
+
+    def _in_force(self, name: str) -> float:
+        given: float | None = getattr(self, name)
+        return IN_FORCE[name].get(self.method, 0.0) if given is None else given

@@ -148,6 +148,10 @@ class InspectConfig(Section):
     base: str | None = setting(None, _LORA_BASE)
 
 
+CAPTION_WRITERS = {"blip": "BlipForConditionalGeneration", "florence2": "Florence2ForConditionalGeneration"}
+"""Models that write captions: transformers' class, by the kind that their config.json names."""
+
+
 @dataclass(frozen=True)
 class CaptionConfig(Section):
     """All settings of `caption`: captions for the images of a folder that have none."""

@@ -21,6 +21,7 @@ from flatlora_diffusion.config.methods import PerturbConfig
 from flatlora_diffusion.config.section import SAMPLES, ConfigError, Section, Traits, _kinds, setting
 
 AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga", "adalora", "full"]
+_PISSA_ITERATIONS, _LORA_GA_STEPS = 4, 8
 MixedPrecision = Literal["no", "fp16", "bf16"]
 Precision = Literal["no", "fp32", "fp16", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -228,7 +229,7 @@ class AdapterConfig(Section):
     )
     pissa_iterations: int | None = setting(
         None,
-        "power iterations of PiSSA's fast SVD; 0: the exact one; default: 4",
+        f"power iterations of PiSSA's fast SVD; 0: the exact one; default: {_PISSA_ITERATIONS}",
         min=0,
         max=100,
         moves="weights",
@@ -236,7 +237,7 @@ class AdapterConfig(Section):
     )
     lora_ga_steps: int | None = setting(
         None,
-        "steps whose batches give the gradients that LoRA-GA starts from; default: 8",
+        f"steps whose batches give the gradients that LoRA-GA starts from; default: {_LORA_GA_STEPS}",
         min=1,
         max=10_000,
         moves="weights",
@@ -284,6 +285,16 @@ class AdapterConfig(Section):
     @property
     def is_rslora(self) -> bool:
         return self.use_rslora or self.adapter == "rslora"
+
+    @property
+    def iterations(self) -> int:
+        """Those of PiSSA's SVD in force."""
+        return _PISSA_ITERATIONS if self.pissa_iterations is None else self.pissa_iterations
+
+    @property
+    def slope_steps(self) -> int:
+        """The steps in force whose batches give LoRA-GA's gradients."""
+        return _LORA_GA_STEPS if self.lora_ga_steps is None else self.lora_ga_steps
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, Florence2ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
 from flatlora_diffusion.evaluation.preprocessing import load_vision_input
 from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
 
@@ -54,10 +55,9 @@ def load_captioner(
 def _load_writer(name_or_path: str, device: torch.device | str, max_tokens: int) -> Captioner:
     try:
         kind = AutoConfig.from_pretrained(name_or_path).model_type
-        load = {"blip": BlipForConditionalGeneration, "florence2": Florence2ForConditionalGeneration}.get(kind)
-        if load is None:
+        if kind not in CAPTION_WRITERS:
             raise ConfigError(f"captioner {name_or_path!r} is a {kind} model; {_KINDS}")
-        model, info = load.from_pretrained(
+        model, info = getattr(transformers, CAPTION_WRITERS[kind]).from_pretrained(
             name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)

@@ -14,7 +14,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import CaptionConfig, ConfigError
 
 MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
 _GENERAL, _CHARACTER = "0", "4"  # the categories of a tag; others, such as ratings, are no caption
@@ -25,8 +25,8 @@ _WORD = re.compile(r"[^\W\d_]{2}")
 class Thresholds:
     """How likely a tag has to be, from 0 to 1."""
 
-    general: float = 0.35
-    character: float = 0.85
+    general: float = CaptionConfig.tag_threshold
+    character: float = CaptionConfig.character_threshold
 
 
 class TaggerFiles(NamedTuple):

@@ -9,11 +9,13 @@ int8 layer's rows.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from operator import is_
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora.layer import Conv2d, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.method.branch import factors_of, has_branch, rank_of, scale_of
-from flatlora_diffusion.method.noise import Convolution
+from flatlora_diffusion.method.noise import Convolution, applied, compute_dtype
 from flatlora_diffusion.method.seam import Interception, Seam
 
 _WRAPPERS = ("base_model.model.", "module.")
@@ -93,6 +95,19 @@ class AdaptedLayer:
         if weight.dtype != dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         return weight, bias
+
+    def with_added(self, added: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W x + added(x), the latter of x in the dtype that the layer computes in; W x alone while its LoRA is off."""
+        output: Tensor = self.below.forward(x, *args, **kwargs)
+        if not self.is_active():
+            return output
+        # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.
+        return output + added(x.to(compute_dtype(x.device, output.dtype))).to(output.dtype)
+
+    def product(self, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+        """B A x, of A (k, n) and B (m, k)."""
+        hidden = applied(x, down.reshape(-1, *self.shape[1:]), None, self.convolution)
+        return F.linear(hidden, up) if self.convolution is None else F.conv2d(hidden, up[:, :, None, None])
 
     def is_fusable(self) -> bool:
         """Whether W + eps can be formed in one fp32 buffer: a plain frozen fp32 layer that nobody else intercepts."""
@@ -184,11 +199,6 @@ def int8_steps(base: Any) -> Tensor | None:
         return None
     scales: Tensor = base.weight.SCB if base.state.SCB is None else base.state.SCB
     return scales.float() / 127
-
-
-def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of autocast on `device`, or `otherwise` without autocast."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
 def layer_name(path: str) -> str:

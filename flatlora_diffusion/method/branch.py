@@ -6,10 +6,32 @@ and that its factors are parameters where those of other layers are modules.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+
+
+class Pair(NamedTuple):
+    """A (r, ...) and B (m, r, ...) of a layer, and s."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+    scale: float
+
+
+def factor_pairs(models: Iterable[nn.Module]) -> list[Pair]:
+    """The trained A and B of every layer of a LoRA that has these two."""
+    layers: list[Any] = [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]
+    trained = [(layer, first_adapter(layer)) for layer in layers]
+    return [Pair(layer.lora_A[one].weight, layer.lora_B[one].weight, scale_of(layer, one)) for layer, one in trained]
+
+
+def first_adapter(layer: Any) -> str:
+    """The adapter that came first, which is the trained one."""
+    return str(next(iter(layer.lora_A)))
 
 
 def has_branch(layer: Any) -> bool:
@@ -35,6 +57,11 @@ def scale_of(layer: Any, adapter: str) -> float:
     """s of one adapter."""
     scaling = float(layer.scaling[adapter])
     return scaling / (layer.r[adapter] + 1e-5) if isinstance(layer, AdaLoraLayer) else scaling
+
+
+def square_norm(down: Tensor, up: Tensor) -> Tensor:
+    """||B A||_F^2 = tr((B^T B)(A A^T)) of A (r, n) and B (m, r), without forming B A."""
+    return ((up.mT @ up) * (down @ down.mT)).sum()
 
 
 def rank_of(layer: Any, adapter: str) -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import nn
 
 from flatlora_diffusion.config import PerturbConfig
+from flatlora_diffusion.method.branch import factor_pairs
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
 from flatlora_diffusion.method.rivals.balance import Balanced
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.settings import Settings
+from flatlora_diffusion.method.settings import scheduled
 from flatlora_diffusion.method.step_gradient import FactorNoise, MixedGradient, NoisyGradient, StepGradient
 
 
@@ -32,15 +34,13 @@ def step_gradient(
     if config.method == "lora-sam":
         return LoraSam(parameters, list(of_factors.values()), config.radius)
     if config.method == "factor-noise":
-        strength = Settings(config.strength, config.sigma_schedule, ramp, 0, "filter", "", "full", 1).sigma_at
+        strength = partial(scheduled, config.strength, config.sigma_schedule, ramp)
         own = seed if config.perturb_seed is None else config.perturb_seed
         return FactorNoise(of_factors, strength, own, config.perturb_per)
     if config.method == "sam":
         return Sam(models.values(), parameters, config.radius)
     if config.method in ("nbar", "obar"):
-        ups = {name.replace(".lora_B.", ".lora_A."): one for name, one in trainable.items() if ".lora_B." in name}
-        pairs = [(trainable[name], up) for name, up in ups.items()]
-        return Balanced(pairs, config.balance, config.method == "obar", total_steps)
+        return Balanced(factor_pairs(models.values()), config.balance, config.method == "obar", total_steps)
     flats = flat_loras(models, config, seed, ramp)
     if config.method == "mixed-noise":
         return MixedGradient(flats, config.perturb_per, config.share)

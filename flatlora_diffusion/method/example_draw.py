@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
@@ -44,14 +45,12 @@ class ExampleDraw(Draw):
         return (up[example].float().mT @ down[example].float()).view(self._layers[name].shape)
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = layer.below.forward(x, *args, **kwargs)
-        if not layer.is_active():
-            return output
-        dtype = compute_dtype(x.device, output.dtype)
-        if x.ndim == (1 if layer.convolution is None else 3):
-            x = x.unsqueeze(0)  # one example, without a dimension for it
-        down, up = (factor.to(dtype) for factor in self._factors(layer.name, len(x)))
-        return output + _product(layer, x.to(dtype), down, up).to(output.dtype).reshape(output.shape)
+        return layer.with_added(partial(self._added, layer), x, *args, **kwargs)
+
+    def _added(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        if x.ndim == (1 if layer.convolution is None else 3):  # one example, without a dimension for it
+            return self._added(layer, x.unsqueeze(0)).squeeze(0)
+        return _product(layer, x, *(factor.to(x.dtype) for factor in self._factors(layer.name, len(x))))
 
     def _factors(self, name: str, examples: int) -> Pair:
         """Those of the first `examples` examples."""
@@ -79,11 +78,11 @@ class ExampleDraw(Draw):
 
 
 def _product(layer: AdaptedLayer, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """eps_b x_b of all examples: (B, tokens, m) or (B, m, places)."""
+    """eps_b x_b of all examples b."""
     if layer.convolution is None:
-        return x.reshape(len(x), -1, layer.inputs) @ down.mT @ up
+        return (x.reshape(len(x), -1, layer.inputs) @ down.mT @ up).view(*x.shape[:-1], -1)
     kernels = down.reshape(-1, *layer.shape[1:])  # those of one example are a group
     geometry = layer.convolution
     images = x.reshape(1, -1, *x.shape[2:])
     hidden = F.conv2d(images, kernels, None, geometry.stride, geometry.padding, groups=len(x))
-    return up.mT @ hidden.reshape(len(x), DRAW_RANK, -1)
+    return (up.mT @ hidden.reshape(len(x), DRAW_RANK, -1)).view(len(x), -1, *hidden.shape[-2:])

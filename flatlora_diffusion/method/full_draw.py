@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.branch import adds_in_place
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
-from flatlora_diffusion.method.noise import NoiseSpec, perturbed_layer, row_noise
+from flatlora_diffusion.method.noise import NoiseSpec, compute_dtype, perturbed_layer, row_noise
 from flatlora_diffusion.method.philox.numbers import perturbed_by_place
 
 
@@ -37,22 +37,18 @@ class FullDraw(Draw):
         return row_noise(self._row_stds[name], self._layers[name].shape, self._seeds[name])
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not layer.is_active():
-            return layer.below.forward(x, *args, **kwargs)
-        row_std, seed, base = self._row_stds[layer.name], self._seeds[layer.name], layer.base
-        if layer.is_fusable():
-            # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
-            dtype = compute_dtype(base.weight.device, base.weight.dtype)
-            spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution, self.by_place)
-            bias = None if base.bias is None else base.bias.to(dtype)
-            perturbed = perturbed_layer(x.to(dtype), bias, base.weight, row_std, spec)
-            return perturbed.clone() if adds_in_place(layer.tuner) else perturbed
-        # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
-        output: Tensor = layer.below.forward(x, *args, **kwargs)
-        # Quantized layers return the dtype of x, which under autocast may be a LayerNorm's fp32.
-        dtype = compute_dtype(x.device, output.dtype)
-        spec = NoiseSpec(seed, layer.shape, dtype, layer.convolution, self.by_place)
-        return output + perturbed_layer(x.to(dtype), None, None, row_std, spec).to(output.dtype)
+        base = layer.base
+        if not (layer.is_active() and layer.is_fusable()):
+            # Half-precision, quantized, sharded or trainable W: add x * eps^T, which rounds nothing into W.
+            return layer.with_added(lambda x: self._perturbed(layer, x, None, None), x, *args, **kwargs)
+        # fp32 W: one buffer W + eps, no extra matmul; under autocast eps is added in the precision cast.
+        x = x.to(compute_dtype(base.weight.device, base.weight.dtype))
+        perturbed = self._perturbed(layer, x, None if base.bias is None else base.bias.to(x.dtype), base.weight)
+        return perturbed.clone() if adds_in_place(layer.tuner) else perturbed
+
+    def _perturbed(self, layer: AdaptedLayer, x: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
+        spec = NoiseSpec(self._seeds[layer.name], layer.shape, x.dtype, layer.convolution, self.by_place)
+        return perturbed_layer(x, bias, weight, self._row_stds[layer.name], spec)
 
 
 class PhiloxDraw(FullDraw):

@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
+from flatlora_diffusion.method.noise import compute_dtype
 
 DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by default take 11.6 MB
 
@@ -62,16 +63,7 @@ class LowRankDraw(Draw):
         return (up.mT @ down).view(self._layers[name].shape)
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = layer.below.forward(x, *args, **kwargs)
-        if not layer.is_active():
-            return output
-        dtype = compute_dtype(x.device, output.dtype)
-        x, (down, up) = x.to(dtype), self._pair(layer.name, dtype)
-        if layer.convolution is None:
-            return output + F.linear(F.linear(x, down), up.mT).to(output.dtype)
-        kernels = down.reshape(DRAW_RANK, *layer.shape[1:])
-        hidden = F.conv2d(x, kernels, None, layer.convolution.stride, layer.convolution.padding)
-        return output + F.conv2d(hidden, up.mT[:, :, None, None]).to(output.dtype)
+        return layer.with_added(partial(self._product, layer), x, *args, **kwargs)
 
     def layer_output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         branch = layer.branch()
@@ -84,6 +76,10 @@ class LowRankDraw(Draw):
         else:
             output = _PerturbedLayer.apply(x, plain[1], plain[0], *branch, *factors)
         return output
+
+    def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        down, up = self._pair(layer.name, x.dtype)
+        return layer.product(down, up.mT, x)
 
     def _pair(self, name: str, dtype: torch.dtype) -> Pair:
         """The factors of layer `name`; what is compiled casts them by itself."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from flatlora_diffusion.method.philox.numbers import perturbed_by_place
+from flatlora_diffusion.method.philox.numbers import perturbed_by_place, scaled
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,18 @@ class Convolution:
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
+
+
+def applied(x: Tensor, weight: Tensor, bias: Tensor | None = None, convolution: Convolution | None = None) -> Tensor:
+    """What a layer with this weight gives for x."""
+    if convolution is None:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+
+
+def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of autocast on `device`, or `otherwise` without autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     A function of its arguments alone: a private generator of that device is seeded, no global one is touched. CPU and
     CUDA give different numbers for one seed.
     """
-    return _normal(row_std, shape, seed).mul_(_per_row(row_std, shape))
+    return scaled(None, _normal(row_std, shape, seed), row_std)
 
 
 def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
@@ -65,11 +77,7 @@ class _PerturbedLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(row_std)
         ctx.weight, ctx.spec, ctx.x_shape = weight, spec, x.shape  # the frozen parameter itself, not a copy
-        effective = _effective_weight(weight, row_std, spec)
-        if spec.convolution is None:
-            return F.linear(x, effective, bias)
-        geometry = spec.convolution
-        return F.conv2d(x, effective, bias, geometry.stride, geometry.padding)
+        return applied(x, _effective_weight(weight, row_std, spec), bias, spec.convolution)
 
     @staticmethod
     @once_differentiable
@@ -100,18 +108,10 @@ def _effective_weight(weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -
     """W + eps (or eps) in one fp32 buffer, then cast once to the compute dtype."""
     if spec.by_place:
         return perturbed_by_place(weight, row_std, spec.shape, spec.seed, spec.dtype)
-    if weight is None:
-        return row_noise(row_std, spec.shape, spec.seed).to(spec.dtype)
-    buffer = _normal(row_std, spec.shape, spec.seed)
-    torch.addcmul(weight, buffer, _per_row(row_std, spec.shape), out=buffer)
-    return buffer.to(spec.dtype)
+    return scaled(weight, _normal(row_std, spec.shape, spec.seed), row_std).to(spec.dtype)
 
 
 def _normal(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     rng = torch.Generator(device=row_std.device)
     rng.manual_seed(seed)
     return torch.empty(shape, dtype=torch.float32, device=row_std.device).normal_(generator=rng)
-
-
-def _per_row(row_std: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return row_std.view(-1, *[1] * (len(shape) - 1))

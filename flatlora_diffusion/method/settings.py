@@ -56,11 +56,16 @@ class Settings:
 
     def sigma_at(self, step: int) -> float:
         """sigma at the 0-based optimizer `step`; from `total_steps` on a ramp stays at its end."""
-        progress = min(max(step, 0) / self.total_steps, 1.0)
-        if self.schedule in ("cosine", "down"):
-            risen = (1 - math.cos(math.pi * progress)) / 2
-            return self.sigma * (risen if self.schedule == "cosine" else 1 - risen)
-        return self.sigma * progress if self.schedule == "linear" else self.sigma
+        return scheduled(self.sigma, self.schedule, self.total_steps, step)
+
+
+def scheduled(sigma: float, schedule: SigmaSchedule, total_steps: int, step: int) -> float:
+    """sigma at the 0-based optimizer `step`; from `total_steps` on a ramp stays at its end."""
+    progress = min(max(step, 0) / total_steps, 1.0)
+    if schedule in ("cosine", "down"):
+        risen = (1 - math.cos(math.pi * progress)) / 2
+        return sigma * (risen if schedule == "cosine" else 1 - risen)
+    return sigma * progress if schedule == "linear" else sigma
 
 
 def check_sigma(sigma: float) -> None:

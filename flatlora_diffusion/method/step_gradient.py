@@ -7,7 +7,7 @@ and in how many passes. The simplest are here: at the weights, at W + eps, a mix
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -74,27 +74,21 @@ class NoisyGradient(StepGradient):
         self.flats, self._per = flats, per
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        with self._one_step():
-            return [self._noisy(step, one) for one in micro_batches]
+        if self._per == "step":
+            with self._perturbed(step, 0):
+                return [self._backward(one) for one in micro_batches]
+        losses = []
+        with _together(flat.one_step() for flat in self.flats):  # so that norms are taken once
+            for one in micro_batches:
+                with self._perturbed(step, one.slot):
+                    losses.append(self._backward(one))
+        return losses
 
-    @contextmanager
-    def _one_step(self) -> Iterator[None]:
-        """A and B stay as they are meanwhile, so that norms are taken once for all micro-batches."""
-        with ExitStack() as stack:
-            for flat in self.flats:
-                stack.enter_context(flat.one_step())
-            yield
+    def _backward(self, micro_batch: MicroBatch) -> Tensor:
+        return micro_batch.backward()
 
-    def _noisy(self, step: int, micro_batch: MicroBatch, weight: float = 1.0, is_shared: bool = True) -> Tensor:
-        with self._perturbed(step, 0 if self._per == "step" else micro_batch.slot):
-            return micro_batch.backward(weight, is_shared)
-
-    @contextmanager
-    def _perturbed(self, step: int, key: int) -> Iterator[None]:
-        with ExitStack() as stack:
-            for flat in self.flats:
-                stack.enter_context(flat.perturb(step, key))
-            yield
+    def _perturbed(self, step: int, key: int) -> AbstractContextManager[None]:
+        return _together(flat.perturb(step, key) for flat in self.flats)
 
 
 class MixedGradient(NoisyGradient):
@@ -104,16 +98,13 @@ class MixedGradient(NoisyGradient):
         super().__init__(flats, per)
         self._share = share
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        losses = []
-        with self._one_step():
-            for one in micro_batches:
-                noisy = self._noisy(step, one, self._share, is_shared=False)
-                losses.append(self._share * noisy + (1 - self._share) * one.backward(1 - self._share))
-        return losses
+    def _backward(self, micro_batch: MicroBatch) -> Tensor:
+        noisy = micro_batch.backward(self._share, is_shared=False)
+        with _together(flat.disabled() for flat in self.flats):
+            return self._share * noisy + (1 - self._share) * micro_batch.backward(1 - self._share)
 
 
-class FactorNoise(StepGradient):
+class FactorNoise(NoisyGradient):
     """The gradient at A + eps and B + eps, each scaled to the factor's rows as Eq. 7 scales eps to those of W'.
 
     A control: it reaches only what A and B can move W to, and nothing of it is in B while B is 0.
@@ -122,18 +113,14 @@ class FactorNoise(StepGradient):
     def __init__(
         self, factors: Mapping[str, nn.Parameter], sigma_at: Callable[[int], float], seed: int, per: PerturbPer
     ) -> None:
-        self._factors, self._sigma_at, self._seed, self._per = factors, sigma_at, seed, per
+        super().__init__((), per)
+        self._factors, self._sigma_at, self._seed = factors, sigma_at, seed
 
     def sigma_at(self, step: int) -> float:
         return self._sigma_at(step)
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        losses = []
-        for one in micro_batches:
-            key = one.slot if self._per == "microbatch" else 0
-            with moved({factor: self._eps(name, step, key) for name, factor in self._factors.items()}):
-                losses.append(one.backward())
-        return losses
+    def _perturbed(self, step: int, key: int) -> AbstractContextManager[None]:
+        return moved({factor: self._eps(name, step, key) for name, factor in self._factors.items()})
 
     def _eps(self, name: str, step: int, key: int) -> Tensor:
         rows = self._factors[name].detach().flatten(1)
@@ -144,6 +131,14 @@ class FactorNoise(StepGradient):
             device=rows.device,
         )
         return (drawn * stds).view_as(self._factors[name])
+
+
+@contextmanager
+def _together(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for one in contexts:
+            stack.enter_context(one)
+        yield
 
 
 @contextmanager

@@ -16,31 +16,14 @@ for each adapted weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
-from flatlora_diffusion.method.branch import scale_of
+from flatlora_diffusion.method.branch import Pair, factor_pairs
 
 _LEAST = 1e-6  # of the largest eigenvalue: what is below is the rounding of fp32 in A A^T and B^T B
-
-
-class Pair(NamedTuple):
-    """A (r, ...) and B (m, r, ...) of a layer, and s."""
-
-    down: nn.Parameter
-    up: nn.Parameter
-    scale: float
-
-
-def factor_pairs(models: Iterable[nn.Module]) -> list[Pair]:
-    """A and B of every layer of the LoRA."""
-    layers: list[Any] = [layer for model in models for layer in lora_layers(model).values()]
-    return [
-        Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, scale_of(layer, ADAPTER)) for layer in layers
-    ]
 
 
 class LoraPro(torch.optim.AdamW):

@@ -37,7 +37,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     """
     run, pipeline = state.config.run, state.sdxl.pipeline
     trained, kept = lora_updates(pipeline), magnitudes(pipeline)
-    plain, missed = plain_updates(pipeline)
+    plain, missed = plain_updates(pipeline, trained)
     norms = update_norms(plain)
     check_finite(trained)
     if not any(norms.values()):

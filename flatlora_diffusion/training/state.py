@@ -34,7 +34,7 @@ from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.perturbation import FlatLora
-from flatlora_diffusion.method.rivals.ascent import Sam
+from flatlora_diffusion.method.rivals.slopes import read_slopes
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
@@ -197,9 +197,8 @@ def start_at_gradients(state: TrainState, micro_batches: Iterable[MicroBatch], s
     """Let LoRA-GA start where the mean gradient of so many `steps`, by their `micro_batches`, points."""
     config, adapted = state.config, adapted_models(state.sdxl.pipeline, state.config.adapter)
     state.gradient.detach()
-    reader = Sam(adapted.values(), list(state.trainable.values()), rho=0.0)
-    found = reader.slopes(micro_batches)
-    reader.detach()
+    found = read_slopes(adapted.values(), micro_batches)
+    state.optimizer.zero_grad(set_to_none=True)
     if not all(bool(slope.isfinite().all()) for slope in found):
         raise RunError(
             "the gradients that --adapter lora-ga starts from are not finite; use --mixed_precision bf16 or another "

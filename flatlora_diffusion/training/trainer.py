@@ -24,6 +24,7 @@ from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.adapter.prior import prior_loss
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
+from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.training_set import Fold, load_training_set, parted
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -67,20 +68,27 @@ def train(config: TrainConfig) -> Path:
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
     with one_launch() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
-        run, chosen = RunDir(folder), None
-        if config.data.holdout_folds:
-            config, chosen = chosen_by_folds(config, run, _train)
-        return _train(config, run, chosen=chosen)
+        run = RunDir(folder)
+        if not config.data.holdout_folds:
+            return _train(config, run)
+        config, found, chosen = chosen_by_folds(config, run, _train)
+        return _train(config, run, found, chosen=chosen)
 
 
-def _train(given: TrainConfig, run: RunDir, fold: Fold | None = None, chosen: int | None = None) -> Path:
-    """Train all steps, or those that were `chosen`; for a `fold` without the images that it holds out."""
+def _train(
+    given: TrainConfig,
+    run: RunDir,
+    found: SampleSet | None = None,
+    fold: Fold | None = None,
+    chosen: int | None = None,
+) -> Path:
+    """Train all steps, or those `chosen`, on images `found` or read now; for a `fold` without what it holds out."""
     with interrupted_as(_untrained):
         config = new_or_resumed(given, run)
         if this_process().is_main_process:
             run.clean()
         check_early(config)
-        found = load_training_set(config.data)
+        found = load_training_set(config.data) if found is None else found
         logger.info(found.summary)
         samples, heldout = parted(found.samples, config.data, fold)
         tell_memory(config, samples)
@@ -218,7 +226,7 @@ def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None
 def first_weights(state: TrainState) -> None:
     """Give a new run's LoRA the first weights that need gradients; all others have theirs."""
     if state.config.adapter.adapter == "lora-ga":
-        steps = min(state.config.adapter.lora_ga_steps or 8, state.total_steps)
+        steps = min(state.config.adapter.slope_steps, state.total_steps)
         every = (one for step in range(steps) for one in _micro_batches(state, step, DrawHash()))
         start_at_gradients(state, every, steps)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionXLPipeline
 from tiny_runs import samples_of, trained
 
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.adapter.lora import add_lora
+from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from flatlora_diffusion.training.state import prepare
 
 
@@ -64,3 +67,33 @@ def test_blocks_and_their_ranks(config: TrainConfig) -> None:
 def test_targets_that_do_not_exist(config: TrainConfig, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(config.replace(**settings), samples_of(config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": "lora-ga", "rank": 9}, "rank=9 .* lora-ga .* at down_blocks.* 16 x 16; give at most 8"),
+        ({"adapter": "lora-ga", "lora_block_ranks": "mid_block=999"}, "rank=999 .* lora-ga .* at mid_block"),
+        ({"adapter": "pissa", "rank": 17}, "rank=17 .* pissa .* at down_blocks.* give at most 16"),
+        ({"adapter": "lora-ga", "lora_target_modules": "conv1"}, "lora-ga adapts linear layers only, not .*conv1"),
+        ({"adapter": "pissa", "lora_target_modules": "conv1"}, "pissa adapts linear layers only, not .*conv1"),
+        (
+            {
+                "adapter": "lora-ga",
+                "rank": 99,
+                "train_text_encoder": True,
+                "lora_block_ranks": "down_blocks=1,mid_block=1,up_blocks=1",
+            },
+            r"rank=99 .* at text_encoder\.",
+        ),
+    ],
+)
+def test_layers_that_cannot_have_the_adapter_are_refused_before_anything_is_added(
+    base: Path, settings: dict[str, Any], message: str
+) -> None:
+    """And so before images are encoded and gradients are taken."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    encoders = {part: getattr(pipeline, part) for part in ("text_encoder", "text_encoder_2")}
+    with pytest.raises(ConfigError, match=message):
+        add_lora(pipeline.unet, AdapterConfig(**settings), 0, encoders if "train_text_encoder" in settings else None)
+    assert not any(lora_layers(model) for model in (pipeline.unet, *encoders.values()))

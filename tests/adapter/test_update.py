@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from flatlora_diffusion.adapter import update as lora_update
+from flatlora_diffusion.adapter.full import widen
 from flatlora_diffusion.adapter.update import (
     Update,
+    Updates,
     balanced,
     difference,
+    lora_updates,
     norm,
     plain_updates,
     truncated,
@@ -58,12 +62,17 @@ class Pipeline:
         self.text_encoder = self.text_encoder_2 = torch.nn.Identity()
 
 
+def plain_of(unet: Any) -> tuple[Updates, float]:
+    pipeline = Pipeline(unet)
+    return plain_updates(pipeline, lora_updates(pipeline))
+
+
 def test_a_dora_becomes_a_plain_lora_that_has_what_is_missed_counted(base: Path) -> None:
     unet, before = adapted(base, r=2, lora_alpha=4, use_dora=True, with_conv=True)
     move(unet)
     for layer in lora_layers(unet).values():
         layer.lora_magnitude_vector["default"].weight.data *= 1.3
-    updates, missed = plain_updates(Pipeline(unet))
+    updates, missed = plain_of(unet)
     wrong, size = 0.0, 0.0
     kinds = set()
     for name, layer in lora_layers(unet).items():
@@ -84,20 +93,35 @@ def test_a_dora_becomes_a_plain_lora_that_has_what_is_missed_counted(base: Path)
 def test_a_dora_is_folded_on_a_device_without_float64(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet, _ = adapted(base, r=2, lora_alpha=4, use_dora=True)
     move(unet)
-    expected, missed = plain_updates(Pipeline(unet))
+    expected, missed = plain_of(unet)
     real = lora_update._dora_change
     monkeypatch.setattr(lora_update, "_dora_change", lambda layer: real(layer).as_subclass(WithoutFloat64))
-    found, found_missed = plain_updates(Pipeline(unet))
+    found, found_missed = plain_of(unet)
     assert found_missed == missed
     for name, update in found["unet"].items():
         assert type(update.up) is Tensor
         assert torch.equal(update.up, expected["unet"][name].up)
 
 
+def test_full_fine_tuning_is_factored_once_for_all_files(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, _ = adapted(base, r=2)
+    widen(unet)
+    for layer in lora_layers(unet).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(0))
+    factoring = Mock(wraps=truncated)
+    monkeypatch.setattr(lora_update, "truncated", factoring)
+    pipeline = Pipeline(unet)
+    trained = lora_updates(pipeline)
+    plain, missed = plain_updates(pipeline, trained)
+    assert factoring.call_count == len(lora_layers(unet))
+    assert plain == trained
+    assert 0 < missed < 1
+
+
 def test_a_plain_lora_is_itself(base: Path) -> None:
     unet, _ = adapted(base, r=2, lora_alpha=6)
     move(unet)
-    updates, missed = plain_updates(Pipeline(unet))
+    updates, missed = plain_of(unet)
     assert missed == 0
     assert {update.scale for update in updates["unet"].values()} == {3.0}
     for name, layer in lora_layers(unet).items():

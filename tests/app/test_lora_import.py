@@ -70,7 +70,7 @@ def test_the_runs_tab_shows_where_it_comes_from_and_offers_no_training(
     assert emptied is None
     assert not upload.exists()  # the copy of the upload, not the user's own file
     (row,) = [row for row in rows_of(context) if row.id == run_id]
-    assert (row.name, row.state, row.method, row.steps) == ("Soft-clay", "finished", "imported", "")
+    assert (row.name, row.state, row.method, row.steps) == ("Soft-clay", "finished", "Imported", "")
     shown = details(context, run_id)
     assert "from Soft clay.safetensors" in shown[0]
     assert [shown[-2].interactive, shown[-1].interactive] == [False, False]

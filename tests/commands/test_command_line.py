@@ -82,7 +82,7 @@ def test_sigma_with_plain_lora_is_refused(capsys: pytest.CaptureFixture[str], ic
         train_main(arguments)
     assert stop.value.code == 2
     printed = capsys.readouterr()
-    assert "--method lora has no perturbation" in " ".join((printed.out + printed.err).replace("│", " ").split())
+    assert "--method lora has no sigma" in " ".join((printed.out + printed.err).replace("│", " ").split())
 
 
 def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,7 +208,7 @@ def test_flat_lora_is_the_default_with_sigma_0_1_and_plain_lora_has_none() -> No
         ({"learning_rate": "fast"}, "learning_rate='fast' must be of type float"),
         ({"method": "sgd"}, "method='sgd' is not one of lora, flat-lora"),
         ({"sigma": -0.1}, "sigma=-0.1 is out of range"),
-        ({"method": "lora", "sigma": 0.1}, "--method lora has no perturbation, but sigma=0.1"),
+        ({"method": "lora", "sigma": 0.1}, "--method lora has no sigma, but sigma=0.1"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(values: dict[str, Any], message: str) -> None:

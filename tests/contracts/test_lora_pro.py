@@ -10,8 +10,9 @@ from lora_by_hand import lora_layers
 from tiny_models import normal, toy_case
 from torch import Tensor, nn
 
+from flatlora_diffusion.method.branch import Pair, factor_pairs
 from flatlora_diffusion.training import lora_pro
-from flatlora_diffusion.training.lora_pro import LoraPro, Pair, adjust, factor_pairs
+from flatlora_diffusion.training.lora_pro import LoraPro, adjust
 
 SCALE = 1.5
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import PerturbConfig
 from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.rivals import ascent
-from flatlora_diffusion.method.rivals.ascent import Sam
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.step_gradient import StepGradient
+from flatlora_diffusion.method.rivals.slopes import read_slopes
+from flatlora_diffusion.method.step_gradient import FactorNoise, StepGradient
 
 RHO = 0.5
 
@@ -159,6 +160,27 @@ def test_mixed_noise_is_the_mixture_of_the_clean_and_the_noisy_gradient() -> Non
     assert distance(mixed, {name: 0.25 * noisy[name] + 0.75 * clean[name] for name in clean}) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["flat-lora", "mixed-noise", "factor-noise"])
+def test_the_one_noise_of_a_step_is_drawn_once_for_all_its_micro_batches(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = toy_case()
+    alone = taken(case, one := rival(case, method, sigma=0.5, perturb_per="step"))
+    one.detach()
+    case.model.zero_grad()
+    draws: dict[str, Mock] = {}
+    for owner, name in ((FlatLora, "_drawn"), (FactorNoise, "_eps")):
+        draws[name] = Mock(side_effect=getattr(owner, name))
+        monkeypatch.setattr(owner, name, lambda self, *values, _draw=draws[name]: _draw(self, *values))
+    shares = [Micro(case, slot, share=0.25) for slot in range(4)]
+    found = taken(case, rival(case, method, sigma=0.5, perturb_per="step"), shares)
+    assert draws["_drawn"].call_count == (method != "factor-noise")
+    assert draws["_eps"].call_count == (len(found) if method == "factor-noise" else 0)
+    assert [one.passes for one in shares] == [1 + (method == "mixed-noise")] * 4
+    for name, slope in found.items():
+        torch.testing.assert_close(slope, alone[name])
+
+
 @pytest.mark.parametrize("build", [toy_case, unet_case], ids=["toy", "unet"])
 def test_bi_lora_takes_the_gradient_at_w_plus_what_has_ascended_and_clips_it_to_rho(build: Any) -> None:
     case = build()
@@ -262,13 +284,9 @@ def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() 
         layer.lora_B[ADAPTER].weight.data.zero_()
     clean = copy.deepcopy(case.model)
     slopes = slopes_of_weights(case, copy.deepcopy(clean))
-    reader = Sam([case.model], [p for p in case.model.parameters() if p.requires_grad], rho=0.0)
-    read = dict(
-        zip(lora_layers(case.model), reader.slopes([Micro(case, share=0.5), Micro(case, share=0.5)]), strict=True)
-    )
-    reader.detach()
+    halves = [Micro(case, share=0.5), Micro(case, share=0.5)]
+    read = dict(zip(lora_layers(case.model), read_slopes([case.model], halves), strict=True))
     assert distance(read, slopes) < 1e-4
-    assert not gradients(case.model)
     before = bits(case.model)
     anchor(case.model, case.model.peft_config[ADAPTER])
     start_at_slopes(case.model, read, seed=0)

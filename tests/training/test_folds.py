@@ -6,6 +6,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm
 from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
-from flatlora_diffusion.data.dataset import manifest
+from flatlora_diffusion.data import dataset
+from flatlora_diffusion.data.dataset import SampleSet, make_sample, manifest
 from flatlora_diffusion.data.training_set import Fold, fold_of
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.heldout import losses as holdout
@@ -45,9 +47,12 @@ def test_the_run_trains_on_all_images_for_the_steps_that_the_folds_have_found(
     ends: list[bool] = []  # of the process group, which folds and run need
     run = RunDir(Path(folded.run.output_dir))
     monkeypatch.setattr(PartialState, "destroy_process_group", lambda _: ends.append(run.ending() is not None))
+    reading = Mock(wraps=make_sample)
+    monkeypatch.setattr(dataset, "make_sample", reading)
     give(monkeypatch, 0.5, 0.4, 0.5, 0.5, 0.4, 0.3)  # of 2 images and of 1: the means are 0.5, 0.4, 0.43
     with caplog.at_level(logging.INFO):
         path = train(folded)
+    assert reading.call_count == 3, "folds and run read each image once"
     assert ends == [True], "it ends once, after the last run"
     assert steps_of(run, "finished") == [2]
     assert len(steps_of(run, "step")) == 2
@@ -98,8 +103,8 @@ def test_folds_that_are_trained_are_kept(
 def test_other_images_or_settings_train_the_folds_anew(folded: TrainConfig, icons: Path, tmp_path: Path) -> None:
     trained = []
 
-    def train_fold(config: TrainConfig, run: RunDir, fold: Fold) -> Path:
-        ours, theirs = fold_of(samples_of(config), *fold)
+    def train_fold(config: TrainConfig, run: RunDir, found: SampleSet, fold: Fold) -> Path:
+        ours, theirs = fold_of(found.samples, *fold)
         away = [{**row, "is_held_out": True} for row in manifest(theirs)]
         run.start(config.to_dict(), [*manifest(ours), {"id": "a class image", "sha256": "0"}, *away])
         for step in (1, 2, 3):
@@ -111,7 +116,7 @@ def test_other_images_or_settings_train_the_folds_anew(folded: TrainConfig, icon
         run = RunDir(Path(config.run.output_dir))
         run.folder.mkdir(exist_ok=True)
         trained.clear()
-        return chosen_by_folds(config, run, train_fold)[1]
+        return chosen_by_folds(config, run, train_fold)[2]
 
     assert (chosen(folded), trained) == (2, [1, 2])
     assert (chosen(folded), trained) == (2, [])

@@ -42,9 +42,13 @@ def perturbed_by_place(
         from flatlora_diffusion.method.philox.kernel import perturbed
 
         return perturbed(weight, row_std, shape, seed, dtype)
-    eps = normal(math.prod(shape), seed, row_std.device).view(shape)
-    per_row = row_std.view(-1, *[1] * (len(shape) - 1))
-    return (eps.mul_(per_row) if weight is None else torch.addcmul(weight, eps, per_row, out=eps)).to(dtype)
+    return scaled(weight, normal(math.prod(shape), seed, row_std.device).view(shape), row_std).to(dtype)
+
+
+def scaled(weight: Tensor | None, z: Tensor, row_std: Tensor) -> Tensor:
+    """W + diag(row_std) z, or without W when `weight` is None, in the place of z."""
+    per_row = row_std.view(-1, *[1] * (z.ndim - 1))
+    return z.mul_(per_row) if weight is None else torch.addcmul(weight, z, per_row, out=z)
 
 
 def normal(count: int, seed: int, device: torch.device) -> Tensor:

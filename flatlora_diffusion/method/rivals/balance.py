@@ -13,11 +13,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from flatlora_diffusion.method.branch import Pair
 from flatlora_diffusion.method.step_gradient import StepGradient
-
-Pair = tuple[nn.Parameter, nn.Parameter]
 
 
 class Balanced(StepGradient):
@@ -30,7 +29,7 @@ class Balanced(StepGradient):
     def before_update(self, step: int, learning_rate: float) -> None:
         progress = min(step / self._total, 1.0)
         most = self._strength * learning_rate * (1 + math.cos(math.pi * progress)) / 2
-        for down, up in self._pairs:
+        for down, up, _ in self._pairs:
             grows = -_larger(down, up) if self._by_weights else _larger(down.grad, up.grad)
             down.mul_(1 + most * grows)
             up.mul_(1 - most * grows)

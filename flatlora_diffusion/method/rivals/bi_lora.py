@@ -16,14 +16,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlora_diffusion.ground.files import load_optimizer, optimizer_tensors
 from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer, compute_dtype, find_adapted_layers
-from flatlora_diffusion.method.branch import rank_of, scale_of
-from flatlora_diffusion.method.rivals.ascent import average
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
+from flatlora_diffusion.method.branch import first_adapter, rank_of, scale_of, square_norm
+from flatlora_diffusion.method.rivals.slopes import average
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
 
 
@@ -36,7 +35,7 @@ class BiLora(StepGradient):
         self._scales: dict[AdaptedLayer, float] = {}
         for prefix, model in models.items():
             for layer in find_adapted_layers(model):
-                self._scales[layer] = scale_of(layer.tuner, _first(layer))
+                self._scales[layer] = scale_of(layer.tuner, first_adapter(layer.tuner))
                 self._pairs[layer] = _new_pair(layer, seed, prefix)
                 layer.below.attach(partial(self._base_forward, layer))
         self._optimizer = torch.optim.AdamW(self._parameters(), maximize=True, weight_decay=0.0)
@@ -67,7 +66,7 @@ class BiLora(StepGradient):
     @torch.no_grad()
     def norm(self) -> float:
         """||s B2 A2||_F over all layers, without forming B2 A2; read from the device once."""
-        squares = torch.stack([((up.mT @ up) * (down @ down.mT)).sum() for down, up in self._pairs.values()])
+        squares = torch.stack([square_norm(*pair) for pair in self._pairs.values()])
         scales = torch.tensor([self._scales[layer] for layer in self._pairs], dtype=torch.float64)
         return float((scales.square() * squares.cpu().double()).sum().clamp(min=0).sqrt())
 
@@ -90,29 +89,19 @@ class BiLora(StepGradient):
         return [parameter for pair in self._pairs.values() for parameter in pair]
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = layer.below.forward(x, *args, **kwargs)
-        if not (self._is_on and layer.is_active()):
-            return output
-        dtype = compute_dtype(x.device, output.dtype)
-        x, (down, up) = x.to(dtype), (factor.to(dtype) for factor in self._pairs[layer])
-        if layer.convolution is None:
-            added = F.linear(F.linear(x, down), up)
-        else:
-            kernels = down.view(-1, *layer.shape[1:])
-            hidden = F.conv2d(x, kernels, None, layer.convolution.stride, layer.convolution.padding)
-            added = F.conv2d(hidden, up[:, :, None, None])
-        return output + (self._scales[layer] * added).to(output.dtype)
+        if not self._is_on:
+            return layer.below.forward(x, *args, **kwargs)
+        return layer.with_added(partial(self._product, layer), x, *args, **kwargs)
+
+    def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        down, up = (factor.to(x.dtype) for factor in self._pairs[layer])
+        return self._scales[layer] * layer.product(down, up, x)
 
 
 def _new_pair(layer: AdaptedLayer, seed: int, prefix: str) -> tuple[nn.Parameter, nn.Parameter]:
     """A2 (r, n) ~ N(0, 1/r^2) and B2 (m, r) = 0 on the layer's device, fp32."""
-    rank = rank_of(layer.tuner, _first(layer))
+    rank = rank_of(layer.tuner, first_adapter(layer.tuner))
     # Drawn on the CPU, so that one seed gives one pair on every device.
     drawn = torch.randn(rank, layer.inputs, generator=generator("cpu", seed, "bi_lora", prefix, layer.name)) / rank
     device = layer.base.weight.device
     return nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(layer.shape[0], rank, device=device))
-
-
-def _first(layer: AdaptedLayer) -> str:
-    """The adapter that came first, which is the trained one."""
-    return str(next(iter(layer.tuner.lora_A)))

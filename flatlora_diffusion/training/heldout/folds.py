@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
-from flatlora_diffusion.data.dataset import Sample, manifest
+from flatlora_diffusion.data.dataset import Sample, SampleSet, manifest
 from flatlora_diffusion.data.training_set import Fold, fold_of, load_training_set
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.sdxl.device import this_process
@@ -24,38 +24,38 @@ from flatlora_diffusion.training.stopping import Interrupted
 
 logger = logging.getLogger(__name__)
 
-TrainFold = Callable[[TrainConfig, RunDir, Fold], Path]
+TrainFold = Callable[[TrainConfig, RunDir, SampleSet, Fold], Path]
 _GO_ON = "the same command goes on from there"
 
 
-def chosen_by_folds(given: TrainConfig, run: RunDir, train_fold: TrainFold) -> tuple[TrainConfig, int]:
-    """The settings for the run on all images, with a seed, and the number of steps that it is to take.
+def chosen_by_folds(given: TrainConfig, run: RunDir, train_fold: TrainFold) -> tuple[TrainConfig, SampleSet, int]:
+    """The settings for the run on all images, with a seed, these images, and the number of steps that it is to take.
 
-    `train_fold` trains a fold in its folder. Raises ConfigError as a training does, StoppedError for a stop between
-    the folds.
+    `train_fold` trains a fold of them in a folder of its own. Raises ConfigError as a training does, StoppedError for
+    a stop between the folds.
     """
     began = time.monotonic()
     config = new_or_resumed(_with_seed_of_folds(given, run), run)
     if this_process().is_main_process:
         run.clean()
     check_early(config)
-    samples, count = load_training_set(config.data).samples, config.data.holdout_folds
+    found, count = load_training_set(config.data), config.data.holdout_folds
     sizes, losses = [], []
     for fold in (Fold(number, count) for number in range(1, count + 1)):
-        ours, theirs = fold_of(samples, *fold)
+        ours, theirs = fold_of(found.samples, *fold)
         inner = run.fold(fold.number)
         mine = _of_fold(_with_time_left(config, began), inner, len(theirs))
         if _is_done(inner, mine, ours, theirs):
             logger.info("fold %d of %d: already trained in %s", *fold, inner.folder)
         else:
             logger.info("fold %d of %d: trains on %d images, %d are held out", *fold, len(ours), len(theirs))
-            _train_one(mine, inner, fold, train_fold, ours, theirs)
+            _train_one(mine, inner, found, fold, train_fold)
         sizes.append(len(theirs))
         losses.append(inner.holdout_losses())
     (is_asked,) = broadcast_object_list([run.stop_file.exists()])  # all processes go one way
     if is_asked:
         raise StoppedError(f"stopped after the last fold by the stop file; {_GO_ON}")
-    return _with_time_left(config, began), _chosen(losses, sizes)
+    return _with_time_left(config, began), found, _chosen(losses, sizes)
 
 
 def mean_losses(losses: Sequence[Mapping[int, float]], sizes: Sequence[int]) -> dict[int, float]:
@@ -80,22 +80,15 @@ def _chosen(losses: Sequence[Mapping[int, float]], sizes: Sequence[int]) -> int:
     return best
 
 
-def _train_one(
-    config: TrainConfig,
-    inner: RunDir,
-    fold: Fold,
-    train_fold: TrainFold,
-    ours: Sequence[Sample],
-    theirs: Sequence[Sample],
-) -> None:
+def _train_one(config: TrainConfig, inner: RunDir, found: SampleSet, fold: Fold, train_fold: TrainFold) -> None:
     """Train a fold, or go on with it. What ends it says in which fold that was."""
     where = f"fold {fold.number} of {fold.of}"
-    if _is_begun(inner, config, ours, theirs):
+    if _is_begun(inner, config, *fold_of(found.samples, *fold)):
         config = config.replace(resume_from_checkpoint="latest")
     if this_process().is_main_process:
         inner.folder.mkdir(exist_ok=True)
     try:
-        train_fold(config, inner, fold)
+        train_fold(config, inner, found, fold)
     except StoppedError as error:
         raise StoppedError(f"{where}: {str(error).partition('; ')[0]}; {_GO_ON}") from error
     except RunError as error:
