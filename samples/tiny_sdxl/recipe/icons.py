@@ -84,7 +84,7 @@ def drawn_by_another(work: Path, name: str, package: str) -> dict[str, str]:
     The package is fetched as the others are; icons are matched by noto's names.
     """
     svgs = _svgs_by_name(_fetched(work, name, package))
-    names = _names_by_code(fetch(work)["noto"])
+    names = _names_by_code(_fetched(work, "noto", PACKAGES["noto"][0]))
     return {code: svgs[_letters(name)] for code, name in names.items() if _letters(name) in svgs}
 
 
