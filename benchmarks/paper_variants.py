@@ -11,9 +11,11 @@ felt      the same LoRAs on a base of fewer bits, at other strengths, with a sec
 domain    another set of icons as the style
 
 Settings, cells and checkpoints are chosen on the icons `search`, all published figures are of `report`; the lists
-share no icon. First it prints how long it will take. Nothing is trained or measured twice: the same command goes on
-after a stop. Each part writes benchmarks/paper_variants_PART.json; `python -m benchmarks.paper_variants_page` makes
-docs/variants.md of them. Needs npm and the `recipe` extra for the icons, and Optuna for `tuned`.
+share no icon. First it prints how long it will take: where 300 steps of Flat-LoRA take a minute on a core, the four
+parts above are 7 core-hours by default, and all of them 8.5. Nothing is trained or measured twice: the same command
+goes on after a stop. Each part writes benchmarks/paper_variants_PART.json, of which
+`python -m benchmarks.paper_variants_page` makes docs/variants.md. Needs npm and the `recipe` extra for the icons, and
+Optuna for `tuned`.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def _tuned(results: Mapping[str, Result], found: Found) -> str:
         return "Whether Flat-LoRA beats LoRA when both are tuned was not measured yet."
     trials = len(results["tuned"]["trials"]["lora"])
     return (
-        f"With {trials} trials for each, Flat-LoRA's held-out loss less LoRA's is {_said(end)} at the end of training"
-        f"{_share(results['tuned'], end)} and {_said(chosen)} where other icons stop each."
+        f"With {trials} trials for each, Flat-LoRA's held-out loss less LoRA's, {UNIT}, is {_said(end)} at the end of "
+        f"training{_share(results['tuned'], end)} and {_said(chosen)} where other icons stop each."
     )
 
 
@@ -71,8 +71,9 @@ def _best_cell(results: Mapping[str, Result], found: Found) -> str:
     changes = parse_arm(end["arm"]).changes
     return (
         f"Of {len(results['map']['map'])} pairs of sigma and schedule, sigma {changes['sigma']:g} with the schedule "
-        f"`{changes['sigma_schedule']}` ends best on the search icons: with seeds of its own, {_said(end)} at the end"
-        f"{_share(results['map'], end)} and {_said(chosen)} at the checkpoint that other icons choose."
+        f"`{changes['sigma_schedule']}` ends best on the search icons: with seeds of its own, its loss less "
+        f"LoRA's, {UNIT}, is {_said(end)} at the end{_share(results['map'], end)} and "
+        f"{_said(chosen)} at the checkpoint that other icons choose."
     )
 
 
@@ -85,7 +86,7 @@ def _own_part(found: Found) -> str:
     said = [f"{words}: {_said(found[key])}" for words, key in rivals.items() if key in found]
     if not said:
         return "What the noise has over simpler means was not measured yet."
-    return f"At the end of training, {UNIT} as above, {'; '.join(said)}."
+    return f"At the end of training, {UNIT}: {'; '.join(said)}."
 
 
 def _said(row: Mapping[str, Any]) -> str:
@@ -96,7 +97,9 @@ def _share(result: Result, row: Mapping[str, Any]) -> str:
     """The difference as a share of what the arm that it is compared with gains over the base."""
     losses = [one["report"] for one in result["rows"] if one["arm"] == row["against"] and one["label"] == ""]
     gain = result["base"]["report"] - statistics.fmean(losses)
-    return f", {-row['mean'] / gain:.1%} of LoRA's gain," if gain > 0 else ""
+    if gain <= 0:
+        return ""
+    return f", {abs(row['mean']) / gain:.1%} of LoRA's gain over the base,"
 
 
 def _name(key: str) -> str:

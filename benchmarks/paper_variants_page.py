@@ -24,7 +24,11 @@ from flatlora_diffusion.compare.arms import parse_arm
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "variants.md"
 FIGURE = "variants.png"
-LOOKS = dict(zip(SCHEDULES, (THIRD, FLAT_LORA, FOURTH), strict=True))
+LOOKS = {
+    "cosine": THIRD._replace(shades=("#7fb3aa",)),  # the lighter one is the chosen checkpoint's
+    "constant": FLAT_LORA,
+    "down": FOURTH._replace(shades=("#dba3e0",)),
+}
 TRIALS_SHOWN = 5  # of each method, the best
 
 
