@@ -16,7 +16,7 @@ from benchmarks.paper_variants_answer import answer, headline_table, verdict
 from benchmarks.paper_variants_figures import METRICS, Result
 from benchmarks.paper_variants_parts import MAP_PICTURE, PARTS
 from benchmarks.paper_variants_plan import CELL_KEYS, SCHEDULES, SIGMAS
-from benchmarks.paper_words import SCALE, UNIT, interval, signed
+from benchmarks.paper_words import MINUS, SCALE, UNIT, interval, signed
 from flatlora_diffusion.charts.lines import Line, titled_chart
 from flatlora_diffusion.charts.palette import FLAT_LORA, FOURTH, THIRD
 from flatlora_diffusion.compare.arms import parse_arm
@@ -151,7 +151,7 @@ def _tuned(result: Result) -> str:
         rows = [[_name(trial["arm"]), f"{trial['search']:.5f}"] for trial in best]
         head = f"{len(trials)} trials of {parse_arm(method).name}, the best:"
         parts.append(f"{head}\n\n{table(['settings', 'search icons, at the end'], rows)}")
-    found = "The best of each with fresh seeds, and both changed alike from there:"
+    found = "The best Flat-LoRA less the best LoRA with fresh seeds, and both changed alike from there:"
     return "\n\n".join([*parts, f"{found}\n\n{pairs_table(result)}"])
 
 
@@ -204,26 +204,22 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
 
 
 def pairs_table(result: Result, without: tuple[str, ...] = ()) -> str:
-    """Every pair of a part in all metrics."""
+    """Every pair of a part in all metrics, by what its group changes where groups have labels."""
     metrics = {key: words for key, words in METRICS.items() if key not in without}
     has_labels = any(pair["label"] for pair in result["pairs"])
     rows = []
     for pair in result["pairs"]:
+        names = [pair["label"] or "as tuned"] if has_labels else [_name(pair["arm"]), _name(pair["against"])]
         cells = [_cell(pair[key], key) if key in pair else "" for key in metrics]
-        names = [pair["label"] or "as above", *_names(pair)] if has_labels else _names(pair)
         rows.append([*names, f"{len(pair['seeds'])}", *cells, verdict(pair["report"])])
-    columns = [*(["where"] if has_labels else []), "arm", "against", "seeds", *metrics.values(), "at the end"]
-    return table(columns, rows)
+    columns = ["where"] if has_labels else ["arm", "against"]
+    return table([*columns, "seeds", *metrics.values(), "at the end"], rows)
 
 
 def _cell(found: Result, metric: str) -> str:
     if metric in ("name_found", "style_probability"):
-        return f"{found['mean']:+.2f}"
+        return f"{found['mean']:+.2f}".replace("-", MINUS)
     return interval(found, 1)
-
-
-def _names(pair: Result) -> list[str]:
-    return [_name(pair["arm"]), _name(pair["against"])]
 
 
 def _name(key: str) -> str:

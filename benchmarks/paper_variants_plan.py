@@ -93,11 +93,14 @@ def rival_pairs(rate: float) -> dict[str, str]:
 
 
 def control_pairs(rate: float) -> dict[str, str]:
-    """What is simpler than noise in the weights, against LoRA; and Flat-LoRA against the simplest of them."""
+    """What is simpler than noise in the weights, against LoRA; and Flat-LoRA against the simplest of them.
+
+    Both decays pull about as hard as the loss does at the end: less would be no control.
+    """
     simple = [
         half(rate),
-        arm("lora", adam_weight_decay=0.1),
-        arm("lora", delta_weight_decay=0.001),
+        arm("lora", adam_weight_decay=10),
+        arm("lora", delta_weight_decay=3e-5),
         arm("lora", lora_dropout=0.1),
         arm("lora", ip_noise_gamma=0.1),
         arm("lora", use_ema="true", ema_decay=0.98),

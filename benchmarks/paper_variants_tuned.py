@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.paper_variants_plan import SCHEDULES, TRIAL_SEED, Group, arm
 
 METHODS = ("lora", "flat-lora")
-RATES, DROPOUTS, DECAYS, STRENGTHS = (1e-4, 2e-3), (0.0, 0.2), (1e-4, 1e-1), (0.05, 1.4)
+RATES, DROPOUTS, DECAYS, STRENGTHS = (1e-4, 2e-3), (0.0, 0.2), (1e-2, 30.0), (0.05, 1.4)
 
 
 def check_optuna() -> None:

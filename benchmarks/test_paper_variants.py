@@ -282,6 +282,8 @@ def test_the_page_shows_every_part_with_its_numbers(tmp_path: Path) -> None:
     assert "Not run yet" not in text
     assert f"{len(HEADLINES)} of {len(HEADLINES)} were run" in headline_table(results)
     assert "base in int8" in text
+    assert "| as tuned | 3 |" in text
+    assert "| rank 1 | 3 |" in text
     assert "1.00 | 2.0 |" in text  # seconds and MiB of LoRA
     draw_figure(results["map"], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
@@ -317,6 +319,7 @@ def made_up_results() -> dict[str, Result]:
         results[part] = {"base": BASE, "rows": rows, "pairs": pairs, "headlines": named}
     results["map"] |= {"map": compared(cells, dict.fromkeys(CELL_KEYS.values(), "lora"), BASE)}
     results["tuned"] |= {"trials": {name: [{"arm": name, "search": 0.1}] * 3 for name in ("lora", "flat-lora")}}
+    results["tuned"]["pairs"] += compared(rows_of(STRONG, "lora", report=0.04), {STRONG: "lora"}, BASE, "rank 1")
     results["rivals"]["rows"] += [row("lora", seed) for seed in range(3)]
     results["rivals"] |= {"cost": {"lora": {"seconds": 0.5, "peak_bytes": 2 * 2**20}}}
     difference = results["map"]["pairs"][0]["report"]
