@@ -85,7 +85,7 @@ class Study:
         for label, group in groups.items():
             found = self.rows(group)
             pairs += compared(found, group.pairs, self.bench(group).base(), label)
-            rows += [{**{key: row[key] for key in row if key != "points"}, "label": label} for row in found]
+            rows += [{**row, "label": label} for row in found]
         return rows, pairs
 
     def shared(self, part: str) -> Result:

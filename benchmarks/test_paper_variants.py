@@ -29,6 +29,7 @@ from benchmarks.paper_variants_figures import (
     chosen_point,
     compared,
     corrected,
+    headline_rows,
 )
 from benchmarks.paper_variants_page import draw_figure, page
 from benchmarks.paper_variants_parts import PARTS
@@ -114,7 +115,11 @@ def row(arm: str, seed: int, **figures: Any) -> Row:
     points = [{"step": 50, "seconds": 1.0, "train": 0.09, "search": 0.08}]
     points.append({"step": 100, "seconds": 2.0, "train": 0.08, "search": figures.pop("search", 0.09)})
     whole = {key: 0.05 for key in METRICS if key != "equal_loss"}
-    return {"arm": arm, "seed": seed, "draws": f"{seed}", "points": points, "label": "", **whole, **figures}
+    return (
+        {"arm": arm, "seed": seed, "draws": f"{seed}", "points": points, "label": "", "seconds_per_step": 0.5}
+        | whole
+        | figures
+    )
 
 
 def test_the_checkpoint_is_chosen_by_the_search_icons() -> None:
@@ -153,6 +158,42 @@ def test_headline_intervals_hold_together() -> None:
     assert (found["low"], found["high"]) == pytest.approx((low, high))
 
 
+class MadeUpStudy(Study):
+    """Its runs have made-up figures."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.options = options_of(*arguments)
+
+    def rows(self, group: Group) -> list[Row]:
+        return [row(arm, seed, report=0.05 - 0.01 * len(arm)) for seed in group.seeds for arm in group.arms]
+
+    def bench(self, group: Group) -> Any:
+        config = TrainConfig().replace(max_train_steps=3)
+        return argparse.Namespace(
+            base=lambda: BASE,
+            peak_bytes=lambda planned: 1,
+            planned=lambda group: plan(config, [parse_arm(key) for key in group.arms], group.seeds, 1),
+        )
+
+
+def test_every_headline_is_found_in_the_result_of_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = {"lora": "lora:rank=2", "flat-lora": STRONG}
+    monkeypatch.setattr(
+        "benchmarks.paper_variants_parts.trial_group",
+        lambda method, count: Group({trials[method]: trials[method]}, [TRIAL_SEED], trial=True),
+    )
+    monkeypatch.setattr("benchmarks.paper_variants_parts._draw_map", lambda *_: None)
+    study = MadeUpStudy("--seeds", "2", "--fresh", "2")
+    results = {part: PARTS[part](study) for part in dict.fromkeys(headline.part for headline in HEADLINES)}
+    found = headline_rows(results)
+    assert [(one["part"], one["name"], one["metric"]) for one in found] == [tuple(one) for one in HEADLINES]
+    assert [pair["label"] for pair in results["tuned"]["pairs"]] == [
+        "",
+        *("rank 1", "rank 16", "5 images", "10 images", "150 steps", "600 steps"),
+    ]
+    assert results["rivals"]["cost"].keys() >= {"lora", "sam", "lora:optimizer=lora-pro"}
+
+
 # What is trained and kept.
 
 
@@ -188,6 +229,7 @@ def study_of(made_up: tuple[Path, Icons], tmp_path_factory: pytest.TempPathFacto
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow  # two runs and all their figures, and once more nothing
 def test_a_part_that_is_done_trains_and_measures_nothing_again(
     study_of: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
