@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from benchmarks.paper_variants_figures import Row, chosen_point
 from benchmarks.paper_variants_plan import Group
-from benchmarks.turns import peak_bytes
+from benchmarks.turns import Step, compare
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.compare.evaluator import names_of
 from flatlora_diffusion.compare.experiment import PASSES
@@ -41,6 +42,7 @@ POINTS = 6  # checkpoints of a run
 MOST = {"search": 80, "report": 160, "flat": 40, "pictures": 8}  # icons of each list
 DRAWS = {"train": 2, "search": 1, "report": 1, "flat": 1}  # (noise, timestep) pairs of each
 RISE, RISE_DRAWS = 0.1, 2
+COST_SECONDS = 8.0  # in which two arms take turns
 MANY = 0.6  # what a pass costs where many samples go through the UNet together, in passes of one alone
 AFTER = ("report", "flat")
 _ALONG = ("train", "search")
@@ -139,15 +141,19 @@ class Bench:
         """The same of the training alone."""
         return planned.steps_left * planned.config.optim.train_batch_size * PASSES[planned.arm.method]
 
-    def peak_bytes(self, planned: PlannedRun) -> int:
-        """The most that a step holds beyond what is there between steps."""
+    def cost(self, planned: PlannedRun, reference: PlannedRun) -> dict[str, Any]:
+        """Quartiles of a step's seconds over the reference's, taken in turns, and the most bytes that it holds."""
         with tempfile.TemporaryDirectory() as folder:
-            state = prepare(planned.config.replace(output_dir=folder), self._training())
-            first_weights(state)
-            start(state)
-            for step in range(2):
-                train_step(state, step)
-            return peak_bytes(partial(train_step, state), 2)
+            steps = {"lora": self._step(reference, folder), "arm": self._step(planned, folder)}
+            found = compare(steps, COST_SECONDS)
+        return {"ratio": found["arm / lora"], "peak_bytes": found["peak_bytes"]["arm"]}
+
+    def _step(self, planned: PlannedRun, folder: str) -> Step:
+        config = planned.config.replace(output_dir=folder, max_train_steps=10_000)  # more than are taken
+        state = prepare(config, self._training())
+        first_weights(state)
+        start(state)
+        return partial(train_step, state)
 
     def _training(self) -> Sequence[Sample]:
         return load_samples(self._icons.training).samples
@@ -164,7 +170,6 @@ class Bench:
         return {
             "arm": planned.arm.key,
             "seed": planned.seed,
-            "seconds_per_step": seconds,
             "draws": hashlib.sha256(draws.encode()).hexdigest()[:16],
             "points": points,
         }

@@ -156,21 +156,21 @@ def _tuned(result: Result) -> str:
 
 
 def _rivals(result: Result) -> str:
-    plain = result["cost"]["lora"]
     rows = [
         [
             _name(arm),
-            f"{cost['seconds'] / plain['seconds']:.2f}",
+            f"{cost['ratio'][1]:.2f} ({cost['ratio'][0]:.2f} to {cost['ratio'][2]:.2f})",
             f"{cost['peak_bytes'] / 2**20:.1f}",
             *(f"{_mean(result, arm, key):.5f}" for key in ("report", "chosen", "train", "flat")),
         ]
         for arm, cost in result["cost"].items()
     ]
-    columns = ["arm", "seconds / LoRA's", "peak MiB of a step", "held-out, end", "chosen", "clean train", "flat icons"]
+    columns = ["arm", "time / LoRA's", "peak MiB of a step", "held-out, end", "chosen", "clean train", "flat icons"]
     return (
         "At given settings, not tuned: a rival's own best may be better. Adapters are compared plain with LoRA, then "
-        f"flat with plain.\n\n{pairs_table(result)}\n\nSeconds are medians of runs one after the other, memory is "
-        f"what a step holds beyond what is there between steps:\n\n{table(columns, rows)}"
+        f"flat with plain.\n\n{pairs_table(result)}\n\nThe time of a step is the median of its ratio to one of "
+        "LoRA, taken in turns, with quartiles; memory is what a step holds beyond what is there between steps:\n\n"
+        + table(columns, rows)
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 from benchmarks.paper_variants_bench import trained
@@ -98,14 +97,9 @@ def rivals_part(study: Study) -> Result:
     rows, pairs = study.compared({"": group})
     bench = study.bench(group)
     pairs += compared(rows, {STRONG: "bi-lora"}, bench.base())
-    cost = {
-        planned.arm.key: {
-            "peak_bytes": bench.peak_bytes(planned),
-            "seconds": statistics.median(row["seconds_per_step"] for row in rows if row["arm"] == planned.arm.key),
-        }
-        for planned in bench.planned(group)
-        if planned.seed == group.seeds[0]
-    }
+    first = [planned for planned in bench.planned(group) if planned.seed == group.seeds[0]]
+    plain = next(planned for planned in first if planned.arm.key == "lora")
+    cost = {planned.arm.key: bench.cost(planned, plain) for planned in first}
     return {"cost": cost, "pairs": pairs, "rows": rows, "headlines": {"against Bi-LoRA": [STRONG, "bi-lora"]}}
 
 

@@ -115,11 +115,7 @@ def row(arm: str, seed: int, **figures: Any) -> Row:
     points = [{"step": 50, "seconds": 1.0, "train": 0.09, "search": 0.08}]
     points.append({"step": 100, "seconds": 2.0, "train": 0.08, "search": figures.pop("search", 0.09)})
     whole = {key: 0.05 for key in METRICS if key != "equal_loss"}
-    return (
-        {"arm": arm, "seed": seed, "draws": f"{seed}", "points": points, "label": "", "seconds_per_step": 0.5}
-        | whole
-        | figures
-    )
+    return {"arm": arm, "seed": seed, "draws": f"{seed}", "points": points, "label": ""} | whole | figures
 
 
 def test_the_checkpoint_is_chosen_by_the_search_icons() -> None:
@@ -171,7 +167,7 @@ class MadeUpStudy(Study):
         config = TrainConfig().replace(max_train_steps=3)
         return argparse.Namespace(
             base=lambda: BASE,
-            peak_bytes=lambda planned: 1,
+            cost=lambda planned, reference: {},
             planned=lambda group: plan(config, [parse_arm(key) for key in group.arms], group.seeds, 1),
         )
 
@@ -326,7 +322,7 @@ def test_the_page_shows_every_part_with_its_numbers(tmp_path: Path) -> None:
     assert "base in int8" in text
     assert "| as tuned | 3 |" in text
     assert "| rank 1 | 3 |" in text
-    assert "1.00 | 2.0 |" in text  # seconds and MiB of LoRA
+    assert "1.00 (0.90 to 1.10) | 2.0 |" in text  # time and MiB of LoRA
     draw_figure(results["map"], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
     assert "Not alike" not in text
@@ -363,7 +359,7 @@ def made_up_results() -> dict[str, Result]:
     results["tuned"] |= {"trials": {name: [{"arm": name, "search": 0.1}] * 3 for name in ("lora", "flat-lora")}}
     results["tuned"]["pairs"] += compared(rows_of(STRONG, "lora", report=0.04), {STRONG: "lora"}, BASE, "rank 1")
     results["rivals"]["rows"] += [row("lora", seed) for seed in range(3)]
-    results["rivals"] |= {"cost": {"lora": {"seconds": 0.5, "peak_bytes": 2 * 2**20}}}
+    results["rivals"] |= {"cost": {"lora": {"ratio": [0.9, 1.0, 1.1], "peak_bytes": 2 * 2**20}}}
     difference = results["map"]["pairs"][0]["report"]
     felt = {"base in int8": {"report": difference, "flat": difference}}
     results["felt"] = {"felt": [{"arm": STRONG, "against": "lora", "conditions": felt}]}
