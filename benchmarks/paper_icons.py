@@ -16,7 +16,7 @@ from PIL import Image
 
 from flatlora_diffusion.config import SAMPLES
 from flatlora_diffusion.ground.seeds import derive_seed
-from samples.icons_3d.build import slug, split, write_evaluation_set
+from samples.icons_3d.build import named_words, slug, split, write_evaluation_set
 
 if TYPE_CHECKING:
     from samples.tiny_sdxl.recipe.icons import Concept
@@ -36,11 +36,11 @@ def make_icon_sets(work: Path, folder: Path) -> dict[str, Path]:
     concepts = load_concepts(work)
     known = choose_concepts(concepts, 200)
     training, _ = split(known)
-    rest = _drawn([c for c in concepts if c.image_3d is not None and not _shares_a_word(c, training)])
+    rest = drawn([c for c in concepts if c.image_3d is not None and not shares_a_word(c, training)])
     for name, size in SIZES.items():
         write_evaluation_set(rest[:size], _fresh(sets[name]))
         rest = rest[size:]
-    _write_flat(_drawn(known)[:FLAT], _fresh(sets["flat"]))
+    _write_flat(drawn(known)[:FLAT], _fresh(sets["flat"]))
     return sets
 
 
@@ -61,17 +61,13 @@ def _write_flat(concepts: Sequence[Concept], folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def _drawn(concepts: Sequence[Concept]) -> list[Concept]:
+def drawn(concepts: Sequence[Concept]) -> list[Concept]:
     return sorted(concepts, key=lambda concept: derive_seed(SEED, "paper_icons", concept.hexcode))
 
 
-def _shares_a_word(concept: Concept, training: Sequence[Concept]) -> bool:
-    words = {word for other in training for word in _words(other.name)}
-    return bool(_words(concept.name) & words)
-
-
-def _words(name: str) -> set[str]:
-    return {word for word in slug(name).split("-") if len(word) > 2 and word not in ("and", "with", "over")}
+def shares_a_word(concept: Concept, training: Sequence[Concept]) -> bool:
+    words = {word for other in training for word in named_words(other.name)}
+    return bool(named_words(concept.name) & words)
 
 
 def _fresh(folder: Path) -> Path:

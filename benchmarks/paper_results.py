@@ -16,6 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.paper_flatness import flatness_section, table
+from benchmarks.paper_variants_answer import answer
+from benchmarks.paper_variants_page import PAGE as VARIANTS
+from benchmarks.paper_variants_page import read_results
+from benchmarks.paper_words import MINUS, SCALE, UNIT, interval, is_told
 from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
 from flatlora_diffusion.config import ModelConfig
@@ -25,9 +29,6 @@ from flatlora_diffusion.sdxl.pipeline import load_sdxl
 RESULT = Path(__file__).with_name("paper_text_to_image.json")
 FLATNESS = Path(__file__).with_name("paper_flatness.json")
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-SCALE = 1e5  # losses differ in the fifth decimal
-UNIT = "in 10⁻⁵"
-MINUS = "\N{MINUS SIGN}"
 
 Result = dict[str, Any]
 
@@ -51,22 +52,22 @@ def main() -> None:
 def summary(result: Result) -> str:
     """What the intervals say, in a few sentences."""
     pair, tuned = result["pairs"][0], result["tuned"]["report"]
-    better = [one for one in result["pairs"] if _side(one["report"]) and one["report"]["high"] < 0]
-    worse = [one for one in result["pairs"] if _side(one["report"]) and one["report"]["low"] > 0]
+    better = [one for one in result["pairs"] if is_told(one["report"]) and one["report"]["high"] < 0]
+    worse = [one for one in result["pairs"] if is_told(one["report"]) and one["report"]["low"] > 0]
     gain = result["base"]["report"]["all"] - _mean(result, "lora")
     noise = _difference(result, "flat-lora", "flat-lora:perturb_noise=iid")
     stopped = _mean(result, "lora") - _mean(result, "lora", chosen=True)
     trials = len(result["trials"]["lora"])
     sentences = (
         f"Over {pair['report']['n']} paired seeds and {result['icons']['report']} icons never trained on, Flat-LoRA "
-        f"at the paper's settings ends with a held-out loss that differs from LoRA's by {_interval(pair['report'])}",
+        f"at the paper's settings ends with a held-out loss that differs from LoRA's by {interval(pair['report'])}",
         f"({UNIT}), {-pair['report']['mean'] / gain:.1%} of what LoRA gains over the base: {_words(pair['report'])}.",
-        f"The clean training loss differs by {_interval(pair['train'])}.",
-        f"At the checkpoint that other icons choose, the held-out difference is {_interval(pair['chosen'])}:",
+        f"The clean training loss differs by {interval(pair['train'])}.",
+        f"At the checkpoint that other icons choose, the held-out difference is {interval(pair['chosen'])}:",
         f"{_words(pair['chosen'])}; to stop LoRA there gains {SCALE * stopped:.1f}.",
-        f"Eq. 7's noise less iid noise of equal energy: {_interval(noise)}, {_words(noise)}.",
+        f"Eq. 7's noise less iid noise of equal energy: {interval(noise)}, {_words(noise)}.",
         f"Of {len(result['pairs'])} settings {len(better)} ended better than LoRA and {len(worse)} worse.",
-        f"With both methods tuned by {trials} trials each, the difference is {_interval(tuned)}: {_words(tuned)}.",
+        f"With both methods tuned by {trials} trials each, the difference is {interval(tuned)}: {_words(tuned)}.",
         "Intervals are 95 % each, not corrected for their number.",
     )
     return "\n".join(sentences)
@@ -76,7 +77,7 @@ def _head(result: Result) -> str:
     settings, icons = result["settings"], result["icons"]
     return f"""# Does Flat-LoRA generalize better here?
 
-{summary(result)}
+{_where_it_pays()}{summary(result)}
 
 Made by `python -m benchmarks.paper_text_to_image --work FOLDER`, then `python -m benchmarks.paper_results`;
 {result["date"]}, {result["machine"]}, torch {result["versions"]["torch"]}, fp32. All figures:
@@ -93,6 +94,12 @@ choose checkpoints, {icons["report"]} for this page; and on {icons["flat"]} flat
 (forgetting). Lower is better. Differences are Flat-LoRA less LoRA, with the 95 % interval of Student's t over paired
 seeds; “could show” is the smallest true difference that so many seeds find with 80 % power. An interval that holds 0
 shows nothing. A small base with 64-pixel icons is no SDXL: what holds here need not hold there, either way."""
+
+
+def _where_it_pays() -> str:
+    """The answer of `paper_variants`, as far as it was run."""
+    results = read_results()
+    return f"{answer(results)} More: [{VARIANTS.name}]({VARIANTS.name}).\n\n" if results else ""
 
 
 def _base(result: Result) -> str:
@@ -112,10 +119,10 @@ def _factors(result: Result) -> str:
         [
             _name(pair["arm"]),
             _name(pair["against"]),
-            *(_interval(pair[key]) for key in ("report", "chosen")),
+            *(interval(pair[key]) for key in ("report", "chosen")),
             _number(pair["report"]["detectable"]),
             _words(pair["report"]),
-            *(_interval(pair[key]) for key in ("train", "flat", "rise")),
+            *(interval(pair[key]) for key in ("train", "flat", "rise")),
         ]
         for pair in result["pairs"]
     ]
@@ -150,7 +157,7 @@ def _matched(result: Result) -> str:
         for match in (at_equal_loss, at_equal_seconds):
             ones, others = zip(*(match(*walk) for walk in walks), strict=True)
             found = paired_difference(ones, others)
-            cells.append(_interval({"mean": found.mean, "low": found.low, "high": found.high}))
+            cells.append(interval({"mean": found.mean, "low": found.low, "high": found.high}))
         rows.append([_name(pair["arm"]), *cells])
     text = "Held-out loss on the checkpoint list, interpolated between checkpoints"
     return f"## At equal clean loss, at equal seconds\n\n{text}, differences {UNIT}:\n\n" + table(
@@ -160,7 +167,7 @@ def _matched(result: Result) -> str:
 
 def _groups(result: Result) -> str:
     groups = result["pairs"][0]["groups"]
-    rows = [[group, _interval(found), _words(found)] for group, found in groups.items()]
+    rows = [[group, interval(found), _words(found)] for group, found in groups.items()]
     return f"## By kind of thing\n\nFlat-LoRA less LoRA at the paper's settings, {UNIT}:\n\n" + table(
         ["concepts", "difference", "says"], rows
     )
@@ -187,7 +194,7 @@ def _tuned(result: Result) -> str:
         f"## Both tuned\n\n{len(trials) // 2} settings of each method, drawn from its own grid, one seed each, judged "
         f"on the search list:\n\n{table(['tried', 'loss, search list'], trials)}\n\nThe best of each, trained anew "
         f"with {tuned['report']['n']} other seeds: {_name(tuned['arm'])} less {_name(tuned['against'])}, held-out "
-        f"{_interval(tuned['report'])} {UNIT} (could show {_number(tuned['report']['detectable'])}): "
+        f"{interval(tuned['report'])} {UNIT} (could show {_number(tuned['report']['detectable'])}): "
         f"{_words(tuned['report'])}. These two differ in more than sigma, so this says which recipe to use, "
         "not what the noise does."
     )
@@ -242,19 +249,10 @@ def _proved(result: Result) -> str:
     return f"{alike} of {len(pairs)} pairs have equal hashes"
 
 
-def _side(found: Result) -> bool:
-    return bool(found["low"] > 0 or found["high"] < 0)
-
-
 def _words(found: Result) -> str:
-    if not _side(found):
+    if not is_told(found):
         return "no difference found"
     return "Flat-LoRA better" if found["high"] < 0 else "LoRA better"
-
-
-def _interval(found: Result) -> str:
-    mean, low, high = (SCALE * found[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", MINUS)
 
 
 def _number(value: float) -> str:

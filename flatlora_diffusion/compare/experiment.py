@@ -26,7 +26,7 @@ from flatlora_diffusion.sdxl.sampling import generate_images
 
 # A step of training costs as much as drawing does for so many passes of each of its samples through the UNet:
 # `benchmarks/step_time.json` against the picture that is timed here, both on 2 CPU cores; a rival's from its passes.
-_PASSES = {
+PASSES = {
     "lora": 2.5,
     "flat-lora": 3.0,
     "mixed-noise": 5.5,
@@ -129,7 +129,7 @@ def outlook(experiment: Experiment) -> Iterator[str]:
 def duration(experiment: Experiment) -> str:
     """How long it takes, by the passes of the UNet that are left and the seconds that one takes here and now."""
     evaluator, sdxl = experiment.evaluator([planned for planned in experiment.main if planned.is_finished])
-    each = _seconds_per_pass(sdxl, experiment.config.data.resolution or sdxl.resolution)
+    each = seconds_per_pass(sdxl, experiment.config.data.resolution or sdxl.resolution)
     drawing = sum(piece.passes for piece in experiment.to_draw(evaluator))
     until_grid = sum(_training_seconds(planned, each) for planned in experiment.main) + drawing * each
     after = sum(_training_seconds(planned, each) for planned in experiment.nulls)
@@ -141,16 +141,16 @@ def duration(experiment: Experiment) -> str:
     return f"About {_in_words(until_grid + after)} on this machine as it is now{pictures}"
 
 
-def _training_seconds(planned: PlannedRun, seconds_per_pass: float) -> float:
-    """How long what is left of a training takes."""
+def _training_seconds(planned: PlannedRun, each: float) -> float:
+    """How long what is left of a training takes, `each` pass so many seconds."""
     if planned.is_finished:
         return 0
     optim, runs = planned.config.optim, 1 + planned.config.data.holdout_folds
     samples = runs * planned.steps_left * optim.train_batch_size * optim.gradient_accumulation_steps
-    return _START_SECONDS + samples * _PASSES[planned.arm.method] * seconds_per_pass
+    return _START_SECONDS + samples * PASSES[planned.arm.method] * each
 
 
-def _seconds_per_pass(sdxl: Sdxl, resolution: int) -> float:
+def seconds_per_pass(sdxl: Sdxl, resolution: int) -> float:
     """How long one sample takes through the UNet while a picture is drawn; a slow one is timed for one step alone."""
     seconds = 0.0
     for steps in (1, 5):

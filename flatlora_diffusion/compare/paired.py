@@ -32,8 +32,10 @@ class PairedDifference:
         return len(self.differences)
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float]) -> PairedDifference:
-    """values - reference, seed by seed, with the 95 % interval of Student's t.
+def paired_difference(
+    values: Sequence[float], reference: Sequence[float], confidence: float = CONFIDENCE
+) -> PairedDifference:
+    """values - reference, seed by seed, with the 95 % interval of Student's t, or one of another confidence.
 
     Raises ValueError when the two are not pairs.
     """
@@ -46,13 +48,14 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Pa
     error = statistics.stdev(differences) / len(differences) ** 0.5
     if error == 0:  # all differences are alike
         return PairedDifference(differences, mean, mean, mean, 0.0)
-    low, high = stats.t.interval(CONFIDENCE, len(differences) - 1, loc=mean, scale=error)
-    return PairedDifference(differences, mean, float(low), float(high), error * _detectable(len(differences)))
+    low, high = stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=error)
+    detectable = error * _detectable(len(differences), confidence)
+    return PairedDifference(differences, mean, float(low), float(high), detectable)
 
 
-def _detectable(n: int) -> float:
+def _detectable(n: int, confidence: float) -> float:
     """The difference, in standard errors, that the two-sided paired t test of `n` pairs finds with `POWER`."""
-    critical = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    critical = stats.t.ppf((1 + confidence) / 2, n - 1)
 
     def missing_power(shift: float) -> float:
         power = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)

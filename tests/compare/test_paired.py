@@ -14,10 +14,11 @@ def leaves_zero_out(difference: PairedDifference) -> bool:
     return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
 
 
-def test_the_interval_is_that_of_the_paired_t_test() -> None:
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_the_interval_is_that_of_the_paired_t_test(confidence: float) -> None:
     values, reference = [0.91, 0.87, 0.95, 0.90, 0.88], [0.93, 0.90, 0.94, 0.95, 0.93]
-    found = paired_difference(values, reference)
-    expected = stats.ttest_rel(values, reference).confidence_interval(0.95)
+    found = paired_difference(values, reference, confidence)
+    expected = stats.ttest_rel(values, reference).confidence_interval(confidence)
     assert found.mean == pytest.approx(np.mean(np.subtract(values, reference)))
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.n == 5

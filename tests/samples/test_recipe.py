@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,7 +20,7 @@ from flatlora_diffusion.ground.files import load_tensors
 from flatlora_diffusion.ground.seeds import generator
 from samples.tiny_sdxl.recipe import unet
 from samples.tiny_sdxl.recipe.captions import DROPPED, STYLE_WORDS, caption, train_tokenizers
-from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, MORE_STYLES, Concept
+from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, MORE_STYLES, Concept, drawn_by_another
 from samples.tiny_sdxl.recipe.loop import Schedule, train
 from samples.tiny_sdxl.recipe.unet import Base, Data, Picture, load_base, save_base, train_unet
 from samples.tiny_sdxl.recipe.vae import build_vae
@@ -256,3 +257,20 @@ def test_the_saved_base_keeps_its_vae_and_does_not_name_the_folder_it_was_built_
     assert (tmp_path / "unet" / "config.json").is_file()
     for file in tmp_path.rglob("*.json"):
         assert str(tmp_path) not in file.read_text(encoding="utf-8"), file
+
+
+def test_another_set_without_code_points_is_matched_by_the_names_of_one_that_has_them(tmp_path: Path) -> None:
+    packages: dict[str, dict[str, Any]] = {
+        "noto": {"chars": {"1f98a": "fox", "2615": "hot-beverage", "1f41c": "ant"}},
+        "another": {
+            "icons": {"icons": {"fox": {"body": "<g/>"}, "hotbeverage": {"body": "<b/>"}, "own": {"body": ""}}}
+        },
+    }
+    for name, files in packages.items():
+        folder = tmp_path / "npm" / name / "package"
+        folder.mkdir(parents=True)
+        for stem, content in ({"package": {}} | files).items():
+            (folder / f"{stem}.json").write_text(json.dumps(content), encoding="utf-8")
+    svgs = drawn_by_another(tmp_path, "another", "@icons/another@1")
+    assert svgs.keys() == {"1F98A", "2615"}
+    assert "<g/>" in svgs["1F98A"]

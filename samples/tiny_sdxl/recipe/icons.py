@@ -75,19 +75,17 @@ class Concept:
 
 def fetch(work: Path) -> dict[str, Path]:
     """Download each npm package once into `work`; returns the folder of each. Raises FileNotFoundError without npm."""
-    npm = shutil.which("npm")
-    folders = {}
-    for name, (package, _licence) in PACKAGES.items():
-        folder = work / "npm" / name
-        if not (folder / "package" / "package.json").exists():
-            if npm is None:
-                raise FileNotFoundError("npm is needed to fetch the icon packages; install Node.js and run again")
-            folder.mkdir(parents=True, exist_ok=True)
-            subprocess.run([npm, "pack", package, "--silent", "--pack-destination", str(folder)], check=True)
-            with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-                archive.extractall(folder, filter="data")
-        folders[name] = folder / "package"
-    return folders
+    return {name: _fetched(work, name, package) for name, (package, _licence) in PACKAGES.items()}
+
+
+def drawn_by_another(work: Path, name: str, package: str) -> dict[str, str]:
+    """The SVG texts of one more set, which trains nothing here, by the hexcodes of the concepts that it draws.
+
+    The package is fetched as the others are; icons are matched by noto's names.
+    """
+    svgs = _svgs_by_name(_fetched(work, name, package))
+    names = _names_by_code(_fetched(work, "noto", PACKAGES["noto"][0]))
+    return {code: svgs[_letters(name)] for code, name in names.items() if _letters(name) in svgs}
 
 
 def load_concepts(work: Path) -> list[Concept]:
@@ -152,6 +150,19 @@ def load_3d(path: Path, size: int = SIZE) -> np.ndarray[Any, np.dtype[np.uint8]]
     """One 3D icon on white as (size, size, 3) uint8."""
     with Image.open(path) as image:
         return _on_white(image.convert("RGBA"), size)
+
+
+def _fetched(work: Path, name: str, package: str) -> Path:
+    folder = work / "npm" / name
+    if not (folder / "package" / "package.json").exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise FileNotFoundError("npm is needed to fetch the icon packages; install Node.js and run again")
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run([npm, "pack", package, "--silent", "--pack-destination", str(folder)], check=True)
+        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+            archive.extractall(folder, filter="data")
+    return folder / "package"
 
 
 def _on_white(image: Image.Image, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

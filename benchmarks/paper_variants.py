@@ -1,0 +1,74 @@
+"""Where does flatness pay? Strong and early noise on the tiny base, against rivals and simpler controls.
+
+    python -m benchmarks.paper_variants --work FOLDER --parts map draws tuned rivals
+
+map       sigma and schedule of eps, a checkpoint every 50 steps; the best cells again with seeds of their own
+draws     Eq. 7 against iid noise, thin against full draws, one eps for a batch against one for each example
+controls  what is simpler: half the rate, weight decay, dropout, L2 on the change, noise in the input, EMA
+tuned     LoRA and Flat-LoRA with equal trials, then fresh seeds; rank, number of images and steps from there
+rivals    every rival method and adapter at given settings, plain and flat, with seconds and memory of a step
+felt      the same LoRAs on a base of fewer bits, at other strengths, with a second LoRA
+domain    another set of icons as the style
+
+Settings, cells and checkpoints are chosen on the icons `search`, all published figures are of `report`; the lists
+share no icon. First it prints how long it will take: where 300 steps of Flat-LoRA take a minute on a core, the four
+parts above are 7 core-hours by default, and all of them 8.5. Nothing is trained or measured twice: the same command
+goes on after a stop. Each part writes benchmarks/paper_variants_PART.json, of which
+`python -m benchmarks.paper_variants_page` makes docs/variants.md. Needs npm and the `recipe` extra for the icons, and
+Optuna for `tuned`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import record
+from benchmarks.paper_variants_parts import PARTS
+from benchmarks.paper_variants_study import Study
+from benchmarks.paper_variants_tuned import check_optuna
+
+FOLDER = Path(__file__).parent
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if "tuned" in options.parts:
+        check_optuna()
+    logging.disable(logging.WARNING)  # of every file that is loaded the same
+    torch.set_num_threads(options.threads)
+    study = Study(options)
+    study.say_estimate()
+    for part in options.parts:
+        result = study.shared(part) | PARTS[part](study)
+        for row in result["rows"]:
+            row.pop("points", None)  # which the work folder keeps
+        record.save(options.out / f"paper_variants_{part}.json", result)
+        print(f"{part}: written; `python -m benchmarks.paper_variants_page` makes the page", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--work", type=Path, required=True, help="folder for icons, runs and measurements; kept")
+    found.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
+    found.add_argument("--icons", type=Path, help="folder for the npm packages; default: that of --work")
+    found.add_argument("--base", default="tiny")
+    found.add_argument("--learning_rate", type=float, default=5e-4, help="of all but the tuned arms")
+    found.add_argument("--steps", type=int, default=300)
+    found.add_argument("--seeds", type=int, default=5, help="of each arm that is reported")
+    found.add_argument("--map_seeds", type=int, default=1, help="of each cell of the map, to choose by")
+    found.add_argument("--trials", type=int, default=20, help="of LoRA, and as many of Flat-LoRA")
+    found.add_argument("--fresh", type=int, default=10, help="seeds of the two tuned arms")
+    found.add_argument("--at_most", type=int, help="measure so many icons of each list, to try the command out")
+    found.add_argument("--workers", type=int, help="train so many runs at once, in processes of their own")
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a user feels of `paper_variants`: the same LoRA on a rounded base, at other strengths, and with a second LoRA.
+
+The base is rounded as `flatness` rounds it, every linear layer and convolution of the UNet; the second LoRA, plain and
+of flat icons, is merged into it before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from benchmarks import record
+from benchmarks.paper_variants_bench import AFTER, MANY, Bench, trained
+from benchmarks.paper_variants_figures import Result, difference
+from benchmarks.paper_variants_plan import Group, Pairs
+from flatlora_diffusion.compare.arms import PlannedRun
+from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.flatness.robustness import to_bits
+from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.lora_tools.merging import merge_into
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+
+STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5)
+BITS: tuple[Literal["int8", "fp8"], ...] = ("int8", "fp8")
+
+Felt = dict[str, dict[str, float]]
+"""Losses of the reported and of the flat icons, by condition."""
+
+
+def felt_by_arm(bench: Bench, group: Group, second: Path, base: str) -> dict[str, Any]:
+    """Each run in every condition, and the pairs' differences there."""
+
+    def load() -> Sdxl:
+        return load_sdxl(ModelConfig(base), record.DEVICE, torch.float32)
+
+    forms: dict[str, LossEvaluator] = {}
+    for kind in BITS:
+        forms[f"base in {kind}"] = bench.evaluator(AFTER, in_bits(load(), kind))
+    forms["with a second LoRA"] = bench.evaluator(AFTER, merged_with(load(), second, base))
+    rows = []
+    for planned in bench.planned(group):
+        trained(planned)
+        rows.append({"arm": planned.arm.key, "seed": planned.seed, "felt": _felt(planned, bench.reported, forms)})
+        print(f"{planned.label}: felt", flush=True)
+    return {"rows": rows, "felt": _compared(rows, group.pairs)}
+
+
+def felt_left(bench: Bench, planned: PlannedRun) -> float:
+    """How many samples the UNet has still to see of a run that is trained, in passes of one alone."""
+    of_strengths = sum(bench.reported.losses_left(planned.lora, at) for at in STRENGTHS)
+    return MANY * of_strengths * (1 + (len(BITS) + 1) / len(STRENGTHS))
+
+
+@torch.no_grad()
+def in_bits(sdxl: Sdxl, kind: Literal["int8", "fp8"]) -> Sdxl:
+    """The base with its UNet's weights rounded."""
+    for module in sdxl.unet.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.weight.copy_(to_bits(module.weight, kind))
+    return sdxl
+
+
+def merged_with(sdxl: Sdxl, lora: Path, base: str) -> Sdxl:
+    """The base with a LoRA in its weights."""
+    merge_into(sdxl.pipeline, [LoraFile(lora)], base, {"unet": torch.float32})
+    return sdxl
+
+
+def _felt(planned: PlannedRun, usual: LossEvaluator, forms: dict[str, LossEvaluator]) -> Felt:
+    felt = {f"strength {strength:g}": _losses(usual, planned.lora, strength) for strength in STRENGTHS}
+    return felt | {name: _losses(evaluator, planned.lora, 1.0) for name, evaluator in forms.items()}
+
+
+def _losses(evaluator: LossEvaluator, lora: Path, strength: float) -> dict[str, float]:
+    return {name: found[UNGROUPED] for name, found in evaluator.losses(lora, strength).items()}
+
+
+def _compared(rows: Sequence[dict[str, Any]], pairs: Pairs) -> list[Result]:
+    """The pairs' differences in each condition."""
+    found = {(row["arm"], row["seed"]): row["felt"] for row in rows}
+    results = []
+    for arm, against in pairs.items():
+        both = [(found[arm, seed], found[against, seed]) for key, seed in found if key == arm]
+        conditions = list(both[0][0])
+        differences = {
+            condition: {
+                name: difference([(one[condition][name], other[condition][name]) for one, other in both])
+                for name in AFTER
+            }
+            for condition in conditions
+        }
+        results.append({"arm": arm, "against": against, "conditions": differences})
+    return results

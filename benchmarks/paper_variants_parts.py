@@ -1,0 +1,127 @@
+"""What each part of `paper_variants` trains and compares, and what its JSON says."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from benchmarks.paper_variants_bench import trained
+from benchmarks.paper_variants_felt import felt_by_arm
+from benchmarks.paper_variants_figures import Result, chosen_cells, compared
+from benchmarks.paper_variants_plan import (
+    CELLS,
+    DRAW_PAIRS,
+    FELT_PAIRS,
+    FRESH_SEED,
+    FULL,
+    IID,
+    STRONG,
+    THIN,
+    Group,
+    control_pairs,
+    half,
+    map_group,
+    rival_pairs,
+    sweeps,
+)
+from benchmarks.paper_variants_study import Study
+from benchmarks.paper_variants_tuned import METHODS, trial_group
+from flatlora_diffusion.compare.arms import parse_arm, plan
+from flatlora_diffusion.compare.material import FLAT_ICONS
+from flatlora_diffusion.gallery.grid import labelled_grid
+
+MAP_PICTURE = "paper_variants_map.webp"
+
+
+def map_part(study: Study) -> Result:
+    group = map_group(study.options)
+    first = study.rows(group)
+    cells = chosen_cells(first, CELLS)
+    rows, pairs = study.compared({"": Group(dict.fromkeys(cells, "lora"), range(study.options.seeds))})
+    _draw_map(study, group)
+    return {
+        "map": compared(first, group.pairs, study.bench(group).base()),
+        "chosen": cells,
+        "pairs": pairs,
+        "rows": rows,
+        "headlines": {"best cell": [cells[0], "lora"]},
+    }
+
+
+def _draw_map(study: Study, group: Group) -> None:
+    """The same prompts by the base, LoRA and every cell."""
+    bench = study.bench(group)
+    files = {planned.arm.name: planned.lora for planned in bench.planned(group) if planned.seed == group.seeds[0]}
+    strips = {"Base": bench.strip(None)} | {name: bench.strip(file) for name, file in files.items()}
+    image = labelled_grid(list(strips.values()), list(strips), [], 64)
+    image.save(study.options.out / MAP_PICTURE, quality=85)
+
+
+def draws_part(study: Study) -> Result:
+    rows, pairs = study.compared({"": Group(DRAW_PAIRS, range(study.options.seeds))})
+    names = {"Eq. 7 less iid": [FULL, IID], "thin less full draws": [THIN, FULL]}
+    return {"pairs": pairs, "rows": rows, "headlines": names}
+
+
+def controls_part(study: Study) -> Result:
+    rate = study.options.learning_rate
+    rows, pairs = study.compared({"": Group(control_pairs(rate), range(study.options.seeds))})
+    return {"pairs": pairs, "rows": rows, "headlines": {"against half the rate": [STRONG, half(rate)]}}
+
+
+def tuned_part(study: Study) -> Result:
+    options, best, trials = study.options, {}, {}
+    for method in METHODS:
+        found = study.rows(trial_group(method, options.trials))
+        trials[method] = [{"arm": row["arm"], "search": row["points"][-1]["search"]} for row in found]
+        best[method] = min(trials[method], key=lambda trial: trial["search"])["arm"]
+    lora, flat_lora = best["lora"], best["flat-lora"]
+    groups = {"": Group({flat_lora: lora}, range(FRESH_SEED, FRESH_SEED + options.fresh))}
+    rows, pairs = study.compared(
+        groups | {_label(group, options): group for group in sweeps(lora, flat_lora, options.fresh)}
+    )
+    return {"trials": trials, "pairs": pairs, "rows": rows, "headlines": {"both tuned": [flat_lora, lora]}}
+
+
+def _label(group: Group, options: argparse.Namespace) -> str:
+    """What a sweep changes."""
+    if group.images is not None:
+        return f"{group.images} images"
+    if group.length != 1:
+        return f"{round(options.steps * group.length)} steps"
+    return f"rank {parse_arm(group.arms[0]).changes['rank']}"
+
+
+def rivals_part(study: Study) -> Result:
+    group = Group(rival_pairs(study.options.learning_rate), range(study.options.seeds))
+    rows, pairs = study.compared({"": group})
+    bench = study.bench(group)
+    pairs += compared(rows, {STRONG: "bi-lora"}, bench.base())
+    first = [planned for planned in bench.planned(group) if planned.seed == group.seeds[0]]
+    plain = next(planned for planned in first if planned.arm.key == "lora")
+    cost = {planned.arm.key: bench.cost(planned, plain) for planned in first}
+    return {"cost": cost, "pairs": pairs, "rows": rows, "headlines": {"against Bi-LoRA": [STRONG, "bi-lora"]}}
+
+
+def felt_part(study: Study) -> Result:
+    group = Group(FELT_PAIRS, range(study.options.seeds))
+    (second,) = plan(study.config(FLAT_ICONS, "second-lora", study.options.steps), [parse_arm("lora")], [0], 1)
+    trained(second)
+    return felt_by_arm(study.bench(group), group, second.lora, study.options.base)
+
+
+def domain_part(study: Study) -> Result:
+    pairs = {**FELT_PAIRS, half(study.options.learning_rate): "lora"}
+    rows, found = study.compared({"": Group(pairs, range(study.options.seeds), domain=True)})
+    return {"pairs": found, "rows": rows}
+
+
+PARTS: dict[str, Callable[[Study], Result]] = {
+    "map": map_part,
+    "draws": draws_part,
+    "controls": controls_part,
+    "tuned": tuned_part,
+    "rivals": rivals_part,
+    "felt": felt_part,
+    "domain": domain_part,
+}

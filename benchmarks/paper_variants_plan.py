@@ -1,0 +1,146 @@
+"""The arms of `paper_variants`, part by part: what each is compared with, and with which seeds.
+
+An arm is named as `compare` names it, so that one that several parts have is trained once. Seeds of the map, of the
+trials and of what is reported differ: no arm is reported on the runs that it was chosen by.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SIGMAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.4)
+SCHEDULES = ("cosine", "constant", "down")
+MAP_SEED, TRIAL_SEED, FRESH_SEED = 50, 60, 100  # the first of each
+CELLS = 4  # of the map that get all seeds: the paper's and those that the search icons like best
+SWEEP_SEEDS = 3  # of each rank, number of images and number of steps
+RANKS, IMAGES, LENGTHS = (1, 16), (5, 10), (0.5, 2.0)  # beside rank 4, all images, and the steps as they are
+
+Pairs = Mapping[str, str]
+"""Each arm and the one that it is paired with."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms that are trained with the same seeds, of `images` training images (all: None) and so many times the steps.
+
+    Of a `trial` no more is measured than chooses settings.
+    """
+
+    pairs: Pairs
+    seeds: Sequence[int]
+    images: int | None = None
+    length: float = 1.0
+    trial: bool = False
+    domain: bool = False
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys([*self.pairs.values(), *self.pairs]))
+
+
+def arm(method: str, **changes: Any) -> str:
+    """The arm's key."""
+    return f"{method}:" + ",".join(f"{name}={value}" for name, value in changes.items()) if changes else method
+
+
+def changed(key: str, **changes: Any) -> str:
+    """An arm with more settings of its own."""
+    return f"{key}{',' if ':' in key else ':'}" + ",".join(f"{name}={value}" for name, value in changes.items())
+
+
+def flat(sigma: float, schedule: str, **changes: Any) -> str:
+    return arm("flat-lora", sigma=sigma, sigma_schedule=schedule, **changes)
+
+
+PAPER = flat(0.1, "cosine")
+GIVEN = {"sigma": 0.4, "sigma_schedule": "constant"}  # the lead of earlier runs, wherever nothing is chosen
+STRONG = arm("flat-lora", **GIVEN)
+FULL = flat(0.8, "constant", perturb_draw="full", perturb_norm_every=1)
+IID = changed(FULL, perturb_noise="iid")
+THIN = flat(0.8, "constant")
+EXAMPLE = changed(THIN, perturb_per="example")
+CELL_KEYS = {(schedule, sigma): flat(sigma, schedule) for schedule in SCHEDULES for sigma in SIGMAS}
+
+
+def half(rate: float) -> str:
+    """LoRA at half the learning rate."""
+    return arm("lora", learning_rate=f"{rate / 2:g}")
+
+
+def rival_pairs(rate: float) -> dict[str, str]:
+    """Methods and plain adapters at given settings against LoRA, then each flat adapter against the plain one.
+
+    A learning rate is the study's times what the adapter needs.
+    """
+    methods = [STRONG, *(arm(name, **GIVEN) for name in ("mixed-noise", "factor-noise"))]
+    methods += ["lora-sam", "sam", "bi-lora", "nbar", "obar"]
+    adapters: list[dict[str, Any]] = [
+        {"adapter": "rslora"},
+        {"adapter": "dora"},
+        {"adapter": "pissa"},
+        {"adapter": "lora-ga"},
+        {"adapter": "adalora", "learning_rate": f"{2.5 * rate:g}"},  # its singular values start at 0
+        {"adapter": "full", "learning_rate": f"{0.15 * rate:g}", "rank": 1024},  # of its file, which loses nothing
+        {"lora_plus_ratio": 16, "learning_rate": f"{2.5 / 16 * rate:g}"},  # of A, which is slower
+        {"optimizer": "lora-pro"},
+    ]
+    plain = {arm("lora", **changes): "lora" for changes in adapters}
+    flat_ones = {arm("flat-lora", **GIVEN, **changes): arm("lora", **changes) for changes in adapters}
+    return dict.fromkeys(methods, "lora") | plain | flat_ones
+
+
+def control_pairs(rate: float) -> dict[str, str]:
+    """What is simpler than noise in the weights, against LoRA; and Flat-LoRA against the simplest of them.
+
+    Both decays pull about as hard as the loss does at the end: less would be no control.
+    """
+    simple = [
+        half(rate),
+        arm("lora", adam_weight_decay=10),
+        arm("lora", delta_weight_decay=3e-5),
+        arm("lora", lora_dropout=0.1),
+        arm("lora", ip_noise_gamma=0.1),
+        arm("lora", use_ema="true", ema_decay=0.98),
+    ]
+    return {
+        **dict.fromkeys(simple, "lora"),
+        STRONG: half(rate),
+        flat(0.4, "constant", learning_rate=f"{rate / 2:g}"): half(rate),
+    }
+
+
+DRAW_PAIRS = {IID: "lora", FULL: IID, THIN: FULL, EXAMPLE: THIN}
+FELT_PAIRS = {PAPER: "lora", STRONG: "lora"}
+
+
+def sweeps(lora: str, flat_lora: str, fresh: int) -> list[Group]:
+    """The two tuned arms where they might differ more, each changed alike, with at most `fresh` seeds."""
+    seeds = range(FRESH_SEED, FRESH_SEED + min(SWEEP_SEEDS, fresh))
+    ranks = [Group({changed(flat_lora, rank=rank): changed(lora, rank=rank)}, seeds) for rank in RANKS]
+    images = [Group({flat_lora: lora}, seeds, images=count) for count in IMAGES]
+    return [*ranks, *images, *(Group({flat_lora: lora}, seeds, length=length) for length in LENGTHS)]
+
+
+def planned_groups(part: str, options: Namespace) -> list[Group]:
+    """What a part trains beside trials: likely arms stand for those that it will choose."""
+    seeds = range(options.seeds)
+    fresh = range(FRESH_SEED, FRESH_SEED + options.fresh)
+    likely = dict.fromkeys(list(dict.fromkeys((PAPER, STRONG, *CELL_KEYS.values())))[:CELLS], "lora")
+    groups = {
+        "map": [map_group(options), Group(likely, seeds)],
+        "draws": [Group(DRAW_PAIRS, seeds)],
+        "controls": [Group(control_pairs(options.learning_rate), seeds)],
+        "tuned": [Group({STRONG: "lora"}, fresh), *sweeps("lora", STRONG, options.fresh)],
+        "rivals": [Group(rival_pairs(options.learning_rate), seeds)],
+        "felt": [Group(FELT_PAIRS, seeds)],
+        "domain": [Group({**FELT_PAIRS, half(options.learning_rate): "lora"}, seeds, domain=True)],
+    }
+    return groups[part]
+
+
+def map_group(options: Namespace) -> Group:
+    """All cells."""
+    return Group(dict.fromkeys(CELL_KEYS.values(), "lora"), range(MAP_SEED, MAP_SEED + options.map_seeds))

@@ -1,0 +1,374 @@
+"""The study of where flatness pays, on a tiny random base and made-up figures: what it plans, chooses and says."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from tiny_random_sdxl import save_icons, save_tiny_random_sdxl
+
+from benchmarks import paper_variants_bench, paper_variants_study
+from benchmarks.paper_variants import main, parser
+from benchmarks.paper_variants_answer import answer, headline_table
+from benchmarks.paper_variants_bench import AFTER, Bench, Icons
+from benchmarks.paper_variants_felt import in_bits, merged_with
+from benchmarks.paper_variants_figures import (
+    HEADLINES,
+    METRICS,
+    Result,
+    Row,
+    chosen_cells,
+    chosen_point,
+    compared,
+    corrected,
+    headline_rows,
+)
+from benchmarks.paper_variants_page import draw_figure, page
+from benchmarks.paper_variants_parts import PARTS
+from benchmarks.paper_variants_plan import (
+    CELL_KEYS,
+    FULL,
+    IID,
+    PAPER,
+    STRONG,
+    THIN,
+    TRIAL_SEED,
+    Group,
+    half,
+    planned_groups,
+)
+from benchmarks.paper_variants_study import Study
+from benchmarks.paper_variants_tuned import check_optuna, trial_arms
+from benchmarks.paper_words import MINUS
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
+from flatlora_diffusion.compare.losses import LossEvaluator
+from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
+from flatlora_diffusion.lora_files.attached import loaded
+from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+
+RATE = 5e-4
+BASE = {"train": 0.10, "search": 0.10, "report": 0.10, "flat": 0.05}
+
+
+def options_of(*arguments: str) -> argparse.Namespace:
+    return parser().parse_args(["--work", "work", *arguments])
+
+
+# What is planned.
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_arm_that_is_planned_may_be_trained_and_has_a_folder_of_its_own(part: str) -> None:
+    config = TrainConfig().replace(max_train_steps=300)
+    for group in planned_groups(part, options_of("--seeds", "2", "--fresh", "2")):
+        runs = plan(config, [parse_arm(key) for key in group.arms], group.seeds, 6)
+        assert len({run.run.folder for run in runs}) == len(runs) == len(group.arms) * len(group.seeds)
+        assert set(group.pairs.values()) <= set(group.arms)
+
+
+def test_no_arm_is_reported_on_the_seeds_that_it_was_chosen_by() -> None:
+    planned = [group for part in PARTS for group in planned_groups(part, options_of("--map_seeds", "2"))]
+    cells, *others = planned
+    reported = {seed for group in others for seed in group.seeds}
+    assert not reported & {*cells.seeds, TRIAL_SEED}
+    assert TRIAL_SEED not in cells.seeds
+
+
+def test_the_map_has_every_sigma_with_every_schedule_and_lora_beside_them() -> None:
+    arms = planned_groups("map", options_of())[0].arms
+    assert len(arms) == 1 + 7 * 3
+    assert {(parse_arm(key).changes["sigma_schedule"], parse_arm(key).changes["sigma"]) for key in arms[1:]} == {
+        (schedule, sigma) for schedule in ("cosine", "constant", "down") for sigma in (0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.4)
+    }
+
+
+def test_both_methods_have_as_many_trials_within_the_same_bounds() -> None:
+    pytest.importorskip("optuna")
+    lora, flat_lora = (trial_arms(method, 20) for method in ("lora", "flat-lora"))
+    assert len(set(lora)) == len(set(flat_lora)) == 20
+    assert trial_arms("lora", 20) == lora
+    for key in (*lora, *flat_lora):
+        assert 1e-4 <= parse_arm(key).changes["learning_rate"] <= 2e-3
+
+
+def test_without_optuna_the_tuned_part_says_so_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="tuned needs the package optuna"):
+        check_optuna()
+
+
+# What is chosen and compared.
+
+
+def row(arm: str, seed: int, **figures: Any) -> Row:
+    points = [{"step": 50, "seconds": 1.0, "train": 0.09, "search": 0.08}]
+    points.append({"step": 100, "seconds": 2.0, "train": 0.08, "search": figures.pop("search", 0.09)})
+    whole = {key: 0.05 for key in METRICS if key != "equal_loss"}
+    return {"arm": arm, "seed": seed, "draws": f"{seed}", "points": points, "label": ""} | whole | figures
+
+
+def test_the_checkpoint_is_chosen_by_the_search_icons() -> None:
+    points = [
+        {"step": 50, "search": 0.3, "report": 0.1},
+        {"step": 100, "search": 0.2, "report": 0.3},
+        {"step": 150, "search": 0.25, "report": 0.2},
+    ]
+    assert chosen_point(points)["step"] == 100
+
+
+def test_the_cells_that_get_more_seeds_are_those_that_the_search_icons_like_and_the_papers() -> None:
+    keys = list(CELL_KEYS.values())
+    rows = [row("lora", 50, search=0.0)]
+    # What is reported says the opposite.
+    rows += [row(key, 50, search=0.1 - 0.001 * place, report=place) for place, key in enumerate(keys)]
+    assert chosen_cells(rows, 4) == [*keys[:-4:-1], PAPER]
+
+
+def test_differences_are_paired_by_seed_and_told_from_draws_that_differ() -> None:
+    rows = [row("lora", seed, report=0.05 + seed) for seed in (0, 1, 2)]
+    rows += [row(STRONG, seed, report=0.04 + seed) for seed in (0, 1)]
+    rows[-1]["draws"] = "others"
+    (pair,) = compared(rows, {STRONG: "lora"}, BASE)
+    assert pair["seeds"] == [0, 1]
+    assert pair["alike"] == 1
+    assert pair["report"]["mean"] == pytest.approx(-0.01)
+    assert pair["equal_loss"]["mean"] == 0
+
+
+def test_headline_intervals_hold_together() -> None:
+    values = [0.1, 0.2, 0.4, 0.1, 0.3]
+    found = corrected({"differences": values, "mean": 0.22, "low": 0.0, "high": 1.0})
+    level = 1 - 0.05 / len(HEADLINES)
+    low, high = stats.t.interval(level, 4, loc=0.22, scale=stats.sem(values))
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+
+
+class MadeUpStudy(Study):
+    """Its runs have made-up figures."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.options = options_of(*arguments)
+
+    def rows(self, group: Group) -> list[Row]:
+        return [row(arm, seed, report=0.05 - 0.01 * len(arm)) for seed in group.seeds for arm in group.arms]
+
+    def bench(self, group: Group) -> Any:
+        config = TrainConfig().replace(max_train_steps=3)
+        return argparse.Namespace(
+            base=lambda: BASE,
+            cost=lambda planned, reference: {},
+            planned=lambda group: plan(config, [parse_arm(key) for key in group.arms], group.seeds, 1),
+        )
+
+
+def test_every_headline_is_found_in_the_result_of_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = {"lora": "lora:rank=2", "flat-lora": STRONG}
+    monkeypatch.setattr(
+        "benchmarks.paper_variants_parts.trial_group",
+        lambda method, count: Group({trials[method]: trials[method]}, [TRIAL_SEED], trial=True),
+    )
+    monkeypatch.setattr("benchmarks.paper_variants_parts._draw_map", lambda *_: None)
+    study = MadeUpStudy("--seeds", "2", "--fresh", "2")
+    results = {part: PARTS[part](study) for part in dict.fromkeys(headline.part for headline in HEADLINES)}
+    found = headline_rows(results)
+    assert [(one["part"], one["name"], one["metric"]) for one in found] == [tuple(one) for one in HEADLINES]
+    assert [pair["label"] for pair in results["tuned"]["pairs"]] == [
+        "",
+        *("rank 1", "rank 16", "5 images", "10 images", "150 steps", "600 steps"),
+    ]
+    assert results["rivals"]["cost"].keys() >= {"lora", "sam", "lora:optimizer=lora-pro"}
+
+
+# What is trained and kept.
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Icons]:
+    """A base and small lists of icons with names."""
+    folder = tmp_path_factory.mktemp("made_up")
+    lists = {name: save_icons(folder / name, 2 + place) for place, name in enumerate(("search", "report", "flat"))}
+    for name, path in lists.items():
+        lines = [
+            {"file_name": image.name, "name": f"{name} {image.stem}", "text": f"a {name} {image.stem}"}
+            for image in sorted(path.glob("*.png"))
+        ]
+        for text in path.glob("*.txt"):
+            text.unlink()
+        (path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return save_tiny_random_sdxl(folder / "base"), Icons(save_icons(folder / "training"), lists, lists["report"])
+
+
+@pytest.fixture(scope="module")
+def study_of(made_up: tuple[Path, Icons], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The command line of a small study, of which two arms' runs are there."""
+    base, icons = made_up
+    work = tmp_path_factory.mktemp("work")
+    threads = torch.get_num_threads()
+    arguments = ["--work", str(work), "--base", str(base), "--steps", "2", "--seeds", "1", "--out", str(work)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper_variants_study, "icons_3d", lambda *_: icons)
+        patch.setattr("benchmarks.paper_variants_parts.DRAW_PAIRS", {THIN: FULL})
+        patch.setattr(paper_variants_bench, "POINTS", 2)
+        patch.setattr("benchmarks.paper_variants.logging.disable", lambda level: None)
+        yield [*arguments, "--parts", "draws"]
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow  # two runs and all their figures, and once more nothing
+def test_a_part_that_is_done_trains_and_measures_nothing_again(
+    study_of: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(study_of)
+    file = Path(study_of[study_of.index("--out") + 1]) / "paper_variants_draws.json"
+    first = json.loads(file.read_text(encoding="utf-8"))
+    assert [(len(pair["seeds"]), pair["alike"]) for pair in first["pairs"]] == [(1, 1)]
+    assert first["pairs"][0]["report"]["mean"] != 0
+    monkeypatch.setattr(paper_variants_bench, "train", lambda config: pytest.fail("trained twice"))
+    monkeypatch.setattr(paper_variants_bench, "generate_images", lambda *_, **__: pytest.fail("drawn twice"))
+    monkeypatch.setattr(LossEvaluator, "_by_group", lambda *_: pytest.fail("measured twice"))
+    capsys.readouterr()
+    main(study_of)
+    assert "about 0 core-minutes" in capsys.readouterr().out
+    assert json.loads(file.read_text(encoding="utf-8")) == first
+
+
+def test_reported_icons_are_seen_by_the_end_and_by_the_checkpoint_that_others_chose(
+    study_of: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, planned = bench_and_run(study_of)
+    seen: list[Path | None] = []
+    honest = LossEvaluator.losses
+
+    def losses(self: LossEvaluator, lora: Path | None, strength: float = 1.0) -> Any:
+        if set(self.sets) == set(AFTER):
+            seen.append(lora)
+            return {"report": {"all": -float(len(seen))}, "flat": {"all": 0.0}}  # the later the better
+        # The first checkpoint is the best by the search icons.
+        found = honest(self, lora, strength)
+        return found | {"search": {"all": 1.0 if lora == planned.lora else 0.5}}
+
+    monkeypatch.setattr(LossEvaluator, "losses", losses)
+    found = bench.measured(planned)
+    assert found["chosen_step"] == 1
+    assert seen == [planned.lora, planned.files[1]]
+
+
+def test_a_base_with_a_second_lora_in_its_weights_computes_what_both_beside_it_do(
+    study_of: list[str], made_up: tuple[Path, Icons]
+) -> None:
+    _, planned = bench_and_run(study_of)
+
+    def loss(sdxl: Sdxl) -> float:
+        samples = paper_variants_bench._some(made_up[1].lists["report"], 2)
+        return probe_loss(sdxl.unet, Objective(sdxl.scheduler), fixed_probe(sdxl, samples, 32, 0))
+
+    beside, merged, rounded = (
+        load_sdxl(ModelConfig(str(made_up[0])), torch.device("cpu"), torch.float32) for _ in "123"
+    )
+    clean = loss(rounded)
+    with loaded(beside.pipeline, [LoraFile(planned.lora)]):
+        assert loss(merged_with(merged, planned.lora, str(made_up[0]))) == pytest.approx(loss(beside), rel=1e-6)
+    assert loss(merged) != clean
+    assert loss(in_bits(rounded, "int8")) == pytest.approx(clean, rel=0.05)
+    assert loss(rounded) != clean
+
+
+def bench_and_run(arguments: list[str]) -> tuple[Bench, PlannedRun]:
+    study = Study(parser().parse_args(arguments))
+    group = Group({THIN: FULL}, [0])
+    bench = study.bench(group)
+    planned = bench.planned(group)[0]
+    paper_variants_bench.trained(planned)
+    return bench, planned
+
+
+# What the page says.
+
+
+def test_the_page_of_nothing_says_how_to_run_each_part() -> None:
+    text = page({})
+    for part in PARTS:
+        assert f"--parts {part}` does" in text
+    assert "was not measured yet" in text
+
+
+def test_the_answer_is_three_sentences_made_of_the_figures() -> None:
+    results = made_up_results()
+    said = answer(results)
+    assert said.replace("Eq. 7", "").count(". ") == 2
+    assert f"{MINUS}990.0" in said
+    assert "(better)" in said
+    results["tuned"]["pairs"] = compared(rows_of(STRONG, "lora", report=0.07), {STRONG: "lora"}, BASE)
+    assert "(worse)" in answer(results).split(". ")[0]
+    assert "(better)" not in answer(results).split(". ")[0]
+
+
+def test_the_page_shows_every_part_with_its_numbers(tmp_path: Path) -> None:
+    results = made_up_results()
+    text = page(results)
+    assert "Not run yet" not in text
+    assert f"{len(HEADLINES)} of {len(HEADLINES)} were run" in headline_table(results)
+    assert "base in int8" in text
+    assert "| as tuned | 3 |" in text
+    assert "| rank 1 | 3 |" in text
+    assert "1.00 (0.90 to 1.10) | 2.0 |" in text  # time and MiB of LoRA
+    draw_figure(results["map"], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
+    assert "Not alike" not in text
+    assert "**Not alike.** felt: another base" in page(results | {"felt": {**results["felt"], "fingerprint": "1"}})
+    worse = copy.deepcopy(results)
+    for pair in worse["controls"]["pairs"]:
+        pair["report"] |= {"mean": 0.01, "low": 0.005, "high": 0.015, "differences": [0.01, 0.011, 0.012]}
+    assert "worse" in page(worse).split("## What is simpler")[1].split("##")[0]
+
+
+def rows_of(arm: str, against: str, **figures: float) -> list[Row]:
+    """Three seeds of each, the arm's with these figures."""
+    changed = [row(arm, seed, **{key: value + 1e-4 * seed for key, value in figures.items()}) for seed in range(3)]
+    return [*(row(against, seed) for seed in range(3)), *changed]
+
+
+def made_up_results() -> dict[str, Result]:
+    """Every part's JSON, in which the arm of a headline has a loss of 0.01 less."""
+    cells = [made for key in CELL_KEYS.values() for made in rows_of(key, "lora", report=0.04)]
+    pairs_of = {
+        "map": {"best cell": [STRONG, "lora"]},
+        "tuned": {"both tuned": [STRONG, "lora"]},
+        "draws": {"Eq. 7 less iid": [FULL, IID], "thin less full draws": [THIN, FULL]},
+        "controls": {"against half the rate": [STRONG, half(RATE)]},
+        "rivals": {"against Bi-LoRA": [STRONG, "bi-lora"]},
+        "domain": {"": [STRONG, "lora"]},
+    }
+    results: dict[str, Result] = {}
+    for part, named in pairs_of.items():
+        rows = [made for arm, against in named.values() for made in rows_of(arm, against, report=0.04)]
+        pairs = [found for arm, against in named.values() for found in compared(rows, {arm: against}, BASE)]
+        results[part] = {"base": BASE, "rows": rows, "pairs": pairs, "headlines": named}
+    results["map"] |= {"map": compared(cells, dict.fromkeys(CELL_KEYS.values(), "lora"), BASE)}
+    results["tuned"] |= {"trials": {name: [{"arm": name, "search": 0.1}] * 3 for name in ("lora", "flat-lora")}}
+    results["tuned"]["pairs"] += compared(rows_of(STRONG, "lora", report=0.04), {STRONG: "lora"}, BASE, "rank 1")
+    results["rivals"]["rows"] += [row("lora", seed) for seed in range(3)]
+    results["rivals"] |= {"cost": {"lora": {"ratio": [0.9, 1.0, 1.1], "peak_bytes": 2 * 2**20}}}
+    difference = results["map"]["pairs"][0]["report"]
+    felt = {"base in int8": {"report": difference, "flat": difference}}
+    results["felt"] = {"felt": [{"arm": STRONG, "against": "lora", "conditions": felt}]}
+    settings = {"max_train_steps": 300, "train_batch_size": 2, "rank": 4, "learning_rate": RATE}
+    shared = {
+        "fingerprint": "0",
+        "settings": settings,
+        "versions": {"torch": "2"},
+        "date": "today",
+        "device": "made up",
+    }
+    return {part: shared | result for part, result in results.items()}
