@@ -78,11 +78,13 @@ def test_runs_at_once_leave_what_they_leave_one_after_the_other(
 def test_a_run_that_fails_stops_the_others_and_names_its_log(
     two: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop = two[1].run.stop_file
+    stop, other_has_begun = two[1].run.stop_file, threading.Event()
 
     def run(command: Sequence[str], log: Path) -> int:
         if log.parent.name == "lora":
+            other_has_begun.wait(60)
             return 2
+        other_has_begun.set()
         stop.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(500):
             if stop.exists():
