@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import bare_name
-from flatlora_diffusion.ground.whole_files import write_text
+from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED, difference_titles, enlarged
@@ -47,10 +47,9 @@ def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
     titles = difference_titles(comparison, reference)
     labels = [title if title == "Base" else f"{title}\n{name}" for title, name in titles]
     folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
     grid = labelled_grid(images, [row.label for row in rows], labels, _CELL, _caption(comparison, reference))
-    grid.save(aside, "PNG")
-    aside.replace(path)
+    with writing_whole(path) as aside:
+        grid.save(aside, "PNG")
     return path
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ def writing_whole(path: Path) -> Iterator[Path]:
 
     Raises OSError when it cannot be written, which safetensors calls otherwise.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{threading.get_native_id()}.part")  # also two threads may write it at once
     try:
         aside.touch()
         mode = aside.stat().st_mode  # what the umask leaves of 0666, without setting the umask to learn it

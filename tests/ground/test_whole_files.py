@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,20 @@ def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it
         write_half()
     assert json.loads(file.read_text(encoding="utf-8")) == {"rank": 4}
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    def write(text: str) -> None:
+        with writing_whole(tmp_path / "file") as aside:
+            both.wait()
+            aside.write_text(text)
+            both.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ("one", "two")))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] in ([("file", "one")], [("file", "two")])
 
 
 def test_names_that_are_no_text_can_be_written_too(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def page(browser: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]
         page.open()
         yield page
         assert page.faults == []
-        assert "Traceback" not in app.printed()[before:]
+        printed = app.printed()[before:]
+        assert "Traceback" not in printed, printed
     finally:
         context.close()
