@@ -1,10 +1,29 @@
 """Every setting, once: the command lines, config.json and the app's form are all made from here.
 
-Knows neither torch nor any model. Start with `section.py` (what a setting is), then `training.py`.
+Knows neither torch nor any model. Start with `section.py` (what a setting is), then `training.py`, which names the
+files of its sections.
 """
 
+from flatlora_diffusion.config.adapter import (
+    AdapterConfig as AdapterConfig,
+)
+from flatlora_diffusion.config.adapter import (
+    AdapterKind as AdapterKind,
+)
+from flatlora_diffusion.config.adapter import (
+    TokenConfig as TokenConfig,
+)
 from flatlora_diffusion.config.combinations import (
     LINEAR_ONLY as LINEAR_ONLY,
+)
+from flatlora_diffusion.config.data import (
+    DataConfig as DataConfig,
+)
+from flatlora_diffusion.config.data import (
+    Interpolation as Interpolation,
+)
+from flatlora_diffusion.config.data import (
+    Precision as Precision,
 )
 from flatlora_diffusion.config.methods import (
     DEFAULT_SIGMA as DEFAULT_SIGMA,
@@ -36,6 +55,33 @@ from flatlora_diffusion.config.methods import (
 from flatlora_diffusion.config.methods import (
     unused_by as unused_by,
 )
+from flatlora_diffusion.config.model import (
+    ModelConfig as ModelConfig,
+)
+from flatlora_diffusion.config.model import (
+    PredictionType as PredictionType,
+)
+from flatlora_diffusion.config.model import (
+    Quantization as Quantization,
+)
+from flatlora_diffusion.config.optim import (
+    LossType as LossType,
+)
+from flatlora_diffusion.config.optim import (
+    LrScheduler as LrScheduler,
+)
+from flatlora_diffusion.config.optim import (
+    MixedPrecision as MixedPrecision,
+)
+from flatlora_diffusion.config.optim import (
+    ObjectiveConfig as ObjectiveConfig,
+)
+from flatlora_diffusion.config.optim import (
+    OptimConfig as OptimConfig,
+)
+from flatlora_diffusion.config.optim import (
+    Optimizer as Optimizer,
+)
 from flatlora_diffusion.config.programs import (
     CAPTION_WRITERS as CAPTION_WRITERS,
 )
@@ -58,6 +104,9 @@ from flatlora_diffusion.config.programs import (
     ExtractConfig as ExtractConfig,
 )
 from flatlora_diffusion.config.programs import (
+    FileLayout as FileLayout,
+)
+from flatlora_diffusion.config.programs import (
     FlatnessConfig as FlatnessConfig,
 )
 from flatlora_diffusion.config.programs import (
@@ -73,10 +122,19 @@ from flatlora_diffusion.config.programs import (
     LandscapeConfig as LandscapeConfig,
 )
 from flatlora_diffusion.config.programs import (
+    LoraLayout as LoraLayout,
+)
+from flatlora_diffusion.config.programs import (
     MergeConfig as MergeConfig,
 )
 from flatlora_diffusion.config.programs import (
     ResizeConfig as ResizeConfig,
+)
+from flatlora_diffusion.config.run import (
+    RunConfig as RunConfig,
+)
+from flatlora_diffusion.config.run import (
+    SaveDtype as SaveDtype,
 )
 from flatlora_diffusion.config.section import (
     SAMPLES as SAMPLES,
@@ -101,63 +159,6 @@ from flatlora_diffusion.config.section import (
 )
 from flatlora_diffusion.config.section import (
     shipped as shipped,
-)
-from flatlora_diffusion.config.training import (
-    AdapterConfig as AdapterConfig,
-)
-from flatlora_diffusion.config.training import (
-    AdapterKind as AdapterKind,
-)
-from flatlora_diffusion.config.training import (
-    DataConfig as DataConfig,
-)
-from flatlora_diffusion.config.training import (
-    FileLayout as FileLayout,
-)
-from flatlora_diffusion.config.training import (
-    Interpolation as Interpolation,
-)
-from flatlora_diffusion.config.training import (
-    LoraLayout as LoraLayout,
-)
-from flatlora_diffusion.config.training import (
-    LossType as LossType,
-)
-from flatlora_diffusion.config.training import (
-    LrScheduler as LrScheduler,
-)
-from flatlora_diffusion.config.training import (
-    MixedPrecision as MixedPrecision,
-)
-from flatlora_diffusion.config.training import (
-    ModelConfig as ModelConfig,
-)
-from flatlora_diffusion.config.training import (
-    ObjectiveConfig as ObjectiveConfig,
-)
-from flatlora_diffusion.config.training import (
-    OptimConfig as OptimConfig,
-)
-from flatlora_diffusion.config.training import (
-    Optimizer as Optimizer,
-)
-from flatlora_diffusion.config.training import (
-    Precision as Precision,
-)
-from flatlora_diffusion.config.training import (
-    PredictionType as PredictionType,
-)
-from flatlora_diffusion.config.training import (
-    Quantization as Quantization,
-)
-from flatlora_diffusion.config.training import (
-    RunConfig as RunConfig,
-)
-from flatlora_diffusion.config.training import (
-    SaveDtype as SaveDtype,
-)
-from flatlora_diffusion.config.training import (
-    TokenConfig as TokenConfig,
 )
 from flatlora_diffusion.config.training import (
     TrainConfig as TrainConfig,

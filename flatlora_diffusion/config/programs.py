@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from flatlora_diffusion.config.model import ModelConfig
+from flatlora_diffusion.config.optim import MixedPrecision
+from flatlora_diffusion.config.run import SaveDtype
 from flatlora_diffusion.config.section import ConfigError, Section, setting
-from flatlora_diffusion.config.training import FileLayout, LoraLayout, MixedPrecision, ModelConfig, SaveDtype
 
+FileLayout = Literal["kohya", "diffusers"]
+LoraLayout = Literal["kohya", "diffusers", "both"]
 QUIET_VARIABLE = "FLATLORA_QUIET"  # in the environment of a program: it logs warnings alone
 
 _LORA_FILE = "LoRA file in any layout, or the folder of a run"
