@@ -1,25 +1,18 @@
-"""The study of where flatness pays, on a tiny random base and made-up figures: what it plans, chooses and says."""
+"""The study of where flatness pays, on made-up figures: what it plans, chooses and says."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import importlib.util
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from scipy import stats
-from tiny_random_sdxl import save_icons, save_tiny_random_sdxl
 
-from benchmarks import paper_variants_bench, paper_variants_study
-from benchmarks.paper_variants import main, parser
+from benchmarks.paper_variants import parser
 from benchmarks.paper_variants_answer import answer, headline_table
-from benchmarks.paper_variants_bench import AFTER, Bench, Icons
-from benchmarks.paper_variants_felt import in_bits, merged_with
 from benchmarks.paper_variants_figures import (
     HEADLINES,
     METRICS,
@@ -48,14 +41,8 @@ from benchmarks.paper_variants_plan import (
 from benchmarks.paper_variants_study import Study
 from benchmarks.paper_variants_tuned import check_optuna, trial_arms
 from benchmarks.paper_words import MINUS
-from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
-from flatlora_diffusion.compare.losses import LossEvaluator
-from flatlora_diffusion.config import ModelConfig, TrainConfig
-from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.lora_files.attached import loaded
-from flatlora_diffusion.lora_files.place import LoraFile
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.compare.arms import parse_arm, plan
+from flatlora_diffusion.config import TrainConfig
 
 RATE = 5e-4
 BASE = {"train": 0.10, "search": 0.10, "report": 0.10, "flat": 0.05}
@@ -188,109 +175,6 @@ def test_every_headline_is_found_in_the_result_of_its_part(monkeypatch: pytest.M
         *("rank 1", "rank 16", "5 images", "10 images", "150 steps", "600 steps"),
     ]
     assert results["rivals"]["cost"].keys() >= {"lora", "sam", "lora:optimizer=lora-pro"}
-
-
-# What is trained and kept.
-
-
-@pytest.fixture(scope="module")
-def made_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Icons]:
-    """A base and small lists of icons with names."""
-    folder = tmp_path_factory.mktemp("made_up")
-    lists = {name: save_icons(folder / name, 2 + place) for place, name in enumerate(("search", "report", "flat"))}
-    for name, path in lists.items():
-        lines = [
-            {"file_name": image.name, "name": f"{name} {image.stem}", "text": f"a {name} {image.stem}"}
-            for image in sorted(path.glob("*.png"))
-        ]
-        for text in path.glob("*.txt"):
-            text.unlink()
-        (path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return save_tiny_random_sdxl(folder / "base"), Icons(save_icons(folder / "training"), lists, lists["report"])
-
-
-@pytest.fixture(scope="module")
-def study_of(made_up: tuple[Path, Icons], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """The command line of a small study, of which two arms' runs are there."""
-    base, icons = made_up
-    work = tmp_path_factory.mktemp("work")
-    threads = torch.get_num_threads()
-    arguments = ["--work", str(work), "--base", str(base), "--steps", "2", "--seeds", "1", "--out", str(work)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paper_variants_study, "icons_3d", lambda *_: icons)
-        patch.setattr("benchmarks.paper_variants_parts.DRAW_PAIRS", {THIN: FULL})
-        patch.setattr(paper_variants_bench, "POINTS", 2)
-        patch.setattr("benchmarks.paper_variants.logging.disable", lambda level: None)
-        yield [*arguments, "--parts", "draws"]
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.slow  # two runs and all their figures, and once more nothing
-def test_a_part_that_is_done_trains_and_measures_nothing_again(
-    study_of: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(study_of)
-    file = Path(study_of[study_of.index("--out") + 1]) / "paper_variants_draws.json"
-    first = json.loads(file.read_text(encoding="utf-8"))
-    assert [(len(pair["seeds"]), pair["alike"]) for pair in first["pairs"]] == [(1, 1)]
-    assert first["pairs"][0]["report"]["mean"] != 0
-    monkeypatch.setattr(paper_variants_bench, "train", lambda config: pytest.fail("trained twice"))
-    monkeypatch.setattr(paper_variants_bench, "generate_images", lambda *_, **__: pytest.fail("drawn twice"))
-    monkeypatch.setattr(LossEvaluator, "_by_group", lambda *_: pytest.fail("measured twice"))
-    capsys.readouterr()
-    main(study_of)
-    assert "about 0 core-minutes" in capsys.readouterr().out
-    assert json.loads(file.read_text(encoding="utf-8")) == first
-
-
-def test_reported_icons_are_seen_by_the_end_and_by_the_checkpoint_that_others_chose(
-    study_of: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench, planned = bench_and_run(study_of)
-    seen: list[Path | None] = []
-    honest = LossEvaluator.losses
-
-    def losses(self: LossEvaluator, lora: Path | None, strength: float = 1.0) -> Any:
-        if set(self.sets) == set(AFTER):
-            seen.append(lora)
-            return {"report": {"all": -float(len(seen))}, "flat": {"all": 0.0}}  # the later the better
-        # The first checkpoint is the best by the search icons.
-        found = honest(self, lora, strength)
-        return found | {"search": {"all": 1.0 if lora == planned.lora else 0.5}}
-
-    monkeypatch.setattr(LossEvaluator, "losses", losses)
-    found = bench.measured(planned)
-    assert found["chosen_step"] == 1
-    assert seen == [planned.lora, planned.files[1]]
-
-
-def test_a_base_with_a_second_lora_in_its_weights_computes_what_both_beside_it_do(
-    study_of: list[str], made_up: tuple[Path, Icons]
-) -> None:
-    _, planned = bench_and_run(study_of)
-
-    def loss(sdxl: Sdxl) -> float:
-        samples = paper_variants_bench._some(made_up[1].lists["report"], 2)
-        return probe_loss(sdxl.unet, Objective(sdxl.scheduler), fixed_probe(sdxl, samples, 32, 0))
-
-    beside, merged, rounded = (
-        load_sdxl(ModelConfig(str(made_up[0])), torch.device("cpu"), torch.float32) for _ in "123"
-    )
-    clean = loss(rounded)
-    with loaded(beside.pipeline, [LoraFile(planned.lora)]):
-        assert loss(merged_with(merged, planned.lora, str(made_up[0]))) == pytest.approx(loss(beside), rel=1e-6)
-    assert loss(merged) != clean
-    assert loss(in_bits(rounded, "int8")) == pytest.approx(clean, rel=0.05)
-    assert loss(rounded) != clean
-
-
-def bench_and_run(arguments: list[str]) -> tuple[Bench, PlannedRun]:
-    study = Study(parser().parse_args(arguments))
-    group = Group({THIN: FULL}, [0])
-    bench = study.bench(group)
-    planned = bench.planned(group)[0]
-    paper_variants_bench.trained(planned)
-    return bench, planned
 
 
 # What the page says.
