@@ -99,7 +99,7 @@ def check_writable(folder: Path, setting: str) -> None:
     try:
         with writing_into(folder, setting):
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe.{os.getpid()}.part"
+            probe = folder / f".probe.{threading.get_native_id()}.part"
             probe.touch()
             probe.unlink()
     finally:
