@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flatlora_diffusion.config import SAMPLES
-from flatlora_diffusion.evaluation.judge import Images, load_judge
+from flatlora_diffusion.evaluation.judge import Images, load_judge, style_probabilities
 from samples.tiny_sdxl.recipe import drawing, quality
 from samples.tiny_sdxl.recipe.captions import STYLE_WORDS
 from samples.tiny_sdxl.recipe.drawing import draw_icons, size_of
@@ -91,7 +91,14 @@ def test_the_table_has_a_column_for_each_judge_and_the_styles_of_each_word(tmp_p
     pixels = torch.randint(0, 256, (8, 64, 64, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
     owners = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     renders = Renders(pixels, owners, torch.arange(8) % len(STYLES))
-    report = measure_quality(CONCEPTS, drawn, renders, TINY, load_judge(TINY / "judge"), first_is_right, 4.0)
+    judge = load_judge(TINY / "judge")
+    report = measure_quality(CONCEPTS, drawn, renders, TINY, judge, first_is_right, 4.0)
+    seen = style_probabilities(judge, [Image.fromarray(image) for image in pixels]).argmax(dim=1)
+    for place, style in enumerate(STYLES):
+        real = report["styles"]["real"][style]
+        assert real["as_is"] == float((seen[place::4] == place).float().mean())
+        assert 0 <= real["after_vae"] <= 1
+        assert f"| real {style} renders of the 2 best known things; after the VAE |" in quality_table(report)
     second = report["names"]["second_judge"]
     assert (second["known"], second["everything"]) == (0.5, 0.3333)
     assert second["real_known"] == {"flat": 0.5, "3d": 0.5}

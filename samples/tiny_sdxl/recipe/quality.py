@@ -29,7 +29,7 @@ from samples.tiny_sdxl.recipe.captions import STYLE_WORDS
 from samples.tiny_sdxl.recipe.drawing import STEPS, draw_icons, size_of
 from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, SIZE, Concept
 from samples.tiny_sdxl.recipe.judge import STYLES, Renders, split_held_out
-from samples.tiny_sdxl.recipe.vae import psnr
+from samples.tiny_sdxl.recipe.vae import psnr, reconstructed
 
 PROMPT, GUIDANCE = "a flat icon of {}", 5.0  # of all figures since the first base
 STYLED_PROMPT, STYLED_GUIDANCE = "a flat icon of {}, in the style of WORD", 4.0  # what is recommended
@@ -96,7 +96,8 @@ def measure_quality(
             "held_out": len(split_held_out(renders)[1]),
         },
         "names": {name: name_rates(rank, concepts, drawn, renders) for name, rank in rankers.items()},
-        "styles": style_rates(judge, drawn, renders),
+        "styles": style_rates(judge, drawn, renders)
+        | {"real": real_styles(judge, concepts, drawn.known, renders, vae)},
         "taken_for": taken_for(rankers["judge"], drawn.plain_known, drawn.known),
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
         "device": f"CPU, {platform.machine()}",
@@ -134,6 +135,21 @@ def style_rates(judge: Judge, drawn: Drawn, renders: Renders) -> dict[str, Any]:
     }
 
 
+def real_styles(
+    judge: Judge, concepts: Sequence[Concept], chosen: Sequence[Concept], renders: Renders, vae: AutoencoderKL
+) -> dict[str, dict[str, float]]:
+    """How often the judge sees the style of real renders of `chosen`, as they are and after the VAE: the ceiling."""
+    own, _ = _renders_of(concepts, chosen, renders)
+    found = {}
+    for place, style in enumerate(STYLES):
+        some = own.take((own.styles == place).nonzero().flatten())
+        seen = {"as_is": _pixels(some), "after_vae": (reconstructed(vae, some.images) + 1) / 2}
+        found[style] = {
+            name: _share(style_probabilities(judge, pixels).argmax(dim=1) == place) for name, pixels in seen.items()
+        }
+    return found
+
+
 def ranks(rank: Ranker, images: Images, concepts: Sequence[Concept], owners: Tensor | None = None) -> Tensor:
     """The rank of the right name of each image among its candidates, (B,); 0 is first.
 
@@ -164,13 +180,19 @@ def real_rates(
     rank: Ranker, concepts: Sequence[Concept], chosen: Sequence[Concept], renders: Renders
 ) -> dict[str, float]:
     """A judge's rate on real renders of the concepts that were generated, among the same candidates; the ceiling."""
+    own, owners = _renders_of(concepts, chosen, renders)
+    is_first = ranks(rank, _pixels(own), chosen, owners) == 0
+    is_3d = own.styles == IS_3D
+    return {"flat": _share(is_first[~is_3d]), "3d": _share(is_first[is_3d])}
+
+
+def _renders_of(concepts: Sequence[Concept], chosen: Sequence[Concept], renders: Renders) -> tuple[Renders, Tensor]:
+    """The renders of the `chosen` among all `concepts`, and the place of each one's concept among the chosen."""
     place = torch.full((len(concepts),), -1)
     codes = {concept.hexcode: index for index, concept in enumerate(concepts)}
     place[[codes[concept.hexcode] for concept in chosen]] = torch.arange(len(chosen))
     own = renders.take((place[renders.concepts] >= 0).nonzero().flatten())
-    is_first = ranks(rank, _pixels(own), chosen, place[own.concepts]) == 0
-    is_3d = own.styles == IS_3D
-    return {"flat": _share(is_first[~is_3d]), "3d": _share(is_first[is_3d])}
+    return own, place[own.concepts]
 
 
 def draw_candidates(concepts: Sequence[Concept], count: int = CANDIDATES) -> Tensor:
@@ -229,7 +251,11 @@ def quality_table(report: dict[str, Any]) -> str:
             "mean of the style words: 3D, which it never saw",
             f"{statistics.fmean(s['fluent-3d'] for s in by_word.values()):.1%}",
         ),
-        ("the judge itself: right style among 4, the same renders", f"{styles['held_out']:.1%}"),
+        *(
+            (f"real {style} renders of {known}; after the VAE", f"{rate['as_is']:.1%}; {rate['after_vae']:.1%}")
+            for style, rate in styles["real"].items()
+        ),
+        ("the judge itself: right style among 4, renders it never saw", f"{styles['held_out']:.1%}"),
         ("**the base**",),
         (f"VAE PSNR on {report['vae']['images_3d']} 3D icons it never saw", f"{report['vae']['psnr_db']:.1f} dB"),
         ("size without judge", f"{report['megabytes']:.1f} MB"),

@@ -91,9 +91,12 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
     """Mean over images of the PSNR in dB of the reconstruction, on pixels in [0, 255]."""
-    values = []
-    for start in range(0, len(images), 64):
-        pixels = to_pixels(images[start : start + 64])
-        error = (vae.decode(encode(vae, pixels)).sample.clamp(-1, 1) - pixels) / 2
-        values.append(-10 * error.square().mean(dim=(1, 2, 3)).log10())
-    return float(torch.cat(values).mean())
+    error = (reconstructed(vae, images) - to_pixels(images)) / 2
+    return float((-10 * error.square().mean(dim=(1, 2, 3)).log10()).mean())
+
+
+@torch.no_grad()
+def reconstructed(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """The images after the VAE, (B, 3, H, W) in [-1, 1]."""
+    parts = [to_pixels(images[start : start + 64]) for start in range(0, len(images), 64)]
+    return torch.cat([vae.decode(encode(vae, pixels)).sample.clamp(-1, 1) for pixels in parts])
