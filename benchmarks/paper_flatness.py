@@ -1,4 +1,4 @@
-"""The flatness section of docs/results.md, from the flatness.json of runs of rank 1 and 16; see paper_results.py."""
+"""The flatness section of docs/images.md, from the flatness.json of runs of rank 1 and 16."""
 
 from __future__ import annotations
 

@@ -1,269 +1,233 @@
-"""What did `paper_text_to_image` find? Makes docs/results.md of its figures and of those of `flatness`.
+"""The paper beside us, table by table: `python -m benchmarks.paper_results` makes docs/results.md and its figure.
 
-    python -m benchmarks.paper_results
-
-Reads benchmarks/paper_text_to_image.json and benchmarks/paper_flatness.json (the flatness.json of the runs of rank 1
-and 16); every number of the page comes from there.
+Every number of ours comes from a benchmark's JSON in this folder, also those of the sentences that the page begins
+with; a benchmark that was not run yet says how to run it. The paper's are in `paper_published.py`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.paper_flatness import flatness_section, table
-from benchmarks.paper_variants_answer import answer
+from benchmarks import paper_memory, paper_text_to_image_page
+from benchmarks import paper_published as published
+from benchmarks.paper_flatness import table
+from benchmarks.paper_results_studies import (
+    STUDIES,
+    TESTS,
+    TITLES,
+    Tables,
+    accuracies,
+    costs,
+    points,
+    pooled,
+    ranks,
+    rivals,
+    severities,
+    sigmas,
+    told,
+    variants,
+)
+from benchmarks.paper_study import ARMS
+from benchmarks.paper_variants_answer import answer as answer_of_icons
 from benchmarks.paper_variants_page import PAGE as VARIANTS
 from benchmarks.paper_variants_page import read_results
-from benchmarks.paper_words import MINUS, SCALE, UNIT, interval, is_told
-from flatlora_diffusion.compare.paired import paired_difference
-from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
-from flatlora_diffusion.config import ModelConfig
-from flatlora_diffusion.ground.provenance import base_fingerprint
-from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from benchmarks.paper_words import is_told
+from flatlora_diffusion.charts.forest import Row, forest_chart
+from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, THIRD, Look
 
-RESULT = Path(__file__).with_name("paper_text_to_image.json")
-FLATNESS = Path(__file__).with_name("paper_flatness.json")
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "results.md"
+FIGURE = "results.png"
+LOOKS = {"test": FLAT_LORA, "shifted": THIRD}
 
-Result = dict[str, Any]
+Found = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    flatness = json.loads(FLATNESS.read_text(encoding="utf-8"))
-    parts = [
-        _head(result),
-        _factors(result),
-        _matched(result),
-        _groups(result),
-        _nulls(result),
-        _tuned(result),
-        flatness_section(flatness),
-    ]
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    found = read()
+    PAGE.write_text(page(found), encoding="utf-8")
+    if any(name in found for name in STUDIES):
+        draw_figure(found, PAGE.with_name(FIGURE))
     print(PAGE)
 
 
-def summary(result: Result) -> str:
-    """What the intervals say, in a few sentences."""
-    pair, tuned = result["pairs"][0], result["tuned"]["report"]
-    better = [one for one in result["pairs"] if is_told(one["report"]) and one["report"]["high"] < 0]
-    worse = [one for one in result["pairs"] if is_told(one["report"]) and one["report"]["low"] > 0]
-    gain = result["base"]["report"]["all"] - _mean(result, "lora")
-    noise = _difference(result, "flat-lora", "flat-lora:perturb_noise=iid")
-    stopped = _mean(result, "lora") - _mean(result, "lora", chosen=True)
-    trials = len(result["trials"]["lora"])
-    sentences = (
-        f"Over {pair['report']['n']} paired seeds and {result['icons']['report']} icons never trained on, Flat-LoRA "
-        f"at the paper's settings ends with a held-out loss that differs from LoRA's by {interval(pair['report'])}",
-        f"({UNIT}), {-pair['report']['mean'] / gain:.1%} of what LoRA gains over the base: {_words(pair['report'])}.",
-        f"The clean training loss differs by {interval(pair['train'])}.",
-        f"At the checkpoint that other icons choose, the held-out difference is {interval(pair['chosen'])}:",
-        f"{_words(pair['chosen'])}; to stop LoRA there gains {SCALE * stopped:.1f}.",
-        f"Eq. 7's noise less iid noise of equal energy: {interval(noise)}, {_words(noise)}.",
-        f"Of {len(result['pairs'])} settings {len(better)} ended better than LoRA and {len(worse)} worse.",
-        f"With both methods tuned by {trials} trials each, the difference is {interval(tuned)}: {_words(tuned)}.",
-        "Intervals are 95 % each, not corrected for their number.",
-    )
+def read(folder: Path = FOLDER) -> Found:
+    """The results of the benchmarks that were run."""
+    files = {name: folder / f"paper_{name}.json" for name in (*STUDIES, "memory", "text_to_image")}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+
+
+def page(found: Found) -> str:
+    parts = ["# The paper beside us", answer(found)]
+    if any(name in found for name in STUDIES):
+        parts.append(f"![Flat-LoRA less LoRA, by task](./{FIGURE})")
+    parts.append(_conditions(found))
+    parts += [f"## {title}\n\n{text}" for title, text in _sections(found).items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def answer(found: Found) -> str:
+    """On other people's tasks, against the other arms, and on images: a sentence or two each."""
+    sentences = [_on_tasks(STUDIES[name], found[name]["tables"]) for name in STUDIES if name in found]
+    sentences += [_against_rivals({**_tables(found)})] if sentences else []
+    variants_found = read_results()
+    if variants_found:
+        sentences.append(f"On icons: {answer_of_icons(variants_found)}")
+    elif "text_to_image" in found:
+        sentences.append(f"On icons: {paper_text_to_image_page.in_short(found['text_to_image'])}")
     return "\n".join(sentences)
 
 
-def _head(result: Result) -> str:
-    settings, icons = result["settings"], result["icons"]
-    return f"""# Does Flat-LoRA generalize better here?
-
-{_where_it_pays()}{summary(result)}
-
-Made by `python -m benchmarks.paper_text_to_image --work FOLDER`, then `python -m benchmarks.paper_results`;
-{result["date"]}, {result["machine"]}, torch {result["versions"]["torch"]}, fp32. All figures:
-`benchmarks/paper_text_to_image.json`.{_base(result)}
-
-**What was trained.** The tiny base on the {icons["train"]} icons, {settings["max_train_steps"]} steps of batch \
-{settings["train_batch_size"]}, learning rate {settings["learning_rate"]}, rank {settings["rank"]}, sigma 0.1 with the
-cosine ramp, full draws with the norms of each step; then one factor at a time. A Flat-LoRA and the LoRA it is paired
-with share the base, the first weights and every image, crop, noise and timestep: {_proved(result)}.
-
-**What was measured.** The denoising loss, without eps, at fixed noise and timesteps, on three lists of 3D icons that
-share no icon and no word with the training icons: {icons["search"]} to choose settings, {icons["checkpoint"]} to
-choose checkpoints, {icons["report"]} for this page; and on {icons["flat"]} flat icons that the base was trained on
-(forgetting). Lower is better. Differences are Flat-LoRA less LoRA, with the 95 % interval of Student's t over paired
-seeds; “could show” is the smallest true difference that so many seeds find with 80 % power. An interval that holds 0
-shows nothing. A small base with 64-pixel icons is no SDXL: what holds here need not hold there, either way."""
+def draw_figure(found: Found, file: Path) -> None:
+    """Flat-LoRA less LoRA: the paper's means, the re-run's, and each task of ours."""
+    means = {f"{published.T5}, mean": published.TABLE_1, f"{published.CLIP}, mean": published.TABLE_2}
+    theirs = [Row(name, ranks["mean"][8].difference, BASE) for name, ranks in means.items()]
+    theirs += [Row("Llama 2-7B, GSM8K", published.TABLES_3_4["GSM8K"], BASE)]
+    theirs += [Row("the same, run again by others", published.RE_RUN_GSM8K.difference, BASE)]
+    groups = [("published", theirs)]
+    groups += [(f"here, {STUDIES[name]}", _rows(found[name]["tables"])) for name in STUDIES if name in found]
+    title = "Flat-LoRA less LoRA, equal trials: right of 0 it is better"
+    forest_chart(groups, title, "difference of the accuracy or score, points").save(file)
 
 
-def _where_it_pays() -> str:
-    """The answer of `paper_variants`, as far as it was run."""
-    results = read_results()
-    return f"{answer(results)} More: [{VARIANTS.name}]({VARIANTS.name}).\n\n" if results else ""
-
-
-def _base(result: Result) -> str:
-    """A paragraph for runs on another base than the one that ships."""
-    shipped = base_fingerprint(load_sdxl(ModelConfig(), torch.device("cpu"), torch.float32).unet)
-    trained = {run["start"]["base"] for run in result["runs"]}
-    if trained == {shipped}:
-        return ""
-    return """
-
-**An earlier base.** These runs were not repeated on the tiny base that ships now, which was trained further; on that
-one the figures will differ."""
-
-
-def _factors(result: Result) -> str:
-    rows = [
-        [
-            _name(pair["arm"]),
-            _name(pair["against"]),
-            *(interval(pair[key]) for key in ("report", "chosen")),
-            _number(pair["report"]["detectable"]),
-            _words(pair["report"]),
-            *(interval(pair[key]) for key in ("train", "flat", "rise")),
-        ]
-        for pair in result["pairs"]
+def _rows(tables: Tables) -> list[Row]:
+    return [
+        _row(f"{task}, {words}", arms["flat"]["difference"][metric], LOOKS[metric])
+        for task, arms in tables.items()
+        for metric, words in TESTS.items()
     ]
-    columns = ["arm", "against", "held-out, at the end", "held-out, chosen checkpoint", "could show", "says"]
-    columns += ["clean train", "flat icons", "loss rise, sigma 0.1"]
-    differences = table(columns, rows)
-    base = result["base"]
-    arms = dict.fromkeys(run["arm"] for run in result["runs"] if run["arm"] not in result["nulls"])
-    losses = table(
-        ["", "held-out, at the end", "held-out, chosen checkpoint", "its step", "clean train", "flat icons"],
-        [
-            [
-                "Base",
-                f"{base['report']['all']:.5f}",
-                "",
-                "",
-                *(f"{base[key]['all']:.5f}" for key in ("train", "flat")),
-            ],
-            *([_name(arm), *_losses(result, arm)] for arm in arms),
-        ],
-    )
-    return f"## One factor at a time\n\nDifferences {UNIT}:\n\n{differences}\n\nMean losses over seeds:\n\n{losses}"
 
 
-def _matched(result: Result) -> str:
-    rows = []
-    for pair in result["pairs"]:
-        walks = [
-            (_walk(result, pair["arm"], seed), _walk(result, pair["against"], seed)) for seed in _seeds(result, pair)
-        ]
-        cells = []
-        for match in (at_equal_loss, at_equal_seconds):
-            ones, others = zip(*(match(*walk) for walk in walks), strict=True)
-            found = paired_difference(ones, others)
-            cells.append(interval({"mean": found.mean, "low": found.low, "high": found.high}))
-        rows.append([_name(pair["arm"]), *cells])
-    text = "Held-out loss on the checkpoint list, interpolated between checkpoints"
-    return f"## At equal clean loss, at equal seconds\n\n{text}, differences {UNIT}:\n\n" + table(
-        ["arm", "at equal clean train loss", "at equal seconds"], rows
-    )
+def _row(name: str, difference: Mapping[str, Any], look: Look) -> Row:
+    low, high = (None if difference[end] is None else 100 * difference[end] for end in ("low", "high"))
+    return Row(name, 100 * difference["mean"], look, low, high)
 
 
-def _groups(result: Result) -> str:
-    groups = result["pairs"][0]["groups"]
-    rows = [[group, interval(found), _words(found)] for group, found in groups.items()]
-    return f"## By kind of thing\n\nFlat-LoRA less LoRA at the paper's settings, {UNIT}:\n\n" + table(
-        ["concepts", "difference", "says"], rows
-    )
+def _on_tasks(model: str, tables: Tables) -> str:
+    said = []
+    for metric, words in TESTS.items():
+        better, worse = told(tables, "flat", metric)
+        said.append(f"{points(pooled(tables, 'flat', metric))} points {words} (better on {better}, worse on {worse})")
+    return f"On {len(tables)} tasks with {model}, Flat-LoRA less LoRA, as many trials each: {', '.join(said)}."
 
 
-def _nulls(result: Result) -> str:
-    says = {
-        "sigma-0": "Flat-LoRA at sigma 0 less LoRA: the same method, so exactly 0",
-        "other-draws": "LoRA with other draws from the same first weights: chance alone",
-        "second-eps": "Flat-LoRA with another seed of eps: chance in the noise alone",
-    }
-    rows = [
-        [says[key], f"{SCALE * found['report']:+.2f}".replace("-", MINUS)] for key, found in result["nulls"].items()
-    ]
-    return f"## Nulls\n\nDifference of the held-out loss, one seed, {UNIT}:\n\n" + table(["what", "difference"], rows)
-
-
-def _tuned(result: Result) -> str:
-    trials = [
-        [_name(trial["arm"]), f"{trial['search']:.5f}"] for found in result["trials"].values() for trial in found
-    ]
-    tuned = result["tuned"]
+def _against_rivals(tables: Tables) -> str:
+    """What Eq. 7 has over iid noise, and which arm is best where things shift."""
+    others = [arm for arm in ARMS if arm not in ("lora", "iid")]
+    gains = {arm: pooled(tables, arm, "shifted") for arm in others}
+    best = max(gains, key=lambda arm: float(gains[arm]["mean"]))
+    own = pooled(tables, "flat", "shifted", against="iid")
     return (
-        f"## Both tuned\n\n{len(trials) // 2} settings of each method, drawn from its own grid, one seed each, judged "
-        f"on the search list:\n\n{table(['tried', 'loss, search list'], trials)}\n\nThe best of each, trained anew "
-        f"with {tuned['report']['n']} other seeds: {_name(tuned['arm'])} less {_name(tuned['against'])}, held-out "
-        f"{interval(tuned['report'])} {UNIT} (could show {_number(tuned['report']['detectable'])}): "
-        f"{_words(tuned['report'])}. These two differ in more than sigma, so this says which recipe to use, "
-        "not what the noise does."
+        f"Over all {len(tables)}, under shift: Eq. 7's noise less iid noise of equal energy is {points(own)}, "
+        f"{'no difference found' if not is_told(own) else 'a difference'}; of {len(others)} arms that use neither "
+        f"other adapters nor iid noise, {TITLES[best]} has the most over LoRA, {points(gains[best])}."
     )
 
 
-def _walk(result: Result, arm: str, seed: int) -> list[TrajectoryPoint]:
-    base = TrajectoryPoint(0, 0.0, result["base"]["train"]["all"], result["base"]["checkpoint"]["all"])
-    run = next(run for run in result["runs"] if (run["arm"], run["seed"]) == (arm, seed))
-    points = run["points"]
-    return [base, *(TrajectoryPoint(one["step"], one["seconds"], one["train"], one["checkpoint"]) for one in points)]
+def _tables(found: Found) -> dict[str, Any]:
+    """Every task of both studies; all have equally many seeds."""
+    return {task: arms for name in STUDIES if name in found for task, arms in found[name]["tables"].items()}
 
 
-def _seeds(result: Result, pair: Result) -> list[int]:
-    return sorted(run["seed"] for run in result["runs"] if run["arm"] == pair["arm"])
-
-
-def _losses(result: Result, arm: str) -> list[str]:
-    runs = [run for run in result["runs"] if run["arm"] == arm]
-    step = sum(run["chosen"]["step"] for run in runs) / len(runs)
-    found = [
-        [run["report"]["all"] for run in runs],
-        [run["chosen"]["report"] for run in runs],
-        [run["points"][-1]["train"] for run in runs],
-        [run["flat"]["all"] for run in runs],
+def _conditions(found: Found) -> str:
+    made = [
+        f"`python -m benchmarks.paper_{name}`, {one['date']}, {one['device']}, torch {one['versions']['torch']}."
+        for name, one in found.items()
+        if name in STUDIES
     ]
-    end, chosen, train, flat = (f"{sum(values) / len(values):.5f}" for values in found)
-    return [end, chosen, f"{step:.0f}", train, flat]
+    tables = _tables(found)
+    many = sum(len(arms) - 1 for arms in tables.values()) * len(TESTS)
+    seen = [one for arms in tables.values() for row in arms.values() for one in _both(row)]
+    count = sum(is_told(one) and one["mean"] != 0 for one in seen)
+    chance = (
+        f" Of the {many} comparisons of both studies {count} leave 0 out; were there nothing to find, one in twenty, "
+        f"{many // 20}, would."
+        if tables
+        else ""
+    )
+    return f"""**What is compared.** Each arm chose its settings in equally many trials by the accuracy on a validation
+split, then it was trained with further seeds; arms of one seed share first weights, batches and dropout. Differences
+are in points of accuracy, paired by seed, with the 95 % interval of Student's t, each for itself.{chance} The paper's
+models are tens to thousands of times larger than ours: equal signs would be evidence, equal sizes a coincidence.
+{" ".join([*made, "All figures: `benchmarks/paper_*.json`."])}"""
 
 
-def _difference(result: Result, arm: str, against: str) -> Result:
-    """The paired difference at the end of the run between any two arms."""
-    losses = {(run["arm"], run["seed"]): run["report"]["all"] for run in result["runs"]}
-    seeds = sorted(seed for key, seed in losses if key == arm)
-    return asdict(paired_difference([losses[arm, seed] for seed in seeds], [losses[against, seed] for seed in seeds]))
+def _both(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return [row["difference"][metric] for metric in TESTS]
 
 
-def _mean(result: Result, arm: str, chosen: bool = False) -> float:
-    runs = [run for run in result["runs"] if run["arm"] == arm]
-    losses = [run["chosen"]["report"] if chosen else run["report"]["all"] for run in runs]
-    return float(sum(losses) / len(losses))
+def _sections(found: Found) -> dict[str, str]:
+    language, vision, either = (_writer(found, *names) for names in (["language"], ["vision"], list(STUDIES)))
+    llama = table(
+        ["re-run by others", "GSM8K", "HumanEval", "MT-Bench"],
+        [[name, *scores] for name, scores in published.RE_RUN.items()],
+    )
+    paper = ", ".join(f"{name} {gain:+.2f}" for name, gain in published.TABLES_3_4.items())
+    return {
+        "Table 1: T5 on GLUE, here a small encoder": language(lambda one: accuracies(published.TABLE_1, one)),
+        "Table 2: CLIP on images, here a small ViT": vision(lambda one: accuracies(published.TABLE_2, one)),
+        "Figure 4: corrupted images": vision(severities),
+        "Tables 3 and 4: Llama 2": f"Flat-LoRA less LoRA, 7B, in the paper: {paper}.\n\n{llama}\n\n"
+        "Not run here: no pretrained decoder can be had where this was made. `examples/` has the scripts.",
+        "Table 5: other variants of LoRA": f"Paper: {published.TABLE_5}.\n\n{either(variants)}",
+        "Table 6: SAM, and simpler means": f"Paper: {published.TABLE_6}.\n\n{either(rivals)}",
+        "Figure 5: ranks": f"Paper: {published.FIGURE_5}. Mean of the tasks:\n\n{either(ranks)}",
+        "Tables A2 and A3: sigma": f"Paper: {published.SIGMAS}. Mean of the tasks:\n\n{either(sigmas)}",
+        "Table 7: memory and time": f"Paper: {published.TABLE_7}.\n\n{_memory(found)}\n\n{either(costs)}",
+        "Figure 6: loss surfaces": _surfaces(found),
+        "Figure 3: SDXL, here icons": _icons(found),
+    }
 
 
-def _proved(result: Result) -> str:
-    """How many pairs of runs have equal hashes of base, first weights and the draws of every tenth of the steps."""
-    runs = {(run["arm"], run["seed"]): run for run in result["runs"]}
-    pairs = [
-        (runs[pair["arm"], seed], runs[pair["against"], seed])
-        for pair in result["pairs"]
-        for seed in _seeds(result, pair)
+def _writer(found: Found, *names: str) -> Any:
+    """Calls what writes a section, once for each study of `names`."""
+
+    def write(section: Any) -> str:
+        parts = []
+        for name in names:
+            title = f"**{STUDIES[name][0].upper()}{STUDIES[name][1:]}.**\n\n" if len(names) > 1 else ""
+            parts.append(title + (section(found[name]["tables"]) if name in found else _not_run(name)))
+        return "\n\n".join(parts)
+
+    return write
+
+
+def _memory(found: Found) -> str:
+    if "memory" not in found:
+        return _not_run("memory")
+    one = found["memory"]
+    return (
+        f"A Llama of random weights, LoRA of rank 8, fp32, {one['date']}, {one['device']}; drift of W is after "
+        f"{paper_memory.DRIFT_STEPS} steps in bf16:\n\n{paper_memory.table(one)}"
+    )
+
+
+def _surfaces(found: Found) -> str:
+    pictures = {name: PAGE.with_name(f"surface_{name}.png") for name in STUDIES}
+    shown = [
+        f"{STUDIES[name]}, LoRA and Flat-LoRA of one seed:\n\n![Loss around W', {name}](./{file.name})"
+        for name, file in pictures.items()
+        if file.is_file()
     ]
-    alike = sum(one["start"] == other["start"] and one["draws"] == other["draws"] for one, other in pairs)
-    return f"{alike} of {len(pairs)} pairs have equal hashes"
+    rest = "Of the tiny SDXL base, for ranks 1 and 16: [images.md](images.md). How: [flatness.md](flatness.md)."
+    return "\n\n".join([*shown, rest])
 
 
-def _words(found: Result) -> str:
-    if not is_told(found):
-        return "no difference found"
-    return "Flat-LoRA better" if found["high"] < 0 else "LoRA better"
+def _icons(found: Found) -> str:
+    if "text_to_image" not in found:
+        return _not_run("text_to_image")
+    words = paper_text_to_image_page.in_short(found["text_to_image"])
+    return f"""The paper shows pictures and gives no number; nobody has published one for Flat-LoRA on SDXL. Here, on
+the tiny base that ships: {words}
+
+All of it: [images.md](images.md); stronger noise, rivals and controls: [{VARIANTS.name}]({VARIANTS.name})."""
 
 
-def _number(value: float) -> str:
-    return f"{SCALE * value:.2f}"
-
-
-def _name(key: str) -> str:
-    """An arm's key as it reads in a table."""
-    method, _, changes = key.partition(":")
-    words = {"lora": "LoRA", "flat-lora": "Flat-LoRA"}.get(method, method)
-    return f"{words} ({changes.replace(',', ', ').replace('=', ' ')})" if changes else words
+def _not_run(name: str) -> str:
+    return f"*Not run yet: `python -m benchmarks.paper_{name}` does.*"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ import torch
 from benchmarks.paper_study_run import BATCH, Bench, run
 from benchmarks.paper_study_settings import Settings, Variant
 from benchmarks.paper_study_surface import draw_surfaces
+from benchmarks.record import device_name
 from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.config import SigmaSchedule
 from flatlora_diffusion.ground.versions import versions
@@ -279,7 +279,7 @@ def _brief(seen: dict[str, Any]) -> str:
 def _made_by(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
-        "machine": platform.machine(),
+        "device": device_name(),
         "threads": options.threads,
         "trials": options.trials,
         "batch": BATCH,

@@ -98,7 +98,7 @@ def main() -> None:
     _train_and_measure(tuned, evaluators)
     result = _result(main_runs, tuning, tuned, best, evaluators, args.threads)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"Written: {RESULT}; `python -m benchmarks.paper_results` makes docs/results.md of it")
+    print(f"Written: {RESULT}; `python -m benchmarks.paper_text_to_image_page` makes docs/images.md of it")
 
 
 _STAGES: tuple[tuple[str, ...], ...] = (("train", "checkpoint"), ("search",), ("report", "flat"))
