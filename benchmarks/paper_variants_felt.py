@@ -1,17 +1,18 @@
-"""What a user feels of `paper_variants`: the same LoRA on a rounded base, at other strengths, and with a second LoRA.
+"""What a user feels of `paper_variants`: the same LoRA at other strengths and on a base that is not quite its own.
 
-The base is rounded as `flatness` rounds it, every linear layer and convolution of the UNet; the second LoRA, plain and
-of flat icons, is merged into it before.
+The base is rounded, every linear layer and convolution of the UNet: to int8 and fp8 as `flatness` does, to NF4 by
+bitsandbytes. Or a second LoRA, plain and of flat icons, is merged into it before; or it is another checkpoint of the
+base, `--other_base`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import record
 from benchmarks.paper_variants_bench import AFTER, MANY, Bench, trained
@@ -26,22 +27,23 @@ from flatlora_diffusion.lora_tools.merging import merge_into
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5)
-BITS: tuple[Literal["int8", "fp8"], ...] = ("int8", "fp8")
+Bits = Literal["int8", "fp8", "nf4"]
 
 Felt = dict[str, dict[str, float]]
 """Losses of the reported and of the flat icons, by condition."""
 
 
-def felt_by_arm(bench: Bench, group: Group, second: Path, base: str) -> dict[str, Any]:
+def felt_by_arm(bench: Bench, group: Group, second: Path, base: str, other_base: Path | None) -> dict[str, Any]:
     """Each run in every condition, and the pairs' differences there."""
 
-    def load() -> Sdxl:
-        return load_sdxl(ModelConfig(base), record.DEVICE, torch.float32)
+    def load(name: str = base) -> Sdxl:
+        return load_sdxl(ModelConfig(name), record.DEVICE, torch.float32)
 
-    forms: dict[str, LossEvaluator] = {}
-    for kind in BITS:
-        forms[f"base in {kind}"] = bench.evaluator(AFTER, in_bits(load(), kind))
-    forms["with a second LoRA"] = bench.evaluator(AFTER, merged_with(load(), second, base))
+    bases = {f"base in {kind}": in_bits(load(), kind) for kind in get_args(Bits)}
+    bases["with a second LoRA"] = merged_with(load(), second, base)
+    if other_base is not None:
+        bases["on another checkpoint of the base"] = load(str(other_base))
+    forms = {name: bench.evaluator(AFTER, sdxl) for name, sdxl in bases.items()}
     rows = []
     for planned in bench.planned(group):
         trained(planned)
@@ -50,19 +52,29 @@ def felt_by_arm(bench: Bench, group: Group, second: Path, base: str) -> dict[str
     return {"rows": rows, "felt": _compared(rows, group.pairs)}
 
 
-def felt_left(bench: Bench, planned: PlannedRun) -> float:
+def felt_left(bench: Bench, planned: PlannedRun, other_base: Path | None) -> float:
     """How many samples the UNet has still to see of a run that is trained, in passes of one alone."""
     of_strengths = sum(bench.reported.losses_left(planned.lora, at) for at in STRENGTHS)
-    return MANY * of_strengths * (1 + (len(BITS) + 1) / len(STRENGTHS))
+    forms = len(get_args(Bits)) + 1 + (other_base is not None)
+    return MANY * of_strengths * (1 + forms / len(STRENGTHS))
 
 
 @torch.no_grad()
-def in_bits(sdxl: Sdxl, kind: Literal["int8", "fp8"]) -> Sdxl:
+def in_bits(sdxl: Sdxl, kind: Bits) -> Sdxl:
     """The base with its UNet's weights rounded."""
     for module in sdxl.unet.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            module.weight.copy_(to_bits(module.weight, kind))
+            module.weight.copy_(_in_nf4(module.weight) if kind == "nf4" else to_bits(module.weight, kind))
     return sdxl
+
+
+def _in_nf4(values: Tensor) -> Tensor:
+    """4 bits a weight and a scale for each 64 of them (arXiv:2305.14314), as a base is loaded to train on."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(values, quant_type="nf4")
+    rounded: Tensor = functional.dequantize_4bit(codes, state)
+    return rounded.view_as(values)
 
 
 def merged_with(sdxl: Sdxl, lora: Path, base: str) -> Sdxl:

@@ -107,7 +107,7 @@ def felt_part(study: Study) -> Result:
     group = Group(FELT_PAIRS, range(study.options.seeds))
     (second,) = plan(study.config(FLAT_ICONS, "second-lora", study.options.steps), [parse_arm("lora")], [0], 1)
     trained(second)
-    return felt_by_arm(study.bench(group), group, second.lora, study.options.base)
+    return felt_by_arm(study.bench(group), group, second.lora, study.options.base, study.options.other_base)
 
 
 def domain_part(study: Study) -> Result:

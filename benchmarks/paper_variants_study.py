@@ -114,7 +114,7 @@ class Study:
             new = [run for run in runs if run[1].run.folder not in seen]
             seen |= {planned.run.folder for _, planned, _ in runs}
             if part == "felt":
-                passes = sum(felt_left(bench, planned) for bench, planned, _ in runs)
+                passes = sum(felt_left(bench, planned, self.options.other_base) for bench, planned, _ in runs)
                 passes += sum(bench.training_left(planned) for bench, planned, _ in new)
             else:
                 passes = sum(bench.left(planned, is_trial) for bench, planned, is_trial in new)
