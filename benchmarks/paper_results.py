@@ -7,7 +7,7 @@ with; a benchmark that was not run yet says how to run it. The paper's are in `p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from benchmarks.paper_results_studies import (
     told,
     variants,
 )
-from benchmarks.paper_study import ARMS
+from benchmarks.paper_study import ARMS, VARIANT_ARMS
 from benchmarks.paper_variants_answer import answer as answer_of_icons
 from benchmarks.paper_variants_page import PAGE as VARIANTS
 from benchmarks.paper_variants_page import read_results
@@ -117,13 +117,13 @@ def _on_tasks(model: str, tables: Tables) -> str:
 def _against_rivals(tables: Tables) -> str:
     """What Eq. 7 has over iid noise, and which arm is best where things shift."""
     others = [arm for arm in ARMS if arm not in ("lora", "iid")]
-    gains = {arm: pooled(tables, arm, "shifted") for arm in others}
+    gains = {arm: pooled(tables, arm, "shifted", of=len(others)) for arm in others}
     best = max(gains, key=lambda arm: float(gains[arm]["mean"]))
     own = pooled(tables, "flat", "shifted", against="iid")
     return (
         f"Over all {len(tables)}, under shift: Eq. 7's noise less iid noise of equal energy is {points(own)}, "
-        f"{'no difference found' if not is_told(own) else 'a difference'}; of {len(others)} arms that use neither "
-        f"other adapters nor iid noise, {TITLES[best]} has the most over LoRA, {points(gains[best])}."
+        f"{'no difference found' if not is_told(own) else 'a difference'}; of the {len(others)} others with LoRA's "
+        f"adapter {TITLES[best]} has the most over LoRA, {points(gains[best])}, corrected for being the best of them."
     )
 
 
@@ -139,11 +139,16 @@ def _conditions(found: Found) -> str:
         if name in STUDIES
     ]
     tables = _tables(found)
-    many = sum(len(arms) - 1 for arms in tables.values()) * len(TESTS)
-    seen = [one for arms in tables.values() for row in arms.values() for one in _both(row)]
-    count = sum(is_told(one) and one["mean"] != 0 for one in seen)
+    seen = [
+        arms[arm]["difference"][metric]
+        for arms in tables.values()
+        for arm in (*ARMS, *VARIANT_ARMS)
+        for metric in TESTS
+        if arm != "lora"
+    ]
+    many, count = len(seen), sum(map(is_told, seen))
     chance = (
-        f" Of the {many} comparisons of both studies {count} leave 0 out; were there nothing to find, one in twenty, "
+        f" Of the {many} comparisons of tuned arms {count} leave 0 out; were there nothing to find, one in twenty, "
         f"{many // 20}, would."
         if tables
         else ""
@@ -153,10 +158,6 @@ split, then it was trained with further seeds; arms of one seed share first weig
 are in points of accuracy, paired by seed, with the 95 % interval of Student's t, each for itself.{chance} The paper's
 models are tens to thousands of times larger than ours: equal signs would be evidence, equal sizes a coincidence.
 {" ".join([*made, "All figures: `benchmarks/paper_*.json`."])}"""
-
-
-def _both(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return [row["difference"][metric] for metric in TESTS]
 
 
 def _sections(found: Found) -> dict[str, str]:

@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks import paper_published as published
 from benchmarks.paper_flatness import table
 from benchmarks.paper_study import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, VARIANT_ARMS
-from benchmarks.paper_words import MINUS, is_told
-from flatlora_diffusion.compare.paired import paired_difference
+from benchmarks.paper_words import POINTS, interval, is_told, signed
+from flatlora_diffusion.compare.paired import CONFIDENCE, paired_difference
 
 Tables = Mapping[str, Mapping[str, Any]]  # arms and sweeps by task
 STUDIES = {"language": "MiniLM-L6", "vision": "a ViT of 2.8 million parameters"}
@@ -29,17 +29,17 @@ TITLES = {
 
 def points(found: Mapping[str, Any]) -> str:
     """A difference of accuracies with its interval, in points."""
-    mean = _signed(found["mean"])
-    if found["low"] is None:
-        return mean
-    return f"{mean} [{_signed(found['low'])}, {_signed(found['high'])}]"
+    return interval(found, scale=POINTS)
 
 
-def pooled(tables: Tables, arm: str, metric: str, against: str | None = None) -> dict[str, Any]:
-    """The mean over tasks of an arm's difference to its partner or to another arm's, paired by seed."""
+def pooled(tables: Tables, arm: str, metric: str, against: str | None = None, of: int = 1) -> dict[str, Any]:
+    """The mean over tasks of an arm's difference to its partner or to another arm's, paired by seed.
+
+    Where it is one `of` so many that could have been shown, the interval is Bonferroni's.
+    """
     by_task = [_differences(arms, arm, metric, against) for arms in tables.values() if arm in arms]
     means = [statistics.fmean(seeds) for seeds in zip(*by_task, strict=True)]
-    return asdict(paired_difference(means, [0.0] * len(means)))
+    return asdict(paired_difference(means, [0.0] * len(means), 1 - (1 - CONFIDENCE) / of))
 
 
 def told(tables: Tables, arm: str, metric: str) -> tuple[int, int]:
@@ -53,17 +53,17 @@ def told(tables: Tables, arm: str, metric: str) -> tuple[int, int]:
 def accuracies(rows_of_paper: published.Ranks, tables: Tables) -> str:
     """Tables 1 and 2: LoRA and Flat-LoRA by rank, the paper's tasks and then ours."""
     rows = [
-        [f"paper, {name}", f"{rank}", f"{seen.lora:.2f}", f"{seen.flat:.2f}", _signed(seen.difference / 100)]
+        [f"paper, {name}", f"{rank}", f"{seen.lora:.2f}", f"{seen.flat:.2f}", signed(seen.difference, scale=1)]
         for name, ranks in rows_of_paper.items()
         for rank, seen in ranks.items()
     ]
     for task, arms in tables.items():
-        pairs = {8: ("lora", "flat"), 16: ("rank 16", "flat rank 16")}
+        pairs = {"8": ("lora", "flat"), "16, rates of 8": ("rank 16", "flat rank 16")}
         for rank, (lora, flat) in ((rank, pair) for rank, pair in pairs.items() if pair[0] in arms):
             for metric, words in TESTS.items():
                 means = [f"{100 * arms[arm]['mean'][metric]:.2f}" for arm in (lora, flat)]
                 difference = points(arms[flat]["difference"][metric])
-                rows.append([f"here, {task}, {words}", f"{rank}", *means, difference])
+                rows.append([f"here, {task}, {words}", rank, *means, difference])
     return table(["", "rank", "LoRA", "Flat-LoRA", "difference"], rows)
 
 
@@ -145,7 +145,3 @@ def _ratio(tables: Tables, arm: str, metric: str) -> float:
     """To LoRA's, the mean of the tasks."""
     having = [arms for arms in tables.values() if arm in arms]
     return statistics.fmean(arms[arm]["mean"][metric] / arms["lora"]["mean"][metric] for arms in having)
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.2f}".replace("-", MINUS)

@@ -132,11 +132,13 @@ def _train(planned: PlannedRun) -> None:
 
 def _measure_run(planned: PlannedRun, evaluators: Evaluators) -> dict[str, Any]:
     """Everything about one run; measured once and kept."""
-    steps = [event for event in planned.run.events() if event["event"] == "step"]
+    steps = step_events(planned)
     points = []
     for checkpoint in planned.run.checkpoints():
         lora = checkpoint / planned.lora.name
         step = int(checkpoint.name.split("-")[1])
+        if step % planned.config.run.checkpointing_steps:
+            continue  # a stop has made it, and other runs have none to choose there
         seconds = statistics.median(event["seconds"] for event in steps) * step
         losses = evaluators["train", "checkpoint"].losses(lora)
         points.append({"step": step, "seconds": seconds, **{name: found[UNGROUPED] for name, found in losses.items()}})
@@ -158,16 +160,22 @@ def _measure_run(planned: PlannedRun, evaluators: Evaluators) -> dict[str, Any]:
     }
 
 
+def step_events(planned: PlannedRun) -> list[dict[str, Any]]:
+    """The event of each step; of one that was taken again after a stop, the later."""
+    return list({event["step"]: event for event in planned.run.events() if event["event"] == "step"}.values())
+
+
 def _trials(config: TrainConfig) -> dict[str, list[PlannedRun]]:
-    """Equally many settings of each method, drawn by key from its grid: LoRA's, and for Flat-LoRA sigma's as well."""
+    """Equally many settings of each method, drawn by key from its grid, which for Flat-LoRA has sigma too."""
     shared = {
         "learning_rate": (5e-4, 1e-3, 2e-3),
         "max_train_steps": (150, 300, 450),
         "rank": (2, 4, 8),
         "lora_dropout": (0.0, 0.1),
         "adam_weight_decay": (1e-4, 1e-2),
+        "lora_target_modules": ("attn", "attn+ff"),
     }
-    flat = {"sigma": (0.03, 0.05, 0.1, 0.15), "lora_target_modules": ("attn", "attn+ff")}
+    flat = {"sigma": (0.03, 0.05, 0.1, 0.15)}
     trials = {}
     for method, grid in (("lora", shared), ("flat-lora", shared | flat)):
         keys = []

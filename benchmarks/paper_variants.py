@@ -10,10 +10,10 @@ rivals    every rival method and adapter at given settings, plain and flat, with
 felt      the same LoRAs on a base of fewer bits or another checkpoint, at other strengths, with a second LoRA
 domain    another set of icons as the style
 
-Settings, cells and checkpoints are chosen on the icons `search`, all published figures are of `report`; the lists
-share no icon. First it prints how long it will take: where 300 steps of Flat-LoRA take a minute on a core, the four
-parts above are 7 core-hours by default, and all of them 8.5. Nothing is trained or measured twice: the same command
-goes on after a stop. Each part writes benchmarks/paper_variants_PART.json, of which
+Settings, cells and checkpoints are chosen on the icons `search`, what is published was measured on `report`, but at
+equal clean loss; the lists share no icon. First it prints how long it will take: where 300 steps of Flat-LoRA take a
+minute on a core, the four parts above are 7 core-hours by default, and all of them 8.5. Nothing is trained or measured
+twice: the same command goes on after a stop. Each part writes benchmarks/paper_variants_PART.json, of which
 `python -m benchmarks.paper_variants_page` makes docs/variants.md. Needs npm and the `recipe` extra for the icons, and
 Optuna for `tuned`.
 """

@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 SCALE = 1e5  # losses differ in the fifth decimal
+POINTS = 100  # of accuracies
 UNIT = "in 10⁻⁵"
 MINUS = "\N{MINUS SIGN}"
 
 
-def interval(found: Mapping[str, Any], digits: int = 2) -> str:
+def interval(found: Mapping[str, Any], digits: int = 2, scale: float = SCALE) -> str:
     """The mean difference and its interval, which one seed does not have."""
-    mean = signed(found["mean"], digits)
-    if found["low"] is None:
-        return mean
-    return f"{mean} [{signed(found['low'], digits)}, {signed(found['high'], digits)}]"
+    mean, low, high = (found[key] for key in ("mean", "low", "high"))
+    if low is None:
+        return signed(mean, digits, scale)
+    return f"{signed(mean, digits, scale)} [{signed(low, digits, scale)}, {signed(high, digits, scale)}]"
 
 
-def signed(value: float, digits: int = 2) -> str:
-    return f"{SCALE * value:+.{digits}f}".replace("-", MINUS)
+def signed(value: float, digits: int = 2, scale: float = SCALE) -> str:
+    return f"{scale * value:+.{digits}f}".replace("-", MINUS)
 
 
 def is_told(found: Mapping[str, Any]) -> bool:
