@@ -48,6 +48,19 @@ def test_the_rows_of_the_paired_draws_are_what_the_page_says_of_them() -> None:
     assert unsure["high"] - unsure["low"] > abs(last["full - lora"]["heldout"]["mean"])
 
 
+def test_the_readme_s_costs_are_those_of_the_files() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    whole, parts = (json.loads((FOLDER / f"{name}.json").read_text("utf-8")) for name in ("sdxl_step", "train_step"))
+    for subjects, arms in (
+        (parts, ("low-rank, norms every 10", "full, norms every 10")),
+        (whole, ("low-rank", "full")),
+    ):
+        for found in subjects.values():
+            if isinstance(found, dict) and "turns" in found:
+                ratios = (found[f"{arm} / lora"] for arm in arms)
+                assert "| ".join(f"{ratio:.3f} ({low:.3f} to {high:.3f}) " for low, ratio, high in ratios) in readme
+
+
 def test_norms_of_every_tenth_step_train_as_those_of_each_do() -> None:
     """By less than 0.1 in 10⁻⁵ as the page says, and a hundredth of what seeds differ by, as the README does."""
     figures = json.loads((FOLDER / "paired_draws.json").read_text(encoding="utf-8"))["figures"]
