@@ -37,7 +37,31 @@ def block(name: str) -> str:
 def origin(name: str, figures: dict[str, Any]) -> str:
     libraries = ", ".join(f"{library} {version}" for library, version in figures["versions"].items())
     known = [figures[key] for key in ("date", "device") if figures.get(key)]
-    return f"*{', '.join([f'`python -m benchmarks.{name}`', *known])}, {figures['threads']} threads; {libraries}.*"
+    return f"*{', '.join([f'`{command(name, figures)}`', *known])}; {libraries}.*"
+
+
+def command(name: str, figures: dict[str, Any]) -> str:
+    """What makes figures like these again, with those of its flags that they tell."""
+    flags = FLAGS[name](figures)
+    return " ".join([f"python -m benchmarks.{name}", *(f"--{flag} {value}" for flag, value in flags.items())])
+
+
+def thread_flag(figures: dict[str, Any]) -> dict[str, Any]:
+    return {"threads": figures["threads"]}
+
+
+def turn_flags(figures: dict[str, Any]) -> dict[str, Any]:
+    return {"turns": next(iter(subjects(figures).values()))["turns"], **thread_flag(figures)}
+
+
+def draw_flags(figures: dict[str, Any]) -> dict[str, Any]:
+    return {"draws": figures["draws"], "batches": figures["batches"], **thread_flag(figures)}
+
+
+def pair_flags(figures: dict[str, Any]) -> dict[str, Any]:
+    steps = [int(step) for step in figures["figures"]]
+    counts = {"seeds": seeds_of(figures), "steps": max(steps), "every": min(steps)}
+    return {"work": "FOLDER", **counts, **thread_flag(figures)}
 
 
 def generators(figures: dict[str, Any]) -> str:
@@ -132,14 +156,18 @@ def variances(figures: dict[str, Any]) -> str:
 
 def pairs(figures: dict[str, Any]) -> str:
     """Of `paired_draws`: differences and intervals in 1e-5."""
-    seeds = len(next(iter(next(iter(figures["figures"].values())).values())))
-    lines = [f"Differences over {seeds} seeds with their 95 % intervals, in 10⁻⁵:\n"]
+    lines = [f"Differences over {seeds_of(figures)} seeds with their 95 % intervals, in 10⁻⁵:\n"]
     lines += ["| steps | arms | held-out loss | clean training loss | loss rise |", "|---|---|---|---|---|"]
     for step, arms in figures["differences"].items():
         for names, metrics in arms.items():
             cells = [interval(metrics[metric]) for metric in ("heldout", "train", "rise")]
             lines.append(f"| {step} | {names} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def seeds_of(figures: dict[str, Any]) -> int:
+    """Of `paired_draws`: how many each arm has, which is one row a seed."""
+    return len(next(iter(next(iter(figures["figures"].values())).values())))
 
 
 def interval(difference: dict[str, Any]) -> str:
@@ -160,6 +188,14 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_draws": generators,
     "paired_draws": pairs,
     "example_draws": variances,
+}
+FLAGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "train_step": thread_flag,
+    "sdxl_step": turn_flags,
+    "layer_cost": thread_flag,
+    "cpu_draws": lambda figures: {},  # it takes none
+    "paired_draws": pair_flags,
+    "example_draws": draw_flags,
 }
 
 

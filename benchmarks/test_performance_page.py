@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 
-from benchmarks.performance_page import FOLDER, PAGE, TABLES, block, filled
+import pytest
+
+from benchmarks.performance_page import FOLDER, PAGE, TABLES, block, command, filled
 
 
 def test_the_page_is_what_its_command_writes() -> None:
@@ -21,6 +24,41 @@ def test_a_table_has_the_medians_of_its_file() -> None:
         if isinstance(found, dict) and "turns" in found:
             assert subject in block("train_step")
             assert f"| {found['low-rank / lora'][1]:.3f} |" in block("train_step")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_footer_s_command_has_flags_that_its_benchmark_takes(name: str) -> None:
+    figures = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    taken = re.findall(r'add_argument\(\s*"(--\w+)"', (FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    given = re.findall(r"--\w+", command(name, figures))
+    assert set(given) <= set(taken)
+    assert "--threads" in given or "--threads" not in taken
+
+
+def test_the_rows_of_the_paired_draws_are_what_the_page_says_of_them() -> None:
+    """Whose held-out and training loss is the higher, and that the intervals hide a difference of such a size."""
+    found = json.loads((FOLDER / "paired_draws.json").read_text(encoding="utf-8"))["differences"]
+    first, last = found["100"], found["300"]
+    for flat in ("full - lora", "default - lora"):
+        assert first[flat]["heldout"]["low"] > 0 > last[flat]["heldout"]["high"]
+        assert all(rows[flat]["train"]["low"] > 0 for rows in found.values())
+    for rows in found.values():
+        assert all(one["low"] < 0 < one["high"] for one in rows["low-rank - full"].values())
+    unsure = last["low-rank - full"]["heldout"]
+    assert unsure["high"] - unsure["low"] > abs(last["full - lora"]["heldout"]["mean"])
+
+
+def test_the_readme_s_costs_are_those_of_the_files() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    whole, parts = (json.loads((FOLDER / f"{name}.json").read_text("utf-8")) for name in ("sdxl_step", "train_step"))
+    for subjects, arms in (
+        (parts, ("low-rank, norms every 10", "full, norms every 10")),
+        (whole, ("low-rank", "full")),
+    ):
+        for found in subjects.values():
+            if isinstance(found, dict) and "turns" in found:
+                ratios = (found[f"{arm} / lora"] for arm in arms)
+                assert "| ".join(f"{ratio:.3f} ({low:.3f} to {high:.3f}) " for low, ratio, high in ratios) in readme
 
 
 def test_norms_of_every_tenth_step_train_as_those_of_each_do() -> None:

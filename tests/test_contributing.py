@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is true: the paths, commands and names in it are there."""
+"""CONTRIBUTING.md is true: the paths, commands and names in it are there; so is what the README links to."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ def test_every_table_is_where_it_says(name: str, file: str) -> None:
     assert f"`{name}`" in TEXT
     assert f"`{file}`" in TEXT
     assert re.search(rf"^{name}\b.* = ", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)\s#]*)(?:#([^)\s]+))?\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links
+    for path, heading in links:
+        assert (ROOT / path).exists(), path
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], heading

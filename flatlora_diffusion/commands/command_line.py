@@ -86,7 +86,7 @@ def _verbs() -> dict[str, Verb]:
         "demo": Verb(_demo, "train LoRA and Flat-LoRA on sample icons and compare them; no GPU, nothing downloaded"),
         "train": Verb(_train, "train a LoRA or Flat-LoRA on a folder of images"),
         "compare": Verb(_compare, "train both alike on your images, and report what tells them apart"),
-        "evidence": Verb(_evidence, "the comparison on real SDXL that is missing: 23 icons, 3 seeds, a GPU of 12 GB"),
+        "evidence": Verb(_evidence, "the missing comparison on real SDXL: 23 icons, 3 seeds, a 12 GB GPU with bf16"),
         "generate": Verb(_generate, "draw prompts with the base and with LoRAs at several strengths"),
         "flatness": Verb(_flatness, "measure how flat the loss is around finished runs"),
         "app": Verb(_app, "all of this in the browser"),

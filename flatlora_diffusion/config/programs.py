@@ -58,7 +58,7 @@ class GenerateConfig(Section):
         max=1024,
     )
     mixed_precision: MixedPrecision | None = setting(
-        None, "compute precision; default: fp16 on a GPU, fp32 (no) on a CPU; the VAE is fp32 in any case"
+        None, "compute precision; default: fp16 on a GPU, fp32 (no) on a CPU; the VAE is fp32, a mended one fp16"
     )
     output_dir: str = setting("generated", "each call makes a new numbered folder in here")
 

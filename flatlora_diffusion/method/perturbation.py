@@ -38,7 +38,7 @@ class FlatLora:
 
     Args:
         model: any module with PEFT LoRA layers (a UNet after `add_adapter`, a `get_peft_model` result).
-        sigma: relative radius of the noise: E||eps_i||^2 = sigma^2 ||W'_i||^2. 0.05 to 0.1 in the paper.
+        sigma: relative radius of the noise: E||eps_i||^2 = sigma^2 ||W'_i||^2. 0.05 to 0.15 in the paper.
         schedule: how sigma moves over `total_steps`: `cosine` or `linear` (0 to sigma), `constant`, or `down` (sigma
             to 0 by a cosine).
         total_steps: optimizer steps after which a ramp has reached its end.

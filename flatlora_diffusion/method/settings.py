@@ -70,7 +70,7 @@ def scheduled(sigma: float, schedule: SigmaSchedule, total_steps: int, step: int
 
 def check_sigma(sigma: float) -> None:
     if not (math.isfinite(sigma) and sigma >= 0):
-        raise ConfigError(f"sigma={sigma} must be a finite number of at least 0; 0.05 to 0.1 is usual")
+        raise ConfigError(f"sigma={sigma} must be a finite number of at least 0; 0.05 to 0.15 is usual")
 
 
 def check_whole(name: str, value: int, low: int) -> None:
