@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.memory.estimate import in_gib, resolution_of
@@ -15,6 +18,13 @@ from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor
 
 _PARTS = ("unet", *TEXT_PARTS, "vae")
+# How the weights of a part begin in a single file of the whole base.
+_PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "text_encoder": "conditioner.embedders.0.",
+    "text_encoder_2": "conditioner.embedders.1.",
+    "vae": "first_stage_model.",
+}
 _TOKENS = 77
 _POSTERIOR = 2 * 2 * 4  # mean and std, plain and mirrored, in fp32
 
@@ -43,7 +53,7 @@ class CpuEstimate:
 def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEstimate:
     """What a run on `samples` needs beside its GPU; a base that is not on disk counts as SDXL."""
     model, data = config.model, config.data
-    width = DTYPES[config.optim.precision_of_base].itemsize
+    dtype = DTYPES[config.optim.precision_of_base]
     squares = data.num_class_images if data.with_prior_preservation and not data.use_aspect_ratio_buckets else 0
     is_cached = data.cache_latents and (squares > 0 or not data.with_prior_preservation)
     offloaded = (*(() if config.encodes_in_steps else TEXT_PARTS), *(("vae",) if is_cached else ()))
@@ -51,13 +61,15 @@ def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEs
     if data.with_prior_preservation or config.objective.prior_from_base:
         captions.add(str(data.class_prompt))
     side, channels = resolution_of(config) // vae_factor(model), int(part_settings(model, "vae")["latent_channels"])
-    of_class = DTYPES[data.prior_generation_precision or "fp16"].itemsize
+    of_class = DTYPES[data.prior_generation_precision or "fp16"]
     return CpuEstimate(
-        loading=_loading(model, width),
+        loading=_loading(model, dtype),
         class_images=_loading(model, of_class) if data.with_prior_preservation else 0,
-        offloaded=sum(weight_count(model, part) * _width(part, width) for part in offloaded) if model.offload else 0,
+        offloaded=sum(weight_count(model, part) * _loaded_as(part, dtype).itemsize for part in offloaded)
+        if model.offload
+        else 0,
         latents=(len(samples) + squares) * _POSTERIOR * channels * side**2 if data.cache_latents else 0,
-        prompts=0 if config.encodes_in_steps else len(captions) * _prompt_numbers(model) * width,
+        prompts=0 if config.encodes_in_steps else len(captions) * _prompt_numbers(model) * dtype.itemsize,
     )
 
 
@@ -76,27 +88,21 @@ def cpu_lines(config: TrainConfig, samples: Sequence[Sample], available_bytes: i
     return lines
 
 
-def _loading(model: ModelConfig, width: int) -> int:
-    """All weights with `width` bytes each, and what is cast for them.
+def _loading(model: ModelConfig, dtype: torch.dtype) -> int:
+    """All weights as they are loaded, and what is cast for them.
 
     A file whose weights need no cast is mapped, and its pages are the weights. Of a folder one model's file is open at
     a time, of a single file all of it (measured with diffusers 0.42: 690 MiB in fp32 take 1,044 MiB to load in fp16).
     """
     counts = {part: weight_count(model, part) for part in _PARTS}
-    files = {part: _file_bytes(model, part, counts) for part in _PARTS}
-    cast = [files[part] for part in _PARTS if _nearest_width(files[part] / counts[part]) != _width(part, width)]
+    cast = [_file_bytes(model, part, counts) for part in _PARTS if _file_dtype(model, part) != _loaded_as(part, dtype)]
     held = sum(cast) if _single_file(model) is not None else max(cast, default=0)
-    return sum(counts[part] * _width(part, width) for part in _PARTS) + int(held)
+    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in _PARTS) + int(held)
 
 
-def _width(part: str, width: int) -> int:
-    """Bytes per weight of a part that is loaded; the VAE is in fp32."""
-    return 4 if part == "vae" else width
-
-
-def _nearest_width(measured: float) -> int:
-    """The bytes per weight of a file that has as many `measured`, its header among them."""
-    return min((1, 2, 4), key=lambda width: abs(width - measured))
+def _loaded_as(part: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of a part that is loaded; the VAE is in fp32."""
+    return torch.float32 if part == "vae" else dtype
 
 
 def _single_file(model: ModelConfig) -> Path | None:
@@ -106,15 +112,40 @@ def _single_file(model: ModelConfig) -> Path | None:
 
 def _file_bytes(model: ModelConfig, part: str, counts: dict[str, int]) -> float:
     """Bytes of a part in its file; of a hub's base as its variant says, since most that have none are fp32."""
-    its_own, file = model.pretrained_vae_model_name_or_path if part == "vae" else None, _single_file(model)
-    if its_own is None and file is not None:
+    file = _single_file(model)
+    if file is not None and not _has_its_own(model, part):
         return file.stat().st_size * counts[part] / sum(counts.values())
-    folder = Path(base_path(model.pretrained_model_name_or_path), part) if its_own is None else Path(its_own)
-    mark = f".{model.variant}." if model.variant is not None and its_own is None else None
-    files = [one for one in folder.glob("*.safetensors") if mark is None or mark in one.name]
-    if files:
-        return sum(one.stat().st_size for one in files)
-    return counts[part] * (2 if mark is not None else 4)
+    return sum(one.stat().st_size for one in _files(model, part)) or counts[part] * _file_dtype(model, part).itemsize
+
+
+def _file_dtype(model: ModelConfig, part: str) -> torch.dtype:
+    """The precision of a part in its file, which the first of its weights stands for."""
+    file = _single_file(model)
+    files = [file] if file is not None and not _has_its_own(model, part) else _files(model, part)
+    if not files:
+        return torch.float16 if _mark(model, part) is not None else torch.float32
+    with safe_open(files[0], framework="pt") as opened:
+        names = list(opened.keys())
+        its_own = [name for name in names if name.startswith(_PREFIXES[part])]
+        dtype: torch.dtype = opened.get_tensor((its_own or names)[0]).dtype
+        return dtype
+
+
+def _files(model: ModelConfig, part: str) -> list[Path]:
+    """The files of a part in its folder; none of a base that is not on disk."""
+    own = model.pretrained_vae_model_name_or_path if _has_its_own(model, part) else None
+    folder = Path(base_path(model.pretrained_model_name_or_path), part) if own is None else Path(own)
+    mark = _mark(model, part)
+    return sorted(one for one in folder.glob("*.safetensors") if mark is None or mark in one.name)
+
+
+def _has_its_own(model: ModelConfig, part: str) -> bool:
+    return part == "vae" and model.pretrained_vae_model_name_or_path is not None
+
+
+def _mark(model: ModelConfig, part: str) -> str | None:
+    """What is in the names of the variant's files."""
+    return f".{model.variant}." if model.variant is not None and not _has_its_own(model, part) else None
 
 
 def _prompt_numbers(model: ModelConfig) -> int:

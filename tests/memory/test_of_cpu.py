@@ -54,6 +54,8 @@ def test_of_a_single_file_all_that_is_cast_is_held(config: TrainConfig, sdxl: Sd
     weights = 2 * sum(counts.values()) + 2 * counts["vae"]
     found = estimate_cpu_memory(single, samples_of(config)).loading
     assert found == pytest.approx(weights + 2 * counts["vae"], rel=0.05), "of a half-precision file the VAE alone"
+    found = estimate_cpu_memory(single.replace(mixed_precision="bf16"), samples_of(config)).loading
+    assert found == pytest.approx(weights + file.stat().st_size), "as wide, yet of another kind: all is cast"
     found = estimate_cpu_memory(single.replace(mixed_precision="no"), samples_of(config)).loading
     assert found == pytest.approx(4 * sum(counts.values()) + file.stat().st_size)
 
@@ -88,8 +90,10 @@ def test_sdxl_from_fp32_files_by_hand(config: TrainConfig) -> None:
     found = estimate_cpu_memory(sdxl, [])
     unet, encoders, vae = 2_567_463_684, 123_060_480 + 694_659_840, 83_653_863  # the weights of SDXL 1.0
     assert found.loading == 2 * (unet + encoders) + 4 * vae + 4 * unet
-    in_halves = estimate_cpu_memory(sdxl.replace(variant="fp16"), [])
-    assert in_halves.loading == 2 * (unet + encoders) + 4 * vae + 2 * vae
+    in_halves = sdxl.replace(variant="fp16", mixed_precision="fp16")
+    assert estimate_cpu_memory(in_halves, []).loading == 2 * (unet + encoders) + 4 * vae + 2 * vae
+    other_halves = in_halves.replace(mixed_precision="bf16")
+    assert estimate_cpu_memory(other_halves, []).loading == 2 * (unet + encoders) + 4 * vae + 2 * unet
 
 
 def test_what_is_told_names_what_lowers_it(config: TrainConfig) -> None:
