@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -49,6 +50,9 @@ NULLS = {
 _OURS = {*settings_that("is_shared"), *(item.name for item in fields(ModelConfig))}
 # What a finished run must share beyond what makes its steps: its end, its checkpoints, the precision of its file.
 _SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
+
+
+ASK_EVERY = 1.0  # seconds, until a run that is to stop has ended
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,11 @@ class PlannedRun:
         """How many steps the run takes."""
         assert self.config.optim.max_train_steps is not None
         return self.config.optim.max_train_steps
+
+    def ask_to_stop(self) -> None:
+        """Ask for a stop after the step it is at. A trainer forgets what comes before its first: ask until it ends."""
+        with suppress(OSError):  # Windows refuses while it is being deleted; the next time comes
+            self.run.stop_file.touch()
 
     def _is_mine(self) -> bool:
         """Whether the run in the folder was made with these settings; what they leave open may have any value."""
@@ -213,10 +222,19 @@ def train_planned(planned: PlannedRun) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            planned.run.stop_file.touch()  # if Ctrl-C has not reached it: it saves what it needs to go on
+            _stop(planned, process)  # if Ctrl-C has not reached it: it saves what it needs to go on
             raise
     if code != 0:
         raise RunError(f"training {label} ended with exit code {code}; its message is above")
+
+
+def _stop(planned: PlannedRun, process: subprocess.Popen[bytes]) -> None:
+    """Returns when the run has ended."""
+    while True:
+        planned.ask_to_stop()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(ASK_EVERY)
+            return
 
 
 def training_command(planned: PlannedRun) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,3 +150,37 @@ def test_a_run_that_fails_ends_the_experiment(config: TrainConfig, tmp_path: Pat
     (planned,) = plan(config.replace(instance_data_dir=str(tmp_path / "empty")), [parse_arm("lora")], [4], 1)
     with pytest.raises(RunError, match="training LoRA, seed 4 ended with exit code 2"):
         train_planned(planned)
+
+
+def test_an_interruption_reaches_a_run_that_has_only_begun(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (planned,) = plan(config, [parse_arm("lora")], [4], 1)
+    asked = []
+
+    class Beginning:
+        """A trainer that the signal has not reached, and that forgets what was asked before its first step."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.was_interrupted = False
+
+        def __enter__(self) -> Beginning:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def wait(self, timeout: float | None = None) -> int:
+            if not self.was_interrupted:
+                self.was_interrupted = True
+                raise KeyboardInterrupt
+            asked.append(planned.run.stop_file.exists())
+            if len(asked) < 3:
+                planned.run.stop_file.unlink(missing_ok=True)
+                raise subprocess.TimeoutExpired("train", 0 if timeout is None else timeout)
+            return 130
+
+    monkeypatch.setattr("flatlora_diffusion.compare.arms.subprocess.Popen", Beginning)
+    with pytest.raises(KeyboardInterrupt):
+        train_planned(planned)
+    assert asked == [True] * 3
