@@ -11,7 +11,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def interval(found: Mapping[str, Any], digits: int = 2) -> str:
-    """The mean difference and its interval, which one seed does not have."""
+    """The mean difference and its interval, which one seed does not have, nor have seeds that are alike."""
     mean = signed(found["mean"], digits)
     if found["low"] is None:
         return mean
