@@ -194,9 +194,8 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
         for arm in arms:
             values = {"seed": seed, "method": arm.method, **dict.fromkeys(unused_by(arm.method)), **arm.changes}
             arm_steps = int(values.get("max_train_steps", steps))
-            folder = out / _slug(arm.key) / f"seed-{seed}"
             values |= {
-                "output_dir": str(folder),
+                "output_dir": str(folder_of(out, arm.key, seed)),
                 "output_name": f"{out.name}-{_slug(arm.key)}-{seed}",
                 "checkpointing_steps": max(1, -(-arm_steps // points)),
                 "checkpoints_total_limit": None,
@@ -204,6 +203,11 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
             }
             planned.append(PlannedRun(arm, seed, config.replace(**values)))
     return planned
+
+
+def folder_of(out: Path, arm: str, seed: int | str) -> Path:
+    """Where the run of an arm, by its key, and of a seed lies in an experiment's folder."""
+    return out / _slug(arm) / f"seed-{seed}"
 
 
 def train_planned(planned: PlannedRun) -> None:

@@ -89,8 +89,8 @@ def _stop(runs: Mapping[Future[int | None], PlannedRun]) -> None:
 
 
 def _steps_done(planned: PlannedRun) -> int:
-    steps = [event["step"] + 1 for event in planned.run.events() if event["event"] == "step"]
-    return min(steps[-1], planned.steps) if steps else 0
+    steps = planned.run.steps()
+    return min(steps[-1]["step"] + 1, planned.steps) if steps else 0
 
 
 def _log_of(planned: PlannedRun) -> Path:
