@@ -108,12 +108,13 @@ class PlannedRun:
     def files(self) -> dict[int, Path]:
         """The LoRA files along the run by their steps, the result last; before it is trained, where they will be."""
         if self.is_finished:
+            # Those after the one that held-out images have chosen are no part of the way to it, and those of a stop or
+            # a request no part that other runs have too.
+            points = self._points(self.last_step)
             made = {int(one.name.split("-")[1]): one / LORA_FILE for one in self.run.checkpoints()}
-            # Those after the one that held-out images have chosen are no part of the way to it.
-            before = {step: file for step, file in made.items() if step < self.last_step}
-            return {**before, self.last_step: self.lora}
-        steps = range(self.config.run.checkpointing_steps, self.steps, self.config.run.checkpointing_steps)
-        return {**{step: self.run.folder / f"checkpoint-{step}" / LORA_FILE for step in steps}, self.steps: self.lora}
+            return {**{step: file for step, file in made.items() if step in points}, self.last_step: self.lora}
+        files = {step: self.run.folder / f"checkpoint-{step}" / LORA_FILE for step in self._points(self.steps)}
+        return {**files, self.steps: self.lora}
 
     @property
     def steps_left(self) -> int:
@@ -133,6 +134,10 @@ class PlannedRun:
         """Ask for a stop after the step it is at. A trainer forgets what comes before its first: ask until it ends."""
         with suppress(OSError):  # Windows refuses while it is being deleted; the next time comes
             self.run.stop_file.touch()
+
+    def _points(self, end: int) -> range:
+        """The steps before the end after which a checkpoint is due."""
+        return range(self.config.run.checkpointing_steps, end, self.config.run.checkpointing_steps)
 
     def _is_mine(self) -> bool:
         """Whether the run in the folder was made with these settings; what they leave open may have any value."""

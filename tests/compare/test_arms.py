@@ -129,6 +129,15 @@ def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig
 
 
 @pytest.mark.usefixtures("without_a_process")
+def test_a_checkpoint_of_a_stop_is_none_that_other_runs_have_too(config: TrainConfig) -> None:
+    (planned,) = plan(config.replace(max_train_steps=4), [parse_arm("lora")], [0], points=2)
+    wanted = list(planned.files)
+    train_planned(planned)
+    shutil.copytree(planned.run.folder / "checkpoint-2", planned.run.folder / "checkpoint-3")
+    assert list(planned.files) == wanted == [2, 4]
+
+
+@pytest.mark.usefixtures("without_a_process")
 def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:
     (planned,) = plan(config, [parse_arm("lora")], [0], points=2)
     train_planned(planned)
