@@ -132,20 +132,15 @@ def _train(planned: PlannedRun) -> None:
 
 def _measure_run(planned: PlannedRun, evaluators: Evaluators) -> dict[str, Any]:
     """Everything about one run; measured once and kept."""
-    steps = step_events(planned)
+    steps = planned.run.steps()
     points = []
-    for checkpoint in planned.run.checkpoints():
-        lora = checkpoint / planned.lora.name
-        step = int(checkpoint.name.split("-")[1])
-        if step % planned.config.run.checkpointing_steps:
-            continue  # a stop has made it, and other runs have none to choose there
+    for step, lora in planned.files.items():
         seconds = statistics.median(event["seconds"] for event in steps) * step
         losses = evaluators["train", "checkpoint"].losses(lora)
         points.append({"step": step, "seconds": seconds, **{name: found[UNGROUPED] for name, found in losses.items()}})
     found = evaluators["report", "flat"].losses(planned.lora)
     chosen = min(points, key=lambda point: point["checkpoint"])
-    chosen_lora = planned.run.folder / f"checkpoint-{chosen['step']}" / planned.lora.name
-    chosen_loss = evaluators["report", "flat"].losses(chosen_lora)["report"][UNGROUPED]
+    chosen_loss = evaluators["report", "flat"].losses(planned.files[int(chosen["step"])])["report"][UNGROUPED]
     rises = evaluators["train", "checkpoint"].rises(planned.lora, "train", 0.1, 4)
     return {
         "arm": planned.arm.key,
@@ -158,11 +153,6 @@ def _measure_run(planned: PlannedRun, evaluators: Evaluators) -> dict[str, Any]:
         "draws": [event["draws"] for event in steps][:: max(1, len(steps) // 10)],
         "start": next(event for event in planned.run.events() if event["event"] == "start"),
     }
-
-
-def step_events(planned: PlannedRun) -> list[dict[str, Any]]:
-    """The event of each step; of one that was taken again after a stop, the later."""
-    return list({event["step"]: event for event in planned.run.events() if event["event"] == "step"}.values())
 
 
 def _trials(config: TrainConfig) -> dict[str, list[PlannedRun]]:

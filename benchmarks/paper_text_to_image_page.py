@@ -20,6 +20,7 @@ from benchmarks.paper_words import MINUS, SCALE, UNIT, interval, is_told
 from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
 from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.ground.numbers import NOTHING
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
 
@@ -254,13 +255,15 @@ def _proved(result: Result) -> str:
 
 
 def _words(found: Result) -> str:
+    if found["low"] is None:
+        return "no interval"
     if not is_told(found):
         return "no difference found"
     return "Flat-LoRA better" if found["high"] < 0 else "LoRA better"
 
 
-def _number(value: float) -> str:
-    return f"{SCALE * value:.2f}"
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{SCALE * value:.2f}"
 
 
 def _name(key: str) -> str:

@@ -22,7 +22,7 @@ def answer(results: Mapping[str, Result]) -> str:
 def verdict(found: Mapping[str, Any]) -> str:
     """What a difference of losses says."""
     if found["low"] is None:
-        return "one seed cannot tell"
+        return "one seed cannot tell" if len(found["differences"]) == 1 else "seeds that are alike cannot tell"
     if not is_told(found):
         return "no difference found"
     return "better" if found["high"] < 0 else "worse"

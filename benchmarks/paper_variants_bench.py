@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.paper_text_to_image import step_events
 from benchmarks.paper_variants_figures import Row, chosen_point
 from benchmarks.paper_variants_plan import Group
 from benchmarks.turns import Step, compare
@@ -161,7 +160,7 @@ class Bench:
 
     def _walked(self, planned: PlannedRun, files: Mapping[int, Path]) -> Row:
         """What is known of a run without the reported icons, at these steps."""
-        steps = step_events(planned)
+        steps = planned.run.steps()
         seconds = statistics.median(event["seconds"] for event in steps)
         points = [
             {"step": step, "seconds": round(seconds * step, 2), **self._loss(_ALONG, file)}

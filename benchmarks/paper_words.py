@@ -12,7 +12,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def interval(found: Mapping[str, Any], digits: int = 2, scale: float = SCALE) -> str:
-    """The mean difference and its interval, which one seed does not have."""
+    """The mean difference and its interval, which one seed does not have, nor have seeds that are alike."""
     mean, low, high = (found[key] for key in ("mean", "low", "high"))
     if low is None:
         return signed(mean, digits, scale)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,7 +53,8 @@ def _pass_on(stop_file: Path | None, process: subprocess.Popen[bytes]) -> None:
     """A trainer forgets stop files from before its first step, so the file is put there again until it ends."""
     if stop_file is None:
         process.terminate()
-    elif stop_file.parent.is_dir():
+        return
+    with suppress(OSError):  # before its folder is there, or on Windows while it is being deleted; the next time comes
         stop_file.touch()
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flatlora_diffusion.ground.events import count
+
 RECENT_STEPS = 50
 
 
@@ -86,13 +88,13 @@ class EventLog:
         """(step, loss) of each optimizer step; of steps that were done again after a resume, the last."""
         with self._lock:
             self._read_on()
-            return sorted((step, event["loss"]) for step, event in self._steps.items())
+            return sorted((event["step"], event["loss"]) for event in self._steps.values())
 
     def validation_losses(self) -> list[tuple[int, float]]:
         """(steps done, loss of images not trained on)."""
         with self._lock:
             self._read_on()
-            return sorted(self._validation.items())
+            return sorted((event["step"], event["loss"]) for event in self._validation.values())
 
     def previews(self, images: Path) -> list[Preview]:
         """Each preview in the folder `images`, in order of steps."""
@@ -103,7 +105,7 @@ class EventLog:
     def _forget(self) -> None:
         self._offset, self._file = 0, 0
         self._steps: dict[int, dict[str, Any]] = {}
-        self._validation: dict[int, float] = {}
+        self._validation: dict[int, dict[str, Any]] = {}
         self._previews: dict[int, dict[str, Any]] = {}
         self._ending: str | None = None
         self._end: int | None = None
@@ -134,12 +136,10 @@ class EventLog:
     def _take(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         self._has_begun = True
+        count(self._steps, event, "step")
+        count(self._validation, event, "validation")
         if kind == "step":
-            self._steps.pop(event["step"], None)  # so that the last done is the last of the dict
-            self._steps[event["step"]] = event
             self._ending = None
-        elif kind == "validation":
-            self._validation[event["step"]] = event["loss"]
         elif kind == "preview":
             self._previews[event["step"]] = event
         elif kind in ("stopped", "finished"):

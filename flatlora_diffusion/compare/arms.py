@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -49,6 +50,9 @@ NULLS = {
 _OURS = {*settings_that("is_shared"), *(item.name for item in fields(ModelConfig))}
 # What a finished run must share beyond what makes its steps: its end, its checkpoints, the precision of its file.
 _SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
+
+
+ASK_EVERY = 1.0  # seconds, until a run that is to stop has ended
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,13 @@ class PlannedRun:
     def files(self) -> dict[int, Path]:
         """The LoRA files along the run by their steps, the result last; before it is trained, where they will be."""
         if self.is_finished:
+            # Those after the one that held-out images have chosen are no part of the way to it, and those of a stop or
+            # a request no part that other runs have too.
+            points = self._points(self.last_step)
             made = {int(one.name.split("-")[1]): one / LORA_FILE for one in self.run.checkpoints()}
-            # Those after the one that held-out images have chosen are no part of the way to it.
-            before = {step: file for step, file in made.items() if step < self.last_step}
-            return {**before, self.last_step: self.lora}
-        steps = range(self.config.run.checkpointing_steps, self.steps, self.config.run.checkpointing_steps)
-        return {**{step: self.run.folder / f"checkpoint-{step}" / LORA_FILE for step in steps}, self.steps: self.lora}
+            return {**{step: file for step, file in made.items() if step in points}, self.last_step: self.lora}
+        files = {step: self.run.folder / f"checkpoint-{step}" / LORA_FILE for step in self._points(self.steps)}
+        return {**files, self.steps: self.lora}
 
     @property
     def steps_left(self) -> int:
@@ -124,6 +129,15 @@ class PlannedRun:
         """How many steps the run takes."""
         assert self.config.optim.max_train_steps is not None
         return self.config.optim.max_train_steps
+
+    def ask_to_stop(self) -> None:
+        """Ask for a stop after the step it is at. A trainer forgets what comes before its first: ask until it ends."""
+        with suppress(OSError):  # Windows refuses while it is being deleted; the next time comes
+            self.run.stop_file.touch()
+
+    def _points(self, end: int) -> range:
+        """The steps before the end after which a checkpoint is due."""
+        return range(self.config.run.checkpointing_steps, end, self.config.run.checkpointing_steps)
 
     def _is_mine(self) -> bool:
         """Whether the run in the folder was made with these settings; what they leave open may have any value."""
@@ -185,9 +199,8 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
         for arm in arms:
             values = {"seed": seed, "method": arm.method, **dict.fromkeys(unused_by(arm.method)), **arm.changes}
             arm_steps = int(values.get("max_train_steps", steps))
-            folder = out / _slug(arm.key) / f"seed-{seed}"
             values |= {
-                "output_dir": str(folder),
+                "output_dir": str(folder_of(out, arm.key, seed)),
                 "output_name": f"{out.name}-{_slug(arm.key)}-{seed}",
                 "checkpointing_steps": max(1, -(-arm_steps // points)),
                 "checkpoints_total_limit": None,
@@ -195,6 +208,11 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
             }
             planned.append(PlannedRun(arm, seed, config.replace(**values)))
     return planned
+
+
+def folder_of(out: Path, arm: str, seed: int | str) -> Path:
+    """Where the run of an arm, by its key, and of a seed lies in an experiment's folder."""
+    return out / _slug(arm) / f"seed-{seed}"
 
 
 def train_planned(planned: PlannedRun) -> None:
@@ -213,10 +231,19 @@ def train_planned(planned: PlannedRun) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            planned.run.stop_file.touch()  # if Ctrl-C has not reached it: it saves what it needs to go on
+            _stop(planned, process)  # if Ctrl-C has not reached it: it saves what it needs to go on
             raise
     if code != 0:
         raise RunError(f"training {label} ended with exit code {code}; its message is above")
+
+
+def _stop(planned: PlannedRun, process: subprocess.Popen[bytes]) -> None:
+    """Returns when the run has ended."""
+    while True:
+        planned.ask_to_stop()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(ASK_EVERY)
+            return
 
 
 def training_command(planned: PlannedRun) -> list[str]:

@@ -101,8 +101,7 @@ def _start(run: PlannedRun) -> Mapping[str, Any]:
 
 
 def _draws(run: PlannedRun) -> str:
-    by_step = {event["step"]: event["draws"] for event in run.run.events() if event["event"] == "step"}
-    return _sha256(sorted(by_step.items()))
+    return _sha256([(event["step"], event["draws"]) for event in run.run.steps()])
 
 
 def _sha256(value: Any) -> str:

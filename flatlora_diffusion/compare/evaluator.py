@@ -108,7 +108,7 @@ class RunEvaluator:
 
     def run(self, planned: PlannedRun) -> MetricValues:
         """All metrics of a finished run."""
-        steps = _steps(planned)
+        steps = planned.run.steps()
         rises = self._loss_evaluator.rises(planned.lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS)
         return {
             **self._losses(planned.lora, 1.0),
@@ -124,7 +124,7 @@ class RunEvaluator:
 
     def trajectory(self, planned: PlannedRun) -> list[TrajectoryPoint]:
         """The base, then each checkpoint of the run."""
-        seconds = _seconds_per_step(_steps(planned))
+        seconds = _seconds_per_step(planned.run.steps())
         prefix = next(iter(self._references), "")
         points = []
         for step, lora in ((0, None), *planned.files.items()):
@@ -242,10 +242,6 @@ def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
     """The name of the thing that each caption describes: the field `name` of its image's line in metadata.jsonl."""
     names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder) if "name" in row}
     return {sample.caption: names[sample.id] for sample in samples if sample.id in names}
-
-
-def _steps(planned: PlannedRun) -> list[Mapping[str, Any]]:
-    return [event for event in planned.run.events() if event["event"] == "step"]
 
 
 def _seconds_per_step(steps: Sequence[Mapping[str, Any]]) -> float:

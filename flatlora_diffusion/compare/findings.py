@@ -63,9 +63,10 @@ def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     digits = _digits(row)
     mean = figure(row["mean"], digits, signed=True)
     if row["low"] is None:
+        seeds, each, more = ("One seed", "", 5) if row["n"] == 1 else (f"{row['n']} seeds", " with each", 2 * row["n"])
         return (
-            f"One seed cannot tell: {arm}'s held-out loss differs from {against}'s by {mean}, and how "
-            "much that varies by chance is unknown; --num_seeds 5 gives an interval."
+            f"{seeds} cannot tell: {arm}'s held-out loss differs from {against}'s by {mean}{each}, and how "
+            f"much that varies by chance is unknown; --num_seeds {more} gives an interval."
         )
     low, high = (figure(row[end], digits, signed=True) for end in ("low", "high"))
     interval = f"{mean} (95 % interval {low} to {high}, {row['n']} seeds)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """`mean` of `differences` (one for each seed) with its interval; what one seed cannot say is None.
+    """`mean` of `differences` (one for each seed) with its interval; what these cannot say is None.
+
+    One seed shows no spread, nor do seeds that differ by as much, as counts of a few pictures do.
 
     `detectable` is the smallest true difference that a test at this confidence finds with 80 % power, given the
     spread that was seen.
@@ -43,11 +46,12 @@ def paired_difference(
         raise ValueError(f"{len(values)} and {len(reference)} values are no pairs")
     differences = tuple(one - other for one, other in zip(values, reference, strict=True))
     mean = statistics.fmean(differences)
-    if len(differences) < 2:
+    if len(differences) > 1 and not any(differences):
+        return PairedDifference(differences, mean, 0.0, 0.0, 0.0)
+    rounding = 4 * sys.float_info.epsilon * max(map(abs, (*values, *reference)))
+    if len(differences) < 2 or max(differences) - min(differences) <= rounding:
         return PairedDifference(differences, mean, None, None, None)
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    if error == 0:  # all differences are alike
-        return PairedDifference(differences, mean, mean, mean, 0.0)
     low, high = stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=error)
     detectable = error * _detectable(len(differences), confidence)
     return PairedDifference(differences, mean, float(low), float(high), detectable)

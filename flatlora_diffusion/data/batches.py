@@ -180,10 +180,10 @@ class Batches:
         if self._loader is None:
             return self._all_pixels(rows)
         here = self._loading.pop((step, slot), None)
-        after = self._rows(step + 1, slot)
-        following = [self._loader.submit(self._pixels, row.sample, row.view) for row in after]
-        self._loading = {key: jobs for key, jobs in self._loading.items() if key[0] > step}
-        self._loading[step + 1, slot] = following
+        self._loading = {key: jobs for key, jobs in self._loading.items() if key[0] >= step}
+        if (step + 1, slot) not in self._loading:
+            after = self._rows(step + 1, slot)
+            self._loading[step + 1, slot] = [self._loader.submit(self._pixels, row.sample, row.view) for row in after]
         return self._all_pixels(rows) if here is None else [job.result() for job in here]
 
     def _all_pixels(self, rows: list[Showing]) -> list[Tensor]:

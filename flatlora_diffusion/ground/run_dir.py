@@ -19,11 +19,12 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, settings_that
+from flatlora_diffusion.ground.events import append_event, counting, read_events
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
 from flatlora_diffusion.ground.whole_files import is_of, remove_half_written, write_json
 
@@ -135,23 +136,16 @@ class RunDir:
         return is_asked
 
     def add_event(self, event: Mapping[str, Any]) -> None:
-        """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
-        with self.writing(), open(self.events_file, "ab+") as handle:
-            if handle.tell() > 0:
-                handle.seek(-1, os.SEEK_END)
-                if handle.read() != b"\n":  # a power cut or a full disk cut the last event off: it costs only itself
-                    handle.write(b"\n")
-            handle.write(json.dumps(event).encode() + b"\n")
+        with self.writing():
+            append_event(self.events_file, event)
 
     def events(self) -> list[dict[str, Any]]:
-        """All complete events so far; lines that were only half written are left out."""
-        if not self.events_file.exists():
-            return []
-        found = []
-        for line in self.events_file.read_bytes().splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        """All complete events so far, those of steps that were taken again too."""
+        return read_events(self.events_file)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The event of each step once, in their order; of steps that were taken again after a resume, the last."""
+        return counting(self.events(), "step")
 
     def ending(self) -> dict[str, Any] | None:
         """The event `finished` or `stopped` that ended the run; None while it goes on, and after a crash."""
@@ -160,13 +154,7 @@ class RunDir:
 
     def holdout_losses(self) -> dict[int, float]:
         """The loss of the held-out images by step; what came after the step that was resumed from counts no more."""
-        losses: dict[int, float] = {}
-        for event in self.events():
-            if event["event"] == "resumed":
-                losses = {step: loss for step, loss in losses.items() if step <= event["step"]}
-            elif event["event"] == "holdout":
-                losses[event["step"]] = event["loss"]
-        return losses
+        return {event["step"]: event["loss"] for event in counting(self.events(), "holdout")}
 
     def manifest(self) -> list[dict[str, Any]]:
         manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))

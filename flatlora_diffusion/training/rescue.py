@@ -95,7 +95,9 @@ def _save(state: TrainState, step: int) -> None:
 
 
 def _is_finite(state: TrainState) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in state.trainable.values())
+    """Whether a run could go on from its weights and from what its method has beside them."""
+    tensors = (*state.trainable.values(), *state.gradient.state()[0].values())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:

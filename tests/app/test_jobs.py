@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
 from app.jobs.jobs import JobQueue
+from app.jobs.supervise import _pass_on
 from app.runs.processes import kill_tree, read_json
 from app.runs.runs import RunStore
 from flatlora_diffusion.config import ConfigError, TrainConfig
@@ -116,7 +118,9 @@ def test_a_pair_differs_in_its_method_alone(queue: JobQueue, runs: RunStore, con
 APP = """
 import os, sys, time
 from pathlib import Path
+from unittest.mock import Mock
 from app.jobs.jobs import JobQueue
+from app.jobs.supervise import _pass_on
 from app.runs.runs import RunStore
 runs = RunStore(Path(sys.argv[1]))
 queue = JobQueue(runs)
@@ -183,3 +187,12 @@ def test_of_two_apps_one_runs_the_queue_until_it_ends(queue: JobQueue, runs: Run
         time.sleep(0.05)
     assert queue.output_of(job) == runs.folder / ".results" / f"job-{job.id}"
     assert states(queue) == [("generate", "done")]
+
+
+def test_a_stop_that_cannot_be_passed_on_now_ends_no_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "touch", Mock(side_effect=PermissionError))  # Windows, while the file is being deleted
+    _pass_on(tmp_path / "stop", Mock())
+    monkeypatch.undo()
+    _pass_on(tmp_path / "not there yet" / "stop", Mock())
+    _pass_on(tmp_path / "stop", Mock())
+    assert (tmp_path / "stop").exists()

@@ -300,6 +300,11 @@ def test_progress_follows_events_that_were_done_again_and_half_lines(runs: RunSt
     with open(folder / "events.jsonl", "a") as file:  # a line that a full disk cut off, and the one after it
         file.write('{"event": "st{"event": "step"}\n' + json.dumps(step(3, 0.3)) + "\n")
     assert runs.get("run").progress.step == 4
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(json.dumps({"event": "validation", "step": 4, "loss": 0.4}) + "\n")
+        file.write(json.dumps({"event": "resumed", "step": 1}) + "\n")
+    assert runs.get("run").progress.step == 1, "what is to be done again counts no more"
+    assert (runs.losses("run"), runs.validation_losses("run")) == ([(0, 1.0)], [])
     (folder / "events.jsonl").write_text(json.dumps(step(0, 5.0)) + "\n")
     assert runs.losses("run") == [(0, 5.0)]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +129,15 @@ def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig
 
 
 @pytest.mark.usefixtures("without_a_process")
+def test_a_checkpoint_of_a_stop_is_none_that_other_runs_have_too(config: TrainConfig) -> None:
+    (planned,) = plan(config.replace(max_train_steps=4), [parse_arm("lora")], [0], points=2)
+    wanted = list(planned.files)
+    train_planned(planned)
+    shutil.copytree(planned.run.folder / "checkpoint-2", planned.run.folder / "checkpoint-3")
+    assert list(planned.files) == wanted == [2, 4]
+
+
+@pytest.mark.usefixtures("without_a_process")
 def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:
     (planned,) = plan(config, [parse_arm("lora")], [0], points=2)
     train_planned(planned)
@@ -148,3 +159,37 @@ def test_a_run_that_fails_ends_the_experiment(config: TrainConfig, tmp_path: Pat
     (planned,) = plan(config.replace(instance_data_dir=str(tmp_path / "empty")), [parse_arm("lora")], [4], 1)
     with pytest.raises(RunError, match="training LoRA, seed 4 ended with exit code 2"):
         train_planned(planned)
+
+
+def test_an_interruption_reaches_a_run_that_has_only_begun(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (planned,) = plan(config, [parse_arm("lora")], [4], 1)
+    asked = []
+
+    class Beginning:
+        """A trainer that the signal has not reached, and that forgets what was asked before its first step."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.was_interrupted = False
+
+        def __enter__(self) -> Beginning:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def wait(self, timeout: float | None = None) -> int:
+            if not self.was_interrupted:
+                self.was_interrupted = True
+                raise KeyboardInterrupt
+            asked.append(planned.run.stop_file.exists())
+            if len(asked) < 3:
+                planned.run.stop_file.unlink(missing_ok=True)
+                raise subprocess.TimeoutExpired("train", 0 if timeout is None else timeout)
+            return 130
+
+    monkeypatch.setattr("flatlora_diffusion.compare.arms.subprocess.Popen", Beginning)
+    with pytest.raises(KeyboardInterrupt):
+        train_planned(planned)
+    assert asked == [True] * 3

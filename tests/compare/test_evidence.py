@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from flatlora_diffusion.commands.command_line import main
+from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.evidence import evidence
 from flatlora_diffusion.compare.experiment import read_experiment
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.ground.run_dir import RunDir
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "evidence.ipynb"
 
@@ -108,6 +110,24 @@ def test_the_disk_that_runs_fill_is_about_what_is_told(base: Path, icons: Path, 
     train(first.config)
     filled = sum(file.stat().st_size for file in first.run.folder.rglob("*") if file.is_file())
     assert before - evidence.disk_bytes(experiment) == pytest.approx(filled, rel=0.15)
+
+
+def test_only_the_runs_of_the_result_count_and_each_step_of_them_once(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {"lora": {"0": {}}, "flat-lora:sigma=0.2": {"0": {}}}
+    settings = {"pretrained_model_name_or_path": "tiny", "encoders": ["judge"], "arms": list(arms)}
+    empty = dict.fromkeys(("device", "versions", "seeds", "verdict", "metrics", "base", "paired", "trajectories"), "")
+    result = {**empty, "settings": settings, "values": arms, "nulls": [], "proof": []}
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    for arm, seed in (("lora", 0), ("flat-lora:sigma=0.2", 0), ("lora", 1), ("sam", 0)):
+        run = RunDir(folder_of(tmp_path, arm, seed))
+        run.folder.mkdir(parents=True)
+        for step in (0, 1, 2, "killed", 1, 2):
+            told = {"event": "step", "step": step, "seconds": 2.0, "memory": 5, "loss": 0.5}
+            run.add_event({"event": "resumed", "step": 1} if step == "killed" else told)
+    found = evidence.sheet(tmp_path)["runs"]
+    assert [(run["arm"], run["seed"]) for run in found] == [("lora", "seed-0"), ("flat-lora-sigma-0.2", "seed-0")]
+    for run in found:
+        assert (run["steps"], run["seconds"], run["losses"]) == (3, 6.0, [0.5] * 3)
 
 
 def test_only_what_is_not_here_is_downloaded() -> None:

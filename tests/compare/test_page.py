@@ -208,6 +208,17 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert "[" not in page.text["numbers"] + page.text["differences"]
 
 
+def test_seeds_that_differ_by_as_much_have_no_interval(tmp_path: Path) -> None:
+    result = lean(made_up_comparison())
+    for pair in result["paired"]:
+        first, n = pair["differences"][0], pair["n"]
+        pair |= {"differences": [first] * n, "mean": first, "low": None, "high": None, "detectable": None}
+    page = written(result, tmp_path)
+    assert "with each seed, so without an interval" in page.text[""]
+    assert "all seeds alike: no interval" in page.text["differences"]
+    assert "could find" not in page.text["differences"]
+
+
 @pytest.mark.parametrize(
     ("key", "gone"),
     [

@@ -42,6 +42,22 @@ def test_equal_values_differ_by_exactly_nothing() -> None:
     assert not leaves_zero_out(found)
 
 
+@pytest.mark.parametrize(
+    ("values", "reference"),
+    [([5 / 8, 3 / 8], [4 / 8, 2 / 8]), ([4 / 6, 3 / 6], [3 / 6, 2 / 6])],
+    ids=["exactly", "but for rounding"],
+)
+def test_differences_that_are_alike_show_no_spread_and_so_no_interval(
+    values: list[float], reference: list[float]
+) -> None:
+    found = paired_difference(values, reference)
+    assert found.mean == pytest.approx(values[0] - reference[0])
+    assert (found.low, found.high, found.detectable) == (None, None, None)
+    assert not leaves_zero_out(found)
+    least = paired_difference([0.1 + 1e-12, 0.2 + 3e-12], [0.1, 0.2])
+    assert least.low is not None, "a spread that is small is one"
+
+
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_the_detectable_difference_is_found_in_four_of_five_experiments(n: int) -> None:
     spread = paired_difference(list(np.arange(n, dtype=float)), [0.0] * n)

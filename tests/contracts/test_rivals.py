@@ -205,6 +205,27 @@ def test_bi_lora_takes_the_gradient_at_w_plus_what_has_ascended_and_clips_it_to_
         assert torch.equal(case.predict(case.model), case.predict(clean))
 
 
+def test_what_ascends_in_bi_lora_leaves_a_step_out_whose_slope_is_not_finite() -> None:
+    """The scaler of fp16 looks at the gradients of A and B alone, which may be finite where these are not."""
+    case = toy_case()
+    gradient: Any = rival(case, "bi-lora", rho=RHO)
+
+    def moves(spoiled: float | None = None) -> bool:
+        before = {name: value.clone() for name, value in gradient.state()[0].items()}
+        gradient.take(1, [Micro(case)])
+        if spoiled is not None:
+            gradient._parameters()[-1].grad.view(-1)[0] = spoiled
+        gradient.weights_moved(learning_rate=0.05, loss_scale=2.0)
+        after = gradient.state()[0]
+        assert all(bool(value.isfinite().all()) for value in after.values())
+        return not all(torch.equal(value, before[name]) for name, value in after.items() if name in before)
+
+    assert moves()
+    for spoiled in (float("inf"), float("nan")):
+        assert not moves(spoiled)
+    assert moves(), "and goes on with the next"
+
+
 @pytest.mark.parametrize("method", ["nbar", "obar"])
 def test_bar_multiplies_a_and_b_as_their_gradients_or_norms_say(method: str) -> None:
     case = toy_case()

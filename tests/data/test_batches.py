@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,28 @@ def test_loader_threads_change_nothing(config: TrainConfig) -> None:
     for step in range(4):
         for slot in range(2):
             assert torch.equal(plain.batch(step, slot).latents, threads.batch(step, slot).latents)
+
+
+def test_loader_threads_decode_each_image_of_a_batch_once(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config.replace(gradient_accumulation_steps=4, dataloader_num_workers=2, train_batch_size=1)
+    batches, here = prepare(config, samples_of(config)).batches, threading.current_thread()
+    whole, decoded = Batches._pixels, []
+
+    def counted(self: Batches, *given: Any) -> torch.Tensor:
+        decoded.append(threading.current_thread() is here)
+        return whole(self, *given)
+
+    monkeypatch.setattr(Batches, "_pixels", counted)
+    for step in range(3):
+        for slot in range(4):
+            for _ in range(2 if (step, slot) == (0, 0) else 1):  # as the self-check does
+                batches.batch(step, slot)
+    assert batches._loader is not None
+    batches._loader.shutdown()
+    assert decoded.count(True) == 4 + 1, "in the foreground those of the first step alone"
+    assert decoded.count(False) == 3 * 4, "in the background those of each step after it"
 
 
 def test_only_what_alpha_shows_counts(config: TrainConfig, tmp_path: Path) -> None:

@@ -136,6 +136,25 @@ def test_a_run_has_ended_when_no_step_came_after(tmp_path: Path, events: list[st
     assert (None if found is None else found["event"]) == ending
 
 
+def test_a_step_that_was_taken_again_counts_once_as_it_was_taken_last(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for life, (resumed, steps) in enumerate([(None, range(5)), (2, range(2, 4)), (3, range(3, 4))]):
+        if resumed is not None:
+            run.add_event({"event": "resumed", "step": resumed})
+        for step in steps:
+            run.add_event({"event": "step", "step": step, "life": life})
+            run.add_event({"event": "holdout", "step": step + 1, "loss": float(life)})
+    assert [(one["step"], one["life"]) for one in run.steps()] == [(0, 0), (1, 0), (2, 1), (3, 2)]
+    assert run.holdout_losses() == {1: 0.0, 2: 0.0, 3: 1.0, 4: 2.0}
+
+
+def test_steps_that_are_told_twice_without_a_word_count_once_in_order(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in (0, 1, 2, 1):
+        run.add_event({"event": "step", "step": step})
+    assert [one["step"] for one in run.steps()] == [0, 1, 2]
+
+
 def test_a_folder_belongs_to_one_run_at_a_time_and_is_as_before_after_it(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     with alone_in(folder, "output_dir"):

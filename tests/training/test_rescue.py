@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import samples_of
 
 from flatlora_diffusion.config import RunError, TrainConfig
 from flatlora_diffusion.memory import preflight
+from flatlora_diffusion.training import rescue
+from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
 
@@ -125,3 +128,11 @@ def test_class_images_are_drawn_with_deterministic_kernels_too(
     train(config.replace(deterministic=True))
     assert found == [(True, ":4096:8")]
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_what_a_method_has_is_looked_at_before_it_is_saved(config: TrainConfig) -> None:
+    state = prepare(config.replace(method="bi-lora"), samples_of(config))
+    assert rescue._is_finite(state)
+    with torch.no_grad():
+        state.gradient.state()[0]["parameter.0"].view(-1)[0] = float("nan")
+    assert not rescue._is_finite(state)

@@ -15,7 +15,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.sdxl.random_base import random_sdxl
-from flatlora_diffusion.training.selfcheck import watch
+from flatlora_diffusion.training.selfcheck import measures, watch
 from flatlora_diffusion.training.selfcheck.measures import bits_of_frozen, noise_std, sigma_zero
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
@@ -97,6 +97,26 @@ def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch
     events = told(train(config.replace(selfcheck="always", method="lora")))
     assert [event["told"] for event in events[:2]] == ["this could not be looked at: no kernel"] * 2
     assert [event["what"] for event in events] == ["remember", "base", "loss", "cost"]
+
+
+@pytest.mark.parametrize("passes", [0, 2], ids=["plain", "at sigma 0"])
+def test_a_pass_of_the_check_that_fails_ends_nothing(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    whole, made = measures._loss_and_gradients, []
+
+    def broken(*given: Any) -> Any:
+        made.append(given)
+        if len(made) > passes:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(*given)
+
+    monkeypatch.setattr(measures, "_loss_and_gradients", broken)
+    path = train(config.replace(selfcheck="always", max_train_steps=1))
+    assert [event["told"] for event in told(path) if event["what"] == "sigma_zero"] == [
+        "this could not be looked at: no memory"
+    ]
+    assert "step" in {event["event"] for event in RunDir(path.parent).events()}
 
 
 def test_once_is_once_for_each_version_and_device(config: TrainConfig, monkeypatch: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.compare.experiment import Experiment, duration, outlook
 from flatlora_diffusion.compare.material import free_device
@@ -100,7 +101,7 @@ def sheet(folder: Path) -> dict[str, Any]:
     No path, prompt, file name or free text of the settings: the base and the encoders by hub id alone.
     """
     result = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    runs = [RunDir(path.parent) for path in sorted(folder.glob("*/seed-*/events.jsonl"))]
+    runs = [RunDir(folder_of(folder, arm, seed)) for arm, seeds in result["values"].items() for seed in seeds]
     return {
         "program": PROGRAM,
         "version": __version__,
@@ -126,8 +127,7 @@ def sheet(folder: Path) -> dict[str, Any]:
 
 def _run(run: RunDir) -> dict[str, Any]:
     """Time, memory and losses of a run, and what it found of itself."""
-    events = run.events()
-    steps = [event for event in events if event["event"] == "step"]
+    events, steps = run.events(), run.steps()
     start = next((event for event in events if event["event"] == "start"), {})
     return {
         "arm": run.folder.parent.name,

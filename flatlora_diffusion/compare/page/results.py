@@ -39,7 +39,8 @@ def verdict_chart(result: Result) -> Mapping[str, Any] | None:
     if pair is None:
         return None
     metric, limits = metric_of(result, pair["metric"]), _limits([pair])
-    bounds = interval(pair["low"], pair["high"], metric["digits"]) or "of one seed, so without an interval"
+    of = "of one seed" if pair["n"] == 1 else "with each seed"
+    bounds = interval(pair["low"], pair["high"], metric["digits"]) or f"{of}, so without an interval"
     return {
         "title": f"{metric['name']}, {difference_name(result, pair)}",
         "mean": f"{figure(pair['mean'], metric['digits'], signed=True)} {bounds}",
@@ -159,7 +160,7 @@ def _says(result: Result, pair: Pair) -> str:
     """The conclusion from the interval, in words."""
     low, high = pair["low"], pair["high"]
     if not (is_known(low) and is_known(high)):
-        return "one seed: no interval" if pair["n"] == 1 else "no interval"
+        return f"{'one seed' if pair['n'] == 1 else 'all seeds alike'}: no interval"
     if low == high == 0:
         return "exactly equal"
     if low <= 0 <= high:

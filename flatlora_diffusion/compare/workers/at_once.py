@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tqdm import tqdm
 
-from flatlora_diffusion.compare.arms import PlannedRun, train_planned, training_command
+from flatlora_diffusion.compare.arms import ASK_EVERY, PlannedRun, train_planned, training_command
 from flatlora_diffusion.compare.workers.places import places
 from flatlora_diffusion.config import RunError
 
@@ -30,36 +30,67 @@ def train_at_once(runs: Sequence[PlannedRun], workers: int | None, cluster: str 
         return
     with places(workers, cluster) as (count, run), ThreadPoolExecutor(count) as pool:
         logger.info("%d trainings, %d at once", len(left), min(count, len(left)))
-        _follow({pool.submit(run, training_command(planned), _log_of(planned)): planned for planned in left})
+        until_failure = _UntilFailure(run)
+        waiting = {pool.submit(until_failure, training_command(one), _log_of(one)): one for one in left}
+        try:
+            _follow(dict(waiting))
+        except BaseException:
+            until_failure.is_over = True
+            _stop(waiting)
+            raise
 
 
-def _follow(waiting: dict[Future[int], PlannedRun]) -> None:
+class _UntilFailure:
+    """Runs commands as `run` does. Once one has failed, none begins: the threads of a pool take the next at once."""
+
+    def __init__(self, run: Callable[[Sequence[str], Path], int]) -> None:
+        self.is_over = False
+        self._run = run
+
+    def __call__(self, command: Sequence[str], log: Path) -> int | None:
+        """The exit code; None for a command that was not begun."""
+        if self.is_over:
+            return None
+        code = None
+        try:
+            code = self._run(command, log)
+        finally:
+            self.is_over |= code != 0
+        return code
+
+
+def _follow(waiting: dict[Future[int | None], PlannedRun]) -> None:
     total = sum(planned.steps for planned in waiting.values())
     done = 0
-    try:
-        with tqdm(total=total, unit="step", desc="training") as bar:
-            while waiting:
-                for ended in wait(waiting, _LOOK_EVERY, FIRST_COMPLETED)[0]:
-                    planned = waiting.pop(ended)
-                    done += planned.steps
-                    if ended.result() != 0:
-                        raise RunError(
-                            f"training {planned.label} ended with exit code {ended.result()}; its message is in "
-                            f"{_log_of(planned)}"
-                        )
-                going = {planned.label: _steps_done(planned) for one, planned in waiting.items() if one.running()}
-                bar.set_postfix_str(", ".join(f"{label}: {steps}" for label, steps in going.items()))
-                bar.update(done + sum(going.values()) - bar.n)
-    except BaseException:
-        for future, planned in waiting.items():
-            if not future.cancel():
-                planned.run.stop_file.touch()
-        raise
+    with tqdm(total=total, unit="step", desc="training") as bar:
+        while waiting:
+            # One that has not begun is passed over: the one that failed is among those that have ended.
+            for ended in wait(waiting, _LOOK_EVERY, FIRST_COMPLETED)[0]:
+                planned = waiting.pop(ended)
+                done += planned.steps
+                if ended.result() not in (0, None):
+                    raise RunError(
+                        f"training {planned.label} ended with exit code {ended.result()}; its message is in "
+                        f"{_log_of(planned)}"
+                    )
+            going = {planned.label: _steps_done(planned) for one, planned in waiting.items() if one.running()}
+            bar.set_postfix_str(", ".join(f"{label}: {steps}" for label, steps in going.items()))
+            bar.update(done + sum(going.values()) - bar.n)
+
+
+def _stop(runs: Mapping[Future[int | None], PlannedRun]) -> None:
+    """Returns when all have ended. Those that have not begun never do."""
+    going = {future for future in runs if not future.cancel()}
+    while going:
+        for future in going:
+            if not future.done():
+                runs[future].ask_to_stop()
+        going = wait(going, ASK_EVERY).not_done
 
 
 def _steps_done(planned: PlannedRun) -> int:
-    steps = [event["step"] + 1 for event in planned.run.events() if event["event"] == "step"]
-    return min(steps[-1], planned.steps) if steps else 0
+    steps = planned.run.steps()
+    return min(steps[-1]["step"] + 1, planned.steps) if steps else 0
 
 
 def _log_of(planned: PlannedRun) -> Path:

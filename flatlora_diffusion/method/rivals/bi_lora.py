@@ -6,7 +6,7 @@ So the step's gradient is taken where the loss is higher, as in SAM, in a single
 not in PEFT, and acts only while a gradient is taken: files, previews and validation never see it.
 
 Where the paper leaves it open we let both have one rank and learning rate, AdamW without decay ascend, and clip A2 and
-B2 by the same factor.
+B2 by the same factor. A step in which a slope of A2 or B2 is not finite leaves these two as they are.
 """
 
 from __future__ import annotations
@@ -52,12 +52,17 @@ class BiLora(StepGradient):
     def weights_moved(self, learning_rate: float, loss_scale: float) -> None:
         slopes = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         average(slopes)
-        for slope in slopes:
-            slope /= loss_scale
+        # The scaler of fp16 does not look at them. After the average all processes find the same.
+        if all(torch.stack([slope.isfinite().all() for slope in slopes]).tolist()):
+            for slope in slopes:
+                slope /= loss_scale
+            self._ascend(learning_rate)
+        self._optimizer.zero_grad()
+
+    def _ascend(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        self._optimizer.zero_grad()
         norm = self.norm()
         if norm > self._rho:
             for parameter in self._parameters():

@@ -55,8 +55,10 @@ def sigma_zero(state: TrainState) -> Check:
     Two passes of the plain one tell what the device's own kernels differ by.
     """
     state.gradient.detach()
-    plain = [_loss_and_gradients(state, []) for _ in range(2)]
-    state.begin_gradient()
+    try:
+        plain = [_loss_and_gradients(state, []) for _ in range(2)]
+    finally:  # the run goes on, whatever fails here
+        state.begin_gradient()
     off = _distance(plain[0], _loss_and_gradients(state, state.flats))
     floor = _distance(*plain)
     is_right = off <= max(3 * floor, _ROUNDING)
