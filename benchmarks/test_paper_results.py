@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from benchmarks.paper_results import answer, draw_figure, page, read
 from benchmarks.paper_results_studies import points, pooled, told
 from benchmarks.paper_study import ARMS, SWEEPS, VARIANT_ARMS, Arm, _bouts
 from benchmarks.paper_study_settings import Settings
-from benchmarks.paper_words import MINUS
+from benchmarks.paper_words import MINUS, SCALE, interval, is_told
 from flatlora_diffusion.compare.paired import paired_difference
 
 METRICS = ["test", "shifted", "3d", "rise", "seconds", *(f"severity {number}" for number in range(1, 6))]
@@ -49,6 +50,27 @@ def test_docs_have_what_the_commands_write() -> None:
     assert paper_results.PAGE.read_text(encoding="utf-8") == page(read()), "run `python -m benchmarks.paper_results`"
     images = paper_text_to_image_page.PAGE.read_text(encoding="utf-8")
     assert images == paper_text_to_image_page.page(), "run `python -m benchmarks.paper_text_to_image_page`"
+
+
+def test_the_readme_says_what_the_study_of_icons_found() -> None:
+    text = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    said = text.partition("**Does Flat-LoRA generalize better here?**")[2].partition("**What it costs**")[0]
+    result = json.loads(paper_text_to_image_page.RESULT.read_text(encoding="utf-8"))
+    pair, tuned = result["pairs"][0], result["tuned"]["report"]
+    losses = [[run["report"]["all"], run["chosen"]["report"]] for run in result["runs"] if run["arm"] == "lora"]
+    end, chosen = (SCALE * sum(column) / len(losses) for column in zip(*losses, strict=True))
+    gained = SCALE * result["base"]["report"]["all"] - end
+    for words in (
+        f"{interval(pair['report'])} at the end",
+        f"has gained {gained:.0f} over the base",
+        f"{interval(pair['chosen'])} at the checkpoint",
+        f"stopping in time gains {end - chosen:.1f}",
+        f"better by {SCALE * tuned['mean']:.2f}",
+    ):
+        assert words in said
+    assert tuned["low"] > 0
+    ends = [one["report"] for one in result["pairs"] if one["against"] == "lora"]
+    assert not any(is_told(one) for one in ends), "neither better nor worse, as it says above"
 
 
 def test_the_answer_has_the_means_of_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
