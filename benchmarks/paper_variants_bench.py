@@ -34,9 +34,10 @@ from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
+from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.checkpoint import start
 from flatlora_diffusion.training.state import prepare
-from flatlora_diffusion.training.trainer import first_weights, train, train_step
+from flatlora_diffusion.training.trainer import train, train_step
 
 POINTS = 6  # checkpoints of a run
 MOST = {"search": 80, "report": 160, "flat": 40, "pictures": 8}  # icons of each list

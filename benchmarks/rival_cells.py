@@ -28,10 +28,11 @@ from flatlora_diffusion.config import SAMPLES, AdapterKind, ConfigError, Method,
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.sdxl.loading import TINY, base_path
+from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.checkpoint import start
 from flatlora_diffusion.training.saving import save_lora
 from flatlora_diffusion.training.state import TrainState, prepare
-from flatlora_diffusion.training.trainer import first_weights, train_step
+from flatlora_diffusion.training.trainer import train_step
 
 OUT = Path(__file__).with_suffix(".json")
 STEPS = 2

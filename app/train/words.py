@@ -86,6 +86,7 @@ LABELS = {
     "prior_loss_weight": "Weight of keeping the class",
     "alpha_mask_loss": "Learn only what is not transparent",
     "sigma": "Sigma (noise of Flat-LoRA)",
+    "sigma_rise": "Sigma by the loss's rise",
     "sigma_schedule": "How sigma grows",
     "sigma_ramp_steps": "Steps in which sigma grows",
     "noise_share": "Mixed noise: share with noise",
@@ -171,6 +172,8 @@ HELP = {
     "perturb_norm_every": "the noise is in proportion to the weights, which are measured anew every so many steps",
     "perturb_per": "for each batch, once for each step as in the paper, or for each image, with low_rank above",
     "sigma": f"how strong the noise is that Flat-LoRA trains against; left empty: {DEFAULT_SIGMA}",
+    "sigma_rise": "where sigma is left empty: the share by which the noise is to lift the loss, such as 0.02; the "
+    "sigma that does so on this base is found before the first step",
     "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
     "holdout_images": "so many are not trained on: the result is the checkpoint that knows them best",

@@ -33,7 +33,7 @@ from flatlora_diffusion.config import (
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.training.settling import is_made_with
+from flatlora_diffusion.training.beginning.settling import is_made_with
 
 logger = logging.getLogger(__name__)
 

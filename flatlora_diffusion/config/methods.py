@@ -29,6 +29,7 @@ METHOD_NAMES: dict[str, str] = {
 DEFAULT_SIGMA = 0.1
 IN_FORCE: dict[str, dict[str, float]] = {
     "sigma": dict.fromkeys(("flat-lora", "mixed-noise", "factor-noise"), DEFAULT_SIGMA),
+    "sigma_rise": dict.fromkeys(("flat-lora", "mixed-noise"), 0.0),
     "rho": {"lora-sam": 0.003, "sam": 0.05, "bi-lora": 0.05},
     "noise_share": {"mixed-noise": 0.5},
     "bar_strength": {"nbar": 0.25, "obar": 0.25},
@@ -67,6 +68,14 @@ class PerturbConfig(Section):
         f"relative radius of eps, flat-lora, mixed-noise and factor-noise only; default {DEFAULT_SIGMA}; in the "
         "paper 0.05 for language, 0.15 for CLIP, 0.1 for SDXL",
         min=0,
+        is_settled=True,
+    )
+    sigma_rise: float | None = setting(
+        None,
+        "flat-lora and mixed-noise only, where --sigma is left out: before the first step find the sigma at which eps "
+        "makes the loss rise by this share, so that one setting fits any base; default: look for none",
+        min=0.0001,
+        max=1,
     )
     sigma_schedule: SigmaSchedule = setting(
         "cosine",
@@ -157,6 +166,11 @@ class PerturbConfig(Section):
     def strength(self) -> float:
         """The sigma in force: 0 where no eps is drawn."""
         return self._in_force("sigma")
+
+    @property
+    def rise(self) -> float:
+        """How much eps is to make the loss rise, as a share of it, by a sigma still to be found; 0 with a sigma."""
+        return 0.0 if self.sigma is not None else self._in_force("sigma_rise")
 
     @property
     def radius(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
-from flatlora_diffusion.adapter.anchor import start_at_slopes
 from flatlora_diffusion.adapter.change import squared_change
-from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
-from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, RunError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Batches, encoded_batches
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -34,14 +32,13 @@ from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.perturbation import FlatLora
-from flatlora_diffusion.method.rivals.slopes import read_slopes
-from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
+from flatlora_diffusion.method.step_gradient import StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.training.beginning.settling import settled
 from flatlora_diffusion.training.optimizer import optimizer_of
-from flatlora_diffusion.training.settling import settled
 from flatlora_diffusion.training.trackers import end_trackers
 
 CPU = torch.device("cpu")
@@ -191,28 +188,6 @@ def _given(
     resolution = sdxl.checked_resolution(config.data.resolution)
     whole = settled(config, precision, resolution, sdxl.size_step, samples, accelerator.num_processes)
     return Given(whole, accelerator, sdxl, objective, initial, base)
-
-
-def start_at_gradients(state: TrainState, micro_batches: Iterable[MicroBatch], steps: int) -> None:
-    """Let LoRA-GA start where the mean gradient of so many `steps`, by their `micro_batches`, points."""
-    config, adapted = state.config, adapted_models(state.sdxl.pipeline, state.config.adapter)
-    state.gradient.detach()
-    found = read_slopes(adapted.values(), micro_batches)
-    state.optimizer.zero_grad(set_to_none=True)
-    if not all(bool(slope.isfinite().all()) for slope in found):
-        raise RunError(
-            "the gradients that --adapter lora-ga starts from are not finite; use --mixed_precision bf16 or another "
-            "adapter"
-        )
-    slopes = iter(found)
-    scaler = state.accelerator.scaler
-    share = 1 / (steps * (1.0 if scaler is None else float(scaler.get_scale())))
-    seed = state.batches.seed if config.adapter.lora_init_seed is None else config.adapter.lora_init_seed
-    for model in adapted.values():
-        start_at_slopes(model, {name: next(slopes) * share for name in lora_layers(model)}, seed)
-    state.begin_gradient()
-    if state.ema is not None:
-        state.ema.shadow_params = [parameter.detach().clone() for parameter in state.trainable.values()]
 
 
 @contextmanager

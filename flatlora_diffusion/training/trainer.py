@@ -10,18 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
-from flatlora_diffusion.adapter.prior import prior_loss
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import SampleSet
@@ -29,27 +24,25 @@ from flatlora_diffusion.data.training_set import Fold, load_training_set, parted
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
-from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import agreed, one_launch, this_process
-from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
+from flatlora_diffusion.training.beginning.first_weights import first_weights
+from flatlora_diffusion.training.beginning.settling import check_early, new_or_resumed
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.ending import present, save_result
 from flatlora_diffusion.training.heldout.folds import chosen_by_folds
 from flatlora_diffusion.training.heldout.losses import Holdout
+from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
 from flatlora_diffusion.training.selfcheck.watch import self_check
-from flatlora_diffusion.training.settling import check_early, new_or_resumed
 from flatlora_diffusion.training.state import (
     TrainState,
     averaged,
-    dropout_draws,
     memory_in_use,
     prepare,
     put_away,
     set_backends,
-    start_at_gradients,
 )
 from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
 from flatlora_diffusion.training.trackers import tell_trackers
@@ -130,7 +123,7 @@ def train_step(state: TrainState, step: int) -> float:
     fp16 for the gradients of 20 steps in a row.
     """
     accelerator, draws = state.accelerator, DrawHash()
-    losses = state.gradient.take(step, _micro_batches(state, step, draws))
+    losses = state.gradient.take(step, micro_batches(state, step, draws))
     mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
     norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
     value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
@@ -142,49 +135,6 @@ def train_step(state: TrainState, step: int) -> float:
     _update(state, step)
     state.draws = draws.hexdigest()
     return value
-
-
-@dataclass(frozen=True)
-class DrawnMicroBatch:
-    """One micro-batch of a step with its noise and timesteps, which each pass through the model sees."""
-
-    state: TrainState
-    step: int
-    slot: int
-    loss: Callable[[], Tensor]
-    is_last: bool
-
-    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
-        state = self.state
-        sync = nullcontext() if self.is_last and is_shared else state.accelerator.no_sync(state.model)
-        with sync, dropout_draws(state, self.step, self.slot):
-            loss = self.loss()
-            penalty = state.penalty()
-            whole = loss if penalty is None else loss + penalty
-            state.accelerator.backward(whole * weight / state.config.optim.gradient_accumulation_steps)
-        return loss.detach()
-
-
-def _micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[DrawnMicroBatch]:
-    accelerator, accumulation = state.accelerator, state.config.optim.gradient_accumulation_steps
-    for micro in range(accumulation):
-        slot = micro * accelerator.num_processes + accelerator.process_index
-        batch = state.batches.batch(step, slot)
-        rng = generator(batch.latents.device, state.batches.seed, "diffusion", step, slot)
-        noise, timesteps = draw_targets(state.objective, batch.latents, rng)
-        batch = with_more_noise(state.objective, batch, rng)
-        draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
-        yield DrawnMicroBatch(
-            state, step, slot, partial(_loss, state, batch, noise, timesteps), is_last=micro + 1 == accumulation
-        )
-
-
-def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
-    if state.config.objective.prior_from_base:
-        asked = state.batches.with_class_prompt(batch)
-        loss = loss + prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
-    return loss
 
 
 def _update(state: TrainState, step: int) -> None:
@@ -221,14 +171,6 @@ def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None
         if previews is not None and first == 0:
             previews.make("base", 0)
     return previews, first
-
-
-def first_weights(state: TrainState) -> None:
-    """Give a new run's LoRA the first weights that need gradients; all others have theirs."""
-    if state.config.adapter.adapter == "lora-ga":
-        steps = min(state.config.adapter.slope_steps, state.total_steps)
-        every = (one for step in range(steps) for one in _micro_batches(state, step, DrawHash()))
-        start_at_gradients(state, every, steps)
 
 
 def _loop(

@@ -34,7 +34,7 @@ from flatlora_diffusion.ground import files as tensor_file
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.training import checkpoint, ending, trainer
+from flatlora_diffusion.training import checkpoint, ending, micro_batches, trainer
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 from flatlora_diffusion.training.trainer import train
@@ -403,13 +403,13 @@ def raising(error: Exception) -> Callable[..., Any]:
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Tensor], Tensor]) -> None:
     """Have `act` change the loss of a step."""
     calls: list[int] = []
-    real = trainer.diffusion_loss
+    real = micro_batches.diffusion_loss
 
     def loss(*args: Any) -> Tensor:
         calls.append(0)
         return act(real(*args)) if len(calls) == step + 1 else real(*args)
 
-    monkeypatch.setattr(trainer, "diffusion_loss", loss)
+    monkeypatch.setattr(micro_batches, "diffusion_loss", loss)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_weights_before_it_and_its_advice_can_be_followed(

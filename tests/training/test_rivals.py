@@ -14,10 +14,11 @@ from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.checkpoint import load_state, save_state, start
 from flatlora_diffusion.training.saving import save_lora
 from flatlora_diffusion.training.state import TrainState, prepare
-from flatlora_diffusion.training.trainer import first_weights, train_step
+from flatlora_diffusion.training.trainer import train_step
 
 # Each method and each adapter at least once, the others in pairs.
 CELLS: dict[str, dict[str, Any]] = {

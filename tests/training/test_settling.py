@@ -9,7 +9,7 @@ import pytest
 
 from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.training.settling import seeded, settled, with_precision
+from flatlora_diffusion.training.beginning.settling import seeded, settled, with_precision
 from flatlora_diffusion.training.state import prepare
 
 WIDE, TALL = (SimpleNamespace(height=high, width=wide, repeats=1) for high, wide in ((40, 80), (80, 40)))

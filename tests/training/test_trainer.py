@@ -22,7 +22,7 @@ from flatlora_diffusion.data.epochs import steps_per_epoch
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.method.perturbation import FlatLora
-from flatlora_diffusion.training import trainer
+from flatlora_diffusion.training import micro_batches
 from flatlora_diffusion.training.state import TrainState, dropout_draws, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -65,7 +65,7 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {"lora": [], "flat-lora": []}
-    plain_loss = trainer.diffusion_loss
+    plain_loss = micro_batches.diffusion_loss
     for method, draws in seen.items():
 
         def recording(
@@ -74,7 +74,7 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
             to.append((batch.latents.clone(), batch.prompt_embeds.clone(), batch.add_time_ids, noise, timesteps))
             return plain_loss(unet, objective, batch, noise, timesteps)
 
-        monkeypatch.setattr(trainer, "diffusion_loss", recording)
+        monkeypatch.setattr(micro_batches, "diffusion_loss", recording)
         train(config.replace(method=method, gradient_accumulation_steps=2, output_dir=str(tmp_path / method)))
     assert len(seen["lora"]) == len(seen["flat-lora"]) == 8
     for one, two in zip(*seen.values(), strict=True):
@@ -234,8 +234,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     config = config.replace(train_batch_size=1, gradient_accumulation_steps=3)
     state = prepare(config, samples, load_samples(tmp_path, "an icon").samples)
-    real, factors = trainer.diffusion_loss, iter([1.0, float("nan"), 1.0])
-    monkeypatch.setattr(trainer, "diffusion_loss", lambda *args: real(*args) * next(factors))
+    real, factors = micro_batches.diffusion_loss, iter([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(micro_batches, "diffusion_loss", lambda *args: real(*args) * next(factors))
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     bad = state.batches.samples_at(0, 1)[0].id
     message = (

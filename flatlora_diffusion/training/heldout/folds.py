@@ -18,8 +18,8 @@ from flatlora_diffusion.data.dataset import Sample, SampleSet, manifest
 from flatlora_diffusion.data.training_set import Fold, fold_of, load_training_set
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.training.beginning.settling import check_early, is_made_with, new_or_resumed
 from flatlora_diffusion.training.checkpoint import best_step
-from flatlora_diffusion.training.settling import check_early, is_made_with, new_or_resumed
 from flatlora_diffusion.training.stopping import Interrupted
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,85 @@
+"""The sigma at which eps makes the loss rise as much as was asked for, found before a run's first step.
+
+What one base hardly feels can break another, so that a sigma does not carry over; the rise of the loss says what a
+sigma does, to any base. For small eps it grows with sigma^2 (the second order of E[L(W' + eps)]), so few trials find
+it, all with the same images, noise, timesteps and eps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from flatlora_diffusion.config import RunError
+from flatlora_diffusion.training.micro_batches import DrawnMicroBatch, first_micro_batches
+from flatlora_diffusion.training.state import TrainState, dropout_draws
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 64  # images, those of several passes over a small set counted each time
+MOST = 4.0  # four times the filters themselves: what is left of them then says nothing
+_TRIALS, _NEAR, _FASTEST = 10, 1.1, 4.0
+
+
+def start_at_rise(state: TrainState) -> None:
+    """Settle sigma so that eps at full strength makes the mean loss of the first images rise by `--sigma_rise`.
+
+    Raises RunError when no sigma does.
+    """
+    wanted = state.config.perturb.rise
+    drawn = list(first_micro_batches(state, _steps(state)))
+    clean = _loss(state, drawn, 0.0)
+
+    def rise(sigma: float) -> float:
+        found = _loss(state, drawn, sigma) / clean - 1
+        logger.info("sigma %.3g makes the loss rise by %.2f %%", sigma, 100 * found)
+        return found if math.isfinite(found) else math.inf
+
+    sigma = sigma_at_rise(rise, wanted, state.config.perturb.strength)
+    if sigma is None:
+        raise RunError(
+            f"sigma_rise={wanted:g} was asked for, but no sigma up to {MOST:g} makes the loss rise by that; give a "
+            "smaller --sigma_rise or the --sigma itself"
+        )
+    state.gradient.detach()
+    state.config = state.config.replace(sigma=sigma)
+    state.begin_gradient()
+
+
+def sigma_at_rise(rise: Callable[[float], float], wanted: float, first: float) -> float | None:
+    """The sigma, of three digits, at which `rise` is about `wanted`, looked for from `first` on; None for none."""
+    sigma = first
+    for _ in range(_TRIALS):
+        found = rise(sigma)
+        if wanted / _NEAR <= found <= wanted * _NEAR:
+            return float(f"{sigma:.3g}")
+        factor = math.sqrt(wanted / found) if found > 0 else _FASTEST
+        sigma *= min(max(factor, 1 / _FASTEST), _FASTEST)
+        if sigma > MOST:
+            return None
+    return None
+
+
+@torch.no_grad()
+def _loss(state: TrainState, drawn: Sequence[DrawnMicroBatch], sigma: float) -> float:
+    """The mean over the micro-batches of all processes, each with the eps of its own."""
+    is_one = state.config.perturb.perturb_per == "step"
+    losses = []
+    for one in drawn:
+        with ExitStack() as stack:
+            stack.enter_context(dropout_draws(state, one.step, one.slot))
+            for flat in state.flats if sigma > 0 else ():
+                stack.enter_context(flat.perturb(one.step, 0 if is_one else one.slot, sigma))
+            losses.append(one.loss().detach())
+    return float(state.accelerator.reduce(torch.stack(losses).mean(), "mean"))
+
+
+def _steps(state: TrainState) -> int:
+    """How many have so many images."""
+    optim = state.config.optim
+    images = optim.train_batch_size * optim.gradient_accumulation_steps * state.accelerator.num_processes
+    return min(-(-SAMPLES // images), state.total_steps)

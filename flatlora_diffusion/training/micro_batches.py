@@ -1,0 +1,65 @@
+"""The micro-batches of a step with all that is drawn for them, by (seed, purpose, step, slot), and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from flatlora_diffusion.adapter.prior import prior_loss
+from flatlora_diffusion.ground.provenance import DrawHash
+from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
+from flatlora_diffusion.training.state import TrainState, dropout_draws
+
+
+@dataclass(frozen=True)
+class DrawnMicroBatch:
+    """One micro-batch of a step with its noise and timesteps, which each pass through the model sees."""
+
+    state: TrainState
+    step: int
+    slot: int
+    loss: Callable[[], Tensor]
+    is_last: bool
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        state = self.state
+        sync = nullcontext() if self.is_last and is_shared else state.accelerator.no_sync(state.model)
+        with sync, dropout_draws(state, self.step, self.slot):
+            loss = self.loss()
+            penalty = state.penalty()
+            whole = loss if penalty is None else loss + penalty
+            state.accelerator.backward(whole * weight / state.config.optim.gradient_accumulation_steps)
+        return loss.detach()
+
+
+def micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[DrawnMicroBatch]:
+    """Those of this process, of the 0-based optimizer `step`; what they draw is added to `draws`."""
+    accelerator, accumulation = state.accelerator, state.config.optim.gradient_accumulation_steps
+    for micro in range(accumulation):
+        slot = micro * accelerator.num_processes + accelerator.process_index
+        batch = state.batches.batch(step, slot)
+        rng = generator(batch.latents.device, state.batches.seed, "diffusion", step, slot)
+        noise, timesteps = draw_targets(state.objective, batch.latents, rng)
+        batch = with_more_noise(state.objective, batch, rng)
+        draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
+        yield DrawnMicroBatch(
+            state, step, slot, partial(_loss, state, batch, noise, timesteps), is_last=micro + 1 == accumulation
+        )
+
+
+def first_micro_batches(state: TrainState, steps: int) -> Iterator[DrawnMicroBatch]:
+    """Those that the first `steps` will have, to be looked at before."""
+    return (one for step in range(steps) for one in micro_batches(state, step, DrawHash()))
+
+
+def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
+    if state.config.objective.prior_from_base:
+        asked = state.batches.with_class_prompt(batch)
+        loss = loss + prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
+    return loss
