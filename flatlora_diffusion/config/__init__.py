@@ -35,6 +35,9 @@ from flatlora_diffusion.config.methods import (
     METHODS_WITH as METHODS_WITH,
 )
 from flatlora_diffusion.config.methods import (
+    OF_METHODS as OF_METHODS,
+)
+from flatlora_diffusion.config.methods import (
     DrawKind as DrawKind,
 )
 from flatlora_diffusion.config.methods import (

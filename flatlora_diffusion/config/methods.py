@@ -35,6 +35,8 @@ IN_FORCE: dict[str, dict[str, float]] = {
     "bar_strength": {"nbar": 0.25, "obar": 0.25},
 }
 """Settings that some methods have and others refuse: what is in force where they are left open, by method."""
+OF_METHODS = tuple(IN_FORCE)
+"""Settings that tell the methods apart, so that they belong to an arm of a comparison."""
 NOISY = tuple(IN_FORCE["sigma"])
 PERTURBING = ("flat-lora", "mixed-noise")
 """Those that draw eps of W, not of A and B."""

@@ -15,9 +15,9 @@ from flatlora_diffusion.config import TrainConfig
 ARMS = ("lora", "flat-lora", "lora:rank=2", "lora:max_train_steps=1")
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> list[PlannedRun]:
-    config = TrainConfig.from_dict({"output_dir": str(tmp_path), "max_train_steps": 2})
+@pytest.fixture(params=[{}, {"sigma_rise": 0.02}], ids=["", "a setting that LoRA has not"])
+def runs(tmp_path: Path, request: Any) -> list[PlannedRun]:
+    config = TrainConfig.from_dict({"output_dir": str(tmp_path), "max_train_steps": 2, **request.param})
     planned = plan(config, [parse_arm(text) for text in ARMS], [0, 1], 1) + plan(config, null_arms(0), [0], 1)
     for one in planned:
         steps = 1 if one.arm.key == "lora:max_train_steps=1" else 2
