@@ -111,7 +111,8 @@ def _on_tasks(model: str, tables: Tables) -> str:
     for metric, words in TESTS.items():
         better, worse = told(tables, "flat", metric)
         said.append(f"{points(pooled(tables, 'flat', metric))} points {words} (better on {better}, worse on {worse})")
-    return f"On {len(tables)} tasks with {model}, Flat-LoRA less LoRA, as many trials each: {', '.join(said)}."
+    tasks = f"{len(tables)} task{'s' * (len(tables) != 1)}"
+    return f"On {tasks} with {model}, Flat-LoRA less LoRA, as many trials each: {', '.join(said)}."
 
 
 def _against_rivals(tables: Tables) -> str:
@@ -121,7 +122,7 @@ def _against_rivals(tables: Tables) -> str:
     best = max(gains, key=lambda arm: float(gains[arm]["mean"]))
     own = pooled(tables, "flat", "shifted", against="iid")
     return (
-        f"Over all {len(tables)}, under shift: Eq. 7's noise less iid noise of equal energy is {points(own)}, "
+        f"Over all of them, under shift: Eq. 7's noise less iid noise of equal energy is {points(own)}, "
         f"{'no difference found' if not is_told(own) else 'a difference'}; of the {len(others)} others with LoRA's "
         f"adapter {TITLES[best]} has the most over LoRA, {points(gains[best])}, corrected for being the best of them."
     )

@@ -14,6 +14,8 @@ from benchmarks.paper_results import answer, draw_figure, page, read
 from benchmarks.paper_results_studies import points, pooled, told
 from benchmarks.paper_study import ARMS, SWEEPS, VARIANT_ARMS, Arm, _bouts
 from benchmarks.paper_study_settings import Settings
+from benchmarks.paper_variants_page import read_results
+from benchmarks.paper_variants_plan import PAPER
 from benchmarks.paper_words import MINUS, SCALE, interval, is_told
 from flatlora_diffusion.compare.paired import paired_difference
 
@@ -69,6 +71,13 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
     ):
         assert words in said
     assert tuned["low"] > 0
+    cells = [pair for pair in read_results()["map"]["pairs"] if pair["arm"] != PAPER]
+    assert "the three that are best on other icons" in said
+    assert [len(pair["seeds"]) for pair in cells] == [5] * 3
+    assert not any(is_told(pair["report"]) for pair in cells)
+    table = read()["language"]["tables"]["emoji_group"]
+    assert not any(is_told(table["flat"]["difference"][metric]) for metric in ("test", "shifted"))
+    assert f"sigma 0.4 lost {-100 * table['sigma 0.4 cosine']['difference']['test']['mean']:.2f} points" in said
     ends = [one["report"] for one in result["pairs"] if one["against"] == "lora"]
     assert not any(is_told(one) for one in ends), "neither better nor worse, as it says above"
 
