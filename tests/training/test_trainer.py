@@ -262,10 +262,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig
 def test_a_gradient_norm_of_0_means_that_nothing_is_clipped(config: TrainConfig, tmp_path: Path) -> None:
     files = [
         train(config.replace(max_grad_norm=norm, output_dir=str(tmp_path / f"{norm}"), output_name="x"))
-        for norm in (0.0, 1e9)
+        for norm in (0.0, 1e9, 1e-9)
     ]
-    off, never_reached = (load_file(file) for file in files)
+    off, never_reached, always = (load_file(file) for file in files)
     assert all(torch.equal(value, never_reached[name]) for name, value in off.items())
+    # far below AdamW's epsilon, so that its steps get small too
+    norms = [sum(float(v.square().sum()) for k, v in state.items() if "lora_B" in k) for state in (off, always)]
+    assert 0 < norms[1] < 0.1 * norms[0]
 
 
 def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.GradScaler]:
