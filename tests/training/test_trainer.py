@@ -23,6 +23,7 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.training import micro_batches
+from flatlora_diffusion.training.checkpoint import load_state, save_state
 from flatlora_diffusion.training.state import TrainState, dropout_draws, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -290,6 +291,20 @@ def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: T
     assert scaler.get_scale() == 2.0
 
 
+def test_the_scaler_of_fp16_goes_on_in_a_resumed_run(config: TrainConfig, tmp_path: Path) -> None:
+    state, scaler = prepared_with_a_scaler(config)
+    first = next(iter(state.trainable.values()))
+    hook = first.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    train_step(state, step=0)  # the scale is halved
+    hook.remove()
+    train_step(state, step=1)  # and the steps since then are counted
+    save_state(state, tmp_path, 2)
+    again, resumed = prepared_with_a_scaler(config)
+    assert load_state(again, tmp_path) == 2
+    assert (resumed.get_scale(), resumed._get_growth_tracker()) == (2.0, 1)
+    assert resumed.state_dict() == scaler.state_dict()
+
+
 def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainConfig) -> None:
     state, _ = prepared_with_a_scaler(config)
     state.config = state.config.replace(mixed_precision="fp16")
@@ -320,12 +335,17 @@ def test_dropout_keeps_the_state_of_no_other_device(
     assert asked == [forked]
 
 
-def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainConfig, tmp_path: Path) -> None:
-    path = train(
-        config.replace(
-            checkpointing_steps=1, checkpoints_total_limit=2, validation_prompt="an icon", num_validation_images=2
-        )
+def test_the_run_folder_tells_the_whole_run_and_neither_an_absolute_path_nor_the_token(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    config = config.replace(
+        checkpointing_steps=1,
+        checkpoints_total_limit=2,
+        validation_prompt="an icon",
+        num_validation_images=2,
+        hub_token="hf_thisIsASecret123",
     )
+    path = train(config)
     run = RunDir(path.parent)
     steps = [event for event in run.events() if event["event"] == "step"]
     assert [event["step"] for event in steps] == [0, 1, 2, 3]
@@ -345,9 +365,12 @@ def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainCo
     }
     saved = json.loads(run.config_file.read_text())
     assert saved["resolution"] == 32
+    train(config.replace(max_train_steps=5, resume_from_checkpoint="latest", validation_prompt=None))
+    assert run.ending() == {"event": "finished", "step": 5}
     for file in path.parent.rglob("*"):
         if file.is_file():
             assert tmp_path.parent.name.encode() not in file.read_bytes(), file.name
+            assert b"thisIsASecret" not in file.read_bytes(), file.name
 
 
 def test_a_folder_with_the_user_s_own_files_is_left_as_it_is(config: TrainConfig, icons: Path, tmp_path: Path) -> None:
