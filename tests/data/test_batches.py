@@ -94,6 +94,14 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(sdxl: Sdxl, icons: Pat
         assert torch.equal(batch.pooled_prompt_embeds[row], pooled[0])
 
 
+def test_images_are_resized_with_the_filter_of_the_settings(sdxl: Sdxl, icons: Path) -> None:
+    one, other = (
+        make_batches(sdxl, icons, image_interpolation_mode=mode).batch(0, 0) for mode in ("nearest", "lanczos")
+    )
+    assert torch.equal(one.add_time_ids, other.add_time_ids), "these are the same crops"
+    assert not torch.equal(one.latents, other.latents)
+
+
 def test_time_ids_hold_original_size_crop_and_target_size(sdxl: Sdxl, icons: Path) -> None:
     batches, corners = make_batches(sdxl, icons), []
     for step in range(4):
