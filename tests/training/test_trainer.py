@@ -82,6 +82,9 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     different = [torch.equal(a[3], b[3]) for i, a in enumerate(seen["lora"]) for b in seen["lora"][:i]]
     assert not any(different), "two micro-batches drew the same noise"
+    begun = {method: RunDir(tmp_path / method).events()[0] for method in seen}
+    assert begun["lora"]["event"] == "start"
+    assert begun["lora"]["lora"] == begun["flat-lora"]["lora"], "the first weights differ"
     losses = {method: RunDir(tmp_path / method).events()[1]["loss"] for method in seen}
     assert losses["lora"] == losses["flat-lora"], "sigma is 0 at step 0, so the first losses must be equal"
     assert not torch.equal(
