@@ -195,7 +195,8 @@ def hostile_names() -> dict[str, Callable[[Target], bool]]:
             try:
                 told = str(call_endpoint(target.client, "/run", __run_id=run_id))
             except Exception as error:
-                return "<" in str(error) or SECRET in str(error)
+                is_refused = "is not the name of a run" in str(error) or "there is no run" in str(error)
+                return not is_refused or "<" in str(error) or SECRET in str(error)
             return bool(told)
 
         return attack
@@ -206,7 +207,8 @@ def hostile_names() -> dict[str, Callable[[Target], bool]]:
             try:
                 return bool(call_endpoint(target.client, "/start", __session=target.session, **values))
             except Exception as error:
-                return "<" in str(error)
+                is_refused = "letters; 60 at most" in str(error) or "which cannot be seen" in str(error)
+                return not is_refused or "<" in str(error)
 
         return attack
 

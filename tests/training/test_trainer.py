@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -163,11 +165,39 @@ def test_trainable_weights_are_fp32_and_the_base_is_never_written(config: TrainC
     assert next(iter(frozen.values())).dtype == (torch.float32 if precision == "no" else torch.bfloat16)
 
 
-def test_training_leaves_the_global_generator_alone(config: TrainConfig) -> None:
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    train(config.replace(lora_dropout=0.1))
-    assert torch.equal(torch.get_rng_state(), before)
+def global_generators() -> list[Any]:
+    kind, keys, *rest = np.random.get_state()
+    return [torch.get_rng_state().tolist(), [kind, list(keys), *rest], random.getstate()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": 0.1, "validation_prompt": "an icon", "num_validation_images": 1},
+        {"adapter": "pissa"},
+        {"adapter": "lora-ga"},
+        {"adapter": "adalora"},
+        {"adapter": "full", "lora_alpha": None},
+        {"method": "bi-lora"},
+        {"method": "factor-noise"},
+        {"sigma_rise": 0.001, "max_train_steps": 4},
+    ],
+    ids=str,
+)
+def test_training_neither_writes_nor_reads_the_global_generators(
+    config: TrainConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    learned = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = global_generators()
+        settings = {"max_train_steps": 1, "output_dir": str(tmp_path / f"{seed}"), **changes}
+        learned.append(train(config.replace(**settings)))
+        assert global_generators() == before
+    one, two = map(load_file, learned)
+    assert_equal(one, two)
 
 
 def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
