@@ -199,26 +199,28 @@ def test_a_slope_of_all_adapted_weights_is_held_where_it_is_read(config: TrainCo
     assert found == 4 * sum(shape.numel() for shape in shapes)
 
 
-@pytest.mark.parametrize("kind", ["full", "low_rank"])
-@pytest.mark.parametrize("per", ["microbatch", "example"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"perturb_draw": "full"}, {"perturb_draw": "low_rank"}, {"perturb_draw": "low_rank", "perturb_per": "example"}],
+    ids=str,
+)
 def test_a_perturbed_step_needs_no_more_than_flat_lora_is_said_to_cost(
-    config: TrainConfig, kind: str, per: str
+    config: TrainConfig, changes: dict[str, Any]
 ) -> None:
-    if (kind, per) == ("full", "example"):
-        pytest.skip("only low-rank draws have an eps for each example")
-    config = config.replace(perturb_draw=kind, perturb_per=per, sigma_schedule="constant")
+    """With checkpointing: without it low-rank draws keep a few numbers of each token, too, which are not counted."""
+    small = {"train_batch_size": 1, "gradient_checkpointing": True, "sigma_schedule": "constant"}
+    config = config.replace(**small, **changes)
     state = prepared(config)
     step = RealStep(state)
     step.loss().backward()  # so that the gradients are there before
-    plain = peak_of(lambda: step.loss().backward())
 
     def perturbed() -> None:
         with state.flats[0].perturb(1):
             step.loss().backward()
 
-    extra = peak_of(perturbed) - plain
-    print("EXTRA", extra, estimate_memory(config).perturbation)
-    assert 0 < extra <= 1.1 * estimate_memory(config).perturbation
+    plain = peak_of(lambda: step.loss().backward())
+    extra, said = peak_of(perturbed) - plain, estimate_memory(config).perturbation
+    assert 0.4 * said < extra <= 1.1 * said
 
 
 def test_low_rank_draws_cost_their_norms_and_factors(config: TrainConfig) -> None:
