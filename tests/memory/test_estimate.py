@@ -220,7 +220,7 @@ def test_a_perturbed_step_needs_no_more_than_flat_lora_is_said_to_cost(
 
     plain = peak_of(lambda: step.loss().backward())
     extra, said = peak_of(perturbed) - plain, estimate_memory(config).perturbation
-    assert 0.4 * said < extra <= 1.1 * said
+    assert 0.3 * said < extra <= 1.1 * said
 
 
 def test_low_rank_draws_cost_their_norms_and_factors(config: TrainConfig) -> None:
