@@ -53,6 +53,14 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def test_the_package_names_its_own_modules_in_full() -> None:
+    """A relative import would be seen by none of the tests below."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        relative = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0]
+        assert not relative, f"{named(path)}: lines {relative}"
+
+
 def test_every_package_has_its_floor_and_a_word_to_newcomers() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert folders == set(FLOOR)
@@ -83,7 +91,7 @@ def test_folders_stay_small(folder: Path) -> None:
 
 
 def test_the_method_knows_no_image_model() -> None:
-    for path in (PACKAGE / "method").glob("*.py"):
+    for path in (PACKAGE / "method").rglob("*.py"):
         others = {name.split(".")[0] for name in imported(path)}
         assert not others & {"diffusers", "transformers", "accelerate", "PIL", "gradio"}, path.name
         assert packages_imported(path) <= {"config", "ground", "method"}, path.name

@@ -40,8 +40,8 @@ def widen(model: nn.Module) -> None:
         key = width, old.device
         if key not in same:
             same[key] = nn.Parameter(torch.eye(width, device=old.device), requires_grad=False)
-        whole = nn.Linear(width, layer.out_features, bias=False, device=old.device)
-        nn.init.zeros_(whole.weight)
+        whole = nn.Linear(width, layer.out_features, bias=False, device="meta")  # where it draws no weights
+        whole.weight = nn.Parameter(torch.zeros(layer.out_features, width, device=old.device))
         layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = _Same(same[key]), whole
         layer.scaling[ADAPTER] = 1.0
 

@@ -47,7 +47,8 @@ def _perturbation(passes: Passes, width: int, config: PerturbConfig, examples: i
     """Two fp32 numbers per row of every adapted layer, and eps of the largest in fp32 and in the compute dtype.
 
     A low-rank draw holds the factors of all eps in its place, in half precision and, in fp32, as computed with, too;
-    for each example factors of its own, drawn in fp32 and kept in half precision.
+    for each example factors of its own, drawn in fp32 and kept in half precision. What its product
+    with a layer's input adds to the activations is not counted: DRAW_RANK numbers of each token, beside hundreds.
     """
     rows = sum(shape[0] for shape in passes.adapted)
     if config.perturb_draw == "low_rank":

@@ -53,7 +53,8 @@ def client(tmp_path: Path, clock: Clock) -> Iterator[TestClient]:
         return Response(status_code=200 if (await request.body()) == b"right" else 400)
 
     def file(request: Request) -> Response:
-        return FileResponse(request.path_params["path"], filename=Path(request.path_params["path"]).name)
+        path = Path(request.path_params["path"])
+        return FileResponse(path, filename=path.name, content_disposition_type="inline")
 
     async def socket(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -181,7 +182,7 @@ def test_files_of_the_runs_folder_are_shown_as_pictures_or_saved_but_never_run(
         assert answer.headers["content-disposition"] == f'attachment; filename="{name}"'
         assert answer.headers["content-security-policy"].endswith("sandbox")
     picture = client.get(f"/gradio_api/file={tmp_path}/runs/grid.png")
-    assert not picture.headers["content-disposition"].startswith("attachment;;")
+    assert picture.headers["content-disposition"].startswith("inline;")
     page = client.get("/")
     assert "frame-ancestors 'self'" in page.headers["content-security-policy"]
     for answer in (picture, page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -139,6 +140,16 @@ def test_each_place_is_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_
         for thread in threads:
             thread.join()
     assert sorted(seen) == ["4", "7"]
+
+
+def test_a_place_runs_a_process_of_its_own_returns_its_code_and_keeps_what_it_says(tmp_path: Path) -> None:
+    code = "import os, sys; print('shown'); sys.stderr.write(os.environ['OMP_NUM_THREADS']); raise SystemExit(3)"
+    with places(2, None) as (number, run):
+        assert number == 2
+        assert run([sys.executable, "-c", code], tmp_path / "log") == 3
+        assert run([sys.executable, "-c", ""], tmp_path / "other") == 0
+    assert (tmp_path / "log").read_text(encoding="utf-8") == os.environ["OMP_NUM_THREADS"]
+    assert (tmp_path / "other").read_bytes() == b""
 
 
 def test_more_workers_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from module_surface import surface
 from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from peft.tuners.lora.layer import LoraLayer
-from tiny_models import CASES, TOY_TARGETS, Adapter, Case, add_second_adapter, normal, toy_case
+from tiny_models import CASES, TOY_TARGETS, Adapter, Case, add_second_adapter, toy_case
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -137,28 +137,20 @@ def test_two_layers_never_share_a_name() -> None:
     base.add_module("module", nn.Sequential(nn.Linear(4, 4)))
     model = get_peft_model(base, lora(target_modules=["0"]))
     assert sum(1 for module in model.modules() if isinstance(module, LoraLayer)) == 2
-    try:
-        flat = attach(model)
-    except ConfigError:
-        return
-    assert len(flat.layers) == 2
+    with pytest.raises(ConfigError, match="adapted layers share a name once wrappers are left out of it: 0"):
+        attach(model)
 
 
-def test_an_adapter_added_after_attaching_is_perturbed_or_an_error() -> None:
+def test_an_adapter_added_after_attaching_is_an_error() -> None:
     case = toy_case(Adapter(targets=("wide",)))
     flat = attach(case.model)
     add_second_adapter(case, ("narrow",))
-    inputs = normal(1, 3, 40)
-    layer = lora_layers(case.model)["narrow"]
-    with torch.no_grad():
-        plain = layer(inputs)
-        try:
-            with flat.perturb(step=1):
-                case.predict(case.model)
-                noisy = layer(inputs)
-        except ConfigError:
-            return
-    assert not torch.equal(noisy, plain), "a layer was skipped silently"
+    with (
+        torch.no_grad(),
+        pytest.raises(ConfigError, match="adapters were added or removed after FlatLora was made; detach it and make"),
+        flat.perturb(step=1),
+    ):
+        case.predict(case.model)
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential], ids=["the model", "a wrapper"])

@@ -65,15 +65,15 @@ def test_layers_of_every_kind_are_adjusted_at_once_and_each_by_itself() -> None:
     case.loss().backward()
     pairs = factor_pairs([case.model])
     assert len(pairs) == len(lora_layers(case.model))
-    together = [pair.down.grad.clone() for pair in pairs if pair.down.grad is not None]
     before = [(pair.down.grad.clone(), pair.up.grad.clone()) for pair in pairs if pair.up.grad is not None]  # type: ignore[union-attr]
     adjust(pairs)
-    after = [pair.up.grad.clone() for pair in pairs if pair.up.grad is not None]
-    for pair, (first, second), expected, plain in zip(pairs, before, after, together, strict=True):
-        pair.down.grad, pair.up.grad = first, second
+    after = [(pair.down.grad.clone(), pair.up.grad.clone()) for pair in pairs if pair.up.grad is not None]  # type: ignore[union-attr]
+    for pair, (first, second), expected in zip(pairs, before, after, strict=True):
+        pair.down.grad, pair.up.grad = first.clone(), second.clone()
         adjust([pair])
-        torch.testing.assert_close(pair.up.grad, expected)
-        assert not torch.equal(pair.down.grad, plain)
+        torch.testing.assert_close((pair.down.grad, pair.up.grad), expected)
+        assert not torch.equal(pair.down.grad, first)
+        assert not torch.equal(pair.up.grad, second)
 
 
 def test_adamw_steps_with_the_adjusted_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

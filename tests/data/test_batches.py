@@ -94,11 +94,23 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(sdxl: Sdxl, icons: Pat
         assert torch.equal(batch.pooled_prompt_embeds[row], pooled[0])
 
 
+def test_images_are_resized_with_the_filter_of_the_settings(sdxl: Sdxl, icons: Path) -> None:
+    one, other = (
+        make_batches(sdxl, icons, image_interpolation_mode=mode).batch(0, 0) for mode in ("nearest", "lanczos")
+    )
+    assert torch.equal(one.add_time_ids, other.add_time_ids), "these are the same crops"
+    assert not torch.equal(one.latents, other.latents)
+
+
 def test_time_ids_hold_original_size_crop_and_target_size(sdxl: Sdxl, icons: Path) -> None:
-    batches = make_batches(sdxl, icons)
-    for row, sample in zip(batches.batch(0, 0).add_time_ids, batches.samples_at(0, 0), strict=True):
-        assert row[:2].tolist() == [sample.height, sample.width]
-        assert row[4:].tolist() == [32, 32]
+    batches, corners = make_batches(sdxl, icons), []
+    for step in range(4):
+        for ids, row in zip(batches.batch(step, 0).add_time_ids, batches._rows(step, 0), strict=True):
+            assert ids[:2].tolist() == [row.sample.height, row.sample.width]
+            assert ids[2:4].tolist() == list(row.view.crop_top_left)
+            assert ids[4:].tolist() == [32, 32]
+            corners.append(row.view.crop_top_left)
+    assert any(top != left for top, left in corners), "swapped ones would be seen"
 
 
 def test_dropped_captions_are_zero_embeddings_at_about_the_asked_rate(sdxl: Sdxl, icons: Path) -> None:

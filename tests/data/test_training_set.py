@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,23 @@ def test_a_hugging_face_dataset_is_trained_on(config: TrainConfig, icons: Path, 
     ):
         with pytest.raises(ConfigError, match=message):
             train(named.replace(**changes))
+
+
+def test_the_configuration_of_a_dataset_is_asked_for(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load(*named: Any, **more: Any) -> Any:
+        asked.append((named, more))
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    named = config.replace(
+        instance_data_dir=None, dataset_name="a/b", dataset_config_name="flat", caption_column="text", cache_dir="hf"
+    )
+    with pytest.raises(ConfigError, match="dataset_name='a/b' cannot be loaded: no network"):
+        load_training_set(named.data)
+    assert asked == [(("a/b", "flat"), {"cache_dir": "hf"})]
 
 
 def test_rows_of_a_dataset_without_caption_or_image_count_as_that(

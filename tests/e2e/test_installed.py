@@ -18,7 +18,7 @@ from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "requirements.lock")
 FOLDERS = ("flatlora_diffusion", "app", "samples")
-LARGEST = 60e6  # bytes
+LARGEST = 40e6  # bytes
 
 pytestmark = pytest.mark.slow
 

@@ -239,8 +239,9 @@ def test_the_command_captions_what_has_no_caption(
 
     monkeypatch.setattr("flatlora_diffusion.evaluation.caption_files.load_captioner", load)
     arguments = ["--captioner", "some/tagger", "--trigger", "TOK", "--tag_threshold", "0.5"]
+    arguments += ["--character_threshold", "0.6"]
     assert main(["caption", str(folder), *arguments]) == 0
-    assert given == {"name": "some/tagger", "trigger": "TOK", "thresholds": Thresholds(0.5, 0.85)}
+    assert given == {"name": "some/tagger", "trigger": "TOK", "thresholds": Thresholds(0.5, 0.6)}
     assert (first.read_text(), kept.read_text(), second.exists()) == ("TOK, cat\n", before, False)
     assert "1 captions written" in capsys.readouterr().out
     second.write_text("owl")

@@ -309,6 +309,30 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
         assert torch.equal(model.probes["train"].batch.prompt_embeds, prompts)
 
 
+def test_the_probe_has_the_draws_of_the_settings_and_is_taken_in_their_batches(
+    make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SeenError(Exception):
+        pass
+
+    def watched(unet: Any, objective: Objective, probe: Probe, batch_size: int) -> Any:
+        raise SeenError(probe.draws, len(probe.timesteps), batch_size)
+
+    monkeypatch.setattr("flatlora_diffusion.flatness.figures.probe_loss_at", watched)
+    config = replace(
+        QUICK,
+        runs=(str(make_run("plain")),),
+        output_dir=str(tmp_path / "out"),
+        pretrained_model_name_or_path=str(base),
+        instance_data_dir=str(icons),
+        probe_draws=3,
+        probe_batch_size=5,
+    )
+    with pytest.raises(SeenError) as seen:
+        flatness(config)
+    assert seen.value.args == (3, 3 * 3, 5)
+
+
 def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     config = replace(

@@ -179,14 +179,8 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model: nn.Modu
 @pytest.mark.parametrize(
     "change", [{"noise": "iid"}, {"draw": "full"}, {"draw": "low_rank"}, {"prefix": "text_encoder"}]
 )
-def test_a_state_of_other_noise_never_continues_silently_with_different_noise(
-    model: nn.Module, change: dict[str, Any]
-) -> None:
-    """Either the state is refused or it brings its kind of noise and its prefix along."""
+def test_a_state_brings_its_kind_of_noise_and_its_prefix_along(model: nn.Module, change: dict[str, Any]) -> None:
     saved = FlatLora(toy_case().model, schedule="constant", **change)
     flat = FlatLora(model, schedule="constant")
-    try:
-        flat.load_state_dict(saved.state_dict())
-    except ConfigError:
-        return
+    flat.load_state_dict(saved.state_dict())
     assert torch.equal(flat.noise("wide", step=3), saved.noise("wide", step=3))

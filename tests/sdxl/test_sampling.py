@@ -316,6 +316,17 @@ def test_a_negative_prompt_counts(sdxl: Sdxl) -> None:
     assert distance(drawn, plain(sdxl)) > 0
 
 
+def test_the_rescale_of_guidance_is_that_of_the_settings(base: Path, tmp_path: Path) -> None:
+    drawn = []
+    for rescale in (None, 0.0, 1.0):
+        settings = {"prompts": ("a fox",), "guidance_rescale": rescale}
+        (grid,) = generate(config(base, tmp_path / str(rescale), **settings))
+        drawn.append(Image.open(next(grid.parent.glob("*_base.png"))))
+    unasked, without, whole = drawn
+    assert distance(unasked, without) == 0, "this base asks for none"
+    assert distance(whole, without) > 0
+
+
 def test_a_path_stands_for_one_lora_or_for_several(face: Path, style: Path, tmp_path: Path) -> None:
     assert parse_lora(str(face)) == parse_lora(str(face.parent)) == (LoraFile(face),)
     assert parse_lora(f"{face}@0.6+{style.parent}@-.5") == (LoraFile(face, 0.6), LoraFile(style, -0.5))

@@ -57,7 +57,7 @@ def finished_run(folder: Path, name: str = "my icons", **settings: str | None) -
             **settings,
         }
     )
-    run.start({"note": "settings"}, [{"id": "icon-0.png"}, {"id": "icon-1.png"}])
+    run.start(config.to_dict(), [{"id": "icon-0.png"}, {"id": "icon-1.png"}])
     run.add_event({"event": "finished", "step": 2})
     for place in (".", "checkpoint-1", "earlier-1", "logs", "class_images"):
         (run.folder / place).mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,11 +130,11 @@ def test_a_save_file_asks_for_a_checkpoint_and_the_run_goes_on(
 
 
 def test_a_run_stops_when_its_time_is_up(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10_000, 3))
-    monkeypatch.setattr("flatlora_diffusion.training.stopping.time.monotonic", lambda: next(clock))
-    with pytest.raises(StoppedError, match="by max_train_seconds=7"):
-        train(config.replace(max_train_seconds=7.0))
-    assert RunDir(Path(config.run.output_dir)).checkpoints()
+    clock = SimpleNamespace(monotonic=iter(range(0, 10_000, 3)).__next__)  # three seconds a step
+    monkeypatch.setattr("flatlora_diffusion.training.stopping.time", clock)
+    with pytest.raises(StoppedError, match="stopped after step 2 by max_train_seconds=5"):
+        train(config.replace(max_train_seconds=5.0))
+    assert [path.name for path in RunDir(Path(config.run.output_dir)).checkpoints()] == ["checkpoint-2"]
 
 
 @pytest.mark.slow

@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import StableDiffusionXLPipeline
 from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
+from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.sdxl.objective import objective_of
+from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
 
 def test_a_run_on_every_kind_of_objective(config: TrainConfig, tmp_path: Path) -> None:
     objectives: tuple[dict[str, Any], ...] = (
+        {},
         {"do_edm_style_training": True},
         {"prediction_type": "v_prediction", "snr_gamma": 5.0},
         {"prediction_type": "v_prediction", "zero_terminal_snr": True, "snr_gamma": 5.0},
         {"loss_type": "huber", "noise_offset": 0.1, "clip_skip": 1},
     )
+    losses = []
     for index, settings in enumerate(objectives):
-        train(config.replace(**settings, max_train_steps=2, output_dir=str(tmp_path / str(index))))
+        path = train(config.replace(**settings, max_train_steps=2, output_dir=str(tmp_path / str(index))))
+        losses.append([event["loss"] for event in RunDir(path.parent).steps()])
+    assert all(math.isfinite(loss) for run in losses for loss in run)
+    plain, edm, *others = [run[0] for run in losses]
+    assert edm == pytest.approx(plain, rel=1e-4), "for a base that predicts noise they are one"
+    assert len({plain, *others}) == 1 + len(others), "what was asked for changes nothing"
+
+
+def test_each_setting_of_the_objective_changes_the_first_loss(config: TrainConfig) -> None:
+    state = prepare(config.replace(prediction_type="v_prediction"), samples_of(config))
+    found = {}
+    for settings in (
+        {},
+        {"do_edm_style_training": True},
+        {"loss_type": "huber"},
+        {"snr_gamma": 5.0},
+        {"debiased_estimation": True},
+        {"noise_offset": 0.1},
+        {"multires_noise_iterations": 2},
+        {"multires_noise_iterations": 2, "multires_noise_discount": 0.5},
+        {"ip_noise_gamma": 0.1},
+        {"min_timestep": 900},
+        {"max_timestep": 100},
+    ):
+        state.objective = objective_of(config.replace(**settings).objective, state.sdxl.scheduler)
+        with torch.no_grad():
+            found[str(settings)] = float(next(micro_batches(state, 0, DrawHash())).loss())
+    assert len(set(found.values())) == len(found), found
 
 
 def test_a_base_with_an_edm_scheduler_is_trained_with_its_own_objective(

@@ -99,3 +99,65 @@ def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: Trai
     found = [rates[id(parameter)] for parameter in trainable.values()]
     assert found == pytest.approx([0.01, 0.16, 0.001, 0.016])
     assert schedule.get_last_lr()[0] == pytest.approx(0.01)
+
+
+OWN = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5}
+OF_PRODIGY = {
+    "prodigy_beta3": 0.7,
+    "prodigy_decouple": False,
+    "prodigy_use_bias_correction": False,
+    "prodigy_safeguard_warmup": False,
+}
+
+
+def optimizer_with(config: TrainConfig, **settings: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """That of a run of 4 steps over one weight of each part, and its schedule."""
+    trainable = {name: torch.nn.Parameter(torch.zeros(1)) for name in ("unet.q.lora_A.default.weight", "text.q")}
+    return optimizer_of(config.replace(**{"max_train_steps": 4, **settings}), trainable, [], 1)
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "expected"),
+    [
+        (None, {"optimizer": "adamw"}, {}),
+        (None, {"optimizer": "lora-pro"}, {}),
+        ("bitsandbytes", {"use_8bit_adam": True}, {}),
+        (
+            "prodigyopt",
+            {"optimizer": "prodigy", **OF_PRODIGY},
+            {"beta3": 0.7, "decouple": False, "use_bias_correction": False, "safeguard_warmup": False},
+        ),
+    ],
+    ids=["adamw", "lora-pro", "8bit", "prodigy"],
+)
+def test_the_constants_of_the_settings_are_those_of_the_optimizer(
+    config: TrainConfig, package: str | None, settings: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    if package is not None:
+        pytest.importorskip(package)
+    optimizer, _ = optimizer_with(config, **OWN, **settings)
+    for group in optimizer.param_groups:
+        assert (*group["betas"], group["eps"]) == (0.8, 0.95, 1e-5)
+        assert {name: group[name] for name in expected} == expected
+
+
+def factors(config: TrainConfig, **settings: Any) -> list[float]:
+    """What the learning rate of the UNet is multiplied by in each step."""
+    settings = {"lr_warmup_steps": 0, "max_train_steps": 8, **settings}
+    (of_unet, _) = optimizer_with(config, **settings)[1].lr_lambdas
+    return [of_unet(step) for step in range(8)]
+
+
+def test_the_power_and_the_restarts_of_the_settings_are_those_of_the_schedule(config: TrainConfig) -> None:
+    one, two = (factors(config, lr_scheduler="polynomial", lr_power=power) for power in (1.0, 2.0))
+    assert one == pytest.approx([1 - step / 8 for step in range(8)], rel=1e-3)
+    assert two == pytest.approx([(1 - step / 8) ** 2 for step in range(8)], abs=1e-3)
+    begun = factors(config, lr_scheduler="cosine_with_restarts", lr_num_cycles=2)
+    assert begun[:4] == pytest.approx(begun[4:])
+    assert begun[4] == 1 > begun[3] > 0
+
+
+def test_text_encoders_are_trained_for_their_share_of_the_steps(config: TrainConfig) -> None:
+    schedule = optimizer_with(config, train_text_encoder_frac=0.5, train_text_encoder=True)[1]
+    trained = [[factor(step) > 0 for step in range(4)] for factor in schedule.lr_lambdas]
+    assert trained == [[True] * 4, [True, True, False, False]]

@@ -15,14 +15,19 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.checkpoint import load_state, save_state
-from flatlora_diffusion.training.state import check_distribution, prepare
+from flatlora_diffusion.training.state import check_distribution, prepare, set_backends
 from flatlora_diffusion.training.trainer import train_step
 
 
 def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
     state = prepare(config, samples_of(config))
     assert isinstance(state.sdxl, Sdxl)
-    assert not any(p.requires_grad for p in state.sdxl.vae.parameters())
+    pipeline, trained = state.sdxl.pipeline, {id(parameter) for parameter in state.trainable.values()}
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        learns = {name: id(p) in trained for name, p in part.named_parameters() if p.requires_grad}
+        assert all(learns.values())
+        assert all("lora_" in name for name in learns)
+        assert bool(learns) is (part is pipeline.unet)
 
 
 def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: TrainConfig, tmp_path: Path) -> None:
@@ -61,6 +66,16 @@ def test_a_base_in_fp32_without_eps_trains_a_plain_lora(config: TrainConfig) -> 
     none, plain = (trained(config.replace(**how)) for how in ({"sigma": 0.0}, {"method": "lora"}))
     for name, value in plain.trainable.items():
         assert torch.equal(none.trainable[name], value), name
+
+
+def test_a_run_chooses_tf32_as_its_settings_say(config: TrainConfig) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for wanted in (True, False, True):
+            set_backends(config.replace(allow_tf32=wanted))
+            assert torch.backends.cuda.matmul.allow_tf32 is wanted
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize(

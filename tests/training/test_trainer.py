@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -23,6 +25,7 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.training import micro_batches
+from flatlora_diffusion.training.checkpoint import load_state, save_state
 from flatlora_diffusion.training.state import TrainState, dropout_draws, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -81,6 +84,9 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     different = [torch.equal(a[3], b[3]) for i, a in enumerate(seen["lora"]) for b in seen["lora"][:i]]
     assert not any(different), "two micro-batches drew the same noise"
+    begun = {method: RunDir(tmp_path / method).events()[0] for method in seen}
+    assert begun["lora"]["event"] == "start"
+    assert begun["lora"]["lora"] == begun["flat-lora"]["lora"], "the first weights differ"
     losses = {method: RunDir(tmp_path / method).events()[1]["loss"] for method in seen}
     assert losses["lora"] == losses["flat-lora"], "sigma is 0 at step 0, so the first losses must be equal"
     assert not torch.equal(
@@ -159,11 +165,39 @@ def test_trainable_weights_are_fp32_and_the_base_is_never_written(config: TrainC
     assert next(iter(frozen.values())).dtype == (torch.float32 if precision == "no" else torch.bfloat16)
 
 
-def test_training_leaves_the_global_generator_alone(config: TrainConfig) -> None:
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    train(config.replace(lora_dropout=0.1))
-    assert torch.equal(torch.get_rng_state(), before)
+def global_generators() -> list[Any]:
+    kind, keys, *rest = np.random.get_state()
+    return [torch.get_rng_state().tolist(), [kind, list(keys), *rest], random.getstate()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": 0.1, "validation_prompt": "an icon", "num_validation_images": 1},
+        {"adapter": "pissa"},
+        {"adapter": "lora-ga"},
+        {"adapter": "adalora"},
+        {"adapter": "full", "lora_alpha": None},
+        {"method": "bi-lora"},
+        {"method": "factor-noise"},
+        {"sigma_rise": 0.001, "max_train_steps": 4},
+    ],
+    ids=str,
+)
+def test_training_neither_writes_nor_reads_the_global_generators(
+    config: TrainConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    learned = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = global_generators()
+        settings = {"max_train_steps": 1, "output_dir": str(tmp_path / f"{seed}"), **changes}
+        learned.append(train(config.replace(**settings)))
+        assert global_generators() == before
+    one, two = map(load_file, learned)
+    assert_equal(one, two)
 
 
 def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
@@ -262,10 +296,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig
 def test_a_gradient_norm_of_0_means_that_nothing_is_clipped(config: TrainConfig, tmp_path: Path) -> None:
     files = [
         train(config.replace(max_grad_norm=norm, output_dir=str(tmp_path / f"{norm}"), output_name="x"))
-        for norm in (0.0, 1e9)
+        for norm in (0.0, 1e9, 1e-9)
     ]
-    off, never_reached = (load_file(file) for file in files)
+    off, never_reached, always = (load_file(file) for file in files)
     assert all(torch.equal(value, never_reached[name]) for name, value in off.items())
+    # far below AdamW's epsilon, so that its steps get small too
+    norms = [sum(float(v.square().sum()) for k, v in state.items() if "lora_B" in k) for state in (off, always)]
+    assert 0 < norms[1] < 0.1 * norms[0]
 
 
 def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.GradScaler]:
@@ -285,6 +322,20 @@ def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: T
     train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
     assert scaler.get_scale() == 2.0
+
+
+def test_the_scaler_of_fp16_goes_on_in_a_resumed_run(config: TrainConfig, tmp_path: Path) -> None:
+    state, scaler = prepared_with_a_scaler(config)
+    first = next(iter(state.trainable.values()))
+    hook = first.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    train_step(state, step=0)  # the scale is halved
+    hook.remove()
+    train_step(state, step=1)  # and the steps since then are counted
+    save_state(state, tmp_path, 2)
+    again, resumed = prepared_with_a_scaler(config)
+    assert load_state(again, tmp_path) == 2
+    assert (resumed.get_scale(), resumed._get_growth_tracker()) == (2.0, 1)
+    assert resumed.state_dict() == scaler.state_dict()
 
 
 def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainConfig) -> None:
@@ -317,12 +368,17 @@ def test_dropout_keeps_the_state_of_no_other_device(
     assert asked == [forked]
 
 
-def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainConfig, tmp_path: Path) -> None:
-    path = train(
-        config.replace(
-            checkpointing_steps=1, checkpoints_total_limit=2, validation_prompt="an icon", num_validation_images=2
-        )
+def test_the_run_folder_tells_the_whole_run_and_neither_an_absolute_path_nor_the_token(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    config = config.replace(
+        checkpointing_steps=1,
+        checkpoints_total_limit=2,
+        validation_prompt="an icon",
+        num_validation_images=2,
+        hub_token="hf_thisIsASecret123",
     )
+    path = train(config)
     run = RunDir(path.parent)
     steps = [event for event in run.events() if event["event"] == "step"]
     assert [event["step"] for event in steps] == [0, 1, 2, 3]
@@ -342,9 +398,12 @@ def test_the_run_folder_tells_the_whole_run_and_no_absolute_path(config: TrainCo
     }
     saved = json.loads(run.config_file.read_text())
     assert saved["resolution"] == 32
+    train(config.replace(max_train_steps=5, resume_from_checkpoint="latest", validation_prompt=None))
+    assert run.ending() == {"event": "finished", "step": 5}
     for file in path.parent.rglob("*"):
         if file.is_file():
             assert tmp_path.parent.name.encode() not in file.read_bytes(), file.name
+            assert b"thisIsASecret" not in file.read_bytes(), file.name
 
 
 def test_a_folder_with_the_user_s_own_files_is_left_as_it_is(config: TrainConfig, icons: Path, tmp_path: Path) -> None:

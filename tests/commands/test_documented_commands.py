@@ -1,0 +1,106 @@
+"""What README and docs tell people to type is understood, each command by its own verb; so is the README's Python."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import toy_case
+from torch import nn
+
+from app.settings import parse_settings
+from flatlora_diffusion import FlatLora
+from flatlora_diffusion.commands import command_line, doctor, lora_verbs
+from flatlora_diffusion.commands.command_line import main, train_main
+from flatlora_diffusion.commands.verb_settings import verb_settings
+from flatlora_diffusion.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND = r"(?:flatlora|python train_dreambooth_flatlora\.py) [^`\n]*"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class ParsedError(Exception):
+    """The settings are understood, and no more is to be done."""
+
+
+def commands() -> list[str]:
+    """Each line in a block, and what is quoted with flags in a text; those with `...` are but parts."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        found |= dict.fromkeys(re.findall(rf"^(?:    )?({COMMAND})$", text, re.MULTILINE))
+        found |= dict.fromkeys(re.findall(rf"`({COMMAND} --[^`\n]*)`", text))
+    return [command for command in found if " ..." not in command and " --help" not in command]
+
+
+@pytest.fixture
+def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parsed(*args: Any, **more: Any) -> Any:
+            parse(*args, **more)
+            raise ParsedError
+
+        return parsed
+
+    for module in (command_line, doctor, lora_verbs):
+        monkeypatch.setattr(module, "verb_settings", stop(verb_settings))
+    for name in ("_comparison", "_checked"):  # the second is the last that `train` does with its settings
+        monkeypatch.setattr(command_line, name, stop(getattr(command_line, name)))
+    monkeypatch.setattr(command_line, "_base_of_runs", lambda arguments: ModelConfig())  # there are no such runs
+    monkeypatch.setattr("app.__main__.main", stop(lambda arguments: parse_settings(arguments, {})))
+
+
+def test_there_are_commands() -> None:
+    verbs = {command.split()[1] for command in commands()}
+    assert verbs >= {"train", "compare", "generate", "flatness", "app", "export", "merge", "caption"}
+
+
+@pytest.mark.usefixtures("only_parsed")
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command: str) -> None:
+    program, *arguments = shlex.split(command, comments=True)
+    start = main if program == "flatlora" else lambda rest: train_main(rest[1:])
+    with pytest.raises(ParsedError):
+        start(arguments)
+
+
+def test_the_loop_of_the_readme_trains() -> None:
+    (code,) = re.findall(r"```python\n(from flatlora_diffusion import FlatLora\n.*?)```", README, re.DOTALL)
+    case = toy_case()
+    trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    losses: list[float] = []
+
+    def loss_of(model: nn.Module, batch: int) -> torch.Tensor:
+        loss = nn.functional.mse_loss(case.predict(model), case.target)
+        losses.append(float(loss.detach()))
+        return loss
+
+    optimizer = torch.optim.SGD(trained, lr=0.01)
+    names: dict[str, Any] = {"model": case.model, "optimizer": optimizer, "batches": range(3), "loss_of": loss_of}
+    exec(code, names)
+    assert len(losses) == 3
+    assert not any(torch.equal(old, new) for old, new in zip(before, trained, strict=True))
+    FlatLora(case.model)  # it would be refused beside another
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/in_other_trainers.md"])
+def test_the_two_lines_for_other_trainers_follow_an_optimizer(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n[^`]*(flat = FlatLora\([^`]*flat\.follow\([^`]*)```", text)
+    case = toy_case()
+    optimizer = torch.optim.SGD([p for p in case.model.parameters() if p.requires_grad], lr=0.01)
+    names: dict[str, Any] = {"model": case.model, "optimizer": optimizer}
+    exec("from flatlora_diffusion import FlatLora", names)
+    exec(code, names)
+    case.model.train()
+    case.loss().backward()
+    optimizer.step()
+    assert names["flat"].step == 1
