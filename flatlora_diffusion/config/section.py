@@ -8,10 +8,7 @@ import types
 import typing
 from dataclasses import field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
