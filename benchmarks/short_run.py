@@ -6,7 +6,6 @@ a user starts it. Both train on one thread, so that they end in the same bits. E
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from benchmarks.soak_judge import Left, Progress
+from flatlora_diffusion.ground.whole_files import file_sha256
 
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "samples" / "icons_3d"
@@ -162,9 +162,7 @@ class Scene:
         return found
 
     def _hashes(self, paths: Sequence[Path]) -> dict[str, str]:
-        return {
-            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
-        }
+        return {path.relative_to(self.folder).as_posix(): file_sha256(path) for path in paths}
 
 
 @dataclass

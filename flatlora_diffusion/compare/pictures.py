@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from flatlora_diffusion.ground.provenance import base_fingerprint
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
@@ -47,7 +47,7 @@ class PictureGenerator:
 
     def files(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> list[Path]:
         """The files in which the pictures of `keys` are kept, drawn or not."""
-        content = "base" if lora is None else f"{hashlib.sha256(lora.read_bytes()).hexdigest()} at {strength:g}"
+        content = "base" if lora is None else f"{file_sha256(lora)} at {strength:g}"
         depends = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
         return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]
 

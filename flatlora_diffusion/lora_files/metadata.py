@@ -16,6 +16,7 @@ from typing import Any
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.files import Contents, header_bytes
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.whole_files import file_sha256
 from flatlora_diffusion.sdxl.base_family import Family
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -99,8 +100,8 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "modelspec.prediction_type": "v" if training.predicts_v else "epsilon",
         "modelspec.trigger_phrase": training.trigger,
         "modelspec.usage_hint": f"Write {training.trigger} in the prompt." if training.trigger else None,
-        "flatlora.config_sha256": _sha256(run.config_file),
-        "flatlora.manifest_sha256": _sha256(run.manifest_file),
+        "flatlora.config_sha256": file_sha256(run.config_file),
+        "flatlora.manifest_sha256": file_sha256(run.manifest_file),
     }
     return {name: str(value) for name, value in values.items() if value is not None and value != ""}
 
@@ -176,7 +177,3 @@ def base_name(config: TrainConfig) -> str | None:
     if name == "tiny" or (is_hub_id(name) and not path.exists()):
         return name
     return None if path.is_dir() else path.name
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
