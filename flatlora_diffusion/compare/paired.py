@@ -34,6 +34,11 @@ class PairedDifference:
     def n(self) -> int:
         return len(self.differences)
 
+    @property
+    def margin(self) -> float | None:
+        """Half of the interval."""
+        return None if self.high is None else self.high - self.mean
+
 
 def paired_difference(
     values: Sequence[float], reference: Sequence[float], confidence: float = CONFIDENCE
