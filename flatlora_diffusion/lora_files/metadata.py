@@ -29,6 +29,13 @@ _STALE = re.compile(
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
 _LEGACY_START, LEGACY_END = 0x100000, 0x110000
 SDXL_CLIP_SKIP = 2  # others count from the last layer, which is 1; SDXL's own choice is the one before
+MODELSPEC = "1.0.1"
+# What is so of every kohya file that is written here, whatever it was made of.
+KOHYA_FACTS = {
+    "ss_v2": "False",
+    "ss_network_module": "networks.lora",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "format": "pt",
         # A1111, Forge and SD.Next take a file without this for one of SD 1.
         "ss_base_model_version": training.family.version,
-        "ss_v2": False,
-        "ss_network_module": "networks.lora",
+        **KOHYA_FACTS,
         "ss_output_name": title,
         "ss_sd_model_name": training.base,
         "ss_resolution": f"({data.resolution}, {data.resolution})",
@@ -90,9 +96,8 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_training_started_at": run.manifest_file.stat().st_mtime,  # it is written once, at the start
         "ss_training_finished_at": now.timestamp(),
         "ss_training_comment": said,
-        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.sai_model_spec": MODELSPEC,
         "modelspec.architecture": training.family.architecture,
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.description": said,
         "modelspec.date": now.replace(microsecond=0).isoformat(),

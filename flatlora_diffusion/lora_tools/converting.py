@@ -20,7 +20,7 @@ from flatlora_diffusion.lora_files.diffusers_file import peft_stream
 from flatlora_diffusion.lora_files.keys import is_small_change
 from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
-from flatlora_diffusion.lora_files.metadata import kept_metadata
+from flatlora_diffusion.lora_files.metadata import KOHYA_FACTS, MODELSPEC, kept_metadata
 from flatlora_diffusion.lora_files.names import BaseNames
 from flatlora_diffusion.lora_files.place import lora_file
 from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, layers_of
@@ -31,12 +31,6 @@ from flatlora_diffusion.sdxl.device import DTYPES
 
 logger = logging.getLogger(__name__)
 
-# What is so of every kohya file that is written here, whatever the old file was.
-_KOHYA_METADATA = {
-    "ss_v2": "False",
-    "ss_network_module": "networks.lora",
-    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-}
 _OWN_DTYPES: dict[str, SaveDtype] = {"F64": "fp32", "F32": "fp32", "BF16": "bf16"}
 
 
@@ -228,8 +222,8 @@ def _kohya_metadata(metadata: Mapping[str, str], path: Path, family: Family) -> 
     if family == TINY_FAMILY:
         logger.warning("%s is for %s, which no other tool has", path.name, family.name)
     # Where the old file does not say it; some web UIs take a file without the first for one of another family.
-    defaults = {"ss_base_model_version": family.version, "modelspec.sai_model_spec": "1.0.1"}
-    return {**defaults, **metadata, **_KOHYA_METADATA, "modelspec.architecture": family.architecture}
+    defaults = {"ss_base_model_version": family.version, "modelspec.sai_model_spec": MODELSPEC}
+    return {**defaults, **metadata, **KOHYA_FACTS, "modelspec.architecture": family.architecture}
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:
