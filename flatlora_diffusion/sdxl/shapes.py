@@ -101,6 +101,11 @@ def vae_factor(config: ModelConfig) -> int:
     return int(2 ** (len(part_settings(config, "vae")["block_out_channels"]) - 1))
 
 
+def own_size(config: ModelConfig) -> int:
+    """The base's own size in pixels, from its configs."""
+    return int(part_settings(config, "unet")["sample_size"]) * vae_factor(config)
+
+
 def size_step(config: ModelConfig) -> int:
     """Image sides are a multiple of this: the VAE's factor times the UNet's."""
     return int(vae_factor(config) * 2 ** (len(part_settings(config, "unet")["block_out_channels"]) - 1))
