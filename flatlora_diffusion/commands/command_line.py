@@ -38,7 +38,6 @@ from flatlora_diffusion.config import (
     GenerateConfig,
     ModelConfig,
     RunError,
-    StoppedError,
     TrainConfig,
     shipped,
 )
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if name not in verbs:
         print(f"error: flatlora has no verb {name!r}; there are: {', '.join(verbs)}", file=sys.stderr)
-        return 2
+        return ConfigError.exit_code
     run = verbs[name].run
     return _app(given[1:]) if run is _app else _run(run, given[1:])
 
@@ -123,7 +122,7 @@ def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
         return error.code
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, StoppedError) else 1
+        return error.exit_code
 
 
 def _train(arguments: list[str]) -> None:

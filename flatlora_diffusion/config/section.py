@@ -25,13 +25,19 @@ SAMPLES = shipped("samples")
 class ConfigError(ValueError):
     """Something the user can put right: the message says what, and what is allowed."""
 
+    exit_code = 2
+
 
 class RunError(RuntimeError):
     """A run that had to stop; the message says why and what to do."""
 
+    exit_code = 1
+
 
 class StoppedError(RunError):
     """A run that was asked to stop, and has saved what it needs to go on."""
+
+    exit_code = 3
 
 
 class Traits(TypedDict, total=False):
