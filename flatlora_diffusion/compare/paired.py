@@ -12,6 +12,8 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
+# Where two runs are compared.
+STEPS, ENDS, CLEAN_LOSS, SECONDS = "steps", "ends", "clean loss", "seconds"
 
 
 @dataclass(frozen=True)
