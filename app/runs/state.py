@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from flatlora_diffusion.config import ConfigError, StoppedError
-from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE
+from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE, RunDir
 
 from ..jobs.launch import Launch
 from .progress import Progress
@@ -54,7 +54,7 @@ class RunFiles:
 
     @classmethod
     def of(cls, folder: Path, checkpoints: list[Path]) -> RunFiles:
-        events = folder / "events.jsonl"
+        events = RunDir(folder).events_file
         return cls(
             has_lora=(folder / LORA_FILE).is_file(),  # and not a base or another LoRA that lies there too
             checkpoint=checkpoints[-1].name if checkpoints else "its folds" if has_folds(folder) else None,

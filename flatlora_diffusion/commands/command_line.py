@@ -41,6 +41,7 @@ from flatlora_diffusion.config import (
     TrainConfig,
     shipped,
 )
+from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import check_paths, opened
 from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
@@ -251,8 +252,9 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
     bases = {}
     for file in (file for text in given.lora for file in parse_lora(text)):
         folder = file.path.parent.parent if file.path.parent.name.startswith("checkpoint-") else file.path.parent
-        if (folder / "config.json").is_file() and (folder / "events.jsonl").is_file():
-            saved = TrainConfig().updated_from(folder / "config.json").to_dict()
+        run = RunDir(folder)
+        if run.config_file.is_file() and run.events_file.is_file():
+            saved = TrainConfig().updated_from(run.config_file).to_dict()
             model = TrainConfig.from_dict(opened(saved)).model
             check_paths(vars(model))
             bases[model.pretrained_model_name_or_path] = model
