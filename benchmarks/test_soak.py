@@ -19,6 +19,7 @@ from benchmarks.soak_judge import (
     KINDS,
     LAST,
     LOAD,
+    LORA as FINAL_LORA,
     PHASES,
     PREVIEW,
     READ_ONLY,
@@ -37,7 +38,6 @@ from benchmarks.soak_judge import (
     wrong_end,
     wrong_pair,
 )
-from benchmarks.soak_judge import LORA as FINAL_LORA
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 
 STOPPED = "error: stopped after step 3 by SIGTERM; --resume_from_checkpoint latest goes on"
