@@ -25,7 +25,7 @@ from flatlora_diffusion.compare.evaluator import (
 )
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
 from flatlora_diffusion.compare.pictures import PictureGenerator
-from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, TINY, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
@@ -151,7 +151,7 @@ def _are_sample_icons(config: TrainConfig) -> bool:
 def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> PromptSets:
     file = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
     style = _lines(file) if own.prompts_file or file.is_file() else [sample.caption for sample in samples]
-    is_tiny = config.model.pretrained_model_name_or_path == "tiny"
+    is_tiny = config.model.pretrained_model_name_or_path == TINY
     ours = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
     unrelated = _lines(Path(own.unrelated_prompts_file) if own.unrelated_prompts_file else ours)
     most = own.num_prompts

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import TINY, TrainConfig
 from flatlora_diffusion.ground.files import Contents, header_bytes
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.whole_files import file_sha256
@@ -179,6 +179,6 @@ def base_name(config: TrainConfig) -> str | None:
     """The base's hub id or file name; None for a folder, whose name is the user's own."""
     name = config.model.pretrained_model_name_or_path
     path = Path(name)
-    if name == "tiny" or (is_hub_id(name) and not path.exists()):
+    if name == TINY or (is_hub_id(name) and not path.exists()):
         return name
     return None if path.is_dir() else path.name

@@ -8,10 +8,9 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from flatlora_diffusion.adapter.update import PARTS
-from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.config import TINY, ModelConfig
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
-from flatlora_diffusion.sdxl.loading import TINY
 from flatlora_diffusion.sdxl.original_names import original_path
 from flatlora_diffusion.sdxl.shapes import on_meta
 

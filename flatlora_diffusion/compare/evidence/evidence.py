@@ -18,7 +18,7 @@ from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.compare.experiment import Experiment, duration, outlook
 from flatlora_diffusion.compare.material import free_device
-from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.config import TINY, CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
 from flatlora_diffusion.ground.whole_files import write_json
@@ -160,7 +160,7 @@ def _impersonal(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _public(name: str) -> str:
-    return name if name in ("tiny", "judge", *_DOWNLOADS) else "another one"
+    return name if name in (TINY, "judge", *_DOWNLOADS) else "another one"
 
 
 def _is_here(name: str) -> bool:
