@@ -28,6 +28,7 @@ from flatlora_diffusion.compare.pictures import PictureGenerator
 from flatlora_diffusion.config import SAMPLES, TINY, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
+from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
@@ -163,13 +164,10 @@ def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Se
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(file)!r} cannot be read: give a text file with one prompt per line") from error
-    if not any(lines):
+    prompts = read_prompts(file)
+    if not prompts:
         raise ConfigError(f"{str(file)!r} is empty: give a text file with one prompt per line")
-    return [line for line in lines if line]
+    return prompts
 
 
 def _as_seen(sample: Sample, background: str, resolution: int) -> Image.Image:

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flatlora_diffusion.config import ConfigError, GenerateConfig
+from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
@@ -101,13 +102,7 @@ def generate(config: GenerateConfig) -> list[Path]:
 def _prompts(config: GenerateConfig) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file is not None:
-        try:
-            lines = Path(config.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"prompts_file={config.prompts_file!r} cannot be read; give a UTF-8 text file with one prompt per line"
-            ) from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_prompts(Path(config.prompts_file))
     if not prompts:
         raise ConfigError("nothing to draw: give --prompts or a --prompts_file that is not empty")
     return list(dict.fromkeys(prompts))
