@@ -21,6 +21,7 @@ from ..jobs.jobs import JobQueue
 from ..jobs.store import Job
 
 _IDENTITY = "base_identity"
+PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of the computing, and what each is called
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from flatlora_diffusion.config.methods import (
     unused_by as unused_by,
 )
 from flatlora_diffusion.config.model import (
+    SDXL as SDXL,
     TINY as TINY,
     ModelConfig as ModelConfig,
     PredictionType as PredictionType,

@@ -8,6 +8,7 @@ from typing import Literal
 from flatlora_diffusion.config.section import Section, setting
 
 PredictionType = Literal["epsilon", "v_prediction"]
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 TINY = "tiny"  # the name of the small base that ships with this program
 Quantization = Literal["nf4", "int8", "torchao-int8"]
 

@@ -91,7 +91,7 @@ def _adapter_metadata(model: nn.Module, layers: Mapping[str, Update], is_dora: b
     metadata: dict[str, Any] = {
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": ends if len(others) == len(paths) else [_version_free(path) for path in paths],
+        "target_modules": ends if len(others) == len(paths) else [version_free(path) for path in paths],
     }
     return metadata | ({"use_dora": True} if is_dora else {})
 
@@ -102,5 +102,6 @@ def _end(path: str) -> str:
     return f"{head.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
-def _version_free(path: str) -> str:
+def version_free(path: str) -> str:
+    """As much of a text encoder's path as all versions of transformers have."""
     return path.removeprefix("text_model.").removeprefix("encoder.")

@@ -16,7 +16,7 @@ from flatlora_diffusion.adapter.update import LazyLayers, Update, Updates, updat
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
 from flatlora_diffusion.ground.files import contents_of, save_stream
 from flatlora_diffusion.ground.run_dir import RunDir, file_name
-from flatlora_diffusion.lora_files.diffusers_file import peft_stream
+from flatlora_diffusion.lora_files.diffusers_file import peft_stream, version_free
 from flatlora_diffusion.lora_files.keys import is_small_change
 from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
@@ -129,8 +129,11 @@ def own_dtype(lora: ImportedLora) -> SaveDtype:
     return _OWN_DTYPES.get(lora.layers[0].dtype, "fp16")
 
 
-def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False) -> None:
-    """Raises ConfigError for an output of another kind than is written, and for one that is there unless it may go."""
+def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False, source: Path | None = None) -> None:
+    """Raises ConfigError for an output of another kind than is written, and for one that is there unless it may go.
+
+    `source` is the file that is read, which must stay.
+    """
     for path in paths:
         if is_folder and path.is_file():
             raise ConfigError(f"{path} is a file; give a folder as --output")
@@ -140,6 +143,8 @@ def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False) 
             raise ConfigError(f"{path} does not end in .safetensors; give a .safetensors file as --output")
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} is there already; give another --output, or --overwrite to replace it")
+        if source is not None and path.resolve() == source.resolve():
+            raise ConfigError(f"{path} would replace the file that is read; give another --output")
 
 
 @contextmanager
@@ -153,11 +158,8 @@ def written_to(path: Path) -> Iterator[None]:
 
 
 def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
-    check_free(paths.values(), config.overwrite)
+    check_free(paths.values(), config.overwrite, source=source)
     lora = read_lora_file(str(source), config.base)
-    for path in paths.values():
-        if path.resolve() == source.resolve():
-            raise ConfigError(f"{path} would replace the file that is read; give another --output")
     given = config.name if isinstance(config, ExportConfig) else None
     name = given or lora.file.metadata.get("ss_output_name")
     family = family_of(lora.base.unet)
@@ -231,7 +233,6 @@ def _adapter_metadata(lora: Updates) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for part, layers in lora.items():
         rank = max(len(update.down) for update in layers.values())
-        # Paths as far as all versions of transformers have them.
-        paths = sorted(module.removeprefix("text_model.").removeprefix("encoder.") for module in layers)
+        paths = sorted(version_free(module) for module in layers)
         settings |= {f"{part}.r": rank, f"{part}.lora_alpha": rank, f"{part}.target_modules": paths}
     return settings

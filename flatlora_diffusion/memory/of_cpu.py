@@ -15,10 +15,9 @@ from flatlora_diffusion.memory.estimate import in_gib, resolution_of
 from flatlora_diffusion.memory.rehearsal import weight_count
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import base_path
-from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor
+from flatlora_diffusion.sdxl.shapes import TOKENS, part_settings, vae_factor
 from flatlora_diffusion.sdxl.single_file import PREFIXES
 
-_TOKENS = 77
 _POSTERIOR = 2 * 2 * 4  # mean and std, plain and mirrored, in fp32
 
 
@@ -146,4 +145,4 @@ def _mark(model: ModelConfig, part: str) -> str | None:
 def _prompt_numbers(model: ModelConfig) -> int:
     """Of one caption's embeddings: 77 of both encoders side by side, and the pooled one of the second."""
     first, second = (part_settings(model, part) for part in TEXT_PARTS)
-    return int(_TOKENS * (first["hidden_size"] + second["hidden_size"]) + second["projection_dim"])
+    return int(TOKENS * (first["hidden_size"] + second["hidden_size"]) + second["projection_dim"])

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.sdxl.loading import base_path
 
+TOKENS = 77  # of a prompt, as CLIP reads it
 _CLASSES = {
     "unet": UNet2DConditionModel,
     "text_encoder": CLIPTextModel,
