@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.adapter.update import Update, Updates, balanced, lora_updates, magnitudes
+from flatlora_diffusion.adapter.update import Update, Updates, balanced
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import writing_whole
 
@@ -51,12 +51,6 @@ def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
         for part, layers in values.items()
         for module, value in layers.items()
     }
-
-
-def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write `pytorch_lora_weights.safetensors` for `load_lora_weights` of a stock pipeline; returns its path."""
-    save_updates(pipeline, lora_updates(pipeline), magnitudes(pipeline), folder / LORA_FILE, dtype)
-    return folder / LORA_FILE
 
 
 def save_updates(

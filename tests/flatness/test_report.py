@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from tiny_runs import save_lora
 from torch import nn
 
 from flatlora_diffusion.adapter.layers import lora_layers
@@ -40,8 +41,7 @@ from flatlora_diffusion.flatness.merged_weights import (
 from flatlora_diffusion.flatness.report import flatness
 from flatlora_diffusion.flatness.robustness import OtherModels, rounded, to_bits, truncated, variants
 from flatlora_diffusion.flatness.weight_space import Weights, noise, scales, shifted, value
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE, save_lora
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 
