@@ -14,16 +14,16 @@ from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
-from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
 
 Key = tuple[str, int]  # prompt, seed
 
 
 class PictureGenerator:
-    """Draws with `steps` and `guidance`; a file's name is the hash of all that its picture depends on."""
+    """Draws with `steps`; a file's name is the hash of all that its picture depends on."""
 
-    def __init__(self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = 25, guidance: float = 5.0) -> None:
-        self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, guidance)
+    def __init__(self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = STEPS) -> None:
+        self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, GUIDANCE)
         self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
 
     def generate(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> dict[Key, Image.Image]:
