@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, Dinov2Model
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
 from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.evaluation.judge import (
@@ -26,7 +26,6 @@ from flatlora_diffusion.evaluation.judge import (
     load_judge,
     text_vectors,
 )
-from flatlora_diffusion.evaluation.preprocessing import load_vision_input
 
 JUDGE = "judge"
 _CHUNK = 32  # images or texts per forward
@@ -96,9 +95,24 @@ def centre_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def load_image_reader(name_or_path: str) -> Callable[[Sequence[Image.Image]], Tensor]:
+    """What makes of images the pixels (B, 3, H, W) that a saved model reads, by the preprocessing beside it.
+
+    Raises ConfigError when there is none.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")  # which needs no torchvision
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name_or_path} has no preprocessor_config.json that can be read: {str(error).splitlines()[0]}; "
+            "save the model's image processor beside it"
+        ) from error
+    return lambda images: processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+
 def _clip_encoder(name_or_path: str) -> Encoder:
     model = _load(CLIPModel, name_or_path)
-    vision_input = load_vision_input(name_or_path)
+    pixels_of = load_image_reader(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except _LOAD_ERRORS as error:
@@ -109,16 +123,16 @@ def _clip_encoder(name_or_path: str) -> Encoder:
         ids = tokenizer(list(values), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         return text_vectors(model, ids["input_ids"])
 
-    return Encoder(name_or_path, lambda images: image_vectors(model, vision_input.pixels(images)), texts)
+    return Encoder(name_or_path, lambda images: image_vectors(model, pixels_of(images)), texts)
 
 
 def _dino_encoder(name_or_path: str) -> Encoder:
     model = _load(Dinov2Model, name_or_path)
-    vision_input = load_vision_input(name_or_path)
+    pixels_of = load_image_reader(name_or_path)
 
     def images(values: Sequence[Image.Image]) -> Tensor:
         """The CLS token after the last layer norm."""
-        return F.normalize(model(vision_input.pixels(values)).last_hidden_state[:, 0], dim=-1)
+        return F.normalize(model(pixels_of(values)).last_hidden_state[:, 0], dim=-1)
 
     return Encoder(name_or_path, images, None)
 
