@@ -121,7 +121,7 @@ def serve(settings: AppSettings) -> int:
         page.block_thread()
     except OSError as error:
         print(f"error: port {settings.port} cannot be used ({error}); choose another with --port", file=sys.stderr)
-        return 2
+        return ConfigError.exit_code
     finally:
         context.queue.close()
     return 0
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str]) -> int:
             return serve(settings)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from benchmarks import record
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
 from flatlora_diffusion.compare.material import HELDOUT_FOLDER, SAMPLE_ICONS
 from flatlora_diffusion.compare.paired import paired_difference
-from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
+from flatlora_diffusion.config import TINY, ModelConfig, TrainConfig, preset_file
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.run_dir import LORA_FILE
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=200, help="steps between measurements")
-    parser.add_argument("--base", default="tiny")
+    parser.add_argument("--base", default=TINY)
     parser.add_argument("--data", type=Path, default=SAMPLE_ICONS, help="with held-out images in a folder of it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import paper_memory, paper_text_to_image_page
-from benchmarks import paper_published as published
+from benchmarks import paper_memory, paper_published as published, paper_text_to_image_page
 from benchmarks.paper_flatness import table
 from benchmarks.paper_results_studies import (
     STUDIES,
@@ -32,8 +31,7 @@ from benchmarks.paper_results_studies import (
 )
 from benchmarks.paper_study import ARMS, VARIANT_ARMS
 from benchmarks.paper_variants_answer import answer as answer_of_icons
-from benchmarks.paper_variants_page import PAGE as VARIANTS
-from benchmarks.paper_variants_page import read_results
+from benchmarks.paper_variants_page import PAGE as VARIANTS, read_results
 from benchmarks.paper_words import is_told
 from flatlora_diffusion.charts.forest import Row, forest_chart
 from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, THIRD, Look

@@ -31,6 +31,7 @@ from benchmarks import record
 from benchmarks.paper_variants_parts import PARTS
 from benchmarks.paper_variants_study import Study
 from benchmarks.paper_variants_tuned import check_optuna
+from flatlora_diffusion.config import TINY
 
 FOLDER = Path(__file__).parent
 
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path, required=True, help="folder for icons, runs and measurements; kept")
     found.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
     found.add_argument("--icons", type=Path, help="folder for the npm packages; default: that of --work")
-    found.add_argument("--base", default="tiny")
+    found.add_argument("--base", default=TINY)
     found.add_argument("--other_base", type=Path, help="another checkpoint of it, a folder, for `felt`")
     found.add_argument("--learning_rate", type=float, default=5e-4, help="of all but the tuned arms")
     found.add_argument("--steps", type=int, default=300)

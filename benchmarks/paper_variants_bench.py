@@ -28,7 +28,7 @@ from flatlora_diffusion.evaluation.judge import Judge, load_judge
 from flatlora_diffusion.evaluation.metrics import judge_metrics
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.ground.whole_files import write_json, writing_whole
+from flatlora_diffusion.ground.whole_files import file_sha256, write_json, writing_whole
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
@@ -224,7 +224,7 @@ class Pictures:
         return list(self._names.values())
 
     def _file(self, lora: Path | None) -> Path:
-        content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
+        content = "base" if lora is None else file_sha256(lora)
         key = json.dumps([self._base, content, list(self._names)])
         return self._kept / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 

@@ -29,8 +29,7 @@ METRICS = {
     "name_found": "names found",
     "style_probability": "3D",
 }
-"""What is compared in pairs, by its key in a row; all but the last two are losses."""
-LOSSES = tuple(METRICS)[:6]
+"""What is compared in pairs, by its key in a row."""
 
 
 class Headline(NamedTuple):

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.record import DEVICE
-from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.config import TINY, ModelConfig
 from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
 from flatlora_diffusion.sdxl.shapes import part_settings
 
@@ -26,7 +26,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     if (folder / "model_index.json").is_file():
         return
-    tiny = Path(base_path("tiny"))
+    tiny = Path(base_path(TINY))
     scheduler = load_pipeline(ModelConfig(), torch.device("cpu"), torch.float32).scheduler
     with torch.device(DEVICE):  # a GPU is quick to fill 3.5 billion weights
         pipeline = StableDiffusionXLPipeline(

@@ -24,10 +24,10 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from benchmarks.record import save
-from flatlora_diffusion.config import SAMPLES, AdapterKind, ConfigError, Method, TrainConfig
+from flatlora_diffusion.config import SAMPLES, TINY, AdapterKind, ConfigError, Method, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.sdxl.loading import TINY, base_path
+from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.checkpoint import start
 from flatlora_diffusion.training.saving import save_lora

@@ -6,7 +6,6 @@ a user starts it. Both train on one thread, so that they end in the same bits. E
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,10 +21,11 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from benchmarks.soak_judge import Left, Progress
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.ground.whole_files import file_sha256
 
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "samples" / "icons_3d"
-LORA = "pytorch_lora_weights.safetensors"
 CAN_FORK = sys.platform == "linux"
 STEPS = 7  # so that the last one has no checkpoint of its own
 PATIENCE = 120.0  # seconds until a run counts as hung
@@ -47,7 +47,7 @@ SETTINGS = {
 # What a user may keep in a run folder; none of it is a name that a run writes.
 USERS_FILES = {
     "notes.txt": b"the third try, with a lower learning rate\n",
-    "checkpoint-2-best/pytorch_lora_weights.safetensors": b"a copy of the user's own",
+    f"checkpoint-2-best/{LORA_FILE}": b"a copy of the user's own",
     "checkpoint-old/state.safetensors": b"another",
     "images-mine/crown.png": b"no picture, but the user's",
     "earlier-notes/2.txt": b"two\n",
@@ -144,7 +144,7 @@ class Scene:
         return sorted(int(name) for name in names if name.isdigit())
 
     def left(self) -> Left:
-        return Left(self.checkpoints(), (self.run / LORA).is_file())
+        return Left(self.checkpoints(), (self.run / LORA_FILE).is_file())
 
     def progress(self) -> Progress:
         steps = sum(marker.startswith("step-") for marker in self.markers())
@@ -153,18 +153,16 @@ class Scene:
     def markers(self) -> set[str]:
         """How far the run is, by its files."""
         found = {"cache"} if any(self.cache.glob("latent-*")) else set()
-        found |= {"lora"} if (self.run / LORA).is_file() else set()
+        found |= {"lora"} if (self.run / LORA_FILE).is_file() else set()
         with suppress(OSError):
-            for line in (self.run / "events.jsonl").read_bytes().splitlines():
+            for line in RunDir(self.run).events_file.read_bytes().splitlines():
                 with suppress(ValueError):
                     event = json.loads(line)
                     found.add("-".join(str(event[name]) for name in ("event", "step") if name in event))
         return found
 
     def _hashes(self, paths: Sequence[Path]) -> dict[str, str]:
-        return {
-            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
-        }
+        return {path.relative_to(self.folder).as_posix(): file_sha256(path) for path in paths}
 
 
 @dataclass

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.short_run import CAN_FORK, LORA, STEPS, Scene, Started, ready_to_start
+from benchmarks.short_run import CAN_FORK, STEPS, Scene, Started, ready_to_start
 from benchmarks.soak_disk import break_disk, means, mend_disk, own_disk
 from benchmarks.soak_judge import (
     CACHING,
@@ -46,6 +46,7 @@ from benchmarks.soak_judge import (
     wrong_end,
     wrong_pair,
 )
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 
 FAILURES = ("lost", "touched", "wrong")
 TRIES = 6  # a run may end before its kill, on a machine that is less busy than when the timeline was taken
@@ -161,7 +162,7 @@ class Soak:
             with scene:
                 timeline = _watched(scene, is_real)
             for _, other in self._unbroken.values():
-                if not same_tensors(scene.run / LORA, other / LORA):
+                if not same_tensors(scene.run / LORA_FILE, other / LORA_FILE):
                     raise RuntimeError("a real start and a fork do not end in the same LoRA")
             self._unbroken[is_real] = timeline, scene.run
         return self._unbroken[is_real]
@@ -216,7 +217,7 @@ class Soak:
             end = End(run.wait(), run.text())
             if end.code != 0 or "Traceback" in end.text:
                 case.wrong.append(f"{case.then}: exit {end.code}: {end.last_line}")
-        for name in (LORA, f"{unbroken.name}.safetensors"):
+        for name in (LORA_FILE, f"{unbroken.name}.safetensors"):
             if not same_tensors(scene.run / name, unbroken / name):
                 case.lost.append(f"{name} is not that of the unbroken run")
         case.touched += scene.touched()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.short_run import LORA, STEPS, Forked, Scene
+from benchmarks.short_run import STEPS, Forked, Scene
 from benchmarks.soak import Case, Order, figures, plan, table
 from benchmarks.soak_disk import IS_ROOT, break_disk, means, mend_disk, own_disk
 from benchmarks.soak_judge import (
@@ -19,6 +19,7 @@ from benchmarks.soak_judge import (
     KINDS,
     LAST,
     LOAD,
+    LORA as FINAL_LORA,
     PHASES,
     PREVIEW,
     READ_ONLY,
@@ -37,7 +38,7 @@ from benchmarks.soak_judge import (
     wrong_end,
     wrong_pair,
 )
-from benchmarks.soak_judge import LORA as FINAL_LORA
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 
 STOPPED = "error: stopped after step 3 by SIGTERM; --resume_from_checkpoint latest goes on"
 FULL_DISK = "error: the run folder cannot be written: the disk is full; the last good checkpoint is checkpoint-2"
@@ -188,7 +189,7 @@ def test_progress_is_read_from_the_files_of_a_run_and_a_torn_line_is_no_news(tmp
     (scene.cache / "latent-1.safetensors").touch()
     events = '{"event": "start"}\n{"event": "step", "step": 0}\n{"event": "step", "st'
     (scene.run / "events.jsonl").write_text(events)
-    (scene.run / LORA).touch()
+    (scene.run / LORA_FILE).touch()
     assert scene.markers() == {"cache", "start", "step-0", "lora"}
     assert scene.progress() == Progress(1, Left([], has_lora=True))
 

@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from gradio_client import Client
-from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, Request, expect, sync_playwright
-from playwright.sync_api import TimeoutError as PlaywrightTimeout
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Error,
+    Locator,
+    Page,
+    Request,
+    TimeoutError as PlaywrightTimeout,
+    expect,
+    sync_playwright,
+)
 
 from app.runs.processes import kill_tree, read_json
 

@@ -9,7 +9,7 @@ import numpy as np
 _FLOAT, _OPSET, _IR = 1, 13, 8
 
 
-def mean_colour_model(side: int, weights: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
+def mean_colour_model(side: int, weights: np.ndarray[Any, np.dtype[np.floating[Any]]]) -> bytes:
     """sigmoid(mean over the pixels @ weights): pixels (N, side, side, 3) in, scores (N, columns of weights) out."""
     mean = _node("ReduceMean", ["pixels"], ["mean"], _ints("axes", [1, 2]), _int("keepdims", 0))
     nodes = [mean, _node("MatMul", ["mean", "weights"], ["logits"]), _node("Sigmoid", ["logits"], ["scores"])]

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatlora_diffusion.adapter.update import lora_updates, magnitudes
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.lora_files.diffusers_file import save_updates
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
@@ -24,6 +27,13 @@ def trained(config: TrainConfig, steps: int = 3) -> TrainState:
     for step in range(steps):
         train_step(state, step)
     return state
+
+
+def save_lora(pipeline: Any, folder: Path) -> Path:
+    """The pipeline's LoRA as diffusers' file in the folder."""
+    file = folder / LORA_FILE
+    save_updates(pipeline, lora_updates(pipeline), magnitudes(pipeline), file, torch.float32)
+    return file
 
 
 def output_with(pipeline: Any, state: TrainState, prompt: str = "an icon of thing 0") -> Tensor:

@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageStat
-from scipy.stats import t as student
+
+from flatlora_diffusion.compare.paired import paired_difference
 
 from .comparison import Comparison
 from .picture_cache import Picture
@@ -27,19 +28,19 @@ def answer(comparison: Comparison, drawn: Mapping[Picture, Path]) -> tuple[str, 
     shares = [share for share in found if share is not None]
     if not shares:
         return "Neither LoRA changes these pictures.", "At this strength they are those of the base."
-    mean, margin = _with_margin(shares)
+    share = paired_difference(shares, [0.0] * len(shares))
     one, two = comparison.arms
     first, second = (one.title, two.title) if one.title != two.title else (one.name, two.name)
-    if mean < _NEAR:
+    if share.mean < _NEAR:
         told = f"{first} and {second} draw nearly the same pictures here."
-    elif mean < _ALIKE:
+    elif share.mean < _ALIKE:
         told = f"{first} and {second} draw alike pictures here, with differences to be seen."
     else:
         told = f"{first} and {second} draw clearly different pictures here."
-    sure = f", give or take {margin:.0%}" if margin is not None else ", from one picture, which tells little"
+    sure = f", give or take {share.margin or 0:.0%}" if share.n > 1 else ", from one picture, which tells little"
     return told, (
-        f"They differ from each other by {mean:.0%} of what they change in the base{sure}. Which one is better is not "
-        "in this figure: ask your eyes in the blind vote."
+        f"They differ from each other by {share.mean:.0%} of what they change in the base{sure}. Which one is better "
+        "is not in this figure: ask your eyes in the blind vote."
     )
 
 
@@ -48,15 +49,6 @@ def _share(row: Sequence[Path]) -> float | None:
     base, first, second = row
     changed = (distance(first, base) + distance(second, base)) / 2
     return distance(first, second) / changed if changed else None
-
-
-def _with_margin(shares: Sequence[float]) -> tuple[float, float | None]:
-    """(the mean, half of its 95 % interval); without the latter for a single one."""
-    mean = statistics.mean(shares)
-    if len(shares) < 2:
-        return mean, None
-    error = statistics.stdev(shares) / len(shares) ** 0.5
-    return mean, float(student.ppf(0.975, len(shares) - 1)) * error
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from flatlora_diffusion.config import SAMPLES, ConfigError
+from flatlora_diffusion.config import SAMPLES, TINY, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 from ..context import AppContext
@@ -204,7 +204,7 @@ def default_prompts(context: AppContext, arms: Sequence[ComparedRun]) -> str:
     """
     if not arms:
         return ""
-    if "tiny" in arms[0].base[1:2] and _HELD_OUT.is_file():
+    if TINY in arms[0].base[1:2] and _HELD_OUT.is_file():
         held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:ENOUGH_PAIRS]
         folder = context.runs.settings(arms[0].id).get("instance_data_dir")
         return with_trigger("\n".join(held_out), TRIGGER, trigger_of_captions(Path(folder)) if folder else TRIGGER)

@@ -17,11 +17,10 @@ from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED, difference_titles, enlarged
-from .picture_cache import Picture, file_hash
+from .picture_cache import PRECISIONS, Picture, file_hash
 
 _CELL = 320
 _SMALL = 256  # pixels; larger pictures go into the page as WebP, else it would be too large to send
-_PRECISIONS = {"no": "fp32"}
 _STYLE = """
 :root { color-scheme: light dark; --line: #d6d3d1; --faint: #78716c; }
 @media (prefers-color-scheme: dark) { :root { --line: #44403c; --faint: #a8a29e; } }
@@ -99,7 +98,7 @@ def _caption(comparison: Comparison, reference: int | None) -> str:
 
 def _facts(comparison: Comparison) -> list[str]:
     drawing = comparison.drawing
-    precision = _PRECISIONS.get(drawing.precision, drawing.precision)
+    precision = PRECISIONS[drawing.precision]
     name = bare_name(drawing.base[1])
     loras = [f"{arm.title} {arm.name}: LoRA file SHA-256 {file_hash(arm.file)[:16]}" for arm in comparison.arms]
     small = [told] if (told := enlarged(comparison)) else []

@@ -15,11 +15,13 @@ from PIL import Image
 
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.gallery.png_text import SETTINGS
+from flatlora_diffusion.ground.whole_files import file_sha256
 
 from ..jobs.jobs import JobQueue
 from ..jobs.store import Job
 
 _IDENTITY = "base_identity"
+PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of the computing, and what each is called
 
 
 @dataclass(frozen=True)
@@ -223,11 +225,7 @@ def file_hash(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _hash(path: Path, changed: int, size: int) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def _read(path: Path, drawing: Drawing) -> Picture | None:

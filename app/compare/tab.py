@@ -17,6 +17,7 @@ from ..jobs.view import STATUS_CSS, wrong
 from ..watch.ticks import only_news, signs_of
 from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
+from .picture_cache import PRECISIONS
 from .view import (
     AUTOMATIC,
     BETWEEN,
@@ -39,7 +40,7 @@ _LOOKS = [("Pictures", PICTURES), ("Difference to the base", TO_BASE), ("LoRA ag
 _RESIZE = "(size) => document.documentElement.style.setProperty('--fl-size', size + 'px')"
 _ROWS = [("Prompts", BY_PROMPT), ("at several strengths", BY_STRENGTH), ("by checkpoint", BY_CHECKPOINT)]
 _ROWS_INFO = "A checkpoint is the LoRA on its way, so also the end that a run had before it was trained longer."
-_PRECISIONS = [("As the device likes", AUTOMATIC), ("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16")]
+_PRECISIONS = [("As the device likes", AUTOMATIC), *((name, value) for value, name in PRECISIONS.items())]
 
 
 def build_compare_tab(context: AppContext, voter: gr.BrowserState, load: Callable[..., Any]) -> gr.Timer:

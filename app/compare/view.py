@@ -26,13 +26,12 @@ from .comparison import (
 )
 from .export import save_grid, save_page
 from .grid import empty_page, grid_page
-from .picture_cache import Picture, PictureCache, orders_for, own_precision
+from .picture_cache import PRECISIONS, Picture, PictureCache, orders_for, own_precision
 
 BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
 PICTURES, TO_BASE, BETWEEN = "pictures", "to_base", "between"
 _REFERENCES = {TO_BASE: 0, BETWEEN: 1}  # the column that the later ones are shown as differences to
 AUTOMATIC = "automatic"
-PRECISIONS = ("no", "fp16", "bf16")
 STRENGTHS, STEPS, GUIDANCES = (0.0, 1.5), (1, 100), (0.0, 15.0)  # from and to
 NO_RUNS = "Nothing to compare yet"
 WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has finished."

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from flatlora_diffusion.ground.whole_files import write_text
+from flatlora_diffusion.ground.whole_files import file_sha256, write_text
 
 _IMAGE = re.compile(r"\d{4,}\.(?!txt$|part$)[a-z0-9]+")
 
@@ -47,7 +47,7 @@ def content_of(folder: Path) -> str:
     """A hash of the images and captions, the same for the same."""
     content = hashlib.sha256()
     for path in files_of(folder):
-        content.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        content.update(f"{path.name} {file_sha256(path)}\n".encode())
     return content.hexdigest()[:16]
 
 

@@ -17,21 +17,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.data.images import CAPTION_SUFFIXES, ImageError, load_image, read_header
+from flatlora_diffusion.data.images import CAPTION_SUFFIXES, FORMATS, ImageError, load_image, read_header
 
 MIB = 2**20
-SUFFIXES = {
-    "PNG": ".png",
-    "JPEG": ".jpg",
-    "WEBP": ".webp",
-    "AVIF": ".avif",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "TIFF": ".tif",
-    "PPM": ".ppm",
-    "ICO": ".ico",
-    "JPEG2000": ".jp2",
-}
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
 _RATIO_COUNTS_FROM = 8 * MIB  # smaller files may be as flat as they like
@@ -140,7 +128,7 @@ def image_suffix(path: Path, limits: Limits) -> str:
         load_image(path)
     except ImageError as error:
         raise RefusedError(error.reason) from error
-    return SUFFIXES[header.kind]
+    return FORMATS[header.kind]
 
 
 def shown_name(name: str) -> str:

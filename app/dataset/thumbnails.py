@@ -16,6 +16,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.crops import choose_view, view_image
 from flatlora_diffusion.data.dataset import Sample, make_sample
 from flatlora_diffusion.data.images import load_alpha, load_image
+from flatlora_diffusion.ground.whole_files import file_sha256
 
 LONGEST_SIDE = 256
 
@@ -38,7 +39,7 @@ class Thumbnails:
 
     def look(self, path: Path) -> Look:
         """What the image at `path` is like; decoded once as long as its content stays."""
-        key = (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+        key = (path.name, file_sha256(path))
         with self._lock:
             known = self._looks.get(key)
         if known is None:

@@ -64,9 +64,9 @@ def training_size(model: ModelConfig, resolution: int | None) -> int:
     """The training size in pixels; one that is left open is the base's own, from its configs."""
     if resolution is not None:
         return resolution
-    from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor  # imports diffusers, which takes seconds
+    from flatlora_diffusion.sdxl.shapes import own_size  # imports diffusers, which takes seconds
 
-    return int(part_settings(model, "unet")["sample_size"]) * vae_factor(model)
+    return own_size(model)
 
 
 def framing(model: ModelConfig, resolution: int | None, background: str, has_buckets: bool) -> Framing:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import SAMPLES, TINY, ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset_file import read_dataset_file
 
 from ..runs.names import is_run
@@ -18,7 +18,6 @@ from ..runs.names import is_run
 READ, WRITTEN = settings_that("place", "read"), settings_that("place", "written")
 MODELS = settings_that("place", "model")  # or a hub id
 PARTS = settings_that("place", "part")  # of a path
-_TINY = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _NO_LOCAL_PATH = ("~", "//", "\\\\")  # somebody's home, and another machine's disk on Windows
 
@@ -59,7 +58,7 @@ class Places:
 
     def check_model(self, name: str, value: str) -> None:
         """Raises ConfigError when the setting `name` is neither a place that may be read nor a hub id."""
-        if value != _TINY and not self.may_read(value) and not _is_hub_id(value):
+        if value != TINY and not self.may_read(value) and not _is_hub_id(value):
             raise _outside(name, value, ", or give a hub id, OWNER/NAME")
 
     def may_read(self, text: str) -> bool:

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from scipy.stats import t as student
+from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.config import DEFAULT_SIGMA
 
 from ..runs.run_cards import method_name
 
-_SIGMA = 0.1  # the noise that Flat-LoRA trains with by default
 _LIMITS = (
     "That is how this one training came out. Flatter means that small changes disturb it less; whether its pictures "
     "are better is for the eyes to say, in the blind vote on the Compare tab."
@@ -24,7 +24,7 @@ def answer(result: Mapping[str, Any]) -> tuple[str, str]:
     plain, flat = (next((name for name in methods if methods[name] == one), None) for one in ("lora", "flat-lora"))
     if plain is None or flat is None or len(runs) != 2:
         return "", ""
-    place = min(range(len(sigmas)), key=lambda at: abs(sigmas[at] - _SIGMA))
+    place = min(range(len(sigmas)), key=lambda at: abs(sigmas[at] - DEFAULT_SIGMA))
     rises = {one["name"]: one["rises"]["filter"][place]["values"] for one in result["figures"]}
     share, margin = _relative(rises[plain], rises[flat])
     names = (method_name("lora"), method_name("flat-lora"))
@@ -46,6 +46,5 @@ def answer(result: Mapping[str, Any]) -> tuple[str, str]:
 def _relative(plain: list[float], flat: list[float]) -> tuple[float, float]:
     """(how much more the second rises than the first, as a share of the first; half its 95 % interval)."""
     level = statistics.mean(plain)
-    differences = [(two - one) / level for one, two in zip(plain, flat, strict=True)]
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return statistics.mean(differences), float(student.ppf(0.975, len(differences) - 1)) * error
+    rise = paired_difference(flat, plain)
+    return rise.mean / level, (rise.margin or 0.0) / level

@@ -15,11 +15,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, unused_by
+from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig, unused_by
 
 from ..runs.runs import RunStore
 from ..runs.settings import checked_config
-from .launch import STOPPED_CODE, Launch
+from .launch import Launch
 from .store import Job, JobKind, JobState, NewJob
 
 logger = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ class JobQueue:
             return self._set_ended(job, "failed", None, "its process was killed, or the computer was switched off")
         if ending.code == 0:
             return self._set_ended(job, "done", 0, None)
-        is_stopped = ending.code == STOPPED_CODE or ending.was_asked
+        is_stopped = ending.code == StoppedError.exit_code or ending.was_asked
         return self._set_ended(job, "stopped" if is_stopped else "failed", ending.code, None)
 
     def _set_ended(self, job: Job, state: JobState, code: int | None, error: str | None) -> JobState:

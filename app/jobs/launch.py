@@ -27,7 +27,6 @@ from ..settings import AUTH_VARIABLE
 
 LOG_LINES = 40
 AT_ONCE = "at once"
-STOPPED_CODE = 3  # of a training that was asked to stop and can be resumed
 _LOG_BYTES = 2**20
 _START_SECONDS = 10  # from the command's file to the supervisor's
 

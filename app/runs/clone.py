@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, get_args
 
 from flatlora_diffusion.config import ConfigError, Method, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.whole_files import file_sha256
 
 from ..context import AppContext
 from ..dataset.removal import BRING_BACK
@@ -84,5 +84,5 @@ def _taken(context: AppContext, session: str, frozen: Path) -> str:
 def _changed(run: RunDir, folder: Path) -> tuple[int, int]:
     """(how many of the run's images are not in the folder, how many it had)."""
     had = [row["sha256"] for row in run.manifest()] if run.manifest_file.is_file() else []
-    now = {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()} if had else {}
+    now = {file_sha256(path) for path in folder.iterdir() if path.is_file()} if had else {}
     return sum(one not in now for one in had), len(had)

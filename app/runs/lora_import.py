@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, ImportConfig, ModelConfig
+from flatlora_diffusion.config import TINY, ConfigError, ImportConfig, ModelConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.whole_files import write_json
@@ -57,7 +57,7 @@ def known_bases(runs: RunStore) -> list[str]:
     """The bases of the runs there are, the newest first, then the one that ships with the app."""
     saved = [read_json(RunDir(run.folder).config_file).get("pretrained_model_name_or_path") for run in runs.all()]
     given = [runs.settings(run.id).get("pretrained_model_name_or_path") for run in runs.all()]
-    return list(dict.fromkeys(base for base in [*given, *saved, "tiny"] if base))
+    return list(dict.fromkeys(base for base in [*given, *saved, TINY] if base))
 
 
 def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE
+from flatlora_diffusion.config import ConfigError, StoppedError
+from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE, RunDir
 
-from ..jobs.launch import STOPPED_CODE, Launch
+from ..jobs.launch import Launch
 from .progress import Progress
 
 RunState = Literal["queued", "running", "finished", "failed", "stopped", "interrupted"]
 
-_WRONG_INPUT_CODE = 2
 _KILLED = -9
 _NO_LORA = "The training ended well, but its LoRA file is gone from the run folder. Restore it or train again."
 
@@ -39,7 +39,7 @@ def judge(launch: Launch | None, progress: Progress, files: RunFiles, is_queued:
         return _by_events(progress, files)
     if ending.code == 0:
         return Verdict("finished", 0) if files.has_lora else Verdict("failed", 0, _NO_LORA)
-    if ending.code == STOPPED_CODE or ending.was_asked:
+    if ending.code == StoppedError.exit_code or ending.was_asked:
         return Verdict("stopped", ending.code, _go_on(files))
     return Verdict("failed", ending.code, _failure_advice(ending.code, launch.log(1000), files))
 
@@ -54,7 +54,7 @@ class RunFiles:
 
     @classmethod
     def of(cls, folder: Path, checkpoints: list[Path]) -> RunFiles:
-        events = folder / "events.jsonl"
+        events = RunDir(folder).events_file
         return cls(
             has_lora=(folder / LORA_FILE).is_file(),  # and not a base or another LoRA that lies there too
             checkpoint=checkpoints[-1].name if checkpoints else "its folds" if has_folds(folder) else None,
@@ -78,7 +78,7 @@ def _by_events(progress: Progress, files: RunFiles) -> Verdict:
 
 def _failure_advice(code: int, log: list[str], files: RunFiles) -> str:
     sentence = error_sentence(log)
-    if code == _WRONG_INPUT_CODE and sentence:
+    if code == ConfigError.exit_code and sentence:
         return f"{sentence}\nCorrect this setting in a clone of the run, then start that."
     if sentence:
         return f"{sentence}\n{_go_on(files)}"

@@ -26,8 +26,7 @@ from .clone import clone_run
 from .live_view import loss_curves, samples
 from .lora_import import Origin, import_lora_file, known_bases, origin_of
 from .run_cards import run_card
-from .trash_tab import build_trash, connect_trash
-from .trash_tab import look as look_at_trash
+from .trash_tab import build_trash, connect_trash, look as look_at_trash
 from .workbench import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, arranged, list_page, rows_of, storage_line
 
 _DOWNLOADS = {

@@ -46,11 +46,10 @@ class ExtendedEmbedding(nn.Module):
 
 def new_tokens(config: TokenConfig) -> dict[str, list[str]]:
     """The new tokens `<s0>`, `<s1>`, ... of each placeholder word, in order."""
-    words = [word.strip() for word in config.token_abstraction.split(",") if word.strip()]
-    if not words:
+    if not config.placeholders:
         raise ConfigError("token_abstraction is empty; name the word in the prompts that stands for the new tokens")
     count = config.num_new_tokens_per_abstraction
-    return {word: [f"<s{place * count + i}>" for i in range(count)] for place, word in enumerate(words)}
+    return {word: [f"<s{place * count + i}>" for i in range(count)] for place, word in enumerate(config.placeholders)}
 
 
 def with_new_tokens(text: str, tokens: Mapping[str, list[str]]) -> str:

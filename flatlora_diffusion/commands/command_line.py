@@ -38,10 +38,10 @@ from flatlora_diffusion.config import (
     GenerateConfig,
     ModelConfig,
     RunError,
-    StoppedError,
     TrainConfig,
     shipped,
 )
+from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import check_paths, opened
 from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if name not in verbs:
         print(f"error: flatlora has no verb {name!r}; there are: {', '.join(verbs)}", file=sys.stderr)
-        return 2
+        return ConfigError.exit_code
     run = verbs[name].run
     return _app(given[1:]) if run is _app else _run(run, given[1:])
 
@@ -123,7 +123,7 @@ def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
         return error.code
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 3 if isinstance(error, StoppedError) else 1
+        return error.exit_code
 
 
 def _train(arguments: list[str]) -> None:
@@ -252,8 +252,9 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
     bases = {}
     for file in (file for text in given.lora for file in parse_lora(text)):
         folder = file.path.parent.parent if file.path.parent.name.startswith("checkpoint-") else file.path.parent
-        if (folder / "config.json").is_file() and (folder / "events.jsonl").is_file():
-            saved = TrainConfig().updated_from(folder / "config.json").to_dict()
+        run = RunDir(folder)
+        if run.config_file.is_file() and run.events_file.is_file():
+            saved = TrainConfig().updated_from(run.config_file).to_dict()
             model = TrainConfig.from_dict(opened(saved)).model
             check_paths(vars(model))
             bases[model.pretrained_model_name_or_path] = model

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flatlora_diffusion.commands.verb_settings import verb_settings
-from flatlora_diffusion.config import SAMPLES, DoctorConfig, ModelConfig, RunError, TrainConfig, shipped
+from flatlora_diffusion.config import SAMPLES, TINY, DoctorConfig, ModelConfig, RunError, TrainConfig, shipped
 from flatlora_diffusion.ground.saved_settings import opened
 from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, last_tested, required
 
@@ -165,7 +165,7 @@ def working_folder(folder: Path) -> Finding:
 def base(model: ModelConfig) -> Finding:
     """The base and its text encoders: a file, a folder, or a hub id that was downloaded before."""
     name = model.pretrained_model_name_or_path
-    if name == "tiny":
+    if name == TINY:
         return weights("base", str(SAMPLES / "tiny_sdxl"), _PIPELINE_PARTS, named=name)
     if name.lower().endswith(".safetensors"):
         if Path(name).is_file():

@@ -9,12 +9,11 @@ from typing import Any
 
 from flatlora_diffusion.compare.arms import Arm
 from flatlora_diffusion.compare.evaluator import MetricValues
-from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.compare.paired import CLEAN_LOSS, ENDS, SECONDS, STEPS, paired_difference
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
 from flatlora_diffusion.ground.numbers import figure
 
 HELDOUT_LOSS = "heldout_loss"
-STEPS, ENDS, CLEAN_LOSS, SECONDS = "steps", "ends", "clean loss", "seconds"
 
 Values = Mapping[str, Mapping[int, MetricValues]]
 """MetricValues by arm and seed."""

@@ -12,7 +12,7 @@ from typing import Any
 from flatlora_diffusion.data.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
 from flatlora_diffusion.ground.provenance import base_fingerprint
-from flatlora_diffusion.ground.whole_files import write_text
+from flatlora_diffusion.ground.whole_files import file_sha256, write_text
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
@@ -109,7 +109,7 @@ class LossEvaluator:
 
     def _file(self, what: str, lora: Path | None, strength: float) -> Path:
         """Where a result is kept, measured or not."""
-        content = "base" if lora is None else hashlib.sha256(lora.read_bytes()).hexdigest()
+        content = "base" if lora is None else file_sha256(lora)
         key = hashlib.sha256(json.dumps([self._key, what, content, strength]).encode()).hexdigest()[:32]
         return self._kept / f"{key}.json"
 

@@ -25,9 +25,10 @@ from flatlora_diffusion.compare.evaluator import (
 )
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
 from flatlora_diffusion.compare.pictures import PictureGenerator
-from flatlora_diffusion.config import SAMPLES, CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.config import SAMPLES, TINY, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
+from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
@@ -151,7 +152,7 @@ def _are_sample_icons(config: TrainConfig) -> bool:
 def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> PromptSets:
     file = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
     style = _lines(file) if own.prompts_file or file.is_file() else [sample.caption for sample in samples]
-    is_tiny = config.model.pretrained_model_name_or_path == "tiny"
+    is_tiny = config.model.pretrained_model_name_or_path == TINY
     ours = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
     unrelated = _lines(Path(own.unrelated_prompts_file) if own.unrelated_prompts_file else ours)
     most = own.num_prompts
@@ -163,13 +164,10 @@ def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Se
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(file)!r} cannot be read: give a text file with one prompt per line") from error
-    if not any(lines):
+    prompts = read_prompts(file)
+    if not prompts:
         raise ConfigError(f"{str(file)!r} is empty: give a text file with one prompt per line")
-    return [line for line in lines if line]
+    return prompts
 
 
 def _as_seen(sample: Sample, background: str, resolution: int) -> Image.Image:

@@ -42,7 +42,7 @@ def advise(run: Sequence[TrajectoryPoint], strengths: Mapping[float, float]) -> 
         return Advice(best.step, 1.0, last.heldout_loss > base.heldout_loss, _NO_GAIN)
     lost = last.heldout_loss - best.heldout_loss
     if lost > WORTH * gain:
-        return Advice(best.step, 1.0, True, _over_fit(base, best, last, lost / gain))
+        return Advice(best.step, 1.0, True, _over_fit(best, last, lost / gain))
     strength = min(strengths, key=lambda at: strengths[at], default=1.0)
     if strengths and strengths[1.0] - strengths[strength] > WORTH * gain:
         share = (strengths[1.0] - strengths[strength]) / gain
@@ -51,7 +51,7 @@ def advise(run: Sequence[TrajectoryPoint], strengths: Mapping[float, float]) -> 
     return Advice(last.step, 1.0, False, "The held-out loss fell, or stayed, up to the end: no sign of over-fitting.")
 
 
-def _over_fit(base: TrajectoryPoint, best: TrajectoryPoint, last: TrajectoryPoint, share: float) -> str:
+def _over_fit(best: TrajectoryPoint, last: TrajectoryPoint, share: float) -> str:
     why = f"From step {best.step} to {last.step} the held-out loss rose again: {share:.0%} of what was gained is lost"
     if best.memorization is not None and last.memorization is not None:
         more = last.memorization - best.memorization

@@ -12,6 +12,8 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
+# Where two runs are compared.
+STEPS, ENDS, CLEAN_LOSS, SECONDS = "steps", "ends", "clean loss", "seconds"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class PairedDifference:
     @property
     def n(self) -> int:
         return len(self.differences)
+
+    @property
+    def margin(self) -> float | None:
+        """Half of the interval."""
+        return None if self.high is None else self.high - self.mean
 
 
 def paired_difference(

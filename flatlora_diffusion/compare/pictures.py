@@ -10,20 +10,20 @@ from pathlib import Path
 from PIL import Image
 
 from flatlora_diffusion.ground.provenance import base_fingerprint
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
-from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
 
 Key = tuple[str, int]  # prompt, seed
 
 
 class PictureGenerator:
-    """Draws with `steps` and `guidance`; a file's name is the hash of all that its picture depends on."""
+    """Draws with `steps`; a file's name is the hash of all that its picture depends on."""
 
-    def __init__(self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = 25, guidance: float = 5.0) -> None:
-        self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, guidance)
+    def __init__(self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = STEPS) -> None:
+        self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, GUIDANCE)
         self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
 
     def generate(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> dict[Key, Image.Image]:
@@ -47,7 +47,7 @@ class PictureGenerator:
 
     def files(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> list[Path]:
         """The files in which the pictures of `keys` are kept, drawn or not."""
-        content = "base" if lora is None else f"{hashlib.sha256(lora.read_bytes()).hexdigest()} at {strength:g}"
+        content = "base" if lora is None else f"{file_sha256(lora)} at {strength:g}"
         depends = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
         return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]
 

@@ -104,3 +104,8 @@ class TokenConfig(Section):
     train_text_encoder_ti: bool = setting(False, "train embeddings of new tokens along with the UNet's LoRA")
     train_text_encoder_ti_frac: float = setting(0.5, "share of the run that trains them", min=0, max=1)
     train_text_encoder_frac: float = setting(1.0, "share of the run that trains the text encoders", min=0, max=1)
+
+    @property
+    def placeholders(self) -> list[str]:
+        """The words in the prompts that stand for new tokens."""
+        return [word.strip() for word in self.token_abstraction.split(",") if word.strip()]

@@ -103,7 +103,6 @@ def _of_prior_from_base(config: TrainConfig) -> Iterable[tuple[object, str]]:
         return ()
     data, tokens = config.data, config.tokens
     prompt = data.class_prompt or ""
-    placeholders = [word.strip() for word in tokens.token_abstraction.split(",") if word.strip()]
     return (
         (
             data.with_prior_preservation,
@@ -119,8 +118,8 @@ def _of_prior_from_base(config: TrainConfig) -> Iterable[tuple[object, str]]:
             "--instance_prompt; leave the trigger out of it",
         ),
         (
-            tokens.train_text_encoder_ti and any(word in prompt for word in placeholders),
+            tokens.train_text_encoder_ti and any(word in prompt for word in tokens.placeholders),
             f"--prior_from_base would keep new tokens from being learned, since class_prompt={prompt!r} has one of "
-            f"--token_abstraction ({', '.join(placeholders)}); leave it out of the prompt",
+            f"--token_abstraction ({', '.join(tokens.placeholders)}); leave it out of the prompt",
         ),
     )

@@ -8,6 +8,8 @@ from typing import Literal
 from flatlora_diffusion.config.section import Section, setting
 
 PredictionType = Literal["epsilon", "v_prediction"]
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+TINY = "tiny"  # the name of the small base that ships with this program
 Quantization = Literal["nf4", "int8", "torchao-int8"]
 
 
@@ -16,7 +18,7 @@ class ModelConfig(Section):
     """The base model."""
 
     pretrained_model_name_or_path: str = setting(
-        "tiny",
+        TINY,
         "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny` for the small base that "
         "ships with this program",
         place="model",

@@ -8,10 +8,7 @@ import types
 import typing
 from dataclasses import field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -28,13 +25,19 @@ SAMPLES = shipped("samples")
 class ConfigError(ValueError):
     """Something the user can put right: the message says what, and what is allowed."""
 
+    exit_code = 2
+
 
 class RunError(RuntimeError):
     """A run that had to stop; the message says why and what to do."""
 
+    exit_code = 1
+
 
 class StoppedError(RunError):
     """A run that was asked to stop, and has saved what it needs to go on."""
+
+    exit_code = 3
 
 
 class Traits(TypedDict, total=False):

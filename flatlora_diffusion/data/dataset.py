@@ -14,6 +14,7 @@ from PIL import Image
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.data.images import CAPTION_SUFFIXES, Source, find_images, load_image, mask_beside
+from flatlora_diffusion.ground.whole_files import file_sha256
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # the first that a line has, unless one is named
@@ -112,7 +113,7 @@ def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:
             "height": sample.height,
             "caption_sha256": hashlib.sha256(sample.caption.encode()).hexdigest(),
             **({"repeats": sample.repeats} if sample.repeats != 1 else {}),
-            **({"mask_sha256": hashlib.sha256(sample.mask.read_bytes()).hexdigest()} if sample.mask else {}),
+            **({"mask_sha256": file_sha256(sample.mask)} if sample.mask else {}),
         }
         for sample in samples
     ]

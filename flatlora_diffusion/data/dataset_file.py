@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import tomllib
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.data.dataset import Sample, SampleSet, load_samples

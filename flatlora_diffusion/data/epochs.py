@@ -7,7 +7,7 @@ import math
 from flatlora_diffusion.config import TrainConfig
 
 
-def steps_per_epoch(config: TrainConfig, shown: int, processes: int = 1) -> int:
+def steps_per_epoch(config: TrainConfig, shown: int, processes: int) -> int:
     """The optimizer steps of an epoch that shows `shown` images.
 
     More class images than that lengthen the epoch; batches and steps are rounded up.

@@ -15,8 +15,19 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from flatlora_diffusion.config import ConfigError
 
-# What users have. Not every format Pillow knows: EPS would start Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
+# What users have, with the ending of such a file. Not every format Pillow knows: EPS would start Ghostscript.
+FORMATS = {
+    "PNG": ".png",
+    "JPEG": ".jpg",
+    "WEBP": ".webp",
+    "AVIF": ".avif",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+    "ICO": ".ico",
+    "JPEG2000": ".jp2",
+}
 CAPTION_SUFFIXES = (".txt", ".caption")
 # Files that belong beside images and are never read as one.
 SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json", ".jsonl")
@@ -165,7 +176,7 @@ def _read_errors(source: Source) -> Iterator[None]:
 
 
 def _open(source: Source) -> Image.Image:
-    return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS)
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=tuple(FORMATS))
 
 
 def _decode(source: Source) -> tuple[Image.Image, Image.Image | None]:

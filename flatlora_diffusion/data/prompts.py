@@ -13,12 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.files import fingerprint, kept_tensors
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
 
 logger = logging.getLogger(__name__)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one per line, without blank ones. Raises ConfigError for one that cannot be read."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: give a UTF-8 text file with one prompt per line") from error
+    return [line for line in lines if line]
 
 
 class FrozenPrompts:

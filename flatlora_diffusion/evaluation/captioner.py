@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
-from flatlora_diffusion.evaluation.preprocessing import load_vision_input
+from flatlora_diffusion.evaluation.encoders import load_image_reader
 from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
@@ -72,12 +72,12 @@ def _load_writer(name_or_path: str, device: torch.device | str, max_tokens: int)
             f"captioner {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}; {_KINDS}"
         )
     model.to(device).eval()
-    vision_input = load_vision_input(name_or_path)
+    pixels_of = load_image_reader(name_or_path)
     asks = _florence_question(model, tokenizer) if kind == "florence2" else _nothing
 
     @torch.inference_mode()
     def captions(images: Sequence[Image.Image]) -> list[str]:
-        pixels = vision_input.pixels(images).to(device)
+        pixels = pixels_of(images).to(device)
         ids = model.generate(
             pixel_values=pixels, do_sample=False, num_beams=1, max_new_tokens=max_tokens, **asks(pixels)
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, Dinov2Model
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
 from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.evaluation.judge import (
@@ -26,7 +26,6 @@ from flatlora_diffusion.evaluation.judge import (
     load_judge,
     text_vectors,
 )
-from flatlora_diffusion.evaluation.preprocessing import load_vision_input
 
 JUDGE = "judge"
 _CHUNK = 32  # images or texts per forward
@@ -62,21 +61,21 @@ class Encoder:
         return torch.cat(parts).clone()  # a clone outside of inference mode is an ordinary tensor
 
 
-def load_encoder(name_or_path: str, device: torch.device | str = "cpu") -> Encoder:
-    """`judge`, or the CLIP or DINOv2 model in a folder or on the hub, by its config's model_type; in float32.
+def load_encoder(name_or_path: str) -> Encoder:
+    """`judge`, or the CLIP or DINOv2 in a folder or on the hub, by its config's model_type; in float32, on the CPU.
 
     Raises ConfigError, one sentence, when there is no such model.
     """
     if name_or_path == JUDGE:
-        return judge_encoder(load_judge(SAMPLES / "tiny_sdxl" / "judge", device))
+        return judge_encoder(load_judge(SAMPLES / "tiny_sdxl" / "judge"))
     try:
         kind = AutoConfig.from_pretrained(name_or_path).model_type
     except _LOAD_ERRORS as error:
         raise ConfigError(_cannot(name_or_path, error)) from error
     if kind == "clip":
-        return _clip_encoder(name_or_path, device)
+        return _clip_encoder(name_or_path)
     if kind == "dinov2":
-        return _dino_encoder(name_or_path, device)
+        return _dino_encoder(name_or_path)
     raise ConfigError(f"encoder {name_or_path!r} is a {kind} model; give {JUDGE!r}, a CLIP or a DINOv2")
 
 
@@ -96,9 +95,24 @@ def centre_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _clip_encoder(name_or_path: str, device: torch.device | str) -> Encoder:
-    model = _load(CLIPModel, name_or_path, device)
-    vision_input = load_vision_input(name_or_path)
+def load_image_reader(name_or_path: str) -> Callable[[Sequence[Image.Image]], Tensor]:
+    """What makes of images the pixels (B, 3, H, W) that a saved model reads, by the preprocessing beside it.
+
+    Raises ConfigError when there is none.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")  # which needs no torchvision
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name_or_path} has no preprocessor_config.json that can be read: {str(error).splitlines()[0]}; "
+            "save the model's image processor beside it"
+        ) from error
+    return lambda images: processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+
+def _clip_encoder(name_or_path: str) -> Encoder:
+    model = _load(CLIPModel, name_or_path)
+    pixels_of = load_image_reader(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except _LOAD_ERRORS as error:
@@ -107,23 +121,23 @@ def _clip_encoder(name_or_path: str, device: torch.device | str) -> Encoder:
 
     def texts(values: Sequence[str]) -> Tensor:
         ids = tokenizer(list(values), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        return text_vectors(model, ids["input_ids"].to(device))
+        return text_vectors(model, ids["input_ids"])
 
-    return Encoder(name_or_path, lambda images: image_vectors(model, vision_input.pixels(images).to(device)), texts)
+    return Encoder(name_or_path, lambda images: image_vectors(model, pixels_of(images)), texts)
 
 
-def _dino_encoder(name_or_path: str, device: torch.device | str) -> Encoder:
-    model = _load(Dinov2Model, name_or_path, device)
-    vision_input = load_vision_input(name_or_path)
+def _dino_encoder(name_or_path: str) -> Encoder:
+    model = _load(Dinov2Model, name_or_path)
+    pixels_of = load_image_reader(name_or_path)
 
     def images(values: Sequence[Image.Image]) -> Tensor:
         """The CLS token after the last layer norm."""
-        return F.normalize(model(vision_input.pixels(values).to(device)).last_hidden_state[:, 0], dim=-1)
+        return F.normalize(model(pixels_of(values)).last_hidden_state[:, 0], dim=-1)
 
     return Encoder(name_or_path, images, None)
 
 
-def _load(kind: Any, name_or_path: str, device: torch.device | str) -> Any:
+def _load(kind: Any, name_or_path: str) -> Any:
     """The model in float32 and eval mode; random weights for missing ones are refused."""
     try:
         model, info = kind.from_pretrained(
@@ -134,7 +148,7 @@ def _load(kind: Any, name_or_path: str, device: torch.device | str) -> Any:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ConfigError(f"encoder {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}")
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _cannot(name_or_path: str, error: Exception) -> str:

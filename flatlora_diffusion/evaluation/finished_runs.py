@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import SampleSet, manifest
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.ground.whole_files import file_sha256
 from flatlora_diffusion.lora_files.place import distinct_ends
 
 
@@ -68,8 +68,8 @@ def _read(folder: Path, name: str) -> FinishedRun:
         raise ConfigError(
             f"run {name} has not finished; finish it with --resume_from_checkpoint latest, or leave it out"
         )
-    sha256 = hashlib.sha256((folder / LORA_FILE).read_bytes()).hexdigest()
-    return FinishedRun(name, folder, TrainConfig.from_dict(run.config()), _hashes(run.manifest()), sha256)
+    config, sha256 = TrainConfig.from_dict(run.config()), file_sha256(folder / LORA_FILE)
+    return FinishedRun(name, folder, config, _hashes(run.manifest()), sha256)
 
 
 def _check_same_base(run: FinishedRun, first: FinishedRun) -> None:

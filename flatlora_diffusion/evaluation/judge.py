@@ -37,10 +37,10 @@ class Judge:
     tokenizer: CLIPTokenizer
 
 
-def load_judge(folder: Path, device: torch.device | str = "cpu") -> Judge:
-    """The judge saved in `folder`, in float32 and eval mode on `device`."""
+def load_judge(folder: Path) -> Judge:
+    """The judge saved in `folder`, in float32 and eval mode, on the CPU."""
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
-    return Judge(model.to(device).eval(), CLIPTokenizer.from_pretrained(folder))
+    return Judge(model.eval(), CLIPTokenizer.from_pretrained(folder))
 
 
 def rank_names(judge: Judge, images: Images, names: Sequence[str]) -> Tensor:

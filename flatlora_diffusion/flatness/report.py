@@ -11,7 +11,6 @@ strength.png      the loss by the strength of the LoRA
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from flatlora_diffusion.flatness.robustness import OtherModels
 from flatlora_diffusion.flatness.tables import markdown_tables
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import check_writable, write_text
+from flatlora_diffusion.ground.whole_files import check_writable, write_json, write_text
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
@@ -168,6 +167,6 @@ def _facts(
 
 def _write(folder: Path, config: FlatnessConfig, figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> None:
     result = {**facts, "figures": [dataclasses.asdict(one) for one in figures]}
-    write_text(folder / "flatness.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / "flatness.json", result)
     write_text(folder / "flatness.md", markdown_tables(figures, config) + "\n")
     write_charts(folder, config, figures, facts)

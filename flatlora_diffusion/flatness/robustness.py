@@ -34,7 +34,7 @@ def variants(base: Weights, deltas: Deltas, others: OtherModels) -> Iterator[tup
     for kind in get_args(Rounding):
         yield f"LoRA in {kind}", merged(base, rounded(deltas, kind))
     for rank in _lower_ranks(deltas):
-        yield f"LoRA cut to rank {rank}", merged(base, truncated(deltas, rank))
+        yield f"LoRA cut to rank {rank}", merged(base, of_rank(deltas, rank))
     for kind in get_args(Rounding):
         yield f"W' in {kind}", {name: to_bits(weight, kind) for name, weight in merged(base, deltas).items()}
     for kind in get_args(Rounding):
@@ -58,7 +58,7 @@ def rounded(deltas: Deltas, kind: Rounding) -> Deltas:
 
 
 @torch.no_grad()
-def truncated(deltas: Deltas, rank: int) -> Deltas:
+def of_rank(deltas: Deltas, rank: int) -> Deltas:
     """The best approximation of each update by `rank`: its largest singular values."""
     return {name: _cut(delta, rank) for name, delta in deltas.items()}
 

@@ -12,7 +12,6 @@ grid_01.png, grid_02.png, ...          instead of it when there are more than 8 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from flatlora_diffusion.config import ConfigError, GenerateConfig
+from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.whole_files import check_writable, writing_whole
+from flatlora_diffusion.ground.whole_files import check_writable, file_sha256, writing_whole
 from flatlora_diffusion.lora_files.attached import at_strength, loaded
 from flatlora_diffusion.lora_files.place import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
@@ -102,13 +102,7 @@ def generate(config: GenerateConfig) -> list[Path]:
 def _prompts(config: GenerateConfig) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file is not None:
-        try:
-            lines = Path(config.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"prompts_file={config.prompts_file!r} cannot be read; give a UTF-8 text file with one prompt per line"
-            ) from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_prompts(Path(config.prompts_file))
     if not prompts:
         raise ConfigError("nothing to draw: give --prompts or a --prompts_file that is not empty")
     return list(dict.fromkeys(prompts))
@@ -118,7 +112,7 @@ def _rows(config: GenerateConfig) -> list[LoraRow]:
     sets = [parse_lora(text) for text in config.lora]
     paths = list(dict.fromkeys(file.path for files in sets for file in files))
     names = dict(zip(paths, _names(paths), strict=True))
-    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    hashes = {path: file_sha256(path) for path in paths}
     rows = [LoraRow(0)]
     for files in sets:
         for strength in config.strengths:

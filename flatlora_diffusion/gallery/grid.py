@@ -34,7 +34,7 @@ def labelled_grid(
     rows: Sequence[Sequence[Image.Image]],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
-    cell: int = 192,
+    cell: int,
     caption: str = "",
 ) -> Image.Image:
     """`rows` of equally many images, each scaled to `cell` pixels, with labels at the left and on top.

@@ -56,7 +56,7 @@ def contents_of(tensors: Iterable[tuple[str, Tensor]], first: int = 0) -> Conten
     numbers: dict[str, float] = {}
     digest, start, kept = hashlib.sha256(), 0, bytearray()
     for name, tensor in tensors:
-        raw = _raw(tensor)
+        raw = tensor_bytes(tensor)
         end = start + len(raw)
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         if tensor.ndim == 0:
@@ -85,7 +85,7 @@ def save_stream(
     with writing_whole(path) as aside, open(aside, "wb") as handle:
         handle.write(header_bytes(contents.entries, metadata))
         for _, tensor in tensors():
-            handle.write(_raw(tensor))
+            handle.write(tensor_bytes(tensor))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,7 +95,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 
-def _raw(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
     """The bytes of a tensor as they are in a file."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -105,7 +105,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
+
+from flatlora_diffusion.ground.files import tensor_bytes
 
 _SAMPLED = 64  # values of each weight that the base's fingerprint reads
 
@@ -33,7 +34,7 @@ def tensors_sha256(tensors: Iterable[Tensor]) -> str:
     """The hash of the tensors' bytes, in their order."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(_bytes(tensor))
+        found.update(tensor_bytes(tensor))
     return found.hexdigest()
 
 
@@ -47,7 +48,3 @@ def base_fingerprint(unet: nn.Module) -> str:
     frozen = {name: weight.data for name, weight in mine.items() if not weight.requires_grad}
     names = sorted(frozen, key=lambda name: name.replace(".base_layer", ""))  # a LoRA renames what it wraps
     return tensors_sha256(frozen[name].flatten()[:_SAMPLED] for name in names if type(frozen[name]) is Tensor)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.adapter.update import Update, Updates, balanced, lora_updates, magnitudes
+from flatlora_diffusion.adapter.update import Update, Updates, balanced
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import writing_whole
 
@@ -53,12 +53,6 @@ def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
     }
 
 
-def save_lora(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write `pytorch_lora_weights.safetensors` for `load_lora_weights` of a stock pipeline; returns its path."""
-    save_updates(pipeline, lora_updates(pipeline), magnitudes(pipeline), folder / LORA_FILE, dtype)
-    return folder / LORA_FILE
-
-
 def save_updates(
     pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mapping[str, Tensor]], path: Path, dtype: torch.dtype
 ) -> None:
@@ -91,7 +85,7 @@ def _adapter_metadata(model: nn.Module, layers: Mapping[str, Update], is_dora: b
     metadata: dict[str, Any] = {
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": ends if len(others) == len(paths) else [_version_free(path) for path in paths],
+        "target_modules": ends if len(others) == len(paths) else [version_free(path) for path in paths],
     }
     return metadata | ({"use_dora": True} if is_dora else {})
 
@@ -102,5 +96,6 @@ def _end(path: str) -> str:
     return f"{head.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
-def _version_free(path: str) -> str:
+def version_free(path: str) -> str:
+    """As much of a text encoder's path as all versions of transformers have."""
     return path.removeprefix("text_model.").removeprefix("encoder.")

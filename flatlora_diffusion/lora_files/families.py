@@ -13,11 +13,7 @@ _BY_NAME = (
     ),
     (
         "a transformer model such as Wan, Qwen-Image or Z-Image",
-        re.compile(r"^(transformer|diffusion_model\.layers)\."),
-    ),
-    (
-        "a transformer model such as Wan, Qwen-Image or Z-Image",
-        re.compile(r"^diffusion_model\.(transformer_)?blocks\."),
+        re.compile(r"^(transformer|diffusion_model\.(layers|(transformer_)?blocks))\."),
     ),
     (
         "Stable Diffusion 1 or 2",  # SDXL has three blocks in each direction and two text encoders

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.update import Updates
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import write_text, writing_whole
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE, save_updates
+from flatlora_diffusion.lora_files.diffusers_file import save_updates
 from flatlora_diffusion.lora_files.kohya import kohya_stream
 from flatlora_diffusion.lora_files.writing import (
     check_magnitudes,

@@ -13,9 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import TINY, TrainConfig
 from flatlora_diffusion.ground.files import Contents, header_bytes
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.whole_files import file_sha256
 from flatlora_diffusion.sdxl.base_family import Family
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -28,6 +29,13 @@ _STALE = re.compile(
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
 _LEGACY_START, LEGACY_END = 0x100000, 0x110000
 SDXL_CLIP_SKIP = 2  # others count from the last layer, which is 1; SDXL's own choice is the one before
+MODELSPEC = "1.0.1"
+# What is so of every kohya file that is written here, whatever it was made of.
+KOHYA_FACTS = {
+    "ss_v2": "False",
+    "ss_network_module": "networks.lora",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "format": "pt",
         # A1111, Forge and SD.Next take a file without this for one of SD 1.
         "ss_base_model_version": training.family.version,
-        "ss_v2": False,
-        "ss_network_module": "networks.lora",
+        **KOHYA_FACTS,
         "ss_output_name": title,
         "ss_sd_model_name": training.base,
         "ss_resolution": f"({data.resolution}, {data.resolution})",
@@ -89,9 +96,8 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_training_started_at": run.manifest_file.stat().st_mtime,  # it is written once, at the start
         "ss_training_finished_at": now.timestamp(),
         "ss_training_comment": said,
-        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.sai_model_spec": MODELSPEC,
         "modelspec.architecture": training.family.architecture,
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.description": said,
         "modelspec.date": now.replace(microsecond=0).isoformat(),
@@ -99,8 +105,8 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "modelspec.prediction_type": "v" if training.predicts_v else "epsilon",
         "modelspec.trigger_phrase": training.trigger,
         "modelspec.usage_hint": f"Write {training.trigger} in the prompt." if training.trigger else None,
-        "flatlora.config_sha256": _sha256(run.config_file),
-        "flatlora.manifest_sha256": _sha256(run.manifest_file),
+        "flatlora.config_sha256": file_sha256(run.config_file),
+        "flatlora.manifest_sha256": file_sha256(run.manifest_file),
     }
     return {name: str(value) for name, value in values.items() if value is not None and value != ""}
 
@@ -173,10 +179,6 @@ def base_name(config: TrainConfig) -> str | None:
     """The base's hub id or file name; None for a folder, whose name is the user's own."""
     name = config.model.pretrained_model_name_or_path
     path = Path(name)
-    if name == "tiny" or (is_hub_id(name) and not path.exists()):
+    if name == TINY or (is_hub_id(name) and not path.exists()):
         return name
     return None if path.is_dir() else path.name
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

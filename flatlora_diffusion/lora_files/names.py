@@ -8,14 +8,11 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from flatlora_diffusion.adapter.update import PARTS
-from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.config import SDXL, TINY, ModelConfig
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
-from flatlora_diffusion.sdxl.loading import TINY
 from flatlora_diffusion.sdxl.original_names import original_path
 from flatlora_diffusion.sdxl.shapes import on_meta
-
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
 """How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; those of ComfyUI's models;

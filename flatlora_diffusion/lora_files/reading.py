@@ -58,7 +58,7 @@ class ImportedLora:
     unknown: tuple[str, ...]
 
 
-def import_lora(file: CheckedFile, base: str | None = None) -> ImportedLora:
+def import_lora(file: CheckedFile, base: str | None) -> ImportedLora:
     """The LoRA of `file` for a base (a diffusers folder, `tiny`); None: SDXL, or `tiny` if its shapes are those.
 
     The scale is alpha / rank with the layer's alpha, or as the adapter's settings say, or 1. Raises ConfigError, one

@@ -16,11 +16,11 @@ from flatlora_diffusion.adapter.update import LazyLayers, Update, Updates, updat
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
 from flatlora_diffusion.ground.files import contents_of, save_stream
 from flatlora_diffusion.ground.run_dir import RunDir, file_name
-from flatlora_diffusion.lora_files.diffusers_file import peft_stream
+from flatlora_diffusion.lora_files.diffusers_file import peft_stream, version_free
 from flatlora_diffusion.lora_files.keys import is_small_change
 from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
-from flatlora_diffusion.lora_files.metadata import kept_metadata
+from flatlora_diffusion.lora_files.metadata import KOHYA_FACTS, MODELSPEC, kept_metadata
 from flatlora_diffusion.lora_files.names import BaseNames
 from flatlora_diffusion.lora_files.place import lora_file
 from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, layers_of
@@ -31,12 +31,6 @@ from flatlora_diffusion.sdxl.device import DTYPES
 
 logger = logging.getLogger(__name__)
 
-# What is so of every kohya file that is written here, whatever the old file was.
-_KOHYA_METADATA = {
-    "ss_v2": "False",
-    "ss_network_module": "networks.lora",
-    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-}
 _OWN_DTYPES: dict[str, SaveDtype] = {"F64": "fp32", "F32": "fp32", "BF16": "bf16"}
 
 
@@ -135,8 +129,11 @@ def own_dtype(lora: ImportedLora) -> SaveDtype:
     return _OWN_DTYPES.get(lora.layers[0].dtype, "fp16")
 
 
-def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False) -> None:
-    """Raises ConfigError for an output of another kind than is written, and for one that is there unless it may go."""
+def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False, source: Path | None = None) -> None:
+    """Raises ConfigError for an output of another kind than is written, and for one that is there unless it may go.
+
+    `source` is the file that is read, which must stay.
+    """
     for path in paths:
         if is_folder and path.is_file():
             raise ConfigError(f"{path} is a file; give a folder as --output")
@@ -146,6 +143,8 @@ def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False) 
             raise ConfigError(f"{path} does not end in .safetensors; give a .safetensors file as --output")
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} is there already; give another --output, or --overwrite to replace it")
+        if source is not None and path.resolve() == source.resolve():
+            raise ConfigError(f"{path} would replace the file that is read; give another --output")
 
 
 @contextmanager
@@ -159,11 +158,8 @@ def written_to(path: Path) -> Iterator[None]:
 
 
 def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
-    check_free(paths.values(), config.overwrite)
+    check_free(paths.values(), config.overwrite, source=source)
     lora = read_lora_file(str(source), config.base)
-    for path in paths.values():
-        if path.resolve() == source.resolve():
-            raise ConfigError(f"{path} would replace the file that is read; give another --output")
     given = config.name if isinstance(config, ExportConfig) else None
     name = given or lora.file.metadata.get("ss_output_name")
     family = family_of(lora.base.unet)
@@ -228,8 +224,8 @@ def _kohya_metadata(metadata: Mapping[str, str], path: Path, family: Family) -> 
     if family == TINY_FAMILY:
         logger.warning("%s is for %s, which no other tool has", path.name, family.name)
     # Where the old file does not say it; some web UIs take a file without the first for one of another family.
-    defaults = {"ss_base_model_version": family.version, "modelspec.sai_model_spec": "1.0.1"}
-    return {**defaults, **metadata, **_KOHYA_METADATA, "modelspec.architecture": family.architecture}
+    defaults = {"ss_base_model_version": family.version, "modelspec.sai_model_spec": MODELSPEC}
+    return {**defaults, **metadata, **KOHYA_FACTS, "modelspec.architecture": family.architecture}
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:
@@ -237,7 +233,6 @@ def _adapter_metadata(lora: Updates) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for part, layers in lora.items():
         rank = max(len(update.down) for update in layers.values())
-        # Paths as far as all versions of transformers have them.
-        paths = sorted(module.removeprefix("text_model.").removeprefix("encoder.") for module in layers)
+        paths = sorted(version_free(module) for module in layers)
         settings |= {f"{part}.r": rank, f"{part}.lora_alpha": rank, f"{part}.target_modules": paths}
     return settings

@@ -21,7 +21,7 @@ _REFUSES = "it refuses the file"
 _UNTOLD = f"{_REFUSES}: it cannot tell how the {{}}'s names are to be read"
 
 
-class _RefusedError(Exception):
+class _NotLoadedError(Exception):
     """Why the loader stops."""
 
 
@@ -34,7 +34,7 @@ def diffusers_support(lora: ImportedLora) -> tuple[int, str]:
             return len(loaded), _alpha_note(loaded)
         loaded = _of_diffusers(lora, keys)
         return len(loaded), "" if loaded else "it loads nothing and only warns"
-    except _RefusedError as refused:
+    except _NotLoadedError as refused:
         return 0, str(refused)
 
 
@@ -47,9 +47,9 @@ def _of_kohya(lora: ImportedLora, keys: Sequence[str]) -> list[FileLayer]:
     ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
     strange = [key for key in left if not any(key.removesuffix(end) in stems for end in ends if key.endswith(end))]
     if strange:
-        raise _RefusedError(f"{_REFUSES}: {len(strange)} tensors have kohya names with ends that it does not know")
+        raise _NotLoadedError(f"{_REFUSES}: {len(strange)} tensors have kohya names with ends that it does not know")
     if "lora_adapter_metadata" in lora.file.metadata and any(key.endswith(".alpha") for key in left):
-        raise _RefusedError(f"{_REFUSES}: alphas are in it twice, in tensors and in the metadata")
+        raise _NotLoadedError(f"{_REFUSES}: alphas are in it twice, in tensors and in the metadata")
     layers = [layer for layer in lora.layers if layer.name in stems]
     loaded = [
         layer
@@ -68,14 +68,14 @@ def _text_of_kohya(part: str, layers: Sequence[FileLayer]) -> Sequence[FileLayer
     others = [layer for layer in layers if layer not in attention]
     if attention and not any(layer.place.module.endswith(".out_proj") for layer in attention):
         if not any(".mlp." in layer.place.module for layer in others):
-            raise _RefusedError(_UNTOLD.format(part))
+            raise _NotLoadedError(_UNTOLD.format(part))
         return _known_text(part, others)
     return _known_text(part, layers)
 
 
 def _of_diffusers(lora: ImportedLora, keys: Sequence[str]) -> list[FileLayer]:
     if not all("lora" in key for key in keys):
-        raise _RefusedError(f"{_REFUSES}: all names must contain `lora`, but those of alphas do not")
+        raise _NotLoadedError(f"{_REFUSES}: all names must contain `lora`, but those of alphas do not")
     unet = [layer for layer in lora.layers if layer.name.startswith("unet.")]
     loaded = _unet_of_diffusers(unet, next((key for key in keys if key.startswith("unet.")), ""))
     for part in TEXT_PARTS:
@@ -86,7 +86,7 @@ def _of_diffusers(lora: ImportedLora, keys: Sequence[str]) -> list[FileLayer]:
 def _unet_of_diffusers(layers: Sequence[FileLayer], first_key: str) -> list[FileLayer]:
     """Older names are converted if the first key has one."""
     if layers and all(PEFT_PREFIX in layer.name for layer in layers):
-        raise _RefusedError(f"{_REFUSES}: the UNet has no layers of these names")
+        raise _NotLoadedError(f"{_REFUSES}: the UNet has no layers of these names")
     ends = [".lora_A.weight"]
     if "lora_A" not in first_key:
         ends += [".lora.down.weight", "_lora.down.weight"]
@@ -103,11 +103,11 @@ def _text_of_diffusers(part: str, layers: Sequence[FileLayer]) -> Sequence[FileL
         read = {".lora_A.weight", ".lora_linear_layer.down.weight"}
         in_old_names = (layer.place.module.endswith("_proj") or "linear" in layer.end for layer in layers)
         if not any(in_old_names):
-            raise _RefusedError(_UNTOLD.format(part))
+            raise _NotLoadedError(_UNTOLD.format(part))
     elif ".lora_linear_layer.down.weight" in ends:
         read = {".lora_linear_layer.down.weight"}
     else:
-        raise _RefusedError(_UNTOLD.format(part))
+        raise _NotLoadedError(_UNTOLD.format(part))
     return _known_text(part, [layer for layer in layers if layer.end in read])
 
 
@@ -116,7 +116,7 @@ def _known_text(part: str, layers: Sequence[FileLayer]) -> Sequence[FileLayer]:
     known = [layer for layer in layers if part == "text_encoder" or "text_model" in layer.name]
     others = [layer for layer in layers if layer.place.module == "text_projection"]
     if layers and not known:
-        raise _RefusedError(f"{_REFUSES}: the {part} has no layers of these names, which lack `text_model`")
+        raise _NotLoadedError(f"{_REFUSES}: the {part} has no layers of these names, which lack `text_model`")
     return [*known, *others]
 
 

@@ -21,17 +21,11 @@ from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
 from flatlora_diffusion.lora_tools.converting import check_free, read_lora_file, written_to
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
-from flatlora_diffusion.sdxl.single_file import save_single_file
+from flatlora_diffusion.sdxl.single_file import PREFIXES, save_single_file
 
 logger = logging.getLogger(__name__)
 
 _STORED = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_IN_SINGLE_FILE = {
-    "unet": "model.diffusion_model.",
-    "text_encoder": "conditioner.embedders.0.",
-    "text_encoder_2": "conditioner.embedders.1.",
-    "vae": "first_stage_model.",
-}
 
 
 class _Weighted(NamedTuple):
@@ -86,7 +80,7 @@ def merge_into(pipeline: Any, files: Sequence[LoraFile], base: str | None, dtype
 
 def stored_dtypes(path: str) -> dict[str, torch.dtype]:
     """The commonest dtype on disk of each part of a base, a folder or a single file; fp16 for a hub id."""
-    return {part: _stored_dtype(Path(path), part) for part in _IN_SINGLE_FILE}
+    return {part: _stored_dtype(Path(path), part) for part in PREFIXES}
 
 
 def widest(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -96,7 +90,7 @@ def widest(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
 
 
 def _stored_dtype(place: Path, part: str) -> torch.dtype:
-    prefix = _IN_SINGLE_FILE[part] if place.is_file() else ""
+    prefix = PREFIXES[part] if place.is_file() else ""
     # A dot in a stem is that of a variant, such as .fp16, which is not loaded.
     files = (
         [place] if place.is_file() else [file for file in (place / part).glob("*.safetensors") if "." not in file.stem]

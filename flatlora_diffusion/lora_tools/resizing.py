@@ -42,10 +42,8 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     """Write the best LoRA with at most this rank in each layer, in the layout of the old one."""
     source = lora_file(config.file)
     path = output_file(config.output, source, f"{source.stem}_rank{config.rank}.safetensors")
-    check_free([path], config.overwrite)
+    check_free([path], config.overwrite, source=source)
     lora = read_lora_file(str(source), config.base)
-    if path.resolve() == source.resolve():
-        raise ConfigError(f"{path} would replace the file that is read; give another --output")
     missed, whole = 0.0, 0.0
     resized: dict[str, dict[str, Update]] = {}
     for part, layers in lora.updates.items():

@@ -17,6 +17,7 @@ from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.lora_tools.diffusers_support import diffusers_support
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
 
+_MIXED = "it refuses a mixture of SDXL's own and diffusers' block names"
 _OUTSIDE = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
 _MOST_UNMATCHED = 12  # tensors; with more Forge takes the file for one of another model
 
@@ -89,7 +90,7 @@ def _invokeai(lora: ImportedLora) -> tuple[int, str]:
     if not all(_has_kohya_end(layer) for layer in lora.layers) or _strangers(lora):
         return 0, "it refuses the file: it has tensors whose names end in a way that it does not know"
     if len({layer.place.style for layer in lora.layers if layer.place.part == "unet"}) > 1:
-        return 0, "it refuses a mixture of SDXL's own and diffusers' block names"
+        return 0, _MIXED
     if not any(_invokeai_sees_sdxl(layer) for layer in lora.layers):
         return 0, "it cannot tell that this is for SDXL: there is no cross attention"
     return _count(lora, _is_kohya), ""
@@ -106,7 +107,7 @@ def _sdnext(lora: ImportedLora) -> tuple[int, str]:
 def _sd_scripts(lora: ImportedLora) -> tuple[int, str]:
     styles = {layer.place.style for layer in lora.layers if _is_in_block(layer) and _is_kohya(layer)}
     if {"kohya-sgm", "kohya-diffusers"} <= styles:
-        return 0, "it refuses a mixture of SDXL's own and diffusers' block names"
+        return 0, _MIXED
     count = _count(lora, lambda layer: _is_kohya(layer) and not layer.place.module.startswith(_OUTSIDE))
     return count, "" if count == len(lora.layers) else "the others are dropped without a word"
 

@@ -24,7 +24,7 @@ from flatlora_diffusion.memory.rehearsal import (
 )
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import vae_dtype
-from flatlora_diffusion.sdxl.shapes import part_settings, size_step, vae_factor
+from flatlora_diffusion.sdxl.shapes import own_size, part_settings, size_step
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with the kernels and workspaces of cuBLAS and cuDNN, as commonly seen
@@ -229,15 +229,12 @@ def _vae_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
 
 def resolution_of(config: TrainConfig) -> int:
     """The run's size in pixels; the base's own where it is left open."""
-    if config.data.resolution is not None:
-        return config.data.resolution
-    return int(part_settings(config.model, "unet")["sample_size"]) * vae_factor(config.model)
+    return config.data.resolution or own_size(config.model)
 
 
 def _new_tokens(config: TrainConfig) -> int:
     tokens = config.tokens
-    words = [word for word in tokens.token_abstraction.split(",") if word.strip()]
-    return len(words) * tokens.num_new_tokens_per_abstraction if tokens.train_text_encoder_ti else 0
+    return len(tokens.placeholders) * tokens.num_new_tokens_per_abstraction if tokens.train_text_encoder_ti else 0
 
 
 def _unet_bytes(passes: Passes, kind: Quantization | None, width: int) -> int:

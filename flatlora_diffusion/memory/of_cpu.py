@@ -15,17 +15,9 @@ from flatlora_diffusion.memory.estimate import in_gib, resolution_of
 from flatlora_diffusion.memory.rehearsal import weight_count
 from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import base_path
-from flatlora_diffusion.sdxl.shapes import part_settings, vae_factor
+from flatlora_diffusion.sdxl.shapes import TOKENS, part_settings, vae_factor
+from flatlora_diffusion.sdxl.single_file import PREFIXES
 
-_PARTS = ("unet", *TEXT_PARTS, "vae")
-# How the weights of a part begin in a single file of the whole base.
-_PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "text_encoder": "conditioner.embedders.0.",
-    "text_encoder_2": "conditioner.embedders.1.",
-    "vae": "first_stage_model.",
-}
-_TOKENS = 77
 _POSTERIOR = 2 * 2 * 4  # mean and std, plain and mirrored, in fp32
 
 
@@ -94,10 +86,12 @@ def _loading(model: ModelConfig, dtype: torch.dtype) -> int:
     A file whose weights need no cast is mapped, and its pages are the weights. Of a folder one model's file is open at
     a time, of a single file all of it (measured with diffusers 0.42: 690 MiB in fp32 take 1,044 MiB to load in fp16).
     """
-    counts = {part: weight_count(model, part) for part in _PARTS}
-    cast = [_file_bytes(model, part, counts) for part in _PARTS if _file_dtype(model, part) != _loaded_as(part, dtype)]
+    counts = {part: weight_count(model, part) for part in PREFIXES}
+    cast = [
+        _file_bytes(model, part, counts) for part in PREFIXES if _file_dtype(model, part) != _loaded_as(part, dtype)
+    ]
     held = sum(cast) if _single_file(model) is not None else max(cast, default=0)
-    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in _PARTS) + int(held)
+    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in PREFIXES) + int(held)
 
 
 def _loaded_as(part: str, dtype: torch.dtype) -> torch.dtype:
@@ -126,7 +120,7 @@ def _file_dtype(model: ModelConfig, part: str) -> torch.dtype:
         return torch.float16 if _mark(model, part) is not None else torch.float32
     with safe_open(files[0], framework="pt") as opened:
         names = list(opened.keys())
-        its_own = [name for name in names if name.startswith(_PREFIXES[part])]
+        its_own = [name for name in names if name.startswith(PREFIXES[part])]
         dtype: torch.dtype = opened.get_tensor((its_own or names)[0]).dtype
         return dtype
 
@@ -151,4 +145,4 @@ def _mark(model: ModelConfig, part: str) -> str | None:
 def _prompt_numbers(model: ModelConfig) -> int:
     """Of one caption's embeddings: 77 of both encoders side by side, and the pooled one of the second."""
     first, second = (part_settings(model, part) for part in TEXT_PARTS)
-    return int(_TOKENS * (first["hidden_size"] + second["hidden_size"]) + second["projection_dim"])
+    return int(TOKENS * (first["hidden_size"] + second["hidden_size"]) + second["projection_dim"])

@@ -20,9 +20,7 @@ from flatlora_diffusion.sdxl.denoiser import Denoiser
 from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
-from flatlora_diffusion.sdxl.shapes import on_meta, part_settings, vae_factor
-
-_TOKENS = 77
+from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,9 @@ def _inputs(trained: Trained, images: int, side: int, dtype: torch.dtype) -> tup
         sample = torch.empty(images, 4, side, side, dtype=dtype)
         timesteps, time_ids = torch.empty(images, dtype=torch.long), torch.empty(images, 6)
         if trained.trains_text:
-            ids = torch.empty(images, len(TEXT_PARTS), _TOKENS, dtype=torch.long)
+            ids = torch.empty(images, len(TEXT_PARTS), TOKENS, dtype=torch.long)
             return sample, timesteps, ids, torch.empty(images), time_ids
-        prompts = torch.empty(images, _TOKENS, settings["cross_attention_dim"], dtype=dtype)
+        prompts = torch.empty(images, TOKENS, settings["cross_attention_dim"], dtype=dtype)
         width = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
         return sample, timesteps, prompts, torch.empty(images, width, dtype=dtype), time_ids
 

@@ -19,17 +19,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from flatlora_diffusion.config import ConfigError, PerturbConfig
+from flatlora_diffusion.config import ConfigError, PerturbConfig, read_setting
 from flatlora_diffusion.method.perturbation import FlatLora
 
-_KINDS: dict[str, type] = {
-    "sigma": float,
-    "sigma_schedule": str,
-    "perturb_seed": int,
-    "perturb_noise": str,
-    "perturb_draw": str,
-    "perturb_norm_every": int,
-}
+_OURS = ("sigma", "sigma_schedule", "perturb_seed", "perturb_noise", "perturb_draw", "perturb_norm_every")
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 _ADAPTER = "default"
 
@@ -43,7 +36,7 @@ def create_network(
     unet: Any,
     **network_args: Any,
 ) -> FlatNetwork:
-    """The network of `networks.lora`, trained as Flat-LoRA. Of the `--network_args`, those of `_KINDS` are ours."""
+    """The network of `networks.lora`, trained as Flat-LoRA. Of the `--network_args`, those of `_OURS` are ours."""
     perturb, others = _split(network_args)
     make = import_module("networks.lora").create_network
     return FlatNetwork(make(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **others), perturb)
@@ -160,11 +153,6 @@ def _as_peft_layers(loras: dict[str, Any]) -> nn.ModuleDict:
 
 def _split(network_args: dict[str, Any]) -> tuple[PerturbConfig, dict[str, Any]]:
     """Our settings and the rest of `--network_args`, which are texts. Raises ConfigError for a text that is none."""
-    ours: dict[str, Any] = {"perturb_norm_every": 1}  # a resume inside an interval would need its norms
-    for name in network_args.keys() & _KINDS.keys():
-        try:
-            ours[name] = _KINDS[name](network_args[name])
-        except ValueError as error:
-            kind = "a whole number" if _KINDS[name] is int else "a number"
-            raise ConfigError(f"--network_args {name}={network_args[name]} must be {kind}") from error
-    return PerturbConfig(**ours), {name: value for name, value in network_args.items() if name not in _KINDS}
+    ours = {name: read_setting(name, value) for name, value in network_args.items() if name in _OURS}
+    ours.setdefault("perturb_norm_every", 1)  # a resume inside an interval would need its norms
+    return PerturbConfig(**ours), {name: value for name, value in network_args.items() if name not in _OURS}

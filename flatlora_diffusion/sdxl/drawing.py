@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from PIL.PngImagePlugin import PngInfo
 
+from flatlora_diffusion.config import SDXL
 from flatlora_diffusion.ground.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
 
@@ -26,7 +27,7 @@ _SAMPLERS = {
 }
 _SPACINGS = {"leading": ("ddim_uniform", "DDIM"), "trailing": ("simple", "Simple"), "linspace": ("normal", "Normal")}
 _KARRAS = ("karras", "Karras")
-_KNOWN_BASES = {"stabilityai/stable-diffusion-xl-base-1.0": "sd_xl_base_1.0"}  # the file's name there
+_KNOWN_BASES = {SDXL: "sd_xl_base_1.0"}  # the file's name there
 _COLUMN, _HEIGHT = 340, 280  # of a node in the workflow's plane
 
 

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from safetensors import SafetensorError
 
-from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, Quantization
+from flatlora_diffusion.config import SAMPLES, TINY, ConfigError, ModelConfig, Quantization
 from flatlora_diffusion.ground.hub_reach import hub_is_reachable
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 from flatlora_diffusion.sdxl.variants import (
@@ -36,7 +36,6 @@ from flatlora_diffusion.sdxl.variants import (
 
 logger = logging.getLogger(__name__)
 
-TINY = "tiny"
 TILE = 1024  # pixels
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.sdxl.loading import base_path
 
+TOKENS = 77  # of a prompt, as CLIP reads it
 _CLASSES = {
     "unet": UNet2DConditionModel,
     "text_encoder": CLIPTextModel,
@@ -99,6 +100,11 @@ def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
 def vae_factor(config: ModelConfig) -> int:
     """Pixels per latent pixel, in each direction."""
     return int(2 ** (len(part_settings(config, "vae")["block_out_channels"]) - 1))
+
+
+def own_size(config: ModelConfig) -> int:
+    """The base's own size in pixels, from its configs."""
+    return int(part_settings(config, "unet")["sample_size"]) * vae_factor(config)
 
 
 def size_step(config: ModelConfig) -> int:

@@ -19,6 +19,13 @@ from flatlora_diffusion.sdxl.original_names import original_path
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 
+# How the weights of each part of a pipeline begin in it.
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+    "vae": "first_stage_model.",
+}
 _VAE: Rules = {
     r"\.down_blocks\.(\d)\.resnets\.": r".down.\1.block.",
     r"\.down_blocks\.(\d)\.downsamplers\.0\.": r".down.\1.downsample.",
@@ -46,10 +53,10 @@ def save_single_file(pipeline: Any, path: Path) -> Path:
     """Write UNet, VAE and both text encoders, each tensor in its own dtype; returns the path."""
     unet = unet_tensors(pipeline.unet.state_dict(), pipeline.unet.config.layers_per_block)
     tensors = {
-        **_prefixed("model.diffusion_model.", unet),
-        **_prefixed("first_stage_model.", vae_tensors(pipeline.vae.state_dict())),
-        **_prefixed("conditioner.embedders.0.transformer.", clip_tensors(pipeline.text_encoder.state_dict())),
-        **_prefixed("conditioner.embedders.1.model.", open_clip_tensors(pipeline.text_encoder_2.state_dict())),
+        **_prefixed(PREFIXES["unet"], unet),
+        **_prefixed(PREFIXES["vae"], vae_tensors(pipeline.vae.state_dict())),
+        **_prefixed(PREFIXES["text_encoder"], clip_tensors(pipeline.text_encoder.state_dict())),
+        **_prefixed(PREFIXES["text_encoder_2"], open_clip_tensors(pipeline.text_encoder_2.state_dict())),
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with writing_whole(path) as aside:

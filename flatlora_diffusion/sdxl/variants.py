@@ -16,14 +16,15 @@ from safetensors import safe_open
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, PredictionType
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
+from flatlora_diffusion.sdxl.single_file import PREFIXES
 
 _PARTS = {
-    "UNet": ("model.diffusion_model.label_emb.",),
-    "first text encoder": ("conditioner.embedders.0.transformer.",),
-    "second text encoder": ("conditioner.embedders.1.model.",),
-    "VAE": ("first_stage_model.", "vae."),
+    "UNet": (f"{PREFIXES['unet']}label_emb.",),
+    "first text encoder": (PREFIXES["text_encoder"],),
+    "second text encoder": (PREFIXES["text_encoder_2"],),
+    "VAE": (PREFIXES["vae"], "vae."),
 }
-_FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
+_FIRST_LAYER = f"{PREFIXES['unet']}input_blocks.0.0.weight"
 # As people name them, the more special before what it was made of.
 _NAMES = {
     "Playground": "playground",

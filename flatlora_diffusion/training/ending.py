@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import write_text, writing_whole
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.sdxl.drawing import recipe_files
 from flatlora_diffusion.training.hub import push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card

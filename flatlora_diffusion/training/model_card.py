@@ -10,11 +10,10 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, with_new_tokens
-from flatlora_diffusion.config import METHOD_NAMES, TrainConfig
-from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, RunDir
+from flatlora_diffusion.config import METHOD_NAMES, TINY, TrainConfig
+from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_text
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.lora_files.metadata import base_name, is_hub_id
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
 
@@ -97,7 +96,7 @@ def _hub_id(config: TrainConfig) -> str | None:
 
 def _license(config: TrainConfig) -> str:
     """The licence of the base where it is known without asking the hub."""
-    if config.model.pretrained_model_name_or_path == "tiny":
+    if config.model.pretrained_model_name_or_path == TINY:
         return "apache-2.0"
     return "openrail++" if (_hub_id(config) or "").startswith("stabilityai/stable-diffusion-xl-") else "other"
 
@@ -147,7 +146,7 @@ def _trigger_section(trigger_words: str | None) -> str:
 def _loading(config: TrainConfig) -> str:
     """The call that loads the base; a file is looked for in the working folder, a folder in BASE_FOLDER there."""
     name = base_name(config) or "BASE_FOLDER"
-    name = "samples/tiny_sdxl" if name == "tiny" else name
+    name = "samples/tiny_sdxl" if name == TINY else name
     if name.endswith(".safetensors"):
         return f'from_single_file("{name}")'
     choices = {"revision": config.model.revision, "variant": config.model.variant}

@@ -51,7 +51,7 @@ def _groups_of(
     trainable: Mapping[str, nn.Parameter],
     embeddings: Iterable[nn.Parameter],
     config: TokenConfig,
-    lora_plus_ratio: float | None = None,
+    lora_plus_ratio: float | None,
 ) -> list[Group]:
     """What is trained, by part and name, in groups: the UNet's, the text encoders', the new tokens' `embeddings`.
 

@@ -7,7 +7,7 @@ the merged pipeline of full fine-tuning.
 from __future__ import annotations
 
 import logging
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     beside = sidecar(state.config, facts, notes) if is_end else None
     is_full = state.config.adapter.adapter == "full"
     merged = folder / MERGED if is_end and is_full else None
-    metadata = kohya_metadata(state.run, state.config, facts, datetime.now(timezone.utc))
+    metadata = kohya_metadata(state.run, state.config, facts, datetime.now(UTC))
     with state.run.writing():
         save_beside(pipeline, folder, merged)  # before the LoRA, which may need it
         pair = FilePair(

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan, train_planned
-from flatlora_diffusion.compare.workers import at_once
-from flatlora_diffusion.compare.workers import places as of_workers
+from flatlora_diffusion.compare.workers import at_once, places as of_workers
 from flatlora_diffusion.compare.workers.at_once import train_at_once
 from flatlora_diffusion.compare.workers.places import Places, check_places, places
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, TrainConfig

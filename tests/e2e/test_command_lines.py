@@ -20,7 +20,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.sdxl.single_file import save_single_file
 
 ROOT = Path(__file__).parents[2]

@@ -48,7 +48,6 @@ from flatlora_diffusion.evaluation.metrics import (
     own_nearest_cosines,
     picture_metrics,
 )
-from flatlora_diffusion.evaluation.preprocessing import load_vision_input, vision_input
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -231,39 +230,6 @@ def test_metrics_of_several_encoders_are_described_apart() -> None:
     assert set(rows[0]) == {"key", "name", "better", "help", "digits"}
     with pytest.raises(KeyError, match="beauty"):
         described(["beauty"])
-
-
-@pytest.mark.parametrize(("width", "height"), [(40, 40), (61, 40), (40, 57), (16, 16)])
-@pytest.mark.parametrize(
-    "processor",
-    [CLIPImageProcessorPil(**CLIP_PIXELS), BitImageProcessorPil(**DINO_PIXELS), BlipImageProcessorPil(size=(24, 20))],
-    ids=["clip", "dinov2", "blip"],
-)
-def test_images_are_read_as_transformers_reads_them(processor: Any, width: int, height: int, tmp_path: Path) -> None:
-    images = pictures(2, width, height)
-    processor.save_pretrained(tmp_path)
-    expected = torch.as_tensor(np.stack(processor(images)["pixel_values"]))
-    torch.testing.assert_close(load_vision_input(str(tmp_path)).pixels(images), expected, atol=1e-5, rtol=0)
-
-
-def test_images_are_read_nearly_as_torchvision_reads_them() -> None:
-    pytest.importorskip("torchvision")
-    from transformers import CLIPImageProcessor
-
-    processor = CLIPImageProcessor(**CLIP_PIXELS)
-    images = pictures(2, 60, 40)
-    expected = processor(images, return_tensors="pt")["pixel_values"]
-    found = vision_input(processor.to_dict(), "clip").pixels(images)
-    assert (found - expected).abs().max() < 0.03  # one or two of 255 levels, normalized
-
-
-def test_old_preprocessor_files_have_bare_numbers() -> None:
-    settings = {"size": 16, "crop_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    images = pictures(2, 61, 40)
-    expected = vision_input({**settings, **CLIP_PIXELS}, "new").pixels(images)
-    assert torch.equal(vision_input(settings, "old").pixels(images), expected)
-    with pytest.raises(ConfigError, match=r"of odd is of a kind that is not read here .*longest_edge"):
-        vision_input({**settings, "size": {"longest_edge": 9}}, "odd")
 
 
 @torch.no_grad()

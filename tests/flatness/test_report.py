@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from tiny_runs import save_lora
 from torch import nn
 
 from flatlora_diffusion.adapter.layers import lora_layers
@@ -38,10 +39,9 @@ from flatlora_diffusion.flatness.merged_weights import (
     twice_differentiable,
 )
 from flatlora_diffusion.flatness.report import flatness
-from flatlora_diffusion.flatness.robustness import OtherModels, rounded, to_bits, truncated, variants
+from flatlora_diffusion.flatness.robustness import OtherModels, of_rank, rounded, to_bits, variants
 from flatlora_diffusion.flatness.weight_space import Weights, noise, scales, shifted, value
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE, save_lora
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 
@@ -218,7 +218,7 @@ def test_cut_ranks_are_the_best_there_are() -> None:
     change = delta.up @ delta.down
     values = torch.linalg.svdvals(change)
     for rank in (1, 3):
-        cut = truncated({"w": delta}, rank)["w"]
+        cut = of_rank({"w": delta}, rank)["w"]
         assert cut.down.shape == (rank, 9)
         missed = torch.linalg.matrix_norm(change - cut.up @ cut.down)
         assert float(missed) == pytest.approx(float(values[rank:].square().sum().sqrt()), rel=1e-4)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
-from tiny_runs import output_with, trained
+from tiny_runs import output_with, save_lora, trained
 
 from flatlora_diffusion.config import TrainConfig
 
@@ -28,8 +28,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def test_a_stock_pipeline_computes_what_was_trained(
     config: TrainConfig, base: Path, name: str, tmp_path: Path
 ) -> None:
-    from flatlora_diffusion.lora_files.diffusers_file import save_lora
-
     state = trained(config.replace(**ADAPTERS[name], learning_rate=0.1, text_encoder_lr=0.1))
     path = save_lora(state.sdxl.pipeline, tmp_path / "out")
     stock = StableDiffusionXLPipeline.from_pretrained(base)

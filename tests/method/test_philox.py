@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import normal as made_up
-from tiny_models import toy_case
+from tiny_models import normal as made_up, toy_case
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.method.philox import numbers

@@ -12,13 +12,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny_runs import save_lora
 
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
 from flatlora_diffusion.config import AdapterConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.lora_files.diffusers_file import save_lora
 from flatlora_diffusion.sdxl.base_family import SDXL_FAMILY
 from flatlora_diffusion.training.model_card import usage_code, write_model_card
 

@@ -27,9 +27,8 @@ from flatlora_diffusion.adapter import update as lora_update
 from flatlora_diffusion.adapter.update import shared_path
 from flatlora_diffusion.config import RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, shared_words
-from flatlora_diffusion.ground.run_dir import KOHYA_COPY, RunDir
+from flatlora_diffusion.ground.run_dir import KOHYA_COPY, LORA_FILE, RunDir
 from flatlora_diffusion.lora_files import file_pair
-from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.lora_files.kohya import kohya_name
 from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.writing import save_kohya

@@ -18,7 +18,7 @@ from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.compare.experiment import Experiment, duration, outlook
 from flatlora_diffusion.compare.material import free_device
-from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.config import SDXL, TINY, CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
 from flatlora_diffusion.ground.whole_files import write_json
@@ -27,7 +27,7 @@ from flatlora_diffusion.memory.estimate import estimate_memory
 logger = logging.getLogger(__name__)
 
 FILE = "evidence.json"
-BASE, ENCODERS = "stabilityai/stable-diffusion-xl-base-1.0", ("openai/clip-vit-large-patch14", "facebook/dinov2-base")
+BASE, ENCODERS = SDXL, ("openai/clip-vit-large-patch14", "facebook/dinov2-base")
 # A training of the paper's setting on the sample icons, as `compare` takes it.
 DEFAULTS = (
     *("--preset", "paper", "--instance_data_dir", "samples/icons_3d", "--resolution", "1024", "--cache_latents"),
@@ -160,7 +160,7 @@ def _impersonal(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _public(name: str) -> str:
-    return name if name in ("tiny", "judge", *_DOWNLOADS) else "another one"
+    return name if name in (TINY, "judge", *_DOWNLOADS) else "another one"
 
 
 def _is_here(name: str) -> bool:

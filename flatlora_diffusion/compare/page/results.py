@@ -22,14 +22,15 @@ from flatlora_diffusion.compare.page.text import (
     pairs_of,
     values_of,
 )
+from flatlora_diffusion.compare.paired import CLEAN_LOSS, ENDS, SECONDS, STEPS
 from flatlora_diffusion.ground.numbers import NOTHING, figure, interval, is_known
 
 _BETTER = {"lower": "lower is better", "higher": "higher is better"}
 _MATCHED = {
-    "steps": "equal steps",
-    "ends": "the end of each",
-    "clean loss": "equal clean loss",
-    "seconds": "equal seconds",
+    STEPS: "equal steps",
+    ENDS: "the end of each",
+    CLEAN_LOSS: "equal clean loss",
+    SECONDS: "equal seconds",
 }
 
 

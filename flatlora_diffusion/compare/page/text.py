@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from flatlora_diffusion.charts.palette import BASE, FOURTH, METHODS, THIRD, Look
 from flatlora_diffusion.charts.rows import sample
+from flatlora_diffusion.compare.paired import ENDS, STEPS
 from flatlora_diffusion.ground.numbers import MINUS, NOTHING, figure, is_known
 
 Result = Mapping[str, Any]
@@ -111,7 +112,7 @@ def headline(result: Result) -> Pair | None:
     arms = main_arms(result)
     for metric in result["metrics"]:
         for pair in pairs_of(result, metric["key"]):
-            if pair["matched"] in ("steps", "ends") and pair["arm"] in arms and pair["against"] in arms:
+            if pair["matched"] in (STEPS, ENDS) and pair["arm"] in arms and pair["against"] in arms:
                 return pair
     return None
 

@@ -25,7 +25,6 @@ def perturbed(
     shape: tuple[int, ...],
     seed: int,
     dtype: torch.dtype,
-    block: int = BLOCK,
 ) -> Tensor:
     """As `numbers.perturbed_by_place`, of fewer than 2^31 numbers. W is added in fp32; the sum is rounded once."""
     out = torch.empty(shape, dtype=dtype, device=row_std.device)
@@ -33,7 +32,7 @@ def perturbed(
     quarter = -(-count // 4)
     source = row_std if weight is None else weight.contiguous()
     with torch.cuda.device_of(out):
-        _perturb[(triton.cdiv(quarter, block),)](
+        _perturb[(triton.cdiv(quarter, BLOCK),)](
             source,
             row_std.contiguous(),
             out,
@@ -46,7 +45,7 @@ def perturbed(
             unit=UNIT,
             half=HALF,
             turn=TURN,
-            block=block,
+            block=BLOCK,
         )
     return out
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flatlora_diffusion.config import SAMPLES, TrainConfig
+from flatlora_diffusion.config import SAMPLES, SDXL, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.sdxl.random_base import random_sdxl
@@ -48,7 +48,7 @@ def drill_config() -> TrainConfig:
     """What a person with a GPU trains first: the paper's setting on SDXL, in the precision that the GPU has."""
     is_new = this_process().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return TrainConfig().replace(
-        pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0",
+        pretrained_model_name_or_path=SDXL,
         resolution=1024,
         train_batch_size=1,
         perturb_per="step",

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
 from samples.tiny_sdxl.recipe.icons import SIZE, Concept
 
 STEPS = 25
@@ -68,9 +68,7 @@ def _draw(
 
 def _key(base: Path, prompt: str, guidance: float) -> str:
     """The hash of all that an image depends on, beside its concept."""
-    weights = [
-        hashlib.sha256(file.read_bytes()).hexdigest() for part in PARTS for file in (base / part).glob("*.safetensors")
-    ]
+    weights = [file_sha256(file) for part in PARTS for file in (base / part).glob("*.safetensors")]
     return hashlib.sha256(json.dumps([weights, prompt, guidance, STEPS, SIZE]).encode()).hexdigest()[:16]
 
 
