@@ -70,7 +70,6 @@ class PerturbConfig(Section):
         f"relative radius of eps, flat-lora, mixed-noise and factor-noise only; default {DEFAULT_SIGMA}; in the "
         "paper 0.05 for language, 0.15 for CLIP, 0.1 for SDXL",
         min=0,
-        is_settled=True,
     )
     sigma_rise: float | None = setting(
         None,

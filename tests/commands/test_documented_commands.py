@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,8 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_comparison", "_checked"):  # the second is the last that `train` does with its settings
         monkeypatch.setattr(command_line, name, stop(getattr(command_line, name)))
     monkeypatch.setattr(command_line, "_base_of_runs", lambda arguments: ModelConfig())  # there are no such runs
-    monkeypatch.setattr("app.__main__.main", stop(lambda arguments: parse_settings(arguments, {})))
+    app = SimpleNamespace(main=stop(lambda arguments: parse_settings(arguments, {})))
+    monkeypatch.setattr(command_line, "import_module", lambda name: app)  # which has two names, by its installation
 
 
 def test_there_are_commands() -> None:

@@ -114,7 +114,7 @@ RUNS: dict[str, str] = {
     "--embedding_cache_dir OUT/cache --offload",
     "hugging face": "--dataset_name HF --caption_column text --image_column image --cache_dir OUT/hf "
     "--dataset_config_name default",
-    "tags": "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --offload",
+    "tags": "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --offload --sigma_rise 0.001",
     "dataset file": "--dataset_config OUT/data.toml",
     "prior": "--with_prior_preservation --class_data_dir OUT/class --class_prompt icon --num_class_images 2 "
     "--sample_batch_size 2 --prior_loss_weight 0.5 --prior_generation_precision fp32 --snr_gamma 5.0",

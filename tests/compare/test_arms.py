@@ -129,6 +129,17 @@ def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig
 
 
 @pytest.mark.usefixtures("without_a_process")
+def test_a_run_that_has_found_its_sigma_is_the_one_that_asked_for_it(config: TrainConfig) -> None:
+    rising = config.replace(sigma=None, sigma_rise=0.0002)
+    (planned,) = plan(rising, [parse_arm("flat-lora")], [0], 1)
+    train_planned(planned)
+    assert planned.run.config()["sigma"] is not None
+    assert planned.is_finished
+    (other,) = plan(rising.replace(sigma_rise=0.0004), [planned.arm], [0], 1)
+    assert not other.is_finished
+
+
+@pytest.mark.usefixtures("without_a_process")
 def test_a_checkpoint_of_a_stop_is_none_that_other_runs_have_too(config: TrainConfig) -> None:
     (planned,) = plan(config.replace(max_train_steps=4), [parse_arm("lora")], [0], points=2)
     wanted = list(planned.files)

@@ -46,7 +46,7 @@ def start_at_rise(state: TrainState) -> None:
             "smaller --sigma_rise or the --sigma itself"
         )
     state.gradient.detach()
-    state.config = state.config.replace(sigma=sigma)
+    state.config = state.batches.config = state.config.replace(sigma=sigma)
     state.begin_gradient()
 
 

@@ -41,7 +41,10 @@ def is_made_with(run: RunDir, config: TrainConfig) -> bool:
     if not run.config_file.is_file():
         return False
     wanted, saved = config.to_dict(), run.config()
-    left_open = {name: saved.get(name) for name in settings_that("is_settled") if wanted[name] is None}
+    names = settings_that("is_settled")
+    if config.perturb.rise > 0:
+        names = (*names, "sigma")  # it is found as the run begins
+    left_open = {name: saved.get(name) for name in names if wanted[name] is None}
     return not run.changed_settings(config.replace(**left_open))
 
 
