@@ -16,7 +16,7 @@ from flatlora_diffusion.compare.paired import CONFIDENCE
 def answer(results: Mapping[str, Result]) -> str:
     """Whether Flat-LoRA beats LoRA when both are tuned; where it does best as given; what of that others have too."""
     found = {(row["part"], row["name"], row["metric"]): row for row in headline_rows(results)}
-    return " ".join((_tuned(results, found), _best_cell(results, found), _own_part(found)))
+    return " ".join((_tuned(results, found), _best_cell(results, found), _own_part(results, found)))
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -77,16 +77,25 @@ def _best_cell(results: Mapping[str, Result], found: Found) -> str:
     )
 
 
-def _own_part(found: Found) -> str:
+def _own_part(results: Mapping[str, Result], found: Found) -> str:
     rivals = {
         "Eq. 7's noise less iid noise of equal energy": ("draws", "Eq. 7 less iid", "report"),
         "Flat-LoRA less LoRA at half the learning rate": ("controls", "against half the rate", "report"),
         "Flat-LoRA less Bi-LoRA": ("rivals", "against Bi-LoRA", "report"),
     }
-    said = [f"{words}: {_said(found[key])}" for words, key in rivals.items() if key in found]
+    said = [
+        f"{words}: {_said(found[key])}{_alone(results, found[key])}" for words, key in rivals.items() if key in found
+    ]
     if not said:
         return "What the noise has over simpler means was not measured yet."
     return f"At the end of training, {UNIT}: {'; '.join(said)}."
+
+
+def _alone(results: Mapping[str, Result], row: Result) -> str:
+    """How what Flat-LoRA is compared with differs from LoRA itself, where its part says so."""
+    pairs = results[row["part"]]["pairs"]
+    pair = next((one for one in pairs if (one["arm"], one["against"]) == (row["against"], "lora")), None)
+    return "" if pair is None else f", where that less LoRA is {interval(pair['report'], 1)}"
 
 
 def _said(row: Mapping[str, Any]) -> str:

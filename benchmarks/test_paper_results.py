@@ -75,6 +75,13 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
     assert "the three that are best on other icons" in said
     assert [len(pair["seeds"]) for pair in cells] == [5] * 3
     assert not any(is_told(pair["report"]) for pair in cells)
+    simple = [pair for pair in read_results()["controls"]["pairs"] if pair["against"] == "lora"]
+    (better,) = (one for one in simple if is_told(one["report"]) and one["report"]["high"] < 0)
+    assert (len(simple), better["arm"]) == (6, "lora:ip_noise_gamma=0.1")
+    assert (
+        f"one ended better, noise on the noised images (`--ip_noise_gamma 0.1`, {interval(better['report'], 1)}"
+        in said
+    )
     table = read()["language"]["tables"]["emoji_group"]
     assert not any(is_told(table["flat"]["difference"][metric]) for metric in ("test", "shifted"))
     assert f"sigma 0.4 lost {-100 * table['sigma 0.4 cosine']['difference']['test']['mean']:.2f} points" in said
