@@ -7,7 +7,15 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.config import TrainConfig, choices_of, preset_file, setting_hints, settings_that, unused_by
+from flatlora_diffusion.config import (
+    TrainConfig,
+    choices_of,
+    overruled_by,
+    preset_file,
+    setting_hints,
+    settings_that,
+    unused_by,
+)
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import is_cut_path, opened
 
@@ -109,4 +117,4 @@ def _without_overruled(config: TrainConfig, flags: Sequence[str]) -> TrainConfig
         config = config.replace(**unused)
     if "num_train_epochs" in given and "max_train_steps" not in given:
         config = config.replace(max_train_steps=None)
-    return config
+    return config.replace(**overruled_by(given))

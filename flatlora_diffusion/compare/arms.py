@@ -26,6 +26,7 @@ from flatlora_diffusion.config import (
     ModelConfig,
     RunError,
     TrainConfig,
+    overruled_by,
     read_setting,
     settings_that,
     unused_by,
@@ -197,7 +198,8 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
     planned = []
     for seed in seeds:
         for arm in arms:
-            values = {"seed": seed, "method": arm.method, **dict.fromkeys(unused_by(arm.method)), **arm.changes}
+            left_open = dict.fromkeys(unused_by(arm.method)) | overruled_by(arm.changes)
+            values = {"seed": seed, "method": arm.method, **left_open, **arm.changes}
             arm_steps = int(values.get("max_train_steps", steps))
             values |= {
                 "output_dir": str(folder_of(out, arm.key, seed)),

@@ -27,6 +27,7 @@ from flatlora_diffusion.config.methods import (
     PerturbConfig as PerturbConfig,
     PerturbPer as PerturbPer,
     SigmaSchedule as SigmaSchedule,
+    overruled_by as overruled_by,
     unused_by as unused_by,
 )
 from flatlora_diffusion.config.model import (

@@ -53,6 +53,11 @@ def unused_by(method: str) -> tuple[str, ...]:
     return tuple(name for name, values in IN_FORCE.items() if method not in values)
 
 
+def overruled_by(given: Collection[str]) -> dict[str, None]:
+    """What settings that are given leave open of those that a preset or file has: a rise is to find the sigma."""
+    return {"sigma": None} if "sigma_rise" in given and "sigma" not in given else {}
+
+
 @dataclass(frozen=True)
 class PerturbConfig(Section):
     """How the gradient of a step is taken: at the weights, at W + eps, or where the loss is worst around them."""

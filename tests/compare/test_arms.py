@@ -128,6 +128,12 @@ def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig
         assert not other.is_finished
 
 
+def test_an_arm_with_a_rise_finds_a_sigma_whatever_the_experiment_has(config: TrainConfig) -> None:
+    keys = ["flat-lora:sigma_rise=0.01", "flat-lora:sigma_rise=0.01,sigma=0.3", "flat-lora"]
+    planned = plan(config.replace(sigma=0.1), [parse_arm(key) for key in keys], [0], 1)
+    assert [one.config.perturb.sigma for one in planned] == [None, 0.3, 0.1]
+
+
 @pytest.mark.usefixtures("without_a_process")
 def test_a_run_that_has_found_its_sigma_is_the_one_that_asked_for_it(config: TrainConfig) -> None:
     rising = config.replace(sigma=None, sigma_rise=0.0002)

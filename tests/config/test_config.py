@@ -142,6 +142,15 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
             parse_config([*source, *flags, "--sigma", "0.1"])
 
 
+def test_a_rise_that_is_asked_for_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.05, "sigma_rise": 0.1}).to_dict()), encoding="utf-8")
+    for source in (["--preset", "paper"], ["--config", str(file)]):
+        assert parse_config([*source, "--sigma_rise", "0.01"]).perturb.rise == 0.01
+        assert parse_config([*source, "--sigma_rise", "0.01", "--sigma", "0.2"]).perturb.sigma == 0.2
+        assert parse_config(source).perturb.rise == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "prompts"),
     [
