@@ -128,6 +128,7 @@ def parser_of(about: str | None, tasks: Sequence[str], result: Path, steps: int)
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="lora has to be among them")
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="of the sweep over them")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each arm")
     parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of each run, {BATCH} examples each")
@@ -156,7 +157,9 @@ def study(options: argparse.Namespace, bench_of: Callable[[str], Bench]) -> None
         chosen = {"lora": _tuned(runs, bench, name, ARMS["lora"], options)}
         print(_cost(runs, name, len(arms), options, len(options.tasks) - number), flush=True)
         chosen |= {arm: _tuned(runs, bench, name, arms[arm], options) for arm in arms}
-        tables[name] = _table(runs, bench, name, _bouts(chosen, arms, options.sweeps), range(options.seeds))
+        tables[name] = _table(
+            runs, bench, name, _bouts(chosen, arms, options.sweeps, options.ranks), range(options.seeds)
+        )
         runs.save()
         _print(name, tables[name])
         if options.surfaces:
@@ -170,7 +173,7 @@ def _cost(runs: Runs, task: str, arms: int, options: argparse.Namespace, tasks: 
     seconds = statistics.fmean(
         seen["whole_seconds"] for key, seen in runs.result["runs"].items() if json.loads(key)[:2] == [task, "trial"]
     )
-    swept = sum(_COUNTS[name] for name in options.sweeps)
+    swept = sum(len(SWEEPS[name](Settings(lr=1, steps=1), 0.1, options.ranks)) for name in options.sweeps)
     count = arms * options.trials + (arms + swept) * options.seeds
     minutes = tasks * count * seconds / 60
     return f"{task}: {count} runs; {tasks} such tasks are about {minutes:.0f} core-minutes, SAM and eps not counted"
@@ -187,13 +190,15 @@ def _tuned(runs: Runs, bench: Bench, task: str, arm: Arm, options: argparse.Name
     return max(trials, key=quality)
 
 
-def _bouts(chosen: Mapping[str, Settings], arms: Mapping[str, Arm], sweeps: Sequence[str]) -> list[Bout]:
+def _bouts(
+    chosen: Mapping[str, Settings], arms: Mapping[str, Arm], sweeps: Sequence[str], ranks: Sequence[int] = RANKS
+) -> list[Bout]:
     bouts = [Bout(arm, arms[arm].against, settings) for arm, settings in chosen.items()]
     sigma = chosen["flat"].sigma if "flat" in chosen else FLAT_SIGMAS[0]
-    return bouts + [bout for name in sweeps for bout in SWEEPS[name](chosen["lora"], sigma)]
+    return bouts + [bout for name in sweeps for bout in SWEEPS[name](chosen["lora"], sigma, ranks)]
 
 
-def _sigmas(lora: Settings, _: float) -> list[Bout]:
+def _sigmas(lora: Settings, *_: Any) -> list[Bout]:
     """All strengths, with a ramp and without, at LoRA's own learning rate."""
     strengths: dict[SigmaSchedule, tuple[float, ...]] = {"cosine": SIGMAS, "constant": CONSTANT_SIGMAS}
     return [
@@ -203,19 +208,18 @@ def _sigmas(lora: Settings, _: float) -> list[Bout]:
     ]
 
 
-def _ranks(lora: Settings, sigma: float) -> list[Bout]:
+def _ranks(lora: Settings, sigma: float, ranks: Sequence[int]) -> list[Bout]:
     """Figure 5: alpha stays as it is."""
-    plain = {rank: Bout(f"rank {rank}", "lora", replace(lora, rank=rank)) for rank in RANKS}
-    flat = [Bout(f"flat rank {rank}", f"rank {rank}", replace(lora, rank=rank, sigma=sigma)) for rank in RANKS]
+    plain = {rank: Bout(f"rank {rank}", "lora", replace(lora, rank=rank)) for rank in ranks}
+    flat = [Bout(f"flat rank {rank}", f"rank {rank}", replace(lora, rank=rank, sigma=sigma)) for rank in ranks]
     return [*plain.values(), *flat]
 
 
-SWEEPS: dict[str, Callable[[Settings, float], list[Bout]]] = {
+SWEEPS: dict[str, Callable[[Settings, float, Sequence[int]], list[Bout]]] = {
     "sigmas": _sigmas,
     "ranks": _ranks,
     "variants": lambda *_: [],  # arms of their own, with trials
 }
-_COUNTS = {name: len(sweep(Settings(lr=1, steps=1), 0.1)) for name, sweep in SWEEPS.items()}
 
 
 def _table(runs: Runs, bench: Bench, task: str, bouts: Sequence[Bout], seeds: Sequence[int]) -> dict[str, Any]:
