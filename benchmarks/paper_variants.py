@@ -6,7 +6,7 @@ map       sigma and schedule of eps, a checkpoint every 50 steps; the best cells
 draws     Eq. 7 against iid noise, thin against full draws, one eps for a batch against one for each example
 controls  what is simpler: half the rate, weight decay, dropout, L2 on the change, noise in the input, EMA
 tuned     LoRA and Flat-LoRA with equal trials, then fresh seeds; rank, number of images and steps from there
-rivals    every rival method and adapter at given settings, plain and flat, with seconds and memory of a step
+rivals    every rival method and adapter, each with three trials, plain and flat, with seconds and memory of a step
 felt      the same LoRAs on a base of fewer bits or another checkpoint, at other strengths, with a second LoRA
 domain    another set of icons as the style
 
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--icons", type=Path, help="folder for the npm packages; default: that of --work")
     found.add_argument("--base", default=TINY)
     found.add_argument("--other_base", type=Path, help="another checkpoint of it, a folder, for `felt`")
-    found.add_argument("--learning_rate", type=float, default=5e-4, help="of all but the tuned arms")
+    found.add_argument("--learning_rate", type=float, default=5e-4, help="of all arms that do not choose one")
     found.add_argument("--steps", type=int, default=300)
     found.add_argument("--seeds", type=int, default=5, help="of each arm that is reported")
     found.add_argument("--map_seeds", type=int, default=1, help="of each cell of the map, to choose by")

@@ -169,9 +169,9 @@ def _rivals(result: Result) -> str:
     ]
     columns = ["arm", "time / LoRA's", "peak MiB of a step", "held-out, end", "chosen", "clean train", "flat icons"]
     return (
-        "At given settings, not tuned: a rival's own best may be better. Flat-LoRA's sigma of 0.4, constant, led a "
-        "scan on an earlier base, whose icons are among the reported ones. Adapters are compared plain with LoRA, "
-        f"then flat with plain.\n\n{pairs_table(result)}\n\nThe time of a step is the median of its ratio to one of "
+        "Each chose one of three settings on the search icons: a method its strength, an adapter or optimizer its "
+        "learning rate. They are compared with LoRA; then each adapter flat, with Flat-LoRA's sigma, with itself "
+        f"plain.\n\n{pairs_table(result, CHOSEN_ON)}\n\nThe time of a step is the median of its ratio to one of "
         "LoRA, taken in turns, with quartiles; memory is what a step holds beyond what is there between steps:\n\n"
         + table(columns, rows)
     )

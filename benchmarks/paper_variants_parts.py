@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from benchmarks.paper_variants_bench import trained
 from benchmarks.paper_variants_felt import felt_by_arm
@@ -21,9 +21,9 @@ from benchmarks.paper_variants_plan import (
     control_pairs,
     half,
     map_group,
-    rival_pairs,
     sweeps,
 )
+from benchmarks.paper_variants_rivals import rival_choices, rival_pairs, trials_of
 from benchmarks.paper_variants_study import Study
 from benchmarks.paper_variants_tuned import METHODS, trial_group
 from flatlora_diffusion.compare.arms import parse_arm, plan
@@ -70,17 +70,24 @@ def controls_part(study: Study) -> Result:
 
 
 def tuned_part(study: Study) -> Result:
-    options, best, trials = study.options, {}, {}
-    for method in METHODS:
-        found = study.rows(trial_group(method, options.trials))
-        trials[method] = [{"arm": row["arm"], "search": row["points"][-1]["search"]} for row in found]
-        best[method] = min(trials[method], key=lambda trial: trial["search"])["arm"]
+    options = study.options
+    best, trials = _chosen(study, {method: trial_group(method, options.trials) for method in METHODS})
     lora, flat_lora = best["lora"], best["flat-lora"]
     groups = {"": Group({flat_lora: lora}, range(FRESH_SEED, FRESH_SEED + options.fresh))}
     rows, pairs = study.compared(
         groups | {_label(group, options): group for group in sweeps(lora, flat_lora, options.fresh)}
     )
     return {"trials": trials, "pairs": pairs, "rows": rows, "headlines": {"both tuned": [flat_lora, lora]}}
+
+
+def _chosen(study: Study, groups: Mapping[str, Group]) -> tuple[dict[str, str], dict[str, list[Result]]]:
+    """By name the arm of its trials that ends with the lowest loss on the search icons, and what all ended with."""
+    best, trials = {}, {}
+    for name, group in groups.items():
+        found = study.rows(group)
+        trials[name] = [{"arm": row["arm"], "search": row["points"][-1]["search"]} for row in found]
+        best[name] = min(trials[name], key=lambda trial: trial["search"])["arm"]
+    return best, trials
 
 
 def _label(group: Group, options: argparse.Namespace) -> str:
@@ -93,14 +100,18 @@ def _label(group: Group, options: argparse.Namespace) -> str:
 
 
 def rivals_part(study: Study) -> Result:
-    group = Group(rival_pairs(study.options.learning_rate), range(study.options.seeds))
+    choices = rival_choices(study.options.learning_rate)
+    best, trials = _chosen(study, {name: trials_of(arms) for name, arms in choices.items()})
+    group = Group(rival_pairs(best), range(study.options.seeds))
     rows, pairs = study.compared({"": group})
     bench = study.bench(group)
-    pairs += compared(rows, {STRONG: "bi-lora"}, bench.base())
+    flat_lora, bi_lora = best["flat-lora"], best["bi-lora"]
+    pairs += compared(rows, {flat_lora: bi_lora}, bench.base())
     first = [planned for planned in bench.planned(group) if planned.seed == group.seeds[0]]
-    plain = next(planned for planned in first if planned.arm.key == "lora")
+    plain = next(planned for planned in first if planned.arm.key == best["lora"])
     cost = {planned.arm.key: bench.cost(planned, plain) for planned in first}
-    return {"cost": cost, "pairs": pairs, "rows": rows, "headlines": {"against Bi-LoRA": [STRONG, "bi-lora"]}}
+    headlines = {"against Bi-LoRA": [flat_lora, bi_lora]}
+    return {"trials": trials, "cost": cost, "pairs": pairs, "rows": rows, "headlines": headlines}
 
 
 def felt_part(study: Study) -> Result:

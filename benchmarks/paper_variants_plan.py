@@ -56,7 +56,10 @@ def flat(sigma: float, schedule: str, **changes: Any) -> str:
 
 
 PAPER = flat(0.1, "cosine")
-GIVEN = {"sigma": 0.4, "sigma_schedule": "constant"}  # the lead of earlier runs, wherever nothing is chosen
+GIVEN: dict[str, Any] = {
+    "sigma": 0.4,
+    "sigma_schedule": "constant",
+}  # the lead of earlier runs, wherever nothing is chosen
 STRONG = arm("flat-lora", **GIVEN)
 FULL = flat(0.8, "constant", perturb_draw="full", perturb_norm_every=1)
 IID = changed(FULL, perturb_noise="iid")
@@ -68,28 +71,6 @@ CELL_KEYS = {(schedule, sigma): flat(sigma, schedule) for schedule in SCHEDULES 
 def half(rate: float) -> str:
     """LoRA at half the learning rate."""
     return arm("lora", learning_rate=f"{rate / 2:g}")
-
-
-def rival_pairs(rate: float) -> dict[str, str]:
-    """Methods and plain adapters at given settings against LoRA, then each flat adapter against the plain one.
-
-    A learning rate is the study's times what the adapter needs.
-    """
-    methods = [STRONG, *(arm(name, **GIVEN) for name in ("mixed-noise", "factor-noise"))]
-    methods += ["lora-sam", "sam", "bi-lora", "nbar", "obar"]
-    adapters: list[dict[str, Any]] = [
-        {"adapter": "rslora"},
-        {"adapter": "dora"},
-        {"adapter": "pissa"},
-        {"adapter": "lora-ga"},
-        {"adapter": "adalora", "learning_rate": f"{2.5 * rate:g}"},  # its singular values start at 0
-        {"adapter": "full", "learning_rate": f"{0.15 * rate:g}", "rank": 1024},  # of its file, which loses nothing
-        {"lora_plus_ratio": 16, "learning_rate": f"{2.5 / 16 * rate:g}"},  # of A, which is slower
-        {"optimizer": "lora-pro"},
-    ]
-    plain = {arm("lora", **changes): "lora" for changes in adapters}
-    flat_ones = {arm("flat-lora", **GIVEN, **changes): arm("lora", **changes) for changes in adapters}
-    return dict.fromkeys(methods, "lora") | plain | flat_ones
 
 
 def control_pairs(rate: float) -> dict[str, str]:
@@ -122,23 +103,6 @@ def sweeps(lora: str, flat_lora: str, fresh: int) -> list[Group]:
     ranks = [Group({changed(flat_lora, rank=rank): changed(lora, rank=rank)}, seeds) for rank in RANKS]
     images = [Group({flat_lora: lora}, seeds, images=count) for count in IMAGES]
     return [*ranks, *images, *(Group({flat_lora: lora}, seeds, length=length) for length in LENGTHS)]
-
-
-def planned_groups(part: str, options: Namespace) -> list[Group]:
-    """What a part trains beside trials: likely arms stand for those that it will choose."""
-    seeds = range(options.seeds)
-    fresh = range(FRESH_SEED, FRESH_SEED + options.fresh)
-    likely = dict.fromkeys(list(dict.fromkeys((PAPER, STRONG, *CELL_KEYS.values())))[:CELLS], "lora")
-    groups = {
-        "map": [map_group(options), Group(likely, seeds)],
-        "draws": [Group(DRAW_PAIRS, seeds)],
-        "controls": [Group(control_pairs(options.learning_rate), seeds)],
-        "tuned": [Group({STRONG: "lora"}, fresh), *sweeps("lora", STRONG, options.fresh)],
-        "rivals": [Group(rival_pairs(options.learning_rate), seeds)],
-        "felt": [Group(FELT_PAIRS, seeds)],
-        "domain": [Group({**FELT_PAIRS, half(options.learning_rate): "lora"}, seeds, domain=True)],
-    }
-    return groups[part]
 
 
 def map_group(options: Namespace) -> Group:

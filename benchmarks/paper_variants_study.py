@@ -17,8 +17,9 @@ from benchmarks.paper_text_to_image import SETTINGS
 from benchmarks.paper_variants_bench import MOST, Bench, Icons, few_images
 from benchmarks.paper_variants_felt import felt_left
 from benchmarks.paper_variants_figures import Result, Row, compared
+from benchmarks.paper_variants_groups import planned_groups
 from benchmarks.paper_variants_icons import icons_3d, icons_of_second_style
-from benchmarks.paper_variants_plan import Group, planned_groups
+from benchmarks.paper_variants_plan import Group
 from benchmarks.paper_variants_tuned import METHODS, trial_group
 from flatlora_diffusion.compare.experiment import seconds_per_pass
 from flatlora_diffusion.config import ModelConfig, TrainConfig

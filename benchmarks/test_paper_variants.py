@@ -24,6 +24,7 @@ from benchmarks.paper_variants_figures import (
     corrected,
     headline_rows,
 )
+from benchmarks.paper_variants_groups import planned_groups
 from benchmarks.paper_variants_page import draw_figure, page
 from benchmarks.paper_variants_parts import PARTS
 from benchmarks.paper_variants_plan import (
@@ -36,8 +37,8 @@ from benchmarks.paper_variants_plan import (
     TRIAL_SEED,
     Group,
     half,
-    planned_groups,
 )
+from benchmarks.paper_variants_rivals import rival_choices, rival_pairs
 from benchmarks.paper_variants_study import Study
 from benchmarks.paper_variants_tuned import check_optuna, trial_arms
 from benchmarks.paper_words import MINUS
@@ -67,9 +68,28 @@ def test_every_arm_that_is_planned_may_be_trained_and_has_a_folder_of_its_own(pa
 def test_no_arm_is_reported_on_the_seeds_that_it_was_chosen_by() -> None:
     planned = [group for part in PARTS for group in planned_groups(part, options_of("--map_seeds", "2"))]
     cells, *others = planned
-    reported = {seed for group in others for seed in group.seeds}
+    reported = {seed for group in others if not group.trial for seed in group.seeds}
     assert not reported & {*cells.seeds, TRIAL_SEED}
     assert TRIAL_SEED not in cells.seeds
+    assert {seed for group in others if group.trial for seed in group.seeds} == {TRIAL_SEED}
+
+
+def test_each_rival_has_three_trials_around_its_own_default() -> None:
+    choices = rival_choices(RATE)
+    assert {len(set(arms)) for arms in choices.values()} == {3}
+    assert choices["lora"] == ["lora:learning_rate=0.00025", "lora", "lora:learning_rate=0.001"]
+    assert choices["sam"] == ["sam:rho=0.02", "sam", "sam:rho=0.125"]
+    assert [parse_arm(key).changes["sigma"] for key in choices["flat-lora"]] == [0.16, 0.4, 1]
+    assert set(rival_pairs({name: arms[0] for name, arms in choices.items()}).values()) >= {choices["lora"][0]}
+
+
+def test_a_flat_adapter_has_the_plain_one_s_rate_and_flat_lora_s_sigma() -> None:
+    chosen = {name: arms[2] for name, arms in rival_choices(RATE).items()}
+    pairs = rival_pairs(chosen)
+    flat_ones = [(parse_arm(key), parse_arm(plain)) for key, plain in pairs.items() if plain != chosen["lora"]]
+    assert len(flat_ones) == 8
+    for flat, plain in flat_ones:
+        assert flat.changes == {"sigma": 1.0, "sigma_schedule": "constant", **plain.changes}
 
 
 def test_the_map_has_every_sigma_with_every_schedule_and_lora_beside_them() -> None:
@@ -148,7 +168,12 @@ class MadeUpStudy(Study):
         self.options = options_of(*arguments)
 
     def rows(self, group: Group) -> list[Row]:
-        return [row(arm, seed, report=0.05 - 0.01 * len(arm)) for seed in group.seeds for arm in group.arms]
+        lower = {key: 0.001 * len(key) for key in group.arms}
+        return [
+            row(key, seed, report=0.05 - less, search=0.09 - less)
+            for seed in group.seeds
+            for key, less in lower.items()
+        ]
 
     def bench(self, group: Group) -> Any:
         config = TrainConfig().replace(max_train_steps=3)
@@ -174,7 +199,8 @@ def test_every_headline_is_found_in_the_result_of_its_part(monkeypatch: pytest.M
         "",
         *("rank 1", "rank 16", "5 images", "10 images", "150 steps", "600 steps"),
     ]
-    assert results["rivals"]["cost"].keys() >= {"lora", "sam", "lora:optimizer=lora-pro"}
+    chosen = {name: max(arms, key=len) for name, arms in rival_choices(RATE).items()}  # whose made-up loss is lowest
+    assert results["rivals"]["cost"].keys() == {*rival_pairs(chosen), chosen["lora"]}
 
 
 # What the page says.

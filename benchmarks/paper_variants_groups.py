@@ -1,0 +1,38 @@
+"""What each part of `paper_variants` trains, as far as it is known before anything is: for the estimate."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from benchmarks.paper_variants_plan import (
+    CELL_KEYS,
+    CELLS,
+    DRAW_PAIRS,
+    FELT_PAIRS,
+    FRESH_SEED,
+    PAPER,
+    STRONG,
+    Group,
+    control_pairs,
+    half,
+    map_group,
+    sweeps,
+)
+from benchmarks.paper_variants_rivals import likely_rivals, rival_choices, rival_pairs, trials_of
+
+
+def planned_groups(part: str, options: Namespace) -> list[Group]:
+    """The groups of a part but for the trials of `tuned`; likely arms stand for those that it will choose."""
+    rate, seeds = options.learning_rate, range(options.seeds)
+    fresh = range(FRESH_SEED, FRESH_SEED + options.fresh)
+    likely = dict.fromkeys(list(dict.fromkeys((PAPER, STRONG, *CELL_KEYS.values())))[:CELLS], "lora")
+    groups = {
+        "map": [map_group(options), Group(likely, seeds)],
+        "draws": [Group(DRAW_PAIRS, seeds)],
+        "controls": [Group(control_pairs(rate), seeds)],
+        "tuned": [Group({STRONG: "lora"}, fresh), *sweeps("lora", STRONG, options.fresh)],
+        "rivals": [*map(trials_of, rival_choices(rate).values()), Group(rival_pairs(likely_rivals(rate)), seeds)],
+        "felt": [Group(FELT_PAIRS, seeds)],
+        "domain": [Group({**FELT_PAIRS, half(rate): "lora"}, seeds, domain=True)],
+    }
+    return groups[part]
