@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.paper_study_run import BATCH, Bench, run
+from benchmarks.paper_study_run import BATCH, Bench, run, sizes
 from benchmarks.paper_study_settings import Settings, Variant
 from benchmarks.paper_study_surface import draw_surfaces
 from benchmarks.record import device_name
@@ -151,6 +151,7 @@ def study(options: argparse.Namespace, bench_of: Callable[[str], Bench]) -> None
     tables = runs.result.setdefault("tables", {})
     for number, name in enumerate(options.tasks):
         bench = bench_of(name)
+        runs.result.setdefault("tasks", {})[name] = sizes(bench)
         arms = {arm: ARMS[arm] for arm in options.arms}
         if "variants" in options.sweeps:
             arms |= VARIANT_ARMS
@@ -286,6 +287,8 @@ def _made_by(options: argparse.Namespace) -> dict[str, Any]:
         "device": device_name(),
         "threads": options.threads,
         "trials": options.trials,
+        "seeds": options.seeds,
+        "steps": options.steps,
         "batch": BATCH,
         "versions": versions(),
     }

@@ -101,6 +101,13 @@ def train(bench: Bench, settings: Settings, seed: int) -> Trained:
         return Trained(adapter, loss, time.process_time() - started)
 
 
+def sizes(bench: Bench) -> dict[str, int]:
+    """How many classes a task has, and how many examples each split."""
+    splits = {"train": bench.train, **bench.tests}
+    classes = 1 + max(int(rows.labels.max()) for rows in splits.values())
+    return {"classes": classes, **{name: len(rows.labels) for name, rows in splits.items()}}
+
+
 def loss_of(model: Any, data: Rows, most: int) -> Tensor:
     """The mean loss of the first examples."""
     return F.cross_entropy(*_answers(model, data, most))
