@@ -128,6 +128,7 @@ def parser_of(about: str | None, tasks: Sequence[str], result: Path, steps: int)
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="lora has to be among them")
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--lr_factor", type=float, default=1.0, help="of all learning rates that are tried")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="of the sweep over them")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each arm")
@@ -182,7 +183,8 @@ def _cost(runs: Runs, task: str, arms: int, options: argparse.Namespace, tasks: 
 
 def _tuned(runs: Runs, bench: Bench, task: str, arm: Arm, options: argparse.Namespace) -> Settings:
     """The settings of the trial with the best validation accuracy; of equals, the lower loss."""
-    trials = [Settings(steps=options.steps, **arm.fixed, **choice) for choice in arm.grid[: options.trials]]
+    rated = [{**choice, "lr": options.lr_factor * choice["lr"]} for choice in arm.grid[: options.trials]]
+    trials = [Settings(steps=options.steps, **arm.fixed, **choice) for choice in rated]
 
     def quality(settings: Settings) -> tuple[float, float]:
         seen = runs.get(bench, task, settings, TUNING_SEED, only_validation=True)["validation"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def test_every_command_is_understood(command: str) -> None:
 
 
 def test_the_loop_of_the_readme_trains() -> None:
-    (code,) = re.findall(r"```python\n(from flatlora_diffusion import FlatLora\n.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n([^`]*flat\.perturb\([^`]*)```", README)
     case = toy_case()
     trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trained]
@@ -96,13 +97,31 @@ def test_the_loop_of_the_readme_trains() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/in_other_trainers.md"])
 def test_the_two_lines_for_other_trainers_follow_an_optimizer(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n[^`]*(flat = FlatLora\([^`]*flat\.follow\([^`]*)```", text)
+    (code,) = re.findall(r"```python\n([^`]*flat\.follow\([^`]*)```", text)
     case = toy_case()
     optimizer = torch.optim.SGD([p for p in case.model.parameters() if p.requires_grad], lr=0.01)
     names: dict[str, Any] = {"model": case.model, "optimizer": optimizer}
-    exec("from flatlora_diffusion import FlatLora", names)
     exec(code, names)
     case.model.train()
     case.loss().backward()
     optimizer.step()
     assert names["flat"].step == 1
+
+
+def test_the_lines_for_diffusers_scripts_ramp_over_the_steps_that_the_script_has_counted() -> None:
+    text = (ROOT / "docs" / "in_other_trainers.md").read_text(encoding="utf-8")
+    (hunk,) = re.findall(r"```diff\n([^`]*)```", text)
+    lines = [line for line in hunk.splitlines() if " ..." not in line]
+    case = toy_case()
+    names: dict[str, Any] = {
+        "args": SimpleNamespace(max_train_steps=30, seed=None),
+        "math": math,
+        "num_update_steps_per_epoch": 4,
+        "optimizer": torch.optim.SGD([p for p in case.model.parameters() if p.requires_grad], lr=0.01),
+        "unet": case.model,
+        "unwrap_model": lambda model: model,
+    }
+    exec("\n".join(line[1:].strip() for line in lines), names)
+    assert names["args"].num_train_epochs == 8, "the lines around it are those of the script"
+    names["flat"].detach()
+    assert "total_steps=args.max_train_steps" in lines[-2]

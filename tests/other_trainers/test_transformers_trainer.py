@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def t5() -> Case:
 
 
 def trainer(case: Case, folder: Path, callbacks: list[TrainerCallback], **arguments: Any) -> Trainer:
+    return Trainer(case.model, arguments_in(folder, **arguments), train_dataset=Questions(), callbacks=callbacks)
+
+
+def arguments_in(folder: Path, **arguments: Any) -> TrainingArguments:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -62,8 +67,7 @@ def trainer(case: Case, folder: Path, callbacks: list[TrainerCallback], **argume
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    arguments = settings | arguments
-    return Trainer(case.model, TrainingArguments(**arguments), train_dataset=Questions(), callbacks=callbacks)
+    return TrainingArguments(**settings | arguments)
 
 
 def by_hand(case: Case) -> None:
@@ -103,6 +107,29 @@ def test_a_trainer_trains_what_the_loop_by_hand_trains(tmp_path: Path) -> None:
     trainer(plain, tmp_path, []).train()
     by_hand(expected)
     assert are_equal(case, expected)
+    assert not are_equal(case, plain), "nothing was perturbed"
+
+
+def test_the_two_lines_of_the_readme_do_it(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n([^`]*trainer\.add_callback[^`]*)```", readme)
+    case, plain = t5(), t5()
+    names = {"trainer": trainer(case, tmp_path, [])}
+    exec(code, names)
+    names["trainer"].train()
+    trainer(plain, tmp_path, []).train()
+    assert not are_equal(case, plain), "nothing was perturbed"
+
+
+def test_the_lines_of_the_page_make_a_trainer_that_perturbs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "in_other_trainers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n([^`]*FlatLoraCallback[^`]*)```", page)
+    case = t5()
+    names = {"Trainer": Trainer, "model": case.model, "data": Questions(), "arguments": arguments_in(tmp_path)}
+    exec(code, names)
+    names["trainer"].train()
+    plain = t5()
+    trainer(plain, tmp_path, []).train()
     assert not are_equal(case, plain), "nothing was perturbed"
 
 
