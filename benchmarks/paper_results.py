@@ -26,11 +26,12 @@ from benchmarks.paper_results_studies import (
     rivals,
     severities,
     sigmas,
+    tasks,
     told,
     variants,
 )
-from benchmarks.paper_study import ARMS, VARIANT_ARMS
-from benchmarks.paper_variants_answer import answer as answer_of_icons
+from benchmarks.paper_study_arms import ARMS, VARIANT_ARMS
+from benchmarks.paper_variants_answer import in_short as icons_in_short
 from benchmarks.paper_variants_page import PAGE as VARIANTS, read_results
 from benchmarks.paper_words import is_told
 from flatlora_diffusion.charts.forest import Row, forest_chart
@@ -39,6 +40,7 @@ from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, THIRD, Look
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "results.md"
 FIGURE = "results.png"
+CONDITIONS = {"trials": "trials an arm", "seeds": "seeds", "steps": "steps", "batch": "examples a step"}
 LOOKS = {"test": FLAT_LORA, "shifted": THIRD}
 
 Found = dict[str, dict[str, Any]]
@@ -63,7 +65,7 @@ def page(found: Found) -> str:
     if any(name in found for name in STUDIES):
         parts.append(f"![Flat-LoRA less LoRA, by task](./{FIGURE})")
     parts.append(_conditions(found))
-    parts += [f"## {title}\n\n{text}" for title, text in _sections(found).items()]
+    parts += [f"## {title}\n\n{text}" for title, text in _sections(found).items() if text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,7 +75,7 @@ def answer(found: Found) -> str:
     sentences += [_against_rivals({**_tables(found)})] if sentences else []
     variants_found = read_results()
     if variants_found:
-        sentences.append(f"On icons: {answer_of_icons(variants_found)}")
+        sentences.append(f"On icons: {icons_in_short(variants_found)}")
     elif "text_to_image" in found:
         sentences.append(f"On icons: {paper_text_to_image_page.in_short(found['text_to_image'])}")
     return "\n".join(sentences)
@@ -83,7 +85,7 @@ def draw_figure(found: Found, file: Path) -> None:
     """Flat-LoRA less LoRA: the paper's means, the re-run's, and each task of ours."""
     means = {f"{published.T5}, mean": published.TABLE_1, f"{published.CLIP}, mean": published.TABLE_2}
     theirs = [Row(name, ranks["mean"][8].difference, BASE) for name, ranks in means.items()]
-    theirs += [Row("Llama 2-7B, GSM8K", published.TABLES_3_4["GSM8K"], BASE)]
+    theirs += [Row("Llama 2-7B, GSM8K", published.TABLES_3_4["GSM8K, 7B"], BASE)]
     theirs += [Row("the same, run again by others", published.RE_RUN_GSM8K.difference, BASE)]
     groups = [("published", theirs)]
     groups += [(f"here, {STUDIES[name]}", _rows(found[name]["tables"])) for name in STUDIES if name in found]
@@ -132,11 +134,7 @@ def _tables(found: Found) -> dict[str, Any]:
 
 
 def _conditions(found: Found) -> str:
-    made = [
-        f"`python -m benchmarks.paper_{name}`, {one['date']}, {one['device']}, torch {one['versions']['torch']}."
-        for name, one in found.items()
-        if name in STUDIES
-    ]
+    made = [_made_by(name, found[name]) for name in STUDIES if name in found]
     tables = _tables(found)
     seen = [
         arms[arm]["difference"][metric]
@@ -159,20 +157,29 @@ models are tens to thousands of times larger than ours: equal signs would be evi
 {" ".join([*made, "All figures: `benchmarks/paper_*.json`."])}"""
 
 
+def _made_by(name: str, one: Mapping[str, Any]) -> str:
+    how = ", ".join(f"{one[key]} {words}" for key, words in CONDITIONS.items() if key in one)
+    machine = f"{one['date']}, {one['device']}, torch {one['versions']['torch']}"
+    return f"`python -m benchmarks.paper_{name}`: {how}; {machine}."
+
+
 def _sections(found: Found) -> dict[str, str]:
     language, vision, either = (_writer(found, *names) for names in (["language"], ["vision"], list(STUDIES)))
     llama = table(
-        ["re-run by others", "GSM8K", "HumanEval", "MT-Bench"],
-        [[name, *scores] for name, scores in published.RE_RUN.items()],
+        ["re-run by others", *published.RE_RUN_ON], [[name, *scores] for name, scores in published.RE_RUN.items()]
     )
     paper = ", ".join(f"{name} {gain:+.2f}" for name, gain in published.TABLES_3_4.items())
     return {
-        "Table 1: T5 on GLUE, here a small encoder": language(lambda one: accuracies(published.TABLE_1, one)),
+        "The tasks": "\n\n".join(tasks(found[name]) for name in STUDIES if "tasks" in found.get(name, {})),
+        "Table 1: T5 on GLUE, here a small encoder": f"In the paper {published.TABLE_1_FULL}.\n\n"
+        + language(lambda one: accuracies(published.TABLE_1, one)),
         "Table 2: CLIP on images, here a small ViT": vision(lambda one: accuracies(published.TABLE_2, one)),
         "Figure 4: corrupted images": vision(severities),
-        "Tables 3 and 4: Llama 2": f"Flat-LoRA less LoRA, 7B, in the paper: {paper}.\n\n{llama}\n\n"
+        "Tables 3 and 4: Llama 2": f"Flat-LoRA less LoRA, in the paper's text: {paper}.\n\n{llama}\n\n"
+        "The first three are Llama 2-7B's, the next four Llama 3.1-8B's. "
         "Not run here: no pretrained decoder can be had where this was made. `examples/` has the scripts.",
-        "Table 5: other variants of LoRA": f"Paper: {published.TABLE_5}.\n\n{either(variants)}",
+        "Table 5: other variants of LoRA": f"Paper: {published.TABLE_5}. `full` trains the weights of the adapted "
+        f"layers themselves.\n\n{either(variants)}",
         "Table 6: SAM, and simpler means": f"Paper: {published.TABLE_6}.\n\n{either(rivals)}",
         "Figure 5: ranks": f"Paper: {published.FIGURE_5}. Mean of the tasks:\n\n{either(ranks)}",
         "Tables A2 and A3: sigma": f"Paper: {published.SIGMAS}. Mean of the tasks:\n\n{either(sigmas)}",

@@ -9,13 +9,15 @@ from typing import Any
 
 from benchmarks import paper_published as published
 from benchmarks.paper_flatness import table
-from benchmarks.paper_study import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, VARIANT_ARMS
+from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, RHOS, SIGMAS, VARIANT_ARMS
 from benchmarks.paper_words import POINTS, interval, is_told, signed
 from flatlora_diffusion.compare.paired import CONFIDENCE, paired_difference
 
 Tables = Mapping[str, Mapping[str, Any]]  # arms and sweeps by task
 STUDIES = {"language": "MiniLM-L6", "vision": "a ViT of 2.8 million parameters"}
 TESTS = {"test": "in domain", "shifted": "shifted"}
+RISE = "rise"
+FLATNESS = "rise of the test loss under eps of sigma 0.1 at W', in 10⁻³, lower is flatter"
 TITLES = {
     "flat": "Flat-LoRA, full draws",
     "flat low_rank": "Flat-LoRA, low-rank draws",
@@ -30,6 +32,21 @@ TITLES = {
 def points(found: Mapping[str, Any]) -> str:
     """A difference of accuracies with its interval, in points."""
     return interval(found, scale=POINTS)
+
+
+def rises(found: Mapping[str, Any]) -> str:
+    """A difference of the loss's rises with its interval."""
+    return interval(found, scale=1e3)
+
+
+def tasks(found: Mapping[str, Any]) -> str:
+    """How large each task is."""
+    rows = []
+    for task, sizes in found["tasks"].items():
+        own = ("classes", "train", "validation", "test")
+        shifted = ", ".join(f"{name} {count}" for name, count in sizes.items() if name not in own)
+        rows.append([task, *(f"{sizes[key]}" for key in own), shifted])
+    return table(["task", "classes", "training", "validation", "test, in domain", "tests, shifted"], rows)
 
 
 def pooled(tables: Tables, arm: str, metric: str, against: str | None = None, of: int = 1) -> dict[str, Any]:
@@ -69,7 +86,8 @@ def accuracies(rows_of_paper: published.Ranks, tables: Tables) -> str:
 
 def rivals(tables: Tables) -> str:
     """Every arm with as many trials less LoRA, task by task."""
-    return _by_test(tables, {arm: TITLES[arm] for arm in ARMS if arm != "lora"})
+    arms = _by_test(tables, {arm: TITLES[arm] for arm in ARMS if arm != "lora"})
+    return "\n\n".join(filter(None, (arms, _rhos(tables))))
 
 
 def variants(tables: Tables) -> str:
@@ -77,6 +95,22 @@ def variants(tables: Tables) -> str:
     alone = [arm for arm in VARIANT_ARMS if not arm.startswith("flat ")]
     rows = {arm: f"{arm}, less {VARIANT_ARMS[arm].against}" for name in alone for arm in (name, f"flat {name}")}
     return _by_test(tables, rows)
+
+
+def _rhos(tables: Tables) -> str:
+    """Both SAMs less LoRA by rho, in domain and shifted, over the tasks that swept it."""
+    swept = {task: arms for task, arms in tables.items() if f"sam rho {RHOS[0]}" in arms}
+    if not swept:
+        return ""
+    rows = [
+        [
+            f"{rho:g}",
+            *(points(pooled(swept, f"{arm} rho {rho}", metric)) for arm in ("lora-sam", "sam") for metric in TESTS),
+        ]
+        for rho in RHOS
+    ]
+    columns = [f"{over}, {words}" for over in ("A and B", "W") for words in TESTS.values()]
+    return f"By rho, LoRA's own learning rate, on {', '.join(swept)}:\n\n{table(['rho', *columns], rows)}"
 
 
 def ranks(tables: Tables) -> str:
@@ -124,14 +158,15 @@ def costs(tables: Tables) -> str:
 
 
 def _by_test(tables: Tables, arms: Mapping[str, str]) -> str:
-    """A table in domain and one under shift: `arms` with their words, by task."""
+    """A table in domain, one under shift and one of flatness at W': `arms` with their words, by task."""
     parts = []
-    for metric, title in TESTS.items():
+    for metric, title in {**TESTS, RISE: FLATNESS}.items():
         rows = []
+        write = rises if metric == RISE else points
         for arm, words in arms.items():
             found = [one[arm]["difference"][metric] for one in tables.values()]
-            rows.append([words, *map(points, found), points(pooled(tables, arm, metric))])
-        parts.append(f"{title.capitalize()}:\n\n{table(['', *tables, 'mean of the tasks'], rows)}")
+            rows.append([words, *map(write, found), write(pooled(tables, arm, metric))])
+        parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(['', *tables, 'mean of the tasks'], rows)}")
     return "\n\n".join(parts)
 
 

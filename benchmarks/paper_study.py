@@ -2,7 +2,7 @@
 
 Each arm chooses its settings in as many trials, by the accuracy on a validation split, and is then trained with
 further seeds; arms of one seed share first weights, batches and dropout. The sweeps after that change one thing at a
-time, at the chosen settings of LoRA, and of Flat-LoRA for its pairs. Accuracies are on examples of the training's
+time (`paper_study_arms.py`). Accuracies are on examples of the training's
 kind (test) and on shifted ones; differences are paired, with the 95 % interval of Student's t over seeds.
 
 Every run is kept in the result file as soon as it is done, so a stopped study goes on. With --surfaces the loss around
@@ -15,84 +15,23 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
+from benchmarks.paper_study_arms import ARMS, FLAT_SIGMAS, RANKS, SWEEPS, TRIALS, VARIANT_ARMS, Arm, Bout
 from benchmarks.paper_study_run import BATCH, Bench, run, sizes
-from benchmarks.paper_study_settings import Settings, Variant
+from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_study_surface import draw_surfaces
 from benchmarks.record import device_name
 from flatlora_diffusion.compare.paired import paired_difference
-from flatlora_diffusion.config import SigmaSchedule
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_json
 
 TUNING_SEED = 100
-SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
-CONSTANT_SIGMAS = (0.05, 0.2, 0.8)
-RANKS = (1, 4, 8, 16, 32)
-# The likeliest first: the first two are those of arms with a setting of their own.
-RATES = (2e-3, 8e-4, 5e-3)
-RATES_OF: dict[Variant, tuple[float, ...]] = {
-    "adalora": (5e-3, 1e-2, 2e-2),  # its singular values start at 0, its vectors near it
-    "lora+": (5e-3, 2e-3, 1e-2),  # of B, which is meant to be fast
-    "full": (3e-4, 1e-4, 1e-3),
-}
-TRIALS = 3
-
-Grid = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What an arm always has, the trials of which it chooses one, and what it is compared with."""
-
-    fixed: dict[str, Any]
-    grid: Grid
-    against: str = "lora"
-
-
-def _grid(rates: Sequence[float] = RATES, **choices: Sequence[Any]) -> Grid:
-    """The learning rates; with a setting of the arm's own, two of them, and its second value with the first."""
-    if not choices:
-        return [{"lr": rate} for rate in rates]
-    ((name, values),) = choices.items()
-    return [{"lr": rate, name: value} for value in values for rate in rates[:2]][:TRIALS]
-
-
-FLAT_SIGMAS = (0.1, 0.4)
-# As many trials an arm: what it has for itself costs tries at the learning rate.
-ARMS = {
-    "lora": Arm({}, _grid()),
-    "flat": Arm({}, _grid(sigma=FLAT_SIGMAS)),
-    "flat low_rank": Arm({"draw": "low_rank"}, _grid(sigma=FLAT_SIGMAS)),
-    "iid": Arm({"noise": "iid"}, _grid(sigma=FLAT_SIGMAS)),
-    "lora-sam": Arm({}, _grid(rho=(0.01, 0.05))),
-    "sam": Arm({"sam": "weights"}, _grid(rho=(0.01, 0.05))),
-    "weight decay": Arm({}, _grid(weight_decay=(0.1, 1.0))),
-    "dropout": Arm({}, _grid(dropout=(0.1, 0.3))),
-}
-# Table 5: each alone and with the flat loss.
-VARIANT_ARMS = {
-    name: Arm({"variant": name}, _grid(RATES_OF.get(name, RATES))) for name in get_args(Variant) if name != "lora"
-}
-VARIANT_ARMS |= {
-    f"flat {name}": Arm(arm.fixed, _grid(RATES_OF.get(arm.fixed["variant"], RATES), sigma=FLAT_SIGMAS), name)
-    for name, arm in list(VARIANT_ARMS.items())
-}
-
-
-@dataclass(frozen=True)
-class Bout:
-    """One arm of one task, with the settings that it has and what it is paired with."""
-
-    arm: str
-    against: str
-    settings: Settings
 
 
 class Runs:
@@ -127,7 +66,7 @@ def parser_of(about: str | None, tasks: Sequence[str], result: Path, steps: int)
     parser.add_argument("--result", type=Path, default=result)
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="lora has to be among them")
-    parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS)[:-1])
     parser.add_argument("--lr_factor", type=float, default=1.0, help="of all learning rates that are tried")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="of the sweep over them")
     parser.add_argument("--seeds", type=int, default=5)
@@ -199,30 +138,6 @@ def _bouts(
     bouts = [Bout(arm, arms[arm].against, settings) for arm, settings in chosen.items()]
     sigma = chosen["flat"].sigma if "flat" in chosen else FLAT_SIGMAS[0]
     return bouts + [bout for name in sweeps for bout in SWEEPS[name](chosen["lora"], sigma, ranks)]
-
-
-def _sigmas(lora: Settings, *_: Any) -> list[Bout]:
-    """All strengths, with a ramp and without, at LoRA's own learning rate."""
-    strengths: dict[SigmaSchedule, tuple[float, ...]] = {"cosine": SIGMAS, "constant": CONSTANT_SIGMAS}
-    return [
-        Bout(f"sigma {sigma} {schedule}", "lora", replace(lora, sigma=sigma, schedule=schedule))
-        for schedule, sigmas in strengths.items()
-        for sigma in sigmas
-    ]
-
-
-def _ranks(lora: Settings, sigma: float, ranks: Sequence[int]) -> list[Bout]:
-    """Figure 5: alpha stays as it is."""
-    plain = {rank: Bout(f"rank {rank}", "lora", replace(lora, rank=rank)) for rank in ranks}
-    flat = [Bout(f"flat rank {rank}", f"rank {rank}", replace(lora, rank=rank, sigma=sigma)) for rank in ranks]
-    return [*plain.values(), *flat]
-
-
-SWEEPS: dict[str, Callable[[Settings, float, Sequence[int]], list[Bout]]] = {
-    "sigmas": _sigmas,
-    "ranks": _ranks,
-    "variants": lambda *_: [],  # arms of their own, with trials
-}
 
 
 def _table(runs: Runs, bench: Bench, task: str, bouts: Sequence[Bout], seeds: Sequence[int]) -> dict[str, Any]:

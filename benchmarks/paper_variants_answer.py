@@ -19,6 +19,12 @@ def answer(results: Mapping[str, Result]) -> str:
     return " ".join((_tuned(results, found), _best_cell(results, found), _own_part(results, found)))
 
 
+def in_short(results: Mapping[str, Result]) -> str:
+    """One sentence: both tuned, or, as long as that was not measured, the best sigma and schedule."""
+    found = {(row["part"], row["name"], row["metric"]): row for row in headline_rows(results)}
+    return _tuned(results, found) if "tuned" in results else _best_cell(results, found)
+
+
 def verdict(found: Mapping[str, Any]) -> str:
     """What a difference of losses says."""
     if found["low"] is None:

@@ -12,7 +12,8 @@ import pytest
 from benchmarks import paper_results, paper_text_to_image_page
 from benchmarks.paper_results import answer, draw_figure, page, read
 from benchmarks.paper_results_studies import points, pooled, told
-from benchmarks.paper_study import ARMS, SWEEPS, VARIANT_ARMS, Arm, _bouts
+from benchmarks.paper_study import _bouts
+from benchmarks.paper_study_arms import ARMS, SWEEPS, VARIANT_ARMS, Arm
 from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_variants_page import read_results
 from benchmarks.paper_variants_plan import PAPER
@@ -42,8 +43,14 @@ def made_up(sweeps: list[str]) -> dict[str, Any]:
 def found() -> paper_results.Found:
     made_by = {"date": "2026-11-27", "device": "a processor", "versions": {"torch": "2.13.0"}}
     names, plain = list(SWEEPS), made_up([])
+    sizes = {"classes": 4, "train": 480, "validation": 200, "test": 300, "tags": 299}
     return {
-        "language": {**made_by, "tables": {"emoji": made_up(names), "tweets": plain}},
+        "language": {
+            **made_by,
+            "seeds": 3,
+            "tasks": {"emoji": sizes},
+            "tables": {"emoji": made_up(names), "tweets": plain},
+        },
         "vision": {**made_by, "tables": {"digits": made_up(names)}},
     }
 
@@ -105,6 +112,10 @@ def test_every_section_is_filled_by_the_study_that_it_speaks_of() -> None:
     assert "| here, digits, shifted | 16, rates of 8 |" in text
     assert "| here, tweets, in domain | 16" not in text, "it has no sweep of ranks"
     assert text.count("| flat dora, less dora | +3.00 [+2.75, +3.25] |") == 4
+    assert "| emoji | 4 | 480 | 200 | 300 | tags 299 |" in text
+    assert "`python -m benchmarks.paper_language`: 3 seeds; 2026-11-27" in text
+    assert "| flat dora, less dora | +30.00 [+27.52, +32.48] |" in text, "the rise of the loss, in thousandths"
+    assert "| 0.5 | +0.00 [" in text.partition("By rho")[2]
     assert "| 5 | +3.56 | +1.00 [+0.75, +1.25] |" in text
     assert "| 16 |" in text.partition("## Figure 5")[2]
 

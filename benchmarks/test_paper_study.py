@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from benchmarks import paper_study, paper_study_surface
-from benchmarks.paper_study import ARMS, RATES, VARIANT_ARMS, Runs, parser_of, study
+from benchmarks.paper_study import Runs, parser_of, study
 from benchmarks.paper_study_adapters import adapted, noise_of
+from benchmarks.paper_study_arms import ARMS, RATES, TRIALS, VARIANT_ARMS
 from benchmarks.paper_study_run import Classifier, _adapted, _train, run
 from benchmarks.paper_study_settings import Settings, Variant
 from benchmarks.paper_study_surface import draw_surfaces
@@ -152,14 +153,17 @@ def test_the_trial_with_the_best_validation_is_chosen(monkeypatch: pytest.Monkey
         return {"validation": {"accuracy": quality[settings.lr], "loss": 1.0}, "whole_seconds": 0.0}
 
     monkeypatch.setattr(paper_study, "run", made_up)
-    runs, options = Runs(tmp_path / "result.json"), argparse.Namespace(steps=1, trials=paper_study.TRIALS)
+    runs, options = (
+        Runs(tmp_path / "result.json"),
+        argparse.Namespace(lr_factor=1.0, steps=1, trials=TRIALS),
+    )
     bench: Any = None
     assert paper_study._tuned(runs, bench, "dots", ARMS["lora"], options).lr == RATES[2]
 
 
 def test_all_arms_have_as_many_trials() -> None:
     arms = {**ARMS, **VARIANT_ARMS}
-    assert {len(arm.grid) for arm in arms.values()} == {paper_study.TRIALS}
+    assert {len(arm.grid) for arm in arms.values()} == {TRIALS}
     settings = [str(Settings(steps=1, **arm.fixed, **choice)) for arm in arms.values() for choice in arm.grid]
     assert len(set(settings)) == len(settings)
 
