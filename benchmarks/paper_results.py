@@ -26,6 +26,7 @@ from benchmarks.paper_results_studies import (
     rivals,
     severities,
     sigmas,
+    surface_section,
     tasks,
     told,
     variants,
@@ -56,7 +57,8 @@ def main() -> None:
 
 def read(folder: Path = FOLDER) -> Found:
     """The results of the benchmarks that were run."""
-    files = {name: folder / f"paper_{name}.json" for name in (*STUDIES, "memory", "text_to_image")}
+    surfaces = [f"surface_{name}" for name in STUDIES]
+    files = {name: folder / f"paper_{name}.json" for name in (*STUDIES, *surfaces, "memory", "text_to_image")}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
@@ -213,14 +215,13 @@ def _memory(found: Found) -> str:
 
 
 def _surfaces(found: Found) -> str:
-    pictures = {name: PAGE.with_name(f"surface_{name}.png") for name in STUDIES}
-    shown = [
-        f"{STUDIES[name]}, LoRA and Flat-LoRA of one seed:\n\n![Loss around W', {name}](./{file.name})"
-        for name, file in pictures.items()
-        if file.is_file()
-    ]
-    rest = "Of the tiny SDXL base, for ranks 1 and 16: [images.md](images.md). How: [flatness.md](flatness.md)."
-    return "\n\n".join([*shown, rest])
+    parts = []
+    for name, model in STUDIES.items():
+        one = found.get(f"surface_{name}")
+        if one is not None:
+            parts += [surface_section(one, model), f"![Loss around W', {name}](./surface_{name}.png)"]
+    parts.append("Of the tiny SDXL base, for ranks 1 and 16: [images.md](images.md). How: [flatness.md](flatness.md).")
+    return "\n\n".join(parts)
 
 
 def _icons(found: Found) -> str:

@@ -157,6 +157,25 @@ def costs(tables: Tables) -> str:
     return table(["arm", "seconds / LoRA's"] * 2, wide)
 
 
+def surface_section(found: Mapping[str, Any], model: str) -> str:
+    """Whose surfaces are shown, and how the loss rises around W', paired by draw of eps."""
+    lora, flat = found["figures"]
+    rows = [["loss at W'", *(f"{found['losses'][one['name']]:.4f}" for one in (lora, flat)), ""]]
+    for place, sigma in enumerate(found["settings"]["sigmas"]):
+        values = [one["rises"]["filter"][place]["values"] for one in (lora, flat)]
+        difference = interval(asdict(paired_difference(values[1], values[0])), 4, scale=1)
+        means = (f"{statistics.fmean(draws):.4f}" for draws in values)
+        rows.append([f"mean rise under eps, sigma {sigma:g}", *means, difference])
+    names = [lora["name"], flat["name"]]
+    sigma, draws = found["runs"][flat["name"]]["sigma"], found["settings"]["rise_draws"]
+    model = f"{model[0].upper()}{model[1:]}"
+    return (
+        f"{model} on {found['task']}, {' and '.join(names)} of seed {found['seed']}, each as tuned "
+        f"(sigma {sigma:g}); {found['rows']} validation examples, {draws} draws of eps:\n\n"
+        + table(["", *names, "difference"], rows)
+    )
+
+
 def _by_test(tables: Tables, arms: Mapping[str, str]) -> str:
     """A table in domain, one under shift and one of flatness at W': `arms` with their words, by task."""
     parts = []

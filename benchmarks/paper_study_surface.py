@@ -1,7 +1,8 @@
 """The loss around W' of a LoRA and a Flat-LoRA of one seed: the paper's Fig. 6 on a small model.
 
 Both are trained once more, as the study's runs of that seed were. The loss is that of the first validation examples,
-321 times for each: with MiniLM about 3 core-minutes a task.
+321 times for each: with MiniLM about 3 core-minutes a task. docs/results.md shows one task of each study: its
+flatness.json is copied to benchmarks/paper_surface_STUDY.json and its surface.png to docs/surface_STUDY.png.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ _LAST = "surface.png"  # of the pictures, which are drawn when all figures are w
 
 
 def draw_surfaces(bench: Bench, pair: Mapping[str, Settings], folder: Path) -> None:
-    """Charts and figures of the `pair` in `folder`, unless they are there already."""
-    facts = {"seed": SEED, "rows": ROWS, "runs": {name: settings.named() for name, settings in pair.items()}}
+    """Charts and figures of the `pair` in `folder`, which has the task's name, unless they are there already."""
+    facts = {
+        "task": folder.name,
+        "seed": SEED,
+        "rows": ROWS,
+        "runs": {name: settings.named() for name, settings in pair.items()},
+    }
     if not _are_there(folder, facts):
         (folder / _LAST).unlink(missing_ok=True)
         models = {name: train(bench, settings, SEED).adapter.model for name, settings in pair.items()}

@@ -44,7 +44,21 @@ def found() -> paper_results.Found:
     made_by = {"date": "2026-11-27", "device": "a processor", "versions": {"torch": "2.13.0"}}
     names, plain = list(SWEEPS), made_up([])
     sizes = {"classes": 4, "train": 480, "validation": 200, "test": 300, "tags": 299}
+    figures = [
+        {"name": name, "rises": {"filter": [{"values": [rise, rise + 0.01]}]}}
+        for name, rise in {"LoRA": 0.05, "Flat-LoRA": 0.04}.items()
+    ]
+    surface = {
+        "task": "tweets",
+        "seed": 0,
+        "rows": 64,
+        "runs": {"LoRA": {}, "Flat-LoRA": {"sigma": 0.4}},
+        "settings": {"sigmas": [0.1], "rise_draws": 2},
+        "losses": {"LoRA": 0.5, "Flat-LoRA": 0.6},
+        "figures": figures,
+    }
     return {
+        "surface_language": surface,
         "language": {
             **made_by,
             "seeds": 3,
@@ -116,6 +130,8 @@ def test_every_section_is_filled_by_the_study_that_it_speaks_of() -> None:
     assert "`python -m benchmarks.paper_language`: 3 seeds; 2026-11-27" in text
     assert "| flat dora, less dora | +30.00 [+27.52, +32.48] |" in text, "the rise of the loss, in thousandths"
     assert "| 0.5 | +0.00 [" in text.partition("By rho")[2]
+    assert "MiniLM-L6 on tweets, LoRA and Flat-LoRA of seed 0, each as tuned (sigma 0.4)" in text
+    assert f"| mean rise under eps, sigma 0.1 | 0.0550 | 0.0450 | {MINUS}0.0100 |" in text
     assert "| 5 | +3.56 | +1.00 [+0.75, +1.25] |" in text
     assert "| 16 |" in text.partition("## Figure 5")[2]
 
