@@ -2,9 +2,13 @@
 
     python -m examples.llama_instructions --output_dir outputs/alpaca            # Flat-LoRA
     python -m examples.llama_instructions --output_dir outputs/plain --sigma 0   # plain LoRA, all else alike
+    python -m examples.llama_instructions --model meta-llama/Llama-2-13b-hf      # Table 4
     python -m examples.llama_instructions --data meta-math/MetaMathQA --question query --answer response --rows 100000
+    python -m examples.llama_instructions --data m-a-p/CodeFeedback-Filtered-Instruction --question query \\
+      --answer answer --rows 100000
+    python -m examples.llama_instructions --data WizardLMTeam/WizardLM_evol_instruct_70k
 
-From the paper: the base in bf16 and the LoRA in fp32, rank 8, alpha 16, all linear layers, 5e-4 with a cosine after a
+The last three are for math, code and chat; the sets for code and chat are our choice. From the paper: the base in bf16 and the LoRA in fp32, rank 8, alpha 16, all linear layers, 5e-4 with a cosine after a
 warm-up of 0.03, 2 epochs, batches of 32, sigma 0.05 with its ramp. The prompt takes no part in the loss.
 `--data FOLDER` takes `train.json` with the two columns.
 
@@ -14,7 +18,8 @@ InstructEval:
     lm_eval --model hf --model_args pretrained=meta-llama/Llama-2-7b-hf,dtype=bfloat16,peft=outputs/alpaca \\
       --tasks gsm8k,humaneval,mmlu,drop,bbh --confirm_run_unsafe_code
 
-MT-Bench is judged by GPT-4 (`fastchat.llm_judge` of the FastChat repository).
+MT-Bench is judged by GPT-4, with `python -m fastchat.llm_judge.gen_model_answer --model-path MERGED --model-id flat`
+and then `gen_judgment`; MERGED is a folder that `merge_and_unload` of PEFT was saved to.
 """
 
 from __future__ import annotations
