@@ -8,8 +8,9 @@
       --answer answer --rows 100000
     python -m examples.llama_instructions --data WizardLMTeam/WizardLM_evol_instruct_70k
 
-The last three are for math, code and chat; the sets for code and chat are our choice. From the paper: the base in bf16 and the LoRA in fp32, rank 8, alpha 16, all linear layers, 5e-4 with a cosine after a
-warm-up of 0.03, 2 epochs, batches of 32, sigma 0.05 with its ramp. The prompt takes no part in the loss.
+The last three are math, code and chat; the sets for code and chat are our choice. From the paper: the base in bf16 and
+the LoRA in fp32, rank 8, alpha 16, all linear layers, 5e-4 with a cosine after a warm-up of 0.03, 2 epochs, batches of
+32, sigma 0.05 with its ramp. The prompt takes no part in the loss.
 `--data FOLDER` takes `train.json` with the two columns.
 
 The paper's evaluations, with EleutherAI's harness (`pip install lm_eval`): GSM8K, HumanEval, and MMLU, DROP and BBH of
