@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import tarfile
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +18,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks import paper_language, paper_study_surface
+from benchmarks import paper_language, paper_language_tasks, paper_study_surface
 from benchmarks.paper_language import TextBench
-from benchmarks.paper_language_tasks import Task, _even, _of_tree, _split, _split_evenly
+from benchmarks.paper_language_tasks import LANGUAGES, Task, _even, _of_tree, _split, _split_evenly, load_task
 from benchmarks.paper_study_run import run
 from benchmarks.paper_study_settings import Settings
 from flatlora_diffusion import LandscapeConfig
@@ -102,3 +106,87 @@ def test_docstrings_and_errors_are_told_apart() -> None:
         '    def f(self):\n        """Two.\n\n        More."""\n        raise ValueError("Three")'
     )
     assert sorted(_of_tree(tree)) == [("class", "One."), ("error", "Three"), ("function", "Two.")]
+
+
+def emoji_rows(count: int, suffix: str = "") -> list[dict[str, Any]]:
+    """Two groups of things; one thing in ten is of a kind that is too rare."""
+    return [
+        {
+            "hexcode": f"{number:04X}",
+            "label": f"thing {number}{suffix}",
+            "tags": [f"tag {number}"],
+            "group": 9 if number % 100 == 99 else number % 2,
+        }
+        for number in range(count)
+    ]
+
+
+def test_shifted_names_and_tags_are_those_of_the_things_that_are_tested(tmp_path: Path) -> None:
+    for language in ("en", *LANGUAGES):
+        folder = tmp_path / "node_modules" / "emojibase-data" / language
+        folder.mkdir(parents=True)
+        rows = emoji_rows(600, "" if language == "en" else f" {language}")
+        (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    task = load_task("emoji_group", tmp_path, tmp_path / "cache")
+    assert set(task.classes) == {"0", "1"}, "the rare class is left out"
+
+    def numbers(pairs: list[tuple[str, str]]) -> list[int]:
+        return [int(text.split()[1]) for text, _ in pairs]
+
+    tested = numbers(task.test)
+    assert set(task.shifts) == {"tags", *LANGUAGES}
+    for name, pairs in task.shifts.items():
+        assert numbers(pairs) == tested
+        assert [label for _, label in pairs] == [label for _, label in task.test]
+        assert pairs[0][0].endswith(name) or name == "tags"
+    assert not set(tested) & {*numbers(task.train), *numbers(task.validation)}
+    assert all(int(label) == number % 2 for (_, label), number in zip(task.test, tested, strict=True))
+    (tmp_path / "node_modules" / "emojibase-data" / "en" / "data.json").unlink()
+    assert load_task("emoji_group", tmp_path, tmp_path / "cache") == task, "it was kept"
+
+
+def test_tweets_are_trained_on_and_reviews_tested_by_the_ratings_of_people(tmp_path: Path) -> None:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for kind in ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorial"):
+            lines = [f"{number}\t{rating}\t{kind} {number}" for number, rating in enumerate([2.0, -1.0, 0.3] * 40)]
+            content = "\n".join(lines).encode()
+            member = tarfile.TarInfo(f"set/{kind}_GroundTruth.txt")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with zipfile.ZipFile(tmp_path / "vaderSentiment-0.5.zip", "w") as outer:
+        outer.writestr("vader/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    task = load_task("sentiment", tmp_path, tmp_path / "cache")
+    trained = [*task.train, *task.validation, *task.test]
+    assert len(trained) == 80, "neutral ones are left out"
+    assert {text.split()[0] for text, _ in trained} == {"tweets"}
+    assert {name: {text.split()[0] for text, _ in pairs} for name, pairs in task.shifts.items()} == {
+        "product reviews": {"amazonReviewSnippets"},
+        "film reviews": {"movieReviewSnippets"},
+        "editorials": {"nytEditorial"},
+    }
+    for text, label in [*trained, *task.shifts["editorials"]]:
+        assert label == ("good" if int(text.split()[1]) % 3 == 0 else "bad")
+
+
+def test_a_sentence_of_two_libraries_and_one_that_names_a_library_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = tmp_path / "site-packages"  # the path before it has the word test, which files of tests have behind it
+    for name in ("ones", "twos"):
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").write_text("", encoding="utf-8")
+        said = [f"This is what {name[:-1]} function {number} does" for number in range(4)]
+        said += ["This is said by both of them", f"This sentence speaks of {name} itself"]
+        code = "".join(f'def f{place}():\n    """{text}"""\n' for place, text in enumerate(said))
+        code += f'class A:\n    """What a class of {name[:-1]} is"""\n'
+        code += f"def g():\n    raise ValueError('what {name[:-1]} says is wrong')\n"
+        (packages / name / "code.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setattr(paper_language_tasks, "LIBRARIES", ("ones", "twos"))
+    task = load_task("library", tmp_path, tmp_path / "cache")
+    sentences = [*task.train, *task.validation, *task.test]
+    assert len(sentences) == 8
+    assert all(f"what {label[:-1]} function" in text for text, label in sentences)
+    assert sorted(task.shifts["classes"]) == [("What a class of one is", "ones"), ("What a class of two is", "twos")]
+    assert sorted(task.shifts["errors"]) == [("what one says is wrong", "ones"), ("what two says is wrong", "twos")]

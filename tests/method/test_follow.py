@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import KIND, ended
 from lora_by_hand import lora_layers
+from safetensors.torch import load_file, save_file
 from tiny_models import Adapter, Case, llama_case, toy_case
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -178,6 +183,35 @@ def test_a_model_inside_ddp_trains_the_same() -> None:
     _, optimizer = followed(case)
     train(case, optimizer, 3, model=DistributedDataParallel(case.model))
     assert are_equal(case, expected)
+
+
+def _one_of_two(rank: int, folder: Path) -> None:
+    """A process of two, each with one image of the batch; what it has trained goes into `folder`."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    case = toy_case()
+    mine = Case(case.model, lambda model: case.predict(model)[rank : rank + 1], case.target[rank : rank + 1])
+    _, optimizer = followed(mine)
+    train(mine, optimizer, 3, model=DistributedDataParallel(case.model))
+    save_file({str(place): value for place, value in enumerate(weights(mine))}, folder / f"{rank}.safetensors")
+    os._exit(0)  # not through pytest's own ends
+
+
+def test_two_processes_of_ddp_see_the_same_eps(tmp_path: Path) -> None:
+    context: Any = multiprocessing.get_context(KIND)
+    pair = [context.Process(target=_one_of_two, args=(rank, tmp_path)) for rank in range(2)]
+    for process in pair:
+        process.start()
+    assert [ended(process) for process in pair] == [0, 0]
+    expected, other = toy_case(), toy_case()
+    train_by_hand(expected, 3)
+    train(other, adam(other.model), 3)
+    whole = weights(expected)
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for place, one in enumerate(whole):
+            torch.testing.assert_close(found[str(place)], one, rtol=1e-4, atol=1e-5)
+    apart = max(float((one - two).abs().max()) for one, two in zip(whole, weights(other), strict=True))
+    assert apart > 1e-3, "eps changed nothing"
 
 
 def test_a_resumed_run_goes_on_at_its_step() -> None:
