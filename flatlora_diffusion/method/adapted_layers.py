@@ -160,7 +160,7 @@ class AdaptedLayer:
         weight, bias = self.base.weight, self.base.bias
         if type(weight) in (nn.Parameter, Tensor):
             torch.mm(_matrix(weight), down.mT, out=out)
-        elif _is_sharded(weight):
+        elif is_sharded(weight):
             out.copy_(_sharded_product(_matrix(weight), down.mT))
         elif bias is None:
             out.copy_(self.below.forward(down).float().T)
@@ -243,7 +243,7 @@ def _why_unmergeable(layer: Any, base: nn.Conv2d) -> str | None:
     return None
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether this process has a part of it only, as FSDP2 leaves it."""
     return hasattr(tensor, "device_mesh")
 
@@ -259,7 +259,7 @@ def _sharded_product(weight: Any, columns: Tensor) -> Tensor:
 
 def _whole(tensor: Any) -> Any:
     """A tensor of which a process may have a part, as all of it."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def _off_gpu(tensor: Tensor) -> Tensor:

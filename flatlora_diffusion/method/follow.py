@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer
+from flatlora_diffusion.method.adapted_layers import AdaptedLayer, is_sharded
 from flatlora_diffusion.method.draw import Draw
 
 _BY_HAND = "run forward and backward inside `with flat.perturb(step):` instead"
@@ -40,7 +39,7 @@ class Following:
         if self.is_on:
             raise ConfigError("this FlatLora follows an optimizer already; detach it and make a new one for another")
         for name, layer in self._layers.items():
-            if any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in layer.tuner.parameters()):
+            if any(is_sharded(one) or hasattr(one, "ds_id") for one in layer.tuner.parameters()):
                 raise ConfigError(f"{name} is sharded (FSDP, ZeRO-3, tensor parallel), which follow() cannot perturb")
         if optimizer is None:
             self._hook = register_optimizer_step_post_hook(self._after_any_step)
