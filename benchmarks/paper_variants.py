@@ -4,11 +4,14 @@
 
 map       sigma and schedule of eps, a checkpoint every 50 steps; the best cells again with seeds of their own
 draws     Eq. 7 against iid noise, thin against full draws, one eps for a batch against one for each example
-controls  what is simpler: half the rate, weight decay, dropout, L2 on the change, noise in the input, EMA
+controls  what is simpler: half the rate, weight decay, dropout, L2 on the change, noise in the input, EMA, stopping
 tuned     LoRA and Flat-LoRA with equal trials, then fresh seeds; rank, number of images and steps from there
 rivals    every rival method and adapter, each with three trials, plain and flat, with seconds and memory of a step
 felt      the same LoRAs on a base of fewer bits or another checkpoint, at other strengths, with a second LoRA
 domain    another set of icons as the style
+
+The other checkpoint is `--other_base`: such as the tiny base as it was first trained, which `git worktree add OTHER
+079531f` puts into OTHER/samples/tiny_sdxl.
 
 Settings, cells and checkpoints are chosen on the icons `search`, what is published was measured on `report`, but at
 equal clean loss; the lists share no icon. First it prints how long it will take: where 300 steps of Flat-LoRA take a

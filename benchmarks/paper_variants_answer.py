@@ -86,7 +86,7 @@ def _best_cell(results: Mapping[str, Result], found: Found) -> str:
 def _own_part(results: Mapping[str, Result], found: Found) -> str:
     rivals = {
         "Eq. 7's noise less iid noise of equal energy": ("draws", "Eq. 7 less iid", "report"),
-        "Flat-LoRA less LoRA at half the learning rate": ("controls", "against half the rate", "report"),
+        "Flat-LoRA less the control that search icons like best": ("controls", "against the best control", "report"),
         "Flat-LoRA less Bi-LoRA": ("rivals", "against Bi-LoRA", "report"),
     }
     said = [

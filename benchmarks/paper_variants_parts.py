@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from benchmarks.paper_variants_bench import trained
 from benchmarks.paper_variants_felt import felt_by_arm
-from benchmarks.paper_variants_figures import Result, chosen_cells, compared
+from benchmarks.paper_variants_figures import Result, chosen_cells, compared, lowest
 from benchmarks.paper_variants_plan import (
     CELLS,
     DRAW_PAIRS,
@@ -19,6 +19,7 @@ from benchmarks.paper_variants_plan import (
     THIN,
     Group,
     control_pairs,
+    controls,
     half,
     map_group,
     sweeps,
@@ -65,8 +66,13 @@ def draws_part(study: Study) -> Result:
 
 def controls_part(study: Study) -> Result:
     rate = study.options.learning_rate
-    rows, pairs = study.compared({"": Group(control_pairs(rate), range(study.options.seeds))})
-    return {"pairs": pairs, "rows": rows, "headlines": {"against half the rate": [STRONG, half(rate)]}}
+    group = Group(control_pairs(rate), range(study.options.seeds))
+    rows, pairs = study.compared({"": group})
+    best = lowest(rows, controls(rate))
+    (last,) = compared(rows, {STRONG: best}, study.bench(group).base())
+    last.pop("equal_loss")  # measured on the icons that chose this control
+    pairs.append(last)
+    return {"pairs": pairs, "rows": rows, "headlines": {"against the best control": [STRONG, best]}}
 
 
 def tuned_part(study: Study) -> Result:

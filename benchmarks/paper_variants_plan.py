@@ -73,24 +73,27 @@ def half(rate: float) -> str:
     return arm("lora", learning_rate=f"{rate / 2:g}")
 
 
-def control_pairs(rate: float) -> dict[str, str]:
-    """What is simpler than noise in the weights, against LoRA; and Flat-LoRA against the simplest of them.
+def controls(rate: float) -> list[str]:
+    """What is simpler than noise in the weights.
 
-    Both decays pull about as hard as the loss does at the end: less would be no control.
+    Both decays pull about as hard as the loss does at the end: less would be no control. Early stopping sees three of
+    the training images, which are then not trained on.
     """
-    simple = [
+    return [
         half(rate),
         arm("lora", adam_weight_decay=10),
         arm("lora", delta_weight_decay=3e-5),
         arm("lora", lora_dropout=0.1),
         arm("lora", ip_noise_gamma=0.1),
         arm("lora", use_ema="true", ema_decay=0.98),
+        arm("lora", holdout_images=3, holdout_patience=3),
     ]
-    return {
-        **dict.fromkeys(simple, "lora"),
-        STRONG: half(rate),
-        flat(0.4, "constant", learning_rate=f"{rate / 2:g}"): half(rate),
-    }
+
+
+def control_pairs(rate: float) -> dict[str, str]:
+    """All controls and Flat-LoRA against LoRA, and at half the rate flat against plain."""
+    flat_at_half = flat(0.4, "constant", learning_rate=f"{rate / 2:g}")
+    return {**dict.fromkeys([*controls(rate), STRONG], "lora"), flat_at_half: half(rate)}
 
 
 DRAW_PAIRS = {IID: "lora", FULL: IID, THIN: FULL, EXAMPLE: THIN}

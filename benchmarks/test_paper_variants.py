@@ -256,7 +256,7 @@ def made_up_results() -> dict[str, Result]:
         "map": {"best cell": [STRONG, "lora"]},
         "tuned": {"both tuned": [STRONG, "lora"]},
         "draws": {"Eq. 7 less iid": [FULL, IID], "thin less full draws": [THIN, FULL]},
-        "controls": {"against half the rate": [STRONG, half(RATE)]},
+        "controls": {"against the best control": [STRONG, half(RATE)]},
         "rivals": {"against Bi-LoRA": [STRONG, "bi-lora"]},
         "domain": {"": [STRONG, "lora"]},
     }

@@ -1,0 +1,159 @@
+"""Does eps help more by timestep, or in opposite pairs? `python -m benchmarks.noise_shapes --work FOLDER`
+
+LoRA; Flat-LoRA with one sigma; with a sigma that grows with the timestep, or falls; and with eps and -eps for the two
+halves of a step. All arms of a seed share images, first weights, noise and timesteps; the mean sigma over timesteps is
+the same. An optimizer step has two micro-batches of one image, so that each has its own timestep. Held-out loss, clean
+training loss and loss rise are those of `paired_draws`, differences are paired by seed. Nothing is done twice. Writes
+benchmarks/noise_shapes.json when all is done. None of these is in the product: it would be if one ended better.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import record
+from benchmarks.paired_draws import evaluator_of, in_words, measured
+from flatlora_diffusion import FlatLora
+from flatlora_diffusion.compare.losses import UNGROUPED
+from flatlora_diffusion.compare.material import HELDOUT_FOLDER, SAMPLE_ICONS
+from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.config import TINY, ModelConfig, TrainConfig, preset_file
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.ground.provenance import base_fingerprint
+from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.method.step_gradient import StepGradient
+from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.training.beginning.first_weights import first_weights
+from flatlora_diffusion.training.checkpoint import start
+from flatlora_diffusion.training.saving import save_lora
+from flatlora_diffusion.training.state import prepare
+from flatlora_diffusion.training.trainer import train_step
+
+SIGMA = 0.4
+SETTINGS: dict[str, Any] = {
+    "method": "lora",  # as the product sees it: eps is put on here
+    "learning_rate": 5e-4,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "report_to": "none",
+}
+Shape = Callable[[float, int], tuple[float, int]]
+"""From the timestep, 0 to 1, and the micro-batch: sigma, negative for -eps, and the number of the draw."""
+ARMS: dict[str, Shape | None] = {
+    "LoRA": None,
+    "one sigma": lambda noisy, slot: (SIGMA, slot),
+    "more at noisy timesteps": lambda noisy, slot: (2 * SIGMA * noisy, slot),
+    "more at clean timesteps": lambda noisy, slot: (2 * SIGMA * (1 - noisy), slot),
+    "opposite pairs": lambda noisy, slot: (SIGMA * (1 - 2 * (slot % 2)), slot // 2),
+}
+METRICS = ("heldout", "train", "rise")
+
+
+class Signed(FlatLora):
+    """A FlatLora whose sigma may be negative: -eps."""
+
+    def _strength(self, step: int, sigma: float | None) -> float:
+        return self.sigma_at(step) if sigma is None else sigma
+
+
+class Shaped(StepGradient):
+    """The gradient at W + eps, each micro-batch with sigma and draw by its timestep and number."""
+
+    def __init__(self, flat: FlatLora, shape: Shape, timesteps: int) -> None:
+        self._flat, self._shape, self._timesteps = flat, shape, timesteps
+
+    def take(self, step: int, micro_batches: Iterable[Any]) -> list[Tensor]:
+        losses = []
+        for one in micro_batches:
+            sigma, draw = self._shape(float(one.loss.args[-1]) / self._timesteps, one.slot)
+            with self._flat.perturb(step, draw, sigma):
+                losses.append(one.backward())
+        return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for runs and measurements")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--base", default=TINY)
+    parser.add_argument("--data", type=Path, default=SAMPLE_ICONS, help="with held-out images in a folder of it")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sdxl = load_sdxl(ModelConfig(pretrained_model_name_or_path=args.base), record.DEVICE, torch.float32)
+    work = args.work / f"base-{base_fingerprint(sdxl.unet)[:12]}"
+    heldout, training = load_samples(args.data / HELDOUT_FOLDER).samples, load_samples(args.data).samples
+    evaluator = evaluator_of(sdxl, heldout, training, work)
+    figures: dict[str, list[dict[str, float]]] = {}  # by arm, seed by seed
+    for seed in range(args.seeds):
+        for arm in ARMS:
+            figures.setdefault(arm, []).append(measured(evaluator, trained(arm, seed, args, work)))
+        print(table(figures), flush=True)
+    base = {name: values[UNGROUPED] for name, values in evaluator.losses(None).items()}
+    settings = {**SETTINGS, "sigma": SIGMA, "steps": args.steps}
+    record.save(
+        args.out, {"settings": settings, "base": base, "figures": figures, "differences": differences(figures)}
+    )
+
+
+def trained(arm: str, seed: int, args: argparse.Namespace, work: Path) -> Path:
+    """The LoRA file of a run."""
+    folder = work / f"{arm.replace(' ', '-')}-{seed}-{args.steps}"
+    if not (folder / LORA_FILE).is_file():
+        config = (
+            TrainConfig()
+            .updated_from(preset_file("demo"))
+            .replace(
+                pretrained_model_name_or_path=args.base,
+                instance_data_dir=str(args.data),
+                output_dir=str(folder),
+                max_train_steps=args.steps,
+                seed=seed,
+                **SETTINGS,
+            )
+        )
+        state = prepare(config, load_samples(args.data).samples)
+        first_weights(state)
+        start(state)
+        shape = ARMS[arm]
+        if shape is not None:
+            flat = Signed(state.model, schedule="constant", draw="low_rank", seed=seed)
+            state.gradient = Shaped(flat, shape, state.objective.scheduler.config.num_train_timesteps)
+        for step in range(args.steps):
+            train_step(state, step)
+        save_lora(state, folder, args.steps, is_end=True)
+    return folder / LORA_FILE
+
+
+def differences(figures: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Of Flat-LoRA to LoRA, and of each shape to one sigma, by metric."""
+    pairs = {("one sigma", "LoRA"), *((arm, "one sigma") for arm in list(ARMS)[2:])}
+    return {
+        f"{one} - {other}": {
+            metric: asdict(
+                paired_difference([row[metric] for row in figures[one]], [row[metric] for row in figures[other]])
+            )
+            for metric in METRICS
+        }
+        for one, other in sorted(pairs, reverse=True)
+    }
+
+
+def table(figures: dict[str, list[dict[str, float]]]) -> str:
+    lines = ["| arms | held-out, 1e-5 | clean train, 1e-5 | rise, 1e-5 |", "|---|---|---|---|"]
+    for pair, metrics in differences(figures).items():
+        lines.append(f"| {pair} | {' | '.join(in_words(metrics[metric]) for metric in METRICS)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
