@@ -278,7 +278,7 @@ class FlatnessConfig(LandscapeConfig):
     )
     probe_draws: int = setting(1, "(noise, timestep) pairs for each image", min=1, max=64)
     probe_batch_size: int = setting(16, "samples of the probe at once; 1 saves memory", min=1, max=4096)
-    radii: tuple[float, ...] = setting((0.001, 0.003, 0.01), "relative radii of the steepest step", min=0, max=10)
+    radii: tuple[float, ...] = setting((0.001, 0.003, 0.01), "relative radii of the steepest steps", min=0, max=10)
     curvature: bool = setting(True, "eigenvalues and trace of the Hessian; needs several times the memory")
     eigenvalues: int = setting(3, "largest eigenvalues to report", min=1, max=100)
     lanczos_steps: int = setting(10, "Hessian-vector products for them", min=1, max=1000)

@@ -13,7 +13,7 @@ from flatlora_diffusion.config import FlatnessConfig
 from flatlora_diffusion.evaluation.probe import Probe
 from flatlora_diffusion.flatness.curvature import Eigenvalue, top_eigenvalues, trace
 from flatlora_diffusion.flatness.landscape import Landscape, landscape, worst_rises
-from flatlora_diffusion.flatness.merged_weights import Deltas, merged, probe_loss_at, twice_differentiable
+from flatlora_diffusion.flatness.merged_weights import Deltas, in_factors, merged, probe_loss_at, twice_differentiable
 from flatlora_diffusion.flatness.robustness import STRENGTHS, OtherModels, variants
 from flatlora_diffusion.flatness.weight_space import Estimate, Loss, Metric, Weights, value
 from flatlora_diffusion.sdxl.objective import Objective
@@ -47,11 +47,13 @@ class Curvature:
 class FlatnessFigures(Landscape):
     """The measurements at the W' of one model. All but losses, strengths and variants is of the training images.
 
-    worst: one for each radius; strengths and variants: loss by set of images.
+    worst: in W', one for each radius; worst_factors: in A and B, none of the base; strengths and variants: loss by set
+    of images.
     """
 
     losses: dict[str, float]
     worst: list[float]
+    worst_factors: list[float]
     curvature: dict[str, Curvature]
     strengths: dict[float, dict[str, float]]
     variants: dict[str, dict[str, float]]
@@ -77,6 +79,7 @@ def measure_flatness(
             **vars(landscape(model.name, train, weights, config)),
             losses=_values(losses, weights),
             worst=worst_rises(train, weights, config.radii),
+            worst_factors=worst_rises(*in_factors(train, base, model.deltas), config.radii) if model.deltas else [],
             curvature=_curvature(unet, train, weights, config),
             strengths=_at_strengths(losses, base, model.deltas),
             variants=_of_variants(losses, base, model.deltas, others),

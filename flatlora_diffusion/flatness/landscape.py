@@ -85,7 +85,8 @@ def worst_rises(loss: Loss, weights: Weights, radii: Sequence[float]) -> list[fl
 
     The step lies where noise of sigma = radius lies, so it compares with `expected_rise`: in units of `filter` it has
     the length radius * sqrt(N). With u = eps / S it is u = radius * sqrt(N) * S g / ||S g||; the rescaling by the
-    filters' norms is that of ASAM (arXiv:2102.11600).
+    filters' norms is that of ASAM (arXiv:2102.11600). `weights` may be any matrices that the loss is a function of: of
+    A and B each row moves by about as much of its own length as a row of W' does.
     """
     scale = scales(weights, "filter")
     clean = value(loss, weights)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +31,8 @@ class Delta:
 Deltas = dict[str, Delta]
 """Deltas by parameter name."""
 
+_SIDES = ("down", "up")
+
 
 @torch.no_grad()
 def lora_deltas(unet: nn.Module) -> Deltas:
@@ -51,13 +53,18 @@ def base_weights(unet: nn.Module, names: Iterable[str]) -> Weights:
     return {name: parameters[name].detach().float() for name in names}
 
 
-@torch.no_grad()
 def merged(base: Weights, deltas: Mapping[str, Delta], strength: float = 1.0) -> Weights:
     """W' of each weight of `base`; those that the LoRA does not adapt, and all at strength 0, stay W."""
     return {
         name: _merged(weight, deltas[name], strength) if strength and name in deltas else weight
         for name, weight in base.items()
     }
+
+
+def in_factors(loss: Loss, base: Weights, deltas: Deltas) -> tuple[Loss, Weights]:
+    """`loss` as a function of A (r, n) and sB (m, r) of each layer in place of W', and these; W stays what it is."""
+    factors = {_key(name, side): getattr(delta, side) for name, delta in deltas.items() for side in _SIDES}
+    return [partial(_at_factors, part, base, deltas) for part in loss], factors
 
 
 def probe_loss_at(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int) -> Loss:
@@ -84,6 +91,17 @@ def _part(unet: UNet2DConditionModel, objective: Objective, probe: Probe, part: 
     batch = probe.batch.mapped(lambda value: value[part])
     losses = sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part])
     return losses.sum() / len(probe.timesteps)
+
+
+def _at_factors(part: Callable[[Weights], Tensor], base: Weights, deltas: Deltas, factors: Weights) -> Tensor:
+    moved = {
+        name: replace(delta, **{side: factors[_key(name, side)] for side in _SIDES}) for name, delta in deltas.items()
+    }
+    return part(merged(base, moved))
+
+
+def _key(name: str, side: str) -> str:
+    return f"{name} {side}"
 
 
 def _merged(weight: Tensor, delta: Delta, strength: float) -> Tensor:

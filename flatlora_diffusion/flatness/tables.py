@@ -39,6 +39,9 @@ def _flatness_lines(config: FlatnessConfig, figures: Sequence[FlatnessFigures]) 
             lines.append((f"expected rise, {label}, sigma {sigma:g}", rises))
     for place, radius in enumerate(config.radii):
         lines.append((f"worst-case rise, radius {radius:g}", [f"{one.worst[place]:.3e}" for one in figures]))
+    for place, radius in enumerate(config.radii):
+        rises = [f"{one.worst_factors[place]:.3e}" if one.worst_factors else "" for one in figures]
+        lines.append((f"worst-case rise in A and B, radius {radius:g}", rises))
     for metric in figures[0].curvature:
         lines += _curvature_lines(metric, figures)
     return lines

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
 from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
 from flatlora_diffusion.flatness.loss_surface import axis, direction, loss_slice, loss_surface
+from flatlora_diffusion.flatness.merged_weights import Delta, in_factors
 from flatlora_diffusion.flatness.weight_space import (
     Estimate,
     Loss,
@@ -154,6 +155,23 @@ def test_the_worst_step_is_steepest_and_as_long_as_the_noise(weights: Weights, c
     assert rise == pytest.approx(radius * size(weights) ** 0.5 * slope, rel=1e-3)
     for radius in (0.01, 0.1, 0.5):
         assert worst_rises(loss, weights, [radius])[0] > expected_rise(loss, weights, radius, 50, seed=0).mean
+
+
+def test_the_worst_step_of_a_and_b_is_that_along_their_own_gradients_as_long_as_their_rows() -> None:
+    """Of a loss that is linear in W' = W + BA the rise is G . (B eps_A + eps_B A + eps_B eps_A), whatever W is."""
+    base, slope = {"w": normal(4, 6)}, normal(4, 6, seed=1)
+    down, up = normal(2, 6, seed=2), normal(4, 2, seed=3)
+    linear: Loss = [lambda now: (slope * now["w"]).sum() / 3, lambda now: (slope * now["w"]).sum() * 2 / 3]
+    loss, factors = in_factors(linear, base, {"w": Delta(down, up)})
+    assert value(loss, factors) == pytest.approx(float((slope * (base["w"] + up @ down)).sum()))
+    of_down, of_up = down.norm(dim=1, keepdim=True) / 6**0.5, up.norm(dim=1, keepdim=True) / 2**0.5
+    u_down, u_up = of_down * (up.T @ slope), of_up * (slope @ down.T)
+    unit = ((2 * 6 + 4 * 2) / (u_down.square().sum() + u_up.square().sum())).sqrt()
+    for radius, rise in zip((0.01, 0.5), worst_rises(loss, factors, (0.01, 0.5)), strict=True):
+        eps_a, eps_b = radius * unit * of_down * u_down, radius * unit * of_up * u_up
+        assert rise == pytest.approx(float((slope * (up @ eps_a + eps_b @ down + eps_b @ eps_a)).sum()))
+        mean = ((eps_a / of_down).square().sum() + (eps_b / of_up).square().sum()) / (2 * 6 + 4 * 2)
+        assert float(mean.sqrt()) == pytest.approx(radius), "the relative radius, over all entries of A and B"
 
 
 def test_hessian_vector_product_is_exact_over_parts(layers: Weights) -> None:

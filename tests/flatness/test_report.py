@@ -33,6 +33,7 @@ from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
 from flatlora_diffusion.flatness.merged_weights import (
     Delta,
     base_weights,
+    in_factors,
     lora_deltas,
     merged,
     probe_loss_at,
@@ -42,7 +43,7 @@ from flatlora_diffusion.flatness.report import flatness
 from flatlora_diffusion.flatness.robustness import OtherModels, of_rank, rounded, to_bits, variants
 from flatlora_diffusion.flatness.weight_space import Weights, noise, scales, shifted, value
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 
 QUICK = FlatnessConfig(
@@ -145,8 +146,40 @@ def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, 
         )
         for found in (deltas, moved)
     )
-    for name in ("losses", "rises", "worst", "curvature", "slices", "surface", "strengths", "variants"):
+    for name in (
+        "losses",
+        "rises",
+        "worst",
+        "worst_factors",
+        "curvature",
+        "slices",
+        "surface",
+        "strengths",
+        "variants",
+    ):
         assert flat(one[name]) == pytest.approx(flat(other[name]), rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("adapter", [{}, {"lora_target_modules": "conv", "lora_alpha": 2.0}])
+def test_the_worst_step_of_a_and_b_is_that_of_the_loaded_lora(
+    sdxl: Sdxl, base: Path, probe: Probe, adapter: dict[str, Any]
+) -> None:
+    """PEFT's own gradient of A and B, which of a DoRA leaves its norm out, and A and B moved by hand."""
+    other, objective, radius = with_lora(load(base), **adapter).unet.eval(), Objective(sdxl.scheduler), 0.01
+    deltas = lora_deltas(other)
+    loss = probe_loss_at(sdxl.unet, objective, probe, batch_size=4)
+    (found,) = worst_rises(*in_factors(loss, base_weights(sdxl.unet, deltas), deltas), [radius])
+    still = probe_loss(other, objective, probe)
+    sample_losses(other, objective, probe.batch, probe.noise, probe.timesteps).mean().backward()
+    factors = [one for name, one in other.named_parameters() if "lora_A" in name or "lora_B" in name]
+    units = [one.flatten(1).norm(dim=1).view(-1, *[1] * (one.ndim - 1)) / one[0].numel() ** 0.5 for one in factors]
+    steepest = [unit * one.grad for unit, one in zip(units, factors, strict=True) if one.grad is not None]
+    length = torch.stack([part.norm() for part in steepest]).norm()
+    with torch.no_grad():
+        for one, unit, part in zip(factors, units, steepest, strict=True):
+            one += radius * sum(each.numel() for each in factors) ** 0.5 * unit * part / length
+    assert found == pytest.approx(probe_loss(other, objective, probe) - still, rel=1e-3)
+    assert found > 1e-4
 
 
 def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: Path, probe: Probe) -> None:
@@ -261,13 +294,17 @@ def test_a_report_has_all_files_and_figures(
     printed = capsys.readouterr().out
     assert "| Base |" in printed.replace("  ", "")
     assert "rise less that of plain, Eq. 7, sigma 0.1" in printed
+    assert re.search(r"\| worst-case rise in A and B, radius 0\.01 +\|  +\| +\d\S+ \| +\d\S+ \|", printed)
     found = json.loads((out / "flatness.json").read_text(encoding="utf-8"))
     assert [figures["name"] for figures in found["figures"]] == ["Base", "plain", "flat"]
     for figures in found["figures"]:
         assert figures["surface"][1][1] == figures["losses"]["train"]
         assert [part[1] for part in figures["slices"]] == [figures["losses"]["train"]] * 2
         assert all(set(losses) == {"train", "heldout"} for losses in figures["strengths"].values())
+    assert [len(figures["worst_factors"]) for figures in found["figures"]] == [0, 1, 1], "the base has no A and B"
     arm = found["figures"][1]
+    assert arm["worst_factors"][0] > 0
+    assert arm["worst_factors"] != arm["worst"]
     assert arm["strengths"]["1.0"] == arm["losses"]
     assert arm["strengths"]["0.0"] == found["figures"][0]["losses"]
     assert arm["variants"]["on the other base"] == pytest.approx(arm["losses"]), "here it is the same base"
