@@ -108,18 +108,19 @@ class Bench:
         return {**losses, **self._pictures(None)}
 
     def measured(self, planned: PlannedRun) -> Row:
-        """Everything about one run; the reported icons are seen by its end and by the checkpoint that others chose."""
-        row = self._walked(planned, planned.files)
-        chosen = chosen_point(row["points"])
-        at_end, at_chosen = (self._loss(AFTER, file) for file in (planned.lora, planned.files[int(chosen["step"])]))
+        """Everything about one run; the reported icons choose nothing."""
+        files = planned.files
+        row = self._walked(planned, files)
+        for point in row["points"]:
+            point |= self._loss(AFTER, files[int(point["step"])])
+        at_chosen, at_end = chosen_point(row["points"]), row["points"][-1]
         rises = self._measures[_ALONG].rises(planned.lora, "train", RISE, RISE_DRAWS)
         return {
             **row,
-            **at_end,
+            **{name: at_end[name] for name in ("train", *AFTER)},
             "chosen": at_chosen["report"],
             "chosen_flat": at_chosen["flat"],
-            "chosen_step": chosen["step"],
-            "train": row["points"][-1]["train"],
+            "chosen_step": at_chosen["step"],
             "rise": statistics.fmean(rises),
             **self._pictures(planned.lora),
         }
@@ -133,8 +134,7 @@ class Bench:
         along, training = self._measures[_ALONG], self.training_left(planned)
         if is_trial:
             return training + MANY * along.losses_left(planned.lora)
-        passes = sum(along.losses_left(file) for file in planned.files.values())
-        passes += 2 * self.reported.losses_left(planned.lora)
+        passes = sum(one.losses_left(file) for file in planned.files.values() for one in (along, self.reported))
         passes += along.rises_left(planned.lora, "train", RISE, RISE_DRAWS)
         return training + MANY * (passes + self._pictures.left(planned.lora))
 

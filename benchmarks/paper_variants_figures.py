@@ -1,6 +1,6 @@
 """What the runs of `paper_variants` say: the checkpoints and cells chosen, paired differences, and the correction.
 
-Checkpoints and cells are chosen by the loss on the search icons, and the reported icons are looked at afterwards only.
+Checkpoints and cells are chosen by the loss on the search icons; the reported icons choose nothing.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _values(one: Row, other: Row, metric: str, base: Mapping[str, float]) -> tup
 
 
 def _walk(row: Row, base: Mapping[str, float]) -> list[TrajectoryPoint]:
-    """The run from the base on; what is held out along the way are the search icons."""
-    start = TrajectoryPoint(0, 0.0, base["train"], base["search"])
-    points = (TrajectoryPoint(at["step"], at["seconds"], at["train"], at["search"]) for at in row["points"])
+    """The run from the base on; what is held out are the reported icons."""
+    start = TrajectoryPoint(0, 0.0, base["train"], base["report"])
+    points = (TrajectoryPoint(at["step"], at["seconds"], at["train"], at["report"]) for at in row["points"])
     return [start, *points]

@@ -29,7 +29,6 @@ LOOKS = {
     "constant": FLAT_LORA,
     "down": FOURTH._replace(shades=("#dba3e0",)),
 }
-CHOSEN_ON = ("equal_loss",)  # measured on the icons that chose these arms
 TRIALS_SHOWN = 5  # of each method, the best
 
 
@@ -95,9 +94,9 @@ by hashes of every step.
 **What was measured.** The denoising loss at fixed noise and timesteps, without eps. Settings, cells of the map and
 checkpoints are chosen on the search icons; what is reported was measured on others, and no list of 3D icons shares an
 icon with another or a word with the training icons. *At equal clean loss* compares two runs where both first reach the
-same clean training loss, on the search icons, so it is left out where these chose an arm. *Flat icons* are what the
-base knew before, drawings of trained and reported things among them: a rise is forgetting. *Loss rise*
-is that of the training icons under noise of sigma 0.1 (Eq. 7). Names and 3D are what the judge finds in pictures of
+same clean training loss, between two checkpoints by a straight line. *Flat icons* are what the base knew before,
+drawings of trained and reported things among them: a rise is forgetting. *Loss rise* is that of the training icons
+under noise of sigma 0.1 (Eq. 7). Names and 3D are what the judge finds in pictures of
 icons that were not trained on, a difference of shares. Losses {UNIT}, lower is better; differences are paired by seed,
 with Student's 95 % interval, uncorrected but in the table of headline comparisons. An interval that holds 0 shows
 nothing. A small base with 64-pixel icons is no SDXL: what holds here need not hold there, either way."""
@@ -135,7 +134,7 @@ def _map(result: Result) -> str:
     )
     picture = FOLDER / MAP_PICTURE
     shown = f"\n\n![Pictures by every cell](../benchmarks/{MAP_PICTURE})" if picture.is_file() else ""
-    return text + pairs_table(result, CHOSEN_ON) + shown
+    return text + pairs_table(result) + shown
 
 
 def _draws(result: Result) -> str:
@@ -154,7 +153,7 @@ def _tuned(result: Result) -> str:
         head = f"{len(trials)} trials of {parse_arm(method).name}, the best:"
         parts.append(f"{head}\n\n{table(['settings', 'search icons, at the end'], rows)}")
     found = "The best Flat-LoRA less the best LoRA with fresh seeds, and both changed alike from there:"
-    return "\n\n".join([*parts, f"{found}\n\n{pairs_table(result, CHOSEN_ON)}"])
+    return "\n\n".join([*parts, f"{found}\n\n{pairs_table(result)}"])
 
 
 def _rivals(result: Result) -> str:
@@ -171,7 +170,7 @@ def _rivals(result: Result) -> str:
     return (
         "Each chose one of three settings on the search icons: a method its strength, an adapter or optimizer its "
         "learning rate. They are compared with LoRA; then each adapter flat, with Flat-LoRA's sigma, with itself "
-        f"plain.\n\n{pairs_table(result, CHOSEN_ON)}\n\nThe time of a step is the median of its ratio to one of "
+        f"plain.\n\n{pairs_table(result)}\n\nThe time of a step is the median of its ratio to one of "
         "LoRA, taken in turns, with quartiles; memory is what a step holds beyond what is there between steps:\n\n"
         + table(columns, rows)
     )

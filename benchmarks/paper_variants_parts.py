@@ -69,9 +69,7 @@ def controls_part(study: Study) -> Result:
     group = Group(control_pairs(rate), range(study.options.seeds))
     rows, pairs = study.compared({"": group})
     best = lowest(rows, controls(rate))
-    (last,) = compared(rows, {STRONG: best}, study.bench(group).base())
-    last.pop("equal_loss")  # measured on the icons that chose this control
-    pairs.append(last)
+    pairs += compared(rows, {STRONG: best}, study.bench(group).base())
     return {"pairs": pairs, "rows": rows, "headlines": {"against the best control": [STRONG, best]}}
 
 

@@ -81,9 +81,7 @@ def test_a_part_that_is_done_trains_and_measures_nothing_again(
     assert json.loads(file.read_text(encoding="utf-8")) == first
 
 
-def test_reported_icons_are_seen_by_the_end_and_by_the_checkpoint_that_others_chose(
-    study_of: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reported_icons_choose_no_checkpoint(study_of: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench, planned = bench_and_run(study_of)
     seen: list[Path | None] = []
     honest = LossEvaluator.losses
@@ -99,7 +97,8 @@ def test_reported_icons_are_seen_by_the_end_and_by_the_checkpoint_that_others_ch
     monkeypatch.setattr(LossEvaluator, "losses", losses)
     found = bench.measured(planned)
     assert found["chosen_step"] == 1
-    assert seen == [planned.lora, planned.files[1]]
+    assert seen == list(planned.files.values())
+    assert (found["chosen"], found["report"]) == (-1.0, -float(len(seen)))
 
 
 def test_a_base_with_a_second_lora_in_its_weights_computes_what_both_beside_it_do(
