@@ -212,6 +212,27 @@ def test_the_cost_of_an_arm_is_that_of_its_own_steps_and_leaves_no_run(
     assert not any(planned.run.folder.exists() for planned in (lora, sam))
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], []),
+        (["--workers", "3"], [(3, None)]),
+        (["--cluster", "local"], [(None, "local")]),
+        (["--workers", "2", "--cluster", "ray://host:10001"], [(2, "ray://host:10001")]),
+    ],
+    ids=str,
+)
+def test_the_runs_are_trained_by_the_workers_and_on_the_cluster_of_the_command_line(
+    study_of: list[str], flags: list[str], expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Any] = []
+    monkeypatch.setattr(paper_variants_bench, "train_at_once", lambda runs, *where: places.append(where))
+    monkeypatch.setattr(paper_variants_bench, "trained", lambda planned: None)
+    monkeypatch.setattr(Bench, "measured", lambda bench, planned: {"points": [{"search": 0.0}]})
+    Study(parser().parse_args([*study_of, *flags])).rows(Group({THIN: FULL}, [0]))
+    assert places == expected
+
+
 def bench_and_run(arguments: list[str]) -> tuple[Bench, PlannedRun]:
     study = Study(parser().parse_args(arguments))
     group = Group({THIN: FULL}, [0])
