@@ -33,6 +33,7 @@ from flatlora_diffusion.config.methods import (
 )
 from flatlora_diffusion.config.model import (
     SDXL as SDXL,
+    TEXT_PARTS as TEXT_PARTS,
     TINY as TINY,
     ModelConfig as ModelConfig,
     PredictionType as PredictionType,

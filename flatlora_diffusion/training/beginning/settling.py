@@ -10,11 +10,11 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.adapter.lora import planned_loras
-from flatlora_diffusion.config import LINEAR_ONLY, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import LINEAR_ONLY, TEXT_PARTS, ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.schedule import Shape, schedule_of
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import check_writable
-from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS, this_process
+from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.hub import hub_repository
 from flatlora_diffusion.training.validation import read_pictures
