@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method
 
-.PHONY: demo app check test firefox cluster lock clean
+.PHONY: demo app check test firefox lock clean
 
 demo: $(STAMP)
 	$(BIN)/flatlora demo
@@ -33,11 +33,6 @@ test: $(STAMP)
 # The app from images to a verdict once more, in an installed Firefox: `make test` takes Chromium.
 firefox: $(STAMP)
 	FLATLORA_BROWSER=firefox $(BIN)/python -m pytest tests/app/browser/test_story.py
-
-# Two trainings on Ray's local cluster, for which Ray is installed.
-cluster: $(STAMP)
-	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[cluster]'
-	$(BIN)/python -m pytest tests/compare/test_workers.py
 
 # Into an environment of its own making it puts the PyTorch last tested too; in one that was there yours is kept.
 $(STAMP): pyproject.toml setup.py $(LOCK)

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--fresh", type=int, default=10, help="seeds of the two tuned arms")
     found.add_argument("--at_most", type=int, help="measure so many icons of each list, to try the command out")
     found.add_argument("--workers", type=int, help="train so many runs at once, in processes of their own")
+    found.add_argument("--cluster", help="train on a Ray cluster: its address, or local for one on this machine")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--out", type=Path, default=FOLDER, help="folder for the results")
     return found

@@ -86,11 +86,11 @@ class Bench:
         """The runs of a group, seed by seed."""
         return plan(self._config, [parse_arm(key) for key in group.arms], group.seeds, POINTS)
 
-    def rows(self, group: Group, workers: int | None) -> list[Row]:
+    def rows(self, group: Group, workers: int | None, cluster: str | None = None) -> list[Row]:
         """All runs of a group, trained and measured where they are not yet."""
         runs = self.planned(group)
-        if workers:
-            train_at_once(runs, workers, None)
+        if workers or cluster:
+            train_at_once(runs, workers, cluster)
         rows = []
         for number, planned in enumerate(runs, 1):
             trained(planned)

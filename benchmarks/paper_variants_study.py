@@ -78,7 +78,7 @@ class Study:
         return TrainConfig.from_dict(values)
 
     def rows(self, group: Group) -> list[Row]:
-        return self.bench(group).rows(group, self.options.workers)
+        return self.bench(group).rows(group, self.options.workers, self.options.cluster)
 
     def compared(self, groups: Mapping[str, Group]) -> tuple[list[Row], list[Result]]:
         """All groups' rows, and the differences of their pairs, each group by its label."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tiny_random_sdxl import save_icons, save_tiny_random_sdxl
 
 from benchmarks import paper_variants_bench, paper_variants_study
 from benchmarks.paper_variants import main, parser
-from benchmarks.paper_variants_bench import AFTER, Bench, Icons
-from benchmarks.paper_variants_felt import in_bits, merged_with
-from benchmarks.paper_variants_plan import (
-    FULL,
-    THIN,
-    Group,
-)
+from benchmarks.paper_variants_bench import AFTER, MANY, Bench, Icons, few_images
+from benchmarks.paper_variants_felt import _compared, felt_by_arm, felt_left, in_bits, merged_with
+from benchmarks.paper_variants_plan import FULL, THIN, Group
 from benchmarks.paper_variants_study import Study
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.losses import LossEvaluator
@@ -123,6 +123,113 @@ def test_a_base_with_a_second_lora_in_its_weights_computes_what_both_beside_it_d
     assert loss(in_bits(rounded, "nf4")) == pytest.approx(clean, rel=0.2)
     blocks = rounded.unet.conv_in.weight.flatten().split(64)
     assert all(len(block.unique()) <= 16 for block in blocks), "4 bits"
+
+
+@contextmanager
+def samples_seen() -> Iterator[list[int]]:
+    """How many samples each pass through any UNet has."""
+    seen: list[int] = []
+
+    def count(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, UNet2DConditionModel):
+            seen.append(len(inputs[0]))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(count):
+        yield seen
+
+
+@pytest.mark.slow  # eleven conditions of two runs
+def test_a_lora_is_felt_in_each_condition_and_what_is_left_of_that_is_known(
+    study_of: list[str], made_up: tuple[Path, Icons], tmp_path: Path
+) -> None:
+    study = Study(parser().parse_args(study_of))
+    group = Group({THIN: FULL}, [7])
+    bench, base, other = study.bench(group), made_up[0], tmp_path / "other"
+    shutil.copytree(base, other)
+    weights = load_file(file := next((other / "unet").glob("*.safetensors")))
+    save_file({**weights, "conv_out.bias": weights["conv_out.bias"] + 0.1}, file, {"format": "pt"})
+    runs = bench.planned(group)
+    for planned in runs:
+        paper_variants_bench.trained(planned)
+    left = sum(felt_left(bench, planned, other) for planned in runs)
+    with samples_seen() as seen:
+        found = felt_by_arm(bench, group, runs[0].lora, str(base), other)
+    assert left == pytest.approx(MANY * sum(seen))
+    strengths = {f"strength {at}" for at in ("0.5", "0.75", "1", "1.25", "1.5")}
+    bases = {"base in int8", "base in fp8", "base in nf4", "with a second LoRA", "on another checkpoint of the base"}
+    for row, planned in zip(found["rows"], runs, strict=True):
+        assert (row["arm"], row["seed"], set(row["felt"])) == (planned.arm.key, 7, strengths | bases)
+        assert len({losses["report"] for losses in row["felt"].values()}) == len(row["felt"]), "each of its own"
+        assert felt_left(bench, planned, other) == 0
+    twice = {name: losses["all"] for name, losses in bench.reported.losses(runs[0].lora, 2.0).items()}
+    own = next(row["felt"] for row in found["rows"] if row["arm"] == runs[0].arm.key)
+    assert own["with a second LoRA"] == pytest.approx(twice, rel=1e-5), "its own once more"
+
+
+def test_conditions_are_compared_by_the_pairs_of_each_seed() -> None:
+    losses = {("flat", 0): 0.3, ("plain", 0): 0.1, ("flat", 1): 0.7, ("plain", 1): 0.4}
+    rows = [
+        {"arm": arm, "seed": seed, "felt": {"in int8": {"report": loss, "flat": 2 * loss}}}
+        for (arm, seed), loss in losses.items()
+    ]
+    (found,) = _compared(rows, {"flat": "plain"})
+    assert (found["arm"], found["against"]) == ("flat", "plain")
+    in_int8 = found["conditions"]["in int8"]
+    assert in_int8["report"]["differences"] == pytest.approx([0.2, 0.3])
+    assert in_int8["flat"]["mean"] == pytest.approx(0.5)
+
+
+def test_few_images_are_always_the_same_ones_with_their_captions(tmp_path: Path) -> None:
+    training = save_icons(tmp_path / "training", 6)
+    few = few_images(training, 2, tmp_path / "few")
+    files = {file.name: file.read_bytes() for file in few.iterdir()}
+    assert sorted(Path(name).suffix for name in files) == [".png", ".png", ".txt", ".txt"]
+    assert all((training / name).read_bytes() == content for name, content in files.items())
+    again = few_images(training, 2, tmp_path / "again")
+    assert {file.name: file.read_bytes() for file in again.iterdir()} == files
+    more = few_images(training, 4, tmp_path / "more")
+    assert {file.name for file in more.iterdir()} > set(files)
+
+
+@pytest.mark.slow  # a dozen steps of four runs
+def test_the_cost_of_an_arm_is_that_of_its_own_steps_and_leaves_no_run(
+    study_of: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_variants_bench, "COST_SECONDS", 0.0)
+    study = Study(parser().parse_args(study_of))
+    group = Group({"sam": "lora"}, [9])
+    bench = study.bench(group)
+    lora, sam = bench.planned(group)
+    with samples_seen() as seen:
+        plain = bench.cost(lora, lora)
+    passes = len(seen)
+    with samples_seen() as seen:
+        costly = bench.cost(sam, lora)
+    assert 2 * len(seen) == 3 * passes, "of the two arms one takes two passes"
+    assert 0 < costly["ratio"][0] <= costly["ratio"][1] <= costly["ratio"][2]
+    assert costly["peak_bytes"] > plain["peak_bytes"] > 0, "it keeps the slope of W"
+    assert not any(planned.run.folder.exists() for planned in (lora, sam))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], []),
+        (["--workers", "3"], [(3, None)]),
+        (["--cluster", "local"], [(None, "local")]),
+        (["--workers", "2", "--cluster", "ray://host:10001"], [(2, "ray://host:10001")]),
+    ],
+    ids=str,
+)
+def test_the_runs_are_trained_by_the_workers_and_on_the_cluster_of_the_command_line(
+    study_of: list[str], flags: list[str], expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Any] = []
+    monkeypatch.setattr(paper_variants_bench, "train_at_once", lambda runs, *where: places.append(where))
+    monkeypatch.setattr(paper_variants_bench, "trained", lambda planned: None)
+    monkeypatch.setattr(Bench, "measured", lambda bench, planned: {"points": [{"search": 0.0}]})
+    Study(parser().parse_args([*study_of, *flags])).rows(Group({THIN: FULL}, [0]))
+    assert places == expected
 
 
 def bench_and_run(arguments: list[str]) -> tuple[Bench, PlannedRun]:

@@ -97,6 +97,11 @@ def test_the_method_knows_no_image_model() -> None:
         assert packages_imported(path) <= {"config", "ground", "method"}, path.name
 
 
+def test_what_is_trained_knows_no_base_but_the_names_of_its_parts() -> None:
+    for path in (PACKAGE / "adapter").rglob("*.py"):
+        assert packages_imported(path) <= {"config", "ground", "method", "adapter"}, path.name
+
+
 @pytest.mark.parametrize("name", ["lora_files", "lora_tools", "evaluation", "flatness"])
 def test_files_and_finished_runs_are_read_without_the_trainer(name: str) -> None:
     for path in (PACKAGE / name).rglob("*.py"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import LINEAR_ONLY, ConfigError
 from flatlora_diffusion.method.adapted_layers import int8_steps
+from flatlora_diffusion.method.perturbation import FlatLora
 
 ADAPTER = "default"
 DIRECTIONS = {"pissa": 1, "lora-ga": 2}  # of W or of its slope, that a rank starts at: LoRA-GA's A and B at others
@@ -40,3 +43,15 @@ def check_adaptable(adapter: str, name: str, base: nn.Module, rank: int) -> None
                 f"rank={rank} is more than --adapter {adapter} can start with at {name}, {base.out_features} x "
                 f"{base.in_features}; give at most {most}"
             )
+
+
+@contextmanager
+def base_alone(model: nn.Module, flats: Sequence[FlatLora]) -> Iterator[None]:
+    """While it is open, `model` computes as its base does: without its LoRA and without the eps of `flats`."""
+    with ExitStack() as stack:
+        for flat in flats:
+            stack.enter_context(flat.disabled())
+        for layer in lora_layers(model).values():
+            layer.enable_adapters(False)
+            stack.callback(layer.enable_adapters, True)
+        yield

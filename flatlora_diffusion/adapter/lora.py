@@ -40,10 +40,7 @@ def add_lora(
     AdaLoRA's as `start_from_seed` has them.
     Raises ConfigError, with nothing added, when the settings name no layer, or one that cannot have this adapter.
     """
-    loras = [(unet, _unet_lora(unet, config), "")]
-    for part, encoder in (text_encoders or {}).items():
-        loras.append((encoder, _text_lora(encoder, config, part, clip_skip), f"{part}."))
-    for model, lora, path in loras:
+    for model, lora, path in planned_loras(unet, config, text_encoders, clip_skip):
         _inject(model, lora, seed, path)
         if config.adapter == "pissa":
             start_at_principal(model, lora, config.iterations, seed)
@@ -51,6 +48,22 @@ def add_lora(
             widen(model)
         elif config.adapter == "lora-ga":
             anchor(model, lora)  # `start_at_slopes` moves both once there are gradients
+
+
+def planned_loras(
+    unet: UNet2DConditionModel,
+    config: AdapterConfig,
+    text_encoders: Mapping[str, Any] | None = None,
+    clip_skip: int | None = None,
+) -> list[tuple[Any, LoraConfig, str]]:
+    """What `add_lora` puts on which model, and the beginning of its layers' names; shapes on the meta device will do.
+
+    Raises ConfigError when the settings name no layer, or one that cannot have this adapter.
+    """
+    loras = [(unet, _unet_lora(unet, config), "")]
+    for part, encoder in (text_encoders or {}).items():
+        loras.append((encoder, _text_lora(encoder, config, part, clip_skip), f"{part}."))
+    return loras
 
 
 def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:

@@ -19,8 +19,7 @@ from flatlora_diffusion.adapter.lora import (
 )
 from flatlora_diffusion.adapter.new_tokens import add_tokens, save_embeddings
 from flatlora_diffusion.adapter.update import PARTS, Updates, shared_path
-from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ConfigError, TrainConfig
 
 
 def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:

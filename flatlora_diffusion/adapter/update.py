@@ -11,9 +11,9 @@ from torch import Tensor
 from flatlora_diffusion.adapter.anchor import ANCHOR
 from flatlora_diffusion.adapter.full import whole_change
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.config import TEXT_PARTS
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.branch import factors_of, scale_of, square_norm
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 PARTS = ("unet", *TEXT_PARTS)
 FOLD_RANK = 32  # of the plain LoRA made of a DoRA, whose change of the rows' magnitudes has full rank

@@ -191,7 +191,7 @@ def _comparison(arguments: list[str], verb: str) -> tuple[TrainConfig, CompareCo
         description="Train arms alike, LoRA and Flat-LoRA or others, and report what tells them apart. "
         "Takes all settings of `train` as well, --preset and --config too.",
     )
-    config = _checked(parse_config(rest))
+    config = _checked(parse_config(rest, has_arms=True))
     if config.run.seed is None:  # a drawn one would train everything anew when the command is given again
         config = config.replace(seed=0)
     return config, own

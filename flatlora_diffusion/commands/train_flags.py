@@ -12,6 +12,7 @@ from flatlora_diffusion.config import (
     choices_of,
     overruled_by,
     preset_file,
+    refuse_unread,
     setting_hints,
     settings_that,
     unused_by,
@@ -20,11 +21,12 @@ from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import is_cut_path, opened
 
 
-def parse_config(arguments: Sequence[str]) -> TrainConfig:
+def parse_config(arguments: Sequence[str], has_arms: bool = False) -> TrainConfig:
     """The settings of a command line: defaults, then `--preset`, then `--config`, then flags; the last one wins.
 
     A run that is resumed by flags has its own settings in place of the defaults. Raises ConfigError for a setting out
-    of range; prints help or an unknown flag and exits as argparse does.
+    of range, and for flags that do not read each other, unless `has_arms`, of which each has a method of its own;
+    prints help or an unknown flag and exits as argparse does.
     """
     import tyro
 
@@ -50,6 +52,8 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
         description="Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. "
         "--preset NAME and --config FILE.json give defaults; flags win.",
     )
+    if not has_arms:
+        refuse_unread(config.perturb, _given(flags))
     return config.replace(**opened(config.to_dict()))
 
 
@@ -108,10 +112,15 @@ def _lines_in_one(flags: Sequence[str]) -> list[str]:
     return read
 
 
+def _given(flags: Sequence[str]) -> dict[str, str]:
+    """What follows each flag, by its setting."""
+    pairs = itertools.pairwise([*flags, ""])
+    return {flag[2:].replace("-", "_"): value for flag, value in pairs if flag.startswith("--")}
+
+
 def _without_overruled(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     """`config`, from preset and file, without the settings that would get in the way of other flags."""
-    pairs = itertools.pairwise([*flags, ""])
-    given = {flag[2:].replace("-", "_"): value for flag, value in pairs if flag.startswith("--")}
+    given = _given(flags)
     if "method" in given:
         unused = {name: None for name in unused_by(given["method"]) if name not in given}
         config = config.replace(**unused)

@@ -28,10 +28,12 @@ from flatlora_diffusion.config.methods import (
     PerturbPer as PerturbPer,
     SigmaSchedule as SigmaSchedule,
     overruled_by as overruled_by,
+    refuse_unread as refuse_unread,
     unused_by as unused_by,
 )
 from flatlora_diffusion.config.model import (
     SDXL as SDXL,
+    TEXT_PARTS as TEXT_PARTS,
     TINY as TINY,
     ModelConfig as ModelConfig,
     PredictionType as PredictionType,

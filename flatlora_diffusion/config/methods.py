@@ -58,6 +58,30 @@ def overruled_by(given: Collection[str]) -> dict[str, None]:
     return {"sigma": None} if "sigma_rise" in given and "sigma" not in given else {}
 
 
+def refuse_unread(config: PerturbConfig, given: Collection[str]) -> None:
+    """Raises ConfigError for a setting among those `given` together that the method or schedule given does not read.
+
+    Those of a preset or a file are not given: they may be meant for other methods.
+    """
+    for name in given if "method" in given else ():
+        if config.method not in METHODS_WITH.get(name, METHOD_NAMES):
+            raise ConfigError(_unread(config, name))
+    if {"sigma_schedule", "sigma_ramp_steps"} <= {*given} and config.sigma_schedule == "constant":
+        raise ConfigError(
+            f"--sigma_schedule constant has no ramp, but sigma_ramp_steps={config.sigma_ramp_steps} was given; leave "
+            "one out"
+        )
+
+
+def _unread(config: PerturbConfig, name: str) -> str:
+    value = getattr(config, name)
+    shown = f"{value:g}" if isinstance(value, float) else value
+    return (
+        f"--method {config.method} has no {name}, but {name}={shown} was given; leave --{name} out or use "
+        f"--method {' or '.join(METHODS_WITH[name])}"
+    )
+
+
 @dataclass(frozen=True)
 class PerturbConfig(Section):
     """How the gradient of a step is taken: at the weights, at W + eps, or where the loss is worst around them."""
@@ -141,12 +165,8 @@ class PerturbConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in unused_by(self.method):
-            value = getattr(self, name)
-            if value is not None:
-                raise ConfigError(
-                    f"--method {self.method} has no {name}, but {name}={value:g} was given; leave --{name} out or use "
-                    f"--method {' or '.join(IN_FORCE[name])}"
-                )
+            if getattr(self, name) is not None:
+                raise ConfigError(_unread(self, name))
         if self.perturb_per == "example" and self.method == "factor-noise":
             raise ConfigError(
                 "--perturb_per example draws an eps of W for each image, but --method factor-noise draws none of W; "

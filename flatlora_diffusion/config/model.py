@@ -10,6 +10,7 @@ from flatlora_diffusion.config.section import Section, setting
 PredictionType = Literal["epsilon", "v_prediction"]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 TINY = "tiny"  # the name of the small base that ships with this program
+TEXT_PARTS = ("text_encoder", "text_encoder_2")  # of a pipeline, in the order in which their outputs are joined
 Quantization = Literal["nf4", "int8", "torchao-int8"]
 
 

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from flatlora_diffusion.adapter.update import PARTS
+from flatlora_diffusion.config import TEXT_PARTS
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
 
 _PREFIXES = ("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")
 _OWN_BLOCKS = ("input_blocks", "middle_block", "output_blocks")

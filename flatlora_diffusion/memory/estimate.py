@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.config import ModelConfig, Quantization, TrainConfig
+from flatlora_diffusion.config import TEXT_PARTS, ModelConfig, Quantization, TrainConfig
 from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.memory.of_method import bytes_of_method, optimizer_bytes
 from flatlora_diffusion.memory.rehearsal import (
@@ -22,7 +22,7 @@ from flatlora_diffusion.memory.rehearsal import (
     rehearse_vae,
     weight_count,
 )
-from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
+from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.loading import vae_dtype
 from flatlora_diffusion.sdxl.shapes import own_size, part_settings, size_step
 

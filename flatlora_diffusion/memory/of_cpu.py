@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.config import TEXT_PARTS, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.memory.estimate import in_gib, resolution_of
 from flatlora_diffusion.memory.rehearsal import weight_count
-from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
+from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.shapes import TOKENS, part_settings, vae_factor
 from flatlora_diffusion.sdxl.single_file import PREFIXES

@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
-from flatlora_diffusion.config import AdapterConfig, ModelConfig
+from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig
 from flatlora_diffusion.memory.allocation import AsOnGpu, LiveBytes
 from flatlora_diffusion.sdxl.denoiser import Denoiser
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
 from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor

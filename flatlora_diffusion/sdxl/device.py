@@ -12,9 +12,6 @@ from accelerate.utils import parse_flag_from_env
 
 # By the names that settings have for them; "no" is mixed precision's word for none.
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TEXT_PARTS = ("text_encoder", "text_encoder_2")  # of a pipeline, in the order in which their outputs are joined
-
-
 # Processes wait for the first one while it draws previews or uploads; PyTorch's 10 minutes would end them all.
 LONGEST_WAIT = timedelta(hours=6)
 

@@ -10,9 +10,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import nn
 from transformers import CLIPTokenizer
 
-from flatlora_diffusion.config import TINY, ModelConfig
+from flatlora_diffusion.config import TEXT_PARTS, TINY, ModelConfig
 from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
 from flatlora_diffusion.sdxl.loading import base_path, one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import Sdxl, framed
 from flatlora_diffusion.sdxl.shapes import on_meta

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.config import TEXT_PARTS
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import evaluating
 

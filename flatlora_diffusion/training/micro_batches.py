@@ -7,12 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.prior import prior_loss
+from flatlora_diffusion.adapter.layers import base_alone
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, with_more_noise
+from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, predicted, with_more_noise
 from flatlora_diffusion.training.state import TrainState, dropout_draws
 
 
@@ -60,6 +61,17 @@ def first_micro_batches(state: TrainState, steps: int) -> Iterator[DrawnMicroBat
 def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
     if state.config.objective.prior_from_base:
-        asked = state.batches.with_class_prompt(batch)
-        loss = loss + prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
+        loss = loss + prior_loss(state, state.batches.with_class_prompt(batch), noise, timesteps)
     return loss
+
+
+def prior_loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """The loss on `batch`, whose prompts are without the trigger, to what the base itself predicts there.
+
+    It preserves the class without class images. W' + eps is held to W: with eps on both sides what is kept would be
+    another base.
+    """
+    model, objective = state.model, state.objective
+    with torch.no_grad(), base_alone(model, state.flats):
+        target = predicted(model, objective, batch, noise, timesteps)
+    return diffusion_loss(model, objective, batch, noise, timesteps, target)

@@ -60,6 +60,8 @@ def _groups_of(
     """
     rows = list(embeddings)
     known = {id(parameter) for parameter in rows}
+    # peft's create_loraplus_optimizer gives the same rates, but to one model, with one rate, decay and length for all,
+    # and counts DoRA's magnitudes of linear layers among the B.
     ratio = 1.0 if lora_plus_ratio is None else lora_plus_ratio
     fast = {id(p) for name, p in trainable.items() if lora_plus_ratio is not None and ".lora_B." in name}
     unet = [parameter for name, parameter in trainable.items() if name.startswith("unet.")]

@@ -22,7 +22,7 @@ from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.change import squared_change
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
-from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
+from flatlora_diffusion.config import SAMPLES, TEXT_PARTS, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Batches, encoded_batches
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -34,7 +34,7 @@ from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.method.step_gradient import StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
-from flatlora_diffusion.sdxl.device import DTYPES, TEXT_PARTS
+from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.beginning.settling import settled

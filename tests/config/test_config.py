@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flatlora_diffusion.commands.command_line import _comparison
 from flatlora_diffusion.commands.train_flags import parse_config
 from flatlora_diffusion.config import (
     SAMPLES,
@@ -129,6 +130,43 @@ def test_an_eps_for_each_example_is_for_low_rank_draws_and_refused_before_anythi
         with pytest.raises(ConfigError, match=f"perturb_draw={draw} was given; use --perturb_draw low_rank"):
             TrainConfig.from_dict({"perturb_per": "example", "perturb_draw": draw})
     TrainConfig.from_dict({"perturb_per": "example", "perturb_draw": "full", "method": "lora"})
+
+
+UNREAD = {
+    "--method lora --perturb_noise iid": "--method lora has no perturb_noise, but perturb_noise=iid was given; leave "
+    "--perturb_noise out or use --method flat-lora or mixed-noise",
+    "--method LoRA --sigma-schedule=constant": "--method lora has no sigma_schedule",
+    "--perturb_per example --method sam": "--method sam has no perturb_per",
+    "--method factor-noise --perturb_draw full": "--method factor-noise has no perturb_draw",
+    "--method bi-lora --perturb_norm_every 10": "--method bi-lora has no perturb_norm_every, but",
+    "--method obar --perturb_seed 0": "--method obar has no perturb_seed",
+    "--sigma_schedule constant --sigma_ramp_steps 5": "--sigma_schedule constant has no ramp, but sigma_ramp_steps=5",
+}
+
+
+@pytest.mark.parametrize("line", UNREAD)
+def test_a_flag_that_the_given_method_or_schedule_does_not_read_is_refused(line: str) -> None:
+    with pytest.raises(ConfigError, match=UNREAD[line]):
+        parse_config(line.split())
+
+
+def test_arms_overrule_the_method_of_a_comparison_so_that_its_settings_are_not_refused(icons: Path) -> None:
+    for line in UNREAD:
+        config, _ = _comparison([*line.split(), "--instance_data_dir", str(icons)], "compare")
+        assert config.data.instance_data_dir == str(icons)
+
+
+def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp_path: Path) -> None:
+    """Nor is what only one of two flags makes meaningless: the other may be another command line's."""
+    others = {"perturb_noise": "iid", "sigma_schedule": "constant", "sigma_ramp_steps": 3, "perturb_per": "example"}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TrainConfig.from_dict(others).to_dict()), encoding="utf-8")
+    resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    for source in (["--preset", "paper"], ["--config", str(file)], resumed):
+        assert parse_config([*source, "--method", "sam"]).perturb.method == "sam"
+        assert parse_config([*source, "--sigma_schedule", "constant"]).perturb.sigma_schedule == "constant"
+    file.write_text(json.dumps(TrainConfig.from_dict({"method": "lora"}).to_dict()), encoding="utf-8")
+    assert parse_config(["--config", str(file), "--perturb_noise", "iid"]).perturb.method == "lora"
 
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])

@@ -281,9 +281,17 @@ def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: in
         assert not any(sides[ANCHOR].weight.requires_grad for sides in (layer.lora_A, layer.lora_B))
 
 
-def test_eps_of_a_pissa_has_the_filter_norms_of_its_merged_weight_and_its_gradient_is_that_by_hand(draw: str) -> None:
+@pytest.mark.parametrize("adapter", ["pissa", "lora-ga"])
+def test_eps_of_a_lora_that_starts_away_has_the_filter_norms_of_its_merged_weight_and_its_gradient_is_that_by_hand(
+    adapter: str, draw: str
+) -> None:
     case = unet_case()
-    start_at_principal(case.model, case.model.peft_config[ADAPTER], 4, seed=0)
+    if adapter == "pissa":
+        start_at_principal(case.model, case.model.peft_config[ADAPTER], 4, seed=0)
+    else:
+        slopes = slopes_of_weights(case, copy.deepcopy(case.model))
+        anchor(case.model, case.model.peft_config[ADAPTER])
+        start_at_slopes(case.model, slopes, seed=0)
     with torch.no_grad():  # a few steps away from its start
         for layer in lora_layers(case.model).values():
             layer.lora_B[ADAPTER].weight += 0.1 * normal(7, *layer.lora_B[ADAPTER].weight.shape)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import RunError, TrainConfig
-from flatlora_diffusion.sdxl.device import TEXT_PARTS
+from flatlora_diffusion.config import TEXT_PARTS, RunError, TrainConfig
 from flatlora_diffusion.sdxl.pipeline import Sdxl, posterior
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train_step

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from tiny_runs import samples_of
 
@@ -99,6 +100,20 @@ def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: Trai
     found = [rates[id(parameter)] for parameter in trainable.values()]
     assert found == pytest.approx([0.01, 0.16, 0.001, 0.016])
     assert schedule.get_last_lr()[0] == pytest.approx(0.01)
+
+
+def test_lora_plus_has_the_learning_rates_that_peft_gives(config: TrainConfig) -> None:
+    settings = config.replace(lora_plus_ratio=16.0, lora_target_modules="conv")
+    state = prepare(settings, samples_of(config))
+    unet = state.sdxl.unet
+    theirs = create_loraplus_optimizer(unet, torch.optim.AdamW, lr=settings.optim.learning_rate, loraplus_lr_ratio=16)
+    rates, expected = (
+        {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+        for optimizer in (state.optimizer, theirs)
+    )
+    assert rates == pytest.approx(expected)
+    assert len(set(rates.values())) == 2
+    assert len(rates) == sum(parameter.requires_grad for parameter in unet.parameters())
 
 
 OWN = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5}

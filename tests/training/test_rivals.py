@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tiny_runs import output_with, samples_of
 
 from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import AdapterKind, Method, TrainConfig, settings_that
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.checkpoint import load_state, save_state, start
@@ -103,18 +105,29 @@ CELLS: dict[str, dict[str, Any]] = {
         "train_text_encoder": True,
     },
     "obar": {"method": "obar", "bar_strength": 4.0},
+    "nbar dora adafactor": {"method": "nbar", "adapter": "dora", "bar_strength": 4.0, "optimizer": "adafactor"},
     "bi-lora pissa": {"method": "bi-lora", "adapter": "pissa", "gradient_checkpointing": True},
+    "bi-lora dora": {"method": "bi-lora", "adapter": "dora"},
+    "bi-lora adalora": {"method": "bi-lora", "adapter": "adalora", "gradient_accumulation_steps": 2},
+    "sam pissa lora+": {"method": "sam", "adapter": "pissa", "lora_plus_ratio": 4.0, "use_ema": True},
+    "sam lora-ga lora-pro": {"method": "sam", "adapter": "lora-ga", "lora_ga_steps": 2, "optimizer": "lora-pro"},
+    "mixed-noise full": {"method": "mixed-noise", "adapter": "full", "rank": 64, "perturb_draw": "full"},
+    "lora-sam rslora conv": {
+        "method": "lora-sam",
+        "adapter": "rslora",
+        "lora_alpha": 8,
+        "lora_target_modules": "conv",
+    },
 }
 
 
-def changed(config: TrainConfig, cell: str) -> TrainConfig:
-    return config.replace(**CELLS[cell], learning_rate=0.05, text_encoder_lr=0.05, save_dtype="fp32")
+def changed(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    return config.replace(**settings, learning_rate=0.05, text_encoder_lr=0.05, save_dtype="fp32")
 
 
-@pytest.fixture(scope="module", params=CELLS)
-def run(request: Any, base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainState:
-    """A run of two steps of each cell."""
-    config = TrainConfig.from_dict(
+@pytest.fixture(scope="module")
+def short(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return TrainConfig.from_dict(
         {
             "pretrained_model_name_or_path": str(base),
             "instance_data_dir": str(icons),
@@ -127,12 +140,43 @@ def run(request: Any, base: Path, icons: Path, tmp_path_factory: pytest.TempPath
             "lr_warmup_steps": 0,
         }
     )
-    state = prepare(changed(config, request.param), samples_of(config))
+
+
+def two_steps(config: TrainConfig) -> tuple[TrainState, list[str]]:
+    """A run as the trainer begins it, and the hash of what each of its steps drew."""
+    state, draws = prepare(config, samples_of(config)), []
     first_weights(state)
     start(state)
     for step in range(2):
         train_step(state, step)
+        draws.append(state.draws)
+    return state, draws
+
+
+@pytest.fixture(scope="module")
+def plain_draws(short: TrainConfig) -> Callable[..., list[str]]:
+    """What plain LoRA draws, with the settings that are given."""
+
+    @functools.cache
+    def drawn(**settings: Any) -> list[str]:
+        return two_steps(changed(short, {"method": "lora", **settings}))[1]
+
+    return drawn
+
+
+@pytest.fixture(scope="module", params=CELLS)
+def run(request: Any, short: TrainConfig, plain_draws: Callable[..., list[str]]) -> TrainState:
+    """A run of two steps of each cell, which must see what plain LoRA sees: a comparison of the two is of pairs."""
+    cell = CELLS[request.param]
+    state, draws = two_steps(changed(short, cell))
+    alike = {*settings_that("moves", "draws"), "mixed_precision", "base_dtype"}
+    assert draws == plain_draws(**{name: value for name, value in cell.items() if name in alike})
     return state
+
+
+def test_no_method_and_no_adapter_is_left_out() -> None:
+    assert {cell["method"] for cell in CELLS.values()} == set(get_args(Method))
+    assert {cell.get("adapter", "lora") for cell in CELLS.values()} == set(get_args(AdapterKind))
 
 
 def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(

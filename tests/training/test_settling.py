@@ -9,6 +9,7 @@ import pytest
 
 from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.training import trainer
 from flatlora_diffusion.training.beginning.settling import seeded, settled, with_precision
 from flatlora_diffusion.training.state import prepare
 
@@ -54,6 +55,27 @@ def test_the_steps_are_those_given_or_those_of_the_epochs(settings: dict[str, in
     assert of(**settings).optim.max_train_steps == steps
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": "full", "lora_target_modules": "to_q,conv1"}, "full adapts linear layers only, not .*conv1"),
+        ({"adapter": "adalora", "lora_target_modules": "conv2"}, "adalora adapts linear layers only, not .*conv2"),
+        ({"adapter": "pissa", "rank": 17}, "rank=17 is more than --adapter pissa can start with at .* at most 16"),
+        ({"adapter": "lora-ga", "rank": 9, "lora_target_modules": "to_k"}, "rank=9 is more than --adapter lora-ga"),
+        (
+            {"adapter": "pissa", "rank": 99, "lora_block_ranks": "down_blocks=1,mid_block=1,up_blocks=1"},
+            r"rank=99 .* at text_encoder\.",
+        ),
+    ],
+)
+def test_layers_that_cannot_have_the_adapter_are_refused_before_the_base_is_loaded(
+    config: TrainConfig, settings: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "prepare", lambda *_: pytest.fail("the base is loaded here"))
+    with pytest.raises(ConfigError, match=message):
+        trainer.train(config.replace(train_text_encoder="lora_block_ranks" in settings, **settings))
+
+
 def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_path: Path) -> None:
     given = TrainConfig.from_dict(
         {
@@ -69,3 +91,14 @@ def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_p
     assert all(state.config.to_dict()[name] is not None for name in settings_that("is_settled"))
     assert state.total_steps == state.config.optim.max_train_steps == 3 * state.batches.schedule.steps_per_epoch
     assert state.batches.resolution == state.sdxl.resolution
+
+
+@pytest.mark.parametrize("method", ["flat-lora", "mixed-noise"])
+@pytest.mark.parametrize("length", [{"num_train_epochs": 4, "max_train_steps": None}, {"max_train_steps": 4}], ids=str)
+def test_the_ramp_lasts_as_long_as_the_training_whether_that_is_given_in_steps_or_in_epochs(
+    config: TrainConfig, method: str, length: dict[str, int | None]
+) -> None:
+    given = config.replace(method=method, sigma=0.2, sigma_schedule="linear", train_batch_size=4, **length)
+    state = prepare(given, load_samples(Path(str(config.data.instance_data_dir))).samples)
+    assert state.total_steps == 4
+    assert [state.gradient.sigma_at(step) for step in range(6)] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.2])

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.adapter.lora import planned_loras
+from flatlora_diffusion.config import LINEAR_ONLY, TEXT_PARTS, ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.schedule import Shape, schedule_of
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import check_writable
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
+from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.hub import hub_repository
 from flatlora_diffusion.training.validation import read_pictures
 
@@ -76,6 +78,10 @@ def check_early(config: TrainConfig) -> None:
     read_pictures(config.run)
     if config.data.embedding_cache_dir is not None:
         check_writable(Path(config.data.embedding_cache_dir), "embedding_cache_dir")
+    if config.adapter.adapter in LINEAR_ONLY:  # which not every layer can have
+        model, parts = config.model, TEXT_PARTS if config.adapter.train_text_encoder else ()
+        encoders = {part: on_meta(model, part) for part in parts}
+        planned_loras(on_meta(model, "unet"), config.adapter, encoders, model.clip_skip)
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:

@@ -10,11 +10,11 @@ import torch
 from tiny_runs import samples_of
 from torch import Tensor
 
-from flatlora_diffusion.adapter.prior import prior_loss
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
+from flatlora_diffusion.training.micro_batches import prior_loss
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
@@ -32,8 +32,7 @@ def drawn(state: TrainState) -> tuple[Batch, Tensor, Tensor]:
 
 
 def prior_of(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    asked = state.batches.with_class_prompt(batch)
-    return prior_loss(state.model, state.flats, state.objective, asked, noise, timesteps)
+    return prior_loss(state, state.batches.with_class_prompt(batch), noise, timesteps)
 
 
 @torch.no_grad()
