@@ -10,6 +10,8 @@ benchmarks/noise_shapes.json when all is done. None of these is in the product: 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +92,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sdxl = load_sdxl(ModelConfig(pretrained_model_name_or_path=args.base), record.DEVICE, torch.float32)
-    work = args.work / f"base-{base_fingerprint(sdxl.unet)[:12]}"
+    identity = hashlib.sha256(json.dumps([SETTINGS, SIGMA, str(args.data.resolve())]).encode()).hexdigest()[:8]
+    work = args.work / f"base-{base_fingerprint(sdxl.unet)[:12]}-{identity}"
     heldout, training = load_samples(args.data / HELDOUT_FOLDER).samples, load_samples(args.data).samples
     evaluator = evaluator_of(sdxl, heldout, training, work)
     figures: dict[str, list[dict[str, float]]] = {}  # by arm, seed by seed

@@ -41,7 +41,6 @@ from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, THIRD, Look
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "results.md"
 FIGURE = "results.png"
-CONDITIONS = {"trials": "trials an arm", "seeds": "seeds", "steps": "steps", "batch": "examples a step"}
 LOOKS = {"test": FLAT_LORA, "shifted": THIRD}
 
 Found = dict[str, dict[str, Any]]
@@ -154,15 +153,15 @@ def _conditions(found: Found) -> str:
     )
     return f"""**What is compared.** Each arm chose its settings in equally many trials by the accuracy on a validation
 split, then it was trained with further seeds; arms of one seed share first weights, batches and dropout. Differences
-are in points of accuracy, paired by seed, with the 95 % interval of Student's t, each for itself.{chance} The paper's
-models are tens to thousands of times larger than ours: equal signs would be evidence, equal sizes a coincidence.
+are paired by seed, with the 95 % interval of Student's t, each for itself, and in points of accuracy unless a table
+says otherwise.{chance} The paper's models are tens to thousands of times larger than ours: equal signs would be
+evidence, equal sizes a coincidence.
 {" ".join([*made, "All figures: `benchmarks/paper_*.json`."])}"""
 
 
 def _made_by(name: str, one: Mapping[str, Any]) -> str:
-    how = ", ".join(f"{one[key]} {words}" for key, words in CONDITIONS.items() if key in one)
     machine = f"{one['date']}, {one['device']}, torch {one['versions']['torch']}"
-    return f"`python -m benchmarks.paper_{name}`: {how}; {machine}."
+    return f"`python -m benchmarks.paper_{name}`: {one['batch']} examples a step; {machine}."
 
 
 def _sections(found: Found) -> dict[str, str]:

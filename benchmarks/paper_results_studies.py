@@ -40,13 +40,16 @@ def rises(found: Mapping[str, Any]) -> str:
 
 
 def tasks(found: Mapping[str, Any]) -> str:
-    """How large each task is."""
+    """How large each task is, and how its arms were trained."""
     rows = []
-    for task, sizes in found["tasks"].items():
+    for task, seen in found["tasks"].items():
+        sizes, how = seen["sizes"], seen["how"]
         own = ("classes", "train", "validation", "test")
         shifted = ", ".join(f"{name} {count}" for name, count in sizes.items() if name not in own)
-        rows.append([task, *(f"{sizes[key]}" for key in own), shifted])
-    return table(["task", "classes", "training", "validation", "test, in domain", "tests, shifted"], rows)
+        trained = (f"{how[key]}" for key in ("trials", "seeds", "steps"))
+        rows.append([task, *(f"{sizes[key]}" for key in own), shifted, *trained])
+    sizes = ["classes", "training", "validation", "test, in domain", "tests, shifted"]
+    return table(["task", *sizes, "trials an arm", "seeds", "steps"], rows)
 
 
 def pooled(tables: Tables, arm: str, metric: str, against: str | None = None, of: int = 1) -> dict[str, Any]:
@@ -171,8 +174,8 @@ def surface_section(found: Mapping[str, Any], model: str) -> str:
     model = f"{model[0].upper()}{model[1:]}"
     return (
         f"{model} on {found['task']}, {' and '.join(names)} of seed {found['seed']}, each as tuned "
-        f"(sigma {sigma:g}); {found['rows']} validation examples, {draws} draws of eps:\n\n"
-        + table(["", *names, "difference"], rows)
+        f"(sigma {sigma:g}); {found['rows']} validation examples; intervals over {draws} draws of eps, not over "
+        "trainings:\n\n" + table(["", *names, "difference"], rows)
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.paper_study_arms import ARMS, FLAT_SIGMAS, RANKS, SWEEPS, TRIALS, VARIANT_ARMS, Arm, Bout
+from benchmarks.paper_study_arms import ARMS, FLAT_SIGMAS, RANKS, SWEEPS, TRIALS, USUAL_SWEEPS, VARIANT_ARMS, Arm, Bout
 from benchmarks.paper_study_run import BATCH, Bench, run, sizes
 from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_study_surface import draw_surfaces
@@ -66,7 +66,7 @@ def parser_of(about: str | None, tasks: Sequence[str], result: Path, steps: int)
     parser.add_argument("--result", type=Path, default=result)
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="lora has to be among them")
-    parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS)[:-1])
+    parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=USUAL_SWEEPS)
     parser.add_argument("--lr_factor", type=float, default=1.0, help="of all learning rates that are tried")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="of the sweep over them")
     parser.add_argument("--seeds", type=int, default=5)
@@ -91,7 +91,8 @@ def study(options: argparse.Namespace, bench_of: Callable[[str], Bench]) -> None
     tables = runs.result.setdefault("tables", {})
     for number, name in enumerate(options.tasks):
         bench = bench_of(name)
-        runs.result.setdefault("tasks", {})[name] = sizes(bench)
+        how = {key: getattr(options, key) for key in ("trials", "seeds", "steps", "lr_factor")}
+        runs.result.setdefault("tasks", {})[name] = {"how": how, "sizes": sizes(bench)}
         arms = {arm: ARMS[arm] for arm in options.arms}
         if "variants" in options.sweeps:
             arms |= VARIANT_ARMS
@@ -203,9 +204,6 @@ def _made_by(options: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "device": device_name(),
         "threads": options.threads,
-        "trials": options.trials,
-        "seeds": options.seeds,
-        "steps": options.steps,
         "batch": BATCH,
         "versions": versions(),
     }

@@ -103,5 +103,6 @@ SWEEPS: dict[str, Callable[[Settings, float, Sequence[int]], list[Bout]]] = {
     "sigmas": _sigmas,
     "ranks": _ranks,
     "variants": lambda *_: [],  # arms of their own, with trials
-    "rhos": _rhos,  # only where it is asked for: two or three gradients a step
+    "rhos": _rhos,
 }
+USUAL_SWEEPS = ["sigmas", "ranks", "variants"]  # the other takes two or three gradients a step

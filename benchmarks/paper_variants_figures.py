@@ -63,22 +63,13 @@ def chosen_cells(rows: Sequence[Row], count: int) -> list[str]:
 
     Best is the lowest mean loss on the search icons at the end.
     """
-    best = by_search(rows)
-    others = [arm for arm in best if arm not in ("lora", PAPER)]
-    return [arm for arm in best if arm == PAPER or arm in others[: count - 1]]
-
-
-def lowest(rows: Sequence[Row], among: Sequence[str]) -> str:
-    """The best of these arms by the search icons at the end."""
-    return next(arm for arm in by_search(rows) if arm in among)
-
-
-def by_search(rows: Sequence[Row]) -> list[str]:
-    """The arms by their mean loss on the search icons at the end, the lowest first."""
     losses: dict[str, list[float]] = {}
     for row in rows:
-        losses.setdefault(row["arm"], []).append(row["points"][-1]["search"])
-    return sorted(losses, key=lambda arm: statistics.fmean(losses[arm]))
+        if row["arm"] != "lora":
+            losses.setdefault(row["arm"], []).append(row["points"][-1]["search"])
+    best = sorted(losses, key=lambda arm: statistics.fmean(losses[arm]))
+    others = [arm for arm in best if arm != PAPER]
+    return [arm for arm in best if arm == PAPER or arm in others[: count - 1]]
 
 
 def compared(rows: Sequence[Row], pairs: Pairs, base: Mapping[str, float], label: str = "") -> list[Result]:

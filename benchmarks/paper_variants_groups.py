@@ -14,6 +14,7 @@ from benchmarks.paper_variants_plan import (
     STRONG,
     Group,
     control_pairs,
+    controls,
     half,
     map_group,
     sweeps,
@@ -29,7 +30,7 @@ def planned_groups(part: str, options: Namespace) -> list[Group]:
     groups = {
         "map": [map_group(options), Group(likely, seeds)],
         "draws": [Group(DRAW_PAIRS, seeds)],
-        "controls": [Group(control_pairs(rate), seeds)],
+        "controls": [Group(control_pairs(rate), seeds), trials_of(controls(rate))],
         "tuned": [Group({STRONG: "lora"}, fresh), *sweeps("lora", STRONG, options.fresh)],
         "rivals": [*map(trials_of, rival_choices(rate).values()), Group(rival_pairs(likely_rivals(rate)), seeds)],
         "felt": [Group(FELT_PAIRS, seeds)],

@@ -89,7 +89,7 @@ All figures: `benchmarks/paper_variants_*.json`.
 **What was trained.** The tiny base on 23 3D icons, {settings["max_train_steps"]} steps of batch \
 {settings["train_batch_size"]}, rank {settings["rank"]}, learning rate {settings["learning_rate"]:g} unless a table \
 says another. Two runs of a pair share base, images, crops, noise and timesteps: so it was in {alike} of {seen} pairs,
-by hashes of every step.
+by hashes of every step; the others have an arm that stops by three of its images, which it does not train on.
 
 **What was measured.** The denoising loss at fixed noise and timesteps, without eps. Settings, cells of the map and
 checkpoints are chosen on the search icons; what is reported was measured on others, and no list of 3D icons shares an

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from benchmarks.paper_variants_bench import trained
 from benchmarks.paper_variants_felt import felt_by_arm
-from benchmarks.paper_variants_figures import Result, chosen_cells, compared, lowest
+from benchmarks.paper_variants_figures import Result, chosen_cells, compared
 from benchmarks.paper_variants_plan import (
     CELLS,
     DRAW_PAIRS,
@@ -67,10 +67,11 @@ def draws_part(study: Study) -> Result:
 def controls_part(study: Study) -> Result:
     rate = study.options.learning_rate
     group = Group(control_pairs(rate), range(study.options.seeds))
+    best, trials = _chosen(study, {"control": trials_of(controls(rate))})
     rows, pairs = study.compared({"": group})
-    best = lowest(rows, controls(rate))
-    pairs += compared(rows, {STRONG: best}, study.bench(group).base())
-    return {"pairs": pairs, "rows": rows, "headlines": {"against the best control": [STRONG, best]}}
+    pairs += compared(rows, {STRONG: best["control"]}, study.bench(group).base())
+    names = {"against the best control": [STRONG, best["control"]]}
+    return {"trials": trials, "pairs": pairs, "rows": rows, "headlines": names}
 
 
 def tuned_part(study: Study) -> Result:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import paper_results, paper_text_to_image_page
+from benchmarks import paper_results, paper_text_to_image_page, paper_vision
 from benchmarks.paper_results import answer, draw_figure, page, read
-from benchmarks.paper_results_studies import points, pooled, told
+from benchmarks.paper_results_studies import STUDIES, points, pooled, told
 from benchmarks.paper_study import _bouts
-from benchmarks.paper_study_arms import ARMS, SWEEPS, VARIANT_ARMS, Arm
+from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, SWEEPS, VARIANT_ARMS, Arm
 from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_variants_page import read_results
 from benchmarks.paper_variants_plan import PAPER
@@ -41,7 +41,7 @@ def made_up(sweeps: list[str]) -> dict[str, Any]:
 
 
 def found() -> paper_results.Found:
-    made_by = {"date": "2026-11-27", "device": "a processor", "versions": {"torch": "2.13.0"}}
+    made_by = {"batch": 16, "date": "2026-11-27", "device": "a processor", "versions": {"torch": "2.13.0"}}
     names, plain = list(SWEEPS), made_up([])
     sizes = {"classes": 4, "train": 480, "validation": 200, "test": 300, "tags": 299}
     figures = [
@@ -61,8 +61,7 @@ def found() -> paper_results.Found:
         "surface_language": surface,
         "language": {
             **made_by,
-            "seeds": 3,
-            "tasks": {"emoji": sizes},
+            "tasks": {"emoji": {"sizes": sizes, "how": {"trials": 3, "seeds": 5, "steps": 60}}},
             "tables": {"emoji": made_up(names), "tweets": plain},
         },
         "vision": {**made_by, "tables": {"digits": made_up(names)}},
@@ -115,6 +114,18 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
     assert not any(is_told(one) for one in ends), "neither better nor worse, as it says above"
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_has_three_tasks_with_every_arm_and_five_seeds(name: str) -> None:
+    tables = read()[name]["tables"]
+    assert len(tables) >= 3
+    sweeps = {"language": RANKS, "vision": paper_vision.RANKS}
+    swept = {f"{kind}rank {rank}" for kind in ("", "flat ") for rank in sweeps[name]}
+    swept |= {f"sigma {sigma} cosine" for sigma in SIGMAS} | {f"sigma {sigma} constant" for sigma in CONSTANT_SIGMAS}
+    for arms in tables.values():
+        assert arms.keys() >= {*ARMS, *VARIANT_ARMS, *swept}
+        assert {len(arm["difference"]["shifted"]["differences"]) for arm in arms.values()} == {5}
+
+
 def test_the_answer_has_the_means_of_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_results, "read_results", dict)
     first, _, third = answer(found()).splitlines()
@@ -131,8 +142,8 @@ def test_every_section_is_filled_by_the_study_that_it_speaks_of() -> None:
     assert "| here, digits, shifted | 16, rates of 8 |" in text
     assert "| here, tweets, in domain | 16" not in text, "it has no sweep of ranks"
     assert text.count("| flat dora, less dora | +3.00 [+2.75, +3.25] |") == 4
-    assert "| emoji | 4 | 480 | 200 | 300 | tags 299 |" in text
-    assert "`python -m benchmarks.paper_language`: 3 seeds; 2026-11-27" in text
+    assert "| emoji | 4 | 480 | 200 | 300 | tags 299 | 3 | 5 | 60 |" in text
+    assert "`python -m benchmarks.paper_language`: 16 examples a step; 2026-11-27" in text
     assert "| flat dora, less dora | +30.00 [+27.52, +32.48] |" in text, "the rise of the loss, in thousandths"
     assert "| 0.5 | +0.00 [" in text.partition("By rho")[2]
     assert "MiniLM-L6 on tweets, LoRA and Flat-LoRA of seed 0, each as tuned (sigma 0.4)" in text

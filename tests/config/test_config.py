@@ -162,7 +162,8 @@ def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict(others).to_dict()), encoding="utf-8")
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
-    for source in (["--preset", "paper"], ["--config", str(file)], resumed):
+    taken_back = ["--config", str(file), "--sigma", "None", "--sigma_ramp_steps", "None"]
+    for source in (["--preset", "paper"], ["--config", str(file)], resumed, taken_back):
         assert parse_config([*source, "--method", "sam"]).perturb.method == "sam"
         assert parse_config([*source, "--sigma_schedule", "constant"]).perturb.sigma_schedule == "constant"
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "lora"}).to_dict()), encoding="utf-8")

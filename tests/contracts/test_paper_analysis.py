@@ -186,7 +186,9 @@ def smoothed_curvature(y: float, sigma: float) -> float:
 
 @pytest.mark.parametrize("sigma", [0.001, 0.03, *SIGMAS, 3.0, 100.0])
 def test_the_gradient_of_the_smoothed_loss_is_lipschitz_with_the_constant_of_lemma_3_1(sigma: float) -> None:
-    """Lemma 3.1: of an alpha-Lipschitz, beta-smooth loss the mean under Gaussian noise of std sigma is
+    """The toy's closed form, which the next test holds FlatLora to.
+
+    Lemma 3.1: of an alpha-Lipschitz, beta-smooth loss the mean under Gaussian noise of std sigma is
     min(alpha / sigma, beta)-smooth.
 
     beta is attained where the noise is small. Where it is large sqrt(2 / pi) alpha / sigma is, the most that any

@@ -110,25 +110,20 @@ def test_a_trainer_trains_what_the_loop_by_hand_trains(tmp_path: Path) -> None:
     assert not are_equal(case, plain), "nothing was perturbed"
 
 
-def test_the_two_lines_of_the_readme_do_it(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n([^`]*trainer\.add_callback[^`]*)```", readme)
+@pytest.mark.parametrize("page", ["README.md", "docs/in_other_trainers.md"])
+def test_the_lines_of_a_page_make_a_trainer_perturb(page: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n([^`]*FlatLoraCallback[^`]*)```", text)
     case, plain = t5(), t5()
-    names = {"trainer": trainer(case, tmp_path, [])}
+    names: dict[str, Any] = {
+        "Trainer": Trainer,
+        "model": case.model,
+        "data": Questions(),
+        "arguments": arguments_in(tmp_path),
+    }
+    names["trainer"] = trainer(case, tmp_path, [])  # which one page makes itself
     exec(code, names)
     names["trainer"].train()
-    trainer(plain, tmp_path, []).train()
-    assert not are_equal(case, plain), "nothing was perturbed"
-
-
-def test_the_lines_of_the_page_make_a_trainer_that_perturbs(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "in_other_trainers.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n([^`]*FlatLoraCallback[^`]*)```", page)
-    case = t5()
-    names = {"Trainer": Trainer, "model": case.model, "data": Questions(), "arguments": arguments_in(tmp_path)}
-    exec(code, names)
-    names["trainer"].train()
-    plain = t5()
     trainer(plain, tmp_path, []).train()
     assert not are_equal(case, plain), "nothing was perturbed"
 
