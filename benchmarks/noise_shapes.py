@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.paired_draws import evaluator_of, in_words, measured
+from benchmarks.paired_draws import config_of, evaluator_of, in_words, measured
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.compare.losses import UNGROUPED
 from flatlora_diffusion.compare.material import HELDOUT_FOLDER, SAMPLE_ICONS
 from flatlora_diffusion.compare.paired import paired_difference
-from flatlora_diffusion.config import TINY, ModelConfig, TrainConfig, preset_file
+from flatlora_diffusion.config import TINY, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.run_dir import LORA_FILE
@@ -112,18 +112,7 @@ def trained(arm: str, seed: int, args: argparse.Namespace, work: Path) -> Path:
     """The LoRA file of a run."""
     folder = work / f"{arm.replace(' ', '-')}-{seed}-{args.steps}"
     if not (folder / LORA_FILE).is_file():
-        config = (
-            TrainConfig()
-            .updated_from(preset_file("demo"))
-            .replace(
-                pretrained_model_name_or_path=args.base,
-                instance_data_dir=str(args.data),
-                output_dir=str(folder),
-                max_train_steps=args.steps,
-                seed=seed,
-                **SETTINGS,
-            )
-        )
+        config = config_of(args, folder, seed, **SETTINGS)
         state = prepare(config, load_samples(args.data).samples)
         first_weights(state)
         start(state)

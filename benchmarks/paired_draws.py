@@ -83,24 +83,26 @@ def trained(arm: str, seed: int, args: argparse.Namespace, work: Path) -> dict[i
     """The LoRA files of a run by their steps."""
     folder = work / f"{arm}-{seed}-{args.steps}"
     if not (folder / LORA_FILE).is_file():
-        config = (
-            TrainConfig()
-            .updated_from(preset_file("demo"))
-            .replace(
-                pretrained_model_name_or_path=args.base,
-                instance_data_dir=str(args.data),
-                output_dir=str(folder),
-                max_train_steps=args.steps,
-                checkpointing_steps=args.every,
-                resume_from_checkpoint="latest",
-                seed=seed,
-                **SETTINGS,
-                **ARMS[arm],
-            )
-        )
-        train(config)
+        more = {"checkpointing_steps": args.every, "resume_from_checkpoint": "latest"}
+        train(config_of(args, folder, seed, **SETTINGS, **ARMS[arm], **more))
     between = range(args.every, args.steps, args.every)
     return {**{step: folder / f"checkpoint-{step}" / LORA_FILE for step in between}, args.steps: folder / LORA_FILE}
+
+
+def config_of(args: argparse.Namespace, folder: Path, seed: int, **settings: Any) -> TrainConfig:
+    """A run like the demo's on the command's base and icons, with more settings."""
+    return (
+        TrainConfig()
+        .updated_from(preset_file("demo"))
+        .replace(
+            pretrained_model_name_or_path=args.base,
+            instance_data_dir=str(args.data),
+            output_dir=str(folder),
+            max_train_steps=args.steps,
+            seed=seed,
+            **settings,
+        )
+    )
 
 
 def measured(evaluator: LossEvaluator, file: Path) -> dict[str, float]:
