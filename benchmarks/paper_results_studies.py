@@ -44,7 +44,7 @@ def tasks(found: Mapping[str, Any]) -> str:
     rows = []
     for task, seen in found["tasks"].items():
         sizes, how = seen["sizes"], seen["how"]
-        own = ("classes", "train", "validation", "test")
+        own = ("class_count", "train", "validation", "test")
         shifted = ", ".join(f"{name} {count}" for name, count in sizes.items() if name not in own)
         trained = (f"{how[key]}" for key in ("trials", "seeds", "steps"))
         rows.append([task, *(f"{sizes[key]}" for key in own), shifted, *trained])

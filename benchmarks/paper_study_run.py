@@ -105,7 +105,7 @@ def sizes(bench: Bench) -> dict[str, int]:
     """How many classes a task has, and how many examples each split."""
     splits = {"train": bench.train, **bench.tests}
     classes = 1 + max(int(rows.labels.max()) for rows in splits.values())
-    return {"classes": classes, **{name: len(rows.labels) for name, rows in splits.items()}}
+    return {"class_count": classes, **{name: len(rows.labels) for name, rows in splits.items()}}
 
 
 def loss_of(model: Any, data: Rows, most: int) -> Tensor:

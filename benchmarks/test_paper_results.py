@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import paper_results, paper_text_to_image_page
+from benchmarks import paper_results, paper_text_to_image_page, paper_vision
 from benchmarks.paper_results import answer, draw_figure, page, read
-from benchmarks.paper_results_studies import points, pooled, told
+from benchmarks.paper_results_studies import STUDIES, TESTS, points, pooled, told
 from benchmarks.paper_study import _bouts
-from benchmarks.paper_study_arms import ARMS, SWEEPS, VARIANT_ARMS, Arm
+from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, SWEEPS, VARIANT_ARMS, Arm
 from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_variants_page import read_results
 from benchmarks.paper_variants_plan import PAPER
@@ -43,7 +43,7 @@ def made_up(sweeps: list[str]) -> dict[str, Any]:
 def found() -> paper_results.Found:
     made_by = {"batch": 16, "date": "2026-11-27", "device": "a processor", "versions": {"torch": "2.13.0"}}
     names, plain = list(SWEEPS), made_up([])
-    sizes = {"classes": 4, "train": 480, "validation": 200, "test": 300, "tags": 299}
+    sizes = {"class_count": 4, "train": 480, "validation": 200, "test": 300, "tags": 299}
     figures = [
         {"name": name, "rises": {"filter": [{"values": [rise, rise + 0.01]}]}}
         for name, rise in {"LoRA": 0.05, "Flat-LoRA": 0.04}.items()
@@ -107,11 +107,25 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
         f"one ended better, noise on the noised images (`--ip_noise_gamma 0.1`, {interval(better['report'], 1)}"
         in said
     )
-    table = read()["language"]["tables"]["emoji_group"]
-    assert not any(is_told(table["flat"]["difference"][metric]) for metric in ("test", "shifted"))
-    assert f"sigma 0.4 lost {-100 * table['sigma 0.4 cosine']['difference']['test']['mean']:.2f} points" in said
+    language, vision = (read()[name]["tables"] for name in STUDIES)
+    for metric in TESTS:
+        assert points(pooled(language, "flat", metric)) in said
+        assert points(pooled(vision, "flat", metric)) in said
+    assert f"a sigma of 0.4 ends {points(pooled(language, 'sigma 0.4 cosine', 'test'))} from LoRA" in said
     ends = [one["report"] for one in result["pairs"] if one["against"] == "lora"]
     assert not any(is_told(one) for one in ends), "neither better nor worse, as it says above"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_has_three_tasks_with_every_arm_and_five_seeds(name: str) -> None:
+    tables = read()[name]["tables"]
+    assert len(tables) >= 3
+    sweeps = {"language": RANKS, "vision": paper_vision.RANKS}
+    swept = {f"{kind}rank {rank}" for kind in ("", "flat ") for rank in sweeps[name]}
+    swept |= {f"sigma {sigma} cosine" for sigma in SIGMAS} | {f"sigma {sigma} constant" for sigma in CONSTANT_SIGMAS}
+    for arms in tables.values():
+        assert arms.keys() >= {*ARMS, *VARIANT_ARMS, *swept}
+        assert {len(arm["difference"]["shifted"]["differences"]) for arm in arms.values()} == {5}
 
 
 def test_the_answer_has_the_means_of_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
