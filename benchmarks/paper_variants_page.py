@@ -206,8 +206,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
 
 
 def pairs_table(result: Result, without: tuple[str, ...] = ()) -> str:
-    """Every pair of a part in all metrics, by what its group changes where groups have labels."""
-    metrics = {key: words for key, words in METRICS.items() if key not in without}
+    """Every pair of a part in all metrics that were measured, by what its group changes where groups have labels."""
+    measured = {key for pair in result["pairs"] for key in pair if key not in without}
+    metrics = {key: words for key, words in METRICS.items() if key in measured}
     has_labels = any(pair["label"] for pair in result["pairs"])
     rows = []
     for pair in result["pairs"]:

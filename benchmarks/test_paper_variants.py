@@ -233,6 +233,11 @@ def test_the_page_shows_every_part_with_its_numbers(tmp_path: Path) -> None:
     assert "| as tuned | 3 |" in text
     assert "| rank 1 | 3 |" in text
     assert "1.00 (0.90 to 1.10) | 2.0 |" in text  # time and MiB of LoRA
+    first = text.partition("## What is simpler")[2].partition("##")[0]
+    assert "at equal clean loss" in first
+    for pair in results["controls"]["pairs"]:
+        del pair["equal_loss"]
+    assert "at equal clean loss" not in page(results).partition("## What is simpler")[2].partition("##")[0]
     draw_figure(results["map"], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
     assert "Not alike" not in text
