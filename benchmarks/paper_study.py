@@ -67,7 +67,6 @@ def parser_of(about: str | None, tasks: Sequence[str], result: Path, steps: int)
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="lora has to be among them")
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=USUAL_SWEEPS)
-    parser.add_argument("--lr_factor", type=float, default=1.0, help="of all learning rates that are tried")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="of the sweep over them")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each arm")
@@ -91,7 +90,7 @@ def study(options: argparse.Namespace, bench_of: Callable[[str], Bench]) -> None
     tables = runs.result.setdefault("tables", {})
     for number, name in enumerate(options.tasks):
         bench = bench_of(name)
-        how = {key: getattr(options, key) for key in ("trials", "seeds", "steps", "lr_factor")}
+        how = {key: getattr(options, key) for key in ("trials", "seeds", "steps")} | {"lr_factor": bench.lr_factor}
         runs.result.setdefault("tasks", {})[name] = {"how": how, "sizes": sizes(bench)}
         arms = {arm: ARMS[arm] for arm in options.arms}
         if "variants" in options.sweeps:
@@ -123,7 +122,7 @@ def _cost(runs: Runs, task: str, arms: int, options: argparse.Namespace, tasks: 
 
 def _tuned(runs: Runs, bench: Bench, task: str, arm: Arm, options: argparse.Namespace) -> Settings:
     """The settings of the trial with the best validation accuracy; of equals, the lower loss."""
-    rated = [{**choice, "lr": options.lr_factor * choice["lr"]} for choice in arm.grid[: options.trials]]
+    rated = [{**choice, "lr": bench.lr_factor * choice["lr"]} for choice in arm.grid[: options.trials]]
     trials = [Settings(steps=options.steps, **arm.fixed, **choice) for choice in rated]
 
     def quality(settings: Settings) -> tuple[float, float]:

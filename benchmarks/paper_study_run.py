@@ -53,7 +53,8 @@ class Classifier(nn.Module):
 class Bench(Protocol):
     """A task, and what is trained on it. `targets` matches the paths of the layers that are adapted in the encoder.
 
-    The tests are validation, test and, further, the shifted ones.
+    The tests are validation, test and, further, the shifted ones. All learning rates that are tried are multiplied by
+    `lr_factor`, so that the best of each arm lies between those that all arms try.
     """
 
     @property
@@ -64,6 +65,9 @@ class Bench(Protocol):
 
     @property
     def targets(self) -> str: ...
+
+    @property
+    def lr_factor(self) -> float: ...
 
     def model(self) -> Classifier: ...
 

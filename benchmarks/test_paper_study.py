@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -54,6 +55,7 @@ class DotClassifier(Classifier):
 
 
 class DotBench:
+    lr_factor = 1.0
     targets = r"layers\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 
     def __init__(self) -> None:
@@ -147,18 +149,15 @@ def test_a_run_is_named_by_what_is_not_as_usual() -> None:
 
 
 def test_the_trial_with_the_best_validation_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quality = {rate: (0.9 if rate == RATES[2] else 0.5) for rate in RATES}
+    quality = {2 * rate: (0.9 if rate == RATES[2] else 0.5) for rate in RATES}
 
     def made_up(bench: Any, settings: Settings, seed: int, only_validation: bool) -> dict[str, Any]:
         return {"validation": {"accuracy": quality[settings.lr], "loss": 1.0}, "whole_seconds": 0.0}
 
     monkeypatch.setattr(paper_study, "run", made_up)
-    runs, options = (
-        Runs(tmp_path / "result.json"),
-        argparse.Namespace(lr_factor=1.0, steps=1, trials=TRIALS),
-    )
-    bench: Any = None
-    assert paper_study._tuned(runs, bench, "dots", ARMS["lora"], options).lr == RATES[2]
+    runs, options = Runs(tmp_path / "result.json"), argparse.Namespace(steps=1, trials=TRIALS)
+    bench: Any = SimpleNamespace(lr_factor=2.0)
+    assert paper_study._tuned(runs, bench, "dots", ARMS["lora"], options).lr == 2 * RATES[2]
 
 
 def test_all_arms_have_as_many_trials() -> None:
