@@ -8,6 +8,7 @@ controls  what is simpler: half the rate, weight decay, dropout, L2 on the chang
 tuned     LoRA and Flat-LoRA with equal trials, then fresh seeds; rank, number of images and steps from there
 rivals    every rival method and adapter, each with three trials, plain and flat, with seconds and memory of a step
 felt      the same LoRAs on a base of fewer bits or another checkpoint, at other strengths, with a second LoRA
+again     what `felt` found, with fresh seeds and beside two simpler means
 domain    another set of icons as the style
 
 The other checkpoint is `--other_base`: such as the tiny base as it was first trained, which `git worktree add OTHER

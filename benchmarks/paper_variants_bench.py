@@ -167,13 +167,7 @@ class Bench:
             {"step": step, "seconds": round(seconds * step, 2), **self._loss(_ALONG, file)}
             for step, file in files.items()
         ]
-        draws = json.dumps([event["draws"] for event in steps])
-        return {
-            "arm": planned.arm.key,
-            "seed": planned.seed,
-            "draws": hashlib.sha256(draws.encode()).hexdigest()[:16],
-            "points": points,
-        }
+        return {**identity(planned), "points": points}
 
     def _loss(self, names: tuple[str, ...], lora: Path) -> dict[str, float]:
         return {name: found[UNGROUPED] for name, found in self._measures[names].losses(lora).items()}
@@ -233,6 +227,13 @@ def trained(planned: PlannedRun) -> None:
     """Train a run in this process, or what is left of it."""
     if not planned.is_finished:
         train(planned.config.replace(resume_from_checkpoint="latest") if planned.is_begun else planned.config)
+
+
+def identity(planned: PlannedRun) -> Row:
+    """Arm, seed, and the hash of what was drawn in all steps of a run that has ended."""
+    draws = json.dumps([event["draws"] for event in planned.run.steps()])
+    hashed = hashlib.sha256(draws.encode()).hexdigest()[:16]
+    return {"arm": planned.arm.key, "seed": planned.seed, "draws": hashed}
 
 
 def few_images(training: Path, count: int, folder: Path) -> Path:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
-from benchmarks.paper_variants_bench import AFTER, MANY, Bench, trained
-from benchmarks.paper_variants_figures import Result, difference
+from benchmarks.paper_variants_bench import AFTER, MANY, Bench, identity, trained
+from benchmarks.paper_variants_figures import Result, Row, difference
 from benchmarks.paper_variants_plan import Group, Pairs
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator
@@ -27,6 +27,7 @@ from flatlora_diffusion.lora_tools.merging import merge_into
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5)
+STRONGER = 1.5
 Bits = Literal["int8", "fp8", "nf4"]
 
 Felt = dict[str, dict[str, float]]
@@ -57,6 +58,29 @@ def felt_left(bench: Bench, planned: PlannedRun, other_base: Path | None) -> flo
     of_strengths = sum(bench.reported.losses_left(planned.lora, at) for at in STRENGTHS)
     forms = len(get_args(Bits)) + 1 + (other_base is not None)
     return MANY * of_strengths * (1 + forms / len(STRENGTHS))
+
+
+def stressed(bench: Bench, group: Group, base: str) -> list[Row]:
+    """Each run as it is, at the strength `STRONGER`, and on the base in NF4."""
+    in_nf4 = bench.evaluator(AFTER, in_bits(load_sdxl(ModelConfig(base), record.DEVICE, torch.float32), "nf4"))
+    rows = []
+    for planned in bench.planned(group):
+        trained(planned)
+        stronger, nf4 = _losses(bench.reported, planned.lora, STRONGER), _losses(in_nf4, planned.lora, 1.0)
+        row = {
+            **identity(planned),
+            **_losses(bench.reported, planned.lora, 1.0),
+            **{"stronger": stronger["report"], "stronger_flat": stronger["flat"]},
+            **{"nf4": nf4["report"], "nf4_flat": nf4["flat"]},
+        }
+        rows.append(row)
+        print(f"{planned.label}: {row['report']:.5f}, in NF4 {row['nf4']:.5f}", flush=True)
+    return rows
+
+
+def stress_left(bench: Bench, planned: PlannedRun) -> float:
+    """As `felt_left` for `stressed`."""
+    return MANY * 1.5 * sum(bench.reported.losses_left(planned.lora, at) for at in (1.0, STRONGER))
 
 
 @torch.no_grad()

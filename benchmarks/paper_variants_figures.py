@@ -28,6 +28,10 @@ METRICS = {
     "rise": "loss rise",
     "name_found": "names found",
     "style_probability": "3D",
+    "stronger": "held-out, strength 1.5",
+    "stronger_flat": "flat icons, strength 1.5",
+    "nf4": "held-out, base in NF4",
+    "nf4_flat": "flat icons, base in NF4",
 }
 """What is compared in pairs, by its key in a row."""
 
@@ -49,6 +53,8 @@ HEADLINES = (
     Headline("draws", "thin less full draws", "report"),
     Headline("controls", "against the best control", "report"),
     Headline("rivals", "against Bi-LoRA", "report"),
+    Headline("again", "at strength 1.5", "stronger"),
+    Headline("again", "on a base in NF4", "nf4"),
 )
 """All of them, run or not: the intervals are corrected for their number, and it must not depend on what came out."""
 
@@ -123,6 +129,8 @@ def headline_rows(results: Mapping[str, Result]) -> list[Result]:
 
 def _values(one: Row, other: Row, metric: str, base: Mapping[str, float]) -> tuple[float, float] | None:
     if metric == "equal_loss":
+        if "points" not in one:
+            return None
         return at_equal_loss(_walk(one, base), _walk(other, base))
     return (one[metric], other[metric]) if metric in one and metric in other else None
 

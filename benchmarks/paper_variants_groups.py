@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from benchmarks.paper_variants_plan import (
+    AGAIN_PAIRS,
     CELL_KEYS,
     CELLS,
     DRAW_PAIRS,
@@ -34,6 +35,7 @@ def planned_groups(part: str, options: Namespace) -> list[Group]:
         "tuned": [Group({STRONG: "lora"}, fresh), *sweeps("lora", STRONG, options.fresh)],
         "rivals": [*map(trials_of, rival_choices(rate).values()), Group(rival_pairs(likely_rivals(rate)), seeds)],
         "felt": [Group(FELT_PAIRS, seeds)],
+        "again": [Group(AGAIN_PAIRS, fresh)],
         "domain": [Group({**FELT_PAIRS, half(rate): "lora"}, seeds, domain=True)],
     }
     return groups[part]

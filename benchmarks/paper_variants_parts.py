@@ -6,15 +6,18 @@ import argparse
 from collections.abc import Callable, Mapping
 
 from benchmarks.paper_variants_bench import trained
-from benchmarks.paper_variants_felt import felt_by_arm
+from benchmarks.paper_variants_felt import felt_by_arm, stressed
 from benchmarks.paper_variants_figures import Result, chosen_cells, compared
 from benchmarks.paper_variants_plan import (
+    AGAIN_PAIRS,
     CELLS,
     DRAW_PAIRS,
+    EARLY,
     FELT_PAIRS,
     FRESH_SEED,
     FULL,
     IID,
+    NOISED,
     STRONG,
     THIN,
     Group,
@@ -126,6 +129,17 @@ def felt_part(study: Study) -> Result:
     return felt_by_arm(study.bench(group), group, second.lora, study.options.base, study.options.other_base)
 
 
+def again_part(study: Study) -> Result:
+    """What `felt` found, with fresh seeds: seeds that had a part in the finding cannot prove it."""
+    options = study.options
+    group = Group(AGAIN_PAIRS, range(FRESH_SEED, FRESH_SEED + options.fresh))
+    bench = study.bench(group)
+    rows, of_base = stressed(bench, group, options.base), bench.base()
+    pairs = [one for of in (AGAIN_PAIRS, {STRONG: EARLY}, {STRONG: NOISED}) for one in compared(rows, of, of_base)]
+    names = {name: [STRONG, "lora"] for name in ("at strength 1.5", "on a base in NF4")}
+    return {"pairs": pairs, "rows": rows, "headlines": names}
+
+
 def domain_part(study: Study) -> Result:
     pairs = {**FELT_PAIRS, half(study.options.learning_rate): "lora"}
     rows, found = study.compared({"": Group(pairs, range(study.options.seeds), domain=True)})
@@ -139,5 +153,6 @@ PARTS: dict[str, Callable[[Study], Result]] = {
     "tuned": tuned_part,
     "rivals": rivals_part,
     "felt": felt_part,
+    "again": again_part,
     "domain": domain_part,
 }

@@ -65,6 +65,8 @@ FULL = flat(0.8, "constant", perturb_draw="full", perturb_norm_every=1)
 IID = changed(FULL, perturb_noise="iid")
 THIN = flat(0.8, "constant")
 EXAMPLE = changed(THIN, perturb_per="example")
+EARLY = arm("lora", holdout_images=3, holdout_patience=3)
+NOISED = arm("lora", ip_noise_gamma=0.1)
 CELL_KEYS = {(schedule, sigma): flat(sigma, schedule) for schedule in SCHEDULES for sigma in SIGMAS}
 
 
@@ -84,9 +86,9 @@ def controls(rate: float) -> list[str]:
         arm("lora", adam_weight_decay=10),
         arm("lora", delta_weight_decay=3e-5),
         arm("lora", lora_dropout=0.1),
-        arm("lora", ip_noise_gamma=0.1),
+        NOISED,
         arm("lora", use_ema="true", ema_decay=0.98),
-        arm("lora", holdout_images=3, holdout_patience=3),
+        EARLY,
     ]
 
 
@@ -98,6 +100,7 @@ def control_pairs(rate: float) -> dict[str, str]:
 
 DRAW_PAIRS = {IID: "lora", FULL: IID, THIN: FULL, EXAMPLE: THIN}
 FELT_PAIRS = {PAPER: "lora", STRONG: "lora"}
+AGAIN_PAIRS = {STRONG: "lora", EARLY: "lora", NOISED: "lora"}
 
 
 def sweeps(lora: str, flat_lora: str, fresh: int) -> list[Group]:

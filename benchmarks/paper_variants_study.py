@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from benchmarks import record
 from benchmarks.paper_text_to_image import SETTINGS
 from benchmarks.paper_variants_bench import MOST, Bench, Icons, few_images
-from benchmarks.paper_variants_felt import felt_left
+from benchmarks.paper_variants_felt import felt_left, stress_left
 from benchmarks.paper_variants_figures import Result, Row, compared
 from benchmarks.paper_variants_groups import planned_groups
 from benchmarks.paper_variants_icons import icons_3d, icons_of_second_style
@@ -114,8 +114,9 @@ class Study:
             ]
             new = [run for run in runs if run[1].run.folder not in seen]
             seen |= {planned.run.folder for _, planned, _ in runs}
-            if part == "felt":
-                passes = sum(felt_left(bench, planned, self.options.other_base) for bench, planned, _ in runs)
+            if part in ("felt", "again"):
+                left = partial(felt_left, other_base=self.options.other_base) if part == "felt" else stress_left
+                passes = sum(left(bench, planned) for bench, planned, _ in runs)
                 passes += sum(bench.training_left(planned) for bench, planned, _ in new)
             else:
                 passes = sum(bench.left(planned, is_trial) for bench, planned, is_trial in new)

@@ -191,6 +191,10 @@ def test_every_headline_is_found_in_the_result_of_its_part(monkeypatch: pytest.M
         lambda method, count: Group({trials[method]: trials[method]}, [TRIAL_SEED], trial=True),
     )
     monkeypatch.setattr("benchmarks.paper_variants_parts._draw_map", lambda *_: None)
+    monkeypatch.setattr(
+        "benchmarks.paper_variants_parts.stressed",
+        lambda bench, group, base: [row(key, seed, stronger=0.1, nf4=0.1) for key in group.arms for seed in (0, 1)],
+    )
     study = MadeUpStudy("--seeds", "2", "--fresh", "2")
     results = {part: PARTS[part](study) for part in dict.fromkeys(headline.part for headline in HEADLINES)}
     found = headline_rows(results)
@@ -263,6 +267,7 @@ def made_up_results() -> dict[str, Result]:
         "draws": {"Eq. 7 less iid": [FULL, IID], "thin less full draws": [THIN, FULL]},
         "controls": {"against the best control": [STRONG, half(RATE)]},
         "rivals": {"against Bi-LoRA": [STRONG, "bi-lora"]},
+        "again": {"at strength 1.5": [STRONG, "lora"], "on a base in NF4": [STRONG, "lora"]},
         "domain": {"": [STRONG, "lora"]},
     }
     results: dict[str, Result] = {}

@@ -18,7 +18,15 @@ from tiny_random_sdxl import save_icons, save_tiny_random_sdxl
 from benchmarks import paper_variants_bench, paper_variants_study
 from benchmarks.paper_variants import main, parser
 from benchmarks.paper_variants_bench import AFTER, MANY, Bench, Icons, few_images
-from benchmarks.paper_variants_felt import _compared, felt_by_arm, felt_left, in_bits, merged_with
+from benchmarks.paper_variants_felt import (
+    _compared,
+    felt_by_arm,
+    felt_left,
+    in_bits,
+    merged_with,
+    stress_left,
+    stressed,
+)
 from benchmarks.paper_variants_plan import FULL, THIN, Group
 from benchmarks.paper_variants_study import Study
 from flatlora_diffusion.compare.arms import PlannedRun
@@ -161,6 +169,12 @@ def test_a_lora_is_felt_in_each_condition_and_what_is_left_of_that_is_known(
         assert (row["arm"], row["seed"], set(row["felt"])) == (planned.arm.key, 7, strengths | bases)
         assert len({losses["report"] for losses in row["felt"].values()}) == len(row["felt"]), "each of its own"
         assert felt_left(bench, planned, other) == 0
+    for row, stress in zip(found["rows"], stressed(bench, group, str(base)), strict=True):
+        felt = row["felt"]
+        assert (stress["report"], stress["flat"]) == tuple(felt["strength 1"].values())
+        assert (stress["stronger"], stress["stronger_flat"]) == tuple(felt["strength 1.5"].values())
+        assert (stress["nf4"], stress["nf4_flat"]) == tuple(felt["base in nf4"].values())
+    assert all(stress_left(bench, planned) == 0 for planned in runs)
     twice = {name: losses["all"] for name, losses in bench.reported.losses(runs[0].lora, 2.0).items()}
     own = next(row["felt"] for row in found["rows"] if row["arm"] == runs[0].arm.key)
     assert own["with a second LoRA"] == pytest.approx(twice, rel=1e-5), "its own once more"
