@@ -46,10 +46,10 @@ def tasks(found: Mapping[str, Any]) -> str:
         sizes, how = seen["sizes"], seen["how"]
         own = ("class_count", "train", "validation", "test")
         shifted = ", ".join(f"{name} {count}" for name, count in sizes.items() if name not in own)
-        trained = (f"{how[key]}" for key in ("trials", "seeds", "steps"))
+        trained = (f"{how[key]:g}" for key in ("trials", "seeds", "steps", "lr_factor"))
         rows.append([task, *(f"{sizes[key]}" for key in own), shifted, *trained])
     sizes = ["classes", "training", "validation", "test, in domain", "tests, shifted"]
-    return table(["task", *sizes, "trials an arm", "seeds", "steps"], rows)
+    return table(["task", *sizes, "trials an arm", "seeds", "steps", "learning rates times"], rows)
 
 
 def pooled(tables: Tables, arm: str, metric: str, against: str | None = None, of: int = 1) -> dict[str, Any]:

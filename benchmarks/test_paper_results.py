@@ -61,7 +61,7 @@ def found() -> paper_results.Found:
         "surface_language": surface,
         "language": {
             **made_by,
-            "tasks": {"emoji": {"sizes": sizes, "how": {"trials": 3, "seeds": 5, "steps": 60}}},
+            "tasks": {"emoji": {"sizes": sizes, "how": {"trials": 3, "seeds": 5, "steps": 60, "lr_factor": 2.5}}},
             "tables": {"emoji": made_up(names), "tweets": plain},
         },
         "vision": {**made_by, "tables": {"digits": made_up(names)}},
