@@ -46,6 +46,7 @@ from flatlora_diffusion.ground.saved_settings import check_paths, opened
 from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
+DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
 # Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
 _QUIET = {
     **dict.fromkeys(("httpx", "httpx2", "httpcore", "accelerate"), logging.WARNING),
@@ -147,7 +148,7 @@ def _caption(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    _compare(["--preset", "demo", *arguments])
+    _compare(["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, *arguments])
 
 
 def _compare(arguments: list[str]) -> None:

@@ -225,6 +225,7 @@ def _pictures(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, 
     files = [evaluator.pictures(None, seed), *(evaluator.pictures(planned.lora, seed) for planned in runs)]
     return {
         "prompts": list(evaluator.prompts.style),
+        "guidance": evaluator.prompts.guidance,
         "columns": ["Base", *(planned.arm.name for planned in runs)],
         "files": [["/".join(file.parts[-3:]) for file in column] for column in files],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,19 @@ MetricValues = dict[str, float]
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompts in the learned style, prompts that the LoRA should leave alone, and the seeds of the pictures."""
+    """Prompts in the learned style, prompts that the LoRA should leave alone, seeds and guidance of the pictures."""
 
     style: tuple[str, ...]
     unrelated: tuple[str, ...]
     seeds: tuple[int, ...]
+    guidance: float
 
     @property
     def few(self) -> PromptSets:
         """What is drawn along a run."""
-        return PromptSets(self.style[:ALONG_THE_WAY], self.unrelated[:ALONG_THE_WAY], self.seeds[:1])
+        return replace(
+            self, style=self.style[:ALONG_THE_WAY], unrelated=self.unrelated[:ALONG_THE_WAY], seeds=self.seeds[:1]
+        )
 
     def keys(self, prompts: Sequence[str]) -> list[Key]:
         return [(prompt, seed) for prompt in prompts for seed in self.seeds]

@@ -104,7 +104,7 @@ def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], material: Ma
         background,
         any(planned.config.adapter.train_text_encoder for planned in runs),
     )
-    generator = PictureGenerator(sdxl, resolution, folder / "pictures" / identity)
+    generator = PictureGenerator(sdxl, resolution, folder / "pictures" / identity, guidance=material.prompts.guidance)
     training = [_as_seen(sample, background, resolution) for sample in material.sets[TRAIN].samples]
     drawn = [sample for sample in material.sets[HELDOUT].samples if sample.caption in material.prompts.style]
     heldout = {sample.caption: _as_seen(sample, background, resolution) for sample in drawn}
@@ -160,6 +160,7 @@ def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Se
         tuple(dict.fromkeys(style))[:most],
         tuple(dict.fromkeys(unrelated))[:most],
         tuple(range(own.pictures_per_prompt)),
+        own.guidance_scale,
     )
 
 

@@ -20,10 +20,12 @@ Key = tuple[str, int]  # prompt, seed
 
 
 class PictureGenerator:
-    """Draws with `steps`; a file's name is the hash of all that its picture depends on."""
+    """Draws with `steps` and `guidance`; a file's name is the hash of all that its picture depends on."""
 
-    def __init__(self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = STEPS) -> None:
-        self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, GUIDANCE)
+    def __init__(
+        self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = STEPS, guidance: float = GUIDANCE
+    ) -> None:
+        self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, guidance)
         self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
 
     def generate(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> dict[Key, Image.Image]:

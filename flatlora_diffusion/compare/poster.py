@@ -57,7 +57,7 @@ def _strengths(run: PlannedRun, evaluator: RunEvaluator) -> Band:
     images, labels = [], []
     for prompt in _risen(evaluator):
         images += evaluator.at_strengths(run.lora, prompt, STRENGTHS)
-        labels += [f"{_heading(evaluator, prompt)}: 0 (base)", *(f"{at:g}" for at in STRENGTHS[1:])]
+        labels += [f"{_heading(evaluator, prompt)}: 0", *(f"{at:g}" for at in STRENGTHS[1:])]
     return Band([images], ["Strength"], labels, CELL)
 
 
@@ -79,14 +79,14 @@ def _said(
         yield f"prompts such as \N{LEFT DOUBLE QUOTATION MARK}{prompts[0]}\N{RIGHT DOUBLE QUOTATION MARK}"
     if not set(captions).intersection(prompts):
         yield "none of these was trained on"
-    yield f"same seed and settings, {run.steps} steps"
+    yield f"same seed and settings, {run.steps} steps, guidance {evaluator.prompts.guidance:g}"
     for shown, of, what in (
         (len(prompts), len(evaluator.prompts.style), "prompts"),
         (min(len(evaluator.training), MOST_THUMBNAILS), len(evaluator.training), "training images"),
     ):
         if shown < of:
             yield f"{shown} of {of} {what}"
-    yield f"the last row is {run.arm.name} at other strengths"
+    yield f"the last row is {run.arm.name} at other strengths, 0 is the base"
 
 
 def _read(file: Path) -> Image.Image:

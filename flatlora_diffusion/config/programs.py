@@ -17,6 +17,7 @@ QUIET_VARIABLE = "FLATLORA_QUIET"  # in the environment of a program: it logs wa
 _LORA_FILE = "LoRA file in any layout, or the folder of a run"
 _LORA_BASE = "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
 _WHOLE_BASE = "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`"
+_GUIDANCE = "classifier-free guidance; 1 or less is none"
 _NEW_DTYPE = "precision of what is written; default: the old one's"
 _OVERWRITE = "replace what is there"
 
@@ -42,7 +43,7 @@ class GenerateConfig(Section):
         False, "add the LoRA to the weights instead of running it beside them; the same images up to rounding"
     )
     num_inference_steps: int = setting(25, "denoising steps", min=1, max=1000)
-    guidance_scale: float = setting(5.0, "classifier-free guidance; 1 or less is none", min=0, max=100)
+    guidance_scale: float = setting(5.0, _GUIDANCE, min=0, max=100)
     guidance_rescale: float | None = setting(
         None,
         "how far guidance is brought back to the prediction's std (arXiv:2305.08891); default: 0.7 for a base with "
@@ -212,6 +213,7 @@ class CompareConfig(Section):
     )
     num_prompts: int = setting(8, "prompts of each kind that are drawn", min=1, max=1000)
     pictures_per_prompt: int = setting(2, "seeds of each picture; diversity needs two", min=1, max=1000)
+    guidance_scale: float = setting(5.0, f"{_GUIDANCE}; less shows more of a style", min=0, max=100)
     encoders: tuple[str, ...] = setting(
         ("judge",), "judge (icons only), or CLIP and DINOv2 models: folders or hub ids, for similarity and drift"
     )

@@ -121,7 +121,7 @@ def icons_config(**more: Any) -> TrainConfig:
 
 
 def test_the_sample_icons_bring_their_own_heldout_images_and_prompts(tmp_path: Path) -> None:
-    material = read_material(icons_config(), CompareConfig(num_prompts=3, pictures_per_prompt=2))
+    material = read_material(icons_config(), CompareConfig(num_prompts=3, pictures_per_prompt=2, guidance_scale=3))
     assert (len(material.sets[TRAIN].samples), len(material.sets[HELDOUT].samples)) == (23, 64)
     assert set(material.sets[HELDOUT].groups) >= {"animals and plants", "food and drink"}
     flat = material.sets[FORGETTING]
@@ -129,6 +129,7 @@ def test_the_sample_icons_bring_their_own_heldout_images_and_prompts(tmp_path: P
     assert all("flat icon" in sample.caption for sample in flat.samples)
     assert material.prompts.style[0] == "a TOK icon of a peach, in the style of TOK"
     assert (len(material.prompts.style), len(material.prompts.unrelated)) == (3, 3)
+    assert material.prompts.guidance == material.prompts.few.guidance == 3
     (tmp_path / "own.txt").write_text("a cow\n\na fox\na cow\n", encoding="utf-8")
     own = CompareConfig(num_prompts=3, unrelated_prompts_file=str(tmp_path / "own.txt"))
     assert read_material(icons_config(), own).prompts.unrelated == ("a cow", "a fox")

@@ -69,12 +69,14 @@ def test_a_stop_loses_no_picture_that_is_drawn(sdxl: Sdxl, tmp_path: Path, monke
     assert generator.left(None, KEYS) == 2
 
 
-def test_lora_steps_and_base_have_files_of_their_own(sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
+def test_lora_steps_guidance_and_base_have_files_of_their_own(sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
     generator, longer = PictureGenerator(sdxl, 32, tmp_path, steps=1), PictureGenerator(sdxl, 32, tmp_path, steps=2)
-    names = {generator.files(None, KEYS)[0], generator.files(lora, KEYS)[0], longer.files(None, KEYS)[0]}
-    assert len(names) == 3
+    guided = PictureGenerator(sdxl, 32, tmp_path, steps=1, guidance=2.5)
+    names = {generator.files(lora, KEYS)[0], *(one.files(None, KEYS)[0] for one in (generator, longer, guided))}
+    assert len(names) == 4
     before = generator.generate(None, KEYS[:1])[KEYS[0]]
     assert not _equal(before, generator.generate(lora, KEYS[:1])[KEYS[0]])
+    assert not _equal(before, guided.generate(None, KEYS[:1])[KEYS[0]])
     with torch.no_grad():
         sdxl.unet.conv_in.weight.add_(0.1)
     assert PictureGenerator(sdxl, 32, tmp_path, steps=1).files(None, KEYS)[0] not in names, "another base"

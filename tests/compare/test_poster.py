@@ -35,7 +35,7 @@ class Drawn:
     def __init__(
         self, folder: Path, prompts: Sequence[str], real: Sequence[str] = (), names: Mapping[str, str] | None = None
     ) -> None:
-        self.prompts = PromptSets(tuple(prompts), (), (0,))
+        self.prompts = PromptSets(tuple(prompts), (), (0,), 2.5)
         self.training = [square(TRAINED)] * 23
         self.heldout = {prompt: square(REAL) for prompt in real}
         self.names = names or {}
@@ -127,10 +127,10 @@ def test_things_are_named_where_their_names_are_known_and_the_caption_has_a_whol
     poster(RUNS, Drawn(tmp_path, PROMPTS, names={PROMPTS[0]: "peach"}), PROMPTS[8:])  # type: ignore[arg-type]
     (_, models, strengths), caption = written
     assert list(models.column_labels[:2]) == ["peach", PROMPTS[1]]
-    assert list(strengths.column_labels[:4]) == ["peach: 0 (base)", "0.5", "1", "1.5"]
+    assert list(strengths.column_labels[:4]) == ["peach: 0", "0.5", "1", "1.5"]
     assert PROMPTS[0] in caption
     assert "none of these was trained on" in caption
-    assert "150 steps" in caption
+    assert "150 steps, guidance 2.5" in caption
     assert "8 of 9 prompts" in caption
     assert "LoRA at other strengths" in caption
 
