@@ -127,9 +127,10 @@ def _map(result: Result) -> str:
         ]
         for sigma in SIGMAS
     ]
+    seeds = found[SCHEDULES[0], SIGMAS[0]]["report"]["n"]
     text = (
-        f"Each cell with {found[SCHEDULES[0], SIGMAS[0]]['report']['n']} seed(s), less LoRA of the same: held-out at "
-        f"the end / at the chosen checkpoint / clean train, {UNIT}.\n\n{table(['sigma', *SCHEDULES], rows)}\n\n"
+        f"Each cell with {'one seed' if seeds == 1 else f'{seeds} seeds'}, less LoRA of the same: held-out at the "
+        f"end / at the chosen checkpoint / clean train, {UNIT}.\n\n{table(['sigma', *SCHEDULES], rows)}\n\n"
         "The cells that end best on the search icons, and the paper's, with seeds of their own:\n\n"
     )
     picture = FOLDER / MAP_PICTURE
