@@ -16,7 +16,7 @@ from benchmarks.paper_study import _bouts
 from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, SWEEPS, VARIANT_ARMS, Arm
 from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_variants_page import read_results
-from benchmarks.paper_variants_plan import PAPER
+from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG
 from benchmarks.paper_words import MINUS, SCALE, interval, is_told
 from flatlora_diffusion.compare.paired import CONFIDENCE, paired_difference
 
@@ -107,6 +107,13 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
         f"one ended better, noise on the noised images (`--ip_noise_gamma 0.1`, {interval(better['report'], 1)}"
         in said
     )
+    again = {(pair["arm"], pair["against"]): pair for pair in read_results()["again"]["pairs"]}
+    fresh = again[STRONG, "lora"]
+    assert len(fresh["seeds"]) == 10
+    for metric in ("stronger", "nf4"):
+        assert not is_told(fresh[metric])
+    assert f"no difference ({interval(fresh['stronger'], 1)} and {interval(fresh['nf4'], 1)})" in said
+    assert f"with ten fresh seeds {interval(again[NOISED, 'lora']['report'], 1)})" in said
     language, vision = (read()[name]["tables"] for name in STUDIES)
     for metric in TESTS:
         assert points(pooled(language, "flat", metric)) in said
