@@ -2,9 +2,9 @@
 
 Trains plain LoRAs of variations of the demo's settings and measures them every 150 steps, drawn at the usual guidance
 and at half of it: chosen on the LoRA arm alone, so that the demo does not favour Flat-LoRA, and on 48 icons of things
-that are neither among the training images nor among the 64 published held-out ones. Those then report the best row, as
-they chose nothing. Where the learning rate falls to 0, only the end is measured. Nothing is done twice; a stopped run
-goes on.
+that are neither among the training images nor among the 64 published held-out ones. The 64 then report the best row,
+since they chose nothing. Where the learning rate falls to 0, only the end is measured. Nothing is done twice; a
+stopped run goes on.
 
 Prints a table, the best first, and writes it and a sheet of pictures per row to FOLDER/base-HASH, without --only also
 benchmarks/demo_preset.json. Needs the 3D icons that `samples.icons_3d.build` fetches. About 4 minutes per variation on
@@ -187,7 +187,7 @@ def rows(name: str, variation: Variation, measure: Measure, work: Path) -> list[
     print(f"{name}: trained in {time.perf_counter() - began:.0f} s", flush=True)
     found = []
     for (step, file), guidance in product(files.items(), GUIDANCES):
-        base = measure(None, f"base, {variation.caption.format('X')}", guidance)
+        base = measure(None, base_name(variation), guidance)
         values = measure(file, f"{name}, {step}", guidance)
         row = {
             "variation": name,
@@ -209,9 +209,14 @@ def reported(sdxl: Sdxl, row: Mapping[str, Any], work: Path) -> dict[str, Any]:
     variation = VARIATIONS[row["variation"]]
     measure = Measure(sdxl, SAMPLE_ICONS / HELDOUT_FOLDER, variation, work / "reported")
     file = trained(variation, work / folder_of(row["variation"]))[row["steps"]]
-    named = {"base": (None, "base"), "LoRA": (file, f"{row['variation']}, {row['steps']}")}
+    named = {"base": (None, base_name(variation)), "LoRA": (file, f"{row['variation']}, {row['steps']}")}
     found = {name: measure(*of, row["guidance"]) for name, of in named.items()}
     return {key: row[key] for key in ("variation", "steps", "guidance")} | found
+
+
+def base_name(variation: Variation) -> str:
+    """What the base is called where it is measured: its figures depend on the captions."""
+    return f"base, {variation.caption.format('X')}"
 
 
 def folder_of(name: str) -> str:

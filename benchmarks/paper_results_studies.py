@@ -49,7 +49,7 @@ def tasks(found: Mapping[str, Any]) -> str:
         trained = (f"{how[key]:g}" for key in ("trials", "seeds", "steps", "lr_factor"))
         rows.append([task, *(f"{sizes[key]}" for key in own), shifted, *trained])
     sizes = ["classes", "training", "validation", "test, in domain", "tests, shifted"]
-    return table(["task", *sizes, "trials an arm", "seeds", "steps", "learning rates times"], rows)
+    return table(["task", *sizes, "trials an arm", "seeds", "steps", "rates multiplied by"], rows)
 
 
 def pooled(tables: Tables, arm: str, metric: str, against: str | None = None, of: int = 1) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Bench(Protocol):
     """A task, and what is trained on it. `targets` matches the paths of the layers that are adapted in the encoder.
 
     The tests are validation, test and, further, the shifted ones. All learning rates that are tried are multiplied by
-    `lr_factor`, so that the best of each arm lies between those that all arms try.
+    `lr_factor`, so that LoRA's best is one that all arms try.
     """
 
     @property

@@ -129,7 +129,7 @@ def headline_rows(results: Mapping[str, Result]) -> list[Result]:
 
 def _values(one: Row, other: Row, metric: str, base: Mapping[str, float]) -> tuple[float, float] | None:
     if metric == "equal_loss":
-        if "points" not in one:
+        if not ("points" in one and "points" in other):
             return None
         return at_equal_loss(_walk(one, base), _walk(other, base))
     return (one[metric], other[metric]) if metric in one and metric in other else None

@@ -112,8 +112,12 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
     assert len(fresh["seeds"]) == 10
     for metric in ("stronger", "nf4"):
         assert not is_told(fresh[metric])
-    assert f"no difference ({interval(fresh['stronger'], 1)} and {interval(fresh['nf4'], 1)})" in said
+    assert f"no difference in held-out loss ({interval(fresh['stronger'], 1)} and {interval(fresh['nf4'], 1)})" in said
     assert f"with ten fresh seeds {interval(again[NOISED, 'lora']['report'], 1)})" in said
+    style = {pair["arm"]: pair["report"] for pair in read_results()["domain"]["pairs"]}
+    assert f"sigma 0.1 ended {interval(style[PAPER], 1)} from LoRA and sigma 0.4 {interval(style[STRONG], 1)}." in said
+    at_equal_loss = [*cells, *read_results()["domain"]["pairs"]]
+    assert any(is_told(one["equal_loss"]) and one["equal_loss"]["high"] < 0 for one in at_equal_loss)
     noised = [*better["report"]["differences"], *again[NOISED, "lora"]["report"]["differences"]]
     assert len(noised) == 15
     assert max(noised) < 0
@@ -151,6 +155,7 @@ def test_the_answer_has_the_means_of_all_tasks(monkeypatch: pytest.MonkeyPatch) 
 def test_every_section_is_filled_by_the_study_that_it_speaks_of() -> None:
     text = page(found())
     assert text.count("Not run yet") == 2  # memory, and the icons
+    assert "| 3 | 5 | 60 | 2.5 |" in text
     assert "| here, emoji, in domain | 8 | 80.00 | 81.00 | +1.00 [+0.75, +1.25] |" in text
     assert "| here, digits, shifted | 16, rates of 8 |" in text
     assert "| here, tweets, in domain | 16" not in text, "it has no sweep of ranks"

@@ -119,15 +119,18 @@ def test_usage_names_the_command_as_one_types_it(capsys: pytest.CaptureFixture[s
 
 
 def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[TrainConfig] = []
+    asked: list[tuple[TrainConfig, CompareConfig]] = []
 
     def compare(config: TrainConfig, own: CompareConfig) -> Path:
-        asked.append(config)
+        asked.append((config, own))
         raise RunError("enough")
 
     monkeypatch.setattr(comparison, "compare", compare)
     assert main(["demo", "--max_train_steps", "7"]) == 1
-    assert (asked[0].optim.max_train_steps, asked[0].run.output_dir) == (7, "outputs/demo")
+    assert main(["demo", "--guidance_scale", "4"]) == 1
+    (config, own), (_, given) = asked
+    assert (config.optim.max_train_steps, config.run.output_dir) == (7, "outputs/demo")
+    assert (own.guidance_scale, given.guidance_scale) == (2.5, 4)
 
 
 def test_the_app_is_ours_and_says_what_it_lacks(

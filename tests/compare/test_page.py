@@ -117,7 +117,7 @@ def empty(result: dict[str, Any]) -> dict[str, Any]:
 
 def test_first_screen_has_verdict_interval_and_pictures(page: Page) -> None:
     top = page.text[""]
-    assert all(part in top for part in made_up_comparison()["verdict"].split(": "))
+    assert made_up_comparison()["verdict"] in " ".join(top.split())
     assert "\N{MINUS SIGN}0.00313 [\N{MINUS SIGN}0.00380, \N{MINUS SIGN}0.00246]" in top
     assert "3 of 3 checks of equal conditions hold" in top
     assert all(prompt in top for prompt in PROMPTS)
@@ -247,7 +247,7 @@ def test_what_is_empty_is_not_shown(key: str, gone: set[str], tmp_path: Path) ->
 def test_nothing_but_a_verdict_is_a_page(tmp_path: Path) -> None:
     page = written(empty(made_up_comparison()), tmp_path)
     assert page.all_of("section") == []
-    assert all(part in page.text[""] for part in made_up_comparison()["verdict"].split(": "))
+    assert made_up_comparison()["verdict"] in " ".join(page.text[""].split())
 
 
 def test_one_arm_alone_has_no_differences(tmp_path: Path) -> None:
