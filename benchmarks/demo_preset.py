@@ -14,12 +14,9 @@ one quiet core.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,11 +24,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.demo_preset_variations import EVERY, VARIATIONS, Variation, recaption, recaptioned, training_icons
 from flatlora_diffusion.compare.evaluator import HELDOUT, names_of
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
 from flatlora_diffusion.compare.material import SAMPLE_ICONS
 from flatlora_diffusion.config import SAMPLES, ModelConfig, TrainConfig, preset_file
-from flatlora_diffusion.data.dataset import Sample, load_samples
+from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.metrics import judge_metrics
@@ -49,51 +47,12 @@ from samples.icons_3d.build import KNOWN, named_words, split, take, write_evalua
 from samples.tiny_sdxl.recipe.icons import Concept, choose_concepts, load_concepts
 from samples.tiny_sdxl.recipe.quality import contact_sheet
 
-STEPS, EVERY = 450, 150
 GUIDANCES = (5.0, 2.5)
 CHOICE, DRAWS = 48, 2  # icons, and (noise, timestep) pairs of each
 TOLD = 0.05  # of a mean probability for 3D: no finer than its standard error
 BATCH = 24  # pictures drawn at once
 # What is wanted: the judge's probability for 3D, names found against the base's, held-out loss against the base's.
 STYLE, NAMES, LOSS = 0.6, -0.05, 0.95
-CAPTION = "a TOK icon of {}, in the style of TOK"
-
-
-@dataclass(frozen=True)
-class Variation:
-    """Settings other than the demo's, how an icon is captioned, and when it ends."""
-
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    caption: str = CAPTION
-    steps: int = STEPS
-
-    @property
-    def measured_steps(self) -> list[int]:
-        ends_at_0 = self.changes.get("lr_scheduler") == "cosine"
-        return [self.steps] if ends_at_0 else [*range(EVERY, self.steps, EVERY), self.steps]
-
-
-ATTENTION = {"lora_target_modules": "attn", "rank": 8, "learning_rate": 1e-3, "lr_scheduler": "constant"}
-CONV = {**ATTENTION, "lora_target_modules": "conv", "rank": 16}
-COSINE = {**CONV, "lr_scheduler": "cosine", "lr_warmup_steps": 0}
-VARIATIONS = {
-    "attn rank 8": Variation(ATTENTION),
-    "attn+ff rank 16": Variation({**ATTENTION, "lora_target_modules": "attn+ff", "rank": 16}),
-    "conv rank 16": Variation(CONV),
-    "conv rank 16 alpha 24": Variation({**CONV, "lora_alpha": 24}),
-    "conv rank 16 alpha 32": Variation({**CONV, "lora_alpha": 32}),
-    "conv rank 16 debiased": Variation({**CONV, "debiased_estimation": True}),
-    "conv rank 16 noisiest": Variation({**CONV, "min_timestep": 300}),
-    "conv rank 32 lr 5e-4": Variation({**CONV, "rank": 32, "learning_rate": 5e-4}),
-    "text encoders": Variation({**ATTENTION, "train_text_encoder": True, "text_encoder_lr": 5e-4}),
-    "conv rank 16 cosine": Variation(COSINE, steps=150),
-    "conv rank 16 cosine longer": Variation(COSINE, steps=300),
-    "conv rank 16 cosine longest": Variation(COSINE, steps=450),
-    "cosine lr 2e-3": Variation({**COSINE, "learning_rate": 2e-3}, steps=300),
-    "cosine lr 5e-4": Variation({**COSINE, "learning_rate": 5e-4}, steps=300),
-    "cosine, captions as the base's": Variation(COSINE, "a flat icon of {}, in the style of TOK", 300),
-    "cosine, short captions": Variation(COSINE, "{} TOK", 300),
-}
 
 
 def main() -> None:
@@ -183,11 +142,11 @@ class Measure:
 def rows(name: str, variation: Variation, measure: Measure, work: Path) -> list[dict[str, Any]]:
     """What a variation measured at its steps and at each guidance, trained first if it is not yet."""
     began = time.perf_counter()
-    files = trained(variation, work / folder_of(name))
+    files = trained(variation, work / variation.folder(name))
     print(f"{name}: trained in {time.perf_counter() - began:.0f} s", flush=True)
     found = []
     for (step, file), guidance in product(files.items(), GUIDANCES):
-        base = measure(None, base_name(variation), guidance)
+        base = measure(None, variation.base_name, guidance)
         values = measure(file, f"{name}, {step}", guidance)
         row = {
             "variation": name,
@@ -208,20 +167,10 @@ def reported(sdxl: Sdxl, row: Mapping[str, Any], work: Path) -> dict[str, Any]:
     """The best row's LoRA and the base on the icons that chose nothing."""
     variation = VARIATIONS[row["variation"]]
     measure = Measure(sdxl, SAMPLE_ICONS / HELDOUT_FOLDER, variation, work / "reported")
-    file = trained(variation, work / folder_of(row["variation"]))[row["steps"]]
-    named = {"base": (None, base_name(variation)), "LoRA": (file, f"{row['variation']}, {row['steps']}")}
+    file = trained(variation, work / variation.folder(row["variation"]))[row["steps"]]
+    named = {"base": (None, variation.base_name), "LoRA": (file, f"{row['variation']}, {row['steps']}")}
     found = {name: measure(*of, row["guidance"]) for name, of in named.items()}
     return {key: row[key] for key in ("variation", "steps", "guidance")} | found
-
-
-def base_name(variation: Variation) -> str:
-    """What the base is called where it is measured: its figures depend on the captions."""
-    return f"base, {variation.caption.format('X')}"
-
-
-def folder_of(name: str) -> str:
-    """The run's folder of a variation."""
-    return f"{name.replace(' ', '_')}-{VARIATIONS[name].steps}"
 
 
 def trained(variation: Variation, folder: Path) -> dict[int, Path]:
@@ -242,28 +191,6 @@ def trained(variation: Variation, folder: Path) -> dict[int, Path]:
         step: folder / LORA_FILE if step == steps else folder / f"checkpoint-{step}" / LORA_FILE
         for step in variation.measured_steps
     }
-
-
-def training_icons(variation: Variation, folder: Path) -> Path:
-    """The sample's training icons, captioned as the variation says."""
-    if variation.caption == CAPTION:
-        return SAMPLE_ICONS
-    folder.mkdir(parents=True, exist_ok=True)
-    for image in SAMPLE_ICONS.glob("*.png"):
-        shutil.copy(image, folder)
-        text = recaption(image.with_suffix(".txt").read_text(encoding="utf-8").strip(), variation.caption)
-        (folder / f"{image.stem}.txt").write_text(text, encoding="utf-8")
-    return folder
-
-
-def recaptioned(sample: Sample, pattern: str) -> Sample:
-    return dataclasses.replace(sample, caption=recaption(sample.caption, pattern))
-
-
-def recaption(caption: str, pattern: str) -> str:
-    """A caption in the sample's own grammar in another one."""
-    before, after = CAPTION.split("{}")
-    return pattern.format(caption.removeprefix(before).removesuffix(after))
 
 
 def seconds_per_step(lora: Path) -> float:

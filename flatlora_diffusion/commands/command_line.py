@@ -47,6 +47,7 @@ from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
 DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
+
 # Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
 _QUIET = {
     **dict.fromkeys(("httpx", "httpx2", "httpcore", "accelerate"), logging.WARNING),

@@ -213,7 +213,7 @@ class CompareConfig(Section):
     )
     num_prompts: int = setting(8, "prompts of each kind that are drawn", min=1, max=1000)
     pictures_per_prompt: int = setting(2, "seeds of each picture; diversity needs two", min=1, max=1000)
-    guidance_scale: float = setting(5.0, f"{_GUIDANCE}; less shows more of a style", min=0, max=100)
+    guidance_scale: float = setting(5.0, _GUIDANCE, min=0, max=100)
     encoders: tuple[str, ...] = setting(
         ("judge",), "judge (icons only), or CLIP and DINOv2 models: folders or hub ids, for similarity and drift"
     )
