@@ -132,7 +132,7 @@ def test_things_are_named_where_their_names_are_known_and_the_caption_has_a_whol
     assert "none of these was trained on" in caption
     assert "150 steps, guidance 2.5" in caption
     assert "8 of 9 prompts" in caption
-    assert "LoRA at other strengths" in caption
+    assert "LoRA at other strengths, 0 is the base" in caption
 
 
 def test_prompts_that_were_trained_on_are_not_called_new_and_left_out_images_are_counted(
