@@ -1,12 +1,14 @@
 """Where does flatness pay? Strong and early noise on the tiny base, against rivals and simpler controls.
 
-    python -m benchmarks.paper_variants --work FOLDER --parts map draws tuned rivals
+    python -m benchmarks.paper_variants --work FOLDER --parts map draws tuned methods
 
 map       sigma and schedule of eps, a checkpoint every 50 steps; the best cells again with seeds of their own
 draws     Eq. 7 against iid noise, thin against full draws, one eps for a batch against one for each example
 controls  what is simpler: half the rate, weight decay, dropout, L2 on the change, noise in the input, EMA, stopping
-tuned     LoRA and Flat-LoRA with equal trials, then fresh seeds; rank, number of images and steps from there
-rivals    every rival method and adapter, each with three trials, plain and flat, with seconds and memory of a step
+tuned     LoRA and Flat-LoRA with equal trials, then fresh seeds
+sizes     the two so tuned at other ranks, numbers of images and of steps
+methods   every rival method, each with three trials of its strength, with seconds and memory of a step
+adapters  every rival adapter and optimizer, each with three trials of its learning rate, plain and flat; the same
 felt      the same LoRAs on a base of fewer bits or another checkpoint, at other strengths, with a second LoRA
 again     what `felt` found, with fresh seeds and beside two simpler means
 domain    another set of icons as the style
@@ -18,7 +20,7 @@ Settings, cells and checkpoints are chosen on the icons `search`, what is publis
 share no icon. First it prints how long it will take: about 9 core-hours where 300 steps of Flat-LoRA take a minute of
 a core. Nothing is trained or measured twice: the same command goes on after a stop. Each part writes
 benchmarks/paper_variants_PART.json, of which `python -m benchmarks.paper_variants_page` makes docs/variants.md. Needs
-npm and the `recipe` extra for the icons, and Optuna for `tuned`.
+npm and the `recipe` extra for the icons, and Optuna for `tuned` and `sizes`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import torch
 from benchmarks import record
 from benchmarks.paper_variants_parts import PARTS
 from benchmarks.paper_variants_study import Study
-from benchmarks.paper_variants_tuned import check_optuna
+from benchmarks.paper_variants_tuned import NEED_OPTUNA, check_optuna
 from flatlora_diffusion.config import TINY
 
 FOLDER = Path(__file__).parent
@@ -41,7 +43,7 @@ FOLDER = Path(__file__).parent
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    if "tuned" in options.parts:
+    if NEED_OPTUNA & set(options.parts):
         check_optuna()
     logging.disable(logging.WARNING)  # of every file that is loaded the same
     torch.set_num_threads(options.threads)

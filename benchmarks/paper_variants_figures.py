@@ -52,7 +52,7 @@ HEADLINES = (
     Headline("draws", "Eq. 7 less iid", "report"),
     Headline("draws", "thin less full draws", "report"),
     Headline("controls", "against the best control", "report"),
-    Headline("rivals", "against Bi-LoRA", "report"),
+    Headline("methods", "against Bi-LoRA", "report"),
     Headline("again", "at strength 1.5", "stronger"),
     Headline("again", "on a base in NF4", "nf4"),
 )

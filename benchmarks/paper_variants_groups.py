@@ -20,20 +20,30 @@ from benchmarks.paper_variants_plan import (
     map_group,
     sweeps,
 )
-from benchmarks.paper_variants_rivals import likely_rivals, rival_choices, rival_pairs, trials_of
+from benchmarks.paper_variants_rivals import (
+    adapter_choices,
+    adapter_pairs,
+    likely,
+    method_choices,
+    method_pairs,
+    trials_of,
+)
 
 
 def planned_groups(part: str, options: Namespace) -> list[Group]:
     """The groups of a part but for the trials of `tuned`; likely arms stand for those that it will choose."""
     rate, seeds = options.learning_rate, range(options.seeds)
     fresh = range(FRESH_SEED, FRESH_SEED + options.fresh)
-    likely = dict.fromkeys(list(dict.fromkeys((PAPER, STRONG, *CELL_KEYS.values())))[:CELLS], "lora")
+    cells = dict.fromkeys(list(dict.fromkeys((PAPER, STRONG, *CELL_KEYS.values())))[:CELLS], "lora")
+    methods, adapters = method_choices(rate), adapter_choices(rate)
     groups = {
-        "map": [map_group(options), Group(likely, seeds)],
+        "map": [map_group(options), Group(cells, seeds)],
         "draws": [Group(DRAW_PAIRS, seeds)],
         "controls": [Group(control_pairs(rate), seeds), trials_of(controls(rate))],
-        "tuned": [Group({STRONG: "lora"}, fresh), *sweeps("lora", STRONG, options.fresh)],
-        "rivals": [*map(trials_of, rival_choices(rate).values()), Group(rival_pairs(likely_rivals(rate)), seeds)],
+        "tuned": [Group({STRONG: "lora"}, fresh)],
+        "sizes": sweeps("lora", STRONG, options.fresh),
+        "methods": [*map(trials_of, methods.values()), Group(method_pairs(likely(methods)), seeds)],
+        "adapters": [*map(trials_of, adapters.values()), Group(adapter_pairs(likely(adapters)), seeds)],
         "felt": [Group(FELT_PAIRS, seeds)],
         "again": [Group(AGAIN_PAIRS, fresh)],
         "domain": [Group({**FELT_PAIRS, half(rate): "lora"}, seeds, domain=True)],

@@ -153,8 +153,23 @@ def _tuned(result: Result) -> str:
         rows = [[_name(trial["arm"]), f"{trial['search']:.5f}"] for trial in best]
         head = f"{len(trials)} trials of {parse_arm(method).name}, the best:"
         parts.append(f"{head}\n\n{table(['settings', 'search icons, at the end'], rows)}")
-    found = "The best Flat-LoRA less the best LoRA with fresh seeds, and both changed alike from there:"
+    found = "The best Flat-LoRA less the best LoRA with fresh seeds:"
     return "\n\n".join([*parts, f"{found}\n\n{pairs_table(result)}"])
+
+
+def _sizes(result: Result) -> str:
+    return f"The two that were tuned, both changed alike, Flat-LoRA less LoRA:\n\n{pairs_table(result)}"
+
+
+def _methods(result: Result) -> str:
+    return f"Each chose one of three strengths on the search icons, LoRA one of three rates. {_rivals(result)}"
+
+
+def _adapters(result: Result) -> str:
+    return (
+        "Each adapter or optimizer chose one of three learning rates on the search icons. They are compared with "
+        f"LoRA; then each flat, with Flat-LoRA's sigma, with itself plain. {_rivals(result)}"
+    )
 
 
 def _rivals(result: Result) -> str:
@@ -169,9 +184,7 @@ def _rivals(result: Result) -> str:
     ]
     columns = ["arm", "time / LoRA's", "peak MiB of a step", "held-out, end", "chosen", "clean train", "flat icons"]
     return (
-        "Each chose one of three settings on the search icons: a method its strength, an adapter or optimizer its "
-        "learning rate. They are compared with LoRA; then each adapter flat, with Flat-LoRA's sigma, with itself "
-        f"plain.\n\n{pairs_table(result)}\n\nThe time of a step is the median of its ratio to one of "
+        f"The differences:\n\n{pairs_table(result)}\n\nThe time of a step is the median of its ratio to one of "
         "LoRA, taken in turns, with quartiles; memory is what a step holds beyond what is there between steps:\n\n"
         + table(columns, rows)
     )
@@ -207,7 +220,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "draws": ("What the noise is made of", _draws),
     "controls": ("What is simpler", lambda result: pairs_table(result)),
     "tuned": ("Both tuned", _tuned),
-    "rivals": ("Rivals", _rivals),
+    "sizes": ("Where it pays most", _sizes),
+    "methods": ("Rival methods", _methods),
+    "adapters": ("Rival adapters", _adapters),
     "felt": ("What a user feels", _felt),
     "again": ("The same with fresh seeds", _again),
     "domain": ("Another style", _domain),
@@ -221,7 +236,7 @@ def pairs_table(result: Result, without: tuple[str, ...] = ()) -> str:
     has_labels = any(pair["label"] for pair in result["pairs"])
     rows = []
     for pair in result["pairs"]:
-        names = [pair["label"] or "as tuned"] if has_labels else [_name(pair["arm"]), _name(pair["against"])]
+        names = [pair["label"]] if has_labels else [_name(pair["arm"]), _name(pair["against"])]
         cells = [_cell(pair[key], key) if key in pair else "" for key in metrics]
         rows.append([*names, f"{len(pair['seeds'])}", *cells, verdict(pair["report"])])
     columns = ["where"] if has_labels else ["arm", "against"]

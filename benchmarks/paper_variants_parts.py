@@ -27,7 +27,14 @@ from benchmarks.paper_variants_plan import (
     map_group,
     sweeps,
 )
-from benchmarks.paper_variants_rivals import rival_choices, rival_pairs, trials_of
+from benchmarks.paper_variants_rivals import (
+    Choices,
+    adapter_choices,
+    adapter_pairs,
+    method_choices,
+    method_pairs,
+    trials_of,
+)
 from benchmarks.paper_variants_study import Study
 from benchmarks.paper_variants_tuned import METHODS, trial_group
 from flatlora_diffusion.compare.arms import parse_arm, plan
@@ -78,14 +85,22 @@ def controls_part(study: Study) -> Result:
 
 
 def tuned_part(study: Study) -> Result:
-    options = study.options
-    best, trials = _chosen(study, {method: trial_group(method, options.trials) for method in METHODS})
+    best, trials = _tuned(study)
     lora, flat_lora = best["lora"], best["flat-lora"]
-    groups = {"": Group({flat_lora: lora}, range(FRESH_SEED, FRESH_SEED + options.fresh))}
-    rows, pairs = study.compared(
-        groups | {_label(group, options): group for group in sweeps(lora, flat_lora, options.fresh)}
-    )
+    group = Group({flat_lora: lora}, range(FRESH_SEED, FRESH_SEED + study.options.fresh))
+    rows, pairs = study.compared({"": group})
     return {"trials": trials, "pairs": pairs, "rows": rows, "headlines": {"both tuned": [flat_lora, lora]}}
+
+
+def sizes_part(study: Study) -> Result:
+    best, _ = _tuned(study)
+    groups = sweeps(best["lora"], best["flat-lora"], study.options.fresh)
+    rows, pairs = study.compared({_label(group, study.options): group for group in groups})
+    return {"pairs": pairs, "rows": rows}
+
+
+def _tuned(study: Study) -> tuple[dict[str, str], dict[str, list[Result]]]:
+    return _chosen(study, {method: trial_group(method, study.options.trials) for method in METHODS})
 
 
 def _chosen(study: Study, groups: Mapping[str, Group]) -> tuple[dict[str, str], dict[str, list[Result]]]:
@@ -107,19 +122,29 @@ def _label(group: Group, options: argparse.Namespace) -> str:
     return f"rank {parse_arm(group.arms[0]).changes['rank']}"
 
 
-def rivals_part(study: Study) -> Result:
-    choices = rival_choices(study.options.learning_rate)
+def methods_part(study: Study) -> Result:
+    result, best, group = _rivals(study, method_choices(study.options.learning_rate), method_pairs)
+    flat_lora, bi_lora = best["flat-lora"], best["bi-lora"]
+    result["pairs"] += compared(result["rows"], {flat_lora: bi_lora}, study.bench(group).base())
+    return {**result, "headlines": {"against Bi-LoRA": [flat_lora, bi_lora]}}
+
+
+def adapters_part(study: Study) -> Result:
+    return _rivals(study, adapter_choices(study.options.learning_rate), adapter_pairs)[0]
+
+
+def _rivals(
+    study: Study, choices: Choices, pairs_of: Callable[[Mapping[str, str]], dict[str, str]]
+) -> tuple[Result, dict[str, str], Group]:
+    """What rivals that may choose among these arms come to, each one's choice, and the group that was reported."""
     best, trials = _chosen(study, {name: trials_of(arms) for name, arms in choices.items()})
-    group = Group(rival_pairs(best), range(study.options.seeds))
+    group = Group(pairs_of(best), range(study.options.seeds))
     rows, pairs = study.compared({"": group})
     bench = study.bench(group)
-    flat_lora, bi_lora = best["flat-lora"], best["bi-lora"]
-    pairs += compared(rows, {flat_lora: bi_lora}, bench.base())
     first = [planned for planned in bench.planned(group) if planned.seed == group.seeds[0]]
     plain = next(planned for planned in first if planned.arm.key == best["lora"])
     cost = {planned.arm.key: bench.cost(planned, plain) for planned in first}
-    headlines = {"against Bi-LoRA": [flat_lora, bi_lora]}
-    return {"trials": trials, "cost": cost, "pairs": pairs, "rows": rows, "headlines": headlines}
+    return {"trials": trials, "cost": cost, "pairs": pairs, "rows": rows}, best, group
 
 
 def felt_part(study: Study) -> Result:
@@ -151,7 +176,9 @@ PARTS: dict[str, Callable[[Study], Result]] = {
     "draws": draws_part,
     "controls": controls_part,
     "tuned": tuned_part,
-    "rivals": rivals_part,
+    "sizes": sizes_part,
+    "methods": methods_part,
+    "adapters": adapters_part,
     "felt": felt_part,
     "again": again_part,
     "domain": domain_part,

@@ -14,6 +14,7 @@ STRENGTHS = {
     **dict.fromkeys(("nbar", "obar"), "bar_strength"),
 }
 """Of each method the setting that says how strong it is."""
+FLAT = "flat-lora"
 ADAPTERS: tuple[tuple[float, dict[str, Any]], ...] = (
     (1, {}),
     (1, {"adapter": "rslora"}),
@@ -33,12 +34,17 @@ LIKELY = 1  # of three, the one in the middle
 Choices = dict[str, list[str]]
 
 
-def rival_choices(rate: float) -> Choices:
-    """Arms by rival: a method at three strengths and the learning rate `rate`, an adapter at three learning rates."""
-    return {
-        **{method: _strengths(method, name) for method, name in STRENGTHS.items()},
-        **{arm("lora", **changes): _rates(factor * rate, rate, changes) for factor, changes in ADAPTERS},
+def method_choices(rate: float) -> Choices:
+    """Arms by method: each at three strengths and the learning rate `rate`, LoRA at three learning rates."""
+    return {"lora": adapter_choices(rate)["lora"]} | {
+        method: _strengths(method, name) for method, name in STRENGTHS.items()
     }
+
+
+def adapter_choices(rate: float) -> Choices:
+    """Arms by adapter: each at three learning rates, Flat-LoRA at three strengths."""
+    adapters = {arm("lora", **changes): _rates(factor * rate, rate, changes) for factor, changes in ADAPTERS}
+    return adapters | {FLAT: _strengths(FLAT, STRENGTHS[FLAT])}
 
 
 def trials_of(arms: list[str]) -> Group:
@@ -46,18 +52,22 @@ def trials_of(arms: list[str]) -> Group:
     return Group(dict.fromkeys(arms, arms[0]), [TRIAL_SEED], trial=True)
 
 
-def rival_pairs(chosen: Mapping[str, str]) -> dict[str, str]:
-    """By each rival's chosen arm: all against LoRA, then each adapter flat, with Flat-LoRA's sigma, against plain."""
-    lora, flat_lora = chosen["lora"], chosen["flat-lora"]
-    adapters = [key for name, key in chosen.items() if name not in STRENGTHS and name != "lora"]
-    against_lora = [chosen[method] for method in STRENGTHS] + adapters
+def method_pairs(chosen: Mapping[str, str]) -> dict[str, str]:
+    """Each method's chosen arm against LoRA's."""
+    return dict.fromkeys((chosen[method] for method in STRENGTHS), chosen["lora"])
+
+
+def adapter_pairs(chosen: Mapping[str, str]) -> dict[str, str]:
+    """By each adapter's chosen arm: all against LoRA, then each flat, with Flat-LoRA's sigma, against plain."""
+    lora, flat_lora = chosen["lora"], chosen[FLAT]
+    adapters = [key for name, key in chosen.items() if name not in (FLAT, "lora")]
     flat_ones = {f"{flat_lora},{key.partition(':')[2]}": key for key in adapters}
-    return dict.fromkeys(against_lora, lora) | flat_ones
+    return dict.fromkeys([flat_lora, *adapters], lora) | flat_ones
 
 
-def likely_rivals(rate: float) -> dict[str, str]:
+def likely(choices: Choices) -> dict[str, str]:
     """What stands for the choice that is still to be made, by rival."""
-    return {name: arms[LIKELY] for name, arms in rival_choices(rate).items()}
+    return {name: arms[LIKELY] for name, arms in choices.items()}
 
 
 def _strengths(method: str, name: str) -> list[str]:

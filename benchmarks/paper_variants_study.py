@@ -20,7 +20,7 @@ from benchmarks.paper_variants_figures import Result, Row, compared
 from benchmarks.paper_variants_groups import planned_groups
 from benchmarks.paper_variants_icons import icons_3d, icons_of_second_style
 from benchmarks.paper_variants_plan import Group
-from benchmarks.paper_variants_tuned import METHODS, trial_group
+from benchmarks.paper_variants_tuned import METHODS, NEED_OPTUNA, trial_group
 from flatlora_diffusion.compare.experiment import seconds_per_pass
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.ground.provenance import base_fingerprint
@@ -106,7 +106,7 @@ class Study:
         each, whole = seconds_per_pass(self.sdxl, self.sdxl.resolution), 0.0
         seen: set[Path] = set()
         for part in self.options.parts:
-            trials = [trial_group(method, self.options.trials) for method in METHODS if part == "tuned"]
+            trials = [trial_group(method, self.options.trials) for method in METHODS if part in NEED_OPTUNA]
             runs = [
                 (self.bench(group), planned, group.trial)
                 for group in (*trials, *planned_groups(part, self.options))

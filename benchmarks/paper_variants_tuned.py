@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.paper_variants_plan import SCHEDULES, TRIAL_SEED, Group, arm
 
+NEED_OPTUNA = {"tuned", "sizes"}
 METHODS = ("lora", "flat-lora")
 RATES, DROPOUTS, DECAYS, STRENGTHS = (1e-4, 2e-3), (0.0, 0.2), (1e-2, 30.0), (0.05, 1.4)
 
@@ -18,7 +19,10 @@ RATES, DROPOUTS, DECAYS, STRENGTHS = (1e-4, 2e-3), (0.0, 0.2), (1e-2, 30.0), (0.
 def check_optuna() -> None:
     """Ends the command where Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
-        raise SystemExit("--parts tuned needs the package optuna, which draws the trials: pip install optuna")
+        raise SystemExit(
+            f"--parts {' and '.join(sorted(NEED_OPTUNA))} need the package optuna, which draws the trials: "
+            "pip install optuna"
+        )
 
 
 def trial_group(method: str, trials: int) -> Group:

@@ -38,7 +38,7 @@ from benchmarks.paper_variants_plan import (
     Group,
     half,
 )
-from benchmarks.paper_variants_rivals import rival_choices, rival_pairs
+from benchmarks.paper_variants_rivals import adapter_choices, adapter_pairs, method_choices, method_pairs
 from benchmarks.paper_variants_study import Study
 from benchmarks.paper_variants_tuned import check_optuna, trial_arms
 from benchmarks.paper_words import MINUS
@@ -75,17 +75,20 @@ def test_no_arm_is_reported_on_the_seeds_that_it_was_chosen_by() -> None:
 
 
 def test_each_rival_has_three_trials_around_its_own_default() -> None:
-    choices = rival_choices(RATE)
+    methods, adapters = method_choices(RATE), adapter_choices(RATE)
+    choices = methods | adapters
     assert {len(set(arms)) for arms in choices.values()} == {3}
+    assert len(methods) == 1 + 8
+    assert len(adapters) == 2 + 8
     assert choices["lora"] == ["lora:learning_rate=0.00025", "lora", "lora:learning_rate=0.001"]
     assert choices["sam"] == ["sam:rho=0.02", "sam", "sam:rho=0.125"]
     assert [parse_arm(key).changes["sigma"] for key in choices["flat-lora"]] == [0.16, 0.4, 1]
-    assert set(rival_pairs({name: arms[0] for name, arms in choices.items()}).values()) >= {choices["lora"][0]}
+    assert set(method_pairs({name: arms[0] for name, arms in methods.items()}).values()) == {choices["lora"][0]}
 
 
 def test_a_flat_adapter_has_the_plain_one_s_rate_and_flat_lora_s_sigma() -> None:
-    chosen = {name: arms[2] for name, arms in rival_choices(RATE).items()}
-    pairs = rival_pairs(chosen)
+    chosen = {name: arms[2] for name, arms in adapter_choices(RATE).items()}
+    pairs = adapter_pairs(chosen)
     flat_ones = [(parse_arm(key), parse_arm(plain)) for key, plain in pairs.items() if plain != chosen["lora"]]
     assert len(flat_ones) == 8
     for flat, plain in flat_ones:
@@ -111,7 +114,7 @@ def test_both_methods_have_as_many_trials_within_the_same_bounds() -> None:
 
 def test_without_optuna_the_tuned_part_says_so_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="tuned needs the package optuna"):
+    with pytest.raises(SystemExit, match="sizes and tuned need the package optuna"):
         check_optuna()
 
 
@@ -199,12 +202,14 @@ def test_every_headline_is_found_in_the_result_of_its_part(monkeypatch: pytest.M
     results = {part: PARTS[part](study) for part in dict.fromkeys(headline.part for headline in HEADLINES)}
     found = headline_rows(results)
     assert [(one["part"], one["name"], one["metric"]) for one in found] == [tuple(one) for one in HEADLINES]
-    assert [pair["label"] for pair in results["tuned"]["pairs"]] == [
-        "",
-        *("rank 1", "rank 16", "5 images", "10 images", "150 steps", "600 steps"),
-    ]
-    chosen = {name: max(arms, key=len) for name, arms in rival_choices(RATE).items()}  # whose made-up loss is lowest
-    assert results["rivals"]["cost"].keys() == {*rival_pairs(chosen), chosen["lora"]}
+    labels = ["rank 1", "rank 16", "5 images", "10 images", "150 steps", "600 steps"]
+    assert [pair["label"] for pair in PARTS["sizes"](study)["pairs"]] == labels
+    for part, choices, pairs_of in (
+        ("methods", method_choices(RATE), method_pairs),
+        ("adapters", adapter_choices(RATE), adapter_pairs),
+    ):
+        chosen = {name: max(arms, key=len) for name, arms in choices.items()}  # whose made-up loss is lowest
+        assert PARTS[part](study)["cost"].keys() == {*pairs_of(chosen), chosen["lora"]}
 
 
 # What the page says.
@@ -234,7 +239,6 @@ def test_the_page_shows_every_part_with_its_numbers(tmp_path: Path) -> None:
     assert "Not run yet" not in text
     assert f"{len(HEADLINES)} of {len(HEADLINES)} were run" in headline_table(results)
     assert "base in int8" in text
-    assert "| as tuned | 3 |" in text
     assert "| rank 1 | 3 |" in text
     assert "1.00 (0.90 to 1.10) | 2.0 |" in text  # time and MiB of LoRA
     first = text.partition("## What is simpler")[2].partition("##")[0]
@@ -266,7 +270,7 @@ def made_up_results() -> dict[str, Result]:
         "tuned": {"both tuned": [STRONG, "lora"]},
         "draws": {"Eq. 7 less iid": [FULL, IID], "thin less full draws": [THIN, FULL]},
         "controls": {"against the best control": [STRONG, half(RATE)]},
-        "rivals": {"against Bi-LoRA": [STRONG, "bi-lora"]},
+        "methods": {"against Bi-LoRA": [STRONG, "bi-lora"]},
         "again": {"at strength 1.5": [STRONG, "lora"], "on a base in NF4": [STRONG, "lora"]},
         "domain": {"": [STRONG, "lora"]},
     }
@@ -277,9 +281,10 @@ def made_up_results() -> dict[str, Result]:
         results[part] = {"base": BASE, "rows": rows, "pairs": pairs, "headlines": named}
     results["map"] |= {"map": compared(cells, dict.fromkeys(CELL_KEYS.values(), "lora"), BASE)}
     results["tuned"] |= {"trials": {name: [{"arm": name, "search": 0.1}] * 3 for name in ("lora", "flat-lora")}}
-    results["tuned"]["pairs"] += compared(rows_of(STRONG, "lora", report=0.04), {STRONG: "lora"}, BASE, "rank 1")
-    results["rivals"]["rows"] += [row("lora", seed) for seed in range(3)]
-    results["rivals"] |= {"cost": {"lora": {"ratio": [0.9, 1.0, 1.1], "peak_bytes": 2 * 2**20}}}
+    results["sizes"] = {"pairs": compared(rows_of(STRONG, "lora", report=0.04), {STRONG: "lora"}, BASE, "rank 1")}
+    results["methods"]["rows"] += [row("lora", seed) for seed in range(3)]
+    results["methods"] |= {"cost": {"lora": {"ratio": [0.9, 1.0, 1.1], "peak_bytes": 2 * 2**20}}}
+    results["adapters"] = results["methods"]
     difference = results["map"]["pairs"][0]["report"]
     felt = {"base in int8": {"report": difference, "flat": difference}}
     results["felt"] = {"felt": [{"arm": STRONG, "against": "lora", "conditions": felt}]}
