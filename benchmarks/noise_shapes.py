@@ -22,6 +22,9 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.paired_draws import config_of, evaluator_of, in_words, measured
+from benchmarks.paper_flatness import table as paper_table
+from benchmarks.paper_variants_answer import verdict
+from benchmarks.paper_words import UNIT, interval
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.compare.losses import UNGROUPED
 from flatlora_diffusion.compare.material import HELDOUT_FOLDER, SAMPLE_ICONS
@@ -138,6 +141,22 @@ def differences(figures: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         }
         for one, other in sorted(pairs, reverse=True)
     }
+
+
+def section(found: dict[str, Any]) -> str:
+    """What docs/variants.md says of the JSON."""
+    settings, seeds = found["settings"], len(found["figures"]["LoRA"])
+    rows = [
+        [*pair.split(" - "), *(interval(metrics[metric], 1) for metric in METRICS), verdict(metrics["heldout"])]
+        for pair, metrics in found["differences"].items()
+    ]
+    columns = ["arm", "against", "held-out, at the end", "clean train", "loss rise", "at the end"]
+    return (
+        f"Sigma {settings['sigma']:g} in the mean over timesteps, constant over the run; two micro-batches of one "
+        f"image a step, {settings['steps']} steps, {seeds} seeds, {UNIT}. Opposite pairs have the same eps with both "
+        "signs in the two micro-batches of a step. Only what ended better than one sigma would be in the product "
+        f"(`python -m benchmarks.noise_shapes --work FOLDER`):\n\n{paper_table(columns, rows)}"
+    )
 
 
 def table(figures: dict[str, list[dict[str, float]]]) -> str:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from benchmarks.noise_shapes import section as shapes_section
 from benchmarks.paper_flatness import table
 from benchmarks.paper_variants_answer import answer, headline_table, verdict
 from benchmarks.paper_variants_figures import METRICS, Result
@@ -24,6 +25,7 @@ from flatlora_diffusion.compare.arms import parse_arm
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "variants.md"
 FIGURE = "variants.png"
+SHAPES = FOLDER / "noise_shapes.json"
 LOOKS = {
     "cosine": THIRD._replace(shades=("#7fb3aa",)),  # the lighter one is the chosen checkpoint's
     "constant": FLAT_LORA,
@@ -34,7 +36,7 @@ TRIALS_SHOWN = 5  # of each method, the best
 
 def main() -> None:
     results = read_results()
-    PAGE.write_text(page(results), encoding="utf-8")
+    PAGE.write_text(page(results, read_shapes()), encoding="utf-8")
     if "map" in results:
         draw_figure(results["map"], PAGE.with_name(FIGURE))
     print(PAGE)
@@ -46,7 +48,13 @@ def read_results(folder: Path = FOLDER) -> dict[str, Result]:
     return {part: json.loads(file.read_text(encoding="utf-8")) for part, file in files.items() if file.is_file()}
 
 
-def page(results: Mapping[str, Result]) -> str:
+def read_shapes(file: Path = SHAPES) -> Result | None:
+    """What `noise_shapes` found, if it was run."""
+    found: Result | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def page(results: Mapping[str, Result], shapes: Result | None = None) -> str:
     parts = ["# Where does flatness pay?", answer(results)]
     if "map" in results:
         parts.append(f"![Held-out loss less LoRA's by sigma and schedule]({FIGURE})")
@@ -55,6 +63,7 @@ def page(results: Mapping[str, Result]) -> str:
     for part, (title, write) in SECTIONS.items():
         text = write(results[part]) if part in results else _not_run(part)
         parts.append(f"## {title}\n\n{text}")
+    parts += [] if shapes is None else [f"## Noise of other shapes\n\n{shapes_section(shapes)}"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import paper_results, paper_text_to_image_page, paper_vision
+from benchmarks import paper_results, paper_text_to_image_page, paper_variants_page, paper_vision
 from benchmarks.paper_results import answer, draw_figure, page, read
 from benchmarks.paper_results_studies import STUDIES, TESTS, points, pooled, told
 from benchmarks.paper_study import _bouts
@@ -72,6 +72,10 @@ def test_docs_have_what_the_commands_write() -> None:
     assert paper_results.PAGE.read_text(encoding="utf-8") == page(read()), "run `python -m benchmarks.paper_results`"
     images = paper_text_to_image_page.PAGE.read_text(encoding="utf-8")
     assert images == paper_text_to_image_page.page(), "run `python -m benchmarks.paper_text_to_image_page`"
+    variants = paper_variants_page.page(read_results(), paper_variants_page.read_shapes())
+    assert paper_variants_page.PAGE.read_text(encoding="utf-8") == variants, (
+        "run `python -m benchmarks.paper_variants_page`"
+    )
 
 
 def test_the_readme_says_what_the_study_of_icons_found() -> None:
