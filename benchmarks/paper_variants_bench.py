@@ -47,6 +47,7 @@ COST_SECONDS = 8.0  # in which two arms take turns
 MANY = 0.6  # what a pass costs where many samples go through the UNet together, in passes of one alone
 AFTER = ("report", "flat")
 _ALONG = ("train", "search")
+_ALL = (*_ALONG, *AFTER)  # in one go: to load a LoRA takes a third as long as to measure it
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Bench:
         """`config` is what all arms share; its output_dir holds the runs, `kept` what is measured."""
         self.sdxl, self._config, self._icons, self._kept, self._most = sdxl, config, icons, kept, most
         self._measures: dict[tuple[str, ...], LossEvaluator] = {
-            names: self.evaluator(names, sdxl) for names in (_ALONG, AFTER)
+            names: self.evaluator(names, sdxl) for names in (_ALONG, AFTER, _ALL)
         }
         self._pictures = Pictures(sdxl, _some(icons.named, most["pictures"]), icons.named, kept)
 
@@ -95,24 +96,19 @@ class Bench:
         for number, planned in enumerate(runs, 1):
             trained(planned)
             rows.append(
-                self._walked(planned, {planned.steps: planned.lora}) if group.trial else self.measured(planned)
+                self._walked(planned, {planned.steps: planned.lora}, _ALONG) if group.trial else self.measured(planned)
             )
             print(f"{number}/{len(runs)} {planned.label}: search {rows[-1]['points'][-1]['search']:.5f}", flush=True)
         return rows
 
     def base(self) -> dict[str, float]:
         """The base's own figures."""
-        losses = {
-            name: found[UNGROUPED] for one in self._measures.values() for name, found in one.losses(None).items()
-        }
-        return {**losses, **self._pictures(None)}
+        losses = self._measures[_ALL].losses(None)
+        return {**{name: found[UNGROUPED] for name, found in losses.items()}, **self._pictures(None)}
 
     def measured(self, planned: PlannedRun) -> Row:
         """Everything about one run; the reported icons choose nothing."""
-        files = planned.files
-        row = self._walked(planned, files)
-        for point in row["points"]:
-            point |= self._loss(AFTER, files[int(point["step"])])
+        row = self._walked(planned, planned.files, _ALL)
         at_chosen, at_end = chosen_point(row["points"]), row["points"][-1]
         rises = self._measures[_ALONG].rises(planned.lora, "train", RISE, RISE_DRAWS)
         return {
@@ -134,7 +130,7 @@ class Bench:
         along, training = self._measures[_ALONG], self.training_left(planned)
         if is_trial:
             return training + MANY * along.losses_left(planned.lora)
-        passes = sum(one.losses_left(file) for file in planned.files.values() for one in (along, self.reported))
+        passes = sum(self._measures[_ALL].losses_left(file) for file in planned.files.values())
         passes += along.rises_left(planned.lora, "train", RISE, RISE_DRAWS)
         return training + MANY * (passes + self._pictures.left(planned.lora))
 
@@ -159,12 +155,12 @@ class Bench:
     def _training(self) -> Sequence[Sample]:
         return load_samples(self._icons.training).samples
 
-    def _walked(self, planned: PlannedRun, files: Mapping[int, Path]) -> Row:
-        """What is known of a run without the reported icons, at these steps."""
+    def _walked(self, planned: PlannedRun, files: Mapping[int, Path], names: tuple[str, ...]) -> Row:
+        """What is known of a run on these lists, at these steps."""
         steps = planned.run.steps()
         seconds = statistics.median(event["seconds"] for event in steps)
         points = [
-            {"step": step, "seconds": round(seconds * step, 2), **self._loss(_ALONG, file)}
+            {"step": step, "seconds": round(seconds * step, 2), **self._loss(names, file)}
             for step, file in files.items()
         ]
         return {**identity(planned), "points": points}
