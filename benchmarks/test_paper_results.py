@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from app.train.tab import METHOD_HINT
 from benchmarks import paper_results, paper_text_to_image_page, paper_variants_page, paper_vision
 from benchmarks.paper_results import answer, draw_figure, page, read
 from benchmarks.paper_results_studies import STUDIES, TESTS, points, pooled, told
 from benchmarks.paper_study import _bouts
 from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, SWEEPS, VARIANT_ARMS, Arm
 from benchmarks.paper_study_settings import Settings
+from benchmarks.paper_variants_figures import corrected
 from benchmarks.paper_variants_page import read_results
 from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG
 from benchmarks.paper_words import MINUS, SCALE, interval, is_told
@@ -78,6 +80,22 @@ def test_docs_have_what_the_commands_write() -> None:
     )
 
 
+def test_the_readme_and_the_app_say_that_lora_is_better_where_both_are_tuned() -> None:
+    said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    result = read_results()["tuned"]
+    (pair,) = result["pairs"]
+    assert f"{interval(pair['report'], 1)} at the end, {interval(pair['chosen'], 1)} at the checkpoint" in said
+    assert "the best of twenty trials each, ten fresh seeds" in said
+    assert {len(trials) for trials in result["trials"].values()} == {20}
+    assert "LoRA's was better in all ten" in said
+    assert len(pair["seeds"]) == 10
+    assert min(pair["report"]["differences"] + pair["chosen"]["differences"]) > 0
+    assert [corrected(pair[metric])["low"] > 0 for metric in ("report", "chosen")] == [True, True]
+    losses = [row["report"] for row in result["rows"] if row["arm"] == pair["against"]]
+    assert f"to {SCALE * (result['base']['report'] - sum(losses) / len(losses)):.0f} over the base" in said
+    assert "it was no better than LoRA where both were tuned" in METHOD_HINT
+
+
 def test_the_readme_says_what_the_study_of_icons_found() -> None:
     text = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
     said = text.partition("**Does Flat-LoRA generalize better here?**")[2].partition("**What it costs**")[0]
@@ -104,9 +122,9 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
     (better,) = (one for one in simple if is_told(one["report"]) and one["report"]["high"] < 0)
     assert (len(simple), better["arm"]) == (7, "lora:ip_noise_gamma=0.1")
     zeros = [0.0] * len(better["seeds"])
-    corrected = paired_difference(better["report"]["differences"], zeros, 1 - (1 - CONFIDENCE) / len(simple))
-    assert corrected.high is not None
-    assert corrected.high < 0
+    for_seven = paired_difference(better["report"]["differences"], zeros, 1 - (1 - CONFIDENCE) / len(simple))
+    assert for_seven.high is not None
+    assert for_seven.high < 0
     assert (
         f"one ended better, noise on the noised images (`--ip_noise_gamma 0.1`, {interval(better['report'], 1)}"
         in said

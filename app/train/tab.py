@@ -36,8 +36,9 @@ _METHODS = {title: method for method, title in METHOD_NAMES.items()}
 _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
-_METHOD_HINT = (
+METHOD_HINT = (
     "Flat-LoRA adds a little noise to the base while it trains, to find a flatter minimum. "
+    "On the tiny base it was no better than LoRA where both were tuned. "
     "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
 )
 _PRESET_HINT = (
@@ -133,7 +134,7 @@ def build_train_tab(
         with gr.Column(scale=1, min_width=300):
             with gr.Group():
                 name = gr.Textbox("my-style", label="Name", info="of the run and its LoRA file", elem_id="run-name")
-                method = gr.Radio([BOTH, *_METHODS], value=BOTH, label="Train", info=_METHOD_HINT)
+                method = gr.Radio([BOTH, *_METHODS], value=BOTH, label="Train", info=METHOD_HINT)
                 preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset", info=_PRESET_HINT)
             _place_first(form)
             _place_the_rest(form)
