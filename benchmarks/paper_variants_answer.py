@@ -88,6 +88,7 @@ def _own_part(results: Mapping[str, Result], found: Found) -> str:
         "Eq. 7's noise less iid noise of equal energy": ("draws", "Eq. 7 less iid", "report"),
         "Flat-LoRA less the control that search icons like best": ("controls", "against the best control", "report"),
         "Flat-LoRA less Bi-LoRA": ("methods", "against Bi-LoRA", "report"),
+        "SAM over W less LoRA": ("sam", "SAM", "report"),
         "Flat-LoRA less LoRA at strength 1.5": ("again", "at strength 1.5", "stronger"),
         "Flat-LoRA less LoRA on a base in NF4": ("again", "on a base in NF4", "nf4"),
     }

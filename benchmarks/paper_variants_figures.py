@@ -53,6 +53,8 @@ HEADLINES = (
     Headline("draws", "thin less full draws", "report"),
     Headline("controls", "against the best control", "report"),
     Headline("methods", "against Bi-LoRA", "report"),
+    Headline("sam", "SAM", "report"),
+    Headline("sam", "SAM", "chosen"),
     Headline("again", "at strength 1.5", "stronger"),
     Headline("again", "on a base in NF4", "nf4"),
 )

@@ -174,6 +174,14 @@ def _methods(result: Result) -> str:
     return f"Each chose one of three strengths on the search icons, LoRA one of three rates. {_rivals(result)}"
 
 
+def _sam(result: Result) -> str:
+    rows = [[_name(trial["arm"]), f"{trial['search']:.5f}"] for trial in result["trials"]["sam"]]
+    return (
+        f"By radius:\n\n{table(['SAM over W', 'search icons, at the end'], rows)}\n\nThe best with fresh seeds, "
+        f"beside LoRA with two gradients a step, which takes as long as SAM's two:\n\n{pairs_table(result)}"
+    )
+
+
 def _adapters(result: Result) -> str:
     return (
         "Each adapter or optimizer chose one of three learning rates on the search icons. They are compared with "
@@ -231,6 +239,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "tuned": ("Both tuned", _tuned),
     "sizes": ("Where it pays most", _sizes),
     "methods": ("Rival methods", _methods),
+    "sam": ("SAM over W, larger and with fresh seeds", _sam),
     "adapters": ("Rival adapters", _adapters),
     "felt": ("What a user feels", _felt),
     "again": ("The same with fresh seeds", _again),

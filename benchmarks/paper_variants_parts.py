@@ -18,8 +18,10 @@ from benchmarks.paper_variants_plan import (
     FULL,
     IID,
     NOISED,
+    RADII,
     STRONG,
     THIN,
+    TWICE,
     Group,
     control_pairs,
     controls,
@@ -129,6 +131,14 @@ def methods_part(study: Study) -> Result:
     return {**result, "headlines": {"against Bi-LoRA": [flat_lora, bi_lora]}}
 
 
+def sam_part(study: Study) -> Result:
+    best, trials = _chosen(study, {"sam": trials_of(RADII)})
+    group = Group({best["sam"]: "lora", TWICE: "lora"}, range(FRESH_SEED, FRESH_SEED + study.options.seeds))
+    rows, pairs = study.compared({"": group})
+    pairs += compared(rows, {best["sam"]: TWICE}, study.bench(group).base())
+    return {"trials": trials, "pairs": pairs, "rows": rows, "headlines": {"SAM": [best["sam"], "lora"]}}
+
+
 def adapters_part(study: Study) -> Result:
     return _rivals(study, adapter_choices(study.options.learning_rate), adapter_pairs)[0]
 
@@ -178,6 +188,7 @@ PARTS: dict[str, Callable[[Study], Result]] = {
     "tuned": tuned_part,
     "sizes": sizes_part,
     "methods": methods_part,
+    "sam": sam_part,
     "adapters": adapters_part,
     "felt": felt_part,
     "again": again_part,

@@ -70,6 +70,12 @@ NOISED = arm("lora", ip_noise_gamma=0.1)
 CELL_KEYS = {(schedule, sigma): flat(sigma, schedule) for schedule in SCHEDULES for sigma in SIGMAS}
 
 
+TWICE = arm("lora", gradient_accumulation_steps=2)
+"""LoRA with as many gradients a step as SAM has."""
+RADII = [arm("sam", rho=rho) for rho in (0.125, 0.25, 0.5)]
+"""Of SAM over W: the largest of three trials was the best, so larger ones are tried, up to the paper's."""
+
+
 def half(rate: float) -> str:
     """LoRA at half the learning rate."""
     return arm("lora", learning_rate=f"{rate / 2:g}")

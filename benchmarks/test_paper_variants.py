@@ -271,6 +271,7 @@ def made_up_results() -> dict[str, Result]:
         "draws": {"Eq. 7 less iid": [FULL, IID], "thin less full draws": [THIN, FULL]},
         "controls": {"against the best control": [STRONG, half(RATE)]},
         "methods": {"against Bi-LoRA": [STRONG, "bi-lora"]},
+        "sam": {"SAM": ["sam", "lora"]},
         "again": {"at strength 1.5": [STRONG, "lora"], "on a base in NF4": [STRONG, "lora"]},
         "domain": {"": [STRONG, "lora"]},
     }
@@ -285,6 +286,7 @@ def made_up_results() -> dict[str, Result]:
     results["methods"]["rows"] += [row("lora", seed) for seed in range(3)]
     results["methods"] |= {"cost": {"lora": {"ratio": [0.9, 1.0, 1.1], "peak_bytes": 2 * 2**20}}}
     results["adapters"] = results["methods"]
+    results["sam"] |= {"trials": {"sam": [{"arm": "sam", "search": 0.1}]}}
     difference = results["map"]["pairs"][0]["report"]
     felt = {"base in int8": {"report": difference, "flat": difference}}
     results["felt"] = {"felt": [{"arm": STRONG, "against": "lora", "conditions": felt}]}
