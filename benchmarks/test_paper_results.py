@@ -19,7 +19,8 @@ from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_variants_figures import corrected
 from benchmarks.paper_variants_page import read_results
 from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG
-from benchmarks.paper_words import MINUS, SCALE, interval, is_told
+from benchmarks.paper_words import MINUS, SCALE, interval, is_told, signed
+from flatlora_diffusion.compare.arms import parse_arm
 from flatlora_diffusion.compare.paired import CONFIDENCE, paired_difference
 
 METRICS = ["test", "shifted", "3d", "rise", "seconds", *(f"severity {number}" for number in range(1, 6))]
@@ -94,6 +95,23 @@ def test_the_readme_and_the_app_say_that_lora_is_better_where_both_are_tuned() -
     losses = [row["report"] for row in result["rows"] if row["arm"] == pair["against"]]
     assert f"to {SCALE * (result['base']['report'] - sum(losses) / len(losses)):.0f} over the base" in said
     assert "it was no better than LoRA where both were tuned" in METHOD_HINT
+
+
+def test_the_readme_says_which_rival_methods_ended_better_than_lora() -> None:
+    said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    result = read_results()["methods"]
+    pairs = {parse_arm(pair["arm"]).method: pair for pair in result["pairs"] if pair["against"] == "lora"}
+    assert {method for method, pair in pairs.items() if pair["report"]["high"] < 0} == {
+        *("sam", "lora-sam", "bi-lora", "nbar", "obar")
+    }
+    assert not any(is_told(pairs[method]["report"]) for method in ("flat-lora", "mixed-noise", "factor-noise"))
+    sam = pairs["sam"]
+    assert sam["arm"] == "sam:rho=0.125"
+    assert f"{interval(sam['report'], 1)} at the end and {interval(sam['chosen'], 1)} at the chosen" in said
+    assert f"for {result['cost'][sam['arm']]['ratio'][1]:.1f} times LoRA's time" in said
+    assert f"flat icons {interval(sam['flat'], 1)}" in said
+    small = [signed(pairs[method]["report"]["mean"], 1) for method in ("lora-sam", "bi-lora", "nbar")]
+    assert "LoRA-SAM ({}), Bi-LoRA ({}) and BAR ({}) ended".format(*small) in said
 
 
 def test_the_readme_says_what_the_study_of_icons_found() -> None:
