@@ -114,6 +114,19 @@ def test_the_readme_says_which_rival_methods_ended_better_than_lora() -> None:
     assert "LoRA-SAM ({}), Bi-LoRA ({}) and BAR ({}) ended".format(*small) in said
 
 
+def test_the_readme_says_where_the_tuned_two_differ() -> None:
+    said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    pairs = {pair["label"]: pair for pair in read_results()["sizes"]["pairs"]}
+    assert {label for label, pair in pairs.items() if is_told(pair["report"])} == {
+        *("5 images", "600 steps", "150 steps")
+    }
+    few, long, short = (interval(pairs[label]["report"], 1) for label in ("5 images", "600 steps", "150 steps"))
+    assert f"five images, {few} at the end; 600 steps instead of 300, {long}; stopped in time no difference" in said
+    assert f"with 150 steps it was worse, {short}" in said
+    assert not any(is_told(pairs[label]["chosen"]) for label in ("5 images", "600 steps"))
+    assert {len(pair["seeds"]) for pair in pairs.values()} == {3}
+
+
 def test_the_readme_says_what_the_study_of_icons_found() -> None:
     text = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
     said = text.partition("**Does Flat-LoRA generalize better here?**")[2].partition("**What it costs**")[0]
