@@ -18,7 +18,7 @@ from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, SW
 from benchmarks.paper_study_settings import Settings
 from benchmarks.paper_variants_figures import corrected
 from benchmarks.paper_variants_page import read_results
-from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG
+from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG, TWICE
 from benchmarks.paper_words import MINUS, SCALE, interval, is_told, signed
 from flatlora_diffusion.compare.arms import parse_arm
 from flatlora_diffusion.compare.paired import CONFIDENCE, paired_difference
@@ -112,6 +112,23 @@ def test_the_readme_says_which_rival_methods_ended_better_than_lora() -> None:
     assert f"flat icons {interval(sam['flat'], 1)}" in said
     small = [signed(pairs[method]["report"]["mean"], 1) for method in ("lora-sam", "bi-lora", "nbar")]
     assert "LoRA-SAM ({}), Bi-LoRA ({}) and BAR ({}) ended".format(*small) in said
+
+
+def test_the_readme_says_what_sam_gains_with_fresh_seeds() -> None:
+    said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    result = read_results()["sam"]
+    pairs = {(pair["arm"], pair["against"]): pair for pair in result["pairs"]}
+    sam, twice = (pairs["sam:rho=0.25", against] for against in ("lora", TWICE))
+    assert len(sam["seeds"]) == len(twice["seeds"]) == 5
+    for metric in ("report", "chosen"):
+        assert corrected(sam[metric])["high"] < 0
+    assert f"{interval(sam['report'], 1)} at the end, {interval(sam['chosen'], 1)} at the chosen checkpoint" in said
+    losses = [row["report"] for row in result["rows"] if row["arm"] == "lora"]
+    share = -sam["report"]["mean"] / (result["base"]["report"] - sum(losses) / len(losses))
+    assert f"which is {share:.0%} of LoRA's gain, and {interval(twice['report'], 1)} less than LoRA" in said
+    assert twice["report"]["high"] < 0
+    assert f"gradients a step; flat icons {interval(sam['flat'], 1)}." in said
+    assert "SAM was better, at twice the time" in METHOD_HINT
 
 
 def test_the_readme_says_where_the_tuned_two_differ() -> None:
