@@ -125,9 +125,10 @@ def test_the_readme_says_what_sam_gains_with_fresh_seeds() -> None:
     assert f"{interval(sam['report'], 1)} at the end, {interval(sam['chosen'], 1)} at the chosen checkpoint" in said
     losses = [row["report"] for row in result["rows"] if row["arm"] == "lora"]
     share = -sam["report"]["mean"] / (result["base"]["report"] - sum(losses) / len(losses))
-    assert f"which is {share:.0%} of LoRA's gain, and {interval(twice['report'], 1)} less than LoRA" in said
+    assert f"which is {100 * share:.0f} % of LoRA's gain, and {interval(twice['report'], 1)} from LoRA" in said
     assert twice["report"]["high"] < 0
-    assert f"gradients a step; flat icons {interval(sam['flat'], 1)}." in said
+    assert f"It forgets more (flat icons {interval(sam['flat'], 1)})" in said
+    assert f"(loss rise {interval(sam['rise'], 1)})" in said
     assert "SAM was better, at twice the time" in METHOD_HINT
 
 
