@@ -105,9 +105,12 @@ def config_of(args: argparse.Namespace, folder: Path, seed: int, **settings: Any
     )
 
 
-def measured(evaluator: LossEvaluator, file: Path) -> dict[str, float]:
+def measured(
+    evaluator: LossEvaluator, file: Path, risen: str = "heldout", draws: int = RISE_DRAWS
+) -> dict[str, float]:
+    """A file's losses, and the mean rise of those of the set `risen`."""
     losses = {name: values[UNGROUPED] for name, values in evaluator.losses(file).items()}
-    rises = evaluator.rises(file, "heldout", RISE, RISE_DRAWS)
+    rises = evaluator.rises(file, risen, RISE, draws)
     return {**losses, "rise": sum(rises) / len(rises)}
 
 
