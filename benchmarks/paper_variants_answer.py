@@ -20,9 +20,11 @@ def answer(results: Mapping[str, Result]) -> str:
 
 
 def in_short(results: Mapping[str, Result]) -> str:
-    """One sentence: both tuned, or, as long as that was not measured, the best sigma and schedule."""
+    """Both tuned, or, as long as that was not measured, the best sigma and schedule; and what SAM does."""
     found = {(row["part"], row["name"], row["metric"]): row for row in headline_rows(results)}
-    return _tuned(results, found) if "tuned" in results else _best_cell(results, found)
+    flat = _tuned(results, found) if "tuned" in results else _best_cell(results, found)
+    sam = found.get(("sam", "SAM", "report"))
+    return flat if sam is None else f"{flat} SAM over W less LoRA, with seeds of its own: {_said(sam)} at the end."
 
 
 def verdict(found: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ COST_SECONDS = 8.0  # in which two arms take turns
 MANY = 0.6  # what a pass costs where many samples go through the UNet together, in passes of one alone
 AFTER = ("report", "flat")
 _ALONG = ("train", "search")
-_ALL = (*_ALONG, *AFTER)  # in one go: to load a LoRA takes a third as long as to measure it
+_ALL = (*_ALONG, *AFTER)  # in one go, as a LoRA has to be loaded for each
 
 
 @dataclass(frozen=True)

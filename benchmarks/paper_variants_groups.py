@@ -33,7 +33,7 @@ from benchmarks.paper_variants_rivals import (
 
 
 def planned_groups(part: str, options: Namespace) -> list[Group]:
-    """The groups of a part but for the trials of `tuned`; likely arms stand for those that it will choose."""
+    """The groups of a part but for the trials that Optuna draws; likely arms stand for those that it will choose."""
     rate, seeds = options.learning_rate, range(options.seeds)
     fresh = range(FRESH_SEED, FRESH_SEED + options.fresh)
     cells = dict.fromkeys(list(dict.fromkeys((PAPER, STRONG, *CELL_KEYS.values())))[:CELLS], "lora")

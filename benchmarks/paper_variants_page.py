@@ -48,9 +48,9 @@ def read_results(folder: Path = FOLDER) -> dict[str, Result]:
     return {part: json.loads(file.read_text(encoding="utf-8")) for part, file in files.items() if file.is_file()}
 
 
-def read_shapes(file: Path = SHAPES) -> Result | None:
+def read_shapes() -> Result | None:
     """What `noise_shapes` found, if it was run."""
-    found: Result | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    found: Result | None = json.loads(SHAPES.read_text(encoding="utf-8")) if SHAPES.is_file() else None
     return found
 
 
@@ -98,7 +98,8 @@ All figures: `benchmarks/paper_variants_*.json`.
 **What was trained.** The tiny base on 23 3D icons, {settings["max_train_steps"]} steps of batch \
 {settings["train_batch_size"]}, rank {settings["rank"]}, learning rate {settings["learning_rate"]:g} unless a table \
 says another. Two runs of a pair share base, images, crops, noise and timesteps: so it was in {alike} of {seen} pairs,
-by hashes of every step; the others have an arm that stops by three of its images, which it does not train on.
+by hashes of every step; the others have an arm that stops by three of its images, which it does not train on, or one
+that sees twice as many images a step.
 
 **What was measured.** The denoising loss at fixed noise and timesteps, without eps. Settings, cells of the map and
 checkpoints are chosen on the search icons; what is reported was measured on others, and no list of 3D icons shares an
@@ -178,7 +179,7 @@ def _sam(result: Result) -> str:
     rows = [[_name(trial["arm"]), f"{trial['search']:.5f}"] for trial in result["trials"]["sam"]]
     return (
         f"By radius:\n\n{table(['SAM over W', 'search icons, at the end'], rows)}\n\nThe best with fresh seeds, "
-        f"beside LoRA with two gradients a step, which takes as long as SAM's two:\n\n{pairs_table(result)}"
+        f"beside LoRA with two gradients a step, as many as SAM's, of twice as many images:\n\n{pairs_table(result)}"
     )
 
 

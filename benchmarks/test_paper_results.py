@@ -127,7 +127,9 @@ def test_the_readme_says_what_sam_gains_with_fresh_seeds() -> None:
     share = -sam["report"]["mean"] / (result["base"]["report"] - sum(losses) / len(losses))
     assert f"which is {100 * share:.0f} % of LoRA's gain, and {interval(twice['report'], 1)} from LoRA" in said
     assert twice["report"]["high"] < 0
-    assert f"It forgets more (flat icons {interval(sam['flat'], 1)})" in said
+    forgotten = [row["flat"] - result["base"]["flat"] for row in result["rows"] if row["arm"] == "lora"]
+    lost = SCALE * sum(forgotten) / len(forgotten)
+    assert f"forgets more, {interval(sam['flat'], 1)} on flat icons, where LoRA forgets {lost:.0f};" in said
     assert f"(loss rise {interval(sam['rise'], 1)})" in said
     assert "SAM was better, at twice the time" in METHOD_HINT
 
