@@ -105,12 +105,12 @@ def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution
     with torch.device("meta"):
         pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)
         latents = torch.empty(1, vae.config.latent_channels, side, side, dtype=dtype)
-    peaks = []
+    known, peaks = [*vae.parameters(), pixels, latents], []
     for work in (lambda: posterior(vae, pixels), lambda: decode_latents(vae, latents)):
-        with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(vae.parameters()) as bytes_held:
+        with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(known) as bytes_held:
             work()
         peaks.append(bytes_held.peak)
-    return VaePasses(peaks[0] + pixels.nbytes, peaks[1])
+    return VaePasses(peaks[0] + pixels.nbytes, peaks[1] + latents.nbytes)
 
 
 @lru_cache(maxsize=64)

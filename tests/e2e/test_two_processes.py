@@ -59,11 +59,11 @@ def alone(arguments: list[str], folder: Path) -> None:
     assert train_main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={folder}"]) == 0
 
 
-def assert_alike(one: Path, two: Path) -> None:
+def assert_alike(one: Path, two: Path, atol: float = 1e-5) -> None:
     a, b = load_file(one / LORA_FILE), load_file(two / LORA_FILE)
     assert a.keys() == b.keys()
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_what_ascends_does_so_alike_on_two_processes_and_on_one(
     both = [*shared, *flags.split(), "--rho=0.5"]
     together(both, tmp_path / "two")
     alone(both, tmp_path / "one")
-    assert_alike(tmp_path / "one", tmp_path / "two")
+    assert_alike(tmp_path / "one", tmp_path / "two", atol=1e-4)  # 1.6 if each process kept its own slopes
 
 
 @pytest.mark.slow

@@ -275,7 +275,7 @@ def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainC
 
 def test_class_images_of_many_sizes_keep_the_vae_on_the_device(config: TrainConfig) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
-    config = config.replace(cache_latents=True, offload=True, **prior)
+    config = config.replace(cache_latents=True, offload=True, train_batch_size=8, **prior)
     square, buckets = (estimate_memory(config.replace(use_aspect_ratio_buckets=on)) for on in (False, True))
     assert (square.vae, square.vae < buckets.vae) == (0, True)
     assert square.encoding < buckets.encoding
