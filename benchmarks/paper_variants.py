@@ -9,6 +9,7 @@ tuned     LoRA and Flat-LoRA with equal trials, then fresh seeds
 sizes     the two so tuned at other ranks, numbers of images and of steps
 methods   every rival method, each with three trials of its strength, with seconds and memory of a step
 sam       SAM over W, which `methods` found best, at larger radii, with fresh seeds, beside LoRA of as many gradients
+forgetting the same LoRAs at other strengths, compared where both forget as much
 adapters  every rival adapter and optimizer, each with three trials of its learning rate, plain and flat; the same
 felt      the same LoRAs on a base of fewer bits or another checkpoint, at other strengths, with a second LoRA
 again     what `felt` found, with fresh seeds and beside two simpler means

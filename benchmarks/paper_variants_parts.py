@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from benchmarks.paper_variants_bench import trained
 from benchmarks.paper_variants_felt import felt_by_arm, stressed
 from benchmarks.paper_variants_figures import Result, chosen_cells, compared
+from benchmarks.paper_variants_forgetting import at_equal_forgetting, curves
 from benchmarks.paper_variants_plan import (
     AGAIN_PAIRS,
     CELLS,
@@ -132,11 +133,24 @@ def methods_part(study: Study) -> Result:
 
 
 def sam_part(study: Study) -> Result:
-    best, trials = _chosen(study, {"sam": trials_of(RADII)})
-    group = Group({best["sam"]: "lora", TWICE: "lora"}, range(FRESH_SEED, FRESH_SEED + study.options.seeds))
+    sam, group, trials = _best_sam(study)
     rows, pairs = study.compared({"": group})
-    pairs += compared(rows, {best["sam"]: TWICE}, study.bench(group).base())
-    return {"trials": trials, "pairs": pairs, "rows": rows, "headlines": {"SAM": [best["sam"], "lora"]}}
+    pairs += compared(rows, {sam: TWICE}, study.bench(group).base())
+    return {"trials": {"sam": trials}, "pairs": pairs, "rows": rows, "headlines": {"SAM": [sam, "lora"]}}
+
+
+def forgetting_part(study: Study) -> Result:
+    sam, group, _ = _best_sam(study)
+    bench = study.bench(group)
+    rows = curves(bench, group)
+    return {"rows": rows, "equal": at_equal_forgetting(rows, {sam: "lora", TWICE: "lora"}, bench.base())}
+
+
+def _best_sam(study: Study) -> tuple[str, Group, list[Result]]:
+    """SAM with the radius that the search icons like best, its group with seeds of its own, and the trials."""
+    best, trials = _chosen(study, {"sam": trials_of(RADII)})
+    seeds = range(FRESH_SEED, FRESH_SEED + study.options.seeds)
+    return best["sam"], Group({best["sam"]: "lora", TWICE: "lora"}, seeds), trials["sam"]
 
 
 def adapters_part(study: Study) -> Result:
@@ -189,6 +203,7 @@ PARTS: dict[str, Callable[[Study], Result]] = {
     "sizes": sizes_part,
     "methods": methods_part,
     "sam": sam_part,
+    "forgetting": forgetting_part,
     "adapters": adapters_part,
     "felt": felt_part,
     "again": again_part,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,10 +17,12 @@ from benchmarks.paper_text_to_image import SETTINGS
 from benchmarks.paper_variants_bench import MOST, Bench, Icons, few_images
 from benchmarks.paper_variants_felt import felt_left, stress_left
 from benchmarks.paper_variants_figures import Result, Row, compared
+from benchmarks.paper_variants_forgetting import curves_left
 from benchmarks.paper_variants_groups import planned_groups
 from benchmarks.paper_variants_icons import icons_3d, icons_of_second_style
 from benchmarks.paper_variants_plan import Group
 from benchmarks.paper_variants_tuned import METHODS, NEED_OPTUNA, trial_group
+from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.experiment import seconds_per_pass
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.ground.provenance import base_fingerprint
@@ -103,6 +105,11 @@ class Study:
 
         Likely arms stand for those that the map and the trials are still to choose.
         """
+        measured_apart: dict[str, Callable[[Bench, PlannedRun], float]] = {
+            "felt": partial(felt_left, other_base=self.options.other_base),
+            "again": stress_left,
+            "forgetting": curves_left,
+        }
         each, whole = seconds_per_pass(self.sdxl, self.sdxl.resolution), 0.0
         seen: set[Path] = set()
         for part in self.options.parts:
@@ -114,9 +121,8 @@ class Study:
             ]
             new = [run for run in runs if run[1].run.folder not in seen]
             seen |= {planned.run.folder for _, planned, _ in runs}
-            if part in ("felt", "again"):
-                left = partial(felt_left, other_base=self.options.other_base) if part == "felt" else stress_left
-                passes = sum(left(bench, planned) for bench, planned, _ in runs)
+            if part in measured_apart:
+                passes = sum(measured_apart[part](bench, planned) for bench, planned, _ in runs)
                 passes += sum(bench.training_left(planned) for bench, planned, _ in new)
             else:
                 passes = sum(bench.left(planned, is_trial) for bench, planned, is_trial in new)

@@ -91,6 +91,7 @@ LABELS = {
     "sigma_ramp_steps": "Steps in which sigma grows",
     "noise_share": "Mixed noise: share with noise",
     "rho": "Radius of the search for the worst",
+    "rho_rise": "That radius by the loss's rise",
     "bar_strength": "BAR: strength of balancing",
     "perturb_seed": "Seed of the noise",
     "perturb_noise": "Kind of noise",
@@ -174,6 +175,8 @@ HELP = {
     "sigma": f"how strong the noise is that Flat-LoRA trains against; left empty: {DEFAULT_SIGMA}",
     "sigma_rise": "where sigma is left empty: the share by which the noise is to lift the loss, such as 0.02; the "
     "sigma that does so on this base is found before the first step",
+    "rho_rise": "for SAM, where the radius is left empty: the share by which the worst place is to lift the loss, "
+    "such as 0.25; the radius that does so on this base is found before the first step",
     "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
     "holdout_images": "so many are not trained on: the result is the checkpoint that knows them best",

@@ -31,6 +31,7 @@ IN_FORCE: dict[str, dict[str, float]] = {
     "sigma": dict.fromkeys(("flat-lora", "mixed-noise", "factor-noise"), DEFAULT_SIGMA),
     "sigma_rise": dict.fromkeys(("flat-lora", "mixed-noise"), 0.0),
     "rho": {"lora-sam": 0.003, "sam": 0.05, "bi-lora": 0.05},
+    "rho_rise": {"sam": 0.0},
     "noise_share": {"mixed-noise": 0.5},
     "bar_strength": {"nbar": 0.25, "obar": 0.25},
 }
@@ -55,7 +56,7 @@ def unused_by(method: str) -> tuple[str, ...]:
 
 def overruled_by(given: Collection[str]) -> dict[str, None]:
     """What settings that are given leave open of those that a preset or file has: a rise is to find the sigma."""
-    return {"sigma": None} if "sigma_rise" in given and "sigma" not in given else {}
+    return {name: None for name in ("sigma", "rho") if f"{name}_rise" in given and name not in given}
 
 
 def refuse_unread(config: PerturbConfig, given: Collection[str]) -> None:
@@ -136,6 +137,13 @@ class PerturbConfig(Section):
         min=0,
         before=None,
     )
+    rho_rise: float | None = setting(
+        None,
+        "sam only, where --rho is left out: before the first step find the rho by which ascending makes the loss rise "
+        "by this share, to first order, so that one setting fits any base; default: find none",
+        min=0.0001,
+        max=10,
+    )
     bar_strength: float | None = setting(
         None,
         "nbar and obar only: A and B are rescaled by so many times the learning rate, less by a cosine as the run "
@@ -196,8 +204,13 @@ class PerturbConfig(Section):
 
     @property
     def rise(self) -> float:
-        """How much eps is to make the loss rise, as a share of it, by a sigma still to be found; 0 with a sigma."""
-        return 0.0 if self.sigma is not None else self._in_force("sigma_rise")
+        """How much eps is to make the loss rise, as a share of it, by a `rising` still to be found; 0 with one."""
+        return 0.0 if getattr(self, self.rising) is not None else self._in_force(f"{self.rising}_rise")
+
+    @property
+    def rising(self) -> Literal["sigma", "rho"]:
+        """The setting that a rise of the loss finds."""
+        return "rho" if self.method in IN_FORCE["rho_rise"] else "sigma"
 
     @property
     def radius(self) -> float:

@@ -121,7 +121,8 @@ RUNS: dict[str, str] = {
     "optimizer": "--scale_lr --lr_scheduler polynomial --lr_warmup_steps 1 --lr_power 2.0 --lr_num_cycles 2 "
     "--optimizer AdamW --adam_beta1 0.8 --adam_beta2 0.99 --adam_weight_decay 0 --adam_epsilon 1e-7 "
     "--max_grad_norm 0.5 --gradient_accumulation_steps 2 --use_ema --ema_decay 0.9 --deterministic --allow_tf32",
-    "8-bit": "--use_8bit_adam --gradient_checkpointing --mixed_precision bf16 --base_dtype fp32",
+    "8-bit": "--use_8bit_adam --gradient_checkpointing --mixed_precision bf16 --base_dtype fp32 --method sam "
+    "--rho_rise 0.2",
     "prodigy": "--optimizer Prodigy --learning_rate 1.0 --prodigy_beta3 0.9 --prodigy_decouple False "
     "--prodigy_use_bias_correction=True --prodigy_safeguard_warmup True",
     "text encoders": "--train_text_encoder --text_encoder_lr 1e-4 --adam_weight_decay_text_encoder 0 "

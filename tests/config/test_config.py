@@ -188,6 +188,9 @@ def test_a_rise_that_is_asked_for_drops_a_sigma_that_came_from_a_preset_or_a_fil
         assert parse_config([*source, "--sigma_rise", "0.01"]).perturb.rise == 0.01
         assert parse_config([*source, "--sigma_rise", "0.01", "--sigma", "0.2"]).perturb.sigma == 0.2
         assert parse_config(source).perturb.rise == 0
+    file.write_text(json.dumps(TrainConfig.from_dict({"method": "sam", "rho": 0.05}).to_dict()), encoding="utf-8")
+    assert parse_config(["--config", str(file), "--rho_rise", "0.2"]).perturb.rise == 0.2
+    assert parse_config(["--config", str(file), "--rho_rise", "0.2", "--rho", "0.1"]).perturb.rise == 0
 
 
 @pytest.mark.parametrize(

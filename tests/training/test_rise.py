@@ -1,4 +1,4 @@
-"""--sigma_rise: the sigma at which eps makes the loss rise by a given share, found on the base itself."""
+"""--sigma_rise and --rho_rise: the sigma or rho that makes the loss rise by a share, found on the base itself."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import samples_of
 
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training import micro_batches
-from flatlora_diffusion.training.beginning import first_weights as beginning
+from flatlora_diffusion.training.beginning import first_weights as beginning, rise
 from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.beginning.rise import MOST, sigma_at_rise
 from flatlora_diffusion.training.micro_batches import first_micro_batches
@@ -23,6 +25,7 @@ from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train
 
 STEPS, RISE = 4, 0.001  # a base of random weights feels little
+CLIMB = 0.005
 
 
 @pytest.fixture
@@ -34,19 +37,19 @@ def rising(config: TrainConfig) -> TrainConfig:
 def test_the_sigma_is_found_where_the_rise_is_a_power_of_it(power: float) -> None:
     asked: list[float] = []
 
-    def rise(sigma: float) -> float:
+    def rise_at(sigma: float) -> float:
         asked.append(sigma)
         return math.inf if sigma > 1 else 0.3 * sigma**power
 
-    sigma = sigma_at_rise(rise, 0.02, first=3.0)
+    sigma = sigma_at_rise(rise_at, 0.02, first=3.0)
     assert sigma is not None
-    assert rise(sigma) == pytest.approx(0.02, rel=0.11)
+    assert rise_at(sigma) == pytest.approx(0.02, rel=0.11)
     assert len(asked) < 8
 
 
-@pytest.mark.parametrize("rise", [0.0, -0.01, 1e-9])
-def test_a_loss_that_does_not_rise_has_no_sigma(rise: float) -> None:
-    assert sigma_at_rise(lambda sigma: rise, 0.02, first=0.1) is None
+@pytest.mark.parametrize("found", [0.0, -0.01, 1e-9])
+def test_a_loss_that_does_not_rise_has_no_sigma(found: float) -> None:
+    assert sigma_at_rise(lambda sigma: found, 0.02, first=0.1) is None
 
 
 def test_the_loss_of_the_first_steps_rises_as_was_asked_for(rising: TrainConfig) -> None:
@@ -114,3 +117,68 @@ def test_a_base_that_feels_no_sigma_is_told_of(rising: TrainConfig, monkeypatch:
 def test_methods_without_noise_in_the_weights_have_no_rise(method: str) -> None:
     with pytest.raises(ConfigError, match=f"--method {method} has no sigma_rise"):
         TrainConfig.from_dict({"method": method, "sigma_rise": 0.02})
+
+
+# rho
+
+
+@pytest.fixture
+def climbing(config: TrainConfig) -> TrainConfig:
+    return config.replace(method="sam", rho_rise=CLIMB, max_train_steps=STEPS, save_dtype="fp32")
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulation"])
+def test_an_ascent_by_the_rho_that_is_found_lifts_the_loss_as_was_asked_for(
+    climbing: TrainConfig, more: dict[str, Any]
+) -> None:
+    climbing = climbing.replace(**more)
+    state = prepare(climbing, samples_of(climbing))
+    before = {name: one.detach().clone() for name, one in state.trainable.items()}
+    first_weights(state)
+    rho = state.config.perturb.rho
+    assert rho is not None
+    assert rho == state.config.perturb.radius > 0, "the steps are taken with it"
+    assert all(torch.equal(one, before[name]) for name, one in state.trainable.items())
+    assert all(one.grad is None for one in state.trainable.values())
+    assert ascended(state, rho) / ascended(state, 0) - 1 == pytest.approx(CLIMB, rel=0.15), "the rest is curvature"
+
+
+def ascended(state: TrainState, rho: float) -> float:
+    """The mean loss of the first steps at W + rho g / ||g||, W itself moved there by hand."""
+    weights = {layer: layer.get_base_layer().weight for layer in lora_layers(state.model).values()}
+    losses = []
+    for step in range(STEPS):
+        drawn = list(micro_batches.micro_batches(state, step, DrawHash()))
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        slopes = torch.autograd.grad(torch.stack([one.loss() for one in drawn]).mean(), list(weights.values()))
+        length = math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
+        with torch.no_grad():
+            kept = [weight.clone() for weight in weights.values()]
+            for weight, slope in zip(weights.values(), slopes, strict=True):
+                weight.requires_grad_(False).add_(slope, alpha=rho / length)
+            losses += [one.loss() for one in drawn]
+            for weight, value in zip(weights.values(), kept, strict=True):
+                weight.copy_(value)
+    return float(torch.stack(losses).mean())
+
+
+def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfig, tmp_path: Path) -> None:
+    found = train(climbing.replace(output_dir=str(tmp_path / "found"), seed=3))
+    rho = RunDir(tmp_path / "found").config()["rho"]
+    given = climbing.replace(output_dir=str(tmp_path / "given"), seed=3, rho=rho, rho_rise=None)
+    one, other = (load_file(path) for path in (found, train(given)))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_base_without_a_slope_is_told_of(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = prepare(climbing, samples_of(climbing))
+    monkeypatch.setattr(rise, "norm", lambda slopes: torch.zeros(()))
+    with pytest.raises(RunError, match=r"rho_rise=0.005 was asked for, but the first gradients are 0; give the --rho"):
+        first_weights(state)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-sam", "bi-lora", "flat-lora"])
+def test_methods_that_do_not_ascend_in_w_have_no_rise_of_rho(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"--method {method} has no rho_rise"):
+        TrainConfig.from_dict({"method": method, "rho_rise": 0.2})

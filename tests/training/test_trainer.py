@@ -181,6 +181,7 @@ def global_generators() -> list[Any]:
         {"method": "bi-lora"},
         {"method": "factor-noise"},
         {"sigma_rise": 0.001, "max_train_steps": 4},
+        {"method": "sam", "rho_rise": 0.2, "max_train_steps": 2},
     ],
     ids=str,
 )

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.noise import applied
-from flatlora_diffusion.method.rivals.slopes import SlopeReader, average
+from flatlora_diffusion.method.rivals.slopes import SlopeReader, average, norm
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient, moved
 
 
@@ -30,10 +29,10 @@ class LoraSam(StepGradient):
         again = list(micro_batches)
         losses = [one.backward() for one in again]
         slopes = {factor: factor.grad for factor in self._factors if factor.grad is not None}
-        norm = _norm(slopes.values())
-        if not _can_ascend(norm):
+        length = norm(slopes.values())
+        if not _can_ascend(length):
             return losses
-        with moved({factor: slope * (self._rho / norm) for factor, slope in slopes.items()}):
+        with moved({factor: slope * (self._rho / length) for factor, slope in slopes.items()}):
             _forget(self._trainable)
             for one in again:
                 one.backward()
@@ -53,12 +52,12 @@ class Sam(SlopeReader, StepGradient):
         with self.reading() as slopes:
             losses = [one.backward(is_shared=False) for one in again]
         average(slopes.values())
-        norm = _norm(slopes.values())
-        if not _can_ascend(norm):
+        length = norm(slopes.values())
+        if not _can_ascend(length):
             average(one.grad for one in self._trainable if one.grad is not None)  # as no second pass shares them
             return losses
         for slope in slopes.values():
-            slope.mul_(self._rho / norm)
+            slope.mul_(self._rho / length)
         _forget(self._trainable)
         self._eps = slopes
         try:
@@ -80,14 +79,6 @@ def _forget(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _norm(slopes: Iterable[Tensor]) -> Tensor:
-    """||g|| over all of them."""
-    norms = [torch.linalg.vector_norm(slope) for slope in slopes]
-    if not norms:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-
-
-def _can_ascend(norm: Tensor) -> bool:
+def _can_ascend(length: Tensor) -> bool:
     """Whether there is a direction. What is not finite is left to the loop, which looks at the gradient."""
-    return bool(norm.isfinite() and norm > 0)
+    return bool(length.isfinite() and length > 0)

@@ -97,3 +97,11 @@ def average(slopes: Iterable[Tensor]) -> None:
     for slope in slopes:
         torch.distributed.all_reduce(slope)
         slope /= torch.distributed.get_world_size()
+
+
+def norm(slopes: Iterable[Tensor]) -> Tensor:
+    """||g|| over all of them."""
+    norms = [torch.linalg.vector_norm(slope) for slope in slopes]
+    if not norms:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms]))

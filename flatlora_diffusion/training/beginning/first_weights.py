@@ -1,4 +1,4 @@
-"""What a new run reads off the first steps that it will take: first weights from gradients, a sigma from losses."""
+"""What a new run reads off the first steps that it will take: first weights, and sigma or rho by a rise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatlora_diffusion.training.state import TrainState
 
 
 def first_weights(state: TrainState) -> None:
-    """Give a new run's LoRA the first weights that need gradients, all others have theirs, and its sigma by a rise."""
+    """Give a new run's LoRA the first weights that need gradients, all others have theirs, and what a rise finds."""
     if state.config.adapter.adapter == "lora-ga":
         _start_at_gradients(state, min(state.config.adapter.slope_steps, state.total_steps))
     if state.config.perturb.rise > 0:

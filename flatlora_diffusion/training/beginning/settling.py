@@ -45,7 +45,7 @@ def is_made_with(run: RunDir, config: TrainConfig) -> bool:
     wanted, saved = config.to_dict(), run.config()
     names = settings_that("is_settled")
     if config.perturb.rise > 0:
-        names = (*names, "sigma")  # it is found as the run begins
+        names = (*names, config.perturb.rising)  # it is found as the run begins
     left_open = {name: saved.get(name) for name in names if wanted[name] is None}
     return not run.changed_settings(config.replace(**left_open))
 
