@@ -168,6 +168,7 @@ def test_the_page_shows_every_part_with_its_numbers(tmp_path: Path) -> None:
     assert f"{len(HEADLINES)} of {len(HEADLINES)} were run" in headline_table(results)
     assert "base in int8" in text
     assert "| rank 1 | 3 |" in text
+    assert "| SAM | LoRA | 50% | 0.75 | 3 |" in text
     assert "1.00 (0.90 to 1.10) | 2.0 |" in text  # time and MiB of LoRA
     first = text.partition("## What is simpler")[2].partition("##")[0]
     assert "at equal clean loss" in first
@@ -218,6 +219,8 @@ def made_up_results() -> dict[str, Result]:
     difference = results["map"]["pairs"][0]["report"]
     felt = {"base in int8": {"report": difference, "flat": difference}}
     results["felt"] = {"felt": [{"arm": STRONG, "against": "lora", "conditions": felt}]}
+    equal = {"arm": "sam", "against": "lora", "share": 0.5, "strength": 0.75, "seeds": [0, 1, 2], "report": difference}
+    results["forgetting"] = {"equal": [equal]}
     settings = {"max_train_steps": 300, "train_batch_size": 2, "rank": 4, "learning_rate": RATE}
     shared = {
         "fingerprint": "0",

@@ -27,6 +27,7 @@ from benchmarks.paper_variants_felt import (
     stress_left,
     stressed,
 )
+from benchmarks.paper_variants_forgetting import STRENGTHS, curves, curves_left
 from benchmarks.paper_variants_plan import FULL, THIN, Group
 from benchmarks.paper_variants_study import Study
 from flatlora_diffusion.compare.arms import PlannedRun
@@ -177,6 +178,24 @@ def test_a_lora_is_felt_in_each_condition_and_what_is_left_of_that_is_known(
     twice = {name: losses["all"] for name, losses in bench.reported.losses(runs[0].lora, 2.0).items()}
     own = next(row["felt"] for row in found["rows"] if row["arm"] == runs[0].arm.key)
     assert own["with a second LoRA"] == pytest.approx(twice, rel=1e-5), "its own once more"
+
+
+@pytest.mark.slow
+def test_a_lora_is_measured_at_each_strength_and_what_is_left_of_that_is_known(study_of: list[str]) -> None:
+    group = Group({THIN: FULL}, [7])
+    bench = Study(parser().parse_args(study_of)).bench(group)
+    runs = bench.planned(group)
+    for planned in runs:
+        paper_variants_bench.trained(planned)
+    left = sum(curves_left(bench, planned) for planned in runs)
+    with samples_seen() as seen:
+        rows = curves(bench, group)
+    assert left == pytest.approx(MANY * sum(seen))
+    assert sum(curves_left(bench, planned) for planned in runs) == 0
+    for row, planned in zip(rows, runs, strict=True):
+        usual = {name: losses["all"] for name, losses in bench.reported.losses(planned.lora).items()}
+        assert row["strengths"]["1"] == usual
+        assert len({losses["report"] for losses in row["strengths"].values()}) == len(STRENGTHS)
 
 
 def test_conditions_are_compared_by_the_pairs_of_each_seed() -> None:
