@@ -16,7 +16,7 @@ from benchmarks.paper_results_studies import STUDIES, TESTS, points, pooled, tol
 from benchmarks.paper_study import _bouts
 from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, SWEEPS, VARIANT_ARMS, Arm
 from benchmarks.paper_study_settings import Settings
-from benchmarks.paper_variants_figures import corrected
+from benchmarks.paper_variants_figures import compared, corrected
 from benchmarks.paper_variants_page import read_results
 from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG, TWICE
 from benchmarks.paper_words import MINUS, SCALE, interval, is_told, signed
@@ -125,13 +125,30 @@ def test_the_readme_says_what_sam_gains_with_fresh_seeds() -> None:
     assert f"{interval(sam['report'], 1)} at the end, {interval(sam['chosen'], 1)} at the chosen checkpoint" in said
     losses = [row["report"] for row in result["rows"] if row["arm"] == "lora"]
     share = -sam["report"]["mean"] / (result["base"]["report"] - sum(losses) / len(losses))
-    assert f"which is {100 * share:.0f} % of LoRA's gain, and {interval(twice['report'], 1)} from LoRA" in said
+    assert f"which is {100 * share:.0f} % of LoRA's gain, {interval(twice['report'], 1)} from LoRA" in said
+    tuned = read_results()["tuned"]
+    best = tuned["headlines"]["both tuned"][1]
+    rows = [row for row in result["rows"] if row["arm"] == sam["arm"]] + tuned["rows"]
+    (of_tuned,) = compared(rows, {sam["arm"]: best}, result["base"])
+    assert len(of_tuned["seeds"]) == of_tuned["alike"] == 5
+    assert f"and {interval(of_tuned['report'], 1)} from the LoRA of twenty trials" in said
     assert twice["report"]["high"] < 0
     forgotten = [row["flat"] - result["base"]["flat"] for row in result["rows"] if row["arm"] == "lora"]
     lost = SCALE * sum(forgotten) / len(forgotten)
     assert f"forgets more, {interval(sam['flat'], 1)} on flat icons, where LoRA forgets {lost:.0f};" in said
     assert f"(loss rise {interval(sam['rise'], 1)})" in said
     assert "SAM was better, at twice the time" in METHOD_HINT
+
+
+def test_the_readme_says_that_sam_is_ahead_at_equal_forgetting() -> None:
+    said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    half, whole = (one for one in read_results()["forgetting"]["equal"] if one["arm"] == "sam:rho=0.25")
+    assert (half["against"], whole["against"]) == ("lora", "lora")
+    assert (half["share"], whole["share"]) == (0.5, 1.0)
+    assert f"SAM's at a strength of {whole['strength']:.2f}: {interval(whole['report'], 1)}; where" in said
+    assert f"forget half as much {interval(half['report'], 1)}." in said
+    assert whole["report"]["high"] < 0
+    assert "on unseen icons, at equal forgetting too" in said
 
 
 def test_the_readme_says_where_the_tuned_two_differ() -> None:

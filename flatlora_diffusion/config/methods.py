@@ -31,7 +31,7 @@ IN_FORCE: dict[str, dict[str, float]] = {
     "sigma": dict.fromkeys(("flat-lora", "mixed-noise", "factor-noise"), DEFAULT_SIGMA),
     "sigma_rise": dict.fromkeys(("flat-lora", "mixed-noise"), 0.0),
     "rho": {"lora-sam": 0.003, "sam": 0.05, "bi-lora": 0.05},
-    "rho_rise": {"sam": 0.0},
+    "rho_rise": {"sam": 0.25},
     "noise_share": {"mixed-noise": 0.5},
     "bar_strength": {"nbar": 0.25, "obar": 0.25},
 }
@@ -132,7 +132,7 @@ class PerturbConfig(Section):
     rho: float | None = setting(
         None,
         "radius of what ascends, a Frobenius norm over all adapted layers: A and B of lora-sam (default "
-        f"{IN_FORCE['rho']['lora-sam']}), W of sam ({IN_FORCE['rho']['sam']}), the second LoRA's product of bi-lora "
+        f"{IN_FORCE['rho']['lora-sam']}), W of sam (by --rho_rise), the second LoRA's product of bi-lora "
         f"({IN_FORCE['rho']['bi-lora']}, our choice)",
         min=0,
         before=None,
@@ -140,7 +140,7 @@ class PerturbConfig(Section):
     rho_rise: float | None = setting(
         None,
         "sam only, where --rho is left out: before the first step find the rho by which ascending makes the loss rise "
-        "by this share, to first order, so that one setting fits any base; default: find none",
+        f"by this share, to first order; default {IN_FORCE['rho_rise']['sam']:g}, best on the tiny base",
         min=0.0001,
         max=10,
     )
@@ -214,7 +214,7 @@ class PerturbConfig(Section):
 
     @property
     def radius(self) -> float:
-        """The rho in force: 0 where nothing ascends."""
+        """The rho in force: 0 where nothing ascends. SAM's own is what is usual, for loops that look for none."""
         return self._in_force("rho")
 
     @property
