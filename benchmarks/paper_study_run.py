@@ -20,7 +20,7 @@ from benchmarks.paper_study_settings import Settings
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.ground.seeds import derive_seed, generator
 from flatlora_diffusion.method.rivals.ascent import LoraSam, Sam
-from flatlora_diffusion.method.rivals.slopes import read_slopes
+from flatlora_diffusion.method.rivals.slopes import SlopeReader, norm, read_slopes
 from flatlora_diffusion.method.settings import Settings as NoiseSettings
 from flatlora_diffusion.method.step_gradient import StepGradient
 
@@ -103,6 +103,23 @@ def train(bench: Bench, settings: Settings, seed: int) -> Trained:
         adapter = _adapted(model, bench, settings, seed)
         loss = _train(adapter, bench.train, settings, seed)
         return Trained(adapter, loss, time.process_time() - started)
+
+
+def first_slopes(bench: Bench, settings: Settings, seed: int, steps: int) -> list[tuple[float, float]]:
+    """The loss and ||dL/dW|| of the encoder's adapted layers, of each of a run's first batches."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = bench.model()
+        adapter, found = _adapted(model, bench, settings, seed), []
+        model.train()
+        reader = SlopeReader([model.encoder])
+        for batch in _batches(adapter, bench.train, steps, seed):
+            with reader.reading() as slopes:
+                loss = batch.backward()
+            found.append((float(loss), float(norm(slopes.values()))))
+            model.zero_grad()
+        reader.detach()
+        return found
 
 
 def sizes(bench: Bench) -> dict[str, int]:

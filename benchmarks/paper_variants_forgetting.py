@@ -43,7 +43,7 @@ def curves_left(bench: Bench, planned: PlannedRun) -> float:
 def at_equal_forgetting(rows: Sequence[Row], pairs: Pairs, base: Loss) -> list[Result]:
     """Each pair's differences where both forget such a share of what the second forgets at strength 1.
 
-    `strength` is the first arm's there, the mean of the seeds.
+    `strength` is the first arm's there, the mean of the seeds. Raises ValueError where one never forgets so much.
     """
     walks = {(row["arm"], row["seed"]): _walk(row, base) for row in rows}
     results = []

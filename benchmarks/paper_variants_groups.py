@@ -38,7 +38,7 @@ def planned_groups(part: str, options: Namespace) -> list[Group]:
     fresh = range(FRESH_SEED, FRESH_SEED + options.fresh)
     cells = dict.fromkeys(list(dict.fromkeys((PAPER, STRONG, *CELL_KEYS.values())))[:CELLS], "lora")
     methods, adapters = method_choices(rate), adapter_choices(rate)
-    of_sam = Group({RADII[0]: "lora", TWICE: "lora"}, fresh[: options.seeds])
+    of_sam = Group({RADII[1]: "lora", TWICE: "lora"}, fresh[: options.seeds])
     groups = {
         "map": [map_group(options), Group(cells, seeds)],
         "draws": [Group(DRAW_PAIRS, seeds)],
@@ -47,7 +47,7 @@ def planned_groups(part: str, options: Namespace) -> list[Group]:
         "sizes": sweeps("lora", STRONG, options.fresh),
         "methods": [*map(trials_of, methods.values()), Group(method_pairs(likely(methods)), seeds)],
         "sam": [trials_of(RADII), of_sam],
-        "forgetting": [of_sam],
+        "forgetting": [trials_of(RADII), of_sam],
         "adapters": [*map(trials_of, adapters.values()), Group(adapter_pairs(likely(adapters)), seeds)],
         "felt": [Group(FELT_PAIRS, seeds)],
         "again": [Group(AGAIN_PAIRS, fresh)],

@@ -71,12 +71,13 @@ def likely(choices: Choices) -> dict[str, str]:
 
 
 def _strengths(method: str, name: str) -> list[str]:
-    """Around the method's default, of noise around the lead of earlier runs; the default itself is not named."""
+    """Around the method's default, not named where it is in force; of noise around the lead of earlier runs."""
     if name in GIVEN:
         return [arm(method, **GIVEN | {name: f"{factor * GIVEN[name]:g}"}) for factor in WEAKER_STRONGER]
-    default = IN_FORCE[name][method]
+    default, is_found = IN_FORCE[name][method], method in IN_FORCE.get(f"{name}_rise", {})
     return [
-        arm(method) if factor == 1 else arm(method, **{name: f"{factor * default:g}"}) for factor in WEAKER_STRONGER
+        arm(method) if factor == 1 and not is_found else arm(method, **{name: f"{factor * default:g}"})
+        for factor in WEAKER_STRONGER
     ]
 
 

@@ -122,8 +122,9 @@ class Study:
             new = [run for run in runs if run[1].run.folder not in seen]
             seen |= {planned.run.folder for _, planned, _ in runs}
             if part in measured_apart:
-                passes = sum(measured_apart[part](bench, planned) for bench, planned, _ in runs)
-                passes += sum(bench.training_left(planned) for bench, planned, _ in new)
+                passes = sum(measured_apart[part](bench, planned) for bench, planned, is_trial in runs if not is_trial)
+                passes += sum(bench.training_left(planned) for bench, planned, is_trial in new if not is_trial)
+                passes += sum(bench.left(planned, True) for bench, planned, is_trial in new if is_trial)
             else:
                 passes = sum(bench.left(planned, is_trial) for bench, planned, is_trial in new)
             minutes = passes * each * self.options.threads / 60

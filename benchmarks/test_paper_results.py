@@ -140,12 +140,25 @@ def test_the_readme_says_what_sam_gains_with_fresh_seeds() -> None:
     assert "SAM was better, at twice the time" in METHOD_HINT
 
 
+def test_the_readme_says_which_rho_a_rise_finds_and_where_that_is_too_much() -> None:
+    said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    found = json.loads((paper_results.PAGE.parents[1] / "benchmarks" / "rho_rise.json").read_text(encoding="utf-8"))
+    assert f"`--rho_rise {found['rise']:g}` is the default" in said
+    assert all(0.2 < rho < 0.3 for rho in found["rhos"]["attention, batch 2"]), "about 0.25, the best of the trials"
+    assert [f"{rho:.1f}" for rho in found["rhos"]["emoji_group"]] == ["0.2"] * 5
+    assert "on names of emojis, a task of texts, that is rho 0.2, which ruins the training" in said
+    swept = json.loads(
+        (paper_results.PAGE.parents[1] / "benchmarks" / "paper_language.json").read_text(encoding="utf-8")
+    )
+    assert swept["tables"]["emoji_group"]["sam rho 0.2"]["difference"]["test"]["high"] < -0.1
+
+
 def test_the_readme_says_that_sam_is_ahead_at_equal_forgetting() -> None:
     said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
     half, whole = (one for one in read_results()["forgetting"]["equal"] if one["arm"] == "sam:rho=0.25")
     assert (half["against"], whole["against"]) == ("lora", "lora")
     assert (half["share"], whole["share"]) == (0.5, 1.0)
-    assert f"SAM's at a strength of {whole['strength']:.2f}: {interval(whole['report'], 1)}; where" in said
+    assert f"SAM's at strengths of about {whole['strength']:.2f}: {interval(whole['report'], 1)}; where" in said
     assert f"forget half as much {interval(half['report'], 1)}." in said
     assert whole["report"]["high"] < 0
     assert "on unseen icons, at equal forgetting too" in said

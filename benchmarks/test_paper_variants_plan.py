@@ -48,7 +48,7 @@ def test_each_rival_has_three_trials_around_its_own_default() -> None:
     assert len(methods) == 1 + 8
     assert len(adapters) == 2 + 8
     assert choices["lora"] == ["lora:learning_rate=0.00025", "lora", "lora:learning_rate=0.001"]
-    assert choices["sam"] == ["sam:rho=0.02", "sam", "sam:rho=0.125"]
+    assert choices["sam"] == ["sam:rho=0.02", "sam:rho=0.05", "sam:rho=0.125"]
     assert [parse_arm(key).changes["sigma"] for key in choices["flat-lora"]] == [0.16, 0.4, 1]
     assert set(method_pairs({name: arms[0] for name, arms in methods.items()}).values()) == {choices["lora"][0]}
 

@@ -6,6 +6,7 @@ A setting that is not named here keeps its own help; each has a label.
 from __future__ import annotations
 
 from flatlora_diffusion.config import DEFAULT_SIGMA
+from flatlora_diffusion.config.methods import IN_FORCE
 
 LABELS = {
     "pretrained_model_name_or_path": "Base model",
@@ -154,7 +155,8 @@ HELP = {
     "the first gradients, and make a file of twice the rank; adalora gives the layers that need it more of the rank; "
     "full trains all weights of the layers, which takes far more memory",
     "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
-    "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: what is usual",
+    "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: for "
+    "SAM by the rise below, for the others what is usual",
     "optimizer": "adamw, prodigy or adafactor; lora-pro is adamw with steps that come nearer to training all weights",
     "lora_plus_ratio": "B learns so many times as fast as A; 16 is usual; left empty: alike",
     "pretrained_model_name_or_path": "an SDXL model: a folder, a name on the Hugging Face hub, a .safetensors file, "
@@ -175,8 +177,8 @@ HELP = {
     "sigma": f"how strong the noise is that Flat-LoRA trains against; left empty: {DEFAULT_SIGMA}",
     "sigma_rise": "where sigma is left empty: the share by which the noise is to lift the loss, such as 0.02; the "
     "sigma that does so on this base is found before the first step",
-    "rho_rise": "for SAM, where the radius is left empty: the share by which the worst place is to lift the loss, "
-    "such as 0.25; the radius that does so on this base is found before the first step",
+    "rho_rise": "for SAM, where the radius is left empty: the share by which the worst place is to lift the loss; the "
+    f"radius that does so on this base is found before the first step; left empty: {IN_FORCE['rho_rise']['sam']:g}",
     "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
     "holdout_images": "so many are not trained on: the result is the checkpoint that knows them best",

@@ -108,6 +108,7 @@ class PerturbConfig(Section):
         "makes the loss rise by this share, so that one setting fits any base; default: look for none",
         min=0.0001,
         max=1,
+        before=None,
     )
     sigma_schedule: SigmaSchedule = setting(
         "cosine",
@@ -143,6 +144,7 @@ class PerturbConfig(Section):
         f"by this share, to first order; default {IN_FORCE['rho_rise']['sam']:g}, best on the tiny base",
         min=0.0001,
         max=10,
+        before=None,
     )
     bar_strength: float | None = setting(
         None,
@@ -214,7 +216,7 @@ class PerturbConfig(Section):
 
     @property
     def radius(self) -> float:
-        """The rho in force: 0 where nothing ascends. SAM's own is what is usual, for loops that look for none."""
+        """The rho in force, 0 where nothing ascends; SAM's until a rise has found one, and in runs without a rise."""
         return self._in_force("rho")
 
     @property

@@ -127,10 +127,11 @@ def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(comparison, "compare", compare)
     assert main(["demo", "--max_train_steps", "7"]) == 1
-    assert main(["demo", "--guidance_scale", "4"]) == 1
+    assert main(["demo", "--guidance_scale", "4", "--arms", "lora"]) == 1
     (config, own), (_, given) = asked
     assert (config.optim.max_train_steps, config.run.output_dir) == (7, "outputs/demo")
     assert (own.guidance_scale, given.guidance_scale) == (2.5, 4)
+    assert (own.arms, given.arms) == (("lora", "flat-lora", "sam"), ("lora",))
 
 
 def test_the_app_is_ours_and_says_what_it_lacks(

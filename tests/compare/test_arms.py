@@ -143,6 +143,9 @@ def test_a_run_that_has_found_its_sigma_is_the_one_that_asked_for_it(config: Tra
     assert planned.is_finished
     (other,) = plan(rising.replace(sigma_rise=0.0004), [planned.arm], [0], 1)
     assert not other.is_finished
+    saved = planned.run.config()
+    planned.run.config_file.write_text(json.dumps({**saved, "sigma": None}), encoding="utf-8")
+    assert not planned.is_finished, "a run that has found none was made before a rise was looked for"
 
 
 @pytest.mark.usefixtures("without_a_process")

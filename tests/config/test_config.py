@@ -106,7 +106,16 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
     """It lacks the setting, and its run drew every entry of eps, whatever the default has become."""
     earlier = TrainConfig.from_dict({"seed": 5, "perturb_draw": "full", "perturb_norm_every": 1})
     saved = earlier.to_dict()
-    del saved["perturb_draw"], saved["perturb_norm_every"]
+    for newer in (
+        "perturb_draw",
+        "perturb_norm_every",
+        "sigma_rise",
+        "rho_rise",
+        "rho",
+        "noise_share",
+        "bar_strength",
+    ):
+        del saved[newer]
     file = tmp_path / "config.json"
     file.write_text(json.dumps(saved), encoding="utf-8")
     assert TrainConfig().updated_from(file) == TrainConfig.from_dict(saved) == earlier
@@ -118,6 +127,13 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
     file.write_text(json.dumps({"seed": 5, "sigma": 0.05}), encoding="utf-8")
     new = TrainConfig().updated_from(file).perturb
     assert (new.perturb_draw, new.perturb_norm_every) == ("low_rank", 10), "what is no saved config has the defaults"
+
+
+def test_sam_looks_for_its_rho_unless_one_is_given() -> None:
+    found, given = TrainConfig.from_dict({"method": "sam"}), TrainConfig.from_dict({"method": "sam", "rho": 0.1})
+    assert (found.perturb.rise, found.perturb.rising) == (0.25, "rho")
+    assert (given.perturb.rise, given.perturb.radius) == (0, 0.1)
+    assert TrainConfig.from_dict({"method": "bi-lora"}).perturb.rise == 0
 
 
 def test_an_eps_for_each_example_is_for_low_rank_draws_and_refused_before_anything_is_loaded() -> None:

@@ -491,3 +491,11 @@ def test_the_readme_s_figures_are_those_of_the_estimate(preset: str, flags: dict
     assert estimate_memory(config).total / GIB == pytest.approx(gib, abs=0.05)
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"| {gib} GiB |" in readme
+
+
+def test_the_readme_says_what_sam_s_gradient_adds() -> None:
+    quality = TrainConfig().updated_from(preset_file("quality")).replace(pretrained_model_name_or_path=SDXL)
+    plain, sam = (estimate_memory(quality.replace(method=method)).total / GIB for method in ("lora", "sam"))
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"an estimated {sam - plain:.1f} GiB more for their gradient (16 GB with `--preset quality`)" in readme
+    assert 12 * 0.9 < sam < 16 * 0.9

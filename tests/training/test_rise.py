@@ -174,8 +174,24 @@ def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfi
 def test_a_base_without_a_slope_is_told_of(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     state = prepare(climbing, samples_of(climbing))
     monkeypatch.setattr(rise, "norm", lambda slopes: torch.zeros(()))
-    with pytest.raises(RunError, match=r"rho_rise=0.005 was asked for, but the first gradients are 0; give the --rho"):
+    with pytest.raises(RunError, match=r"rho_rise=0.005 was asked for, but no first gradient is finite and above 0"):
         first_weights(state)
+
+
+def test_steps_whose_gradients_overflow_are_left_out(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, found = prepare(climbing, samples_of(climbing)), [(7.0, math.inf), (2.0, 4.0), (7.0, math.nan), (4.0, 2.0)]
+    monkeypatch.setattr(rise, "_loss_and_slope", lambda state, reader, step: found[step])
+    first_weights(state)
+    assert state.config.perturb.rho == pytest.approx(CLIMB * (2 + 4) / (4 + 2))
+
+
+def test_the_scale_of_fp16_is_taken_off(climbing: TrainConfig) -> None:
+    usual, scaled = (prepare(climbing, samples_of(climbing)) for _ in range(2))
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for state in (usual, scaled):
+        first_weights(state)
+    assert usual.config.perturb.rho is not None
+    assert scaled.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["lora", "lora-sam", "bi-lora", "flat-lora"])

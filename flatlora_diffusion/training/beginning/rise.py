@@ -18,14 +18,14 @@ import torch
 from flatlora_diffusion.adapter.trained_parts import adapted_models
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.ground.provenance import DrawHash
-from flatlora_diffusion.method.rivals.slopes import norm, read_slopes
+from flatlora_diffusion.method.rivals.slopes import SlopeReader, average, norm
 from flatlora_diffusion.training.micro_batches import DrawnMicroBatch, first_micro_batches, micro_batches
 from flatlora_diffusion.training.state import TrainState, dropout_draws
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = 64  # images, those of several passes over a small set counted each time
-SLOPES = 16  # images whose gradients say enough of rho: within 5 % of what 64 say on the tiny base
+SLOPES = 16  # images whose gradients say enough of rho (benchmarks/rho_rise.json)
 MOST = 4.0  # four times the filters themselves: what is left of them then says nothing
 _TRIALS, _NEAR, _FASTEST = 10, 1.1, 4.0
 
@@ -43,26 +43,38 @@ def start_at_rise(state: TrainState) -> None:
 
 
 def _rho(state: TrainState) -> float:
-    """rho = rise * E[L] / E[||g||], each g the mean gradient in W of one step, as SAM ascends along it."""
-    wanted, scaler = state.config.perturb.rise, state.accelerator.scaler
-    models = adapted_models(state.sdxl.pipeline, state.config.adapter).values()
-    losses, norms = [], []
+    """rho = rise * E[L] / E[||g||], each g the mean gradient in W of one step, as SAM ascends along it.
+
+    Steps whose gradients overflow in fp16 are left out.
+    """
+    wanted = state.config.perturb.rise
     state.gradient.detach()
-    for step in range(_steps(state, SLOPES)):
-        drawn = list(micro_batches(state, step, DrawHash()))
-        norms.append(norm(read_slopes(models, drawn)))
-        losses += [_loss(state, [one], 0.0) for one in drawn]
-        state.optimizer.zero_grad(set_to_none=True)
-    scale = 1.0 if scaler is None else float(scaler.get_scale())
-    slope = float(torch.stack(norms).mean()) / scale
-    if not (math.isfinite(slope) and slope > 0):
+    reader = SlopeReader(adapted_models(state.sdxl.pipeline, state.config.adapter).values())
+    try:
+        found = [_loss_and_slope(state, reader, step) for step in range(_steps(state, SLOPES))]
+    finally:
+        reader.detach()
+    found = [(loss, slope) for loss, slope in found if math.isfinite(slope)]
+    losses, slopes = (math.fsum(one[place] for one in found) for place in range(2))
+    if slopes == 0:
         raise RunError(
-            f"rho_rise={wanted:g} was asked for, but the first gradients are {slope:g}; give the --rho itself or use "
-            "--mixed_precision bf16"
+            f"rho_rise={wanted:g} was asked for, but no first gradient is finite and above 0; give the --rho"
         )
-    rho = float(f"{wanted * math.fsum(losses) / len(losses) / slope:.3g}")
+    rho = float(f"{wanted * losses / slopes:.3g}")
     logger.info("rho %.3g makes the loss rise by %.3g %% to first order", rho, 100 * wanted)
     return rho
+
+
+def _loss_and_slope(state: TrainState, reader: SlopeReader, step: int) -> tuple[float, float]:
+    """The mean loss of a step's images, of all processes, and ||dL/dW||."""
+    with reader.reading() as slopes:
+        losses = [one.backward(is_shared=False) for one in micro_batches(state, step, DrawHash())]
+    state.optimizer.zero_grad(set_to_none=True)
+    average(slopes.values())
+    scaler = state.accelerator.scaler
+    scale = 1.0 if scaler is None else float(scaler.get_scale())
+    loss = state.accelerator.reduce(torch.stack(losses).mean(), "mean")
+    return float(loss), float(norm(slopes.values())) / scale
 
 
 def _sigma(state: TrainState) -> float:

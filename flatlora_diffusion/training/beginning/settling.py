@@ -44,8 +44,10 @@ def is_made_with(run: RunDir, config: TrainConfig) -> bool:
         return False
     wanted, saved = config.to_dict(), run.config()
     names = settings_that("is_settled")
-    if config.perturb.rise > 0:
-        names = (*names, config.perturb.rising)  # it is found as the run begins
+    if config.perturb.rise > 0:  # what it finds is saved as the run begins; runs before --rho_rise looked for none
+        if saved.get(config.perturb.rising) is None:
+            return False
+        names = (*names, config.perturb.rising)
     left_open = {name: saved.get(name) for name in names if wanted[name] is None}
     return not run.changed_settings(config.replace(**left_open))
 
