@@ -34,6 +34,11 @@ class Variation:
         return f"{name.replace(' ', '_')}-{self.steps}"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a plain LoRA, on which the demo's settings are chosen."""
+        return "method" not in self.changes
+
+    @property
     def measured_steps(self) -> list[int]:
         ends_at_0 = self.changes.get("lr_scheduler") == "cosine"
         return [self.steps] if ends_at_0 else [*range(EVERY, self.steps, EVERY), self.steps]
@@ -41,6 +46,7 @@ class Variation:
 
 ATTENTION = {"lora_target_modules": "attn", "rank": 8, "learning_rate": 1e-3, "lr_scheduler": "constant"}
 CONV = {**ATTENTION, "lora_target_modules": "conv", "rank": 16}
+SAM = {**CONV, "method": "sam"}
 COSINE = {**CONV, "lr_scheduler": "cosine", "lr_warmup_steps": 0}
 VARIATIONS = {
     "attn rank 8": Variation(ATTENTION),
@@ -59,6 +65,9 @@ VARIATIONS = {
     "cosine lr 5e-4": Variation({**COSINE, "learning_rate": 5e-4}, steps=300),
     "cosine, captions as the base's": Variation(COSINE, "a flat icon of {}, in the style of TOK", 300),
     "cosine, short captions": Variation(COSINE, "{} TOK", 300),
+    "conv rank 16 SAM": Variation(SAM),
+    "conv rank 16 debiased SAM": Variation({**SAM, "debiased_estimation": True}, steps=300),
+    "conv rank 16 SAM 0.5": Variation({**SAM, "rho_rise": 0.5}),
 }
 
 

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.demo_preset import TOLD, best_first
-from flatlora_diffusion.commands.command_line import DEMO_GUIDANCE
+from benchmarks.demo_preset import TOLD, best_first, by_sam, plain
+from flatlora_diffusion.commands.command_line import DEMO_ARMS, DEMO_GUIDANCE
 from flatlora_diffusion.config import TrainConfig, preset_file
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def test_of_rows_that_pictures_cannot_tell_apart_the_one_with_the_lowest_loss_is
 
 
 def test_the_demo_has_the_settings_of_the_best_row() -> None:
-    best, reported = best_first(RESULT["rows"])[0], RESULT["reported"]
+    best, reported = best_first(plain(RESULT["rows"]))[0], RESULT["reported"]
     assert {key: best[key] for key in ("variation", "steps", "guidance")} == {
         key: reported[key] for key in ("variation", "steps", "guidance")
     }
@@ -58,6 +58,18 @@ def test_pages_say_what_was_measured() -> None:
         )
         for row in RESULT["rows"]
     }
-    assert len(rows) == 11
+    assert len(rows) == 13
     assert set(rows) <= measured
     assert f"Some of the {len(RESULT['rows'])} rows" in table
+    sam = RESULT["reported_of_sam"]
+    found = sam["LoRA"]
+    assert (
+        f"it then has 3D {found['style_probability']:.2f}, {100 * found['name_found']:.1f} % of the names and "
+        f"{found['loss'] / sam['base']['loss']:.3f} of the base's loss"
+    ) in table
+
+
+def test_the_demo_trains_sam_as_long_as_its_best_row() -> None:
+    best = best_first(by_sam(RESULT["rows"]))[0]
+    assert (best["variation"], best["steps"], best["guidance"]) == ("conv rank 16 SAM", 300, float(DEMO_GUIDANCE))
+    assert f"sam:max_train_steps={best['steps']}" in DEMO_ARMS

@@ -47,7 +47,7 @@ from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
 DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
-DEMO_ARMS = ("lora", "flat-lora", "sam")
+DEMO_ARMS = ("lora", "flat-lora", "sam:max_train_steps=300")  # each as long as is best (docs/metrics.md)
 
 # Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
 _QUIET = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flatlora_diffusion.commands.command_line import main, train_main
+from flatlora_diffusion.commands.command_line import DEMO_ARMS, main, train_main
 from flatlora_diffusion.compare import comparison
 from flatlora_diffusion.config import CompareConfig, RunError, TrainConfig
 from flatlora_diffusion.flatness import report as flatness_report
@@ -131,7 +131,7 @@ def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) ->
     (config, own), (_, given) = asked
     assert (config.optim.max_train_steps, config.run.output_dir) == (7, "outputs/demo")
     assert (own.guidance_scale, given.guidance_scale) == (2.5, 4)
-    assert (own.arms, given.arms) == (("lora", "flat-lora", "sam"), ("lora",))
+    assert (own.arms, given.arms) == (DEMO_ARMS, ("lora",))
 
 
 def test_the_app_is_ours_and_says_what_it_lacks(
