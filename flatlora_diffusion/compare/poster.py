@@ -26,7 +26,7 @@ def poster(runs: Sequence[PlannedRun], evaluator: RunEvaluator, captions: Collec
     models = _models(runs, evaluator, prompts)
     strengths = _strengths(runs[0], evaluator)
     width = max(models.width, strengths.width)
-    caption = "; ".join(_said(runs[0], evaluator, prompts, captions))
+    caption = "; ".join(_said(runs, evaluator, prompts, captions))
     return labelled_bands([_trained_on(evaluator, width), models, strengths], caption)
 
 
@@ -72,14 +72,16 @@ def _heading(evaluator: RunEvaluator, prompt: str) -> str:
 
 
 def _said(
-    run: PlannedRun, evaluator: RunEvaluator, prompts: Sequence[str], captions: Collection[str]
+    runs: Sequence[PlannedRun], evaluator: RunEvaluator, prompts: Sequence[str], captions: Collection[str]
 ) -> Iterator[str]:
     """What has to be known to read it, in parts of a sentence."""
+    run, have_own = runs[0], any(one.arm.changes for one in runs)
     if any(prompt in evaluator.names for prompt in prompts):
         yield f"prompts such as \N{LEFT DOUBLE QUOTATION MARK}{prompts[0]}\N{RIGHT DOUBLE QUOTATION MARK}"
     if not set(captions).intersection(prompts):
         yield "none of these was trained on"
-    yield f"same seed and settings, {run.steps} steps, guidance {evaluator.prompts.guidance:g}"
+    alike = "same seed, and settings but for those that a row names" if have_own else "same seed and settings"
+    yield f"{alike}, {run.steps} steps, guidance {evaluator.prompts.guidance:g}"
     for shown, of, what in (
         (len(prompts), len(evaluator.prompts.style), "prompts"),
         (min(len(evaluator.training), MOST_THUMBNAILS), len(evaluator.training), "training images"),

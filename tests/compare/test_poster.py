@@ -56,7 +56,7 @@ class Drawn:
 
 
 RUNS: Any = [
-    SimpleNamespace(arm=SimpleNamespace(name=name), lora=Path(key), steps=150)
+    SimpleNamespace(arm=SimpleNamespace(name=name, changes={}), lora=Path(key), steps=150)
     for name, key in (("LoRA", "lora"), ("Flat-LoRA", "flat"))
 ]
 
@@ -130,9 +130,16 @@ def test_things_are_named_where_their_names_are_known_and_the_caption_has_a_whol
     assert list(strengths.column_labels[:4]) == ["peach: 0", "0.5", "1", "1.5"]
     assert PROMPTS[0] in caption
     assert "none of these was trained on" in caption
-    assert "150 steps, guidance 2.5" in caption
+    assert "same seed and settings, 150 steps, guidance 2.5" in caption
     assert "8 of 9 prompts" in caption
     assert "LoRA at other strengths, 0 is the base" in caption
+
+
+def test_settings_that_a_row_names_are_not_called_the_same(tmp_path: Path, written: list[Any]) -> None:
+    arm = SimpleNamespace(name="SAM, max_train_steps 300", changes={"max_train_steps": 300})
+    longer: Any = SimpleNamespace(arm=arm, lora=Path("flat"), steps=300)
+    poster([RUNS[0], longer], Drawn(tmp_path, PROMPTS), [])  # type: ignore[arg-type]
+    assert "same seed, and settings but for those that a row names, 150 steps" in written[1]
 
 
 def test_prompts_that_were_trained_on_are_not_called_new_and_left_out_images_are_counted(
