@@ -16,6 +16,7 @@ from benchmarks.paper_results_studies import STUDIES, TESTS, points, pooled, tol
 from benchmarks.paper_study import _bouts
 from benchmarks.paper_study_arms import ARMS, CONSTANT_SIGMAS, RANKS, SIGMAS, SWEEPS, VARIANT_ARMS, Arm
 from benchmarks.paper_study_settings import Settings
+from benchmarks.paper_variants_answer import verdict
 from benchmarks.paper_variants_figures import compared, corrected
 from benchmarks.paper_variants_page import read_results
 from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG, TWICE
@@ -138,6 +139,23 @@ def test_the_readme_says_what_sam_gains_with_fresh_seeds() -> None:
     assert f"forgets more, {interval(sam['flat'], 1)} on flat icons, where LoRA forgets {lost:.0f};" in said
     assert f"(loss rise {interval(sam['rise'], 1)})" in said
     assert "SAM was better, at twice the time" in METHOD_HINT
+
+
+def test_the_readme_says_how_the_rival_adapters_end_plain_and_flat() -> None:
+    said = " ".join((paper_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    said = said.partition("*Rival adapters*")[2].partition("*Pretrained encoders*")[0]
+    pairs = read_results()["adapters"]["pairs"]
+    lora = pairs[0]["against"]
+    plain = [pair for pair in pairs if pair["against"] == lora and parse_arm(pair["arm"]).method == "lora"]
+    flat = [pair for pair in pairs if pair["against"] != lora]
+    assert len(plain) == len(flat) == 8
+    for pair in plain:
+        assert f"{interval(pair['report'], 1)}" in said
+    says = [verdict(pair["report"]) for pair in flat]
+    counts = (says.count(one) for one in ("better", "worse", "no difference found"))
+    assert "better {}, worse {}, no difference found {} times".format(*counts) in said
+    means = [pair["report"]["mean"] for pair in flat]
+    assert f"{signed(min(means), 1)} to {signed(max(means), 1)}." in said
 
 
 def test_the_readme_says_which_rho_a_rise_finds_and_where_that_is_too_much() -> None:
