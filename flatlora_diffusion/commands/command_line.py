@@ -47,7 +47,8 @@ from flatlora_diffusion.lora_files.place import parse_lora
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
 DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
-DEMO_ARMS = ("lora", "flat-lora", "sam:max_train_steps=300")  # each as long as is best (docs/metrics.md)
+DEMO_ARMS = ("lora", "flat-lora", "sam")
+DEMO_SAM_STEPS = 300  # each arm is trained as long as is best (docs/metrics.md)
 
 # Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
 _QUIET = {
@@ -150,7 +151,14 @@ def _caption(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    _compare(["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--arms", *DEMO_ARMS, *arguments])
+    """Steps that are given are those of all arms."""
+    *others, sam = DEMO_ARMS
+    arms = DEMO_ARMS if _gives("max_train_steps", arguments) else (*others, f"{sam}:max_train_steps={DEMO_SAM_STEPS}")
+    _compare(["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--arms", *arms, *arguments])
+
+
+def _gives(name: str, arguments: list[str]) -> bool:
+    return any(flag.replace("-", "_").partition("=")[0] == f"__{name}" for flag in arguments)
 
 
 def _compare(arguments: list[str]) -> None:
@@ -166,7 +174,7 @@ def _evidence(arguments: list[str]) -> None:
     from flatlora_diffusion.compare.evidence.evidence import BASE, DEFAULTS, evidence
 
     flags = ["--mixed_precision", "bf16"] if _has_bf16() else []
-    if not any(flag.replace("-", "_").startswith("__pretrained_model_name_or_path") for flag in arguments):
+    if not _gives("pretrained_model_name_or_path", arguments):
         flags += ["--pretrained_model_name_or_path", BASE, "--variant", "fp16"]
     config, own = _comparison([*DEFAULTS, *flags, *arguments], "evidence")
     hide_library_bars()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flatlora_diffusion.commands.command_line import DEMO_ARMS, main, train_main
+from flatlora_diffusion.commands.command_line import DEMO_ARMS, DEMO_SAM_STEPS, main, train_main
 from flatlora_diffusion.compare import comparison
 from flatlora_diffusion.config import CompareConfig, RunError, TrainConfig
 from flatlora_diffusion.flatness import report as flatness_report
@@ -128,10 +128,12 @@ def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(comparison, "compare", compare)
     assert main(["demo", "--max_train_steps", "7"]) == 1
     assert main(["demo", "--guidance_scale", "4", "--arms", "lora"]) == 1
-    (config, own), (_, given) = asked
+    assert main(["demo"]) == 1
+    (config, own), (_, given), (_, usual) = asked
     assert (config.optim.max_train_steps, config.run.output_dir) == (7, "outputs/demo")
     assert (own.guidance_scale, given.guidance_scale) == (2.5, 4)
-    assert (own.arms, given.arms) == (DEMO_ARMS, ("lora",))
+    assert (own.arms, given.arms) == (DEMO_ARMS, ("lora",)), "steps that are given are those of SAM, too"
+    assert usual.arms == ("lora", "flat-lora", f"sam:max_train_steps={DEMO_SAM_STEPS}")
 
 
 def test_the_app_is_ours_and_says_what_it_lacks(
