@@ -229,7 +229,7 @@ def test_the_cost_of_an_arm_is_that_of_its_own_steps_and_leaves_no_run(
 ) -> None:
     monkeypatch.setattr(paper_variants_bench, "COST_SECONDS", 0.0)
     study = Study(parser().parse_args(study_of))
-    group = Group({"sam": "lora"}, [9])
+    group = Group({"sam:rho=0.1": "lora"}, [9])  # given, so that nothing is passed to find it
     bench = study.bench(group)
     lora, sam = bench.planned(group)
     with samples_seen() as seen:
