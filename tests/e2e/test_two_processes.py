@@ -99,16 +99,20 @@ def by_launcher(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--method=sam --adapter=lora-ga", "--method=bi-lora --adapter=pissa"])
+@pytest.mark.parametrize(
+    "flags", ["--method=sam --adapter=lora-ga --rho_rise=0.25", "--method=bi-lora --adapter=pissa --rho=0.5"]
+)
 def test_what_ascends_does_so_alike_on_two_processes_and_on_one(
     arguments: list[str], tmp_path: Path, flags: str
 ) -> None:
     """Slopes of frozen weights and of the second LoRA are no part of DDP: the method shares them itself."""
     shared = [one for one in arguments if one != "--sigma_schedule=constant"]  # which these methods do not have
-    both = [*shared, *flags.split(), "--rho=0.5"]
+    both = [*shared, *flags.split()]
     together(both, tmp_path / "two")
     alone(both, tmp_path / "one")
-    assert_alike(tmp_path / "one", tmp_path / "two", atol=1e-4)  # 1.6 if each process kept its own slopes
+    assert_alike(tmp_path / "one", tmp_path / "two", atol=1e-4)  # 0.009 if each process kept its own slopes
+    one, two = (json.loads(RunDir(tmp_path / name).config_file.read_text())["rho"] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=2e-3), "a rise finds it by the slopes of all"
 
 
 @pytest.mark.slow
