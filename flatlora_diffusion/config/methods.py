@@ -60,12 +60,12 @@ def overruled_by(given: Collection[str]) -> dict[str, None]:
 
 
 def refuse_unread(config: PerturbConfig, given: Collection[str]) -> None:
-    """Raises ConfigError for a setting among those `given` together that the method or schedule given does not read.
+    """Raises ConfigError for a setting among those `given` together that the method or schedule does not read.
 
     Those of a preset or a file are not given: they may be meant for other methods. None takes a setting back.
     """
     given = {name for name in given if getattr(config, name, None) is not None}
-    for name in sorted(given) if "method" in given else ():
+    for name in sorted(given):
         if config.method not in METHODS_WITH.get(name, METHOD_NAMES):
             raise ConfigError(_unread(config, name))
     if {"sigma_schedule", "sigma_ramp_steps"} <= given and config.sigma_schedule == "constant":

@@ -173,7 +173,7 @@ def test_arms_overrule_the_method_of_a_comparison_so_that_its_settings_are_not_r
 
 
 def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp_path: Path) -> None:
-    """Nor is what only one of two flags makes meaningless: the other may be another command line's."""
+    """What is given beside it is, if the method that they have does not read it."""
     others = {"perturb_noise": "iid", "sigma_schedule": "constant", "sigma_ramp_steps": 3, "perturb_per": "example"}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict(others).to_dict()), encoding="utf-8")
@@ -183,7 +183,9 @@ def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp
         assert parse_config([*source, "--method", "sam"]).perturb.method == "sam"
         assert parse_config([*source, "--sigma_schedule", "constant"]).perturb.sigma_schedule == "constant"
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "lora"}).to_dict()), encoding="utf-8")
-    assert parse_config(["--config", str(file), "--perturb_noise", "iid"]).perturb.method == "lora"
+    for source in (["--config", str(file)], resumed):
+        with pytest.raises(ConfigError, match="--method lora has no perturb_noise"):
+            parse_config([*source, "--perturb_noise", "iid"])
 
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
