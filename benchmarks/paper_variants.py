@@ -11,6 +11,7 @@ methods   every rival method, each with three trials of its strength, with secon
 sam       SAM over W, which `methods` found best, at larger radii, with fresh seeds, beside LoRA of as many gradients
 forgetting the same LoRAs at other strengths, compared where both forget as much
 adapters  every rival adapter and optimizer, each with three trials of its learning rate, plain and flat; the same
+preset    SAM and LoRA with the settings of `--preset quality`
 felt      the same LoRAs on a base of fewer bits or another checkpoint, at other strengths, with a second LoRA
 again     what `felt` found, with fresh seeds and beside two simpler means
 domain    another set of icons as the style

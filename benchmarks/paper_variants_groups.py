@@ -20,6 +20,7 @@ from benchmarks.paper_variants_plan import (
     controls,
     half,
     map_group,
+    preset_group,
     sweeps,
 )
 from benchmarks.paper_variants_rivals import (
@@ -49,6 +50,7 @@ def planned_groups(part: str, options: Namespace) -> list[Group]:
         "sam": [trials_of(RADII), of_sam],
         "forgetting": [trials_of(RADII), of_sam],
         "adapters": [*map(trials_of, adapters.values()), Group(adapter_pairs(likely(adapters)), seeds)],
+        "preset": [preset_group(options.seeds)],
         "felt": [Group(FELT_PAIRS, seeds)],
         "again": [Group(AGAIN_PAIRS, fresh)],
         "domain": [Group({**FELT_PAIRS, half(rate): "lora"}, seeds, domain=True)],

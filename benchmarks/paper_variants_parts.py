@@ -28,6 +28,7 @@ from benchmarks.paper_variants_plan import (
     controls,
     half,
     map_group,
+    preset_group,
     sweeps,
 )
 from benchmarks.paper_variants_rivals import (
@@ -171,9 +172,14 @@ def _rivals(
     return {"trials": trials, "cost": cost, "pairs": pairs, "rows": rows}, best, group
 
 
+def preset_part(study: Study) -> Result:
+    rows, pairs = study.compared({"": preset_group(study.options.seeds)})
+    return {"pairs": pairs, "rows": rows}
+
+
 def felt_part(study: Study) -> Result:
     group = Group(FELT_PAIRS, range(study.options.seeds))
-    (second,) = plan(study.config(FLAT_ICONS, "second-lora", study.options.steps), [parse_arm("lora")], [0], 1)
+    (second,) = plan(study.config(FLAT_ICONS, "second-lora"), [parse_arm("lora")], [0], 1)
     trained(second)
     return felt_by_arm(study.bench(group), group, second.lora, study.options.base, study.options.other_base)
 
@@ -205,6 +211,7 @@ PARTS: dict[str, Callable[[Study], Result]] = {
     "sam": sam_part,
     "forgetting": forgetting_part,
     "adapters": adapters_part,
+    "preset": preset_part,
     "felt": felt_part,
     "again": again_part,
     "domain": domain_part,

@@ -15,7 +15,7 @@ SIGMAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.4)
 SCHEDULES = ("cosine", "constant", "down")
 MAP_SEED, TRIAL_SEED, FRESH_SEED = 50, 60, 100  # the first of each
 CELLS = 4  # of the map that get all seeds: the paper's and those that the search icons like best
-SWEEP_SEEDS = 3  # of each rank, number of images and number of steps
+SWEEP_SEEDS = 3  # of each rank, number of images and number of steps, and of a preset
 RANKS, IMAGES, LENGTHS = (1, 16), (5, 10), (0.5, 2.0)  # beside rank 4, all images, and the steps as they are
 
 Pairs = Mapping[str, str]
@@ -26,7 +26,8 @@ Pairs = Mapping[str, str]
 class Group:
     """Arms that are trained with the same seeds, of `images` training images (all: None) and so many times the steps.
 
-    Of a `trial` no more is measured than chooses settings.
+    Of a `trial` no more is measured than chooses settings. The settings of a `preset` take the place of the study's,
+    but for those that only save memory.
     """
 
     pairs: Pairs
@@ -35,6 +36,7 @@ class Group:
     length: float = 1.0
     trial: bool = False
     domain: bool = False
+    preset: str | None = None
 
     @property
     def arms(self) -> list[str]:
@@ -106,15 +108,26 @@ def control_pairs(rate: float) -> dict[str, str]:
 
 DRAW_PAIRS = {IID: "lora", FULL: IID, THIN: FULL, EXAMPLE: THIN}
 FELT_PAIRS = {PAPER: "lora", STRONG: "lora"}
+PRESET_PAIRS = dict.fromkeys(("sam", arm("sam", rho_rise=0.1)), "lora")
+"""SAM with its default rise, and with a cautious one."""
 AGAIN_PAIRS = {STRONG: "lora", EARLY: "lora", NOISED: "lora"}
 
 
 def sweeps(lora: str, flat_lora: str, fresh: int) -> list[Group]:
     """The two tuned arms where they might differ more, each changed alike, with at most `fresh` seeds."""
-    seeds = range(FRESH_SEED, FRESH_SEED + min(SWEEP_SEEDS, fresh))
+    seeds = _few(fresh)
     ranks = [Group({changed(flat_lora, rank=rank): changed(lora, rank=rank)}, seeds) for rank in RANKS]
     images = [Group({flat_lora: lora}, seeds, images=count) for count in IMAGES]
     return [*ranks, *images, *(Group({flat_lora: lora}, seeds, length=length) for length in LENGTHS)]
+
+
+def preset_group(seeds: int) -> Group:
+    """`--preset quality`, with at most `seeds` seeds."""
+    return Group(PRESET_PAIRS, _few(seeds), preset="quality")
+
+
+def _few(seeds: int) -> range:
+    return range(FRESH_SEED, FRESH_SEED + min(SWEEP_SEEDS, seeds))
 
 
 def map_group(options: Namespace) -> Group:

@@ -121,6 +121,13 @@ def _rivals(result: Result) -> str:
     )
 
 
+def _preset(result: Result) -> str:
+    return (
+        "1,500 steps of batch 4, rank 16, a rate that falls, EMA and min-SNR: all that `samples/presets/quality.json` "
+        f"sets, in fp32 and without gradient checkpointing.\n\n{pairs_table(result)}"
+    )
+
+
 def _felt(result: Result) -> str:
     rows = [
         [_name(pair["arm"]), condition, interval(found["report"], 1), interval(found["flat"], 1)]
@@ -156,6 +163,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "sam": ("SAM over W, larger and with fresh seeds", _sam),
     "forgetting": ("At equal forgetting", _forgetting),
     "adapters": ("Rival adapters", _adapters),
+    "preset": ("With the settings of a preset", _preset),
     "felt": ("What a user feels", _felt),
     "again": ("The same with fresh seeds", _again),
     "domain": ("Another style", _domain),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +25,12 @@ from benchmarks.paper_variants_plan import Group
 from benchmarks.paper_variants_tuned import METHODS, NEED_OPTUNA, trial_group
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.experiment import seconds_per_pass
-from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
+
+MEMORY_ONLY = ("mixed_precision", "gradient_checkpointing", "cache_latents")
 
 
 class Study:
@@ -64,20 +67,19 @@ class Study:
             icons = replace(icons, training=few_images(icons.training, group.images, self.work / f"{name}-icons"))
         if group.length != 1:
             name = f"runs-{steps}-steps"
+        changes: dict[str, Any] = {"max_train_steps": steps}
+        if group.preset is not None:
+            changes, name = settings_of_preset(group.preset), f"preset-{group.preset}"
         if name not in self._benches:
             most = {key: min(value, self.options.at_most or value) for key, value in MOST.items()}
             self._benches[name] = Bench(
-                self.sdxl, self.config(icons.training, name, steps), icons, self.work / "measured", most
+                self.sdxl, self.config(icons.training, name, **changes), icons, self.work / "measured", most
             )
         return self._benches[name]
 
-    def config(self, images: Path, name: str, steps: int) -> TrainConfig:
-        values = self.settings | {
-            "instance_data_dir": str(images),
-            "output_dir": str(self.work / name),
-            "max_train_steps": steps,
-        }
-        return TrainConfig.from_dict(values)
+    def config(self, images: Path, name: str, **changes: Any) -> TrainConfig:
+        places = {"instance_data_dir": str(images), "output_dir": str(self.work / name)}
+        return TrainConfig.from_dict(self.settings | places | changes)
 
     def rows(self, group: Group) -> list[Row]:
         return self.bench(group).rows(group, self.options.workers, self.options.cluster)
@@ -131,3 +133,9 @@ class Study:
             whole += minutes
             print(f"{part}: {len(new)} runs of its own, about {minutes:.0f} core-minutes are left", flush=True)
         print(f"in all about {whole:.0f} core-minutes, {whole / 60:.1f} hours", flush=True)
+
+
+def settings_of_preset(name: str) -> dict[str, Any]:
+    """All that a preset sets but for what only saves memory."""
+    values: dict[str, Any] = json.loads(preset_file(name).read_text(encoding="utf-8"))
+    return {key: value for key, value in values.items() if key not in MEMORY_ONLY}

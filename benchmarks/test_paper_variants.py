@@ -201,6 +201,7 @@ def made_up_results() -> dict[str, Result]:
         "controls": {"against the best control": [STRONG, half(RATE)]},
         "methods": {"against Bi-LoRA": [STRONG, "bi-lora"]},
         "sam": {"SAM": ["sam", "lora"]},
+        "preset": {"": ["sam", "lora"]},
         "again": {"at strength 1.5": [STRONG, "lora"], "on a base in NF4": [STRONG, "lora"]},
         "domain": {"": [STRONG, "lora"]},
     }

@@ -28,11 +28,11 @@ from benchmarks.paper_variants_felt import (
     stressed,
 )
 from benchmarks.paper_variants_forgetting import STRENGTHS, curves, curves_left
-from benchmarks.paper_variants_plan import FULL, THIN, Group
+from benchmarks.paper_variants_plan import FULL, THIN, Group, preset_group
 from benchmarks.paper_variants_study import Study
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.losses import LossEvaluator
-from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile
@@ -241,6 +241,20 @@ def test_the_cost_of_an_arm_is_that_of_its_own_steps_and_leaves_no_run(
     assert 0 < costly["ratio"][0] <= costly["ratio"][1] <= costly["ratio"][2]
     assert costly["peak_bytes"] > plain["peak_bytes"] > 0, "it keeps the slope of W"
     assert not any(planned.run.folder.exists() for planned in (lora, sam))
+
+
+def test_the_settings_of_a_preset_take_the_place_of_the_study_s_but_for_what_only_saves_memory(
+    study_of: list[str],
+) -> None:
+    study, group = Study(parser().parse_args(study_of)), preset_group(1)
+    bench = study.bench(group)
+    lora, sam, _ = bench.planned(group)
+    quality = TrainConfig().updated_from(preset_file("quality"))
+    expected = quality.replace(gradient_checkpointing=False, mixed_precision=None)
+    assert (lora.config.optim, lora.config.adapter) == (expected.optim, expected.adapter)
+    assert lora.config.optim.max_train_steps == 1500 != study.options.steps
+    assert (lora.config.perturb.method, sam.config.perturb.method) == ("lora", "sam")
+    assert lora.run.folder.is_relative_to(study.work / "preset-quality")
 
 
 @pytest.mark.parametrize(
