@@ -1,11 +1,12 @@
 """Does eps help more by timestep, or in opposite pairs? `python -m benchmarks.noise_shapes --work FOLDER`
 
 LoRA; Flat-LoRA with one sigma; with a sigma that grows with the timestep, or falls; and with eps and -eps for the two
-halves of a step. All arms of a seed share images, first weights, noise and timesteps; the mean sigma over timesteps is
-the same. An optimizer step has two micro-batches of one image, so that each has its own timestep. Held-out and clean
-training loss are those of `paired_draws`, the loss rise is of the training images; differences are paired by seed.
-Nothing is done twice. Writes benchmarks/noise_shapes.json when all is done, about 75 minutes of a core. None of these
-is in the product: it would be if one ended better.
+halves of a step: with the attention layers alone, and with the demo's layers, which feel a sigma more. All arms of a
+seed share images, first weights, noise and timesteps; the mean sigma over timesteps is the same. An optimizer step has
+two micro-batches of one image, so that each has its own timestep. Held-out and clean training loss are those of
+`paired_draws`, the loss rise is of the training images; differences are paired by seed. Nothing is done twice. Writes
+benchmarks/noise_shapes.json when all is done, about two hours of a core. None of these is in the product: it would be
+if one ended better than both one sigma and LoRA.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ SETTINGS: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "report_to": "none",
 }
+LAYERS: dict[str, dict[str, Any]] = {
+    "attention, rank 4": {"lora_target_modules": "attn", "rank": 4},
+    "the demo's, rank 16": {},
+}
 Shape = Callable[[float, int], tuple[float, int]]
 """From the timestep, 0 to 1, and the micro-batch: sigma, negative for -eps, and the number of the draw."""
 ARMS: dict[str, Shape | None] = {
@@ -59,6 +64,8 @@ ARMS: dict[str, Shape | None] = {
     "more at clean timesteps": lambda noisy, slot: (2 * SIGMA * (1 - noisy), slot),
     "opposite pairs": lambda noisy, slot: (SIGMA * (1 - 2 * (slot % 2)), slot // 2),
 }
+Figures = dict[str, list[dict[str, float]]]
+"""Of the runs of an arm, seed by seed."""
 METRICS = ("heldout", "train", "rise")
 RISE_DRAWS = 2
 
@@ -97,29 +104,32 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sdxl = load_sdxl(ModelConfig(pretrained_model_name_or_path=args.base), record.DEVICE, torch.float32)
-    identity = hashlib.sha256(json.dumps([SETTINGS, SIGMA, str(args.data.resolve())]).encode()).hexdigest()[:8]
-    work = args.work / f"base-{base_fingerprint(sdxl.unet)[:12]}-{identity}"
     heldout, training = load_samples(args.data / HELDOUT_FOLDER).samples, load_samples(args.data).samples
-    evaluator = evaluator_of(sdxl, heldout, training, work)
-    figures: dict[str, list[dict[str, float]]] = {}  # by arm, seed by seed
-    for seed in range(args.seeds):
-        for arm in ARMS:
-            figures.setdefault(arm, []).append(
-                measured(evaluator, trained(arm, seed, args, work), "train", RISE_DRAWS)
-            )
-        print(table(figures), flush=True)
+    found: dict[str, Any] = {}
+    for layers, of_layers in LAYERS.items():
+        settings = SETTINGS | of_layers
+        identity = hashlib.sha256(json.dumps([settings, SIGMA, str(args.data.resolve())]).encode()).hexdigest()[:8]
+        work = args.work / f"base-{base_fingerprint(sdxl.unet)[:12]}-{identity}"
+        evaluator = evaluator_of(sdxl, heldout, training, work)
+        figures: Figures = {}
+        for seed in range(args.seeds):
+            for arm in ARMS:
+                file = trained(arm, seed, args, work, settings)
+                figures.setdefault(arm, []).append(measured(evaluator, file, "train", RISE_DRAWS))
+            print(f"{layers}, {seed + 1} seed(s)\n{table(figures)}", flush=True)
+        found[layers] = {"figures": figures, "differences": differences(figures)}
     base = {name: values[UNGROUPED] for name, values in evaluator.losses(None).items()}
-    settings = {**SETTINGS, "sigma": SIGMA, "steps": args.steps}
     record.save(
-        args.out, {"settings": settings, "base": base, "figures": figures, "differences": differences(figures)}
+        args.out,
+        {"settings": {**SETTINGS, "sigma": SIGMA, "steps": args.steps}, "base": base, "layers": found},
     )
 
 
-def trained(arm: str, seed: int, args: argparse.Namespace, work: Path) -> Path:
+def trained(arm: str, seed: int, args: argparse.Namespace, work: Path, settings: dict[str, Any]) -> Path:
     """The LoRA file of a run."""
     folder = work / f"{arm.replace(' ', '-')}-{seed}-{args.steps}"
     if not (folder / LORA_FILE).is_file():
-        config = config_of(args, folder, seed, **SETTINGS)
+        config = config_of(args, folder, seed, **settings)
         state = prepare(config, load_samples(args.data).samples)
         first_weights(state)
         start(state)
@@ -133,9 +143,9 @@ def trained(arm: str, seed: int, args: argparse.Namespace, work: Path) -> Path:
     return folder / LORA_FILE
 
 
-def differences(figures: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Of Flat-LoRA to LoRA, and of each shape to one sigma, by metric."""
-    pairs = {("one sigma", "LoRA"), *((arm, "one sigma") for arm in list(ARMS)[2:])}
+def differences(figures: Figures) -> dict[str, Any]:
+    """Of each arm to LoRA, and of each shape to one sigma, by metric."""
+    pairs = {*((arm, "LoRA") for arm in list(ARMS)[1:]), *((arm, "one sigma") for arm in list(ARMS)[2:])}
     return {
         f"{one} - {other}": {
             metric: asdict(
@@ -149,21 +159,29 @@ def differences(figures: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 def section(found: dict[str, Any]) -> str:
     """What docs/variants.md says of the JSON."""
-    settings, seeds = found["settings"], len(found["figures"]["LoRA"])
+    settings, first = found["settings"], next(iter(found["layers"].values()))
+    seeds = len(first["figures"]["LoRA"])
     rows = [
-        [*pair.split(" - "), *(interval(metrics[metric], 1) for metric in METRICS), verdict(metrics["heldout"])]
-        for pair, metrics in found["differences"].items()
+        [
+            layers,
+            *pair.split(" - "),
+            *(interval(metrics[metric], 1) for metric in METRICS),
+            verdict(metrics["heldout"]),
+        ]
+        for layers, one in found["layers"].items()
+        for pair, metrics in one["differences"].items()
     ]
-    columns = ["arm", "against", "held-out, at the end", "clean train", "loss rise", "at the end"]
+    columns = ["layers", "arm", "against", "held-out, at the end", "clean train", "loss rise", "at the end"]
     return (
         f"Sigma {settings['sigma']:g} in the mean over timesteps, constant over the run; two micro-batches of one "
-        f"image a step, {settings['steps']} steps, {seeds} seeds, {UNIT}. Opposite pairs have the same eps with both "
-        "signs in the two micro-batches of a step. Only what ended better than one sigma would be in the product "
-        f"(`python -m benchmarks.noise_shapes --work FOLDER`):\n\n{paper_table(columns, rows)}"
+        f"image a step, {settings['steps']} steps, {seeds} seeds, {UNIT}. Opposite pairs "
+        "have the same eps with both signs in the two micro-batches of a step. Only what ended better than both one "
+        "sigma and LoRA would be in the product (`python -m benchmarks.noise_shapes --work FOLDER`):\n\n"
+        f"{paper_table(columns, rows)}"
     )
 
 
-def table(figures: dict[str, list[dict[str, float]]]) -> str:
+def table(figures: Figures) -> str:
     lines = ["| arms | held-out, 1e-5 | clean train, 1e-5 | rise, 1e-5 |", "|---|---|---|---|"]
     for pair, metrics in differences(figures).items():
         lines.append(f"| {pair} | {' | '.join(in_words(metrics[metric]) for metric in METRICS)} |")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import toy_case
 
-from benchmarks.noise_shapes import ARMS, SIGMA, Shape, Shaped, Signed, differences, section
+from benchmarks.noise_shapes import ARMS, LAYERS, SIGMA, Shape, Shaped, Signed, differences, section
 
 
 def shape(arm: str) -> Shape:
@@ -61,14 +61,17 @@ def test_shapes_are_compared_with_one_sigma_and_that_with_lora() -> None:
     found = differences({arm: better if arm == "opposite pairs" else rows for arm in ARMS})
     assert found["opposite pairs - one sigma"]["heldout"]["mean"] == pytest.approx(-0.01)
     assert found["one sigma - LoRA"]["heldout"]["mean"] == 0
-    assert len(found) == len(ARMS) - 1
+    assert found["opposite pairs - LoRA"]["heldout"]["mean"] == pytest.approx(-0.01)
+    assert len(found) == 2 * len(ARMS) - 3
 
 
 def test_the_page_says_which_shape_ends_better() -> None:
     rows = [{"heldout": 0.1 + seed, "train": 0.1, "rise": 0.0} for seed in range(3)]
     better = [{**row, "heldout": row["heldout"] - 0.01 - 1e-4 * seed} for seed, row in enumerate(rows)]
     figures = {arm: better if arm == "opposite pairs" else rows for arm in ARMS}
-    found = {"settings": {"sigma": SIGMA, "steps": 300}, "figures": figures, "differences": differences(figures)}
-    lines = {line.split(" | ")[0].strip("| "): line for line in section(found).splitlines()}
-    assert lines["opposite pairs"].endswith("| better |")
-    assert lines["more at noisy timesteps"].endswith("| no difference found |")
+    one = {"figures": figures, "differences": differences(figures)}
+    found = {"settings": {"sigma": SIGMA, "steps": 300}, "layers": dict.fromkeys(LAYERS, one)}
+    ends = {tuple(line.strip("| ").split(" | ")[:3]): line.split(" | ")[-1] for line in section(found).splitlines()}
+    for layers in LAYERS:
+        assert ends[layers, "opposite pairs", "one sigma"] == "better |"
+        assert ends[layers, "more at noisy timesteps", "one sigma"] == "no difference found |"
