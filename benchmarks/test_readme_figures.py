@@ -11,7 +11,7 @@ from benchmarks.paper_results import read
 from benchmarks.paper_results_studies import STUDIES, TESTS, points, pooled
 from benchmarks.paper_variants_answer import verdict
 from benchmarks.paper_variants_figures import compared, corrected
-from benchmarks.paper_variants_page import read_results
+from benchmarks.paper_variants_page import read_results, read_shapes
 from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG, TWICE
 from benchmarks.paper_words import SCALE, interval, is_told, signed
 from flatlora_diffusion.compare.arms import parse_arm
@@ -190,3 +190,19 @@ def test_the_readme_says_what_the_study_of_icons_found() -> None:
     assert f"a sigma of 0.4 ends {points(pooled(language, 'sigma 0.4 cosine', 'test'))} from LoRA" in said
     ends = [one["report"] for one in result["pairs"] if one["against"] == "lora"]
     assert not any(is_told(one) for one in ends), "neither better nor worse, as it says above"
+
+
+def test_the_readme_says_that_no_other_shape_of_the_noise_ends_better_than_lora() -> None:
+    said, found = readme(), read_shapes()
+    assert found is not None
+    attention, demo = (
+        {pair.removesuffix(" - LoRA"): metrics["heldout"] for pair, metrics in one["differences"].items()}
+        for one in found["layers"].values()
+    )
+    assert f"{interval(attention['more at noisy timesteps'], 1)} where sigma grows with the timestep" in said
+    assert f"{interval(attention['more at clean timesteps'], 1)} where it falls" in said
+    assert f"{interval(attention['opposite pairs'], 1)} with eps and its opposite in pairs" in said
+    assert f"0.4 ends {interval(demo['one sigma'], 1)} there" in said
+    assert f"and {interval(demo['more at noisy timesteps'], 1)} where it grows" in said
+    shapes = ("more at noisy timesteps", "more at clean timesteps", "opposite pairs")
+    assert not any(of_layers[shape]["high"] < 0 for of_layers in (attention, demo) for shape in shapes)
