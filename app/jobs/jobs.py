@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig, unused_by
+from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
 
 from ..runs.runs import RunStore
 from ..runs.settings import checked_config
@@ -49,8 +49,7 @@ class JobQueue:
         ordered = config
         if config.run.seed is None:
             config = config.replace(seed=secrets.randbelow(2**31))
-        lora = config.replace(method="lora", **dict.fromkeys(unused_by("lora")))
-        flat = config.replace(method="flat-lora", **dict.fromkeys(unused_by("flat-lora")))
+        lora, flat = config.of_method("lora"), config.of_method("flat-lora")
         arms = [(f"{name}-{arm}", one) for arm, one in zip(ARMS, (lora, flat), strict=True)]
         return self._add_trainings(arms, session, secrets.token_hex(8), ordered)
 

@@ -61,7 +61,12 @@ def total_steps(config: TrainConfig, images: int) -> int:
 
 
 def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstimate | None:
-    """From the last run with the same base, size and batch, of the same method if there is one; None if unknown."""
+    """From the last run with the same base, size and batch, of the same method if there is one; None if unknown.
+
+    A step of another method counts as so many passes as it has.
+    """
+    from flatlora_diffusion.compare.experiment import PASSES  # imports torch and diffusers
+
     wanted = portable(config.to_dict())
     alike = []
     for run in runs.all():
@@ -72,6 +77,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     if best is None:
         return None
     run, seconds = best
+    seconds *= PASSES[config.perturb.method] / PASSES.get(run.method or "", PASSES[config.perturb.method])
     steps = total_steps(config, images) * (1 + config.data.holdout_folds)
     return TimeEstimate(steps * seconds, seconds, steps, run.name)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, choices_of, preset_file, setting_hints
+from flatlora_diffusion.config import ConfigError, TrainConfig, choices_of, preset_file, setting_hints, unused_by
 
 from ..dataset.captions import TRIGGER
 from .words import HELP, LABELS
@@ -57,10 +57,14 @@ class ConfigForm:
         """All components, in the order of `read` and `write`."""
         return list(self.by_name.values())
 
-    def read(self, values: Sequence[Any]) -> TrainConfig:
-        """The config of the components' values. Raises ConfigError for a value that is not allowed."""
+    def read(self, values: Sequence[Any], method: str = "flat-lora") -> TrainConfig:
+        """The config of the components' values for a method, without what only others have.
+
+        Raises ConfigError for a value that is not allowed.
+        """
         named = zip(self.by_name, values, strict=True)
-        return TrainConfig.from_dict({name: _setting(name, value, self._hints[name]) for name, value in named})
+        read = {name: _setting(name, value, self._hints[name]) for name, value in named}
+        return TrainConfig.from_dict({**read, "method": method, **dict.fromkeys(unused_by(method))})
 
     def write(self, settings: Mapping[str, Any]) -> list[Any]:
         """The components' values for `settings`, over the defaults."""
@@ -69,7 +73,7 @@ class ConfigForm:
 
 
 def preset_settings(preset: str, current: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a preset; it keeps the base, size and images of `current` unless it has its own."""
+    """All settings of a preset, its method too; it keeps the base, size and images of `current` but for its own."""
     kept = ("pretrained_model_name_or_path", "resolution", "validation_prompt", "background_color", "seed")
     values = json.loads(preset_file(PRESETS[preset]).read_text(encoding="utf-8"))
     mine = {name: value for name, value in values.items() if name not in ("instance_data_dir", "output_dir")}

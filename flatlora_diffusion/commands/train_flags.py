@@ -25,23 +25,24 @@ def parse_config(arguments: Sequence[str], has_arms: bool = False) -> TrainConfi
     """The settings of a command line: defaults, then `--preset`, then `--config`, then flags; the last one wins.
 
     A run that is resumed by flags has its own settings in place of the defaults. Raises ConfigError for a setting out
-    of range, and for flags that do not read each other, unless `has_arms`, of which each has a method of its own;
-    prints help or an unknown flag and exits as argparse does.
+    of range, and for flags that the method does not read, unless it `has_arms`, of which each has a method of its own
+    in place of the preset's; prints help or an unknown flag and exits as argparse does.
     """
     import tyro
 
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--preset")
     files.add_argument("--config", type=Path)
-    given, flags = files.parse_known_args(list(arguments))
+    given, others = files.parse_known_args(list(arguments))
+    flags = _lines_in_one(_as_tyro_reads(others))
+    method = _given(flags).get("method")
     config = TrainConfig()
     if given.config is None:
         config = _of_resumed(flags, given.preset)
     if given.preset is not None:
-        config = config.updated_from(preset_file(given.preset))
+        config = config.updated_from(preset_file(given.preset), config.perturb.method if has_arms else method)
     if given.config is not None:
-        config = _in_its_folder(config.updated_from(given.config), given.config.parent)
-    flags = _lines_in_one(_as_tyro_reads(flags))
+        config = _in_its_folder(config.updated_from(given.config, method), given.config.parent)
     config = tyro.cli(
         TrainConfig,
         default=_without_overruled(config, flags),
@@ -122,8 +123,7 @@ def _without_overruled(config: TrainConfig, flags: Sequence[str]) -> TrainConfig
     """`config`, from preset and file, without the settings that would get in the way of other flags."""
     given = _given(flags)
     if "method" in given:
-        unused = {name: None for name in unused_by(given["method"]) if name not in given}
-        config = config.replace(**unused)
+        config = config.replace(**{name: None for name in unused_by(given["method"]) if name not in given})
     if "num_train_epochs" in given and "max_train_steps" not in given:
         config = config.replace(max_train_steps=None)
     return config.replace(**overruled_by(given))

@@ -20,7 +20,7 @@ from typing import Any
 from flatlora_diffusion.config.adapter import AdapterConfig, TokenConfig
 from flatlora_diffusion.config.combinations import check_combinations
 from flatlora_diffusion.config.data import DataConfig
-from flatlora_diffusion.config.methods import PerturbConfig
+from flatlora_diffusion.config.methods import PerturbConfig, unused_by
 from flatlora_diffusion.config.model import ModelConfig
 from flatlora_diffusion.config.optim import ObjectiveConfig, OptimConfig
 from flatlora_diffusion.config.run import RunConfig
@@ -75,8 +75,15 @@ class TrainConfig:
             raise ConfigError(f"unknown setting(s): {', '.join(sorted(left))}; see --help for all names")
         return TrainConfig(**sections)
 
-    def updated_from(self, path: Path) -> TrainConfig:
-        """This config with the settings of a JSON file over it. Raises ConfigError when the file cannot be used."""
+    def of_method(self, method: str) -> TrainConfig:
+        """This config by a method, without what only others have."""
+        return self.replace(method=method, **dict.fromkeys(unused_by(method)))
+
+    def updated_from(self, path: Path, method: str | None = None) -> TrainConfig:
+        """This config with the settings of a JSON file over it, by `method` or else by the file's own, if it has one.
+
+        What only other methods have is left open. Raises ConfigError when the file cannot be used.
+        """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -85,7 +92,12 @@ class TrainConfig:
             raise ConfigError(f"config file {path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config file {path} must hold one JSON object of settings")
-        return self.replace(**completed(values))
+        values = completed(values)
+        if method is not None:
+            values = {**values, "method": method, **dict.fromkeys(unused_by(method))}
+        elif "method" in values:
+            values = {**dict.fromkeys(unused_by(values["method"])), **values}
+        return self.replace(**values)
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

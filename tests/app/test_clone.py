@@ -53,13 +53,15 @@ def by_hand(context: AppContext, run_id: str, **settings: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("method", "sigma"), [(PLAIN, None), (FLAT, 0.03)])
-def test_a_clone_is_the_run_again(context: AppContext, tmp_path: Path, method: str, sigma: float | None) -> None:
+@pytest.mark.parametrize(("setting", "method", "sigma"), [("lora", PLAIN, None), ("flat-lora", FLAT, 0.03)])
+def test_a_clone_is_the_run_again(
+    context: AppContext, tmp_path: Path, setting: str, method: str, sigma: float | None
+) -> None:
     files = [picture(tmp_path, "Sea fox.png", "red"), picture(tmp_path, "owl.png", "blue")]
     session = upload(context, "", files)[0]
     context.uploads.save_captions(session, {"0001.png": "a fox, mine"})
-    config = TrainConfig.from_dict(OTHER_VALUES | {"method": "flat-lora", "sigma": sigma})
-    (job,) = queue_training(context, config, session, "Sea style", method)
+    config = TrainConfig.from_dict(OTHER_VALUES | {"method": setting, "sigma": sigma})
+    (job,) = queue_training(context, config, session, "Sea style", is_pair=False)
     assert job.run is not None
     form = ConfigForm()
     _, other, name, chosen, told, *values = clone(context, form, "", job.run)
@@ -69,7 +71,7 @@ def test_a_clone_is_the_run_again(context: AppContext, tmp_path: Path, method: s
     assert "Its images and captions (2) are in the Dataset tab now." in told
     assert "Different" not in told
     assert "2 images, captions 2/2" in summary(context, form, other, chosen, *values)
-    (again,) = queue_training(context, form.read(values), other, name + " again", chosen)
+    (again,) = queue_training(context, form.read(values, setting), other, name + " again", is_pair=False)
     assert isinstance(job.settings, dict)
     assert again.settings == job.settings
 
@@ -78,7 +80,8 @@ def test_images_that_come_after_a_clone_are_trained_on_and_those_before_it_come_
     context: AppContext, tmp_path: Path
 ) -> None:
     session = upload(context, "", [picture(tmp_path, "fox.png", "red")])[0]
-    (job,) = queue_training(context, TrainConfig.from_dict(OTHER_VALUES), session, "foxes", PLAIN)
+    config = TrainConfig.from_dict(OTHER_VALUES | {"method": "lora"})
+    (job,) = queue_training(context, config, session, "foxes", is_pair=False)
     mine, *_ = load_samples_icons(context, "")
     form = ConfigForm()
     *_, told = clone(context, form, mine, str(job.run))[:5]

@@ -103,6 +103,9 @@ def test_time_is_that_of_the_last_run_alike(tmp_path: Path) -> None:
     flat = estimate_time(config.replace(method="flat-lora", max_train_steps=None, num_train_epochs=3), 9, runs)
     assert flat is not None
     assert (flat.run, flat.steps, flat.seconds) == ("b", 9, 27.0)
+    sam = estimate_time(config.replace(method="sam"), 10, runs)
+    assert sam is not None
+    assert sam.seconds_per_step == pytest.approx({"a": 1.0 * 6 / 2.5, "b": 3.0 * 6 / 2.75}[sam.run])
     folded = estimate_time(config.replace(holdout_folds=4, checkpointing_steps=10), 10, runs)
     assert folded is not None
     assert folded.steps == 500
