@@ -117,7 +117,9 @@ def main() -> None:
                 file = trained(arm, seed, args, work, settings)
                 figures.setdefault(arm, []).append(measured(evaluator, file, "train", RISE_DRAWS))
             print(f"{layers}, {seed + 1} seed(s)\n{table(figures)}", flush=True)
-        found[layers] = {"figures": figures, "differences": differences(figures)}
+        used = config_of(args, work, 0, **settings).adapter
+        named = {"lora_target_modules": used.lora_target_modules, "rank": used.rank}
+        found[layers] = {"settings": named, "figures": figures, "differences": differences(figures)}
     base = {name: values[UNGROUPED] for name, values in evaluator.losses(None).items()}
     record.save(
         args.out,

@@ -39,7 +39,7 @@ from benchmarks.paper_variants_rivals import (
     method_pairs,
     trials_of,
 )
-from benchmarks.paper_variants_study import Study
+from benchmarks.paper_variants_study import Study, settings_of_preset
 from benchmarks.paper_variants_tuned import METHODS, trial_group
 from flatlora_diffusion.compare.arms import parse_arm, plan
 from flatlora_diffusion.compare.material import FLAT_ICONS
@@ -173,8 +173,9 @@ def _rivals(
 
 
 def preset_part(study: Study) -> Result:
-    rows, pairs = study.compared({"": preset_group(study.options.seeds)})
-    return {"pairs": pairs, "rows": rows}
+    group = preset_group(study.options.seeds)
+    rows, pairs = study.compared({"": group})
+    return {"preset": group.preset, "of_preset": settings_of_preset(str(group.preset)), "pairs": pairs, "rows": rows}
 
 
 def felt_part(study: Study) -> Result:

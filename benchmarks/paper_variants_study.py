@@ -136,6 +136,6 @@ class Study:
 
 
 def settings_of_preset(name: str) -> dict[str, Any]:
-    """All that a preset sets but for what only saves memory."""
+    """All that a preset sets but for its method, which the arms have, and what only saves memory."""
     values: dict[str, Any] = json.loads(preset_file(name).read_text(encoding="utf-8"))
-    return {key: value for key, value in values.items() if key not in MEMORY_ONLY}
+    return {key: value for key, value in values.items() if key not in ("method", *MEMORY_ONLY)}

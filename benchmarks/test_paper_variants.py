@@ -210,6 +210,7 @@ def made_up_results() -> dict[str, Result]:
         rows = [made for arm, against in named.values() for made in rows_of(arm, against, report=0.04)]
         pairs = [found for arm, against in named.values() for found in compared(rows, {arm: against}, BASE)]
         results[part] = {"base": BASE, "rows": rows, "pairs": pairs, "headlines": named}
+    results["preset"] |= {"preset": "quality", "of_preset": {"rank": 16}}
     results["map"] |= {"map": compared(cells, dict.fromkeys(CELL_KEYS.values(), "lora"), BASE)}
     results["tuned"] |= {"trials": {name: [{"arm": name, "search": 0.1}] * 3 for name in ("lora", "flat-lora")}}
     results["sizes"] = {"pairs": compared(rows_of(STRONG, "lora", report=0.04), {STRONG: "lora"}, BASE, "rank 1")}

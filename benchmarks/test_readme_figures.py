@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from app.train.tab import METHOD_HINT
 from benchmarks import paper_text_to_image_page
 from benchmarks.paper_results import read
@@ -13,9 +15,11 @@ from benchmarks.paper_variants_answer import verdict
 from benchmarks.paper_variants_figures import compared, corrected
 from benchmarks.paper_variants_page import read_results, read_shapes
 from benchmarks.paper_variants_plan import NOISED, PAPER, STRONG, TWICE
+from benchmarks.paper_variants_study import settings_of_preset
 from benchmarks.paper_words import SCALE, interval, is_told, signed
 from flatlora_diffusion.compare.arms import parse_arm
 from flatlora_diffusion.compare.paired import CONFIDENCE, paired_difference
+from flatlora_diffusion.config import preset_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,7 +110,7 @@ def test_the_readme_says_which_rho_a_rise_finds_and_where_that_is_too_much() -> 
     assert f"`--rho_rise {found['rise']:g}` is the default" in said
     assert all(0.2 < rho < 0.3 for rho in found["rhos"]["attention, batch 2"]), "about 0.25, the best of the trials"
     assert [f"{rho:.1f}" for rho in found["rhos"]["emoji_group"]] == ["0.2"] * 5
-    assert "on names of emojis, a task of texts, that is rho 0.2, which ruins the training" in said
+    assert "on names of emojis, a task of texts, 0.25 finds rho 0.2, which ruins the training" in said
     swept = json.loads((ROOT / "benchmarks" / "paper_language.json").read_text(encoding="utf-8"))
     assert swept["tables"]["emoji_group"]["sam rho 0.2"]["difference"]["test"]["high"] < -0.1
 
@@ -206,3 +210,31 @@ def test_the_readme_says_that_no_other_shape_of_the_noise_ends_better_than_lora(
     assert f"and {interval(demo['more at noisy timesteps'], 1)} where it grows" in said
     shapes = ("more at noisy timesteps", "more at clean timesteps", "opposite pairs")
     assert not any(of_layers[shape]["high"] < 0 for of_layers in (attention, demo) for shape in shapes)
+
+
+def test_the_readme_says_what_sam_does_with_the_settings_of_the_preset() -> None:
+    said, result = readme(), read_results()["preset"]
+    assert result["of_preset"] == settings_of_preset("quality")
+    assert (result["of_preset"]["max_train_steps"], result["of_preset"]["train_batch_size"]) == (1500, 4)
+    sam, cautious = result["pairs"]
+    assert [len(pair["seeds"]) for pair in (sam, cautious)] == [3, 3]
+    for pair in (sam, cautious):
+        assert pair["against"] == "lora"
+        assert pair["report"]["high"] < 0
+        assert f"flat icons {interval(pair['flat'], 1)}" in said
+    assert f"SAM {interval(sam['report'], 1)} at the end and {interval(sam['chosen'], 1)} at the chosen" in said
+    assert f"0.1` {interval(cautious['report'], 1)} and {interval(cautious['chosen'], 1)}" in said
+    assert cautious["report"]["mean"] / sam["report"]["mean"] == pytest.approx(0.5, abs=0.1), "about half"
+    forgets = [row["flat"] - result["base"]["flat"] for row in result["rows"] if row["arm"] == "lora"]
+    assert cautious["flat"]["mean"] < 0.15 * sum(forgets) / len(forgets), "little more than LoRA"
+
+
+def test_the_shapes_were_tried_with_the_layers_that_their_names_say() -> None:
+    found = read_shapes()
+    assert found is not None
+    demo = json.loads(preset_file("demo").read_text(encoding="utf-8"))
+    expected = [
+        {"lora_target_modules": "attn", "rank": 4},
+        {key: demo[key] for key in ("lora_target_modules", "rank")},
+    ]
+    assert [one["settings"] for one in found["layers"].values()] == expected

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig, unused_by
+from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 
 from ..browser_memory import keep_fields
@@ -43,7 +43,8 @@ METHOD_HINT = (
 )
 _PRESET_HINT = (
     "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
-    "Low memory: small GPUs. Quality: longer, with a larger LoRA. Illustrious: its family, with captions of tags."
+    "Low memory: small GPUs. Quality: longer, with a larger LoRA, by SAM: 16 GB and twice the time. "
+    "Illustrious: its family, with captions of tags."
 )
 _COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
 _NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve begins with the first steps of a training.</div>'
@@ -69,14 +70,17 @@ def method_choice(method: str) -> str:
 def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
     """Queue what the form says; returns what was queued."""
     with told_on_the_page():
-        jobs = queue_training(context, form.read(values), session, name, method)
+        jobs = queue_training(context, form.read(values, _name_of(method)), session, name, method == BOTH)
     names = " and ".join(html.escape(str(job.run)) for job in jobs)
     order = ", one after the other" if len(jobs) > 1 else ""
     return f'<div class="fl-card" role="status"><b>Queued:</b> {names}{order}. Watch under Progress.</div>'
 
 
-def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, method: str) -> list[Job]:
-    """Queue one training or a pair on the upload as it is now. Raises ConfigError for what cannot be trained."""
+def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, is_pair: bool) -> list[Job]:
+    """Queue one training, or a pair with Flat-LoRA's `config`, on the upload as it is now.
+
+    Raises ConfigError for what cannot be trained.
+    """
     name = checked_text("name", name)
     if not name:
         raise ConfigError("the run has no name; give it one")
@@ -85,9 +89,9 @@ def queue_training(context: AppContext, config: TrainConfig, session: str, name:
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
         load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
-    if method == BOTH:
+    if is_pair:
         return context.queue.add_pair(config, name, session)
-    return [context.queue.add_training(_as_method(config, method), name, session)]
+    return [context.queue.add_training(config, name, session)]
 
 
 def with_images(context: AppContext, config: TrainConfig, session: str) -> TrainConfig:
@@ -105,7 +109,7 @@ def with_images(context: AppContext, config: TrainConfig, session: str) -> Train
 def summary(context: AppContext, form: ConfigForm, session: str, method: str, *values: Any) -> str:
     """What would be trained, how long it takes and what it needs, or what is missing."""
     try:
-        config = _as_method(form.read(values), FLAT if method == BOTH else method)
+        config = form.read(values, _name_of(method))
         context.places.check(config)
         check_base(config.model)
         captions = context.uploads.captions(session) if session else {}
@@ -160,7 +164,8 @@ def build_train_tab(
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
     triggers = [method.change, *(item.change for item in form.components)]
     gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
-    preset.input(partial(apply_preset, form), [preset, *form.components], form.components, show_progress="hidden")
+    filled = [method, *form.components]
+    preset.input(partial(apply_preset, form), [preset, *filled], filled, show_progress="hidden")
     begun = begin.click(
         partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start"
     )
@@ -201,14 +206,23 @@ def _place_the_rest(form: ConfigForm) -> None:
                         form.by_name[item].render()
 
 
-def apply_preset(form: ConfigForm, preset: str, *values: Any) -> list[Any]:
-    """The form with the preset; what it keeps is kept as it is written, a wrong value too."""
-    return form.write(preset_settings(preset, dict(zip(form.by_name, values, strict=True))))
+def apply_preset(form: ConfigForm, preset: str, method: str, *values: Any) -> list[Any]:
+    """The method and the form with the preset; what it keeps is kept as it is written, a wrong value too.
+
+    A method of its own that the last preset has left behind goes with it; any other choice stays.
+    """
+    settings = preset_settings(preset, dict(zip(form.by_name, values, strict=True)))
+    own = METHOD_NAMES[settings["method"]]
+    if own != FLAT:
+        method = own
+    elif method in {METHOD_NAMES[preset_settings(one, {})["method"]] for one in PRESETS} - {FLAT}:
+        method = BOTH
+    return [method, *form.write(settings)]
 
 
-def _as_method(config: TrainConfig, method: str) -> TrainConfig:
-    chosen = _METHODS[method]
-    return config.replace(method=chosen, **dict.fromkeys(unused_by(chosen)))
+def _name_of(method: str) -> str:
+    """The setting for what was chosen: of a pair that of its flat arm."""
+    return _METHODS[FLAT if method == BOTH else method]
 
 
 def _check_images(captions: Mapping[str, str], instance_prompt: str | None) -> None:

@@ -25,7 +25,8 @@ from app.theme import COLOURS
 from app.train.acts import act
 from app.train.forms import ConfigForm, preset_settings
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
-from flatlora_diffusion.config import TrainConfig
+from app.ui import build_app
+from flatlora_diffusion.config import METHOD_NAMES, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
 
 
@@ -100,12 +101,46 @@ def test_a_preset_puts_a_wrong_value_right_and_keeps_what_is_the_users(context: 
     form = ConfigForm()
     values = dict(zip(form.by_name, form.write({"resolution": 96, "validation_prompt": "a fox"}), strict=True))
     values |= {"rank": 0, "sigma": "much", "resolution": "big"}
-    applied = dict(zip(form.by_name, apply_preset(form, "Paper", *values.values()), strict=True))
+    method, *filled = apply_preset(form, "Paper", PLAIN, *values.values())
+    applied = dict(zip(form.by_name, filled, strict=True))
+    assert method == PLAIN, "it has none of its own but the pair's"
     paper = form.write(preset_settings("Paper", {}))
     assert [applied[name] for name in ("rank", "sigma")] == [
         value for name, value in zip(form.by_name, paper, strict=True) if name in ("rank", "sigma")
     ]
     assert (applied["resolution"], applied["validation_prompt"]) == ("big", "a fox")
+
+
+def test_a_preset_of_another_method_chooses_it_and_the_next_preset_takes_that_back() -> None:
+    form = ConfigForm()
+    chosen, *filled = apply_preset(form, "Quality", PLAIN, *form.write({}))
+    assert chosen == METHOD_NAMES["sam"]
+    assert apply_preset(form, "Low memory", chosen, *filled)[0] == BOTH
+    assert apply_preset(form, "Low memory", PLAIN, *filled)[0] == PLAIN
+
+
+def test_the_page_applies_a_preset_to_the_method_and_the_form(context: AppContext) -> None:
+    page = build_app(context)
+    (event,) = [one for one in page.fns.values() if getattr(one.fn, "func", None) is apply_preset]
+    preset, *read = event.inputs
+    assert read == event.outputs
+    assert (preset.label, read[0].label) == ("Preset", "Train")
+
+
+def test_settings_that_only_the_chosen_method_has_are_trained_with_and_others_left_out(context: AppContext) -> None:
+    form = ConfigForm()
+    values = form.write({"method": "sam", "rho_rise": 0.05, "max_train_steps": 3, "report_to": "none"})
+    session, _, *_ = load_samples_icons(context, "")
+    told = summary(context, form, session, METHOD_NAMES["sam"], *values)
+    assert "fl-bad" not in told
+    start(context, form, session, "by-sam", METHOD_NAMES["sam"], *values)
+    start(context, form, session, "pair", BOTH, *values)
+    saved = [job.settings for job in context.queue.jobs("queued") if isinstance(job.settings, dict)]
+    assert [(one["method"], one["rho_rise"]) for one in saved] == [
+        ("sam", 0.05),
+        ("lora", None),
+        ("flat-lora", None),
+    ]
 
 
 def test_a_second_start_of_the_same_is_told_and_queues_nothing(context: AppContext) -> None:

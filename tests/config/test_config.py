@@ -167,9 +167,11 @@ def test_a_flag_that_the_given_method_or_schedule_does_not_read_is_refused(line:
 
 
 def test_arms_overrule_the_method_of_a_comparison_so_that_its_settings_are_not_refused(icons: Path) -> None:
-    for line in UNREAD:
+    of_noise = [f"--preset quality {flags}" for flags in ("--sigma 0.2", "--sigma_rise 0.01", "--perturb_noise iid")]
+    for line in (*UNREAD, *of_noise):
         config, _ = _comparison([*line.split(), "--instance_data_dir", str(icons)], "compare")
         assert config.data.instance_data_dir == str(icons)
+    assert config.adapter.rank == 16
 
 
 def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp_path: Path) -> None:
@@ -183,9 +185,30 @@ def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp
         assert parse_config([*source, "--method", "sam"]).perturb.method == "sam"
         assert parse_config([*source, "--sigma_schedule", "constant"]).perturb.sigma_schedule == "constant"
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "lora"}).to_dict()), encoding="utf-8")
-    for source in (["--config", str(file)], resumed):
-        with pytest.raises(ConfigError, match="--method lora has no perturb_noise"):
+    for source, method in ((["--config", str(file)], "lora"), (resumed, "lora"), (["--preset", "quality"], "sam")):
+        with pytest.raises(ConfigError, match=f"--method {method} has no perturb_noise"):
             parse_config([*source, "--perturb_noise", "iid"])
+
+
+def test_a_preset_s_method_leaves_open_what_runs_and_files_have_for_others(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "config.json"
+    quality = ["--preset", "quality"]
+    resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
+    flat = ["--method", "flat-lora"]
+    for saved in ({"sigma": 0.2}, {"sigma_rise": 0.02}):
+        file.write_text(json.dumps(TrainConfig.from_dict(saved).to_dict()), encoding="utf-8")
+        assert parse_config([*quality, *resumed]).perturb.method == "sam"
+        (name, value) = next(iter(saved.items()))
+        again = parse_config([*quality, *flat, f"--{name}", str(value), *resumed]).perturb
+        assert (again.method, getattr(again, name)) == ("flat-lora", value)
+    file.write_text(json.dumps({"sigma": 0.2}), encoding="utf-8")
+    of_file = [*quality, "--config", str(file)]
+    assert parse_config([*of_file, *flat]).perturb.sigma == 0.2
+    assert parse_config([*of_file, "--method", "lora"]).perturb.sigma is None
+    with pytest.raises(ConfigError, match="--method sam has no sigma"):
+        parse_config(of_file)
 
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
