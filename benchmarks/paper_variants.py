@@ -20,7 +20,7 @@ The other checkpoint is `--other_base`: such as the tiny base as it was first tr
 079531f` puts into OTHER/samples/tiny_sdxl.
 
 Settings, cells and checkpoints are chosen on the icons `search`, what is published was measured on `report`; the lists
-share no icon. First it prints how long it will take: about 9 core-hours where 300 steps of Flat-LoRA take a minute of
+share no icon. First it prints how long it will take: about 11 core-hours where 300 steps of Flat-LoRA take a minute of
 a core. Nothing is trained or measured twice: the same command goes on after a stop. Each part writes
 benchmarks/paper_variants_PART.json, of which `python -m benchmarks.paper_variants_page` makes docs/variants.md. Needs
 npm and the `recipe` extra for the icons, and Optuna for `tuned` and `sizes`.

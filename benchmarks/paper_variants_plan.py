@@ -108,6 +108,7 @@ def control_pairs(rate: float) -> dict[str, str]:
 
 DRAW_PAIRS = {IID: "lora", FULL: IID, THIN: FULL, EXAMPLE: THIN}
 FELT_PAIRS = {PAPER: "lora", STRONG: "lora"}
+PRESET = "quality"
 PRESET_PAIRS = dict.fromkeys(("sam", arm("sam", rho_rise=0.1)), "lora")
 """SAM with its default rise, and with a cautious one."""
 AGAIN_PAIRS = {STRONG: "lora", EARLY: "lora", NOISED: "lora"}
@@ -122,8 +123,8 @@ def sweeps(lora: str, flat_lora: str, fresh: int) -> list[Group]:
 
 
 def preset_group(seeds: int) -> Group:
-    """`--preset quality`, with at most `seeds` seeds."""
-    return Group(PRESET_PAIRS, _few(seeds), preset="quality")
+    """The arms with the settings of `PRESET`, with at most `seeds` seeds."""
+    return Group(PRESET_PAIRS, _few(seeds), preset=PRESET)
 
 
 def _few(seeds: int) -> range:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.config import METHOD_NAMES, ConfigError, RunError, TrainConfig
 
 from ..context import AppContext
 from ..dataset.tab import ensure_session
@@ -21,7 +21,7 @@ from ..reporting import note, told_on_the_page
 from ..reports.tab import build_report, connect_report
 from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..train.forms import ConfigForm
-from ..train.tab import TrainTab, method_choice
+from ..train.tab import TrainTab
 from .clone import clone_run
 from .live_view import loss_curves, samples
 from .lora_import import Origin, import_lora_file, known_bases, origin_of
@@ -142,7 +142,7 @@ def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | Non
         gr.Tabs(selected="train"),
         session,
         made.name,
-        method_choice(made.method),
+        METHOD_NAMES[made.method],
         text,
         *form.write(made.settings),
     ]

@@ -65,8 +65,6 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
 
     A step of another method counts as so many passes as it has.
     """
-    from flatlora_diffusion.compare.experiment import PASSES  # imports torch and diffusers
-
     wanted = portable(config.to_dict())
     alike = []
     for run in runs.all():
@@ -76,8 +74,11 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     best = next((pair for pair in alike if pair[0].method == config.perturb.method), alike[0] if alike else None)
     if best is None:
         return None
+    from flatlora_diffusion.compare.experiment import PASSES  # imports torch and diffusers
+
     run, seconds = best
-    seconds *= PASSES[config.perturb.method] / PASSES.get(run.method or "", PASSES[config.perturb.method])
+    if run.method in PASSES:
+        seconds *= PASSES[config.perturb.method] / PASSES[run.method]
     steps = total_steps(config, images) * (1 + config.data.holdout_folds)
     return TimeEstimate(steps * seconds, seconds, steps, run.name)
 

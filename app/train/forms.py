@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, choices_of, preset_file, setting_hints, unused_by
+from flatlora_diffusion.config import ConfigError, TrainConfig, by_method, choices_of, preset_file, setting_hints
 
 from ..dataset.captions import TRIGGER
 from .words import HELP, LABELS
@@ -57,14 +57,14 @@ class ConfigForm:
         """All components, in the order of `read` and `write`."""
         return list(self.by_name.values())
 
-    def read(self, values: Sequence[Any], method: str = "flat-lora") -> TrainConfig:
+    def read(self, values: Sequence[Any], method: str) -> TrainConfig:
         """The config of the components' values for a method, without what only others have.
 
         Raises ConfigError for a value that is not allowed.
         """
         named = zip(self.by_name, values, strict=True)
         read = {name: _setting(name, value, self._hints[name]) for name, value in named}
-        return TrainConfig.from_dict({**read, "method": method, **dict.fromkeys(unused_by(method))})
+        return TrainConfig.from_dict(read | by_method(method))
 
     def write(self, settings: Mapping[str, Any]) -> list[Any]:
         """The components' values for `settings`, over the defaults."""

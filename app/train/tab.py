@@ -62,11 +62,6 @@ class TrainTab:
     summary: dict[str, Any]
 
 
-def method_choice(method: str) -> str:
-    """What is to be trained, as the page calls it."""
-    return next(choice for choice, name in _METHODS.items() if name == method)
-
-
 def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
     """Queue what the form says; returns what was queued."""
     with told_on_the_page():

@@ -27,6 +27,7 @@ from flatlora_diffusion.config.methods import (
     PerturbConfig as PerturbConfig,
     PerturbPer as PerturbPer,
     SigmaSchedule as SigmaSchedule,
+    by_method as by_method,
     overruled_by as overruled_by,
     refuse_unread as refuse_unread,
     unused_by as unused_by,

@@ -54,6 +54,11 @@ def unused_by(method: str) -> tuple[str, ...]:
     return tuple(name for name, values in IN_FORCE.items() if method not in values)
 
 
+def by_method(method: str) -> dict[str, str | None]:
+    """The settings that turn others into this method's: its name, and what only others have left open."""
+    return {"method": method, **dict.fromkeys(unused_by(method))}
+
+
 def overruled_by(given: Collection[str]) -> dict[str, None]:
     """What settings that are given leave open of those that a preset or file has: a rise is to find the sigma."""
     return {name: None for name in ("sigma", "rho") if f"{name}_rise" in given and name not in given}

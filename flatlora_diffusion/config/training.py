@@ -20,7 +20,7 @@ from typing import Any
 from flatlora_diffusion.config.adapter import AdapterConfig, TokenConfig
 from flatlora_diffusion.config.combinations import check_combinations
 from flatlora_diffusion.config.data import DataConfig
-from flatlora_diffusion.config.methods import PerturbConfig, unused_by
+from flatlora_diffusion.config.methods import PerturbConfig, by_method
 from flatlora_diffusion.config.model import ModelConfig
 from flatlora_diffusion.config.optim import ObjectiveConfig, OptimConfig
 from flatlora_diffusion.config.run import RunConfig
@@ -77,7 +77,7 @@ class TrainConfig:
 
     def of_method(self, method: str) -> TrainConfig:
         """This config by a method, without what only others have."""
-        return self.replace(method=method, **dict.fromkeys(unused_by(method)))
+        return self.replace(**by_method(method))
 
     def updated_from(self, path: Path, method: str | None = None) -> TrainConfig:
         """This config with the settings of a JSON file over it, by `method` or else by the file's own, if it has one.
@@ -94,9 +94,9 @@ class TrainConfig:
             raise ConfigError(f"config file {path} must hold one JSON object of settings")
         values = completed(values)
         if method is not None:
-            values = {**values, "method": method, **dict.fromkeys(unused_by(method))}
-        elif "method" in values:
-            values = {**dict.fromkeys(unused_by(values["method"])), **values}
+            values |= by_method(method)
+        elif isinstance(values.get("method"), str):
+            values = by_method(values["method"]) | values
         return self.replace(**values)
 
 

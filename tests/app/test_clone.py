@@ -90,7 +90,7 @@ def test_images_that_come_after_a_clone_are_trained_on_and_those_before_it_come_
     assert context.uploads.replace(mine, context.uploads.freeze(mine)) == 0  # the same already
     upload(context, mine, [picture(tmp_path, "owl.png", "blue")])
     values = clone_run(context, session, str(job.run)).settings
-    trained = with_images(context, form.read(form.write(values)), mine).data.instance_data_dir
+    trained = with_images(context, form.read(form.write(values), "flat-lora"), mine).data.instance_data_dir
     assert sorted(path.name for path in Path(str(trained)).glob("*.png")) == ["0001.png", "0002.png"]
     bring_back(context, mine)
     assert len(context.uploads.images(mine)) == 23

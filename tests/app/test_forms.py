@@ -48,7 +48,7 @@ def test_a_quick_look_can_be_resumed_and_compared_on_its_way() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_come_back_from_the_form_as_they_were(form: ConfigForm, preset: str) -> None:
     settings = preset_settings(preset, {"resolution": 96, "sigma": 0.07})
-    read = form.read(form.write(settings)).to_dict()
+    read = form.read(form.write(settings), settings["method"]).to_dict()
     assert {name: read[name] for name in form.by_name} == {name: settings[name] for name in form.by_name}
     assert read["resolution"] == 96
 
@@ -66,4 +66,4 @@ def test_presets_come_back_from_the_form_as_they_were(form: ConfigForm, preset: 
 def test_a_wrong_value_is_one_sentence(form: ConfigForm, name: str, value: object, sentence: str) -> None:
     values = dict(zip(form.by_name, form.write({}), strict=True)) | {name: value}
     with pytest.raises(ConfigError, match=sentence):
-        form.read(list(values.values()))
+        form.read(list(values.values()), "flat-lora")

@@ -105,7 +105,7 @@ def test_a_long_strip_is_thinned_out_between_its_ends(count: int) -> None:
 def test_the_form_has_several_prompts_and_draws_them_on_the_way() -> None:
     form = ConfigForm()
     assert form.by_name["validation_prompt"].lines > 1
-    config = form.read(form.write(preset_settings("Paper", {})))
+    config = form.read(form.write(preset_settings("Paper", {})), "flat-lora")
     assert len(config.run.preview_prompts) == 3
     assert config.optim.max_train_steps is not None
     passes = config.optim.max_train_steps / 20  # of 20 images

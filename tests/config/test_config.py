@@ -190,9 +190,7 @@ def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp
             parse_config([*source, "--perturb_noise", "iid"])
 
 
-def test_a_preset_s_method_leaves_open_what_runs_and_files_have_for_others(
-    tmp_path: Path,
-) -> None:
+def test_a_preset_s_method_leaves_open_what_runs_and_files_have_for_others(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     quality = ["--preset", "quality"]
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
@@ -316,6 +314,14 @@ def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | 
     if text is not None:
         file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=f"settings.json {message}"):
+        parse_config(["--config", str(file)])
+
+
+@pytest.mark.parametrize("method", [["sam"], "sharper", None])
+def test_a_file_s_method_that_is_none_is_named(tmp_path: Path, method: Any) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"method": method}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^method="):
         parse_config(["--config", str(file)])
 
 
