@@ -1,4 +1,4 @@
-"""The floors of the package: each imports only from those below; no file or folder outgrows what one can hold."""
+"""The floors of the package: each imports only from those below; a file holds one idea."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ FLOORS = [
     {"commands"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MOST_MODULES = 15  # in a folder
-LINES = 300
+LINES = 500  # a longer module probably holds a second idea
 OURS = ("flatlora_diffusion", "app")
 MODULES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
@@ -82,12 +81,6 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=named)
 def test_modules_stay_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
-
-
-@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}), ids=named)
-def test_folders_stay_small(folder: Path) -> None:
-    modules = [path.name for path in folder.glob("*.py") if not path.name.startswith("__")]
-    assert len(modules) <= MOST_MODULES, f"{named(folder)}: {len(modules)} modules"
 
 
 def test_the_method_knows_no_image_model() -> None:
