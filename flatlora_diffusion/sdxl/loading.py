@@ -21,7 +21,7 @@ from diffusers import (
 from safetensors import SafetensorError
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, Quantization
-from flatlora_diffusion.ground.hub_reach import hub_is_reachable
+from flatlora_diffusion.ground.hub_reach import fault_of, hub_is_reachable, lacks_files, unreachable
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE, sized
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
@@ -86,7 +86,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         else:
             pipeline = _from_folder(path, config, dtype, quantization, parts, is_offline)
     except _LOAD_ERRORS as error:
-        why = _first_line(error) + _hint(path, is_single_file, config, is_offline)
+        why = _why(path, error, is_single_file, config)
         raise ConfigError(f"{_named(config)} is no SDXL base that can be loaded: {why}") from error
     except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
         raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
@@ -190,16 +190,14 @@ def _from_single_file(
     return StableDiffusionXLPipeline.from_single_file(path, dtype=dtype, add_watermarker=False, **where, **parts)
 
 
-def _hint(path: str, is_single_file: bool, config: ModelConfig, is_offline: bool) -> str:
-    unreachable = "; the hub cannot be reached" if is_offline else ""
-    if is_single_file:
-        folder = config.single_file_config
-        return (
-            f"; do the configs in {folder} fit it?"
-            if folder
-            else f"{unreachable}; to work without the hub, give --single_file_config FOLDER"
-        )
-    return "" if Path(path).is_dir() else f"{unreachable}; and there is no such folder"
+def _why(path: str, error: Exception, is_single_file: bool, config: ModelConfig) -> str:
+    """Why the base could not be loaded, and what to do."""
+    if not is_single_file:
+        return fault_of(path, error)
+    if config.single_file_config is not None:
+        return f"{_first_line(error)}; do the configs in {config.single_file_config} fit it?"
+    why = f"its configs are not downloaded, and {unreachable()}" if lacks_files(error) else _first_line(error)
+    return f"{why}; to work without the hub, give --single_file_config FOLDER"
 
 
 def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
@@ -210,7 +208,7 @@ def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
         )
     except _LOAD_ERRORS as error:
         raise ConfigError(
-            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {_first_line(error)}"
+            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {fault_of(path, error)}"
         ) from error
     return vae.to(vae_dtype(vae.config, dtype))
 

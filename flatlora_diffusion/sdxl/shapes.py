@@ -144,3 +144,10 @@ def checked_size(wanted: int, step: int) -> int:
         near = max(1, round(wanted / step)) * step
         raise ConfigError(f"resolution={wanted} must be a multiple of {step} for this base; {near} is the nearest")
     return wanted
+
+
+def check_resolution(config: ModelConfig, wanted: int | None) -> None:
+    """Raises ConfigError as `checked_size`, for a base whose sizes are known before it is loaded."""
+    sizes = known_sizes(config)
+    if wanted is not None and sizes is not None:
+        checked_size(wanted, sizes.step)
