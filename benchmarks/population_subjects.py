@@ -34,7 +34,7 @@ class Subject:
 
     @property
     def passes(self) -> float:
-        """Forward and backward passes of samples, in those of one LoRA; SAM has two in each step in which it ascends."""
+        """Forward and backward passes of samples, in those of one LoRA; a step of SAM's with an ascent has two."""
         arm = parse_arm(self.arm)
         steps = int(arm.changes.get("max_train_steps", STEPS)) * int(arm.changes.get("train_batch_size", BATCH))
         a_step = 1 + (arm.method == "sam") / self.sam_every

@@ -7,8 +7,8 @@
 Each subject is trained in `--groups` groups of three members with a seed each and measured on every list of
 `population_icons`: the denoising loss of each icon under four (noise, timestep) draws, stratified over time, the same
 for all subjects of a group and others for each group. A plain arm is the first member of each group; an average is
-made of members of one group. Nothing is trained or measured twice, so the command goes on after a stop; processes that train other
-arms may share a work folder.
+made of members of one group. Nothing is trained or measured twice, so the command goes on after a stop; processes that
+train other arms may share a work folder.
 
 Writes benchmarks/populations.json (or populations_second_style.json), of which `python -m benchmarks.populations_page`
 makes docs/populations.md. Needs npm and the `recipe` extra for the icons.

@@ -6,7 +6,7 @@ random effects, y[s, i] = mean + seed[s] + image[i] + rest[s, i], the variance o
     Var = (MS_S + MS_I - MS_SI) / (S I)
 
 (Cornfield and Tukey, Ann. Math. Stat. 27, 1956), taken to be no less than the larger of MS_S and MS_I over S I. The
-degrees of freedom are Satterthwaite's (Biometrics Bulletin 2, 1946), no less than min(S, I) - 1.
+degrees of freedom are Satterthwaite's (Biometrics Bulletin 2, 1946), no less than min(S, I) - 1; with two seeds, 1.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def crossed_difference(table: Sequence[Sequence[float]], confidence: float = CON
     ms_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
     total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
     freedom = _satterthwaite((ms_seed, seeds - 1), (ms_image, images - 1), (ms_rest, (seeds - 1) * (images - 1)))
-    freedom = max(freedom, min(seeds, images) - 1.0)
+    # With two seeds Satterthwaite's interval covers only 88 % where seeds and images vary alike.
+    fewest = min(seeds, images)
+    freedom = 1.0 if fewest == 2 else max(freedom, fewest - 1.0)
     shares = (max(ms_seed - ms_rest, 0.0) / total, max(ms_image - ms_rest, 0.0) / total) if total else (0.0, 0.0)
     return _with_interval(values, total / values.size, freedom, shares, confidence)
 

@@ -48,6 +48,7 @@ from flatlora_diffusion.config.optim import (
 from flatlora_diffusion.config.programs import (
     CAPTION_WRITERS as CAPTION_WRITERS,
     QUIET_VARIABLE as QUIET_VARIABLE,
+    AverageConfig as AverageConfig,
     CaptionConfig as CaptionConfig,
     CompareConfig as CompareConfig,
     DoctorConfig as DoctorConfig,
