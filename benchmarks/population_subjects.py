@@ -56,17 +56,17 @@ class Subject:
 
 
 def _average(name: str, **settings: Any) -> Subject:
-    return Subject(name, is_average=True, strengths=(0.7, 1.0, 1.3), **{"members": (0, 1, 2)} | settings)
+    return Subject(name, is_average=True, **{"members": (0, 1, 2), "strengths": (1.0,)} | settings)
 
 
 _ALL = [
     Subject("lora", members=(0, 1, 2)),
-    _average("average of 3"),
+    _average("average of 3", strengths=(0.7, 1.0, 1.3)),
     _average("average of 3, rank 4", rank=4),
     _average("average of 2", members=(0, 1)),
     _average("average of 3, 150 steps", checkpoints=(150,)),
     _average("average along a run", members=(0,), checkpoints=(150, 200, 250, None)),
-    Subject("200 steps", checkpoints=(200,)),
+    Subject("200 steps", checkpoints=(200,), strengths=(1.0,)),
     Subject("half the rate", "lora:learning_rate=0.00025"),
     Subject("cosine rate", "lora:lr_scheduler=cosine,lr_warmup_steps=0"),
     Subject("rank 12", "lora:rank=12"),
