@@ -16,6 +16,9 @@ from flatlora_diffusion.config.data import (
     DataConfig as DataConfig,
     Interpolation as Interpolation,
 )
+from flatlora_diffusion.config.members import (
+    MembersConfig as MembersConfig,
+)
 from flatlora_diffusion.config.methods import (
     DEFAULT_SIGMA as DEFAULT_SIGMA,
     METHOD_NAMES as METHOD_NAMES,
