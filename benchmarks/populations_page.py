@@ -25,7 +25,7 @@ PAGE = FOLDER.parent / "docs" / "generalization.md"
 STYLES = {"populations": "3D icons", "populations_second_style": "Icons with outlines"}
 POPULATIONS = ("known 200", "known 615", "unknown")
 FORGETTING = "flat"
-REFERENCE, AVERAGE = "lora", "average of 3"
+REFERENCE = "lora"
 MINUS = "\N{MINUS SIGN}"
 
 Losses = np.ndarray
@@ -72,6 +72,9 @@ class Study:
             total += value * np.prod([(strength - other) / (knot - other) for other in others])
         return total
 
+    def reference(self, subject: str) -> str:
+        return str(self.data["subjects"][subject]["reference"])
+
     def strengths(self, subject: str) -> list[float]:
         return sorted(at for one, of, at in self.losses if (one, of) == (subject, 0))
 
@@ -96,8 +99,9 @@ def equal_forgetting(study: Study, subject: str, groups: Sequence[int]) -> Stren
     def forgets(name: str, strength: float) -> float:
         return float(study.table(name, TUNING_FLAT, groups, strength).mean())
 
-    own, reference = forgets(subject, 1.0), forgets(REFERENCE, 1.0)
-    weaker, target = (subject, reference) if own > reference else (REFERENCE, own)
+    against = study.reference(subject)
+    own, reference = forgets(subject, 1.0), forgets(against, 1.0)
+    weaker, target = (subject, reference) if own > reference else (against, own)
     if len(study.strengths(weaker)) < 2:
         return None
     grid = np.linspace(0.3, 1.0, 141)
@@ -112,24 +116,24 @@ def equal_forgetting(study: Study, subject: str, groups: Sequence[int]) -> Stren
 
 def compared(study: Study, subject: str, groups: Sequence[int]) -> tuple[dict[str, Comparison], Strengths | None]:
     """The subject less LoRA in every population and in forgetting."""
-    strengths = equal_forgetting(study, subject, groups)
+    strengths, against = equal_forgetting(study, subject, groups), study.reference(subject)
     found = {}
     for name in (*POPULATIONS, FORGETTING):
-        plain = study.table(subject, name, groups) - study.table(REFERENCE, name, groups)
+        plain = study.table(subject, name, groups) - study.table(against, name, groups)
         equal = None
         if strengths is not None:
             own = study.table(subject, name, groups, strengths.subject)
-            equal = crossed_difference((own - study.table(REFERENCE, name, groups, strengths.reference)).tolist())
+            equal = crossed_difference((own - study.table(against, name, groups, strengths.reference)).tolist())
         found[name] = Comparison(crossed_difference(plain.tolist()), equal)
     return found, strengths
 
 
 def less_members(study: Study, subject: str, groups: Sequence[int], members: int) -> dict[str, CrossedDifference]:
     """An average less the mean of its members, in every population and in forgetting."""
-    found = {}
+    found, alone = {}, study.reference(subject)
     for name in (*POPULATIONS, FORGETTING):
         own = study.table(subject, name, groups)
-        mean = np.mean([study.table(REFERENCE, name, groups, member=member) for member in range(members)], axis=0)
+        mean = np.mean([study.table(alone, name, groups, member=member) for member in range(members)], axis=0)
         found[name] = crossed_difference((own - mean).tolist())
     return found
 
