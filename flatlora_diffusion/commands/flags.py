@@ -58,7 +58,7 @@ class Flag:
         hint = typing.get_args(kind_of(self.hint))[0]
         read = tuple(self._read(hint, text) for text in texts)
         for place, text in enumerate(texts):
-            if read[place] in read[:place]:
+            if read[place] in read[:place] and not self.item.metadata.get("repeats"):
                 raise ConfigError(f"--{self.name} has {shlex.quote(text)} twice; give each value once")
         return read
 

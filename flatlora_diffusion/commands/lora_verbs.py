@@ -1,4 +1,4 @@
-"""The verbs on LoRA files: export, import, merge, resize, extract, inspect."""
+"""The verbs on LoRA files: export, import, merge, resize, average, extract, inspect."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flatlora_diffusion.commands.help_page import Page
 from flatlora_diffusion.commands.verb_settings import hide_library_bars, say_base, verb_settings
 from flatlora_diffusion.config import (
+    AverageConfig,
     ExportConfig,
     ExtractConfig,
     ImportConfig,
@@ -63,6 +64,20 @@ def resize_verb(arguments: list[str]) -> None:
     from flatlora_diffusion.lora_tools.resizing import resize_lora
 
     _say_reduced(resize_lora(config))
+
+
+def average_verb(arguments: list[str]) -> None:
+    page = Page("average", "Write the average of several LoRAs of one base as one LoRA.", "RUN_OR_FILE...", "loras")
+    config = verb_settings(AverageConfig(), page, arguments)
+    for lora in config.loras:
+        lora_file(lora)
+    from flatlora_diffusion.lora_tools.averaging import average_loras
+
+    averaged = average_loras(config)
+    _say_written(averaged.written)
+    print(f"rank {averaged.rank}; lost by the cut: {100 * averaged.lost:.3g} % of the average (Frobenius norm)")
+    if averaged.embeddings is not None:
+        print(f"embeddings of the new tokens saved in {averaged.embeddings}")
 
 
 def extract_verb(arguments: list[str]) -> None:

@@ -46,7 +46,7 @@ TRAIN = Page(
         *_OF_RUNS[:6],
         *("method", "sigma"),
         *_OF_RUNS[6:],
-        *("holdout_images", "validation_prompt", "checkpointing_steps", "resume_from_checkpoint"),
+        *("members", "holdout_images", "validation_prompt", "checkpointing_steps", "resume_from_checkpoint"),
     ),
 )
 COMPARE = Page(
