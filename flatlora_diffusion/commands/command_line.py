@@ -28,7 +28,7 @@ from flatlora_diffusion.commands.lora_verbs import (
     merge_verb,
     resize_verb,
 )
-from flatlora_diffusion.commands.train_flags import COMPARE, DEMO, EVIDENCE, parse_comparison, parse_config
+from flatlora_diffusion.commands.train_flags import COMPARE, DEMO, EVIDENCE, parse_comparison, parse_training
 from flatlora_diffusion.commands.verb_settings import hide_library_bars, say_base, verb_settings
 from flatlora_diffusion.compare.evidence.defaults import DEFAULTS, OF_BASE
 from flatlora_diffusion.config import (
@@ -141,13 +141,18 @@ def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    config = _checked(parse_config(arguments))
+    config, workers = parse_training(arguments)
+    config = _checked(config)
     say_base(config.model)
     from flatlora_diffusion.training.trainer import (
         train,  # torch and diffusers only after the settings were found right
     )
 
     hide_library_bars()
+    if workers.trains_at_once:
+        from flatlora_diffusion.compare.workers.members import train_members_at_once
+
+        config = train_members_at_once(config, workers)
     print(f"LoRA saved in {train(config)}")
     print(base_line(config.model))
 

@@ -11,8 +11,10 @@ from flatlora_diffusion.commands.flags import Flag, flags_of, read_flags, with_v
 from flatlora_diffusion.commands.help_page import Page, help_wanted, show_help
 from flatlora_diffusion.config import (
     CompareConfig,
+    ConfigError,
     Section,
     TrainConfig,
+    WorkersConfig,
     overruled_by,
     preset_file,
     preset_names,
@@ -75,19 +77,27 @@ EVIDENCE = Page(
 
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
+    """The settings of a training that a command line gives, as `parse_training` reads them."""
+    return parse_training(arguments)[0]
+
+
+def parse_training(arguments: Sequence[str]) -> tuple[TrainConfig, WorkersConfig]:
     """The settings of a command line of `train`; prints help and exits if that is asked for.
 
     A run that is resumed by flags has its own settings in place of the defaults. Raises ConfigError for a flag or a
     value that cannot be, and for flags that the method does not read.
     """
-    flags = {**flags_of(Sources()), **flags_of(TrainConfig())}
+    flags = {**flags_of(Sources()), **flags_of(TrainConfig()), **flags_of(WorkersConfig())}
     wanted = help_wanted(arguments)
     if wanted:
         show_help(TRAIN, flags, wanted)
     given = read_flags(arguments, flags)
     config = _config_of(given)
     refuse_unread(config.perturb, given)
-    return config
+    workers = with_values(WorkersConfig(), given)
+    if workers.trains_at_once and config.average.members is None:
+        raise ConfigError("--workers and --cluster train --members at once; give --members 3, or leave them out")
+    return config, workers
 
 
 def parse_comparison(

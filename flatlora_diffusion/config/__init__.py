@@ -65,6 +65,7 @@ from flatlora_diffusion.config.programs import (
     LandscapeConfig as LandscapeConfig,
     MergeConfig as MergeConfig,
     ResizeConfig as ResizeConfig,
+    WorkersConfig as WorkersConfig,
 )
 from flatlora_diffusion.config.run import (
     RunConfig as RunConfig,
