@@ -65,7 +65,7 @@ def flatness(config: FlatnessConfig) -> Path:
     figures = [measure_flatness(sdxl.unet, objective, base, model, config, others) for model in models]
     folder.mkdir(parents=True, exist_ok=True)
     facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
-    _write(folder, config, figures, facts)
+    _write(folder, config, first.model, figures, facts)
     return folder
 
 
@@ -167,9 +167,15 @@ def _facts(
     }
 
 
-def _write(folder: Path, config: FlatnessConfig, figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path,
+    config: FlatnessConfig,
+    model: ModelConfig,
+    figures: Sequence[FlatnessFigures],
+    facts: Mapping[str, Any],
+) -> None:
     result = {**facts, "figures": [dataclasses.asdict(one) for one in figures]}
     write_json(folder / "flatness.json", result)
-    title = base_title(ModelConfig(**facts["base"]))
-    write_text(folder / "flatness.md", f"base: {title}\n\n{markdown_tables(figures, config)}\n")
+    base = base_title(ModelConfig(**portable(dataclasses.asdict(model))))
+    write_text(folder / "flatness.md", f"base: {base}\n\n{markdown_tables(figures, config)}\n")
     write_charts(folder, config, figures, facts)
