@@ -37,7 +37,7 @@ _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 METHOD_HINT = (
-    "Flat-LoRA adds a little noise to the base while it trains, to find a flatter minimum. "
+    "Flat-LoRA adds a little noise to the base while it trains. "
     "On the tiny base it was no better than LoRA where both were tuned; SAM was better, at twice the time. "
     "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
 )
