@@ -262,7 +262,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))
-        disk = estimate_disk(config, count or 1, memory.lora, context.runs.folder)
+        disk = estimate_disk(config, count or 1, context.runs.folder)
         room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
         lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")
     return lines
