@@ -37,7 +37,7 @@ _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 METHOD_HINT = (
-    "Flat-LoRA adds a little noise to the base while it trains, to find a flatter minimum. "
+    "Flat-LoRA adds a little noise to the base while it trains. "
     "On the tiny base it was no better than LoRA where both were tuned; SAM was better, at twice the time. "
     "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
 )
@@ -262,7 +262,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))
-        disk = estimate_disk(config, count or 1, memory.lora, context.runs.folder)
+        disk = estimate_disk(config, count or 1, context.runs.folder)
         room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
         lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")
     return lines
