@@ -16,6 +16,7 @@ from flatlora_diffusion.config import SAMPLES, CompareConfig, GenerateConfig, Tr
 ROOT = Path(__file__).parents[2]
 OF_VERBS = {
     "export": "FILE", "import": "FILE", "resize": "FILE", "inspect": "FILE", "caption": "FOLDER", "flatness": "RUN",
+    "average": "LORA",
 }  # fmt: skip
 
 
