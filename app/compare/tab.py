@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from flatlora_diffusion.config import ConfigError
 from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..jobs.view import STATUS_CSS, wrong
+from ..runs.live_view import recent_ids
 from ..watch.ticks import only_news, signs_of
 from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
@@ -43,10 +44,22 @@ _ROWS_INFO = "A checkpoint is the LoRA on its way, so also the end that a run ha
 _PRECISIONS = [("As the device likes", AUTOMATIC), *((name, value) for value, name in PRECISIONS.items())]
 
 
-def build_compare_tab(context: AppContext, voter: gr.BrowserState, load: Callable[..., Any]) -> gr.Timer:
-    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+@dataclass(frozen=True)
+class CompareTab:
+    """What other tabs need of this one. `timer` does not tick yet; `to_trained`: the event that brings the tab to
+    the front with what was trained last.
+    """
 
-    `voter`: who votes in this browser; `load`: the page's load event.
+    timer: gr.Timer
+    to_trained: dict[str, Any]
+
+
+def build_compare_tab(
+    context: AppContext, voter: gr.BrowserState, load: Callable[..., Any], tabs: gr.Tabs
+) -> CompareTab:
+    """Build the tab into the Blocks that is open.
+
+    `voter`: who votes in this browser; `load`: the page's load event; `tabs`: of the page.
     """
     view = CompareView(context)
     with gr.Tabs():
@@ -54,7 +67,16 @@ def build_compare_tab(context: AppContext, voter: gr.BrowserState, load: Callabl
             form, timer, known = _build_side_by_side(view, load)
         with gr.Tab("Blind vote"):
             build_vote(view, form, known, voter, load)
-    return timer
+    to_trained: dict[str, Any] = {"fn": partial(show_trained, view), "inputs": None, "outputs": [tabs, form[0]]}
+    return CompareTab(timer, to_trained | {"show_progress": "hidden", "api_visibility": "private"})
+
+
+def show_trained(view: CompareView) -> tuple[Any, Any]:
+    """The page's Compare tab in front, with what was trained last chosen in it."""
+    arms = view.arms()
+    ids = {arm.id for arm in arms}
+    trained = [run_id for run_id in recent_ids(view.context) if run_id in ids]
+    return gr.Tabs(selected="compare"), gr.update(choices=run_choices(arms), value=trained)
 
 
 def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -> tuple[Any, ...]:

@@ -53,9 +53,12 @@ _SECONDS = 1.5
 
 @dataclass(frozen=True)
 class TrainTab:
-    """What other tabs need of this one. `timer` does not tick yet; `summary`: the event that tells it anew."""
+    """What other tabs need of this one. `timer` does not tick yet; `compare`: goes on to the Compare tab with the
+    newest runs; `summary`: the event that tells it anew.
+    """
 
     timer: gr.Timer
+    compare: gr.Button
     name: gr.Textbox
     method: gr.Radio
     told: gr.HTML
@@ -143,6 +146,7 @@ def build_train_tab(
             queued = gr.HTML(padding=False)
             gr.Markdown("## Progress")
             cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
+            compare = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
             with gr.Column(visible=False) as cancelling:
                 cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
                 question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
@@ -168,7 +172,7 @@ def build_train_tab(
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, samples, log, cancelling, seen],
+        "outputs": [cards, chosen, curves, no_loss, samples, log, compare, cancelling, seen],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
@@ -178,7 +182,7 @@ def build_train_tab(
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
     ask_before(cancel, question)
     connect_acts(context, session, cards, question, watch)
-    return TrainTab(timer, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
+    return TrainTab(timer, compare, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
 
 
 def _place_first(form: ConfigForm) -> None:

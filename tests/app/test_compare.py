@@ -23,11 +23,11 @@ from app.compare.answer import answer
 from app.compare.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.compare.export import difference
 from app.compare.picture_cache import Drawing, DrawOrder, Picture, orders_for
-from app.compare.tab import refresh
+from app.compare.tab import refresh, show_trained
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
-from app.jobs.store import Job, JobState, Store
+from app.jobs.store import Job, JobState, NewJob, Store
 from app.settings import AppSettings
 from app.theme import COLOURS
 from flatlora_diffusion.config import ConfigError
@@ -221,6 +221,18 @@ def test_what_is_shown_already_is_not_sent_again(view: CompareView) -> None:
     assert refresh(view, shown, *values) == (*[gr.skip()] * 5, shown)
     grid, status, *_, stop, _ = refresh(view, replace(shown, status="", is_drawing=True), *values)
     assert (grid, status, stop) == (gr.skip(), first[1], gr.update(visible=False))
+
+
+def test_the_way_on_from_a_training_chooses_what_was_trained_last(view: CompareView) -> None:
+    """Not the newest pair, when it was a single run."""
+    store, folder = view.context.runs.store, view.context.runs.folder
+    shutil.copytree(folder / "icons-lora", folder / "later")
+    (job,) = store.add_jobs([NewJob("train", {}, "me", "later")])
+    store.change_job(job.id, "queued", state="done")
+    tabs, runs = show_trained(view)
+    assert tabs.selected == "compare"
+    assert runs["value"] == ["later"]
+    assert {run_id for _, run_id in runs["choices"]} == {"icons-lora", "icons-flat-lora", "later"}
 
 
 def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
 from app.jobs.launch import Launch
 from app.loss_chart import loss_chart
+from app.runs import live_view
 from app.runs.live_view import acts_of, loss_curves, run_colours, smoothed
 from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
@@ -72,7 +73,43 @@ def test_before_the_first_step_a_sentence_stands_for_the_curve(context: AppConte
     _, chosen, curves, no_loss, *rest, seen = live(context, None, None)
     assert (len(chosen.choices), curves.visible, no_loss.visible) == (2, False, True)
     assert rest[-1].visible  # two wait, and can be cancelled together
-    assert live(context, None, seen) == (*[gr.skip()] * 7, seen)  # left alone
+    assert live(context, None, seen) == (*[gr.skip()] * 8, seen)  # left alone
+
+
+def test_the_log_is_that_of_the_run_that_trains_until_another_is_chosen_by_hand(
+    context: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one-lora", "one-flat-lora"):
+        make_run(context, name, name.removeprefix("one-"), [])
+    of_run = {"one-lora": "lines of LoRA", "one-flat-lora": "lines of Flat-LoRA"}
+    monkeypatch.setattr(context.runs, "log", lambda run_id, lines: [of_run[run_id]])
+    states = {"one-lora": "queued", "one-flat-lora": "queued"}
+    monkeypatch.setattr(live_view, "recent_ids", lambda _: list(states))
+    get = context.runs.get
+    monkeypatch.setattr(context.runs, "get", lambda run_id: replace(get(run_id), state=states[run_id]))
+    chosen, seen = None, None
+
+    def shown(**now: str) -> str:
+        """The run whose log is shown once the states are `now`; the page sends back what it was given."""
+        nonlocal chosen, seen
+        states.update({name.replace("_", "-"): state for name, state in now.items()})
+        _, choice, *_, log, way, _, seen = live(context, chosen, seen)
+        chosen = getattr(choice, "value", chosen)
+        assert log == gr.skip() or log.value == of_run[str(chosen)]
+        is_over = set(states.values()) == {"finished"}
+        assert way == gr.skip() or way.visible == is_over
+        assert not is_over or way.value == "Next: compare one-lora and one-flat-lora"
+        return str(chosen)
+
+    shown()
+    assert shown(one_lora="running") == "one-lora"
+    assert shown(one_lora="finished", one_flat_lora="running") == "one-flat-lora"
+    chosen = "one-lora"  # by hand
+    assert (shown(), shown()) == ("one-lora", "one-lora")
+    assert shown(one_flat_lora="finished") == "one-lora"
+    assert shown(one_lora="queued") == "one-lora"
+    chosen = "one-flat-lora"
+    assert shown(one_lora="running") == "one-lora"
 
 
 def test_the_log_has_the_trainings_own_lines_only() -> None:
@@ -86,7 +123,7 @@ def test_the_log_has_the_trainings_own_lines_only() -> None:
         "  import pynvml  # type: ignore",
     ]
     own = [
-        "23 images, captions 23/23, 256x256 pixels",
+        "23 images, captions 23/23, 256 x 256 pixels",
         "lora: 100%|####| 30/30 [00:36<00:00,  1.21s/it, loss=0.0496]",
         "Traceback (most recent call last):",
         '  File "/x/site-packages/torch/nn/modules/module.py", line 1778, in _wrapped_call_impl',
