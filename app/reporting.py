@@ -23,6 +23,13 @@ def told_on_the_page() -> Iterator[None]:
         raise gr.Error(escape(str(error), quote=False), title="Please check", print_exception=False) from error
 
 
+def percent(share: float, is_signed: bool = False) -> str:
+    """`12%`, or `+12%` if it is signed; of what rounds to nothing that it is `under 1%`."""
+    if share and not round(100 * share):
+        return "under 1%"
+    return f"{share:{'+' if is_signed else ''}.0%}"
+
+
 def answer_card(told: str, rest: str) -> str:
     """The answer in large letters, and what it rests on below; nothing without one."""
     if not told:

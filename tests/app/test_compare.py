@@ -28,6 +28,7 @@ from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_
 from app.compare.vote_view import VoteView
 from app.context import make_context
 from app.jobs.store import Job, JobState, NewJob, Store
+from app.reporting import percent
 from app.settings import AppSettings
 from app.theme import COLOURS
 from flatlora_diffusion.config import ConfigError
@@ -136,6 +137,12 @@ def test_the_answer_is_how_much_two_loras_differ_beside_what_they_change(tmp_pat
     assert told == "LoRA and Flat-LoRA draw nearly the same pictures here."
     assert "by 20% of what they change in the base, give or take 21%" in rest
     assert answer(Rows(arms[:1], rows), {})[0] == ""  # type: ignore[arg-type]
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign_and_is_not_called_nothing() -> None:
+    assert [percent(share, is_signed=True) for share in (0.12, -0.12, 0.0051)] == ["+12%", "-12%", "+1%"]
+    assert {percent(share, is_signed=True) for share in (0.005, 0.003, -0.003, -0.005)} == {"under 1%"}
+    assert percent(0.0) == "0%"
 
 
 @dataclass
