@@ -13,6 +13,7 @@ from .compare.grid import file_url
 from .context import AppContext
 from .runs.progress import Preview
 from .runs.runs import Run
+from .theme import NO_METHOD
 
 MOST_COLUMNS = 24
 STRIP_CSS = """
@@ -92,7 +93,7 @@ drawn();
 def strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """HTML of the samples of each run that has any; empty without. colours: of the runs, by name."""
     return "".join(
-        _strip(run, context.runs.previews(run.id), colours.get(run.name, "#777"))
+        _strip(run, context.runs.previews(run.id), colours.get(run.name, NO_METHOD))
         for run in runs
         if context.runs.previews(run.id)
     )

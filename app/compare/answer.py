@@ -40,8 +40,8 @@ def answer(comparison: Comparison, drawn: Mapping[Picture, Path]) -> tuple[str, 
         told = f"{first} and {second} draw clearly different pictures here."
     sure = f", give or take {percent(share.margin or 0)}" if share.n > 1 else ", from one picture, which tells little"
     return told, (
-        f"They differ from each other by {percent(share.mean)} of what they change in the base{sure}. Which one is better "
-        "is not in this figure: ask your eyes in the blind vote."
+        f"They differ from each other by {percent(share.mean)} of what they change in the base{sure}. Which one is "
+        "better is not in this figure: ask your eyes in the blind vote."
     )
 
 

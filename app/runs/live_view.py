@@ -15,7 +15,7 @@ from ..context import AppContext
 from ..jobs.store import Job
 from ..loss_chart import loss_chart
 from ..sample_strip import strips
-from ..theme import SHADES
+from ..theme import NO_METHOD, SHADES
 from .phase import STOPPING
 from .run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, method_name, own_lines, run_card, waiting_card
 from .runs import Run
@@ -58,7 +58,7 @@ def log_tail(context: AppContext, run_id: str) -> str:
 
 def loss_curves(context: AppContext, runs: list[Run]) -> gr.HTML:
     """The chart of the runs that have a loss, each in its method's colour; hidden while there is none."""
-    curves = {run.name: smoothed(context.runs.losses(run.id)) for run in runs}
+    curves = {run.name: [(step + 1, loss) for step, loss in smoothed(context.runs.losses(run.id))] for run in runs}
     text = f"{_LOSS_TEXT} {_PAIR_TEXT}" if len(runs) > 1 else _LOSS_TEXT
     chart = loss_chart(curves, run_colours(runs), "Loss, smoothed", text)
     return gr.HTML(chart, visible=bool(chart))
@@ -68,7 +68,7 @@ def run_colours(runs: list[Run]) -> dict[str, str]:
     """The colour of each run by its name: that of its method, in another shade for a second run of the method."""
     colours: dict[str, str] = {}
     for run in runs:
-        shades = SHADES.get(method_name(run.method), ("#777777",))
+        shades = SHADES.get(method_name(run.method), (NO_METHOD,))
         free = [shade for shade in shades if shade not in colours.values()]
         colours.setdefault(run.name, (free or shades)[0])
     return colours

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from flatlora_diffusion.config import METHOD_NAMES
 
-from ..theme import COLOURS
+from ..theme import COLOURS, NO_METHOD
 from .lora_import import IMPORTED
 from .phase import TRAINING
 from .runs import Run
@@ -85,7 +85,7 @@ def run_card(run: Run, acts: Sequence[str] = ()) -> str:
     if run.phase == TRAINING and progress.eta_seconds is not None:
         facts.append(f"{duration(progress.eta_seconds)} left")
     done = round(100 * progress.fraction)
-    name, colour = html.escape(run.name), COLOURS.get(method_name(run.method), "#777")
+    name, colour = html.escape(run.name), COLOURS.get(method_name(run.method), NO_METHOD)
     state = html.escape(run.phase or _STATES.get(run.state, run.state))
     card = (
         f'<div class="fl-card" data-state="{run.state}" role="group" aria-label="{name}"><div class="fl-head">'

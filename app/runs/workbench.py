@@ -16,7 +16,7 @@ from flatlora_diffusion.gallery.png_text import bare_name
 from ..compare.grid import empty_page, file_url
 from ..context import AppContext
 from ..reports.report import arm_picture
-from ..theme import COLOURS
+from ..theme import COLOURS, NO_METHOD
 from .lora_import import IMPORTED
 from .run_cards import method_name
 from .runs import Run
@@ -164,7 +164,7 @@ def _line(row: RunRow, is_chosen: bool) -> str:
     picture = '<span class="fl-none"></span>'
     if row.picture is not None:
         picture = f'<img src="{file_url(row.picture)}" alt="" loading="lazy">'
-    dot = f'<i style="background:{COLOURS.get(row.method, "#8f8a85")}"></i>'
+    dot = f'<i style="background:{COLOURS.get(row.method, NO_METHOD)}"></i>'
     score = "" if row.score is None else f"loss {row.score:.4f} {row.scored}"
     when = datetime.fromtimestamp(row.changed).strftime("%d %b %Y, %H:%M") if row.changed else ""
     below = " · ".join(filter(None, (*row.tags, row.id if row.id != row.name else "")))

@@ -49,17 +49,20 @@ def test_curves_have_their_methods_colours_and_are_hidden_without_a_loss(context
     make_run(context, "one-flat", "flat-lora", [0.3, 0.1])
     runs = {run.id: run for run in context.runs.all()}
     colours = run_colours([runs["one-lora"], runs["one-flat"], runs["two-lora"]])
-    assert colours["one-lora"] == COLOURS["LoRA"] == "#cf7600"
-    assert colours["one-flat"] == COLOURS["Flat-LoRA"] == "#2f6fde"
+    assert colours["one-lora"] == COLOURS["LoRA"] == "var(--lora)"
+    assert colours["one-flat"] == COLOURS["Flat-LoRA"] == "var(--flat)"
     assert colours["two-lora"] not in (colours["one-lora"], colours["one-flat"])
     shown = loss_curves(context, [runs["one-lora"], runs["one-flat"]])
     assert shown.visible
-    assert [shown.value.count(f'<path stroke="{colour}" d="M') for colour in ("#cf7600", "#2f6fde")] == [1, 1]
-    assert "one-flat: 0.1000 after step 1" in shown.value
+    assert [shown.value.count(f'<path style="stroke:{colour}" d="M') for colour in ("var(--lora)", "var(--flat)")] == [
+        1,
+        1,
+    ]
+    assert "one-flat: 0.1000 after step 2" in shown.value
     context.runs.rename("one-lora", "<b>renamed")  # the chart is of the new name at once
     renamed = loss_curves(context, [context.runs.get("one-lora")]).value
     assert "<title>&lt;b&gt;renamed</title>" in renamed
-    assert 'stroke="#cf7600"' in renamed
+    assert "stroke:var(--lora)" in renamed
     assert not loss_curves(context, [runs["two-lora"]]).visible
 
 
@@ -309,6 +312,17 @@ def test_a_curve_stays_inside_of_its_chart(losses: list[float]) -> None:
     places = [tuple(map(float, one.split())) for one in path[1].split(" L")]
     assert len(places) == len(losses)
     assert all(58 <= x <= 630 and 10 <= y <= 236.1 for x, y in places), places
+
+
+@pytest.mark.parametrize(("steps", "ticks"), [(1, [0, 1]), (40, [0, 10, 20, 30, 40]), (150, [0, 50, 100, 150])])
+def test_a_curve_ends_at_its_number_of_steps_over_round_numbers(
+    context: AppContext, steps: int, ticks: list[int]
+) -> None:
+    make_run(context, "one", "lora", [0.3] * steps)
+    chart = loss_curves(context, [context.runs.get("one")]).value
+    shown = re.findall(r'text-anchor="middle">(\d+)</text>', chart)
+    assert list(map(int, shown)) == ticks
+    assert f"after step {steps}" in chart
 
 
 def test_a_curve_is_smoothed_over_a_tenth_of_the_run_and_has_few_points() -> None:
