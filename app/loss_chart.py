@@ -13,7 +13,7 @@ CHART_CSS = """
   background: var(--block-background-fill); color: var(--body-text-color); }
 .fl-chart b { font-weight: 600; font-size: 14px; }
 .fl-chart p { margin: 0; font-size: 12.5px; color: var(--body-text-color-subdued); }
-.fl-chart svg { display: block; width: 100%; height: auto; margin: 8px 0 4px; }
+.fl-chart svg { display: block; width: 100%; max-width: 900px; height: auto; margin: 8px 0 4px; }
 .fl-chart text { font-size: 12px; fill: var(--body-text-color-subdued); }
 .fl-chart path { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
 .fl-chart line { stroke: var(--border-color-primary); }

@@ -124,51 +124,73 @@ def _build_side_by_side(
 ) -> tuple[list[gr.components.Component], gr.Timer, gr.State]:
     """The form's components in the order of `Form`, the timer of the tab, and the runs that can be chosen."""
     known, last = gr.State(None), gr.State(None)
-    with gr.Row():
-        with gr.Column(scale=3, min_width=280):
-            runs = gr.Dropdown(
-                [],
-                multiselect=True,
-                label="Runs",
-                info="Finished runs of one base. The first column is always the base without a LoRA.",
-            )
-            prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
-        with gr.Column(scale=2, min_width=280):
-            rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info=_ROWS_INFO)
-            with gr.Column() as one_strength:
-                strength = gr.Slider(
-                    *STRENGTHS, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
+    with gr.Row():  # side by side on a wide page only, where the pictures have room beside the form
+        with gr.Column(scale=2, min_width=420):
+            with gr.Row():
+                with gr.Column(scale=3, min_width=280):
+                    runs = gr.Dropdown(
+                        [],
+                        multiselect=True,
+                        label="Runs",
+                        info="Finished runs of one base. The first column is always the base without a LoRA.",
+                    )
+                    prompts = gr.Textbox(
+                        label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8
+                    )
+                with gr.Column(scale=2, min_width=280):
+                    rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info=_ROWS_INFO)
+                    with gr.Column() as one_strength:
+                        strength = gr.Slider(
+                            *STRENGTHS,
+                            1,
+                            step=0.05,
+                            label="LoRA strength",
+                            info="0 is the base, 1 is as it was trained.",
+                        )
+                    strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
+                    seeds = gr.Textbox(
+                        "0", label="Seeds", info="Each number starts from other noise: one more picture each."
+                    )
+            with gr.Accordion("More settings", open=False), gr.Row():
+                steps = gr.Slider(*STEPS, 25, step=1, label="Steps", info="More is finer and slower.")
+                guidance = gr.Slider(
+                    *GUIDANCES, 5, step=0.5, label="Guidance", info="How closely the prompt is followed."
                 )
-            strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
-            seeds = gr.Textbox("0", label="Seeds", info="Each number starts from other noise: one more picture each.")
-    with gr.Accordion("More settings", open=False), gr.Row():
-        steps = gr.Slider(*STEPS, 25, step=1, label="Steps", info="More is finer and slower.")
-        guidance = gr.Slider(*GUIDANCES, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
-        precision = gr.Dropdown(
-            _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
-        )
-        goes_first = gr.Checkbox(
-            False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
-        )
-    with gr.Row():
-        draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
-        stop = gr.Button("Stop drawing", visible=False, min_width=120)
-        picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120)
-        page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120)
-    with gr.Row():
-        look = gr.Radio(
-            _LOOKS,
-            value=PICTURES,
-            label="Show",
-            info="In a difference black is equal; four times as bright.",
-            scale=3,
-        )
-        size = gr.Slider(
-            64, 640, 320, step=16, label="Size", info="of each picture here, in pixels", scale=2, min_width=220
-        )
-    size.input(None, [size], None, js=_RESIZE)
-    status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status")
-    grid = gr.HTML(WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid")
+                precision = gr.Dropdown(
+                    _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
+                )
+                goes_first = gr.Checkbox(
+                    False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
+                )
+        with gr.Column(scale=5, min_width=800):
+            with gr.Row():
+                draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
+                stop = gr.Button("Stop drawing", visible=False, min_width=120)
+                picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120)
+                page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120)
+            with gr.Row():
+                look = gr.Radio(
+                    _LOOKS,
+                    value=PICTURES,
+                    label="Show",
+                    info="In a difference black is equal; four times as bright.",
+                    scale=3,
+                )
+                size = gr.Slider(
+                    64,
+                    640,
+                    320,
+                    step=16,
+                    label="Size",
+                    info="of each picture here, in pixels",
+                    scale=2,
+                    min_width=220,
+                )
+            size.input(None, [size], None, js=_RESIZE)
+            status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status", padding=False)
+            grid = gr.HTML(
+                WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid", padding=False
+            )
     form: list[gr.components.Component] = [
         runs, prompts, seeds, rows, strength, strengths, steps, guidance, look, precision,
     ]  # fmt: skip
