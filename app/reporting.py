@@ -10,6 +10,8 @@ import gradio as gr
 
 from flatlora_diffusion.config import ConfigError
 
+from .train.words import in_form_words
+
 
 @contextmanager
 def told_on_the_page() -> Iterator[None]:
@@ -20,7 +22,9 @@ def told_on_the_page() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise gr.Error(escape(str(error), quote=False), title="Please check", print_exception=False) from error
+        raise gr.Error(
+            escape(in_form_words(str(error)), quote=False), title="Please check", print_exception=False
+        ) from error
 
 
 def percent(share: float, is_signed: bool = False) -> str:

@@ -64,7 +64,7 @@ _LIGHT, _DARK = (
 
 # Gradio moves rules of a media query below `.contain`, so what is outside of that is written without one.
 CSS = """
-.gradio-container { width: 100%; max-width: min(1180px, 100%) !important; min-width: 0; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: min(1760px, 100%) !important; min-width: 0; margin: 0 auto !important; }
 .gradio-container > *, .gradio-container main { min-width: 0; max-width: 100%; }
 .gradio-container > .main { padding: 12px clamp(6px, 2.5vw, 32px) !important; }
 .tabs, .tabitem, .row, .column, .form { min-width: 0; max-width: 100%; }
@@ -99,6 +99,8 @@ label:has(> input[type=radio]:focus-visible), label:has(> input[type=checkbox]:f
 .fl-card pre { white-space: pre-wrap; max-height: 14em; overflow: auto; font-size: .8em; margin: 8px 0 0; }
 .table-wrap { max-width: 100%; overflow-x: auto; }
 .table-wrap th, .table-wrap td { border-color: var(--border-color-primary) !important; }
+#method label:nth-of-type(n+4) { width: 100%; }
+#method:not(.fl-all) label:nth-of-type(n+4):not(:has(input:checked)) { display: none; }
 #log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }
 @media (max-width: 640px) {
   .tab-container button { padding: 0 5px; font-size: 13px; }

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from flatlora_diffusion.config import METHOD_NAMES
 
 from ..theme import COLOURS, NO_METHOD
+from ..train.words import in_form_words
 from .lora_import import IMPORTED
 from .phase import TRAINING
 from .runs import Run
@@ -96,7 +97,7 @@ def run_card(run: Run, acts: Sequence[str] = ()) -> str:
     )
     if run.advice:
         tone = "fl-bad" if run.state in ("failed", "interrupted") else "fl-faint"
-        card += f'<p class="{tone}">{html.escape(run.advice)}</p>'
+        card += f'<p class="{tone}">{html.escape(in_form_words(run.advice))}</p>'
     log = own_lines(run.log)[-_LAST_LINES:]
     if log:
         card += f'<pre tabindex="0">{html.escape(chr(10).join(log))}</pre>'

@@ -22,10 +22,12 @@ from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING,
 from app.runs.progress import Progress
 from app.runs.run_cards import own_lines, run_card
 from app.runs.runs import Run
+from app.runs.state import RunState
 from app.theme import COLOURS
 from app.train.acts import act
 from app.train.forms import ConfigForm, preset_settings
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
+from app.train.words import LABELS
 from app.ui import build_app
 from flatlora_diffusion.config import METHOD_NAMES, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -86,13 +88,13 @@ def test_the_log_is_that_of_the_run_that_trains_until_another_is_chosen_by_hand(
         make_run(context, name, name.removeprefix("one-"), [])
     of_run = {"one-lora": "lines of LoRA", "one-flat-lora": "lines of Flat-LoRA"}
     monkeypatch.setattr(context.runs, "log", lambda run_id, lines: [of_run[run_id]])
-    states = {"one-lora": "queued", "one-flat-lora": "queued"}
+    states: dict[str, RunState] = {"one-lora": "queued", "one-flat-lora": "queued"}
     monkeypatch.setattr(live_view, "recent_ids", lambda _: list(states))
     get = context.runs.get
     monkeypatch.setattr(context.runs, "get", lambda run_id: replace(get(run_id), state=states[run_id]))
     chosen, seen = None, None
 
-    def shown(**now: str) -> str:
+    def shown(**now: RunState) -> str:
         """The run whose log is shown once the states are `now`; the page sends back what it was given."""
         nonlocal chosen, seen
         states.update({name.replace("_", "-"): state for name, state in now.items()})
@@ -220,6 +222,22 @@ def test_a_run_that_cannot_be_told_by_its_name_is_not_queued(context: AppContext
     with pytest.raises(gr.Error, match="the name has"):
         start(context, form, session, name, BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
     assert context.queue.jobs() == []
+
+
+def test_what_is_wrong_is_told_by_the_names_of_the_form(context: AppContext) -> None:
+    session, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    for settings in ({"rank": 0}, {"use_8bit_adam": True, "optimizer": "prodigy"}, {"quantize_base": "nf3"}):
+        values = form.write({"report_to": "none", **settings})
+        told = summary(context, form, session, PLAIN, *values)
+        with pytest.raises(gr.Error) as error:
+            start(context, form, session, "one", PLAIN, *values)
+        for text in (told, str(error.value)):
+            assert not re.search("--|_", text), text
+            assert all(LABELS[name] in text for name in settings), text
+    make_run(context, "failed", "lora", [0.3])
+    run = replace(context.runs.get("failed"), state="failed", advice="rank=0 is out of range\nCorrect this setting")
+    assert "Rank = 0 is out of range" in run_card(run)
 
 
 def test_an_error_is_text_and_no_markup(context: AppContext) -> None:
