@@ -39,7 +39,7 @@ def upload_and_caption(page: AppPage) -> None:
     page.fill(Trigger_word="TOK")
     page.button("Write all captions from file names").click()
     for icon in ICONS:
-        caption = f"a TOK icon of {icon.stem.replace('-', ' ')}, in the style of TOK"
+        caption = icon.with_suffix(".txt").read_text(encoding="utf-8").strip()
         expect(page.page.get_by_label(f"Caption of {icon.name}")).to_have_value(caption, timeout=PATIENCE)
 
 
