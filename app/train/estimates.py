@@ -35,7 +35,7 @@ _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of the steps of a training, those of its folds too, as fast as `run` was."""
+    """Seconds of the steps of a training, those of its folds and members too, as fast as `run` was."""
 
     seconds: float
     seconds_per_step: float
@@ -79,7 +79,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     run, seconds = best
     if run.method in PASSES:
         seconds *= PASSES[config.perturb.method] / PASSES[run.method]
-    steps = total_steps(config, images) * (1 + config.data.holdout_folds)
+    steps = total_steps(config, images) * (config.average.trainings + config.data.holdout_folds)
     return TimeEstimate(steps * seconds, seconds, steps, run.name)
 
 
@@ -117,7 +117,10 @@ def estimate_disk(config: TrainConfig, images: int, lora_bytes: int, folder: Pat
     if run.checkpoints_total_limit is not None:
         count = min(count, run.checkpoints_total_limit)
     folds = config.data.holdout_folds * (files + 2 * checkpoint)  # each keeps its best and its last
-    return DiskEstimate(needed=files + max(1, count) * checkpoint + folds, free=shutil.disk_usage(folder).free)
+    trainings = config.average.trainings
+    average = files * trainings if trainings > 1 else 0  # its rank is the sum of theirs
+    needed = trainings * (files + max(1, count) * checkpoint) + average + folds
+    return DiskEstimate(needed=needed, free=shutil.disk_usage(folder).free)
 
 
 def _is_as_fast(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:

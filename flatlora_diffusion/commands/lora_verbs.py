@@ -1,16 +1,19 @@
-"""The verbs on LoRA files: export, import, merge, resize, extract, inspect."""
+"""The verbs on LoRA files: export, import, merge, resize, average, extract, inspect."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings, with_file
+from flatlora_diffusion.commands.help_page import Page
+from flatlora_diffusion.commands.verb_settings import hide_library_bars, say_base, verb_settings
 from flatlora_diffusion.config import (
+    AverageConfig,
     ExportConfig,
     ExtractConfig,
     ImportConfig,
     InspectConfig,
     MergeConfig,
+    ModelConfig,
     ResizeConfig,
 )
 from flatlora_diffusion.lora_files.place import check_model_file, lora_file, parse_lora
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def export_verb(arguments: list[str]) -> None:
-    description = "Write a LoRA file of any layout for other programs: export FILE --layout kohya, diffusers or both."
-    config = verb_settings(ExportConfig, "export", description, with_file(arguments))
+    page = Page("export", "Write a LoRA file of any layout for other programs.", "FILE", "file")
+    config = verb_settings(ExportConfig(), page, arguments)
     lora_file(config.file)  # a wrong path is told before torch is imported, which takes seconds
     from flatlora_diffusion.lora_tools.converting import export_lora
 
@@ -31,8 +34,8 @@ def export_verb(arguments: list[str]) -> None:
 
 
 def import_verb(arguments: list[str]) -> None:
-    description = "Write a LoRA file of any layout for diffusers: import FILE."
-    config = verb_settings(ImportConfig, "import", description, with_file(arguments))
+    page = Page("import", "Write a LoRA file of any layout for diffusers.", "FILE", "file")
+    config = verb_settings(ImportConfig(), page, arguments)
     lora_file(config.file)
     from flatlora_diffusion.lora_tools.converting import import_file
 
@@ -41,11 +44,13 @@ def import_verb(arguments: list[str]) -> None:
 
 
 def merge_verb(arguments: list[str]) -> None:
-    description = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
-    config = verb_settings(MergeConfig, "merge", description, arguments)
+    text = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
+    page = Page("merge", text, "--base BASE --lora LORA --output OUTPUT")
+    config = verb_settings(MergeConfig(), page, arguments)
     check_model_file("base", config.base)
     for lora in config.lora:
         parse_lora(lora)
+    _say_base(config.base)
     from flatlora_diffusion.lora_tools.merging import merge_loras
 
     hide_library_bars()
@@ -53,19 +58,34 @@ def merge_verb(arguments: list[str]) -> None:
 
 
 def resize_verb(arguments: list[str]) -> None:
-    description = "Write the best LoRA of a lower rank: resize FILE --rank 4."
-    config = verb_settings(ResizeConfig, "resize", description, with_file(arguments))
+    page = Page("resize", "Write the best LoRA of a lower rank.", "FILE", "file")
+    config = verb_settings(ResizeConfig(), page, arguments)
     lora_file(config.file)
     from flatlora_diffusion.lora_tools.resizing import resize_lora
 
     _say_reduced(resize_lora(config))
 
 
+def average_verb(arguments: list[str]) -> None:
+    page = Page("average", "Write the average of several LoRAs of one base as one LoRA.", "RUN_OR_FILE...", "loras")
+    config = verb_settings(AverageConfig(), page, arguments)
+    for lora in config.loras:
+        lora_file(lora)
+    from flatlora_diffusion.lora_tools.averaging import average_loras
+
+    averaged = average_loras(config)
+    _say_written(averaged.written)
+    print(f"rank {averaged.rank}; lost by the cut: {100 * averaged.lost:.3g} % of the average (Frobenius norm)")
+    if averaged.embeddings is not None:
+        print(f"embeddings of the new tokens saved in {averaged.embeddings}")
+
+
 def extract_verb(arguments: list[str]) -> None:
-    description = "Write the difference of two models as a LoRA."
-    config = verb_settings(ExtractConfig, "extract", description, arguments)
+    page = Page("extract", "Write the difference of two models as a LoRA.", "--base BASE --tuned TUNED")
+    config = verb_settings(ExtractConfig(), page, arguments)
     check_model_file("base", config.base)
     check_model_file("tuned", config.tuned)
+    _say_base(config.base)
     from flatlora_diffusion.lora_tools.resizing import extract_lora
 
     hide_library_bars()
@@ -73,12 +93,17 @@ def extract_verb(arguments: list[str]) -> None:
 
 
 def inspect_verb(arguments: list[str]) -> None:
-    description = "Show what is in a LoRA file and which tools read it: inspect FILE."
-    config = verb_settings(InspectConfig, "inspect", description, with_file(arguments))
+    page = Page("inspect", "Show what is in a LoRA file and which tools read it.", "FILE", "file")
+    config = verb_settings(InspectConfig(), page, arguments)
     lora_file(config.file)
     from flatlora_diffusion.lora_tools.report import inspect_lora
 
     print(inspect_lora(config))
+
+
+def _say_base(name: str) -> None:
+    if name:  # that none is given is told later
+        say_base(ModelConfig(pretrained_model_name_or_path=name), has_remedy=False)
 
 
 def _say_written(written: Written) -> None:

@@ -16,6 +16,9 @@ from flatlora_diffusion.config.data import (
     DataConfig as DataConfig,
     Interpolation as Interpolation,
 )
+from flatlora_diffusion.config.members import (
+    MembersConfig as MembersConfig,
+)
 from flatlora_diffusion.config.methods import (
     DEFAULT_SIGMA as DEFAULT_SIGMA,
     METHOD_NAMES as METHOD_NAMES,
@@ -48,6 +51,7 @@ from flatlora_diffusion.config.optim import (
 from flatlora_diffusion.config.programs import (
     CAPTION_WRITERS as CAPTION_WRITERS,
     QUIET_VARIABLE as QUIET_VARIABLE,
+    AverageConfig as AverageConfig,
     CaptionConfig as CaptionConfig,
     CompareConfig as CompareConfig,
     DoctorConfig as DoctorConfig,
@@ -61,18 +65,25 @@ from flatlora_diffusion.config.programs import (
     LandscapeConfig as LandscapeConfig,
     MergeConfig as MergeConfig,
     ResizeConfig as ResizeConfig,
+    WorkersConfig as WorkersConfig,
 )
 from flatlora_diffusion.config.run import (
     RunConfig as RunConfig,
     SaveDtype as SaveDtype,
 )
 from flatlora_diffusion.config.section import (
+    KIND_NAMES as KIND_NAMES,
     SAMPLES as SAMPLES,
     ConfigError as ConfigError,
     RunError as RunError,
     Section as Section,
+    SettingError as SettingError,
     StoppedError as StoppedError,
+    check_setting as check_setting,
     choices_of as choices_of,
+    is_optional as is_optional,
+    kind_of as kind_of,
+    read_value as read_value,
     setting as setting,
     shipped as shipped,
 )
@@ -80,6 +91,7 @@ from flatlora_diffusion.config.training import (
     TrainConfig as TrainConfig,
     completed as completed,
     preset_file as preset_file,
+    preset_names as preset_names,
     read_setting as read_setting,
     setting_hints as setting_hints,
     settings_that as settings_that,

@@ -130,6 +130,25 @@ class ResizeConfig(Section):
 
 
 @dataclass(frozen=True)
+class AverageConfig(Section):
+    """All settings of `average`: several LoRAs of one base as one."""
+
+    loras: tuple[str, ...] = setting((), "LoRA files in any layout, or folders of runs; two or more of one base")
+    output: str = setting("average.safetensors", "file to write")
+    weights: tuple[float, ...] = setting(
+        (), "weight of each LoRA, in their order; divided by their sum. Default: all alike", min=0, repeats=True
+    )
+    rank: int | None = setting(
+        None, "cut each layer to this rank by SVD; default: the sum of the ranks, which is exact", min=1, max=1024
+    )
+    strength: float = setting(1.0, "multiply the average by this", min=1e-3, max=100)
+    layout: FileLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights")
+    dtype: SaveDtype | None = setting(None, "precision of the file; default: that of the first LoRA")
+    base: str | None = setting(None, _LORA_BASE)
+    overwrite: bool = setting(False, _OVERWRITE)
+
+
+@dataclass(frozen=True)
 class ExtractConfig(Section):
     """All settings of `extract`: the difference of two models as a LoRA."""
 
@@ -187,7 +206,29 @@ class DoctorConfig(Section):
 
 
 @dataclass(frozen=True)
-class CompareConfig(Section):
+class WorkersConfig(Section):
+    """Where several trainings run at once."""
+
+    workers: int | None = setting(
+        None,
+        "trainings at once, each in a process of its own: on this machine at most one for each CUDA device (default: "
+        "1), or with --cluster as many as it has GPUs or, without any, cores",
+        min=1,
+        max=10_000,
+    )
+    cluster: str | None = setting(
+        None,
+        "train on a Ray cluster that shares these folders: its address, such as auto or ray://HOST:10001, or local "
+        "for one on this machine; needs the extra `cluster`",
+    )
+
+    @property
+    def trains_at_once(self) -> bool:
+        return self.cluster is not None or (self.workers or 1) > 1
+
+
+@dataclass(frozen=True)
+class CompareConfig(WorkersConfig):
     """What `compare` has beside the settings of `train`, which all its arms share."""
 
     arms: tuple[str, ...] = setting(
@@ -218,28 +259,12 @@ class CompareConfig(Section):
         ("judge",), "judge (icons only), or CLIP and DINOv2 models: folders or hub ids, for similarity and drift"
     )
     lpips: bool = setting(False, "LPIPS diversity too; needs the package lpips and AlexNet's weights")
-    workers: int | None = setting(
-        None,
-        "trainings at once, each in a process of its own: on this machine at most one for each CUDA device (default: "
-        "1), or with --cluster as many as it has GPUs or, without any, cores",
-        min=1,
-        max=10_000,
-    )
-    cluster: str | None = setting(
-        None,
-        "train on a Ray cluster that shares these folders: its address, such as auto or ray://HOST:10001, or local "
-        "for one on this machine; needs the extra `cluster`",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("arms", "encoders"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give at least one")
-
-    @property
-    def trains_at_once(self) -> bool:
-        return self.cluster is not None or (self.workers or 1) > 1
 
 
 @dataclass(frozen=True)

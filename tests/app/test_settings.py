@@ -109,6 +109,9 @@ def test_time_is_that_of_the_last_run_alike(tmp_path: Path) -> None:
     folded = estimate_time(config.replace(holdout_folds=4, checkpointing_steps=10), 10, runs)
     assert folded is not None
     assert folded.steps == 500
+    several = estimate_time(config.replace(members=3), 10, runs)
+    assert several is not None
+    assert several.steps == 300
     assert estimate_time(config.replace(resolution=128), 10, runs) is None
     assert estimate_time(config.replace(gradient_checkpointing=True), 10, runs) is None
     assert total_steps(config.replace(max_train_steps=None, repeats=2, gradient_accumulation_steps=2), 9) == 3
@@ -131,6 +134,8 @@ def test_memory_and_disk_are_counted(base: Path, tmp_path: Path) -> None:
     assert one.needed == (6 + 2) * memory.lora
     folded = estimate_disk(config.replace(holdout_folds=3), 10, memory.lora, tmp_path)
     assert folded.needed == two.needed + 3 * (2 * 5 + 2) * memory.lora
+    several = estimate_disk(config.replace(members=3), 10, memory.lora, tmp_path)
+    assert several.needed == 3 * two.needed + 3 * 2 * memory.lora
     assert not estimate_disk(config, 10, 10**18, tmp_path).is_enough
 
 

@@ -282,6 +282,8 @@ def test_a_running_training_says_what_it_is_busy_with(tmp_path: Path) -> None:
     with launch.log_file.open("a") as log:
         log.write("fold 1 of 3: trains on 2 images, 1 are held out\nfold 2 of 3: trains on 2 images, 1 are held out\n")
     assert phase() == "finding the number of steps: fold 2 of 3"
+    launch.log_file.write_text("member 1 of 3: trains with seed 0\nmember 2 of 3: trains with seed 7\n")
+    assert phase() == "training member 2 of 3"
     assert phase(has_begun=True) == PREVIEWS
     assert phase(has_begun=True, has_previews=False) == phase(has_begun=True, has_drawn=True) == TRAINING
     run.save_file.touch()
