@@ -38,8 +38,8 @@ _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 METHOD_HINT = (
-    "Flat-LoRA adds a little noise to the base while it trains; on the tiny base it was no better than LoRA where both "
-    "were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
+    "Flat-LoRA adds a little noise to the base while it trains; on the tiny base it was no better than LoRA where "
+    "both were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
 )
 _METHOD_CHOICES = [
     *((title, title) for title in (BOTH, PLAIN, FLAT)),
@@ -53,7 +53,7 @@ _MORE_METHODS = """() => {
 }"""
 _PRESET_HINT = (
     "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
-    "Low memory: small GPUs. Quality: longer, with a larger LoRA, by SAM: 16 GB and twice the time. "
+    "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "
     "Illustrious: its family, with captions of tags."
 )
 _COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
