@@ -19,8 +19,8 @@ from benchmarks.paper_variants_plan import Group
 from benchmarks.turns import Step, compare
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.compare.evaluator import names_of
-from flatlora_diffusion.compare.experiment import PASSES
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
+from flatlora_diffusion.compare.timing import PASSES
 from flatlora_diffusion.compare.workers.at_once import train_at_once
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples

@@ -73,7 +73,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     best = next((pair for pair in alike if pair[0].method == config.perturb.method), alike[0] if alike else None)
     if best is None:
         return None
-    from flatlora_diffusion.compare.experiment import PASSES  # imports torch and diffusers
+    from flatlora_diffusion.compare.timing import PASSES  # imports torch and diffusers
 
     run, seconds = best
     if run.method in PASSES:

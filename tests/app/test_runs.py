@@ -20,7 +20,8 @@ from app.jobs.store import Label
 from app.runs.processes import Trainers, identity, is_alive, kill_tree, read_json
 from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
-from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan
+from flatlora_diffusion.compare.arms import parse_arm, plan
+from flatlora_diffusion.compare.nulls import nulls_of
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import write_json
@@ -366,7 +367,8 @@ def test_a_link_out_of_the_runs_folder_is_no_run(runs: RunStore, tmp_path: Path)
 def test_the_runs_of_make_demo_are_listed_where_the_app_looks(runs: RunStore) -> None:
     preset = TrainConfig.from_dict(read_json(preset_file("demo")))
     default = Path(AppSettings().runs_dir)
-    arms = [parse_arm("lora"), parse_arm("flat-lora"), *null_arms(0)]
+    arms = [parse_arm("lora"), parse_arm("flat-lora")]
+    arms += [null.arm for null in nulls_of(arms, 0)]
     ids = [planned.run.folder.relative_to(default).as_posix() for planned in plan(preset, arms, [0], 4)]
     assert ids[:2] == ["demo/lora/seed-0", "demo/flat-lora/seed-0"]
     for run_id in ids:
