@@ -89,12 +89,12 @@ def _names(base: str, models: dict[str, Any]) -> BaseNames:
     places: dict[str, Place] = {}
     for part, layers in shapes.items():
         for module in layers:
-            places |= _names_of(part, module, layers_per_block)
+            places |= names_of(part, module, layers_per_block)
     return BaseNames(base, models["unet"], shapes, places, layers_per_block)
 
 
-def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
-    """All names of a layer, each with its style."""
+def names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
+    """All names of a layer, or of a norm of the UNet, each with the place that it means."""
     flat = module.replace(".", "_")
     if part != "unet":
         short = module.removeprefix("text_model.")
