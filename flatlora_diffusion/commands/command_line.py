@@ -41,6 +41,7 @@ from flatlora_diffusion.config import (
     TrainConfig,
     shipped,
 )
+from flatlora_diffusion.ground.model_places import check_base, check_lora, check_models
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import check_paths, opened
 from flatlora_diffusion.lora_files.place import parse_lora
@@ -220,6 +221,7 @@ def _generate(arguments: list[str]) -> None:
     description = "Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid."
     default = GenerateConfig(model=_base_of_runs(arguments))
     config = verb_settings(GenerateConfig, "generate", description, arguments, default)
+    check_models(config.model)
     from flatlora_diffusion.gallery.gallery import generate
 
     hide_library_bars()
@@ -232,6 +234,11 @@ def _flatness(arguments: list[str]) -> None:
     folders = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     flags = arguments[len(folders) :]
     config = verb_settings(FlatnessConfig, "flatness", description, ["--runs", *folders, *flags] if folders else flags)
+    for name in ("pretrained_model_name_or_path", "other_base"):
+        if (base := getattr(config, name)) is not None:
+            check_base(name, base)
+    if config.second_lora is not None:
+        check_lora("second_lora", config.second_lora)
     from flatlora_diffusion.flatness.report import flatness
 
     hide_library_bars()
@@ -281,4 +288,5 @@ def _checked(config: TrainConfig) -> TrainConfig:
     check_paths(config.to_dict())
     if not config.data.is_given:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
+    check_models(config.model, config.adapter.init_lora)
     return config

@@ -13,7 +13,8 @@ from flatlora_diffusion.config import (
     MergeConfig,
     ResizeConfig,
 )
-from flatlora_diffusion.lora_files.place import check_model_file, lora_file, parse_lora
+from flatlora_diffusion.ground.model_places import check_base
+from flatlora_diffusion.lora_files.place import lora_file, parse_lora
 
 if TYPE_CHECKING:
     from flatlora_diffusion.lora_tools.converting import Written
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def export_verb(arguments: list[str]) -> None:
     description = "Write a LoRA file of any layout for other programs: export FILE --layout kohya, diffusers or both."
     config = verb_settings(ExportConfig, "export", description, with_file(arguments))
-    lora_file(config.file)  # a wrong path is told before torch is imported, which takes seconds
+    _check_read(config)
     from flatlora_diffusion.lora_tools.converting import export_lora
 
     for written in export_lora(config):
@@ -33,7 +34,7 @@ def export_verb(arguments: list[str]) -> None:
 def import_verb(arguments: list[str]) -> None:
     description = "Write a LoRA file of any layout for diffusers: import FILE."
     config = verb_settings(ImportConfig, "import", description, with_file(arguments))
-    lora_file(config.file)
+    _check_read(config)
     from flatlora_diffusion.lora_tools.converting import import_file
 
     for written in import_file(config):
@@ -43,7 +44,8 @@ def import_verb(arguments: list[str]) -> None:
 def merge_verb(arguments: list[str]) -> None:
     description = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
     config = verb_settings(MergeConfig, "merge", description, arguments)
-    check_model_file("base", config.base)
+    if config.base:
+        check_base("base", config.base)
     for lora in config.lora:
         parse_lora(lora)
     from flatlora_diffusion.lora_tools.merging import merge_loras
@@ -55,7 +57,7 @@ def merge_verb(arguments: list[str]) -> None:
 def resize_verb(arguments: list[str]) -> None:
     description = "Write the best LoRA of a lower rank: resize FILE --rank 4."
     config = verb_settings(ResizeConfig, "resize", description, with_file(arguments))
-    lora_file(config.file)
+    _check_read(config)
     from flatlora_diffusion.lora_tools.resizing import resize_lora
 
     _say_reduced(resize_lora(config))
@@ -64,8 +66,9 @@ def resize_verb(arguments: list[str]) -> None:
 def extract_verb(arguments: list[str]) -> None:
     description = "Write the difference of two models as a LoRA."
     config = verb_settings(ExtractConfig, "extract", description, arguments)
-    check_model_file("base", config.base)
-    check_model_file("tuned", config.tuned)
+    for name in ("base", "tuned"):
+        if base := getattr(config, name):
+            check_base(name, base)
     from flatlora_diffusion.lora_tools.resizing import extract_lora
 
     hide_library_bars()
@@ -75,10 +78,17 @@ def extract_verb(arguments: list[str]) -> None:
 def inspect_verb(arguments: list[str]) -> None:
     description = "Show what is in a LoRA file and which tools read it: inspect FILE."
     config = verb_settings(InspectConfig, "inspect", description, with_file(arguments))
-    lora_file(config.file)
+    _check_read(config)
     from flatlora_diffusion.lora_tools.report import inspect_lora
 
     print(inspect_lora(config))
+
+
+def _check_read(config: ExportConfig | ImportConfig | ResizeConfig | InspectConfig) -> None:
+    """A wrong path is told before torch is imported, which takes seconds."""
+    lora_file(config.file)
+    if config.base is not None:
+        check_base("base", config.base)
 
 
 def _say_written(written: Written) -> None:

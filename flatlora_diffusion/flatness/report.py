@@ -35,6 +35,7 @@ from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import check_writable, write_json, write_text
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.sdxl.loading import base_given_as
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 
@@ -127,7 +128,8 @@ def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
         with loaded(sdxl.pipeline, [file]):
             second_lora = lora_deltas(sdxl.unet)
     if given.other_base is not None:
-        other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
+        with base_given_as("other_base"):
+            other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
         shapes = {name: weight.shape for name, weight in sdxl.unet.named_parameters()}
         if {name: weight.shape for name, weight in other.named_parameters()} != shapes:
             raise ConfigError(f"other_base={given.other_base!r} has other layers than the base of the runs")

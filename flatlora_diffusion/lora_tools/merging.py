@@ -20,7 +20,7 @@ from flatlora_diffusion.lora_files.names import shared_layers
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
 from flatlora_diffusion.lora_tools.converting import check_free, read_lora_file, written_to
 from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
+from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
 from flatlora_diffusion.sdxl.single_file import PREFIXES, save_single_file
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def merge_loras(config: MergeConfig) -> Path:
     if config.dtype is not None:
         dtypes = dict.fromkeys(dtypes, DTYPES[config.dtype])
     model = ModelConfig(pretrained_model_name_or_path=config.base, single_file_config=config.single_file_config)
-    pipeline: Any = load_pipeline(model, torch.device("cpu"), widest(dtypes))
+    with base_given_as("base"):
+        pipeline: Any = load_pipeline(model, torch.device("cpu"), widest(dtypes))
     merge_into(pipeline, files, config.single_file_config or config.base, dtypes)
     for part, dtype in dtypes.items():
         getattr(pipeline, part).to(dtype)

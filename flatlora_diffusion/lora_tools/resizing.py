@@ -26,7 +26,7 @@ from flatlora_diffusion.lora_tools.converting import (
 )
 from flatlora_diffusion.lora_tools.merging import stored_dtypes, widest
 from flatlora_diffusion.sdxl.base_family import family_of
-from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
+from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def extract_lora(config: ExtractConfig) -> Reduced:
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing; see `extract --help`")
     check_free([path], config.overwrite)
-    base, tuned = (_loaded(name, config) for name in (config.base, config.tuned))
+    base, tuned = _loaded("base", config), _loaded("tuned", config)
     missed, whole = 0.0, 0.0
     extracted: dict[str, dict[str, Update]] = {}
     for part in PARTS:
@@ -91,12 +91,14 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     )
 
 
-def _loaded(name: str, config: ExtractConfig) -> Any:
+def _loaded(setting: str, config: ExtractConfig) -> Any:
+    name = getattr(config, setting)
     files = [model for model in (config.base, config.tuned) if model.lower().endswith(".safetensors")]
     # Where neither is a file, loading says so.
     folder = config.single_file_config if name in files or not files else None
     model = ModelConfig(pretrained_model_name_or_path=name, single_file_config=folder)
-    return load_pipeline(model, torch.device("cpu"), widest(stored_dtypes(base_path(name))))
+    with base_given_as(setting):
+        return load_pipeline(model, torch.device("cpu"), widest(stored_dtypes(base_path(name))))
 
 
 def _check_same(before: dict[str, Any], after: dict[str, Any], part: str, config: ExtractConfig) -> None:

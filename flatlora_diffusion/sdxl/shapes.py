@@ -76,25 +76,28 @@ def on_meta(config: ModelConfig, part: str) -> Any:
 
 
 def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
-    """The part's config.json, from the base's folder or the hub's cache; SDXL's own for a base that is in neither.
+    """The part's config.json, of the VAE that of another one, where it is given; SDXL's own where there is none."""
+    file = own_config(config, part)
+    if file is None:
+        return _SDXL[part]
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
 
-    Of the VAE that of another one, where one is given.
-    """
+
+def own_config(config: ModelConfig, part: str) -> Path | None:
+    """The part's config.json in the base's folder or in the hub's cache; None for a base that is in neither."""
     path, name, revision = config.single_file_config, f"{part}/config.json", config.revision
     path = path or base_path(config.pretrained_model_name_or_path)
     if part == "vae" and config.pretrained_vae_model_name_or_path is not None:
         path, name, revision = config.pretrained_vae_model_name_or_path, "config.json", None
     file = Path(path, name)
-    if not file.is_file():
-        try:
-            cached = try_to_load_from_cache(path, name, revision=revision)
-        except HFValidationError:  # the path of a file, not a hub id
-            cached = None
-        if not isinstance(cached, str):
-            return _SDXL[part]
-        file = Path(cached)
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return settings
+    if file.is_file():
+        return file
+    try:
+        cached = try_to_load_from_cache(path, name, revision=revision)
+    except HFValidationError:  # the path of a file, not a hub id
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def vae_factor(config: ModelConfig) -> int:
