@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from flatlora_diffusion.commands.doctor import doctor
 from flatlora_diffusion.commands.lora_verbs import (
+    average_verb,
     export_verb,
     extract_verb,
     import_verb,
@@ -101,6 +102,7 @@ def _verbs() -> dict[str, Verb]:
         "import": Verb(import_verb, "write a LoRA file of any layout for diffusers"),
         "merge": Verb(merge_verb, "add LoRAs to a base's weights"),
         "resize": Verb(resize_verb, "write the best LoRA of a lower rank"),
+        "average": Verb(average_verb, "write the average of several LoRAs as one"),
         "extract": Verb(extract_verb, "write the difference of two models as a LoRA"),
         "doctor": Verb(doctor, "look whether all that is needed is here, and say what to do if not"),
     }

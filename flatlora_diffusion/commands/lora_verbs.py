@@ -1,11 +1,13 @@
-"""The verbs on LoRA files: export, import, merge, resize, extract, inspect."""
+"""The verbs on LoRA files: export, import, merge, resize, average, extract, inspect."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings, with_file
 from flatlora_diffusion.config import (
+    AverageConfig,
     ExportConfig,
     ExtractConfig,
     ImportConfig,
@@ -61,6 +63,22 @@ def resize_verb(arguments: list[str]) -> None:
     from flatlora_diffusion.lora_tools.resizing import resize_lora
 
     _say_reduced(resize_lora(config))
+
+
+def average_verb(arguments: list[str]) -> None:
+    description = "Write the average of LoRAs of one base as one LoRA: average RUN_OR_FILE... --output FILE."
+    loras = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    given = ["--loras", *arguments] if loras else arguments
+    config = verb_settings(AverageConfig, "average", description, given)
+    for lora in config.loras:
+        lora_file(lora)
+    from flatlora_diffusion.lora_tools.averaging import average_loras
+
+    averaged = average_loras(config)
+    _say_written(averaged.written)
+    print(f"rank {averaged.rank}; lost by the cut: {100 * averaged.lost:.3g} % of the average (Frobenius norm)")
+    if averaged.embeddings is not None:
+        print(f"embeddings of the new tokens saved in {averaged.embeddings}")
 
 
 def extract_verb(arguments: list[str]) -> None:

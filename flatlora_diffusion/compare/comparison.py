@@ -54,6 +54,7 @@ class ComparisonResult(TypedDict):
     metrics: list[dict[str, Any]]
     base: MetricValues
     values: dict[str, dict[str, MetricValues]]
+    image_losses: dict[str, dict[str, dict[str, list[float]]]]
     trajectories: dict[str, dict[str, list[dict[str, Any]]]]
     groups: dict[str, Any]
     paired: list[dict[str, Any]]
@@ -162,13 +163,15 @@ def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str
     """Every value of the arms, and what follows from them."""
     arms, main, first = experiment.arms, experiment.main, experiment.first
     values: dict[str, dict[int, MetricValues]] = {}
+    images: dict[str, dict[int, dict[str, list[float]]]] = {}
     trajectories: dict[str, dict[int, list[TrajectoryPoint]]] = {}
     base = evaluator.base()
     for planned in main:
         values.setdefault(planned.arm.key, {})[planned.seed] = evaluator.run(planned)
+        images.setdefault(planned.arm.key, {})[planned.seed] = evaluator.image_losses(planned.lora)
         trajectories.setdefault(planned.arm.key, {})[planned.seed] = evaluator.trajectory(planned)
     metrics = _metrics([base, *(of_run for by_seed in values.values() for of_run in by_seed.values())])
-    differences = paired_rows(arms, [metric["key"] for metric in metrics], values, trajectories)
+    differences = paired_rows(arms, [metric["key"] for metric in metrics], values, images, trajectories)
     strengths = {planned.arm.key: evaluator.strengths(planned) for planned in first}
     return ComparisonResult(
         settings=_settings(experiment),
@@ -177,6 +180,7 @@ def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str
         metrics=metrics,
         base=base,
         values=_values_as_json(values),
+        image_losses={arm: {str(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in images.items()},
         trajectories=_trajectories_as_json(trajectories),
         groups=_groups(main, evaluator),
         paired=differences,

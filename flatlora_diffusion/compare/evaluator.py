@@ -125,6 +125,11 @@ class RunEvaluator:
         """The losses of a finished run alone."""
         return self._losses(planned.lora, 1.0)
 
+    def image_losses(self, lora: Path | None) -> dict[str, list[float]]:
+        """The losses that `run` and `base` have the means of, image by image."""
+        by_set = self._loss_evaluator.image_losses(lora)
+        return {_LOSSES[name]: losses for name, losses in by_set.items()}
+
     def trajectory(self, planned: PlannedRun) -> list[TrajectoryPoint]:
         """The base, then each checkpoint of the run."""
         seconds = _seconds_per_step(planned.run.steps())

@@ -8,24 +8,28 @@ from dataclasses import asdict
 from typing import Any
 
 from flatlora_diffusion.compare.arms import Arm
+from flatlora_diffusion.compare.crossed import FEWEST_IMAGES, crossed_difference
 from flatlora_diffusion.compare.evaluator import MetricValues
-from flatlora_diffusion.compare.paired import CLEAN_LOSS, ENDS, SECONDS, STEPS, paired_difference
+from flatlora_diffusion.compare.paired import CLEAN_LOSS, ENDS, SECONDS, STEPS, detectable, paired_difference
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
-from flatlora_diffusion.ground.numbers import figure
+from flatlora_diffusion.ground.numbers import MINUS, figure
 
 HELDOUT_LOSS = "heldout_loss"
 
 Values = Mapping[str, Mapping[int, MetricValues]]
 """MetricValues by arm and seed."""
+ImageLosses = Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]
+"""The losses of a run's end image by image, by arm, seed and metric."""
 Trajectories = Mapping[str, Mapping[int, Sequence[TrajectoryPoint]]]
 
 
 def paired_rows(
-    arms: Sequence[Arm], metrics: Sequence[str], values: Values, trajectories: Trajectories
+    arms: Sequence[Arm], metrics: Sequence[str], values: Values, images: ImageLosses, trajectories: Trajectories
 ) -> list[dict[str, Any]]:
     """Each arm against the first one, seed by seed: every metric at equal steps, the held-out loss otherwise too.
 
-    Where an arm has steps of its own, the runs' ends are compared.
+    A loss at equal steps has its interval over seeds and images, any other metric over seeds alone. Where an arm has
+    steps of its own, the runs' ends are compared.
     """
     reference = arms[0].key
     rows = []
@@ -39,7 +43,8 @@ def paired_rows(
                 if metric in values[arm.key][seed] and metric in values[reference][seed]
             ]
             if pairs:
-                rows.append(_difference_row(metric, arm.key, reference, end, pairs))
+                row = _difference_row(metric, arm.key, reference, end, pairs)
+                rows.append({**row, **_over_images(images, metric, arm.key, reference, seeds)})
         pairs_of_runs = [
             (trajectories[arm.key][seed], trajectories[reference][seed])
             for seed in seeds
@@ -54,30 +59,52 @@ def paired_rows(
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """One sentence from the paired difference of the held-out loss between the second arm and the first."""
+    """What the held-out loss of the second arm less the first's says, and of what it holds."""
     row = next((row for row in rows if row["metric"] == HELDOUT_LOSS and row["matched"] in (STEPS, ENDS)), None)
     if row is None:
         return "One arm alone was trained: there is nothing to compare it with."
     arm, against = names[row["arm"]], names[row["against"]]
     digits = _digits(row)
-    mean = figure(row["mean"], digits, signed=True)
+    difference = f"{arm} {MINUS} {against} in held-out loss: {figure(row['mean'], digits, signed=True)}"
     if row["low"] is None:
-        seeds, each, more = ("One seed", "", 5) if row["n"] == 1 else (f"{row['n']} seeds", " with each", 2 * row["n"])
-        return (
-            f"{seeds} cannot tell: {arm}'s held-out loss differs from {against}'s by {mean}{each}, and how "
-            f"much that varies by chance is unknown; --num_seeds {more} gives an interval."
-        )
-    low, high = (figure(row[end], digits, signed=True) for end in ("low", "high"))
-    interval = f"{mean} (95 % interval {low} to {high}, {row['n']} seeds)"
+        return f"{_counted(row)} cannot tell: {difference}, without an interval; {_advice(row)}."
+    margin = figure((row["high"] - row["low"]) / 2, digits)
+    is_one = row["n"] == 1
+    scope = "this training, over" if is_one else "another training and other images like these, from"
+    found = f"{difference} ± {margin} for {scope} {_counted(row) if not is_one else _of_images(row)}"
     if row["low"] <= 0 <= row["high"]:
-        return (
-            f"No difference found: {arm}'s held-out loss differs from {against}'s by {interval}; a difference of "
-            f"{figure(row['detectable'], digits)} would have been found with 80 % power."
-        )
+        power = f"; a difference of {figure(row['detectable'], digits)} would have been found with 80 % power"
+        return f"No difference found: {found}{power}.{_sources(row)}"
     better = arm if row["high"] < 0 else against
-    return (
-        f"{better} predicts images it never saw better: {arm}'s held-out loss differs from {against}'s by {interval}."
-    )
+    where = " in this training" if is_one else ""
+    more = f"; {_advice(row)}" if is_one else ""
+    return f"{better} predicts images it never saw better{where}: {found}{more}.{_sources(row)}"
+
+
+def _counted(row: Mapping[str, Any]) -> str:
+    """`3 seeds and 64 images`."""
+    seeds = "One seed" if row["n"] == 1 else f"{row['n']} seeds"
+    return f"{seeds} and {_of_images(row)}" if row.get("images") else seeds
+
+
+def _of_images(row: Mapping[str, Any]) -> str:
+    return f"{row['images']} image{'s' * (row['images'] != 1)}"
+
+
+def _advice(row: Mapping[str, Any]) -> str:
+    """What would give an interval, or a wider claim."""
+    if row["n"] == 1 and row["low"] is not None:
+        return "--num_seeds 5 asks other trainings too"
+    images = f" or {FEWEST_IMAGES} held-out images or more" if (row.get("images") or 0) < FEWEST_IMAGES else ""
+    return f"--num_seeds {5 if row['n'] == 1 else 2 * row['n']}{images} give an interval"
+
+
+def _sources(row: Mapping[str, Any]) -> str:
+    """How much of the uncertainty comes from seeds and from images; nothing where one of them does not vary."""
+    seeds, images = row.get("seed_share"), row.get("image_share")
+    if row["n"] == 1 or seeds is None or images is None:
+        return ""
+    return f" Of this uncertainty {seeds:.0%} comes from the seeds and {images:.0%} from the images."
 
 
 def _digits(row: Mapping[str, Any]) -> int:
@@ -102,6 +129,28 @@ def metrics_table(
             cells.append(f"{sum(of_seeds) / len(of_seeds):.{digits}f}" if of_seeds else "")
         lines.append(f"| {metric['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _over_images(images: ImageLosses, metric: str, arm: str, against: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """The interval over seeds and images of a metric that is measured image by image; nothing for any other."""
+    pairs = [
+        (images[arm][seed][metric], images[against][seed][metric])
+        for seed in seeds
+        if metric in images.get(arm, {}).get(seed, {}) and metric in images.get(against, {}).get(seed, {})
+    ]
+    if not pairs:
+        return {}
+    found = crossed_difference([[one - other for one, other in zip(*pair, strict=True)] for pair in pairs])
+    is_spread = found.error is not None and found.freedom is not None
+    power = detectable(found.error, found.freedom) if found.error and found.freedom else 0.0
+    return {
+        "low": found.low,
+        "high": found.high,
+        "detectable": power if is_spread else None,
+        "images": found.images,
+        "seed_share": found.seed_share,
+        "image_share": found.image_share,
+    }
 
 
 def _difference_row(

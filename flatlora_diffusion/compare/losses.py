@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flatlora_diffusion.data.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
 from flatlora_diffusion.ground.provenance import base_fingerprint
@@ -19,6 +21,7 @@ from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 
 UNGROUPED = "all"
+_LOSSES = "image losses"
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,19 @@ class LossEvaluator:
 
     def losses(self, lora: Path | None, strength: float = 1.0) -> Losses:
         """The losses of the base with `lora`, or of the base alone."""
+        return {name: self._by_group(name, losses) for name, losses in self.image_losses(lora, strength).items()}
+
+    def image_losses(self, lora: Path | None, strength: float = 1.0) -> dict[str, list[float]]:
+        """The loss of each image, the mean over its draws, by image set in the order of its samples."""
 
         def measure() -> Losses:
-            return {name: self._by_group(name) for name in self.sets}
+            return {name: self._by_image(name) for name in self.sets}
 
-        return self._once("losses", lora, strength, measure)
+        return {name: list(losses.values()) for name, losses in self._once(_LOSSES, lora, strength, measure).items()}
 
     def losses_left(self, lora: Path | None, strength: float = 1.0) -> int:
         """How many samples the UNet has to see for `losses`; 0 when they are kept."""
-        return 0 if self._is_kept("losses", lora, strength) else sum(images.size for images in self.sets.values())
+        return 0 if self._is_kept(_LOSSES, lora, strength) else sum(images.size for images in self.sets.values())
 
     def rises(self, lora: Path, name: str, sigma: float, draws: int) -> list[float]:
         """How much each of `draws` perturbations (Eq. 7) lifts the loss on the set `name`."""
@@ -92,12 +99,16 @@ class LossEvaluator:
         """How many samples the UNet has to see for `rises`; 0 when they are kept."""
         return 0 if self._is_kept(_rises(name, sigma, draws), lora, 1.0) else self.sets[name].size * (1 + draws)
 
-    def _by_group(self, name: str) -> dict[str, float]:
+    def _by_image(self, name: str) -> dict[str, float]:
+        """The loss of each image by its place in the set."""
         losses = probe_losses(self._sdxl.unet, self._objective, self._probe(name))
-        groups = self.sets[name].groups
-        means = {UNGROUPED: float(losses.mean())}
+        return {str(place): loss for place, loss in enumerate(losses.tolist())}
+
+    def _by_group(self, name: str, losses: Sequence[float]) -> dict[str, float]:
+        each, groups = torch.tensor(losses, dtype=torch.float64), self.sets[name].groups
+        means = {UNGROUPED: float(each.mean())}
         for group in sorted(set(groups)):
-            means[group] = float(losses[[place for place, one in enumerate(groups) if one == group]].mean())
+            means[group] = float(each[[place for place, own in enumerate(groups) if own == group]].mean())
         return means
 
     def _probe(self, name: str) -> Probe:

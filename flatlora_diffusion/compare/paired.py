@@ -60,16 +60,16 @@ def paired_difference(
         return PairedDifference(differences, mean, None, None, None)
     error = statistics.stdev(differences) / len(differences) ** 0.5
     low, high = stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=error)
-    detectable = error * _detectable(len(differences), confidence)
-    return PairedDifference(differences, mean, float(low), float(high), detectable)
+    found = detectable(error, len(differences) - 1, confidence)
+    return PairedDifference(differences, mean, float(low), float(high), found)
 
 
-def _detectable(n: int, confidence: float) -> float:
-    """The difference, in standard errors, that the two-sided paired t test of `n` pairs finds with `POWER`."""
-    critical = stats.t.ppf((1 + confidence) / 2, n - 1)
+def detectable(error: float, freedom: float, confidence: float = CONFIDENCE) -> float:
+    """The difference that a two-sided t test of this standard error and these degrees of freedom finds by `POWER`."""
+    critical = stats.t.ppf((1 + confidence) / 2, freedom)
 
     def missing_power(shift: float) -> float:
-        power = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+        power = stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift)
         return float(power - POWER) if math.isfinite(power) else 1 - POWER
 
-    return float(optimize.brentq(missing_power, 1e-3, 100 * critical))
+    return error * float(optimize.brentq(missing_power, 1e-3, 100 * critical))

@@ -16,6 +16,9 @@ from flatlora_diffusion.config.data import (
     DataConfig as DataConfig,
     Interpolation as Interpolation,
 )
+from flatlora_diffusion.config.members import (
+    MembersConfig as MembersConfig,
+)
 from flatlora_diffusion.config.methods import (
     DEFAULT_SIGMA as DEFAULT_SIGMA,
     METHOD_NAMES as METHOD_NAMES,
@@ -48,6 +51,7 @@ from flatlora_diffusion.config.optim import (
 from flatlora_diffusion.config.programs import (
     CAPTION_WRITERS as CAPTION_WRITERS,
     QUIET_VARIABLE as QUIET_VARIABLE,
+    AverageConfig as AverageConfig,
     CaptionConfig as CaptionConfig,
     CompareConfig as CompareConfig,
     DoctorConfig as DoctorConfig,

@@ -35,6 +35,7 @@ def exclusions(config: TrainConfig) -> Iterable[tuple[object, str]]:
             "--with_prior_preservation needs --class_data_dir and --class_prompt",
         ),
         *_of_folds(config),
+        *_of_members(config),
         *_of_weightings(config),
         *_of_prior_from_base(config),
         (
@@ -57,6 +58,30 @@ def exclusions(config: TrainConfig) -> Iterable[tuple[object, str]]:
             data.cache_text_embeddings and config.trains_text,
             "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
         ),
+    )
+
+
+def _of_members(config: TrainConfig) -> Iterable[tuple[object, str]]:
+    average, adapter = config.average, config.adapter
+    if average.members is None:
+        return (
+            (
+                average.average_rank is not None,
+                "--average_rank is of the average of --members; give how many, such as 3",
+            ),
+            (average.remove_members, "--remove_members is for a run with --members; give how many, such as 3"),
+        )
+    return (
+        (
+            adapter.is_dora or adapter.adapter == "full",
+            "--members averages plain LoRAs, exactly; leave --use_dora and --adapter full out",
+        ),
+        (
+            config.tokens.train_text_encoder_ti,
+            "--members trains no new tokens; leave --train_text_encoder_ti out, or train runs one by one and use "
+            "`flatlora average`, which averages theirs",
+        ),
+        (config.data.holdout_folds, "--members and --holdout_folds both train several runs; leave one out"),
     )
 
 

@@ -130,6 +130,25 @@ class ResizeConfig(Section):
 
 
 @dataclass(frozen=True)
+class AverageConfig(Section):
+    """All settings of `average`: several LoRAs of one base as one."""
+
+    loras: tuple[str, ...] = setting((), "LoRA files in any layout, or folders of runs; two or more of one base")
+    output: str = setting("average.safetensors", "file to write")
+    weights: tuple[float, ...] = setting(
+        (), "weight of each LoRA, in their order; divided by their sum. Default: all alike", min=0, repeats=True
+    )
+    rank: int | None = setting(
+        None, "cut each layer to this rank by SVD; default: the sum of the ranks, which is exact", min=1, max=1024
+    )
+    strength: float = setting(1.0, "multiply the average by this", min=1e-3, max=100)
+    layout: FileLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights")
+    dtype: SaveDtype | None = setting(None, "precision of the file; default: that of the first LoRA")
+    base: str | None = setting(None, _LORA_BASE)
+    overwrite: bool = setting(False, _OVERWRITE)
+
+
+@dataclass(frozen=True)
 class ExtractConfig(Section):
     """All settings of `extract`: the difference of two models as a LoRA."""
 

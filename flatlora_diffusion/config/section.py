@@ -56,6 +56,7 @@ class Traits(TypedDict, total=False):
     names_base: bool  # says which base is meant, of which there is a fingerprint
     only_loads: bool  # how the base is loaded; what it is stays the same
     before: Any  # what runs did that were saved before there was this setting
+    repeats: bool  # a value may stand in it more than once
     moves: Literal["weights", "draws"]  # with another value the LoRA's first weights, or the draws, are others
 
 
@@ -114,7 +115,7 @@ def _check_each(item: dataclasses.Field[Any], kind: Any, values: Any) -> None:
         raise ConfigError(f"{item.name}={values!r} must be a tuple of values")
     for value in values:
         _check(item, kind, value)
-        if values.count(value) > 1:
+        if values.count(value) > 1 and not item.metadata.get("repeats"):
             raise ConfigError(f"{item.name} has {value!r} twice; give each value once")
 
 

@@ -1,7 +1,7 @@
 """All settings of a training together: how they are read, changed and saved, and what is known of each.
 
 Every setting stands once, with default, bounds and help, in its section: `model.py`, `data.py`, `adapter.py`,
-`optim.py`, `run.py` and `methods.py`. The command line, config.json and the app's form come from here.
+`optim.py`, `members.py`, `run.py` and `methods.py`. The command line, config.json and the app's form come from here.
 
 Names and defaults are those of diffusers' `train_dreambooth_lora_sdxl.py` wherever that script has the setting.
 """
@@ -20,6 +20,7 @@ from typing import Any
 from flatlora_diffusion.config.adapter import AdapterConfig, TokenConfig
 from flatlora_diffusion.config.combinations import check_combinations
 from flatlora_diffusion.config.data import DataConfig
+from flatlora_diffusion.config.members import MembersConfig
 from flatlora_diffusion.config.methods import PerturbConfig, by_method
 from flatlora_diffusion.config.model import ModelConfig
 from flatlora_diffusion.config.optim import ObjectiveConfig, OptimConfig
@@ -38,6 +39,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    average: MembersConfig = field(default_factory=MembersConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

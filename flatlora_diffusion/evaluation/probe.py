@@ -46,12 +46,25 @@ def fixed_probe(
     check_latents(latents, samples)
     prompt_embeds, pooled = encode_prompts(sdxl, [sample.caption for sample in samples])
     batch = Batch(latents, prompt_embeds, pooled, add_time_ids(sizes, crops, (resolution, resolution), device))
-    rng = generator("cpu", seed, "probe")
-    noise = torch.randn((len(samples) * draws, *latents.shape[1:]), generator=rng)
-    strata = (torch.arange(draws) + torch.rand(len(samples), draws, generator=rng)) / draws
-    timesteps = (strata * sdxl.scheduler.config.num_train_timesteps).long().flatten()
+    noise, timesteps = _draws(latents, seed, draws, sdxl.scheduler.config.num_train_timesteps)
     repeated = batch.mapped(lambda value: value.repeat_interleave(draws, dim=0))
-    return Probe(repeated, noise.to(device), timesteps.to(device), draws)
+    return Probe(repeated, noise, timesteps, draws)
+
+
+def redrawn(probe: Probe, seed: int, train_timesteps: int) -> Probe:
+    """`probe` with the noise and timesteps of another seed: the probe that `fixed_probe` makes with that seed."""
+    latents = probe.batch.latents[:: probe.draws]
+    noise, timesteps = _draws(latents, seed, probe.draws, train_timesteps)
+    return replace(probe, noise=noise, timesteps=timesteps)
+
+
+def _draws(latents: Tensor, seed: int, draws: int, train_timesteps: int) -> tuple[Tensor, Tensor]:
+    """Noise (N * draws, ...) and timesteps (N * draws,) for (N, ...) latents, each draw in its own part of time."""
+    rng = generator("cpu", seed, "probe")
+    noise = torch.randn((len(latents) * draws, *latents.shape[1:]), generator=rng)
+    strata = (torch.arange(draws) + torch.rand(len(latents), draws, generator=rng)) / draws
+    timesteps = (strata * train_timesteps).long().flatten()
+    return noise.to(latents.device), timesteps.to(latents.device)
 
 
 def with_prompts(probe: Probe, sdxl: Sdxl, captions: Sequence[str]) -> Probe:
@@ -61,10 +74,10 @@ def with_prompts(probe: Probe, sdxl: Sdxl, captions: Sequence[str]) -> Probe:
 
 
 @torch.no_grad()
-def probe_losses(
+def draw_losses(
     unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None
 ) -> Tensor:
-    """The denoising loss of each image of the probe, (N,) fp64 on the CPU: the mean over its draws."""
+    """The denoising loss of each draw of each image of the probe, (N, draws) fp64 on the CPU."""
     losses = []
     batch_size = batch_size or _at_once(32, probe.noise.shape[-1] * probe.noise.shape[-2], _LATENTS)
     with evaluating(unet):
@@ -72,7 +85,14 @@ def probe_losses(
             part = slice(start, start + batch_size)
             batch = probe.batch.mapped(lambda value, part=part: value[part])  # type: ignore[misc]
             losses.append(sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part]))
-    return torch.cat(losses).cpu().double().view(-1, probe.draws).mean(dim=1)
+    return torch.cat(losses).cpu().double().view(-1, probe.draws)
+
+
+def probe_losses(
+    unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None
+) -> Tensor:
+    """The denoising loss of each image of the probe, (N,) fp64 on the CPU: the mean over its draws."""
+    return draw_losses(unet, objective, probe, batch_size).mean(dim=1)
 
 
 def probe_loss(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int | None = None) -> float:

@@ -35,6 +35,7 @@ _RUN_FILES = ("events.jsonl", "images", "README.md", "logs", LORA_FILE, EMBEDDIN
 # What makes a folder a run: written first and moved away last, so that it is known for one whatever cuts that off.
 _IDENTITY = ("config.json", "manifest.json")
 FOLD = "holdout-fold-"
+MEMBER = "member-"  # of the LoRAs that --members averages
 COMFYUI, COMFYUI_API, A1111_TEXT = ".comfyui.json", ".comfyui_api.json", ".parameters.txt"
 BESIDE_LORA = (".json", ".png", COMFYUI, COMFYUI_API, A1111_TEXT)  # the endings of what stands with the LoRA's file
 # Stems that a run's other files have, and those that Windows keeps for devices.
@@ -94,7 +95,14 @@ class RunDir:
 
     def fold(self, number: int) -> RunDir:
         """The folder of one of --holdout_folds, which obeys a request to stop this run, too."""
-        inner = RunDir(self.folder / f"{FOLD}{number}")
+        return self._inner(f"{FOLD}{number}")
+
+    def member(self, number: int) -> RunDir:
+        """The folder of one of --members, which obeys a request to stop this run, too."""
+        return self._inner(f"{MEMBER}{number}")
+
+    def _inner(self, name: str) -> RunDir:
+        inner = RunDir(self.folder / name)
         inner.stop_files.append(self.stop_file)
         return inner
 

@@ -54,12 +54,13 @@ class Training:
     trigger: str
     predicts_v: bool
     zero_terminal_snr: bool
+    average: str = ""  # what it is the average of, for a run with --members
 
 
 def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: datetime) -> dict[str, str]:
     """All keys but those that `with_contents` adds. `config` has its resolution and steps settled."""
     data, optim, objective = config.data, config.optim, config.objective
-    has_text, said = config.adapter.train_text_encoder, comment(config)
+    has_text, said = config.adapter.train_text_encoder, comment(config, training.average)
     title = run.lora_name(config.run.output_name)
     values: dict[str, Any] = {
         "format": "pt",
@@ -151,7 +152,7 @@ def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dic
 def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> dict[str, Any]:
     """The JSON beside the kohya file that A1111, Forge and InvokeAI read."""
     return {
-        "description": comment(config),
+        "description": comment(config, training.average),
         "sd version": training.family.sidecar,
         "activation text": training.trigger,
         "preferred weight": 1.0,
@@ -159,15 +160,17 @@ def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> di
     }
 
 
-def comment(config: TrainConfig) -> str:
-    """How it was trained, in a line: the method, and sigma and the kind of draw where there are any."""
+def comment(config: TrainConfig, average: str = "") -> str:
+    """How it was trained, in a line: the method, sigma and the kind of draw where there are any, and the average."""
     perturb = config.perturb
-    if not perturb.draws_noise:
-        radius = f", rho {perturb.radius:g}" if perturb.radius else ""
-        return f"flatlora-diffusion: method {perturb.method}{radius}"
-    sigma = f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule"
-    draws = f", {perturb.perturb_draw.replace('_', '-')} draws" if perturb.perturbs_weights else ""
-    return f"flatlora-diffusion: method {perturb.method}, {sigma}{draws}"
+    said = [f"flatlora-diffusion: method {perturb.method}"]
+    if perturb.draws_noise:
+        said.append(f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule")
+    elif perturb.radius:
+        said.append(f"rho {perturb.radius:g}")
+    if perturb.perturbs_weights:
+        said.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
+    return ", ".join([*said, average] if average else said)
 
 
 def is_hub_id(name: str) -> bool:

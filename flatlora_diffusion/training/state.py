@@ -69,6 +69,7 @@ class TrainState:
     steps_done: int | None = 0  # None while an update is half done
     skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
     chosen: int | None = None  # the step whose weights are the result, where held-out images or folds have chosen one
+    average: str = ""  # what the weights are the average of, for a run with --members
     draws: str = ""  # the hash of what the last step drew, its eps apart
 
     @property

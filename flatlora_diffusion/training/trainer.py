@@ -32,6 +32,7 @@ from flatlora_diffusion.training.checkpoint import load_best, restore, save_chec
 from flatlora_diffusion.training.ending import present, save_result
 from flatlora_diffusion.training.heldout.folds import chosen_by_folds
 from flatlora_diffusion.training.heldout.losses import Holdout
+from flatlora_diffusion.training.members import train_members
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
@@ -62,6 +63,8 @@ def train(config: TrainConfig) -> Path:
     # The processes of one launch are one run.
     with one_launch() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
         run = RunDir(folder)
+        if config.average.members is not None:
+            return train_members(config, run, _train)
         if not config.data.holdout_folds:
             return _train(config, run)
         config, found, chosen = chosen_by_folds(config, run, _train)

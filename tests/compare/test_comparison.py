@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy import stats
 
 from flatlora_diffusion.compare.arms import parse_arm
+from flatlora_diffusion.compare.crossed import crossed_difference
 from flatlora_diffusion.compare.evaluator import FORGETTING, HELDOUT, TRAIN, names_of
 from flatlora_diffusion.compare.findings import metrics_table, paired_rows, verdict
 from flatlora_diffusion.compare.material import SAMPLE_ICONS, read_material
@@ -32,7 +36,7 @@ def values(*differences: float) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def test_every_arm_is_paired_with_the_first_by_seed_and_metric() -> None:
-    rows = paired_rows(ARMS, ["heldout_loss", "drift"], values(-0.001, -0.002, -0.003), {})
+    rows = paired_rows(ARMS, ["heldout_loss", "drift"], values(-0.001, -0.002, -0.003), {}, {})
     assert [(row["arm"], row["against"], row["metric"], row["n"]) for row in rows] == [
         ("flat-lora", "lora", "heldout_loss", 3),
         (ARMS[2].key, "lora", "heldout_loss", 1),
@@ -45,7 +49,7 @@ def test_every_arm_is_paired_with_the_first_by_seed_and_metric() -> None:
 def test_trajectories_are_matched_at_equal_loss_and_seconds() -> None:
     lora = [TrajectoryPoint(0, 0, 1.0, 1.0), TrajectoryPoint(4, 10, 0.5, 0.6)]
     flat = [TrajectoryPoint(0, 0, 1.0, 1.0), TrajectoryPoint(4, 20, 0.5, 0.5)]
-    rows = paired_rows(ARMS[:2], [], values(0.0), {"lora": {0: lora}, "flat-lora": {0: flat}})
+    rows = paired_rows(ARMS[:2], [], values(0.0), {}, {"lora": {0: lora}, "flat-lora": {0: flat}})
     found = {row["matched"]: row["mean"] for row in rows}
     assert found == pytest.approx({"clean loss": -0.1, "seconds": 0.15})
 
@@ -53,40 +57,67 @@ def test_trajectories_are_matched_at_equal_loss_and_seconds() -> None:
 def test_an_arm_with_steps_of_its_own_is_compared_at_the_ends() -> None:
     arms = [ARMS[0], parse_arm("flat-lora:max_train_steps=1")]
     found = {"lora": values(0.1)["lora"], arms[1].key: values(0.1)["flat-lora"]}
-    (row,) = paired_rows(arms, ["heldout_loss"], found, {})
+    (row,) = paired_rows(arms, ["heldout_loss"], found, {}, {})
     assert row["matched"] == "ends"
-    assert "max_train_steps 1's held-out loss differs" in verdict([row], {arm.key: arm.name for arm in arms})
+    assert "max_train_steps 1 \N{MINUS SIGN} LoRA in held-out loss" in verdict(
+        [row], {arm.key: arm.name for arm in arms}
+    )
+
+
+def of_images(*differences: Sequence[float]) -> dict[str, dict[int, dict[str, list[float]]]]:
+    """LoRA at 0.5 on every image, and what Flat-LoRA differs by, a list for each seed."""
+    flat = {seed: {"heldout_loss": [0.5 + one for one in own]} for seed, own in enumerate(differences)}
+    lora = {seed: {"heldout_loss": [0.5] * len(own)} for seed, own in enumerate(differences)}
+    return {"lora": lora, "flat-lora": flat}
+
+
+SPREAD = np.linspace(-0.001, 0.001, 20)
 
 
 @pytest.mark.parametrize(
-    ("differences", "said"),
+    ("differences", "said", "scope"),
     [
-        ((-0.001,), "One seed cannot tell: Flat-LoRA's held-out loss differs from LoRA's by \N{MINUS SIGN}0.0010"),
-        (
-            (-0.001, -0.001),
-            "2 seeds cannot tell: Flat-LoRA's held-out loss differs from LoRA's by \N{MINUS SIGN}0.0010 with each",
-        ),
-        (
-            (-0.001, 0.002, -0.0015),
-            "No difference found: Flat-LoRA's held-out loss differs from LoRA's by \N{MINUS SIGN}0.0002",
-        ),
-        ((-0.001, -0.0011, -0.0009), "Flat-LoRA predicts images it never saw better"),
-        ((0.001, 0.0011, 0.0009), "LoRA predicts images it never saw better"),
+        ([[-0.001, 0.0, -0.002]], "One seed and 3 images cannot tell", "--num_seeds 5 or 5 held-out images or more"),
+        ([SPREAD], "No difference found", "this training, over 20 images"),
+        ([SPREAD - 0.01], "Flat-LoRA predicts images it never saw better in this training", "--num_seeds 5"),
+        ([SPREAD + 0.01, SPREAD + 0.011, SPREAD + 0.012], "LoRA predicts", "other images like these, from 3 seeds"),
+        ([SPREAD, SPREAD - 0.001, SPREAD + 0.001], "No difference found", "from 3 seeds and 20 images"),
     ],
 )
-def test_the_verdict_says_what_the_interval_allows(differences: tuple[float, ...], said: str) -> None:
-    rows = paired_rows(ARMS[:2], ["heldout_loss"], values(*differences), {})
-    found = verdict(rows, NAMES)
+def test_the_verdict_says_what_the_interval_allows(differences: list[Any], said: str, scope: str) -> None:
+    means = [float(np.mean(own)) for own in differences]
+    (row,) = paired_rows(ARMS[:2], ["heldout_loss"], values(*means), of_images(*differences), {})
+    found = verdict([row], NAMES)
     assert found.startswith(said)
-    if rows[0]["low"] is not None:
-        assert "95 % interval" in found
-        assert "3 seeds" in found
-    if found.startswith("No difference"):
-        assert f"a difference of {rows[0]['detectable']:.4f} would have been found" in found
+    assert scope in found
+    expected = crossed_difference([list(own) for own in differences])
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    assert row["images"] == len(differences[0])
+    if row["low"] is not None:
+        assert number_after("± ", found) == pytest.approx((row["high"] - row["low"]) / 2, rel=0.1)
+    if said.startswith("No difference"):
+        assert number_after("a difference of ", found) == pytest.approx(row["detectable"], rel=0.1)
+
+
+def number_after(start: str, text: str) -> float:
+    return float(text.split(start)[1].split()[0])
+
+
+def test_the_shares_of_the_uncertainty_are_told() -> None:
+    seeds_alone = [[shift] * 20 for shift in (0.001, 0.002, 0.003)]
+    rows = paired_rows(ARMS[:2], ["heldout_loss"], values(0.001, 0.002, 0.003), of_images(*seeds_alone), {})
+    assert "100% comes from the seeds and 0% from the images" in verdict(rows, NAMES)
+
+
+def test_a_metric_that_is_no_loss_has_its_interval_over_seeds() -> None:
+    rows = paired_rows(ARMS[:2], ["heldout_loss"], values(-0.001, -0.0011, -0.0009), {}, {})
+    low, high = stats.t.interval(0.95, 2, loc=-0.001, scale=stats.sem([-0.001, -0.0011, -0.0009]))
+    assert (rows[0]["low"], rows[0]["high"]) == pytest.approx((low, high))
+    assert verdict(rows, NAMES).startswith("Flat-LoRA predicts images it never saw better")
 
 
 def test_a_single_arm_has_no_verdict() -> None:
-    assert "One arm alone" in verdict(paired_rows(ARMS[:1], ["heldout_loss"], values(0.0), {}), NAMES)
+    assert "One arm alone" in verdict(paired_rows(ARMS[:1], ["heldout_loss"], values(0.0), {}, {}), NAMES)
 
 
 def test_the_table_has_means_and_leaves_out_what_is_missing() -> None:

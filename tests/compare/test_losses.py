@@ -55,11 +55,12 @@ def test_what_was_measured_is_read_back_until_the_file_changes(
     copy.write_bytes(lora.read_bytes())
     first = evaluator.losses(copy)
     (kept,) = (tmp_path / "kept").iterdir()
-    assert json.loads(kept.read_text(encoding="utf-8")) == first
-    monkeypatch.setattr(evaluator, "_by_group", lambda name: pytest.fail("measured again"))
+    of_images = json.loads(kept.read_text(encoding="utf-8"))["icons"]
+    assert sum(of_images.values()) / 3 == pytest.approx(first["icons"][UNGROUPED])
+    monkeypatch.setattr(evaluator, "_by_image", lambda name: pytest.fail("measured again"))
     assert evaluator.losses(lora) == first, "the same content under another name"
-    monkeypatch.setattr(evaluator, "_by_group", lambda name: {"measured": 1.0})
-    assert evaluator.losses(copy, 0.5) == {"icons": {"measured": 1.0}}
+    monkeypatch.setattr(evaluator, "_by_image", lambda name: {"0": 1.0, "1": 2.0, "2": 6.0})
+    assert evaluator.losses(copy, 0.5) == {"icons": {UNGROUPED: 3.0, "a": 3.5, "b": 2.0}}
 
 
 def test_the_rises_are_one_per_draw_and_repeatable(

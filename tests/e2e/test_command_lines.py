@@ -147,7 +147,7 @@ def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(
         "--learning_rate=0.01",
     ]
     assert main(arguments) == 0
-    assert "One seed cannot tell: Flat-LoRA's held-out loss differs" in capsys.readouterr().out
+    assert "cannot tell: Flat-LoRA \N{MINUS SIGN} LoRA in held-out loss" in capsys.readouterr().out
     picture = Image.open(out / "compare.png")
     assert picture.width > 2 * 192
     assert picture.height > 3 * 192

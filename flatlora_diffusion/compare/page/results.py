@@ -41,6 +41,7 @@ def verdict_chart(result: Result) -> Mapping[str, Any] | None:
         return None
     metric, limits = metric_of(result, pair["metric"]), _limits([pair])
     of = "of one seed" if pair["n"] == 1 else "with each seed"
+    of += f" on {pair['images']} images" if pair.get("images") else ""
     bounds = interval(pair["low"], pair["high"], metric["digits"]) or f"{of}, so without an interval"
     return {
         "title": f"{metric['name']}, {difference_name(result, pair)}",
@@ -91,12 +92,13 @@ def paired(result: Result) -> Section:
     intervals = sum(is_known(pair["low"]) for pairs in groups.values() for pair in pairs)
     text = (
         "Each seed gives one difference between two arms that share everything else: a small dot. The large mark is "
-        "their mean, the bar its 95 % interval (t). An interval that holds 0 shows no difference."
+        "their mean, the bar its 95 % interval: of a loss over seeds and images, of other metrics over seeds alone. "
+        "An interval that holds 0 shows no difference."
     )
     if intervals:
         text += (
             f" Of {intervals} such intervals about {intervals / 20:.2g} would leave out 0 by chance alone."
-            " What the seeds “could find” is the smallest difference that so many show with 80 % power."
+            " What they “could find” is the smallest difference that so many show with 80 % power."
         )
     return Section(
         "differences", "Paired differences", text, "differences", {"groups": groups_shown} if groups_shown else None
@@ -175,7 +177,9 @@ def _says(result: Result, pair: Pair) -> str:
 
 def _power(pair: Pair, digits: int) -> str:
     seeds = f"{pair['n']} seed{'s' if pair['n'] != 1 else ''}"
-    return f"{seeds} could find ≥ {figure(pair['detectable'], digits)}" if is_known(pair["detectable"]) else seeds
+    seeds += f", {pair['images']} images," if pair.get("images") else ""
+    found = is_known(pair["detectable"]) and pair["detectable"]
+    return f"{seeds} could find ≥ {figure(pair['detectable'], digits)}" if found else seeds.rstrip(",")
 
 
 def _named(metric: Mapping[str, Any]) -> Named:

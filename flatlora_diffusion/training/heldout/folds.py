@@ -132,20 +132,20 @@ def _is_done(inner: RunDir, config: TrainConfig, ours: Sequence[Sample], theirs:
     steps = config.optim.max_train_steps
     assert steps is not None
     points = {*range(config.run.checkpointing_steps, steps, config.run.checkpointing_steps), steps}
-    return _is_mine(inner, config, ours, theirs) and points <= inner.holdout_losses().keys()
+    return is_same_run(inner, config, ours, theirs) and points <= inner.holdout_losses().keys()
 
 
 def _is_begun(inner: RunDir, config: TrainConfig, ours: Sequence[Sample], theirs: Sequence[Sample]) -> bool:
     """Whether the fold has a checkpoint to go on from, with all that was to be measured before it."""
-    if not inner.checkpoints() or not _is_mine(inner, config, ours, theirs):
+    if not inner.checkpoints() or not is_same_run(inner, config, ours, theirs):
         return False
     done = int(inner.checkpoints()[-1].name.split("-")[1])
     points = set(range(config.run.checkpointing_steps, done, config.run.checkpointing_steps))
     return points <= inner.holdout_losses().keys()
 
 
-def _is_mine(inner: RunDir, config: TrainConfig, ours: Sequence[Sample], theirs: Sequence[Sample]) -> bool:
-    """Whether the fold's run has these settings, images and captions."""
+def is_same_run(inner: RunDir, config: TrainConfig, ours: Sequence[Sample], theirs: Sequence[Sample]) -> bool:
+    """Whether the run has these settings, trains on images and captions `ours` and holds out `theirs`."""
     if not is_made_with(inner, config):
         return False
     tokens = new_tokens(config.tokens) if config.tokens.train_text_encoder_ti else {}

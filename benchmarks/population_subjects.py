@@ -1,0 +1,94 @@
+"""What `populations` compares: each arm and each average of LoRAs, with its cost in passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flatlora_diffusion.compare.arms import parse_arm
+
+STEPS, BATCH = 300, 2  # of the shared settings
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An arm's run, or the average of several LoRAs of a group.
+
+    `checkpoints` are steps of each run, None for its end. More than one LoRA are averaged where `is_average`, else
+    each is a row of its own; `rank` is that to which the average is cut.
+    """
+
+    name: str
+    arm: str = "lora"
+    members: tuple[int, ...] = (0,)
+    checkpoints: tuple[int | None, ...] = (None,)
+    is_average: bool = False
+    rank: int | None = None
+    strengths: tuple[float, ...] = (0.7, 1.0)
+    sam_every: int = 1
+
+    @property
+    def folder(self) -> str:
+        """Below the work folder; runs of an arm that is trained in a way of its own lie apart."""
+        return "runs" if self.sam_every == 1 else f"runs-every-{self.sam_every}"
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes of samples, in those of one LoRA; a step of SAM's with an ascent has two."""
+        arm = parse_arm(self.arm)
+        steps = int(arm.changes.get("max_train_steps", STEPS)) * int(arm.changes.get("train_batch_size", BATCH))
+        a_step = 1 + (arm.method == "sam") / self.sam_every
+        last = max((step for step in self.checkpoints if step is not None), default=STEPS)
+        share = 1.0 if None in self.checkpoints else last / STEPS
+        return steps * a_step * share * (len(self.members) if self.is_average else 1) / (STEPS * BATCH)
+
+    def describe(self) -> dict[str, Any]:
+        """What the JSON says of it."""
+        return {
+            "arm": self.arm,
+            "members": list(self.members),
+            "checkpoints": ["end" if step is None else step for step in self.checkpoints],
+            "is_average": self.is_average,
+            "rank": self.rank,
+            "sam_every": self.sam_every,
+            "passes": round(self.passes, 2),
+        }
+
+
+def _average(name: str, **settings: Any) -> Subject:
+    return Subject(name, is_average=True, **{"members": (0, 1, 2), "strengths": (1.0,)} | settings)
+
+
+_ALL = [
+    Subject("lora", members=(0, 1, 2)),
+    _average("average of 3", strengths=(0.7, 1.0, 1.3)),
+    _average("average of 3, rank 4", rank=4),
+    _average("average of 2", members=(0, 1)),
+    _average("average of 3, 150 steps", checkpoints=(150,)),
+    _average("average along a run", members=(0,), checkpoints=(150, 200, 250, None)),
+    Subject("200 steps", checkpoints=(200,), strengths=(1.0,)),
+    Subject("half the rate", "lora:learning_rate=0.00025"),
+    Subject("cosine rate", "lora:lr_scheduler=cosine,lr_warmup_steps=0"),
+    Subject("rank 12", "lora:rank=12"),
+    Subject("3 x batch", "lora:train_batch_size=6"),
+    Subject("3 x batch, half the rate", "lora:train_batch_size=6,learning_rate=0.00025"),
+    Subject("3 x steps, third of the rate", "lora:max_train_steps=900,learning_rate=0.000167"),
+    Subject("3 x steps, cosine rate", "lora:max_train_steps=900,lr_scheduler=cosine,lr_warmup_steps=0"),
+    Subject("early stopping", "lora:holdout_images=3,holdout_patience=3"),
+    Subject("input noise 0.1", "lora:ip_noise_gamma=0.1"),
+    Subject("EMA 0.99", "lora:use_ema=true,ema_decay=0.99"),
+    Subject("DoRA", "lora:adapter=dora"),
+    Subject("Flat-LoRA, paper", "flat-lora:perturb_draw=full,perturb_per=step,perturb_norm_every=1"),
+    Subject("Flat-LoRA 0.4", "flat-lora:sigma=0.4,sigma_schedule=constant", members=(0, 1, 2)),
+    Subject(
+        "Flat-LoRA, tuned",
+        "flat-lora:learning_rate=0.00042,lora_dropout=0.17,adam_weight_decay=0.22,sigma=0.69,sigma_schedule=down",
+    ),
+    Subject("LoRA, tuned", "lora:learning_rate=0.00052,lora_dropout=0.14,adam_weight_decay=1.2"),
+    Subject("SAM 0.25", "sam:rho=0.25"),
+    Subject("SAM 0.125", "sam:rho=0.125", members=(0, 1, 2)),
+    Subject("SAM 0.125, every 2nd step", "sam:rho=0.125", sam_every=2),
+    _average("average of 3 Flat-LoRAs 0.4", arm="flat-lora:sigma=0.4,sigma_schedule=constant"),
+    _average("average of 3 SAMs 0.125", arm="sam:rho=0.125"),
+]
+SUBJECTS = {subject.name: subject for subject in _ALL}

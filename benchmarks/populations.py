@@ -1,0 +1,285 @@
+"""What generalizes, by population: arms and averages of LoRAs on things that the base knows and does not know.
+
+    python -m benchmarks.populations --work FOLDER                       # train and measure all that is missing
+    python -m benchmarks.populations --work FOLDER --subjects lora sam   # only these
+    python -m benchmarks.populations --work FOLDER --only-write          # the JSON of what is measured so far
+
+Each subject is trained in `--groups` groups of three members with a seed each and measured on every list of
+`population_icons`: the denoising loss of each icon under four (noise, timestep) draws, stratified over time, the same
+for all subjects of a group and others for each group. A plain arm is the first member of each group; an average is
+made of members of one group. Nothing is trained or measured twice, so the command goes on after a stop; processes that
+train other arms may share a work folder.
+
+Writes benchmarks/populations.json (or populations_second_style.json), of which `python -m benchmarks.populations_page`
+makes docs/populations.md. Needs npm and the `recipe` extra for the icons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks import record
+from benchmarks.population_icons import Style, second_style, style_3d
+from benchmarks.population_subjects import SUBJECTS, Subject
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
+from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, redrawn
+from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
+from flatlora_diffusion.lora_files.attached import at_strength, loaded
+from flatlora_diffusion.lora_files.names import base_names
+from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.lora_tools.averaging import average_updates
+from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
+from flatlora_diffusion.method.rivals.ascent import Sam
+from flatlora_diffusion.method.step_gradient import StepGradient
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.training.trainer import train
+
+BASE = "tiny"
+SETTINGS = {
+    "pretrained_model_name_or_path": BASE,
+    "rank": 4,
+    "max_train_steps": 300,
+    "train_batch_size": 2,
+    "learning_rate": 5e-4,
+    "caption_dropout": 0.1,
+    "random_flip": True,
+    "cache_latents": True,
+    "save_dtype": "fp32",
+    "report_to": "none",
+    "perturb_draw": "low_rank",
+    "perturb_norm_every": 10,
+}
+POINTS = 6  # checkpoints of a run
+DRAWS = 4  # (noise, timestep) pairs of an icon
+MEMBERS = 3  # of a group
+UNIT = 1e-5  # of the losses in the JSON
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one subject of one group loses at one strength, less the base: (icons, draws) by list."""
+
+    subject: str
+    group: int
+    member: int
+    strength: float
+    losses: dict[str, Tensor]
+
+
+class Study:
+    """One base, one style: the trainings, the averages and the measurements below a work folder."""
+
+    def __init__(self, style: Style, work: Path) -> None:
+        self._style, self._work = style, work
+        self.samples = {name: load_samples(folder).samples for name, folder in style.lists.items()}
+
+    @cached_property
+    def _sdxl(self) -> Any:
+        return load_sdxl(ModelConfig(BASE), record.DEVICE, torch.float32)
+
+    @cached_property
+    def _first_probes(self) -> dict[str, Probe]:
+        sdxl = self._sdxl
+        return {name: fixed_probe(sdxl, samples, sdxl.resolution, 0, DRAWS) for name, samples in self.samples.items()}
+
+    def probes(self, group: int) -> dict[str, Probe]:
+        """The icons of every list under the draws of a group."""
+        steps = self._sdxl.scheduler.config.num_train_timesteps
+        return {name: redrawn(probe, group, steps) for name, probe in self._first_probes.items()}
+
+    def rows(self, subject: Subject, group: int) -> Iterator[Row]:
+        """Every row of a subject in a group, trained and measured where it is missing."""
+        base = self._measured(None, group, 0.0)
+        for member, file in self._files(subject, group):
+            for strength in subject.strengths:
+                losses = self._measured(file, group, strength)
+                less = {name: values - base[name] for name, values in losses.items()}
+                yield Row(subject.name, group, member, strength, less)
+
+    def is_measured(self, subject: Subject, group: int) -> bool:
+        """Whether `rows` has nothing left to do."""
+        if not all(self._lora_of(run, step).is_file() for run, step in self._parts(subject, group)):
+            return False
+        files = [file for _, file in self._files(subject, group)]
+        return all(self._cache(file, group, strength).is_file() for file in files for strength in subject.strengths)
+
+    def base(self, group: int) -> dict[str, Tensor]:
+        """The base's own losses under the draws of a group."""
+        return self._measured(None, group, 0.0)
+
+    def _files(self, subject: Subject, group: int) -> Iterator[tuple[int, Path]]:
+        """The LoRA file of each row by its first member: that of a run, or of an average."""
+        parts = self._parts(subject, group)
+        for run, _ in parts:
+            _train(run, subject)
+        files = [self._lora_of(run, step) for run, step in parts]
+        if not subject.is_average:
+            yield from zip(subject.members, files, strict=True)
+            return
+        yield subject.members[0], self._average(files, subject.rank)
+
+    def _parts(self, subject: Subject, group: int) -> list[tuple[PlannedRun, int | None]]:
+        runs = [self._planned(subject, group, member) for member in subject.members]
+        return [(run, step) for run in runs for step in subject.checkpoints]
+
+    def _planned(self, subject: Subject, group: int, member: int) -> PlannedRun:
+        places = {"instance_data_dir": str(self._style.training), "output_dir": str(self._work / subject.folder)}
+        config = TrainConfig.from_dict(SETTINGS | places)
+        [run] = plan(config, [parse_arm(subject.arm)], [seed_of(group, member)], POINTS)
+        return run
+
+    def _lora_of(self, run: PlannedRun, step: int | None) -> Path:
+        return run.lora if step is None else run.run.folder / f"checkpoint-{step}" / run.lora.name
+
+    def _average(self, files: Sequence[Path], rank: int | None) -> Path:
+        key = json.dumps([*(file_sha256(file) for file in files), rank])
+        path = self._work / "averages" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        if not path.is_file():
+            members = [read_lora_file(str(file), BASE).updates for file in files]
+            average = average_updates(members, [1 / len(members)] * len(members), rank)
+            write_lora(average.updates, base_names(BASE), path, "diffusers", "fp32", {})
+        return path
+
+    def _measured(self, file: Path | None, group: int, strength: float) -> dict[str, Tensor]:
+        cache = self._cache(file, group, strength)
+        if not cache.is_file():
+            losses = self._measure(file, group, strength)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with writing_whole(cache) as aside:
+                save_file({name: values.float() for name, values in losses.items()}, aside)
+        return {name: values.double() for name, values in load_file(cache).items()}
+
+    def _measure(self, file: Path | None, group: int, strength: float) -> dict[str, Tensor]:
+        objective, unet = Objective(self._sdxl.scheduler), self._sdxl.unet
+        if file is None:
+            return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
+        pipeline, files = self._sdxl.pipeline, [LoraFile(file)]
+        with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=True):
+            return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
+
+    def _cache(self, file: Path | None, group: int, strength: float) -> Path:
+        content = "base" if file is None else file_sha256(file)[:24]
+        return self._work / "measured" / f"{content}-{group}-{strength:g}.safetensors"
+
+
+def seed_of(group: int, member: int) -> int:
+    """The training seed of a member."""
+    return 5000 + 10 * group + member
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    logging.disable(logging.WARNING)  # of every file that is loaded the same
+    torch.set_num_threads(options.threads)
+    work = options.work.resolve()
+    style = (second_style if options.second_style else style_3d)(work / "packages", work)
+    study = Study(style, work / ("second-style" if options.second_style else "3d"))
+    subjects = [SUBJECTS[name] for name in options.subjects]
+    if not options.only_write:
+        _measure_all(study, subjects, options.groups)
+    name = "populations_second_style" if options.second_style else "populations"
+    record.save(options.out / f"{name}.json", result(study, options.groups))
+
+
+def _measure_all(study: Study, subjects: Sequence[Subject], groups: int) -> None:
+    started = time.monotonic()
+    left = [(subject, group) for group in range(groups) for subject in subjects]
+    left = [(subject, group) for subject, group in left if not study.is_measured(subject, group)]
+    for done, (subject, group) in enumerate(left, 1):
+        rows = list(study.rows(subject, group))
+        minutes = (time.monotonic() - started) / 60
+        means = {name: round(float(values.mean()) / UNIT) for name, values in rows[-1].losses.items()}
+        rest = minutes / done * (len(left) - done)
+        print(f"{done}/{len(left)} {subject.name}, group {group}: {means}; {rest:.0f} minutes left", flush=True)
+
+
+def result(study: Study, groups: int) -> dict[str, Any]:
+    """What is measured so far: losses in 10⁻⁵, less the base's, by subject, group, strength, list, icon and draw."""
+    rows = []
+    for subject in SUBJECTS.values():
+        for group in range(groups):
+            if study.is_measured(subject, group):
+                rows += [_saved(row) for row in study.rows(subject, group)]
+    return {
+        "settings": SETTINGS,
+        "seeds": {str(group): [seed_of(group, member) for member in range(MEMBERS)] for group in range(groups)},
+        "lists": {name: [sample.id for sample in samples] for name, samples in study.samples.items()},
+        "subjects": {subject.name: subject.describe() for subject in SUBJECTS.values()},
+        "base": {str(group): _rounded(study.base(group)) for group in range(groups)},
+        "rows": rows,
+    }
+
+
+def _saved(row: Row) -> dict[str, Any]:
+    return {
+        "subject": row.subject,
+        "group": row.group,
+        "member": row.member,
+        "strength": row.strength,
+        "losses": _rounded(row.losses),
+    }
+
+
+def _rounded(losses: dict[str, Tensor]) -> dict[str, str]:
+    """Whole multiples of 10⁻⁵: the draws of an icon joined by commas, icons by blanks, as indented JSON is large."""
+    return {
+        name: " ".join(",".join(str(round(value / UNIT)) for value in icon) for icon in values.tolist())
+        for name, values in losses.items()
+    }
+
+
+def _train(run: PlannedRun, subject: Subject) -> None:
+    """Train a run in this process, or what is left of it."""
+    if not run.is_finished:
+        with _ascending_every(subject.sam_every):
+            train(run.config.replace(resume_from_checkpoint="latest") if run.is_begun else run.config)
+
+
+@contextmanager
+def _ascending_every(steps: int) -> Iterator[None]:
+    """SAM's ascent in each so many steps only; the others take the gradient at the weights."""
+    ascend = Sam.take
+
+    def take(self: Sam, step: int, micro_batches: Any) -> list[Tensor]:
+        return (ascend if step % steps == 0 else StepGradient.take)(self, step, micro_batches)
+
+    if steps > 1:
+        Sam.take = take  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Sam.take = ascend  # type: ignore[method-assign]
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--work", type=Path, required=True, help="folder for icons, runs and measurements")
+    found.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), metavar="SUBJECT")
+    found.add_argument("--groups", type=int, default=5, help="groups of three seeds")
+    found.add_argument("--second-style", action="store_true", help="train on icons with outlines instead of 3D icons")
+    found.add_argument("--only-write", action="store_true", help="write the JSON of what is measured, train nothing")
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--out", type=Path, default=FOLDER, help="folder for the JSON")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""docs/generalization.md: the tables of `populations`, made from its JSON.
+
+    python -m benchmarks.populations_page
+
+A subject's loss less LoRA's, by population, with 95 % intervals over groups of seeds and icons; the same where both
+forget as much, each at the strength that the tuning list of flat icons gives; and Holm's correction for each column.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import optimize
+
+from benchmarks.population_icons import TUNING_FLAT
+from flatlora_diffusion.compare.crossed import CrossedDifference, crossed_difference, holm
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "generalization.md"
+STYLES = {"populations": "3D icons", "populations_second_style": "Icons with outlines"}
+POPULATIONS = ("known 200", "known 615", "unknown")
+FORGETTING = "flat"
+REFERENCE, AVERAGE = "lora", "average of 3"
+MINUS = "\N{MINUS SIGN}"
+
+Losses = np.ndarray
+"""(groups, icons, draws), in 10⁻⁵, less the base's."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The JSON of one style: losses by (subject, member, strength) and list, with the groups that each has."""
+
+    data: Mapping[str, Any]
+    losses: Mapping[tuple[str, int, float], Mapping[int, Mapping[str, np.ndarray]]]
+
+    @classmethod
+    def read(cls, file: Path) -> Study:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        losses: dict[tuple[str, int, float], dict[int, dict[str, np.ndarray]]] = {}
+        for row in data["rows"]:
+            key = row["subject"], row["member"], row["strength"]
+            losses.setdefault(key, {})[row["group"]] = {name: _numbers(text) for name, text in row["losses"].items()}
+        return cls(data, losses)
+
+    def groups(self, subject: str) -> list[int]:
+        """The groups in which the subject's first member was measured at strength 1."""
+        return sorted(self.losses.get((subject, 0, 1.0), {}))
+
+    def table(self, subject: str, name: str, groups: Sequence[int], strength: float = 1.0, member: int = 0) -> Losses:
+        """Of a list, the mean over draws: (groups, icons). Between measured strengths each icon's loss is
+        interpolated by the polynomial through the base at 0 and every strength that was measured.
+        """
+        measured = sorted(at for one, of, at in self.losses if (one, of) == (subject, member))
+        by_strength = {
+            at: np.stack([self.losses[subject, member, at][group][name].mean(axis=-1) for group in groups])
+            for at in measured
+            if all(group in self.losses[subject, member, at] for group in groups)
+        }
+        if strength in by_strength:
+            return by_strength[strength]
+        knots = [0.0, *by_strength]
+        values = [np.zeros_like(by_strength[1.0]), *by_strength.values()]
+        total = np.zeros_like(values[0])
+        for place, (knot, value) in enumerate(zip(knots, values, strict=True)):
+            others = [other for index, other in enumerate(knots) if index != place]
+            total += value * np.prod([(strength - other) / (knot - other) for other in others])
+        return total
+
+    def strengths(self, subject: str) -> list[float]:
+        return sorted(at for one, of, at in self.losses if (one, of) == (subject, 0))
+
+
+class Comparison(NamedTuple):
+    """A subject less LoRA in one population: at strength 1, and where both forget as much."""
+
+    plain: CrossedDifference
+    equal: CrossedDifference | None
+
+
+class Strengths(NamedTuple):
+    """The strengths at which a subject and LoRA forget as much of the tuning list."""
+
+    subject: float
+    reference: float
+
+
+def equal_forgetting(study: Study, subject: str, groups: Sequence[int]) -> Strengths | None:
+    """Whichever forgets more at strength 1 is weakened until both forget as much; None where that is not measured."""
+
+    def forgets(name: str, strength: float) -> float:
+        return float(study.table(name, TUNING_FLAT, groups, strength).mean())
+
+    own, reference = forgets(subject, 1.0), forgets(REFERENCE, 1.0)
+    weaker, target = (subject, reference) if own > reference else (REFERENCE, own)
+    if len(study.strengths(weaker)) < 2:
+        return None
+    grid = np.linspace(0.3, 1.0, 141)
+    values = [forgets(weaker, strength) - target for strength in grid]
+    places = [place for place in range(len(grid) - 1) if values[place] <= 0 < values[place + 1]]
+    if not places:
+        return None
+    left, right = grid[places[-1]], grid[places[-1] + 1]
+    found = float(optimize.brentq(lambda strength: forgets(weaker, strength) - target, left, right))
+    return Strengths(found, 1.0) if weaker == subject else Strengths(1.0, found)
+
+
+def compared(study: Study, subject: str, groups: Sequence[int]) -> tuple[dict[str, Comparison], Strengths | None]:
+    """The subject less LoRA in every population and in forgetting."""
+    strengths = equal_forgetting(study, subject, groups)
+    found = {}
+    for name in (*POPULATIONS, FORGETTING):
+        plain = study.table(subject, name, groups) - study.table(REFERENCE, name, groups)
+        equal = None
+        if strengths is not None:
+            own = study.table(subject, name, groups, strengths.subject)
+            equal = crossed_difference((own - study.table(REFERENCE, name, groups, strengths.reference)).tolist())
+        found[name] = Comparison(crossed_difference(plain.tolist()), equal)
+    return found, strengths
+
+
+def less_members(study: Study, subject: str, groups: Sequence[int], members: int) -> dict[str, CrossedDifference]:
+    """An average less the mean of its members, in every population and in forgetting."""
+    found = {}
+    for name in (*POPULATIONS, FORGETTING):
+        own = study.table(subject, name, groups)
+        mean = np.mean([study.table(REFERENCE, name, groups, member=member) for member in range(members)], axis=0)
+        found[name] = crossed_difference((own - mean).tolist())
+    return found
+
+
+def style_section(study: Study, title: str) -> str:
+    """The tables of one style."""
+    base = study.groups(REFERENCE)
+    subjects = [name for name in study.data["subjects"] if name != REFERENCE and len(study.groups(name)) >= 2]
+    rows, families = {}, {}
+    for subject in subjects:
+        groups = [group for group in study.groups(subject) if group in base]
+        rows[subject] = groups, *compared(study, subject, groups)
+    for name in POPULATIONS:
+        for kind in ("plain", "equal"):
+            parts = {subject: getattr(row[1][name], kind) for subject, row in rows.items()}
+            known = {subject: part for subject, part in parts.items() if part is not None and part.p is not None}
+            held = holm([part.p or 0.0 for part in known.values()])
+            families[name, kind] = {subject for subject, is_sure in zip(known, held, strict=True) if is_sure}
+    lists = ", ".join(f"{name} {len(study.data['lists'][name])}" for name in (*POPULATIONS, FORGETTING))
+    lora = {
+        name: _interval(crossed_difference(study.table(REFERENCE, name, base).tolist()), False)
+        for name in (*POPULATIONS, FORGETTING)
+    }
+    head = ["", "passes", "groups", *POPULATIONS, "forgets"]
+    lines = [f"## {title}", "", f"Icons: {lists}. LoRA less the base, {len(base)} groups:", ""]
+    lines += _table(["", *POPULATIONS, "forgets"], [["LoRA", *lora.values()]])
+    lines += ["", "**At strength 1**, less LoRA:", ""]
+    lines += _table(
+        head,
+        [
+            [
+                subject,
+                f"{study.data['subjects'][subject]['passes']:g}",
+                str(len(groups)),
+                *(_interval(found[name].plain, subject in families[name, "plain"]) for name in POPULATIONS),
+                _interval(found[FORGETTING].plain, False),
+            ]
+            for subject, (groups, found, _) in rows.items()
+        ],
+    )
+    lines += ["", "**Where both forget as much**, less LoRA:", ""]
+    lines += _table(
+        ["", "strength", "LoRA's", *POPULATIONS, "forgets"],
+        [
+            [
+                subject,
+                f"{strengths.subject:.2f}",
+                f"{strengths.reference:.2f}",
+                *(_interval(found[name].equal, subject in families[name, "equal"]) for name in POPULATIONS),
+                _interval(found[FORGETTING].equal, False),
+            ]
+            for subject, (groups, found, strengths) in rows.items()
+            if strengths is not None
+        ],
+    )
+    averages = [
+        name
+        for name in subjects
+        if study.data["subjects"][name]["arm"] == "lora" and len(study.data["subjects"][name]["members"]) > 1
+    ]
+    if averages:
+        lines += ["", "**Averages less the mean of their members**, all at strength 1:", ""]
+        lines += _table(
+            ["", *POPULATIONS, "forgets"],
+            [
+                [
+                    name,
+                    *(
+                        _interval(part, False)
+                        for part in less_members(
+                            study, name, rows[name][0], len(study.data["subjects"][name]["members"])
+                        ).values()
+                    ),
+                ]
+                for name in averages
+            ],
+        )
+    return "\n".join(lines)
+
+
+def _numbers(text: str) -> np.ndarray:
+    return np.array([[float(draw) for draw in icon.split(",")] for icon in text.split(" ")])
+
+
+def _interval(found: CrossedDifference | None, is_sure: bool) -> str:
+    if found is None:
+        return ""
+    mean = f"{found.mean:+.0f}".replace("-", MINUS)
+    said = mean if found.margin is None else f"{mean} ± {found.margin:.0f}"
+    return f"**{said}**" if is_sure else said
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def main() -> None:
+    parts = [
+        style_section(Study.read(FOLDER / f"{name}.json"), title)
+        for name, title in STYLES.items()
+        if (FOLDER / f"{name}.json").is_file()
+    ]
+    start, end = "<!-- tables -->", "<!-- end of tables -->"
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(start)[0], text.split(end)[1]
+    tables = "\n\n".join(parts)
+    PAGE.write_text(f"{before}{start}\n\n{tables}\n\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
