@@ -72,6 +72,8 @@ def average_verb(arguments: list[str]) -> None:
     config = verb_settings(AverageConfig, "average", description, given)
     for lora in config.loras:
         lora_file(lora)
+    if config.base is not None:
+        check_base("base", config.base)
     from flatlora_diffusion.lora_tools.averaging import average_loras
 
     averaged = average_loras(config)

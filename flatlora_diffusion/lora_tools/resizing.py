@@ -18,13 +18,14 @@ from flatlora_diffusion.lora_files.place import lora_file
 from flatlora_diffusion.lora_files.safe_reading import listed
 from flatlora_diffusion.lora_tools.converting import (
     Written,
-    check_free,
     output_file,
     own_dtype,
+    read_for,
     read_lora_file,
     write_lora,
 )
 from flatlora_diffusion.lora_tools.merging import stored_dtypes, widest
+from flatlora_diffusion.lora_tools.outputs import check_lora_output
 from flatlora_diffusion.sdxl.base_family import family_of
 from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
 
@@ -42,7 +43,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     """Write the best LoRA with at most this rank in each layer, in the layout of the old one."""
     source = lora_file(config.file)
     path = output_file(config.output, source, f"{source.stem}_rank{config.rank}.safetensors")
-    check_free([path], config.overwrite, source=source)
+    check_lora_output(path, config.overwrite, read_for(source, config.base))
     lora = read_lora_file(str(source), config.base)
     missed, whole = 0.0, 0.0
     resized: dict[str, dict[str, Update]] = {}
@@ -64,7 +65,8 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     for name in ("base", "tuned"):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing; see `extract --help`")
-    check_free([path], config.overwrite)
+    places = [base_path(config.base), base_path(config.tuned), *filter(None, [config.single_file_config])]
+    check_lora_output(path, config.overwrite, map(Path, places))
     base, tuned = _loaded("base", config), _loaded("tuned", config)
     missed, whole = 0.0, 0.0
     extracted: dict[str, dict[str, Update]] = {}

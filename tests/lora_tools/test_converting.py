@@ -261,12 +261,14 @@ def test_nothing_is_overwritten_unasked(capsys: pytest.CaptureFixture[str], base
     path = kohya_file.with_name("other_diffusers.safetensors")
     path.write_text("mine")
     assert "is there already" in complaint(capsys, arguments)
+    assert "is no LoRA file" in complaint(capsys, [*arguments, "--overwrite"])
     assert path.read_text() == "mine"
+    saved({"x.lora_A.weight": torch.ones(2)}, path)
     assert main([*arguments, "--overwrite"]) == 0
     assert len(load_file(path)) > 100
     before = kohya_file.read_bytes()
     own = [*arguments, "--overwrite", "--output", str(kohya_file)]
-    assert "would replace the file that is read" in complaint(capsys, own)
+    assert "is read and stays as it is" in complaint(capsys, own)
     assert kohya_file.read_bytes() == before
 
 

@@ -141,7 +141,7 @@ def test_wrong_input_is_one_sentence(
     assert "must be a folder" in complaint(capsys, [*start, str(tmp_path / "x.safetensors")])
     assert "is there already" in complaint(capsys, [*start, str(tmp_path)])
     assert "holds no model" in complaint(capsys, [*start, str(tmp_path), "--overwrite"])
-    assert "is the base itself" in complaint(capsys, [*start, str(base), "--overwrite"])
+    assert "is read and stays as it is" in complaint(capsys, [*start, str(base), "--overwrite"])
     assert "no LoRA file" in complaint(capsys, [*start[:4], "nowhere", "--output", str(tmp_path / "x")])
     hub = ["merge", "--base", "someone/no-such-base", *start[3:], str(tmp_path / "x")]
     assert "error: base='someone/no-such-base' is no SDXL base that can be loaded" in complaint(capsys, hub)
