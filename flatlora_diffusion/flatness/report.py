@@ -25,6 +25,7 @@ from flatlora_diffusion.data.training_set import check_unseen, load_heldout, loa
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
 from flatlora_diffusion.flatness.figures import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
+from flatlora_diffusion.flatness.landscape_pictures import RESULT, check_result_folder
 from flatlora_diffusion.flatness.loss_surface import axis
 from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
 from flatlora_diffusion.flatness.pictures import write_charts
@@ -52,6 +53,7 @@ def flatness(config: FlatnessConfig) -> Path:
     """
     runs, folder = read_runs(config.runs), Path(config.output_dir)
     check_writable(folder, "output_dir")
+    check_result_folder(folder, "output_dir")
     first = _where_it_is(runs[0].config, config)
     images = _images(runs[0], first, config)
     model = dataclasses.replace(first.model, quantize_base=None, offload=False)
@@ -169,6 +171,6 @@ def _facts(
 
 def _write(folder: Path, config: FlatnessConfig, figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> None:
     result = {**facts, "figures": [dataclasses.asdict(one) for one in figures]}
-    write_json(folder / "flatness.json", result)
+    write_json(folder / RESULT, result)
     write_text(folder / "flatness.md", markdown_tables(figures, config) + "\n")
     write_charts(folder, config, figures, facts)

@@ -415,6 +415,17 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_measured(
         flatness(config)
 
 
+@pytest.mark.parametrize("name", ["rise.png", "flatness.md"])
+def test_a_file_that_belongs_to_no_earlier_result_is_not_replaced(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(flatness_report, "load_sdxl", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / name).write_bytes(b"the user's")
+    config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"output_dir=.* holds {name}, but no earlier result"):
+        flatness(config)
+
+
 def test_other_images_and_missing_runs_are_named(
     make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path
 ) -> None:
