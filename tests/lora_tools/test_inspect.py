@@ -253,6 +253,19 @@ def test_the_text_has_a_table_and_a_line_for_each_tool(
     assert max(map(len, text.splitlines())) < 120
 
 
+def test_many_keys_of_no_layer_are_counted_and_not_all_printed(
+    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    norms = {f"lora_unet_norm_{number:03}.w_norm": torch.ones(4) for number in range(300)}
+    path = saved(kohya(factors(attention)) | norms, tmp_path / "x.safetensors", **WEB)
+    assert main(["inspect", str(path), "--base", str(base)]) == 0
+    text = capsys.readouterr().out
+    assert "300 keys of no layer" in text
+    assert "norm_000" in text
+    assert "norm_299" not in text
+    assert len(report(path, base, capsys)["unknown_keys"]) == 300
+
+
 def test_trigger_words_come_from_the_phrase_or_the_tags() -> None:
     tags = json.dumps({"1_fox": {"fox": 9, "red ": 4}, "2_owl": {"owl": 7}})
     assert trigger_words({"ss_tag_frequency": tags}) == ["fox", "owl", "red"]
