@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flatlora_diffusion.config import ConfigError, Section, setting
 
@@ -101,9 +101,16 @@ class AppSettings(Section):
         return [str((self.runs_folder / name).resolve()) for name in (".app", ".trash")]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> AppSettings:
     """The settings of a command line. Raises ConfigError for what may not be; exits as argparse does on --help."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="flatlora app",
         description="Train LoRA and Flat-LoRA on your images and compare them in the browser.",
         allow_abbrev=False,

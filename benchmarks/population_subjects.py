@@ -15,7 +15,7 @@ class Subject:
     """An arm's run, or the average of several LoRAs of a group.
 
     `checkpoints` are steps of each run, None for its end. More than one LoRA are averaged where `is_average`, else
-    each is a row of its own; `rank` is that to which the average is cut.
+    each is a row of its own; `rank` is that to which the average is cut, `reference` what it is compared with.
     """
 
     name: str
@@ -24,8 +24,9 @@ class Subject:
     checkpoints: tuple[int | None, ...] = (None,)
     is_average: bool = False
     rank: int | None = None
-    strengths: tuple[float, ...] = (0.7, 1.0)
+    strengths: tuple[float, ...] = (1.0,)
     sam_every: int = 1
+    reference: str = "lora"
 
     @property
     def folder(self) -> str:
@@ -51,44 +52,52 @@ class Subject:
             "is_average": self.is_average,
             "rank": self.rank,
             "sam_every": self.sam_every,
+            "reference": self.reference,
             "passes": round(self.passes, 2),
         }
 
 
+_WEAKENED = (0.7, 1.0)  # of what forgets more than the reference, or is one
+
+
 def _average(name: str, **settings: Any) -> Subject:
-    return Subject(name, is_average=True, **{"members": (0, 1, 2), "strengths": (1.0,)} | settings)
+    return Subject(name, is_average=True, **{"members": (0, 1, 2)} | settings)
 
 
+_FLAT = "flat-lora:sigma=0.4,sigma_schedule=constant"
+_TUNED = "learning_rate=0.00042,lora_dropout=0.17,adam_weight_decay=0.22,sigma=0.69,sigma_schedule=down"
+_DEMO = "lora:lora_target_modules=conv,rank=16,max_train_steps=150,train_batch_size=4,learning_rate=0.001"
 _ALL = [
-    Subject("lora", members=(0, 1, 2)),
+    Subject("lora", members=(0, 1, 2), strengths=_WEAKENED),
     _average("average of 3", strengths=(0.7, 1.0, 1.3)),
     _average("average of 3, rank 4", rank=4),
     _average("average of 2", members=(0, 1)),
     _average("average of 3, 150 steps", checkpoints=(150,)),
     _average("average along a run", members=(0,), checkpoints=(150, 200, 250, None)),
-    Subject("200 steps", checkpoints=(200,), strengths=(1.0,)),
+    Subject("200 steps", checkpoints=(200,)),
     Subject("half the rate", "lora:learning_rate=0.00025"),
     Subject("cosine rate", "lora:lr_scheduler=cosine,lr_warmup_steps=0"),
-    Subject("rank 12", "lora:rank=12"),
-    Subject("3 x batch", "lora:train_batch_size=6"),
-    Subject("3 x batch, half the rate", "lora:train_batch_size=6,learning_rate=0.00025"),
-    Subject("3 x steps, third of the rate", "lora:max_train_steps=900,learning_rate=0.000167"),
-    Subject("3 x steps, cosine rate", "lora:max_train_steps=900,lr_scheduler=cosine,lr_warmup_steps=0"),
-    Subject("early stopping", "lora:holdout_images=3,holdout_patience=3"),
-    Subject("input noise 0.1", "lora:ip_noise_gamma=0.1"),
     Subject("EMA 0.99", "lora:use_ema=true,ema_decay=0.99"),
-    Subject("DoRA", "lora:adapter=dora"),
-    Subject("Flat-LoRA, paper", "flat-lora:perturb_draw=full,perturb_per=step,perturb_norm_every=1"),
-    Subject("Flat-LoRA 0.4", "flat-lora:sigma=0.4,sigma_schedule=constant", members=(0, 1, 2)),
+    Subject("early stopping", "lora:holdout_images=3,holdout_patience=3"),
+    Subject("input noise 0.1", "lora:ip_noise_gamma=0.1", strengths=_WEAKENED),
+    Subject("DoRA", "lora:adapter=dora", strengths=_WEAKENED),
+    Subject("rank 12", "lora:rank=12", strengths=_WEAKENED),
+    Subject("3 x batch", "lora:train_batch_size=6", strengths=_WEAKENED),
+    Subject("3 x batch, half the rate", "lora:train_batch_size=6,learning_rate=0.00025", strengths=_WEAKENED),
+    Subject("3 x steps, third of the rate", "lora:max_train_steps=900,learning_rate=0.000167", strengths=_WEAKENED),
     Subject(
-        "Flat-LoRA, tuned",
-        "flat-lora:learning_rate=0.00042,lora_dropout=0.17,adam_weight_decay=0.22,sigma=0.69,sigma_schedule=down",
+        "3 x steps, cosine rate", "lora:max_train_steps=900,lr_scheduler=cosine,lr_warmup_steps=0", strengths=_WEAKENED
     ),
+    Subject("Flat-LoRA, paper", "flat-lora:perturb_draw=full,perturb_per=step,perturb_norm_every=1"),
+    Subject("Flat-LoRA 0.4", _FLAT),
+    Subject("Flat-LoRA, tuned", f"flat-lora:{_TUNED}", strengths=_WEAKENED),
     Subject("LoRA, tuned", "lora:learning_rate=0.00052,lora_dropout=0.14,adam_weight_decay=1.2"),
-    Subject("SAM 0.25", "sam:rho=0.25"),
-    Subject("SAM 0.125", "sam:rho=0.125", members=(0, 1, 2)),
-    Subject("SAM 0.125, every 2nd step", "sam:rho=0.125", sam_every=2),
-    _average("average of 3 Flat-LoRAs 0.4", arm="flat-lora:sigma=0.4,sigma_schedule=constant"),
+    Subject("SAM 0.25", "sam:rho=0.25", strengths=_WEAKENED),
+    Subject("SAM 0.125", "sam:rho=0.125", strengths=_WEAKENED),
+    Subject("SAM 0.125, every 2nd step", "sam:rho=0.125", sam_every=2, strengths=_WEAKENED),
+    _average("average of 3 Flat-LoRAs 0.4", arm=_FLAT),
     _average("average of 3 SAMs 0.125", arm="sam:rho=0.125"),
+    Subject("demo: LoRA", _DEMO, members=(0, 1, 2), strengths=_WEAKENED),
+    _average("demo: average of 3", arm=_DEMO, reference="demo: LoRA"),
 ]
 SUBJECTS = {subject.name: subject for subject in _ALL}

@@ -26,6 +26,15 @@ STYLES = {"populations": "3D icons", "populations_second_style": "Icons with out
 POPULATIONS = ("known 200", "known 615", "unknown")
 FORGETTING = "flat"
 REFERENCE, AVERAGE = "lora", "average of 3"
+PAIRS = (
+    ("average of 3 Flat-LoRAs 0.4", AVERAGE),
+    ("average of 3 SAMs 0.125", AVERAGE),
+    (AVERAGE, "rank 12"),
+    (AVERAGE, "3 x batch"),
+    (AVERAGE, "3 x batch, half the rate"),
+    (AVERAGE, "3 x steps, third of the rate"),
+    (AVERAGE, "3 x steps, cosine rate"),
+)
 MINUS = "\N{MINUS SIGN}"
 
 Losses = np.ndarray
@@ -72,6 +81,12 @@ class Study:
             total += value * np.prod([(strength - other) / (knot - other) for other in others])
         return total
 
+    def reference(self, subject: str, name: str, groups: Sequence[int], strength: float = 1.0) -> np.ndarray:
+        """What the subject is compared with, on a list: the mean of the runs of the same seeds, (groups, icons)."""
+        about = self.data["subjects"][subject]
+        parts = [self.table(about["reference"], name, groups, strength, member) for member in about["members"]]
+        return np.asarray(np.mean(parts, axis=0))
+
     def strengths(self, subject: str) -> list[float]:
         return sorted(at for one, of, at in self.losses if (one, of) == (subject, 0))
 
@@ -93,21 +108,22 @@ class Strengths(NamedTuple):
 def equal_forgetting(study: Study, subject: str, groups: Sequence[int]) -> Strengths | None:
     """Whichever forgets more at strength 1 is weakened until both forget as much; None where that is not measured."""
 
-    def forgets(name: str, strength: float) -> float:
-        return float(study.table(name, TUNING_FLAT, groups, strength).mean())
+    def forgets(is_reference: bool, strength: float) -> float:
+        table = study.reference if is_reference else study.table
+        return float(table(subject, TUNING_FLAT, groups, strength).mean())
 
-    own, reference = forgets(subject, 1.0), forgets(REFERENCE, 1.0)
-    weaker, target = (subject, reference) if own > reference else (REFERENCE, own)
-    if len(study.strengths(weaker)) < 2:
+    own, reference = forgets(False, 1.0), forgets(True, 1.0)
+    is_weaker, target = own <= reference, min(own, reference)
+    if len(study.strengths(study.data["subjects"][subject]["reference"] if is_weaker else subject)) < 2:
         return None
     grid = np.linspace(0.3, 1.0, 141)
-    values = [forgets(weaker, strength) - target for strength in grid]
+    values = [forgets(is_weaker, strength) - target for strength in grid]
     places = [place for place in range(len(grid) - 1) if values[place] <= 0 < values[place + 1]]
     if not places:
         return None
     left, right = grid[places[-1]], grid[places[-1] + 1]
-    found = float(optimize.brentq(lambda strength: forgets(weaker, strength) - target, left, right))
-    return Strengths(found, 1.0) if weaker == subject else Strengths(1.0, found)
+    found = float(optimize.brentq(lambda strength: forgets(is_weaker, strength) - target, left, right))
+    return Strengths(1.0, found) if is_weaker else Strengths(found, 1.0)
 
 
 def compared(study: Study, subject: str, groups: Sequence[int]) -> tuple[dict[str, Comparison], Strengths | None]:
@@ -115,23 +131,22 @@ def compared(study: Study, subject: str, groups: Sequence[int]) -> tuple[dict[st
     strengths = equal_forgetting(study, subject, groups)
     found = {}
     for name in (*POPULATIONS, FORGETTING):
-        plain = study.table(subject, name, groups) - study.table(REFERENCE, name, groups)
+        plain = study.table(subject, name, groups) - study.reference(subject, name, groups)
         equal = None
         if strengths is not None:
             own = study.table(subject, name, groups, strengths.subject)
-            equal = crossed_difference((own - study.table(REFERENCE, name, groups, strengths.reference)).tolist())
+            equal = crossed_difference((own - study.reference(subject, name, groups, strengths.reference)).tolist())
         found[name] = Comparison(crossed_difference(plain.tolist()), equal)
     return found, strengths
 
 
-def less_members(study: Study, subject: str, groups: Sequence[int], members: int) -> dict[str, CrossedDifference]:
-    """An average less the mean of its members, in every population and in forgetting."""
-    found = {}
-    for name in (*POPULATIONS, FORGETTING):
-        own = study.table(subject, name, groups)
-        mean = np.mean([study.table(REFERENCE, name, groups, member=member) for member in range(members)], axis=0)
-        found[name] = crossed_difference((own - mean).tolist())
-    return found
+def less_another(study: Study, subject: str, other: str, groups: Sequence[int]) -> dict[str, CrossedDifference]:
+    """One subject less another at strength 1, in every population and in forgetting."""
+    tables = {
+        name: study.table(subject, name, groups) - study.table(other, name, groups)
+        for name in (*POPULATIONS, FORGETTING)
+    }
+    return {name: crossed_difference(table.tolist()) for name, table in tables.items()}
 
 
 def style_section(study: Study, title: str) -> str:
@@ -185,26 +200,20 @@ def style_section(study: Study, title: str) -> str:
             if strengths is not None
         ],
     )
-    averages = [
-        name
-        for name in subjects
-        if study.data["subjects"][name]["arm"] == "lora" and len(study.data["subjects"][name]["members"]) > 1
-    ]
-    if averages:
-        lines += ["", "**Averages less the mean of their members**, all at strength 1:", ""]
+    pairs = [(one, other) for one, other in PAIRS if one in rows and other in rows]
+    if pairs:
+        lines += ["", "**One less another**, both at strength 1:", ""]
         lines += _table(
-            ["", *POPULATIONS, "forgets"],
+            ["", "less", "groups", *POPULATIONS, "forgets"],
             [
                 [
-                    name,
-                    *(
-                        _interval(part, False)
-                        for part in less_members(
-                            study, name, rows[name][0], len(study.data["subjects"][name]["members"])
-                        ).values()
-                    ),
+                    one,
+                    other,
+                    str(len(both)),
+                    *(_interval(part, False) for part in less_another(study, one, other, both).values()),
                 ]
-                for name in averages
+                for one, other in pairs
+                if (both := [group for group in rows[one][0] if group in rows[other][0]])
             ],
         )
     return "\n".join(lines)

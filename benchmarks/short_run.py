@@ -273,7 +273,6 @@ def ready_to_start() -> Iterator[None]:
 
 def _import_what_a_run_needs() -> None:
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
-    import tyro  # noqa: F401
     from diffusers import StableDiffusionXLPipeline  # noqa: F401 (with its parts, which it would import when loaded)
 
     import flatlora_diffusion.training.trainer  # noqa: F401

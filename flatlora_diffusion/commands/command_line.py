@@ -6,19 +6,19 @@ Exit codes: 0; 1 when a run had to stop; 2 for wrong input; 3 when a run was ask
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from flatlora_diffusion.commands.doctor import doctor
+from flatlora_diffusion.commands.help_page import HELP, Page
 from flatlora_diffusion.commands.lora_verbs import (
     average_verb,
     export_verb,
@@ -28,8 +28,9 @@ from flatlora_diffusion.commands.lora_verbs import (
     merge_verb,
     resize_verb,
 )
-from flatlora_diffusion.commands.train_flags import parse_config
-from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings
+from flatlora_diffusion.commands.train_flags import COMPARE, DEMO, EVIDENCE, parse_comparison, parse_training
+from flatlora_diffusion.commands.verb_settings import hide_library_bars, say_base, verb_settings
+from flatlora_diffusion.compare.evidence.defaults import DEFAULTS, OF_BASE
 from flatlora_diffusion.config import (
     QUIET_VARIABLE,
     CaptionConfig,
@@ -42,10 +43,14 @@ from flatlora_diffusion.config import (
     TrainConfig,
     shipped,
 )
+from flatlora_diffusion.data.training_set import check_training_set
 from flatlora_diffusion.ground.model_places import check_base, check_lora, check_models
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import check_paths, opened
+from flatlora_diffusion.ground.versions import PROGRAM, __version__
 from flatlora_diffusion.lora_files.place import parse_lora
+from flatlora_diffusion.sdxl.base_title import base_line, base_title
+from flatlora_diffusion.sdxl.shapes import check_resolution
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
 DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
@@ -71,9 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = _verbs()
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else "--help"
-    if name in ("-h", "--help"):
+    if name in HELP:
         print("usage: flatlora VERB [--help]\n")
         print("\n".join(f"  {name:<10}{verb.line}" for name, verb in verbs.items()))
+        return 0
+    if name == "--version":
+        print(f"{PROGRAM} {__version__}")
         return 0
     if name not in verbs:
         print(f"error: flatlora has no verb {name!r}; there are: {', '.join(verbs)}", file=sys.stderr)
@@ -134,19 +142,25 @@ def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    config = _checked(parse_config(arguments))
+    config, workers = parse_training(arguments)
+    config = _checked(config)
+    say_base(config.model)
     from flatlora_diffusion.training.trainer import (
         train,  # torch and diffusers only after the settings were found right
     )
 
     hide_library_bars()
+    if workers.trains_at_once:
+        from flatlora_diffusion.compare.workers.members import train_members_at_once
+
+        config = train_members_at_once(config, workers)
     print(f"LoRA saved in {train(config)}")
+    print(base_line(config.model))
 
 
 def _caption(arguments: list[str]) -> None:
-    description = "Write a caption for each image of a folder that has none: caption FOLDER --captioner MODEL."
-    given = ["--folder", *arguments] if arguments and not arguments[0].startswith("-") else arguments
-    config = verb_settings(CaptionConfig, "caption", description, given)
+    text = "Write a caption for each image of a folder that has none, by a model of your choice."
+    config = verb_settings(CaptionConfig(), Page("caption", text, "FOLDER --captioner MODEL", "folder"), arguments)
     from flatlora_diffusion.evaluation.caption_files import write_captions
 
     hide_library_bars()
@@ -157,7 +171,8 @@ def _demo(arguments: list[str]) -> None:
     """Steps that are given are those of all arms."""
     *others, sam = DEMO_ARMS
     arms = DEMO_ARMS if _gives("max_train_steps", arguments) else (*others, f"{sam}:max_train_steps={DEMO_SAM_STEPS}")
-    _compare(["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--arms", *arms, *arguments])
+    defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--arms", *arms]
+    _report_of(*_comparison(arguments, DEMO, defaults), has_remedy=False)
 
 
 def _gives(name: str, arguments: list[str]) -> bool:
@@ -165,24 +180,29 @@ def _gives(name: str, arguments: list[str]) -> bool:
 
 
 def _compare(arguments: list[str]) -> None:
-    config, own = _comparison(arguments, "compare")
+    _report_of(*_comparison(arguments, COMPARE))
+
+
+def _report_of(config: TrainConfig, own: CompareConfig, has_remedy: bool = True) -> None:
+    say_base(config.model, has_remedy)
     from flatlora_diffusion.compare.comparison import compare
 
     hide_library_bars()
-    _show_report(compare(config, own))
+    _show_report(compare(config, own), config.model)
 
 
 def _evidence(arguments: list[str]) -> None:
     """The flags that are given come last and win. The base's half-precision files are enough."""
-    from flatlora_diffusion.compare.evidence.evidence import BASE, DEFAULTS, evidence
+    base = () if _gives("pretrained_model_name_or_path", arguments) else OF_BASE
+    config, own = _comparison(arguments, EVIDENCE, (*DEFAULTS, *base))
+    say_base(config.model)
+    from flatlora_diffusion.compare.evidence.evidence import evidence
 
-    flags = ["--mixed_precision", "bf16"] if _has_bf16() else []
-    if not _gives("pretrained_model_name_or_path", arguments):
-        flags += ["--pretrained_model_name_or_path", BASE, "--variant", "fp16"]
-    config, own = _comparison([*DEFAULTS, *flags, *arguments], "evidence")
+    if config.optim.mixed_precision is None and _has_bf16():
+        config = config.replace(mixed_precision="bf16")
     hide_library_bars()
     file = evidence(config, own)
-    _show_report(file.parent)
+    _show_report(file.parent, config.model)
     print(f"Figures     {file}: nothing personal is in it; please post it in an issue")
 
 
@@ -192,50 +212,46 @@ def _has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _comparison(arguments: list[str], verb: str) -> tuple[TrainConfig, CompareConfig]:
-    import tyro
-
-    own, rest = tyro.cli(
-        CompareConfig,
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-        return_unknown_args=True,
-        prog=f"flatlora {verb}",
-        description="Train arms alike, LoRA and Flat-LoRA or others, and report what tells them apart. "
-        "Takes all settings of `train` as well, --preset and --config too.",
-    )
-    config = _checked(parse_config(rest, has_arms=True))
+def _comparison(
+    arguments: Sequence[str], page: Page = COMPARE, defaults: Sequence[str] = ()
+) -> tuple[TrainConfig, CompareConfig]:
+    config, own = parse_comparison(page, defaults, arguments)
+    config = _checked(config)
     if config.run.seed is None:  # a drawn one would train everything anew when the command is given again
         config = config.replace(seed=0)
     return config, own
 
 
-def _show_report(folder: Path) -> None:
+def _show_report(folder: Path, model: ModelConfig) -> None:
     print(f"\n{(folder / 'compare.md').read_text(encoding='utf-8')}")
     print(json.loads((folder / "compare.json").read_text(encoding="utf-8"))["verdict"])
-    print(f"\nPictures    {folder / 'compare.png'}")
+    print(f"\nBase        {base_title(model)}")
+    print(f"Pictures    {folder / 'compare.png'}")
     print(f"LoRA files  {folder}, ARM/seed-N")
     print(f"Report      {folder / 'compare.html'}: open it in a browser")
 
 
 def _generate(arguments: list[str]) -> None:
-    description = "Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid."
-    default = GenerateConfig(model=_base_of_runs(arguments))
-    config = verb_settings(GenerateConfig, "generate", description, arguments, default)
+    text = "Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid."
+    page = Page("generate", text, "--prompts PROMPT ...")
+    config = verb_settings(GenerateConfig(), page, arguments)
+    files = [file.path for lora in config.lora for file in parse_lora(lora)]
+    of_runs = None if _gives("pretrained_model_name_or_path", arguments) else _base_of_runs(files)
+    if of_runs is not None:
+        config = verb_settings(replace(GenerateConfig(), model=of_runs), page, arguments)
     check_models(config.model)
+    check_resolution(config.model, config.resolution)
+    say_base(config.model, has_remedy=of_runs is None)
     from flatlora_diffusion.gallery.gallery import generate
 
     hide_library_bars()
     for picture in generate(config):
-        print(f"Look at {picture}")
+        print(f"Look at {picture}, drawn with {base_title(config.model)}")
 
 
 def _flatness(arguments: list[str]) -> None:
-    description = "Measure how flat the loss is around the merged weights of finished runs: flatness RUN... --flags."
-    folders = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    flags = arguments[len(folders) :]
-    config = verb_settings(FlatnessConfig, "flatness", description, ["--runs", *folders, *flags] if folders else flags)
+    text = "Measure how flat the loss is around the merged weights of finished runs."
+    config = verb_settings(FlatnessConfig(), Page("flatness", text, "RUN ...", "runs"), arguments)
     for name in ("pretrained_model_name_or_path", "other_base"):
         if (base := getattr(config, name)) is not None:
             check_base(name, base)
@@ -261,17 +277,11 @@ def _app(arguments: list[str]) -> int:
     raise ModuleNotFoundError(f"the app in {folder} cannot be imported")
 
 
-def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
-    """The base that the runs of `--lora` were trained on; the usual default where a flag names one or no run is."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--lora", nargs="*", default=[])
-    parser.add_argument("--pretrained_model_name_or_path", "--pretrained-model-name-or-path")
-    given, _ = parser.parse_known_args(list(arguments))
-    if given.pretrained_model_name_or_path is not None or not given.lora:
-        return ModelConfig()
+def _base_of_runs(files: Sequence[Path]) -> ModelConfig | None:
+    """The base that the runs of LoRA files were trained on; None if none is of a run. Raises ConfigError for two."""
     bases = {}
-    for file in (file for text in given.lora for file in parse_lora(text)):
-        folder = file.path.parent.parent if file.path.parent.name.startswith("checkpoint-") else file.path.parent
+    for file in files:
+        folder = file.parent.parent if file.parent.name.startswith("checkpoint-") else file.parent
         run = RunDir(folder)
         if run.config_file.is_file() and run.events_file.is_file():
             saved = TrainConfig().updated_from(run.config_file).to_dict()
@@ -283,12 +293,15 @@ def _base_of_runs(arguments: Sequence[str]) -> ModelConfig:
         raise ConfigError(
             f"the LoRAs were trained on different bases ({names}): choose one with --pretrained_model_name_or_path"
         )
-    return next(iter(bases.values()), ModelConfig())
+    return next(iter(bases.values()), None)
 
 
 def _checked(config: TrainConfig) -> TrainConfig:
+    """`config`, whose images, captions and resolution are found right. Raises ConfigError if they are not."""
     check_paths(config.to_dict())
     if not config.data.is_given:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     check_models(config.model, config.adapter.init_lora)
+    check_training_set(config.data)
+    check_resolution(config.model, config.data.resolution)
     return config

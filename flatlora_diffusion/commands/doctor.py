@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from flatlora_diffusion.commands.help_page import Page
 from flatlora_diffusion.commands.verb_settings import verb_settings
 from flatlora_diffusion.config import SAMPLES, TINY, DoctorConfig, ModelConfig, RunError, TrainConfig, shipped
 from flatlora_diffusion.ground.saved_settings import opened
 from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, last_tested, required
+from flatlora_diffusion.sdxl.base_title import TINY_TITLE
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +41,9 @@ class Finding:
 
 def doctor(arguments: list[str]) -> int:
     """Print one line for each finding; the exit code is 1 if there is a problem."""
-    description = "Look whether all that a training needs is here, and say what to do if not; nothing is downloaded."
+    text = "Look whether all that a training needs is here, and say what to do if not; nothing is downloaded."
     found = []
-    for finding in examine(verb_settings(DoctorConfig, "doctor", description, arguments), Path.cwd()):
+    for finding in examine(verb_settings(DoctorConfig(), Page("doctor", text), arguments), Path.cwd()):
         remedy = finding.remedy and f": {finding.remedy}"
         print(f"{finding.level:<9}{finding.subject:<16}{finding.fact}{remedy}", flush=True)
         found.append(finding)
@@ -166,7 +168,7 @@ def base(model: ModelConfig) -> Finding:
     """The base and its text encoders: a file, a folder, or a hub id that was downloaded before."""
     name = model.pretrained_model_name_or_path
     if name == TINY:
-        return weights("base", str(SAMPLES / "tiny_sdxl"), _PIPELINE_PARTS, named=name)
+        return weights("base", str(SAMPLES / "tiny_sdxl"), _PIPELINE_PARTS, named=TINY_TITLE)
     if name.lower().endswith(".safetensors"):
         if Path(name).is_file():
             return Finding("ok", "base", f"{name} is here")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
-from flatlora_diffusion.commands.verb_settings import hide_library_bars, verb_settings, with_file
+from flatlora_diffusion.commands.help_page import Page
+from flatlora_diffusion.commands.verb_settings import hide_library_bars, say_base, verb_settings
 from flatlora_diffusion.config import (
     AverageConfig,
     ExportConfig,
@@ -13,6 +13,7 @@ from flatlora_diffusion.config import (
     ImportConfig,
     InspectConfig,
     MergeConfig,
+    ModelConfig,
     ResizeConfig,
 )
 from flatlora_diffusion.ground.model_places import check_base
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def export_verb(arguments: list[str]) -> None:
-    description = "Write a LoRA file of any layout for other programs: export FILE --layout kohya, diffusers or both."
-    config = verb_settings(ExportConfig, "export", description, with_file(arguments))
+    page = Page("export", "Write a LoRA file of any layout for other programs.", "FILE", "file")
+    config = verb_settings(ExportConfig(), page, arguments)
     _check_read(config)
     from flatlora_diffusion.lora_tools.converting import export_lora
 
@@ -34,8 +35,8 @@ def export_verb(arguments: list[str]) -> None:
 
 
 def import_verb(arguments: list[str]) -> None:
-    description = "Write a LoRA file of any layout for diffusers: import FILE."
-    config = verb_settings(ImportConfig, "import", description, with_file(arguments))
+    page = Page("import", "Write a LoRA file of any layout for diffusers.", "FILE", "file")
+    config = verb_settings(ImportConfig(), page, arguments)
     _check_read(config)
     from flatlora_diffusion.lora_tools.converting import import_file
 
@@ -44,12 +45,14 @@ def import_verb(arguments: list[str]) -> None:
 
 
 def merge_verb(arguments: list[str]) -> None:
-    description = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
-    config = verb_settings(MergeConfig, "merge", description, arguments)
+    text = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
+    page = Page("merge", text, "--base BASE --lora LORA --output OUTPUT")
+    config = verb_settings(MergeConfig(), page, arguments)
     if config.base:
         check_base("base", config.base)
     for lora in config.lora:
         parse_lora(lora)
+    _say_base(config.base)
     from flatlora_diffusion.lora_tools.merging import merge_loras
 
     hide_library_bars()
@@ -57,8 +60,8 @@ def merge_verb(arguments: list[str]) -> None:
 
 
 def resize_verb(arguments: list[str]) -> None:
-    description = "Write the best LoRA of a lower rank: resize FILE --rank 4."
-    config = verb_settings(ResizeConfig, "resize", description, with_file(arguments))
+    page = Page("resize", "Write the best LoRA of a lower rank.", "FILE", "file")
+    config = verb_settings(ResizeConfig(), page, arguments)
     _check_read(config)
     from flatlora_diffusion.lora_tools.resizing import resize_lora
 
@@ -66,10 +69,8 @@ def resize_verb(arguments: list[str]) -> None:
 
 
 def average_verb(arguments: list[str]) -> None:
-    description = "Write the average of LoRAs of one base as one LoRA: average RUN_OR_FILE... --output FILE."
-    loras = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    given = ["--loras", *arguments] if loras else arguments
-    config = verb_settings(AverageConfig, "average", description, given)
+    page = Page("average", "Write the average of several LoRAs of one base as one LoRA.", "RUN_OR_FILE...", "loras")
+    config = verb_settings(AverageConfig(), page, arguments)
     for lora in config.loras:
         lora_file(lora)
     if config.base is not None:
@@ -84,11 +85,12 @@ def average_verb(arguments: list[str]) -> None:
 
 
 def extract_verb(arguments: list[str]) -> None:
-    description = "Write the difference of two models as a LoRA."
-    config = verb_settings(ExtractConfig, "extract", description, arguments)
+    page = Page("extract", "Write the difference of two models as a LoRA.", "--base BASE --tuned TUNED")
+    config = verb_settings(ExtractConfig(), page, arguments)
     for name in ("base", "tuned"):
         if base := getattr(config, name):
             check_base(name, base)
+    _say_base(config.base)
     from flatlora_diffusion.lora_tools.resizing import extract_lora
 
     hide_library_bars()
@@ -96,8 +98,8 @@ def extract_verb(arguments: list[str]) -> None:
 
 
 def inspect_verb(arguments: list[str]) -> None:
-    description = "Show what is in a LoRA file and which tools read it: inspect FILE."
-    config = verb_settings(InspectConfig, "inspect", description, with_file(arguments))
+    page = Page("inspect", "Show what is in a LoRA file and which tools read it.", "FILE", "file")
+    config = verb_settings(InspectConfig(), page, arguments)
     _check_read(config)
     from flatlora_diffusion.lora_tools.report import inspect_lora
 
@@ -109,6 +111,11 @@ def _check_read(config: ExportConfig | ImportConfig | ResizeConfig | InspectConf
     lora_file(config.file)
     if config.base is not None:
         check_base("base", config.base)
+
+
+def _say_base(name: str) -> None:
+    if name:  # that none is given is told later
+        say_base(ModelConfig(pretrained_model_name_or_path=name), has_remedy=False)
 
 
 def _say_written(written: Written) -> None:

@@ -65,18 +65,25 @@ from flatlora_diffusion.config.programs import (
     LandscapeConfig as LandscapeConfig,
     MergeConfig as MergeConfig,
     ResizeConfig as ResizeConfig,
+    WorkersConfig as WorkersConfig,
 )
 from flatlora_diffusion.config.run import (
     RunConfig as RunConfig,
     SaveDtype as SaveDtype,
 )
 from flatlora_diffusion.config.section import (
+    KIND_NAMES as KIND_NAMES,
     SAMPLES as SAMPLES,
     ConfigError as ConfigError,
     RunError as RunError,
     Section as Section,
+    SettingError as SettingError,
     StoppedError as StoppedError,
+    check_setting as check_setting,
     choices_of as choices_of,
+    is_optional as is_optional,
+    kind_of as kind_of,
+    read_value as read_value,
     setting as setting,
     shipped as shipped,
 )
@@ -84,6 +91,7 @@ from flatlora_diffusion.config.training import (
     TrainConfig as TrainConfig,
     completed as completed,
     preset_file as preset_file,
+    preset_names as preset_names,
     read_setting as read_setting,
     setting_hints as setting_hints,
     settings_that as settings_that,

@@ -206,7 +206,29 @@ class DoctorConfig(Section):
 
 
 @dataclass(frozen=True)
-class CompareConfig(Section):
+class WorkersConfig(Section):
+    """Where several trainings run at once."""
+
+    workers: int | None = setting(
+        None,
+        "trainings at once, each in a process of its own: on this machine at most one for each CUDA device (default: "
+        "1), or with --cluster as many as it has GPUs or, without any, cores",
+        min=1,
+        max=10_000,
+    )
+    cluster: str | None = setting(
+        None,
+        "train on a Ray cluster that shares these folders: its address, such as auto or ray://HOST:10001, or local "
+        "for one on this machine; needs the extra `cluster`",
+    )
+
+    @property
+    def trains_at_once(self) -> bool:
+        return self.cluster is not None or (self.workers or 1) > 1
+
+
+@dataclass(frozen=True)
+class CompareConfig(WorkersConfig):
     """What `compare` has beside the settings of `train`, which all its arms share."""
 
     arms: tuple[str, ...] = setting(
@@ -237,28 +259,12 @@ class CompareConfig(Section):
         ("judge",), "judge (icons only), or CLIP and DINOv2 models: folders or hub ids, for similarity and drift"
     )
     lpips: bool = setting(False, "LPIPS diversity too; needs the package lpips and AlexNet's weights")
-    workers: int | None = setting(
-        None,
-        "trainings at once, each in a process of its own: on this machine at most one for each CUDA device (default: "
-        "1), or with --cluster as many as it has GPUs or, without any, cores",
-        min=1,
-        max=10_000,
-    )
-    cluster: str | None = setting(
-        None,
-        "train on a Ray cluster that shares these folders: its address, such as auto or ray://HOST:10001, or local "
-        "for one on this machine; needs the extra `cluster`",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("arms", "encoders"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give at least one")
-
-    @property
-    def trains_at_once(self) -> bool:
-        return self.cluster is not None or (self.workers or 1) > 1
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
+KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+"""The types of settings as people read them."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -26,6 +28,17 @@ class ConfigError(ValueError):
     """Something the user can put right: the message says what, and what is allowed."""
 
     exit_code = 2
+
+
+class SettingError(ConfigError):
+    """A value that a setting cannot have; `why` is the rest of the sentence behind name and value."""
+
+    def __init__(self, name: str, value: object, why: str) -> None:
+        super().__init__(name, value, why)
+        self.name, self.value, self.why = name, value, why
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value!r} {self.why}"
 
 
 class RunError(RuntimeError):
@@ -74,13 +87,43 @@ class Section:
         hints = typing.get_type_hints(type(self))
         for item in fields(self):  # type: ignore[arg-type]
             if item.metadata:
-                _check(item, hints[item.name], getattr(self, item.name))
+                check_setting(item, hints[item.name], getattr(self, item.name))
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:
     """The words that a setting of this type may be; empty for a setting that is no choice."""
-    kinds = _kinds(hint)
-    return next((get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal), ())
+    kind = kind_of(hint)
+    return get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def kind_of(hint: Any) -> Any:
+    """The type of a setting that may be None as well, or of one that may not."""
+    return next(kind for kind in _kinds(hint) if kind is not types.NoneType)
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether a setting of this type may be None."""
+    return types.NoneType in _kinds(hint)
+
+
+def read_value(name: str, hint: Any, text: str) -> Any:
+    """The value that `text` gives a setting of this type, choices in any case; not checked any further.
+
+    Raises SettingError for a text that is no number, or neither true nor false, where one is wanted.
+    """
+    if text == "None" and is_optional(hint):
+        return None
+    kind = kind_of(hint)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise SettingError(name, text, f"must be {KIND_NAMES[bool]}")
+        return text.lower() == "true"
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise SettingError(name, text, f"must be {KIND_NAMES[kind]}") from error
+    return text.lower() if text.lower() in choices_of(hint) else text
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -88,33 +131,33 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
-def _check(item: dataclasses.Field[Any], hint: Any, value: Any) -> None:
-    kinds = _kinds(hint)
-    if value is None and types.NoneType in kinds:
+def check_setting(item: dataclasses.Field[Any], hint: Any, value: Any) -> None:
+    """Raises SettingError for a value that is not of the setting's type, none of its choices or out of its bounds."""
+    if value is None and is_optional(hint):
         return
-    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    kind = kind_of(hint)
     if typing.get_origin(kind) is tuple:
         _check_each(item, get_args(kind)[0], value)
         return
     if typing.get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ConfigError(f"{item.name}={value!r} is not one of {', '.join(get_args(kind))}")
+            raise SettingError(item.name, value, f"is not one of {', '.join(get_args(kind))}")
         return
     if not _is_a(value, kind):
-        raise ConfigError(f"{item.name}={value!r} must be of type {kind.__name__}")
+        raise SettingError(item.name, value, f"must be {KIND_NAMES[kind]}")
     low, high = item.metadata["min"], item.metadata["max"]
     if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{item.name}={value} must be a finite number")
+        raise SettingError(item.name, value, "must be a finite number")
     if (low is not None and value < low) or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{item.name}={value} is out of range: it must be {allowed}")
+        raise SettingError(item.name, value, f"is out of range: it must be {allowed}")
 
 
 def _check_each(item: dataclasses.Field[Any], kind: Any, values: Any) -> None:
     if not isinstance(values, tuple):
-        raise ConfigError(f"{item.name}={values!r} must be a tuple of values")
+        raise SettingError(item.name, values, "must be a tuple of values")
     for value in values:
-        _check(item, kind, value)
+        check_setting(item, kind, value)
         if values.count(value) > 1 and not item.metadata.get("repeats"):
             raise ConfigError(f"{item.name} has {value!r} twice; give each value once")
 

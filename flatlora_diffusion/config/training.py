@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -25,7 +24,9 @@ from flatlora_diffusion.config.methods import PerturbConfig, by_method
 from flatlora_diffusion.config.model import ModelConfig
 from flatlora_diffusion.config.optim import ObjectiveConfig, OptimConfig
 from flatlora_diffusion.config.run import RunConfig
-from flatlora_diffusion.config.section import SAMPLES, ConfigError, Traits, _kinds
+from flatlora_diffusion.config.section import SAMPLES, ConfigError, Traits, read_value
+
+_PRESETS = SAMPLES / "presets"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TrainConfig:
             mine = {name: left.pop(name) for name in list(left) if name in names}
             sections[section.name] = dataclasses.replace(getattr(self, section.name), **mine)
         if left:
-            raise ConfigError(f"unknown setting(s): {', '.join(sorted(left))}; see --help for all names")
+            raise ConfigError(f"unknown setting(s): {', '.join(sorted(left))}; see `train --help-all` for all names")
         return TrainConfig(**sections)
 
     def of_method(self, method: str) -> TrainConfig:
@@ -99,7 +100,10 @@ class TrainConfig:
             values |= by_method(method)
         elif isinstance(values.get("method"), str):
             values = by_method(values["method"]) | values
-        return self.replace(**values)
+        try:
+            return self.replace(**values)
+        except ConfigError as error:
+            raise ConfigError(f"config file {path}: {error}") from error
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,24 +146,18 @@ def read_setting(name: str, text: str) -> Any:
     """The value that `text` gives a training setting. Raises ConfigError for a name or a value that cannot be."""
     hint = setting_hints().get(name)
     if hint is None:
-        raise ConfigError(f"unknown setting {name!r}; see `train --help` for all names")
-    kind = next(kind for kind in _kinds(hint) if kind is not types.NoneType)
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ConfigError(f"{name}={text!r} must be true or false")
-        return text.lower() == "true"
-    if kind not in (int, float):
-        return text
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ConfigError(f"{name}={text!r} must be of type {kind.__name__}") from error
+        raise ConfigError(f"unknown setting {name!r}; see `train --help-all` for all names")
+    return read_value(name, hint, text)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that come with the program, in alphabetical order."""
+    return tuple(sorted(file.stem for file in _PRESETS.glob("*.json")))
 
 
 def preset_file(name: str) -> Path:
     """The JSON file of a preset. Raises ConfigError that lists the presets there are."""
-    path = SAMPLES / "presets" / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.json")))
-        raise ConfigError(f"--preset {name} does not exist; there are: {known}")
-    return path
+    if name not in preset_names():
+        remedy = "; --config takes a file" if Path(name).is_file() else ""
+        raise ConfigError(f"--preset {name} does not exist; there are: {', '.join(preset_names())}{remedy}")
+    return _PRESETS / f"{name}.json"

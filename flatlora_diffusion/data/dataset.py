@@ -82,6 +82,27 @@ def load_samples(folder: Path, instance_prompt: str | None = None, caption_colum
     metadata that does not fit the folder.
     """
     paths, skipped = find_images(folder)
+    own = _captions(folder, paths, skipped, instance_prompt, caption_column)
+    samples = [make_sample(path.name, path, own[path.name] or str(instance_prompt)) for path in paths]
+    return SampleSet(samples, captioned=sum(map(bool, own.values())), skipped=skipped)
+
+
+def check_samples(folder: Path, instance_prompt: str | None = None, caption_column: str | None = None) -> None:
+    """Raises ConfigError as `load_samples`; of each image only the header is read, unless something is wrong."""
+    try:
+        _captions(folder, *find_images(folder, only_headers=True), instance_prompt, caption_column)
+    except ConfigError:
+        load_samples(folder, instance_prompt, caption_column)  # a damaged image is skipped, and needs no caption
+
+
+def _captions(
+    folder: Path,
+    paths: Sequence[Path],
+    skipped: list[tuple[str, str]],
+    instance_prompt: str | None,
+    caption_column: str | None,
+) -> dict[str, str]:
+    """The caption that each image has of its own, by name. Raises ConfigError as `load_samples`."""
     if not paths:
         found = f": {_listing(skipped)}" if skipped else "; put the training images directly into it"
         raise ConfigError(f"image folder {folder} has no readable image{found}")
@@ -93,8 +114,7 @@ def load_samples(folder: Path, instance_prompt: str | None = None, caption_colum
             f"{bare[0]} {have} no caption: "
             f"write one into {Path(bare[0]).stem}.txt beside it, or give an --instance_prompt"
         )
-    samples = [make_sample(path.name, path, own[path.name] or str(instance_prompt)) for path in paths]
-    return SampleSet(samples, captioned=len(paths) - len(bare), skipped=skipped)
+    return own
 
 
 def own_captions(folder: Path, paths: Iterable[Path], caption_column: str | None = None) -> dict[str, str]:

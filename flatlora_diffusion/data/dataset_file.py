@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import KIND_NAMES, ConfigError
 from flatlora_diffusion.data.dataset import Sample, SampleSet, load_samples
 from flatlora_diffusion.data.images import CAPTION_SUFFIXES
 
@@ -126,7 +126,7 @@ def _listed(path: Path, table: Mapping[str, Any], name: str) -> list[dict[str, A
 def _subset(path: Path, where: str, values: Mapping[str, Any]) -> Subset:
     for name, kind in _KINDS.items():
         if name in values and not (isinstance(values[name], kind) and (kind is bool or values[name] is not True)):
-            raise ConfigError(f"{where}: {name}={values[name]!r} must be of type {kind.__name__}")
+            raise ConfigError(f"{where}: {name}={values[name]!r} must be {KIND_NAMES[kind]}")
     if "image_dir" not in values:
         raise ConfigError(f"{where} has no image_dir: give the folder of its images")
     if values.get("is_reg"):

@@ -106,11 +106,12 @@ def read_header(source: Source) -> Header:
         return Header(kind, file.width, file.height)
 
 
-def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+def find_images(folder: Path, only_headers: bool = False) -> tuple[list[Path], list[tuple[str, str]]]:
     """The readable images directly in `folder`, by name, and (name, reason) of everything that is skipped.
 
-    A file is an image if it decodes to its last pixel, whatever its suffix. What is plainly none is not reported:
-    hidden files, captions, JSON, texts, and the folder `heldout`. Raises ConfigError if `folder` is not a folder.
+    A file is an image if it decodes to its last pixel, whatever its suffix; with `only_headers`, which takes no time,
+    if it begins as one. What is plainly none is not reported: hidden files, captions, JSON, texts, and the folder
+    `heldout`. Raises ConfigError if `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"image folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -126,7 +127,7 @@ def find_images(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
             continue
         try:
             with _read_errors(path):
-                _decode(path)
+                read_header(path) if only_headers else _decode(path)
         except ImageError as error:
             if not _is_text(path):
                 skipped.append((path.name, error.reason))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flatlora_diffusion.config import ConfigError, DataConfig
-from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, load_samples, make_sample
-from flatlora_diffusion.data.dataset_file import load_dataset_file
+from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, check_samples, load_samples, make_sample
+from flatlora_diffusion.data.dataset_file import load_dataset_file, read_dataset_file
 from flatlora_diffusion.data.images import ImageError
+from flatlora_diffusion.ground.hub_reach import fault_of
 
 
 def load_training_set(data: DataConfig) -> SampleSet:
@@ -22,6 +23,18 @@ def load_training_set(data: DataConfig) -> SampleSet:
     if data.instance_data_dir is None:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     return load_samples(Path(data.instance_data_dir), data.instance_prompt, data.caption_column)
+
+
+def check_training_set(data: DataConfig) -> None:
+    """Raises ConfigError for folders that `load_training_set` would refuse, without torch and, as a rule, at once.
+
+    A Hugging Face dataset is not looked at.
+    """
+    if data.dataset_config is not None:
+        for subset in read_dataset_file(Path(data.dataset_config))[0]:
+            check_samples(subset.folder, subset.prompt or data.instance_prompt)
+    elif data.instance_data_dir is not None:
+        check_samples(Path(data.instance_data_dir), data.instance_prompt, data.caption_column)
 
 
 def load_hf_dataset(data: DataConfig) -> SampleSet:
@@ -138,8 +151,8 @@ def _train_split(data: DataConfig) -> Any:
     try:
         loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir)
     except Exception as error:  # a hub, a disk, a parser: whatever went wrong, the user named the dataset
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"dataset_name={data.dataset_name!r} cannot be loaded: {line}") from error
+        why = fault_of(str(data.dataset_name), error, "load it once")
+        raise ConfigError(f"dataset_name={data.dataset_name!r} cannot be loaded: {why}") from error
     if "train" not in loaded:
         raise ConfigError(f"dataset_name={data.dataset_name!r} has no split `train`, only {', '.join(loaded)}")
     split = loaded["train"]

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
 from flatlora_diffusion.evaluation.encoders import load_image_reader
 from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
+from flatlora_diffusion.ground.hub_reach import fault_of
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 
@@ -64,8 +65,8 @@ def _load_writer(name_or_path: str, device: torch.device | str, max_tokens: int)
     except ConfigError:
         raise
     except _LOAD_ERRORS as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(f"captioner {name_or_path!r} cannot be loaded: {line}; {_KINDS}") from error
+        why = fault_of(name_or_path, error)
+        raise ConfigError(f"captioner {name_or_path!r} cannot be loaded: {why}; {_KINDS}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ConfigError(

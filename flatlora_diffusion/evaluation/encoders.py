@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from flatlora_diffusion.evaluation.judge import (
     load_judge,
     text_vectors,
 )
+from flatlora_diffusion.ground.hub_reach import fault_of
 
 JUDGE = "judge"
 _CHUNK = 32  # images or texts per forward
@@ -104,7 +104,7 @@ def load_image_reader(name_or_path: str) -> Callable[[Sequence[Image.Image]], Te
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")  # which needs no torchvision
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{name_or_path} has no preprocessor_config.json that can be read: {str(error).splitlines()[0]}; "
+            f"{name_or_path} has no preprocessor_config.json that can be read: {fault_of(name_or_path, error)}; "
             "save the model's image processor beside it"
         ) from error
     return lambda images: processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
@@ -152,6 +152,4 @@ def _load(kind: Any, name_or_path: str) -> Any:
 
 
 def _cannot(name_or_path: str, error: Exception) -> str:
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    where = "" if Path(name_or_path).is_dir() else " (there is no such folder)"
-    return f"encoder {name_or_path!r} cannot be loaded{where}: {why}; give {JUDGE!r}, a folder or a hub id"
+    return f"encoder {name_or_path!r} cannot be loaded: {fault_of(name_or_path, error)}; {JUDGE!r} is always here"

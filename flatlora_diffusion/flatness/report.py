@@ -36,6 +36,7 @@ from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import check_writable, write_json, write_text
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.sdxl.base_title import base_title
 from flatlora_diffusion.sdxl.loading import base_given_as
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
@@ -55,6 +56,7 @@ def flatness(config: FlatnessConfig) -> Path:
     check_writable(folder, "output_dir")
     check_result_folder(folder, "output_dir")
     first = _where_it_is(runs[0].config, config)
+    logger.info("base: %s", base_title(first.model))
     images = _images(runs[0], first, config)
     model = dataclasses.replace(first.model, quantize_base=None, offload=False)
     sdxl = load_sdxl(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
@@ -172,5 +174,6 @@ def _facts(
 def _write(folder: Path, config: FlatnessConfig, figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> None:
     result = {**facts, "figures": [dataclasses.asdict(one) for one in figures]}
     write_json(folder / RESULT, result)
-    write_text(folder / "flatness.md", markdown_tables(figures, config) + "\n")
+    title = base_title(ModelConfig(**facts["base"]))
+    write_text(folder / "flatness.md", f"base: {title}\n\n{markdown_tables(figures, config)}\n")
     write_charts(folder, config, figures, facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from diffusers import (
 )
 from safetensors import SafetensorError
 
-from flatlora_diffusion.config import SAMPLES, TINY, ConfigError, ModelConfig, Quantization
-from flatlora_diffusion.ground.hub_reach import hub_is_reachable
+from flatlora_diffusion.config import ConfigError, ModelConfig, Quantization
+from flatlora_diffusion.ground.hub_reach import fault_of, hub_is_reachable, lacks_files, unreachable
 from flatlora_diffusion.ground.model_places import check_models, is_single_file
+from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
+from flatlora_diffusion.sdxl.base_title import TINY_TITLE, sized
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
+from flatlora_diffusion.sdxl.shapes import base_path
 from flatlora_diffusion.sdxl.single_file import PREFIXES
 from flatlora_diffusion.sdxl.variants import (
     Header,
@@ -43,11 +47,6 @@ TILE = 1024  # pixels
 _SETTING = "pretrained_model_name_or_path"
 _LOAD_ERRORS = (OSError, ValueError, SafetensorError)
 _BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # where diffusers lets it load
-
-
-def base_path(name_or_path: str) -> str:
-    """The folder, file or hub id behind `--pretrained_model_name_or_path`; `tiny` is the base that ships with us."""
-    return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
 
 
 def one_at_a_time(vae: AutoencoderKL) -> AutoencoderKL:
@@ -88,13 +87,13 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         else:
             pipeline = _from_folder(path, config, dtype, quantization, parts, is_offline)
     except _LOAD_ERRORS as error:
-        why = _first_line(error) + _hint(path, is_file, config, is_offline)
+        why = _why(path, error, is_file, config)
         raise ConfigError(f"{_named(config)} is no SDXL base that can be loaded: {why}") from error
     except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
         raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
     _check_pipeline(pipeline, config)
     pipeline.scheduler = _scheduler(pipeline, config, variant)
-    logger.info("%s", description(variant, config, pipeline.scheduler))
+    logger.info("%s", description(_as_known(variant, pipeline), config, pipeline.scheduler))
     for doubt in doubts(variant, pipeline.scheduler):
         logger.warning("%s", doubt)
     one_at_a_time(pipeline.vae)
@@ -196,16 +195,14 @@ def _from_single_file(
     return StableDiffusionXLPipeline.from_single_file(path, dtype=dtype, add_watermarker=False, **where, **parts)
 
 
-def _hint(path: str, is_file: bool, config: ModelConfig, is_offline: bool) -> str:
-    unreachable = "; the hub cannot be reached" if is_offline else ""
-    if is_file:
-        folder = config.single_file_config
-        return (
-            f"; do the configs in {folder} fit it?"
-            if folder
-            else f"{unreachable}; to work without the hub, give --single_file_config FOLDER"
-        )
-    return "" if Path(path).is_dir() else f"{unreachable}; and there is no such folder"
+def _why(path: str, error: Exception, is_file: bool, config: ModelConfig) -> str:
+    """Why the base could not be loaded, and what to do."""
+    if not is_file:
+        return fault_of(path, error)
+    if config.single_file_config is not None:
+        return f"{_first_line(error)}; do the configs in {config.single_file_config} fit it?"
+    why = f"its configs are not downloaded, and {unreachable()}" if lacks_files(error) else _first_line(error)
+    return f"{why}; to work without the hub, give --single_file_config FOLDER"
 
 
 def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
@@ -216,7 +213,7 @@ def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
         )
     except _LOAD_ERRORS as error:
         raise ConfigError(
-            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {_first_line(error)}"
+            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {fault_of(path, error)}"
         ) from error
     return vae.to(vae_dtype(vae.config, dtype))
 
@@ -238,6 +235,13 @@ def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) ->
     missing = [name for part in _modules(pipeline) for name, tensor in part.named_parameters() if tensor.is_meta]
     if missing:
         raise ConfigError(f"{_named(config)} lacks {len(missing)} weights of its models, such as {missing[0]}")
+
+
+def _as_known(variant: Variant, pipeline: StableDiffusionXLPipeline) -> Variant:
+    """The tiny base is known by its sizes, whatever it is called."""
+    if family_of(pipeline.unet) != TINY_FAMILY:
+        return variant
+    return replace(variant, name=sized(TINY_TITLE, pipeline.unet.config.sample_size * pipeline.vae_scale_factor))
 
 
 def _scheduler(pipeline: StableDiffusionXLPipeline, config: ModelConfig, variant: Variant) -> Any:

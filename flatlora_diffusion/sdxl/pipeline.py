@@ -15,10 +15,11 @@ from diffusers import (
 )
 from torch import Tensor
 
-from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.sdxl.base_family import Family, family_of
 from flatlora_diffusion.sdxl.loading import load_pipeline
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
+from flatlora_diffusion.sdxl.shapes import checked_size
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,7 @@ class Sdxl:
 
     def checked_resolution(self, wanted: int | None) -> int:
         """The image size to work at: `wanted`, or the base's own. Raises ConfigError for one that cannot be."""
-        resolution, step = wanted or self.resolution, self.size_step
-        if resolution % step:
-            near = max(1, round(resolution / step)) * step
-            raise ConfigError(
-                f"resolution={resolution} must be a multiple of {step} for this base; {near} is the nearest"
-            )
-        return resolution
+        return checked_size(wanted or self.resolution, self.size_step)
 
     def move(self, parts: Iterable[str], device: torch.device) -> None:
         """Place models of the pipeline, by their names in it."""

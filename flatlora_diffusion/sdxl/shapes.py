@@ -1,27 +1,20 @@
-"""The base's four models on the meta device: all shapes, no weights. A base that is not on disk counts as SDXL."""
+"""The base's four models by their config files: their sizes, and all shapes without weights on the meta device.
+
+A base that is not on disk counts as SDXL. Torch is imported only where a model is built.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from flatlora_diffusion.config import ModelConfig
-from flatlora_diffusion.sdxl.loading import base_path
+from flatlora_diffusion.config import SAMPLES, SDXL, TINY, ConfigError, ModelConfig
 
 TOKENS = 77  # of a prompt, as CLIP reads it
-_CLASSES = {
-    "unet": UNet2DConditionModel,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "vae": AutoencoderKL,
-}
 # The sizes of stabilityai/stable-diffusion-xl-base-1.0.
 _SDXL: dict[str, dict[str, Any]] = {
     "unet": {
@@ -64,14 +57,24 @@ _SDXL: dict[str, dict[str, Any]] = {
 }
 
 
+def base_path(name_or_path: str) -> str:
+    """The folder, file or hub id behind `--pretrained_model_name_or_path`; `tiny` is the base that ships with us."""
+    return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
+
+
 def on_meta(config: ModelConfig, part: str) -> Any:
     """The base's `unet`, `text_encoder`, `text_encoder_2` or `vae` on the meta device, fp32, frozen, in eval mode."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     settings = part_settings(config, part)
     with torch.device("meta"):
         if part.startswith("text_encoder"):
-            model = _CLASSES[part](CLIPTextConfig.from_dict(settings))
+            kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+            model = kind(CLIPTextConfig.from_dict(settings))
         else:
-            model = _CLASSES[part].from_config(settings)
+            model = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(settings)
     return model.requires_grad_(False).eval()
 
 
@@ -82,6 +85,24 @@ def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
         return _SDXL[part]
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return settings
+
+
+class Sizes(NamedTuple):
+    """A base's own image size in pixels, and the step that image sides must be a multiple of."""
+
+    own: int
+    step: int
+
+
+def known_sizes(config: ModelConfig) -> Sizes | None:
+    """What the config files on this disk say; None for a hub id that is not downloaded, and for files of no base."""
+    name = config.pretrained_model_name_or_path
+    if name != SDXL and not Path(name).is_file() and own_config(config, "unet") is None:
+        return None
+    try:
+        return Sizes(own_size(config), size_step(config))
+    except (OSError, ValueError, LookupError, TypeError):  # told in full when the base is loaded
+        return None
 
 
 def own_config(config: ModelConfig, part: str) -> Path | None:
@@ -113,3 +134,18 @@ def own_size(config: ModelConfig) -> int:
 def size_step(config: ModelConfig) -> int:
     """Image sides are a multiple of this: the VAE's factor times the UNet's."""
     return int(vae_factor(config) * 2 ** (len(part_settings(config, "unet")["block_out_channels"]) - 1))
+
+
+def checked_size(wanted: int, step: int) -> int:
+    """`wanted` pixels. Raises ConfigError for an image size that is no multiple of the base's `step`."""
+    if wanted % step:
+        near = max(1, round(wanted / step)) * step
+        raise ConfigError(f"resolution={wanted} must be a multiple of {step} for this base; {near} is the nearest")
+    return wanted
+
+
+def check_resolution(config: ModelConfig, wanted: int | None) -> None:
+    """Raises ConfigError as `checked_size`, for a base whose sizes are known before it is loaded."""
+    sizes = known_sizes(config)
+    if wanted is not None and sizes is not None:
+        checked_size(wanted, sizes.step)

@@ -50,7 +50,7 @@ def train_members(given: TrainConfig, run: RunDir, train_one: TrainOne) -> Path:
     `train_one` trains a member in a folder of its own. Raises what a training raises, StoppedError for a stop.
     """
     began = time.monotonic()
-    config = new_or_resumed(_with_first_seed(given, run), run)
+    config = new_or_resumed(with_first_seed(given, run), run)
     if this_process().is_main_process:
         run.clean()
     check_early(config)
@@ -95,7 +95,7 @@ def member_configs(config: TrainConfig, run: RunDir) -> list[TrainConfig]:
     ]
 
 
-def _with_first_seed(config: TrainConfig, run: RunDir) -> TrainConfig:
+def with_first_seed(config: TrainConfig, run: RunDir) -> TrainConfig:
     """A seed that was drawn for the first member is the run's."""
     first = run.member(1)
     if config.run.seed is not None or not first.config_file.is_file():

@@ -57,7 +57,7 @@ def test_presets_come_back_from_the_form_as_they_were(form: ConfigForm, preset: 
     ("name", "value", "sentence"),
     [
         ("rank", 0, "rank=0 is out of range"),
-        ("train_batch_size", 2.5, "train_batch_size=2.5 must be of type int"),
+        ("train_batch_size", 2.5, "train_batch_size=2.5 must be a whole number"),
         ("sigma", "much", "sigma='much' must be a number"),
         ("resolution", "4", "resolution=4 is out of range"),
         ("lr_scheduler", "up", "lr_scheduler='up' is not one of"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +18,9 @@ from PIL import Image
 
 from flatlora_diffusion.commands.command_line import DEMO_ARMS, DEMO_SAM_STEPS, main, train_main
 from flatlora_diffusion.compare import comparison
-from flatlora_diffusion.config import CompareConfig, RunError, TrainConfig
+from flatlora_diffusion.config import CompareConfig, GenerateConfig, RunError, TrainConfig
 from flatlora_diffusion.flatness import report as flatness_report
+from flatlora_diffusion.ground.run_dir import RunDir
 
 
 @pytest.fixture
@@ -71,8 +77,8 @@ def test_a_pickle_and_what_is_not_there_are_refused_before_torch_is_imported(
 
 
 @pytest.fixture
-def places(base: Path, lora: Path) -> dict[str, str]:
-    return {"BASE": str(base), "LORA": str(lora), "RUN": str(lora.parent)}
+def places(base: Path, icons: Path, lora: Path) -> dict[str, str]:
+    return {"BASE": str(base), "ICONS": str(icons), "LORA": str(lora), "RUN": str(lora.parent)}
 
 
 @pytest.mark.parametrize("name", ["nope", "nope.safetensors", "./some/nope", "nope.ckpt"])
@@ -136,19 +142,18 @@ def test_a_bad_prompts_file(
 
 def test_sigma_with_plain_lora_is_refused(capsys: pytest.CaptureFixture[str], icons: Path) -> None:
     arguments = ["--instance_data_dir", str(icons), "--method", "lora", "--sigma", "0.1"]
-    with pytest.raises(SystemExit) as stop:
-        train_main(arguments)
-    assert stop.value.code == 2
-    printed = capsys.readouterr()
-    assert "--method lora has no sigma" in " ".join((printed.out + printed.err).replace("│", " ").split())
+    assert "--method lora has no sigma" in complaint(capsys, arguments)
 
 
 def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        train_main(["--no_such_flag", "1"])
-    assert stop.value.code == 2
+    assert "--no_such_flag" in complaint(capsys, ["--no_such_flag", "1"])
     assert main(["nonsense"]) == 2
     assert "error: flatlora has no verb 'nonsense'; there are: demo, train, compare" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"flatlora-diffusion {version('flatlora-diffusion')}\n"
 
 
 VERBS = {
@@ -172,8 +177,7 @@ def test_usage_names_the_command_as_one_types_it(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(main([verb, "--help"]))
     assert stop.value.code == 0
-    typed = {"demo": "compare"}.get(verb, verb)
-    assert capsys.readouterr().out.lstrip().startswith(f"usage: flatlora {typed}")
+    assert capsys.readouterr().out.startswith(f"usage: flatlora {verb} ")
 
 
 def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +196,76 @@ def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) ->
     assert (own.guidance_scale, given.guidance_scale) == (2.5, 4)
     assert (own.arms, given.arms) == (DEMO_ARMS, ("lora",)), "steps that are given are those of SAM, too"
     assert usual.arms == ("lora", "flat-lora", f"sam:max_train_steps={DEMO_SAM_STEPS}")
+
+
+TINY_IN_WORDS = "the tiny demo base, 64 pixels"
+
+
+@pytest.mark.parametrize(
+    ("line", "program"),
+    [
+        ("train --instance_data_dir ICONS", "training.trainer.train"),
+        ("compare --instance_data_dir ICONS", "compare.comparison.compare"),
+        ("demo", "compare.comparison.compare"),
+        ("evidence --pretrained_model_name_or_path tiny --resolution 64", "compare.evidence.evidence.evidence"),
+        ("generate --prompts fox", "gallery.gallery.generate"),
+        ("merge --base tiny --lora LORA --output x", "lora_tools.merging.merge_loras"),
+        ("extract --base tiny --tuned owner/name", "lora_tools.resizing.extract_lora"),
+    ],
+)
+def test_the_first_line_of_a_verb_and_its_summary_say_what_the_base_is(
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    places: dict[str, str],
+    tmp_path: Path,
+    line: str,
+    program: str,
+) -> None:
+    """Without a flag for it the base is no SDXL; the demo means it so, and `--base` is always given."""
+    (tmp_path / "compare.md").touch()
+    (tmp_path / "compare.json").write_text('{"verdict": ""}')
+
+    def run(*_: Any) -> Any:
+        assert caplog.messages[0].startswith(f"base: {TINY_IN_WORDS}"), "before anything else is logged"
+        if program.startswith("lora_tools"):
+            raise RunError("enough")
+        return (
+            [tmp_path] if "gallery" in program else tmp_path / "evidence.json" if "evidence" in program else tmp_path
+        )
+
+    monkeypatch.setattr(f"flatlora_diffusion.{program}", run)
+    words = [places.get(word, word) for word in line.split()]
+    with caplog.at_level(logging.INFO):
+        assert main(words) == (1 if program.startswith("lora_tools") else 0)
+    has_remedy = "--pretrained_model_name_or_path" in caplog.messages[0]
+    assert has_remedy == (words[0] in ("train", "compare", "evidence", "generate"))
+    assert program.startswith("lora_tools") or TINY_IN_WORDS in capsys.readouterr().out
+
+
+def test_a_base_that_the_run_of_a_lora_names_is_not_told_to_be_replaced(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, lora: Path, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path)
+    shutil.copy(lora, tmp_path)
+    run.config_file.write_text(json.dumps(TrainConfig().to_dict()))
+    run.events_file.touch()
+    asked: list[GenerateConfig] = []
+
+    def draw(config: GenerateConfig) -> list[Path]:
+        asked.append(config)
+        return []
+
+    monkeypatch.setattr("flatlora_diffusion.gallery.gallery.generate", draw)
+    generate = ["generate", "--prompts", "fox", "--lora", str(tmp_path), "--clip_skip", "1"]
+    with caplog.at_level(logging.INFO):
+        assert main(generate) == 0
+        assert main([*generate, "--pretrained_model_name_or_path=tiny"]) == 0
+    assert [config.model.clip_skip for config in asked] == [1, 1]
+    of_run, given = caplog.messages
+    assert of_run == f"base: {TINY_IN_WORDS}"
+    assert given.startswith(of_run)
+    assert "--pretrained_model_name_or_path" in given
 
 
 def test_the_app_is_ours_and_says_what_it_lacks(

@@ -71,7 +71,7 @@ def test_python_is_compared_with_the_tested_one(monkeypatch: pytest.MonkeyPatch)
 
 def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"peft": "0.21.2+local", "torch": "2.13.0+cpu", "transformers": "5.24.0", "huggingface_hub": "2.5.0"}
-    asked = map(Requirement, ("peft>=0.20", "torch>=2.6", "transformers>=5.0,<5.24", "huggingface_hub", "tyro>=0.9"))
+    asked = map(Requirement, ("peft>=0.20", "torch>=2.6", "transformers>=5.0,<5.24", "huggingface_hub", "scipy>=1.11"))
     monkeypatch.setattr(doctor, "required", lambda: list(asked))
     monkeypatch.setattr(doctor, "installed", have.get)
     monkeypatch.setattr(
@@ -80,7 +80,7 @@ def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypat
     old, gone, others = map(said, doctor.libraries())
     assert old[0] == gone[0] == "problem"
     assert 'transformers 5.24.0 is outside of <5.24,>=5.0: pip install "transformers<5.24,>=5.0"' in old[1]
-    assert 'tyro is not installed: pip install "tyro>=0.9"' in gone[1]
+    assert 'scipy is not installed: pip install "scipy>=1.11"' in gone[1]
     assert others[0] == "note"
     assert (
         "others than last tested: huggingface_hub 2.5.0 (tested: 2.4.0): if something fails, pip install -c"
@@ -192,7 +192,7 @@ def of_base(path: Path | str, variant: str | None = None) -> tuple[str, str]:
 
 
 def test_a_base_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert of_base("tiny") == ("ok", "base tiny is here: ")
+    assert of_base("tiny") == ("ok", "base the tiny demo base is here: ")
     assert of_base(SAMPLES / "tiny_sdxl")[0] == "ok"
     assert of_base(tmp_path) == (
         "problem",
@@ -239,7 +239,7 @@ def test_a_hub_model_is_downloaded_can_be_or_cannot(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_checkout_needs_is_known_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {one.name for one in versions.required()}
-    assert {"torch", "diffusers", "tyro"} <= names
+    assert {"torch", "diffusers", "safetensors"} <= names
     assert not names & {"gradio", "pytest"}, "those are extras"
 
     def gone(name: str) -> None:

@@ -20,7 +20,6 @@ from flatlora_diffusion import FlatLora
 from flatlora_diffusion.commands import command_line, doctor, lora_verbs
 from flatlora_diffusion.commands.command_line import main, train_main
 from flatlora_diffusion.commands.verb_settings import verb_settings
-from flatlora_diffusion.config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -53,9 +52,8 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (command_line, doctor, lora_verbs):
         monkeypatch.setattr(module, "verb_settings", stop(verb_settings))
-    for name in ("_comparison", "_checked"):  # the second is the last that `train` does with its settings
+    for name in ("parse_comparison", "parse_config"):
         monkeypatch.setattr(command_line, name, stop(getattr(command_line, name)))
-    monkeypatch.setattr(command_line, "_base_of_runs", lambda arguments: ModelConfig())  # there are no such runs
     app = SimpleNamespace(main=stop(lambda arguments: parse_settings(arguments, {})))
     monkeypatch.setattr(command_line, "import_module", lambda name: app)  # which has two names, by its installation
 

@@ -142,6 +142,7 @@ RUNS: dict[str, str] = {
     "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
     "holdout": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1",
     "holdout folds": "--holdout_folds 2 --checkpointing_steps 1",
+    "average of members": "--members 2 --average_rank 3 --remove_members",
     "velocity": "--prediction_type v_prediction --zero_terminal_snr --debiased_estimation",
     "prior of the base": "--prior_from_base --class_prompt icon",
     "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --sigma_ramp_steps 1 --perturb_seed 1 "

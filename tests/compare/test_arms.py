@@ -41,7 +41,7 @@ def test_an_arm_is_a_method_and_typed_settings() -> None:
         ("lora:sigma=0.2", "'sigma=0.2' in 'lora:sigma=0.2' means nothing for plain LoRA"),
         ("factor-noise:perturb_draw=full", "'perturb_draw=full' in .* means nothing for Noise in A and B"),
         ("lora:rnk=3", "unknown setting 'rnk'"),
-        ("lora:rank=many", "rank='many' must be of type int"),
+        ("lora:rank=many", "rank='many' must be a whole number"),
         ("lora:use_ema=yes", "use_ema='yes' must be true or false"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from flatlora_diffusion.compare.workers import at_once, places as of_workers
 from flatlora_diffusion.compare.workers.at_once import train_at_once
 from flatlora_diffusion.compare.workers.places import Places, check_places, places
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, TrainConfig
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 
 Run = Callable[[Sequence[str], Path], int]
 
@@ -73,6 +75,34 @@ def test_runs_at_once_leave_what_they_leave_one_after_the_other(
     assert places_seen == {"1"}
     monkeypatch.setattr(of_workers, "_ended", None)
     train_at_once(two, 2, None)  # nothing is left
+
+
+def test_members_trained_at_once_have_the_average_of_those_trained_one_after_the_other(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, commands = threading.Lock(), []
+
+    def here(command: Sequence[str], log: str, environment: Any) -> int:
+        commands.append(command)
+        with alone:
+            return main(list(command[3:]))
+
+    monkeypatch.setattr(of_workers, "_ended", here)
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(config.replace(members=2, max_train_steps=2).to_dict()), encoding="utf-8")
+    train = ["train", "--config", str(settings)]
+    assert main([*train, "--output_dir", str(tmp_path / "at-once"), "--workers", "2"]) == 0
+    assert len(commands) == 2
+    assert main([*train, "--output_dir", str(tmp_path / "one")]) == 0
+    assert len(commands) == 2
+    one, other = (load_file(tmp_path / name / LORA_FILE) for name in ("at-once", "one"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_workers_of_a_single_run_are_refused(icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--instance_data_dir", str(icons), "--output_dir", str(tmp_path / "run"), "--workers", "2"]
+    assert main(["train", *flags]) == 2
+    assert "--members" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_stops_the_others_and_names_its_log(

@@ -91,10 +91,13 @@ def test_a_run_trains_on_all_folders(config: TrainConfig, file: Path) -> None:
         ("[[datasets]]", r"lists no folder; add \[\[datasets.subsets\]\] with image_dir"),
         ("[[datasets]]\n[[datasets.subsets]]", "subset 1 of dataset 1 has no image_dir"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nis_reg=true", "give --with_prior_preservation"),
-        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nnum_repeats='2'", "num_repeats='2' must be of type int"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nnum_repeats='2'",
+            "num_repeats='2' must be a whole number",
+        ),
         (
             "[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nnum_repeats=true",
-            "num_repeats=True must be of type int",
+            "num_repeats=True must be a whole number",
         ),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nnum_repeats=0", "must be between 1 and 10000"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\ncaption_extension='.cap'", "is none of .txt, .caption"),

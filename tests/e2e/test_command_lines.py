@@ -25,6 +25,10 @@ from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.sdxl.single_file import save_single_file
 
 ROOT = Path(__file__).parents[2]
+WITHOUT_TORCH = (
+    "import sys; from flatlora_diffusion.commands.command_line import main; code = main(sys.argv[1:]); "
+    "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+)
 
 
 def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -49,14 +53,37 @@ def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     ids=lambda arguments: arguments[0],
 )
 def test_a_file_that_is_not_there_is_told_before_torch_is_imported(arguments: list[str]) -> None:
-    code = (
-        "import sys; from flatlora_diffusion.commands.command_line import main; code = main(sys.argv[1:]); "
-        "print(code, sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
-    )
-    done = start("-c", code, *arguments)
+    done = start("-c", WITHOUT_TORCH, *arguments)
     assert done.stdout == "2 []\n", done.stderr
     assert done.stderr.startswith("error: ")
     assert "nowhere.safetensors" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--instance_data_dir", "IMAGES"], "fox.png has no caption"),
+        (["compare", "--instance_data_dir", "IMAGES", "--max_train_steps", "2"], "fox.png has no caption"),
+        (["train", "--dataset_config", "IMAGES/data.toml"], "fox.png has no caption"),
+        (["train", "--instance_data_dir", "IMAGES/empty"], "has no readable image"),
+        (["train", "--preset", "demo", "--resolution", "33"], "resolution=33 must be a multiple of 16"),
+        (["demo", "--resolution", "33"], "resolution=33 must be a multiple of 16"),
+        (["evidence", "--resolution", "1000"], "resolution=1000 must be a multiple of 32"),
+        (["generate", "--prompts", "a", "--resolution", "33"], "resolution=33 must be a multiple of 16"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_images_captions_and_sizes_are_looked_at_before_torch_is_imported(
+    tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "fox.png")
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "fox.png").read_bytes()[:60])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{tmp_path.as_posix()}'\n")
+    done = start("-c", WITHOUT_TORCH, *(argument.replace("IMAGES", str(tmp_path)) for argument in arguments))
+    assert done.stdout == "2 []\n", done.stderr
+    assert told in done.stderr
+    assert "damaged" not in done.stderr, "an image that is skipped needs no caption"
 
 
 @contextmanager
@@ -106,6 +133,7 @@ def test_the_script_trains_and_a_stock_pipeline_draws_other_images_with_its_lora
     )
     assert done.returncode == 0, done.stderr
     assert "3 images, captions 3/3" in done.stderr
+    assert done.stderr.splitlines()[0] == done.stdout.splitlines()[-1] == f"base: {base}, 32 pixels"
     seed = json.loads((run / "config.json").read_text())["seed"]
     assert f"seed {seed}" in done.stderr
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)

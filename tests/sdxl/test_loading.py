@@ -271,7 +271,10 @@ def test_a_folder_with_pickled_weights_is_refused(folder: Path, tmp_path: Path) 
         ("/no/such/file.safetensors", "does not exist: there is no such file"),
         ("./no-such-folder", "does not exist: there is no such folder"),
         ("no-such-folder", "does not exist: there is no such folder, and a hub id is OWNER/NAME"),
-        ("someone/no-such-base", "is no SDXL base that can be loaded: .*; and there is no such folder"),
+        (
+            "someone/no-such-base",
+            "is no SDXL base that can be loaded: there is no such folder.*hf download someone/no-such-base",
+        ),
         ("model.ckpt", "only .safetensors files are read"),
     ],
 )

@@ -16,9 +16,10 @@ from huggingface_hub.errors import HFValidationError
 
 from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.comparison import compare
+from flatlora_diffusion.compare.evidence.defaults import BASE, ENCODERS
 from flatlora_diffusion.compare.experiment import Experiment, duration, outlook
 from flatlora_diffusion.compare.material import free_device
-from flatlora_diffusion.config import SDXL, TINY, CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.config import TINY, CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
 from flatlora_diffusion.ground.whole_files import write_json
@@ -27,12 +28,6 @@ from flatlora_diffusion.memory.estimate import estimate_memory
 logger = logging.getLogger(__name__)
 
 FILE = "evidence.json"
-BASE, ENCODERS = SDXL, ("openai/clip-vit-large-patch14", "facebook/dinov2-base")
-# A training of the paper's setting on the sample icons, as `compare` takes it.
-DEFAULTS = (
-    *("--preset", "paper", "--instance_data_dir", "samples/icons_3d", "--resolution", "1024", "--cache_latents"),
-    *("--gradient_checkpointing", "--num_seeds", "3", "--encoders", *ENCODERS, "--output_dir", "evidence"),
-)
 _DOWNLOADS = {BASE: 6.9e9, ENCODERS[0]: 1.7e9, ENCODERS[1]: 0.35e9}  # bytes; the base's in half precision
 _GB = 1e9
 _PIXEL = 1.6  # bytes of a PNG
