@@ -13,7 +13,7 @@ CHART_CSS = """
   background: var(--block-background-fill); color: var(--body-text-color); }
 .fl-chart b { font-weight: 600; font-size: 14px; }
 .fl-chart p { margin: 0; font-size: 12.5px; color: var(--body-text-color-subdued); }
-.fl-chart svg { display: block; width: 100%; height: auto; margin: 8px 0 4px; }
+.fl-chart svg { display: block; width: 100%; max-width: 900px; height: auto; margin: 8px 0 4px; }
 .fl-chart text { font-size: 12px; fill: var(--body-text-color-subdued); }
 .fl-chart path { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
 .fl-chart line { stroke: var(--border-color-primary); }
@@ -21,7 +21,7 @@ CHART_CSS = """
 .fl-keys i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; }
 """
 Curve = Sequence[tuple[int, float]]
-"""(step, loss), by step."""
+"""(number of steps done, loss), by step."""
 
 
 def loss_chart(curves: Mapping[str, Curve], colours: Mapping[str, str], title: str, text: str) -> str:
@@ -40,7 +40,7 @@ def loss_chart(curves: Mapping[str, Curve], colours: Mapping[str, str], title: s
     lines = ""
     for name, curve in drawn.items():
         path = " L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*one) for one in curve))
-        lines += f'<path stroke="{colours[name]}" d="M{path}"><title>{escape(name)}</title></path>'
+        lines += f'<path style="stroke:{colours[name]}" d="M{path}"><title>{escape(name)}</title></path>'
     told = "; ".join(f"{name}: {curve[-1][1]:.4f} after step {curve[-1][0]}" for name, curve in drawn.items())
     keys = "".join(f'<li><i style="background:{colours[name]}"></i>{escape(name)}</li>' for name in drawn)
     return (
@@ -59,7 +59,7 @@ def _grid(place: Callable[[float, float], tuple[float, float]], last: int, edges
         label = f"{low + number * every:.{digits}f}"
         marks.append(f'<line x1="{x}" x2="{_WIDTH - _EDGE}" y1="{y:.1f}" y2="{y:.1f}"/>')
         marks.append(f'<text x="{x - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for step in sorted({round(last * part / _TICKS) for part in range(_TICKS + 1)}):
+    for step in range(0, last + 1, max(1, round(_round_distance(last)))):
         x, y = place(step, low)
         marks.append(f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">{step}</text>')
     return "".join(marks)
@@ -68,8 +68,12 @@ def _grid(place: Callable[[float, float], tuple[float, float]], last: int, edges
 def _round_range(losses: Sequence[float]) -> tuple[float, float, float]:
     """(lower edge, upper edge, distance of the lines) in round numbers around all losses."""
     low, high = min(losses), max(losses)
-    width = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(width / _TICKS))
-    every = next(power * factor for factor in (1, 2, 5, 10) if power * factor * _TICKS >= width)
+    every = _round_distance((high - low) or abs(high) or 1.0)
     first = math.floor(low / every)
     return every * first, every * max(math.ceil(high / every), first + 1), every
+
+
+def _round_distance(width: float) -> float:
+    """The least round distance of which _TICKS are as wide."""
+    power = 10.0 ** math.floor(math.log10(width / _TICKS))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor * _TICKS >= width)

@@ -10,6 +10,8 @@ import gradio as gr
 
 from flatlora_diffusion.config import ConfigError
 
+from .train.words import in_form_words
+
 
 @contextmanager
 def told_on_the_page() -> Iterator[None]:
@@ -20,7 +22,16 @@ def told_on_the_page() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise gr.Error(escape(str(error), quote=False), title="Please check", print_exception=False) from error
+        raise gr.Error(
+            escape(in_form_words(str(error)), quote=False), title="Please check", print_exception=False
+        ) from error
+
+
+def percent(share: float, is_signed: bool = False) -> str:
+    """`12%`, or `+12%` if it is signed; of what rounds to nothing that it is `under 1%`."""
+    if share and not round(100 * share):
+        return "under 1%"
+    return f"{share:{'+' if is_signed else ''}.0%}"
 
 
 def answer_card(told: str, rest: str) -> str:

@@ -13,12 +13,14 @@ from .compare.grid import file_url
 from .context import AppContext
 from .runs.progress import Preview
 from .runs.runs import Run
+from .theme import NO_METHOD
 
 MOST_COLUMNS = 24
 STRIP_CSS = """
+.fl-strips { display: grid; gap: 10px; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
 .fl-strip { margin: 0; padding: 12px 14px; border: 1px solid var(--border-color-primary); border-radius: 12px;
   background: var(--block-background-fill); color: var(--body-text-color); min-width: 0; }
-.fl-strip + .fl-strip { margin-top: 10px; }
 .fl-strip-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; margin: 0 0 6px; }
 .fl-strip-head b { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; }
 .fl-strip-head i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
@@ -91,11 +93,9 @@ drawn();
 
 def strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """HTML of the samples of each run that has any; empty without. colours: of the runs, by name."""
-    return "".join(
-        _strip(run, context.runs.previews(run.id), colours.get(run.name, "#777"))
-        for run in runs
-        if context.runs.previews(run.id)
-    )
+    found = [(run, context.runs.previews(run.id)) for run in runs]
+    made = "".join(_strip(run, previews, colours.get(run.name, NO_METHOD)) for run, previews in found if previews)
+    return made and f'<div class="fl-strips">{made}</div>'
 
 
 def shown_steps(steps: Sequence[int]) -> list[int]:

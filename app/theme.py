@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import gradio as gr
 
-from flatlora_diffusion.charts.palette import FLAT_LORA, LORA
+from flatlora_diffusion.charts.palette import BASE, METHODS, THIRD, TONES
+from flatlora_diffusion.config import METHOD_NAMES
 
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
-# A colour for each method, then its lighter and darker kin for more runs of the same method in one chart.
-SHADES = {"LoRA": LORA.colours, "Flat-LoRA": FLAT_LORA.colours}
+# A colour for each method, then its lighter and darker kin for more runs of the same method in one chart. They are
+# variables of the page, which are others on dark paper.
+SHADES = {
+    title: tuple(f"var(--{name})" for name in METHODS.get(method, THIRD).tones)
+    for method, title in METHOD_NAMES.items()
+}
 COLOURS = {method: shades[0] for method, shades in SHADES.items()}
+NO_METHOD = f"var(--{BASE.name})"  # the base's, and that of a LoRA from elsewhere
 
 
 def make_theme() -> gr.themes.Base:
@@ -51,16 +57,21 @@ def make_theme() -> gr.themes.Base:
     )
 
 
+_LIGHT, _DARK = (
+    " ".join(f"--{name}: {tone};" for name, tone in zip(TONES, tones, strict=True))
+    for tones in zip(*TONES.values(), strict=True)
+)
+
 # Gradio moves rules of a media query below `.contain`, so what is outside of that is written without one.
 CSS = """
-.gradio-container { width: 100%; max-width: min(1180px, 100%) !important; min-width: 0; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: min(1760px, 100%) !important; min-width: 0; margin: 0 auto !important; }
 .gradio-container > *, .gradio-container main { min-width: 0; max-width: 100%; }
 .gradio-container > .main { padding: 12px clamp(6px, 2.5vw, 32px) !important; }
 .tabs, .tabitem, .row, .column, .form { min-width: 0; max-width: 100%; }
 footer { display: none !important; }
-.gradio-container { --fl-danger: #b42318; --fl-on-danger: white; --fl-edge: #8f8a85; --fl-focus: #2f6fde; }
-.dark .gradio-container, .gradio-container.dark { --fl-danger: #ff8a7a; --fl-on-danger: #171412; --fl-edge: #8f8a85;
-  --fl-focus: #8db4ff; --color-accent: #f0915c; }
+.gradio-container { LIGHT --fl-danger: #b42318; --fl-on-danger: white; --fl-edge: #8f8a85; --fl-focus: #2f6fde; }
+.dark .gradio-container, .gradio-container.dark { DARK --fl-danger: #ff8a7a; --fl-on-danger: #171412;
+  --fl-edge: #8f8a85; --fl-focus: #8db4ff; --color-accent: #f0915c; }
 button.stop:hover { color: var(--fl-on-danger) !important; border-color: var(--fl-danger) !important; }
 button:focus-visible, a:focus-visible, summary:focus-visible, [role=tab]:focus-visible, textarea:focus-visible,
 input:focus-visible, select:focus-visible, [tabindex]:focus-visible {
@@ -87,11 +98,14 @@ label:has(> input[type=radio]:focus-visible), label:has(> input[type=checkbox]:f
 .fl-bad { color: #b42318; } .dark .fl-bad { color: #ff8a7a; }
 .fl-card pre { white-space: pre-wrap; max-height: 14em; overflow: auto; font-size: .8em; margin: 8px 0 0; }
 .table-wrap { max-width: 100%; overflow-x: auto; }
+.table-wrap th, .table-wrap td { border-color: var(--border-color-primary) !important; }
+#method label:nth-of-type(n+4) { width: 100%; }
+#method:not(.fl-all) label:nth-of-type(n+4):not(:has(input:checked)) { display: none; }
 #log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }
 @media (max-width: 640px) {
   .tab-container button { padding: 0 5px; font-size: 13px; }
 }
-"""
+""".replace("LIGHT", _LIGHT).replace("DARK", _DARK)
 
 # In the head, where a media query holds for all of the page.
 HEAD = """<style>

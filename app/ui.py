@@ -33,13 +33,14 @@ def build_app(context: AppContext) -> gr.Blocks:
             with gr.Tab("2 Train", id="train", elem_id="fl-tab-train") as train:
                 train_tab = build_train_tab(context, form, session, page.load, train.select)
             with gr.Tab("3 Compare", id="compare", elem_id="fl-tab-compare") as compare:
-                compare_timer = build_compare_tab(context, voter, page.load)
+                compare_tab = build_compare_tab(context, voter, page.load, tabs)
             with gr.Tab("4 Flatness", id="flatness", elem_id="fl-tab-flatness") as flatness:
                 flatness_timer = build_flatness_tab(context, page.load)
             with gr.Tab("Runs", id="runs", elem_id="fl-tab-runs") as runs:
                 build_runs_tab(context, form, session, tabs, train_tab, look_at_images, runs.select)
-        timers = {"train": train_tab.timer, "compare": compare_timer, "flatness": flatness_timer}
+        timers = {"train": train_tab.timer, "compare": compare_tab.timer, "flatness": flatness_timer}
         named = {"dataset": dataset, "train": train, "compare": compare, "flatness": flatness, "runs": runs}
+        train_tab.compare.click(**compare_tab.to_trained)
         # In the browser: answers of the server can overtake others, and hidden timers would keep the browser busy.
         keep_tab(page.load, tabs, named, timers)
     _keep_unnamed_private(page)

@@ -18,16 +18,16 @@ from benchmarks.paper_variants_plan import SCHEDULES, SIGMAS
 from benchmarks.paper_variants_sections import SECTIONS, cells_of
 from benchmarks.paper_words import SCALE, UNIT
 from flatlora_diffusion.charts.lines import Line, titled_chart
-from flatlora_diffusion.charts.palette import FLAT_LORA, FOURTH, THIRD
+from flatlora_diffusion.charts.palette import FLAT_LORA, FOURTH, THIRD, Tone
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "variants.md"
 FIGURE = "variants.png"
 SHAPES = FOLDER / "noise_shapes.json"
 LOOKS = {
-    "cosine": THIRD._replace(shades=("#7fb3aa",)),  # the lighter one is the chosen checkpoint's
+    "cosine": THIRD._replace(shades=(Tone("#7fb3aa", "#7fb3aa"),)),  # the lighter one is the chosen checkpoint's
     "constant": FLAT_LORA,
-    "down": FOURTH._replace(shades=("#dba3e0",)),
+    "down": FOURTH._replace(shades=(Tone("#dba3e0", "#dba3e0"),)),
 }
 
 

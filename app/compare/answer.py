@@ -11,6 +11,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from flatlora_diffusion.compare.paired import paired_difference
 
+from ..reporting import percent
 from .comparison import Comparison
 from .picture_cache import Picture
 
@@ -37,10 +38,10 @@ def answer(comparison: Comparison, drawn: Mapping[Picture, Path]) -> tuple[str, 
         told = f"{first} and {second} draw alike pictures here, with differences to be seen."
     else:
         told = f"{first} and {second} draw clearly different pictures here."
-    sure = f", give or take {share.margin or 0:.0%}" if share.n > 1 else ", from one picture, which tells little"
+    sure = f", give or take {percent(share.margin or 0)}" if share.n > 1 else ", from one picture, which tells little"
     return told, (
-        f"They differ from each other by {share.mean:.0%} of what they change in the base{sure}. Which one is better "
-        "is not in this figure: ask your eyes in the blind vote."
+        f"They differ from each other by {percent(share.mean)} of what they change in the base{sure}. Which one is "
+        "better is not in this figure: ask your eyes in the blind vote."
     )
 
 

@@ -7,9 +7,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from flatlora_diffusion.charts.palette import BASE
-
-from ..theme import COLOURS
+from ..theme import COLOURS, NO_METHOD
 from .comparison import Comparison, GridRow
 from .picture_cache import Picture
 
@@ -20,7 +18,7 @@ GRID_CSS = """
 .fl-grid { display: grid; gap: 10px; }
 .fl-line { display: grid; gap: 8px;
   grid-template-columns: repeat(var(--columns), minmax(0, var(--fl-size, var(--widest)))); }
-.fl-heads { position: sticky; top: 0; z-index: 2; padding: 6px 0; background: var(--background-fill-primary); }
+.fl-heads { position: sticky; top: 0; z-index: 2; padding: 6px 0; background: var(--body-background-fill); }
 .fl-heads > div { border-top: 4px solid; padding-top: 4px; }
 .fl-heads b { display: block; }
 .fl-heads span { color: var(--body-text-color-subdued); font-size: 12px; overflow-wrap: anywhere; }
@@ -77,7 +75,8 @@ def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
     """
     columns = len(comparison.titles)
     heads = "".join(
-        f'<div style="border-color:{colour_of(title)}"><b>{escape(title)}</b><span>{escape(name)}</span></div>'
+        f'<div style="border-color:{COLOURS.get(title, NO_METHOD)}"><b>{escape(title)}</b>'
+        f"<span>{escape(name)}</span></div>"
         for title, name in difference_titles(comparison, reference)
     )
     lines = "".join(_line(comparison, row, drawn, reference) for row in comparison.rows())
@@ -102,11 +101,6 @@ def difference_titles(comparison: Comparison, reference: int | None) -> list[tup
         (title, name if place <= reference else f"{name}: difference to {compared}")
         for place, (title, name) in enumerate(comparison.titles)
     ]
-
-
-def colour_of(title: str) -> str:
-    """The colour of a column: that of its method everywhere."""
-    return COLOURS.get(title, BASE.tone.light)
 
 
 def empty_page(title: str, text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from flatlora_diffusion.config import ConfigError
 from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..jobs.view import STATUS_CSS, wrong
+from ..runs.live_view import recent_ids
 from ..watch.ticks import only_news, signs_of
 from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
@@ -43,10 +44,22 @@ _ROWS_INFO = "A checkpoint is the LoRA on its way, so also the end that a run ha
 _PRECISIONS = [("As the device likes", AUTOMATIC), *((name, value) for value, name in PRECISIONS.items())]
 
 
-def build_compare_tab(context: AppContext, voter: gr.BrowserState, load: Callable[..., Any]) -> gr.Timer:
-    """Build the tab into the Blocks that is open. Returns its timer, which does not tick yet.
+@dataclass(frozen=True)
+class CompareTab:
+    """What other tabs need of this one. `timer` does not tick yet; `to_trained`: the event that brings the tab to
+    the front with what was trained last.
+    """
 
-    `voter`: who votes in this browser; `load`: the page's load event.
+    timer: gr.Timer
+    to_trained: dict[str, Any]
+
+
+def build_compare_tab(
+    context: AppContext, voter: gr.BrowserState, load: Callable[..., Any], tabs: gr.Tabs
+) -> CompareTab:
+    """Build the tab into the Blocks that is open.
+
+    `voter`: who votes in this browser; `load`: the page's load event; `tabs`: of the page.
     """
     view = CompareView(context)
     with gr.Tabs():
@@ -54,7 +67,16 @@ def build_compare_tab(context: AppContext, voter: gr.BrowserState, load: Callabl
             form, timer, known = _build_side_by_side(view, load)
         with gr.Tab("Blind vote"):
             build_vote(view, form, known, voter, load)
-    return timer
+    to_trained: dict[str, Any] = {"fn": partial(show_trained, view), "inputs": None, "outputs": [tabs, form[0]]}
+    return CompareTab(timer, to_trained | {"show_progress": "hidden", "api_visibility": "private"})
+
+
+def show_trained(view: CompareView) -> tuple[Any, Any]:
+    """The page's Compare tab in front, with what was trained last chosen in it."""
+    arms = view.arms()
+    ids = {arm.id for arm in arms}
+    trained = [run_id for run_id in recent_ids(view.context) if run_id in ids]
+    return gr.Tabs(selected="compare"), gr.update(choices=run_choices(arms), value=trained)
 
 
 def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -> tuple[Any, ...]:
@@ -102,51 +124,73 @@ def _build_side_by_side(
 ) -> tuple[list[gr.components.Component], gr.Timer, gr.State]:
     """The form's components in the order of `Form`, the timer of the tab, and the runs that can be chosen."""
     known, last = gr.State(None), gr.State(None)
-    with gr.Row():
-        with gr.Column(scale=3, min_width=280):
-            runs = gr.Dropdown(
-                [],
-                multiselect=True,
-                label="Runs",
-                info="Finished runs of one base. The first column is always the base without a LoRA.",
-            )
-            prompts = gr.Textbox(label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8)
-        with gr.Column(scale=2, min_width=280):
-            rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info=_ROWS_INFO)
-            with gr.Column() as one_strength:
-                strength = gr.Slider(
-                    *STRENGTHS, 1, step=0.05, label="LoRA strength", info="0 is the base, 1 is as it was trained."
+    with gr.Row():  # side by side on a wide page only, where the pictures have room beside the form
+        with gr.Column(scale=2, min_width=420):
+            with gr.Row():
+                with gr.Column(scale=3, min_width=280):
+                    runs = gr.Dropdown(
+                        [],
+                        multiselect=True,
+                        label="Runs",
+                        info="Finished runs of one base. The first column is always the base without a LoRA.",
+                    )
+                    prompts = gr.Textbox(
+                        label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8
+                    )
+                with gr.Column(scale=2, min_width=280):
+                    rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info=_ROWS_INFO)
+                    with gr.Column() as one_strength:
+                        strength = gr.Slider(
+                            *STRENGTHS,
+                            1,
+                            step=0.05,
+                            label="LoRA strength",
+                            info="0 is the base, 1 is as it was trained.",
+                        )
+                    strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
+                    seeds = gr.Textbox(
+                        "0", label="Seeds", info="Each number starts from other noise: one more picture each."
+                    )
+            with gr.Accordion("More settings", open=False), gr.Row():
+                steps = gr.Slider(*STEPS, 25, step=1, label="Steps", info="More is finer and slower.")
+                guidance = gr.Slider(
+                    *GUIDANCES, 5, step=0.5, label="Guidance", info="How closely the prompt is followed."
                 )
-            strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
-            seeds = gr.Textbox("0", label="Seeds", info="Each number starts from other noise: one more picture each.")
-    with gr.Accordion("More settings", open=False), gr.Row():
-        steps = gr.Slider(*STEPS, 25, step=1, label="Steps", info="More is finer and slower.")
-        guidance = gr.Slider(*GUIDANCES, 5, step=0.5, label="Guidance", info="How closely the prompt is followed.")
-        precision = gr.Dropdown(
-            _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
-        )
-        goes_first = gr.Checkbox(
-            False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
-        )
-    with gr.Row():
-        draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
-        stop = gr.Button("Stop drawing", visible=False, min_width=120)
-        picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120)
-        page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120)
-    with gr.Row():
-        look = gr.Radio(
-            _LOOKS,
-            value=PICTURES,
-            label="Show",
-            info="In a difference black is equal; four times as bright.",
-            scale=3,
-        )
-        size = gr.Slider(
-            64, 640, 320, step=16, label="Size", info="of each picture here, in pixels", scale=2, min_width=220
-        )
-    size.input(None, [size], None, js=_RESIZE)
-    status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status")
-    grid = gr.HTML(WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid")
+                precision = gr.Dropdown(
+                    _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
+                )
+                goes_first = gr.Checkbox(
+                    False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
+                )
+        with gr.Column(scale=5, min_width=800):
+            with gr.Row():
+                draw_button = gr.Button("Draw", variant="primary", min_width=120, elem_id="fl-draw")
+                stop = gr.Button("Stop drawing", visible=False, min_width=120)
+                picture = gr.DownloadButton("Save as PNG", interactive=False, min_width=120)
+                page = gr.DownloadButton("Save as HTML", interactive=False, min_width=120)
+            with gr.Row():
+                look = gr.Radio(
+                    _LOOKS,
+                    value=PICTURES,
+                    label="Show",
+                    info="In a difference black is equal; four times as bright.",
+                    scale=3,
+                )
+                size = gr.Slider(
+                    64,
+                    640,
+                    320,
+                    step=16,
+                    label="Size",
+                    info="of each picture here, in pixels",
+                    scale=2,
+                    min_width=220,
+                )
+            size.input(None, [size], None, js=_RESIZE)
+            status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-compare-status", padding=False)
+            grid = gr.HTML(
+                WHILE_LOADING, css_template=GRID_CSS, js_on_load=GRID_SCRIPT, elem_id="fl-compare-grid", padding=False
+            )
     form: list[gr.components.Component] = [
         runs, prompts, seeds, rows, strength, strengths, steps, guidance, look, precision,
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.config import DEFAULT_SIGMA
 
+from ..reporting import percent
 from ..runs.run_cards import method_name
 
 _LIMITS = (
@@ -26,20 +27,26 @@ def answer(result: Mapping[str, Any]) -> tuple[str, str]:
         return "", ""
     place = min(range(len(sigmas)), key=lambda at: abs(sigmas[at] - DEFAULT_SIGMA))
     rises = {one["name"]: one["rises"]["filter"][place]["values"] for one in result["figures"]}
-    share, margin = _relative(rises[plain], rises[flat])
     names = (method_name("lora"), method_name("flat-lora"))
+    if statistics.mean(rises[plain]) <= 0:
+        return (
+            f"This measurement cannot tell which of {names[0]} and {names[1]} is flatter.",
+            f"Random changes have not made the loss of {names[0]} rise; measure thoroughly, with more of them.",
+        )
+    share, margin = _relative(rises[plain], rises[flat])
     count = len(rises[plain])
     rest = f"From {count} random changes that both were put through; 95 % interval. {_LIMITS}"
     if abs(share) <= margin:
         return (
             f"{names[1]} and {names[0]} are equally sensitive to small changes, as far as this measurement can tell.",
-            f"The difference is {share:+.0%}, give or take {margin:.0%}, so it may be none at all. {rest}",
+            f"The difference is {percent(share, True)}, give or take {percent(margin)}, so it may be none at all. "
+            f"{rest}",
         )
     better, worse = (names[1], names[0]) if share < 0 else names
     less = abs(share) if share < 0 else share / (1 + share)
     return (
-        f"{better} is less sensitive: a small change of its weights disturbs it {less:.0%} less than {worse}.",
-        f"Give or take {margin:.0%}. {rest}",
+        f"{better} is less sensitive: a small change of its weights disturbs it {percent(less)} less than {worse}.",
+        f"Give or take {percent(margin)}. {rest}",
     )
 
 

@@ -19,13 +19,16 @@ from .view import QUICK, THOROUGH, FlatnessView
 _POLL_SECONDS = 1.5
 _EFFORTS = [("Quick look", QUICK), ("Thorough, with the curvature; takes many times as long", THOROUGH)]
 _CSS = """
-.fl-charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.fl-charts figure { margin: 0; padding: 10px; border-radius: 10px; border: 1px solid var(--border-color-primary);
-  background: white; }
-.fl-charts img { width: 100%; margin: 0; display: block; }
-.fl-charts figcaption { margin-top: 6px; font-size: 13px; color: #57534e; }
-.fl-surface { width: 100%; height: 620px; border: 1px solid var(--border-color-primary); border-radius: 10px;
-  background: white; }
+.fl-charts { display: grid; gap: 14px; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.fl-charts figure { margin: 0; padding: 12px 14px; border-radius: 12px; border: 1px solid var(--border-color-primary);
+  background: var(--block-background-fill); min-width: 0; }
+.fl-charts svg { display: block; width: 100%; height: auto; }
+.fl-charts figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 16px; margin-top: 6px;
+  font-size: 13px; color: var(--body-text-color-subdued); }
+.fl-charts a { color: inherit; text-decoration: underline; padding: 0; margin: 0; font-size: inherit; }
+.fl-surface { width: 100%; height: 620px; border: 1px solid var(--border-color-primary); border-radius: 12px;
+  background: Canvas; color-scheme: light dark; }
 .fl-empty { padding: 48px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
   border-radius: 12px; color: var(--body-text-color-subdued); }
 .fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
@@ -71,12 +74,13 @@ def refresh(
 
 
 def show(view: FlatnessView, chosen: int | None) -> tuple[Any, ...]:
-    """(charts, tables, the surface's fold, the surface, not loaded yet) of the chosen measurement."""
+    """(charts, tables, their fold, the surface's fold, the surface, not loaded yet) of the chosen measurement."""
     try:
         result = view.result(chosen)
     except ConfigError as error:
-        return wrong(str(error)), "", gr.update(visible=False), ""
-    return result.charts, result.tables, gr.update(visible=chosen is not None, open=False), ""
+        return wrong(str(error)), "", gr.update(visible=False), gr.update(visible=False), ""
+    is_there = chosen is not None
+    return result.charts, result.tables, gr.update(visible=is_there), gr.update(visible=is_there, open=False), ""
 
 
 def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Timer:
@@ -106,7 +110,8 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
     charts = gr.HTML(view.result(None).charts, css_template=_CSS, elem_id="fl-flatness-charts")
     with gr.Accordion("Surface in 3-D, to turn and zoom", open=False, visible=False) as fold:
         surface = gr.HTML("", css_template=_CSS, elem_id="fl-flatness-surface")
-    tables = gr.Markdown("", elem_id="fl-flatness-tables", elem_classes="table-wrap")
+    with gr.Accordion("All figures, as tables", open=False, visible=False) as of_tables:
+        tables = gr.Markdown("", elem_id="fl-flatness-tables", elem_classes="table-wrap")
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     watch = {
         "fn": partial(refresh, view),
@@ -121,7 +126,7 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
     start.click(on_measure, [runs, effort], [status], **quiet).then(**question.hidden)
     ask_before(stop, question)
     question.yes.click(view.stop, None, None, **quiet).then(**question.hidden)
-    chosen.change(partial(show, view), [chosen], [charts, tables, fold, surface], **quiet)
+    chosen.change(partial(show, view), [chosen], [charts, tables, of_tables, fold, surface], **quiet)
     fold.expand(view.surface, [chosen], [surface], **quiet)
     runs.input(view.status, None, [status], **quiet)
     load(**watch)

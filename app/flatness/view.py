@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
@@ -142,10 +143,12 @@ class FlatnessView:
         if job.kind != "flatness" or not self._has_result(job):
             raise ConfigError("that measurement is not there any more; measure again")
         folder = self.context.queue.output_of(job)
-        figures = "".join(_figure(folder / name, text) for name, text in _CHARTS if (folder / name).is_file())
+        file = folder / _RESULT
+        drawn = _drawn(file, file.stat().st_mtime_ns)
+        figures = "".join(_figure(folder / name, drawn[name], text) for name, text in _CHARTS)
         page = folder / "surface.html"
         tables = escape((folder / "flatness.md").read_text(encoding="utf-8"), quote=False)
-        told = answer_card(*answer(read_json(folder / _RESULT)))
+        told = answer_card(*answer(read_json(file)))
         return Result(f'{told}<div class="fl-charts">{figures}</div>', tables, page if page.is_file() else None)
 
     def surface(self, job_id: int | None) -> str:
@@ -188,9 +191,24 @@ def _title(job: Job) -> str:
     return f"{' and '.join(job.about.get('runs', ())) or 'runs'}, {job.about.get('effort', '')}, {when}"
 
 
-def _figure(path: Path, text: str) -> str:
-    url = file_url(path)
-    return (
-        f'<figure><a href="{url}" target="_blank"><img src="{url}" alt="{escape(text)}"></a>'
-        f"<figcaption>{escape(text)}</figcaption></figure>"
-    )
+def _figure(png: Path, chart: str, text: str) -> str:
+    """`chart` in the page's colours, with the same as a file to keep."""
+    keep = f'<a href="{file_url(png)}" download>PNG</a>' if png.is_file() else ""
+    return f"<figure>{chart}<figcaption>{escape(text)}{keep}</figcaption></figure>"
+
+
+@lru_cache(maxsize=8)
+def _drawn(file: Path, changed: int) -> dict[str, str]:
+    """SVG of the charts of a flatness.json as it was when it `changed`, by the names of their files.
+
+    Drawn anew of the figures: no markup of a runs folder is given to the browser.
+    """
+    from flatlora_diffusion.flatness.pictures import charts_of  # imports torch and matplotlib
+
+    try:
+        charts = charts_of(read_json(file))
+        return {name: charts[name].svg("fl-plot", text) for name, text in _CHARTS}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the figures in {file.name} are those of another version of this program; measure again"
+        ) from error

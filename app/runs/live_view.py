@@ -15,7 +15,7 @@ from ..context import AppContext
 from ..jobs.store import Job
 from ..loss_chart import loss_chart
 from ..sample_strip import strips
-from ..theme import SHADES
+from ..theme import NO_METHOD, SHADES
 from .phase import STOPPING
 from .run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, method_name, own_lines, run_card, waiting_card
 from .runs import Run
@@ -58,7 +58,7 @@ def log_tail(context: AppContext, run_id: str) -> str:
 
 def loss_curves(context: AppContext, runs: list[Run]) -> gr.HTML:
     """The chart of the runs that have a loss, each in its method's colour; hidden while there is none."""
-    curves = {run.name: smoothed(context.runs.losses(run.id)) for run in runs}
+    curves = {run.name: [(step + 1, loss) for step, loss in smoothed(context.runs.losses(run.id))] for run in runs}
     text = f"{_LOSS_TEXT} {_PAIR_TEXT}" if len(runs) > 1 else _LOSS_TEXT
     chart = loss_chart(curves, run_colours(runs), "Loss, smoothed", text)
     return gr.HTML(chart, visible=bool(chart))
@@ -68,7 +68,7 @@ def run_colours(runs: list[Run]) -> dict[str, str]:
     """The colour of each run by its name: that of its method, in another shade for a second run of the method."""
     colours: dict[str, str] = {}
     for run in runs:
-        shades = SHADES.get(method_name(run.method), ("#777777",))
+        shades = SHADES.get(method_name(run.method), (NO_METHOD,))
         free = [shade for shade in shades if shade not in colours.values()]
         colours.setdefault(run.name, (free or shades)[0])
     return colours
@@ -92,20 +92,22 @@ def samples(context: AppContext, runs: list[Run]) -> gr.HTML:
     return gr.HTML(page, visible=bool(page))
 
 
-def live(context: AppContext, chosen: str | None, seen: tuple[str, str, str, str] | None) -> tuple[Any, ...]:
-    """Cards, choice of the log, curves, what stands for none, samples, log, the button that cancels all that waits,
-    what was shown. Unchanged parts are left alone.
+def live(context: AppContext, chosen: str | None, seen: tuple[str, ...] | None) -> tuple[Any, ...]:
+    """Cards, choice of the log, curves, what stands for none, samples, log, the way on to the comparison, the button
+    that cancels all that waits, what was shown. Unchanged parts are left alone.
+
+    The log is that of the run at work; one that was chosen by hand stays until another run begins.
     """
     runs = recent_runs(context)
     ids = [run.id for run in runs]
-    at_work = next((run.id for run in runs if run.state == "running"), ids[-1] if ids else None)
-    chosen = chosen if chosen in ids else at_work
+    seen_drawn, seen_sampled, seen_log, seen_cards, was_at_work = seen or [None] * 5
+    at_work = run_at_work(runs)
+    chosen = chosen if chosen in ids and at_work == was_at_work else at_work
     drawn = f"{chosen} {[(one.id, one.name, one.progress.step, one.state) for one in runs]}"
     sampled = f"{[(one.id, one.name, context.runs.previews(one.id)) for one in runs]}"
     log = log_tail(context, chosen) if chosen else ""
     waiting = context.queue.jobs("queued")
     cards = live_cards(runs, waiting) or NOTHING
-    seen_drawn, seen_sampled, seen_log, seen_cards = seen or [None] * 4
     is_same = drawn == seen_drawn
     choices = [(one.name, one.id) for one in runs]
     has_loss = any(one.progress.step for one in runs)
@@ -116,9 +118,25 @@ def live(context: AppContext, chosen: str | None, seen: tuple[str, str, str, str
         gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
         gr.skip() if sampled == seen_sampled else samples(context, runs),
         gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
+        gr.skip() if is_same else way_on(runs),
         gr.skip() if cards == seen_cards else gr.Button(visible=len(waiting) > 1),
-        (drawn, sampled, log, cards),
+        (drawn, sampled, log, cards, at_work),
     )
+
+
+def run_at_work(runs: Sequence[Run]) -> str | None:
+    """The id of the run that trains, else of the last that has begun, else of the first that waits."""
+    running = [run.id for run in runs if run.state == "running"]
+    begun = [run.id for run in runs if run.state != "queued"]
+    return next(iter((*running, *begun[-1:], *(run.id for run in runs))), None)
+
+
+def way_on(runs: Sequence[Run]) -> gr.Button:
+    """The button to the Compare tab, for runs of which all have ended and one or more can be compared."""
+    finished = [run.name for run in runs if run.state == "finished"]
+    is_over = bool(finished) and not any(run.state in ("running", "queued") for run in runs)
+    what = " and ".join(finished) if len(finished) > 1 else f"{''.join(finished)} with the base"
+    return gr.Button(f"Next: compare {what}", visible=is_over)
 
 
 def live_cards(runs: Sequence[Run], waiting: Sequence[Job]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.run_dir import FOLD, RunDir
+from flatlora_diffusion.ground.run_dir import FOLD, MEMBER, RunDir
 
 LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
 _PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
@@ -54,7 +54,7 @@ def is_run(folder: Path) -> bool:
 def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
     """The ids of the run folders below `root`, those that lie less deep first.
 
-    Links are not followed; hidden folders, what an earlier run has left in a folder and the folds of a run hold none.
+    Links are not followed; hidden folders, earlier runs that were moved aside, folds and members hold none.
     looked_into: gets the folders whose change may change the answer.
     """
     waiting = deque([("", root)])
@@ -66,7 +66,7 @@ def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
             looked_into.append(folder)
         for path in _folders(folder):
             run_id = f"{above}/{path.name}" if above else path.name
-            if not _is_id(run_id) or (above and path.name.startswith(("earlier-", FOLD))):
+            if not _is_id(run_id) or (above and path.name.startswith(("earlier-", FOLD, MEMBER))):
                 continue
             if is_run(path) and _is_inside(root, path):
                 yield run_id

@@ -18,7 +18,12 @@ ENDING = "drawing the last previews and saving the LoRA"
 STOPPING = "stopping: it ends its step and saves, then it can be resumed"
 SAVING = "saving a checkpoint after this step"
 FOLDS = "finding the number of steps: fold {} of {}"
-_IN_FOLD = re.compile(r"fold (\d+) of (\d+): trains on")  # the trainer's line as each begins
+MEMBERS = "training member {} of {}"
+# The trainer's line as each begins.
+_IN_PART = {
+    FOLDS: re.compile(r"fold (\d+) of (\d+): trains on"),
+    MEMBERS: re.compile(r"member (\d+) of (\d+): trains with"),
+}
 _HAS_LOADED = re.compile(r"the base is ")  # the trainer's line once the base's weights are there
 
 
@@ -37,9 +42,10 @@ def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_preview
 
 def _beginning(log: Sequence[str]) -> str:
     """What a run is doing before its first step."""
-    in_fold = [found for line in log if (found := _IN_FOLD.match(line))]
-    if in_fold:
-        return FOLDS.format(*in_fold[-1].groups())
+    for phase, begins in _IN_PART.items():
+        parts = [part for line in log if (part := begins.match(line))]
+        if parts:
+            return phase.format(*parts[-1].groups())
     return CACHING if _says(log, _HAS_LOADED) else LOADING
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from flatlora_diffusion.config import METHOD_NAMES
 
-from ..theme import COLOURS
+from ..theme import COLOURS, NO_METHOD
+from ..train.words import in_form_words
 from .lora_import import IMPORTED
 from .phase import TRAINING
 from .runs import Run
@@ -85,7 +86,7 @@ def run_card(run: Run, acts: Sequence[str] = ()) -> str:
     if run.phase == TRAINING and progress.eta_seconds is not None:
         facts.append(f"{duration(progress.eta_seconds)} left")
     done = round(100 * progress.fraction)
-    name, colour = html.escape(run.name), COLOURS.get(method_name(run.method), "#777")
+    name, colour = html.escape(run.name), COLOURS.get(method_name(run.method), NO_METHOD)
     state = html.escape(run.phase or _STATES.get(run.state, run.state))
     card = (
         f'<div class="fl-card" data-state="{run.state}" role="group" aria-label="{name}"><div class="fl-head">'
@@ -96,7 +97,7 @@ def run_card(run: Run, acts: Sequence[str] = ()) -> str:
     )
     if run.advice:
         tone = "fl-bad" if run.state in ("failed", "interrupted") else "fl-faint"
-        card += f'<p class="{tone}">{html.escape(run.advice)}</p>'
+        card += f'<p class="{tone}">{html.escape(in_form_words(run.advice))}</p>'
     log = own_lines(run.log)[-_LAST_LINES:]
     if log:
         card += f'<pre tabindex="0">{html.escape(chr(10).join(log))}</pre>'

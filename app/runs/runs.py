@@ -23,7 +23,7 @@ from .phase import phase_of
 from .processes import Trainers, read_json
 from .progress import EventLog, Preview, Progress
 from .settings import checked_config, near
-from .state import RunFiles, RunState, has_folds, judge
+from .state import RunFiles, RunState, judge, parts_of
 from .trash import Trash
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")
@@ -50,7 +50,7 @@ class Run:
     method: str | None
     changed: float
     phase: str = ""
-    has_folds: bool = False
+    has_parts: bool = False
 
     @property
     def name(self) -> str:
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def is_resumable(self) -> bool:
-        return self.state in _RESUMABLE and (bool(self.checkpoints) or self.has_folds)
+        return self.state in _RESUMABLE and (bool(self.checkpoints) or self.has_parts)
 
 
 class RunStore:
@@ -259,7 +259,7 @@ class RunStore:
             checkpoints=tuple(path.name for path in checkpoints),
             method=settings.get("method"),
             phase=phase_of(run, launch, progress, has_previews) if is_running else "",
-            has_folds=has_folds(folder),
+            has_parts=parts_of(folder) is not None,
             changed=max((path.stat().st_mtime for path in places if path.exists()), default=0.0),
         )
         return (found, is_trained), None if is_running else self._places.files(run_id)

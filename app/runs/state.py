@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from flatlora_diffusion.config import ConfigError, StoppedError
-from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE, RunDir
+from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE, MEMBER, RunDir
 
 from ..jobs.launch import Launch
 from .progress import Progress
@@ -57,14 +57,17 @@ class RunFiles:
         events = RunDir(folder).events_file
         return cls(
             has_lora=(folder / LORA_FILE).is_file(),  # and not a base or another LoRA that lies there too
-            checkpoint=checkpoints[-1].name if checkpoints else "its folds" if has_folds(folder) else None,
+            checkpoint=checkpoints[-1].name if checkpoints else parts_of(folder),
             changed=events.stat().st_mtime if events.exists() else 0.0,
         )
 
 
-def has_folds(folder: Path) -> bool:
-    """Whether the folds of a run that has not begun itself have kept what to go on from."""
-    return next(folder.glob(f"{FOLD}*/checkpoint-*"), None) is not None
+def parts_of(folder: Path) -> str | None:
+    """What of a run that has not begun itself has kept something to go on from: its folds or its members."""
+    if any(folder.glob(f"{FOLD}*/checkpoint-*")):
+        return "its folds"
+    kept = (*folder.glob(f"{MEMBER}*/checkpoint-*"), *folder.glob(f"{MEMBER}*/{LORA_FILE}"))
+    return "its members" if kept else None
 
 
 def _by_events(progress: Progress, files: RunFiles) -> Verdict:

@@ -175,30 +175,35 @@ def build_runs_tab(
 ) -> None:
     """`shown`: the event of the tab coming to the front; `look_at_images`: what shows the Dataset tab anew."""
     with gr.Row():
-        words = gr.Textbox("", label="Search", placeholder="name, method, base, tag ...", scale=3, min_width=180)
-        order = gr.Dropdown(list(ORDERS), value=NEWEST, label="Order", scale=2, min_width=160)
-        renew = gr.Button("Refresh", scale=1, min_width=100)
-    table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs")
-    storage = gr.HTML(padding=False)
-    chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
-    report = build_report()
-    take, of_import, taken = _build_import(context)
-    with gr.Row():
-        with gr.Column(min_width=300):
-            card = gr.HTML()
-            curves = gr.HTML("", css_template=CHART_CSS, padding=False)
-            previews = gr.HTML("", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, visible=False, padding=False)
-        with gr.Column(min_width=300):
-            labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
-            keep = gr.Button("Save name, tags and note")
-            downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
+        with gr.Column(scale=2, min_width=330):
             with gr.Row():
-                copy = gr.Button("Clone settings", min_width=90)
-                go_on = gr.Button("Resume", interactive=False, min_width=90)
-                drop = gr.Button("Delete", variant="stop", min_width=90, elem_id="delete-run")
-            question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
-            with gr.Accordion("Settings that differ from the defaults", open=False):
-                settings = gr.JSON()
+                words = gr.Textbox("", label="Search", placeholder="name, method, base, tag ...", min_width=150)
+                order = gr.Dropdown(list(ORDERS), value=NEWEST, label="Order", min_width=150)
+            table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs", padding=False)
+            storage = gr.HTML(padding=False)
+            renew = gr.Button("Refresh", size="sm")
+            take, of_import, taken = _build_import(context)
+        with gr.Column(scale=3, min_width=330, elem_id="run-details"):
+            chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
+            report = build_report()
+            with gr.Row():
+                with gr.Column(min_width=280):
+                    card = gr.HTML(padding=False)
+                    curves = gr.HTML("", css_template=CHART_CSS, padding=False)
+                    previews = gr.HTML(
+                        "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, visible=False, padding=False
+                    )
+                with gr.Column(min_width=280):
+                    downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
+                    with gr.Row():
+                        copy = gr.Button("Clone settings", min_width=140)
+                        go_on = gr.Button("Resume", interactive=False, min_width=90)
+                        drop = gr.Button("Delete", variant="stop", min_width=90, elem_id="delete-run")
+                    question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
+                    labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
+                    keep = gr.Button("Save name, tags and note")
+                    with gr.Accordion("Settings that differ from the defaults", open=False):
+                        settings = gr.JSON()
     trash = build_trash()
     again = {
         "fn": partial(refresh, context),
@@ -232,18 +237,16 @@ def build_runs_tab(
 
 def _build_import(context: AppContext) -> tuple[gr.Button, list[gr.components.Component], gr.HTML]:
     """The button, the file and its base, what was taken."""
-    with gr.Accordion("Import a LoRA, to compare it with yours", open=False), gr.Row():
-        with gr.Column(min_width=280):
-            file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
-        with gr.Column(min_width=280):
-            base = gr.Dropdown(
-                known_bases(context.runs),
-                label="For the base",
-                info="The one it is drawn with: a folder, a hub id, or tiny.",
-                allow_custom_value=True,
-            )
-            take = gr.Button("Import", min_width=90)
-            taken = gr.HTML(css_template=STATUS_CSS)
+    with gr.Accordion("Import a LoRA, to compare it with yours", open=False):
+        file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
+        base = gr.Dropdown(
+            known_bases(context.runs),
+            label="For the base",
+            info="The one it is drawn with: a folder, a hub id, or tiny.",
+            allow_custom_value=True,
+        )
+        take = gr.Button("Import", min_width=90)
+        taken = gr.HTML(css_template=STATUS_CSS)
     return take, [file, base], taken
 
 

@@ -16,7 +16,7 @@ from flatlora_diffusion.gallery.png_text import bare_name
 from ..compare.grid import empty_page, file_url
 from ..context import AppContext
 from ..reports.report import arm_picture
-from ..theme import COLOURS
+from ..theme import COLOURS, NO_METHOD
 from .lora_import import IMPORTED
 from .run_cards import method_name
 from .runs import Run
@@ -27,7 +27,8 @@ NO_RUNS = empty_page("No runs yet", "What is trained on the Train tab, or import
 NONE_FOUND = empty_page("No run has these words", "Name, state, method, base and tags are searched; use fewer words.")
 _ARM_AND_SEED = re.compile(r"/[^/]+/seed-\d+$|[-/](flat-lora|lora|base)(-\d+)?$")
 RUNS_CSS = """
-.fl-runs { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; max-height: 460px; overflow: auto; }
+.fl-runs { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; overflow: auto;
+  max-height: min(62vh, max(300px, 45vw)); }
 .fl-runs h3 { margin: 10px 0 2px; font-size: 14px; font-weight: 600; color: var(--body-text-color); }
 .fl-run { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 14px; width: 100%; text-align: left;
   font: inherit; font-size: 13.5px; padding: 8px 10px; border-radius: 10px; cursor: pointer;
@@ -45,12 +46,15 @@ RUNS_CSS = """
   border-radius: 12px; color: var(--body-text-color-subdued); }
 .fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
 """
+# On a phone, where the run's details are below the list, a choice brings them up.
 RUNS_SCRIPT = """
 element.addEventListener('click', (event) => {
   const run = event.target.closest('button[data-run]');
   if (!run) return;
   element.querySelectorAll('button[data-run]').forEach((one) => one.setAttribute('aria-pressed', one === run));
   trigger('click', {run: run.dataset.run});
+  const details = document.getElementById('run-details');
+  if (details && details.getBoundingClientRect().top > innerHeight / 2) details.scrollIntoView();
 });
 """
 
@@ -164,7 +168,7 @@ def _line(row: RunRow, is_chosen: bool) -> str:
     picture = '<span class="fl-none"></span>'
     if row.picture is not None:
         picture = f'<img src="{file_url(row.picture)}" alt="" loading="lazy">'
-    dot = f'<i style="background:{COLOURS.get(row.method, "#8f8a85")}"></i>'
+    dot = f'<i style="background:{COLOURS.get(row.method, NO_METHOD)}"></i>'
     score = "" if row.score is None else f"loss {row.score:.4f} {row.scored}"
     when = datetime.fromtimestamp(row.changed).strftime("%d %b %Y, %H:%M") if row.changed else ""
     below = " · ".join(filter(None, (*row.tags, row.id if row.id != row.name else "")))

@@ -30,6 +30,7 @@ from .acts import connect_acts
 from .bases import check_start
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
 from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
+from .words import OTHER_METHODS, in_form_words
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
 _METHODS = {title: method for method, title in METHOD_NAMES.items()}
@@ -37,13 +38,22 @@ _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 METHOD_HINT = (
-    "Flat-LoRA adds a little noise to the base while it trains, to find a flatter minimum. "
-    "On the tiny base it was no better than LoRA where both were tuned; SAM was better, at twice the time. "
-    "The pair trains LoRA and Flat-LoRA with the same seed, one after the other, for the Compare tab."
+    "Flat-LoRA adds a little noise to the base while it trains; on the tiny base it was no better than LoRA where "
+    "both were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
 )
+_METHOD_CHOICES = [
+    *((title, title) for title in (BOTH, PLAIN, FLAT)),
+    *((f"{METHOD_NAMES[method]}: {text}", METHOD_NAMES[method]) for method, text in OTHER_METHODS.items()),
+]
+# The browser shows the first three, the chosen one, and all once they are asked for: the style of #method.
+_MORE_METHODS = """() => {
+  const are_all = document.getElementById('method').classList.toggle('fl-all');
+  document.getElementById('more-methods').setAttribute('aria-expanded', are_all);
+  return {__type__: 'update', value: are_all ? 'Fewer methods' : 'More methods'};
+}"""
 _PRESET_HINT = (
     "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
-    "Low memory: small GPUs. Quality: longer, with a larger LoRA, by SAM: 16 GB and twice the time. "
+    "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "
     "Illustrious: its family, with captions of tags."
 )
 _COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
@@ -53,9 +63,12 @@ _SECONDS = 1.5
 
 @dataclass(frozen=True)
 class TrainTab:
-    """What other tabs need of this one. `timer` does not tick yet; `summary`: the event that tells it anew."""
+    """What other tabs need of this one. `timer` does not tick yet; `compare`: goes on to the Compare tab with the
+    newest runs; `summary`: the event that tells it anew.
+    """
 
     timer: gr.Timer
+    compare: gr.Button
     name: gr.Textbox
     method: gr.Radio
     told: gr.HTML
@@ -114,7 +127,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
             captions = {}
         lines = _facts(context, config, captions, arms=2 if method == BOTH else 1)
     except ConfigError as error:
-        return f'<div class="fl-card fl-bad">{html.escape(str(error))}</div>'
+        return f'<div class="fl-card fl-bad">{html.escape(in_form_words(str(error)))}</div>'
     return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
 
 
@@ -130,19 +143,21 @@ def build_train_tab(
     `load`: the page's load event; `opened`: that of the tab coming to the front.
     """
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=2, min_width=300):
             with gr.Group():
                 name = gr.Textbox("my-style", label="Name", info="of the run and its LoRA file", elem_id="run-name")
-                method = gr.Radio([BOTH, *_METHODS], value=BOTH, label="Train", info=METHOD_HINT)
+                method = gr.Radio(_METHOD_CHOICES, value=BOTH, label="Train", info=METHOD_HINT, elem_id="method")
+                more = gr.Button("More methods", size="sm", elem_id="more-methods")
                 preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset", info=_PRESET_HINT)
             _place_first(form)
             _place_the_rest(form)
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=3, min_width=300):
             told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False)
             gr.Markdown("## Progress")
             cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
+            compare = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
             with gr.Column(visible=False) as cancelling:
                 cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
                 question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
@@ -153,6 +168,7 @@ def build_train_tab(
             )
             chosen = gr.Radio([], label="Log of", visible=False)
             log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+    more.click(None, None, [more], js=_MORE_METHODS)
     keep_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
     seen = gr.State(None)
     told_inputs = [session, method, *form.components]
@@ -168,7 +184,7 @@ def build_train_tab(
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, samples, log, cancelling, seen],
+        "outputs": [cards, chosen, curves, no_loss, samples, log, compare, cancelling, seen],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
@@ -178,7 +194,7 @@ def build_train_tab(
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
     ask_before(cancel, question)
     connect_acts(context, session, cards, question, watch)
-    return TrainTab(timer, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
+    return TrainTab(timer, compare, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
 
 
 def _place_first(form: ConfigForm) -> None:
@@ -262,7 +278,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))
-        disk = estimate_disk(config, count or 1, memory.lora, context.runs.folder)
+        disk = estimate_disk(config, count or 1, context.runs.folder)
         room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
         lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")
     return lines

@@ -5,8 +5,21 @@ A setting that is not named here keeps its own help; each has a label.
 
 from __future__ import annotations
 
+import re
+
 from flatlora_diffusion.config import DEFAULT_SIGMA
 from flatlora_diffusion.config.methods import IN_FORCE
+
+# Beside LoRA, Flat-LoRA and the pair of both, each in a sentence.
+OTHER_METHODS = {
+    "sam": "learns from the worst place near the base's weights; on the tiny base better than LoRA, at twice the time",
+    "mixed-noise": "learns in each step with Flat-LoRA's noise and without it, at twice the time",
+    "factor-noise": "has its noise on the two halves of the LoRA, A and B, in place of the base",
+    "lora-sam": "learns from the worst place near the LoRA's own weights, at twice the time",
+    "bi-lora": "trains against a second LoRA that makes the task harder and is dropped at the end",
+    "nbar": "keeps the two halves of the LoRA in balance, by how strongly each is pulled",
+    "obar": "keeps the two halves of the LoRA in balance, by how large each is",
+}
 
 LABELS = {
     "pretrained_model_name_or_path": "Base model",
@@ -216,3 +229,26 @@ HELP = {
     "prodigy_beta3": "left empty: from the second beta",
     "output_kohya_format": "as diffusers names it; a file for other tools is written in any case",
 }
+
+_NAMED = LABELS | {"method": "Train"}
+_NAMES = sorted(_NAMED, key=len, reverse=True)
+_ANY, _UNLIKE_WORDS = "|".join(_NAMES), "|".join(name for name in _NAMES if "_" in name)
+# What stands in quotes is the user's.
+_SETTING = re.compile(
+    r"(?<!\w)'(?:[^'\\]|\\.)*'"
+    rf"|--(?P<flag>{_ANY})(?![\w-])"
+    rf"|\b(?P<set>{_ANY})=(?=\S)"
+    rf"|(?<![\w-])(?P<bare>{_UNLIKE_WORDS})(?!\w)"
+)
+
+
+def in_form_words(text: str) -> str:
+    """What is told of settings, with their labels in the form for their flags and names."""
+
+    def worded(found: re.Match[str]) -> str:
+        if found["set"]:
+            return f"{_NAMED[found['set']]} = "
+        name = found["flag"] or found["bare"]
+        return f"“{_NAMED[name]}”" if name else found[0]
+
+    return _SETTING.sub(worded, text)

@@ -171,6 +171,7 @@ def surface_chart(surfaces: Sequence[tuple[str, Sequence[Sequence[float]]]], ext
         for axes, (name, _), grid in zip(panels, surfaces, grids, strict=True):
             field = _smooth(grid).clip(low, high)
             image = axes.pcolormesh(at, at, field, cmap="viridis", vmin=low, vmax=high, shading="gouraud")
+            image.set_rasterized(True)  # as an SVG it would be a triangle for each pair of points
             if float(grid.max()) > float(grid.min()):
                 levels = np.linspace(low, high, _LEVELS + 1)[1:-1]
                 axes.contour(at, at, field, levels, colors="white", alpha=0.45, linewidths=0.8)

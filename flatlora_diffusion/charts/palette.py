@@ -21,22 +21,29 @@ class Look(NamedTuple):
 
     name: str
     tone: Tone
-    shades: tuple[str, ...]
+    shades: tuple[Tone, ...]
     dashes: tuple[float, ...]
     marker: str
 
     @property
+    def tones(self) -> dict[str, Tone]:
+        """By the names of their variables, the first run's first: `lora`, `lora-2`, ..."""
+        return {self.name: self.tone} | {f"{self.name}-{place}": tone for place, tone in enumerate(self.shades, 2)}
+
+    @property
     def colours(self) -> tuple[str, ...]:
         """On light paper, the first run's colour first."""
-        return (self.tone.light, *self.shades)
+        return tuple(tone.light for tone in self.tones.values())
 
 
 PAPER, INK = Tone("#fdfdfb", "#15171a"), Tone("#1c2025", "#e9e7e2")
 FAINT, RULE = Tone("#5c636c", "#a3a9b1"), Tone("#dfe0da", "#33373d")
 
 BASE = Look("base", Tone("#7b828b", "#9aa1aa"), (), (1.5, 3.5), "s")
-LORA = Look("lora", Tone("#cf7600", "#f0a23c"), ("#f2ad4e", "#8a4f00"), (7, 3.5), "o")
-FLAT_LORA = Look("flat", Tone("#2f6fde", "#7aa5fa"), ("#84adf2", "#173f8f"), (), "D")
+LORA = Look(
+    "lora", Tone("#cf7600", "#f0a23c"), (Tone("#f2ad4e", "#ffd6a0"), Tone("#8a4f00", "#b8741a")), (7, 3.5), "o"
+)
+FLAT_LORA = Look("flat", Tone("#2f6fde", "#7aa5fa"), (Tone("#84adf2", "#c3d6ff"), Tone("#173f8f", "#4c7de0")), (), "D")
 THIRD = Look("third", Tone("#1f534b", "#8ae3d8"), (), (10, 3, 2, 3), "^")
 FOURTH = Look("fourth", Tone("#a93cb1", "#d03fc6"), (), (4, 2), "P")
 LOOKS = (BASE, LORA, FLAT_LORA, THIRD, FOURTH)
@@ -45,5 +52,6 @@ METHODS = {"lora": LORA, "flat-lora": FLAT_LORA}
 for a key.
 """
 
-TONES = {"paper": PAPER, "ink": INK, "faint": FAINT, "rule": RULE, **{look.name: look.tone for look in LOOKS}}
+TONES = {"paper": PAPER, "ink": INK, "faint": FAINT, "rule": RULE}
+TONES |= {name: tone for look in LOOKS for name, tone in look.tones.items()}
 """Every colour of a chart by the name of the page's variable that holds it."""

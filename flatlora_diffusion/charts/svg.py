@@ -52,6 +52,11 @@ def _copy(part: Element, parent: Element, shapes: dict[str | None, Element], wor
         place = f"translate({_short(part.get('x', '0'))} {_short(part.get('y', '0'))})"
         parent.append(Element("path", {"d": _short(shape.get("d", "")), "transform": place, "style": style}))
         return
+    if name == "image":  # a field of colours, inlined by matplotlib
+        source = next(value for key, value in part.items() if key.endswith("href"))
+        found = {key: part.get(key, "") for key in ("x", "y", "width", "height", "transform") if part.get(key)}
+        parent.append(Element("image", {"href": source, **found}))
+        return
     kind = "mark" if own_id.startswith(_HOVER) else own_id if own_id in KINDS else ""
     new = parent if name == "g" and not kind else ElementTree.SubElement(parent, name)
     if new is not parent:

@@ -31,3 +31,8 @@ class MembersConfig(Section):
     remove_members: bool = setting(
         False, "remove the folders of the members once their average is saved", before=False, free_on_resume=True
     )
+
+    @property
+    def trainings(self) -> int:
+        """How many LoRAs the run trains."""
+        return self.members or 1

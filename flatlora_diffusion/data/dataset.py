@@ -55,7 +55,7 @@ class SampleSet:
         line = f"{count} image{'s' * (count != 1)}, captions {self.captioned}/{count}"
         sides = [(sample.width, sample.height) for sample in self.samples]
         small, large = min(sides, key=min), max(sides, key=min)
-        line += f", {small[0]}x{small[1]}" + (f" to {large[0]}x{large[1]}" if large != small else "") + " pixels"
+        line += f", {small[0]} x {small[1]}" + (f" to {large[0]} x {large[1]}" if large != small else "") + " pixels"
         masks = sum(sample.mask is not None for sample in self.samples)
         line += f", {masks} with a mask" if masks else ""
         if self.skipped:

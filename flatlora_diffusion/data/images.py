@@ -88,7 +88,7 @@ def load_mask(mask: Path, size: tuple[int, int]) -> Image.Image:
         colour, _ = _decode(mask)
     if colour.size != size:
         (width, height), (wide, high) = size, colour.size
-        raise ImageError(mask.name, f"it is {wide}x{high} pixels, and the image that it is for {width}x{height}")
+        raise ImageError(mask.name, f"it is {wide} x {high} pixels, and the image that it is for {width} x {height}")
     return colour.convert("L")
 
 

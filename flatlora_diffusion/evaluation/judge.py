@@ -86,7 +86,7 @@ def pixel_values(images: Images, size: int) -> Tensor:
     )
     for row in rows:
         if row.shape[-2] != row.shape[-1]:
-            raise ValueError(f"an image of {row.shape[-1]}x{row.shape[-2]} is not square: crop or pad it first")
+            raise ValueError(f"an image of {row.shape[-1]} x {row.shape[-2]} is not square: crop or pad it first")
     return torch.stack([row if row.shape[-1] == size else _resized(row, size) for row in rows]) * 2 - 1
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.charts.lines import Line, surface_chart, titled_chart
+from flatlora_diffusion.charts.lines import Chart, Line, surface_chart, titled_chart
 from flatlora_diffusion.charts.palette import Look
 from flatlora_diffusion.config import ConfigError, LandscapeConfig
 from flatlora_diffusion.flatness.landscape import Landscape
@@ -21,6 +21,7 @@ _FILES = ("flatness.md", "rise.png", "slices.png", "strength.png", "surface.png"
 
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """xs, ys and the half-widths of the ys' intervals, none where there are none."""
+_SURFACE = "Loss around W' along two random directions, the same for all"
 
 
 def check_result_folder(folder: Path, setting: str) -> None:
@@ -36,21 +37,31 @@ def check_result_folder(folder: Path, setting: str) -> None:
 def write_landscape(
     folder: Path, config: LandscapeConfig, figures: Sequence[Landscape], looks: Sequence[Look]
 ) -> None:
-    """Write rise.png, slices.png, surface.png and, with plotly, surface.html: all `figures` on each."""
+    """Write the files of `landscape_charts` and, with plotly, surface.html: all `figures` on each."""
+    for name, chart in landscape_charts(config, figures, looks).items():
+        chart.save(folder / name)
+    if can_write():
+        at = axis(config.extent, config.surface_points)
+        write_surface_page(folder / "surface.html", _surfaces(figures), at, _SURFACE)
+    else:
+        logger.warning("surface.html was left out: it needs the package plotly: pip install plotly")
+
+
+def landscape_charts(config: LandscapeConfig, figures: Sequence[Landscape], looks: Sequence[Look]) -> dict[str, Chart]:
+    """rise.png, slices.png and surface.png, each of all `figures`."""
     at = axis(config.extent, config.surface_points)
     title, x_label = "Expected rise of the loss under noise on W' (Eq. 7)", "sigma: noise relative to each row of W'"
     rises = lines_of(figures, looks, [_rise(one, config.sigmas) for one in figures])
-    titled_chart(rises, title, x_label, "rise of the loss", log=True).save(folder / "rise.png")
+    rise = titled_chart(rises, title, x_label, "rise of the loss", log=True)
     title = f"Loss around W', mean of {config.slice_directions} random directions"
-    slices = lines_of(figures, looks, [_slice(one, at) for one in figures])
-    titled_chart(slices, title, "distance from W', relative to each row", "loss").save(folder / "slices.png")
-    title = "Loss around W' along two random directions, the same for all"
-    surfaces = [(one.name, one.surface) for one in figures]
-    surface_chart(surfaces, config.extent, title).save(folder / "surface.png")
-    if can_write():
-        write_surface_page(folder / "surface.html", surfaces, at, title)
-    else:
-        logger.warning("surface.html was left out: it needs the package plotly: pip install plotly")
+    lines = lines_of(figures, looks, [_slice(one, at) for one in figures])
+    slices = titled_chart(lines, title, "distance from W', relative to each row", "loss")
+    surface = surface_chart(_surfaces(figures), config.extent, _SURFACE)
+    return {"rise.png": rise, "slices.png": slices, "surface.png": surface}
+
+
+def _surfaces(figures: Sequence[Landscape]) -> list[tuple[str, list[list[float]]]]:
+    return [(one.name, one.surface) for one in figures]
 
 
 def lines_of(figures: Sequence[Landscape], looks: Sequence[Look], curves: Sequence[Curve]) -> list[Line]:

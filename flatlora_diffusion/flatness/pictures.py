@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.charts.lines import titled_chart
-from flatlora_diffusion.charts.palette import BASE, METHODS, THIRD
-from flatlora_diffusion.config import FlatnessConfig
+from flatlora_diffusion.charts.lines import Chart, titled_chart
+from flatlora_diffusion.charts.palette import BASE, METHODS, THIRD, Look
+from flatlora_diffusion.config import FlatnessConfig, LandscapeConfig
 from flatlora_diffusion.flatness.figures import HELDOUT, IMAGES, TRAIN, FlatnessFigures
-from flatlora_diffusion.flatness.landscape_pictures import Curve, lines_of, write_landscape
+from flatlora_diffusion.flatness.landscape_pictures import Curve, landscape_charts, lines_of, write_landscape
+from flatlora_diffusion.flatness.weight_space import Estimate
+
+_STRENGTH = "strength.png"
 
 
 def write_charts(
@@ -20,12 +24,39 @@ def write_charts(
 
     `figures` has the base's first; `facts` has each run's method by its name.
     """
-    looks = [BASE, *(METHODS.get(facts["runs"][run.name]["method"], THIRD) for run in figures[1:])]
-    write_landscape(folder, config, figures, looks)
+    write_landscape(folder, config, figures, _looks(figures, facts))
+    _strengths(figures, facts).save(folder / _STRENGTH)
+
+
+def charts_of(result: Mapping[str, Any]) -> dict[str, Chart]:
+    """The charts of a flatness.json by the names of their files.
+
+    Raises LookupError, TypeError, ValueError or AttributeError for one of a version with other figures.
+    """
+    figures = [_figures(one) for one in result["figures"]]
+    names = {item.name for item in fields(LandscapeConfig)}
+    given = {name: value for name, value in result["settings"].items() if name in names}
+    config = LandscapeConfig(**given | {"sigmas": tuple(given["sigmas"])})
+    charts = landscape_charts(config, figures, _looks(figures, result))
+    return charts | {_STRENGTH: _strengths(figures, result)}
+
+
+def _figures(saved: Mapping[str, Any]) -> FlatnessFigures:
+    """As they were measured; the curvature is in no chart."""
+    rises = {kind: [Estimate(tuple(one["values"])) for one in rises] for kind, rises in saved["rises"].items()}
+    strengths = {float(strength): losses for strength, losses in saved["strengths"].items()}
+    return FlatnessFigures(**{**saved, "rises": rises, "strengths": strengths, "curvature": {}})
+
+
+def _looks(figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> list[Look]:
+    return [BASE, *(METHODS.get(facts["runs"][run.name]["method"], THIRD) for run in figures[1:])]
+
+
+def _strengths(figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> Chart:
     kind = HELDOUT if HELDOUT in figures[0].losses else TRAIN
     title = f"Loss by strength of the LoRA, {IMAGES[kind]}"
-    strengths = lines_of(figures, looks, [_strength(one, figures[0], kind) for one in figures])
-    titled_chart(strengths, title, "strength", "loss").save(folder / "strength.png")
+    lines = lines_of(figures, _looks(figures, facts), [_strength(one, figures[0], kind) for one in figures])
+    return titled_chart(lines, title, "strength", "loss")
 
 
 def _strength(figures: FlatnessFigures, base: FlatnessFigures, kind: str) -> Curve:

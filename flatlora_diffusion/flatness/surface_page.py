@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from flatlora_diffusion.charts.palette import INK, PAPER, RULE
 
 # Turning one surface turns all, so that they are always seen from one side.
 _TURN_TOGETHER = """
@@ -20,6 +23,21 @@ plot.on("plotly_relayout", change => {
   Plotly.relayout(plot, update).then(() => { turning = false; });
 });
 """
+_IN_LIGHT_AND_DARK = """
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const dress = () => {
+  const [paper, ink, rule] = dark.matches ? DARK : LIGHT;
+  const update = {paper_bgcolor: paper, "font.color": ink};
+  for (const scene of scenes) for (const name of ["xaxis", "yaxis", "zaxis"]) {
+    Object.assign(update, {[`${scene}.${name}.backgroundcolor`]: paper, [`${scene}.${name}.gridcolor`]: rule});
+  }
+  document.body.style.background = paper;
+  Plotly.relayout(plot, update);
+};
+dark.addEventListener("change", dress);
+dress();
+"""
+_LIGHT, _DARK = zip(PAPER, INK, RULE, strict=True)
 
 
 def can_write() -> bool:
@@ -70,7 +88,8 @@ def write_surface_page(
         path,
         include_plotlyjs=True,
         div_id="surfaces",
-        post_script=_TURN_TOGETHER,
+        post_script=_TURN_TOGETHER
+        + _IN_LIGHT_AND_DARK.replace("LIGHT", json.dumps(_LIGHT)).replace("DARK", json.dumps(_DARK)),
         default_height="92vh",
         config={"displaylogo": False, "responsive": True},
     )

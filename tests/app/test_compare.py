@@ -23,11 +23,12 @@ from app.compare.answer import answer
 from app.compare.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.compare.export import difference
 from app.compare.picture_cache import Drawing, DrawOrder, Picture, orders_for
-from app.compare.tab import refresh
+from app.compare.tab import refresh, show_trained
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
-from app.jobs.store import Job, JobState, Store
+from app.jobs.store import Job, JobState, NewJob, Store
+from app.reporting import percent
 from app.settings import AppSettings
 from app.theme import COLOURS
 from flatlora_diffusion.config import ConfigError
@@ -76,8 +77,8 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     assert re.match(r'<div class="fl-answer"><p><b>LoRA and Flat-LoRA draw (nearly|alike|clearly)', shown.grid)
     assert "give or take" not in shown.grid  # of one picture
     assert "draws 32 x 32 pixels; enlarged" in shown.grid
-    for title, colour in COLOURS.items():
-        assert f'border-color:{colour}"><b>{title}</b>' in shown.grid
+    for title in ("LoRA", "Flat-LoRA"):
+        assert f'border-color:{COLOURS[title]}"><b>{title}</b>' in shown.grid
     compared, between = (view.show(replace(FORM, look=look)) for look in (TO_BASE, BETWEEN))
     assert [one.grid.count("fl-diff") for one in (compared, between)] == [2, 1]
     assert "icons-flat-lora: difference to LoRA" in between.grid
@@ -136,6 +137,12 @@ def test_the_answer_is_how_much_two_loras_differ_beside_what_they_change(tmp_pat
     assert told == "LoRA and Flat-LoRA draw nearly the same pictures here."
     assert "by 20% of what they change in the base, give or take 21%" in rest
     assert answer(Rows(arms[:1], rows), {})[0] == ""  # type: ignore[arg-type]
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign_and_is_not_called_nothing() -> None:
+    assert [percent(share, is_signed=True) for share in (0.12, -0.12, 0.0051)] == ["+12%", "-12%", "+1%"]
+    assert {percent(share, is_signed=True) for share in (0.005, 0.003, -0.003, -0.005)} == {"under 1%"}
+    assert percent(0.0) == "0%"
 
 
 @dataclass
@@ -221,6 +228,18 @@ def test_what_is_shown_already_is_not_sent_again(view: CompareView) -> None:
     assert refresh(view, shown, *values) == (*[gr.skip()] * 5, shown)
     grid, status, *_, stop, _ = refresh(view, replace(shown, status="", is_drawing=True), *values)
     assert (grid, status, stop) == (gr.skip(), first[1], gr.update(visible=False))
+
+
+def test_the_way_on_from_a_training_chooses_what_was_trained_last(view: CompareView) -> None:
+    """Not the newest pair, when it was a single run."""
+    store, folder = view.context.runs.store, view.context.runs.folder
+    shutil.copytree(folder / "icons-lora", folder / "later")
+    (job,) = store.add_jobs([NewJob("train", {}, "me", "later")])
+    store.change_job(job.id, "queued", state="done")
+    tabs, runs = show_trained(view)
+    assert tabs.selected == "compare"
+    assert runs["value"] == ["later"]
+    assert {run_id for _, run_id in runs["choices"]} == {"icons-lora", "icons-flat-lora", "later"}
 
 
 def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:

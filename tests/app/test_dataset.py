@@ -17,6 +17,7 @@ from PIL import Image
 from app.context import AppContext, make_context
 from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
 from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
+from app.dataset.captions import captions_from_names
 from app.dataset.cards import card_functions, cards_page
 from app.dataset.layout import build_intake
 from app.dataset.removal import remove_all
@@ -25,7 +26,7 @@ from app.dataset.thumbnails import Thumbnails, as_trained
 from app.dataset.view import DatasetView, Framing, fill_captions, look_at, training_size
 from app.settings import AppSettings
 from app.train.forms import ConfigForm, preset_settings
-from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.config import SAMPLES, ModelConfig
 
 
 @pytest.fixture
@@ -312,15 +313,43 @@ def test_captions_of_file_names_leave_what_the_user_has_written(context: AppCont
     context.uploads.save_captions(session, {"0002.png": "an owl that sleeps", "0004.png": ""})
     told = caption_all(context, session, "ABC")
     assert context.uploads.captions(session) == {
-        "0001.png": "a ABC icon of red fox, in the style of ABC",
+        "0001.png": "a ABC icon of a red fox, in the style of ABC",
         "0002.png": "an owl that sleeps",
         "0003.png": "",
-        "0004.png": "a ABC icon of cat, in the style of ABC",
-        "0005.png": "a ABC icon of dog, in the style of ABC",
+        "0004.png": "a ABC icon of a cat, in the style of ABC",
+        "0005.png": "a ABC icon of a dog, in the style of ABC",
     }
     assert "3 captions written from file names; 2 left as they are" in told
     caption_all(context, session, "XYZ")
-    assert context.uploads.captions(session)["0001.png"] == "a XYZ icon of red fox, in the style of XYZ"
+    assert context.uploads.captions(session)["0001.png"] == "a XYZ icon of a red fox, in the style of XYZ"
+
+
+def test_a_caption_of_a_file_name_has_the_article_of_the_samples_captions() -> None:
+    """Theirs were written by another rule, with a list of all nouns among them that take none."""
+    rows = [json.loads(line) for line in (SAMPLES / "icons_3d/heldout/metadata.jsonl").read_text().splitlines()]
+    names = {row["name"]: row["text"] for row in rows if re.fullmatch("[a-z ]+", row["name"])}
+    for path in (SAMPLES / "icons_3d").glob("*.txt"):
+        names[path.stem.replace("-", " ")] = path.read_text().strip()
+    made = captions_from_names({name: f"{name}.png" for name in names}, dict.fromkeys(names, ""), "TOK")
+    others = {name: made[name] for name, text in names.items() if made[name] != text}
+    assert len(names) > 80
+    assert len(others) < 6, others
+    for name, told in (
+        ("ambulance", "an ambulance"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("grapes", "grapes"),
+        ("glass of grapes", "a glass of grapes"),
+        ("bus", "a bus"),
+        ("my cat", "my cat"),
+        ("an owl", "an owl"),
+        ("2 owls", "2 owls"),
+    ):
+        caption = f"a TOK icon of {told}, in the style of TOK"
+        assert captions_from_names({"x": f"{name}.png"}, {"x": ""}, "TOK") == {"x": caption}
+        assert captions_from_names({"x": f"{name}.png"}, {"x": caption}, "ABC") == {"x": caption.replace("TOK", "ABC")}
+        earlier = f"a TOK icon of {name}, in the style of TOK"  # as earlier versions wrote it
+        assert captions_from_names({"x": f"{name}.png"}, {"x": earlier}, "TOK") == {"x": caption}
 
 
 def test_the_trigger_word_reaches_the_preview_prompt_and_a_missing_one_is_told(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -81,7 +82,13 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
     assert title.startswith("icons-lora and icons-flat-lora, quick")
     result = again.result(number)
     assert result.charts.startswith('<div class="fl-answer"><p><b>')
-    assert [name in result.charts for name in ("rise.png", "slices.png", "strength.png")] == [True] * 3
+    assert show(again, number)[0] == result.charts
+    for name in ("rise.png", "slices.png", "strength.png", "surface.png"):
+        assert f'{name}" download' in result.charts
+    drawn = "".join(re.findall(r"<svg.*?</svg>", result.charts, re.DOTALL))
+    assert drawn.count("<svg") == 4
+    assert {"base", "lora", "flat", "ink", "faint"} <= set(re.findall(r"var\(--([a-z]+)\)", drawn))
+    assert set(re.findall("#[0-9a-f]{6}", drawn)) <= {"#ffffff"}, "white on the surface, in light and dark"
     assert "| loss, training images" in result.tables
     assert "icons-flat-lora" in result.tables
     frame = again.surface(number)
@@ -92,22 +99,45 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
     choices = refresh(again, None, [], None, "")
     assert (choices[1]["value"], choices[1]["visible"]) == (number, True)
     assert refresh(again, choices[4], PAIR, number, "")[1].keys() == {"__type__"}  # left alone
-    assert show(again, number)[0] == result.charts
+    file = again.context.queue.output_of(again.context.runs.store.job(number)) / "flatness.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"figures": [{"name": "<script>"}]}))
+    assert "another version" in show(again, number)[0]
+    file.write_text(json.dumps({"figures": 1}))
+    assert "another version" in show(again, number)[0]
 
 
 @pytest.mark.parametrize(
     ("flat", "told", "rest"),
     [
-        ((0.8, 0.82, 0.78, 0.8), "Flat-LoRA is less sensitive: a small change of its weights disturbs it 20%", "3%."),
+        (
+            (0.8, 0.82, 0.78, 0.8),
+            "Flat-LoRA is less sensitive: a small change of its weights disturbs it 20% less than LoRA.",
+            "3%.",
+        ),
         (
             (1.25, 1.25, 1.24, 1.26),
-            "LoRA is less sensitive: a small change of its weights disturbs it 20%",
+            "LoRA is less sensitive: a small change of its weights disturbs it 20% less than Flat-LoRA.",
             "1%.",
         ),
         (
             (0.9, 1.1, 1.0, 1.02),
             "Flat-LoRA and LoRA are equally sensitive to small changes",
             "+1%, give or",
+        ),
+        (
+            (0.9, 1.1, 0.997, 0.997),
+            "Flat-LoRA and LoRA are equally sensitive to small changes",
+            "is under 1%, give or",
+        ),
+        (
+            (0.9961, 0.9962, 0.9961, 0.996),
+            "Flat-LoRA is less sensitive: a small change of its weights disturbs it under 1% less",
+            "take under 1%.",
+        ),
+        (
+            (1.002, 1.0021, 1.002, 1.0021),
+            "LoRA is less sensitive: a small change of its weights disturbs it under 1% less",
+            "take under 1%.",
         ),
     ],
 )
@@ -121,6 +151,19 @@ def test_the_answer_comes_first_with_how_sure_it_is(flat: tuple[float, ...], tol
     assert answer(result)[0].startswith(told)
     assert rest in answer(result)[1]
     assert answer(result | {"runs": {"two": {"method": "flat-lora"}}}) == ("", "")
+
+
+def test_a_loss_that_does_not_rise_tells_nothing() -> None:
+    """A mean of few draws can fall below 0, of which no share can be taken."""
+    rises = (("Base", (1.0, 1.0)), ("one", (-0.5, 0.3)), ("two", (2.0, 2.0)))
+    result = {
+        "settings": {"sigmas": [0.1]},
+        "runs": {"one": {"method": "lora"}, "two": {"method": "flat-lora"}},
+        "figures": [{"name": name, "rises": {"filter": [{"values": values}]}} for name, values in rises],
+    }
+    told, why = answer(result)
+    assert "cannot tell" in told
+    assert "%" not in told + why
 
 
 def test_a_fair_pair_is_chosen_before_a_newer_run(view: FlatnessView) -> None:

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from app.train.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
-from app.train.words import HELP, LABELS
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from app.train.words import HELP, LABELS, OTHER_METHODS, in_form_words
+from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,34 @@ def test_a_wrong_value_is_one_sentence(form: ConfigForm, name: str, value: objec
     values = dict(zip(form.by_name, form.write({}), strict=True)) | {name: value}
     with pytest.raises(ConfigError, match=sentence):
         form.read(list(values.values()), "flat-lora")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rank=0 is out of range: it must be at least 1", "Rank = 0 is out of range: it must be at least 1"),
+        ("pretrained_model_name_or_path='x' has no text_encoder_2", "Base model = 'x' has no text_encoder_2"),
+        (
+            "--use_8bit_adam is for --optimizer adamw; leave it out",
+            "“AdamW in 8 bits” is for “Optimizer” adamw; leave it out",
+        ),
+        (
+            "--method sam has no sigma, but sigma=0.1 was given",
+            "“Train” sam has no sigma, but Sigma (noise of Flat-LoRA) = 0.1 was given",
+        ),
+        ("train with a smaller checkpointing_steps", "train with a smaller “Steps between checkpoints”"),
+        ("there is no file '/a/rank=2/--seed' there", "there is no file '/a/rank=2/--seed' there"),
+        ("SDXL's own --resolution isn't a seed", "SDXL's own “Size in pixels” isn't a seed"),
+        ("give --output_dir, or --data_dir", "give --output_dir, or --data_dir"),
+    ],
+)
+def test_an_error_names_settings_as_the_form_does(text: str, told: str) -> None:
+    """What is quoted is the user's; words that are also names of settings stay."""
+    assert in_form_words(text) == told
+
+
+def test_each_other_method_is_told_in_a_sentence() -> None:
+    assert {"lora", "flat-lora", *OTHER_METHODS} == set(METHOD_NAMES)
+    for method, text in OTHER_METHODS.items():
+        assert 30 < len(text) < 120, method
+        assert not re.search(r"_|--|\beps\b|\bW\b", text), method

@@ -22,6 +22,7 @@ from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
 from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
+from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -475,7 +476,22 @@ def test_a_folder_with_an_earlier_run_in_it_is_one_run(runs: RunStore) -> None:
     assert runs.all() == []
     made_by_hand(runs, "other/earlier-1")
     made_by_hand(runs, "third/holdout-fold-1")
+    made_by_hand(runs, "fourth/member-1")
     assert runs.all() == []
+
+
+@pytest.mark.parametrize("kept", ["checkpoint-1/state.safetensors", LORA_FILE])
+def test_a_run_that_was_stopped_in_its_members_goes_on_with_them(runs: RunStore, kept: str) -> None:
+    launch = runs.next_launch(runs.reserve("run"))
+    launch.folder.mkdir(parents=True)
+    write_json(launch.settings_file, {"members": 2, "method": "lora"})
+    write_json(launch.exit_file, {"code": 3, "was_asked": True, "time": time.time()})
+    assert not runs.get("run").is_resumable
+    file = runs.folder / "run" / "member-1" / kept
+    file.parent.mkdir(parents=True)
+    file.touch()
+    run = runs.get("run")
+    assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume goes on from its members.")
 
 
 def test_a_run_that_was_stopped_in_its_folds_goes_on_with_them(runs: RunStore) -> None:

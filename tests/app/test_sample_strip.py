@@ -56,14 +56,14 @@ def rows(page: str) -> dict[str, list[str]]:
 
 def test_the_strip_grows_by_a_column_with_a_row_for_each_prompt(context: AppContext) -> None:
     begin(context, "one")
-    *_, samples, _, _, seen = live(context, None, None)
+    *_, samples, _, _, _, seen = live(context, None, None)
     assert not samples.visible
     draw(context, "one", 0, prompts=PROMPTS, seeds=[0, 0])
-    *_, samples, _, _, seen = live(context, None, seen)
+    *_, samples, _, _, _, seen = live(context, None, seen)
     assert samples.visible
     assert heads(samples.value) == ["Before training"]
     draw(context, "one", 6, prompts=PROMPTS, seeds=[0, 0])
-    *_, samples, _, _, seen = live(context, None, seen)
+    *_, samples, _, _, _, seen = live(context, None, seen)
     assert heads(samples.value) == ["Before training", "Step 6"]
     assert rows(samples.value) == {
         "a &lt;fox&gt;": ["step-0-0.png", "step-6-0.png"],

@@ -18,15 +18,18 @@ from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
 from app.jobs.launch import Launch
 from app.loss_chart import loss_chart
+from app.runs import live_view
 from app.runs.live_view import acts_of, loss_curves, run_colours, smoothed
 from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
 from app.runs.run_cards import own_lines, run_card
 from app.runs.runs import Run
+from app.runs.state import RunState
 from app.theme import COLOURS
 from app.train.acts import act
 from app.train.forms import ConfigForm, preset_settings
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
+from app.train.words import LABELS
 from app.ui import build_app
 from flatlora_diffusion.config import METHOD_NAMES, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -50,17 +53,20 @@ def test_curves_have_their_methods_colours_and_are_hidden_without_a_loss(context
     make_run(context, "one-flat", "flat-lora", [0.3, 0.1])
     runs = {run.id: run for run in context.runs.all()}
     colours = run_colours([runs["one-lora"], runs["one-flat"], runs["two-lora"]])
-    assert colours["one-lora"] == COLOURS["LoRA"] == "#cf7600"
-    assert colours["one-flat"] == COLOURS["Flat-LoRA"] == "#2f6fde"
+    assert colours["one-lora"] == COLOURS["LoRA"] == "var(--lora)"
+    assert colours["one-flat"] == COLOURS["Flat-LoRA"] == "var(--flat)"
     assert colours["two-lora"] not in (colours["one-lora"], colours["one-flat"])
     shown = loss_curves(context, [runs["one-lora"], runs["one-flat"]])
     assert shown.visible
-    assert [shown.value.count(f'<path stroke="{colour}" d="M') for colour in ("#cf7600", "#2f6fde")] == [1, 1]
-    assert "one-flat: 0.1000 after step 1" in shown.value
+    assert [shown.value.count(f'<path style="stroke:{colour}" d="M') for colour in ("var(--lora)", "var(--flat)")] == [
+        1,
+        1,
+    ]
+    assert "one-flat: 0.1000 after step 2" in shown.value
     context.runs.rename("one-lora", "<b>renamed")  # the chart is of the new name at once
     renamed = loss_curves(context, [context.runs.get("one-lora")]).value
     assert "<title>&lt;b&gt;renamed</title>" in renamed
-    assert 'stroke="#cf7600"' in renamed
+    assert "stroke:var(--lora)" in renamed
     assert not loss_curves(context, [runs["two-lora"]]).visible
 
 
@@ -74,7 +80,43 @@ def test_before_the_first_step_a_sentence_stands_for_the_curve(context: AppConte
     _, chosen, curves, no_loss, *rest, seen = live(context, None, None)
     assert (len(chosen.choices), curves.visible, no_loss.visible) == (2, False, True)
     assert rest[-1].visible  # two wait, and can be cancelled together
-    assert live(context, None, seen) == (*[gr.skip()] * 7, seen)  # left alone
+    assert live(context, None, seen) == (*[gr.skip()] * 8, seen)  # left alone
+
+
+def test_the_log_is_that_of_the_run_that_trains_until_another_is_chosen_by_hand(
+    context: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one-lora", "one-flat-lora"):
+        make_run(context, name, name.removeprefix("one-"), [])
+    of_run = {"one-lora": "lines of LoRA", "one-flat-lora": "lines of Flat-LoRA"}
+    monkeypatch.setattr(context.runs, "log", lambda run_id, lines: [of_run[run_id]])
+    states: dict[str, RunState] = {"one-lora": "queued", "one-flat-lora": "queued"}
+    monkeypatch.setattr(live_view, "recent_ids", lambda _: list(states))
+    get = context.runs.get
+    monkeypatch.setattr(context.runs, "get", lambda run_id: replace(get(run_id), state=states[run_id]))
+    chosen, seen = None, None
+
+    def shown(**now: RunState) -> str:
+        """The run whose log is shown once the states are `now`; the page sends back what it was given."""
+        nonlocal chosen, seen
+        states.update({name.replace("_", "-"): state for name, state in now.items()})
+        _, choice, *_, log, way, _, seen = live(context, chosen, seen)
+        chosen = getattr(choice, "value", chosen)
+        assert log == gr.skip() or log.value == of_run[str(chosen)]
+        is_over = set(states.values()) == {"finished"}
+        assert way == gr.skip() or way.visible == is_over
+        assert not is_over or way.value == "Next: compare one-lora and one-flat-lora"
+        return str(chosen)
+
+    shown()
+    assert shown(one_lora="running") == "one-lora"
+    assert shown(one_lora="finished", one_flat_lora="running") == "one-flat-lora"
+    chosen = "one-lora"  # by hand
+    assert (shown(), shown()) == ("one-lora", "one-lora")
+    assert shown(one_flat_lora="finished") == "one-lora"
+    assert shown(one_lora="queued") == "one-lora"
+    chosen = "one-flat-lora"
+    assert shown(one_lora="running") == "one-lora"
 
 
 def test_the_log_has_the_trainings_own_lines_only() -> None:
@@ -88,7 +130,7 @@ def test_the_log_has_the_trainings_own_lines_only() -> None:
         "  import pynvml  # type: ignore",
     ]
     own = [
-        "23 images, captions 23/23, 256x256 pixels",
+        "23 images, captions 23/23, 256 x 256 pixels",
         "lora: 100%|####| 30/30 [00:36<00:00,  1.21s/it, loss=0.0496]",
         "Traceback (most recent call last):",
         '  File "/x/site-packages/torch/nn/modules/module.py", line 1778, in _wrapped_call_impl',
@@ -184,6 +226,22 @@ def test_a_run_that_cannot_be_told_by_its_name_is_not_queued(context: AppContext
     assert context.queue.jobs() == []
 
 
+def test_what_is_wrong_is_told_by_the_names_of_the_form(context: AppContext) -> None:
+    session, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    for settings in ({"rank": 0}, {"use_8bit_adam": True, "optimizer": "prodigy"}, {"quantize_base": "nf3"}):
+        values = form.write({"report_to": "none", **settings})
+        told = summary(context, form, session, PLAIN, *values)
+        with pytest.raises(gr.Error) as error:
+            start(context, form, session, "one", PLAIN, *values)
+        for text in (told, str(error.value)):
+            assert not re.search("--|_", text), text
+            assert all(LABELS[name] in text for name in settings), text
+    make_run(context, "failed", "lora", [0.3])
+    run = replace(context.runs.get("failed"), state="failed", advice="rank=0 is out of range\nCorrect this setting")
+    assert "Rank = 0 is out of range" in run_card(run)
+
+
 def test_an_error_is_text_and_no_markup(context: AppContext) -> None:
     form = ConfigForm()
     values = form.write({"pretrained_model_name_or_path": "<b>x & y</b>", "report_to": "none"})
@@ -226,6 +284,8 @@ def test_a_running_training_says_what_it_is_busy_with(tmp_path: Path) -> None:
     with launch.log_file.open("a") as log:
         log.write("fold 1 of 3: trains on 2 images, 1 are held out\nfold 2 of 3: trains on 2 images, 1 are held out\n")
     assert phase() == "finding the number of steps: fold 2 of 3"
+    launch.log_file.write_text("member 1 of 3: trains with seed 0\nmember 2 of 3: trains with seed 7\n")
+    assert phase() == "training member 2 of 3"
     assert phase(has_begun=True) == PREVIEWS
     assert phase(has_begun=True, has_previews=False) == phase(has_begun=True, has_drawn=True) == TRAINING
     run.save_file.touch()
@@ -313,6 +373,17 @@ def test_a_curve_stays_inside_of_its_chart(losses: list[float]) -> None:
     places = [tuple(map(float, one.split())) for one in path[1].split(" L")]
     assert len(places) == len(losses)
     assert all(58 <= x <= 630 and 10 <= y <= 236.1 for x, y in places), places
+
+
+@pytest.mark.parametrize(("steps", "ticks"), [(1, [0, 1]), (40, [0, 10, 20, 30, 40]), (150, [0, 50, 100, 150])])
+def test_a_curve_ends_at_its_number_of_steps_over_round_numbers(
+    context: AppContext, steps: int, ticks: list[int]
+) -> None:
+    make_run(context, "one", "lora", [0.3] * steps)
+    chart = loss_curves(context, [context.runs.get("one")]).value
+    shown = re.findall(r'text-anchor="middle">(\d+)</text>', chart)
+    assert list(map(int, shown)) == ticks
+    assert f"after step {steps}" in chart
 
 
 def test_a_curve_is_smoothed_over_a_tenth_of_the_run_and_has_few_points() -> None:

@@ -22,7 +22,7 @@ def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppConte
     cards, count, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "")
     assert re.findall('data-image="(.*?)"', cards) == [f"{number:04}.png" for number in range(1, 24)]
     assert refused == ""
-    assert ">a ABC icon of beer mug, in the style of ABC</textarea>" in cards
+    assert ">a ABC icon of a beer mug, in the style of ABC</textarea>" in cards
     assert "captions 23/23" in count
     form = ConfigForm()
     values = form.write({"max_train_steps": 2, "report_to": "none"})

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
-from app.theme import COLOURS, SHADES
+from app.theme import COLOURS, CSS, SHADES
 from flatlora_diffusion.charts.forest import Row, forest_chart
 from flatlora_diffusion.charts.lines import Chart, Line, line_chart, surface_chart, titled_chart
-from flatlora_diffusion.charts.palette import FLAT_LORA, LOOKS, LORA, METHODS, PAPER
+from flatlora_diffusion.charts.palette import FLAT_LORA, LOOKS, LORA, METHODS, PAPER, THIRD
 from flatlora_diffusion.charts.rows import Dot, axis_row, dot_row, row_limits, sample
+from flatlora_diffusion.config import METHOD_NAMES
 
 STEPS, FALLING, FLAT = (100, 200, 300), (0.3, 0.2, 0.1), (0.2, 0.2, 0.2)
 # How linear RGB looks to whoever lacks a kind of cone (Machado, Oliveira and Fernandes 2009, severity 1).
@@ -69,12 +73,25 @@ def test_methods_differ_without_colour_too() -> None:
     assert len({look.marker for look in LOOKS}) == len({look.dashes for look in LOOKS}) == len(LOOKS)
 
 
-def test_the_app_has_the_colours_of_the_charts() -> None:
-    assert {"LoRA": METHODS["lora"].tone.light, "Flat-LoRA": METHODS["flat-lora"].tone.light} == COLOURS
-    assert {name: shades[1:] for name, shades in SHADES.items()} == {
-        "LoRA": LORA.shades,
-        "Flat-LoRA": FLAT_LORA.shades,
-    }
+def test_further_runs_of_a_method_are_seen_on_dark_paper_and_told_apart() -> None:
+    for look in LOOKS:
+        tones = list(look.tones.values())
+        assert all(contrast(tone.dark, PAPER.dark) > 3 for tone in tones)
+        for one, two in itertools.combinations(tones, 2):
+            assert min(distance(*pair, SIGHT["all cones"]) for pair in zip(one, two, strict=True)) > 8, look.name
+
+
+def test_the_app_has_the_colours_of_the_charts_in_light_and_dark() -> None:
+    light, dark = CSS.split(".dark .gradio-container", 1)
+    for title, shades in SHADES.items():
+        method = next(name for name in METHOD_NAMES if METHOD_NAMES[name] == title)
+        tones = METHODS.get(method, THIRD).tones
+        assert shades == tuple(f"var(--{name})" for name in tones)
+        assert COLOURS[title] == shades[0]
+        for name, tone in tones.items():
+            assert f"--{name}: {tone.light};" in light
+            assert f"--{name}: {tone.dark};" in dark
+    assert set(SHADES) == set(METHOD_NAMES.values())
 
 
 def charts() -> list[Chart]:
@@ -168,6 +185,22 @@ def test_the_bottom_of_a_surface_is_dark_and_its_corner_bright() -> None:
     assert heights[80, 80] == pytest.approx(0, abs=1e-6)
     assert heights[::160, ::160] == pytest.approx(np.full((2, 2), 2.0))
     assert heights[80, 0] == pytest.approx(1)
+
+
+def test_a_surface_on_a_page_has_its_field_as_a_picture_and_the_rest_in_the_pages_colours() -> None:
+    bowl = [[float(a * a + b * b) for a in (-1, 0, 1)] for b in (-1, 0, 1)]
+    drawn = ElementTree.fromstring(surface_chart([("bowl", bowl)], 1.0, "title").svg("kind", "label"))
+    pictures = [one for one in drawn.iter() if one.tag == "image"]
+    assert len(pictures) == 2  # the field, and the bar that explains it
+    field = max(pictures, key=lambda one: float(one.get("width", 0)))
+    kind, _, data = field.get("href", "").partition("base64,")
+    assert kind == "data:image/png;"
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+    middle, corner = pixels[len(pixels) // 2, pixels.shape[1] // 2], pixels[3, 3]
+    assert corner.sum() > middle.sum() + 100
+    words = {one.text: one.get("style") for one in drawn.iter() if one.tag == "text"}
+    assert "var(--ink)" in str(words["title"])
+    assert "var(--faint)" in str(words["along direction 1"])
 
 
 def test_of_equal_lines_none_hides_another() -> None:

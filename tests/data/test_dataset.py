@@ -101,7 +101,7 @@ def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
     found = load_samples(tmp_path)
     assert found.skipped == [("notes.pdf", "not in an image format that is supported")]
     assert found.summary == (
-        "1 image, captions 1/1, 6x4 pixels; skipped: notes.pdf (not in an image format that is supported)"
+        "1 image, captions 1/1, 6 x 4 pixels; skipped: notes.pdf (not in an image format that is supported)"
     )
     for number in range(9):
         (tmp_path / f"x{number}.pdf").touch()

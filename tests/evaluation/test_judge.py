@@ -122,7 +122,7 @@ def test_images_are_read_as_the_saved_processor_reads_them(tokenizer: CLIPTokeni
 def test_images_whose_crop_or_background_is_open_are_refused() -> None:
     with pytest.raises(ValueError, match="RGBA is not RGB: composite"):
         pixel_values([Image.new("RGBA", (64, 64))], 64)
-    with pytest.raises(ValueError, match="80x64 is not square: crop or pad"):
+    with pytest.raises(ValueError, match="80 x 64 is not square: crop or pad"):
         pixel_values([Image.new("RGB", (80, 64))], 64)
 
 

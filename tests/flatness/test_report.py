@@ -20,7 +20,7 @@ from torch import nn
 
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
-from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, LORA
+from flatlora_diffusion.charts.palette import BASE, FLAT_LORA, INK, LORA, PAPER
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import AdapterConfig, ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, manifest
@@ -39,8 +39,10 @@ from flatlora_diffusion.flatness.merged_weights import (
     probe_loss_at,
     twice_differentiable,
 )
+from flatlora_diffusion.flatness.pictures import charts_of
 from flatlora_diffusion.flatness.report import flatness
 from flatlora_diffusion.flatness.robustness import OtherModels, of_rank, rounded, to_bits, variants
+from flatlora_diffusion.flatness.surface_page import write_surface_page
 from flatlora_diffusion.flatness.weight_space import Weights, noise, scales, shifted, value
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.sdxl.objective import Objective, sample_losses
@@ -318,6 +320,9 @@ def test_a_report_has_all_files_and_figures(
     pixels = np.asarray(Image.open(out / "strength.png").convert("RGB")).reshape(-1, 3)
     seen = {f"#{pixel.tobytes().hex()}" for pixel in np.unique(pixels, axis=0)}
     assert {look.tone.light for look in (BASE, LORA, FLAT_LORA)} <= seen, "each method in its own colour"
+    for name, chart in charts_of(found).items():  # drawn anew of the figures it is the same chart
+        chart.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
 
 def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
@@ -389,6 +394,25 @@ def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons
     assert found["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "tone"), [("light", "light"), ("dark", "dark")])
+def test_a_surface_to_turn_has_the_colours_that_the_reader_sees_pages_in(
+    chromium: Any, tmp_path: Path, scheme: Any, tone: str
+) -> None:
+    bowl = [[float(a * a + b * b) for a in (-1, 0, 1)] for b in (-1, 0, 1)]
+    write_surface_page(tmp_path / "surface.html", [("bowl", bowl), ("flat", bowl)], (-1, 0, 1), "title")
+    page = chromium.new_page(color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "surface.html").as_uri())
+    layout = page.evaluate("(({paper_bgcolor, font}) => [paper_bgcolor, font.color])(surfaces._fullLayout)")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.close()
+    assert layout == [getattr(PAPER, tone), getattr(INK, tone)]
+    assert ground == "rgb({}, {}, {})".format(*bytes.fromhex(getattr(PAPER, tone)[1:]))
+    assert complaints == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -424,6 +448,18 @@ def test_a_file_that_belongs_to_no_earlier_result_is_not_replaced(
     config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=f"output_dir=.* holds {name}, but no earlier result"):
         flatness(config)
+
+
+@pytest.mark.parametrize("setting", ["instance_data_dir", "heldout_dir"])
+def test_charts_are_not_put_among_images(
+    make_run: Callable[..., Path], icons: Path, tmp_path: Path, setting: str
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    out = icons if setting == "instance_data_dir" else more
+    config = replace(QUICK, runs=(str(make_run("plain")),), instance_data_dir=str(icons), heldout_dir=str(more))
+    with pytest.raises(ConfigError, match=f"output_dir=.* is {setting}="):
+        flatness(replace(config, output_dir=str(out)))
 
 
 def test_other_images_and_missing_runs_are_named(
