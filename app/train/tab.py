@@ -27,7 +27,7 @@ from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..watch.ticks import only_news, signs_of
 from .acts import connect_acts
-from .bases import check_base
+from .bases import check_start
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
 from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 from .words import OTHER_METHODS, in_form_words
@@ -93,7 +93,7 @@ def queue_training(context: AppContext, config: TrainConfig, session: str, name:
     if not name:
         raise ConfigError("the run has no name; give it one")
     context.places.check(config)
-    check_base(config.model)
+    check_start(config)
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
         load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
@@ -119,7 +119,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
     try:
         config = form.read(values, _name_of(method))
         context.places.check(config)
-        check_base(config.model)
+        check_start(config)
         captions = context.uploads.captions(session) if session else {}
         if not config.data.is_given:
             _check_images(captions, config.data.instance_prompt)

@@ -100,7 +100,7 @@ def _room(experiment: Experiment) -> str:
 
 def _trainings(experiment: Experiment) -> str:
     """How many there are, and how many of them are done."""
-    done = sum(planned.is_finished for planned in experiment.runs)
+    done = sum(planned.config.average.trainings for planned in experiment.runs if planned.is_finished)
     count = sum(planned.config.average.trainings for planned in experiment.runs)
     folds = experiment.config.data.holdout_folds
     before = f", each after one for each of {folds} folds" if folds else ""

@@ -448,6 +448,17 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_measured(
         flatness(config)
 
 
+@pytest.mark.parametrize("name", ["rise.png", "flatness.md"])
+def test_a_file_that_belongs_to_no_earlier_result_is_not_replaced(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(flatness_report, "load_sdxl", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / name).write_bytes(b"the user's")
+    config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"output_dir=.* holds {name}, but no earlier result"):
+        flatness(config)
+
+
 @pytest.mark.parametrize("setting", ["instance_data_dir", "heldout_dir"])
 def test_charts_are_not_put_among_images(
     make_run: Callable[..., Path], icons: Path, tmp_path: Path, setting: str
