@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from patience import wait_until
 from PIL import Image
 
 from app.compare import comparison
@@ -35,7 +35,6 @@ from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120
 FORM = Form(["icons-lora", "icons-flat-lora"], "a <fox>", "0", BY_PROMPT, 1.0, "", 1, 1.0)
 DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0, "no", "abc")
 
@@ -60,11 +59,12 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     assert len(view.draw(FORM, "me")) == 1
     assert view.draw(FORM, "me") == []  # it is queued already
     assert view.show(FORM).is_drawing
-    end = time.monotonic() + PATIENCE_SECONDS
-    while queue.jobs("queued", "running"):
-        assert time.monotonic() < end
+
+    def is_drawn() -> bool:
         assert queue.tick()
-        time.sleep(0.05)
+        return not queue.jobs("queued", "running")
+
+    wait_until(is_drawn)
     shown = view.show(FORM)
     assert shown.status == "", shown.status
     assert shown.grid.count("<img") == 3

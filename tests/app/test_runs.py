@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from patience import HANGS, wait_until
 
 from app.compare.comparison import _pair_by_name
 from app.jobs.store import Label
@@ -27,7 +28,6 @@ from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import write_json
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def go_on(runs: RunStore, run_id: str) -> None:
 
 
 def wait(runs: RunStore, run_id: str, until: Callable[[Run], bool]) -> Run:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not until(run := runs.get(run_id)):
-        assert time.monotonic() < end, (run, runs.log(run_id))
-        time.sleep(0.1)
-    return run
+    def found() -> Run | None:
+        run = runs.get(run_id)
+        return run if until(run) else None
+
+    return wait_until(found, told=lambda: (runs.get(run_id), runs.log(run_id)))
 
 
 def ended(run: Run) -> bool:
@@ -232,15 +232,12 @@ def test_a_run_that_was_started_from_a_command_line(runs: RunStore, settings: di
         [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(config)], cwd=ROOT
     )
     try:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not (found := runs.all()) or not stepped(found[0]):
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        assert [run.id for run in found] == ["demo/lora"]
+        wait_until(lambda: any(map(stepped, runs.all())), lambda: process.poll() is None)
+        assert [run.id for run in runs.all()] == ["demo/lora"]
         with pytest.raises(ConfigError, match="started from a command line"):
             runs.stop("demo/lora", at_once=True)
         runs.stop("demo/lora")
-        assert process.wait(PATIENCE_SECONDS) == 3
+        assert process.wait(HANGS) == 3
     finally:
         process.kill()
     assert wait(runs, "demo/lora", ended).state == "stopped"

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from patience import HANGS
 
 from app.jobs.store import Label, NewJob, Store
 from flatlora_diffusion.config import ConfigError
@@ -94,7 +95,7 @@ def test_two_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: P
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: store.add_jobs([job(str(number))]), range(100)))
     for process in processes:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=HANGS)
         assert process.returncode == 0, error
     jobs = store.jobs()
     assert len(jobs) == 300

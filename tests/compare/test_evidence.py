@@ -72,6 +72,19 @@ def test_the_notebook_runs_and_its_figures_name_nobody(
     assert found["verdict"] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "form", ["--output_dir {}", "--output_dir={}", "--output-dir={}", "--output_dir a --output_dir={}"]
+)
+def test_the_notebook_finds_the_figures_in_each_form_of_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    figures = {"verdict": "no difference found", "device": "a GPU", "runs": [{"arm": "lora", "seed": 0, "seconds": 6}]}
+    (tmp_path / "evidence.json").write_text(json.dumps(figures))
+    *_, last = (cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code")
+    exec("".join(last["source"]), {"ARGUMENTS": ["--num_seeds", "1", *form.format(tmp_path).split(" ")]})
+    assert capsys.readouterr().out.splitlines() == ["no difference found", "a GPU", "lora 0: 6 s"]
+
+
 def test_only_the_runs_of_the_result_count_and_each_step_of_them_once(tmp_path: Path) -> None:
     arms: dict[str, Any] = {"lora": {"0": {}}, "flat-lora:sigma=0.2": {"0": {}}}
     settings = {"pretrained_model_name_or_path": "tiny", "encoders": ["judge"], "arms": list(arms)}

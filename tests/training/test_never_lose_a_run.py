@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
 from forked import forked
+from patience import HANGS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -147,7 +148,7 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> 
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=file)
     wait_for_step(run, lambda: process.poll() is None, said, 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 3
+    assert process.wait(timeout=HANGS) == 3
     assert "by SIGTERM; --resume_from_checkpoint latest goes on" in said.read_text(encoding="utf-8")
     step = run.events()[-1]["step"]
     assert run.checkpoints()[-1].name == f"checkpoint-{step}"
