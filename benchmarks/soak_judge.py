@@ -131,7 +131,7 @@ def wrong_words(kind: str, end: End, left: Left) -> str | None:
         return None if re.search("another|already|in use", line) else f"does not say whose folder it is: {line}"
     if kind not in (FULL, READ_ONLY):
         return None if re.search("stopped|interrupted", line) else f"does not say that it was stopped: {line}"
-    if not re.search(r"cannot be (written|made)", line):
+    if not re.search(r"cannot be (written|made)|is on a disk with .* free", line):
         return f"does not say what cannot be written: {line}"
     kept = f"checkpoint-{left.checkpoints[-1]}" if left.checkpoints else ""
     if kept not in line and not (left.has_lora and "LoRA" in line):

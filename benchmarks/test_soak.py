@@ -92,6 +92,11 @@ def test_steps_previews_and_checkpoints_tell_their_phase() -> None:
         (kill(SIGTERM, LOAD, 0, ()), -15, ""),
         (kill(SIGKILL, STEP), -9, "half a li"),
         (kill(FULL, CHECKPOINT), 1, FULL_DISK),
+        (
+            kill(FULL, LOAD, 0, ()),
+            2,
+            "error: output_dir='run' is on a disk with 0.0 MiB free, but about 2 MiB are needed",
+        ),
         (kill(FULL, CARD, STEPS, (4, 6), has_lora=True), 0, "uploaded"),
         (kill(SIGINT, STEP, STEPS - 1), 0, "saved"),
         (kill(SIGTERM, CHECKPOINT, STEPS - 1), 143, "error: stopped by SIGTERM after the LoRA was saved in run"),

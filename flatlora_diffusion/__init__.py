@@ -1,4 +1,4 @@
-"""Flat-LoRA for SDXL: personalize an image model with a LoRA that sits in a flat region of the full weight space."""
+"""Flat-LoRA for SDXL: LoRAs of a style, trained at randomly perturbed base weights; plain LoRA and rivals too."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ _SPEED_SETTINGS = (
 )
 # Models are rehearsed under a default dtype, which all threads share: one at a time, or they mix.
 _ONE_AT_A_TIME = threading.Lock()
-_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -105,21 +104,19 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def estimate_disk(config: TrainConfig, images: int, lora_bytes: int, folder: Path) -> DiskEstimate:
-    """What the training writes into `folder`; `lora_bytes` is the size of the LoRA in fp32, `MemoryEstimate.lora`.
+def estimate_disk(config: TrainConfig, images: int, folder: Path) -> DiskEstimate:
+    """What the training writes into `folder`: the result, its checkpoints, and those of the folds."""
+    from flatlora_diffusion.memory.of_disk import disk_need  # imports torch and diffusers
 
-    A checkpoint has the weights, two averages of the optimizer, that of --use_ema, and two LoRA files.
-    """
-    run = config.run
-    files = 2 * lora_bytes * _BYTES[run.save_dtype] // 4
-    checkpoint = files + lora_bytes * (4 if config.optim.use_ema else 3)
-    count = total_steps(config, images) // run.checkpointing_steps
-    if run.checkpoints_total_limit is not None:
-        count = min(count, run.checkpoints_total_limit)
-    folds = config.data.holdout_folds * (files + 2 * checkpoint)  # each keeps its best and its last
+    with _ONE_AT_A_TIME:
+        need = disk_need(config)
+    count = total_steps(config, images) // config.run.checkpointing_steps
+    if config.run.checkpoints_total_limit is not None:
+        count = min(count, config.run.checkpoints_total_limit)
+    folds = config.data.holdout_folds * (need.result + 2 * need.checkpoint)  # each keeps its best and its last
     trainings = config.average.trainings
-    average = files * trainings if trainings > 1 else 0  # its rank is the sum of theirs
-    needed = trainings * (files + max(1, count) * checkpoint) + average + folds
+    average = need.result * trainings if trainings > 1 else 0  # its rank is the sum of theirs
+    needed = trainings * (need.result + max(1, count) * need.checkpoint) + average + folds
     return DiskEstimate(needed=needed, free=shutil.disk_usage(folder).free)
 
 

@@ -39,9 +39,8 @@ _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 METHOD_HINT = (
-    "Flat-LoRA adds a little noise to the base while it trains, to find a flatter minimum; on the tiny demo base it "
-    "was no better than LoRA where both were tuned. The pair trains both with the same seed, one after the other, for "
-    "the Compare tab."
+    "Flat-LoRA adds a little noise to the base while it trains; on the tiny demo base it was no better than LoRA "
+    "where both were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
 )
 _METHOD_CHOICES = [
     *((title, title) for title in (BOTH, PLAIN, FLAT)),
@@ -55,7 +54,7 @@ _MORE_METHODS = """() => {
 }"""
 _PRESET_HINT = (
     "Quick look: minutes on the tiny demo base. Paper: the settings of the Flat-LoRA paper. "
-    "Low memory: small GPUs. Quality: longer, with a larger LoRA, by SAM: 16 GB and twice the time. "
+    "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "
     "Illustrious: its family, with captions of tags."
 )
 _COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
@@ -283,7 +282,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))
-        disk = estimate_disk(config, count or 1, memory.lora, context.runs.folder)
+        disk = estimate_disk(config, count or 1, context.runs.folder)
         room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
         lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")
     return lines

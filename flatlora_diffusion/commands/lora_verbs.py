@@ -67,7 +67,7 @@ def resize_verb(arguments: list[str]) -> None:
 
 
 def average_verb(arguments: list[str]) -> None:
-    page = Page("average", "Write the average of several LoRAs of one base as one LoRA.", "RUN_OR_FILE...", "loras")
+    page = Page("average", "Write the average of several LoRAs of one base as one LoRA.", "LORA ...", "loras")
     config = verb_settings(AverageConfig(), page, arguments)
     for lora in config.loras:
         lora_file(lora)

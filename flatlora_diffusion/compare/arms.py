@@ -155,14 +155,17 @@ def parse_arm(text: str) -> Arm:
     """
     method, _, rest = text.partition(":")
     if method not in get_args(Method):
-        raise ConfigError(f"arms: {text!r} must begin with one of {', '.join(get_args(Method))}")
+        raise ConfigError(f"--arms: {text!r} must begin with one of {', '.join(get_args(Method))}")
     changes: dict[str, Any] = {}
     for part in rest.split(",") if rest else []:
         name, equals, value = part.partition("=")
         reason = _refusal(method, name) if equals else "is not SETTING=VALUE"
         if reason:
-            raise ConfigError(f"arms: {part!r} in {text!r} {reason}")
-        changes[name] = read_setting(name, value)
+            raise ConfigError(f"--arms: {part!r} in {text!r} {reason}")
+        try:
+            changes[name] = read_setting(name, value)
+        except ConfigError as error:
+            raise ConfigError(f"--arms {text}: {error}") from error
     shown = ", ".join(f"{name} {value}" for name, value in changes.items())
     name = METHOD_NAMES[method] + (f", {shown}" if shown else "")
     return Arm(text, name, "arm", method, changes)  # type: ignore[arg-type]
@@ -193,7 +196,7 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
     """
     steps = config.optim.max_train_steps
     if steps is None:
-        raise ConfigError("max_train_steps is missing: give the steps, so that all arms have the same")
+        raise ConfigError("--max_train_steps is missing: give the steps, so that all arms have the same")
     out = Path(config.run.output_dir)
     planned = []
     for seed in seeds:
@@ -208,7 +211,10 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
                 "checkpoints_total_limit": None,
                 "resume_from_checkpoint": None,
             }
-            planned.append(PlannedRun(arm, seed, config.replace(**values)))
+            try:
+                planned.append(PlannedRun(arm, seed, config.replace(**values)))
+            except ConfigError as error:
+                raise ConfigError(f"--arms {arm.key}: {error}") from error
     return planned
 
 

@@ -102,11 +102,12 @@ class Experiment:
 def read_experiment(config: TrainConfig, own: CompareConfig) -> Experiment:
     """The experiment that the settings describe. Raises ConfigError for settings and images that cannot be used."""
     check_places(own.workers, own.cluster)
-    material, seed = read_material(config, own), config.run.seed
+    seed = config.run.seed
     assert seed is not None
     arms = [parse_arm(text) for text in own.arms]
     main = plan(config, arms, range(seed, seed + own.num_seeds), own.num_checkpoints)
     null = [*_missing(arms), *null_arms(seed, config.adapter.lora_init_seed)]
+    material = read_material(config, own)  # takes longest
     return Experiment(config, own, material, arms, main, plan(config, null, [seed], own.num_checkpoints))
 
 

@@ -27,12 +27,14 @@ from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
 from flatlora_diffusion.compare.pictures import PictureGenerator
 from flatlora_diffusion.config import SAMPLES, TINY, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
+from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips
+from flatlora_diffusion.ground.apart import check_apart
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
@@ -55,7 +57,7 @@ class Material:
 def read_material(config: TrainConfig, own: CompareConfig) -> Material:
     """The images and prompts that the arms are measured with.
 
-    Raises ConfigError for what is missing, and for held-out images that are trained on.
+    Raises ConfigError for what is missing, held-out images that are trained on and an --output_dir amid images.
     """
     for name, is_set, why in (
         (
@@ -68,12 +70,15 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         if is_set:
             raise ConfigError(f"{name} cannot be used in a comparison: {why}; leave it out")
     heldout = _heldout_folder(config, own)
-    training_set = load_training_set(config.data)
-    summary, training = training_set.summary, training_set.samples
     folders = {HELDOUT: heldout}
     forgetting = own.forgetting_dir or (FLAT_ICONS if _are_sample_icons(config) else None)
     if forgetting is not None:
         folders[FORGETTING] = Path(forgetting)
+    check_folders_apart(config)
+    for name, folder in folders.items():
+        check_apart("output_dir", Path(config.run.output_dir), f"{name}_dir", [folder])
+    training_set = load_training_set(config.data)
+    summary, training = training_set.summary, training_set.samples
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
     for name, folder in folders.items():
         samples = (load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)).samples

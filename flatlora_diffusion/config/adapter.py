@@ -70,7 +70,7 @@ class AdapterConfig(Section):
     )
     train_text_encoder: bool = setting(False, "a LoRA on the attention of both text encoders too", moves="weights")
     init_lora: str | None = setting(
-        None, "start from this LoRA file instead of from zero", place="read", moves="weights"
+        None, "start from this LoRA file instead of from zero", place="read", stays_open=True, moves="weights"
     )
     lora_init_seed: int | None = setting(
         None, "seed of the LoRA's first weights alone; default: --seed", min=0, max=2**63 - 1, moves="weights"

@@ -74,7 +74,7 @@ def _of_members(config: TrainConfig) -> Iterable[tuple[object, str]]:
     return (
         (
             adapter.is_dora or adapter.adapter == "full",
-            "--members averages plain LoRAs, exactly; leave --use_dora and --adapter full out",
+            "--members averages plain LoRAs, exactly; leave --use_dora and --adapter full out, or give --members None",
         ),
         (
             config.tokens.train_text_encoder_ti,

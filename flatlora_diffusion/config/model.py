@@ -23,10 +23,15 @@ class ModelConfig(Section):
         "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny` for the small base that "
         "ships with this program",
         place="model",
+        stays_open=True,
         names_base=True,
     )
     pretrained_vae_model_name_or_path: str | None = setting(
-        None, "another VAE: folder or hub id; the fp16 fix is in fp16", place="model", names_base=True
+        None,
+        "another VAE: folder or hub id; the fp16 fix is in fp16",
+        place="model",
+        stays_open=True,
+        names_base=True,
     )
     revision: str | None = setting(None, "hub revision of the base", place="part", names_base=True)
     variant: str | None = setting(
@@ -36,6 +41,7 @@ class ModelConfig(Section):
         None,
         "for a single-file base: a diffusers folder whose configs and tokenizers are used, to work offline",
         place="read",
+        stays_open=True,
         names_base=True,
     )
     prediction_type: PredictionType | None = setting(

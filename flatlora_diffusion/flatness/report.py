@@ -21,6 +21,7 @@ import torch
 from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.data.image_folders import image_folders
 from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
@@ -30,6 +31,7 @@ from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
 from flatlora_diffusion.flatness.pictures import write_charts
 from flatlora_diffusion.flatness.robustness import OtherModels
 from flatlora_diffusion.flatness.tables import markdown_tables
+from flatlora_diffusion.ground.apart import check_apart
 from flatlora_diffusion.ground.saved_settings import portable
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import check_writable, write_json, write_text
@@ -54,6 +56,7 @@ def flatness(config: FlatnessConfig) -> Path:
     check_writable(folder, "output_dir")
     first = _where_it_is(runs[0].config, config)
     logger.info("base: %s", base_title(first.model))
+    _check_apart(folder, first, config)
     images = _images(runs[0], first, config)
     model = dataclasses.replace(first.model, quantize_base=None, offload=False)
     sdxl = load_sdxl(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
@@ -76,6 +79,15 @@ def _where_it_is(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
     if given.instance_data_dir is not None:
         config = config.replace(instance_data_dir=given.instance_data_dir, dataset_name=None)
     return config
+
+
+def _check_apart(folder: Path, config: TrainConfig, given: FlatnessConfig) -> None:
+    """Raises ConfigError for an output folder of images: charts would be some of them. It may lie in or around one."""
+    folders = image_folders(config)
+    if given.heldout_dir is not None:
+        folders["heldout_dir"] = [Path(given.heldout_dir)]
+    for name, images in folders.items():
+        check_apart("output_dir", folder, name, images, ("is",))
 
 
 def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dict[str, list[Sample]]:

@@ -7,6 +7,7 @@ events.jsonl      one JSON object per line, appended: the hashes of what it star
 checkpoint-N/     LoRA file and optimizer state after N steps
 images/           preview images
 NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
+merged/           the pipeline that full fine-tuning leaves
 NAME.comfyui.json, NAME.comfyui_api.json, NAME.parameters.txt  what draws NAME.png in ComfyUI and in A1111
 holdout-fold-N/   the run that holds out a part of the images, to find how many steps are best
 stop, save        files that ask a run to stop, or to save a checkpoint, after the step it is at
@@ -30,6 +31,7 @@ from flatlora_diffusion.ground.whole_files import is_of, remove_half_written, wr
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a stock pipeline looks for
 EMBEDDINGS_FILE = "pytorch_lora_weights_emb.safetensors"  # those of new tokens
+MERGED = "merged"  # the pipeline that full fine-tuning leaves
 KOHYA_COPY = "pytorch_lora_weights_kohya.safetensors"  # the name that diffusers' script gives the file for other tools
 _RUN_FILES = ("events.jsonl", "images", "README.md", "logs", LORA_FILE, EMBEDDINGS_FILE, KOHYA_COPY)
 # What makes a folder a run: written first and moved away last, so that it is known for one whatever cuts that off.
@@ -261,12 +263,15 @@ class RunDir:
     def _present(self, config: Mapping[str, Any]) -> list[Path]:
         """What is in the folder already of all that a run writes, in the order in which to move it away."""
         names: set[str] = set()
+        earlier: dict[str, Any] = {}
         if self._holds_run():
             earlier = json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.exists() else {}
             names = {self.lora_name(values.get("output_name")) for values in (config, earlier)}
             names.add(file_name(Path(earlier.get("output_dir", "")).name))  # if the folder was renamed since
+        leaves_merged = any(values.get("adapter") == "full" for values in (config, earlier))
         files = [
             *_RUN_FILES,
+            *([MERGED] if leaves_merged else []),
             *sorted(name + ending for name in names for ending in (".safetensors", *BESIDE_LORA)),
             *_IDENTITY,
         ]

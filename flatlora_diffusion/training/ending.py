@@ -73,7 +73,7 @@ def _write_card(state: TrainState) -> None:
     facts = facts_of(state, state.end)
     if facts.predicts_v:  # which others may not find out from the base themselves
         config = config.replace(prediction_type="v_prediction", zero_terminal_snr=facts.zero_terminal_snr)
-    write_model_card(run, config, pictures, facts.trigger, facts.family)
+    write_model_card(run, config, pictures, facts)
     if pictures:  # web UIs show it with the file of its name
         name = run.lora_name(config.run.output_name)
         with writing_whole(run.folder / f"{name}.png") as aside:

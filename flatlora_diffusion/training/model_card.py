@@ -1,4 +1,7 @@
-"""The model card: what the LoRA is, how to use it, how it was made. It names no file, path or caption of the user."""
+"""The model card: what the LoRA is, how to use it, how it was made. It names no file, path or caption of the user.
+
+It says what was done, and claims nothing of what came of it: that is for measurements to say.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from flatlora_diffusion.config import METHOD_NAMES, TINY, TrainConfig
 from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_text
-from flatlora_diffusion.lora_files.metadata import base_name, is_hub_id
+from flatlora_diffusion.lora_files.metadata import Training, base_name, is_hub_id
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
 
 PICTURES_PER_ROW = 4
 
 
 def write_model_card(
-    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str | None, family: Family
+    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], training: Training
 ) -> Path:
     """Write the run's README.md and return its path.
 
     `config` has its resolution, steps and seed settled. `pictures` are (file in the run folder, its prompt).
-    `trigger_words` is None where the captions alone say what the LoRA is for.
     """
+    family, trigger_words = training.family, training.trigger
     parts = [
         f"---\n{_card_data(run, config, pictures, family).to_yaml()}\n---",
         f"# {_title(run, config)}",
@@ -36,7 +39,7 @@ def write_model_card(
         _trigger_section(trigger_words),
         f"## Use it in diffusers\n\n```python\n{usage_code(config, pictures, trigger_words)}\n```",
         f"## Use it elsewhere\n\n{_elsewhere(run, config, family)}",
-        f"## How it was trained\n\n{_training_data(run, config)}\n\n{_settings_table(config)}",
+        f"## How it was trained\n\n{_training_data(config, training)}\n\n{_settings_table(config, training)}",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
     ]
     card = run.folder / REPOCARD_NAME
@@ -44,7 +47,7 @@ def write_model_card(
     return card
 
 
-def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str | None) -> str:
+def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str) -> str:
     """Python that draws one image; run it in the folder of the LoRA, where it is not taken from the hub."""
     prompts = [prompt for _, prompt in pictures] + [config.data.instance_prompt, trigger_words, "an icon"]
     prompt = _in_new_tokens(config, next(prompt for prompt in prompts if prompt))
@@ -121,7 +124,7 @@ def _summary(config: TrainConfig, family: Family) -> str:
     return (
         f"A LoRA for {base}, trained with flatlora-diffusion by Flat-LoRA "
         "([arXiv:2409.14396](https://arxiv.org/abs/2409.14396)): each step's gradient is taken at randomly perturbed "
-        "base weights, so that the merged weights end in a flat region of the loss. It is used like any other LoRA."
+        "base weights. It is used like any other LoRA."
     )
 
 
@@ -137,7 +140,7 @@ def _picture_tables(run: RunDir, pictures: Sequence[tuple[Path, str]]) -> list[s
     ]
 
 
-def _trigger_section(trigger_words: str | None) -> str:
+def _trigger_section(trigger_words: str) -> str:
     if not trigger_words:
         return "## Trigger words\n\nThere are none: the captions of the images share no words."
     return f"## Trigger words\n\nWrite {_code(trigger_words)} in the prompt."
@@ -197,18 +200,22 @@ def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
     return text
 
 
-def _training_data(run: RunDir, config: TrainConfig) -> str:
-    count = len(run.manifest())
-    images = f"Trained on {count} image{'s' * (count != 1)}"
-    if config.data.with_prior_preservation:
-        images += f", and on {config.data.num_class_images} images of the class so that it keeps its look"
+def _training_data(config: TrainConfig, training: Training) -> str:
+    images = f"Trained on {_counted(training.images)}"
+    if training.class_images:
+        images += f", and on {_counted(training.class_images)} of the class"
     if config.objective.prior_from_base:
-        images += ", and held to what the base predicts of the class so that it keeps its look"
+        images += ", and held to what the base predicts of the class"
     return f"{images}. Neither the images, nor their names, nor captions of their own are published here."
 
 
-def _settings_table(config: TrainConfig) -> str:
+def _counted(images: int) -> str:
+    return f"{images} image{'s' * (images != 1)}"
+
+
+def _settings_table(config: TrainConfig, training: Training) -> str:
     data, adapter, perturb, optim = config.data, config.adapter, config.perturb, config.optim
+    is_whole = training.step == optim.max_train_steps
     rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]
     if perturb.radius:
         rows.append(("rho", f"{perturb.radius:g}"))
@@ -223,11 +230,13 @@ def _settings_table(config: TrainConfig) -> str:
         ("alpha", f"{adapter.rank if adapter.lora_alpha is None else adapter.lora_alpha:g}"),
         ("learning rate", f"{optim.learning_rate:g}, {optim.lr_scheduler}"),
         ("optimizer", optim.optimizer),
-        ("steps", optim.max_train_steps),
+        ("steps", training.step if is_whole else f"{training.step} of {optim.max_train_steps}"),
         ("batch size", f"{optim.train_batch_size} x {optim.gradient_accumulation_steps} accumulated"),
         ("resolution", data.resolution),
         ("seed", config.run.seed),
     ]
+    if training.average:
+        rows.append(("result", training.average))
     return _table(["setting", "value"], rows)
 
 

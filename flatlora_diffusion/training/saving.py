@@ -15,7 +15,7 @@ from flatlora_diffusion.adapter.trained_parts import save_beside
 from flatlora_diffusion.adapter.update import lora_updates, magnitudes, plain_updates, update_norms
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
-from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, KOHYA_COPY
+from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, KOHYA_COPY, MERGED
 from flatlora_diffusion.lora_files.file_pair import FilePair, largest_error, write_pair
 from flatlora_diffusion.lora_files.kohya import completed
 from flatlora_diffusion.lora_files.metadata import Training, kohya_metadata, sidecar
@@ -24,8 +24,6 @@ from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-MERGED = "merged"  # the folder of the pipeline that full fine-tuning leaves
 
 
 def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from flatlora_diffusion.training.members import train_members
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
+from flatlora_diffusion.training.room import check_room
 from flatlora_diffusion.training.selfcheck.watch import self_check
 from flatlora_diffusion.training.state import (
     TrainState,
@@ -84,6 +85,7 @@ def _train(
         if this_process().is_main_process:
             run.clean()
         check_early(config)
+        check_room(config)
         found = load_training_set(config.data) if found is None else found
         logger.info(found.summary)
         samples, heldout = parted(found.samples, config.data, fold)

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from app.__main__ import main
 from app.runs.runs import RunStore
 from app.settings import AppSettings, parse_settings
 from app.train.estimates import estimate_disk, estimate_time, memory_of, total_steps
 from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.memory.of_disk import disk_need
 
 ROOT = Path(__file__).parents[2]
 APP = ROOT / "app"
@@ -125,18 +127,21 @@ def test_memory_and_disk_are_counted(base: Path, tmp_path: Path) -> None:
     assert memory is not None
     assert 0 < memory.lora < memory.total
     assert memory_of(config.replace(lora_target_modules="no_such_layer")) is None
-    two = estimate_disk(
-        config, 10, memory.lora, tmp_path
-    )  # checkpoints at 500 and 1000, five copies each, and the end
-    assert two.needed == (2 * 5 + 2) * memory.lora
-    assert two.is_enough
-    one = estimate_disk(config.replace(checkpoints_total_limit=1, use_ema=True), 10, memory.lora, tmp_path)
-    assert one.needed == (6 + 2) * memory.lora
-    folded = estimate_disk(config.replace(holdout_folds=3), 10, memory.lora, tmp_path)
-    assert folded.needed == two.needed + 3 * (2 * 5 + 2) * memory.lora
-    several = estimate_disk(config.replace(members=3), 10, memory.lora, tmp_path)
-    assert several.needed == 3 * two.needed + 3 * 2 * memory.lora
-    assert not estimate_disk(config, 10, 10**18, tmp_path).is_enough
+    need = disk_need(config)
+    assert estimate_disk(config, 10, tmp_path).needed == 2 * need.checkpoint + need.result, "of steps 500 and 1000"
+    assert estimate_disk(config, 10, tmp_path).is_enough
+    limited = config.replace(checkpoints_total_limit=1)
+    assert estimate_disk(limited, 10, tmp_path).needed == need.checkpoint + need.result
+    folded = estimate_disk(config.replace(holdout_folds=3), 10, tmp_path).needed
+    several = estimate_disk(config.replace(members=3), 10, tmp_path).needed
+    assert several == 3 * (2 * need.checkpoint + need.result) + 3 * need.result
+    assert folded == 2 * need.checkpoint + need.result + 3 * (2 * need.checkpoint + need.result)
+
+
+def test_a_disk_that_is_too_small_is_not_enough(base: Path, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict({"pretrained_model_name_or_path": str(base), "max_train_steps": 10})
+    with small_disk(tmp_path / "disk", disk_need(config).checkpoint // 1024) as disk:
+        assert not estimate_disk(config, 10, disk).is_enough
 
 
 def test_the_app_never_imports_the_trainer_and_its_modules_stay_small() -> None:

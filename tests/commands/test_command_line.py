@@ -101,7 +101,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 VERBS = {
     "caption",
     *("train", "compare", "evidence", "generate", "flatness"),
-    *("export", "import", "merge", "resize", "extract", "inspect"),
+    *("export", "import", "merge", "resize", "average", "extract", "inspect"),
 }
 
 

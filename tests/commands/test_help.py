@@ -16,6 +16,7 @@ from flatlora_diffusion.config import SAMPLES, CompareConfig, GenerateConfig, Tr
 ROOT = Path(__file__).parents[2]
 OF_VERBS = {
     "export": "FILE", "import": "FILE", "resize": "FILE", "inspect": "FILE", "caption": "FOLDER", "flatness": "RUN",
+    "average": "LORA",
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_the_help_of_train_shows_what_people_need_and_the_presets(capsys: pytest
 
 @pytest.mark.parametrize("flag", ["--help-all", "--help_all"])
 def test_help_all_shows_every_flag_of_the_script_too(capsys: pytest.CaptureFixture[str], flag: str) -> None:
-    of_train = {*TrainConfig().to_dict(), "preset", "config"}
+    of_train = {*TrainConfig().to_dict(), "preset", "config", "workers", "cluster"}
     text = helped(capsys, "train", flag)
     assert flags_in(text) == of_train
     assert "more flags" not in text

@@ -40,14 +40,19 @@ def test_an_arm_is_a_method_and_typed_settings() -> None:
         ("flat-lora:rho=0.2", "'rho=0.2' in 'flat-lora:rho=0.2' means nothing for Flat-LoRA"),
         ("lora:sigma=0.2", "'sigma=0.2' in 'lora:sigma=0.2' means nothing for plain LoRA"),
         ("factor-noise:perturb_draw=full", "'perturb_draw=full' in .* means nothing for Noise in A and B"),
-        ("lora:rnk=3", "unknown setting 'rnk'"),
-        ("lora:rank=many", "rank='many' must be a whole number"),
+        ("lora:rnk=3", "^--arms lora:rnk=3: unknown setting 'rnk'"),
+        ("lora:rank=many", "^--arms lora:rank=many: rank='many' must be a whole number"),
         ("lora:use_ema=yes", "use_ema='yes' must be true or false"),
     ],
 )
 def test_a_wrong_arm_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_arm(text)
+
+
+def test_a_value_that_an_arm_cannot_have_is_told_with_the_arm(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^--arms lora:rank=5000: rank=5000 is out of range: it must be between 1"):
+        plan(config, [parse_arm("lora:rank=4"), parse_arm("lora:rank=5000")], [0], 1)
 
 
 def test_the_runs_of_a_seed_differ_by_their_arms_settings_alone(config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,20 @@ def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) ->
     for name in ("none.txt", "missing.txt"):
         with pytest.raises(ConfigError, match=f"{name}.*one prompt per line"):
             read_material(icons_config(), CompareConfig(prompts_file=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("setting", ["instance_data_dir", "heldout_dir", "forgetting_dir"])
+@pytest.mark.parametrize("output", ["images", "images/out", "."])
+def test_an_experiment_is_not_written_amid_the_images_that_it_reads(
+    icons: Path, tmp_path: Path, setting: str, output: str
+) -> None:
+    """The grid and the charts would be images of the next comparison."""
+    folders = dict.fromkeys(("instance_data_dir", "heldout_dir", "forgetting_dir"), str(icons))
+    folders[setting] = str(shutil.copytree(icons, tmp_path / "images"))
+    config = icons_config(instance_data_dir=folders["instance_data_dir"], output_dir=str(tmp_path / output))
+    own = CompareConfig(heldout_dir=folders["heldout_dir"], forgetting_dir=folders["forgetting_dir"])
+    with pytest.raises(ConfigError, match=rf"output_dir=.*{setting}="):
+        read_material(config, own)
 
 
 @pytest.mark.parametrize(

@@ -439,6 +439,18 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_measured(
         flatness(config)
 
 
+@pytest.mark.parametrize("setting", ["instance_data_dir", "heldout_dir"])
+def test_charts_are_not_put_among_images(
+    make_run: Callable[..., Path], icons: Path, tmp_path: Path, setting: str
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    out = icons if setting == "instance_data_dir" else more
+    config = replace(QUICK, runs=(str(make_run("plain")),), instance_data_dir=str(icons), heldout_dir=str(more))
+    with pytest.raises(ConfigError, match=f"output_dir=.* is {setting}="):
+        flatness(replace(config, output_dir=str(out)))
+
+
 def test_other_images_and_missing_runs_are_named(
     make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path
 ) -> None:

@@ -483,8 +483,8 @@ def _bytes(tensors: Any) -> int:
     [
         ("paper", {"mixed_precision": "bf16", "gradient_checkpointing": True, "validation_prompt": "an icon"}, 10.3),
         ("low_memory", {}, 6.2),
-        ("quality", {}, 13.9),
-        ("quality", {"method": "lora"}, 10.3),
+        ("quality", {}, 10.3),
+        ("quality", {"method": "sam"}, 13.9),
     ],
 )
 def test_the_readme_s_figures_are_those_of_the_estimate(preset: str, flags: dict[str, Any], gib: float) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.metadata import Training
 from flatlora_diffusion.sdxl.base_family import SDXL_FAMILY
 from flatlora_diffusion.training.hub import hub_files, hub_repository, push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 TOKEN = "hf_thisIsASecret123"
 LORA = "pytorch_lora_weights.safetensors"
 SENT = {LORA, "pytorch_lora_weights_emb.safetensors", "README.md", "images/final-0.png", "images/final-1.png"}
+FACTS = Training(None, SDXL_FAMILY, 2, 1, 2, 0, "TOK", predicts_v=False, zero_terminal_snr=False)
 PUSH = """
 import json, sys
 from pathlib import Path
@@ -69,7 +71,7 @@ def finished_run(folder: Path, name: str = "my icons", **settings: str | None) -
     for red, picture in enumerate(("final-0.png", "final-1.png", "step-1.png")):
         Image.new("RGB", (8, 8), (red, 0, 0)).save(run.images / picture)
     shown = [(run.images / f"final-{index}.png", "a TOK icon of a fox") for index in range(2)]
-    write_model_card(run, config, shown, "TOK", SDXL_FAMILY)
+    write_model_card(run, config, shown, FACTS)
     return run, config
 
 
@@ -174,7 +176,7 @@ def test_offline_mode_is_named(tmp_path: Path) -> None:
 def test_a_picture_that_the_card_does_not_show_is_not_uploaded(tmp_path: Path) -> None:
     run, config = finished_run(tmp_path)
     assert set(hub_files(run)) == SENT
-    write_model_card(run, config, [], "TOK", SDXL_FAMILY)
+    write_model_card(run, config, [], FACTS)
     assert set(hub_files(run)) == {name for name in SENT if not name.startswith("images/")}
 
 

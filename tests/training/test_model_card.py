@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,15 +15,19 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_runs import save_lora
 
+import flatlora_diffusion
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
-from flatlora_diffusion.config import AdapterConfig, TokenConfig, TrainConfig
+from flatlora_diffusion.config import METHOD_NAMES, AdapterConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.lora_files.metadata import Training, comment, sidecar
 from flatlora_diffusion.sdxl.base_family import SDXL_FAMILY
 from flatlora_diffusion.training.model_card import usage_code, write_model_card
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+# Words of what came of a training, or was meant to, and not of what was done.
+CLAIM = re.compile(r"\bflat (region|minim)|flatter|generali[sz]|robust|\bbetter\b|\bbest\b|so that", re.IGNORECASE)
 
 
 @pytest.fixture
@@ -40,9 +45,13 @@ def config(**settings: Any) -> TrainConfig:
     return TrainConfig().replace(max_train_steps=500, resolution=64, seed=7, instance_prompt="a TOK icon", **settings)
 
 
-def card(run: RunDir, config: TrainConfig, trigger_words: str | None = "TOK", prompt: str = "a TOK fox") -> ModelCard:
+def facts(trigger: str = "TOK", step: int = 500, class_images: int = 0) -> Training:
+    return Training(None, SDXL_FAMILY, step, 1, 2, class_images, trigger, predicts_v=False, zero_terminal_snr=False)
+
+
+def card(run: RunDir, config: TrainConfig, training: Training | None = None, prompt: str = "a TOK fox") -> ModelCard:
     pictures = [(run.images / f"final-{index}.png", prompt) for index in range(2)]
-    path = write_model_card(run, config, pictures, trigger_words, SDXL_FAMILY)
+    path = write_model_card(run, config, pictures, training or facts())
     assert path == run.folder / "README.md"
     return ModelCard.load(path)
 
@@ -55,7 +64,7 @@ def test_a_card_that_cannot_be_written_leaves_the_one_before(run: RunDir, monkey
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="full"):
-        card(run, config(), trigger_words="other")
+        card(run, config(), facts("other"))
     assert ModelCard.load(run.folder / "README.md").text == before
 
 
@@ -91,6 +100,30 @@ def test_a_plain_lora_is_not_called_flat(run: RunDir) -> None:
     assert "| method | lora |" in written.text
     assert "sigma" not in written.text
     assert "2409.14396" not in written.text
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_card_says_what_was_done_and_claims_nothing_of_what_came_of_it(run: RunDir, method: str) -> None:
+    prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
+    held = {"prior_from_base": True, "class_prompt": "an icon"} if method in ("lora", "flat-lora") else {}
+    for settings in (config(method=method, **prior), config(method=method, **held)):
+        text = card(run, settings, facts(class_images=9)).text
+        assert not CLAIM.findall(text)
+        assert f"| method | {method} |" in text
+        beside = f"{sidecar(settings, facts(), ())} {comment(settings)}"
+        assert not CLAIM.findall(beside)
+        assert f"method {method}" in beside
+    assert not CLAIM.findall(str(flatlora_diffusion.__doc__))
+
+
+def test_a_card_counts_what_was_trained_on_and_the_steps_of_the_result(run: RunDir) -> None:
+    """Held-out and class images are in the manifest too, and a result may be an earlier checkpoint."""
+    held_out = [{"id": f"private-{index}.png", "is_held_out": True} for index in range(3)]
+    run.manifest_file.write_text(json.dumps([{"id": "class-0.png"}, *run.manifest(), *held_out]))
+    text = card(run, config(), facts(step=40, class_images=1)).text
+    assert re.findall(r"(\d+) images?\b", text) == ["2", "1"]
+    assert "| steps | 40 of 500 |" in text
+    assert "| steps | 500 |" in card(run, config()).text
 
 
 @pytest.mark.parametrize(
@@ -130,7 +163,7 @@ def test_no_path_name_caption_or_token_is_in_it(run: RunDir, tmp_path: Path) -> 
         hub_token="hf_secret",
         hub_model_id="club/foxes",
     )
-    card(run, settings)
+    card(run, settings, facts(class_images=100))
     text = (run.folder / "README.md").read_text(encoding="utf-8")
     for word in (
         str(tmp_path),
@@ -180,7 +213,7 @@ def test_the_pictures_are_shown_under_their_prompts(run: RunDir) -> None:
 
 
 def test_a_card_without_pictures_has_no_widget(run: RunDir) -> None:
-    written = ModelCard.load(write_model_card(run, config(), [], None, SDXL_FAMILY))
+    written = ModelCard.load(write_model_card(run, config(), [], facts(trigger="")))
     assert "widget" not in written.data.to_dict()
     assert "images/" not in written.text
     assert "the captions of the images share no words" in written.text
@@ -216,7 +249,7 @@ def test_the_code_loads_from_the_hub_what_goes_there() -> None:
 
 
 def test_the_code_of_a_single_file_base() -> None:
-    code = usage_code(config(pretrained_model_name_or_path="/x/my-sdxl.safetensors"), [], None)
+    code = usage_code(config(pretrained_model_name_or_path="/x/my-sdxl.safetensors"), [], "")
     assert 'StableDiffusionXLPipeline.from_single_file("my-sdxl.safetensors").to(device, dtype)' in code
 
 

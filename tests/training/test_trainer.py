@@ -427,6 +427,56 @@ def test_images_are_not_moved_aside_with_an_earlier_run(config: TrainConfig, ico
     assert not (folder / "earlier-1").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "place"),
+    [
+        ("init_lora", LORA_FILE),
+        ("init_lora", f"checkpoint-2/{LORA_FILE}"),
+        ("pretrained_model_name_or_path", "merged"),
+        ("pretrained_vae_model_name_or_path", "merged/vae"),
+    ],
+)
+def test_what_a_run_begins_with_is_not_moved_aside_with_an_earlier_run(
+    config: TrainConfig, setting: str, place: str
+) -> None:
+    """The run could not be resumed: it reads them again."""
+    full = config.replace(method="lora", adapter="full", lora_alpha=None, checkpointing_steps=2)
+    folder = train(full).parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    settings = {setting: str(folder / place)}
+    plain = full.replace(adapter="lora", **settings)
+    with pytest.raises(ConfigError, match=rf"{setting}=.* lies where output_dir has the files of an earlier"):
+        train(plain)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_merged_pipeline_is_moved_aside_with_its_run_and_another_of_that_name_stays(config: TrainConfig) -> None:
+    full = config.replace(method="lora", adapter="full", lora_alpha=None)
+    folder = train(full).parent
+    first = (folder / "merged" / "model_index.json").stat().st_mtime_ns
+    train(config)
+    assert (folder / "earlier-1" / "merged" / "model_index.json").stat().st_mtime_ns == first
+    (folder / "merged").mkdir()  # as by `merge --output`: no run's
+    train(config)
+    assert (folder / "merged").is_dir()
+    train(full)
+    assert not list((folder / "earlier-3" / "merged").iterdir()), "it is moved out of the way, not written over"
+
+
+@pytest.mark.parametrize("output", [".", "run"])
+def test_a_run_that_would_write_among_its_images_does_not_begin(
+    config: TrainConfig, icons: Path, tmp_path: Path, output: str
+) -> None:
+    """The preview beside the LoRA would be an image of the next run."""
+    mine = tmp_path / "mine"
+    shutil.copytree(icons, mine)
+    (mine / "stop").write_text("a file that is not the run's")
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"output_dir=.*instance_data_dir="):
+        train(config.replace(instance_data_dir=str(mine), output_dir=str(mine / output)))
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+
+
 def test_an_earlier_run_is_moved_aside_and_not_overwritten(config: TrainConfig) -> None:
     path = train(config)
     first = path.read_bytes()

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.adapter.lora import planned_loras
 from flatlora_diffusion.config import LINEAR_ONLY, TEXT_PARTS, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.schedule import Shape, schedule_of
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.whole_files import check_writable
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     """`config` with its seed: for a new run, or, when one is resumed, with what it has saved for what is left open.
 
-    Raises ConfigError for a new run whose folder holds what it must not touch, and when there is no run to resume.
+    Raises ConfigError for a new run whose folder holds what it must not touch or lies amid the images, and when there
+    is no run to resume.
     """
     checkpoint = config.run.resume_from_checkpoint
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
@@ -35,6 +37,7 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
         logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
     new = config.replace(resume_from_checkpoint=None)
     run.check_new(new.to_dict())
+    check_folders_apart(new)
     return with_precision(seeded(new))
 
 

@@ -1,0 +1,30 @@
+"""A small disk of its own for a test: a tmpfs, which only root on Linux may mount."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """`folder`, made if need be, is a disk of `kib` KiB while this is open; skips the test where none can be had."""
+    if sys.platform != "linux" or shutil.which("mount") is None:
+        pytest.skip("a tmpfs is mounted on Linux only")
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        while os.path.ismount(folder):
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
