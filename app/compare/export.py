@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from flatlora_diffusion.gallery.grid import labelled_grid
-from flatlora_diffusion.gallery.png_text import bare_name
 from flatlora_diffusion.ground.whole_files import write_text, writing_whole
 
+from ..runs.base_names import base_name
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED, difference_titles, enlarged
 from .picture_cache import PRECISIONS, Picture, file_hash
@@ -99,10 +99,10 @@ def _caption(comparison: Comparison, reference: int | None) -> str:
 def _facts(comparison: Comparison) -> list[str]:
     drawing = comparison.drawing
     precision = PRECISIONS[drawing.precision]
-    name = bare_name(drawing.base[1])
+    name = base_name(drawing.base[1])
     loras = [f"{arm.title} {arm.name}: LoRA file SHA-256 {file_hash(arm.file)[:16]}" for arm in comparison.arms]
     small = [told] if (told := enlarged(comparison)) else []
-    return [f"Base {name}, {drawing.resolution} pixels, {precision}, base's hash {drawing.identity}", *loras, *small]
+    return [f"Base: {name}, {drawing.resolution} pixels, {precision}, base's hash {drawing.identity}", *loras, *small]
 
 
 def _row(row: GridRow, titles: Sequence[tuple[str, str]], drawn: Mapping[Picture, Path], reference: int | None) -> str:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from ..runs.base_names import base_name
 from ..theme import COLOURS, NO_METHOD
 from .comparison import Comparison, GridRow
 from .picture_cache import Picture
@@ -87,9 +88,10 @@ def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
 
 
 def enlarged(comparison: Comparison) -> str:
-    """That small pictures are shown larger than they are; empty for those that are not small."""
+    """That small pictures are shown larger than they are, and by which base; empty for those that are not small."""
     size = comparison.drawing.resolution
-    return "" if size >= 256 else f"This small base draws {size} x {size} pixels; enlarged, they look soft."
+    base = base_name(comparison.drawing.base[1])
+    return "" if size >= 256 else f"Drawn by {base} at {size} x {size} pixels; enlarged, they look soft."
 
 
 def difference_titles(comparison: Comparison, reference: int | None) -> list[tuple[str, str]]:

@@ -242,7 +242,7 @@ def _build_import(context: AppContext) -> tuple[gr.Button, list[gr.components.Co
         base = gr.Dropdown(
             known_bases(context.runs),
             label="For the base",
-            info="The one it is drawn with: a folder, a hub id, or tiny.",
+            info="The one it is drawn with: a folder, a hub id, or tiny, the demo base.",
             allow_custom_value=True,
         )
         take = gr.Button("Import", min_width=90)

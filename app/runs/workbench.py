@@ -11,12 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.gallery.png_text import bare_name
-
 from ..compare.grid import empty_page, file_url
 from ..context import AppContext
 from ..reports.report import arm_picture
 from ..theme import COLOURS, NO_METHOD
+from .base_names import base_name
 from .lora_import import IMPORTED
 from .run_cards import method_name
 from .runs import Run
@@ -143,7 +142,7 @@ def _row(context: AppContext, run: Run) -> RunRow:
         name=run.name,
         state=run.phase or run.state,
         method=method_name(run.method),
-        base=bare_name(str(base)),
+        base=base_name(str(base)),
         steps="" if is_imported else f"{run.progress.step} of {run.progress.total or '?'} steps",
         score=score,
         scored=scored,

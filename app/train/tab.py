@@ -13,6 +13,7 @@ import gradio as gr
 
 from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.sdxl.base_title import TINY_TITLE, base_title, is_tiny
 
 from ..browser_memory import keep_fields
 from ..context import AppContext
@@ -30,7 +31,7 @@ from .acts import connect_acts
 from .bases import check_start
 from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
 from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
-from .words import OTHER_METHODS, in_form_words
+from .words import LABELS, OTHER_METHODS, in_form_words
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
 _METHODS = {title: method for method, title in METHOD_NAMES.items()}
@@ -38,8 +39,8 @@ _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
 METHOD_HINT = (
-    "Flat-LoRA adds a little noise to the base while it trains; on the tiny base it was no better than LoRA where "
-    "both were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
+    "Flat-LoRA adds a little noise to the base while it trains; on the tiny demo base it was no better than LoRA "
+    "where both were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
 )
 _METHOD_CHOICES = [
     *((title, title) for title in (BOTH, PLAIN, FLAT)),
@@ -52,7 +53,7 @@ _MORE_METHODS = """() => {
   return {__type__: 'update', value: are_all ? 'Fewer methods' : 'More methods'};
 }"""
 _PRESET_HINT = (
-    "Quick look: minutes on the tiny base. Paper: the settings of the Flat-LoRA paper. "
+    "Quick look: minutes on the tiny demo base. Paper: the settings of the Flat-LoRA paper. "
     "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "
     "Illustrious: its family, with captions of tags."
 )
@@ -255,7 +256,7 @@ def _other_images(config: TrainConfig) -> str:
 
 def _memory_line(needed: float) -> str:
     if not has_gpu():
-        return "no GPU here: it trains on the processor, which is fast enough for the small base only"
+        return f"no GPU here: it trains on the processor, which is fast enough for {TINY_TITLE} only"
     return f"memory: about {needed / 2**20:,.0f} MiB of the GPU's"
 
 
@@ -266,7 +267,10 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     images = (
         f"{count} images, captions {sum(map(bool, captions.values()))}/{count}" if count else _other_images(config)
     )
-    lines = [f"{images}, at {size} x {size} pixels"]
+    base = f"base: {html.escape(base_title(config.model))}"
+    if is_tiny(config.model):
+        base += f"; for work of your own give an SDXL model as {LABELS['pretrained_model_name_or_path']}"
+    lines = [base, f"{images}, at {size} x {size} pixels"]
     for_each = " for each of LoRA and Flat-LoRA" if arms == 2 else ""
     lines.append(f"{steps or 'as many as the images need'} steps{for_each}")
     if count and steps:

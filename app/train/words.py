@@ -12,7 +12,7 @@ from flatlora_diffusion.config.methods import IN_FORCE
 
 # Beside LoRA, Flat-LoRA and the pair of both, each in a sentence.
 OTHER_METHODS = {
-    "sam": "learns from the worst place near the base's weights; on the tiny base better than LoRA, at twice the time",
+    "sam": "learns from the worst place near the base's weights, at twice the time; better than LoRA on the demo base",
     "mixed-noise": "learns in each step with Flat-LoRA's noise and without it, at twice the time",
     "factor-noise": "has its noise on the two halves of the LoRA, A and B, in place of the base",
     "lora-sam": "learns from the worst place near the LoRA's own weights, at twice the time",
@@ -140,6 +140,9 @@ LABELS = {
     "max_grad_norm": "Longest gradient",
     "use_ema": "Save an average of the LoRA over the steps (EMA)",
     "ema_decay": "Decay of that average",
+    "members": "LoRAs to train and average",
+    "average_rank": "Rank of their average",
+    "remove_members": "Keep their average only",
     "gradient_checkpointing": "Save memory by computing twice",
     "mixed_precision": "Precision of computing",
     "base_dtype": "Precision of the base",
@@ -173,7 +176,7 @@ HELP = {
     "optimizer": "adamw, prodigy or adafactor; lora-pro is adamw with steps that come nearer to training all weights",
     "lora_plus_ratio": "B learns so many times as fast as A; 16 is usual; left empty: alike",
     "pretrained_model_name_or_path": "an SDXL model: a folder, a name on the Hugging Face hub, a .safetensors file, "
-    "or tiny for the small one that ships with this program",
+    "or tiny: the demo base of 64 pixels that ships with this program",
     "cache_text_embeddings": "in memory they are kept in any case",
     "rank": "how much the LoRA can hold: more learns more detail and makes a larger file",
     "lora_alpha": "strength of the LoRA, as a multiple of its rank; left empty: the rank",
@@ -199,6 +202,9 @@ HELP = {
     "holdout_folds": "for few images: so many runs, each without another part of the images, find how many steps are "
     "best; then all images are trained on for so many",
     "multires_noise_discount": "each coarser noise counts so much as the one before",
+    "members": "so many, each with a seed of its own, one after the other; left empty: one LoRA, which is no average",
+    "average_rank": "left empty: the sum of their ranks, which is exact, in a file that much larger",
+    "remove_members": "the averaged LoRAs are removed at the end",
     "max_train_steps": "one step looks at one batch; more steps learn more, and in the end by heart",
     "num_train_epochs": "only if Steps is empty",
     "learning_rate": "how far each step goes: too high spoils the style, too low does not learn it",

@@ -22,6 +22,7 @@ from app.compare import comparison
 from app.compare.answer import answer
 from app.compare.comparison import default_seeds, read_prompts, read_seeds, read_strengths
 from app.compare.export import difference
+from app.compare.grid import enlarged
 from app.compare.picture_cache import Drawing, DrawOrder, Picture, orders_for
 from app.compare.tab import refresh, show_trained
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
@@ -31,7 +32,7 @@ from app.jobs.store import Job, JobState, NewJob, Store
 from app.reporting import percent
 from app.settings import AppSettings
 from app.theme import COLOURS
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     assert again.show(FORM).picture == shown.picture
     assert re.match(r'<div class="fl-answer"><p><b>LoRA and Flat-LoRA draw (nearly|alike|clearly)', shown.grid)
     assert "give or take" not in shown.grid  # of one picture
-    assert "draws 32 x 32 pixels; enlarged" in shown.grid
+    assert f"Drawn by {Path(view.arms()[0].base[1]).name} at 32 x 32 pixels; enlarged" in shown.grid
     for title in ("LoRA", "Flat-LoRA"):
         assert f'border-color:{COLOURS[title]}"><b>{title}</b>' in shown.grid
     compared, between = (view.show(replace(FORM, look=look)) for look in (TO_BASE, BETWEEN))
@@ -359,6 +360,12 @@ def test_prompts_with_the_same_gaps_share_an_order() -> None:
         (("one", "two"), ("a.safetensors",)),
         (("three",), ("a.safetensors", "b.safetensors")),
     ]
+
+
+@pytest.mark.parametrize("base", ["tiny", str(SAMPLES / "tiny_sdxl")])
+def test_the_tiny_base_is_called_what_it_is(base: str) -> None:
+    drawing = replace(DRAWING, base=("--pretrained_model_name_or_path", base))
+    assert "the tiny demo base at 64 x 64 pixels" in enlarged(SimpleNamespace(drawing=drawing))  # type: ignore[arg-type]
 
 
 def test_lists_are_read_as_they_are_written() -> None:

@@ -31,7 +31,7 @@ from app.train.forms import ConfigForm, preset_settings
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
 from app.train.words import LABELS
 from app.ui import build_app
-from flatlora_diffusion.config import METHOD_NAMES, TrainConfig
+from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
 
 
@@ -224,6 +224,18 @@ def test_a_run_that_cannot_be_told_by_its_name_is_not_queued(context: AppContext
     with pytest.raises(gr.Error, match="the name has"):
         start(context, form, session, name, BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
     assert context.queue.jobs() == []
+
+
+@pytest.mark.parametrize("base", ["tiny", str(SAMPLES / "tiny_sdxl"), "random"])
+def test_the_tiny_base_is_called_what_it_is_before_the_start(context: AppContext, base: str) -> None:
+    session, *_ = load_samples_icons(context, "")
+    form, is_tiny = ConfigForm(), base != "random"
+    if not is_tiny:
+        base = str(shutil.copytree(SAMPLES / "tiny_sdxl", context.runs.folder / "own"))
+    told = summary(context, form, session, PLAIN, *form.write({"pretrained_model_name_or_path": base}))
+    assert ("base: the tiny demo base, 64 pixels;" in told) == is_tiny
+    assert ("give an SDXL model as Base model" in told) == is_tiny
+    assert is_tiny or f"base: {base}, 64 pixels" in told
 
 
 def test_what_is_wrong_is_told_by_the_names_of_the_form(context: AppContext) -> None:

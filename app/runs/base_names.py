@@ -1,0 +1,14 @@
+"""What the app calls a base in lists and below pictures."""
+
+from __future__ import annotations
+
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.gallery.png_text import bare_name
+from flatlora_diffusion.sdxl.base_title import TINY_TITLE, is_tiny
+
+
+def base_name(name_or_path: str) -> str:
+    """`the tiny demo base`, a hub id, or the last part of a path; empty for none."""
+    if not name_or_path:
+        return ""
+    return TINY_TITLE if is_tiny(ModelConfig(name_or_path)) else bare_name(name_or_path)
