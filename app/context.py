@@ -13,6 +13,7 @@ from .doors.places import Places
 from .jobs.jobs import JobQueue
 from .runs.runs import RunStore
 from .settings import AppSettings
+from .temporary import remove_left_folders
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def make_context(settings: AppSettings) -> AppContext:
             "and votes begin anew, or give another folder with --runs_dir"
         ) from error
     uploads = Uploads(settings.uploads_folder)
+    for folder in (runs.temporary, uploads.temporary):
+        remove_left_folders(folder)
     private, data = (list(map(Path, folders)) for folders in (settings.private, settings.data_dir))
     places = Places(runs.folder, private, uploads.frozen, data)
     return AppContext(settings, runs, JobQueue(runs), uploads, places)

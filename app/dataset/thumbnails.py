@@ -18,6 +18,8 @@ from flatlora_diffusion.data.dataset import Sample, make_sample
 from flatlora_diffusion.data.images import load_alpha, load_image
 from flatlora_diffusion.ground.whole_files import file_sha256
 
+from .decoding import DECODING
+
 LONGEST_SIDE = 256
 
 
@@ -43,9 +45,8 @@ class Thumbnails:
         with self._lock:
             known = self._looks.get(key)
         if known is None:
-            alpha = load_alpha(path)
-            is_transparent = alpha.histogram()[255] < alpha.width * alpha.height
-            known = Look(make_sample(path.name, path, ""), is_transparent)
+            with DECODING:
+                known = _look(path)
             with self._lock:
                 self._looks[key] = known
         return known
@@ -57,10 +58,19 @@ class Thumbnails:
         if not kept.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = self.folder / f"{key}.{secrets.token_hex(4)}.part"
-            as_trained(path, background, size).save(aside, "PNG")
+            with DECODING:
+                picture = as_trained(path, background, size)
+            picture.save(aside, "PNG")
             os.replace(aside, kept)
         with Image.open(kept) as file:
             return file.convert("RGB")
+
+
+def _look(path: Path) -> Look:
+    alpha = load_alpha(path)
+    is_transparent = alpha.histogram()[255] < alpha.width * alpha.height
+    del alpha  # before the image is decoded
+    return Look(make_sample(path.name, path, ""), is_transparent)
 
 
 def as_trained(path: Path, background: str, size: tuple[int, int]) -> Image.Image:

@@ -23,6 +23,7 @@ from filelock import FileLock
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.ground.whole_files import write_text
 
+from ..temporary import temporary_folder
 from .arrivals import MOST_CAPTION_LETTERS, NAMES, Arrivals, UploadResult
 from .captioned_folder import (
     caption_of,
@@ -54,6 +55,7 @@ class Uploads:
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self.folder = folder
         self.frozen = folder / "frozen"
+        self.temporary = folder / "temporary"
         self.limits = limits or Limits()
 
     def new_session(self) -> str:
@@ -198,12 +200,14 @@ class Uploads:
                 raise ConfigError("there are no images to train on; upload some first")
             frozen = self.frozen / content_of(folder)
             if not frozen.exists():
-                aside = frozen.with_name(f"{frozen.name}.{secrets.token_hex(4)}.part")
-                aside.mkdir(parents=True)
+                self.frozen.mkdir(parents=True, exist_ok=True)
                 names = folder / NAMES
-                for path in [*files_of(folder), *([names] if names.exists() else [])]:
-                    shutil.copyfile(path, aside / path.name)
-                _rename_new(aside, frozen)
+                with temporary_folder(self.temporary) as place:
+                    aside = place / frozen.name
+                    aside.mkdir()
+                    for path in [*files_of(folder), *([names] if names.exists() else [])]:
+                        shutil.copyfile(path, aside / path.name)
+                    _rename_new(aside, frozen)
         return frozen
 
     def frozen_copy(self, folder: str | None) -> Path | None:
@@ -260,4 +264,3 @@ def _rename_new(aside: Path, final: Path) -> None:
     except OSError:
         if not final.exists():
             raise
-        shutil.rmtree(aside)

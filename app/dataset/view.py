@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -12,6 +13,7 @@ from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.images import load_image
 
 from .captioned_folder import caption_of, version_of
+from .decoding import DECODING
 from .thumbnails import Thumbnails
 from .uploads import Uploads
 
@@ -112,9 +114,14 @@ def fill_captions(uploads: Uploads, session: str, captioner: Captioner, told: Ca
     bare = [path for path in uploads.images(session) if not captions[path.name]]
     for first in range(0, len(bare), _CAPTIONED_AT_ONCE):
         paths = bare[first : first + _CAPTIONED_AT_ONCE]
-        texts = captioner([load_image(path) for path in paths])
+        texts = captioner([_decoded(path) for path in paths])
         still_bare = {name for name, text in uploads.captions(session).items() if not text}  # as it is after the wait
         made = {path.name: text for path, text in zip(paths, texts, strict=True)}
         uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare}, first > 0)
         told(first + len(paths), len(bare))
     return len(bare)
+
+
+def _decoded(path: Path) -> Image.Image:
+    with DECODING:
+        return load_image(path)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ARMS = ("lora", "flat-lora")
 _POLL_SECONDS = 0.5
+_CLOSE_SECONDS = 5
 _PERCENT = re.compile(r"(\d{1,3})%\|")
 
 
@@ -149,7 +150,7 @@ class JobQueue:
         """Start no more jobs. What runs goes on."""
         self._closing.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)  # it may wait for the database
         self._lock.release()
 
     def tick(self) -> bool:
