@@ -24,9 +24,9 @@ FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "variants.md"
 ONE_LIST = """\
 > **These are differences on one list of icons**, 61 % of which show things that the base has never drawn, with
-> intervals over training seeds alone and the same (noise, timestep) draws for every seed. On things that the base knows
-> SAM is not better. [generalization.md](generalization.md) has the figures by population, with intervals over seeds and
-> icons."""
+> intervals over training seeds alone and the same (noise, timestep) draws for every seed. On things that the base
+> knows SAM is not better. [generalization.md](generalization.md) has the figures by population, with intervals over
+> seeds and icons."""
 FIGURE = "variants.png"
 SHAPES = FOLDER / "noise_shapes.json"
 LOOKS = {
