@@ -20,7 +20,7 @@ from torch import Tensor
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, low_rank_path
 
 Pair = tuple[Tensor, Tensor]  # V^T (B, k, n) and U^T (B, k, m), the latter times row_std / sqrt(k), in bf16
 
@@ -62,14 +62,14 @@ class ExampleDraw(Draw):
         return down[:examples], up[:examples]
 
     def _draw(self, examples: int) -> None:
-        for some in self._stds:
+        for group, some in enumerate(self._stds):
             device = some.stds.device
             stds = some.stds * (self._sigma / math.sqrt(DRAW_RANK))
             columns = [layer.inputs for layer in some.layers] + some.rows
             drawn = torch.empty(examples, DRAW_RANK, sum(columns), device=device)
             for example, numbers in enumerate(drawn):
                 rng = torch.Generator(device=device)
-                rng.manual_seed(self._key.derive("low-rank perturbation", f"example {example}"))
+                rng.manual_seed(self._key.derive(*low_rank_path(group, f"example {example}")))
                 numbers.normal_(generator=rng)
             drawn[..., -len(stds) :].mul_(stds)
             pieces = drawn.bfloat16().split(columns, dim=2)  # the same eps whatever a layer computes in
