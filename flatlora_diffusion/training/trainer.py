@@ -32,6 +32,7 @@ from flatlora_diffusion.training.checkpoint import load_best, restore, save_chec
 from flatlora_diffusion.training.ending import present, save_result
 from flatlora_diffusion.training.heldout.folds import chosen_by_folds
 from flatlora_diffusion.training.heldout.losses import Holdout
+from flatlora_diffusion.training.loss_scale import loss_scale
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
 from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
@@ -132,31 +133,32 @@ def train_step(state: TrainState, step: int) -> float:
     # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
     if not math.isfinite(gradient) and accelerator.scaler is None:
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
-    _update(state, step)
+    _update(state, step, is_finite=math.isfinite(gradient))
     state.draws = draws.hexdigest()
     return value
 
 
-def _update(state: TrainState, step: int) -> None:
+def _update(state: TrainState, step: int, is_finite: bool) -> None:
     """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
     state.steps_done = None
-    learning_rate, scaler = float(state.lr_schedule.get_last_lr()[0]), state.accelerator.scaler
-    loss_scale = 1.0 if scaler is None else float(scaler.get_scale())  # before it is updated
-    state.gradient.before_update(step, learning_rate)
+    learning_rate, scale = float(state.lr_schedule.get_last_lr()[0]), loss_scale(state.accelerator)
+    if is_finite:
+        state.gradient.before_update(step, learning_rate)
     state.optimizer.step()
-    if not state.optimizer.step_was_skipped:
-        state.gradient.weights_moved(learning_rate, loss_scale)
+    is_taken = not state.optimizer.step_was_skipped
+    if is_taken:
+        state.gradient.weights_moved(learning_rate, scale)
         if state.ranks is not None:
             state.ranks.step_done(step + 1)
-    state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
+    state.skipped_steps = 0 if is_taken else state.skipped_steps + 1
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
-    if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
+    if state.trains_tokens(step) and is_taken:
         pull_embeddings(state.sdxl.pipeline)
     state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
+    if state.ema is not None and is_taken:
         state.ema.step(state.trainable.values())
     state.steps_done = step + 1
 

@@ -325,6 +325,24 @@ def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: T
     assert scaler.get_scale() == 2.0
 
 
+@pytest.mark.parametrize("method", ["nbar", "obar", "lora"])
+def test_a_step_that_the_scaler_of_fp16_leaves_out_moves_no_weight_and_no_average(
+    config: TrainConfig, method: str
+) -> None:
+    settings = {} if method == "lora" else {"bar_strength": 10.0}
+    state, _ = prepared_with_a_scaler(config.replace(method=method, use_ema=True, **settings))
+    assert state.ema is not None
+    for step in range(2):
+        train_step(state, step)
+    before = [one.detach().clone() for one in (*state.trainable.values(), *state.ema.shadow_params)]
+    taken = state.ema.optimization_step
+    next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    train_step(state, step=2)
+    after = [*state.trainable.values(), *state.ema.shadow_params]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert state.ema.optimization_step == taken == 2
+
+
 def test_the_scaler_of_fp16_goes_on_in_a_resumed_run(config: TrainConfig, tmp_path: Path) -> None:
     state, scaler = prepared_with_a_scaler(config)
     first = next(iter(state.trainable.values()))
