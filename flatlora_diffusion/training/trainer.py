@@ -25,7 +25,7 @@ from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.memory.preflight import tell_memory
-from flatlora_diffusion.sdxl.device import agreed, one_launch, this_process
+from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
 from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.beginning.settling import check_early, new_or_resumed
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> Path:
     """
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
-    with one_launch() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
+    with one_training() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
         run = RunDir(folder)
         if not config.data.holdout_folds:
             return _train(config, run)

@@ -306,6 +306,14 @@ def test_a_gradient_norm_of_0_means_that_nothing_is_clipped(config: TrainConfig,
     assert 0 < norms[1] < 0.1 * norms[0]
 
 
+def test_a_second_training_in_one_process_may_have_another_precision(config: TrainConfig, tmp_path: Path) -> None:
+    files = [
+        train(config.replace(mixed_precision=precision, output_dir=str(tmp_path / precision)))
+        for precision in ("no", "bf16")
+    ]
+    assert all(file.is_file() for file in files)
+
+
 def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.GradScaler]:
     """A state whose gradients are scaled as for fp16 on a GPU."""
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
