@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
-from flatlora_diffusion.method.noise import compute_dtype
+from flatlora_diffusion.method.noise import Convolution, compute_dtype, layer_at
 
 DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by default take 11.6 MB
 
@@ -86,7 +86,10 @@ class LowRankDraw(Draw):
 
     def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         down, up = self._pair(layer.name, x.dtype)
-        return layer.product(down, up.mT, x)
+        if layer.convolution is None:
+            return layer.product(down, up.mT, x)
+        hidden = layer_at(x, lambda: down.view(-1, *layer.shape[1:]), layer.convolution)
+        return layer_at(hidden, lambda: up.mT[:, :, None, None], Convolution())
 
     def _pair(self, name: str, dtype: torch.dtype) -> Pair:
         """The factors of layer `name`; what is compiled casts them by itself."""
