@@ -166,7 +166,7 @@ def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Pa
     for attempt in range(3):
         resume = "latest" if attempt else None
         said = tmp_path / f"said-{attempt}.txt"
-        process = forked(arguments(broken.replace(resume_from_checkpoint=resume))[1:], said, {})
+        process = forked(said, {}, arguments(broken.replace(resume_from_checkpoint=resume))[1:])
         seen = max((event["step"] for event in run.events() if event["event"] == "step"), default=0)
         wait_for_step(run, process.is_alive, said, seen + 3)
         time.sleep(rng.random() * 0.3)
