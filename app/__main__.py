@@ -28,6 +28,8 @@ from .temporary import remove_left_folders, temporary_folder
 if TYPE_CHECKING:
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse
 
     from .doors.guard import Guard
 
@@ -74,7 +76,7 @@ def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
         "server_port": settings.port,
         "auth": settings.login,
         "auth_message": _LOGIN_TEXT,
-        "app_kwargs": {"lifespan": _behind(guard), "openapi_url": None},
+        "app_kwargs": {"lifespan": _behind(guard), "openapi_url": None, "exception_handlers": {OSError: _told}},
         "ssr_mode": False,
         "mcp_server": False,
         "share": settings.share,
@@ -109,6 +111,15 @@ def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[Non
         sweeping.cancel()
 
     return lifespan
+
+
+async def _told(request: Request, error: Exception) -> PlainTextResponse:
+    """An error outside of the page's events, as of an upload; Gradio shows the text."""
+    from starlette.responses import PlainTextResponse
+
+    from .sentences import is_disk_full, sentence_of
+
+    return PlainTextResponse(f"not done: {sentence_of(error)}", 507 if is_disk_full(error) else 500)
 
 
 @contextmanager

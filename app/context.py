@@ -42,6 +42,11 @@ def make_context(settings: AppSettings) -> AppContext:
         is_file = settings.runs_folder.is_file()
         reason = "is a file" if is_file else f"cannot be made or written to ({error.strerror})"
         raise ConfigError(f"{place} {reason}; give a folder with --runs_dir") from error
+    except sqlite3.OperationalError as error:
+        raise ConfigError(
+            f"{place} has an .app/app.db that cannot be written ({error}); free some room on its disk if that is "
+            "full, let the app write there, or give another folder with --runs_dir"
+        ) from error
     except sqlite3.DatabaseError as error:
         raise ConfigError(
             f"{place} has an .app/app.db that cannot be used ({error}); move that file away, and queue, names, notes "

@@ -19,6 +19,7 @@ from typing import BinaryIO, cast
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.data.images import CAPTION_SUFFIXES, FORMATS, Header, ImageError, load_image, read_header
 
+from ..sentences import is_disk_full
 from .decoding import DECODING
 
 MIB = 2**20
@@ -99,7 +100,7 @@ def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[
 def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) -> int:
     """Write the file to `target` and return its size.
 
-    Raises RefusedError as soon as it grows past a limit, and for an empty file.
+    Raises RefusedError as soon as it grows past a limit, and for an empty file; OSError on a full disk.
     """
     written = 0
     try:
@@ -111,6 +112,8 @@ def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) ->
     except RefusedError:
         raise
     except (*_ZIP_ERRORS, NotImplementedError) as error:
+        if is_disk_full(error):
+            raise
         raise RefusedError(f"it cannot be unpacked: {error}") from error
     if not written:
         raise RefusedError("the file is empty")

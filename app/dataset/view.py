@@ -23,9 +23,13 @@ _CAPTIONED_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Card:
-    """One image: as it is trained on, the user's name for it, its caption in that version, and what to know."""
+    """One image: as it is trained on, the user's name for it, its caption in that version, and what to know.
+
+    content: another one for another image of the same number.
+    """
 
     image: str
+    content: str
     name: str
     picture: Image.Image
     caption: str
@@ -101,7 +105,7 @@ def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Fram
         if not caption:
             notes.append("no caption")
         picture = thumbnails.picture(path, sample.sha256, framed.background, size)
-        cards.append(Card(path.name, names[path.name], picture, caption, version, tuple(notes)))
+        cards.append(Card(path.name, sample.sha256[:12], names[path.name], picture, caption, version, tuple(notes)))
     return DatasetView(cards)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import re
@@ -53,7 +54,7 @@ def view(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     queue.close()
 
 
-def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> None:
+def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = view.context.queue
     assert view.start()[1] == ["icons-lora", "icons-flat-lora"]
     assert "3 of 3 pictures are not drawn yet" in view.show(FORM).status
@@ -72,6 +73,11 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     assert shown.picture is not None
     assert Image.open(shown.picture).width > 3 * 320
     _check_page(shown)
+    with monkeypatch.context() as patched:
+        patched.setattr("app.compare.view.save_page", _full)
+        unsaved = view.show(FORM)
+        assert (unsaved.grid, unsaved.picture) == (shown.grid, None)
+        assert "the disk is full" in unsaved.status
     assert view.draw(FORM, "me") == []
     again = CompareView(view.context)  # as after a restart
     assert again.show(FORM).picture == shown.picture
@@ -87,6 +93,10 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     stronger = view.draw(replace(FORM, strength=1.5), "me")
     assert [list(job.settings)[-2:] for job in stronger] == [["--strengths", "1.5"]]
     _vote_on(view)
+
+
+def _full(*values: Any) -> Path:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _check_page(shown: Shown) -> None:

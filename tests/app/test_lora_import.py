@@ -150,8 +150,8 @@ def test_other_endings_and_missing_files_are_told_beside_the_upload(context: App
     other = tmp_path / "lora.ckpt"
     other.write_bytes(b"x")
     told = take_lora(context, str(other), "tiny")[0]
-    assert "Lora.ckpt is no .safetensors file; other formats can hold code" in told
-    assert "No file was given" in take_lora(context, None, "tiny")[0]
+    assert "lora.ckpt is no .safetensors file; other formats can hold code" in told
+    assert "no file was given" in take_lora(context, None, "tiny")[0]
     assert json.dumps(known_bases(context.runs)[-1]) == '"tiny"'
 
 

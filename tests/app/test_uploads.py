@@ -337,8 +337,9 @@ def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
 
     monkeypatch.setattr("app.dataset.arrivals.os.replace", replace)
     result = uploads.add(session, [("full.png", tmp_path / "good.png")])
-    assert [one.reason for one in result.refused] == ["it cannot be kept: No space left on device"]
+    assert [(one.name, "the disk is full" in one.reason) for one in result.refused] == [("full.png", True)]
     assert uploads.names(session) == {"0001.png": "good.png"}
+    assert not list(uploads.session_folder(session).glob("0002.*")), "not its caption either"
 
 
 def test_no_member_of_a_zip_leaves_it(uploads: Uploads, tmp_path: Path) -> None:
