@@ -47,6 +47,7 @@ class StepGradient:
     """The gradient at the weights as they are: plain LoRA."""
 
     flats: Sequence[FlatLora] = ()
+    ascends = False  # whether the gradient is taken where the loss is higher
     ascent: Ascent | None = None
     """That of the last step, where the method ascends and could."""
 

@@ -19,7 +19,7 @@ from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.sdxl.random_base import random_sdxl
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.selfcheck import measures, watch
-from flatlora_diffusion.training.selfcheck.drill import drill_configs
+from flatlora_diffusion.training.selfcheck.drill import DRILL_RISE, drill_configs
 from flatlora_diffusion.training.selfcheck.measures import bits_of_frozen, noise_std, sigma_zero
 from flatlora_diffusion.training.state import Rise, prepare
 from flatlora_diffusion.training.trainer import train, train_step
@@ -163,7 +163,7 @@ def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: TrainConfig, precision: str) -> None:
-    found = list(doctor.drilled(tiny_drill.replace(method="sam", mixed_precision=precision)))
+    found = list(doctor.drilled(tiny_drill.replace(method="sam", rho_rise=DRILL_RISE, mixed_precision=precision)))
     assert [finding.level for finding in found] == ["ok"] * 4, found
     assert "lifts the loss by" in found[0].fact
 
@@ -171,7 +171,7 @@ def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: T
 def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
     flat, sam = drill_configs()
     assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")
-    assert sam.perturb.rise == 0.25, "the rise that it has to find, and then to show"
+    assert sam.perturb.rise == DRILL_RISE, "the rise that it has to find, and then to show"
 
 
 @pytest.mark.parametrize("method", ["sam", "lora-sam"])
@@ -196,6 +196,7 @@ def test_an_ascent_that_half_precision_loses_is_told_in_each_run(
 def test_an_ascent_is_looked_at_in_the_first_three_steps_that_have_one(config: TrainConfig) -> None:
     """Those that the scaler of fp16 leaves out have none."""
     state = prepare(config.replace(method="sam", max_train_steps=9), samples_of(config))
+    state.run.folder.mkdir(parents=True)
     check = watch.SelfCheck(state, is_whole=False)
     for rise in (None, Rise(0.2, 0.1), None, Rise(0.2, 0.1), Rise(0.2, 0.1), Rise(0.0, 0.1)):
         state.rise = rise

@@ -23,6 +23,8 @@ from flatlora_diffusion.method.step_gradient import Ascent, MicroBatch, StepGrad
 class LoraSam(StepGradient):
     """SAM over A and B of the LoRA, which reaches only what these can move W to (arXiv:2409.14396, Eq. 4)."""
 
+    ascends = True
+
     def __init__(self, trainable: Sequence[nn.Parameter], factors: Sequence[nn.Parameter], rho: float) -> None:
         self._trainable, self._factors, self._rho = trainable, factors, rho
 
@@ -41,6 +43,8 @@ class LoraSam(StepGradient):
 
 class Sam(SlopeReader, StepGradient):
     """SAM over W of the adapted layers, which is never written: its slope is read and eps added in their forward."""
+
+    ascends = True
 
     def __init__(self, models: Iterable[nn.Module], trainable: Sequence[nn.Parameter], rho: float) -> None:
         super().__init__(models)

@@ -33,6 +33,8 @@ def self_check(state: TrainState) -> SelfCheck | None:
     if wanted == "never" or not state.accelerator.is_main_process:
         return None
     is_whole = wanted == "always" or (device.type == "cuda" and not _mark(device).is_file())
+    if not (is_whole or state.gradient.ascends):
+        return None
     check = SelfCheck(state, is_whole)
     check.begin()
     return check
