@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import logging
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flatlora_diffusion.commands.command_line import quiet_libraries
 from flatlora_diffusion.config import ConfigError
 
+from .doors.login_limit import LONGEST_PAUSE, UNHINDERED
+from .logs import readable_log
 from .settings import AppSettings, parse_settings
+from .temporary import remove_left_folders, temporary_folder
 
 if TYPE_CHECKING:
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse
 
     from .doors.guard import Guard
 
@@ -32,17 +41,27 @@ GRADIO_SETTINGS = {  # read when gradio is imported
     "GRADIO_RUN_HISTORY": "False",  # it would keep each call in the browser, upload keys too
 }
 _LOOK_SECONDS = 0.02  # between two looks at Gradio's queue of events; each waits for half of it
-_LOGIN_TEXT = "After five wrong passwords the login waits for up to a quarter of an hour."
+_SWEEP_SECONDS = 10 * 60  # between two looks for old uploads
+_END_SECONDS = 2  # that answers, and after them handlers, get at the end
+_LOGIN_TEXT = f"After {UNHINDERED} wrong passwords each further try takes longer, up to {LONGEST_PAUSE} seconds."
 
 
 def make_guard(settings: AppSettings) -> Guard:
     """The guard of an app with `settings`."""
     from gradio.utils import get_upload_folder  # where Gradio keeps what it serves on its own
 
+    from .doors.before_login import is_logged_in
     from .doors.guard import Guard
+    from .doors.upload_room import UploadRoom
 
-    served = [*settings.served, get_upload_folder()]
-    guard = Guard(settings.own_names, list(map(Path, served)), list(map(Path, settings.private)))
+    kept = Path(get_upload_folder())
+    guard = Guard(
+        settings.own_names,
+        [*map(Path, settings.served), kept],
+        list(map(Path, settings.private)),
+        UploadRoom(kept / "uploads"),
+        None if settings.login is None else is_logged_in,
+    )
     for host in settings.allowed_host:
         guard.admit(host)
     return guard
@@ -57,11 +76,11 @@ def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
         "server_port": settings.port,
         "auth": settings.login,
         "auth_message": _LOGIN_TEXT,
-        "app_kwargs": {"lifespan": _behind(guard)},
+        "app_kwargs": {"lifespan": _behind(guard), "openapi_url": None, "exception_handlers": {OSError: _told}},
         "ssr_mode": False,
         "mcp_server": False,
         "share": settings.share,
-        "allowed_paths": settings.served,
+        "allowed_paths": [*settings.served, str(guard.uploads.folder.parent)],  # there Gradio keeps what it shows
         "blocked_paths": settings.private,
         "max_file_size": "1gb",
         "theme": make_theme(),
@@ -76,24 +95,40 @@ def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
 def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     from .doors.guard import Doors
 
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            guard.uploads.sweep()
+
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Any) -> AsyncIterator[None]:
         """Before the first request. Gradio adds its own layers to those given, so ours is put around them here."""
         app.middleware_stack = None
         app.add_middleware(Doors, guard=guard)
+        app.uploaded_file_dir = str(guard.uploads.folder)
+        sweeping = asyncio.create_task(sweep())
         yield
+        sweeping.cancel()
 
     return lifespan
+
+
+async def _told(request: Request, error: Exception) -> PlainTextResponse:
+    """An error outside of the page's events, as of an upload; Gradio shows the text."""
+    from starlette.responses import PlainTextResponse
+
+    from .sentences import is_disk_full, sentence_of
+
+    return PlainTextResponse(f"not done: {sentence_of(error)}", 507 if is_disk_full(error) else 500)
 
 
 @contextmanager
 def own_uploads() -> Iterator[None]:
     """Keep what Gradio takes in a folder of this app and this user, which is gone with the app."""
-    parent = os.environ.get("GRADIO_TEMP_DIR")
-    if parent is not None:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="flatlora-", dir=parent, ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
+    parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+    remove_left_folders(parent)
+    with temporary_folder(parent) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
         yield
 
 
@@ -107,18 +142,27 @@ def queued(page: gr.Blocks) -> gr.Blocks:
 def serve(settings: AppSettings) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code. Raises ConfigError for a runs folder that cannot be."""
     from .context import make_context
+    from .dataset.decoding import give_memory_back
+    from .doors.before_login import hide_endpoints_until_login
     from .doors.guard import host_of
     from .ui import build_app
 
+    give_memory_back()
     context, guard = make_context(settings), make_guard(settings)
     context.queue.start()
     page = queued(build_app(context))
+    if settings.login is not None:
+        hide_endpoints_until_login()
+    os.environ["FORWARDED_ALLOW_IPS"] = ",".join(settings.behind_proxy)  # uvicorn believes this computer without it
     try:
         page.launch(**launch_options(settings, guard), prevent_thread_lock=True)
         if page.share_url:
             guard.admit(host_of(page.share_url))
         print(f"The app is open at {page.local_url}", *([page.share_url] if page.share_url else []), flush=True)
-        page.block_thread()
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        _close(page)
     except OSError as error:
         print(f"error: port {settings.port} cannot be used ({error}); choose another with --port", file=sys.stderr)
         return ConfigError.exit_code
@@ -127,21 +171,53 @@ def serve(settings: AppSettings) -> int:
     return 0
 
 
+def _close(page: gr.Blocks) -> None:
+    """Answer nobody any more. What is asked just now is cut off after _END_SECONDS, as open pages ask all the time."""
+    from gradio.tunneling import CURRENT_TUNNELS
+
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell each as an error
+    if page.server is not None:  # it may not have started yet
+        page.server.config.timeout_graceful_shutdown = _END_SECONDS
+    page.close(verbose=False)
+    for tunnel in CURRENT_TUNNELS:
+        tunnel.kill()
+
+
 def main(arguments: Sequence[str]) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code: 2 for settings that may not be."""
     os.environ |= GRADIO_SETTINGS
-    logging.basicConfig(level=logging.INFO)
-    quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that uploads are cleared away
-    try:
-        settings = parse_settings(arguments, os.environ)
-        if find_spec("gradio") is None:
-            raise ConfigError('the app needs gradio, which is not installed: pip install "flatlora-diffusion[app]"')
-        with own_uploads():
-            return serve(settings)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    code = 0
+    with readable_log():
+        logging.basicConfig(level=logging.INFO)
+        quiet_libraries()
+        try:
+            settings = parse_settings(arguments, os.environ)
+            if find_spec("gradio") is None:
+                raise ConfigError(
+                    'the app needs gradio, which is not installed: pip install "flatlora-diffusion[app]"'
+                )
+            with suppress(KeyboardInterrupt), own_uploads():
+                code = serve(settings)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process now, with its temporary files cleared away.
+
+    A handler that waits would keep it alive for as long as it waits, and to take all modules apart takes seconds.
+    """
+    until = time.monotonic() + _END_SECONDS
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, until - time.monotonic()))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-_PREFIX = "flatlora-"
+PREFIX = "flatlora-"
 # Before the kept values are back, the page's own must not be kept in their place.
 _RESTORE = """() => {
   let kept = {};
@@ -70,4 +70,4 @@ def keep_tab(
 
 
 def _filled(script: str, key: str, names: list[str]) -> str:
-    return script.replace("KEY", json.dumps(_PREFIX + key)).replace("NAMES", json.dumps(names))
+    return script.replace("KEY", json.dumps(PREFIX + key)).replace("NAMES", json.dumps(names))

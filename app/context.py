@@ -13,6 +13,7 @@ from .doors.places import Places
 from .jobs.jobs import JobQueue
 from .runs.runs import RunStore
 from .settings import AppSettings
+from .temporary import remove_left_folders
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,19 @@ def make_context(settings: AppSettings) -> AppContext:
         is_file = settings.runs_folder.is_file()
         reason = "is a file" if is_file else f"cannot be made or written to ({error.strerror})"
         raise ConfigError(f"{place} {reason}; give a folder with --runs_dir") from error
+    except sqlite3.OperationalError as error:
+        raise ConfigError(
+            f"{place} has an .app/app.db that cannot be written ({error}); free some room on its disk if that is "
+            "full, let the app write there, or give another folder with --runs_dir"
+        ) from error
     except sqlite3.DatabaseError as error:
         raise ConfigError(
             f"{place} has an .app/app.db that cannot be used ({error}); move that file away, and queue, names, notes "
             "and votes begin anew, or give another folder with --runs_dir"
         ) from error
     uploads = Uploads(settings.uploads_folder)
+    for folder in (runs.temporary, uploads.temporary):
+        remove_left_folders(folder)
     private, data = (list(map(Path, folders)) for folders in (settings.private, settings.data_dir))
     places = Places(runs.folder, private, uploads.frozen, data)
     return AppContext(settings, runs, JobQueue(runs), uploads, places)

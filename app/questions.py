@@ -1,12 +1,14 @@
 """A question before what cannot be undone by the next click: each red button of the page opens one.
 
+So does what may turn out badly, where it may.
+
 By keyboard the focus goes to the answer that changes nothing, and from there back to the button.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -37,20 +39,25 @@ class Question:
         return {"fn": _hide, "inputs": None, "outputs": [self.row], **_QUIET}
 
 
-def build_question(name: str, yes: str, no: str) -> Question:
-    """`name`: what the elements are found by."""
+def build_question(name: str, yes: str, no: str, variant: Literal["stop", "primary"] = "stop") -> Question:
+    """`name`: what the elements are found by; variant: red for what ends or removes something."""
     with gr.Row(visible=False, elem_id=f"{name}-question") as row:
-        really = gr.Button(yes, variant="stop", size="sm", elem_id=f"{name}-yes", min_width=140)
+        really = gr.Button(yes, variant=variant, size="sm", elem_id=f"{name}-yes", min_width=140)
         not_now = gr.Button(no, size="sm", elem_id=f"{name}-no", min_width=140)
     return Question(row, really, not_now)
 
 
 def ask_before(button: gr.Button, question: Question, about: gr.Dropdown | None = None) -> None:
     """A click on the button asks. about: what the question is about; with another choice it is not asked any more."""
-    button.click(_show, None, [question.row], **_QUIET).then(**_focused(question.no))
-    question.no.click(**question.hidden).then(**_focused(button))
+    ask_where(button.click(_show, None, [question.row], **_QUIET), button, question)
     if about is not None:
         about.change(**question.hidden)
+
+
+def ask_where(event: Any, button: gr.Button, question: Question) -> None:
+    """`event`: of the button, whose handler shows the question's row where there is something to ask."""
+    event.then(**_focused(question.no))
+    question.no.click(**question.hidden).then(**_focused(button))
 
 
 def _show() -> Any:

@@ -5,26 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import ConfigError
-
+from .sentences import is_told, sentence_of
 from .train.words import in_form_words
 
 
 @contextmanager
 def told_on_the_page() -> Iterator[None]:
-    """Show a ConfigError of the block as its sentence; other errors are bugs and keep their traceback.
+    """Show any error of the block as one sentence.
 
     Gradio renders it as HTML, and it may quote what somebody has typed.
     """
     try:
         yield
-    except ConfigError as error:
-        raise gr.Error(
-            escape(in_form_words(str(error)), quote=False), title="Please check", print_exception=False
-        ) from error
+    except gr.Error:  # a sentence already
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        title = "Please check" if is_told(cause) else "Not done"
+        text = escape(in_form_words(sentence_of(cause)), quote=False)
+        raise gr.Error(text, title=title, print_exception=False) from error
+
+
+class Page(gr.Blocks):
+    """Blocks whose events show their errors as sentences, those outside of a handler too, as of a file handed over."""
+
+    async def process_api(self, *args: Any, **values: Any) -> dict[str, Any]:
+        """Gradio's way through every event."""
+        with told_on_the_page():
+            return await super().process_api(*args, **values)
+
+
+def _cause(error: Exception) -> Exception:
+    """Gradio puts an error of its own around that of a component."""
+    is_around = type(error).__module__.startswith("gradio.") and isinstance(error.__cause__, Exception)
+    return error.__cause__ if is_around else error  # type: ignore[return-value]
 
 
 def percent(share: float, is_signed: bool = False) -> str:

@@ -40,6 +40,11 @@ class AppSettings(Section):
         "another name or address under which browsers open the app, as in their address line; repeated for more. "
         "Needed with --host 0.0.0.0 and behind a proxy",
     )
+    behind_proxy: tuple[str, ...] = setting(
+        (),
+        "address or network of a proxy in front, such as 127.0.0.1 or 10.0.0.0/8; repeated for more. Its "
+        "X-Forwarded-For says who asks; that of anybody else is not believed",
+    )
     data_dir: tuple[str, ...] = setting(
         (),
         "folder that trainings may read from and write to when they are set up in the browser; repeated for more. "
@@ -64,6 +69,11 @@ class AppSettings(Section):
             if not _HOST_NAME.fullmatch(host):
                 raise ConfigError(
                     f"allowed_host={host!r} must be a name or address with or without a port, such as my-box:7860"
+                )
+        for proxy in self.behind_proxy:
+            if not _is_network(proxy):
+                raise ConfigError(
+                    f"behind_proxy={proxy!r} must be an address or a network, such as 127.0.0.1 or 10.0.0.0/8"
                 )
         for folder in self.data_dir:
             if not Path(folder).is_dir():
@@ -129,6 +139,14 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         if value is not None
     }
     return AppSettings(**{"auth": environment.get(AUTH_VARIABLE) or None, **given})
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_local(host: str) -> bool:

@@ -11,6 +11,7 @@ from .compare.tab import build_compare_tab
 from .context import AppContext
 from .dataset.tab import build_dataset_tab
 from .flatness.tab import build_flatness_tab
+from .reporting import Page
 from .runs.tab import build_runs_tab
 from .train.forms import ConfigForm
 from .train.tab import build_train_tab
@@ -21,7 +22,7 @@ _TITLE = "# flatlora-diffusion\nTeach SDXL your style with LoRA and Flat-LoRA, a
 
 def build_app(context: AppContext) -> gr.Blocks:
     """The page of `context`, not launched yet."""
-    with gr.Blocks(title="flatlora-diffusion", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)) as page:
+    with Page(title="flatlora-diffusion", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)) as page:
         session = gr.BrowserState("", storage_key="flatlora-session", secret="browser only")
         # Outside of the tabs: what is in a tab that was not opened yet is not there, and keeps nothing.
         voter = gr.BrowserState("", storage_key="flatlora-voter", secret="browser only")
@@ -29,7 +30,7 @@ def build_app(context: AppContext) -> gr.Blocks:
         gr.Markdown(_TITLE, elem_classes="fl-title")
         with gr.Tabs() as tabs:
             with gr.Tab("1 Dataset", id="dataset", elem_id="fl-tab-dataset") as dataset:
-                look_at_images = build_dataset_tab(context, form, session, page.load)
+                dataset_tab = build_dataset_tab(context, form, session, page.load)
             with gr.Tab("2 Train", id="train", elem_id="fl-tab-train") as train:
                 train_tab = build_train_tab(context, form, session, page.load, train.select)
             with gr.Tab("3 Compare", id="compare", elem_id="fl-tab-compare") as compare:
@@ -37,7 +38,9 @@ def build_app(context: AppContext) -> gr.Blocks:
             with gr.Tab("4 Flatness", id="flatness", elem_id="fl-tab-flatness") as flatness:
                 flatness_timer = build_flatness_tab(context, page.load)
             with gr.Tab("Runs", id="runs", elem_id="fl-tab-runs") as runs:
-                build_runs_tab(context, form, session, tabs, train_tab, look_at_images, runs.select)
+                build_runs_tab(context, form, session, tabs, train_tab, dataset_tab.look, runs.select)
+        # Before the tab is opened, which would show for seconds what was missing before.
+        gr.on(dataset_tab.changed, trigger_mode="always_last", **train_tab.summary)
         timers = {"train": train_tab.timer, "compare": compare_tab.timer, "flatness": flatness_timer}
         named = {"dataset": dataset, "train": train, "compare": compare, "flatness": flatness, "runs": runs}
         train_tab.compare.click(**compare_tab.to_trained)

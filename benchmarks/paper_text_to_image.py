@@ -25,17 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.paper_icons import make_icon_sets, training_images
-from flatlora_diffusion.compare.arms import (
-    OTHER_DRAWS,
-    SECOND_EPS,
-    SIGMA_0,
-    Arm,
-    PlannedRun,
-    null_arms,
-    parse_arm,
-    plan,
-)
+from flatlora_diffusion.compare.arms import Arm, PlannedRun, parse_arm, plan
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
+from flatlora_diffusion.compare.nulls import OTHER_DRAWS, SECOND_EPS, SIGMA_0, nulls_of
 from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
@@ -88,7 +80,8 @@ def main() -> None:
         {**SETTINGS, "instance_data_dir": str(training_images()), "output_dir": str(work / "runs")}
     )
     arms = [parse_arm(key) for key in dict.fromkeys([*PAIRS.values(), *PAIRS])]
-    main_runs = plan(config, arms, SEEDS, POINTS) + plan(config, null_arms(SEEDS[0]), SEEDS[:1], POINTS)
+    nulls = [null.arm for null in nulls_of(arms, SEEDS[0])]
+    main_runs = plan(config, arms, SEEDS, POINTS) + plan(config, nulls, SEEDS[:1], POINTS)
     tuning = _trials(config.replace(output_dir=str(work / "tuning")))
     _say_estimate(config, len(main_runs) + sum(map(len, tuning.values())) + 2 * len(TUNED_SEEDS), work)
     evaluators = {names: _evaluator(work, {name: sets.get(name) for name in names}) for names in _STAGES}

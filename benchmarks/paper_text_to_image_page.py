@@ -52,11 +52,11 @@ def page() -> str:
 
 
 def in_short(result: Result) -> str:
-    """Where the paper's settings end, in a sentence."""
+    """Where the paper's sigma ends, in a sentence."""
     pair = result["pairs"][0]["report"]
     gain = result["base"]["report"]["all"] - _mean(result, "lora")
     return (
-        f"over {pair['n']} paired seeds Flat-LoRA at the paper's settings ends with a held-out loss that differs from "
+        f"over {pair['n']} paired seeds Flat-LoRA with sigma 0.1 ends with a held-out loss that differs from "
         f"LoRA's by {interval(pair)} ({UNIT}), {-pair['mean'] / gain:.1%} of what LoRA gains over the base: "
         f"{_words(pair)}."
     )
@@ -173,7 +173,7 @@ def _matched(result: Result) -> str:
 def _groups(result: Result) -> str:
     groups = result["pairs"][0]["groups"]
     rows = [[group, interval(found), _words(found)] for group, found in groups.items()]
-    return f"## By kind of thing\n\nFlat-LoRA less LoRA at the paper's settings, {UNIT}:\n\n" + table(
+    return f"## By kind of thing\n\nFlat-LoRA less LoRA with sigma 0.1, {UNIT}:\n\n" + table(
         ["concepts", "difference", "says"], rows
     )
 

@@ -1,9 +1,9 @@
-"""The answer that the page of `paper_variants` begins with: three sentences, made by rule of corrected intervals."""
+"""The answer that the page of `paper_variants` begins with: sentences made by rule of corrected intervals."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.paper_flatness import table
@@ -16,7 +16,8 @@ from flatlora_diffusion.compare.paired import CONFIDENCE
 def answer(results: Mapping[str, Result]) -> str:
     """Whether Flat-LoRA beats LoRA when both are tuned; where it does best as given; what of that others have too."""
     found = {(row["part"], row["name"], row["metric"]): row for row in headline_rows(results)}
-    return " ".join((_tuned(results, found), _best_cell(results, found), _own_part(results, found)))
+    said = (_tuned(results, found), _best_cell(results, found), _own_part(results, found), *_how_sure(found))
+    return " ".join(said)
 
 
 def in_short(results: Mapping[str, Result]) -> str:
@@ -24,7 +25,8 @@ def in_short(results: Mapping[str, Result]) -> str:
     found = {(row["part"], row["name"], row["metric"]): row for row in headline_rows(results)}
     flat = _tuned(results, found) if "tuned" in results else _best_cell(results, found)
     sam = found.get(("sam", "SAM", "report"))
-    return flat if sam is None else f"{flat} SAM over W less LoRA, with seeds of its own: {_said(sam)} at the end."
+    by_sam = () if sam is None else (f"SAM over W less LoRA, with seeds of its own: {_said(sam)} at the end.",)
+    return " ".join((flat, *by_sam, *_how_sure(found)))
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -106,7 +108,14 @@ def _alone(results: Mapping[str, Result], row: Result) -> str:
     """How what Flat-LoRA is compared with differs from LoRA itself, where its part says so."""
     pairs = results[row["part"]]["pairs"]
     pair = next((one for one in pairs if (one["arm"], one["against"]) == (row["against"], "lora")), None)
-    return "" if pair is None else f", where that less LoRA is {interval(pair['report'], 1)}"
+    return "" if pair is None else f", where that less LoRA is {interval(pair['report'], 1)}, uncorrected"
+
+
+def _how_sure(found: Found) -> Sequence[str]:
+    if not found:
+        return ()
+    said = f"Intervals are corrected for {len(HEADLINES)} comparisons, so that all hold together with 95 %"
+    return (f"{said}, where nothing else is said.",)
 
 
 def _said(row: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from PIL import Image
 
 from benchmarks.paper_variants_figures import Row, chosen_point
 from benchmarks.paper_variants_plan import Group
+from benchmarks.train_step import ready_step
 from benchmarks.turns import Step, compare
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.compare.evaluator import names_of
-from flatlora_diffusion.compare.experiment import PASSES
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
+from flatlora_diffusion.compare.timing import PASSES
 from flatlora_diffusion.compare.workers.at_once import train_at_once
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
@@ -34,10 +34,7 @@ from flatlora_diffusion.lora_files.place import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
-from flatlora_diffusion.training.beginning.first_weights import first_weights
-from flatlora_diffusion.training.checkpoint import start
-from flatlora_diffusion.training.state import prepare
-from flatlora_diffusion.training.trainer import train, train_step
+from flatlora_diffusion.training.trainer import train
 
 POINTS = 6  # checkpoints of a run
 MOST = {"search": 80, "report": 160, "flat": 40, "pictures": 8}  # icons of each list
@@ -147,10 +144,7 @@ class Bench:
 
     def _step(self, planned: PlannedRun, folder: str) -> Step:
         config = planned.config.replace(output_dir=folder, max_train_steps=10_000)  # more than are taken
-        state = prepare(config, self._training())
-        first_weights(state)
-        start(state)
-        return partial(train_step, state)
+        return ready_step(config, self._training())
 
     def _training(self) -> Sequence[Sample]:
         return load_samples(self._icons.training).samples

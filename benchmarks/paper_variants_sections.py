@@ -33,7 +33,8 @@ def _map(result: Result) -> str:
     text = (
         f"Each cell with {'one seed' if seeds == 1 else f'{seeds} seeds'}, less LoRA of the same: held-out at the "
         f"end / at the chosen checkpoint / clean train, {UNIT}.\n\n{table(['sigma', *SCHEDULES], rows)}\n\n"
-        "The cells that end best on the search icons, and the paper's, with seeds of their own:\n\n"
+        "The cells that end best on the search icons, and the paper's sigma with the cosine ramp, with seeds of "
+        "their own:\n\n"
     )
     picture = Path(__file__).with_name(MAP_PICTURE)
     shown = f"\n\n![Pictures by every cell](../benchmarks/{MAP_PICTURE})" if picture.is_file() else ""

@@ -24,7 +24,7 @@ from benchmarks.paper_variants_icons import icons_3d, icons_of_second_style
 from benchmarks.paper_variants_plan import Group
 from benchmarks.paper_variants_tuned import METHODS, NEED_OPTUNA, trial_group
 from flatlora_diffusion.compare.arms import PlannedRun
-from flatlora_diffusion.compare.experiment import seconds_per_pass
+from flatlora_diffusion.compare.timing import seconds_per_pass
 from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
 from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.ground.saved_settings import portable

@@ -222,7 +222,7 @@ def result(study: Study, groups: int) -> dict[str, Any]:
         "settings": SETTINGS,
         "seeds": {str(group): [seed_of(group, member) for member in range(MEMBERS)] for group in range(groups)},
         "lists": {name: [sample.id for sample in samples] for name, samples in study.samples.items()},
-        "subjects": {subject.name: subject.describe() for subject in SUBJECTS.values()},
+        "subjects": {name: SUBJECTS[name].describe() for name in dict.fromkeys(row["subject"] for row in rows)},
         "base": {str(group): _rounded(study.base(group)) for group in range(groups)},
         "rows": rows,
     }

@@ -150,10 +150,13 @@ def test_the_page_of_nothing_says_how_to_run_each_part() -> None:
     assert "was not measured yet" in text
 
 
-def test_the_answer_is_three_sentences_made_of_the_figures() -> None:
+def test_the_answer_is_three_sentences_made_of_the_figures_and_one_on_their_intervals() -> None:
     results = made_up_results()
     said = answer(results)
-    assert said.replace("Eq. 7", "").count(". ") == 2
+    assert said.replace("Eq. 7", "").count(". ") == 3
+    assert said.endswith(
+        "corrected for 12 comparisons, so that all hold together with 95 %, where nothing else is said."
+    )
     assert f"{MINUS}990.0" in said
     assert "(better)" in said
     results["tuned"]["pairs"] = compared(rows_of(STRONG, "lora", report=0.07), {STRONG: "lora"}, BASE)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,14 @@ from benchmarks import record
 from benchmarks.turns import Step, compare
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Batches
-from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.method.configured import step_gradient
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.training.beginning.first_weights import first_weights
+from flatlora_diffusion.training.checkpoint import start
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
@@ -231,6 +233,14 @@ def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: B
 
 def our_step(state: TrainState) -> Step:
     return lambda step: train_step(state, step)
+
+
+def ready_step(config: TrainConfig, samples: Sequence[Sample]) -> Step:
+    """The same after all that comes before a run's first step, such as the search for rho."""
+    state = prepare(config, samples)
+    first_weights(state)
+    start(state)
+    return our_step(state)
 
 
 def plain_step(model: Any, scheduler: Any, batch: Batch, is_half: bool = False) -> Step:

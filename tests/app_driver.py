@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gradio_client import Client
+from patience import HANGS, PATIENCE, wait_until
 from playwright.sync_api import (
     Browser,
     ConsoleMessage,
@@ -32,8 +32,6 @@ from app.runs.processes import kill_tree, read_json
 
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-START_SECONDS = 120
-PATIENCE = 180_000  # milliseconds for what waits for a training or a drawing on a busy machine
 TABS = ("1 Dataset", "2 Train", "3 Compare", "Runs")
 
 
@@ -46,7 +44,7 @@ def browser_path() -> str | None:
 def open_browser(path: str) -> Iterator[Browser]:
     """The browser at `path`, without a window."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=PATIENCE)
         try:
             yield browser
         finally:
@@ -65,17 +63,16 @@ class RunningApp:
         self._log = Path(tempfile.mkdtemp()) / "app.log"
 
     def start(self) -> None:
-        """Returns once it answers. Raises RuntimeError with what it printed when it ends instead."""
+        """Return once it answers. Raises AssertionError with what it printed when it ends instead."""
         place = ["--runs_dir", str(self.runs), "--port", str(self.port)]
         command = [sys.executable, "-m", "app", *place, *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self._log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
-        end = time.monotonic() + START_SECONDS
-        while not _answers(self.port):
-            if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the app does not open at {self.url}:\n{self.printed()}")
-            time.sleep(0.1)
+        wait_until(lambda: _answers(self.port), self.is_running, self.printed)
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def printed(self) -> str:
         """All that it has printed, its tracebacks too."""
@@ -91,7 +88,7 @@ class RunningApp:
         """End the app; trainings go on, as they do for its users."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(START_SECONDS)
+            self._process.wait(HANGS)
             self._process = None
 
     def kill_trainers(self) -> None:
@@ -147,7 +144,7 @@ class AppPage:
     def settled_width(self) -> int:
         """What the page is wide in pixels, once it has had time to fit its window."""
         with suppress(PlaywrightTimeout):
-            self.page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=60_000)
+            self.page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=PATIENCE)
         return int(self.page.evaluate("document.documentElement.scrollWidth"))
 
     def button(self, name: str) -> Locator:
@@ -228,6 +225,11 @@ def write(field: Locator, value: str) -> None:
         field.fill(value)
     field.blur()
     expect(field).to_have_value(value)
+
+
+def open_client(url: str, downloads: Path) -> Client:
+    """A program's way to the app; what is returned as a file is put into `downloads`."""
+    return Client(url, verbose=False, download_files=str(downloads), httpx_kwargs={"timeout": HANGS})
 
 
 def call_endpoint(client: Client, endpoint: str, **values: Any) -> Any:

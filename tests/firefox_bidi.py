@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from patience import PATIENCE
 from playwright.sync_api import Browser, sync_playwright
 
 FIREFOXES = ("firefox-esr", "firefox")
@@ -40,7 +41,7 @@ def open_firefox(path: str) -> Iterator[Browser]:
         starter = Path(folder) / "firefox"
         starter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "{path}" "$@"\n')
         starter.chmod(0o700)
-        browser = playwright.firefox.launch(executable_path=starter, channel="moz-firefox")
+        browser = playwright.firefox.launch(executable_path=starter, channel="moz-firefox", timeout=PATIENCE)
         try:
             yield browser
         finally:

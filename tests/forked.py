@@ -18,10 +18,13 @@ KIND = "fork" if hasattr(os, "fork") else "spawn"  # Windows has to load all ane
 LONGEST = 300.0  # seconds
 
 
-def forked(arguments: Sequence[str], said: Path, environment: Mapping[str, str]) -> BaseProcess:
-    """The training script with `arguments` and more in its environment; all that it says goes into the file `said`."""
+def forked(said: Path, environment: Mapping[str, str], *runs: Sequence[str]) -> BaseProcess:
+    """The training script with more in its environment, for the arguments of one run or of several in turn.
+
+    All that it says goes into the file `said`.
+    """
     context: Any = multiprocessing.get_context(KIND)
-    process: BaseProcess = context.Process(target=_train, args=(list(arguments), said, environment))
+    process: BaseProcess = context.Process(target=_train, args=(said, environment, *map(list, runs)))
     process.start()
     return process
 
@@ -33,7 +36,7 @@ def ended(process: BaseProcess) -> int:
     return process.exitcode
 
 
-def _train(arguments: list[str], said: Path, environment: Mapping[str, str]) -> None:
+def _train(said: Path, environment: Mapping[str, str], *runs: list[str]) -> None:
     from flatlora_diffusion.commands.command_line import train_main
 
     with said.open("wb") as file:
@@ -46,7 +49,7 @@ def _train(arguments: list[str], said: Path, environment: Mapping[str, str]) -> 
     AcceleratorState._reset_state(reset_partial_state=True)
     code = 1
     try:
-        code = train_main(arguments)
+        code = max(train_main(arguments) for arguments in runs)
     except BaseException:
         traceback.print_exc()
     finally:

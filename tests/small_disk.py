@@ -28,3 +28,41 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
     finally:
         while os.path.ismount(folder):
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+_BLOCK = bytes(4096)
+
+
+class SmallDisk:
+    """The disk at `place`."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self._ballast = place / "ballast"
+
+    def fill(self) -> None:
+        """Leave no room for a single byte more."""
+        file = os.open(self._ballast, os.O_CREAT | os.O_WRONLY)
+        try:
+            while True:
+                os.write(file, _BLOCK)
+        except OSError:
+            assert shutil.disk_usage(self.place).free == 0
+        finally:
+            os.close(file)
+
+    def free(self) -> None:
+        """Give back what `fill` has taken."""
+        self._ballast.unlink()
+
+    def empty(self) -> None:
+        """Remove all that is on it."""
+        for path in self.place.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def mounted(place: Path, megabytes: int = 32) -> Iterator[SmallDisk]:
+    """A small disk in the folder `place`."""
+    with small_disk(place, 1024 * megabytes) as disk:
+        yield SmallDisk(disk)

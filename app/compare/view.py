@@ -12,6 +12,7 @@ from ..context import AppContext
 from ..jobs.store import Job
 from ..jobs.view import told, why_failed, why_waiting, wrong
 from ..reporting import answer_card
+from ..sentences import sentence_of
 from .answer import answer
 from .comparison import (
     ComparedRun,
@@ -141,8 +142,12 @@ class CompareView:
         missing = [one for one in wanted if one not in drawn]
         if not missing:
             folder = self.context.runs.folder / ".results" / "grids"
-            picture, page = (save(comparison, drawn, reference, folder) for save in (save_grid, save_page))
-            return Shown(answer_card(*answer(comparison, drawn)) + grid, "", picture, page)
+            answered = answer_card(*answer(comparison, drawn)) + grid
+            try:
+                picture, page = (save(comparison, drawn, reference, folder) for save in (save_grid, save_page))
+            except OSError as error:
+                return Shown(answered, wrong(f"This cannot be kept as files to save: {sentence_of(error)}"))
+            return Shown(answered, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
             return Shown(grid, self._progress(jobs, len(drawn), len(wanted)), is_drawing=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flatlora_diffusion.ground.whole_files import write_text
 
+from ..sentences import sentence_of
 from .captioned_folder import images_of, read_texts, write_caption
 from .intake import Incoming, Limits, Refusal, RefusedError, copy_limited, image_suffix, plain_text
 
@@ -58,11 +59,15 @@ class Arrivals:
                 self._try(item, lambda item: self._take(item, captions.get(item.place)))
         finally:
             self._aside.unlink(missing_ok=True)
-            names = read_texts(self._folder / NAMES) | {
-                upload.path.name: upload.original for upload in self._result.taken
-            }
-            if names:
-                write_text(self._folder / NAMES, json.dumps(names))
+            if self._result.taken:
+                self._keep_names({upload.path.name: upload.original for upload in self._result.taken})
+
+    def _keep_names(self, new: dict[str, str]) -> None:
+        file = self._folder / NAMES
+        try:
+            write_text(file, json.dumps(read_texts(file) | new))
+        except OSError as error:  # the images are there, and have their numbers for names
+            self._result.refused.append(Refusal("the names of the images", sentence_of(error)))
 
     def _try(self, item: Incoming, take: Callable[[Incoming], None]) -> None:
         try:
@@ -70,7 +75,7 @@ class Arrivals:
         except RefusedError as error:
             self._result.refused.append(Refusal(item.name, str(error)))
         except OSError as error:  # a full disk; there may be room for the next, or at least for those that are taken
-            self._result.refused.append(Refusal(item.name, f"it cannot be kept: {error.strerror}"))
+            self._result.refused.append(Refusal(item.name, sentence_of(error)))
 
     def _text(self, item: Incoming, places: set[tuple[str, str]]) -> str:
         size = self._copy(item)
@@ -90,8 +95,12 @@ class Arrivals:
         self._copy(item)
         path = self._folder / f"{self._next:04}{image_suffix(self._aside, self._limits)}"
         text = caption or words_of(item.name)
-        os.replace(self._aside, path)
-        write_caption(path, text)
+        try:
+            write_caption(path, text)
+            os.replace(self._aside, path)
+        except OSError:
+            write_caption(path, "")
+            raise
         self._count, self._next = self._count + 1, self._next + 1
         self._result.taken.append(Upload(path, item.name, text))
 

@@ -1,24 +1,33 @@
 """One card for each image: the picture as it is trained on, its caption to write in, notes, and a way to remove it.
 
-A caption is saved on its own as soon as it is left, and only over the one that was shown: another window of the same
-browser may have changed it meanwhile, and then both are shown to choose from.
+A caption is saved on its own while it is typed, and only over the one that was shown: another window of the same
+browser may have changed it meanwhile. What a card does in the browser is in `card_script.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import re
+import threading
+import time
 from collections.abc import Callable
+from functools import wraps
 from html import escape
 from typing import Any
 
 from PIL import Image
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.data.images import load_image
 
 from ..context import AppContext
+from ..sentences import is_told, sentence_of
 from .arrivals import MOST_CAPTION_LETTERS
 from .view import Card, DatasetView
+
+_CardFunction = Callable[[dict[str, Any]], dict[str, Any]]
+_LARGE = 1600  # pixels of the longer side
+_ONE_AT_A_TIME = threading.Lock()  # a decoded image may take hundreds of megabytes
 
 CARDS_CSS = """
 .fl-photos { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 190px), 1fr));
@@ -28,130 +37,110 @@ CARDS_CSS = """
 .fl-photo img { width: 100%; height: 150px; object-fit: contain; margin: 0; border-radius: 8px;
   background: var(--background-fill-secondary); }
 .fl-photo-head { display: flex; justify-content: space-between; gap: 8px; align-items: start; }
-.fl-photo b { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; color: var(--body-text-color); }
+.fl-photo b { flex: 1; min-width: 0; font-weight: 600; font-size: 14px; overflow-wrap: anywhere;
+  color: var(--body-text-color); }
 .fl-photo textarea { width: 100%; min-height: 74px; resize: vertical; padding: 8px 10px; border-radius: 8px;
   font: inherit; font-size: 14px; line-height: 1.4; color: var(--body-text-color);
   background: var(--input-background-fill); border: 1px solid var(--fl-edge); }
 .fl-photo p, .fl-photo [role=status] { margin: 0; font-size: 12.5px; line-height: 1.35; min-height: 1.35em;
   color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .fl-photo p:empty { display: none; }
-.fl-photo button { flex: none; font: inherit; font-size: 12.5px; padding: 5px 10px; border-radius: 8px;
-  cursor: pointer; color: var(--fl-danger); background: none; border: 1px solid currentColor; }
-.fl-photo button:hover, .fl-photo button.fl-sure { background: var(--fl-danger); color: var(--fl-on-danger); }
-.fl-photo [role=status] button { color: var(--body-text-color); margin: 4px 6px 0 0; }
-.fl-photo [role=status] button:hover { background: var(--background-fill-secondary); color: var(--body-text-color); }
+.fl-photo button, dialog button { flex: none; font: inherit; font-size: 12.5px; padding: 5px 10px; cursor: pointer;
+  border-radius: 8px; color: var(--body-text-color); background: none; border: 1px solid currentColor; }
+.fl-photo button:hover, dialog button:hover { background: var(--background-fill-secondary); }
+.fl-photo [data-remove] { color: var(--fl-danger); }
+.fl-photo [data-remove]:hover, .fl-photo .fl-sure { background: var(--fl-danger); color: var(--fl-on-danger); }
+.fl-photo [data-enlarge] { padding: 0; border: 0; cursor: zoom-in; }
+.fl-photo [role=status] button { margin: 4px 6px 0 0; }
 .fl-photo.fl-clash { border-color: var(--fl-danger); }
-"""
-
-# One listener for all cards, as the cards come and go. Enter goes on to the next caption, as in a list.
-CARDS_SCRIPT = """
-const session = () => element.querySelector('.fl-photos')?.dataset.session || '';
-const cardOf = (event) => event.target.closest('.fl-photo');
-const say = (card, text) => { card.querySelector('[role=status]').textContent = text; };
-const save = async (card) => {
-  const field = card.querySelector('textarea');
-  if (field.value === field.defaultValue || card.classList.contains('fl-clash')) return;
-  const text = field.value;
-  say(card, 'Saving ...');
-  let answer;
-  try {
-    const {image, version} = card.dataset;
-    answer = await server.save_card({session: session(), image, version, text});
-  } catch (error) { answer = {told: 'Not saved: the app does not answer. Change it again to try once more.'}; }
-  say(card, answer.told);
-  if (answer.version === undefined) return;
-  card.dataset.version = answer.version;
-  if (answer.is_saved) { field.defaultValue = answer.text; trigger('input'); return; }
-  card.classList.add('fl-clash');
-  for (const [label, value] of [['Keep mine', text], ['Take the other', answer.text]]) {
-    const button = document.createElement('button');
-    button.type = 'button';
-    button.textContent = label;
-    button.addEventListener('click', (event) => {
-      event.stopPropagation();
-      card.classList.remove('fl-clash');
-      field.defaultValue = answer.text;
-      field.value = value;
-      say(card, '');
-      field.focus();
-      save(card);
-    });
-    const place = card.querySelector('[role=status]');
-    place.append(place.querySelector('button') ? '' : document.createElement('br'), button);
-  }
-};
-element.addEventListener('change', (event) => { if (event.target.matches('textarea')) save(cardOf(event)); });
-element.addEventListener('keydown', (event) => {
-  if (!event.target.matches('textarea') || event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  const fields = [...element.querySelectorAll('textarea')];
-  const next = fields[fields.indexOf(event.target) + 1];
-  next ? next.focus() : event.target.blur();
-});
-element.addEventListener('click', async (event) => {
-  const button = event.target.closest('button[data-remove]');
-  if (!button) return;
-  if (!button.classList.contains('fl-sure')) {
-    button.classList.add('fl-sure');
-    button.textContent = 'Remove it?';
-    button.addEventListener('blur', () => { button.classList.remove('fl-sure'); button.textContent = 'Remove'; },
-      {once: true});
-    return;
-  }
-  const card = cardOf(event), other = card.nextElementSibling || card.previousElementSibling;
-  const answer = await server.remove_card({session: session(), image: card.dataset.image});
-  if (answer.told) { say(card, answer.told); return; }
-  other?.querySelector('textarea').focus();
-  card.remove();
-  trigger('submit');
-});
+.fl-photo.fl-unsaved [role=status] { color: var(--fl-danger); }
+dialog { margin: auto !important; padding: 16px; border-radius: 12px; border: 1px solid var(--border-color-primary);
+  max-width: 96vw; max-height: 96vh; background: var(--block-background-fill); color: var(--body-text-color); }
+dialog::backdrop { background: rgb(0 0 0 / .6); }
+dialog img { display: block; margin: 0 auto; border-radius: 8px; cursor: zoom-out; height: auto;
+  width: min(1600px, 88vw, (92vh - 110px) * var(--ratio, 1)); }
+dialog p { display: inline-block; margin: 12px 16px 0 0; font-size: 14px; overflow-wrap: anywhere; }
 """
 
 
 def cards_page(view: DatasetView, session: str) -> str:
-    """All cards as one list."""
+    """All cards as one list.
+
+    No two are alike: of a page that is, the browser would draw nothing, and keep what was typed in its fields.
+    """
     cards = "".join(map(_card, view.cards))
-    return f'<ul class="fl-photos" data-session="{escape(session)}">{cards}</ul>'
+    return f'<ul class="fl-photos" data-session="{escape(session)}" data-drawn="{time.time_ns()}">{cards}</ul>'
 
 
 def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What the cards call: `save_card` and `remove_card`. Each takes and returns an object of the page."""
+    """What the cards call: `save_card`, `remove_card` and `enlarge_card`. Each takes and returns an object.
 
+    An error is `told`; where the same may be saved later, `is_again` is true.
+    """
+
+    @_telling("Not saved")
     def save_card(asked: dict[str, Any]) -> dict[str, Any]:
         """The caption's new version and text; of another window's, when that was quicker."""
         session, image, version, text = (str(asked.get(name, "")) for name in ("session", "image", "version", "text"))
-        try:
-            kept = context.uploads.save_caption(session, image, version, text)
-        except ConfigError as error:
-            return {"told": f"Not saved: {error}"}
-        told = "Saved" if kept.is_saved else f"Not saved, as another window has written: {kept.text or 'nothing'}"
-        return {"version": kept.version, "text": kept.text, "is_saved": kept.is_saved, "told": told}
+        kept = context.uploads.save_caption(session, image, version, text, asked.get("goes_on") is True)
+        return {"version": kept.version, "text": kept.text, "is_saved": kept.is_saved}
 
+    @_telling("Not removed")
     def remove_card(asked: dict[str, Any]) -> dict[str, Any]:
         """Nothing to tell when the image is gone."""
-        try:
-            context.uploads.remove(str(asked.get("session", "")), str(asked.get("image", "")))
-        except ConfigError as error:
-            return {"told": f"Not removed: {error}"}
+        context.uploads.remove(str(asked.get("session", "")), str(asked.get("image", "")))
         return {"told": ""}
 
-    return [save_card, remove_card]
+    @_telling("as small as on its card")
+    def enlarge_card(asked: dict[str, Any]) -> dict[str, Any]:
+        """The whole image as it was dropped, shrunk to what a screen shows, and its size."""
+        path = context.uploads.image(str(asked.get("session", "")), str(asked.get("image", "")))
+        with _ONE_AT_A_TIME:
+            picture = load_image(path)
+        told = f"{picture.width} x {picture.height} pixels"
+        picture.thumbnail((_LARGE, _LARGE))
+        return {"picture": _data_url(picture), "told": told}
+
+    return [save_card, remove_card, enlarge_card]
+
+
+def _telling(what: str) -> Callable[[_CardFunction], _CardFunction]:
+    """Every error as a sentence after `what`, since Gradio keeps a failed call to itself."""
+
+    def decorate(function: _CardFunction) -> _CardFunction:
+        @wraps(function)
+        def answer(asked: dict[str, Any]) -> dict[str, Any]:
+            try:
+                return function(asked)
+            except Exception as error:
+                return {"told": f"{what}: {sentence_of(error)}", "is_again": not is_told(error)}
+
+        return answer
+
+    return decorate
 
 
 def _card(card: Card) -> str:
     name, notes = escape(card.name), escape(" · ".join(card.notes))
     return (
-        f'<li class="fl-photo" data-image="{card.image}" data-version="{card.version}">'
-        f'<img src="{_data_url(card.picture)}" alt="" loading="lazy">'
-        f'<div class="fl-photo-head"><b>{name}</b><button type="button" data-remove aria-label="Remove {name}">Remove'
+        f'<li class="fl-photo" data-image="{card.image}" data-version="{card.version}" data-content="{card.content}">'
+        f'<button type="button" data-enlarge aria-label="Enlarge {name}">'
+        f'<img src="{_data_url(card.picture)}" alt="" loading="lazy"></button>'
+        f'<div class="fl-photo-head"><b>{_breakable(card.name)}</b>'
+        f'<button type="button" data-remove aria-label="Remove {name}">Remove'
         f'</button></div><textarea aria-label="Caption of {name}" maxlength="{MOST_CAPTION_LETTERS}" '
         f'placeholder="What is to be seen, with the trigger word">{escape(card.caption)}</textarea>'
         f'<p>{notes}</p><span role="status"></span></li>'
     )
 
 
+def _breakable(name: str) -> str:
+    """A file's name as HTML that is broken after `-`, `_` and the like and before its suffix, if it has to be."""
+    return "<wbr>".join(map(escape, re.split(r"(?<=[-_+,])|(?=\.\w+$)", name)))
+
+
 def _data_url(picture: Image.Image) -> str:
-    """Small enough to be in the page itself: the uploads are private, and no address serves them."""
+    """In the page itself: the uploads are private, and no address serves them."""
     packed = io.BytesIO()
     picture.save(packed, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(packed.getvalue()).decode()}"

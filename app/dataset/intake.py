@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.data.images import CAPTION_SUFFIXES, FORMATS, ImageError, load_image, read_header
+from flatlora_diffusion.data.images import CAPTION_SUFFIXES, FORMATS, Header, ImageError, load_image, read_header
+
+from ..sentences import is_disk_full
+from .decoding import DECODING
 
 MIB = 2**20
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -38,7 +41,8 @@ class Limits:
     zip_members: int = 2000
     file_bytes: int = 64 * MIB
     total_bytes: int = 1024 * MIB
-    pixels: int = 50_000_000
+    pixels: int = 25_000_000
+    jpeg_pixels: int = 100_000_000  # a large one is decoded at half its size
     zip_ratio: int = 100
     caption_bytes: int = 16 * 1024
 
@@ -96,7 +100,7 @@ def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[
 def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) -> int:
     """Write the file to `target` and return its size.
 
-    Raises RefusedError as soon as it grows past a limit, and for an empty file.
+    Raises RefusedError as soon as it grows past a limit, and for an empty file; OSError on a full disk.
     """
     written = 0
     try:
@@ -108,6 +112,8 @@ def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) ->
     except RefusedError:
         raise
     except (*_ZIP_ERRORS, NotImplementedError) as error:
+        if is_disk_full(error):
+            raise
         raise RefusedError(f"it cannot be unpacked: {error}") from error
     if not written:
         raise RefusedError("the file is empty")
@@ -122,10 +128,10 @@ def image_suffix(path: Path, limits: Limits) -> str:
     if _looks_like_svg(path):
         raise RefusedError("an SVG is a drawing without pixels; export it as PNG")
     try:
-        header = read_header(path)
-        if header.width * header.height > limits.pixels:
-            raise RefusedError(f"more than {limits.pixels // 1_000_000} million pixels; make it smaller")
-        load_image(path)
+        with DECODING:
+            header = read_header(path)
+            _check_pixels(header, limits)
+            load_image(path)
     except ImageError as error:
         raise RefusedError(error.reason) from error
     return FORMATS[header.kind]
@@ -177,6 +183,14 @@ def _check_size(written: int, packed_bytes: int | None, limits: Limits, room: in
         raise RefusedError(f"all uploads together are larger than {limits.total_bytes // MIB} MiB")
     if packed_bytes is not None and written > max(_RATIO_COUNTS_FROM, limits.zip_ratio * packed_bytes):
         raise RefusedError(f"compressed more than {limits.zip_ratio}-fold, as a zip bomb is; upload it unzipped")
+
+
+def _check_pixels(header: Header, limits: Limits) -> None:
+    is_jpeg = header.kind == "JPEG"
+    most = limits.jpeg_pixels if is_jpeg else limits.pixels
+    if header.width * header.height > most:
+        other = "" if is_jpeg else f", or save it as JPEG, which may have {limits.jpeg_pixels // 1_000_000} million"
+        raise RefusedError(f"more than {most // 1_000_000} million pixels; make it smaller{other}")
 
 
 def _looks_like_svg(path: Path) -> bool:

@@ -14,7 +14,8 @@ from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .bulk import CHANGES, REPLACE
 from .captioners import installed_captioners
 from .captions import TRIGGER
-from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
+from .card_script import CARDS_SCRIPT
+from .cards import CARDS_CSS, card_functions
 from .removal import BRING_BACK
 
 _CAPTIONER_HERE = "found on this computer; only images without a caption get one"

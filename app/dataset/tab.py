@@ -18,6 +18,7 @@ from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..questions import ask_before
 from ..reporting import note, told_on_the_page
+from ..sentences import sentence_of
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from .arrivals import UploadResult
 from .bulk import REPLACE, change_all
@@ -68,8 +69,8 @@ def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tu
     session = ensure_session(context, session)
     try:
         result = context.uploads.add(session, [(Path(file).name, Path(file)) for file in files or ()])
-    except ConfigError as error:
-        return session, None, note(html.escape(str(error)), "fl-bad"), 0
+    except Exception as error:  # an event that fails would leave its files in the drop zone
+        return session, None, note(html.escape(sentence_of(error)), "fl-bad"), 0
     return session, None, _refusals(result), len(result.taken)
 
 
@@ -97,8 +98,16 @@ def prefer_upload(taken: int, refused: str, folder: str, dataset: str) -> tuple[
     return refused + note(f"<b>{taken} new images.</b> {text}"), "", ""
 
 
-def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.BrowserState, load: Any) -> dict[str, Any]:
-    """`load`: the page's load event. Returns the event that shows the images anew."""
+@dataclass(frozen=True)
+class DatasetTab:
+    """What other tabs need of this one: the event that shows the images anew, and those after which they differ."""
+
+    look: dict[str, Any]
+    changed: list[Any]
+
+
+def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.BrowserState, load: Any) -> DatasetTab:
+    """`load`: the page's load event."""
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             intake = build_intake(context, form)
@@ -118,7 +127,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     _connect_captions(tab, form, load)
     gr.on([component.change for component in looked_at], trigger_mode="always_last", **look)
     load(partial(ensure_session, context), [session], [session], show_progress="hidden").then(**look)
-    return look
+    return DatasetTab(look, [pictures.cards.change, pictures.cards.input])
 
 
 @dataclass(frozen=True)
@@ -167,17 +176,21 @@ def _connect_removal(tab: _Tab) -> None:
 
 
 def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
-    """Captions written from names, by a model and by hand, and the trigger word in them."""
+    """Captions written from names, by a model and by hand, and the trigger word in them.
+
+    They are shown anew also after an error, as some of them may have been changed before it.
+    """
     context, session, intake, bulk = tab.context, tab.session, tab.intake, tab.bulk
     told, look = [tab.pictures.told], tab.look
-    intake.from_names.click(partial(caption_all, context), [session, intake.trigger], told).success(**look)
-    intake.by_model.click(
+    _afterwards(intake.from_names.click(partial(caption_all, context), [session, intake.trigger], told), look)
+    described = intake.by_model.click(
         _captioning(context),
         [session, intake.model, intake.trigger],
         told,
         concurrency_limit=1,
         api_name="caption_by_model",
-    ).success(**look)
+    )
+    _afterwards(described, look)
     preview, used = form.by_name["validation_prompt"], gr.State(TRIGGER)
     # The kept prompt has the kept word in it.
     keep_fields(load, "dataset", {"trigger": intake.trigger}).then(
@@ -194,8 +207,14 @@ def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
     tab.pictures.cards.input(partial(count_captions, context), [session], [tab.pictures.count], **saved)
     bulk.how.change(lambda how: gr.Textbox(visible=how == REPLACE), [bulk.how], [bulk.by], show_progress="hidden")
     changing: list[gr.components.Component] = [session, bulk.how, bulk.text, bulk.by]
-    bulk.change.click(partial(change_all, context), changing, told).success(**look)
-    bulk.undo.click(partial(undo_captions, context), [session], told).success(**look)
+    _afterwards(bulk.change.click(partial(change_all, context), changing, told), look)
+    _afterwards(bulk.undo.click(partial(undo_captions, context), [session], told), look)
+
+
+def _afterwards(event: Any, what: dict[str, Any]) -> None:
+    """Do it whether the event has succeeded or failed; what is to come `then` Gradio does after success only."""
+    event.then(**what)
+    event.failure(**what)
 
 
 def _captioning(context: AppContext) -> Any:

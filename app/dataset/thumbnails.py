@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.crops import choose_view, view_image
 from flatlora_diffusion.data.dataset import Sample, make_sample
 from flatlora_diffusion.data.images import load_alpha, load_image
-from flatlora_diffusion.ground.whole_files import file_sha256
+from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
+
+from .decoding import DECODING
 
 LONGEST_SIDE = 256
 
@@ -43,9 +44,8 @@ class Thumbnails:
         with self._lock:
             known = self._looks.get(key)
         if known is None:
-            alpha = load_alpha(path)
-            is_transparent = alpha.histogram()[255] < alpha.width * alpha.height
-            known = Look(make_sample(path.name, path, ""), is_transparent)
+            with DECODING:
+                known = _look(path)
             with self._lock:
                 self._looks[key] = known
         return known
@@ -54,13 +54,23 @@ class Thumbnails:
         """The centre crop of the image to `size` (height, width), shrunk. Raises ConfigError for a bad colour."""
         key = hashlib.sha256(f"{sha256} {background} {size} {LONGEST_SIDE}".encode()).hexdigest()
         kept = self.folder / f"{key}.png"
-        if not kept.is_file():
+        if kept.is_file():
+            with Image.open(kept) as file:
+                return file.convert("RGB")
+        with DECODING:
+            picture = as_trained(path, background, size)
+        with suppress(OSError):  # on a full disk the images are to be seen all the same
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self.folder / f"{key}.{secrets.token_hex(4)}.part"
-            as_trained(path, background, size).save(aside, "PNG")
-            os.replace(aside, kept)
-        with Image.open(kept) as file:
-            return file.convert("RGB")
+            with writing_whole(kept) as aside:
+                picture.save(aside, "PNG")
+        return picture
+
+
+def _look(path: Path) -> Look:
+    alpha = load_alpha(path)
+    is_transparent = alpha.histogram()[255] < alpha.width * alpha.height
+    del alpha  # before the image is decoded
+    return Look(make_sample(path.name, path, ""), is_transparent)
 
 
 def as_trained(path: Path, background: str, size: tuple[int, int]) -> Image.Image:

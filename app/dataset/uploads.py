@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from filelock import FileLock
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.ground.whole_files import write_text
 
+from ..temporary import temporary_folder
 from .arrivals import MOST_CAPTION_LETTERS, NAMES, Arrivals, UploadResult
 from .captioned_folder import (
     caption_of,
@@ -54,6 +55,7 @@ class Uploads:
     def __init__(self, folder: Path, limits: Limits | None = None) -> None:
         self.folder = folder
         self.frozen = folder / "frozen"
+        self.temporary = folder / "temporary"
         self.limits = limits or Limits()
 
     def new_session(self) -> str:
@@ -90,6 +92,10 @@ class Uploads:
         """The session's images in the order they came."""
         return images_of(self.session_folder(session))
 
+    def image(self, session: str, name: str) -> Path:
+        """One of them. Raises ConfigError when it is not the session's."""
+        return _image(self.session_folder(session), name)
+
     def captions(self, session: str) -> dict[str, str]:
         """Caption by image name (`0001.png`); empty for an image without one."""
         return {path.name: caption_of(path) for path in self.images(session)}
@@ -110,8 +116,12 @@ class Uploads:
         with self._locked(session) as folder:
             _write_captions(folder, captions, is_same_change)
 
-    def save_caption(self, session: str, name: str, version: str, text: str) -> KeptCaption:
+    def save_caption(
+        self, session: str, name: str, version: str, text: str, is_same_change: bool = False
+    ) -> KeptCaption:
         """Write one caption over that of `version`; of any other version nothing is written, and that one is told.
+
+        is_same_change: it is one change to undo with the last one, if that was of this caption alone.
 
         Raises ConfigError as `save_captions` does.
         """
@@ -120,7 +130,8 @@ class Uploads:
             is_known = image in images_of(folder)
             is_saved = not is_known or version_of(image) == version
             if is_saved:
-                _write_captions(folder, {name: text}, False)
+                is_same_change &= list(read_texts(folder / _BEFORE)) == [name]
+                _write_captions(folder, {name: text}, is_same_change)
             return KeptCaption(version_of(image), caption_of(image), is_saved)
 
     def undo_captions(self, session: str) -> int:
@@ -142,9 +153,7 @@ class Uploads:
     def remove(self, session: str, name: str) -> None:
         """Delete one image and its caption. Raises ConfigError when it is not the session's."""
         with self._locked(session) as folder:
-            path = next((path for path in images_of(folder) if path.name == name), None)
-            if path is None:
-                raise ConfigError("that image is not among yours; reload the page")
+            path = _image(folder, name)
             write_caption(path, "")
             path.unlink()
             for file in (folder / NAMES, folder / _BEFORE):  # a later image may get the same number
@@ -166,9 +175,11 @@ class Uploads:
             count = len(images_of(folder))
             if content_of(folder) == frozen.name:
                 return 0
-            self._set_aside(folder)
-            for path in frozen.iterdir():
-                shutil.copyfile(path, folder / path.name)
+            with _beside(self._before(folder)) as aside:
+                _copy(frozen.iterdir(), aside)
+                self._set_aside(folder)
+                folder.rmdir()
+                os.rename(aside, folder)
             return count
 
     def can_bring_back(self, session: str) -> bool:
@@ -198,12 +209,13 @@ class Uploads:
                 raise ConfigError("there are no images to train on; upload some first")
             frozen = self.frozen / content_of(folder)
             if not frozen.exists():
-                aside = frozen.with_name(f"{frozen.name}.{secrets.token_hex(4)}.part")
-                aside.mkdir(parents=True)
+                self.frozen.mkdir(parents=True, exist_ok=True)
                 names = folder / NAMES
-                for path in [*files_of(folder), *([names] if names.exists() else [])]:
-                    shutil.copyfile(path, aside / path.name)
-                _rename_new(aside, frozen)
+                with temporary_folder(self.temporary) as place:
+                    aside = place / frozen.name
+                    aside.mkdir()
+                    _copy([*files_of(folder), *([names] if names.exists() else [])], aside)
+                    _rename_new(aside, frozen)
         return frozen
 
     def frozen_copy(self, folder: str | None) -> Path | None:
@@ -236,6 +248,13 @@ class Uploads:
             yield folder
 
 
+def _image(folder: Path, name: str) -> Path:
+    path = next((path for path in images_of(folder) if path.name == name), None)
+    if path is None:
+        raise ConfigError("that image is not among yours; reload the page")
+    return path
+
+
 def _write_captions(folder: Path, captions: Mapping[str, str], is_same_change: bool) -> None:
     known = {path.name: path for path in images_of(folder)}
     texts = {name: plain_text(text) for name, text in captions.items()}
@@ -253,6 +272,17 @@ def _write_captions(folder: Path, captions: Mapping[str, str], is_same_change: b
         write_caption(known[name], text)
 
 
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """A new folder beside `place` to fill and rename; what stays of it, as on a full disk, is removed."""
+    aside = place.with_name(f"{place.name}.{secrets.token_hex(4)}.part")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _rename_new(aside: Path, final: Path) -> None:
     """Rename the folder unless another session has made the same meanwhile."""
     try:
@@ -260,4 +290,8 @@ def _rename_new(aside: Path, final: Path) -> None:
     except OSError:
         if not final.exists():
             raise
-        shutil.rmtree(aside)
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        shutil.copyfile(path, folder / path.name)

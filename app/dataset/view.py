@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -12,6 +13,7 @@ from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.images import load_image
 
 from .captioned_folder import caption_of, version_of
+from .decoding import DECODING
 from .thumbnails import Thumbnails
 from .uploads import Uploads
 
@@ -21,9 +23,13 @@ _CAPTIONED_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Card:
-    """One image: as it is trained on, the user's name for it, its caption in that version, and what to know."""
+    """One image: as it is trained on, the user's name for it, its caption in that version, and what to know.
+
+    content: another one for another image of the same number.
+    """
 
     image: str
+    content: str
     name: str
     picture: Image.Image
     caption: str
@@ -99,7 +105,7 @@ def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Fram
         if not caption:
             notes.append("no caption")
         picture = thumbnails.picture(path, sample.sha256, framed.background, size)
-        cards.append(Card(path.name, names[path.name], picture, caption, version, tuple(notes)))
+        cards.append(Card(path.name, sample.sha256[:12], names[path.name], picture, caption, version, tuple(notes)))
     return DatasetView(cards)
 
 
@@ -112,9 +118,14 @@ def fill_captions(uploads: Uploads, session: str, captioner: Captioner, told: Ca
     bare = [path for path in uploads.images(session) if not captions[path.name]]
     for first in range(0, len(bare), _CAPTIONED_AT_ONCE):
         paths = bare[first : first + _CAPTIONED_AT_ONCE]
-        texts = captioner([load_image(path) for path in paths])
+        texts = captioner([_decoded(path) for path in paths])
         still_bare = {name for name, text in uploads.captions(session).items() if not text}  # as it is after the wait
         made = {path.name: text for path, text in zip(paths, texts, strict=True)}
         uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare}, first > 0)
         told(first + len(paths), len(bare))
     return len(bare)
+
+
+def _decoded(path: Path) -> Image.Image:
+    with DECODING:
+        return load_image(path)

@@ -1,4 +1,4 @@
-"""Who may ask and what they may name: the app's own names and pages, places on this computer, password guesses.
+"""Who may ask, what they may name and how much they may send: names and pages of the app, logins, places, uploads.
 
 Knows no tab. Start with `guard.py`.
 """

@@ -6,8 +6,10 @@ to this computer (Host). Both are refused before Gradio sees them; programs send
 
 from __future__ import annotations
 
+import asyncio
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .login_limit import LoginLimit
+from .before_login import is_open
+from .login_limit import LONGEST_WAIT, LoginLimit
+from .upload_room import Coming, UploadRoom
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 _ORIGIN = re.compile(r"https?://([^/@]+)")
 _FILE = re.compile(r"/gradio_api/file[=/](.*)", re.DOTALL)
+_MOST_BODY = 32 * 2**20  # bytes of a request that is no upload; Gradio reads it as a whole
 _SAME = ("same-origin", "none")  # of Sec-Fetch-Site: the page itself, and the user's own address line
 _INLINE = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "image/bmp")
 _FILE_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
@@ -41,10 +46,25 @@ class Refusal:
     wait_seconds: int = 0
 
 
-class Guard:
-    """Decides which requests are let through. Only files in `served` and not in `private` are given out."""
+_NO_ROOM = Refusal(413, "There are too many uploads that nothing was made of yet; wait some minutes and try again.")
 
-    def __init__(self, names: Sequence[str], served: Sequence[Path], private: Sequence[Path]) -> None:
+
+class Guard:
+    """Decides which requests are let through. Only files in `served` and not in `private` are given out.
+
+    `is_logged_in` tells whether a request comes with a login; None if there is none to come with. `uploads` is where
+    uploads are received.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        served: Sequence[Path],
+        private: Sequence[Path],
+        uploads: UploadRoom,
+        is_logged_in: Callable[[Scope], bool] | None = None,
+    ) -> None:
+        self.uploads, self._is_logged_in = uploads, is_logged_in
         self._names = {name.lower() for name in names}
         self._origins: set[str] = set()
         self._served, self._private = [path.resolve() for path in served], [path.resolve() for path in private]
@@ -59,7 +79,7 @@ class Guard:
         """Why the request is not let through; None when it is."""
         headers = Headers(scope=scope)
         hosts = [host.lower() for host in headers.getlist("host")]
-        if len(hosts) != 1 or _name(hosts[0]) not in self._names:
+        if len(hosts) != 1 or not all(_name(host) in self._names for host in (*hosts, *_other_hosts(headers))):
             return Refusal(
                 403,
                 "This app does not answer to the name in the address line; open it under another one, or start it "
@@ -67,11 +87,16 @@ class Guard:
             )
         if not self._is_same_origin(hosts[0], headers) or not _is_own_fetch(scope, headers):
             return Refusal(403, "Requests from the pages of others are refused.")
+        if self._is_logged_in is not None and not is_open(scope["path"]) and not self._is_logged_in(scope):
+            return Refusal(401, "Log in first.")
         file = _FILE.search(scope["path"])
         if file is not None and not self._is_served(file[1]):
             return Refusal(403, "This file is not served.")
-        wait = self.logins.seconds_to_wait(client_of(scope)) if is_login(scope) else 0
-        return Refusal(429, "Too many wrong logins; wait and try again.", wait) if wait else None
+        if "transfer-encoding" in headers:
+            return Refusal(411, "A request has to say how long it is.")
+        if not is_upload(scope) and _length(headers) > _MOST_BODY:
+            return Refusal(413, f"A request that is no upload may have {_MOST_BODY // 2**20} MiB.")
+        return None
 
     def _is_same_origin(self, host: str, headers: Headers) -> bool:
         for origin in headers.getlist("origin"):
@@ -101,21 +126,41 @@ class Doors:
             await self._app(scope, receive, send)
             return
         refusal = self._guard.refusal(scope)
+        if refusal is None and is_login(scope):
+            refusal = await self._wait_for_turn(client_of(scope))
         if refusal is not None:
             await _refuse(refusal, scope, receive, send)
             return
-        is_guess, client, logins = is_login(scope), client_of(scope), self._guard.logins
-        if is_guess:
-            logins.begin(client)
+        if is_upload(scope):
+            await self._take_upload(scope, receive, send)
+        else:
+            await self._app(scope, receive, self._marked(scope, send))
+
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._guard.uploads.receive(_length(Headers(scope=scope))) as coming:
+            if coming is None:
+                await _refuse(_NO_ROOM, scope, receive, send)
+            else:
+                await self._app(scope, _counted(receive, coming), self._marked(scope, send))
+
+    async def _wait_for_turn(self, client: str) -> Refusal | None:
+        wait = self._guard.logins.seconds_to_wait(client)
+        if wait > LONGEST_WAIT:
+            return Refusal(429, "Too many wrong logins; wait and try again.", math.ceil(wait - LONGEST_WAIT))
+        await asyncio.sleep(wait)
+        return None
+
+    def _marked(self, scope: Scope, send: Send) -> Send:
+        """`send` that says to browsers what the answer may be used for, and to the limit that a password was right."""
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if is_guess and message["status"] == 200:
-                    logins.succeed(client)
+                if is_login(scope) and message["status"] == 200:
+                    self._guard.logins.succeed(client_of(scope))
                 _mark(message, is_file=_FILE.search(scope["path"]) is not None)
             await send(message)
 
-        await self._app(scope, receive, send_marked)
+        return send_marked
 
 
 def client_of(scope: Scope) -> str:
@@ -128,6 +173,11 @@ def is_login(scope: Scope) -> bool:
     return scope.get("method") == "POST" and bool(scope["path"].rstrip("/").endswith("/login"))
 
 
+def is_upload(scope: Scope) -> bool:
+    """Whether the request brings files."""
+    return scope.get("method") == "POST" and bool(scope["path"].rstrip("/").endswith("/gradio_api/upload"))
+
+
 def host_of(url: str) -> str:
     """`name:port` of a URL."""
     return urlsplit(url).netloc
@@ -137,6 +187,29 @@ def _name(host: str) -> str | None:
     """`host` without its port; None for what no browser would send."""
     found = _HOST.fullmatch(host)
     return found[1] if found else None
+
+
+def _other_hosts(headers: Headers) -> Iterable[str]:
+    """Other names that Gradio would take for the app's own, before that in the address line."""
+    for value in headers.getlist("x-forwarded-host"):
+        yield from (host.strip().lower() for host in value.split(","))
+    yield from (host_of(value.lower()) for value in headers.getlist("x-gradio-server"))
+
+
+def _length(headers: Headers) -> int:
+    """Bytes of the request's body; the web server lets no more in."""
+    return int(headers.get("content-length", "0"))
+
+
+def _counted(receive: Receive, coming: Coming) -> Receive:
+    """`receive` that keeps count of what is still to come."""
+
+    async def receive_counted() -> Message:
+        message = await receive()
+        coming.bytes_left -= len(message.get("body", b""))
+        return message
+
+    return receive_counted
 
 
 def _is_own_fetch(scope: Scope, headers: Headers) -> bool:

@@ -1,41 +1,73 @@
-"""How often a password may be guessed."""
+"""How fast a password may be guessed: who has guessed wrong has to wait, and nobody else."""
 
 from __future__ import annotations
 
-import math
+import ipaddress
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
-WRONG_PER_CLIENT = 5
-WRONG_OVERALL = 50
-WINDOW_SECONDS = 15 * 60
+UNHINDERED = 5  # tries of a client before its next one has to wait
+LONGEST_PAUSE = 30  # seconds between two later tries
+LONGEST_WAIT = 2 * LONGEST_PAUSE  # seconds; what would wait longer is refused
+FORGOTTEN_AFTER = 15 * 60  # seconds without a try
+
+
+@dataclass
+class _Tries:
+    """Those of one client since its last right password, and when its next one may be checked."""
+
+    count: int
+    next_at: float
 
 
 class LoginLimit:
-    """Remembers the logins that failed in the last WINDOW_SECONDS; after too many of a client, or of all, none is let
-    try. One that is still being checked counts as failed, so that many at once are no way around it.
+    """Tells each try of a client when it may be checked: at once at first, then after pauses of 1, 2, 4 ... seconds.
+
+    A right password is let in as soon as its turn comes. Clients do not wait for each other, so whoever guesses locks
+    nobody else out.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failed: list[tuple[float, str]] = []  # when, by whom; the oldest first
+        self._tries: dict[str, _Tries] = {}
+        self._forget_at = 0.0
 
-    def seconds_to_wait(self, client: str) -> int:
-        """Until `client` may try again; 0 when it may now."""
-        start = self._clock() - WINDOW_SECONDS
-        self._failed = [one for one in self._failed if one[0] > start]
-        own = [when for when, who in self._failed if who == client]
-        full = [
-            times[-limit]
-            for times, limit in ((own, WRONG_PER_CLIENT), ([when for when, _ in self._failed], WRONG_OVERALL))
-            if len(times) >= limit
-        ]
-        return math.ceil(max(full) - start) if full else 0
+    def seconds_to_wait(self, client: str) -> float:
+        """Until the password that `client` sends now may be checked; more than LONGEST_WAIT: it is not to be checked.
 
-    def begin(self, client: str) -> None:
-        """A password of `client` is being checked."""
-        self._failed.append((self._clock(), client))
+        It takes its turn with this call and counts as wrong until `succeed`, so that many at once are no way around.
+        """
+        now = self._clock()
+        self._forget(now)
+        tries = self._tries.setdefault(_network(client), _Tries(0, now))
+        wait = max(0.0, tries.next_at - now)
+        if wait <= LONGEST_WAIT:
+            tries.count += 1
+            tries.next_at = now + wait + _pause(tries.count)
+        return wait
 
     def succeed(self, client: str) -> None:
-        """It was right: what `client` has failed before is forgotten."""
-        self._failed = [one for one in self._failed if one[1] != client]
+        """The password was right: the tries of `client` are forgotten."""
+        self._tries.pop(_network(client), None)
+
+    def _forget(self, now: float) -> None:
+        if now >= self._forget_at:  # not at each try: there may be many clients
+            self._tries = {who: tries for who, tries in self._tries.items() if tries.next_at + FORGOTTEN_AFTER > now}
+            self._forget_at = now + LONGEST_PAUSE
+
+
+def _pause(count: int) -> float:
+    late = min(count - UNHINDERED, LONGEST_PAUSE)  # so that the power stays a number
+    return min(2.0**late, LONGEST_PAUSE) if late >= 0 else 0.0
+
+
+def _network(client: str) -> str:
+    """What one person has: an IPv4 address, or a /64 network of IPv6."""
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return client
+    if isinstance(address, ipaddress.IPv4Address):
+        return client
+    return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))

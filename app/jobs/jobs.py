@@ -19,6 +19,7 @@ from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
 
 from ..runs.runs import RunStore
 from ..runs.settings import checked_config
+from ..sentences import sentence_of
 from .launch import Launch
 from .store import Job, JobKind, JobState, NewJob
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 ARMS = ("lora", "flat-lora")
 _POLL_SECONDS = 0.5
+_CLOSE_SECONDS = 5
 _PERCENT = re.compile(r"(\d{1,3})%\|")
 
 
@@ -149,7 +151,7 @@ class JobQueue:
         """Start no more jobs. What runs goes on."""
         self._closing.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)  # it may wait for the database
         self._lock.release()
 
     def tick(self) -> bool:
@@ -174,11 +176,15 @@ class JobQueue:
         return True
 
     def _keep_going(self) -> None:
+        told = ""
         while not self._closing.wait(_POLL_SECONDS):
             try:
                 self.tick()
-            except (OSError, sqlite3.OperationalError):  # a full disk, a locked database: it may be over soon
-                logger.exception("the queue could not go on and tries again")
+                told = ""
+            except (OSError, sqlite3.OperationalError) as error:  # a full disk, a locked database: it may be over soon
+                if str(error) != told:
+                    logger.warning("the queue cannot go on and tries again: %s", error)
+                told = str(error)
 
     def _add_trainings(
         self, named: Sequence[tuple[str, TrainConfig]], session: str, pair: str | None, ordered: TrainConfig
@@ -191,11 +197,17 @@ class JobQueue:
                 "change the name or a setting to train it once more"
             )
         settings = [checked_config(config.to_dict()).to_dict() for _, config in named]
-        runs = [self._runs.reserve(name) for name, _ in named]
-        jobs = [
-            NewJob("train", one, session, run, pair, {"order": order}) for run, one in zip(runs, settings, strict=True)
-        ]
-        return self._store.add_jobs(jobs)
+        runs: list[str] = []
+        try:
+            runs += (self._runs.reserve(name) for name, _ in named)
+            arms = zip(runs, settings, strict=True)
+            return self._store.add_jobs(
+                [NewJob("train", one, session, run, pair, {"order": order}) for run, one in arms]
+            )
+        except (OSError, sqlite3.Error):  # a full disk
+            for run in runs:
+                self._runs.release(run)
+            raise
 
     def _start(self, job: Job) -> None:
         launch = self._next_launch(job)
@@ -205,7 +217,7 @@ class JobQueue:
         try:
             self._launch(job, launch)
         except (ConfigError, OSError) as error:
-            self._set_ended(job, "failed", None, str(error))
+            self._set_ended(job, "failed", None, sentence_of(error))
 
     def _launch(self, job: Job, launch: Launch) -> None:
         if isinstance(job.settings, dict):

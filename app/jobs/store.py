@@ -1,6 +1,6 @@
 """What the app knows beside the run folders, in SQLite: the queue, names and notes of runs, the trash, blind votes.
 
-Each call opens its own connection, so a store may be shared by threads; several processes may open the same file.
+Each call opens a connection, so a store may be shared by threads; several processes may open the same file.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -117,8 +118,11 @@ class Store:
         self.files = (str(path), f"{path}-wal")
         self._kept: Kept[Any] = Kept()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(self._connect()) as database:
-            database.execute("PRAGMA journal_mode=WAL")
+        # Open until the store is gone: with the last connection goes what the next reader would need room on disk for.
+        held = self._connect(check_same_thread=False)
+        weakref.finalize(self, held.close)
+        held.execute("PRAGMA journal_mode=WAL")
+        held.execute("PRAGMA user_version").fetchone()  # the first read makes those files
         with self._open() as database:
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_MIGRATIONS):
@@ -223,8 +227,10 @@ class Store:
             yield database
             database.execute("COMMIT")  # closed without it, all is undone
 
-    def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path, timeout=_WAIT_SECONDS, isolation_level=None)
+    def _connect(self, check_same_thread: bool = True) -> sqlite3.Connection:
+        database = sqlite3.connect(
+            self.path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=check_same_thread
+        )
         database.row_factory = sqlite3.Row
         return database
 

@@ -26,10 +26,10 @@ def told(text: str, done: float | None = None) -> str:
 
 
 def wrong(text: str, log: Sequence[str] = ()) -> str:
-    """An error where it arises, with the end of the log to open."""
+    """An error where it arises, with the end of the log to open; it may begin with a file's name, so as it is."""
     lines = escape("\n".join(log))
     more = f"<details><summary>Last lines of the log</summary><pre>{lines}</pre></details>" if log else ""
-    return f'<div class="fl-status fl-wrong" role="alert">{escape(text[:1].upper() + text[1:])}{more}</div>'
+    return f'<div class="fl-status fl-wrong" role="alert">{escape(text)}{more}</div>'
 
 
 def why_waiting(context: AppContext, job: Job) -> str:

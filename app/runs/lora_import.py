@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +23,7 @@ from flatlora_diffusion.sdxl.loading import base_path
 
 from ..compare.picture_cache import file_hash
 from ..jobs.launch import Launch
+from ..temporary import temporary_folder
 from .names import folder_of
 from .processes import read_json
 from .runs import RunStore
@@ -89,6 +88,8 @@ def origin_of(folder: Path) -> Origin | None:
 def _check_upload(runs: RunStore, file: Path, base: str) -> None:
     if file.suffix.lower() != ".safetensors":
         raise ConfigError(f"{file.name} is no .safetensors file; other formats can hold code and are not read")
+    if not file.is_file():
+        raise ConfigError(f"{file.name} is not here any more, as uploads are kept for an hour; drop it again")
     if file.stat().st_size > MOST_BYTES:
         raise ConfigError(f"{file.name} has {file.stat().st_size / 2**20:.0f} MiB; {MOST_BYTES // 2**20} at most")
     if not base.strip():
@@ -112,15 +113,10 @@ def _said_of(file: Path) -> Iterator[None]:
 @contextmanager
 def _folder_beside(runs: RunStore) -> Iterator[Path]:
     """A folder on the disk of the runs, to be renamed into them when it is complete; gone if it was not."""
-    parent = runs.private / "imports"
-    parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=parent))
-    try:
+    with temporary_folder(runs.temporary) as place:
         folder = place / "run"
         folder.mkdir()
         yield folder
-    finally:
-        shutil.rmtree(place)
 
 
 def _settings(runs: RunStore, base: str, unet: Any) -> dict[str, Any]:

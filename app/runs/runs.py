@@ -68,6 +68,7 @@ class RunStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.private = folder / ".app"
+        self.temporary = self.private / "temporary"
         self.store = Store(self.private / "app.db")
         self._places = RunPlaces(folder, self.private / "runs")
         self.trash = Trash(folder / ".trash", folder, self._places.launches, self.store)

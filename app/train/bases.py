@@ -1,19 +1,30 @@
-"""Whether a base can be trained on, told before a training is queued, without loading any weights."""
+"""Whether a base, a VAE and a first LoRA can be trained on, told before a training is queued, without any weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
+from flatlora_diffusion.ground.model_places import check_models
 
 from ..runs.processes import read_json
 
 
-def check_base(model: ModelConfig) -> None:
-    """Raises ConfigError for what is no SDXL base, as far as its place, its lists and its header tell.
+def check_start(config: TrainConfig) -> None:
+    """Raises ConfigError for what is no SDXL base, VAE or LoRA, as far as places, lists and headers tell.
 
     Of a name on the hub nothing is known until it is loaded.
     """
+    from flatlora_diffusion.lora_files.place import in_folder
+    from flatlora_diffusion.lora_files.safe_reading import checked_file
+
+    check_models(config.model, config.adapter.init_lora)
+    if config.adapter.init_lora is not None:
+        checked_file(in_folder(Path(config.adapter.init_lora)))
+    _check_base(config.model)
+
+
+def _check_base(model: ModelConfig) -> None:
     from flatlora_diffusion.sdxl.loading import base_path, check_source  # imports diffusers, which takes seconds
     from flatlora_diffusion.sdxl.shapes import part_settings
     from flatlora_diffusion.sdxl.variants import check_channels

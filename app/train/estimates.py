@@ -44,7 +44,7 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes that a training writes, and that are free where the runs are."""
+    """Bytes that the trainings of one start write, and that are free where the runs are."""
 
     needed: int
     free: int
@@ -73,7 +73,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     best = next((pair for pair in alike if pair[0].method == config.perturb.method), alike[0] if alike else None)
     if best is None:
         return None
-    from flatlora_diffusion.compare.experiment import PASSES  # imports torch and diffusers
+    from flatlora_diffusion.compare.timing import PASSES  # imports torch and diffusers
 
     run, seconds = best
     if run.method in PASSES:
@@ -104,8 +104,8 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def estimate_disk(config: TrainConfig, images: int, folder: Path) -> DiskEstimate:
-    """What the training writes into `folder`: the result, its checkpoints, and those of the folds."""
+def estimate_disk(config: TrainConfig, images: int, folder: Path, arms: int = 1) -> DiskEstimate:
+    """What `arms` such trainings write into `folder`: results, checkpoints, and those of folds and members."""
     from flatlora_diffusion.memory.of_disk import disk_need  # imports torch and diffusers
 
     with _ONE_AT_A_TIME:
@@ -117,7 +117,7 @@ def estimate_disk(config: TrainConfig, images: int, folder: Path) -> DiskEstimat
     trainings = config.average.trainings
     average = need.result * trainings if trainings > 1 else 0  # its rank is the sum of theirs
     needed = trainings * (need.result + max(1, count) * need.checkpoint) + average + folds
-    return DiskEstimate(needed=needed, free=shutil.disk_usage(folder).free)
+    return DiskEstimate(arms * needed, shutil.disk_usage(folder).free)
 
 
 def _is_as_fast(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..context import AppContext
 from ..dataset.view import training_size
 from ..jobs.store import Job
 from ..loss_chart import CHART_CSS
-from ..questions import ask_before, build_question
+from ..questions import ask_before, ask_where, build_question
 from ..reporting import told_on_the_page
 from ..runs.live_view import NOTHING, live, recent_ids
 from ..runs.names import checked_text
@@ -28,9 +28,10 @@ from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..watch.ticks import only_news, signs_of
 from .acts import connect_acts
-from .bases import check_base
-from .estimates import estimate_disk, estimate_time, has_gpu, memory_of, total_steps
+from .bases import check_start
+from .estimates import estimate_time, has_gpu, memory_of, total_steps
 from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
+from .room import no_room, room_for, room_line
 from .words import LABELS, OTHER_METHODS, in_form_words
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
@@ -85,6 +86,18 @@ def start(context: AppContext, form: ConfigForm, session: str, name: str, method
     return f'<div class="fl-card" role="status"><b>Queued:</b> {names}{order}. Watch under Progress.</div>'
 
 
+def start_with_room(
+    context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any
+) -> tuple[str, Any]:
+    """`start`, but for what the disk has no room for: what is told, and the question whether to start all the same."""
+    with told_on_the_page():
+        config, captions = _read(context, form, session, method, values)
+        disk = room_for(context, config, len(captions), _arms(method))
+    if disk is not None and not disk.is_enough:
+        return no_room(disk), gr.Row(visible=True)
+    return start(context, form, session, name, method, *values), gr.Row(visible=False)
+
+
 def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, is_pair: bool) -> list[Job]:
     """Queue one training, or a pair with Flat-LoRA's `config`, on the upload as it is now.
 
@@ -94,7 +107,7 @@ def queue_training(context: AppContext, config: TrainConfig, session: str, name:
     if not name:
         raise ConfigError("the run has no name; give it one")
     context.places.check(config)
-    check_base(config.model)
+    check_start(config)
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
         load_samples(Path(config.data.instance_data_dir), config.data.instance_prompt, config.data.caption_column)
@@ -118,15 +131,8 @@ def with_images(context: AppContext, config: TrainConfig, session: str) -> Train
 def summary(context: AppContext, form: ConfigForm, session: str, method: str, *values: Any) -> str:
     """What would be trained, how long it takes and what it needs, or what is missing."""
     try:
-        config = form.read(values, _name_of(method))
-        context.places.check(config)
-        check_base(config.model)
-        captions = context.uploads.captions(session) if session else {}
-        if not config.data.is_given:
-            _check_images(captions, config.data.instance_prompt)
-        else:
-            captions = {}
-        lines = _facts(context, config, captions, arms=2 if method == BOTH else 1)
+        config, captions = _read(context, form, session, method, values)
+        lines = _facts(context, config, captions, _arms(method))
     except ConfigError as error:
         return f'<div class="fl-card fl-bad">{html.escape(in_form_words(str(error)))}</div>'
     return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
@@ -155,7 +161,8 @@ def build_train_tab(
         with gr.Column(scale=3, min_width=300):
             told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
             begin = gr.Button("Start training", variant="primary", elem_id="start")
-            queued = gr.HTML(padding=False)
+            queued = gr.HTML(padding=False, elem_id="queued")
+            all_the_same = build_question("start", "Start all the same", "Do not start", "primary")
             gr.Markdown("## Progress")
             cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
             compare = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
@@ -178,10 +185,14 @@ def build_train_tab(
     gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
     filled = [method, *form.components]
     preset.input(partial(apply_preset, form), [preset, *filled], filled, show_progress="hidden")
-    begun = begin.click(
-        partial(start, context, form), [session, name, method, *form.components], [queued], api_name="start"
-    )
-    begun.then(**question.hidden)
+    ordered = [session, name, method, *form.components]
+    room: dict[str, Any] = {"outputs": [queued, all_the_same.row], "api_visibility": "private"}
+    begun = begin.click(partial(start_with_room, context, form), ordered, **room)
+    ask_where(begun, begin, all_the_same)
+    yes = all_the_same.yes.click(partial(start, context, form), ordered, [queued], api_name="start")
+    yes.then(**all_the_same.hidden)
+    for event in (begun, yes):
+        event.then(**question.hidden)
     watch = {
         "fn": partial(live, context),
         "inputs": [chosen, seen],
@@ -237,6 +248,27 @@ def _name_of(method: str) -> str:
     return _METHODS[FLAT if method == BOTH else method]
 
 
+def _arms(method: str) -> int:
+    return 2 if method == BOTH else 1
+
+
+def _read(
+    context: AppContext, form: ConfigForm, session: str, method: str, values: Sequence[Any]
+) -> tuple[TrainConfig, dict[str, str]]:
+    """The config, and the captions of the upload; none where the config names other images.
+
+    Raises ConfigError for what cannot be trained.
+    """
+    config = form.read(values, _name_of(method))
+    context.places.check(config)
+    check_start(config)
+    if config.data.is_given:
+        return config, {}
+    captions = context.uploads.captions(session) if session else {}
+    _check_images(captions, config.data.instance_prompt)
+    return config, captions
+
+
 def _check_images(captions: Mapping[str, str], instance_prompt: str | None) -> None:
     """Raises ConfigError without images, and for images without a caption or a prompt in its place."""
     if not captions:
@@ -282,7 +314,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))
-        disk = estimate_disk(config, count or 1, context.runs.folder)
-        room = "enough room" if disk.is_enough else "NOT ENOUGH ROOM"
-        lines.append(f"disk: {arms * disk.needed / 2**20:,.0f} MiB, {disk.free / 2**30:,.0f} GiB free ({room})")
+    disk = room_for(context, config, count, arms)
+    if disk is not None:
+        lines.append(room_line(disk))
     return lines

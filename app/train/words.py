@@ -12,7 +12,7 @@ from flatlora_diffusion.config.methods import IN_FORCE
 
 # Beside LoRA, Flat-LoRA and the pair of both, each in a sentence.
 OTHER_METHODS = {
-    "sam": "learns from the worst place near the base's weights, at twice the time; better than LoRA on the demo base",
+    "sam": "learns from the worst place near the base's weights, at twice the time; better at unknown things alone",
     "mixed-noise": "learns in each step with Flat-LoRA's noise and without it, at twice the time",
     "factor-noise": "has its noise on the two halves of the LoRA, A and B, in place of the base",
     "lora-sam": "learns from the worst place near the LoRA's own weights, at twice the time",

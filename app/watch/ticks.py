@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from ..context import AppContext
+from ..sentences import sentence_of
 from .run_places import Signs
 
 
 def only_news(event: Mapping[str, Any], signs: Callable[[], Signs | None]) -> dict[str, Any]:
     """The event of a timer, whose handler is not called while `signs` and its inputs are as in the tick before.
 
-    To be called in the Blocks that is open.
+    An error that goes on is told once. To be called in the Blocks that is open.
     """
-    seen, handler, count = gr.State(None), event["fn"], len(event["outputs"]) + 1
+    seen, handler = gr.State(None), event["fn"]
+    nothing = (gr.skip(),) * len(event["outputs"])
 
     def on_tick(before: Any, *values: Any) -> tuple[Any, ...]:
-        now = signs()
-        if now is not None and (now, values) == before:
-            return (gr.skip(),) * count
-        return *handler(*values), (now, values)
+        try:
+            now = signs()
+            if now is not None and (now, values) == before:
+                return *nothing, gr.skip()
+            return *handler(*values), (now, values)
+        except Exception as error:
+            if repr(error) != before:
+                gr.Warning(escape(sentence_of(error), quote=False), title="Not shown")
+            return *nothing, repr(error)
 
     # Gradio names an endpoint's parameters by it.
     own, *_ = inspect.signature(on_tick).parameters.values()

@@ -44,6 +44,7 @@ from flatlora_diffusion.config import (
     shipped,
 )
 from flatlora_diffusion.data.training_set import check_training_set
+from flatlora_diffusion.ground.model_places import check_base, check_lora, check_models
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.saved_settings import check_paths, opened
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
@@ -238,6 +239,7 @@ def _generate(arguments: list[str]) -> None:
     of_runs = None if _gives("pretrained_model_name_or_path", arguments) else _base_of_runs(files)
     if of_runs is not None:
         config = verb_settings(replace(GenerateConfig(), model=of_runs), page, arguments)
+    check_models(config.model)
     check_resolution(config.model, config.resolution)
     say_base(config.model, has_remedy=of_runs is None)
     from flatlora_diffusion.gallery.gallery import generate
@@ -250,6 +252,11 @@ def _generate(arguments: list[str]) -> None:
 def _flatness(arguments: list[str]) -> None:
     text = "Measure how flat the loss is around the merged weights of finished runs."
     config = verb_settings(FlatnessConfig(), Page("flatness", text, "RUN ...", "runs"), arguments)
+    for name in ("pretrained_model_name_or_path", "other_base"):
+        if (base := getattr(config, name)) is not None:
+            check_base(name, base)
+    if config.second_lora is not None:
+        check_lora("second_lora", config.second_lora)
     from flatlora_diffusion.flatness.report import flatness
 
     hide_library_bars()
@@ -294,6 +301,7 @@ def _checked(config: TrainConfig) -> TrainConfig:
     check_paths(config.to_dict())
     if not config.data.is_given:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
+    check_models(config.model, config.adapter.init_lora)
     check_training_set(config.data)
     check_resolution(config.model, config.data.resolution)
     return config

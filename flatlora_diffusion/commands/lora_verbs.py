@@ -16,7 +16,8 @@ from flatlora_diffusion.config import (
     ModelConfig,
     ResizeConfig,
 )
-from flatlora_diffusion.lora_files.place import check_model_file, lora_file, parse_lora
+from flatlora_diffusion.ground.model_places import check_base
+from flatlora_diffusion.lora_files.place import lora_file, parse_lora
 
 if TYPE_CHECKING:
     from flatlora_diffusion.lora_tools.converting import Written
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def export_verb(arguments: list[str]) -> None:
     page = Page("export", "Write a LoRA file of any layout for other programs.", "FILE", "file")
     config = verb_settings(ExportConfig(), page, arguments)
-    lora_file(config.file)  # a wrong path is told before torch is imported, which takes seconds
+    _check_read(config)
     from flatlora_diffusion.lora_tools.converting import export_lora
 
     for written in export_lora(config):
@@ -36,7 +37,7 @@ def export_verb(arguments: list[str]) -> None:
 def import_verb(arguments: list[str]) -> None:
     page = Page("import", "Write a LoRA file of any layout for diffusers.", "FILE", "file")
     config = verb_settings(ImportConfig(), page, arguments)
-    lora_file(config.file)
+    _check_read(config)
     from flatlora_diffusion.lora_tools.converting import import_file
 
     for written in import_file(config):
@@ -47,7 +48,8 @@ def merge_verb(arguments: list[str]) -> None:
     text = "Add LoRAs to a base's weights: a diffusers folder, or one checkpoint file for all web UIs."
     page = Page("merge", text, "--base BASE --lora LORA --output OUTPUT")
     config = verb_settings(MergeConfig(), page, arguments)
-    check_model_file("base", config.base)
+    if config.base:
+        check_base("base", config.base)
     for lora in config.lora:
         parse_lora(lora)
     _say_base(config.base)
@@ -60,7 +62,7 @@ def merge_verb(arguments: list[str]) -> None:
 def resize_verb(arguments: list[str]) -> None:
     page = Page("resize", "Write the best LoRA of a lower rank.", "FILE", "file")
     config = verb_settings(ResizeConfig(), page, arguments)
-    lora_file(config.file)
+    _check_read(config)
     from flatlora_diffusion.lora_tools.resizing import resize_lora
 
     _say_reduced(resize_lora(config))
@@ -71,6 +73,8 @@ def average_verb(arguments: list[str]) -> None:
     config = verb_settings(AverageConfig(), page, arguments)
     for lora in config.loras:
         lora_file(lora)
+    if config.base is not None:
+        check_base("base", config.base)
     from flatlora_diffusion.lora_tools.averaging import average_loras
 
     averaged = average_loras(config)
@@ -83,8 +87,9 @@ def average_verb(arguments: list[str]) -> None:
 def extract_verb(arguments: list[str]) -> None:
     page = Page("extract", "Write the difference of two models as a LoRA.", "--base BASE --tuned TUNED")
     config = verb_settings(ExtractConfig(), page, arguments)
-    check_model_file("base", config.base)
-    check_model_file("tuned", config.tuned)
+    for name in ("base", "tuned"):
+        if base := getattr(config, name):
+            check_base(name, base)
     _say_base(config.base)
     from flatlora_diffusion.lora_tools.resizing import extract_lora
 
@@ -95,10 +100,17 @@ def extract_verb(arguments: list[str]) -> None:
 def inspect_verb(arguments: list[str]) -> None:
     page = Page("inspect", "Show what is in a LoRA file and which tools read it.", "FILE", "file")
     config = verb_settings(InspectConfig(), page, arguments)
-    lora_file(config.file)
+    _check_read(config)
     from flatlora_diffusion.lora_tools.report import inspect_lora
 
     print(inspect_lora(config))
+
+
+def _check_read(config: ExportConfig | ImportConfig | ResizeConfig | InspectConfig) -> None:
+    """A wrong path is told before torch is imported, which takes seconds."""
+    lora_file(config.file)
+    if config.base is not None:
+        check_base("base", config.base)
 
 
 def _say_base(name: str) -> None:

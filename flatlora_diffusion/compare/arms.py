@@ -33,19 +33,12 @@ from flatlora_diffusion.config import (
 )
 from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.ground.saved_settings import portable
-from flatlora_diffusion.ground.seeds import derive_seed
 from flatlora_diffusion.training.beginning.settling import is_made_with
 
 logger = logging.getLogger(__name__)
 
 Role = Literal["arm", "null"]
 
-SIGMA_0, OTHER_DRAWS, SECOND_EPS = "sigma-0", "other-draws", "second-eps"
-NULLS = {
-    SIGMA_0: "Flat-LoRA at sigma 0",
-    OTHER_DRAWS: "LoRA with other draws",
-    SECOND_EPS: "Flat-LoRA with another eps",
-}
 # An arm must not move these: seeds pair the runs, folders and intervals belong to the experiment, and runs of another
 # base, of other images or in another precision cannot be measured alike.
 _OURS = {*settings_that("is_shared"), *(item.name for item in fields(ModelConfig))}
@@ -166,27 +159,13 @@ def parse_arm(text: str) -> Arm:
             changes[name] = read_setting(name, value)
         except ConfigError as error:
             raise ConfigError(f"--arms {text}: {error}") from error
+    return Arm(text, arm_name(method, changes), "arm", method, changes)  # type: ignore[arg-type]
+
+
+def arm_name(method: str, changes: Mapping[str, Any]) -> str:
+    """What the report calls the arm."""
     shown = ", ".join(f"{name} {value}" for name, value in changes.items())
-    name = METHOD_NAMES[method] + (f", {shown}" if shown else "")
-    return Arm(text, name, "arm", method, changes)  # type: ignore[arg-type]
-
-
-def null_arms(seed: int, init_seed: int | None = None) -> list[Arm]:
-    """The arms that must show no difference, or one by chance alone, for the run of `seed`.
-
-    `init_seed` is that of the first weights, where it is not `seed`.
-    """
-    return [
-        Arm(SIGMA_0, NULLS[SIGMA_0], "null", "flat-lora", {"sigma": 0.0}),
-        Arm(
-            OTHER_DRAWS,
-            NULLS[OTHER_DRAWS],
-            "null",
-            "lora",
-            {"seed": derive_seed(seed, "other draws"), "lora_init_seed": seed if init_seed is None else init_seed},
-        ),
-        Arm(SECOND_EPS, NULLS[SECOND_EPS], "null", "flat-lora", {"perturb_seed": derive_seed(seed, "second eps")}),
-    ]
+    return METHOD_NAMES[method] + (f", {shown}" if shown else "")
 
 
 def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[PlannedRun]:

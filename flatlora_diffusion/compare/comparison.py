@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
@@ -25,10 +25,11 @@ import torch
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.conditions import shared_conditions
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
-from flatlora_diffusion.compare.experiment import Experiment, outlook, read_experiment
+from flatlora_diffusion.compare.experiment import Experiment, read_experiment
 from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_table, paired_rows, verdict
 from flatlora_diffusion.compare.material import free_device
 from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
+from flatlora_diffusion.compare.outlook import outlook
 from flatlora_diffusion.compare.overfit import advise
 from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
 from flatlora_diffusion.compare.poster import poster
@@ -68,17 +69,15 @@ class ComparisonResult(TypedDict):
     versions: dict[str, str]
 
 
-def compare(config: TrainConfig, own: CompareConfig, told: Callable[[Experiment], Iterable[str]] = outlook) -> Path:
+def compare(config: TrainConfig, own: CompareConfig) -> Path:
     """Train all arms, nulls and seeds below `output_dir`, measure them and write the report; returns the folder.
 
-    What will be done is `told` before.
-
-    Finished runs with the same settings are not trained again. Raises ConfigError for wrong input and for runs that
-    cannot be compared, RunError when one could not be trained.
+    What that takes is told before. Finished runs with the same settings are not trained again. Raises ConfigError for
+    wrong input, for runs that cannot be compared and for a disk without room, RunError when one could not be trained.
     """
     with alone_in(Path(config.run.output_dir), "output_dir"):
         experiment = read_experiment(config, own)
-        for line in told(experiment):
+        for line in outlook(experiment):
             logger.info("%s", line)
         return _compare(experiment)
 
@@ -131,7 +130,7 @@ def _evaluate_nulls(experiment: Experiment, result: ComparisonResult) -> None:
         "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.nulls)],
         "values": _values_as_json(values),
         "proof": shared_conditions(experiment.runs),
-        "nulls": null_rows(outputs, values, experiment.main[0].seed),
+        "nulls": null_rows(experiment.arms, experiment.pairs, outputs, values, experiment.main[0].seed),
     }
     _write(experiment.out, with_nulls)
 

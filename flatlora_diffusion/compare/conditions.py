@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flatlora_diffusion.compare.arms import OTHER_DRAWS, PlannedRun
+from flatlora_diffusion.compare.arms import PlannedRun
+from flatlora_diffusion.compare.nulls import OTHER_DRAWS
 from flatlora_diffusion.config import OF_METHODS, TrainConfig, settings_that
 
 _SHOWN = 16  # hex digits
 # Where a run lies and how often it saves is not how it was trained.
 _PLACES = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
-# An arm that moves one of these has other first weights, or draws in another order.
+# Runs that differ in one of these have other first weights, or draw in another order.
 _SHAPES = set(settings_that("moves", "weights"))
 _FEEDS = set(settings_that("moves", "draws"))
 
@@ -46,7 +47,8 @@ def shared_conditions(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
 
 def _conditions_of_seed(seed: int, runs: Runs) -> list[SharedCondition]:
     of_arms = {name for run in runs.values() for name in run.arm.changes}
-    with_weights = {label: run for label, run in runs.items() if _starts_as_others(run)}
+    shape = _shape(next(iter(runs.values())))
+    with_weights = {label: run for label, run in runs.items() if _shape(run) == shape}
     with_draws = {label: run for label, run in runs.items() if _draws_as_others(run)}
     return [
         _condition(f"all settings but the arm's own, seed {seed}", runs, lambda run: _settings(run, of_arms)),
@@ -71,8 +73,13 @@ def _condition(what: str, runs: Runs, hash_of: Callable[[PlannedRun], str], note
     return SharedCondition(what, shown, len(set(hashes.values())) <= 1, note)
 
 
-def _starts_as_others(run: PlannedRun) -> bool:
-    return run.arm.key == OTHER_DRAWS or not _SHAPES & set(run.arm.changes)
+def _shape(run: PlannedRun) -> dict[str, Any]:
+    """All that its first weights depend on."""
+    settings = run.config.to_dict()
+    own_seed = settings["lora_init_seed"]
+    return {name: settings[name] for name in _SHAPES} | {
+        "lora_init_seed": settings["seed"] if own_seed is None else own_seed
+    }
 
 
 def _draws_as_others(run: PlannedRun) -> bool:

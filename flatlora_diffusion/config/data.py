@@ -102,7 +102,11 @@ class DataConfig(Section):
     image_interpolation_mode: Interpolation = setting("lanczos", "filter for resizing", moves="draws")
     background_color: str = setting("white", "colour put behind transparent images: a name or #rrggbb", moves="draws")
     caption_dropout: float = setting(
-        0.0, "share of samples trained without prompt (zero embeddings, as SDXL's unconditional half)", min=0, max=1
+        0.0,
+        "share of samples trained without prompt, as the base has it in guidance: embeddings of zeros, or of "
+        "the empty prompt where its force_zeros_for_empty_prompt is false",
+        min=0,
+        max=1,
     )
     shuffle_tags: bool = setting(False, "shuffle the tags of a caption, with commas between them, for each showing")
     keep_tags: int = setting(0, "so many first tags of a caption are neither shuffled nor dropped", min=0)

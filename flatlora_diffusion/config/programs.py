@@ -19,7 +19,7 @@ _LORA_BASE = "diffusers folder of the base it is for, or `tiny`; default: SDXL, 
 _WHOLE_BASE = "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`"
 _GUIDANCE = "classifier-free guidance; 1 or less is none"
 _NEW_DTYPE = "precision of what is written; default: the old one's"
-_OVERWRITE = "replace what is there"
+_OVERWRITE = "replace an earlier file or model that this verb has written; what it reads always stays"
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,11 @@ class Batches:
     def _batch(self, step: int, slot: int) -> Batch:
         rows, class_rows = self._rows(step, slot), self._class_rows(step, slot)
         both = rows + class_rows
-        dropped = self.config.data.caption_dropout
-        kept = None
-        if dropped > 0:
-            draws = torch.rand(len(rows), generator=generator("cpu", self.seed, "caption_dropout", step, slot))
-            kept = torch.cat([draws >= dropped, torch.ones(len(class_rows), dtype=torch.bool)])
+        kept = self._kept(rows, class_rows, step, slot)
+        captions = [row.caption for row in both]
+        if kept is not None and not self.sdxl.zeroes_no_prompt:
+            captions = [caption if is_kept else "" for caption, is_kept in zip(captions, kept.tolist(), strict=True)]
+            kept = None
         mean, std = self._posteriors(rows, class_rows, step, slot)
         rng = generator(self.device, self.seed, "vae", step, slot)
         noise = torch.randn(mean.shape, generator=rng, device=self.device)
@@ -127,8 +127,16 @@ class Batches:
             ),
             weights=weights,
             mask=self._mask(both) if self.config.objective.alpha_mask_loss else None,
-            **self.prompts.conditioning([row.caption for row in both], kept, self.device),
+            **self.prompts.conditioning(captions, kept, self.device),
         )
+
+    def _kept(self, rows: list[Showing], class_rows: list[Showing], step: int, slot: int) -> Tensor | None:
+        """False where a caption is dropped, which those of class images never are; None where none can be."""
+        dropped = self.config.data.caption_dropout
+        if dropped == 0:
+            return None
+        draws = torch.rand(len(rows), generator=generator("cpu", self.seed, "caption_dropout", step, slot))
+        return torch.cat([draws >= dropped, torch.ones(len(class_rows), dtype=torch.bool)])
 
     def samples_at(self, step: int, slot: int) -> list[Sample]:
         """The images of the batch of (step, slot): the instance images, then the class images."""

@@ -226,17 +226,23 @@ def _listing(skipped: list[tuple[str, str]]) -> str:
     return shown + (f" and {len(skipped) - LISTED} more" if len(skipped) > LISTED else "")
 
 
-def shared_words(captions: Sequence[str]) -> str:
-    """The words that all captions begin and end with, such as `a TOK icon of, in the style of TOK`.
+_LEADING_ON = frozenset(
+    ["a", "an", "the", "of", "with", "in", "on", "at", "by", "for", "from", "to", "and", "or", "showing", "depicting"]
+)
 
-    Empty for fewer than two captions; an article at the end of the first part is left out.
+
+def shared_words(captions: Sequence[str]) -> str:
+    """The words that all captions begin and end with, such as `a TOK icon, in the style of TOK`.
+
+    Empty for fewer than two captions. Articles and prepositions at the end of the first part, which lead on to what
+    an image shows, are left out.
     """
     words = [caption.split() for caption in captions]
     if len(words) < 2:
         return ""
     first = _shared_start(words)
     last = _shared_start([row[len(first) :][::-1] for row in words])[::-1]
-    while first and first[-1].lower() in ("a", "an", "the"):
+    while first and first[-1].lower() in _LEADING_ON:
         first.pop()
     parts = [" ".join(part).strip(" ,.;") for part in (first, last)]
     return ", ".join(part for part in parts if part)

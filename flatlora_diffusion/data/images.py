@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from flatlora_diffusion.config import ConfigError
 
@@ -38,6 +40,9 @@ _TEXT_SUFFIXES = (".md", ".rst", ".csv", ".yaml", ".yml", ".toml", ".ini", ".log
 
 # A shape that is thinner is no picture; just covering a square with it would need gigabytes.
 _LARGEST_RATIO = 50
+_HALVED_FROM, _MOST_OF_JPEG = 25_000_000, 100_000_000  # pixels; a quarter of the most is the least again
+_MOST_OF_ICON = 25_000_000  # pixels
+_ICON_START, _PNG_START = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
 
 Source = Path | bytes  # a file, or the encoded bytes of one
 
@@ -64,7 +69,8 @@ def load_image(source: Source, background: str = "white") -> Image.Image:
 
     EXIF orientation is applied, ICC profiles are converted (broken ones ignored), 16-bit gray is scaled to 8 bits,
     transparency is composited on `background` (a colour name or hex value), animations and files of several pictures
-    give their first.
+    give their first. A JPEG of more than 25 million pixels is decoded at half its width and height, which takes a
+    quarter of the memory.
     Raises ImageError for an unreadable file, ConfigError for a bad colour.
     """
     fill = _opaque_colour(background)
@@ -86,6 +92,8 @@ def load_mask(mask: Path, size: tuple[int, int]) -> Image.Image:
     """The mask (mode L) of an image of this (width, height): white counts. Raises ImageError for another size."""
     with _read_errors(mask):
         colour, _ = _decode(mask)
+    if colour.size != size and _halves(colour.size) == size:
+        colour = colour.reduce(2)  # as that of a large JPEG
     if colour.size != size:
         (width, height), (wide, high) = size, colour.size
         raise ImageError(mask.name, f"it is {wide} x {high} pixels, and the image that it is for {width} x {height}")
@@ -177,22 +185,52 @@ def _read_errors(source: Source) -> Iterator[None]:
 
 
 def _open(source: Source) -> Image.Image:
+    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        _check_icon(file)
     return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=tuple(FORMATS))
+
+
+def _check_icon(file: BinaryIO) -> None:
+    """Raises ValueError for an icon with a picture that is too large, since Pillow decodes an icon to open it.
+
+    The sizes in an icon's directory need not be those of its pictures.
+    """
+    start = file.read(6)
+    if not start.startswith(_ICON_START):
+        return
+    directory = file.read(16 * int.from_bytes(start[4:], "little"))
+    for entry in range(0, len(directory) - 15, 16):
+        file.seek(int.from_bytes(directory[entry + 12 : entry + 16], "little"))
+        header = file.read(24)
+        if header.startswith(_PNG_START):
+            width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:])
+        else:  # a bitmap and its mask, one above the other
+            width, height = (abs(int.from_bytes(header[at : at + 4], "little", signed=True)) for at in (4, 8))
+        if width * height > _MOST_OF_ICON:
+            raise ValueError(f"an icon of {width} x {height} pixels, more than the limit of {_MOST_OF_ICON}")
 
 
 def _decode(source: Source) -> tuple[Image.Image, Image.Image | None]:
     """The upright sRGB colours (mode RGB) and the alpha channel (mode L), if any. Raises as Pillow does."""
     with _open(source) as file:
-        limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns between this and twice this
-        if limit is not None and file.width * file.height > limit:
-            raise ValueError(f"{file.width} x {file.height} pixels, more than the limit of {limit}; make it smaller")
+        width, height = file.size
+        is_jpeg = isinstance(file, JpegImageFile)
+        limit = _MOST_OF_JPEG if is_jpeg else Image.MAX_IMAGE_PIXELS  # Pillow only warns between this and twice this
+        if limit is not None and width * height > limit:
+            raise ValueError(f"{width} x {height} pixels, more than the limit of {limit}; make it smaller")
         if max(file.size) > _LARGEST_RATIO * min(file.size):
             raise ValueError(
-                f"{file.width} x {file.height} pixels, one side more than {_LARGEST_RATIO} times the other; crop it"
+                f"{width} x {height} pixels, one side more than {_LARGEST_RATIO} times the other; crop it"
             )
-        image = ImageOps.exif_transpose(file)
-    colour, alpha = _split_alpha(_to_8_bits(image))
-    return _to_srgb(colour, image.info.get("icc_profile")), alpha
+        if is_jpeg and width * height > _HALVED_FROM:
+            file.draft(None, (width // 2, height // 2))
+        ImageOps.exif_transpose(file, in_place=True)
+        colour, alpha = _split_alpha(_to_8_bits(file))
+        return _to_srgb(colour, file.info.get("icc_profile")), alpha
+
+
+def _halves(size: tuple[int, int]) -> tuple[int, int]:
+    return (size[0] + 1) // 2, (size[1] + 1) // 2
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

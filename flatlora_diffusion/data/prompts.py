@@ -92,6 +92,8 @@ def prompts_of(config: TrainConfig, sdxl: Sdxl, samples: Sequence[Sample], folde
     captions = {sample.caption for sample in samples}
     if config.objective.prior_from_base:
         captions.add(str(config.data.class_prompt))
+    if config.data.caption_dropout > 0 and not sdxl.zeroes_no_prompt:
+        captions.add("")
     return _encoded(sdxl, captions, folder if config.data.cache_text_embeddings else None)
 
 

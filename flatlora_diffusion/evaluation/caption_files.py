@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_captions(config: CaptionConfig) -> int:
-    """Write the missing captions, each as soon as it is there; returns how many.
+    """Write the missing captions, each as soon as it is there; returns how many. None that is there is replaced.
 
     Raises ConfigError for a folder without images to caption and for a model that cannot be loaded.
     """
@@ -36,14 +36,15 @@ def write_captions(config: CaptionConfig) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     thresholds = Thresholds(config.tag_threshold, config.character_threshold)
     captioner = load_captioner(config.captioner, config.trigger.strip(), thresholds, device)
-    empty = []
+    empty, written = [], 0
     for path in tqdm(bare, desc="captions"):
         (caption,) = captioner([load_image(path)])
-        if caption:
+        if not caption:
+            empty.append(path.name)
+        elif not own_captions(folder, [path])[path.name]:  # one that somebody has written meanwhile stays
             with writing_into(folder, "folder"):
                 write_text(path.with_suffix(".txt"), caption + "\n")
-        else:
-            empty.append(path.name)
+            written += 1
     if empty:
         logger.warning("no tag of %s is likely enough; it has no caption yet", ", ".join(empty))
-    return len(bare) - len(empty)
+    return written

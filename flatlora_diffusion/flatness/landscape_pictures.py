@@ -9,16 +9,29 @@ from pathlib import Path
 
 from flatlora_diffusion.charts.lines import Chart, Line, surface_chart, titled_chart
 from flatlora_diffusion.charts.palette import Look
-from flatlora_diffusion.config import LandscapeConfig
+from flatlora_diffusion.config import ConfigError, LandscapeConfig
 from flatlora_diffusion.flatness.landscape import Landscape
 from flatlora_diffusion.flatness.loss_surface import axis
 from flatlora_diffusion.flatness.surface_page import can_write, write_surface_page
 
 logger = logging.getLogger(__name__)
 
+RESULT = "flatness.json"  # written before the others
+_FILES = ("flatness.md", "rise.png", "slices.png", "strength.png", "surface.png", "surface.html")
+
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """xs, ys and the half-widths of the ys' intervals, none where there are none."""
 _SURFACE = "Loss around W' along two random directions, the same for all"
+
+
+def check_result_folder(folder: Path, setting: str) -> None:
+    """Raises ConfigError for a folder where a result would replace files that are of no earlier result."""
+    others = [name for name in _FILES if (folder / name).exists()]
+    if others and not (folder / RESULT).is_file():
+        raise ConfigError(
+            f"{setting}={str(folder)!r} holds {', '.join(others)}, but no earlier result with a {RESULT}; "
+            "give another folder"
+        )
 
 
 def write_landscape(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.charts.palette import LOOKS
 from flatlora_diffusion.config import ConfigError, LandscapeConfig
 from flatlora_diffusion.flatness.landscape import Landscape, landscape
-from flatlora_diffusion.flatness.landscape_pictures import write_landscape
+from flatlora_diffusion.flatness.landscape_pictures import RESULT, check_result_folder, write_landscape
 from flatlora_diffusion.flatness.loss_surface import axis
 from flatlora_diffusion.flatness.weight_space import Loss, Weights, loss_at, value
 from flatlora_diffusion.ground.versions import versions
@@ -54,6 +54,7 @@ def peft_flatness(
     """
     config, folder = config or LandscapeConfig(), Path(folder)
     check_writable(folder, "folder")
+    check_result_folder(folder, "folder")
     weights = _check(models)
     parts = _parts(loss)
     figures = [_landscape(name, model, parts, config) for name, model in models.items()]
@@ -67,7 +68,7 @@ def peft_flatness(
         **(facts or {}),
         "figures": [dataclasses.asdict(one) for one in figures],
     }
-    write_json(folder / "flatness.json", result)
+    write_json(folder / RESULT, result)
     looks = [LOOKS[1 + place % (len(LOOKS) - 1)] for place in range(len(figures))]
     write_landscape(folder, config, figures, looks)
     return figures

@@ -26,6 +26,7 @@ from flatlora_diffusion.data.training_set import check_unseen, load_heldout, loa
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
 from flatlora_diffusion.flatness.figures import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
+from flatlora_diffusion.flatness.landscape_pictures import RESULT, check_result_folder
 from flatlora_diffusion.flatness.loss_surface import axis
 from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
 from flatlora_diffusion.flatness.pictures import write_charts
@@ -38,6 +39,7 @@ from flatlora_diffusion.ground.whole_files import check_writable, write_json, wr
 from flatlora_diffusion.lora_files.attached import loaded
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.base_title import base_title
+from flatlora_diffusion.sdxl.loading import base_given_as
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 
@@ -54,6 +56,7 @@ def flatness(config: FlatnessConfig) -> Path:
     """
     runs, folder = read_runs(config.runs), Path(config.output_dir)
     check_writable(folder, "output_dir")
+    check_result_folder(folder, "output_dir")
     first = _where_it_is(runs[0].config, config)
     logger.info("base: %s", base_title(first.model))
     _check_apart(folder, first, config)
@@ -68,7 +71,7 @@ def flatness(config: FlatnessConfig) -> Path:
     figures = [measure_flatness(sdxl.unet, objective, base, model, config, others) for model in models]
     folder.mkdir(parents=True, exist_ok=True)
     facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
-    _write(folder, config, figures, facts)
+    _write(folder, config, first.model, figures, facts)
     return folder
 
 
@@ -141,7 +144,8 @@ def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
         with loaded(sdxl.pipeline, [file]):
             second_lora = lora_deltas(sdxl.unet)
     if given.other_base is not None:
-        other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
+        with base_given_as("other_base"):
+            other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
         shapes = {name: weight.shape for name, weight in sdxl.unet.named_parameters()}
         if {name: weight.shape for name, weight in other.named_parameters()} != shapes:
             raise ConfigError(f"other_base={given.other_base!r} has other layers than the base of the runs")
@@ -179,9 +183,15 @@ def _facts(
     }
 
 
-def _write(folder: Path, config: FlatnessConfig, figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path,
+    config: FlatnessConfig,
+    model: ModelConfig,
+    figures: Sequence[FlatnessFigures],
+    facts: Mapping[str, Any],
+) -> None:
     result = {**facts, "figures": [dataclasses.asdict(one) for one in figures]}
-    write_json(folder / "flatness.json", result)
-    title = base_title(ModelConfig(**facts["base"]))
-    write_text(folder / "flatness.md", f"base: {title}\n\n{markdown_tables(figures, config)}\n")
+    write_json(folder / RESULT, result)
+    base = base_title(ModelConfig(**portable(dataclasses.asdict(model))))
+    write_text(folder / "flatness.md", f"base: {base}\n\n{markdown_tables(figures, config)}\n")
     write_charts(folder, config, figures, facts)

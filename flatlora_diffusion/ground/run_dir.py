@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, settings_that
+from flatlora_diffusion.ground.apart import relation
 from flatlora_diffusion.ground.events import append_event, counting, read_events
 from flatlora_diffusion.ground.saved_settings import altered, opened, portable
 from flatlora_diffusion.ground.whole_files import is_of, remove_half_written, write_json
@@ -69,12 +70,19 @@ class RunDir:
                 f"output_dir={str(self.folder)!r} holds {names}, where a run writes files of its own, but no earlier "
                 "run; give a new folder, such as one inside of it"
             )
+        own = self.folder / f"{self.lora_name(config.get('output_name'))}.safetensors"
         for name in settings_that("stays_open"):
             given = config.get(name)
-            if given and any(Path(given).resolve().is_relative_to(path.resolve()) for path in present):
+            if not given:
+                continue
+            if any(relation(Path(given), path) in ("is", "lies in") for path in present):
                 raise ConfigError(
                     f"{name}={given!r} lies where output_dir has the files of an earlier run, which a new one moves "
                     "aside; give another output_dir"
+                )
+            if relation(Path(given), own) == "is":
+                raise ConfigError(
+                    f"{name}={given!r} is the file that the run would write; give another output_dir or output_name"
                 )
 
     def start(self, config: Mapping[str, Any], manifest: list[dict[str, Any]]) -> None:

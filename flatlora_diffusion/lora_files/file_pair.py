@@ -50,7 +50,7 @@ class FilePair:
 
 def write_pair(pair: FilePair, pipeline: Any) -> None:
     """Write the files. Others of their names get another name first."""
-    make_room(pair.for_others)
+    make_room(pair.for_others, pair.metadata)
     tensors = partial(kohya_stream, pair.plain, pair.layers_per_block, pair.dtype)
     save_kohya(pair.for_others, tensors, pair.metadata)
     if pair.copy is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.ground.model_places import check_lora
 from flatlora_diffusion.lora_files.names import loaded_names
 from flatlora_diffusion.lora_files.place import in_folder
 from flatlora_diffusion.lora_files.reading import ImportedLora, lora_of_base
@@ -18,7 +17,5 @@ def read_lora(pipeline: Any, path: Path) -> ImportedLora:
 
     Raises ConfigError for a file that cannot be read or that adapts nothing of this base.
     """
-    file = in_folder(path)
-    if not file.is_file():
-        raise ConfigError(f"init_lora={str(path)!r} is no LoRA file and no folder that holds {LORA_FILE}")
-    return lora_of_base(checked_file(file), loaded_names(pipeline))
+    check_lora("init_lora", str(path))
+    return lora_of_base(checked_file(in_folder(path)), loaded_names(pipeline))

@@ -44,6 +44,8 @@ OTHER_KINDS = {
     "LoCon with Tucker decomposition": r"\.lora_mid\.",
     "full weights": r"\.diff(_b)?$",
 }
+# Changes of weights and biases, as ComfyUI and LyCORIS save those of norms and biases beside the factors.
+_CHANGE = re.compile(r"\.diff(_b)?$|\.[wb]_norm$")
 _NOT_PORTABLE = ": tools read it in at least four ways that do not agree, so it is not portable"
 
 
@@ -112,8 +114,8 @@ def check_kind(file: CheckedFile, refused: Mapping[str, str]) -> None:
 
 
 def is_small_change(file: CheckedFile, key: str) -> bool:
-    """Whether it is the change of a bias or a norm, which ComfyUI saves beside the factors."""
-    return re.search(OTHER_KINDS["full weights"], key) is not None and len(file.entries[key].shape) < 2
+    """Whether it is the change of a bias or a norm, which ComfyUI and LyCORIS save beside the factors."""
+    return _CHANGE.search(key) is not None and len(file.entries[key].shape) < 2
 
 
 def _check_layers(file: CheckedFile, layers: dict[str, LayerKeys]) -> None:

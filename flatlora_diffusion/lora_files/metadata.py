@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import TINY, TrainConfig
+from flatlora_diffusion.config import TINY, AdapterConfig, TrainConfig
 from flatlora_diffusion.ground.files import Contents, header_bytes
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.whole_files import file_sha256
+from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.sdxl.base_family import Family
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -28,6 +30,7 @@ _STALE = re.compile(
 # Neither an address such as https://... nor a tag such as </b> is one.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
 _LEGACY_START, LEGACY_END = 0x100000, 0x110000
+_DOWN = ".lora_down.weight"
 SDXL_CLIP_SKIP = 2  # others count from the last layer, which is 1; SDXL's own choice is the one before
 MODELSPEC = "1.0.1"
 # What is so of every kohya file that is written here, whatever it was made of.
@@ -55,12 +58,13 @@ class Training:
     predicts_v: bool
     zero_terminal_snr: bool
     average: str = ""  # what it is the average of, for a run with --members
+    folded: str = ""  # what the plain LoRA was made of and misses, for a DoRA and for full fine-tuning
 
 
 def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: datetime) -> dict[str, str]:
     """All keys but those that `with_contents` adds. `config` has its resolution and steps settled."""
     data, optim, objective = config.data, config.optim, config.objective
-    has_text, said = config.adapter.train_text_encoder, comment(config, training.average)
+    has_text, said = config.adapter.train_text_encoder, comment(config, training.average, training.folded)
     title = run.lora_name(config.run.output_name)
     values: dict[str, Any] = {
         "format": "pt",
@@ -113,21 +117,31 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
 
 
 def with_contents(metadata: Mapping[str, str], contents: Contents) -> dict[str, str]:
-    """`metadata` with rank and alpha of the first part, and the hashes of the tensors as a file will hold them.
+    """`metadata` with a rank and its alpha, and the hashes of the tensors as a file will hold them.
+
+    Both are those of most layers of the UNet, or of all where it has none: a tool shows them as the file's.
 
     `sshs_model_hash` is the sha256 of everything behind the header; `sshs_legacy_hash` the first 8 digits of that of
     64 KiB from 1 MiB on, of a file with no other metadata than `ss_*`. `contents` has as many of its first bytes.
     """
     whole = dict(metadata)
-    ranks = [entry["shape"][0] for name, entry in contents.entries.items() if name.endswith(".lora_down.weight")]
-    whole["ss_network_dim"] = str(max(ranks))
-    whole["ss_network_alpha"] = str(next(value for name, value in contents.numbers.items() if name.endswith(".alpha")))
+    whole["ss_network_dim"], whole["ss_network_alpha"] = _rank_and_alpha(contents)
     whole["sshs_model_hash"] = contents.sha256
     own = {name: value for name, value in whole.items() if name.startswith("ss_")}
     legacy = (header_bytes(contents.entries, own) + contents.first)[_LEGACY_START:LEGACY_END]
     whole["sshs_legacy_hash"] = hashlib.sha256(legacy).hexdigest()[:8]
     whole["modelspec.hash_sha256"] = f"0x{whole['sshs_model_hash']}"
     return whole
+
+
+def _rank_and_alpha(contents: Contents) -> tuple[str, str]:
+    names = [name.removesuffix(_DOWN) for name in contents.entries if name.endswith(_DOWN)]
+    of_unet = [name for name in names if name.startswith(f"{KOHYA_PREFIXES['unet']}_")]
+    pairs = Counter(
+        (contents.entries[name + _DOWN]["shape"][0], contents.numbers[f"{name}.alpha"]) for name in of_unet or names
+    )
+    rank, alpha = pairs.most_common(1)[0][0]
+    return str(rank), str(alpha)
 
 
 def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dict[str, str]:
@@ -152,7 +166,7 @@ def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dic
 def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> dict[str, Any]:
     """The JSON beside the kohya file that A1111, Forge and InvokeAI read."""
     return {
-        "description": comment(config, training.average),
+        "description": comment(config, training.average, training.folded),
         "sd version": training.family.sidecar,
         "activation text": training.trigger,
         "preferred weight": 1.0,
@@ -160,8 +174,8 @@ def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> di
     }
 
 
-def comment(config: TrainConfig, average: str = "") -> str:
-    """How it was trained, in a line: the method, sigma and the kind of draw where there are any, and the average."""
+def comment(config: TrainConfig, *more: str) -> str:
+    """How it was trained, in a line: the method, sigma and the kind of draw where there are any, and `more`."""
     perturb = config.perturb
     said = [f"flatlora-diffusion: method {perturb.method}"]
     if perturb.draws_noise:
@@ -170,7 +184,16 @@ def comment(config: TrainConfig, average: str = "") -> str:
         said.append(f"rho {perturb.radius:g}")
     if perturb.perturbs_weights:
         said.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
-    return ", ".join([*said, average] if average else said)
+    return ", ".join(filter(None, [*said, *more]))
+
+
+def folded(adapter: AdapterConfig, missed: float) -> str:
+    """What the file for other tools says of a LoRA that is none in itself: what it was made of, and what it misses."""
+    if not missed:
+        return ""
+    made_of = "full fine-tuning" if adapter.adapter == "full" else "a DoRA"
+    share = f"{100 * missed:.1f}" if missed >= 0.0005 else "less than 0.1"
+    return f"a plain LoRA made of {made_of}, of whose effect it misses {share} %"
 
 
 def is_hub_id(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -12,7 +13,7 @@ from flatlora_diffusion.config import SDXL, TINY, ModelConfig
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.sdxl.original_names import original_path
-from flatlora_diffusion.sdxl.shapes import on_meta
+from flatlora_diffusion.sdxl.shapes import on_meta, own_config
 
 Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
 """How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; those of ComfyUI's models;
@@ -54,7 +55,11 @@ class BaseNames:
 def base_names(base: str | None = None) -> BaseNames:
     """The names of a base: a diffusers folder, `tiny`, or SDXL's own for None and whatever is not on this disk."""
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
-    name = "SDXL" if config.pretrained_model_name_or_path == SDXL else config.pretrained_model_name_or_path
+    name = config.pretrained_model_name_or_path
+    if name == SDXL:
+        name = "SDXL"
+    elif name != TINY and not Path(name).exists() and own_config(config, "unet") is None:
+        name = f"SDXL (of {name} nothing is on this disk)"
     return _names(name, {part: on_meta(config, part) for part in PARTS})
 
 
@@ -89,12 +94,12 @@ def _names(base: str, models: dict[str, Any]) -> BaseNames:
     places: dict[str, Place] = {}
     for part, layers in shapes.items():
         for module in layers:
-            places |= _names_of(part, module, layers_per_block)
+            places |= names_of(part, module, layers_per_block)
     return BaseNames(base, models["unet"], shapes, places, layers_per_block)
 
 
-def _names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
-    """All names of a layer, each with its style."""
+def names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
+    """All names of a layer, or of a norm of the UNet, each with the place that it means."""
     flat = module.replace(".", "_")
     if part != "unet":
         short = module.removeprefix("text_model.")

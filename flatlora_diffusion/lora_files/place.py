@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.ground.model_places import SAFETENSORS
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 
 
@@ -32,7 +33,10 @@ def lora_file(text: str) -> Path:
         raise ConfigError(f"{path} does not exist; give a .safetensors file, or a folder that holds {LORA_FILE}")
     if path.is_dir() and not (path / LORA_FILE).is_file():
         raise ConfigError(f"{path} is a folder without {LORA_FILE}; give a .safetensors file")
-    return in_folder(path)
+    file = in_folder(path)
+    if file.suffix.lower() != SAFETENSORS:
+        raise ConfigError(f"{path} is no .safetensors file; other formats can hold code and are not read")
+    return file
 
 
 def in_folder(path: Path) -> Path:
@@ -61,12 +65,6 @@ def parse_lora(text: str) -> tuple[LoraFile, ...]:
     return files
 
 
-def check_model_file(setting: str, value: str) -> None:
-    """Raises ConfigError for a base that is called as a file and is not there."""
-    if value.lower().endswith(".safetensors") and not Path(value).exists():
-        raise ConfigError(f"{setting}={value!r} does not exist: there is no such file")
-
-
 def _parse_part(part: str) -> LoraFile:
     path, weight = Path(part), 1.0
     weighted = re.fullmatch(r"(.+)@(-?[0-9]*\.?[0-9]+)", part)
@@ -75,6 +73,6 @@ def _parse_part(part: str) -> LoraFile:
     file = in_folder(path)
     if not file.is_file():
         raise ConfigError(f"lora={part!r} is no LoRA file and no folder that holds {LORA_FILE}")
-    if file.suffix != ".safetensors":
+    if file.suffix.lower() != SAFETENSORS:
         raise ConfigError(f"lora={part!r} is no .safetensors file; other formats can hold code and are not read")
     return LoraFile(Path(os.path.abspath(file)), weight)

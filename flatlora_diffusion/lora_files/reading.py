@@ -88,8 +88,8 @@ def lora_of_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
     if lora.unknown:
         count = len(lora.layers)
         whole = count + sum(key.endswith(DOWN_ENDS) for key in lora.unknown)
-        left = listed(lora.unknown)
-        logger.warning("%s: only %d of its %d layers are in this base; left out: %s", file.path, count, whole, left)
+        what = f"only {count} of its {whole} layers are in this base; left out" if whole > count else "left out"
+        logger.warning("%s: %s: %s", file.path, what, listed(lora.unknown))
     return lora
 
 

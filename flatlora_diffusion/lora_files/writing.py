@@ -27,7 +27,7 @@ from flatlora_diffusion.lora_files.metadata import LEGACY_END, with_contents
 
 logger = logging.getLogger(__name__)
 
-_OURS = "flatlora-diffusion"
+_STARTED = "ss_training_started_at"
 
 
 def save_kohya(path: Path, tensors: Callable[[], Iterable[tuple[str, Tensor]]], metadata: Mapping[str, str]) -> None:
@@ -108,9 +108,9 @@ def check_magnitudes(path: Path, expected: Mapping[str, Mapping[str, Tensor]]) -
                 raise RunError(f"{path.name} does not hold the magnitudes of {part}.{module}: the disk is at fault")
 
 
-def make_room(path: Path) -> None:
-    """Give files of the names to be written another name unless this program wrote them."""
-    if _is_ours(path):
+def make_room(path: Path, metadata: Mapping[str, str]) -> None:
+    """Give files of the names to be written another name unless the run that now writes `metadata` wrote them."""
+    if path.exists() and _is_of_run(path, metadata):
         return
     for taken in (path, *(path.with_name(path.stem + ending) for ending in BESIDE_LORA)):
         if taken.exists():
@@ -121,11 +121,10 @@ def make_room(path: Path) -> None:
             logger.warning("%s was there already and is now %s", taken.name, other.name)
 
 
-def _is_ours(path: Path) -> bool:
-    if not path.exists():
-        return False
+def _is_of_run(path: Path, metadata: Mapping[str, str]) -> bool:
+    """A run is known by the moment at which it began."""
     try:
         with safe_open(path, framework="pt") as file:
-            return str((file.metadata() or {}).get("ss_training_comment", "")).startswith(_OURS)
+            return (file.metadata() or {}).get(_STARTED) == metadata[_STARTED]
     except (OSError, SafetensorError):
         return False

@@ -25,12 +25,12 @@ from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import listed
 from flatlora_diffusion.lora_tools.converting import (
     Written,
-    check_free,
     own_dtype,
+    read_for,
     read_lora_file,
     write_lora,
-    written_to,
 )
+from flatlora_diffusion.lora_tools.outputs import check_embeddings_output, check_lora_output, written_to
 from flatlora_diffusion.sdxl.base_family import family_of
 
 
@@ -55,13 +55,16 @@ def average_loras(config: AverageConfig) -> AveragedFile:
     path = Path(config.output)
     files = _files(config)
     weights = normalized(config.weights, len(files))
-    for file in files:
-        check_free([path], config.overwrite, source=file)
+    beside = path.with_name(f"{path.stem}_emb.safetensors")
+    read = [place for file in files for place in (*read_for(file, config.base), *embeddings_beside(file))]
+    check_lora_output(path, config.overwrite, read)
     members = [read_lora_file(str(file), config.base) for file in files]
     names = _names(files)
     _check_same_base(members, names, config.base)
     _check_same_layers(members, names)
     embeddings = _average_embeddings(files, names, weights)
+    if embeddings:
+        check_embeddings_output(beside, config.overwrite, read)
     summed = sum(_rank(member.updates) for member in members)
     if config.rank is not None and config.rank > summed:
         raise ConfigError(
@@ -72,12 +75,10 @@ def average_loras(config: AverageConfig) -> AveragedFile:
     metadata = averaged_metadata(members, names, weights, config.strength, path.stem)
     dtype = config.dtype or own_dtype(members[0])
     written = write_lora(average.updates, members[0].base, path, config.layout, dtype, metadata)
-    beside = None
     if embeddings:
-        beside = path.with_name(f"{path.stem}_emb.safetensors")
         with written_to(beside):
             save_tensors(beside, embeddings)
-    return AveragedFile(written, _rank(average.updates), average.lost, beside)
+    return AveragedFile(written, _rank(average.updates), average.lost, beside if embeddings else None)
 
 
 def average_updates(members: Sequence[Updates], weights: Sequence[float], rank: int | None = None) -> Average:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-
 from flatlora_diffusion.adapter.update import LazyLayers, Update, Updates, update_norms
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
 from flatlora_diffusion.ground.files import contents_of, save_stream
-from flatlora_diffusion.ground.run_dir import RunDir, file_name
+from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir, file_name
 from flatlora_diffusion.lora_files.diffusers_file import peft_stream, version_free
 from flatlora_diffusion.lora_files.keys import is_small_change
 from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
@@ -26,8 +23,10 @@ from flatlora_diffusion.lora_files.place import lora_file
 from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, layers_of
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, checked_file, listed
 from flatlora_diffusion.lora_files.writing import check_updates, save_kohya
+from flatlora_diffusion.lora_tools.outputs import check_lora_output, written_to
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family, family_of
 from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.sdxl.loading import base_path
 
 logger = logging.getLogger(__name__)
 
@@ -124,41 +123,19 @@ def read_lora_file(path: str, base: str | None) -> ImportedLora:
     return lora
 
 
+def read_for(source: Path, base: str | None) -> list[Path]:
+    """What may be read for a LoRA file: itself, the file beside it that knows a lost alpha, and the base."""
+    return [source, source.with_name(LORA_FILE), *([] if base is None else [Path(base_path(base))])]
+
+
 def own_dtype(lora: ImportedLora) -> SaveDtype:
     """The precision of the file's first layer, fp16 for those that we do not write."""
     return _OWN_DTYPES.get(lora.layers[0].dtype, "fp16")
 
 
-def check_free(paths: Iterable[Path], overwrite: bool, is_folder: bool = False, source: Path | None = None) -> None:
-    """Raises ConfigError for an output of another kind than is written, and for one that is there unless it may go.
-
-    `source` is the file that is read, which must stay.
-    """
-    for path in paths:
-        if is_folder and path.is_file():
-            raise ConfigError(f"{path} is a file; give a folder as --output")
-        if not is_folder and path.is_dir():
-            raise ConfigError(f"{path} is a folder; give a .safetensors file as --output")
-        if not is_folder and path.suffix != ".safetensors":
-            raise ConfigError(f"{path} does not end in .safetensors; give a .safetensors file as --output")
-        if path.exists() and not overwrite:
-            raise ConfigError(f"{path} is there already; give another --output, or --overwrite to replace it")
-        if source is not None and path.resolve() == source.resolve():
-            raise ConfigError(f"{path} would replace the file that is read; give another --output")
-
-
-@contextmanager
-def written_to(path: Path) -> Iterator[None]:
-    """Raises ConfigError for what the system has against writing `path`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be written: {reason}; give another --output") from error
-
-
 def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfig | ImportConfig) -> list[Written]:
-    check_free(paths.values(), config.overwrite, source=source)
+    for path in paths.values():
+        check_lora_output(path, config.overwrite, read_for(source, config.base))
     lora = read_lora_file(str(source), config.base)
     given = config.name if isinstance(config, ExportConfig) else None
     name = given or lora.file.metadata.get("ss_output_name")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from flatlora_diffusion.adapter.update import PARTS
 from flatlora_diffusion.config import TEXT_PARTS
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
+from flatlora_diffusion.lora_files.safe_reading import shown
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 
 _PREFIXES = ("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")
@@ -42,8 +43,11 @@ def _of_kohya(lora: ImportedLora, keys: Sequence[str]) -> list[FileLayer]:
     has_both = all(
         any(block in key for key in keys for block in blocks) for blocks in (_OWN_BLOCKS, _DIFFUSERS_BLOCKS)
     )
-    left = [key for key in keys if not (has_both and any(block in key for block in _OWN_BLOCKS))]
+    left = {key for key in keys if not (has_both and any(block in key for block in _OWN_BLOCKS))}
     stems = {key.removesuffix(".lora_down.weight") for key in left if key.endswith(".lora_down.weight")}
+    halves = [stem for stem in stems if f"{stem}.lora_up.weight" not in left]
+    if halves:
+        raise _NotLoadedError(f"{_REFUSES}: of {shown(min(halves))} it has only one of the two factors")
     ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
     strange = [key for key in left if not any(key.removesuffix(end) in stems for end in ends if key.endswith(end))]
     if strange:

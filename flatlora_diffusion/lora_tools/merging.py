@@ -18,9 +18,15 @@ from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, Run
 from flatlora_diffusion.lora_files.attached import embeddings_beside
 from flatlora_diffusion.lora_files.names import shared_layers
 from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
-from flatlora_diffusion.lora_tools.converting import check_free, read_lora_file, written_to
+from flatlora_diffusion.lora_tools.converting import read_lora_file
+from flatlora_diffusion.lora_tools.outputs import (
+    check_checkpoint_output,
+    check_model_output,
+    replace_folder,
+    written_to,
+)
 from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
+from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
 from flatlora_diffusion.sdxl.single_file import PREFIXES, save_single_file
 
 logger = logging.getLogger(__name__)
@@ -35,14 +41,14 @@ class _Weighted(NamedTuple):
 
 def merge_loras(config: MergeConfig) -> Path:
     """Write the merged model and return its path. Raises ConfigError for wrong input, RunError for an overflow."""
-    output = Path(config.output)
-    _check(config, output)
-    files = [file for text in config.lora for file in parse_lora(text)]
+    output, files = Path(config.output), [file for text in config.lora for file in parse_lora(text)]
+    _check(config, output, files)
     dtypes = stored_dtypes(base_path(config.base))
     if config.dtype is not None:
         dtypes = dict.fromkeys(dtypes, DTYPES[config.dtype])
     model = ModelConfig(pretrained_model_name_or_path=config.base, single_file_config=config.single_file_config)
-    pipeline: Any = load_pipeline(model, torch.device("cpu"), widest(dtypes))
+    with base_given_as("base"):
+        pipeline: Any = load_pipeline(model, torch.device("cpu"), widest(dtypes))
     merge_into(pipeline, files, config.single_file_config or config.base, dtypes)
     for part, dtype in dtypes.items():
         getattr(pipeline, part).to(dtype)
@@ -113,18 +119,16 @@ def _dtypes(file: Path) -> dict[str, torch.dtype]:
         return {}
 
 
-def _check(config: MergeConfig, output: Path) -> None:
+def _check(config: MergeConfig, output: Path, files: Sequence[LoraFile]) -> None:
     for name in ("base", "lora", "output"):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing; see `merge --help`")
     if config.single_file != (output.suffix == ".safetensors"):
         kind = "a .safetensors file" if config.single_file else "a folder (or give --single_file)"
         raise ConfigError(f"output={config.output!r} must be {kind}")
-    check_free([output], config.overwrite, is_folder=not config.single_file)
-    if output.exists() and output.resolve() == Path(base_path(config.base)).resolve():
-        raise ConfigError(f"{output} is the base itself; give another --output")
-    if output.is_dir() and not (output / "model_index.json").is_file():
-        raise ConfigError(f"{output} is a folder that holds no model; --overwrite replaces only models")
+    check = check_checkpoint_output if config.single_file else check_model_output
+    places = [base_path(config.base), *filter(None, [config.single_file_config])]
+    check(output, config.overwrite, [*map(Path, places), *(file.path for file in files)])
 
 
 def _save_folder(pipeline: Any, output: Path) -> Path:
@@ -132,9 +136,7 @@ def _save_folder(pipeline: Any, output: Path) -> Path:
     aside = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         pipeline.save_pretrained(aside)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(aside, output)
+        replace_folder(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return output

@@ -11,7 +11,7 @@ from flatlora_diffusion.adapter.update import norm
 from flatlora_diffusion.config import InspectConfig
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
-from flatlora_diffusion.lora_files.safe_reading import shown
+from flatlora_diffusion.lora_files.safe_reading import listed, shown
 from flatlora_diffusion.lora_tools.converting import read_lora_file
 from flatlora_diffusion.lora_tools.tool_support import tool_support
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
@@ -26,6 +26,7 @@ _STYLES = {
     "processor": "the oldest of diffusers (processor.to_q_lora)",
 }
 _MOST_TAGS = 5
+_MOST_KEYS = 20  # in the text; JSON has all
 
 
 def inspect_lora(config: InspectConfig) -> str:
@@ -144,4 +145,4 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown_lines(keys: Sequence[str]) -> list[str]:
-    return ["", f"{len(keys)} keys of no layer: {', '.join(keys)}"] if keys else []
+    return ["", f"{len(keys)} keys of no layer: {listed(keys, _MOST_KEYS)}"] if keys else []

@@ -18,15 +18,16 @@ from flatlora_diffusion.lora_files.place import lora_file
 from flatlora_diffusion.lora_files.safe_reading import listed
 from flatlora_diffusion.lora_tools.converting import (
     Written,
-    check_free,
     output_file,
     own_dtype,
+    read_for,
     read_lora_file,
     write_lora,
 )
 from flatlora_diffusion.lora_tools.merging import stored_dtypes, widest
+from flatlora_diffusion.lora_tools.outputs import check_lora_output
 from flatlora_diffusion.sdxl.base_family import family_of
-from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
+from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def resize_lora(config: ResizeConfig) -> Reduced:
     """Write the best LoRA with at most this rank in each layer, in the layout of the old one."""
     source = lora_file(config.file)
     path = output_file(config.output, source, f"{source.stem}_rank{config.rank}.safetensors")
-    check_free([path], config.overwrite, source=source)
+    check_lora_output(path, config.overwrite, read_for(source, config.base))
     lora = read_lora_file(str(source), config.base)
     missed, whole = 0.0, 0.0
     resized: dict[str, dict[str, Update]] = {}
@@ -64,8 +65,9 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     for name in ("base", "tuned"):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing; see `extract --help`")
-    check_free([path], config.overwrite)
-    base, tuned = (_loaded(name, config) for name in (config.base, config.tuned))
+    places = [base_path(config.base), base_path(config.tuned), *filter(None, [config.single_file_config])]
+    check_lora_output(path, config.overwrite, map(Path, places))
+    base, tuned = _loaded("base", config), _loaded("tuned", config)
     missed, whole = 0.0, 0.0
     extracted: dict[str, dict[str, Update]] = {}
     for part in PARTS:
@@ -91,12 +93,14 @@ def extract_lora(config: ExtractConfig) -> Reduced:
     )
 
 
-def _loaded(name: str, config: ExtractConfig) -> Any:
+def _loaded(setting: str, config: ExtractConfig) -> Any:
+    name = getattr(config, setting)
     files = [model for model in (config.base, config.tuned) if model.lower().endswith(".safetensors")]
     # Where neither is a file, loading says so.
     folder = config.single_file_config if name in files or not files else None
     model = ModelConfig(pretrained_model_name_or_path=name, single_file_config=folder)
-    return load_pipeline(model, torch.device("cpu"), widest(stored_dtypes(base_path(name))))
+    with base_given_as(setting):
+        return load_pipeline(model, torch.device("cpu"), widest(stored_dtypes(base_path(name))))
 
 
 def _check_same(before: dict[str, Any], after: dict[str, Any], part: str, config: ExtractConfig) -> None:

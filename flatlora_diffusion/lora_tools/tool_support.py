@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+from torch import nn
+
 from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
+from flatlora_diffusion.lora_files.names import BaseNames, Place, names_of
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import shown
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
@@ -20,6 +23,9 @@ from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
 _MIXED = "it refuses a mixture of SDXL's own and diffusers' block names"
 _OUTSIDE = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
 _MOST_UNMATCHED = 12  # tensors; with more Forge takes the file for one of another model
+_INVOKEAI_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_")
+_INVOKEAI_DROPS = "bundle_emb"  # the embeddings of new tokens
+_SDXL_BLOCKS = re.compile(r"lora_unet_((input|output)_blocks|middle_block|time_embed|label_emb|out)_\d")
 
 
 class Support(NamedTuple):
@@ -60,7 +66,9 @@ def _comfyui(lora: ImportedLora) -> tuple[int, str]:
 def _forge(lora: ImportedLora) -> tuple[int, str]:
     known = [layer for layer in lora.layers if _forge_knows(layer)]
     others = [layer for layer in lora.layers if layer not in known]
-    unmatched = len(_strangers(lora)) + sum(2 + (layer.alpha is not None) for layer in others)
+    names = _forge_names(lora.base)
+    strangers = [key for key in lora.unknown if not _is_change_of(key, names)]
+    unmatched = len(strangers) + sum(2 + (layer.alpha is not None) for layer in others)
     if unmatched > _MOST_UNMATCHED:
         return 0, f"it refuses the file: {unmatched} tensors have names that it does not know"
     return len(known), _family_note(lora)
@@ -85,12 +93,17 @@ def _a1111(lora: ImportedLora) -> tuple[int, str]:
 
 
 def _invokeai(lora: ImportedLora) -> tuple[int, str]:
-    if not all(layer.name.startswith("lora_") for layer in lora.layers):
+    ends = defaultdict(set)
+    for key in lora.file.entries:
+        if not key.startswith(_INVOKEAI_DROPS):
+            name, _, end = key.partition(".")
+            ends[name].add(end)
+    if not all(name.startswith(_INVOKEAI_PREFIXES) for name in ends):
         return 0, "it refuses names that do not begin as kohya's"
-    if not all(_has_kohya_end(layer) for layer in lora.layers) or _strangers(lora):
-        return 0, "it refuses the file: it has tensors whose names end in a way that it does not know"
-    if len({layer.place.style for layer in lora.layers if layer.place.part == "unet"}) > 1:
+    if len({_SDXL_BLOCKS.match(name) is None for name in ends if name.startswith("lora_unet_")}) > 1:
         return 0, _MIXED
+    if not all(map(_invokeai_reads, ends.values())):
+        return 0, "it refuses the file: it has tensors whose names end in a way that it does not know"
     if not any(_invokeai_sees_sdxl(layer) for layer in lora.layers):
         return 0, "it cannot tell that this is for SDXL: there is no cross attention"
     return _count(lora, _is_kohya), ""
@@ -157,11 +170,6 @@ def _count(lora: ImportedLora, is_read: Callable[[FileLayer], bool]) -> int:
     return sum(map(is_read, lora.layers))
 
 
-def _strangers(lora: ImportedLora) -> Sequence[str]:
-    """The keys of no layer, without the changes of biases and norms, which have names of their own."""
-    return [key for key in lora.unknown if not key.endswith((".diff", ".diff_b"))]
-
-
 def _is_kohya(layer: FileLayer) -> bool:
     """Whether readers of kohya's layout know the name, which ends as theirs and has text encoders' `text_model`."""
     return layer.name.startswith("lora_") and _has_kohya_end(layer) and (layer.place.part == "unet" or _is_full(layer))
@@ -181,26 +189,53 @@ def _is_in_block(layer: FileLayer) -> bool:
 
 
 def _comfyui_knows(layer: FileLayer) -> bool:
+    return _is_in_comfyui_map(layer.name, layer.place)
+
+
+def _is_in_comfyui_map(name: str, place: Place) -> bool:
     """Its map has attention of the UNet as `processor.to_q` only, other layers also by their plain paths."""
-    part, module, style = layer.place
-    if style == "comfyui" or layer.name == "lora_te2_text_projection":
+    part, module, style = place
+    if style == "comfyui" or name == "lora_te2_text_projection":
         return True
     if part != "unet":
-        return _is_full(layer) and (layer.name.startswith("lora_") or layer.name == f"{part}.{module}")
+        return "text_model" in name and (name.startswith("lora_") or name == f"{part}.{module}")
     if style in ("kohya-sgm", "kohya-diffusers", "lycoris"):
         return True
-    return layer.name.removeprefix("unet.") == module.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
+    return name.removeprefix("unet.") == module.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
 
 
 def _forge_knows(layer: FileLayer) -> bool:
     """As ComfyUI once did, before it knew some of these names."""
-    is_new = layer.place.style == "lycoris" or layer.name.startswith("text_encoders.")
-    return _comfyui_knows(layer) and not is_new and layer.end != ".lora_A.default.weight"
+    return (
+        _comfyui_knows(layer) and not layer.name.startswith("text_encoders.") and layer.end != ".lora_A.default.weight"
+    )
+
+
+def _forge_names(base: BaseNames) -> set[str]:
+    """The names by which it finds changes of weights and biases: those of layers, and of the UNet's norms too."""
+    places = dict(base.places)
+    for module, layer in base.unet.named_modules():
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            places |= names_of("unet", module, base.layers_per_block)
+    return {name for name, place in places.items() if _is_in_comfyui_map(name, place)}
+
+
+def _is_change_of(key: str, names: Collection[str]) -> bool:
+    """Whether the key is the change of a weight or a bias, as ComfyUI and LyCORIS call them, of one of `names`."""
+    name, _, end = key.rpartition(".")
+    return end in ("diff", "diff_b", "w_norm", "b_norm") and name in names
+
+
+def _invokeai_reads(ends: Collection[str]) -> bool:
+    """Whether a layer's tensors are of a kind that it knows."""
+    if "lora_up.weight" in ends:
+        return "lora_down.weight" in ends
+    return "diff" in ends or "w_norm" in ends
 
 
 def _invokeai_sees_sdxl(layer: FileLayer) -> bool:
-    """It looks for cross attention or a third block of a transformer."""
-    return re.search(r"attn2\.to_[kv]$|transformer_blocks\.([2-9]|1\d)\.", layer.place.module) is not None
+    """It looks for cross attention, a third block of a transformer, or a time projection in diffusers' names."""
+    return re.search(r"_attn2_to_[kv]$|_time_emb_proj$|_transformer_blocks_([2-9]|1\d)_", layer.name) is not None
 
 
 def _family_note(lora: ImportedLora) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
     predictions = images * (2 if config.objective.prior_from_base else 1)  # the base's own leave nothing behind
     trained = Trained(base, config.adapter, _new_tokens(config))
-    passes = rehearse_step(trained, dtype, of_base, predictions, resolution, optim.gradient_checkpointing)
+    rehearse = partial(rehearse_step, trained, dtype, of_base, predictions, resolution, optim.gradient_checkpointing)
+    passes = rehearse()
     # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
     its_dtype = _vae_dtype(base, of_base)
@@ -104,7 +106,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         ema=lora if optim.use_ema else 0,
         activations=passes.saved,
         temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
-        perturbation=bytes_of_method(passes, dtype.itemsize, config, predictions),
+        perturbation=bytes_of_method(rehearse, dtype.itemsize, config, predictions),
         context=CONTEXT_BYTES,
     )
     loaded = step.context + step.unet + text_encoders + vae + lora

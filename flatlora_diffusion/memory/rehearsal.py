@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,15 @@ from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
 from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig
 from flatlora_diffusion.memory.allocation import AsOnGpu, LiveBytes
+from flatlora_diffusion.method.rivals.bi_lora import BiLora
+from flatlora_diffusion.method.rivals.slopes import SlopeReader
 from flatlora_diffusion.sdxl.denoiser import Denoiser
 from flatlora_diffusion.sdxl.loading import one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
 from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
+
+Taking = Literal["plain", "slopes", "bi-lora"]
+"""How gradients are taken: of the LoRA alone, of W too, or beside Bi-LoRA's second LoRA."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Passes:
-    """What one forward and backward are made on, and the bytes that they hold, with their batch, beside weights and
-    gradients.
+    """What the passes of a step are made on, and the bytes that they hold, with their batch, beside weights and the
+    LoRA's gradients.
 
     trained, adapted: shapes of the trained tensors, and of the frozen weights that carry a LoRA. linear: (rows,
     inputs) of the UNet's frozen Linear layers; other: its weights in other layers. saved: bytes when forward has
@@ -62,12 +68,20 @@ class VaePasses:
 
 
 @lru_cache(maxsize=64)
-def rehearse_step(
-    trained: Trained, dtype: torch.dtype, of_base: torch.dtype, images: int, resolution: int, checkpointing: bool
+def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
+    trained: Trained,
+    dtype: torch.dtype,
+    of_base: torch.dtype,
+    images: int,
+    resolution: int,
+    checkpointing: bool,
+    taking: Taking = "plain",
+    micro_batches: int = 1,
 ) -> Passes:
-    """Forward and backward in `dtype` of `images` square images of `resolution` pixels.
+    """Forward and backward in `dtype` of `micro_batches` of `images` square images of `resolution` pixels.
 
-    The base's weights are in `of_base`, the LoRA's in fp32.
+    The base's weights are in `of_base`, the LoRA's in fp32. With `taking` the bytes are also those of slopes and of a
+    second LoRA with its gradients.
 
     Raises ConfigError when the LoRA's settings name no layer.
     """
@@ -82,9 +96,8 @@ def rehearse_step(
     known = [*model.parameters(), *model.buffers(), *inputs, *gradients]
     batch = sum(tensor.nbytes for tensor in inputs)
     with AsOnGpu(dtype), LiveBytes(known) as bytes_held:
-        loss = (model(*inputs).float() - inputs[0]).square().mean()
-        saved = bytes_held.live
-        loss.backward()
+        micro_batch = _MicroBatch(model, inputs, bytes_held)
+        _take(taking, model, [micro_batch] * micro_batches)
     frozen = {id(layer.weight): layer.weight for layer in model.unet.modules() if _is_frozen_linear(layer)}
     others = [one for one in model.unet.parameters() if not one.requires_grad and id(one) not in frozen]
     return Passes(
@@ -92,7 +105,7 @@ def rehearse_step(
         adapted=tuple(layer.get_base_layer().weight.shape for layer in lora_layers(model).values()),
         linear=tuple((weight.shape[0], weight.shape[1]) for weight in frozen.values()),
         other=sum(one.numel() for one in others),
-        saved=batch + saved,
+        saved=batch + micro_batch.saved,
         peak=batch + bytes_held.peak,
     )
 
@@ -146,6 +159,34 @@ def _trained_model(trained: Trained) -> Any:
             rows = torch.empty(trained.new_tokens, table.embedding_dim, device="meta")
             encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
     return Denoiser(unet, list(encoders.values()), model.clip_skip).train()
+
+
+class _MicroBatch:
+    """A batch of `inputs`, as methods take it; `saved` is what was held when its forward had ended."""
+
+    slot = saved = 0
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], held: LiveBytes) -> None:
+        self._model, self._inputs, self._held = model, inputs, held
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        loss: Tensor = (self._model(*self._inputs).float() - self._inputs[0]).square().mean()
+        self.saved = self._held.live
+        loss.backward()
+        return loss.detach()
+
+
+def _take(taking: Taking, model: nn.Module, micro_batches: Sequence[_MicroBatch]) -> None:
+    if taking == "bi-lora":
+        second = BiLora({"": model}, rho=1.0, seed=0)
+        second.take(0, micro_batches)
+        second.detach()
+        return
+    reader = SlopeReader([model] if taking == "slopes" else [])
+    with reader.reading():
+        for one in micro_batches:
+            one.backward()
+    reader.detach()
 
 
 class _Conditioned(nn.Module):

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, low_rank_path
+from flatlora_diffusion.method.noise import layer_at
 
 Pair = tuple[Tensor, Tensor]  # V^T (B, k, n) and U^T (B, k, m), the latter times row_std / sqrt(k), in bf16
 
@@ -62,14 +63,14 @@ class ExampleDraw(Draw):
         return down[:examples], up[:examples]
 
     def _draw(self, examples: int) -> None:
-        for some in self._stds:
+        for group, some in enumerate(self._stds):
             device = some.stds.device
             stds = some.stds * (self._sigma / math.sqrt(DRAW_RANK))
             columns = [layer.inputs for layer in some.layers] + some.rows
             drawn = torch.empty(examples, DRAW_RANK, sum(columns), device=device)
             for example, numbers in enumerate(drawn):
                 rng = torch.Generator(device=device)
-                rng.manual_seed(self._key.derive("low-rank perturbation", f"example {example}"))
+                rng.manual_seed(self._key.derive(*low_rank_path(group, f"example {example}")))
                 numbers.normal_(generator=rng)
             drawn[..., -len(stds) :].mul_(stds)
             pieces = drawn.bfloat16().split(columns, dim=2)  # the same eps whatever a layer computes in
@@ -81,8 +82,7 @@ def _product(layer: AdaptedLayer, x: Tensor, down: Tensor, up: Tensor) -> Tensor
     """eps_b x_b of all examples b."""
     if layer.convolution is None:
         return (x.reshape(len(x), -1, layer.inputs) @ down.mT @ up).view(*x.shape[:-1], -1)
-    kernels = down.reshape(-1, *layer.shape[1:])  # those of one example are a group
-    geometry = layer.convolution
+    grouped = replace(layer.convolution, groups=len(x))  # the kernels of one example are a group
     images = x.reshape(1, -1, *x.shape[2:])
-    hidden = F.conv2d(images, kernels, None, geometry.stride, geometry.padding, groups=len(x))
+    hidden = layer_at(images, lambda: down.reshape(-1, *layer.shape[1:]), grouped)
     return (up.mT @ hidden.reshape(len(x), DRAW_RANK, -1)).view(len(x), -1, *hidden.shape[-2:])

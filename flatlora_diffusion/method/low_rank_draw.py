@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.filter_norms import RowStds
-from flatlora_diffusion.method.noise import compute_dtype
+from flatlora_diffusion.method.noise import Convolution, compute_dtype, layer_at
 
 DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by default take 11.6 MB
 
@@ -38,8 +38,16 @@ DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by
 Pair = tuple[Tensor, Tensor]  # V^T (k, n) and U'^T (k, m)
 
 
+def low_rank_path(group: int, *path: str) -> tuple[str, ...]:
+    """The purpose of a low-rank draw, as a key takes it, for the layers of the `group`-th device.
+
+    The first device has the key that all layers have where there is only one device.
+    """
+    return ("low-rank perturbation", *path, *((f"device {group}",) if group else ()))
+
+
 class LowRankDraw(Draw):
-    """The layers' order and sizes belong to the key: a model with another layer has other draws in all."""
+    """The layers' order, sizes and devices belong to the key: a model with another layer has other draws in all."""
 
     acts_in_branch = True
     is_joint = True
@@ -49,10 +57,9 @@ class LowRankDraw(Draw):
     ) -> None:
         self._layers = layers
         self._drawn: list[tuple[RowStds, Pair]] = []
-        seed = key.derive("low-rank perturbation")
-        for some in stds:
+        for group, some in enumerate(stds):
             rng = torch.Generator(device=some.stds.device)
-            rng.manual_seed(seed)
+            rng.manual_seed(key.derive(*low_rank_path(group)))
             ups = _normal(sum(some.rows), rng).mul_(some.stds * (sigma / math.sqrt(DRAW_RANK)))
             downs = _normal(sum(layer.inputs for layer in some.layers), rng)
             self._drawn.append((some, (downs.bfloat16(), ups.bfloat16())))  # so that eps is the same in all dtypes
@@ -79,7 +86,10 @@ class LowRankDraw(Draw):
 
     def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         down, up = self._pair(layer.name, x.dtype)
-        return layer.product(down, up.mT, x)
+        if layer.convolution is None:
+            return layer.product(down, up.mT, x)
+        hidden = layer_at(x, lambda: down.view(-1, *layer.shape[1:]), layer.convolution)
+        return layer_at(hidden, lambda: up.mT[:, :, None, None], Convolution())
 
     def _pair(self, name: str, dtype: torch.dtype) -> Pair:
         """The factors of layer `name`; what is compiled casts them by itself."""

@@ -5,7 +5,9 @@ Nothing here knows LoRA, schedules or models: weights, standard deviations and s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,21 +21,24 @@ from flatlora_diffusion.method.philox.numbers import perturbed_by_place, scaled
 
 @dataclass(frozen=True)
 class Convolution:
-    """Geometry of a Conv2d without groups, each (height, width)."""
+    """Geometry of a Conv2d, each (height, width); adapted ones have a single group."""
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    groups: int = 1
 
 
 def applied(x: Tensor, weight: Tensor, bias: Tensor | None = None, convolution: Convolution | None = None) -> Tensor:
     """What a layer with this weight gives for x."""
     if convolution is None:
         return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
 
 
 def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of autocast on `device`, or `otherwise` without autocast."""
+    """The dtype of autocast on `device`, or `otherwise` without autocast, which meta tensors do not have."""
+    if device.type == "meta":
+        return otherwise
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
@@ -64,39 +69,47 @@ def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
 def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
     """The layer's output at W + eps, or at eps alone when `weight` is None (the additive form).
 
-    x: (..., n), or (B, n, H, W) with or without B, in `spec.dtype`. Differentiable once in x and bias. Saves the (m,)
+    x: (..., n), or (B, n, H, W) with or without B, in `spec.dtype`. Differentiable once in x and bias. Keeps the (m,)
     `row_std` and no buffer of the weight's size: eps is drawn again in backward.
     """
-    return _PerturbedLayer.apply(x, bias, weight, row_std, spec)
+    return layer_at(x, partial(_effective_weight, weight, row_std, spec), spec.convolution, bias)
+
+
+def layer_at(
+    x: Tensor, weight: Callable[[], Tensor], convolution: Convolution | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The layer's output with the constant weight that `weight()` makes, in the dtype of x, each time it is asked.
+
+    It is asked in forward and again in backward; neither x nor the weight is kept. Differentiable once in x and bias.
+    """
+    return _PerturbedLayer.apply(x, bias, weight, convolution)
 
 
 class _PerturbedLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[], Tensor], convolution: Convolution | None
     ) -> Tensor:
-        ctx.save_for_backward(row_std)
-        ctx.weight, ctx.spec, ctx.x_shape = weight, spec, x.shape  # the frozen parameter itself, not a copy
-        return applied(x, _effective_weight(weight, row_std, spec), bias, spec.convolution)
+        ctx.weight, ctx.convolution, ctx.x_shape = weight, convolution, x.shape
+        return applied(x, weight(), bias, convolution)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (row_std,) = ctx.saved_tensors
-        geometry = ctx.spec.convolution
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        geometry = ctx.convolution
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            effective = _effective_weight(ctx.weight, row_std, ctx.spec)
+            weight = ctx.weight()
             if geometry is None:
-                grad_x = grad @ effective
+                grad_x = grad @ weight
             else:
                 size, batch = (_batched(shape) for shape in (ctx.x_shape, grad.shape))
-                grad_x = conv2d_input(size, effective, grad.reshape(batch), geometry.stride, geometry.padding)
-                grad_x = grad_x.view(ctx.x_shape)
+                settings = geometry.stride, geometry.padding, 1, geometry.groups
+                grad_x = conv2d_input(size, weight, grad.reshape(batch), *settings).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             filters_last = grad if geometry is None else grad.movedim(-3, -1)
             grad_bias = filters_last.reshape(-1, filters_last.shape[-1]).sum(dim=0)
-        return grad_x, grad_bias, None, None, None
+        return grad_x, grad_bias, None, None
 
 
 def _batched(shape: torch.Size) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class FlatLora:
             to 0 by a cosine).
         total_steps: optimizer steps after which a ramp has reached its end.
         seed: eps is a function of (seed, prefix, layer name, step, slot), of low-rank draws in place of the name of
-            all layers' order and sizes, and of nothing else; with `per_example` of the example too.
+            all layers' order, sizes and devices, and of nothing else; with `per_example` of the example too.
         noise: `filter` is Eq. 7; `iid` gives every row of a layer the same std, at equal expected energy.
         prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
         draw: `low_rank` has the mean and covariance of Eq. 7, 0 between any two entries, but its entries are not

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, Quantization
 from flatlora_diffusion.ground.hub_reach import fault_of, hub_is_reachable, lacks_files, unreachable
+from flatlora_diffusion.ground.model_places import check_models, is_single_file
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE, sized
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 from flatlora_diffusion.sdxl.shapes import base_path
+from flatlora_diffusion.sdxl.single_file import PREFIXES
 from flatlora_diffusion.sdxl.variants import (
     Header,
     Variant,
@@ -42,8 +44,7 @@ logger = logging.getLogger(__name__)
 
 TILE = 1024  # pixels
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_SETTING = "pretrained_model_name_or_path"
 _LOAD_ERRORS = (OSError, ValueError, SafetensorError)
 _BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # where diffusers lets it load
 
@@ -73,20 +74,20 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     Raises ConfigError when there is no SDXL model, or when a setting does not fit the model, device or packages.
     """
     path = base_path(config.pretrained_model_name_or_path)
-    is_single_file = _is_single_file(path)
-    variant = variant_of(path, _checked_source(path, is_single_file, config))
+    is_file = is_single_file(path)
+    variant = variant_of(path, _checked_source(path, config))
     quantization = None if config.quantize_base is None else _quantization(config.quantize_base, device, dtype)
     parts = {}
     if config.pretrained_vae_model_name_or_path is not None:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, dtype)
     is_offline = _needs_hub(path, config) and not hub_is_reachable()  # then only what was downloaded before is used
     try:
-        if is_single_file:
+        if is_file:
             pipeline = _from_single_file(path, config, dtype, parts, is_offline)
         else:
             pipeline = _from_folder(path, config, dtype, quantization, parts, is_offline)
     except _LOAD_ERRORS as error:
-        why = _why(path, error, is_single_file, config)
+        why = _why(path, error, is_file, config)
         raise ConfigError(f"{_named(config)} is no SDXL base that can be loaded: {why}") from error
     except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
         raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
@@ -105,39 +106,39 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     return pipeline
 
 
+@contextmanager
+def base_given_as(setting: str) -> Iterator[None]:
+    """Errors name the base by `setting`, where another one than --pretrained_model_name_or_path says it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(_SETTING, setting)) from error
+
+
 def check_source(config: ModelConfig) -> None:
-    """Raises ConfigError for what is no base, as far as its place and header tell; nothing is loaded."""
+    """Raises ConfigError for what is no base or VAE, as far as places and headers tell; nothing is loaded."""
     path = base_path(config.pretrained_model_name_or_path)
-    _checked_source(path, _is_single_file(path), config)
+    _checked_source(path, config)
+    vae = config.pretrained_vae_model_name_or_path
+    for folder in (*(Path(path, part) for part in PREFIXES), *([] if vae is None else [Path(vae)])):
+        for file in sorted(folder.glob("*.safetensors")):
+            _header(file, str(file))
 
 
-def _is_single_file(path: str) -> bool:
-    return Path(path).is_file() or path.lower().endswith((".safetensors", *_PICKLES))
-
-
-def _checked_source(path: str, is_single_file: bool, config: ModelConfig) -> Header:
+def _checked_source(path: str, config: ModelConfig) -> Header:
     """A single file's header, else none. Refuses, before anything is loaded, what is no base or does not fit."""
-    what, file = _named(config), Path(path)
-    if is_single_file:
-        return _checked_file(file, config)
+    check_models(config)
+    if is_single_file(path):
+        return _checked_file(Path(path), config)
     if config.single_file_config is not None:
-        raise ConfigError(f"--single_file_config is for a single .safetensors file, but {what} is none; leave it")
-    if file.is_dir() and not (file / "model_index.json").is_file():
         raise ConfigError(
-            f"{what} is a folder without model_index.json; give a folder saved by diffusers, a hub id or a "
-            "single .safetensors file"
+            f"--single_file_config is for a single .safetensors file, but {_named(config)} is none; leave it"
         )
-    if not file.is_dir() and not _HUB_ID.fullmatch(path):
-        raise ConfigError(f"{what} does not exist: there is no such folder, and it cannot be a hub id")
     return Header()
 
 
 def _checked_file(file: Path, config: ModelConfig) -> Header:
     what = _named(config)
-    if file.suffix.lower() != ".safetensors":
-        raise ConfigError(f"{what}: only .safetensors files are read, since other formats can run code when opened")
-    if not file.is_file():
-        raise ConfigError(f"{what} does not exist: there is no such file")
     if config.revision is not None or config.variant is not None:
         raise ConfigError(f"--revision and --variant are for hub ids and folders, but {what} is a file; leave them")
     if config.quantize_base is not None:
@@ -151,12 +152,16 @@ def _checked_file(file: Path, config: ModelConfig) -> Header:
             f"single_file_config={config.single_file_config!r} must be a folder saved by diffusers, with "
             "model_index.json"
         )
-    try:
-        header = read_header(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{what} is damaged or no safetensors file: {_first_line(error)}") from error
+    header = _header(file, what)
     check_whole(header, what, has_vae=config.pretrained_vae_model_name_or_path is not None)
     return header
+
+
+def _header(file: Path, what: str) -> Header:
+    try:
+        return read_header(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{what} is damaged or no safetensors file: {_first_line(error)}") from error
 
 
 def _needs_hub(path: str, config: ModelConfig) -> bool:
@@ -190,9 +195,9 @@ def _from_single_file(
     return StableDiffusionXLPipeline.from_single_file(path, dtype=dtype, add_watermarker=False, **where, **parts)
 
 
-def _why(path: str, error: Exception, is_single_file: bool, config: ModelConfig) -> str:
+def _why(path: str, error: Exception, is_file: bool, config: ModelConfig) -> str:
     """Why the base could not be loaded, and what to do."""
-    if not is_single_file:
+    if not is_file:
         return fault_of(path, error)
     if config.single_file_config is not None:
         return f"{_first_line(error)}; do the configs in {config.single_file_config} fit it?"
@@ -293,7 +298,7 @@ def _modules(pipeline: StableDiffusionXLPipeline) -> tuple[torch.nn.Module, ...]
 
 
 def _named(config: ModelConfig) -> str:
-    return f"pretrained_model_name_or_path={config.pretrained_model_name_or_path!r}"
+    return f"{_SETTING}={config.pretrained_model_name_or_path!r}"
 
 
 def _first_line(error: Exception) -> str:

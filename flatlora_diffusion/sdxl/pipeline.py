@@ -56,6 +56,11 @@ class Sdxl:
         """Image sides must be a multiple of this: the VAE's factor times the UNet's."""
         return int(self.pipeline.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
+    @property
+    def zeroes_no_prompt(self) -> bool:
+        """Whether no prompt is embeddings of zeros for this base, as for SDXL's own, or the empty prompt's."""
+        return bool(self.pipeline.config.force_zeros_for_empty_prompt)
+
     def checked_resolution(self, wanted: int | None) -> int:
         """The image size to work at: `wanted`, or the base's own. Raises ConfigError for one that cannot be."""
         return checked_size(wanted or self.resolution, self.size_step)

@@ -92,7 +92,7 @@ def drawing_with(  # noqa: PLR0913 (all that an image depends on)
         clip_skip=sdxl.clip_skip or 0,
         predicts_v=noise.prediction_type == "v_prediction",
         zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
-        is_zeroed=negative_prompt is None and bool(sdxl.pipeline.config.force_zeros_for_empty_prompt),
+        is_zeroed=negative_prompt is None and sdxl.zeroes_no_prompt,
         rescale=rescale_of(sdxl) if rescale is None else rescale,
     )
 

@@ -79,11 +79,8 @@ def on_meta(config: ModelConfig, part: str) -> Any:
 
 
 def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
-    """The part's config.json, from the base's folder or the hub's cache; SDXL's own for a base that is in neither.
-
-    Of the VAE that of another one, where one is given.
-    """
-    file = _part_file(config, part)
+    """The part's config.json, of the VAE that of another one, where it is given; SDXL's own where there is none."""
+    file = own_config(config, part)
     if file is None:
         return _SDXL[part]
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -100,7 +97,7 @@ class Sizes(NamedTuple):
 def known_sizes(config: ModelConfig) -> Sizes | None:
     """What the config files on this disk say; None for a hub id that is not downloaded, and for files of no base."""
     name = config.pretrained_model_name_or_path
-    if name != SDXL and not Path(name).is_file() and _part_file(config, "unet") is None:
+    if name != SDXL and not Path(name).is_file() and own_config(config, "unet") is None:
         return None
     try:
         return Sizes(own_size(config), size_step(config))
@@ -108,7 +105,8 @@ def known_sizes(config: ModelConfig) -> Sizes | None:
         return None
 
 
-def _part_file(config: ModelConfig, part: str) -> Path | None:
+def own_config(config: ModelConfig, part: str) -> Path | None:
+    """The part's config.json in the base's folder or in the hub's cache; None for a base that is in neither."""
     path, name, revision = config.single_file_config, f"{part}/config.json", config.revision
     path = path or base_path(config.pretrained_model_name_or_path)
     if part == "vae" and config.pretrained_vae_model_name_or_path is not None:

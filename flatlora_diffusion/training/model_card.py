@@ -17,7 +17,7 @@ from flatlora_diffusion.config import METHOD_NAMES, TINY, TrainConfig
 from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
 from flatlora_diffusion.ground.versions import versions
 from flatlora_diffusion.ground.whole_files import write_text
-from flatlora_diffusion.lora_files.metadata import Training, base_name, is_hub_id
+from flatlora_diffusion.lora_files.metadata import Training, base_name, folded, is_hub_id
 from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
 
 PICTURES_PER_ROW = 4
@@ -195,8 +195,12 @@ def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
         return f"It is for {family.name}, which no other program has."
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
+    proofs = [event for event in run.events() if event["event"] == "proof"] if run.events_file.is_file() else []
+    said = folded(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
     if config.adapter.is_dora:
-        text += f" It is a plain LoRA made of the DoRA in `{LORA_FILE}`, which only diffusers reads exactly."
+        text += f" It is {said or 'a plain LoRA made of a DoRA'}; the DoRA is in `{LORA_FILE}`, for diffusers alone."
+    elif said:
+        text += f" It is {said}; the merged pipeline beside it has all of that."
     return text
 
 

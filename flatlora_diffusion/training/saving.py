@@ -7,6 +7,7 @@ the merged pipeline of full fine-tuning.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flatlora_diffusion.data.dataset import shared_words
 from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, KOHYA_COPY, MERGED
 from flatlora_diffusion.lora_files.file_pair import FilePair, largest_error, write_pair
 from flatlora_diffusion.lora_files.kohya import completed
-from flatlora_diffusion.lora_files.metadata import Training, kohya_metadata, sidecar
+from flatlora_diffusion.lora_files.metadata import Training, folded, kohya_metadata, sidecar
 from flatlora_diffusion.lora_files.writing import check_finite
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.training.state import TrainState
@@ -43,7 +44,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
         if is_end and state.config.optim.learning_rate:
             raise RunError(f"{what}; look at --learning_rate and --lr_warmup_steps, then resume with more steps")
         logger.warning("%s", what)
-    facts = facts_of(state, step)
+    facts = replace(facts_of(state, step), folded=folded(state.config.adapter, missed))
     notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
     beside = sidecar(state.config, facts, notes) if is_end else None
     is_full = state.config.adapter.adapter == "full"

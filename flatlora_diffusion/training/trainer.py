@@ -25,13 +25,14 @@ from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.memory.preflight import tell_memory
-from flatlora_diffusion.sdxl.device import agreed, one_launch, this_process
+from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
 from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.beginning.settling import check_early, new_or_resumed
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.ending import present, save_result
 from flatlora_diffusion.training.heldout.folds import chosen_by_folds
 from flatlora_diffusion.training.heldout.losses import Holdout
+from flatlora_diffusion.training.loss_scale import loss_scale
 from flatlora_diffusion.training.members import train_members
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> Path:
     """
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
-    with one_launch() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
+    with one_training() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
         run = RunDir(folder)
         if config.average.members is not None:
             return train_members(config, run, _train)
@@ -137,31 +138,32 @@ def train_step(state: TrainState, step: int) -> float:
     # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
     if not math.isfinite(gradient) and accelerator.scaler is None:
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
-    _update(state, step)
+    _update(state, step, is_finite=math.isfinite(gradient))
     state.draws = draws.hexdigest()
     return value
 
 
-def _update(state: TrainState, step: int) -> None:
+def _update(state: TrainState, step: int, is_finite: bool) -> None:
     """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
     state.steps_done = None
-    learning_rate, scaler = float(state.lr_schedule.get_last_lr()[0]), state.accelerator.scaler
-    loss_scale = 1.0 if scaler is None else float(scaler.get_scale())  # before it is updated
-    state.gradient.before_update(step, learning_rate)
+    learning_rate, scale = float(state.lr_schedule.get_last_lr()[0]), loss_scale(state.accelerator)
+    if is_finite:
+        state.gradient.before_update(step, learning_rate)
     state.optimizer.step()
-    if not state.optimizer.step_was_skipped:
-        state.gradient.weights_moved(learning_rate, loss_scale)
+    is_taken = not state.optimizer.step_was_skipped
+    if is_taken:
+        state.gradient.weights_moved(learning_rate, scale)
         if state.ranks is not None:
             state.ranks.step_done(step + 1)
-    state.skipped_steps = state.skipped_steps + 1 if state.optimizer.step_was_skipped else 0
+    state.skipped_steps = 0 if is_taken else state.skipped_steps + 1
     if state.skipped_steps == MOST_SKIPPED_STEPS:
         state.steps_done = step
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
-    if state.trains_tokens(step) and not state.optimizer.step_was_skipped:
+    if state.trains_tokens(step) and is_taken:
         pull_embeddings(state.sdxl.pipeline)
     state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
+    if state.ema is not None and is_taken:
         state.ema.step(state.trainable.values())
     state.steps_done = step + 1
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import SmallDisk, mounted
 
 from app.context import AppContext, make_context
 from app.dataset.thumbnails import Thumbnails
@@ -15,6 +17,13 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
+    """To be left empty."""
+    with mounted(tmp_path_factory.mktemp("disk")) as disk:
+        yield disk
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from app_driver import PATIENCE, RunningApp, call_endpoint
+from app_driver import RunningApp, call_endpoint, open_client
 from gradio_client import Client, handle_file
+from patience import wait_until
 from PIL import Image
 
 from flatlora_diffusion.config import SAMPLES
@@ -23,19 +23,11 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     app = RunningApp(folder / "runs")
     try:
         app.start()
-        client = Client(app.url, verbose=False, download_files=str(folder / "downloads"))
+        client = open_client(app.url, folder / "downloads")
         yield client
         client.close()
     finally:
         app.close()
-
-
-def wait(result: Callable[[], Any], is_there: Callable[[Any], bool]) -> Any:
-    end = time.monotonic() + PATIENCE / 1000
-    while not is_there(value := result()):
-        assert time.monotonic() < end, value
-        time.sleep(0.5)
-    return value
 
 
 def test_upload_start_status_and_generate(client: Client) -> None:
@@ -50,11 +42,15 @@ def test_upload_start_status_and_generate(client: Client) -> None:
     small = {"Steps": "2", "Rank": 2, "Batch_size": 1, "Preview_prompts": ""}
     queued = call_endpoint(client, "/start", __session=session, Name="by program", Train="LoRA", **small)
     assert "by-program" in queued
-    wait(lambda: call_endpoint(client, "/live", __chosen=None)[0], lambda cards: 'data-state="finished"' in cards)
+    wait_until(lambda: 'data-state="finished"' in call_endpoint(client, "/live", __chosen=None)[0])
 
     order = {"Runs": ["by-program"], "Prompts": "a TOK icon of a fox", "Steps": 2}
-    drawn = wait(lambda: call_endpoint(client, "/compare_draw", **order), lambda found: found[0].count("<img ") == 2)
-    saved = drawn[2]
+
+    def drawn() -> Any:
+        grid, _, saved, *_ = call_endpoint(client, "/compare_draw", **order)
+        return saved if grid.count("<img ") == 2 else None
+
+    saved = wait_until(drawn)
     with Image.open(saved["value"] if isinstance(saved, dict) else saved) as picture:
         assert picture.format == "PNG"
     assert "by-program" in json.dumps(call_endpoint(client, "/runs", Run=None)[0])

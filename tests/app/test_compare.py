@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from patience import wait_until
 from PIL import Image
 
 from app.compare import comparison
@@ -36,7 +37,6 @@ from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.ground.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120
 FORM = Form(["icons-lora", "icons-flat-lora"], "a <fox>", "0", BY_PROMPT, 1.0, "", 1, 1.0)
 DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0, "no", "abc")
 
@@ -54,24 +54,30 @@ def view(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     queue.close()
 
 
-def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> None:
+def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = view.context.queue
     assert view.start()[1] == ["icons-lora", "icons-flat-lora"]
     assert "3 of 3 pictures are not drawn yet" in view.show(FORM).status
     assert len(view.draw(FORM, "me")) == 1
     assert view.draw(FORM, "me") == []  # it is queued already
     assert view.show(FORM).is_drawing
-    end = time.monotonic() + PATIENCE_SECONDS
-    while queue.jobs("queued", "running"):
-        assert time.monotonic() < end
+
+    def is_drawn() -> bool:
         assert queue.tick()
-        time.sleep(0.05)
+        return not queue.jobs("queued", "running")
+
+    wait_until(is_drawn)
     shown = view.show(FORM)
     assert shown.status == "", shown.status
     assert shown.grid.count("<img") == 3
     assert shown.picture is not None
     assert Image.open(shown.picture).width > 3 * 320
     _check_page(shown)
+    with monkeypatch.context() as patched:
+        patched.setattr("app.compare.view.save_page", _full)
+        unsaved = view.show(FORM)
+        assert (unsaved.grid, unsaved.picture) == (shown.grid, None)
+        assert "the disk is full" in unsaved.status
     assert view.draw(FORM, "me") == []
     again = CompareView(view.context)  # as after a restart
     assert again.show(FORM).picture == shown.picture
@@ -87,6 +93,10 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView) -> 
     stronger = view.draw(replace(FORM, strength=1.5), "me")
     assert [list(job.settings)[-2:] for job in stronger] == [["--strengths", "1.5"]]
     _vote_on(view)
+
+
+def _full(*values: Any) -> Path:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _check_page(shown: Shown) -> None:

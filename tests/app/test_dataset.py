@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -45,7 +47,7 @@ def test_names_outlive_the_page_and_go_with_their_image(context: AppContext, tmp
     session = session_of(context, tmp_path / "in", ("Sea fox.png", (64, 64)), ("owl.png", (64, 64)))
     again = make_context(context.settings)
     assert again.uploads.names(session) == {"0001.png": "Sea fox.png", "0002.png": "owl.png"}
-    _, remove = card_functions(again)
+    _, remove, _ = card_functions(again)
     assert remove({"session": session, "image": "0001.png"}) == {"told": ""}
     assert again.uploads.names(session) == {"0002.png": "owl.png"}
     assert "not among yours" in remove({"session": session, "image": "0001.png"})["told"]
@@ -66,7 +68,7 @@ def test_a_drop_of_good_and_bad_files_shows_the_good_ones_and_empties_the_drop_z
     assert drop is None
     assert "<li>&lt;b&gt;odd.ppm: invalid literal for int" in told
     cards = show(context, thumbnails, session, "", "white", False, "tiny", "64")[0]
-    assert re.findall(r"<b>(.*?)</b>", cards) == ["two.jpg", "fox.png"]
+    assert re.findall(r'"Caption of (.*?)"', cards) == ["two.jpg", "fox.png"]
     assert [one.convert("RGB").tobytes()[0] > 200 for one in pictures_of(cards)] == [True, False]
     session, drop, told, _ = upload(context, "no session", [str(tmp_path / "fox.png")])
     assert (drop, "reload the page" in told) == (None, True)
@@ -213,15 +215,14 @@ def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_
 
 def test_a_card_saves_its_caption_only_over_the_one_it_has_shown(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
-    save, _ = card_functions(context)
+    save, *_ = card_functions(context)
     versions = [card.version for card in view_of(context, session, tmp_path).cards]
     mine = {"session": session, "image": "0001.png", "version": versions[0], "text": "a fox, mine"}
     kept = save(mine)
-    assert (kept["is_saved"], kept["told"]) == (True, "Saved")
+    assert (kept["is_saved"], kept["text"]) == (True, "a fox, mine")
     assert save(mine | {"version": kept["version"], "text": "a fox, again"})["is_saved"]
     late = save(mine | {"text": "from a window that was open before"})
     assert (late["is_saved"], late["text"]) == (False, "a fox, again")
-    assert late["told"] == "Not saved, as another window has written: a fox, again"
     assert save(mine | {"version": late["version"], "text": "kept"})["is_saved"]  # after it was shown
     assert context.uploads.captions(session) == {"0001.png": "kept", "0002.png": "owl"}
     assert [card.version for card in view_of(context, session, tmp_path).cards][1] == versions[1]
@@ -234,7 +235,96 @@ def test_a_card_saves_its_caption_only_over_the_one_it_has_shown(context: AppCon
         {"image": 7},
         {"session": None},
     ):
-        assert save(mine | {"version": late["version"]} | wrong)["told"].startswith("Not saved"), wrong
+        told = save(mine | {"version": late["version"]} | wrong)
+        assert told["told"].startswith("Not saved: "), wrong
+        assert told["is_again"] is False, "it would be refused for ever"
+
+
+def test_what_is_typed_into_a_card_in_one_stay_is_one_change_to_undo(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
+    save, *_ = card_functions(context)
+    version = view_of(context, session, tmp_path).cards[0].version
+
+    def typed(text: str, goes_on: bool) -> None:
+        nonlocal version
+        kept = save({"session": session, "image": "0001.png", "version": version, "text": text, "goes_on": goes_on})
+        version = kept["version"]
+
+    def caption() -> str:
+        return context.uploads.captions(session)["0001.png"]
+
+    typed("a r", False)
+    typed("a red fox", True)
+    undo_captions(context, session)
+    assert caption() == "fox"
+    undo_captions(context, session)
+    assert caption() == "a red fox"
+    version = view_of(context, session, tmp_path).cards[0].version
+    typed("a red f", False)
+    context.uploads.save_captions(session, {"0002.png": "in another window"})
+    typed("a red fur", True)
+    undo_captions(context, session)
+    assert context.uploads.captions(session) == {"0001.png": "a red f", "0002.png": "in another window"}
+
+
+def test_cards_tell_every_error_as_a_sentence(
+    context: AppContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)))
+    version = view_of(context, session, tmp_path).cards[0].version
+    save, remove, enlarge = card_functions(context)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.dataset.uploads.write_text", full)
+    told = save({"session": session, "image": "0001.png", "version": version, "text": "a red fox"})
+    assert (told["told"], told["is_again"]) == (
+        "Not saved: the disk is full; free some room on it, then try again",
+        True,
+    )
+    for function in (save, remove, enlarge):
+        answer = function(None)  # type: ignore[arg-type]
+        assert "AttributeError" in answer["told"]
+        assert answer["is_again"]
+
+
+def test_a_picture_is_enlarged_to_all_of_what_was_dropped(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("wide.png", (2000, 500)), ("small.png", (100, 80)))
+    *_, enlarge = card_functions(context)
+    wide, small = (enlarge({"session": session, "image": f"000{number}.png"}) for number in (1, 2))
+    assert [pictures_of(one["picture"] + '"')[0].size for one in (wide, small)] == [(1600, 400), (100, 80)]
+    assert [one["told"] for one in (wide, small)] == ["2000 x 500 pixels", "100 x 80 pixels"]
+    assert "not among yours" in enlarge({"session": session, "image": "../names.json"})["told"]
+
+
+def test_images_are_shown_though_no_thumbnail_can_be_kept(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)))
+    (tmp_path / "file").touch()
+    shown = look_at(context.uploads, Thumbnails(tmp_path / "file"), session, Framing("white", 32))
+    assert shown.cards[0].picture.size == (32, 32)
+
+
+def test_no_two_pages_of_cards_are_alike_so_that_the_browser_draws_each(context: AppContext, tmp_path: Path) -> None:
+    session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)))
+    view = view_of(context, session, tmp_path)
+    assert cards_page(view, session) != cards_page(view, session)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("ambulance.png", "ambulance<wbr>.png"),
+        ("beer-mug_2.jpg", "beer-<wbr>mug_<wbr>2<wbr>.jpg"),
+        ("<b>.png", "&lt;b&gt;<wbr>.png"),
+        ("no suffix", "no suffix"),
+    ],
+)
+def test_a_file_name_is_broken_where_a_reader_would(
+    context: AppContext, tmp_path: Path, name: str, shown: str
+) -> None:
+    view = view_of(context, session_of(context, tmp_path / "in", ("fox.png", (64, 64))), tmp_path)
+    assert f"<b>{shown}</b>" in cards_page(DatasetView([replace(view.cards[0], name=name)]), "session")
 
 
 def test_a_card_shows_names_and_captions_as_text(context: AppContext, tmp_path: Path) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import httpx
 import psutil
 import pytest
-from app_driver import RunningApp, call_endpoint
+from app_driver import RunningApp, call_endpoint, open_client
+from filelock import FileLock
+from gradio.routes import App
 from gradio_client import Client, handle_file
+from gradio_client.utils import Status
+from patience import HANGS
 from PIL import Image
 
+from app.logs import MOST_LETTERS
 from app.train.forms import ConfigForm
 from flatlora_diffusion.config import SAMPLES
 
@@ -45,7 +53,7 @@ class Target:
         (run / "linked").symlink_to(root / "outside")
         self.app = RunningApp(root / "runs", "--data_dir", str(root / "data"))
         self.app.start()
-        self.client = Client(self.app.url, verbose=False, download_files=str(root / "downloads"))
+        self.client = open_client(self.app.url, root / "downloads")
         self.session = str(call_endpoint(self.client, "/load_samples", __session="")[0])
 
     @property
@@ -54,7 +62,7 @@ class Target:
 
     def ask(self, method: str, path: str, headers: dict[str, str], **body: Any) -> httpx.Response:
         """One request without the headers that a client would add of its own."""
-        return httpx.request(method, self.app.url.rstrip("/") + path, headers=headers, timeout=60, **body)
+        return httpx.request(method, self.app.url.rstrip("/") + path, headers=headers, timeout=HANGS, **body)
 
     def start(self, **values: Any) -> str:
         """What a start is answered with these settings, and how it fails: the words for it."""
@@ -83,7 +91,7 @@ def foreign(headers: dict[str, str], method: str, path: str, **body: Any) -> Cal
 
     def attack(target: Target) -> bool:
         url = target.app.url.rstrip("/") + path.replace("RUNS", str(target.root / "runs"))
-        with httpx.stream(method, url, headers=headers, timeout=60, **body) as told:  # some answers never end
+        with httpx.stream(method, url, headers=headers, timeout=HANGS, **body) as told:  # some answers never end
             return told.status_code < 400 or "access-control-allow-origin" in told.headers
 
     return attack
@@ -228,7 +236,7 @@ def hostile_names() -> dict[str, Callable[[Target], bool]]:
 
 def raw(target: Target, path: str) -> str:
     """The answer to exactly this path; clients would tidy it up."""
-    with socket.create_connection(("127.0.0.1", target.app.port), timeout=60) as link:
+    with socket.create_connection(("127.0.0.1", target.app.port), timeout=HANGS) as link:
         link.sendall(f"GET {path} HTTP/1.1\r\nHost: {target.own}\r\nConnection: close\r\n\r\n".encode())
         parts = []
         while part := link.recv(65536):
@@ -261,7 +269,7 @@ def test_it_listens_on_this_computer_alone(target: Target) -> None:
 
 def test_a_host_that_is_missing_or_given_twice_is_refused(target: Target) -> None:
     for hosts in ("", f"Host: {target.own}\r\nHost: evil.example\r\n"):
-        with socket.create_connection(("127.0.0.1", target.app.port), timeout=60) as link:
+        with socket.create_connection(("127.0.0.1", target.app.port), timeout=HANGS) as link:
             link.sendall(f"GET /config HTTP/1.0\r\n{hosts}\r\n".encode())
             assert link.recv(100).split()[1] in (b"400", b"403")
 
@@ -284,7 +292,7 @@ def test_uploads_lie_in_a_folder_of_the_app_and_go_with_it(tmp_path: Path, monke
     app = RunningApp(tmp_path / "runs")
     try:
         app.start()
-        told = httpx.post(f"{app.url}gradio_api/upload", files={"files": ("icon.png", b"x")}, timeout=60)
+        told = httpx.post(f"{app.url}gradio_api/upload", files={"files": ("icon.png", b"x")}, timeout=HANGS)
         (path,) = told.json()
         assert Path(path).is_relative_to(tmp_path / "temporary")
         assert Path(path).exists()
@@ -294,16 +302,132 @@ def test_uploads_lie_in_a_folder_of_the_app_and_go_with_it(tmp_path: Path, monke
         app.close()
 
 
-def test_wrong_passwords_are_slowed_down(tmp_path: Path) -> None:
-    app = RunningApp(tmp_path / "runs", "--auth", "ann:right")
+def test_an_app_that_starts_removes_the_uploads_of_a_killed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "temporary"))
+    app = RunningApp(tmp_path / "runs")
     try:
         app.start()
-        start = time.monotonic()
-        told = [
-            httpx.post(f"{app.url}login", data={"username": "ann", "password": word}, timeout=60).status_code
-            for word in [*map(str, range(20)), "right"]
-        ]
-        assert time.monotonic() - start < 60
-        assert told == [400] * 5 + [429] * 16
+        told = httpx.post(f"{app.url}gradio_api/upload", files={"files": ("icon.png", b"x")}, timeout=HANGS)
+        (path,) = told.json()
+        psutil.Process(app.pid).kill()
+        app.stop()
+        assert Path(path).exists()
+        app.start()
+        assert not Path(path).exists()
+        app.stop()
+        assert list((tmp_path / "temporary").iterdir()) == []
     finally:
         app.close()
+
+
+def test_an_app_that_is_ended_waits_for_no_page_and_no_handler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "temporary"))
+    app = RunningApp(tmp_path / "runs")
+    try:
+        app.start()
+        client = Client(app.url, verbose=False, download_files=str(tmp_path / "downloads"))
+        session = str(call_endpoint(client, "/load_samples", __session="")[0])
+        heartbeat = httpx.Client(timeout=None)
+        with (
+            FileLock(app.runs / ".app" / "uploads" / "locks" / session),  # for which the handler waits
+            heartbeat.stream("GET", f"{app.url}gradio_api/heartbeat/abc") as page,
+        ):
+            assert page.status_code == 200
+            job = client.submit(session=session, files=[], api_name="/upload")
+            while job.status().code != Status.PROCESSING:
+                time.sleep(0.1)
+            app.stop()  # waits for its end
+        assert list((tmp_path / "temporary").iterdir()) == []
+        assert "Traceback" not in app.printed()
+    finally:
+        app.close()
+
+
+def test_hostile_calls_write_short_lines_and_each_traceback_once(target: Target) -> None:
+    before = len(target.app.printed())
+    for number in range(60):
+        body = {"data": [{"x": "y" * 5000}], "fn_index": number % 3, "session_hash": f"hostile-{number}"}
+        target.ask("POST", "/gradio_api/queue/join", {"Host": target.own}, json=body)
+    end = time.monotonic() + 120
+    while (told := target.app.printed()[before:]).count("Error again, ") < 50 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert told.count("Error again, ") >= 50
+    assert told.count("Traceback") <= 10
+    assert max(map(len, told.splitlines())) <= MOST_LETTERS + 4
+
+
+class Locked:
+    """An app with a login, and guesses at its password."""
+
+    def __init__(self, runs: Path, *arguments: str) -> None:
+        self.app = RunningApp(runs, "--auth", "ann:right", *arguments)
+        self.app.start()
+
+    def log_in(self, password: str, said_to_be: str) -> int | None:
+        """The status of the answer; None if the app ends meanwhile. said_to_be: for whom a proxy says that it asks."""
+        data, headers = {"username": "ann", "password": password}, {"X-Forwarded-For": said_to_be}
+        try:
+            return httpx.post(f"{self.app.url}login", data=data, headers=headers, timeout=120).status_code
+        except httpx.TransportError:
+            return None
+
+    def refuses_one_of(self, addresses: list[str]) -> bool:
+        """Whether one of as many guesses at once is not checked; others may still wait for their turn after that."""
+        pool = ThreadPoolExecutor(len(addresses))
+        guesses = [pool.submit(self.log_in, "wrong", address) for address in addresses]
+        is_refused = any(guess.result() == 429 for guess in as_completed(guesses))
+        pool.shutdown(wait=False)
+        return is_refused
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+    locked = Locked(tmp_path_factory.mktemp("locked") / "runs")
+    yield locked
+    locked.app.close()
+
+
+def test_before_a_login_nothing_is_told_of_the_endpoints(locked: Locked) -> None:
+    client = Client(locked.app.url, auth=("ann", "right"), verbose=False)
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    client.close()
+    assert "/load_samples" in named
+    words = [*(name for name in named if len(name) > 7), "Learning rate", "TOK"]
+    paths = set(App.create_app(gr.Blocks()).openapi()["paths"])
+    assert {"/", "/config", "/gradio_api/info", "/gradio_api/queue/join", "/gradio_api/cancel"} <= paths
+    told = {}
+    for path in ["/openapi.json", "/docs", *sorted(paths)]:
+        filled = re.sub(r"{[^}]*}", "x", path).lstrip("/")
+        for method in ("GET", "POST"):
+            answer = httpx.request(method, locked.app.url + filled, json={}, timeout=60)
+            told[method, path] = answer.status_code
+            assert not [word for word in words if word in answer.text], path
+    assert told["GET", "/"] == 200
+    inner = {status for (_, path), status in told.items() if path.startswith("/gradio_api") and "startup" not in path}
+    assert inner == {401}
+    assert told["GET", "/openapi.json"] == told["GET", "/config"] == 401
+
+
+def test_a_schema_of_the_web_server_is_not_told_after_a_login_either(target: Target) -> None:
+    assert target.ask("GET", "/openapi.json", {"Host": target.own}).status_code == 404
+
+
+def test_a_guesser_with_made_up_addresses_is_one_client_and_the_right_password_is_let_in(locked: Locked) -> None:
+    for number in range(7):
+        assert locked.log_in("wrong", f"10.0.0.{number}") == 400
+    assert locked.log_in("right", "10.0.1.1") == 200
+    assert locked.refuses_one_of([f"10.0.{number}.1" for number in range(14)])
+
+
+def test_behind_a_proxy_that_was_named_clients_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    locked = Locked(tmp_path / "runs", "--behind_proxy", "127.0.0.1")
+    try:
+        assert not locked.refuses_one_of([f"10.9.9.9, 10.0.{number}.1" for number in range(14)])
+        assert locked.refuses_one_of([f"10.0.{number}.1, 10.9.9.9" for number in range(14)])
+        assert locked.log_in("right", "10.1.1.1") == 200
+    finally:
+        locked.app.close()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
+from starlette.types import Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.doors.guard import Doors, Guard
-from app.doors.login_limit import WINDOW_SECONDS, WRONG_OVERALL, WRONG_PER_CLIENT, LoginLimit
+from app.doors.login_limit import FORGOTTEN_AFTER, LONGEST_PAUSE, LONGEST_WAIT, UNHINDERED, LoginLimit
+from app.doors.upload_room import KEPT_SECONDS, UploadRoom
 from app.settings import AppSettings, parse_settings
 from flatlora_diffusion.config import ConfigError
 
@@ -36,7 +41,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def client(tmp_path: Path, clock: Clock) -> Iterator[TestClient]:
+def limit(clock: Clock) -> LoginLimit:
+    return LoginLimit(clock)
+
+
+def is_logged_in(scope: Scope) -> bool:
+    return Headers(scope=scope).get("cookie") != "login=wrong"
+
+
+@pytest.fixture
+def client(tmp_path: Path, limit: LoginLimit) -> Iterator[TestClient]:
     """A small app behind the guard of an app on this computer, with `runs` served but for `runs/.app`."""
     runs = tmp_path / "runs"
     (runs / ".app").mkdir(parents=True)
@@ -56,6 +70,9 @@ def client(tmp_path: Path, clock: Clock) -> Iterator[TestClient]:
         path = Path(request.path_params["path"])
         return FileResponse(path, filename=path.name, content_disposition_type="inline")
 
+    async def upload(request: Request) -> Response:
+        return Response(str(len(await request.body())))
+
     async def socket(websocket: WebSocket) -> None:
         await websocket.accept()
         await websocket.close()
@@ -64,11 +81,13 @@ def client(tmp_path: Path, clock: Clock) -> Iterator[TestClient]:
     routes = [
         Route("/gradio_api/file={path:path}", file),
         Route("/login", login, methods=["POST"]),
+        Route("/gradio_api/upload", upload, methods=["POST"]),
         WebSocketRoute("/socket", socket),
         Route("/{path:path}", answer, methods=every),
     ]
-    guard = Guard(AppSettings().own_names, [runs], [runs / ".app"])
-    guard.logins = LoginLimit(clock)
+    room = UploadRoom(tmp_path / "uploads", most_bytes=100)
+    guard = Guard(AppSettings().own_names, [runs], [runs / ".app"], room, is_logged_in)
+    guard.logins = limit
     for host in ("my-box", "flat.example.org:8443"):
         guard.admit(host)
     app = Doors(Starlette(routes=routes), guard)
@@ -212,38 +231,125 @@ def guess(client: TestClient, password: str) -> int:
     return client.post("/login", content=password).status_code
 
 
-def test_after_some_wrong_passwords_a_client_has_to_wait(client: TestClient, clock: Clock) -> None:
-    assert [guess(client, "wrong") for _ in range(WRONG_PER_CLIENT)] == [400] * WRONG_PER_CLIENT
+def test_a_right_password_is_let_in_after_any_number_of_wrong_ones(client: TestClient, limit: LoginLimit) -> None:
+    assert [guess(client, "wrong") for _ in range(UNHINDERED)] == [400] * UNHINDERED
+    assert guess(client, "right") == 200  # a second later
+    assert limit.seconds_to_wait("10.0.0.1") == 0  # it forgets the wrong ones before it
+    assert client.get("/config").status_code == 200
+
+
+def test_each_further_wrong_password_of_a_client_is_checked_later(clock: Clock, limit: LoginLimit) -> None:
+    waits = []
+    for _ in range(UNHINDERED + 8):
+        waits.append(limit.seconds_to_wait("10.0.0.1"))
+        clock.now += waits[-1]
+    assert waits == [0] * UNHINDERED + [1, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
+    clock.now += FORGOTTEN_AFTER + LONGEST_PAUSE
+    assert limit.seconds_to_wait("10.0.0.1") == 0
+
+
+def test_guesses_at_once_wait_behind_each_other_and_too_many_are_not_checked(
+    client: TestClient, limit: LoginLimit, clock: Clock
+) -> None:
+    waits = [limit.seconds_to_wait("10.0.0.1") for _ in range(1000)]  # none is answered yet
+    assert waits[UNHINDERED : UNHINDERED + 5] == [1, 3, 7, 15, 31]
+    assert sum(wait <= LONGEST_WAIT for wait in waits) == UNHINDERED + 5
     refused = client.post("/login", content="right")
     assert refused.status_code == 429
-    assert refused.headers["retry-after"] == str(WINDOW_SECONDS)
-    clock.now += WINDOW_SECONDS - 1
-    assert guess(client, "right") == 429
-    clock.now += 1
-    assert guess(client, "right") == 200
-    assert client.get("/config").status_code == 200  # those who are in do not wait
+    wait = int(refused.headers["retry-after"])
+    clock.now += wait
+    assert limit.seconds_to_wait("10.0.0.1") <= LONGEST_WAIT
 
 
-def test_a_right_password_forgets_the_wrong_ones_before_it(client: TestClient) -> None:
-    for _ in range(3):
-        assert [guess(client, "wrong") for _ in range(WRONG_PER_CLIENT - 1)] == [400] * (WRONG_PER_CLIENT - 1)
-        assert guess(client, "right") == 200
+def test_no_client_waits_for_what_another_guesses(limit: LoginLimit) -> None:
+    for number in range(1000):
+        limit.seconds_to_wait(f"10.0.{number // 250}.{number % 250}")
+        limit.seconds_to_wait("10.9.9.9")
+    assert limit.seconds_to_wait("10.8.8.8") == 0
 
 
-def test_many_clients_are_slowed_down_together_and_guesses_at_once_all_count(clock: Clock) -> None:
-    limit = LoginLimit(clock)
-    for number in range(WRONG_OVERALL):
-        assert limit.seconds_to_wait(f"10.0.0.{number}") == 0
-        limit.begin(f"10.0.0.{number}")  # none is answered yet
-        clock.now += 1
-    assert limit.seconds_to_wait("10.0.1.1") == WINDOW_SECONDS - WRONG_OVERALL
-    clock.now += WINDOW_SECONDS - WRONG_OVERALL
-    assert limit.seconds_to_wait("10.0.1.1") == 0
+def test_a_network_of_ipv6_is_one_client_and_an_ipv4_address_is_one_in_both_spellings(limit: LoginLimit) -> None:
+    for number in range(UNHINDERED):
+        assert limit.seconds_to_wait(f"2001:db8::{number:x}") == 0
+        assert limit.seconds_to_wait("10.0.0.1" if number % 2 else "::ffff:10.0.0.1") == 0
+    assert limit.seconds_to_wait("2001:db8::ffff:1") > 0
+    assert limit.seconds_to_wait("::ffff:10.0.0.1") > 0
+    assert limit.seconds_to_wait("2001:db8:0:1::1") == 0
+    assert limit.seconds_to_wait("::ffff:10.0.0.2") == 0
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-Host", "X-Gradio-Server"])
+def test_no_header_gives_the_app_another_name(client: TestClient, name: str) -> None:
+    start = "http://" if name == "X-Gradio-Server" else ""
+    for host in ("evil.example", "127.0.0.1.evil.example", ""):
+        assert client.get("/", headers={name: start + host}).status_code == 403, host
+    assert client.get("/", headers={name: f"{start}localhost:7860"}).status_code == 200
+    assert client.get("/", headers={name: f"{start}flat.example.org:8443"}).status_code == 200  # a proxy's own name
+    assert client.get("/", headers={"X-Forwarded-Host": "localhost, evil.example"}).status_code == 403
+
+
+def test_before_a_login_only_the_login_page_is_answered(client: TestClient) -> None:
+    stranger = {"Cookie": "login=wrong"}
+    for path in ("/", "/login", "/assets/index.js", "/static/img/logo.svg", "/theme.css", "/manifest.json"):
+        assert client.get(path, headers=stranger).status_code in (200, 405), path
+    for path in ("/config", "/openapi.json", "/gradio_api/info", "/gradio_api/cancel", "/loginx", "/x/login"):
+        for method in ("GET", "POST", "OPTIONS"):
+            assert client.request(method, path, headers=stranger).status_code == 401, path
+    assert client.get("/config", headers={"Cookie": "login=right"}).status_code == 200
+
+
+def test_uploads_have_room_together_and_old_ones_make_it(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def upload(size: int) -> int:
+        return client.post("/gradio_api/upload", content=b"x" * size).status_code
+
+    folder = tmp_path / "uploads"
+    assert upload(100) == 200
+    assert upload(101) == 413
+    for name, size, age in (("old", 50, 700), ("new", 30, 1)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file.png").write_bytes(b"x" * size)
+        os.utime(folder / name / "file.png", (time.time() - age,) * 2)
+    assert upload(20) == 200
+    assert (folder / "old").exists(), "there was room"
+    assert upload(60) == 200
+    assert not (folder / "old").exists()
+    assert upload(71) == 413
+    assert (folder / "new" / "file.png").exists(), "it may be in use"
+
+
+def test_what_is_still_to_come_counts_and_what_was_broken_off_goes_with_time(tmp_path: Path, clock: Clock) -> None:
+    room = UploadRoom(tmp_path, most_bytes=100, clock=clock)
+    with room.receive(60) as first:
+        assert first is not None
+        (tmp_path / "tmpabc").write_bytes(b"x" * 50)
+        os.utime(tmp_path / "tmpabc", (clock.now, clock.now))
+        first.bytes_left -= 50
+        with room.receive(41) as second:
+            assert second is None
+        with room.receive(40) as third:
+            assert third is not None
+    clock.now += KEPT_SECONDS - 1
+    room.sweep()
+    assert (tmp_path / "tmpabc").exists()
+    clock.now += 2
+    room.sweep()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_request_that_is_no_upload_is_small_and_says_its_length(client: TestClient) -> None:
+    for path in ("/gradio_api/queue/join", "/gradio_api/component_server", "/gradio_api/call/upload"):
+        assert client.post(path, content=b"x" * 1000).status_code == 200
+        assert client.post(path, content=b"", headers={"Content-Length": str(2**26)}).status_code == 413
+    for path in ("/gradio_api/queue/join", "/gradio_api/upload"):
+        assert client.post(path, content=iter([b"x"])).status_code == 411
 
 
 def test_hosts_and_folders_are_given_once_or_more(tmp_path: Path) -> None:
     arguments = ["--allowed_host", "a", "--allowed_host", "[fe80::1]:80", "--data_dir", str(tmp_path)]
-    settings = parse_settings(arguments, {})
+    settings = parse_settings([*arguments, "--behind_proxy", "10.0.0.0/8", "--behind_proxy", "::1"], {})
+    assert settings.behind_proxy == ("10.0.0.0/8", "::1")
     assert (settings.allowed_host, settings.data_dir) == (("a", "[fe80::1]:80"), (str(tmp_path),))
     assert (
         {"127.0.0.1", "localhost", "[::1]"} == set(AppSettings().own_names) == set(AppSettings(host="::1").own_names)
@@ -256,6 +362,9 @@ def test_hosts_and_folders_are_given_once_or_more(tmp_path: Path) -> None:
     [
         ({"allowed_host": ("https://box",)}, "allowed_host='https://box' must be a name or address"),
         ({"allowed_host": ("*",)}, "must be a name or address"),
+        ({"behind_proxy": ("my-proxy",)}, "behind_proxy='my-proxy' must be an address or a network"),
+        ({"behind_proxy": ("*",)}, "must be an address or a network"),
+        ({"behind_proxy": ("10.0.0.1/8",)}, "must be an address or a network"),
         ({"data_dir": ("no-such-folder",)}, "data_dir='no-such-folder' is no folder; make it"),
     ],
 )

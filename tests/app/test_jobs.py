@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
 import psutil
 import pytest
+from patience import HANGS, wait_until
 
 from app.jobs.jobs import JobQueue
 from app.jobs.supervise import _pass_on
@@ -19,7 +19,6 @@ from app.runs.runs import RunStore
 from flatlora_diffusion.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120
 QUICK, WRONG = ["generate", "--help"], ["generate", "--no_such_flag"]
 
 
@@ -46,12 +45,13 @@ def queue(runs: RunStore) -> Iterator[JobQueue]:
 
 
 def tick_until(queue: JobQueue, is_over: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not is_over():
-        assert time.monotonic() < end, queue.jobs()
+    def is_over_after_a_tick() -> object:
         assert queue.tick()
         assert len(queue.jobs("running")) <= 1
-        time.sleep(0.05)
+        return is_over()
+
+    if not is_over():
+        wait_until(is_over_after_a_tick, told=queue.jobs)
 
 
 def states(queue: JobQueue) -> list[tuple[str | None, str]]:
@@ -82,10 +82,7 @@ def test_jobs_run_one_by_one_and_a_failed_one_holds_nobody_up(queue: JobQueue) -
 def test_heavy_work_lets_the_app_go_first(runs: RunStore) -> None:
     launch = runs.next_launch("nice")
     launch.start(["-c", "import psutil; print(psutil.Process().nice())"])
-    end = time.monotonic() + PATIENCE_SECONDS
-    while launch.ending() is None:
-        assert time.monotonic() < end, launch.log()
-        time.sleep(0.05)
+    wait_until(launch.ending, told=launch.log)
     mine = psutil.Process().nice()
     lower = str(psutil.BELOW_NORMAL_PRIORITY_CLASS) if sys.platform == "win32" else str(min(19, mine + 10))
     assert launch.log() == [lower]
@@ -138,7 +135,7 @@ def test_the_queue_goes_on_after_the_app_was_killed_in_the_middle(
     long = queue.add_training(config, "long", "me")
     queue.add_command("generate", QUICK, "me")
     app = [sys.executable, "-c", APP, str(runs.folder)]
-    assert subprocess.run(app, cwd=ROOT, timeout=PATIENCE_SECONDS, check=False).returncode == 9
+    assert subprocess.run(app, cwd=ROOT, timeout=HANGS, check=False).returncode == 9
     queue.tick()
     assert states(queue) == [("long", "running"), ("generate", "queued")]
     assert 0 < (queue.fraction(queue.jobs("running")[0]) or 0) < 1
@@ -181,10 +178,7 @@ def test_of_two_apps_one_runs_the_queue_until_it_ends(queue: JobQueue, runs: Run
     assert states(other) == [("generate", "queued")]
     other.close()
     queue.start()
-    end = time.monotonic() + PATIENCE_SECONDS
-    while queue.jobs("queued", "running"):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not queue.jobs("queued", "running"))
     assert queue.output_of(job) == runs.folder / ".results" / f"job-{job.id}"
     assert states(queue) == [("generate", "done")]
 

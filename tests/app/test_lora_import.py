@@ -137,15 +137,21 @@ def test_hostile_and_foreign_files_leave_nothing_behind(
         import_lora_file(context.runs, upload, str(base))
     assert str(upload.parent) not in str(refused.value)  # the user knows the file by its name only
     assert {run.id for run in context.runs.all()} == {"icons-lora", "icons-flat-lora"}
-    assert not any((context.runs.private / "imports").iterdir())
+    assert not any(context.runs.temporary.iterdir())
+
+
+def test_an_upload_that_is_gone_is_one_sentence(context: AppContext, upload: Path, base: Path) -> None:
+    upload.unlink()
+    with pytest.raises(ConfigError, match=r"Soft clay\.safetensors is not here any more"):
+        import_lora_file(context.runs, upload, str(base))
 
 
 def test_other_endings_and_missing_files_are_told_beside_the_upload(context: AppContext, tmp_path: Path) -> None:
     other = tmp_path / "lora.ckpt"
     other.write_bytes(b"x")
     told = take_lora(context, str(other), "tiny")[0]
-    assert "Lora.ckpt is no .safetensors file; other formats can hold code" in told
-    assert "No file was given" in take_lora(context, None, "tiny")[0]
+    assert "lora.ckpt is no .safetensors file; other formats can hold code" in told
+    assert "no file was given" in take_lora(context, None, "tiny")[0]
     assert json.dumps(known_bases(context.runs)[-1]) == '"tiny"'
 
 

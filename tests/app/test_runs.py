@@ -14,19 +14,20 @@ from typing import Any
 
 import psutil
 import pytest
+from patience import HANGS, wait_until
 
 from app.compare.comparison import _pair_by_name
 from app.jobs.store import Label
 from app.runs.processes import Trainers, identity, is_alive, kill_tree, read_json
 from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
-from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan
+from flatlora_diffusion.compare.arms import parse_arm, plan
+from flatlora_diffusion.compare.nulls import nulls_of
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import write_json
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120
 
 
 @pytest.fixture
@@ -53,11 +54,11 @@ def go_on(runs: RunStore, run_id: str) -> None:
 
 
 def wait(runs: RunStore, run_id: str, until: Callable[[Run], bool]) -> Run:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not until(run := runs.get(run_id)):
-        assert time.monotonic() < end, (run, runs.log(run_id))
-        time.sleep(0.1)
-    return run
+    def found() -> Run | None:
+        run = runs.get(run_id)
+        return run if until(run) else None
+
+    return wait_until(found, told=lambda: (runs.get(run_id), runs.log(run_id)))
 
 
 def ended(run: Run) -> bool:
@@ -231,15 +232,12 @@ def test_a_run_that_was_started_from_a_command_line(runs: RunStore, settings: di
         [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(config)], cwd=ROOT
     )
     try:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not (found := runs.all()) or not stepped(found[0]):
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        assert [run.id for run in found] == ["demo/lora"]
+        wait_until(lambda: any(map(stepped, runs.all())), lambda: process.poll() is None)
+        assert [run.id for run in runs.all()] == ["demo/lora"]
         with pytest.raises(ConfigError, match="started from a command line"):
             runs.stop("demo/lora", at_once=True)
         runs.stop("demo/lora")
-        assert process.wait(PATIENCE_SECONDS) == 3
+        assert process.wait(HANGS) == 3
     finally:
         process.kill()
     assert wait(runs, "demo/lora", ended).state == "stopped"
@@ -366,7 +364,8 @@ def test_a_link_out_of_the_runs_folder_is_no_run(runs: RunStore, tmp_path: Path)
 def test_the_runs_of_make_demo_are_listed_where_the_app_looks(runs: RunStore) -> None:
     preset = TrainConfig.from_dict(read_json(preset_file("demo")))
     default = Path(AppSettings().runs_dir)
-    arms = [parse_arm("lora"), parse_arm("flat-lora"), *null_arms(0)]
+    arms = [parse_arm("lora"), parse_arm("flat-lora")]
+    arms += [null.arm for null in nulls_of(arms, 0)]
     ids = [planned.run.folder.relative_to(default).as_posix() for planned in plan(preset, arms, [0], 4)]
     assert ids[:2] == ["demo/lora/seed-0", "demo/flat-lora/seed-0"]
     for run_id in ids:

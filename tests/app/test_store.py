@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from patience import HANGS
+from small_disk import SmallDisk
 
+from app.context import make_context
 from app.jobs.store import Label, NewJob, Store
+from app.sentences import is_disk_full
+from app.settings import AppSettings
 from flatlora_diffusion.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def full(disk: SmallDisk) -> Iterator[Store]:
+    """A store with one job on a disk that is full."""
+    store = Store(disk.place / "app.db")
+    store.add_jobs([job("a")])
+    disk.fill()
+    yield store
+    disk.empty()
 
 
 @pytest.fixture
@@ -40,6 +57,29 @@ def test_jobs_keep_their_order_and_their_settings(store: Store) -> None:
     assert store.job(urgent.id) == found[0]
     with pytest.raises(ConfigError, match="no job 99"):
         store.job(99)
+
+
+def test_a_full_disk_hinders_no_reader_and_takes_nothing(full: Store, disk: SmallDisk) -> None:
+    with pytest.raises(sqlite3.OperationalError) as refused:
+        full.add_jobs([job(name) for name in "bcdefg" * 20])
+    assert is_disk_full(refused.value)
+    assert [one.run for one in full.jobs("queued")] == ["a"]
+    disk.free()
+    full.add_jobs([job("b")])
+    assert [one.run for one in full.jobs()] == ["a", "b"]
+
+
+def test_an_app_on_a_full_disk_says_so_and_not_to_move_its_database_away(disk: SmallDisk) -> None:
+    runs = disk.place / "runs"
+    make_context(AppSettings(runs_dir=str(runs)))
+    gc.collect()
+    disk.fill()
+    try:
+        with pytest.raises(ConfigError, match=r"runs_dir=.* free some room on its disk") as told:
+            make_context(AppSettings(runs_dir=str(runs)))
+        assert "move that file away" not in str(told.value)
+    finally:
+        disk.empty()
 
 
 def test_a_job_changes_only_from_the_state_it_was_in(store: Store) -> None:
@@ -94,7 +134,7 @@ def test_two_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: P
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: store.add_jobs([job(str(number))]), range(100)))
     for process in processes:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=HANGS)
         assert process.returncode == 0, error
     jobs = store.jobs()
     assert len(jobs) == 300

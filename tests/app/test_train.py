@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+import torch
 
 from app.context import AppContext
 from app.dataset.captioning import empty_captions
@@ -334,6 +335,45 @@ def test_a_base_that_is_none_is_refused_before_the_start(context: AppContext) ->
         assert reason in summary(context, form, session, PLAIN, *values)
         with pytest.raises(gr.Error, match=reason.partition("&")[0]):
             start(context, form, session, "one", PLAIN, *values)
+    assert context.queue.jobs() == []
+
+
+@pytest.mark.parametrize(
+    "setting", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "init_lora"]
+)
+@pytest.mark.parametrize("ending", [".ckpt", ".bin", ".safetensors"])
+def test_a_pickle_is_refused_before_the_start_whatever_it_is_called(
+    context: AppContext, setting: str, ending: str
+) -> None:
+    session, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    file = context.runs.folder / f"model{ending}"
+    torch.save({"a": torch.zeros(2)}, file)
+    values = form.write({setting: str(file), "report_to": "none"})
+    told = summary(context, form, session, PLAIN, *values)
+    assert "fl-bad" in told
+    assert "model" in told
+    with pytest.raises(gr.Error, match="model"):
+        start(context, form, session, "one", PLAIN, *values)
+    assert context.queue.jobs() == []
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("setting", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"])
+def test_a_folder_of_pickled_weights_is_refused_before_the_start(
+    context: AppContext, base: Path, setting: str, name: str
+) -> None:
+    session, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    folder = context.runs.folder / "model"
+    shutil.copytree(base, folder)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"a": torch.zeros(2)}, folder / "vae" / name)
+    given = folder if setting == "pretrained_model_name_or_path" else folder / "vae"
+    values = form.write({setting: str(given), "report_to": "none"})
+    assert name in summary(context, form, session, PLAIN, *values)
+    with pytest.raises(gr.Error, match=name):
+        start(context, form, session, "one", PLAIN, *values)
     assert context.queue.jobs() == []
 
 

@@ -8,6 +8,9 @@ import random
 import shutil
 import stat
 import struct
+import subprocess
+import sys
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +24,9 @@ from app.dataset.arrivals import UploadResult
 from app.dataset.intake import Limits
 from app.dataset.thumbnails import Thumbnails
 from app.dataset.uploads import Uploads
-from app.dataset.view import Framing, look_at
+from app.dataset.view import Framing, fill_captions, look_at
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.data import images
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.data.images import load_image
 
@@ -156,10 +160,89 @@ def test_a_huge_png_is_refused_before_it_is_decoded(uploads: Uploads, tmp_path: 
     assert [refusal.reason for refusal in result.refused] == [
         "more than twice the limit of 89478485 pixels; make it smaller"
     ]
-    large = header[:8].replace(struct.pack(">II", 20_000, 20_000), struct.pack(">II", 8_000, 8_000)) + header[8:]
+    large = struct.pack(">II", 5_001, 5_000) + header[8:]
     bomb = bomb.replace(chunk(b"IHDR", header), chunk(b"IHDR", large))
     result = add(uploads, uploads.new_session(), tmp_path, ("large.png", bomb))
-    assert [refusal.reason for refusal in result.refused] == ["more than 50 million pixels; make it smaller"]
+    assert [refusal.reason for refusal in result.refused] == [
+        "more than 25 million pixels; make it smaller, or save it as JPEG, which may have 100 million"
+    ]
+
+
+def test_a_large_jpeg_is_taken_and_a_huge_one_refused(uploads: Uploads, tmp_path: Path) -> None:
+    session = uploads.new_session()
+    photo = encoded(Image.linear_gradient("L").resize((6000, 5000)), "JPEG")
+    place = photo.index(b"\xff\xc0") + 5
+    huge = photo[:place] + struct.pack(">HH", 10_000, 10_001) + photo[place + 4 :]
+    result = add(uploads, session, tmp_path, ("photo.jpg", photo), ("huge.jpg", huge))
+    assert [upload.original for upload in result.taken] == ["photo.jpg"]
+    assert [refusal.reason for refusal in result.refused] == ["more than 100 million pixels; make it smaller"]
+    framed = look_at(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 512))
+    assert framed.cards[0].picture.size == (256, 256)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' allocators keep nothing")
+def test_what_images_took_is_given_back(tmp_path: Path) -> None:
+    """To threads that live on, as those of a web server do, glibc would leave some hundred megabytes."""
+    Image.new("RGB", (4000, 4000), "red").save(tmp_path / "large.png")
+    program = """
+import sys, threading
+from pathlib import Path
+import psutil
+from app.dataset.decoding import DECODING, give_memory_back
+from flatlora_diffusion.data.images import load_image
+
+def used():
+    return psutil.Process().memory_info().rss / 2**20
+
+def decode():
+    with DECODING:
+        load_image(Path(sys.argv[1]))
+    done.release()
+    end.wait()
+
+give_memory_back()
+done, end, before = threading.Semaphore(0), threading.Event(), used()
+for _ in range(8):
+    threading.Thread(target=decode).start()
+for _ in range(8):
+    done.acquire()
+print(used() - before)
+end.set()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "large.png")]
+    told = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    assert float(told) < 64, "MiB, what one such image has"
+
+
+def test_images_are_decoded_one_at_a_time(uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many sessions drop, look at and caption some at once."""
+    inside, most = [0], [0]
+    decode = images._decode
+
+    def counted(source: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        try:
+            return decode(source)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(images, "_decode", counted)
+
+    def work(number: int) -> None:
+        session = uploads.new_session()
+        assert add(uploads, session, tmp_path / str(number), ("a.png", png()), ("b.png", png("blue"))).refused == []
+        uploads.save_captions(session, {"0001.png": "", "0002.png": ""})
+        look_at(uploads, Thumbnails(tmp_path / f"thumbnails-{number}"), session, Framing("white", 16))
+        fill_captions(uploads, session, lambda pictures: ["a thing"] * len(pictures), lambda done, of: None)
+        assert uploads.captions(session) == {"0001.png": "a thing", "0002.png": "a thing"}
+
+    for number in range(6):
+        (tmp_path / str(number)).mkdir()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert most == [1]
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -254,8 +337,9 @@ def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
 
     monkeypatch.setattr("app.dataset.arrivals.os.replace", replace)
     result = uploads.add(session, [("full.png", tmp_path / "good.png")])
-    assert [one.reason for one in result.refused] == ["it cannot be kept: No space left on device"]
+    assert [(one.name, "the disk is full" in one.reason) for one in result.refused] == [("full.png", True)]
     assert uploads.names(session) == {"0001.png": "good.png"}
+    assert not list(uploads.session_folder(session).glob("0002.*")), "not its caption either"
 
 
 def test_no_member_of_a_zip_leaves_it(uploads: Uploads, tmp_path: Path) -> None:

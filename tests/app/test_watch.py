@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from app.runs.tab import refresh
 from app.runs.workbench import NEWEST
 from app.ui import build_app
 from app.watch.kept import Kept
+from app.watch.ticks import only_news
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.ground.whole_files import write_json
@@ -146,6 +148,29 @@ def test_a_tick_sends_what_has_happened(
 ) -> None:
     happens(context)
     assert {name for name, page in pages.items() if set(page.tick()) - {"State"}} >= tabs
+
+
+def test_an_error_that_goes_on_is_told_once_and_what_comes_after_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    broken = OSError(errno.ENOSPC, "No space left on device")
+    errors: list[Exception | None] = [None, broken, broken, KeyError("x"), KeyError("x"), None, broken]
+
+    def handler(value: str) -> tuple[str]:
+        error = errors[len(shown)]
+        if error is not None:
+            raise error
+        return (value,)
+
+    monkeypatch.setattr(gr, "Warning", lambda text, title: told.append(text))
+    with gr.Blocks():
+        event = only_news({"fn": handler, "inputs": [gr.State()], "outputs": [gr.State()]}, lambda: None)
+    shown: list[bool] = []
+    seen: Any = None
+    for _ in errors:
+        one, seen = event["fn"](seen, "news")
+        shown.append(one == "news")
+    assert shown == [error is None for error in errors]
+    assert ["disk is full" in text or "KeyError" in text for text in told] == [True] * 3
 
 
 def test_a_step_is_shown_on_the_train_tab_alone(context: AppContext, pages: dict[str, Page]) -> None:

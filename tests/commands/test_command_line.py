@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from flatlora_diffusion.commands.command_line import DEMO_ARMS, DEMO_SAM_STEPS, main, train_main
@@ -53,6 +54,63 @@ def test_no_model_there(capsys: pytest.CaptureFixture[str], icons: Path, empty: 
     arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path"]
     assert "without model_index.json" in complaint(capsys, [*arguments, str(empty)])
     assert "does not exist: there is no such folder" in complaint(capsys, [*arguments, str(empty / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    "setting", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "init_lora"]
+)
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "nowhere.safetensors", "nowhere"])
+def test_a_pickle_and_what_is_not_there_are_refused_before_torch_is_imported(
+    capsys: pytest.CaptureFixture[str],
+    icons: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    name: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "flatlora_diffusion.training.trainer", None)  # an import of it would fail
+    file = tmp_path / name
+    if "nowhere" not in name:
+        torch.save({}, file)
+    arguments = ["--instance_data_dir", str(icons), f"--{setting}", str(file), "--output_dir", str(tmp_path / "run")]
+    assert f"{setting}={str(file)!r}" in complaint(capsys, arguments)
+
+
+@pytest.fixture
+def places(base: Path, icons: Path, lora: Path) -> dict[str, str]:
+    return {"BASE": str(base), "ICONS": str(icons), "LORA": str(lora), "RUN": str(lora.parent)}
+
+
+@pytest.mark.parametrize("name", ["nope", "nope.safetensors", "./some/nope", "nope.ckpt"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "merge --base",
+        "extract --tuned BASE --base",
+        "extract --base BASE --tuned",
+        "export LORA --base",
+        "import LORA --base",
+        "resize LORA --base",
+        "inspect LORA --base",
+        "generate --prompts fox --pretrained_model_name_or_path",
+        "flatness RUN --other_base",
+    ],
+)
+def test_a_base_that_is_not_there_is_named_by_the_flag_that_the_verb_has(
+    capsys: pytest.CaptureFixture[str],
+    places: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = line.split()
+    assert main([*(places.get(word, word) for word in words), name]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {words[-1].removeprefix('--')}={name!r}" in error
+    assert "LoRA" not in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_resolution(capsys: pytest.CaptureFixture[str], icons: Path, base: Path, tmp_path: Path) -> None:
@@ -140,11 +198,6 @@ def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) ->
     assert usual.arms == ("lora", "flat-lora", f"sam:max_train_steps={DEMO_SAM_STEPS}")
 
 
-@pytest.fixture
-def places(icons: Path, lora: Path) -> dict[str, str]:
-    return {"ICONS": str(icons), "LORA": str(lora)}
-
-
 TINY_IN_WORDS = "the tiny demo base, 64 pixels"
 
 
@@ -157,7 +210,7 @@ TINY_IN_WORDS = "the tiny demo base, 64 pixels"
         ("evidence --pretrained_model_name_or_path tiny --resolution 64", "compare.evidence.evidence.evidence"),
         ("generate --prompts fox", "gallery.gallery.generate"),
         ("merge --base tiny --lora LORA --output x", "lora_tools.merging.merge_loras"),
-        ("extract --base tiny --tuned x", "lora_tools.resizing.extract_lora"),
+        ("extract --base tiny --tuned owner/name", "lora_tools.resizing.extract_lora"),
     ],
 )
 def test_the_first_line_of_a_verb_and_its_summary_say_what_the_base_is(

@@ -52,7 +52,7 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (command_line, doctor, lora_verbs):
         monkeypatch.setattr(module, "verb_settings", stop(verb_settings))
-    for name in ("parse_comparison", "parse_config"):
+    for name in ("parse_comparison", "parse_training"):
         monkeypatch.setattr(command_line, name, stop(getattr(command_line, name)))
     app = SimpleNamespace(main=stop(lambda arguments: parse_settings(arguments, {})))
     monkeypatch.setattr(command_line, "import_module", lambda name: app)  # which has two names, by its installation

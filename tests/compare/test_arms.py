@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flatlora_diffusion.compare.arms import null_arms, parse_arm, plan, train_planned
+from flatlora_diffusion.compare.arms import parse_arm, plan, train_planned
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 
 
@@ -74,16 +74,6 @@ def test_an_arm_of_fewer_steps_has_as_many_checkpoints(config: TrainConfig) -> N
     arms = [parse_arm("lora"), parse_arm("lora:max_train_steps=40")]
     full, half = plan(config.replace(max_train_steps=80), arms, [0], 4)
     assert (full.config.run.checkpointing_steps, half.config.run.checkpointing_steps) == (20, 10)
-
-
-def test_the_nulls_share_the_first_weights(config: TrainConfig) -> None:
-    sigma_0, other_draws, second_eps = (one.config for one in plan(config, null_arms(7), [7], 1))
-    assert (sigma_0.run.seed, sigma_0.perturb.sigma) == (7, 0.0)
-    assert other_draws.run.seed not in (7, None)
-    assert other_draws.adapter.lora_init_seed == 7
-    assert null_arms(7, 5)[1].changes["lora_init_seed"] == 5
-    assert second_eps.run.seed == 7
-    assert second_eps.perturb.perturb_seed not in (7, None)
 
 
 def test_without_steps_arms_cannot_be_matched(config: TrainConfig) -> None:

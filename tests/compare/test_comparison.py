@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 from scipy import stats
 
 from flatlora_diffusion.compare.arms import parse_arm
@@ -20,7 +18,6 @@ from flatlora_diffusion.compare.crossed import crossed_difference
 from flatlora_diffusion.compare.evaluator import FORGETTING, HELDOUT, TRAIN, names_of
 from flatlora_diffusion.compare.findings import metrics_table, paired_rows, verdict
 from flatlora_diffusion.compare.material import SAMPLE_ICONS, read_material
-from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
@@ -130,22 +127,6 @@ def test_the_table_has_means_and_leaves_out_what_is_missing() -> None:
     assert lines[0] == "| | Base | LoRA | Flat-LoRA | Flat-LoRA, perturb_noise iid |"
     assert lines[2] == "| held-out loss | 0.200 | 0.105 | 0.125 | 0.300 |"
     assert lines[3] == "| drift |  | 0.5 |  |  |"
-
-
-def test_nulls_measure_pictures_weights_and_losses(tmp_path: Path) -> None:
-    def end(name: str, grey: int, weight: float) -> RunOutputs:
-        picture, lora = tmp_path / f"{name}.png", tmp_path / f"{name}.safetensors"
-        Image.new("RGB", (4, 4), (grey, grey, grey)).save(picture)
-        save_file({"down": torch.tensor([3.0, 4.0]) * weight}, lora)
-        return RunOutputs(lora, [picture])
-
-    outputs = {"lora": end("lora", 10, 1.0), "sigma-0": end("sigma", 10, 1.0), "other-draws": end("other", 40, 1.5)}
-    losses = {key: {7: {"heldout_loss": 0.1 * place}} for place, key in enumerate(outputs)}
-    losses["sigma-0"] = losses["lora"]
-    equal, other = null_rows(outputs, losses, 7)
-    assert (equal["picture_difference"], equal["weight_difference"], equal["heldout_difference"]) == (0, 0, 0)
-    assert (other["picture_difference"], other["weight_difference"]) == pytest.approx((30, 0.5))
-    assert other["heldout_difference"] == pytest.approx(0.2)
 
 
 def icons_config(**more: Any) -> TrainConfig:

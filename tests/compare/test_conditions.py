@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flatlora_diffusion.compare.arms import PlannedRun, null_arms, parse_arm, plan
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.compare.conditions import shared_conditions
+from flatlora_diffusion.compare.nulls import nulls_of
 from flatlora_diffusion.config import TrainConfig
 
 ARMS = ("lora", "flat-lora", "lora:rank=2", "lora:max_train_steps=1")
@@ -18,7 +19,14 @@ ARMS = ("lora", "flat-lora", "lora:rank=2", "lora:max_train_steps=1")
 @pytest.fixture(params=[{}, {"sigma_rise": 0.02}], ids=["", "a setting that LoRA has not"])
 def runs(tmp_path: Path, request: Any) -> list[PlannedRun]:
     config = TrainConfig.from_dict({"output_dir": str(tmp_path), "max_train_steps": 2, **request.param})
-    planned = plan(config, [parse_arm(text) for text in ARMS], [0, 1], 1) + plan(config, null_arms(0), [0], 1)
+    return _written(config, ARMS)
+
+
+def _written(config: TrainConfig, arms: Sequence[str]) -> list[PlannedRun]:
+    """The runs of these arms with two seeds, and their nulls, all alike."""
+    parsed = [parse_arm(text) for text in arms]
+    nulls = [null.arm for null in nulls_of(parsed, 0)]
+    planned = plan(config, parsed, [0, 1], 1) + plan(config, nulls, [0], 1)
     for one in planned:
         steps = 1 if one.arm.key == "lora:max_train_steps=1" else 2
         other = "other" if one.arm.key == "other-draws" else ""
@@ -36,6 +44,15 @@ def test_runs_that_were_alike_are_proved_alike(runs: list[PlannedRun]) -> None:
     assert len(weights["hashes"]) == 6
     assert "LoRA with other draws, seed 0" in draws["note"]
     assert "LoRA, max_train_steps 1, seed 0" in draws["note"]
+
+
+@pytest.mark.parametrize("arms", [("lora:rank=2", "flat-lora:rank=2"), ("lora:rank=2", "flat-lora"), ("sam", "lora")])
+def test_nulls_of_any_arm_share_its_first_weights(tmp_path: Path, arms: Sequence[str]) -> None:
+    runs = _written(TrainConfig.from_dict({"output_dir": str(tmp_path), "max_train_steps": 2}), arms)
+    facts = shared_conditions(runs)
+    assert all(fact["holds"] for fact in facts)
+    of_first = {run.label for run in runs if run.seed == 0 and run.config.adapter.rank == runs[0].config.adapter.rank}
+    assert set(facts[3]["hashes"]) == of_first
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import platform
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ from PIL import Image
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.evidence import evidence
-from flatlora_diffusion.compare.experiment import read_experiment
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.ground.run_dir import RunDir
 
@@ -69,47 +66,23 @@ def test_the_notebook_runs_and_its_figures_name_nobody(
     assert found["settings"]["rank"] == 4
     assert found["settings"]["pretrained_model_name_or_path"] == "another one"
     assert found["is_alike"]
-    assert "GB are free" in caplog.text, "the disk is told"
+    assert "5 trainings in all" in caplog.text
+    assert f"on disk in {tmp_path / 'janes_run'}" in caplog.text, "the disk is told"
     assert "on this machine as it is now" in caplog.text, "the time is told"
     assert found["verdict"] in capsys.readouterr().out
 
 
-def test_too_small_a_disk_is_said_before_anything_is_trained(
-    base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "form", ["--output_dir {}", "--output_dir={}", "--output-dir={}", "--output_dir a --output_dir={}"]
+)
+def test_the_notebook_finds_the_figures_in_each_form_of_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    monkeypatch.setattr(evidence, "outlook", lambda _: iter(()))
-    assert main(["evidence", *arguments(base, icons, tmp_path)]) == 2
-    assert "has 0.0 GB free, but about" in capsys.readouterr().err
-    assert not list((tmp_path / "janes_run").glob("*/seed-*"))
-
-
-def test_the_disk_that_runs_fill_is_about_what_is_told(base: Path, icons: Path, tmp_path: Path) -> None:
-    from flatlora_diffusion.training.trainer import train
-
-    heldout = tmp_path / "heldout"
-    shutil.copytree(icons, heldout)
-    Image.new("RGB", (40, 40), "red").save(heldout / "icon-0.png")
-    for number in (1, 2):
-        (heldout / f"icon-{number}.png").unlink()
-    config = TrainConfig().replace(
-        pretrained_model_name_or_path=str(base),
-        instance_data_dir=str(icons),
-        output_dir=str(tmp_path / "out"),
-        max_train_steps=2,
-        seed=0,
-        resolution=32,
-        rank=64,
-        report_to="none",
-    )
-    own = CompareConfig(heldout_dir=str(heldout), num_checkpoints=2, num_prompts=1)
-    Path(config.run.output_dir).mkdir()
-    experiment = read_experiment(config, own)
-    before = evidence.disk_bytes(experiment)
-    (first, *_) = experiment.main
-    train(first.config)
-    filled = sum(file.stat().st_size for file in first.run.folder.rglob("*") if file.is_file())
-    assert before - evidence.disk_bytes(experiment) == pytest.approx(filled, rel=0.15)
+    figures = {"verdict": "no difference found", "device": "a GPU", "runs": [{"arm": "lora", "seed": 0, "seconds": 6}]}
+    (tmp_path / "evidence.json").write_text(json.dumps(figures))
+    *_, last = (cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code")
+    exec("".join(last["source"]), {"ARGUMENTS": ["--num_seeds", "1", *form.format(tmp_path).split(" ")]})
+    assert capsys.readouterr().out.splitlines() == ["no difference found", "a GPU", "lora 0: 6 s"]
 
 
 def test_only_the_runs_of_the_result_count_and_each_step_of_them_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from made_up_comparison import PROMPTS, made_up_comparison, with_one_seed, with_pictures
+from patience import PATIENCE
 from PIL import Image
 
 from flatlora_diffusion.charts.palette import TONES
@@ -362,6 +363,7 @@ def test_charts_have_the_colours_of_the_page_in_light_and_dark(markup: str) -> N
 def test_a_browser_shows_it(chromium: Any, folder: Path) -> None:
     path = folder / "compare.html"
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
+    page.set_default_timeout(PATIENCE)
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))

@@ -169,16 +169,27 @@ def test_the_arms_are_trained_then_drawn_then_measured_then_come_the_nulls(stopp
 
 
 def test_the_first_lines_say_what_will_be_done_and_name_no_text(stopped: Story) -> None:
-    summary, *steps = stopped.lines[:6]
+    summary, *steps = stopped.lines[:8]
     assert summary.startswith("3 images, captions 3/3")
     assert "broken.png" in summary
     assert "LICENSE" not in summary
-    assert [line[:9] for line in steps[:4]] == ["1. train ", "2. draw 1", "3. measur", "4. train "]
+    assert [line[:9] for line in steps[:4]] == ["1. train ", "2. draw 1", "3. measur", "4. for th"]
     assert "LoRA and Flat-LoRA on them, 2 steps each" in steps[0]
     assert str(stopped.out / "compare.png") in steps[1]
     assert str(stopped.out / "compare.html") in steps[2]
-    assert steps[4].startswith("About ")
+    assert "Flat-LoRA at sigma 0, LoRA with other draws, Flat-LoRA with another eps" in steps[3]
+    assert steps[4] == "5 trainings in all"
+    assert all(line.startswith("About ") for line in steps[5:])
+    assert str(stopped.out) in steps[5]
     assert len(set(stopped.lines)) == len(stopped.lines), "no line twice"
+
+
+def test_what_the_trainings_will_take_is_told_anew_by_their_own_steps(stopped: Story, resumed: Story) -> None:
+    told = [line for story in (stopped, resumed) for line in story.lines if " trainings are done, " in line]
+    assert [line[:6] for line in told] == [f"{done} of 5" for done in (1, 2, 3, 4)]
+    assert "by a picture" in stopped.lines[7]
+    assert resumed.lines[5] == "5 trainings in all; 2 are done"
+    assert "by the steps of its runs" in resumed.lines[7]
 
 
 def test_a_report_without_nulls_has_all_else(report_of_arms: dict[str, Any]) -> None:

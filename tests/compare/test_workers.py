@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import HANGS, wait_until
 from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import main
@@ -113,17 +114,18 @@ def test_a_run_that_fails_stops_the_others_and_names_its_log(
 
     def run(command: Sequence[str], log: Path) -> int:
         if log.parent.name == "lora":
-            other_has_begun.wait(60)
+            other_has_begun.wait(HANGS)
             return 2
         other_has_begun.set()
-        for _ in range(200):
+
+        def is_asked_twice() -> bool:
             if stop.exists():
                 stop.unlink()  # as a trainer does before its first step
                 seen.append(stop)
-            if len(seen) == 2:
-                return 130
-            threading.Event().wait(0.02)
-        return 0
+            return len(seen) == 2
+
+        wait_until(is_asked_twice)
+        return 130
 
     given(monkeypatch, 2, run)
     monkeypatch.setattr(at_once, "ASK_EVERY", 0.01)
@@ -158,7 +160,7 @@ def test_each_place_is_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_
 
     def told(command: Sequence[str], log: str, environment: Any) -> int:
         seen.append(environment["CUDA_VISIBLE_DEVICES"])
-        both.wait(10)
+        both.wait(HANGS)
         return 0
 
     monkeypatch.setattr(of_workers, "_ended", told)

@@ -1,4 +1,4 @@
-"""Batches by key: samples in the epochs' order, prompts as the pipeline encodes them, dropped captions as zeros."""
+"""Batches by key: samples in the epochs' order, prompts as the pipeline encodes them, dropped captions too."""
 
 from __future__ import annotations
 
@@ -124,6 +124,22 @@ def test_dropped_captions_are_zero_embeddings_at_about_the_asked_rate(sdxl: Sdxl
         assert torch.equal(empty, batch.pooled_prompt_embeds.abs().sum(dim=1) == 0)
         dropped += empty.tolist()
     assert 30 <= sum(dropped) <= 70  # 200 draws at 0.25: 50 +- 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"shuffle_tags": True}], ids=["encoded once", "encoded in each step"])
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "empty prompt"])
+def test_a_dropped_caption_is_what_the_pipeline_has_for_no_prompt(
+    base: Path, icons: Path, zeros: bool, settings: dict[str, Any]
+) -> None:
+    sdxl = load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
+    sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    _, expected, _, pooled = sdxl.pipeline.encode_prompt("an icon", do_classifier_free_guidance=True)
+    assert bool(expected.any()) is not zeros
+    batch = make_batches(sdxl, icons, caption_dropout=1.0, **settings).batch(0, 0)
+    assert batch.prompt_embeds is not None
+    assert batch.pooled_prompt_embeds is not None
+    torch.testing.assert_close(batch.prompt_embeds, expected.expand(2, -1, -1))
+    torch.testing.assert_close(batch.pooled_prompt_embeds, pooled.expand(2, -1))
 
 
 def test_each_step_and_slot_draws_its_own_posterior_noise_and_drops_its_own_captions(sdxl: Sdxl, icons: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from flatlora_diffusion.config import ConfigError, Interpolation
 from flatlora_diffusion.data.crops import choose_view, pixels_of, view_image
-from flatlora_diffusion.data.images import ImageError, find_images, load_alpha, load_image, read_header
+from flatlora_diffusion.data.images import ImageError, find_images, load_alpha, load_image, load_mask, read_header
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -236,6 +236,70 @@ def test_pillows_pixel_limit_is_an_error(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=f"^huge.png cannot be read as an image: .*{reason}"):
         load_image(path)
+
+
+def test_a_jpeg_of_more_than_25_million_pixels_is_decoded_at_half_its_size(tmp_path: Path) -> None:
+    slope = Image.linear_gradient("L")
+    upright = Image.Exif()
+    upright[0x0112] = 6
+    for size, halved in (((5001, 5001), (2501, 2501)), ((6000, 4500), (3000, 2250)), ((5000, 5000), (5000, 5000))):
+        path = save(slope.resize(size), tmp_path / "photo.jpg", exif=upright)
+        image = load_image(path)
+        assert image.size == halved[::-1]
+        with Image.open(path) as whole:
+            expected = whole.reduce(2).transpose(Image.Transpose.ROTATE_270).resize(image.size)
+        off = np.abs(np.asarray(image.convert("L"), dtype=float) - np.asarray(expected, dtype=float))
+        assert off.mean() < 1
+        assert load_alpha(path).size == image.size
+    assert load_image(save(slope.resize((5001, 5001)), tmp_path / "chart.png")).size == (5001, 5001)
+
+
+def test_a_mask_fits_a_large_jpeg_and_what_is_decoded_of_it(tmp_path: Path) -> None:
+    image = load_image(save(Image.new("L", (6001, 4500)), tmp_path / "photo.jpg"))
+    mask = Image.new("L", (6001, 4500))
+    mask.paste(255, (3000, 0, 6001, 4500))
+    for shown in (mask, mask.reduce(2)):
+        found = load_mask(save(shown, tmp_path / "photo-masklabel.png"), image.size)
+        assert found.size == image.size
+        assert (found.getpixel((1400, 100)), found.getpixel((1600, 100))) == (0, 255)
+    save(mask.resize((1500, 1125)), tmp_path / "photo-masklabel.png")
+    with pytest.raises(ImageError, match="it is 1500x1125 pixels, and the image that it is for 3001x2250"):
+        load_mask(tmp_path / "photo-masklabel.png", image.size)
+
+
+def jpeg_that_says(width: int, height: int) -> bytes:
+    """A small JPEG whose header tells another size."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "JPEG")
+    packed = buffer.getvalue()
+    place = packed.index(b"\xff\xc0") + 5
+    return packed[:place] + struct.pack(">HH", height, width) + packed[place + 4 :]
+
+
+def test_a_jpeg_of_more_than_100_million_pixels_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ImageError, match="10001 x 10000 pixels, more than the limit of 100000000; make it smaller"):
+        load_image(jpeg_that_says(10001, 10000))
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_an_icon_that_understates_its_picture_is_refused_before_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tmp_path / "icon.ico"
+    Image.new("RGBA", (32, 24), RED).save(path, bitmap_format=kind, sizes=[(32, 24)])
+    assert load_image(path).size == (32, 24)
+    packed = path.read_bytes()
+    sizes = {"png": struct.pack(">II", 5000, 5001), "bmp": struct.pack("<ii", 5000, 5001)}
+    place = 22 + {"png": 16, "bmp": 4}[kind]
+    path.write_bytes(packed[:place] + sizes[kind] + packed[place + 8 :])
+
+    def open_it(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Image, "open", open_it)
+    for read in (load_image, read_header):
+        with pytest.raises(ImageError, match="an icon of 5000 x 5001 pixels, more than the limit of 25000000"):
+            read(path)
 
 
 def png_with_chunk(kind: bytes, data: bytes) -> bytes:

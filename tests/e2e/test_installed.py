@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import email.policy
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
@@ -82,7 +86,7 @@ def test_the_wheel_holds_all_modules_and_samples_and_only_our_package(wheel: Pat
     assert wheel.stat().st_size < LARGEST
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        assert "flatlora = flatlora_diffusion" in archive.read(next(iter(_metadata(archive)))).decode()
+        assert "flatlora = flatlora_diffusion" in archive.read(_metadata(archive, "entry_points.txt")).decode()
     assert {name.split("/")[0] for name in names} == {"flatlora_diffusion"}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flatlora_diffusion").rglob("*.py")}
     modules |= {f"flatlora_diffusion/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "app").rglob("*.py")}
@@ -93,8 +97,47 @@ def test_the_wheel_holds_all_modules_and_samples_and_only_our_package(wheel: Pat
     assert names - modules == data | templates | {"flatlora_diffusion/requirements.lock"}
 
 
-def _metadata(archive: zipfile.ZipFile) -> list[str]:
-    return [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
+def _metadata(archive: zipfile.ZipFile, file: str) -> str:
+    (name,) = (name for name in archive.namelist() if name.endswith(f".dist-info/{file}"))
+    return name
+
+
+def test_the_package_names_its_authors_its_licences_and_what_it_is_for(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        said = BytesParser(policy=email.policy.default).parsebytes(archive.read(_metadata(archive, "METADATA")))
+        licences = [
+            archive.read(_metadata(archive, f"licenses/{file}")).decode() for file in said.get_all("License-File", [])
+        ]
+    assert said["Author"]
+    assert {url.split(", ")[1] for url in said.get_all("Project-URL", [])} >= {"https://arxiv.org/abs/2409.14396"}
+    assert {"lora", "sdxl"} <= set(said["Keywords"].split(","))
+    assert "Programming Language :: Python :: 3.11" in said.get_all("Classifier", [])
+    assert not [line for line in said.get_all("Classifier", []) if line.startswith("License ::")], (
+        "the expression says it"
+    )
+    table = re.findall(
+        r"^\| `.*\| ([^|,]+)[^|]*\|$", (ROOT / "samples/icons_flat/README.md").read_text(), re.MULTILINE
+    )
+    of_icons = {"MIT", *(licence.strip().replace("CC BY 4.0", "CC-BY-4.0") for licence in table)}
+    assert set(said["License-Expression"].split(" AND ")) == of_icons | {"Apache-2.0"}
+    for words in ("Apache License", "MIT License", "creativecommons.org/licenses/by/4.0"):
+        assert any(words in text for text in licences), words
+
+
+def test_the_package_s_description_leads_to_nothing_that_is_in_the_repository_alone(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        said = BytesParser(policy=email.policy.default).parsebytes(archive.read(_metadata(archive, "METADATA")))
+    assert said["Description-Content-Type"] == "text/markdown"
+    text = str(said.get_payload())
+    links = re.findall(r"\]\(([^)\s]*)\)", text)
+    assert "https://arxiv.org/abs/2409.14396" in links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "![" not in text
+    assert "Same prompts, same seed" not in text, "the words below a picture go with it"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ .*", readme, re.MULTILINE)
+    assert re.findall(r"^#+ .*", text, re.MULTILINE) == headings
+    assert len(text) > 0.8 * len(readme)
 
 
 def few_icons(folder: Path) -> Path:
@@ -130,6 +173,19 @@ def test_verbs_help_and_doctor_need_no_checkout(program: Path, tmp_path: Path) -
     assert "tiny is here" in report
     assert "last tested with 3." in report
     assert str(ROOT) not in report
+
+
+def test_the_wheel_job_of_continuous_integration_tests_what_is_installed(program: Path, tmp_path: Path) -> None:
+    """Its own command, which has to find the tests' helpers and not the checkout's program; here it only collects."""
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    (command,) = re.findall(r"run: python (.*-m pytest .*)", workflow)
+    python = program.with_name("python.exe" if os.name == "nt" else "python")
+    where = tmp_path / "test_where.py"
+    where.write_text("import flatlora_diffusion\nassert 0, flatlora_diffusion.__file__\n")
+    told = start(python, ROOT, *shlex.split(command), "--collect-only", str(where), "-p", "no:cacheprovider", code=2)
+    (error,) = re.findall(r"^E +AssertionError: (.*)", told, re.MULTILINE)
+    assert Path(error).is_relative_to(program.parents[1])
+    assert "1 error in" in told
 
 
 def test_the_app_starts_its_jobs_from_inside_the_package(program: Path, tmp_path: Path) -> None:

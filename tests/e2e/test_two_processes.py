@@ -31,17 +31,17 @@ def launched(arguments: list[str], said: Path) -> int:
         return subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file).returncode
 
 
-def together(arguments: list[str], folder: Path) -> str:
-    """Train in two processes into `folder`, as the launcher would start them; returns what both say."""
-    said = [folder.with_name(f"{folder.name}-{rank}.txt") for rank in range(2)]
-    arguments = [*arguments, f"--output_dir={folder}"]
+def together(arguments: list[str], *folders: Path) -> str:
+    """Train in two processes into each of `folders`, as the launcher would start them; returns what both say."""
+    said = [folders[0].with_name(f"{folders[0].name}-{rank}.txt") for rank in range(2)]
+    runs = [[*arguments, f"--output_dir={folder}"] for folder in folders]
     shared = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true",
     }
-    pair = [forked(arguments, said[rank], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    pair = [forked(said[rank], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *runs) for rank in range(2)]
     codes = [ended(process) for process in pair]
     texts = [file.read_text(encoding="utf-8") for file in said]
     assert codes == [0, 0], texts
@@ -132,6 +132,13 @@ def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: lis
     seed = json.loads((tmp_path / "two" / "config.json").read_text())["seed"]
     alone([*drawn, f"--seed={seed}"], tmp_path / "one")
     assert_same_run(tmp_path / "one", tmp_path / "two", said)
+
+
+@pytest.mark.slow
+def test_one_launch_can_train_twice(arguments: list[str], tmp_path: Path) -> None:
+    together(arguments, tmp_path / "first", tmp_path / "second")
+    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("first", "second"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def assert_same_run(one: Path, two: Path, said: str) -> None:

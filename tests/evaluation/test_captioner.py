@@ -250,3 +250,25 @@ def test_the_command_captions_what_has_no_caption(
     assert main(["caption", str(tmp_path / "nothing"), *arguments]) == 2
     assert main(["caption", str(folder)]) == 2
     assert "captioner is missing: give --captioner" in capsys.readouterr().err
+
+
+def test_a_caption_that_is_written_meanwhile_stays(
+    icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "icons"
+    shutil.copytree(icons, folder)
+    first, second, _ = sorted(folder.glob("*.txt"))
+    for path in (first, second):
+        path.unlink()
+
+    def load(*_: Any) -> Any:
+        def caption(images: Any) -> list[str]:
+            second.write_text("an owl, by hand")
+            return ["made up"]
+
+        return caption
+
+    monkeypatch.setattr("flatlora_diffusion.evaluation.caption_files.load_captioner", load)
+    assert main(["caption", str(folder), "--captioner", "some/tagger"]) == 0
+    assert (first.read_text(), second.read_text()) == ("made up\n", "an owl, by hand")
+    assert "1 captions written" in capsys.readouterr().out

@@ -169,7 +169,8 @@ def test_a_model_that_changes_nothing_has_no_drift(
         picture_metrics(reference, in_other_order, unrelated=base),
         picture_metrics(reference, mixed, unrelated=mixed),
     )
-    assert same["drift"] == same["style_change"] == 0
+    assert same["drift"] == 0
+    assert same["style_change"] == pytest.approx(0, abs=1e-9), "an image's place in its batch may change the rounding"
     assert same["heldout_similarity"] == pytest.approx(1, abs=1e-5)
     assert 0.05 < other["drift"] <= 1
     assert other["heldout_similarity"] == pytest.approx(1 - 2 * other["drift"], abs=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -280,7 +281,12 @@ def test_a_lora_meets_a_rough_base_a_second_lora_and_another_base() -> None:
 
 
 def test_a_report_has_all_files_and_figures(
-    make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_run: Callable[..., Path],
+    base: Path,
+    icons: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     one, two = make_run("plain", method="lora"), make_run("flat", seed=1)
     held = tmp_path / "held"
@@ -292,8 +298,11 @@ def test_a_report_has_all_files_and_figures(
     flags += ["--pretrained_model_name_or_path", str(base), "--surface_points", "3", "--slice_directions", "2"]
     flags += ["--rise_draws", "2", "--lanczos_steps", "2", "--eigenvalues", "1", "--sigmas", "0.1", "--radii", "0.01"]
     flags += ["--second_lora", str(two), "--other_base", str(base)]
-    assert main(["flatness", str(one), str(two), *flags]) == 0
+    with caplog.at_level(logging.INFO):
+        assert main(["flatness", str(one), str(two), *flags]) == 0
+    assert caplog.messages[0] == f"base: {base}, 32 pixels"
     printed = capsys.readouterr().out
+    assert printed.startswith(f"base: .../{base.name}\n"), "a file keeps no path"
     assert "| Base |" in printed.replace("  ", "")
     assert "rise less that of plain, Eq. 7, sigma 0.1" in printed
     assert re.search(r"\| worst-case rise in A and B, radius 0\.01 +\|  +\| +\d\S+ \| +\d\S+ \|", printed)
@@ -436,6 +445,17 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_measured(
     (tmp_path / "file").write_text("")
     config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path / "file" / "out"))
     with pytest.raises(ConfigError, match=r"output_dir='.*out' cannot be written: .+; give another folder"):
+        flatness(config)
+
+
+@pytest.mark.parametrize("name", ["rise.png", "flatness.md"])
+def test_a_file_that_belongs_to_no_earlier_result_is_not_replaced(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(flatness_report, "load_sdxl", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / name).write_bytes(b"the user's")
+    config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"output_dir=.* holds {name}, but no earlier result"):
         flatness(config)
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from patience import HANGS
 
 import flatlora_diffusion
 from flatlora_diffusion.ground import versions as versions_module
@@ -46,7 +47,7 @@ print(versions()["flatlora-diffusion"])
 
 def test_a_checkout_that_is_not_installed_names_its_version() -> None:
     asked = [sys.executable, "-c", WITHOUT_DISTRIBUTION + REPORTS]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert declared

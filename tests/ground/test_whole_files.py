@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError
@@ -34,7 +35,7 @@ def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it
 
 
 def test_two_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=HANGS)
 
     def write(text: str) -> None:
         with writing_whole(tmp_path / "file") as aside:

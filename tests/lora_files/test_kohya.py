@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from flatlora_diffusion.adapter.update import Update, shared_path
+from flatlora_diffusion.ground.files import contents_of
 from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
+from flatlora_diffusion.lora_files.metadata import with_contents
 from flatlora_diffusion.sdxl.single_file import unet_tensors
 
 LEAVES = [f"self_attn_{x}_proj" for x in "qkv"] + ["self_attn_out_proj", "mlp_fc1", "mlp_fc2"]
@@ -185,3 +187,18 @@ def test_a_lora_on_some_blocks_still_tells_its_base(unet: Any) -> None:
         assert not tensors[f"{name}.lora_up.weight"].any()
     assert len(tensors) == 9
     assert completed({}, unet) == {}
+
+
+def test_the_rank_and_the_alpha_of_the_metadata_are_of_one_layer_and_of_the_unet() -> None:
+    def update(rank: int, scale: float) -> Update:
+        return Update(torch.ones(rank, 8), torch.ones(8, rank), scale)
+
+    block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    text = {f"text_model.encoder.layers.{layer}.self_attn.q_proj": update(64, 0.25) for layer in range(5)}
+    unet = {f"{block}.to_q": update(32, 1.0), f"{block}.to_k": update(32, 1.0), f"{block}.to_v": update(128, 0.25)}
+    for updates, expected in (
+        ({"text_encoder": text, "unet": unet}, ("32", "32.0")),
+        ({"text_encoder": text}, ("64", "16.0")),
+    ):
+        said = with_contents({}, contents_of(kohya_stream(updates)))
+        assert (said["ss_network_dim"], said["ss_network_alpha"]) == expected

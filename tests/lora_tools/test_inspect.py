@@ -228,6 +228,18 @@ def test_a_file_of_true_sdxl_names_is_told_from_the_tiny_base(
         assert f"x.safetensors: a LoRA for {family}" in capsys.readouterr().out
 
 
+def test_a_hub_id_of_which_nothing_is_here_is_said_to_count_as_sdxl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 2048), f"{name}.lora_up.weight": torch.ones(640, 2)}
+    path = saved(tensors, tmp_path / "x.safetensors")
+    assert report(path, "someone/no-such-base", capsys)["base"] == (
+        "SDXL (of someone/no-such-base nothing is on this disk)"
+    )
+    assert report(path, "stabilityai/stable-diffusion-xl-base-1.0", capsys)["base"] == "SDXL"
+
+
 def test_the_text_has_a_table_and_a_line_for_each_tool(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +251,19 @@ def test_the_text_has_a_table_and_a_line_for_each_tool(
     assert "zwx fox" in text
     assert "unet.down_blocks.1.attentions.0" in text
     assert max(map(len, text.splitlines())) < 120
+
+
+def test_many_keys_of_no_layer_are_counted_and_not_all_printed(
+    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    norms = {f"lora_unet_norm_{number:03}.w_norm": torch.ones(4) for number in range(300)}
+    path = saved(kohya(factors(attention)) | norms, tmp_path / "x.safetensors", **WEB)
+    assert main(["inspect", str(path), "--base", str(base)]) == 0
+    text = capsys.readouterr().out
+    assert "300 keys of no layer" in text
+    assert "norm_000" in text
+    assert "norm_299" not in text
+    assert len(report(path, base, capsys)["unknown_keys"]) == 300
 
 
 def test_trigger_words_come_from_the_phrase_or_the_tags() -> None:

@@ -32,11 +32,13 @@ from flatlora_diffusion.lora_files.names import BaseNames, base_names
 from flatlora_diffusion.lora_files.reading import layers_of
 from flatlora_diffusion.lora_files.safe_reading import checked_file
 from flatlora_diffusion.lora_tools.tool_support import tool_support
+from flatlora_diffusion.sdxl.original_names import original_path
 
 UNET, FIRST, SECOND = 560, 48, 128  # attention layers of SDXL's UNet and text encoders
 TEXT = FIRST + SECOND
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 ALL = UNET + TEXT
+CONVOLUTIONS = 66  # of its blocks, with the time projections
 TOOLS = (
     *("ComfyUI", "AUTOMATIC1111", "Forge", "InvokeAI", "SD.Next"),
     *("sd-scripts", "stable-diffusion.cpp", "Draw Things", "diffusers"),
@@ -222,10 +224,110 @@ TABLE: dict[str, tuple[Layout, dict[str, int], tuple[str, ...]]] = {
     ),
     "LyCORIS names": (
         lambda t, s: renamed(unet_only(in_kohya(t)), ("lora_unet_", "lycoris_")),
-        counts(rest=0, ComfyUI=UNET, sd_cpp=UNET, Draw_Things=UNET),
-        ("Forge", "InvokeAI", "diffusers"),
+        counts(rest=0, ComfyUI=UNET, Forge=UNET, sd_cpp=UNET, Draw_Things=UNET),
+        ("InvokeAI", "diffusers"),
+    ),
+    "kohya with the embeddings of new tokens": (
+        lambda t, s: in_sgm(in_kohya(t), s) | embeddings(1),
+        counts(rest=ALL, diffusers=0),
+        ("diffusers",),
+    ),
+    "kohya with the embeddings of seven new tokens": (
+        lambda t, s: in_sgm(in_kohya(t), s) | embeddings(7),
+        counts(rest=ALL, Forge=0, diffusers=0),
+        ("Forge", "diffusers"),
+    ),
+    "kohya with norms of the UNet": (
+        lambda t, s: in_sgm(in_kohya(t), s) | norms(s),
+        counts(rest=ALL, diffusers=0),
+        ("diffusers",),
+    ),
+    "kohya, diffusers' blocks with norms of the UNet": (
+        lambda t, s: in_kohya(t) | norms(s, original=False),
+        counts(rest=ALL, diffusers=0),
+        ("diffusers",),
+    ),
+    "kohya, SDXL's own blocks with norms of diffusers' blocks": (
+        lambda t, s: in_sgm(in_kohya(t), s) | norms(s, original=False),
+        counts(rest=ALL, InvokeAI=0, diffusers=0),
+        ("InvokeAI", "diffusers"),
+    ),
+    "kohya with norms of a text encoder": (
+        lambda t, s: in_sgm(in_kohya(t), s) | text_norms(),
+        counts(rest=ALL, Forge=0, diffusers=0),
+        ("Forge", "diffusers"),
+    ),
+    "kohya with changes of the layers' biases": (
+        lambda t, s: (
+            in_sgm(in_kohya(t), s)
+            | {f"{name}.diff_b": torch.ones(4) for name in layer_names(in_sgm(in_kohya(t), s)) if "to_out" in name}
+        ),
+        counts(rest=ALL, diffusers=0),
+        ("diffusers",),
+    ),
+    "kohya, convolutions, diffusers' blocks": (
+        lambda t, s: in_kohya(convolutions(s)),
+        counts(rest=CONVOLUTIONS, AUTOMATIC1111=CONVOLUTIONS - 1),
+        (),
+    ),
+    "kohya, convolutions, SDXL's own blocks": (
+        lambda t, s: in_sgm(in_kohya(convolutions(s)), s),
+        counts(rest=CONVOLUTIONS, InvokeAI=0),
+        ("InvokeAI",),
+    ),
+    "kohya with half a layer of an unknown name": (
+        lambda t, s: in_sgm(in_kohya(t), s) | {"lora_unet_extra.lora_down.weight": torch.ones(1, 8)},
+        counts(rest=ALL, InvokeAI=0, diffusers=0),
+        ("InvokeAI", "diffusers"),
+    ),
+    "kohya, diffusers' blocks, with a layer of an unknown name": (
+        lambda t, s: in_kohya(t | {f"unet.extra.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}),
+        counts(rest=ALL),
+        (),
     ),
 }
+
+
+def layer_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")]
+
+
+def embeddings(tokens: int) -> Tensors:
+    """A1111's bundle: each new token has a row for both text encoders."""
+    widths = {"clip_l": 768, "clip_g": 1280}
+    return {
+        f"bundle_emb.style-{number}.string_to_param.{part}": torch.ones(1, width)
+        for number in range(tokens)
+        for part, width in widths.items()
+    }
+
+
+def norms(sdxl: BaseNames, original: bool = True) -> Tensors:
+    """LyCORIS's changes of all norms of the UNet, beside the factors."""
+    found = {}
+    for module, layer in sdxl.unet.named_modules():
+        if isinstance(layer, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            path = original_path(module, 2) if original else module
+            for kind in ("w_norm", "b_norm"):
+                found[f"lora_unet_{path.replace('.', '_')}.{kind}"] = torch.ones(4)
+    assert len(found) > 100
+    return found
+
+
+def text_norms() -> Tensors:
+    names = [f"lora_te1_text_model_encoder_layers_{layer}_layer_norm1" for layer in range(12)]
+    return {f"{name}.{kind}": torch.ones(4) for name in names for kind in ("w_norm", "b_norm")}
+
+
+def convolutions(sdxl: BaseNames) -> Tensors:
+    """A LoRA on every convolution and time projection of the UNet's blocks, in PEFT's names."""
+    found = {}
+    for module, (out, *inner) in sdxl.shapes["unet"].items():
+        if module.endswith("time_emb_proj") or (len(inner) == 3 and module.startswith(("down", "mid", "up"))):
+            found[f"unet.{module}.lora_A.weight"] = torch.ones(1, *inner)
+            found[f"unet.{module}.lora_B.weight"] = torch.ones(out, 1, *[1] * len(inner[1:]))
+    assert len(found) == 2 * CONVOLUTIONS
+    return found
 
 
 def comfyui_names(tensors: Mapping[str, Tensor], sdxl: BaseNames) -> Tensors:
@@ -311,6 +413,28 @@ OF_ATTENTION: dict[str, Callable[[Any, Path], Tensors]] = {
         | {"lora_unet_x.lora_down.weight": torch.ones(4, 8), "lora_unet_x.lora_up.weight": torch.ones(8, 4)}
     ),
     "strange-alpha": lambda p, f: kohya(factors(p)) | {"lora_unet_x.alpha": torch.tensor(1.0)},
+    "strange-down": lambda p, f: kohya(factors(p)) | {"lora_unet_x.lora_down.weight": torch.ones(4, 8)},
+    "strange-up": lambda p, f: kohya(factors(p)) | {"lora_te1_x.lora_up.weight": torch.ones(8, 4)},
+    "strange-down-text": lambda p, f: kohya(factors(p)) | {"lora_te1_x.lora_down.weight": torch.ones(4, 8)},
+    "strange-layer-text": lambda p, f: (
+        kohya(factors(p))
+        | {"lora_te2_x.lora_down.weight": torch.ones(4, 8), "lora_te2_x.lora_up.weight": torch.ones(8, 4)}
+    ),
+    "norms": lambda p, f: kohya(factors(p)) | {"lora_unet_input_blocks_3_1_norm.w_norm": torch.ones(32)},
+    "embeddings": lambda p, f: kohya(factors(p)) | embeddings(1),
+    "peft-strange-down": lambda p, f: peft(factors(p)) | {"unet.x.lora_A.weight": torch.ones(4, 8)},
+    "peft-strange-up": lambda p, f: peft(factors(p)) | {"unet.x.lora_B.weight": torch.ones(8, 4)},
+    "peft-strange-down-text": lambda p, f: peft(factors(p)) | {"text_encoder.x.lora_A.weight": torch.ones(4, 8)},
+    "peft-strange-layer": lambda p, f: (
+        peft(factors(p)) | {"unet.x.lora_A.weight": torch.ones(4, 8), "unet.x.lora_B.weight": torch.ones(8, 4)}
+    ),
+    "peft-of-another-part": lambda p, f: peft(factors(p)) | {"other.x.lora_A.weight": torch.ones(4, 8)},
+    "script-strange-down": lambda p, f: (
+        load_file(by_diffusers(p, f, old_names=True)) | {"unet.x.lora.down.weight": torch.ones(4, 8)}
+    ),
+    "script-strange-up": lambda p, f: (
+        load_file(by_diffusers(p, f, old_names=True)) | {"unet.x.lora.up.weight": torch.ones(8, 4)}
+    ),
 }
 OF_ALL: dict[str, Callable[[Any, Path], Tensors]] = {
     "all-kohya": lambda p, f: kohya(factors(p)),
@@ -343,7 +467,7 @@ def applied_by_diffusers(base: Path, path: Path) -> int | None:
     """How many layers a stock pipeline changes; None for an error."""
     try:
         found = as_diffusers_loads(base, path)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, KeyError):
         return None
     return sum(not value.is_meta and bool(value.any()) for value in found.values())
 

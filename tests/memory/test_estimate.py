@@ -95,15 +95,23 @@ def saved_by(step: RealStep) -> int:
 
 
 def peak_of(work: Callable[[], Any]) -> int:
-    """The most bytes that PyTorch's allocator held during `work` beyond those before it."""
+    """The most bytes that PyTorch's allocator held between two ops of `work` beyond those before it.
+
+    What an op takes and gives back before it returns is not counted: a processor's kernels choose it, as oneDNN's do
+    that fill channels up to 16 where there is AVX-512.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    events: list[Any] = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    events: list[Any] = profile.profiler.kineto_results.events()
+    held = peak = op_ends = 0
+    for event in sorted(events, key=lambda event: (event.start_ns(), -event.duration_ns())):
+        if event.start_ns() > op_ends:
+            peak = max(peak, held)
+        if event.name() == "[memory]":
+            held += event.nbytes()
+        elif event.name().startswith("aten::"):
+            op_ends = max(op_ends, event.end_ns())
+    return max(peak, held)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -191,7 +199,9 @@ def test_flat_lora_costs_its_norms_and_one_eps(config: TrainConfig) -> None:
     assert flat.total - plain.total == flat.perturbation
 
 
-@pytest.mark.parametrize("changes", [{"method": "sam"}, {"method": "lora", "adapter": "lora-ga"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"method": "sam"}, {"method": "lora", "adapter": "lora-ga", "lora_ga_steps": 1}], ids=str
+)
 def test_a_slope_of_all_adapted_weights_is_held_where_it_is_read(config: TrainConfig, changes: dict[str, Any]) -> None:
     shapes = [layer.get_base_layer().weight.shape for layer in prepared(config).flats[0].layers.values()]
     assert estimate_memory(config.replace(method="lora", adapter="pissa")).perturbation == 0
@@ -207,7 +217,7 @@ def test_a_slope_of_all_adapted_weights_is_held_where_it_is_read(config: TrainCo
 def test_a_perturbed_step_needs_no_more_than_flat_lora_is_said_to_cost(
     config: TrainConfig, changes: dict[str, Any]
 ) -> None:
-    """With checkpointing: without it low-rank draws keep a few numbers of each token, too, which are not counted."""
+    """With checkpointing: without it low-rank draws keep a few numbers of each token, many for layers so narrow."""
     small = {"train_batch_size": 1, "gradient_checkpointing": True, "sigma_schedule": "constant"}
     config = config.replace(**small, **changes)
     state = prepared(config)
@@ -312,7 +322,7 @@ def test_the_peak_of_drawing_is_that_of_the_real_unet(config: TrainConfig, sdxl:
         peak = peak_of(lambda: sdxl.unet(sample, torch.tensor(3), prompts, added_cond_kwargs=added))
     found = rehearse_drawing(config.model, torch.float32, images, resolution)
     given = sum(tensor.nbytes for tensor in (sample, prompts, *added.values()))
-    assert found == pytest.approx(peak + given, rel=0.25)
+    assert found == pytest.approx(peak + given, rel=0.01)
 
 
 def drawn_weights(config: TrainConfig) -> int:
@@ -325,7 +335,7 @@ def test_the_peak_of_encoding_is_that_of_the_real_vae(config: TrainConfig) -> No
     pixels = torch.rand(3, 3, 64, 64)
     peak = peak_of(lambda: encode_images(vae, pixels))
     found = rehearse_vae(config.model, torch.float32, 3, 64).encode_peak
-    assert found == pytest.approx(peak + pixels.nbytes, rel=0.1)
+    assert found == pytest.approx(peak + pixels.nbytes, rel=0.01)
 
 
 def test_neither_a_batch_nor_a_large_picture_lets_the_vae_need_more_than_an_image_of_1024_pixels() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 from tiny_models import normal as made_up, toy_case
 
 from flatlora_diffusion import FlatLora
@@ -103,7 +104,7 @@ def test_triton_s_interpreter_gives_the_numbers_of_pytorch() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", INTERPRETED], env=environment, cwd=root, capture_output=True, text=True, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANGS
 from peft import LoraConfig, get_peft_model
 from tiny_models import normal, seeded
 from torch import Tensor, distributed, nn
@@ -53,7 +54,7 @@ def test_two_processes_with_a_sharded_base_have_the_gradients_of_one(tmp_path: P
     other = subprocess.Popen([sys.executable, __file__, store], env=environment)
     try:
         found = gradients_of_both(0, store)
-        assert other.wait(timeout=60) == 0
+        assert other.wait(timeout=HANGS) == 0
     finally:
         other.kill()
     alone = net()

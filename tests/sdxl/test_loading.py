@@ -260,7 +260,7 @@ def test_a_folder_with_pickled_weights_is_refused(folder: Path, tmp_path: Path) 
     weights_file = path / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights_file), weights_file.with_suffix(".bin"))
     weights_file.unlink()
-    with pytest.raises(ConfigError, match="is no SDXL base that can be loaded"):
+    with pytest.raises(ConfigError, match=r"has its weights in diffusion_pytorch_model.bin, which can run code"):
         load(path)
 
 
@@ -270,6 +270,7 @@ def test_a_folder_with_pickled_weights_is_refused(folder: Path, tmp_path: Path) 
         ("/no/such/folder", "does not exist: there is no such folder"),
         ("/no/such/file.safetensors", "does not exist: there is no such file"),
         ("./no-such-folder", "does not exist: there is no such folder"),
+        ("no-such-folder", "does not exist: there is no such folder, and a hub id is OWNER/NAME"),
         (
             "someone/no-such-base",
             "is no SDXL base that can be loaded: there is no such folder.*hf download someone/no-such-base",

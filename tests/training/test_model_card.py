@@ -235,7 +235,15 @@ def test_other_programs_get_the_copy_made_for_them(run: RunDir) -> None:
     assert "Put `my-icons.safetensors` into the LoRA folder of ComfyUI" in card(run, config()).text
     assert "Put `Foxes.safetensors` into" in card(run, config(output_name="Foxes")).text
     assert "plain LoRA" not in card(run, config()).text
-    assert "It is a plain LoRA made of the DoRA" in card(run, config(use_dora=True)).text
+    assert "plain LoRA made of a DoRA" in card(run, config(use_dora=True)).text
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"adapter": "full", "method": "lora"}])
+def test_what_the_file_for_other_programs_misses_is_said(run: RunDir, settings: dict[str, Any]) -> None:
+    run.add_event({"event": "proof", "missed_by_plain_lora": 0.2251})
+    assert "misses 22.5 %" in card(run, config(**settings)).text
+    run.add_event({"event": "proof", "missed_by_plain_lora": 0.00003})
+    assert "misses less than 0.1 %" in card(run, config(**settings)).text
 
 
 def test_the_code_loads_from_the_hub_what_goes_there() -> None:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
 from forked import forked
+from patience import HANGS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -147,7 +148,7 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> 
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=file)
     wait_for_step(run, lambda: process.poll() is None, said, 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 3
+    assert process.wait(timeout=HANGS) == 3
     assert "by SIGTERM; --resume_from_checkpoint latest goes on" in said.read_text(encoding="utf-8")
     step = run.events()[-1]["step"]
     assert run.checkpoints()[-1].name == f"checkpoint-{step}"
@@ -165,7 +166,7 @@ def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Pa
     for attempt in range(3):
         resume = "latest" if attempt else None
         said = tmp_path / f"said-{attempt}.txt"
-        process = forked(arguments(broken.replace(resume_from_checkpoint=resume))[1:], said, {})
+        process = forked(said, {}, arguments(broken.replace(resume_from_checkpoint=resume))[1:])
         seen = max((event["step"] for event in run.events() if event["event"] == "step"), default=0)
         wait_for_step(run, process.is_alive, said, seen + 3)
         time.sleep(rng.random() * 0.3)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter import update as lora_update
 from flatlora_diffusion.adapter.update import shared_path
-from flatlora_diffusion.config import RunError, TrainConfig
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, shared_words
 from flatlora_diffusion.ground.run_dir import KOHYA_COPY, LORA_FILE, RunDir
 from flatlora_diffusion.lora_files import file_pair
@@ -151,9 +151,15 @@ def test_what_the_fold_of_a_dora_misses_is_said(
     monkeypatch.setattr(lora_update, "FOLD_RANK", 5)
     state = moved(config.replace(use_dora=True))
     with caplog.at_level(logging.WARNING):
-        proof = save_lora(state, state.run.folder, step=2)
+        proof = save_lora(state, state.run.folder, step=2, is_end=True)
     missed = proof["missed_by_plain_lora"]
     assert 0.05 < missed < 0.9
+    state.run.add_event({"event": "proof", **proof})
+    said = f"misses {100 * missed:.1f} %"
+    beside = json.loads((state.run.folder / "my-icons.json").read_text(encoding="utf-8"))
+    assert said in beside["description"]
+    with safe_open(state.run.folder / "my-icons.safetensors", "pt") as file:
+        assert all(said in file.metadata()[name] for name in ("ss_training_comment", "modelspec.description"))
     assert f"my-icons.safetensors is a plain LoRA that misses {100 * missed:.1f} % of its effect" in caplog.text
     with safe_open(state.run.folder / "my-icons.safetensors", "pt") as file:
         assert file.metadata()["ss_network_dim"] == "5"
@@ -385,6 +391,20 @@ def test_a_resumed_run_does_not_overwrite_what_it_has_not_written(
     assert not (folder / "foxes-earlier-2.safetensors").exists(), "it was written by this program"
 
 
+def test_the_lora_of_another_run_is_not_overwritten(config: TrainConfig, tmp_path: Path) -> None:
+    """It lies alone where the next run of that name is to be, and no earlier run with it."""
+    other = train(config.replace(output_name="foxes")).parent / "foxes.safetensors"
+    folder = tmp_path / "next"
+    folder.mkdir()
+    shutil.copy(other, folder)
+    named = config.replace(output_name="foxes", output_dir=str(folder))
+    with pytest.raises(ConfigError, match=r"init_lora=.* is the file that the run would write"):
+        train(named.replace(init_lora=str(folder / "foxes.safetensors")))
+    train(named.replace(seed=4))
+    assert (folder / "foxes-earlier-1.safetensors").read_bytes() == other.read_bytes()
+    assert (folder / "foxes.safetensors").read_bytes() != other.read_bytes()
+
+
 def test_a_lora_that_no_step_has_moved_is_an_error_unless_it_was_asked_for(
     config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -434,8 +454,9 @@ def test_names_of_files(given: str | None, name: str, tmp_path: Path) -> None:
     [
         (
             ["a TOK icon of a dog, in the style of TOK", "a TOK icon of soap, in the style of TOK"],
-            "a TOK icon of, in the style of TOK",
+            "a TOK icon, in the style of TOK",
         ),
+        (["a photo of the zwx cat", "a photo of the old dog"], "a photo"),
         (["zwx, a red fox", "zwx, a blue whale at sea"], "zwx"),
         (["a fox", "a whale at sea"], ""),
         (["fox", "whale"], ""),

@@ -194,6 +194,59 @@ def test_the_scale_of_fp16_is_taken_off(climbing: TrainConfig) -> None:
     assert scaled.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
 
 
+def test_a_first_gradient_that_overflows_in_fp16_is_taken_at_a_lower_scale(
+    climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the run does not keep: it begins as the run that is given this rho."""
+    usual = prepare(climbing, samples_of(climbing))
+    first_weights(usual)
+    overflow_above(2.0**12, monkeypatch)
+    state = prepare(climbing, samples_of(climbing))
+    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
+    began = scaler.get_scale()
+    first_weights(state)
+    assert state.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
+    assert scaler.get_scale() == began == 2.0**16
+    assert all(one.grad is None for one in state.trainable.values())
+
+
+def test_gradients_that_overflow_at_any_scale_have_no_rho(
+    climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow_above(0.5, monkeypatch)
+    state = prepare(climbing, samples_of(climbing))
+    state.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with pytest.raises(RunError, match=r"rho_rise=0.005 was asked for, but no first gradient is finite"):
+        first_weights(state)
+
+
+def test_lora_ga_starts_where_it_does_without_fp16_when_the_first_gradient_overflows(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config.replace(method="lora", adapter="lora-ga", lora_ga_steps=2)
+    usual = prepare(config, samples_of(config))
+    first_weights(usual)
+    overflow_above(2.0**12, monkeypatch)
+    state = prepare(config, samples_of(config))
+    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
+    first_weights(state)
+    assert scaler.get_scale() == 2.0**16
+    for name, weight in state.trainable.items():
+        torch.testing.assert_close(weight, usual.trainable[name], rtol=1e-3, atol=1e-5)
+
+
+def overflow_above(most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gradients overflow, as fp16's do, where the loss is multiplied by more than `most`."""
+    plain = micro_batches.diffusion_loss
+
+    def overflowing(*given: Any) -> torch.Tensor:
+        loss = plain(*given)
+        loss.register_hook(lambda slope: slope.fill_(math.inf) if float(slope) > most else slope)
+        return loss
+
+    monkeypatch.setattr(micro_batches, "diffusion_loss", overflowing)
+
+
 @pytest.mark.parametrize("method", ["lora", "lora-sam", "bi-lora", "flat-lora"])
 def test_methods_that_do_not_ascend_in_w_have_no_rise_of_rho(method: str) -> None:
     with pytest.raises(ConfigError, match=f"--method {method} has no rho_rise"):

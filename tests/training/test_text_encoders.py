@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.lora_files.attached import embeddings_beside
 from flatlora_diffusion.sdxl.objective import sample_losses
+from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -39,10 +41,19 @@ def test_clip_skip_must_leave_a_text_layer_to_train(config: TrainConfig) -> None
         prepare(config.replace(clip_skip=1, train_text_encoder=True), samples_of(config))
 
 
-def test_a_frozen_text_encoder_is_the_same_denoiser(config: TrainConfig) -> None:
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "empty prompt"])
+def test_a_frozen_text_encoder_is_the_same_denoiser(config: TrainConfig, zeros: bool) -> None:
     """Tokens through the Denoiser give what cached embeddings give, so training text changes nothing at step 0."""
-    plain = prepare(config.replace(method="lora", caption_dropout=0.5), samples_of(config))
-    text = prepare(config.replace(method="lora", caption_dropout=0.5, train_text_encoder=True), samples_of(config))
+
+    def load(*given: Any) -> Sdxl:
+        sdxl = load_sdxl(*given)
+        sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+        return sdxl
+
+    config = config.replace(method="lora", caption_dropout=0.5)
+    plain, text = (
+        prepare(config.replace(train_text_encoder=trained), samples_of(config), load=load) for trained in (False, True)
+    )
     losses = []
     for state in (plain, text):
         batch = state.batches.batch(0, 0)

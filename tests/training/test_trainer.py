@@ -306,6 +306,14 @@ def test_a_gradient_norm_of_0_means_that_nothing_is_clipped(config: TrainConfig,
     assert 0 < norms[1] < 0.1 * norms[0]
 
 
+def test_a_second_training_in_one_process_may_have_another_precision(config: TrainConfig, tmp_path: Path) -> None:
+    files = [
+        train(config.replace(mixed_precision=precision, output_dir=str(tmp_path / precision)))
+        for precision in ("no", "bf16")
+    ]
+    assert all(file.is_file() for file in files)
+
+
 def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.GradScaler]:
     """A state whose gradients are scaled as for fp16 on a GPU."""
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
@@ -323,6 +331,24 @@ def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: T
     train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
     assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("method", ["nbar", "obar", "lora"])
+def test_a_step_that_the_scaler_of_fp16_leaves_out_moves_no_weight_and_no_average(
+    config: TrainConfig, method: str
+) -> None:
+    settings = {} if method == "lora" else {"bar_strength": 10.0}
+    state, _ = prepared_with_a_scaler(config.replace(method=method, use_ema=True, **settings))
+    assert state.ema is not None
+    for step in range(2):
+        train_step(state, step)
+    before = [one.detach().clone() for one in (*state.trainable.values(), *state.ema.shadow_params)]
+    taken = state.ema.optimization_step
+    next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    train_step(state, step=2)
+    after = [*state.trainable.values(), *state.ema.shadow_params]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert state.ema.optimization_step == taken == 2
 
 
 def test_the_scaler_of_fp16_goes_on_in_a_resumed_run(config: TrainConfig, tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
-"""`evidence`: what it takes, told before; the comparison; and its figures in one file without personal data."""
+"""`evidence`: what it downloads, told before; the comparison; and its figures in one file without personal data."""
 
 from __future__ import annotations
 
 import json
 import logging
 import platform
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,16 @@ from huggingface_hub.errors import HFValidationError
 from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.compare.evidence.defaults import BASE, ENCODERS
-from flatlora_diffusion.compare.experiment import Experiment, duration, outlook
-from flatlora_diffusion.compare.material import free_device
-from flatlora_diffusion.config import TINY, CompareConfig, ConfigError, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.config import TINY, CompareConfig, TrainConfig, choices_of, setting_hints
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
 from flatlora_diffusion.ground.whole_files import write_json
-from flatlora_diffusion.memory.estimate import estimate_memory
 
 logger = logging.getLogger(__name__)
 
 FILE = "evidence.json"
 _DOWNLOADS = {BASE: 6.9e9, ENCODERS[0]: 1.7e9, ENCODERS[1]: 0.35e9}  # bytes; the base's in half precision
 _GB = 1e9
-_PIXEL = 1.6  # bytes of a PNG
 # Settings that are texts, and no more personal than a number.
 _PLAIN_TEXTS = ("lora_target_modules", "lora_unet_blocks", "lora_block_ranks", "background_color")
 
@@ -43,7 +38,7 @@ def evidence(config: TrainConfig, own: CompareConfig) -> Path:
     told = downloads(config, own)
     if told:
         logger.info("%s", told)
-    folder = compare(config, own, needs)
+    folder = compare(config, own)
     file = folder / FILE
     write_json(file, sheet(folder))
     return file
@@ -55,39 +50,6 @@ def downloads(config: TrainConfig, own: CompareConfig) -> str:
     wanted = [name for name in names if name in _DOWNLOADS and not _is_here(name)]
     total = sum(_DOWNLOADS[name] for name in wanted)
     return f"Downloads about {total / _GB:.1f} GB first: {', '.join(wanted)}" if wanted else ""
-
-
-def needs(experiment: Experiment) -> Iterator[str]:
-    """What will be done, how long it takes on this machine, and the disk that it fills.
-
-    Raises ConfigError when there is not so much.
-    """
-    yield from outlook(experiment)
-    if torch.cuda.is_available():  # on a CPU it is told already
-        yield duration(experiment)
-        free_device()
-    size, free = disk_bytes(experiment), shutil.disk_usage(experiment.out).free
-    yield f"About {size / _GB:.1f} GB in {experiment.out}, where {free / _GB:.1f} GB are free"
-    if size > free:
-        raise ConfigError(
-            f"output_dir={str(experiment.out)!r} has {free / _GB:.1f} GB free, but about {size / _GB:.1f} GB are "
-            "needed; give another one, or a lower --num_seeds or --num_checkpoints"
-        )
-
-
-def disk_bytes(experiment: Experiment) -> int:
-    """About what the runs and pictures that are not there yet fill."""
-    config, prompts = experiment.config, experiment.material.prompts
-    trained = estimate_memory(config).lora // 4
-    width = 4 if config.run.save_dtype == "fp32" else 2
-    state = 12 + (4 if config.optim.use_ema else 0)  # weights and two averages in fp32
-    total = 0.0
-    for planned in experiment.runs:
-        if not planned.is_finished:
-            points = planned.steps // planned.config.run.checkpointing_steps
-            total += trained * (points * (state + 2 * width) + 2 * width)
-    drawn = (len(prompts.style) + len(prompts.unrelated)) * len(prompts.seeds) * (1 + len(experiment.runs))
-    return int(total + drawn * _PIXEL * (config.data.resolution or 1024) ** 2)
 
 
 def sheet(folder: Path) -> dict[str, Any]:

@@ -9,12 +9,13 @@ one more fp32 number for each weight of them. Norms are over all layers. The los
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
-from flatlora_diffusion.method.noise import applied
+from flatlora_diffusion.method.noise import applied, layer_at
 from flatlora_diffusion.method.rivals.slopes import SlopeReader, average, norm
 from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient, moved
 
@@ -71,7 +72,13 @@ class Sam(SlopeReader, StepGradient):
         if layer not in self._eps:
             return super()._base_forward(layer, x, *args, **kwargs)
         eps = self._eps[layer]
-        return layer.with_added(lambda x: applied(x, eps.to(x.dtype), None, layer.convolution), x, *args, **kwargs)
+
+        def added(x: Tensor) -> Tensor:
+            if x.dtype == eps.dtype:
+                return applied(x, eps, None, layer.convolution)
+            return layer_at(x, partial(eps.to, x.dtype), layer.convolution)  # no copy of eps waits for backward
+
+        return layer.with_added(added, x, *args, **kwargs)
 
 
 def _forget(parameters: Iterable[nn.Parameter]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
+from flatlora_diffusion.method.noise import compute_dtype
 from flatlora_diffusion.method.step_gradient import MicroBatch
 
 
@@ -69,13 +70,13 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, asks: Tensor, layer: AdaptedLayer, slopes: Any) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.slopes = layer, slopes
+        ctx.layer, ctx.slopes, ctx.dtype = layer, slopes, compute_dtype(x.device, output.dtype)
         return output.clone()  # bitsandbytes adds the LoRA's output in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        slope = _slope_of_weight(ctx.layer, x.detach().float(), grad.float())
+        slope = _slope_of_weight(ctx.layer, x.detach().to(ctx.dtype), grad.to(ctx.dtype))
         if ctx.layer in ctx.slopes:
             slope += ctx.slopes[ctx.layer]
         ctx.slopes[ctx.layer] = slope
@@ -83,11 +84,21 @@ class _Read(torch.autograd.Function):
 
 
 def _slope_of_weight(layer: AdaptedLayer, x: Tensor, slope_of_output: Tensor) -> Tensor:
-    """dL/dW from the layer's inputs and dL/d(output), fp32, shape of W."""
+    """dL/dW from the layer's inputs and dL/d(output), both as it computes with them; fp32, shape of W."""
     if layer.convolution is None:
-        return slope_of_output.flatten(0, -2).mT @ x.flatten(0, -2)
+        return _product(slope_of_output.flatten(0, -2).mT, x.flatten(0, -2))
+    # cuDNN takes fp32 in TF32 unless told otherwise, which holds all bits of what is in half precision.
     geometry = layer.convolution
-    return conv2d_weight(x, list(layer.shape), slope_of_output, geometry.stride, geometry.padding)
+    return conv2d_weight(x.float(), list(layer.shape), slope_of_output.float(), geometry.stride, geometry.padding)
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """The fp32 product of two matrices, those in half precision multiplied as they are where a GPU can."""
+    device = one.device.type
+    has_wide_output = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None  # PyTorch 2.8
+    if one.dtype != torch.float32 and has_wide_output and device in ("cuda", "meta"):
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return one.float() @ other.float()
 
 
 def average(slopes: Iterable[Tensor]) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from flatlora_diffusion.adapter.trained_parts import adapted_models
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.method.rivals.slopes import SlopeReader, average, norm
+from flatlora_diffusion.training.loss_scale import loss_scale, taken_finite
 from flatlora_diffusion.training.micro_batches import DrawnMicroBatch, first_micro_batches, micro_batches
 from flatlora_diffusion.training.state import TrainState, dropout_draws
 
@@ -45,17 +47,19 @@ def start_at_rise(state: TrainState) -> None:
 def _rho(state: TrainState) -> float:
     """rho = rise * E[L] / E[||g||], each g the mean gradient in W of one step, as SAM ascends along it.
 
-    Steps whose gradients overflow in fp16 are left out.
+    Steps whose gradients are finite at no scale of fp16 are left out.
     """
     wanted = state.config.perturb.rise
     state.gradient.detach()
     reader = SlopeReader(adapted_models(state.sdxl.pipeline, state.config.adapter).values())
     try:
-        found = [_loss_and_slope(state, reader, step) for step in range(_steps(state, SLOPES))]
+        found = [
+            taken_finite(state.accelerator, partial(_loss_and_slope, state, reader, step), _is_finite)
+            for step in range(_steps(state, SLOPES))
+        ]
     finally:
         reader.detach()
-    found = [(loss, slope) for loss, slope in found if math.isfinite(slope)]
-    losses, slopes = (math.fsum(one[place] for one in found) for place in range(2))
+    losses, slopes = (math.fsum(one[place] for one in found if _is_finite(one)) for place in range(2))
     if slopes == 0:
         raise RunError(
             f"rho_rise={wanted:g} was asked for, but no first gradient is finite and above 0; give the --rho"
@@ -71,10 +75,12 @@ def _loss_and_slope(state: TrainState, reader: SlopeReader, step: int) -> tuple[
         losses = [one.backward(is_shared=False) for one in micro_batches(state, step, DrawHash())]
     state.optimizer.zero_grad(set_to_none=True)
     average(slopes.values())
-    scaler = state.accelerator.scaler
-    scale = 1.0 if scaler is None else float(scaler.get_scale())
     loss = state.accelerator.reduce(torch.stack(losses).mean(), "mean")
-    return float(loss), float(norm(slopes.values())) / scale
+    return float(loss), float(norm(slopes.values())) / loss_scale(state.accelerator)
+
+
+def _is_finite(loss_and_slope: tuple[float, float]) -> bool:
+    return math.isfinite(loss_and_slope[1])
 
 
 def _sigma(state: TrainState) -> float:

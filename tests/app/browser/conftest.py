@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from app_driver import AppPage, RunningApp
+from app_driver import PATIENCE, AppPage, RunningApp
 from firefox_bidi import FIREFOXES, firefox_path, open_firefox
 from playwright.sync_api import Browser, expect
 
-expect.set_options(timeout=60_000)  # milliseconds: other tests share the cores
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="package")
@@ -59,7 +59,7 @@ def own_app(browser: Browser, tmp_path: Path) -> Iterator[RunningApp]:
 def page(browser: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]:
     """A fresh browser profile with the app open; what its console complains of and the app raises fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(PATIENCE)
     page, before = AppPage(context.new_page(), app.url), len(app.printed())
     try:
         page.open()

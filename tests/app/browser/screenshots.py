@@ -52,7 +52,7 @@ def test_screenshots(page: AppPage) -> None:
     expect(page.page.get_by_text("icons-flat-lora").filter(visible=True).first).to_be_visible(timeout=PATIENCE)
     page.button("Measure").click()
     charts = page.page.locator("#fl-flatness-charts svg")
-    expect(charts.first).to_be_visible(timeout=600_000)
+    expect(charts.first).to_be_visible(timeout=PATIENCE)
     shoot(page, "flatness", top="#fl-measure")
 
     page.show_tab("Runs")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from app_driver import PATIENCE, TABS, RunningApp
+from patience import HANGS
 from playwright.sync_api import Browser, expect
 
 pytestmark = pytest.mark.slow
@@ -27,7 +28,7 @@ def locked_app(tmp_path: Path) -> Iterator[RunningApp]:
 def status(url: str, body: bytes | None = None) -> int:
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
     try:
-        return int(urllib.request.urlopen(request, timeout=60).status)
+        return int(urllib.request.urlopen(request, timeout=HANGS).status)
     except urllib.error.HTTPError as error:
         return error.code
 
@@ -40,6 +41,7 @@ def test_only_the_right_password_opens_the_app(browser: Browser, locked_app: Run
     for path in ("gradio_api/call/runs", "gradio_api/queue/join"):
         assert status(locked_app.url + path, b'{"data": [null], "fn_index": 0, "session_hash": "a"}') == 401, path
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     try:
         page = context.new_page()
         page.goto(locked_app.url)

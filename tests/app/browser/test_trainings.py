@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from app_driver import PATIENCE, AppPage, RunningApp
+from patience import wait_until
 from playwright.sync_api import expect
 
 from flatlora_diffusion.ground.run_dir import RunDir
@@ -61,10 +60,7 @@ def test_a_killed_training_is_shown_as_failed_with_its_log_and_what_to_do(page: 
     page.wait_for_step("killed", 1)
     page.button("Save now").click()
     expect(page.page.get_by_text("A checkpoint is saved after this step.")).to_be_visible(timeout=PATIENCE)
-    end = time.monotonic() + PATIENCE / 1000
-    while not RunDir(app.runs / "killed").checkpoints():
-        assert time.monotonic() < end, "no checkpoint"
-        time.sleep(0.1)
+    wait_until(RunDir(app.runs / "killed").checkpoints)
     app.kill_trainers()
     card = page.wait_for_state("killed", "failed")
     expect(card).to_contain_text("The training was killed, most often by the system because memory ran out.")

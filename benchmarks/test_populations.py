@@ -1,0 +1,107 @@
+"""`populations`: what the README and the page say holds in the committed figures; how the tables are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.population_subjects import SUBJECTS
+from benchmarks.populations import seed_of
+from benchmarks.populations_page import (
+    AVERAGE,
+    FOLDER,
+    FORGETTING,
+    PAGE,
+    POPULATIONS,
+    Study,
+    compared,
+    equal_forgetting,
+    style_section,
+)
+
+README = FOLDER.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study.read(FOLDER / "populations.json")
+
+
+def test_the_average_is_better_than_lora_on_every_population_as_the_readme_says(study: Study) -> None:
+    said = " ".join(README.read_text(encoding="utf-8").split())
+    assert "on things that the base knows and on things that it does not know, is the average of several LoRAs" in said
+    found, _ = compared(study, AVERAGE, study.groups(AVERAGE))
+    for name in POPULATIONS:
+        for comparison in (found[name].plain, found[name].equal):
+            assert comparison is not None
+            assert comparison.high is not None
+            assert comparison.high < 0, name
+    forgets = study.reference(AVERAGE, FORGETTING, study.groups(AVERAGE)).mean()
+    assert "forgets a fifth less" in said
+    assert -found[FORGETTING].plain.mean / forgets == pytest.approx(0.2, abs=0.03)
+
+
+def test_two_members_give_about_70_percent_of_three_as_the_readme_says(study: Study) -> None:
+    groups = study.groups(AVERAGE)
+    two, three = (
+        np.mean([compared(study, name, groups)[0][population].plain.mean for population in POPULATIONS])
+        for name in ("average of 2", AVERAGE)
+    )
+    assert two / three == pytest.approx(0.7, abs=0.05)
+    assert "Two give about 70 % of what three do" in README.read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_tables_of_the_committed_figures(study: Study) -> None:
+    assert style_section(study, "3D icons") in PAGE.read_text(encoding="utf-8")
+
+
+def test_groups_share_no_seed_and_lists_no_icon(study: Study) -> None:
+    seeds = [seed_of(group, member) for group in range(50) for member in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    lists = {name: set(icons) for name, icons in study.data["lists"].items()}
+    of_3d = [icons for name, icons in lists.items() if "flat" not in name]
+    flat = [icons for name, icons in lists.items() if "flat" in name]
+    for kind in (of_3d, flat):
+        assert sum(map(len, kind)) == len(set().union(*kind))
+
+
+def made_up(strengths: dict[tuple[str, float], float]) -> Study:
+    """Two groups of two icons with two draws whose losses are all one number by subject and strength."""
+    subjects: dict[str, Any] = {name: SUBJECTS[name].describe() for name in {name for name, _ in strengths}}
+    names = (*POPULATIONS, FORGETTING, "tuning flat")
+    losses = {
+        (name, 0, strength): {group: {of: np.full((2, 2), value) for of in names} for group in (0, 1)}
+        for (name, strength), value in strengths.items()
+    }
+    return Study({"subjects": subjects}, losses)
+
+
+def test_whichever_forgets_more_is_weakened_until_both_forget_as_much() -> None:
+    """LoRA forgets 100 s, so a subject that forgets 80 meets it at 0.8; one that forgets 200 s meets it at 0.5."""
+    lora = {("lora", 0.7): 70.0, ("lora", 1.0): 100.0}
+    weaker = equal_forgetting(made_up(lora | {("EMA 0.99", 1.0): 80.0}), "EMA 0.99", [0, 1])
+    assert weaker == (1.0, pytest.approx(0.8, abs=1e-3))
+    sam = {("SAM 0.25", 0.7): 140.0, ("SAM 0.25", 1.0): 200.0}
+    assert equal_forgetting(made_up(lora | sam), "SAM 0.25", [0, 1]) == (pytest.approx(0.5, abs=1e-3), 1.0)
+    alone = equal_forgetting(made_up(lora | {("SAM 0.25", 1.0): 200.0}), "SAM 0.25", [0, 1])
+    assert alone is None, "it was measured at one strength alone"
+
+
+def test_between_strengths_losses_are_interpolated_through_the_base() -> None:
+    study = made_up({("lora", 0.7): -0.7 + 0.49, ("lora", 1.0): -1 + 1})  # s^2 - s
+    table = study.table("lora", "flat", [0, 1], 0.5)
+    assert table.shape == (2, 2)
+    assert float(table.mean()) == pytest.approx(0.25 - 0.5)
+
+
+def test_passes_are_counted_in_those_of_one_lora() -> None:
+    assert SUBJECTS["lora"].passes == 1
+    assert SUBJECTS["average of 3"].passes == 3
+    assert SUBJECTS["average of 3, 150 steps"].passes == 1.5
+    assert SUBJECTS["SAM 0.25"].passes == 2
+    assert SUBJECTS["SAM 0.125, every 2nd step"].passes == 1.5
+    assert SUBJECTS["3 x steps, cosine rate"].passes == SUBJECTS["3 x batch"].passes == 3
+    assert Path(FOLDER / "populations.json").stat().st_size < 4 * 2**20

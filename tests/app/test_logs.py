@@ -1,0 +1,71 @@
+"""What the app prints: short lines, and each traceback once."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import threading
+import traceback
+
+import pytest
+
+from app.logs import MOST_LETTERS, ShortLines, readable_log
+
+
+def fail(text: str) -> None:
+    try:
+        raise ValueError(text)
+    except ValueError:
+        traceback.print_exc()
+
+
+def test_lines_are_cut_however_they_are_written() -> None:
+    written = io.StringIO()
+    lines = ShortLines(written)
+    long = "x" * 10_000
+    for text in ("short\n", f"{long}\nnext\n", long, long, "\n"):
+        lines.write(text)
+    for text in ("a" * MOST_LETTERS, "\r\n", "b" * MOST_LETTERS, "b\n"):
+        lines.write(text)
+    print("in", "pieces", "y" * 1000, file=lines)
+    full = "x" * MOST_LETTERS + " ..."
+    expected = ["short", full, "next", full, "a" * MOST_LETTERS, "b" * MOST_LETTERS + " ..."]
+    assert written.getvalue().splitlines() == [*expected, ("in pieces " + "y" * 1000)[:MOST_LETTERS] + " ..."]
+
+
+def test_lines_of_several_threads_stay_short() -> None:
+    written = io.StringIO()
+    lines = ShortLines(written)
+    threads = [threading.Thread(target=lambda: [lines.write("z" * 900 + "\n") for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {len(line) for line in written.getvalue().splitlines()} == {MOST_LETTERS + 4}
+
+
+def test_a_traceback_is_printed_once_and_then_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with readable_log():
+        for number in range(50):
+            fail(f"number {number}\nof a {'long ' * 1000}text")
+    told = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("Traceback") for line in told) == 1
+    again = [line for line in told if line.startswith("ValueError again, ")]
+    assert len(again) == 49
+    assert f"{__file__}:" in again[0]
+    assert "number 1 of a long" in again[0]
+    assert len(told) <= 49 + 6
+    assert max(map(len, told)) <= MOST_LETTERS + 4
+
+
+def test_what_is_logged_is_cut_too_and_all_is_as_before_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stderr, sys.stdout, traceback.print_exc
+    with readable_log():
+        handler = logging.StreamHandler()
+        logging.getLogger("a-library").addHandler(handler)
+        logging.getLogger("a-library").error("w" * 9000)
+        logging.getLogger("a-library").removeHandler(handler)
+        assert sys.stderr.isatty() == before[0].isatty()
+    assert capsys.readouterr().err == "w" * MOST_LETTERS + " ...\n"
+    assert before == (sys.stderr, sys.stdout, traceback.print_exc)
