@@ -99,6 +99,8 @@ label:has(> input[type=radio]:focus-visible), label:has(> input[type=checkbox]:f
 .fl-card pre { white-space: pre-wrap; max-height: 14em; overflow: auto; font-size: .8em; margin: 8px 0 0; }
 .table-wrap { max-width: 100%; overflow-x: auto; }
 .table-wrap th, .table-wrap td { border-color: var(--border-color-primary) !important; }
+#more-methods { background: var(--block-background-fill); border: 0; padding: 0 12px 10px; text-align: left;
+  justify-content: flex-start; color: var(--body-text-color); text-decoration: underline; }
 #method label:nth-of-type(n+4) { width: 100%; }
 #method:not(.fl-all) label:nth-of-type(n+4):not(:has(input:checked)) { display: none; }
 #log textarea { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; line-height: 1.45; }

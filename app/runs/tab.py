@@ -196,9 +196,9 @@ def build_runs_tab(
                 with gr.Column(min_width=280):
                     downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
                     with gr.Row():
-                        copy = gr.Button("Clone settings", min_width=140)
-                        go_on = gr.Button("Resume", interactive=False, min_width=90)
-                        drop = gr.Button("Delete", variant="stop", min_width=90, elem_id="delete-run")
+                        copy = gr.Button("Clone settings", size="sm", min_width=90)
+                        go_on = gr.Button("Resume", interactive=False, size="sm", min_width=90)
+                        drop = gr.Button("Delete", variant="stop", size="sm", min_width=90, elem_id="delete-run")
                     question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
                     labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
                     keep = gr.Button("Save name, tags and note")
