@@ -83,7 +83,7 @@ def test_a_part_that_is_done_trains_and_measures_nothing_again(
     assert first["pairs"][0]["report"]["mean"] != 0
     monkeypatch.setattr(paper_variants_bench, "train", lambda config: pytest.fail("trained twice"))
     monkeypatch.setattr(paper_variants_bench, "generate_images", lambda *_, **__: pytest.fail("drawn twice"))
-    monkeypatch.setattr(LossEvaluator, "_by_group", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(LossEvaluator, "_by_image", lambda *_: pytest.fail("measured twice"))
     capsys.readouterr()
     main(study_of)
     assert "about 0 core-minutes" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 HANGS = 1800.0  # seconds
-PATIENCE = 600_000  # milliseconds, of a browser: until what a page does not show counts as missing
+PATIENCE = 120_000  # milliseconds, of a browser: until what a page does not show counts as missing
 
 
 def wait_until(

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Literal
 
 from flatlora_diffusion.commands.help_page import Page
 from flatlora_diffusion.commands.verb_settings import verb_settings
-from flatlora_diffusion.config import SAMPLES, TINY, DoctorConfig, ModelConfig, RunError, TrainConfig, shipped
+from flatlora_diffusion.config import (
+    METHOD_NAMES,
+    SAMPLES,
+    TINY,
+    DoctorConfig,
+    ModelConfig,
+    RunError,
+    TrainConfig,
+    shipped,
+)
 from flatlora_diffusion.ground.saved_settings import opened
 from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, last_tested, required
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE
@@ -241,23 +250,25 @@ def gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("problem", "gpu", "there is no CUDA device to train on", "see the line torch above")
         return
-    from flatlora_diffusion.training.selfcheck.drill import drill_config
+    from flatlora_diffusion.training.selfcheck.drill import drill_configs
 
-    yield from drilled(drill_config())
+    for config in drill_configs():
+        yield from drilled(config)
 
 
 def drilled(config: TrainConfig) -> Iterator[Finding]:
     """A line for each thing that three steps of `config`, with random weights, have shown of this device."""
     from flatlora_diffusion.training.selfcheck.drill import drill
 
+    subject = f"gpu, {METHOD_NAMES[config.perturb.method]}"
     try:
         checks = drill(config)
     except RunError as error:
-        yield Finding("problem", "gpu", str(error))
+        yield Finding("problem", subject, str(error))
         return
     for check in checks:
         level: Literal["ok", "problem"] = "ok" if check.is_right else "problem"
-        yield Finding(level, "gpu", check.told, "" if check.is_right else "please report this with the lines above")
+        yield Finding(level, subject, check.told, "" if check.is_right else "please report this with the lines above")
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,10 +33,22 @@ class MicroBatch(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Ascent:
+    """Where a step's gradient was taken: the micro-batches' losses there, and `climb`, how far above those at the
+    weights they are to first order, rho ||g||, with the factor that fp16 has the loss times.
+    """
+
+    losses: list[Tensor]
+    climb: Tensor
+
+
 class StepGradient:
     """The gradient at the weights as they are: plain LoRA."""
 
     flats: Sequence[FlatLora] = ()
+    ascent: Ascent | None = None
+    """That of the last step, where the method ascends and could."""
 
     def sigma_at(self, step: int) -> float:
         """The relative radius of the noise in optimizer step `step`, 0 without any."""

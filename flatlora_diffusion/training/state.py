@@ -45,6 +45,14 @@ CPU = torch.device("cpu")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # and their packages
 
 
+@dataclass(frozen=True)
+class Rise:
+    """How far an ascent has lifted a step's loss, as a share of it, and how far it does to first order."""
+
+    found: float
+    expected: float
+
+
 @dataclass
 class TrainState:
     """Everything that a training step needs. `model` is what the loss calls, as accelerate has wrapped it."""
@@ -71,6 +79,7 @@ class TrainState:
     chosen: int | None = None  # the step whose weights are the result, where held-out images or folds have chosen one
     average: str = ""  # what the weights are the average of, for a run with --members
     draws: str = ""  # the hash of what the last step drew, its eps apart
+    rise: Rise | None = None  # of the last step, where the method ascends
 
     @property
     def flats(self) -> Sequence[FlatLora]:

@@ -40,6 +40,7 @@ from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots
 from flatlora_diffusion.training.room import check_room
 from flatlora_diffusion.training.selfcheck.watch import self_check
 from flatlora_diffusion.training.state import (
+    Rise,
     TrainState,
     averaged,
     memory_in_use,
@@ -130,17 +131,25 @@ def train_step(state: TrainState, step: int) -> float:
     """
     accelerator, draws = state.accelerator, DrawHash()
     losses = state.gradient.take(step, micro_batches(state, step, draws))
-    mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
+    ascent = state.gradient.ascent
+    told = [losses] if ascent is None else [losses, ascent.losses, [ascent.climb]]
+    means = accelerator.reduce(torch.stack([torch.stack(some).mean() for some in told]), "mean")
     norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
-    value, gradient = torch.stack([mean, norm]).tolist()  # both in one wait for the device
+    value, *risen, gradient = torch.stack([*means, norm]).tolist()  # all in one wait for the device
     if not math.isfinite(value):
         raise RunError(non_finite_text(state, step, "loss", non_finite_slots(state, losses)))
     # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
     if not math.isfinite(gradient) and accelerator.scaler is None:
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
+    state.rise = _rise(value, risen[0], risen[1] / loss_scale(accelerator)) if risen else None
     _update(state, step, is_finite=math.isfinite(gradient))
     state.draws = draws.hexdigest()
     return value
+
+
+def _rise(loss: float, above: float, climb: float) -> Rise | None:
+    """None where the loss is 0, or not finite above."""
+    return Rise(above / loss - 1, climb / loss) if loss > 0 and math.isfinite(above) else None
 
 
 def _update(state: TrainState, step: int, is_finite: bool) -> None:
@@ -232,11 +241,13 @@ def _enough(holdout: Holdout | None) -> str | None:
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
     """Add the event of a step, tell the trackers, and return what the progress bar shows."""
     sigma = state.gradient.sigma_at(step)
+    rise = {} if state.rise is None else {"rise": state.rise.found}
     state.run.add_event(
         {
             "event": "step",
             "step": step,
             "loss": loss,
+            **rise,
             "lr": lr,
             "sigma": sigma,
             "draws": state.draws,
@@ -245,5 +256,5 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
             "memory": memory_in_use(state.accelerator.device),
         }
     )
-    tell_trackers(state.accelerator, {"loss": loss, "lr": lr, "sigma": sigma}, step)
-    return {"loss": f"{loss:.4f}", "sigma": f"{sigma:.3f}"}
+    tell_trackers(state.accelerator, {"loss": loss, **rise, "lr": lr, "sigma": sigma}, step)
+    return {"loss": f"{loss:.4f}", **{name: f"{value:.1%}" for name, value in rise.items()}, "sigma": f"{sigma:.3f}"}

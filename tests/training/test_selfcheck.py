@@ -10,15 +10,19 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import samples_of, trained
 
+from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.ground.provenance import DrawHash
 from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.sdxl.random_base import random_sdxl
+from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.selfcheck import measures, watch
+from flatlora_diffusion.training.selfcheck.drill import drill_configs
 from flatlora_diffusion.training.selfcheck.measures import bits_of_frozen, noise_std, sigma_zero
-from flatlora_diffusion.training.state import prepare
-from flatlora_diffusion.training.trainer import train
+from flatlora_diffusion.training.state import Rise, prepare
+from flatlora_diffusion.training.trainer import train, train_step
 
 WHATS = ["noise_std", "noise_std", "sigma_zero", "base_weights", "loss", "cost"]
 
@@ -155,6 +159,76 @@ def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
     found = list(doctor.drilled(tiny_drill))
     assert [finding.level for finding in found] == ["ok"] * len(WHATS), found
     assert "s for a step" in found[-1].fact
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: TrainConfig, precision: str) -> None:
+    found = list(doctor.drilled(tiny_drill.replace(method="sam", mixed_precision=precision)))
+    assert [finding.level for finding in found] == ["ok"] * 4, found
+    assert "lifts the loss by" in found[0].fact
+
+
+def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
+    flat, sam = drill_configs()
+    assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")
+    assert sam.perturb.rise == 0.25, "the rise that it has to find, and then to show"
+
+
+@pytest.mark.parametrize("method", ["sam", "lora-sam"])
+@pytest.mark.parametrize(("precision", "rho", "is_right"), [("no", 1e-3, True), ("bf16", 1e-5, False)])
+def test_an_ascent_that_half_precision_loses_is_told_in_each_run(
+    config: TrainConfig, caplog: Any, method: str, precision: str, rho: float, is_right: bool
+) -> None:
+    """On the tiny base, whose loss answers; on a CPU too, where nothing else is looked at."""
+    path = train(
+        config.replace(
+            pretrained_model_name_or_path="tiny", resolution=64, method=method, mixed_precision=precision, rho=rho
+        )
+    )
+    (event,) = told(path)
+    assert (event["what"], event["is_right"]) == ("rise", is_right)
+    assert ("give a larger --rho" in caplog.text) is not is_right
+    assert "please report" not in caplog.text
+    rises = [one["rise"] for one in RunDir(path.parent).events() if one["event"] == "step"]
+    assert sum(rises) / 3 == pytest.approx(event["found"])
+
+
+def test_an_ascent_is_looked_at_in_the_first_three_steps_that_have_one(config: TrainConfig) -> None:
+    """Those that the scaler of fp16 leaves out have none."""
+    state = prepare(config.replace(method="sam", max_train_steps=9), samples_of(config))
+    check = watch.SelfCheck(state, is_whole=False)
+    for rise in (None, Rise(0.2, 0.1), None, Rise(0.2, 0.1), Rise(0.2, 0.1), Rise(0.0, 0.1)):
+        state.rise = rise
+        check.step_done(1.0, 1.0)
+    assert [(one.what, one.is_right) for one in check.checks] == [("rise", True)]
+
+
+def test_a_step_tells_how_far_its_ascent_has_lifted_the_loss(config: TrainConfig) -> None:
+    """By the loss at weights that are moved by hand, and to first order by the norm of their gradient."""
+    config = config.replace(method="sam", rho=0.05)
+    state = prepare(config, samples_of(config))
+    weights = [layer.get_base_layer().weight for layer in lora_layers(state.model).values()]
+    (drawn,) = micro_batches(state, 0, DrawHash())
+    clean = drawn.loss()
+    for weight in weights:
+        weight.requires_grad_(True)
+    slopes = torch.autograd.grad(drawn.loss(), weights)
+    length = torch.stack([slope.norm() for slope in slopes]).norm()
+    with torch.no_grad():
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.requires_grad_(False).add_(slope, alpha=float(0.05 / length))
+        above = drawn.loss()
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.sub_(slope, alpha=float(0.05 / length))
+    train_step(state, 0)
+    assert state.rise is not None
+    assert state.rise.found == pytest.approx(float(above / clean) - 1, rel=1e-2)
+    assert state.rise.expected == pytest.approx(float(0.05 * length / clean), rel=1e-3)
+
+
+def test_methods_that_do_not_ascend_tell_no_rise(config: TrainConfig) -> None:
+    state = trained(config.replace(method="bi-lora"), steps=1)
+    assert state.rise is None
 
 
 def test_random_weights_have_the_shapes_of_the_base(tiny_drill: TrainConfig, sdxl: Any) -> None:

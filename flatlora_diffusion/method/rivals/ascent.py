@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.noise import applied, layer_at
 from flatlora_diffusion.method.rivals.slopes import SlopeReader, average, norm
-from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient, moved
+from flatlora_diffusion.method.step_gradient import Ascent, MicroBatch, StepGradient, moved
 
 
 class LoraSam(StepGradient):
@@ -27,7 +27,7 @@ class LoraSam(StepGradient):
         self._trainable, self._factors, self._rho = trainable, factors, rho
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        again = list(micro_batches)
+        again, self.ascent = list(micro_batches), None
         losses = [one.backward() for one in again]
         slopes = {factor: factor.grad for factor in self._factors if factor.grad is not None}
         length = norm(slopes.values())
@@ -35,8 +35,7 @@ class LoraSam(StepGradient):
             return losses
         with moved({factor: slope * (self._rho / length) for factor, slope in slopes.items()}):
             _forget(self._trainable)
-            for one in again:
-                one.backward()
+            self.ascent = Ascent([one.backward() for one in again], self._rho * length)
         return losses
 
 
@@ -49,7 +48,7 @@ class Sam(SlopeReader, StepGradient):
         self._eps: dict[AdaptedLayer, Tensor] = {}
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        again = list(micro_batches)
+        again, self.ascent = list(micro_batches), None
         with self.reading() as slopes:
             losses = [one.backward(is_shared=False) for one in again]
         average(slopes.values())
@@ -62,8 +61,7 @@ class Sam(SlopeReader, StepGradient):
         _forget(self._trainable)
         self._eps = slopes
         try:
-            for one in again:
-                one.backward()
+            self.ascent = Ascent([one.backward() for one in again], self._rho * length)
         finally:
             self._eps = {}
         return losses

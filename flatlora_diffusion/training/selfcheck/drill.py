@@ -1,4 +1,4 @@
-"""Three steps of Flat-LoRA on random weights, for their self-check alone: nothing is downloaded, nothing kept."""
+"""Three steps on random weights, for their self-check alone: nothing is downloaded, nothing kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flatlora_diffusion.config import SAMPLES, SDXL, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.sdxl.random_base import random_sdxl
+from flatlora_diffusion.training.beginning.first_weights import first_weights
 from flatlora_diffusion.training.rescue import explained
 from flatlora_diffusion.training.selfcheck.measures import Check
 from flatlora_diffusion.training.selfcheck.watch import STEPS, SelfCheck
@@ -33,6 +34,7 @@ def drill(config: TrainConfig) -> list[Check]:
         with explained(own):
             state = prepare(own, load_samples(Path(images)).samples, load=random_sdxl)
             try:
+                first_weights(state)
                 check = SelfCheck(state)
                 check.begin()
                 for step in range(STEPS):
@@ -44,15 +46,18 @@ def drill(config: TrainConfig) -> list[Check]:
     return check.checks
 
 
-def drill_config() -> TrainConfig:
-    """What a person with a GPU trains first: the paper's setting on SDXL, in the precision that the GPU has."""
+def drill_configs() -> tuple[TrainConfig, TrainConfig]:
+    """What a person with a GPU trains first: the paper's setting on SDXL, in the precision that the GPU has, and SAM.
+
+    SAM has its gradient in W besides, so that on 12 GB what the steps do not need has to leave.
+    """
     is_new = this_process().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return TrainConfig().replace(
+    both = TrainConfig().replace(
         pretrained_model_name_or_path=SDXL,
         resolution=1024,
         train_batch_size=1,
-        perturb_per="step",
         mixed_precision="bf16" if is_new else "fp16",
         gradient_checkpointing=True,
         cache_latents=True,
     )
+    return both.replace(perturb_per="step"), both.replace(method="sam", offload=True)

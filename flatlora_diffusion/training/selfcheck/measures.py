@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -13,27 +13,32 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import base_weight
-from flatlora_diffusion.config import DEFAULT_SIGMA
+from flatlora_diffusion.config import DEFAULT_SIGMA, TrainConfig
 from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.method.perturbation import FlatLora
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
 from flatlora_diffusion.sdxl.sampling import evaluating
-from flatlora_diffusion.training.state import TrainState, dropout_draws
+from flatlora_diffusion.training.state import Rise, TrainState, dropout_draws
 
 _INPUTS = 512  # of a layer, that the noise is measured on
+_HIDDEN_RISE = 1e-5
 _ROUNDING = 1e-5  # relative; what kernels that add in any order may differ by
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: its key in events.jsonl, whether it is as it has to be, and how it is told."""
+    """One thing that was looked at: its key in events.jsonl, whether it is as it has to be, and how it is told.
+
+    is_of_settings: whether what is wrong is what the run was told to do, and not the device.
+    """
 
     what: str
     is_right: bool
     told: str
     figures: dict[str, float] = field(default_factory=dict)
+    is_of_settings: bool = False
 
 
 def bits_of_frozen(models: Iterable[nn.Module]) -> str:
@@ -78,6 +83,23 @@ def noise_std(state: TrainState, flat: FlatLora, name: str) -> Check:
     allowed = 0.01 + 5 / math.sqrt(2 * numbers)  # five standard deviations of the ratio, and the rounding of halves
     told = f"eps of {flat.settings.prefix}.{name} has {ratio:.3f} times the std of Eq. 7, 1 +- {allowed:.3f} expected"
     return Check("noise_std", abs(ratio - 1) <= allowed, told, {"ratio": ratio, "allowed": allowed})
+
+
+def ascent_rise(rises: Sequence[Rise], config: TrainConfig) -> Iterator[Check]:
+    """Whether the ascent of SAM lifts the loss of these steps by half of what it does to first order, or more.
+
+    The loss is curved, so that it rises further, unless half precision rounds eps away beside W. Nothing is told of a
+    rise that the rounding of fp32 hides.
+    """
+    precision = config.optim.mixed_precision
+    found, expected = (math.fsum(getattr(one, name) for one in rises) / len(rises) for name in ("found", "expected"))
+    if precision == "no" and expected < _HIDDEN_RISE:
+        return
+    is_right, is_rounded = found >= expected / 2, precision != "no"
+    told = f"ascending by rho lifts the loss by {found:.2%}, {expected:.2%} to first order"
+    if not is_right and is_rounded:
+        told += f": {precision} rounds most of it away; give a larger --rho, or another --mixed_precision"
+    yield Check("rise", is_right, told, {"found": found, "expected": expected}, is_of_settings=is_rounded)
 
 
 def _acting_noise(flat: FlatLora, name: str) -> Tensor:

@@ -13,8 +13,8 @@ from huggingface_hub import cached_assets_path
 from torch import nn
 
 from flatlora_diffusion.ground.versions import PROGRAM, __version__
-from flatlora_diffusion.training.selfcheck.measures import Check, bits_of_frozen, noise_std, sigma_zero
-from flatlora_diffusion.training.state import TrainState, memory_in_use
+from flatlora_diffusion.training.selfcheck.measures import Check, ascent_rise, bits_of_frozen, noise_std, sigma_zero
+from flatlora_diffusion.training.state import Rise, TrainState, memory_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +24,16 @@ _MORE = 1.15  # times the estimate of memory: the allocator's gaps are not in it
 
 
 def self_check(state: TrainState) -> SelfCheck | None:
-    """The self-check of a new run on its first process, its first part done; None where none is due.
+    """The self-check of a new run on its first process, its first part done; None with `--selfcheck never`.
 
-    With `--selfcheck once` one is due on a CUDA device that this version has not been found right on.
+    With `--selfcheck once` it is whole on a CUDA device that this version has not been found right on; else it only
+    looks whether an ascent lifts the loss, which depends on the run's own settings.
     """
     wanted, device = state.config.run.selfcheck, state.accelerator.device
     if wanted == "never" or not state.accelerator.is_main_process:
         return None
-    if wanted == "once" and (device.type != "cuda" or _mark(device).is_file()):
-        return None
-    check = SelfCheck(state)
+    is_whole = wanted == "always" or (device.type == "cuda" and not _mark(device).is_file())
+    check = SelfCheck(state, is_whole)
     check.begin()
     return check
 
@@ -41,25 +41,33 @@ def self_check(state: TrainState) -> SelfCheck | None:
 class SelfCheck:
     """What the first steps show, told as they go on; a check that cannot be made is told, too, and ends nothing."""
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: TrainState, is_whole: bool = True) -> None:
         self.checks: list[Check] = []
-        self._state = state
+        self._state, self._is_whole = state, is_whole
         self._bits = ""
         self._losses: list[float] = []
         self._seconds: list[float] = []
+        self._rises: list[Rise] = []
 
     def begin(self) -> None:
         """Before the first step."""
+        if not self._is_whole:
+            return
         self._try(self._remember)
         if self._state.flats and self._state.config.perturb.strength > 0:
             self._try(self._noise)
             self._try(self._sigma_zero)  # the last: it makes the perturbation anew, without norms taken too early
 
     def step_done(self, loss: float, seconds: float) -> None:
-        """After each step of the run; past the third there is nothing to do."""
+        """After each step of the run; past the third, of those that ascended too, there is nothing to do."""
         self._losses.append(loss)
         self._seconds.append(seconds)
-        if len(self._losses) == min(STEPS, self._state.total_steps):
+        done, total = len(self._losses), self._state.total_steps
+        if self._state.rise is not None and len(self._rises) < STEPS:
+            self._rises.append(self._state.rise)
+            if len(self._rises) == STEPS or done == total:
+                self._try(self._rise)
+        if self._is_whole and done == min(STEPS, total):
             self._try(self._base)
             self._try(self._loss)
             self._try(self._cost)
@@ -77,6 +85,9 @@ class SelfCheck:
 
     def _sigma_zero(self) -> Iterator[Check]:
         yield sigma_zero(self._state)
+
+    def _rise(self) -> Iterator[Check]:
+        yield from ascent_rise(self._rises, self._state.config)
 
     def _base(self) -> Iterator[Check]:
         now, steps = bits_of_frozen(self._models()), len(self._losses)
@@ -122,7 +133,7 @@ class SelfCheck:
         self._state.run.add_event({**event, **check.figures})
 
     def _end(self) -> None:
-        if not all(check.is_right for check in self.checks):
+        if not all(check.is_right or check.is_of_settings for check in self.checks):
             logger.warning(
                 "the self-check found something wrong, and the run goes on: please report these lines, with the "
                 "versions from `flatlora doctor`, before you trust its result; --selfcheck never leaves it out"
