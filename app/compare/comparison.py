@@ -221,7 +221,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """Whole numbers with commas or spaces between. Raises ConfigError for anything else."""
     parts = re.split(r"[\s,;]+", text.strip())
     if not all(re.fullmatch(r"\d{1,15}", part) for part in parts):
-        raise ConfigError(f"seeds={text!r} must be whole numbers, such as 0, 1, 2")
+        raise ConfigError(f"Seeds = {text!r} must be whole numbers, such as 0, 1, 2")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
@@ -229,7 +229,7 @@ def read_strengths(text: str) -> tuple[float, ...]:
     """Numbers from 0 to 1.5 with commas or spaces between. Raises ConfigError for anything else."""
     parts = re.split(r"[\s,;]+", text.strip())
     if not all(re.fullmatch(r"\d?\.?\d{1,4}", part) and float(part) <= 1.5 for part in parts):
-        raise ConfigError(f"strengths={text!r} must be numbers from 0 to 1.5, such as 0.5, 1, 1.5")
+        raise ConfigError(f"LoRA strengths = {text!r} must be numbers from 0 to 1.5, such as 0.5, 1, 1.5")
     return tuple(dict.fromkeys(map(float, parts)))
 
 

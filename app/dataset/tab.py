@@ -20,6 +20,7 @@ from ..questions import ask_before
 from ..reporting import note, told_on_the_page
 from ..sentences import sentence_of
 from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
+from ..train.words import in_form_words
 from .arrivals import UploadResult
 from .bulk import REPLACE, change_all
 from .captioning import caption_all, caption_by_model, count_captions, empty_captions, undo_captions, use_trigger
@@ -54,7 +55,7 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
         framed = framing(model, _resolution(resolution), background, has_buckets)
         view = look_at(context.uploads, thumbnails, session, framed)
     except ConfigError as error:  # while a colour is being typed, so in place of the count and not as an alarm
-        return gr.skip(), note(html.escape(str(error)), "fl-bad"), gr.skip(), back
+        return gr.skip(), note(html.escape(in_form_words(str(error))), "fl-bad"), gr.skip(), back
     count = len(view.cards)
     shape = f"about {framed.size} x {framed.size}" if has_buckets else f"{framed.size} x {framed.size}"
     told = f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels"

@@ -90,7 +90,7 @@ class FlatnessView:
         if not folders:
             raise ConfigError("no run is chosen; choose one or two")
         if effort not in _SETTINGS:
-            raise ConfigError(f"effort={effort!r} must be {QUICK} or {THOROUGH}")
+            raise ConfigError(f"Effort = {effort!r} must be {QUICK} or {THOROUGH}")
         read_runs(folders)
         if self.open_job() is not None:
             raise ConfigError("a measurement runs or waits already; stop it or wait until it is done")

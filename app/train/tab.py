@@ -232,15 +232,11 @@ def _place_the_rest(form: ConfigForm) -> None:
 def apply_preset(form: ConfigForm, preset: str, method: str, *values: Any) -> list[Any]:
     """The method and the form with the preset; what it keeps is kept as it is written, a wrong value too.
 
-    A method of its own that the last preset has left behind goes with it; any other choice stays.
+    A preset with another method than the pair's chooses it; else the choice stays.
     """
     settings = preset_settings(preset, dict(zip(form.by_name, values, strict=True)))
     own = METHOD_NAMES[settings["method"]]
-    if own != FLAT:
-        method = own
-    elif method in {METHOD_NAMES[preset_settings(one, {})["method"]] for one in PRESETS} - {FLAT}:
-        method = BOTH
-    return [method, *form.write(settings)]
+    return [method if own == FLAT else own, *form.write(settings)]
 
 
 def _name_of(method: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import html
 import io
 import json
 import re
@@ -268,14 +269,14 @@ def test_without_runs_the_page_says_what_to_do(tmp_path: Path) -> None:
         ({"prompts": "--output_dir"}, "starts with a dash"),
         ({"strength": None}, "LoRA strength is empty"),
         ({"steps": None}, "Steps is empty"),
-        ({"seeds": "one"}, "must be whole numbers"),
-        ({"rows": BY_STRENGTH, "strengths": "9"}, "must be numbers from 0 to 1.5"),
+        ({"seeds": "one"}, "Seeds = 'one' must be whole numbers"),
+        ({"rows": BY_STRENGTH, "strengths": "9"}, "LoRA strengths = '9' must be numbers from 0 to 1.5"),
     ],
 )
 def test_a_wrong_form_is_told_in_one_sentence(view: CompareView, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         view.draw(replace(FORM, **change), "me")  # type: ignore[arg-type]
-    assert message.lower() in view.show(replace(FORM, **change)).status.lower()  # type: ignore[arg-type]
+    assert message.lower() in html.unescape(view.show(replace(FORM, **change)).status).lower()  # type: ignore[arg-type]
     assert view.context.queue.jobs() == []
 
 

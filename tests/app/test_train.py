@@ -155,12 +155,12 @@ def test_a_preset_puts_a_wrong_value_right_and_keeps_what_is_the_users(context: 
     assert (applied["resolution"], applied["validation_prompt"]) == ("big", "a fox")
 
 
-def test_a_preset_of_another_method_chooses_it_and_the_next_preset_takes_that_back() -> None:
+def test_a_preset_of_another_method_chooses_it_and_the_next_preset_leaves_the_choice() -> None:
     form = ConfigForm()
-    chosen, *filled = apply_preset(form, "Quality", PLAIN, *form.write({}))
-    assert chosen == METHOD_NAMES["sam"]
-    assert apply_preset(form, "Low memory", chosen, *filled)[0] == BOTH
-    assert apply_preset(form, "Low memory", PLAIN, *filled)[0] == PLAIN
+    chosen, *filled = apply_preset(form, "Quality", BOTH, *form.write({}))
+    assert chosen == METHOD_NAMES[preset_settings("Quality", {})["method"]] != METHOD_NAMES["flat-lora"]
+    for choice in (BOTH, PLAIN, METHOD_NAMES["sam"]):
+        assert apply_preset(form, "Low memory", choice, *filled)[0] == choice
 
 
 def test_the_page_applies_a_preset_to_the_method_and_the_form(context: AppContext) -> None:
