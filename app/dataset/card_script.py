@@ -1,7 +1,8 @@
 """What the cards do in the browser: captions are saved while they are typed, pictures enlarged, images removed.
 
 What is typed is kept in the browser until the app has said that it is saved. It is saved again when the app answers,
-or after a reload; where the caption has changed meanwhile, both are shown to choose from.
+or after a reload; where the caption has changed meanwhile, both are shown to choose from. A caption that was `sent`
+may have been saved though its answer was lost: then it is the browser's own that it finds.
 
 Cards come and go by Gradio's comparison of old and new HTML: an element may stand for another image after it, and a
 field that was typed in keeps its text. So each drawing ends in `arrange`, and what waits looks its card up by its key.
@@ -20,7 +21,7 @@ const session = () => element.querySelector('.fl-photos')?.dataset.session || ''
 const cards = () => [...element.querySelectorAll('.fl-photo')];
 const cardOf = (event) => event.target.closest('.fl-photo');
 const keyOf = (card) => `PREFIXcaption ${session()} ${card.dataset.image} ${card.dataset.content}`;
-const stateOf = (key) => states.get(key) || states.set(key, {}).get(key);
+const stateOf = (key) => states.get(key) || states.set(key, {sent: []}).get(key);
 const say = (card, text) => {
   const place = card.querySelector('[role=status]');
   if (place.textContent !== text) place.textContent = text;
@@ -36,10 +37,12 @@ const forget = (key) => {
   try { localStorage.removeItem(key); } catch (error) {}
 };
 const keep = (card) => {
-  const key = keyOf(card), copy = {text: card.querySelector('textarea').value, version: card.dataset.version};
-  stateOf(key).copy = copy;
+  const key = keyOf(card), state = stateOf(key), text = card.querySelector('textarea').value;
+  const copy = {text, version: card.dataset.version, sent: state.sent};
+  state.copy = copy;
   try { localStorage.setItem(key, JSON.stringify(copy)); } catch (error) {}
 };
+const isOwn = (sent, text) => sent.some((one) => one.normalize('NFC').trim().replace(/\\s+/g, ' ') === text);
 const saveLater = (key, milliseconds) => {
   const state = stateOf(key);
   clearTimeout(state.timer);
@@ -59,9 +62,13 @@ const save = async (card) => {
     return;
   }
   if (!card.classList.contains('fl-unsaved')) say(card, 'Saving ...');
+  const before = state.sent;
+  state.sent = [...new Set([...before, text])];
+  keep(card);
   state.isSaving = true;
   const answer = await ask('save_card', card, {version: card.dataset.version, text, goes_on: Boolean(state.goesOn)});
   state.isSaving = false;
+  if (answer?.version !== undefined) state.sent = [];
   if (answer?.is_saved && copyOf(key)?.text === text) forget(key);
   if (!card.isConnected || keyOf(card) !== key) return;
   if (answer?.version === undefined) {
@@ -73,9 +80,11 @@ const save = async (card) => {
     return;
   }
   card.classList.remove('fl-unsaved');
-  if (!answer.is_saved) { choose(card, answer); return; }
+  const isLate = !answer.is_saved && isOwn(before, answer.text);
+  if (!answer.is_saved && !isLate) { choose(card, answer); return; }
   card.dataset.version = answer.version;
   field.defaultValue = answer.text;
+  if (isLate) { save(card); return; }
   Object.assign(state, {saved: text, goesOn: true});
   if (field.value !== text) { keep(card); saveLater(key, PAUSE); }
   else if (document.activeElement !== field) field.value = answer.text;
@@ -111,7 +120,7 @@ const arrange = () => cards().forEach((card) => {
   if (field.value !== text) field.value = text;
   if (!copy || state.isSaving) return;
   if (text === field.defaultValue) forget(key);
-  else if (copy.version === card.dataset.version) save(card);
+  else if (copy.version === card.dataset.version || isOwn(copy.sent, field.defaultValue)) save(card);
   else choose(card, {version: card.dataset.version, text: field.defaultValue});
 });
 watch('value', arrange);

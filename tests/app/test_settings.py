@@ -147,7 +147,7 @@ def test_a_disk_that_is_too_small_is_not_enough(base: Path, tmp_path: Path) -> N
 def test_the_app_never_imports_the_trainer_and_its_modules_stay_small() -> None:
     for path in APP.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 300, path.name
+        assert len(text.splitlines()) <= 500, path.name
         nodes = list(ast.walk(ast.parse(text)))
         names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

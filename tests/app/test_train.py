@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -27,8 +28,9 @@ from app.runs.runs import Run
 from app.runs.state import RunState
 from app.theme import COLOURS
 from app.train.acts import act
+from app.train.estimates import estimate_disk
 from app.train.forms import ConfigForm, preset_settings
-from app.train.tab import BOTH, PLAIN, apply_preset, live, start, summary
+from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_room, summary
 from app.train.words import LABELS
 from app.ui import build_app
 from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, TrainConfig
@@ -117,6 +119,28 @@ def test_the_log_is_that_of_the_run_that_trains_until_another_is_chosen_by_hand(
     assert shown(one_lora="queued") == "one-lora"
     chosen = "one-flat-lora"
     assert shown(one_lora="running") == "one-lora"
+
+
+def test_a_start_asks_where_the_disk_has_no_room_for_both_arms(
+    context: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, _, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    values = form.write({"max_train_steps": 2, "report_to": "none"})
+
+    def told(free: int, method: str) -> tuple[bool, bool, list[str | None]]:
+        """Whether the summary is red, whether the start asks, and what is queued."""
+        monkeypatch.setattr("app.train.estimates.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+        summed = summary(context, form, session, method, *values)
+        _, row = start_with_room(context, form, session, "mine", method, *values)
+        return "fl-bad" in summed, bool(row.visible), [job.run for job in context.queue.jobs("queued")]
+
+    config = form.read(values, "lora")
+    one = estimate_disk(config, 23, context.runs.folder).needed
+    assert told(one, PLAIN) == (True, True, [])
+    assert told(2 * one, BOTH) == (True, True, [])
+    assert told(2 * one, PLAIN) == (False, False, ["mine"])
+    assert told(2 * one + 1, BOTH) == (False, False, ["mine", "mine-lora", "mine-flat-lora"])
 
 
 def test_the_log_has_the_trainings_own_lines_only() -> None:

@@ -342,6 +342,31 @@ def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
     assert not list(uploads.session_folder(session).glob("0002.*")), "not its caption either"
 
 
+def test_on_a_full_disk_nothing_is_half_frozen_and_no_image_is_replaced_by_none(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = uploads.new_session()
+    add(uploads, session, tmp_path, ("fox.png", png("red")), ("owl.png", png("blue")))
+    frozen = uploads.freeze(session)
+    uploads.clear(session)
+    add(uploads, session, tmp_path, ("cat.png", png("green")))
+    before = everything_in(uploads.folder)
+    copy = shutil.copyfile
+
+    def copyfile(source: Path, target: Path) -> None:
+        copy(source, target)
+        if source.name != "0001.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.dataset.uploads.shutil.copyfile", copyfile)
+    with pytest.raises(OSError, match="No space left"):
+        uploads.replace(session, frozen)
+    with pytest.raises(OSError, match="No space left"):
+        uploads.freeze(session)
+    assert everything_in(uploads.folder) == before
+    assert uploads.names(session) == {"0001.png": "cat.png"}
+
+
 def test_no_member_of_a_zip_leaves_it(uploads: Uploads, tmp_path: Path) -> None:
     link = zipfile.ZipInfo("link.png")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16

@@ -194,7 +194,7 @@ def test_pictures_that_look_alike_are_named(tmp_path: Path) -> None:
     Image.new("L", (40, 40), 255).save(tmp_path / "e.png")
     found = load_samples(tmp_path, "prompt")
     assert found.duplicates() == [("b.jpg", "a.png")]
-    assert found.summary == "5 images, captions 0/5, 40x40 to 64x64 pixels; look alike: b.jpg (a.png)"
+    assert found.summary == "5 images, captions 0/5, 40 x 40 to 64 x 64 pixels; look alike: b.jpg (a.png)"
 
 
 def test_the_manifest_identifies_the_data_without_giving_it_away(tmp_path: Path) -> None:

@@ -74,5 +74,7 @@ def test_a_mask_beside_an_image_says_which_pixels_count(config: TrainConfig, tmp
     assert shown[0, 0, :, :4].eq(1).all()
     assert shown[0, 0, :, 4:].eq(0).all()
     Image.new("L", (30, 32), 0).save(folder / "a-masklabel.png")
-    with pytest.raises(ImageError, match=r"a-masklabel\.png cannot be read as an image: it is 30x32 pixels, and the"):
+    with pytest.raises(
+        ImageError, match=r"a-masklabel\.png cannot be read as an image: it is 30 x 32 pixels, and the"
+    ):
         state.batches.framing.alpha(found.samples[0], state.batches._rows(0, 0)[0].view)
