@@ -163,7 +163,7 @@ class AppPage:
     def load_samples(self) -> None:
         self.show_tab(TABS[0])
         self.button("Load the 23 sample icons").click()
-        expect(self.page.get_by_text("captions 23/23")).to_be_visible(timeout=PATIENCE)
+        expect(self.page.get_by_text("captions 23/23").filter(visible=True).first).to_be_visible(timeout=PATIENCE)
 
     def start_training(self, name: str, method: str, steps: int, preview: str = "") -> None:
         """On the Train tab, as small as may be but for the number of steps."""

@@ -135,12 +135,13 @@ def test_a_start_asks_where_the_disk_has_no_room_for_both_arms(
         _, row = start_with_room(context, form, session, "mine", method, *values)
         return "fl-bad" in summed, bool(row.visible), [job.run for job in context.queue.jobs("queued")]
 
-    config = form.read(values, "lora")
-    one = estimate_disk(config, 23, context.runs.folder).needed
+    one, flat = (
+        estimate_disk(form.read(values, method), 23, context.runs.folder).needed for method in ("lora", "flat-lora")
+    )
     assert told(one, PLAIN) == (True, True, [])
-    assert told(2 * one, BOTH) == (True, True, [])
+    assert told(2 * flat, BOTH) == (True, True, [])
     assert told(2 * one, PLAIN) == (False, False, ["mine"])
-    assert told(2 * one + 1, BOTH) == (False, False, ["mine", "mine-lora", "mine-flat-lora"])
+    assert told(2 * flat + 1, BOTH) == (False, False, ["mine", "mine-lora", "mine-flat-lora"])
 
 
 def test_the_log_has_the_trainings_own_lines_only() -> None:
