@@ -48,7 +48,7 @@ def own_disk(folder: Path) -> Iterator[None]:
 def break_disk(kind: str, disk: Path, run: Path, process: Process) -> None:
     """From now on nothing can be written to `disk`; without the means for that, no large file, or not into `run`."""
     if IS_ROOT and kind == FULL:
-        _fill(disk / "ballast")
+        fill(disk / "ballast")
     elif IS_ROOT:
         # A disk on which a file is open, such as a run's lock, cannot be mounted anew; but it can be mounted again on
         # top of itself, and this mount can.
@@ -72,7 +72,7 @@ def mend_disk(kind: str, disk: Path, run: Path) -> None:
         run.chmod(0o755)
 
 
-def _fill(ballast: Path) -> None:
+def fill(ballast: Path) -> None:
     handle = os.open(ballast, os.O_WRONLY | os.O_CREAT)
     try:
         for size in (2**20, 2**12):

@@ -1,4 +1,4 @@
-"""The soak itself, short: a run on the tiny base that is killed loses nothing."""
+"""The soak itself, short: a run on the tiny base that is killed loses nothing, nor does a command aimed amiss."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def test_kills_and_a_second_run_lose_nothing_touch_nothing_and_say_what_is_promi
     assert done.returncode == 0
     assert str(tmp_path) not in output.read_text(encoding="utf-8")
     assert "| all |  | 2 | 0 | 0 | 0 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_no_command_and_no_caption_loses_what_is_there() -> None:
+    command = [sys.executable, "-m", "benchmarks.soak_attempts"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert " attempts, 0 wrong" in done.stdout, done.stdout
+    assert done.returncode == 0
+    assert done.stdout.count("refused: ") >= 37
