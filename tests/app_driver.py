@@ -108,14 +108,26 @@ class RunningApp:
 class AppPage:
     """The app in one tab of a browser. `faults`: errors of its console and requests to other machines."""
 
-    def __init__(self, page: Page, url: str) -> None:
+    def __init__(self, page: Page, url: str, app: RunningApp | None = None) -> None:
+        """`app`: that of the page, whose lines `printed` tells."""
         self.page = page
         self.url = url
         self.faults: list[str] = []
+        self._app = app
+        self.forgive()
         self._is_leaving = False
         page.on("console", self._note_message)
         page.on("pageerror", self._note_error)
         page.on("request", self._note_request)
+
+    def forgive(self) -> None:
+        """Forget the faults so far and what the app has printed, as of an app that was gone."""
+        self.faults.clear()
+        self._before = 0 if self._app is None else len(self._app.printed())
+
+    def printed(self) -> str:
+        """What the app has printed since the page was made, or forgiven."""
+        return "" if self._app is None else self._app.printed()[self._before :]
 
     def open(self) -> None:
         """Open the app, also in place of the page that is there."""

@@ -38,6 +38,11 @@ _EMPTY = (
 _LOOKED_AT = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
 
 
+# Made in the browser, before anything can be dropped: two answers of the server could each bring a session of its own.
+_NEW_SESSION = """session => session || Array.from(
+  crypto.getRandomValues(new Uint8Array(24)), byte => byte.toString(16).padStart(2, '0')).join('')"""
+
+
 def ensure_session(context: AppContext, session: str) -> str:
     """The browser's session, or a new one."""
     return session or context.uploads.new_session()
@@ -127,7 +132,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     _connect_removal(tab)
     _connect_captions(tab, form, load)
     gr.on([component.change for component in looked_at], trigger_mode="always_last", **look)
-    load(partial(ensure_session, context), [session], [session], show_progress="hidden").then(**look)
+    load(None, [session], [session], js=_NEW_SESSION).then(**look)
     return DatasetTab(look, [pictures.cards.change, pictures.cards.input])
 
 

@@ -60,12 +60,11 @@ def page(browser: Browser, app: RunningApp, tmp_path: Path) -> Iterator[AppPage]
     """A fresh browser profile with the app open; what its console complains of and the app raises fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     context.set_default_timeout(PATIENCE)
-    page, before = AppPage(context.new_page(), app.url), len(app.printed())
+    page = AppPage(context.new_page(), app.url, app)
     try:
         page.open()
         yield page
         assert page.faults == []
-        printed = app.printed()[before:]
-        assert "Traceback" not in printed, printed
+        assert "Traceback" not in page.printed(), page.printed()
     finally:
         context.close()

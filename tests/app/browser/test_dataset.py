@@ -118,7 +118,7 @@ def test_captions_that_the_app_could_not_save_are_saved_when_it_is_back(
     page.open()
     expect(fox).to_have_value("a red fox", timeout=PATIENCE)
     expect(owl).to_have_value("a grey owl")
-    page.faults.clear()  # of the app that was gone
+    page.forgive()  # of the app that was gone
 
 
 def test_a_save_whose_answer_was_lost_is_not_taken_for_another_windows(

@@ -30,7 +30,7 @@ def test_progress_is_shown_again_after_a_reload_and_after_a_restart_of_the_app(p
     page.open()
     page.show_tab("2 Train")
     page.wait_for_state("long", "running")
-    page.faults.clear()  # of requests that were cut off with the page or with the app
+    page.forgive()  # of requests that were cut off with the page or with the app
     assert page.wait_for_step("long", seen + 1) < ENDLESS
 
 
