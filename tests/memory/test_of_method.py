@@ -108,6 +108,8 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
         {"method": "bi-lora", "gradient_checkpointing": True},
         {"method": "lora-sam"},
         {"method": "flat-lora"},
+        {"method": "flat-lora", "perturb_draw": "full"},
+        {"method": "flat-lora", "perturb_per": "example", "gradient_checkpointing": True},
         {"method": "flat-lora", "lora_target_modules": "conv"},
         {"method": "flat-lora", "use_dora": True, "lora_target_modules": "conv"},
     ],
