@@ -15,7 +15,9 @@ class Subject:
     """An arm's run, or the average of several LoRAs of a group.
 
     `checkpoints` are steps of each run, None for its end. More than one LoRA are averaged where `is_average`, else
-    each is a row of its own; `rank` is that to which the average is cut, `reference` what it is compared with.
+    each is a row of its own; the average is cut to `rank` and its members, before, to `member_rank`. `reference` is
+    what it is compared with. With `branch_at` all members but the first go on, with seeds of their own, from the first
+    member's LoRA at that step.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Subject:
     checkpoints: tuple[int | None, ...] = (None,)
     is_average: bool = False
     rank: int | None = None
+    member_rank: int | None = None
+    branch_at: int = 0
     strengths: tuple[float, ...] = (1.0,)
     sam_every: int = 1
     reference: str = "lora"
@@ -41,7 +45,8 @@ class Subject:
         a_step = 1 + (arm.method == "sam") / self.sam_every
         last = max((step for step in self.checkpoints if step is not None), default=STEPS)
         share = 1.0 if None in self.checkpoints else last / STEPS
-        return steps * a_step * share * (len(self.members) if self.is_average else 1) / (STEPS * BATCH)
+        runs = 1 + (len(self.members) - 1) * (1 - self.branch_at / STEPS) if self.is_average else 1
+        return steps * a_step * share * runs / (STEPS * BATCH)
 
     def describe(self) -> dict[str, Any]:
         """What the JSON says of it."""
@@ -51,6 +56,8 @@ class Subject:
             "checkpoints": ["end" if step is None else step for step in self.checkpoints],
             "is_average": self.is_average,
             "rank": self.rank,
+            "member_rank": self.member_rank,
+            "branch_at": self.branch_at,
             "sam_every": self.sam_every,
             "reference": self.reference,
             "passes": round(self.passes, 2),
@@ -71,7 +78,13 @@ _ALL = [
     Subject("lora", members=(0, 1, 2), strengths=_WEAKENED),
     _average("average of 3", strengths=(0.7, 1.0, 1.3)),
     _average("average of 3, rank 4", rank=4),
+    _average("average of 3, rank 1", rank=1),
+    _average("average of 3, each cut to rank 1", member_rank=1),
+    _average("average of 3, cut to rank 3", rank=3),
     _average("average of 2", members=(0, 1)),
+    _average("average of 4", members=(0, 1, 2, 3)),
+    _average("average of 6", members=(0, 1, 2, 3, 4, 5)),
+    _average("3 branches from step 150", branch_at=150),
     _average("average of 3, 150 steps", checkpoints=(150,)),
     _average("average along a run", members=(0,), checkpoints=(150, 200, 250, None)),
     Subject("200 steps", checkpoints=(200,)),
@@ -81,7 +94,8 @@ _ALL = [
     Subject("early stopping", "lora:holdout_images=3,holdout_patience=3"),
     Subject("input noise 0.1", "lora:ip_noise_gamma=0.1", strengths=_WEAKENED),
     Subject("DoRA", "lora:adapter=dora", strengths=_WEAKENED),
-    Subject("rank 12", "lora:rank=12", strengths=_WEAKENED),
+    Subject("rank 12", "lora:rank=12", members=(0, 1, 2), strengths=_WEAKENED),
+    _average("average of 3 of rank 12", arm="lora:rank=12", reference="rank 12"),
     Subject("3 x batch", "lora:train_batch_size=6", strengths=_WEAKENED),
     Subject("3 x batch, half the rate", "lora:train_batch_size=6,learning_rate=0.00025", strengths=_WEAKENED),
     Subject("3 x steps, third of the rate", "lora:max_train_steps=900,learning_rate=0.000167", strengths=_WEAKENED),

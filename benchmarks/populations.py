@@ -23,7 +23,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.population_icons import Style, second_style, style_3d
-from benchmarks.population_subjects import SUBJECTS, Subject
+from benchmarks.population_subjects import STEPS, SUBJECTS, Subject
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
@@ -88,27 +88,27 @@ class Study:
     """One base, one style: the trainings, the averages and the measurements below a work folder."""
 
     def __init__(self, style: Style, work: Path) -> None:
-        self._style, self._work = style, work
+        self._style, self._work, self.name = style, work, work.name
         self.samples = {name: load_samples(folder).samples for name, folder in style.lists.items()}
 
     @cached_property
-    def _sdxl(self) -> Any:
+    def sdxl(self) -> Any:
         return load_sdxl(ModelConfig(BASE), record.DEVICE, torch.float32)
 
     @cached_property
     def _first_probes(self) -> dict[str, Probe]:
-        sdxl = self._sdxl
+        sdxl = self.sdxl
         return {name: fixed_probe(sdxl, samples, sdxl.resolution, 0, DRAWS) for name, samples in self.samples.items()}
 
     def probes(self, group: int) -> dict[str, Probe]:
         """The icons of every list under the draws of a group."""
-        steps = self._sdxl.scheduler.config.num_train_timesteps
+        steps = self.sdxl.scheduler.config.num_train_timesteps
         return {name: redrawn(probe, group, steps) for name, probe in self._first_probes.items()}
 
     def rows(self, subject: Subject, group: int) -> Iterator[Row]:
         """Every row of a subject in a group, trained and measured where it is missing."""
         base = self._measured(None, group, 0.0)
-        for member, file in self._files(subject, group):
+        for member, file in self.files(subject, group):
             for strength in subject.strengths:
                 losses = self._measured(file, group, strength)
                 less = {name: values - base[name] for name, values in losses.items()}
@@ -118,15 +118,15 @@ class Study:
         """Whether `rows` has nothing left to do."""
         if not all(self._lora_of(run, step).is_file() for run, step in self._parts(subject, group)):
             return False
-        files = [file for _, file in self._files(subject, group)]
+        files = [file for _, file in self.files(subject, group)]
         return all(self._cache(file, group, strength).is_file() for file in files for strength in subject.strengths)
 
     def base(self, group: int) -> dict[str, Tensor]:
         """The base's own losses under the draws of a group."""
         return self._measured(None, group, 0.0)
 
-    def _files(self, subject: Subject, group: int) -> Iterator[tuple[int, Path]]:
-        """The LoRA file of each row by its first member: that of a run, or of an average."""
+    def files(self, subject: Subject, group: int) -> Iterator[tuple[int, Path]]:
+        """The LoRA file of each row by its first member, of a run or an average; what is missing is trained."""
         parts = self._parts(subject, group)
         for run, _ in parts:
             _train(run, subject)
@@ -134,7 +134,7 @@ class Study:
         if not subject.is_average:
             yield from zip(subject.members, files, strict=True)
             return
-        yield subject.members[0], self._average(files, subject.rank)
+        yield subject.members[0], self._average(files, subject.rank, subject.member_rank)
 
     def _parts(self, subject: Subject, group: int) -> list[tuple[PlannedRun, int | None]]:
         runs = [self._planned(subject, group, member) for member in subject.members]
@@ -142,18 +142,26 @@ class Study:
 
     def _planned(self, subject: Subject, group: int, member: int) -> PlannedRun:
         places = {"instance_data_dir": str(self._style.training), "output_dir": str(self._work / subject.folder)}
-        config = TrainConfig.from_dict(SETTINGS | places)
-        [run] = plan(config, [parse_arm(subject.arm)], [seed_of(group, member)], POINTS)
+        settings: dict[str, Any] = SETTINGS | places
+        if subject.branch_at and member != subject.members[0]:
+            trunk = self._planned(replace(subject, branch_at=0), group, subject.members[0])
+            places["output_dir"] = str(self._work / "branches")
+            begun = {"init_lora": str(self._lora_of(trunk, subject.branch_at))}
+            settings |= places | begun | {"max_train_steps": STEPS - subject.branch_at}
+        [run] = plan(TrainConfig.from_dict(settings), [parse_arm(subject.arm)], [seed_of(group, member)], POINTS)
         return run
 
     def _lora_of(self, run: PlannedRun, step: int | None) -> Path:
         return run.lora if step is None else run.run.folder / f"checkpoint-{step}" / run.lora.name
 
-    def _average(self, files: Sequence[Path], rank: int | None) -> Path:
-        key = json.dumps([*(file_sha256(file) for file in files), rank])
+    def _average(self, files: Sequence[Path], rank: int | None, member_rank: int | None) -> Path:
+        cuts = [rank] if member_rank is None else [rank, member_rank]
+        key = json.dumps([*(file_sha256(file) for file in files), *cuts])
         path = self._work / "averages" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         if not path.is_file():
             members = [read_lora_file(str(file), BASE).updates for file in files]
+            if member_rank is not None:
+                members = [average_updates([member], [1.0], member_rank).updates for member in members]
             average = average_updates(members, [1 / len(members)] * len(members), rank)
             write_lora(average.updates, base_names(BASE), path, "diffusers", "fp32", {})
         return path
@@ -168,10 +176,10 @@ class Study:
         return {name: values.double() for name, values in load_file(cache).items()}
 
     def _measure(self, file: Path | None, group: int, strength: float) -> dict[str, Tensor]:
-        objective, unet = Objective(self._sdxl.scheduler), self._sdxl.unet
+        objective, unet = Objective(self.sdxl.scheduler), self.sdxl.unet
         if file is None:
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
-        pipeline, files = self._sdxl.pipeline, [LoraFile(file)]
+        pipeline, files = self.sdxl.pipeline, [LoraFile(file)]
         with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=True):
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
 
