@@ -17,7 +17,8 @@ class Subject:
     `checkpoints` are steps of each run, None for its end. More than one LoRA are averaged where `is_average`, else
     each is a row of its own; the average is cut to `rank` and its members, before, to `member_rank`. `reference` is
     what it is compared with. With `branch_at` all members but the first go on, with seeds of their own, from the first
-    member's LoRA at that step.
+    member's LoRA at that step. SAM ascends in every `sam_every`-th step from step `sam_from` on. It is trained on the
+    first `images` alone, where that is given.
     """
 
     name: str
@@ -30,19 +31,23 @@ class Subject:
     branch_at: int = 0
     strengths: tuple[float, ...] = (1.0,)
     sam_every: int = 1
+    sam_from: int = 0
+    images: int | None = None
     reference: str = "lora"
 
     @property
     def folder(self) -> str:
-        """Below the work folder; runs of an arm that is trained in a way of its own lie apart."""
-        return "runs" if self.sam_every == 1 else f"runs-every-{self.sam_every}"
+        """Below the work folder; runs that are trained in a way of their own lie apart."""
+        ways = {"every": self.sam_every if self.sam_every > 1 else 0, "from": self.sam_from, "images": self.images}
+        return "-".join(["runs", *(f"{way}-{value}" for way, value in ways.items() if value)])
 
     @property
     def passes(self) -> float:
         """Forward and backward passes of samples, in those of one LoRA; a step of SAM's with an ascent has two."""
         arm = parse_arm(self.arm)
         steps = int(arm.changes.get("max_train_steps", STEPS)) * int(arm.changes.get("train_batch_size", BATCH))
-        a_step = 1 + (arm.method == "sam") / self.sam_every
+        a_step = 1 + (arm.method == "sam") / self.sam_every * (1 - self.sam_from / STEPS)
+        a_step += int(arm.changes.get("holdout_folds", 0))  # each fold trains all steps
         last = max((step for step in self.checkpoints if step is not None), default=STEPS)
         share = 1.0 if None in self.checkpoints else last / STEPS
         runs = 1 + (len(self.members) - 1) * (1 - self.branch_at / STEPS) if self.is_average else 1
@@ -59,6 +64,8 @@ class Subject:
             "member_rank": self.member_rank,
             "branch_at": self.branch_at,
             "sam_every": self.sam_every,
+            "sam_from": self.sam_from,
+            "images": self.images,
             "reference": self.reference,
             "passes": round(self.passes, 2),
         }
@@ -92,6 +99,10 @@ _ALL = [
     Subject("cosine rate", "lora:lr_scheduler=cosine,lr_warmup_steps=0"),
     Subject("EMA 0.99", "lora:use_ema=true,ema_decay=0.99"),
     Subject("early stopping", "lora:holdout_images=3,holdout_patience=3"),
+    Subject("3 folds", "lora:holdout_folds=3"),
+    Subject("10 images: LoRA", members=(0, 1, 2), images=10, strengths=_WEAKENED),
+    Subject("10 images: 3 folds", "lora:holdout_folds=3", images=10, reference="10 images: LoRA"),
+    _average("10 images: average of 3", images=10, reference="10 images: LoRA"),
     Subject("input noise 0.1", "lora:ip_noise_gamma=0.1", strengths=_WEAKENED),
     Subject("DoRA", "lora:adapter=dora", strengths=_WEAKENED),
     Subject("rank 12", "lora:rank=12", members=(0, 1, 2), strengths=_WEAKENED),
@@ -109,6 +120,7 @@ _ALL = [
     Subject("SAM 0.25", "sam:rho=0.25", strengths=_WEAKENED),
     Subject("SAM 0.125", "sam:rho=0.125", strengths=_WEAKENED),
     Subject("SAM 0.125, every 2nd step", "sam:rho=0.125", sam_every=2, strengths=_WEAKENED),
+    Subject("SAM 0.125, last 90 steps", "sam:rho=0.125", sam_from=210, strengths=_WEAKENED),
     _average("average of 3 Flat-LoRAs 0.4", arm=_FLAT),
     _average("average of 3 SAMs 0.125", arm="sam:rho=0.125"),
     Subject("demo: LoRA", _DEMO, members=(0, 1, 2), strengths=_WEAKENED),

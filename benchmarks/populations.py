@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -141,7 +142,10 @@ class Study:
         return [(run, step) for run in runs for step in subject.checkpoints]
 
     def _planned(self, subject: Subject, group: int, member: int) -> PlannedRun:
-        places = {"instance_data_dir": str(self._style.training), "output_dir": str(self._work / subject.folder)}
+        places = {
+            "instance_data_dir": str(self._training(subject.images)),
+            "output_dir": str(self._work / subject.folder),
+        }
         settings: dict[str, Any] = SETTINGS | places
         if subject.branch_at and member != subject.members[0]:
             trunk = self._planned(replace(subject, branch_at=0), group, subject.members[0])
@@ -150,6 +154,17 @@ class Study:
             settings |= places | begun | {"max_train_steps": STEPS - subject.branch_at}
         [run] = plan(TrainConfig.from_dict(settings), [parse_arm(subject.arm)], [seed_of(group, member)], POINTS)
         return run
+
+    def _training(self, images: int | None) -> Path:
+        """The folder of the training images, or one with the first of them."""
+        if images is None:
+            return self._style.training
+        folder = self._work / f"training-{images}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for image in sorted(self._style.training.glob("*.png"))[:images]:
+            for file in (image, image.with_suffix(".txt")):
+                shutil.copy(file, folder)
+        return folder
 
     def _lora_of(self, run: PlannedRun, step: int | None) -> Path:
         return run.lora if step is None else run.run.folder / f"checkpoint-{step}" / run.lora.name
@@ -257,19 +272,20 @@ def _rounded(losses: dict[str, Tensor]) -> dict[str, str]:
 def _train(run: PlannedRun, subject: Subject) -> None:
     """Train a run in this process, or what is left of it."""
     if not run.is_finished:
-        with _ascending_every(subject.sam_every):
+        with _ascending_in(subject):
             train(run.config.replace(resume_from_checkpoint="latest") if run.is_begun else run.config)
 
 
 @contextmanager
-def _ascending_every(steps: int) -> Iterator[None]:
-    """SAM's ascent in each so many steps only; the others take the gradient at the weights."""
+def _ascending_in(subject: Subject) -> Iterator[None]:
+    """SAM's ascent in some of the steps; the others take the gradient at the weights."""
     ascend = Sam.take
 
     def take(self: Sam, step: int, micro_batches: Any) -> list[Tensor]:
-        return (ascend if step % steps == 0 else StepGradient.take)(self, step, micro_batches)
+        ascends = step >= subject.sam_from and step % subject.sam_every == 0
+        return (ascend if ascends else StepGradient.take)(self, step, micro_batches)
 
-    if steps > 1:
+    if subject.sam_every > 1 or subject.sam_from > 0:
         Sam.take = take  # type: ignore[method-assign]
     try:
         yield
