@@ -54,8 +54,7 @@ from flatlora_diffusion.sdxl.shapes import check_resolution
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
 DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
-DEMO_ARMS = ("lora", "flat-lora", "sam")
-DEMO_SAM_STEPS = 300  # each arm is trained as long as is best (docs/metrics.md)
+DEMO_ARMS = ("lora", "flat-lora", "lora:members=3")
 
 # Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
 _QUIET = {
@@ -168,10 +167,7 @@ def _caption(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    """Steps that are given are those of all arms."""
-    *others, sam = DEMO_ARMS
-    arms = DEMO_ARMS if _gives("max_train_steps", arguments) else (*others, f"{sam}:max_train_steps={DEMO_SAM_STEPS}")
-    defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--arms", *arms]
+    defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--arms", *DEMO_ARMS]
     _report_of(*_comparison(arguments, DEMO, defaults), has_remedy=False)
 
 

@@ -164,7 +164,9 @@ def parse_arm(text: str) -> Arm:
 
 def arm_name(method: str, changes: Mapping[str, Any]) -> str:
     """What the report calls the arm."""
-    shown = ", ".join(f"{name} {value}" for name, value in changes.items())
+    shown = ", ".join(
+        f"average of {value}" if name == "members" else f"{name} {value}" for name, value in changes.items()
+    )
     return METHOD_NAMES[method] + (f", {shown}" if shown else "")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flatlora_diffusion.compare.arms import Arm, PlannedRun, parse_arm, plan, train_planned
 from flatlora_diffusion.compare.evaluator import BASE, RunEvaluator
+from flatlora_diffusion.compare.lent_members import lend_members
 from flatlora_diffusion.compare.material import Material, load_evaluator, read_material
 from flatlora_diffusion.compare.nulls import Null, nulls_of
 from flatlora_diffusion.compare.poster import poster_pieces
@@ -57,6 +58,7 @@ class Experiment:
         else:
             for planned in runs:
                 is_new = not planned.is_finished
+                lend_members(planned, self.runs)
                 train_planned(planned)
                 if is_new:
                     self._tell_what_is_left()

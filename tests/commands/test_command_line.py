@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flatlora_diffusion.commands.command_line import DEMO_ARMS, DEMO_SAM_STEPS, main, train_main
+from flatlora_diffusion.commands.command_line import DEMO_ARMS, main, train_main
 from flatlora_diffusion.compare import comparison
 from flatlora_diffusion.config import CompareConfig, GenerateConfig, RunError, TrainConfig
 from flatlora_diffusion.flatness import report as flatness_report
@@ -194,8 +194,7 @@ def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) ->
     (config, own), (_, given), (_, usual) = asked
     assert (config.optim.max_train_steps, config.run.output_dir) == (7, "outputs/demo")
     assert (own.guidance_scale, given.guidance_scale) == (2.5, 4)
-    assert (own.arms, given.arms) == (DEMO_ARMS, ("lora",)), "steps that are given are those of SAM, too"
-    assert usual.arms == ("lora", "flat-lora", f"sam:max_train_steps={DEMO_SAM_STEPS}")
+    assert (own.arms, given.arms, usual.arms) == (DEMO_ARMS, ("lora",), DEMO_ARMS)
 
 
 TINY_IN_WORDS = "the tiny demo base, 64 pixels"
