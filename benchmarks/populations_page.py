@@ -18,10 +18,12 @@ import numpy as np
 from scipy import optimize
 
 from benchmarks.population_icons import TUNING_FLAT
+from benchmarks.population_uses import ALONE, ALONE_IN_BOTH, BESIDE, BITS, USES
 from flatlora_diffusion.compare.crossed import CrossedDifference, crossed_difference, holm
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "generalization.md"
+USES_FILE = FOLDER / "population_uses.json"
 STYLES = {"populations": "3D icons", "populations_second_style": "Icons with outlines"}
 POPULATIONS = ("known 200", "known 615", "unknown")
 FORGETTING = "flat"
@@ -219,6 +221,43 @@ def style_section(study: Study, title: str) -> str:
     return "\n".join(lines)
 
 
+def uses_section(data: Mapping[str, Any]) -> str:
+    """The table of `population_uses`: the price of each use of LoRA, and of the others less LoRA's."""
+    subjects = list(dict.fromkeys(row["subject"] for row in data["rows"]))
+    groups = sorted({row["group"] for row in data["rows"]})
+    known = {(row["subject"], row["group"]): row["losses"] for row in data["rows"]}
+
+    def price(subject: str, use: str) -> np.ndarray:
+        without = ALONE_IN_BOTH if use == BESIDE else ALONE
+        return np.array([_less(known[subject, group][use], known[subject, group][without]) for group in groups])
+
+    def of_base(use: str) -> str:
+        if use not in BITS:
+            return ""
+        rise = [_less(data["base"][str(group)][use], data["base"][str(group)][ALONE]) for group in groups]
+        return _interval(crossed_difference(rise), False)
+
+    rows = []
+    for use in USES:
+        first, *others = subjects
+        less = [crossed_difference((price(other, use) - price(first, use)).tolist()) for other in others]
+        held = holm([part.p or 0.0 for part in less])
+        told = [_interval(part, is_sure) for part, is_sure in zip(less, held, strict=True)]
+        rows.append([use, of_base(use), _interval(crossed_difference(price(first, use).tolist()), False), *told])
+    head = [
+        "",
+        "the base's rise",
+        f"{subjects[0]}: rise",
+        *(f"{other}, less {subjects[0]}'s" for other in subjects[1:]),
+    ]
+    about = f'Rise of the loss on "{data["list"]}" by what is done to a LoRA, {len(groups)} groups:'
+    return "\n".join(["## In use", "", about, "", *_table(head, rows)])
+
+
+def _less(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
 def _numbers(text: str) -> np.ndarray:
     return np.array([[float(draw) for draw in icon.split(",")] for icon in text.split(" ")])
 
@@ -241,6 +280,7 @@ def main() -> None:
         for name, title in STYLES.items()
         if (FOLDER / f"{name}.json").is_file()
     ]
+    parts.append(uses_section(json.loads(USES_FILE.read_text(encoding="utf-8"))))
     start, end = "<!-- tables -->", "<!-- end of tables -->"
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(start)[0], text.split(end)[1]
