@@ -54,26 +54,6 @@ def turn_flags(figures: dict[str, Any]) -> dict[str, Any]:
     return {"turns": next(iter(subjects(figures).values()))["turns"], **thread_flag(figures)}
 
 
-def draw_flags(figures: dict[str, Any]) -> dict[str, Any]:
-    return {"draws": figures["draws"], "batches": figures["batches"], **thread_flag(figures)}
-
-
-def pair_flags(figures: dict[str, Any]) -> dict[str, Any]:
-    steps = [int(step) for step in figures["figures"]]
-    counts = {"seeds": seeds_of(figures), "steps": max(steps), "every": min(steps)}
-    return {"work": "FOLDER", **counts, **thread_flag(figures)}
-
-
-def generators(figures: dict[str, Any]) -> str:
-    """Of `cpu_draws`: what else could draw."""
-    lines = ["| generator | ms for 1280 x 1280 | / PyTorch's | quartiles | excess kurtosis |", "|---|---|---|---|---|"]
-    for name, found in figures["draws"].items():
-        low, ratio, high = found["ratio"]
-        kurtosis = f"{found['excess_kurtosis']:+.3f}"
-        lines.append(f"| {name} | {1e3 * found['seconds']:.2f} | {ratio:.3f} | {low:.3f} to {high:.3f} | {kurtosis} |")
-    return "\n".join(lines)
-
-
 def steps(figures: dict[str, Any]) -> str:
     """Of `train_step`: a table for each subject."""
     tables = []
@@ -139,44 +119,6 @@ def weight(found: dict[str, Any], part: str) -> float:
     return -found["parts"]["lora"].get(part, found["parts"]["full"].get(part, 0.0) - 1)
 
 
-def variances(figures: dict[str, Any]) -> str:
-    """Of `example_draws`: the variance of the gradient over eps, and its share in a step's."""
-    lines = [
-        f"Batches of {figures['batch']}, {figures['draws']} draws; the variance that new batches bring is "
-        f"{figures['of_batches']:.2e}:\n",
-        "| sigma | one eps for the batch | share of a step's variance | one for each example | share | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for sigma, found in figures["of_eps"].items():
-        whole, own = found["one for the batch"], found["one for each example"]
-        cells = [f"{cell:.2e} | {cell / (cell + figures['of_batches']):.1%}" for cell in (whole, own)]
-        lines.append(f"| {sigma} | {' | '.join(cells)} | {own / whole:.3f} |")
-    return "\n".join(lines)
-
-
-def pairs(figures: dict[str, Any]) -> str:
-    """Of `paired_draws`: differences and intervals in 1e-5."""
-    lines = [f"Differences over {seeds_of(figures)} seeds with their 95 % intervals, in 10⁻⁵:\n"]
-    lines += ["| steps | arms | held-out loss | clean training loss | loss rise |", "|---|---|---|---|---|"]
-    for step, arms in figures["differences"].items():
-        for names, metrics in arms.items():
-            cells = [interval(metrics[metric]) for metric in ("heldout", "train", "rise")]
-            lines.append(f"| {step} | {names} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def seeds_of(figures: dict[str, Any]) -> int:
-    """Of `paired_draws`: how many each arm has, which is one row a seed."""
-    return len(next(iter(next(iter(figures["figures"].values())).values())))
-
-
-def interval(difference: dict[str, Any]) -> str:
-    mean = f"{1e5 * difference['mean']:+.1f}"
-    if difference["low"] is None:
-        return mean
-    return f"{mean} [{1e5 * difference['low']:+.1f}, {1e5 * difference['high']:+.1f}]"
-
-
 def subjects(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if isinstance(value, dict) and "seconds" in value}
 
@@ -185,17 +127,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_step": steps,
     "sdxl_step": whole_step,
     "layer_cost": layers,
-    "cpu_draws": generators,
-    "paired_draws": pairs,
-    "example_draws": variances,
 }
 FLAGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "train_step": thread_flag,
     "sdxl_step": turn_flags,
     "layer_cost": thread_flag,
-    "cpu_draws": lambda figures: {},  # it takes none
-    "paired_draws": pair_flags,
-    "example_draws": draw_flags,
 }
 
 

@@ -17,7 +17,6 @@ from patience import HANGS
 from PIL import Image
 
 from app.theme import COLOURS, CSS, SHADES
-from flatlora_diffusion.charts.forest import Row, forest_chart
 from flatlora_diffusion.charts.lines import Chart, Line, line_chart, surface_chart, titled_chart
 from flatlora_diffusion.charts.palette import FLAT_LORA, LOOKS, LORA, METHODS, PAPER, THIRD
 from flatlora_diffusion.charts.rows import Dot, axis_row, dot_row, row_limits, sample
@@ -147,20 +146,6 @@ def test_lines_show_their_data(tmp_path: Path) -> None:
         both, same = (titled_chart(lines, "title", "x", "y", log) for lines in ([flat, steep], [flat, flat]))
         assert not np.array_equal(pixels(both, tmp_path), pixels(same, tmp_path))
     assert line_chart([flat, steep], "x").svg("", "") != line_chart([flat, flat], "x").svg("", "")
-
-
-def test_rows_of_a_forest_lie_below_the_name_of_their_group() -> None:
-    groups = [
-        ("published", [Row("mean", 0.5, LORA)]),
-        ("here", [Row("one", 1, FLAT_LORA, -1, 3), Row("two", 2, LORA)]),
-    ]
-    (axes,) = forest_chart(groups, "title", "points").figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["published", "mean", "here", "one", "two"]
-    heights = axes.get_yticks()
-    assert list(heights) == sorted(heights, reverse=True)
-    drawn = {tuple(map(tuple, np.asarray(line.get_xydata()))) for line in axes.lines[1:]}  # the first is at 0
-    interval = ((-1, heights[3]), (3, heights[3]))
-    assert drawn == {interval, ((0.5, heights[1]),), ((1, heights[3]),), ((2, heights[4]),)}
 
 
 def test_logarithmic_axes_leave_out_what_they_cannot_show() -> None:

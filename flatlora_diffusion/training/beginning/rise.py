@@ -27,7 +27,7 @@ from flatlora_diffusion.training.state import TrainState, dropout_draws
 logger = logging.getLogger(__name__)
 
 SAMPLES = 64  # images, those of several passes over a small set counted each time
-SLOPES = 16  # images whose gradients say enough of rho (benchmarks/rho_rise.json)
+SLOPES = 16  # images whose gradients say enough of rho (`rho_rise` in the tag studies)
 MOST = 4.0  # four times the filters themselves: what is left of them then says nothing
 _TRIALS, _NEAR, _FASTEST = 10, 1.1, 4.0
 
