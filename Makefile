@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method
 
-.PHONY: demo app check test firefox lock clean
+.PHONY: demo app check test docs firefox lock clean
 
 demo: $(STAMP)
 	$(BIN)/flatlora demo
@@ -29,6 +29,11 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(WORKERS)
+
+# The documentation as a site, in site/; a broken link is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q $(addprefix -c ,$(LOCK)) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 # The app from images to a verdict once more, in an installed Firefox: `make test` takes Chromium.
 firefox: $(STAMP)

@@ -32,16 +32,3 @@ def test_a_footer_s_command_has_flags_that_its_benchmark_takes(name: str) -> Non
     given = re.findall(r"--\w+", command(name, figures))
     assert set(given) <= set(taken)
     assert "--threads" in given or "--threads" not in taken
-
-
-def test_the_readme_s_costs_are_those_of_the_files() -> None:
-    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
-    whole, parts = (json.loads((FOLDER / f"{name}.json").read_text("utf-8")) for name in ("sdxl_step", "train_step"))
-    for subjects, arms in (
-        (parts, ("low-rank, norms every 10", "full, norms every 10")),
-        (whole, ("low-rank", "full")),
-    ):
-        for found in subjects.values():
-            if isinstance(found, dict) and "turns" in found:
-                ratios = (found[f"{arm} / lora"] for arm in arms)
-                assert "| ".join(f"{ratio:.3f} ({low:.3f} to {high:.3f}) " for low, ratio, high in ratios) in readme
