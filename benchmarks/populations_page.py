@@ -28,6 +28,7 @@ STYLES = {"populations": "3D icons", "populations_second_style": "Icons with out
 POPULATIONS = ("known 200", "known 615", "unknown")
 FORGETTING = "flat"
 REFERENCE, AVERAGE = "lora", "average of 3"
+OF_OTHER_SETTINGS = ("demo: LoRA", "10 images: LoRA")  # what only other subjects of theirs are compared with
 PAIRS = (
     ("average of 3 Flat-LoRAs 0.4", AVERAGE),
     ("average of 3 SAMs 0.125", AVERAGE),
@@ -154,10 +155,12 @@ def less_another(study: Study, subject: str, other: str, groups: Sequence[int]) 
 def style_section(study: Study, title: str) -> str:
     """The tables of one style."""
     base = study.groups(REFERENCE)
-    subjects = [name for name in study.data["subjects"] if name != REFERENCE and len(study.groups(name)) >= 2]
+    subjects = [name for name in study.data["subjects"] if name not in (REFERENCE, *OF_OTHER_SETTINGS)]
+    subjects = [name for name in subjects if len(study.groups(name)) >= 2]
     rows, families = {}, {}
     for subject in subjects:
-        groups = [group for group in study.groups(subject) if group in base]
+        reference = study.data["subjects"][subject]["reference"]
+        groups = [group for group in study.groups(subject) if group in base and group in study.groups(reference)]
         rows[subject] = groups, *compared(study, subject, groups)
     for name in POPULATIONS:
         for kind in ("plain", "equal"):
@@ -178,7 +181,7 @@ def style_section(study: Study, title: str) -> str:
         head,
         [
             [
-                subject,
+                shown(study, subject),
                 f"{study.data['subjects'][subject]['passes']:g}",
                 str(len(groups)),
                 *(_interval(found[name].plain, subject in families[name, "plain"]) for name in POPULATIONS),
@@ -192,7 +195,7 @@ def style_section(study: Study, title: str) -> str:
         ["", "strength", "LoRA's", *POPULATIONS, "forgets"],
         [
             [
-                subject,
+                shown(study, subject),
                 f"{strengths.subject:.2f}",
                 f"{strengths.reference:.2f}",
                 *(_interval(found[name].equal, subject in families[name, "equal"]) for name in POPULATIONS),
@@ -219,6 +222,12 @@ def style_section(study: Study, title: str) -> str:
             ],
         )
     return "\n".join(lines)
+
+
+def shown(study: Study, subject: str) -> str:
+    """The subject's name, with what it is compared with where that is not LoRA."""
+    reference = study.data["subjects"][subject]["reference"]
+    return subject if reference == REFERENCE else f"{subject}, less {reference}"
 
 
 def uses_section(data: Mapping[str, Any]) -> str:
@@ -280,7 +289,8 @@ def main() -> None:
         for name, title in STYLES.items()
         if (FOLDER / f"{name}.json").is_file()
     ]
-    parts.append(uses_section(json.loads(USES_FILE.read_text(encoding="utf-8"))))
+    if USES_FILE.is_file():
+        parts.append(uses_section(json.loads(USES_FILE.read_text(encoding="utf-8"))))
     start, end = "<!-- tables -->", "<!-- end of tables -->"
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(start)[0], text.split(end)[1]
