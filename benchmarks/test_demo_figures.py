@@ -42,7 +42,7 @@ def test_what_the_page_says_of_all_three_is_so() -> None:
         assert found["heldout_similarity"] > base["heldout_similarity"]
     assert average["heldout_loss"] < min(lora["heldout_loss"], flat["heldout_loss"])
     assert average["forgetting_loss"] < min(lora["forgetting_loss"], flat["forgetting_loss"])
-    assert all(result["advice"][arm]["over_fit"] for arm in ARMS)
+    assert [result["advice"][arm]["over_fit"] for arm in ARMS] == [True, True, False]
     assert ARMS == DEMO_ARMS
 
 

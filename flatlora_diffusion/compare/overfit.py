@@ -17,6 +17,8 @@ _NO_GAIN = (
     "No checkpoint predicts the held-out images better than the base does: train fewer steps or with a lower learning "
     "rate, or more of both if nothing was learned."
 )
+_NO_SIGN = "The held-out loss fell, or stayed, up to the end: no sign of over-fitting."
+_NO_CHECKPOINT = "There is no checkpoint to compare the end with, so over-fitting cannot be seen."
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def advise(run: Sequence[TrajectoryPoint], strengths: Mapping[float, float]) -> 
         share = (strengths[1.0] - strengths[strength]) / gain
         why = f"No sign of over-fitting; at strength {strength:g} the gain over the base grows by {share:.0%}."
         return Advice(last.step, strength, False, why)
-    return Advice(last.step, 1.0, False, "The held-out loss fell, or stayed, up to the end: no sign of over-fitting.")
+    return Advice(last.step, 1.0, False, _NO_CHECKPOINT if len(run) == 2 else _NO_SIGN)
 
 
 def _over_fit(best: TrajectoryPoint, last: TrajectoryPoint, share: float) -> str:

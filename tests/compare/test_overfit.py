@@ -58,3 +58,9 @@ def test_a_run_worse_than_the_base_is_said_to_be() -> None:
 @pytest.mark.parametrize("lost", [0.0, 0.001])
 def test_a_rise_within_noise_is_no_over_fitting(lost: float) -> None:
     assert not advise(run(1.0, 0.8, 0.8 + lost), {}).over_fit
+
+
+def test_of_a_run_without_checkpoints_no_over_fitting_is_denied() -> None:
+    found = advise(run(1.0, 0.8), {})
+    assert (found.checkpoint, found.over_fit) == (100, False)
+    assert "no checkpoint" in found.why
