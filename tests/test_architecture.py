@@ -69,18 +69,38 @@ def test_every_package_has_its_floor_and_a_word_to_newcomers() -> None:
         assert path.parent in (PACKAGE, ROOT / "app") or "Start with `" in text, f"{named(path)} names no beginning"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=named)
-def test_imports_point_down(path: Path) -> None:
-    mine = package_of(path)
-    if not mine:  # the top hands through what users import, each on its first use
-        return
-    upward = {name for name in packages_imported(path) - {mine} if FLOOR[name] >= FLOOR[mine]}
-    assert not upward, f"{named(path)} imports {upward}"
+def test_imports_point_down() -> None:
+    upward = [
+        f"{named(path)} imports {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if (mine := package_of(path))  # the top hands through what users import, each on its first use
+        for name in sorted(packages_imported(path) - {mine})
+        if FLOOR[name] >= FLOOR[mine]
+    ]
+    assert not upward
 
 
-@pytest.mark.parametrize("path", MODULES, ids=named)
-def test_modules_stay_small(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+def test_no_folder_of_the_package_imports_one_that_imports_it() -> None:
+    """Sub-folders too: of two folders only one knows the other."""
+    arrows = {
+        (folder, other): f"{named(path)} imports {module}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if (folder := path.parent) != PACKAGE
+        for module in imported(path)
+        if (other := folder_of(module)) not in (None, folder, PACKAGE)
+    }
+    assert not [arrow for (one, other), arrow in arrows.items() if (other, one) in arrows]
+
+
+def folder_of(module: str) -> Path | None:
+    """The folder of a module of the package, or None for what is no module of it."""
+    path = ROOT / module.replace(".", "/")
+    return path.parent if module.startswith("flatlora_diffusion.") and path.with_suffix(".py").is_file() else None
+
+
+def test_modules_stay_small() -> None:
+    lengths = {named(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert not {name: lines for name, lines in lengths.items() if lines > LINES}
 
 
 def test_the_method_knows_no_image_model() -> None:
