@@ -28,7 +28,7 @@ from flatlora_diffusion.compare.findings import metrics_table
 from flatlora_diffusion.compare.page.page import RESULT
 from flatlora_diffusion.config import TrainConfig, preset_file
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.ground.saved_settings import opened
+from flatlora_diffusion.storage.saved_config import opened
 
 FILE = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "demo.md"

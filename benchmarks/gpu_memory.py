@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks import record
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.memory.estimate import estimate_memory
+from flatlora_diffusion.storage.run_dir import RunDir
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
     python -m benchmarks.interval_coverage
 
 Tables of S seeds and I images are drawn with known standard deviations of seeds, images and the rest, mean 0, and
-three intervals are made of each: over seeds and images (`compare/crossed.py`), over seeds alone (Student's t of the
-seeds' means, what `compare` had before), and by a percentile bootstrap of seeds and images. A minute on one core.
+three intervals are made of each: over seeds and images (`evaluation/crossed_statistics.py`), over seeds alone
+(Student's t of the seeds' means, what `compare` had before), and by a percentile bootstrap of seeds and images. A minute
+on one core.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import record
-from flatlora_diffusion.compare.crossed import CONFIDENCE, crossed_difference
+from flatlora_diffusion.evaluation.crossed_statistics import CONFIDENCE, crossed_difference
 
 FILE = Path(__file__).with_suffix(".json")
 SIZES = [(seeds, images) for seeds in (2, 3, 5, 10) for images in (10, 64, 110)]

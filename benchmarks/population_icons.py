@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from flatlora_diffusion.config import SAMPLES
-from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.storage.rng import derive_seed
 from samples.icons_3d.build import (
     HELD_OUT_SIZE,
     TRAINING,

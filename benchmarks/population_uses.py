@@ -27,14 +27,14 @@ from benchmarks.population_icons import second_style, style_3d
 from benchmarks.population_subjects import SUBJECTS as ALL, Subject
 from benchmarks.populations import BASE, UNIT, Study
 from flatlora_diffusion.evaluation.probe import draw_losses
-from flatlora_diffusion.flatness.robustness import to_bits
-from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
-from flatlora_diffusion.lora_files.attached import at_strength, loaded
+from flatlora_diffusion.flatness.perturbed_models import to_bits
+from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.names import base_names
-from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
 from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
 from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
 
 LIST = "known 200"
 SUBJECTS = ("lora", "average of 3", "Flat-LoRA 0.4", "SAM 0.125")

@@ -40,16 +40,16 @@ from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, redrawn
-from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
-from flatlora_diffusion.lora_files.attached import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.names import base_names
-from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
 from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
-from flatlora_diffusion.method.rivals.ascent import Sam
-from flatlora_diffusion.method.step_gradient import StepGradient
+from flatlora_diffusion.method.gradient import StepGradient
+from flatlora_diffusion.method.rivals.sam import Sam
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
 from flatlora_diffusion.training.trainer import train
 
 BASE = "tiny"

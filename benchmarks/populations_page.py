@@ -19,7 +19,7 @@ from scipy import optimize
 
 from benchmarks.population_icons import TUNING_FLAT
 from benchmarks.population_uses import ALONE, ALONE_IN_BOTH, BESIDE, BITS, USES
-from flatlora_diffusion.compare.crossed import CrossedDifference, crossed_difference, holm
+from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference, crossed_difference, holm
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "generalization.md"

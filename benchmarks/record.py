@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.turns import synchronize
-from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.versions import versions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _NUMBERS = 2**24  # 64 MiB of fp32, more than a cache holds

@@ -34,9 +34,9 @@ from benchmarks.turns import Step, launches_in, peak_bytes, timed
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.method import noise
-from flatlora_diffusion.method.configured import step_gradient
-from flatlora_diffusion.method.filter_norms import KeptNorms
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
+from flatlora_diffusion.method.rivals.build import step_gradient
+from flatlora_diffusion.method.row_norms import KeptNorms
 from flatlora_diffusion.sdxl.objective import Batch
 from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.state import TrainState

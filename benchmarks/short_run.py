@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from benchmarks.soak_judge import Left, Progress
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.whole_files import file_sha256
+from flatlora_diffusion.storage.atomic_io import file_sha256
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 ROOT = Path(__file__).parents[1]
 ICONS = ROOT / "samples" / "icons_3d"

@@ -46,7 +46,7 @@ from benchmarks.soak_judge import (
     wrong_end,
     wrong_pair,
 )
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 FAILURES = ("lost", "touched", "wrong")
 TRIES = 6  # a run may end before its kill, on a machine that is less busy than when the timeline was taken
@@ -108,7 +108,7 @@ def main() -> int:
 
 def plan(kills: int, seed: int) -> list[Order]:
     """The kills: every kind in every phase once in a seeded order, then again; one in five is of a real start."""
-    from flatlora_diffusion.ground.seeds import derive_seed
+    from flatlora_diffusion.storage.rng import derive_seed
 
     rng = random.Random(derive_seed(seed, "soak"))
     kinds = [kind for kind in KINDS if kind not in (FULL, READ_ONLY) or kind in means()]

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.soak_disk import IS_ROOT, fill as fill_disk, own_disk
 from flatlora_diffusion.commands.command_line import main as flatlora
 from flatlora_diffusion.config import SAMPLES, ConfigError
-from flatlora_diffusion.ground.whole_files import file_sha256
+from flatlora_diffusion.storage.atomic_io import file_sha256
 
 ICONS = ("bread", "crown", "taxi")
 SESSION = "s" * 16

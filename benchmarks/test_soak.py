@@ -38,7 +38,7 @@ from benchmarks.soak_judge import (
     wrong_end,
     wrong_pair,
 )
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 STOPPED = "error: stopped after step 3 by SIGTERM; --resume_from_checkpoint latest goes on"
 FULL_DISK = "error: the run folder cannot be written: the disk is full; the last good checkpoint is checkpoint-2"

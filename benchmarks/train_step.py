@@ -37,13 +37,13 @@ from benchmarks.turns import Step, compare
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Batches
 from flatlora_diffusion.data.dataset import Sample, load_samples
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.method.configured import step_gradient
+from flatlora_diffusion.method.rivals.build import step_gradient
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
-from flatlora_diffusion.training.beginning.first_weights import first_weights
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import start
+from flatlora_diffusion.training.first_weights import first_weights
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 

@@ -11,22 +11,22 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from flatlora_diffusion.config import TrainConfig, choices_of, programs
+from flatlora_diffusion.config import TrainConfig, choices_of, commands
 
 ROOT = Path(__file__).parents[1]
 VERBS = {
-    "generate": programs.GenerateConfig,
-    "compare": programs.CompareConfig,
-    "flatness": programs.FlatnessConfig,
-    "average": programs.AverageConfig,
-    "merge": programs.MergeConfig,
-    "resize": programs.ResizeConfig,
-    "extract": programs.ExtractConfig,
-    "export": programs.ExportConfig,
-    "import": programs.ImportConfig,
-    "inspect": programs.InspectConfig,
-    "caption": programs.CaptionConfig,
-    "doctor": programs.DoctorConfig,
+    "generate": commands.GenerateConfig,
+    "compare": commands.CompareConfig,
+    "flatness": commands.FlatnessConfig,
+    "average": commands.AverageConfig,
+    "merge": commands.MergeConfig,
+    "resize": commands.ResizeConfig,
+    "extract": commands.ExtractConfig,
+    "export": commands.ExportConfig,
+    "import": commands.ImportConfig,
+    "inspect": commands.InspectConfig,
+    "caption": commands.CaptionConfig,
+    "doctor": commands.DoctorConfig,
 }
 PYTHON = ("FlatLora", "FlatLoraCallback", "TrainConfig", "train", "peft_flatness", "LandscapeConfig", "ConfigError")
 

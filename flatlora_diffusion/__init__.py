@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flatlora_diffusion.config import ConfigError, LandscapeConfig, TrainConfig
     from flatlora_diffusion.flatness.peft_models import peft_flatness
-    from flatlora_diffusion.ground.versions import __version__
-    from flatlora_diffusion.method.perturbation import FlatLora
+    from flatlora_diffusion.method.flat_lora import FlatLora
     from flatlora_diffusion.other_trainers.transformers_trainer import FlatLoraCallback
+    from flatlora_diffusion.storage.versions import __version__
     from flatlora_diffusion.training.trainer import train
 
 __all__ = [
@@ -28,11 +28,11 @@ _HOME = {
     "ConfigError": "config",
     "LandscapeConfig": "config",
     "TrainConfig": "config",
-    "FlatLora": "method.perturbation",
+    "FlatLora": "method.flat_lora",
     "FlatLoraCallback": "other_trainers.transformers_trainer",
     "peft_flatness": "flatness.peft_models",
     "train": "training.trainer",
-    "__version__": "ground.versions",
+    "__version__": "storage.versions",
 }
 
 

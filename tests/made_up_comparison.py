@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.evaluation.paired_statistics import paired_difference
 
 SEEDS = [42, 43, 44]
 ARMS = {"lora": "LoRA", "flat-lora": "Flat-LoRA", "sigma-0": "Flat-LoRA at sigma 0"}

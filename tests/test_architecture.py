@@ -12,7 +12,7 @@ PACKAGE = ROOT / "flatlora_diffusion"
 # From the ground up. Packages of one floor do not import each other.
 FLOORS = [
     {"config"},
-    {"ground"},
+    {"storage"},
     {"charts", "method", "sdxl"},
     {"adapter", "other_trainers"},
     {"data", "lora_files"},
@@ -107,12 +107,12 @@ def test_the_method_knows_no_image_model() -> None:
     for path in (PACKAGE / "method").rglob("*.py"):
         others = {name.split(".")[0] for name in imported(path)}
         assert not others & {"diffusers", "transformers", "accelerate", "PIL", "gradio"}, path.name
-        assert packages_imported(path) <= {"config", "ground", "method"}, path.name
+        assert packages_imported(path) <= {"config", "storage", "method"}, path.name
 
 
 def test_what_is_trained_knows_no_base_but_the_names_of_its_parts() -> None:
     for path in (PACKAGE / "adapter").rglob("*.py"):
-        assert packages_imported(path) <= {"config", "ground", "method", "adapter"}, path.name
+        assert packages_imported(path) <= {"config", "storage", "method", "adapter"}, path.name
 
 
 @pytest.mark.parametrize("name", ["lora_files", "lora_tools", "evaluation", "flatness"])

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import lora_updates, magnitudes
+from flatlora_diffusion.adapter.delta import lora_updates, magnitudes
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.lora_files.diffusers_file import save_updates
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 

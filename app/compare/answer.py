@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageStat
 
-from flatlora_diffusion.compare.paired import paired_difference
+from flatlora_diffusion.evaluation.paired_statistics import paired_difference
 
 from ..reporting import percent
 from .comparison import Comparison

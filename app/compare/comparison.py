@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from flatlora_diffusion.config import SAMPLES, TINY, ConfigError
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
 from ..dataset.captions import TRIGGER, trigger_of_captions, with_trigger

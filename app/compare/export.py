@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from flatlora_diffusion.gallery.grid import labelled_grid
-from flatlora_diffusion.ground.whole_files import write_text, writing_whole
+from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
 
 from ..runs.base_names import base_name
 from .comparison import Comparison, GridRow

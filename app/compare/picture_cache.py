@@ -15,7 +15,7 @@ from PIL import Image
 
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.gallery.png_text import SETTINGS
-from flatlora_diffusion.ground.whole_files import file_sha256
+from flatlora_diffusion.storage.atomic_io import file_sha256
 
 from ..jobs.jobs import JobQueue
 from ..jobs.store import Job

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flatlora_diffusion.ground.whole_files import write_text
+from flatlora_diffusion.storage.atomic_io import write_text
 
 from ..sentences import sentence_of
 from .captioned_folder import images_of, read_texts, write_caption

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from flatlora_diffusion.ground.whole_files import file_sha256, write_text
+from flatlora_diffusion.storage.atomic_io import file_sha256, write_text
 
 _IMAGE = re.compile(r"\d{4,}\.(?!txt$|part$)[a-z0-9]+")
 

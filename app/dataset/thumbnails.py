@@ -15,7 +15,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.crops import choose_view, view_image
 from flatlora_diffusion.data.dataset import Sample, make_sample
 from flatlora_diffusion.data.images import load_alpha, load_image
-from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
 
 from .decoding import DECODING
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.whole_files import write_text
+from flatlora_diffusion.storage.atomic_io import write_text
 
 from ..temporary import temporary_folder
 from .arrivals import MOST_CAPTION_LETTERS, NAMES, Arrivals, UploadResult

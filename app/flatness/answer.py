@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from flatlora_diffusion.compare.paired import paired_difference
 from flatlora_diffusion.config import DEFAULT_SIGMA
+from flatlora_diffusion.evaluation.paired_statistics import paired_difference
 
 from ..reporting import percent
 from ..runs.run_cards import method_name

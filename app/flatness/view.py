@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from flatlora_diffusion.config import METHOD_NAMES, ConfigError
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..compare.comparison import finished_arms, newest_pair
 from ..compare.grid import empty_page, file_url

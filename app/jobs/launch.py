@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.storage.atomic_io import write_json
 
 from ..runs.processes import identity, is_alive, kill_tree, read_json
 from ..settings import AUTH_VARIABLE

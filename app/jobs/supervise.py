@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.storage.atomic_io import write_json
 
 from ..runs.processes import identity, kill_tree, read_json
 from .launch import AT_ONCE, Launch

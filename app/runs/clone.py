@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from flatlora_diffusion.config import ConfigError, Method, TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.whole_files import file_sha256
+from flatlora_diffusion.storage.atomic_io import file_sha256
+from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
 from ..dataset.removal import BRING_BACK

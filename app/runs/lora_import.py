@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import TINY, ConfigError, ImportConfig, ModelConfig
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.saved_settings import portable
-from flatlora_diffusion.ground.whole_files import write_json
 from flatlora_diffusion.sdxl.loading import base_path
+from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.storage.saved_config import portable
 
 from ..compare.picture_cache import file_hash
 from ..jobs.launch import Launch

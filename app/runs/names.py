@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.run_dir import FOLD, MEMBER, RunDir
+from flatlora_diffusion.storage.run_dir import FOLD, MEMBER, RunDir
 
 LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
 _PART = re.compile(r"[^./\\:][^/\\:]{0,199}")

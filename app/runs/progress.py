@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.ground.events import count
+from flatlora_diffusion.storage.events import count
 
 RECENT_STEPS = 50
 

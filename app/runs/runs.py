@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flatlora_diffusion.config import ConfigError, completed
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 from ..jobs.launch import LOG_LINES, Launch
 from ..jobs.store import Label, Store

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from flatlora_diffusion.config import ConfigError, StoppedError
-from flatlora_diffusion.ground.run_dir import FOLD, LORA_FILE, MEMBER, RunDir
+from flatlora_diffusion.storage.run_dir import FOLD, LORA_FILE, MEMBER, RunDir
 
 from ..jobs.launch import Launch
 from .progress import Progress

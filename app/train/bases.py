@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
-from flatlora_diffusion.ground.model_places import check_models
+from flatlora_diffusion.storage.model_paths import check_models
 
 from ..runs.processes import read_json
 
@@ -15,7 +15,7 @@ def check_start(config: TrainConfig) -> None:
 
     Of a name on the hub nothing is known until it is loaded.
     """
-    from flatlora_diffusion.lora_files.place import in_folder
+    from flatlora_diffusion.lora_files.paths import in_folder
     from flatlora_diffusion.lora_files.safe_reading import checked_file
 
     check_models(config.model, config.adapter.init_lora)
@@ -25,9 +25,9 @@ def check_start(config: TrainConfig) -> None:
 
 
 def _check_base(model: ModelConfig) -> None:
+    from flatlora_diffusion.sdxl.detect import check_channels
     from flatlora_diffusion.sdxl.loading import base_path, check_source  # imports diffusers, which takes seconds
     from flatlora_diffusion.sdxl.shapes import part_settings
-    from flatlora_diffusion.sdxl.variants import check_channels
 
     check_source(model)
     path = Path(base_path(model.pretrained_model_name_or_path))

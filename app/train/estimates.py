@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data import epochs
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.saved_settings import portable
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.saved_config import portable
 
 from ..runs.processes import read_json
 from ..runs.runs import RunStore
@@ -106,7 +106,7 @@ def has_gpu() -> bool:
 
 def estimate_disk(config: TrainConfig, images: int, folder: Path, arms: int = 1) -> DiskEstimate:
     """What `arms` such trainings write into `folder`: results, checkpoints, and those of folds and members."""
-    from flatlora_diffusion.memory.of_disk import disk_need  # imports torch and diffusers
+    from flatlora_diffusion.memory.disk import disk_need  # imports torch and diffusers
 
     with _ONE_AT_A_TIME:
         need = disk_need(config)

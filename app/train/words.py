@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from flatlora_diffusion.config import DEFAULT_SIGMA
-from flatlora_diffusion.config.methods import IN_FORCE
+from flatlora_diffusion.config.perturb import IN_FORCE
 
 # Beside LoRA, Flat-LoRA and the pair of both, each in a sentence.
 OTHER_METHODS = {

@@ -11,8 +11,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from flatlora_diffusion.config import LINEAR_ONLY, ConfigError
-from flatlora_diffusion.method.adapted_layers import int8_steps
-from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.method.layers import int8_steps
 
 ADAPTER = "default"
 DIRECTIONS = {"pissa": 1, "lora-ga": 2}  # of W or of its slope, that a rank starts at: LoRA-GA's A and B at others

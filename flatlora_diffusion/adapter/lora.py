@@ -13,11 +13,11 @@ from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.adalora import adalora_config, start_from_seed
-from flatlora_diffusion.adapter.anchor import anchor, start_at_principal
 from flatlora_diffusion.adapter.full import widen
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_adaptable, lora_layers
+from flatlora_diffusion.adapter.svd_start import anchor, start_at_principal
 from flatlora_diffusion.config import AdapterConfig, ConfigError
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")

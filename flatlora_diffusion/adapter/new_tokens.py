@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError, TokenConfig
-from flatlora_diffusion.ground.files import save_tensors
-from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
+from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE
+from flatlora_diffusion.storage.tensor_io import save_tensors
 
 PULL = 0.1  # the share of its excess, in powers, that the spread of the new rows loses in each step
 # The names under which other tools look for the embeddings of the first and the second encoder.

@@ -25,7 +25,7 @@ from scipy.ndimage import zoom
 
 from flatlora_diffusion.charts.palette import FAINT, INK, PAPER, RULE, Look
 from flatlora_diffusion.charts.svg import hover, page_svg
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.storage.atomic_io import writing_whole
 
 _STYLE = {
     "text.color": INK.light,

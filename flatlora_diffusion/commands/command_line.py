@@ -1,4 +1,4 @@
-"""The command lines, made from `config.py`.
+"""The command lines, made from the settings.
 
 Exit codes: 0; 1 when a run had to stop; 2 for wrong input; 3 when a run was asked to stop and can be resumed; 130 and
 143 when SIGINT (Ctrl-C) or SIGTERM ended what cannot be.
@@ -43,14 +43,14 @@ from flatlora_diffusion.config import (
     TrainConfig,
     shipped,
 )
-from flatlora_diffusion.data.training_set import check_training_set
-from flatlora_diffusion.ground.model_places import check_base, check_lora, check_models
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.saved_settings import check_paths, opened
-from flatlora_diffusion.ground.versions import PROGRAM, __version__
-from flatlora_diffusion.lora_files.place import parse_lora
+from flatlora_diffusion.data.sources import check_training_set
+from flatlora_diffusion.lora_files.paths import parse_lora
 from flatlora_diffusion.sdxl.base_title import base_line, base_title
 from flatlora_diffusion.sdxl.shapes import check_resolution
+from flatlora_diffusion.storage.model_paths import check_base, check_lora, check_models
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.saved_config import check_paths, opened
+from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
 DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
@@ -150,7 +150,7 @@ def _train(arguments: list[str]) -> None:
 
     hide_library_bars()
     if workers.trains_at_once:
-        from flatlora_diffusion.compare.workers.members import train_members_at_once
+        from flatlora_diffusion.compare.parallel_members import train_members_at_once
 
         config = train_members_at_once(config, workers)
     print(f"LoRA saved in {train(config)}")

@@ -25,9 +25,9 @@ from flatlora_diffusion.config import (
     TrainConfig,
     shipped,
 )
-from flatlora_diffusion.ground.saved_settings import opened
-from flatlora_diffusion.ground.versions import LOCK, PROGRAM, installed, last_tested, required
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE
+from flatlora_diffusion.storage.saved_config import opened
+from flatlora_diffusion.storage.versions import LOCK, PROGRAM, installed, last_tested, required
 
 if TYPE_CHECKING:
     import torch
@@ -250,7 +250,7 @@ def gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("problem", "gpu", "there is no CUDA device to train on", "see the line torch above")
         return
-    from flatlora_diffusion.training.selfcheck.drill import drill_configs
+    from flatlora_diffusion.training.gpu_check import drill_configs
 
     for config in drill_configs():
         yield from drilled(config)
@@ -258,7 +258,7 @@ def gpu() -> Iterator[Finding]:
 
 def drilled(config: TrainConfig) -> Iterator[Finding]:
     """A line for each thing that three steps of `config`, with random weights, have shown of this device."""
-    from flatlora_diffusion.training.selfcheck.drill import drill
+    from flatlora_diffusion.training.gpu_check import drill
 
     subject = f"gpu, {METHOD_NAMES[config.perturb.method]}"
     try:

@@ -16,8 +16,8 @@ from flatlora_diffusion.config import (
     ModelConfig,
     ResizeConfig,
 )
-from flatlora_diffusion.ground.model_places import check_base
-from flatlora_diffusion.lora_files.place import lora_file, parse_lora
+from flatlora_diffusion.lora_files.paths import lora_file, parse_lora
+from flatlora_diffusion.storage.model_paths import check_base
 
 if TYPE_CHECKING:
     from flatlora_diffusion.lora_tools.converting import Written

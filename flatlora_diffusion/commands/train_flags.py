@@ -23,8 +23,8 @@ from flatlora_diffusion.config import (
     setting_hints,
     unused_by,
 )
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.saved_settings import is_cut_path, opened
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.saved_config import is_cut_path, opened
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from flatlora_diffusion.config import (
     settings_that,
     unused_by,
 )
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.saved_settings import portable
-from flatlora_diffusion.training.beginning.settling import is_made_with
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.storage.saved_config import portable
+from flatlora_diffusion.training.resolve_config import is_made_with
 
 logger = logging.getLogger(__name__)
 

@@ -23,24 +23,24 @@ from typing import Any, TypedDict
 import torch
 
 from flatlora_diffusion.compare.arms import PlannedRun
-from flatlora_diffusion.compare.conditions import shared_conditions
+from flatlora_diffusion.compare.controls import RunOutputs, null_rows
+from flatlora_diffusion.compare.early_stopping import advise
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
 from flatlora_diffusion.compare.experiment import Experiment, read_experiment
+from flatlora_diffusion.compare.fairness_checks import shared_conditions
 from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_table, paired_rows, verdict
-from flatlora_diffusion.compare.material import free_device
-from flatlora_diffusion.compare.nulls import RunOutputs, null_rows
-from flatlora_diffusion.compare.outlook import outlook
-from flatlora_diffusion.compare.overfit import advise
+from flatlora_diffusion.compare.inputs import free_device
 from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
-from flatlora_diffusion.compare.poster import poster
+from flatlora_diffusion.compare.picture_grid import poster
+from flatlora_diffusion.compare.plan_lines import outlook
 from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import described
-from flatlora_diffusion.ground.run_lock import alone_in
-from flatlora_diffusion.ground.saved_settings import portable
-from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import write_text, writing_whole
+from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
+from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.storage.saved_config import portable
+from flatlora_diffusion.storage.versions import versions
 from flatlora_diffusion.training.stopping import interrupted_as
 
 logger = logging.getLogger(__name__)

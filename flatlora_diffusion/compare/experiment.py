@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flatlora_diffusion.compare.arms import Arm, PlannedRun, parse_arm, plan, train_planned
+from flatlora_diffusion.compare.controls import Null, nulls_of
 from flatlora_diffusion.compare.evaluator import BASE, RunEvaluator
-from flatlora_diffusion.compare.lent_members import lend_members
-from flatlora_diffusion.compare.material import Material, load_evaluator, read_material
-from flatlora_diffusion.compare.nulls import Null, nulls_of
-from flatlora_diffusion.compare.poster import poster_pieces
+from flatlora_diffusion.compare.inputs import Material, load_evaluator, read_material
+from flatlora_diffusion.compare.parallel import train_at_once
+from flatlora_diffusion.compare.picture_grid import poster_pieces
 from flatlora_diffusion.compare.progress import Piece
+from flatlora_diffusion.compare.shared_members import lend_members
 from flatlora_diffusion.compare.timing import in_words, training_seconds
-from flatlora_diffusion.compare.workers.at_once import train_at_once
-from flatlora_diffusion.compare.workers.places import check_places
+from flatlora_diffusion.compare.worker_slots import check_places
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
-from flatlora_diffusion.data.training_set import load_training_set
+from flatlora_diffusion.data.sources import load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
-from flatlora_diffusion.ground.provenance import base_fingerprint
 from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.storage.hashing import base_fingerprint
 
 logger = logging.getLogger(__name__)
 

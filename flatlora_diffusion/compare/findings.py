@@ -8,11 +8,18 @@ from dataclasses import asdict
 from typing import Any
 
 from flatlora_diffusion.compare.arms import Arm
-from flatlora_diffusion.compare.crossed import FEWEST_IMAGES, crossed_difference
 from flatlora_diffusion.compare.evaluator import MetricValues
-from flatlora_diffusion.compare.paired import CLEAN_LOSS, ENDS, SECONDS, STEPS, detectable, paired_difference
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
-from flatlora_diffusion.ground.numbers import MINUS, figure
+from flatlora_diffusion.evaluation.crossed_statistics import FEWEST_IMAGES, crossed_difference
+from flatlora_diffusion.evaluation.paired_statistics import (
+    CLEAN_LOSS,
+    ENDS,
+    SECONDS,
+    STEPS,
+    detectable,
+    paired_difference,
+)
+from flatlora_diffusion.storage.formatting import MINUS, figure
 
 HELDOUT_LOSS = "heldout_loss"
 

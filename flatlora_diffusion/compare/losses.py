@@ -13,12 +13,12 @@ import torch
 
 from flatlora_diffusion.data.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
-from flatlora_diffusion.ground.provenance import base_fingerprint
-from flatlora_diffusion.ground.whole_files import file_sha256, write_text
-from flatlora_diffusion.lora_files.attached import at_strength, loaded
-from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.storage.atomic_io import file_sha256, write_text
+from flatlora_diffusion.storage.hashing import base_fingerprint
 
 UNGROUPED = "all"
 _LOSSES = "image losses"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.ground.provenance import base_fingerprint
-from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
-from flatlora_diffusion.lora_files.attached import at_strength, loaded
-from flatlora_diffusion.lora_files.place import LoraFile
+from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
+from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.hashing import base_fingerprint
 
 Key = tuple[str, int]  # prompt, seed
 

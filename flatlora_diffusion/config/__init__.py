@@ -1,6 +1,6 @@
 """Every setting, once: the command lines, config.json and the app's form are all made from here.
 
-Knows neither torch nor any model. Start with `section.py` (what a setting is), then `training.py`, which names the
+Knows neither torch nor any model. Start with `setting.py` (what a setting is), then `train.py`, which names the
 files of its sections.
 """
 
@@ -12,43 +12,7 @@ from flatlora_diffusion.config.adapter import (
 from flatlora_diffusion.config.combinations import (
     LINEAR_ONLY as LINEAR_ONLY,
 )
-from flatlora_diffusion.config.data import (
-    DataConfig as DataConfig,
-    Interpolation as Interpolation,
-)
-from flatlora_diffusion.config.members import (
-    MembersConfig as MembersConfig,
-)
-from flatlora_diffusion.config.methods import (
-    DEFAULT_SIGMA as DEFAULT_SIGMA,
-    METHOD_NAMES as METHOD_NAMES,
-    METHODS_WITH as METHODS_WITH,
-    OF_METHODS as OF_METHODS,
-    DrawKind as DrawKind,
-    Method as Method,
-    NoiseKind as NoiseKind,
-    PerturbConfig as PerturbConfig,
-    PerturbPer as PerturbPer,
-    SigmaSchedule as SigmaSchedule,
-    by_method as by_method,
-    overruled_by as overruled_by,
-    refuse_unread as refuse_unread,
-    unused_by as unused_by,
-)
-from flatlora_diffusion.config.model import (
-    SDXL as SDXL,
-    TEXT_PARTS as TEXT_PARTS,
-    TINY as TINY,
-    ModelConfig as ModelConfig,
-    PredictionType as PredictionType,
-    Quantization as Quantization,
-)
-from flatlora_diffusion.config.optim import (
-    LossType as LossType,
-    ObjectiveConfig as ObjectiveConfig,
-    OptimConfig as OptimConfig,
-)
-from flatlora_diffusion.config.programs import (
+from flatlora_diffusion.config.commands import (
     CAPTION_WRITERS as CAPTION_WRITERS,
     QUIET_VARIABLE as QUIET_VARIABLE,
     AverageConfig as AverageConfig,
@@ -67,11 +31,47 @@ from flatlora_diffusion.config.programs import (
     ResizeConfig as ResizeConfig,
     WorkersConfig as WorkersConfig,
 )
+from flatlora_diffusion.config.data import (
+    DataConfig as DataConfig,
+    Interpolation as Interpolation,
+)
+from flatlora_diffusion.config.members import (
+    MembersConfig as MembersConfig,
+)
+from flatlora_diffusion.config.model import (
+    SDXL as SDXL,
+    TEXT_PARTS as TEXT_PARTS,
+    TINY as TINY,
+    ModelConfig as ModelConfig,
+    PredictionType as PredictionType,
+    Quantization as Quantization,
+)
+from flatlora_diffusion.config.optim import (
+    LossType as LossType,
+    ObjectiveConfig as ObjectiveConfig,
+    OptimConfig as OptimConfig,
+)
+from flatlora_diffusion.config.perturb import (
+    DEFAULT_SIGMA as DEFAULT_SIGMA,
+    METHOD_NAMES as METHOD_NAMES,
+    METHODS_WITH as METHODS_WITH,
+    OF_METHODS as OF_METHODS,
+    DrawKind as DrawKind,
+    Method as Method,
+    NoiseKind as NoiseKind,
+    PerturbConfig as PerturbConfig,
+    PerturbPer as PerturbPer,
+    SigmaSchedule as SigmaSchedule,
+    by_method as by_method,
+    overruled_by as overruled_by,
+    refuse_unread as refuse_unread,
+    unused_by as unused_by,
+)
 from flatlora_diffusion.config.run import (
     RunConfig as RunConfig,
     SaveDtype as SaveDtype,
 )
-from flatlora_diffusion.config.section import (
+from flatlora_diffusion.config.setting import (
     KIND_NAMES as KIND_NAMES,
     SAMPLES as SAMPLES,
     ConfigError as ConfigError,
@@ -87,7 +87,7 @@ from flatlora_diffusion.config.section import (
     setting as setting,
     shipped as shipped,
 )
-from flatlora_diffusion.config.training import (
+from flatlora_diffusion.config.train import (
     TrainConfig as TrainConfig,
     completed as completed,
     preset_file as preset_file,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flatlora_diffusion.config.section import Section, setting
+from flatlora_diffusion.config.setting import Section, setting
 
 AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga", "adalora", "full"]
 _PISSA_ITERATIONS, _LORA_GA_STEPS = 4, 8

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flatlora_diffusion.config.exclusions import exclusions
-from flatlora_diffusion.config.section import ConfigError
+from flatlora_diffusion.config.setting import ConfigError
 
 if TYPE_CHECKING:
-    from flatlora_diffusion.config.training import TrainConfig
+    from flatlora_diffusion.config.train import TrainConfig
 
 LINEAR_ONLY = ("pissa", "lora-ga", "adalora", "full")
 """Adapters that convolutions cannot have."""

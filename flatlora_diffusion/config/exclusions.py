@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flatlora_diffusion.config.training import TrainConfig
+    from flatlora_diffusion.config.train import TrainConfig
 
 
 def exclusions(config: TrainConfig) -> Iterable[tuple[object, str]]:

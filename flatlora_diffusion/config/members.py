@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatlora_diffusion.config.section import Section, setting
+from flatlora_diffusion.config.setting import Section, setting
 
 
 @dataclass(frozen=True)

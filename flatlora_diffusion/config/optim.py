@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flatlora_diffusion.config.section import Section, setting
+from flatlora_diffusion.config.setting import Section, setting
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 LossType = Literal["l2", "huber"]

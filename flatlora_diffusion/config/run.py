@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flatlora_diffusion.config.section import Section, setting
+from flatlora_diffusion.config.setting import Section, setting
 
 SaveDtype = Literal["fp16", "bf16", "fp32"]
 SelfCheck = Literal["once", "always", "never"]

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatlora_diffusion.config import RunError, TrainConfig
+from flatlora_diffusion.data.augmentation import Framing
 from flatlora_diffusion.data.crops import View
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.data.framing import Framing
 from flatlora_diffusion.data.images import ImageError
 from flatlora_diffusion.data.latents import LatentCache, encoded_latents
 from flatlora_diffusion.data.prompts import Prompts, prompts_of
 from flatlora_diffusion.data.schedule import Schedule, schedule_of
 from flatlora_diffusion.data.tags import drawn_caption
-from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.ground.whole_files import remove_half_written, writing_into
 from flatlora_diffusion.sdxl.objective import Batch
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, posterior
+from flatlora_diffusion.storage.atomic_io import remove_half_written, writing_into
+from flatlora_diffusion.storage.rng import generator
 
 _LONGEST_WRITE = 3600.0  # seconds; a file that another run has not finished in that time it never will
 

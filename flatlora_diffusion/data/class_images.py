@@ -14,12 +14,12 @@ from tqdm import tqdm
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
-from flatlora_diffusion.ground.run_lock import alone_in
-from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.ground.whole_files import writing_into, writing_whole
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.storage.atomic_io import writing_into, writing_whole
+from flatlora_diffusion.storage.rng import derive_seed
+from flatlora_diffusion.storage.run_lock import alone_in
 
 logger = logging.getLogger(__name__)
 

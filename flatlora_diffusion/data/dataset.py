@@ -14,7 +14,7 @@ from PIL import Image
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.data.images import CAPTION_SUFFIXES, Source, find_images, load_image, mask_beside
-from flatlora_diffusion.ground.whole_files import file_sha256
+from flatlora_diffusion.storage.atomic_io import file_sha256
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # the first that a line has, unless one is named

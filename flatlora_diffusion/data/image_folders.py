@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset_file import read_dataset_file
-from flatlora_diffusion.ground.apart import Relation, check_apart
+from flatlora_diffusion.storage.separate_folders import Relation, check_apart
 
 _CLASS = "class_data_dir"
 

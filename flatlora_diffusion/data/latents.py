@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.config import RunError
+from flatlora_diffusion.data.augmentation import Framing
 from flatlora_diffusion.data.crops import View, mirrored_view
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.data.framing import Framing
-from flatlora_diffusion.ground.files import fingerprint, kept_tensors
 from flatlora_diffusion.sdxl.pipeline import posterior
+from flatlora_diffusion.storage.tensor_io import fingerprint, kept_tensors
 
 
 class LatentCache:

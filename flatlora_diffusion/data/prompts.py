@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.ground.files import fingerprint, kept_tensors
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
+from flatlora_diffusion.storage.tensor_io import fingerprint, kept_tensors
 
 logger = logging.getLogger(__name__)
 

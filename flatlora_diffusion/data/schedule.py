@@ -9,7 +9,7 @@ from typing import Protocol
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.buckets import bucket_sizes
 from flatlora_diffusion.data.epochs import steps_per_epoch, total_steps
-from flatlora_diffusion.data.order import BucketOrder, Order, Pick
+from flatlora_diffusion.data.sampling_order import BucketOrder, Order, Pick
 
 
 class Shape(Protocol):

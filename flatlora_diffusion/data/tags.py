@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flatlora_diffusion.config import DataConfig
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 
 
 def drawn_caption(caption: str, data: DataConfig, seed: int, name: str, epoch: int) -> str:

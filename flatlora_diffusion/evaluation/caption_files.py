@@ -13,7 +13,7 @@ from flatlora_diffusion.data.dataset import own_captions
 from flatlora_diffusion.data.images import find_images, load_image
 from flatlora_diffusion.evaluation.captioner import load_captioner
 from flatlora_diffusion.evaluation.tagger import Thresholds
-from flatlora_diffusion.ground.whole_files import write_text, writing_into
+from flatlora_diffusion.storage.atomic_io import write_text, writing_into
 
 logger = logging.getLogger(__name__)
 

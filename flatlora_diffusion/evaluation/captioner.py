@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
 from flatlora_diffusion.evaluation.encoders import load_image_reader
 from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
-from flatlora_diffusion.ground.hub_reach import fault_of
+from flatlora_diffusion.storage.hub_errors import fault_of
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 

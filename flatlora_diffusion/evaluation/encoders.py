@@ -25,7 +25,7 @@ from flatlora_diffusion.evaluation.judge import (
     load_judge,
     text_vectors,
 )
-from flatlora_diffusion.ground.hub_reach import fault_of
+from flatlora_diffusion.storage.hub_errors import fault_of
 
 JUDGE = "judge"
 _CHUNK = 32  # images or texts per forward

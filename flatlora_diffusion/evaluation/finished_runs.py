@@ -8,9 +8,9 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import SampleSet, manifest
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.whole_files import file_sha256
-from flatlora_diffusion.lora_files.place import distinct_ends
+from flatlora_diffusion.lora_files.paths import distinct_ends
+from flatlora_diffusion.storage.atomic_io import file_sha256
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 
 @dataclass(frozen=True)

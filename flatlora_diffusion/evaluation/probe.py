@@ -14,11 +14,11 @@ from flatlora_diffusion.data.crops import choose_view, pixels_of, view_image
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.images import load_image
 from flatlora_diffusion.data.latents import check_latents
-from flatlora_diffusion.ground.seeds import FLATNESS, generator
-from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.sdxl.objective import Batch, Objective, sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, encode_images, encode_prompts
 from flatlora_diffusion.sdxl.sampling import evaluating
+from flatlora_diffusion.storage.rng import FLATNESS, generator
 
 # What goes through the VAE and the UNet at once: an image of 1024 pixels alone.
 _PIXELS, _LATENTS = 1024**2, 128**2

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.flatness.weight_space import Estimate, Loss, Metric, Weights, hessian_vector, scales, size
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.flatness.functional import Estimate, Loss, Metric, Weights, hessian_vector, scales, size
+from flatlora_diffusion.storage.rng import generator
 
 _EXHAUSTED = 1e-6  # of the largest Ritz value: what is left of the space is noise of rounding
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from flatlora_diffusion.config import LandscapeConfig, NoiseKind
-from flatlora_diffusion.flatness.loss_surface import axis, loss_slice, loss_surface
-from flatlora_diffusion.flatness.weight_space import (
+from flatlora_diffusion.flatness.functional import (
     Estimate,
     Loss,
     Weights,
@@ -25,6 +24,7 @@ from flatlora_diffusion.flatness.weight_space import (
     size,
     value,
 )
+from flatlora_diffusion.flatness.loss_surface import axis, loss_slice, loss_surface
 
 NOISES: tuple[NoiseKind, ...] = ("filter", "iid")
 

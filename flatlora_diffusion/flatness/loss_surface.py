@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flatlora_diffusion.flatness.weight_space import Loss, Weights, shifted, value
-from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.flatness.functional import Loss, Weights, shifted, value
 from flatlora_diffusion.method.noise import row_noise
+from flatlora_diffusion.storage.rng import derive_seed
 
 
 def axis(extent: float, points: int) -> list[float]:

@@ -12,10 +12,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from flatlora_diffusion.adapter.delta import with_magnitudes
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.adapter.update import with_magnitudes
 from flatlora_diffusion.evaluation.probe import Probe
-from flatlora_diffusion.flatness.weight_space import Loss, Weights, loss_at
+from flatlora_diffusion.flatness.functional import Loss, Weights, loss_at
 from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.charts.palette import LOOKS
 from flatlora_diffusion.config import ConfigError, LandscapeConfig
+from flatlora_diffusion.flatness.functional import Loss, Weights, loss_at, value
 from flatlora_diffusion.flatness.landscape import Landscape, landscape
-from flatlora_diffusion.flatness.landscape_pictures import RESULT, check_result_folder, write_landscape
 from flatlora_diffusion.flatness.loss_surface import axis
-from flatlora_diffusion.flatness.weight_space import Loss, Weights, loss_at, value
-from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import check_writable, write_json
-from flatlora_diffusion.method.adapted_layers import layer_name
+from flatlora_diffusion.flatness.plots import RESULT, check_result_folder, write_landscape
+from flatlora_diffusion.method.layers import layer_name
+from flatlora_diffusion.storage.atomic_io import check_writable, write_json
+from flatlora_diffusion.storage.versions import versions
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 from flatlora_diffusion.charts.lines import Chart, titled_chart
 from flatlora_diffusion.charts.palette import BASE, METHODS, THIRD, Look
 from flatlora_diffusion.config import FlatnessConfig, LandscapeConfig
-from flatlora_diffusion.flatness.figures import HELDOUT, IMAGES, TRAIN, FlatnessFigures
-from flatlora_diffusion.flatness.landscape_pictures import Curve, landscape_charts, lines_of, write_landscape
-from flatlora_diffusion.flatness.weight_space import Estimate
+from flatlora_diffusion.flatness.functional import Estimate
+from flatlora_diffusion.flatness.measure import HELDOUT, IMAGES, TRAIN, FlatnessFigures
+from flatlora_diffusion.flatness.plots import Curve, landscape_charts, lines_of, write_landscape
 
 _STRENGTH = "strength.png"
 

@@ -22,26 +22,26 @@ from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.image_folders import image_folders
-from flatlora_diffusion.data.training_set import check_unseen, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_unseen, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
-from flatlora_diffusion.flatness.figures import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
-from flatlora_diffusion.flatness.landscape_pictures import RESULT, check_result_folder
 from flatlora_diffusion.flatness.loss_surface import axis
+from flatlora_diffusion.flatness.measure import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
 from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
+from flatlora_diffusion.flatness.perturbed_models import OtherModels
 from flatlora_diffusion.flatness.pictures import write_charts
-from flatlora_diffusion.flatness.robustness import OtherModels
+from flatlora_diffusion.flatness.plots import RESULT, check_result_folder
 from flatlora_diffusion.flatness.tables import markdown_tables
-from flatlora_diffusion.ground.apart import check_apart
-from flatlora_diffusion.ground.saved_settings import portable
-from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import check_writable, write_json, write_text
-from flatlora_diffusion.lora_files.attached import loaded
-from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.lora_files.loading import loaded
+from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.base_title import base_title
 from flatlora_diffusion.sdxl.loading import base_given_as
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.storage.atomic_io import check_writable, write_json, write_text
+from flatlora_diffusion.storage.saved_config import portable
+from flatlora_diffusion.storage.separate_folders import check_apart
+from flatlora_diffusion.storage.versions import versions
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flatlora_diffusion.config import FlatnessConfig
-from flatlora_diffusion.flatness.figures import IMAGES, FlatnessFigures
-from flatlora_diffusion.flatness.robustness import STRENGTHS
-from flatlora_diffusion.flatness.weight_space import Estimate
+from flatlora_diffusion.flatness.functional import Estimate
+from flatlora_diffusion.flatness.measure import IMAGES, FlatnessFigures
+from flatlora_diffusion.flatness.perturbed_models import STRENGTHS
 
 _NOISES = {"filter": "Eq. 7", "iid": "iid"}
 _METRICS = {"filter": "filter-normalized", "raw": "raw"}

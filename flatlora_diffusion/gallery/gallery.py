@@ -27,14 +27,14 @@ from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.whole_files import check_writable, file_sha256, writing_whole
-from flatlora_diffusion.lora_files.attached import at_strength, loaded
-from flatlora_diffusion.lora_files.place import LoraFile, distinct_ends, parse_lora
+from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.paths import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
+from flatlora_diffusion.storage.atomic_io import check_writable, file_sha256, writing_whole
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 MOST_COLUMNS = 8
 

@@ -14,7 +14,6 @@ from typing import Any
 from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import GenerateConfig
-from flatlora_diffusion.ground.versions import PROGRAM, __version__
 from flatlora_diffusion.sdxl.drawing import (
     NOISE_FROM,
     PARAMETERS,
@@ -24,6 +23,7 @@ from flatlora_diffusion.sdxl.drawing import (
     add_drawing,
     quoted,
 )
+from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 SETTINGS = "flatlora_diffusion"
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from flatlora_diffusion.adapter.delta import Update, Updates, balanced
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.adapter.update import Update, Updates, balanced
-from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
 def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:

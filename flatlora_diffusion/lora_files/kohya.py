@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates, balanced
 from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
-from flatlora_diffusion.adapter.update import LazyLayers, Update, Updates, balanced
-from flatlora_diffusion.sdxl.original_names import original_block_path
+from flatlora_diffusion.sdxl.sgm_names import original_block_path
 
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # Layers whose names and shapes tell other tools the base: InvokeAI looks for any cross attention's keys, Draw Things

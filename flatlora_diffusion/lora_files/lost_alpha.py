@@ -7,10 +7,10 @@ the UNet's out: such a file has the scale 1 whatever it was trained with.
 from __future__ import annotations
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import checked_file
 from flatlora_diffusion.lora_files.scale import adapter_scale, adapter_settings
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
 def lost_alpha(lora: ImportedLora) -> str | None:

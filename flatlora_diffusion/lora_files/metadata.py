@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import TINY, AdapterConfig, TrainConfig
-from flatlora_diffusion.ground.files import Contents, header_bytes
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.whole_files import file_sha256
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
-from flatlora_diffusion.sdxl.base_family import Family
+from flatlora_diffusion.sdxl.family import Family
+from flatlora_diffusion.storage.atomic_io import file_sha256
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.tensor_io import Contents, header_bytes
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Of a file's metadata: what does not hold for another file with the same LoRA, and what is its maker's own affair.

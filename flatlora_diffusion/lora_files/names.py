@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from flatlora_diffusion.adapter.update import PARTS
+from flatlora_diffusion.adapter.delta import PARTS
 from flatlora_diffusion.config import SDXL, TINY, ModelConfig
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
-from flatlora_diffusion.sdxl.original_names import original_path
+from flatlora_diffusion.sdxl.sgm_names import original_path
 from flatlora_diffusion.sdxl.shapes import on_meta, own_config
 
 Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]

@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import PARTS, LazyLayers, Update, Updates
+from flatlora_diffusion.adapter.delta import PARTS, LazyLayers, Update, Updates
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.families import other_family
-from flatlora_diffusion.lora_files.keys import DOWN_ENDS, OTHER_KINDS, LayerKeys, check_kind, found_keys, misfits
+from flatlora_diffusion.lora_files.key_mapping import (
+    DOWN_ENDS,
+    OTHER_KINDS,
+    LayerKeys,
+    check_kind,
+    found_keys,
+    misfits,
+)
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, Place, base_names, tiny_names
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, listed, shown
 from flatlora_diffusion.lora_files.scale import adapter_scale, adapter_settings

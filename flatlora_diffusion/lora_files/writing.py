@@ -13,17 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import (
+from flatlora_diffusion.adapter.delta import (
     Update,
     Updates,
     difference,
     norm,
 )
 from flatlora_diffusion.config import RunError
-from flatlora_diffusion.ground.files import contents_of, save_stream
-from flatlora_diffusion.ground.run_dir import BESIDE_LORA
 from flatlora_diffusion.lora_files.kohya import kohya_name
 from flatlora_diffusion.lora_files.metadata import LEGACY_END, with_contents
+from flatlora_diffusion.storage.run_dir import BESIDE_LORA
+from flatlora_diffusion.storage.tensor_io import contents_of, save_stream
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import PARTS, Update, Updates, cut_to_rank
+from flatlora_diffusion.adapter.delta import PARTS, Update, Updates, cut_to_rank
 from flatlora_diffusion.config import AverageConfig, ConfigError
-from flatlora_diffusion.ground.files import save_tensors
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.whole_files import file_sha256
-from flatlora_diffusion.lora_files.attached import embeddings_beside
+from flatlora_diffusion.lora_files.loading import embeddings_beside
 from flatlora_diffusion.lora_files.metadata import kept_metadata
-from flatlora_diffusion.lora_files.place import lora_file
+from flatlora_diffusion.lora_files.paths import lora_file
 from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import listed
 from flatlora_diffusion.lora_tools.converting import (
@@ -31,7 +28,10 @@ from flatlora_diffusion.lora_tools.converting import (
     write_lora,
 )
 from flatlora_diffusion.lora_tools.outputs import check_embeddings_output, check_lora_output, written_to
-from flatlora_diffusion.sdxl.base_family import family_of
+from flatlora_diffusion.sdxl.family import family_of
+from flatlora_diffusion.storage.atomic_io import file_sha256
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.storage.tensor_io import save_tensors
 
 
 class Average(NamedTuple):

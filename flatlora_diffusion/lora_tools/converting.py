@@ -9,24 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flatlora_diffusion.adapter.update import LazyLayers, Update, Updates, update_norms
+from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates, update_norms
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
-from flatlora_diffusion.ground.files import contents_of, save_stream
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir, file_name
 from flatlora_diffusion.lora_files.diffusers_file import peft_stream, version_free
-from flatlora_diffusion.lora_files.keys import is_small_change
+from flatlora_diffusion.lora_files.key_mapping import is_small_change
 from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
 from flatlora_diffusion.lora_files.metadata import KOHYA_FACTS, MODELSPEC, kept_metadata
 from flatlora_diffusion.lora_files.names import BaseNames
-from flatlora_diffusion.lora_files.place import lora_file
+from flatlora_diffusion.lora_files.paths import lora_file
 from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, layers_of
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, checked_file, listed
 from flatlora_diffusion.lora_files.writing import check_updates, save_kohya
 from flatlora_diffusion.lora_tools.outputs import check_lora_output, written_to
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family, family_of
 from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family, family_of
 from flatlora_diffusion.sdxl.loading import base_path
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir, file_name
+from flatlora_diffusion.storage.tensor_io import contents_of, save_stream
 
 logger = logging.getLogger(__name__)
 

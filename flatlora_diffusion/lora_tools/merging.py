@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flatlora_diffusion.adapter.update import PARTS, Update
+from flatlora_diffusion.adapter.delta import PARTS, Update
 from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, RunError
-from flatlora_diffusion.lora_files.attached import embeddings_beside
+from flatlora_diffusion.lora_files.loading import embeddings_beside
 from flatlora_diffusion.lora_files.names import shared_layers
-from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
 from flatlora_diffusion.lora_tools.converting import read_lora_file
 from flatlora_diffusion.lora_tools.outputs import (
     check_checkpoint_output,

@@ -12,9 +12,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.ground.apart import relation
-from flatlora_diffusion.ground.model_places import SAFETENSORS
 from flatlora_diffusion.sdxl.single_file import PREFIXES
+from flatlora_diffusion.storage.model_paths import SAFETENSORS
+from flatlora_diffusion.storage.separate_folders import relation
 
 _LORA_ENDS = (
     *(".lora_down.weight", ".lora_up.weight", ".alpha"),

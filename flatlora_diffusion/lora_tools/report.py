@@ -7,14 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flatlora_diffusion.adapter.update import norm
+from flatlora_diffusion.adapter.delta import norm
 from flatlora_diffusion.config import InspectConfig
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import listed, shown
 from flatlora_diffusion.lora_tools.converting import read_lora_file
 from flatlora_diffusion.lora_tools.tool_support import tool_support
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
+from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
 
 _STYLES = {
     "kohya-sgm": "kohya",

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import PARTS, Update, cut_to_rank, truncated
+from flatlora_diffusion.adapter.delta import PARTS, Update, cut_to_rank, truncated
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.lora_files.metadata import kept_metadata
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
-from flatlora_diffusion.lora_files.place import lora_file
+from flatlora_diffusion.lora_files.paths import lora_file
 from flatlora_diffusion.lora_files.safe_reading import listed
 from flatlora_diffusion.lora_tools.converting import (
     Written,
@@ -26,7 +26,7 @@ from flatlora_diffusion.lora_tools.converting import (
 )
 from flatlora_diffusion.lora_tools.merging import stored_dtypes, widest
 from flatlora_diffusion.lora_tools.outputs import check_lora_output
-from flatlora_diffusion.sdxl.base_family import family_of
+from flatlora_diffusion.sdxl.family import family_of
 from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import shown
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.lora_tools.diffusers_support import diffusers_support
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
+from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
 
 _MIXED = "it refuses a mixture of SDXL's own and diffusers' block names"
 _OUTSIDE = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")

@@ -14,8 +14,7 @@ import torch
 
 from flatlora_diffusion.config import TEXT_PARTS, ModelConfig, Quantization, TrainConfig
 from flatlora_diffusion.data.images import find_images
-from flatlora_diffusion.memory.of_method import bytes_of_method, optimizer_bytes
-from flatlora_diffusion.memory.rehearsal import (
+from flatlora_diffusion.memory.meta_step import (
     Passes,
     Trained,
     rehearse_drawing,
@@ -23,6 +22,7 @@ from flatlora_diffusion.memory.rehearsal import (
     rehearse_vae,
     weight_count,
 )
+from flatlora_diffusion.memory.method import bytes_of_method, optimizer_bytes
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.loading import vae_dtype
 from flatlora_diffusion.sdxl.shapes import own_size, part_settings, size_step

@@ -22,7 +22,7 @@ def tell_memory(config: TrainConfig, samples: Sequence[Sample]) -> None:
     if device.type != "cuda" or not process.is_main_process:
         return
     from flatlora_diffusion.memory.estimate import preflight_lines  # slow to import, and of no use on a CPU
-    from flatlora_diffusion.memory.of_cpu import cpu_lines
+    from flatlora_diffusion.memory.host import cpu_lines
 
     try:
         on_gpu = preflight_lines(config, torch.cuda.mem_get_info(device)[0])

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer
-from flatlora_diffusion.method.filter_norms import RowStds
+from flatlora_diffusion.method.layers import AdaptedLayer
+from flatlora_diffusion.method.row_norms import RowStds
+from flatlora_diffusion.storage.rng import derive_seed
 
 
 @dataclass(frozen=True)

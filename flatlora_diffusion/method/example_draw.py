@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
-from flatlora_diffusion.method.filter_norms import RowStds
+from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, low_rank_path
 from flatlora_diffusion.method.noise import layer_at
+from flatlora_diffusion.method.row_norms import RowStds
 
 Pair = tuple[Tensor, Tensor]  # V^T (B, k, n) and U^T (B, k, m), the latter times row_std / sqrt(k), in bf16
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.branch import adds_in_place
 from flatlora_diffusion.method.draw import Draw, DrawKey
-from flatlora_diffusion.method.filter_norms import RowStds
+from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.noise import NoiseSpec, compute_dtype, perturbed_layer, row_noise
 from flatlora_diffusion.method.philox.numbers import perturbed_by_place
+from flatlora_diffusion.method.row_norms import RowStds
 
 
 class FullDraw(Draw):

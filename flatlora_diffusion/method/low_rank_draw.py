@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer
 from flatlora_diffusion.method.draw import Draw, DrawKey
-from flatlora_diffusion.method.filter_norms import RowStds
+from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.noise import Convolution, compute_dtype, layer_at
+from flatlora_diffusion.method.row_norms import RowStds
 
 DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by default take 11.6 MB
 

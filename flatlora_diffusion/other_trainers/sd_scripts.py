@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flatlora_diffusion.config import ConfigError, PerturbConfig, read_setting
-from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.flat_lora import FlatLora
 
 _OURS = ("sigma", "sigma_schedule", "perturb_seed", "perturb_noise", "perturb_draw", "perturb_norm_every")
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")

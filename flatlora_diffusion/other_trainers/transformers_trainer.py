@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
-from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.flat_lora import FlatLora
 
 
 class FlatLoraCallback(TrainerCallback):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import SDXL
-from flatlora_diffusion.ground.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API
-from flatlora_diffusion.ground.versions import PROGRAM, __version__
+from flatlora_diffusion.storage.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API
+from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 PARAMETERS = "parameters"
 NOISE_FROM = "CPU"  # whose generator, in A1111's word

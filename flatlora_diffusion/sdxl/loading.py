@@ -21,14 +21,8 @@ from diffusers import (
 from safetensors import SafetensorError
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, Quantization
-from flatlora_diffusion.ground.hub_reach import fault_of, hub_is_reachable, lacks_files, unreachable
-from flatlora_diffusion.ground.model_places import check_models, is_single_file
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE, sized
-from flatlora_diffusion.sdxl.objective import is_edm_scheduler
-from flatlora_diffusion.sdxl.shapes import base_path
-from flatlora_diffusion.sdxl.single_file import PREFIXES
-from flatlora_diffusion.sdxl.variants import (
+from flatlora_diffusion.sdxl.detect import (
     Header,
     Variant,
     check_channels,
@@ -39,6 +33,12 @@ from flatlora_diffusion.sdxl.variants import (
     scheduler_changes,
     variant_of,
 )
+from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
+from flatlora_diffusion.sdxl.objective import is_edm_scheduler
+from flatlora_diffusion.sdxl.shapes import base_path
+from flatlora_diffusion.sdxl.single_file import PREFIXES
+from flatlora_diffusion.storage.hub_errors import fault_of, hub_is_reachable, lacks_files, unreachable
+from flatlora_diffusion.storage.model_paths import check_models, is_single_file
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 
 from flatlora_diffusion.config import ModelConfig
-from flatlora_diffusion.sdxl.base_family import Family, family_of
+from flatlora_diffusion.sdxl.family import Family, family_of
 from flatlora_diffusion.sdxl.loading import load_pipeline
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 from flatlora_diffusion.sdxl.shapes import checked_size

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion.config import TEXT_PARTS, TINY, ModelConfig
-from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.loading import base_path, one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import Sdxl, framed
 from flatlora_diffusion.sdxl.shapes import on_meta
+from flatlora_diffusion.storage.rng import generator
 
 
 def random_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY
 from flatlora_diffusion.sdxl.drawing import Drawing, sampling_names
+from flatlora_diffusion.sdxl.family import TINY_FAMILY
 from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents
 
 STEPS, GUIDANCE = 25, 5.0  # of a picture for which none are given

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flatlora_diffusion.ground.whole_files import writing_whole
-from flatlora_diffusion.sdxl.original_names import original_path
+from flatlora_diffusion.sdxl.sgm_names import original_path
+from flatlora_diffusion.storage.atomic_io import writing_whole
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 

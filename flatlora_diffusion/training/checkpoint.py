@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.trained_parts import anchors_of
+from flatlora_diffusion.adapter.setup import anchors_of
 from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import manifest
-from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
-from flatlora_diffusion.ground.provenance import base_fingerprint, tensors_sha256
-from flatlora_diffusion.method.filter_norms import NormState
+from flatlora_diffusion.method.row_norms import NormState
+from flatlora_diffusion.storage.hashing import base_fingerprint, tensors_sha256
+from flatlora_diffusion.storage.tensor_io import load_optimizer, load_tensors, optimizer_tensors, save_tensors
+from flatlora_diffusion.training.export_lora import save_lora
 from flatlora_diffusion.training.optimizer import set_lr
-from flatlora_diffusion.training.saving import save_lora
 from flatlora_diffusion.training.state import TrainState, averaged
 from flatlora_diffusion.training.trackers import start_trackers
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -14,24 +14,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from flatlora_diffusion.adapter.delta import Update, Updates
 from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
-from flatlora_diffusion.adapter.trained_parts import adapted_models, start_from
-from flatlora_diffusion.adapter.update import Update, Updates
+from flatlora_diffusion.adapter.setup import adapted_models, start_from
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
-from flatlora_diffusion.data.training_set import held_out, load_training_set
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.data.sources import held_out, load_training_set
 from flatlora_diffusion.lora_files.safe_reading import checked_file
 from flatlora_diffusion.lora_tools.averaging import Average, average_updates
 from flatlora_diffusion.sdxl.device import this_process
-from flatlora_diffusion.training.beginning.settling import check_early, new_or_resumed, seeded
-from flatlora_diffusion.training.ending import present, save_result
-from flatlora_diffusion.training.heldout.folds import is_same_run
-from flatlora_diffusion.training.heldout.losses import HeldoutLoss
+from flatlora_diffusion.storage.rng import derive_seed
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.training.failure import explained
+from flatlora_diffusion.training.finish import present, save_result
+from flatlora_diffusion.training.holdout import HeldoutLoss
+from flatlora_diffusion.training.holdout_folds import is_same_run
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.rescue import explained
+from flatlora_diffusion.training.resolve_config import check_early, new_or_resumed, seeded
 from flatlora_diffusion.training.state import TrainState, prepare, put_away
 from flatlora_diffusion.training.stopping import Interrupted
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.layers import base_alone
-from flatlora_diffusion.ground.provenance import DrawHash
-from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, predicted, with_more_noise
+from flatlora_diffusion.storage.hashing import DrawHash
+from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import TrainState, dropout_draws
 
 

@@ -14,11 +14,11 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, with_new_tokens
 from flatlora_diffusion.config import METHOD_NAMES, TINY, TrainConfig
-from flatlora_diffusion.ground.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
-from flatlora_diffusion.ground.versions import versions
-from flatlora_diffusion.ground.whole_files import write_text
 from flatlora_diffusion.lora_files.metadata import Training, base_name, folded, is_hub_id
-from flatlora_diffusion.sdxl.base_family import TINY_FAMILY, Family
+from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family
+from flatlora_diffusion.storage.atomic_io import write_text
+from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
+from flatlora_diffusion.storage.versions import versions
 
 PICTURES_PER_ROW = 4
 

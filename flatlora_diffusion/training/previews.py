@@ -9,15 +9,15 @@ from pathlib import Path
 from PIL import Image
 
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
-from flatlora_diffusion.data.training_set import load_heldout
-from flatlora_diffusion.ground.whole_files import writing_whole
+from flatlora_diffusion.data.sources import load_heldout
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text
-from flatlora_diffusion.sdxl.ready import ready
+from flatlora_diffusion.sdxl.eval_device import ready
 from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
-from flatlora_diffusion.training.heldout.losses import HeldoutLoss
+from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.training.holdout import HeldoutLoss
+from flatlora_diffusion.training.preview_prompts import Picture, read_pictures
 from flatlora_diffusion.training.state import TrainState
 from flatlora_diffusion.training.trackers import tell_trackers
-from flatlora_diffusion.training.validation import Picture, read_pictures
 
 logger = logging.getLogger(__name__)
 

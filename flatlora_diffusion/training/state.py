@@ -19,26 +19,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
-from flatlora_diffusion.adapter.change import squared_change
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
-from flatlora_diffusion.adapter.trained_parts import adapt, adapted_models, start_from, trainable_of
+from flatlora_diffusion.adapter.setup import adapt, adapted_models, start_from, trainable_of
+from flatlora_diffusion.adapter.weight_change import squared_change
 from flatlora_diffusion.config import SAMPLES, TEXT_PARTS, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Batches, encoded_batches
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.lora_files.initial import read_lora
+from flatlora_diffusion.lora_files.init_lora import read_lora
 from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora
-from flatlora_diffusion.method.configured import step_gradient
-from flatlora_diffusion.method.perturbation import FlatLora
-from flatlora_diffusion.method.step_gradient import StepGradient
+from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.method.gradient import StepGradient
+from flatlora_diffusion.method.rivals.build import step_gradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.training.beginning.settling import settled
+from flatlora_diffusion.storage.rng import derive_seed
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.optimizer import optimizer_of
+from flatlora_diffusion.training.resolve_config import settled
 from flatlora_diffusion.training.trackers import end_trackers
 
 CPU = torch.device("cpu")

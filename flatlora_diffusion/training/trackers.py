@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from accelerate import Accelerator
 
 from flatlora_diffusion.config import RunError, TrainConfig
-from flatlora_diffusion.ground.saved_settings import portable
+from flatlora_diffusion.storage.saved_config import portable
 
 logger = logging.getLogger(__name__)
 

@@ -20,25 +20,25 @@ from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import SampleSet
-from flatlora_diffusion.data.training_set import Fold, load_training_set, parted
-from flatlora_diffusion.ground.provenance import DrawHash
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.run_lock import alone_in
+from flatlora_diffusion.data.sources import Fold, load_training_set, parted
 from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
-from flatlora_diffusion.training.beginning.first_weights import first_weights
-from flatlora_diffusion.training.beginning.settling import check_early, new_or_resumed
+from flatlora_diffusion.storage.hashing import DrawHash
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.run_lock import alone_in
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
-from flatlora_diffusion.training.ending import present, save_result
-from flatlora_diffusion.training.heldout.folds import chosen_by_folds
-from flatlora_diffusion.training.heldout.losses import Holdout
+from flatlora_diffusion.training.disk_space import check_room
+from flatlora_diffusion.training.failure import explained, kept, non_finite_slots, non_finite_text
+from flatlora_diffusion.training.finish import present, save_result
+from flatlora_diffusion.training.first_steps import self_check
+from flatlora_diffusion.training.first_weights import first_weights
+from flatlora_diffusion.training.holdout import Holdout
+from flatlora_diffusion.training.holdout_folds import chosen_by_folds
 from flatlora_diffusion.training.loss_scale import loss_scale
 from flatlora_diffusion.training.members import train_members
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
-from flatlora_diffusion.training.rescue import explained, kept, non_finite_slots, non_finite_text
-from flatlora_diffusion.training.room import check_room
-from flatlora_diffusion.training.selfcheck.watch import self_check
+from flatlora_diffusion.training.resolve_config import check_early, new_or_resumed
 from flatlora_diffusion.training.state import (
     Rise,
     TrainState,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from flatlora_diffusion.ground.seeds import derive_seed
+from flatlora_diffusion.storage.rng import derive_seed
 
 if TYPE_CHECKING:  # importing it at run time needs the `recipe` extra, which the functions below do not
     from samples.tiny_sdxl.recipe.icons import Concept

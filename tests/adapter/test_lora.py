@@ -15,10 +15,10 @@ from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.ground.run_dir import LORA_FILE
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
 def load(base: Path, dtype: torch.dtype = torch.float32) -> Sdxl:

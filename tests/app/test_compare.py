@@ -35,7 +35,7 @@ from app.reporting import percent
 from app.settings import AppSettings
 from app.theme import COLOURS
 from flatlora_diffusion.config import SAMPLES, ConfigError
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
 FORM = Form(["icons-lora", "icons-flat-lora"], "a <fox>", "0", BY_PROMPT, 1.0, "", 1, 1.0)

@@ -21,7 +21,7 @@ from app.runs.trash_tab import delete_for_good, look
 from app.runs.workbench import NEWEST, rows_of
 from app.settings import AppSettings
 from app.train.forms import ConfigForm
-from flatlora_diffusion.adapter.update import difference, norm
+from flatlora_diffusion.adapter.delta import difference, norm
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.reading import import_lora
 from flatlora_diffusion.lora_files.safe_reading import checked_file

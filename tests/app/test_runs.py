@@ -22,10 +22,10 @@ from app.runs.processes import Trainers, identity, is_alive, kill_tree, read_jso
 from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
 from flatlora_diffusion.compare.arms import parse_arm, plan
-from flatlora_diffusion.compare.nulls import nulls_of
+from flatlora_diffusion.compare.controls import nulls_of
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
-from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 

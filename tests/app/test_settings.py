@@ -16,7 +16,7 @@ from app.runs.runs import RunStore
 from app.settings import AppSettings, parse_settings
 from app.train.estimates import estimate_disk, estimate_time, memory_of, total_steps
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.memory.of_disk import disk_need
+from flatlora_diffusion.memory.disk import disk_need
 
 ROOT = Path(__file__).parents[2]
 APP = ROOT / "app"

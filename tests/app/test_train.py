@@ -34,7 +34,7 @@ from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_roo
 from app.train.words import LABELS
 from app.ui import build_app
 from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 
 def make_run(context: AppContext, name: str, method: str, losses: list[float]) -> None:

@@ -27,8 +27,8 @@ from app.ui import build_app
 from app.watch.kept import Kept
 from app.watch.ticks import only_news
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 OPENED: list[list[str]] = []
 

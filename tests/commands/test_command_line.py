@@ -20,7 +20,7 @@ from flatlora_diffusion.commands.command_line import DEMO_ARMS, main, train_main
 from flatlora_diffusion.compare import comparison
 from flatlora_diffusion.config import CompareConfig, GenerateConfig, RunError, TrainConfig
 from flatlora_diffusion.flatness import report as flatness_report
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import SAMPLES, ModelConfig
-from flatlora_diffusion.ground import versions
+from flatlora_diffusion.storage import versions
 
 
 def only(findings: Iterable[doctor.Finding]) -> doctor.Finding:

@@ -15,7 +15,7 @@ from PIL import Image
 from flatlora_diffusion.commands.command_line import train_main
 from flatlora_diffusion.commands.train_flags import parse_config
 from flatlora_diffusion.config import CaptionConfig, CompareConfig, GenerateConfig, TrainConfig
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 # Name and default of each flag of examples/dreambooth/train_dreambooth_lora_sdxl.py (diffusers at 58eb52c) ...
 UPSTREAM: dict[str, Any] = {

@@ -14,13 +14,13 @@ from PIL import Image
 from scipy import stats
 
 from flatlora_diffusion.compare.arms import parse_arm
-from flatlora_diffusion.compare.crossed import crossed_difference
 from flatlora_diffusion.compare.evaluator import FORGETTING, HELDOUT, TRAIN, names_of
 from flatlora_diffusion.compare.findings import metrics_table, paired_rows, verdict
-from flatlora_diffusion.compare.material import SAMPLE_ICONS, read_material
+from flatlora_diffusion.compare.inputs import SAMPLE_ICONS, read_material
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.evaluation.crossed_statistics import crossed_difference
 
 ARMS = [parse_arm("lora"), parse_arm("flat-lora"), parse_arm("flat-lora:perturb_noise=iid")]
 NAMES = {arm.key: arm.name for arm in ARMS}

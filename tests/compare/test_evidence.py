@@ -15,7 +15,7 @@ from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.evidence import evidence
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "evidence.ipynb"
 

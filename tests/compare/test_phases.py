@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.compare import comparison, evaluator, experiment, losses, material, pictures
+from flatlora_diffusion.compare import comparison, evaluator, experiment, inputs, losses, pictures
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.progress import Piece, do_pieces
 from flatlora_diffusion.training.trainer import train
@@ -95,7 +95,7 @@ def watch(story: Story, patch: pytest.MonkeyPatch, is_stopped: bool) -> None:
     watched(pictures, "generate_images", "draw")
     patch.setattr(evaluator, "STRENGTHS", (0.5, 1.0))
     patch.setattr(evaluator, "RISE_DRAWS", 1)
-    patch.setattr(material, "PictureGenerator", partial(pictures.PictureGenerator, steps=2))
+    patch.setattr(inputs, "PictureGenerator", partial(pictures.PictureGenerator, steps=2))
     patch.setattr(experiment, "train_planned", trained)
     patch.setattr(comparison, "do_pieces", counted)
 

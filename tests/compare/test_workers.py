@@ -17,12 +17,12 @@ from patience import HANGS, wait_until
 from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import main
+from flatlora_diffusion.compare import parallel, worker_slots as of_workers
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan, train_planned
-from flatlora_diffusion.compare.workers import at_once, places as of_workers
-from flatlora_diffusion.compare.workers.at_once import train_at_once
-from flatlora_diffusion.compare.workers.places import Places, check_places, places
+from flatlora_diffusion.compare.parallel import train_at_once
+from flatlora_diffusion.compare.worker_slots import Places, check_places, places
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, TrainConfig
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 Run = Callable[[Sequence[str], Path], int]
 
@@ -46,7 +46,7 @@ def given(monkeypatch: pytest.MonkeyPatch, number: int, run: Run) -> None:
     def of_test(workers: int | None, cluster: str | None) -> Iterator[Places]:
         yield Places(number, run)
 
-    monkeypatch.setattr(at_once, "places", of_test)
+    monkeypatch.setattr(parallel, "places", of_test)
 
 
 def draws(planned: PlannedRun) -> list[Any]:
@@ -128,7 +128,7 @@ def test_a_run_that_fails_stops_the_others_and_names_its_log(
         return 130
 
     given(monkeypatch, 2, run)
-    monkeypatch.setattr(at_once, "ASK_EVERY", 0.01)
+    monkeypatch.setattr(parallel, "ASK_EVERY", 0.01)
     with pytest.raises(RunError, match=r"LoRA, seed 0 ended with exit code 2; its message is in .*seed-0\.log"):
         train_at_once(two, 2, None)
     assert len(seen) == 2, "what a run forgets that only begins is asked again"

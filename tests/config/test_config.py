@@ -22,7 +22,7 @@ from flatlora_diffusion.config import (
     setting_hints,
     settings_that,
 )
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 OTHER: dict[str, Any] = {
     "pretrained_model_name_or_path": "some/base",

@@ -8,9 +8,9 @@ from tiny_adapters import adalora_case, full_case
 from tiny_models import toy_case, unet_case
 from torch import Tensor
 
-from flatlora_diffusion.adapter.anchor import anchor
-from flatlora_diffusion.adapter.change import squared_change
 from flatlora_diffusion.adapter.layers import ADAPTER
+from flatlora_diffusion.adapter.svd_start import anchor
+from flatlora_diffusion.adapter.weight_change import squared_change
 
 
 def total(changes: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.method.rivals.ascent import Sam
+from flatlora_diffusion.method.rivals.sam import Sam
 
 pytestmark = pytest.mark.usefixtures("draw")
 

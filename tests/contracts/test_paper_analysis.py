@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import DrawKind
+from flatlora_diffusion.method.gradient import moved
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
-from flatlora_diffusion.method.rivals.ascent import LoraSam
-from flatlora_diffusion.method.rivals.slopes import read_slopes
-from flatlora_diffusion.method.step_gradient import moved
+from flatlora_diffusion.method.rivals.sam import LoraSam
+from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
 
 RHO = 0.5
 ERRORS = 5  # how many standard errors a mean may be off

@@ -142,7 +142,7 @@ def test_a_step_dequantizes_no_weight(kind: str, monkeypatch: pytest.MonkeyPatch
     case, _ = cases(kind)
     flat = FlatLora(case.model, schedule="constant")
     calls: list[nn.Module] = []
-    monkeypatch.setattr("flatlora_diffusion.method.adapted_layers.dequantize_module_weight", calls.append)
+    monkeypatch.setattr("flatlora_diffusion.method.layers.dequantize_module_weight", calls.append)
     with flat.perturb(step=0):
         case.loss().backward()
     assert calls == []

@@ -15,14 +15,14 @@ from tiny_models import Case, loss_and_gradients, normal, toy_case, unet_case
 from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.adapter.anchor import ANCHOR, anchor, start_at_principal, start_at_slopes
 from flatlora_diffusion.adapter.layers import ADAPTER
+from flatlora_diffusion.adapter.svd_start import ANCHOR, anchor, start_at_principal, start_at_slopes
 from flatlora_diffusion.config import PerturbConfig
-from flatlora_diffusion.method.configured import step_gradient
-from flatlora_diffusion.method.rivals import ascent
+from flatlora_diffusion.method.gradient import FactorNoise, StepGradient
+from flatlora_diffusion.method.rivals import sam
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.rivals.slopes import read_slopes
-from flatlora_diffusion.method.step_gradient import FactorNoise, StepGradient
+from flatlora_diffusion.method.rivals.build import step_gradient
+from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
 
 RHO = 0.5
 
@@ -107,7 +107,7 @@ def test_sam_ascends_along_the_sum_of_the_accumulated_slopes() -> None:
 def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose gradients alone are finite would take a step that the others leave out."""
     case, shared = toy_case(), []
-    monkeypatch.setattr(ascent, "average", lambda tensors: shared.append(list(tensors)))
+    monkeypatch.setattr(sam, "average", lambda tensors: shared.append(list(tensors)))
     rival(case, "sam", rho=RHO).take(1, [Micro(case, share=float("inf"))])
     _, of_trained = shared
     trained = [one.grad for one in case.model.parameters() if one.requires_grad]

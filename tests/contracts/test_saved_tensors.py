@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.method import filter_norms
+from flatlora_diffusion.method import row_norms
 from flatlora_diffusion.method.philox import numbers
 
 pytestmark = pytest.mark.usefixtures("draw", "no_free_bytes")
@@ -31,7 +31,7 @@ TARGETS = tuple(str(index) for index in range(0, 2 * len(WIDTHS) - 2, 2))
 @pytest.fixture
 def no_free_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers here are so small that norms would be taken of all at once."""
-    monkeypatch.setattr(filter_norms, "FREE", 0)
+    monkeypatch.setattr(row_norms, "FREE", 0)
 
 
 def stack_case(adapter: Adapter | None = None) -> Case:

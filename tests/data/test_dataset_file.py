@@ -13,8 +13,8 @@ from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.dataset_file import load_dataset_file
 from flatlora_diffusion.data.schedule import schedule_of
-from flatlora_diffusion.data.training_set import load_training_set
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.data.sources import load_training_set
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.trainer import train
 
 FILE = """

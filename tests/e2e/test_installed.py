@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "requirements.lock")

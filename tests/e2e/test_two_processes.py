@@ -16,7 +16,7 @@ from forked import ended, forked
 from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import train_main
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 ROOT = Path(__file__).parents[2]
 

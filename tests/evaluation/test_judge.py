@@ -29,7 +29,7 @@ from flatlora_diffusion.evaluation.judge import (
     rank_of,
     style_probabilities,
 )
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.judge import (
     STYLES,
     Renders,

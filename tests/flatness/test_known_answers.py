@@ -10,10 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
-from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
-from flatlora_diffusion.flatness.loss_surface import axis, direction, loss_slice, loss_surface
-from flatlora_diffusion.flatness.merged_weights import Delta, in_factors
-from flatlora_diffusion.flatness.weight_space import (
+from flatlora_diffusion.flatness.functional import (
     Estimate,
     Loss,
     Metric,
@@ -26,8 +23,11 @@ from flatlora_diffusion.flatness.weight_space import (
     size,
     value,
 )
-from flatlora_diffusion.ground.seeds import FLATNESS
-from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
+from flatlora_diffusion.flatness.loss_surface import axis, direction, loss_slice, loss_surface
+from flatlora_diffusion.flatness.merged_weights import Delta, in_factors
+from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.storage.rng import FLATNESS
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -27,7 +27,7 @@ from flatlora_diffusion.charts.palette import FLAT_LORA, LORA
 from flatlora_diffusion.flatness import peft_models
 from flatlora_diffusion.flatness.landscape import Landscape
 from flatlora_diffusion.flatness.loss_surface import axis, direction
-from flatlora_diffusion.ground.seeds import FLATNESS
+from flatlora_diffusion.storage.rng import FLATNESS
 
 ROOT = Path(__file__).parents[2]
 QUICK = LandscapeConfig(seed=5, sigmas=(0.2,), rise_draws=2, extent=0.5, surface_points=3, slice_directions=2)
@@ -298,8 +298,8 @@ def test_other_models_are_measured_without_diffusers() -> None:
                 names += [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
         assert not {one.split(".")[0] for one in names} & {"diffusers", "accelerate", "PIL"}, name
         todo += names
-    assert "flatlora_diffusion.flatness.weight_space" in seen
-    assert "flatlora_diffusion.flatness.landscape_pictures" in seen
+    assert "flatlora_diffusion.flatness.functional" in seen
+    assert "flatlora_diffusion.flatness.plots" in seen
 
 
 def numbers(found: Landscape) -> list[float]:

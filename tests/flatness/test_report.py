@@ -29,8 +29,9 @@ from flatlora_diffusion.evaluation.finished_runs import read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_loss
 from flatlora_diffusion.flatness import report as flatness_report
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
-from flatlora_diffusion.flatness.figures import MeasuredModel, measure_flatness
+from flatlora_diffusion.flatness.functional import Weights, noise, scales, shifted, value
 from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
+from flatlora_diffusion.flatness.measure import MeasuredModel, measure_flatness
 from flatlora_diffusion.flatness.merged_weights import (
     Delta,
     base_weights,
@@ -40,14 +41,13 @@ from flatlora_diffusion.flatness.merged_weights import (
     probe_loss_at,
     twice_differentiable,
 )
+from flatlora_diffusion.flatness.perturbed_models import OtherModels, of_rank, rounded, to_bits, variants
 from flatlora_diffusion.flatness.pictures import charts_of
 from flatlora_diffusion.flatness.report import flatness
-from flatlora_diffusion.flatness.robustness import OtherModels, of_rank, rounded, to_bits, variants
 from flatlora_diffusion.flatness.surface_page import write_surface_page
-from flatlora_diffusion.flatness.weight_space import Weights, noise, scales, shifted, value
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 QUICK = FlatnessConfig(
     sigmas=(0.0, 0.2),
@@ -369,7 +369,7 @@ def test_the_probe_has_the_draws_of_the_settings_and_is_taken_in_their_batches(
     def watched(unet: Any, objective: Objective, probe: Probe, batch_size: int) -> Any:
         raise SeenError(probe.draws, len(probe.timesteps), batch_size)
 
-    monkeypatch.setattr("flatlora_diffusion.flatness.figures.probe_loss_at", watched)
+    monkeypatch.setattr("flatlora_diffusion.flatness.measure.probe_loss_at", watched)
     config = replace(
         QUICK,
         runs=(str(make_run("plain")),),

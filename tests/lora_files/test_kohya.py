@@ -12,11 +12,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from flatlora_diffusion.adapter.update import Update, shared_path
-from flatlora_diffusion.ground.files import contents_of
+from flatlora_diffusion.adapter.delta import Update, shared_path
 from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
 from flatlora_diffusion.lora_files.metadata import with_contents
 from flatlora_diffusion.sdxl.single_file import unet_tensors
+from flatlora_diffusion.storage.tensor_io import contents_of
 
 LEAVES = [f"self_attn_{x}_proj" for x in "qkv"] + ["self_attn_out_proj", "mlp_fc1", "mlp_fc2"]
 

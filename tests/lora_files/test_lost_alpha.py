@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.ground.run_dir import LORA_FILE
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 

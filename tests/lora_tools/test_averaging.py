@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import Update
+from flatlora_diffusion.adapter.delta import Update
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import AverageConfig, ConfigError
 from flatlora_diffusion.lora_tools.averaging import average_updates, normalized

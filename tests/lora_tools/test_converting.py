@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import LazyLayers, Update
-from flatlora_diffusion.ground.files import contents_of, save_stream
+from flatlora_diffusion.adapter.delta import LazyLayers, Update
 from flatlora_diffusion.lora_files.kohya import kohya_stream
 from flatlora_diffusion.lora_files.names import base_names
+from flatlora_diffusion.storage.tensor_io import contents_of, save_stream
 
 RANK = 64
 MEASURED = """

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.update import Update, cut_to_rank
+from flatlora_diffusion.adapter.delta import Update, cut_to_rank
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.sdxl.single_file import save_single_file
 

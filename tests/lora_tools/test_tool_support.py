@@ -32,7 +32,7 @@ from flatlora_diffusion.lora_files.names import BaseNames, base_names
 from flatlora_diffusion.lora_files.reading import layers_of
 from flatlora_diffusion.lora_files.safe_reading import checked_file
 from flatlora_diffusion.lora_tools.tool_support import tool_support
-from flatlora_diffusion.sdxl.original_names import original_path
+from flatlora_diffusion.sdxl.sgm_names import original_path
 
 UNET, FIRST, SECOND = 560, 48, 128  # attention layers of SDXL's UNet and text encoders
 TEXT = FIRST + SECOND

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig, preset_file
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.memory.estimate import (
     GIB,
     MemoryEstimate,
@@ -25,10 +24,11 @@ from flatlora_diffusion.memory.estimate import (
     out_of_memory_text,
     preflight_lines,
 )
-from flatlora_diffusion.memory.rehearsal import rehearse_drawing, rehearse_vae, weight_count
+from flatlora_diffusion.memory.meta_step import rehearse_drawing, rehearse_vae, weight_count
 from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_images
 from flatlora_diffusion.sdxl.shapes import part_settings
+from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import TrainState, prepare
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
-from flatlora_diffusion.ground.seeds import derive_seed
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.example_draw import ExampleDraw
-from flatlora_diffusion.method.filter_norms import RowStds
+from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
+from flatlora_diffusion.method.row_norms import RowStds
+from flatlora_diffusion.storage.rng import derive_seed
 
 SIGMA = 0.2
 COUNT = 4000

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion.config import SAMPLES
-from flatlora_diffusion.ground.files import load_tensors
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
+from flatlora_diffusion.storage.tensor_io import load_tensors
 from samples.tiny_sdxl.recipe import unet
 from samples.tiny_sdxl.recipe.captions import DROPPED, STYLE_WORDS, caption, train_tokenizers
 from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, MORE_STYLES, Concept, drawn_by_another

@@ -19,9 +19,9 @@ from flatlora_diffusion.config import SAMPLES, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.judge import load_judge, rank_names, rank_of
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.trainer import train
 from samples.tiny_sdxl.recipe.icons import load_3d
 from samples.tiny_sdxl.recipe.quality import PROMPT, quality_table

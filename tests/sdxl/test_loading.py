@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, ObjectiveConfig, TrainConfig
+from flatlora_diffusion.sdxl.detect import Header, Variant, variant_of
 from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
 from flatlora_diffusion.sdxl.objective import objective_of
 from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents, encode_images, load_sdxl
 from flatlora_diffusion.sdxl.single_file import save_single_file, unet_tensors
-from flatlora_diffusion.sdxl.variants import Header, Variant, variant_of
 from flatlora_diffusion.training.trainer import train
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig
 from flatlora_diffusion.gallery.gallery import LoraRow, generate
 from flatlora_diffusion.gallery.grid import labelled_grid, wrapped
-from flatlora_diffusion.lora_files.attached import at_strength, loaded
-from flatlora_diffusion.lora_files.place import LoraFile, parse_lora
+from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
-from flatlora_diffusion.data.training_set import held_out, load_training_set
+from flatlora_diffusion.data.sources import held_out, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.training import holdout as holdout
 from flatlora_diffusion.training.checkpoint import best_step
-from flatlora_diffusion.training.heldout import losses as holdout
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 

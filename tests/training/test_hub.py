@@ -14,9 +14,9 @@ from fake_hub import OWNER, FakeHub, fake_hub
 from PIL import Image
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.metadata import Training
-from flatlora_diffusion.sdxl.base_family import SDXL_FAMILY
+from flatlora_diffusion.sdxl.family import SDXL_FAMILY
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.hub import hub_files, hub_repository, push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
 
@@ -33,7 +33,7 @@ from flatlora_diffusion.commands.command_line import _run
 def push(arguments):
     from flatlora_diffusion.config import TrainConfig
     from flatlora_diffusion.training.hub import push_to_hub
-    from flatlora_diffusion.ground.run_dir import RunDir
+    from flatlora_diffusion.storage.run_dir import RunDir
 
     config = TrainConfig.from_dict(json.loads(arguments[0]))
     print(push_to_hub(RunDir(Path(config.run.output_dir)), config))

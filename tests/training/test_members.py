@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError, StoppedError, TrainConfig
-from flatlora_diffusion.ground.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training import trainer
 from flatlora_diffusion.training.trainer import train
 

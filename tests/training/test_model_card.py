@@ -20,9 +20,9 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
 from flatlora_diffusion.config import METHOD_NAMES, AdapterConfig, TokenConfig, TrainConfig
-from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.metadata import Training, comment, sidecar
-from flatlora_diffusion.sdxl.base_family import SDXL_FAMILY
+from flatlora_diffusion.sdxl.family import SDXL_FAMILY
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.model_card import usage_code, write_model_card
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -32,11 +32,11 @@ from flatlora_diffusion.commands import command_line
 from flatlora_diffusion.compare.arms import parse_arm, plan
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, StoppedError, TrainConfig
-from flatlora_diffusion.ground import files as tensor_file
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.run_lock import alone_in
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.training import checkpoint, ending, micro_batches, trainer
+from flatlora_diffusion.storage import tensor_io as tensor_file
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.training import checkpoint, finish, micro_batches, trainer
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 from flatlora_diffusion.training.trainer import train
@@ -340,13 +340,13 @@ def test_a_signal_at_the_last_previews_leaves_the_lora_and_its_path_is_told(
 def test_a_signal_while_the_result_is_saved_waits_until_it_is(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ending.save_lora
+    real = finish.save_lora
 
     def save(*args: Any, **more: Any) -> dict[str, Any]:
         signal.raise_signal(signal.SIGTERM)
         return real(*args, **more)
 
-    monkeypatch.setattr(ending, "save_lora", save)
+    monkeypatch.setattr(finish, "save_lora", save)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after the LoRA was saved in"):
         train(config)
     assert RunDir(Path(config.run.output_dir)).ending() == {"event": "finished", "step": 6}
@@ -385,7 +385,7 @@ def test_a_result_that_cannot_be_saved_leaves_a_checkpoint_to_save_it_from(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ending, "save_lora", raising(RunError("the file does not hold what was to be saved")))
+        patch.setattr(finish, "save_lora", raising(RunError("the file does not hold what was to be saved")))
         with pytest.raises(RunError, match="to be saved; checkpoint-6 has the weights before that, and --resume"):
             train(config)
     path = train(config.replace(resume_from_checkpoint="latest"))

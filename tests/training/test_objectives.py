@@ -13,9 +13,9 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.ground.provenance import DrawHash
-from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.sdxl.objective import objective_of
+from flatlora_diffusion.storage.hashing import DrawHash
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train

@@ -11,9 +11,9 @@ from tiny_runs import samples_of
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.ground.seeds import generator
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
+from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.micro_batches import prior_loss
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step

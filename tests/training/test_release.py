@@ -23,18 +23,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter import update as lora_update
-from flatlora_diffusion.adapter.update import shared_path
+from flatlora_diffusion.adapter import delta as lora_update
+from flatlora_diffusion.adapter.delta import shared_path
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, shared_words
-from flatlora_diffusion.ground.run_dir import KOHYA_COPY, LORA_FILE, RunDir
-from flatlora_diffusion.lora_files import file_pair
+from flatlora_diffusion.lora_files import export_pair
 from flatlora_diffusion.lora_files.kohya import kohya_name
 from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.writing import save_kohya
 from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.storage.run_dir import KOHYA_COPY, LORA_FILE, RunDir
 from flatlora_diffusion.training import checkpoint
-from flatlora_diffusion.training.saving import save_lora
+from flatlora_diffusion.training.export_lora import save_lora
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -308,7 +308,7 @@ def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monke
             return tensors
 
         with monkeypatch.context() as patch:
-            patch.setattr(file_pair, "load_file", bad)
+            patch.setattr(export_pair, "load_file", bad)
             with pytest.raises(RunError, match=f"{name} does not hold what was to be saved: unet.*is off by"):
                 save_lora(state, state.run.folder, step=2)
     save_lora(state, state.run.folder, step=2)

@@ -15,10 +15,10 @@ from tiny_runs import output_with, samples_of
 from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import AdapterKind, Method, TrainConfig, settings_that
-from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.training.beginning.first_weights import first_weights
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.training.checkpoint import load_state, save_state, start
-from flatlora_diffusion.training.saving import save_lora
+from flatlora_diffusion.training.export_lora import save_lora
+from flatlora_diffusion.training.first_weights import first_weights
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 

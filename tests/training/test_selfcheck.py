@@ -13,14 +13,14 @@ from tiny_runs import samples_of, trained
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.ground.provenance import DrawHash
-from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.sdxl.random_base import random_sdxl
+from flatlora_diffusion.storage.hashing import DrawHash
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.training import first_steps, first_steps_measures
+from flatlora_diffusion.training.first_steps_measures import bits_of_frozen, noise_std, sigma_zero
+from flatlora_diffusion.training.gpu_check import DRILL_RISE, drill_configs
 from flatlora_diffusion.training.micro_batches import micro_batches
-from flatlora_diffusion.training.selfcheck import measures, watch
-from flatlora_diffusion.training.selfcheck.drill import DRILL_RISE, drill_configs
-from flatlora_diffusion.training.selfcheck.measures import bits_of_frozen, noise_std, sigma_zero
 from flatlora_diffusion.training.state import Rise, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -77,15 +77,15 @@ def test_what_is_wrong_is_told_and_the_run_goes_on(
         return clean + 2 * (plain(self, layer, x, *args, **kwargs) - clean)
 
     monkeypatch.setattr(FullDraw, "base_output", doubled)
-    step = watch.SelfCheck.step_done
+    step = first_steps.SelfCheck.step_done
 
-    def writes_the_base(self: watch.SelfCheck, *args: float) -> None:
+    def writes_the_base(self: first_steps.SelfCheck, *args: float) -> None:
         weight = next(one for one in self._state.sdxl.unet.parameters() if not one.requires_grad)
         with torch.no_grad():
             weight.add_(1e-3)
         step(self, *args)
 
-    monkeypatch.setattr(watch.SelfCheck, "step_done", writes_the_base)
+    monkeypatch.setattr(first_steps.SelfCheck, "step_done", writes_the_base)
     path = train(config.replace(selfcheck="always", perturb_draw="full"))
     wrong = {event["what"] for event in told(path) if not event["is_right"]}
     assert wrong == {"noise_std", "base_weights"}
@@ -97,7 +97,7 @@ def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch
     def broken(*_: Any) -> str:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(watch, "bits_of_frozen", broken)
+    monkeypatch.setattr(first_steps, "bits_of_frozen", broken)
     events = told(train(config.replace(selfcheck="always", method="lora")))
     assert [event["told"] for event in events[:2]] == ["this could not be looked at: no kernel"] * 2
     assert [event["what"] for event in events] == ["remember", "base", "loss", "cost"]
@@ -107,7 +107,7 @@ def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch
 def test_a_pass_of_the_check_that_fails_ends_nothing(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
-    whole, made = measures._loss_and_gradients, []
+    whole, made = first_steps_measures._loss_and_gradients, []
 
     def broken(*given: Any) -> Any:
         made.append(given)
@@ -115,7 +115,7 @@ def test_a_pass_of_the_check_that_fails_ends_nothing(
             raise torch.OutOfMemoryError("no memory")
         return whole(*given)
 
-    monkeypatch.setattr(measures, "_loss_and_gradients", broken)
+    monkeypatch.setattr(first_steps_measures, "_loss_and_gradients", broken)
     path = train(config.replace(selfcheck="always", max_train_steps=1))
     assert [event["told"] for event in told(path) if event["what"] == "sigma_zero"] == [
         "this could not be looked at: no memory"
@@ -126,17 +126,17 @@ def test_a_pass_of_the_check_that_fails_ends_nothing(
 def test_once_is_once_for_each_version_and_device(config: TrainConfig, monkeypatch: Any, tmp_path: Path) -> None:
     begun: list[int] = []
     gpu = torch.device("cuda")
-    monkeypatch.setattr(watch, "cached_assets_path", lambda *_, **__: tmp_path)
-    monkeypatch.setattr(watch, "_kind", lambda _: "GPU 1/2")
-    monkeypatch.setattr(watch.SelfCheck, "begin", lambda _: begun.append(1))
+    monkeypatch.setattr(first_steps, "cached_assets_path", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(first_steps, "_kind", lambda _: "GPU 1/2")
+    monkeypatch.setattr(first_steps.SelfCheck, "begin", lambda _: begun.append(1))
     state = prepare(config, samples_of(config))
-    assert watch.self_check(state) is None
+    assert first_steps.self_check(state) is None
     monkeypatch.setattr(type(state.accelerator), "device", gpu)
-    assert watch.self_check(state) is not None
-    watch._remember_as_right(gpu)
-    assert watch.self_check(state) is None
-    monkeypatch.setattr(watch, "__version__", "999")
-    assert watch.self_check(state) is not None
+    assert first_steps.self_check(state) is not None
+    first_steps._remember_as_right(gpu)
+    assert first_steps.self_check(state) is None
+    monkeypatch.setattr(first_steps, "__version__", "999")
+    assert first_steps.self_check(state) is not None
     assert len(begun) == 2
 
 
@@ -197,7 +197,7 @@ def test_an_ascent_is_looked_at_in_the_first_three_steps_that_have_one(config: T
     """Those that the scaler of fp16 leaves out have none."""
     state = prepare(config.replace(method="sam", max_train_steps=9), samples_of(config))
     state.run.folder.mkdir(parents=True)
-    check = watch.SelfCheck(state, is_whole=False)
+    check = first_steps.SelfCheck(state, is_whole=False)
     for rise in (None, Rise(0.2, 0.1), None, Rise(0.2, 0.1), Rise(0.2, 0.1), Rise(0.0, 0.1)):
         state.rise = rise
         check.step_done(1.0, 1.0)

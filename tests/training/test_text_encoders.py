@@ -13,10 +13,10 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.ground.run_dir import LORA_FILE
-from flatlora_diffusion.lora_files.attached import embeddings_beside
+from flatlora_diffusion.lora_files.loading import embeddings_beside
 from flatlora_diffusion.sdxl.objective import sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 

@@ -21,9 +21,9 @@ from flatlora_diffusion.adapter.lora import trainable_parameters
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.data.epochs import steps_per_epoch
-from flatlora_diffusion.ground.run_dir import RunDir
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.method.perturbation import FlatLora
+from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import micro_batches
 from flatlora_diffusion.training.checkpoint import load_state, save_state
 from flatlora_diffusion.training.state import TrainState, dropout_draws, prepare

@@ -17,9 +17,9 @@ from flatlora_diffusion.compare.arms import folder_of
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.compare.evidence.defaults import BASE, ENCODERS
 from flatlora_diffusion.config import TINY, CompareConfig, TrainConfig, choices_of, setting_hints
-from flatlora_diffusion.ground.run_dir import RunDir
-from flatlora_diffusion.ground.versions import PROGRAM, __version__
-from flatlora_diffusion.ground.whole_files import write_json
+from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 logger = logging.getLogger(__name__)
 

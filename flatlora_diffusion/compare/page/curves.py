@@ -9,7 +9,7 @@ from typing import Any
 from flatlora_diffusion.charts.lines import Line, line_chart
 from flatlora_diffusion.charts.palette import Look
 from flatlora_diffusion.charts.rows import Dot, axis_row, dot_row, row_limits
-from flatlora_diffusion.compare.page.text import (
+from flatlora_diffusion.compare.page.format import (
     Chip,
     Result,
     Section,
@@ -22,7 +22,7 @@ from flatlora_diffusion.compare.page.text import (
     mean_of,
     metric_of,
 )
-from flatlora_diffusion.ground.numbers import figure, is_known
+from flatlora_diffusion.storage.formatting import figure, is_known
 
 Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # by arm and seed
 Drawn = Mapping[str, str] | None  # a chart with its title

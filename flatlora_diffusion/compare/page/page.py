@@ -19,10 +19,10 @@ from PIL import Image
 
 from flatlora_diffusion.charts.palette import TONES
 from flatlora_diffusion.compare.page.curves import groups, strengths, trajectories
-from flatlora_diffusion.compare.page.record import advice, alarm, kicker, made_with, nulls, proof, settings
+from flatlora_diffusion.compare.page.format import Chip, Result, chip
+from flatlora_diffusion.compare.page.provenance import advice, alarm, kicker, made_with, nulls, proof, settings
 from flatlora_diffusion.compare.page.results import numbers, paired, verdict_chart
-from flatlora_diffusion.compare.page.text import Chip, Result, chip
-from flatlora_diffusion.ground.whole_files import write_text
+from flatlora_diffusion.storage.atomic_io import write_text
 
 PAGE, GRID, RESULT = "compare.html", "compare.png", "compare.json"
 _PARTS = Path(__file__).parent / "templates"

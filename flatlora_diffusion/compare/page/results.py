@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatlora_diffusion.charts.rows import Dot, Limits, axis_row, dot_row, row_limits
-from flatlora_diffusion.compare.page.text import (
+from flatlora_diffusion.compare.page.format import (
     Named,
     Number,
     Pair,
@@ -22,8 +22,8 @@ from flatlora_diffusion.compare.page.text import (
     pairs_of,
     values_of,
 )
-from flatlora_diffusion.compare.paired import CLEAN_LOSS, ENDS, SECONDS, STEPS
-from flatlora_diffusion.ground.numbers import NOTHING, figure, interval, is_known
+from flatlora_diffusion.evaluation.paired_statistics import CLEAN_LOSS, ENDS, SECONDS, STEPS
+from flatlora_diffusion.storage.formatting import NOTHING, figure, interval, is_known
 
 _BETTER = {"lower": "lower is better", "higher": "higher is better"}
 _MATCHED = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.method.branch import Pair
-from flatlora_diffusion.method.step_gradient import StepGradient
+from flatlora_diffusion.method.gradient import StepGradient
 
 
 class Balanced(StepGradient):

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.ground.files import load_optimizer, optimizer_tensors
-from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.branch import first_adapter, rank_of, scale_of, square_norm
-from flatlora_diffusion.method.rivals.slopes import average
-from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
+from flatlora_diffusion.method.gradient import MicroBatch, StepGradient
+from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
+from flatlora_diffusion.method.rivals.weight_gradients import average
+from flatlora_diffusion.storage.rng import generator
+from flatlora_diffusion.storage.tensor_io import load_optimizer, optimizer_tensors
 
 
 class BiLora(StepGradient):

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from flatlora_diffusion.ground.seeds import generator
-from flatlora_diffusion.ground.whole_files import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.icons import SIZE, Concept
 
 STEPS = 25

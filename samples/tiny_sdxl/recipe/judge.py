@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from flatlora_diffusion.evaluation.judge import NAME_PROMPT, STYLE_PROMPTS, image_vectors, text_vectors
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.loop import Schedule, train
 from samples.tiny_sdxl.recipe.vae import to_pixels
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flatlora_diffusion.ground.files import load_optimizer, load_tensors, optimizer_tensors, save_tensors
+from flatlora_diffusion.storage.tensor_io import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 
 
 @dataclass(frozen=True)

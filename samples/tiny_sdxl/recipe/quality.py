@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flatlora_diffusion.evaluation.judge import Images, Judge, rank_names, rank_of, style_probabilities
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.captions import STYLE_WORDS
 from samples.tiny_sdxl.recipe.drawing import STEPS, draw_icons, size_of
 from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, SIZE, Concept

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from flatlora_diffusion.evaluation.judge import Images, pixel_values
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.icons import SIZE, Concept, render
 from samples.tiny_sdxl.recipe.judge import Renders, can_mirror, split_held_out
 from samples.tiny_sdxl.recipe.loop import Schedule, train

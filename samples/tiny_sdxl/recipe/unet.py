@@ -29,7 +29,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.captions import DROPPED, STYLE_WORDS, VOCABULARY, caption
 from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, Concept, render
 from samples.tiny_sdxl.recipe.loop import Schedule, train

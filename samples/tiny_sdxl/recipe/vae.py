@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from flatlora_diffusion.ground.seeds import generator
+from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.loop import Schedule, train
 
 SCHEDULE = Schedule(steps=3000, learning_rate=1.5e-3, warmup=100, weight_decay=0.0)

@@ -7,7 +7,7 @@ from app_driver import PATIENCE, AppPage, RunningApp
 from patience import wait_until
 from playwright.sync_api import expect
 
-from flatlora_diffusion.ground.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 

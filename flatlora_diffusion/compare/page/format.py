@@ -1,0 +1,135 @@
+"""The pieces that all parts of a comparison's page share: numbers in words, the arms' names and looks, sections."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from flatlora_diffusion.charts.palette import BASE, FOURTH, METHODS, THIRD, Look
+from flatlora_diffusion.charts.rows import sample
+from flatlora_diffusion.evaluation.paired_statistics import ENDS, STEPS
+from flatlora_diffusion.storage.formatting import MINUS, NOTHING, figure, is_known
+
+Result = Mapping[str, Any]
+Pair = Mapping[str, Any]
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """The mean, None of nothing."""
+    return statistics.fmean(values) if values else None
+
+
+class Number(NamedTuple):
+    """A number as text and what stands small below it."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+
+
+class Named(NamedTuple):
+    """A name and a note beside it."""
+
+    name: str
+    note: str = ""
+
+
+def mean_with_spread(values: Sequence[float], digits: int) -> Number:
+    """The mean and, from two values on, the standard deviation."""
+    notes = (f"± {figure(statistics.stdev(values), digits)}",) if len(values) > 1 else ()
+    return Number(figure(mean_of(values), digits), notes)
+
+
+def values_of(by_seed: Mapping[str, Any], metric: str) -> list[float]:
+    """The known values of a metric over the seeds."""
+    values = [figures.get(metric) for figures in by_seed.values()]
+    return [value for value in values if is_known(value)]
+
+
+def main_arms(result: Result) -> list[str]:
+    """The keys of the arms that are compared, without the nulls."""
+    return [arm["key"] for arm in result["arms"] if arm["role"] == "arm"]
+
+
+def arm_name(result: Result, key: str) -> str:
+    """The name of an arm (or of the base) as the reader sees it."""
+    names = {arm["key"]: arm["name"] for arm in result["arms"]}
+    return str(names.get(key, "Base" if key == "base" else key))
+
+
+def look_of(result: Result, key: str) -> Look:
+    """How an arm is drawn; the nulls share one look."""
+    if key == "base" or key in METHODS:
+        return METHODS.get(key, BASE)
+    others = [arm for arm in main_arms(result) if arm not in METHODS]
+    return THIRD if key in others[:1] else FOURTH
+
+
+class Chip(NamedTuple):
+    """An arm's name behind a piece of its line with its marker."""
+
+    name: str
+    mark: Markup
+
+
+def chip(result: Result, key: str) -> Chip:
+    """The chip of an arm or of the base."""
+    return Chip(arm_name(result, key), _mark(look_of(result, key)))
+
+
+@cache
+def _mark(look: Look) -> Markup:
+    return sample(look).svg("sample", "")
+
+
+def shown(value: object) -> str:
+    """A setting's value as a reader writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return NOTHING
+    if isinstance(value, list | tuple):
+        return ", ".join(shown(item) for item in value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def metric_of(result: Result, key: str) -> Mapping[str, Any]:
+    """The description of a metric; one that only trajectories have is called by its key."""
+    unnamed = {"key": key, "name": key.replace("_", " "), "better": None, "help": "", "digits": 4}
+    return next((metric for metric in result["metrics"] if metric["key"] == key), unnamed)
+
+
+def pairs_of(result: Result, metric: str) -> Iterator[Pair]:
+    """The paired differences of a metric that have a mean."""
+    return (pair for pair in result["paired"] if pair["metric"] == metric and is_known(pair["mean"]))
+
+
+def headline(result: Result) -> Pair | None:
+    """The pair that the first screen shows: the first metric's, of two arms, at their ends."""
+    arms = main_arms(result)
+    for metric in result["metrics"]:
+        for pair in pairs_of(result, metric["key"]):
+            if pair["matched"] in (STEPS, ENDS) and pair["arm"] in arms and pair["against"] in arms:
+                return pair
+    return None
+
+
+def difference_name(result: Result, pair: Pair) -> str:
+    """The name of a pair's difference: one arm less another."""
+    return f"{arm_name(result, pair['arm'])} {MINUS} {arm_name(result, pair['against'])}"
+
+
+class Section(NamedTuple):
+    """A part of the page: its title and an explanation beside what the template of that name makes of `content`.
+
+    A section without content is left out.
+    """
+
+    anchor: str
+    title: str
+    text: str
+    template: str
+    content: Mapping[str, Any] | None

@@ -1,0 +1,120 @@
+"""How much room on a disk a run will need, counted on shapes: a checkpoint, its result, class images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from flatlora_diffusion.adapter.delta import FOLD_RANK
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
+from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig, TrainConfig
+from flatlora_diffusion.data.images import SIDECAR_SUFFIXES
+from flatlora_diffusion.memory.estimate import resolution_of
+from flatlora_diffusion.memory.meta_step import weight_count
+from flatlora_diffusion.memory.method import optimizer_bytes
+from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.sdxl.shapes import on_meta
+
+PIXEL = 1.6  # bytes of a PNG
+_ENTRY = 160  # bytes of a tensor's entry in a file's header
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes of one checkpoint, and of what a run leaves at its end beside its checkpoints."""
+
+    checkpoint: int
+    result: int
+
+
+def disk_need(config: TrainConfig) -> DiskNeed:
+    """What a run writes, but for logs; a base that is not on this computer counts as SDXL.
+
+    A checkpoint has, in fp32, the weights, those that they started from if not from zero, the optimizer's and the
+    method's state and the average of --use_ema; and it has the LoRA's files. Raises ConfigError when the LoRA's
+    settings name no layer of the base.
+    """
+    trained, adapted = _shapes(config.model, config.adapter)
+    numbers, optim = sum(map(math.prod, trained)), config.optim
+    copies = 1 + optim.use_ema + _copies_of_method(config)
+    state = _FP32 * copies * numbers + sum(optimizer_bytes(shape, optim) for shape in trained)
+    if config.perturb.perturbs_weights:
+        state += _FP32 * sum(shape[0] for shape in adapted)  # the norms of the rows
+    entries = _ENTRY * len(trained)
+    files = _files(config, numbers, adapted) + 3 * entries
+    merged = _merged(config) if config.adapter.adapter == "full" else 0
+    return DiskNeed(state + (copies + 3) * entries + files, files + merged + _previews(config))
+
+
+def class_images_need(config: TrainConfig) -> int:
+    """Bytes of the class images that are still to be drawn."""
+    data = config.data
+    if not data.with_prior_preservation:
+        return 0
+    folder = Path(str(data.class_data_dir))
+    files = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    images = sum(not name.startswith(".") and not name.lower().endswith(SIDECAR_SUFFIXES) for name in files)
+    return int(max(0, data.num_class_images - images) * PIXEL * resolution_of(config) ** 2)
+
+
+@lru_cache(maxsize=64)
+def _shapes(model: ModelConfig, adapter: AdapterConfig) -> tuple[list[torch.Size], list[torch.Size]]:
+    """The shapes of what is trained, new tokens apart, and of the frozen weights that it adapts."""
+    unet = on_meta(model, "unet")
+    encoders = {part: on_meta(model, part) for part in TEXT_PARTS} if adapter.train_text_encoder else {}
+    add_lora(unet, adapter, 0, encoders or None, model.clip_skip)
+    trained: list[torch.Size] = []
+    adapted: list[torch.Size] = []
+    for one in (unet, *encoders.values()):
+        trained += [parameter.shape for parameter in trainable_parameters(one).values()]
+        adapted += [layer.get_base_layer().weight.shape for layer in lora_layers(one).values()]
+    return trained, adapted
+
+
+def _copies_of_method(config: TrainConfig) -> int:
+    """How many numbers method and adapter keep for each that is trained.
+
+    PiSSA and LoRA-GA: the start. AdaLoRA: two averages of its importance. Bi-LoRA: a second LoRA with two averages.
+    """
+    adapter = {"pissa": 1, "lora-ga": 1, "adalora": 2}.get(config.adapter.adapter, 0)
+    return adapter + (3 if config.perturb.method == "bi-lora" else 0)
+
+
+def _files(config: TrainConfig, numbers: int, adapted: Iterable[torch.Size]) -> int:
+    """Bytes of the LoRA's tensors in its files: diffusers' and that for others, of which there may be a copy."""
+    adapter = config.adapter
+
+    def of_rank(rank: int) -> int:
+        return sum(min(rank, *_matrix(shape)) * sum(_matrix(shape)) for shape in adapted)
+
+    theirs = plain = 2 * numbers if adapter.adapter in ("pissa", "lora-ga") else numbers
+    if adapter.adapter == "full":
+        theirs = plain = of_rank(adapter.rank)
+    elif adapter.is_dora:
+        plain = of_rank(max(FOLD_RANK, adapter.rank))
+    return DTYPES[config.run.save_dtype].itemsize * (theirs + plain * (1 + config.run.output_kohya_format))
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    """Rows and inputs of a layer."""
+    return shape[0], math.prod(shape[1:])
+
+
+def _merged(config: TrainConfig) -> int:
+    """Bytes of the pipeline that full fine-tuning leaves, its VAE in fp32."""
+    width = DTYPES[config.optim.precision_of_base].itemsize
+    parts = sum(weight_count(config.model, part) for part in ("unet", *TEXT_PARTS))
+    return width * parts + _FP32 * weight_count(config.model, "vae")
+
+
+def _previews(config: TrainConfig) -> int:
+    """Bytes of the first and the last pictures of --validation_prompt, and of the one beside the LoRA."""
+    pictures = len(config.run.preview_prompts) * config.run.num_validation_images
+    return int((2 * pictures + bool(pictures)) * PIXEL * resolution_of(config) ** 2)

@@ -1,0 +1,239 @@
+"""A training step and the VAE's passes, rehearsed on meta tensors: which weights there are and what would be held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
+from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
+from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig
+from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
+from flatlora_diffusion.method.rivals.bi_lora import BiLora
+from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
+from flatlora_diffusion.sdxl.denoiser import Denoiser
+from flatlora_diffusion.sdxl.loading import one_at_a_time
+from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
+from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
+
+Taking = Literal["plain", "slopes", "bi-lora"]
+"""How gradients are taken: of the LoRA alone, of W too, or beside Bi-LoRA's second LoRA."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained: a LoRA on a base and, for pivotal tuning, the embeddings of `new_tokens`."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    new_tokens: int = 0
+
+    @property
+    def trains_text(self) -> bool:
+        return self.adapter.train_text_encoder or self.new_tokens > 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the passes of a step are made on, and the bytes that they hold, with their batch, beside weights and the
+    LoRA's gradients.
+
+    trained, adapted: shapes of the trained tensors, and of the frozen weights that carry a LoRA. linear: (rows,
+    inputs) of the UNet's frozen Linear layers; other: its weights in other layers. saved: bytes when forward has
+    ended; peak: the most at any moment.
+    """
+
+    trained: tuple[torch.Size, ...]
+    adapted: tuple[torch.Size, ...]
+    linear: tuple[tuple[int, int], ...]
+    other: int
+    saved: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class VaePasses:
+    """The bytes that encoding and decoding hold at their peaks, beside the VAE's weights."""
+
+    encode_peak: int
+    decode_peak: int
+
+
+@lru_cache(maxsize=64)
+def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
+    trained: Trained,
+    dtype: torch.dtype,
+    of_base: torch.dtype,
+    images: int,
+    resolution: int,
+    checkpointing: bool,
+    taking: Taking = "plain",
+    micro_batches: int = 1,
+) -> Passes:
+    """Forward and backward in `dtype` of `micro_batches` of `images` square images of `resolution` pixels.
+
+    The base's weights are in `of_base`, the LoRA's in fp32. With `taking` the bytes are also those of slopes and of a
+    second LoRA with its gradients.
+
+    Raises ConfigError when the LoRA's settings name no layer.
+    """
+    model = _trained_model(trained)
+    _set_dtype(model, of_base)
+    _set_checkpointing(model, checkpointing, dtype)
+    parameters = trainable_parameters(model)
+    gradients = [torch.empty_like(parameter) for parameter in parameters.values()]
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        parameter.grad = gradient  # so that gradients are not counted with the activations
+    inputs = _inputs(trained, images, resolution // vae_factor(trained.model), dtype)
+    known = [*model.parameters(), *model.buffers(), *inputs, *gradients]
+    batch = sum(tensor.nbytes for tensor in inputs)
+    with AsOnGpu(dtype), LiveBytes(known) as bytes_held:
+        micro_batch = _MicroBatch(model, inputs, bytes_held)
+        _take(taking, model, [micro_batch] * micro_batches)
+    frozen = {id(layer.weight): layer.weight for layer in model.unet.modules() if _is_frozen_linear(layer)}
+    others = [one for one in model.unet.parameters() if not one.requires_grad and id(one) not in frozen]
+    return Passes(
+        trained=tuple(one.shape for one in parameters.values()),
+        adapted=tuple(layer.get_base_layer().weight.shape for layer in lora_layers(model).values()),
+        linear=tuple((weight.shape[0], weight.shape[1]) for weight in frozen.values()),
+        other=sum(one.numel() for one in others),
+        saved=batch + micro_batch.saved,
+        peak=batch + bytes_held.peak,
+    )
+
+
+@lru_cache(maxsize=64)
+def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaePasses:
+    """Encoding `images` images of `resolution` pixels and decoding one, with the VAE in `dtype` and no graph."""
+    vae = one_at_a_time(on_meta(model, "vae").to(dtype))
+    side = resolution // vae_factor(model)
+    with torch.device("meta"):
+        pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)
+        latents = torch.empty(1, vae.config.latent_channels, side, side, dtype=dtype)
+    known, peaks = [*vae.parameters(), pixels, latents], []
+    for work in (lambda: posterior(vae, pixels), lambda: decode_latents(vae, latents)):
+        with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(known) as bytes_held:
+            work()
+        peaks.append(bytes_held.peak)
+    return VaePasses(peaks[0] + pixels.nbytes, peaks[1] + latents.nbytes)
+
+
+@lru_cache(maxsize=64)
+def rehearse_drawing(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> int:
+    """The bytes that a step of drawing `images` images holds at its peak, beside the UNet's weights in `dtype`.
+
+    Each image is in it twice, with its prompt and without.
+    """
+    unet = _Conditioned(on_meta(model, "unet").to(dtype))
+    inputs = _inputs(Trained(model, AdapterConfig()), 2 * images, resolution // vae_factor(model), dtype)
+    with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes([*unet.parameters(), *inputs]) as bytes_held:
+        unet(*inputs)
+    return bytes_held.peak + sum(tensor.nbytes for tensor in inputs)
+
+
+@lru_cache(maxsize=64)
+def weight_count(model: ModelConfig, part: str) -> int:
+    """The number of weights of one of the base's four models."""
+    return sum(parameter.numel() for parameter in on_meta(model, part).parameters())
+
+
+@lru_cache(maxsize=1)  # building takes as long as a step, and one model is rehearsed with many settings
+def _trained_model(trained: Trained) -> Any:
+    model, adapter = trained.model, trained.adapter
+    unet = on_meta(model, "unet")
+    encoders = {part: on_meta(model, part) for part in TEXT_PARTS} if trained.trains_text else {}
+    add_lora(unet, adapter, 0, encoders if adapter.train_text_encoder else None, model.clip_skip)
+    if not trained.trains_text:
+        return _Conditioned(unet).train()
+    if not adapter.train_text_encoder:
+        for encoder in encoders.values():
+            table = encoder.get_input_embeddings()
+            rows = torch.empty(trained.new_tokens, table.embedding_dim, device="meta")
+            encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
+    return Denoiser(unet, list(encoders.values()), model.clip_skip).train()
+
+
+class _MicroBatch:
+    """A batch of `inputs`, as methods take it; `saved` is what was held when its forward had ended."""
+
+    slot = saved = 0
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], held: LiveBytes) -> None:
+        self._model, self._inputs, self._held = model, inputs, held
+
+    def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        loss: Tensor = (self._model(*self._inputs).float() - self._inputs[0]).square().mean()
+        self.saved = self._held.live
+        loss.backward()
+        return loss.detach()
+
+
+def _take(taking: Taking, model: nn.Module, micro_batches: Sequence[_MicroBatch]) -> None:
+    if taking == "bi-lora":
+        second = BiLora({"": model}, rho=1.0, seed=0)
+        second.take(0, micro_batches)
+        second.detach()
+        return
+    reader = SlopeReader([model] if taking == "slopes" else [])
+    with reader.reading():
+        for one in micro_batches:
+            one.backward()
+    reader.detach()
+
+
+class _Conditioned(nn.Module):
+    """The UNet with the conditioning of SDXL as plain arguments."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        output: Tensor = self.unet(sample, timesteps, prompts, added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+
+def _inputs(trained: Trained, images: int, side: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    settings = part_settings(trained.model, "unet")
+    with torch.device("meta"):
+        sample = torch.empty(images, 4, side, side, dtype=dtype)
+        timesteps, time_ids = torch.empty(images, dtype=torch.long), torch.empty(images, 6)
+        if trained.trains_text:
+            ids = torch.empty(images, len(TEXT_PARTS), TOKENS, dtype=torch.long)
+            return sample, timesteps, ids, torch.empty(images), time_ids
+        prompts = torch.empty(images, TOKENS, settings["cross_attention_dim"], dtype=dtype)
+        width = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        return sample, timesteps, prompts, torch.empty(images, width, dtype=dtype), time_ids
+
+
+def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _set_checkpointing(model: Any, is_on: bool, dtype: torch.dtype) -> None:
+    """Turn it on or off everywhere; what is recomputed in backward is computed as on a GPU too."""
+    recomputing: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), AsOnGpu(dtype))}
+    if is_on:
+        model.unet.enable_gradient_checkpointing(partial(checkpoint, **recomputing))
+    else:
+        model.unet.disable_gradient_checkpointing()
+    for encoder in getattr(model, "text_encoders", ()):
+        if is_on:
+            encoder.gradient_checkpointing_enable(recomputing)
+        elif encoder.is_gradient_checkpointing:
+            encoder.gradient_checkpointing_disable()
+
+
+def _is_frozen_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and not layer.weight.requires_grad

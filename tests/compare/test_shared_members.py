@@ -1,0 +1,64 @@
+"""A member that another run of a comparison has trained is copied: the average is that of members trained anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
+from flatlora_diffusion.compare.shared_members import lend_members
+from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.training.trainer import train
+
+
+@pytest.fixture
+def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": str(base),
+            "instance_data_dir": str(icons),
+            "output_dir": str(tmp_path / "out"),
+            "report_to": "none",
+            "max_train_steps": 2,
+            "mixed_precision": "no",
+        }
+    )
+
+
+def planned(config: TrainConfig, *arms: str) -> list[PlannedRun]:
+    return plan(config, [parse_arm(arm) for arm in arms], [3], 1)
+
+
+def trained(runs: list[PlannedRun], lends: bool) -> list[PlannedRun]:
+    for one in runs:
+        if lends:
+            lend_members(one, runs)
+        train(one.config)
+    return runs
+
+
+def test_the_average_of_a_lent_member_is_that_of_one_trained_anew(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arms = ("lora", "lora:members=2")
+    with caplog.at_level("INFO"):
+        lora, lent = trained(planned(config, *arms), lends=True)
+        assert "member 1 of 2: already trained" in caplog.text
+        assert "member 2 of 2: trains" in caplog.text
+        caplog.clear()
+        _, own = trained(planned(config.replace(output_dir=str(tmp_path / "anew")), *arms), lends=False)
+        assert "already trained" not in caplog.text
+    values, others = load_file(lent.lora), load_file(own.lora)
+    assert all(torch.equal(value, others[name]) for name, value in values.items())
+    assert not torch.equal(next(iter(values.values())), next(iter(load_file(lora.lora).values())))
+
+
+def test_a_run_of_other_settings_lends_nothing(config: TrainConfig) -> None:
+    runs = planned(config, "lora", "flat-lora:members=2", "lora:members=2,learning_rate=0.001")
+    train(runs[0].config)
+    for one in runs[1:]:
+        lend_members(one, runs)
+        assert not one.run.member(1).folder.exists()

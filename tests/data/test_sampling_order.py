@@ -1,0 +1,67 @@
+"""The order of samples: shuffled by key, every image in every epoch, batches of one bucket."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from flatlora_diffusion.data.sampling_order import BucketOrder, Order
+
+
+def shown(order: Order | BucketOrder, batches: int, first: int = 0) -> list[int]:
+    return [draw.sample for index in range(first, first + batches) for draw in order.batch(index)]
+
+
+def test_an_epoch_is_a_permutation_by_key() -> None:
+    epochs = {}
+    for seed in range(3):
+        order = Order(seed, "order", count=23, repeats=1, batch_size=1)
+        for epoch in range(3):
+            epochs[seed, epoch] = shown(order, 23, first=23 * epoch)
+            assert sorted(epochs[seed, epoch]) == list(range(23))
+    assert len({tuple(epoch) for epoch in epochs.values()}) == 9
+
+
+def test_the_order_stays_the_same_from_release_to_release() -> None:
+    assert shown(Order(0, "order", 5, 1, 1), 5) == [4, 3, 1, 0, 2]
+    assert shown(Order(1, "order", 5, 1, 1), 5, first=10) == [2, 3, 4, 0, 1]
+
+
+def test_batches_run_over_the_ends_of_epochs() -> None:
+    single, pairs = (Order(7, "order", 5, 1, size) for size in (1, 2))
+    assert shown(pairs, 5) == shown(single, 10)
+    assert [draw.epoch for index in range(5) for draw in pairs.batch(index)] == [0] * 5 + [1] * 5
+
+
+def test_repeats_show_each_image_again_with_a_view_of_its_own() -> None:
+    order = Order(0, "order", count=3, repeats=4, batch_size=12)
+    for epoch in range(2):
+        draws = order.batch(epoch)
+        assert Counter(draw.sample for draw in draws) == {0: 4, 1: 4, 2: 4}
+        assert len({(draw.sample, draw.epoch) for draw in draws}) == 12
+    assert not set(order.batch(0)) & set(order.batch(1))
+
+
+def test_bucket_batches_hold_one_bucket_and_every_sample_in_every_epoch() -> None:
+    buckets = [0] * 7 + [1] * 3 + [2]
+    order = BucketOrder(0, "order", buckets, repeats=1, batch_size=4)
+    assert order.batches_per_epoch == 2 + 1 + 1
+    rows = []
+    for epoch in range(3):
+        batches = [order.batch(index) for index in range(4 * epoch, 4 * epoch + 4)]
+        assert all(len({buckets[draw.sample] for draw in batch}) == 1 for batch in batches)
+        assert {draw.sample for batch in batches for draw in batch} == set(range(11))
+        draws = [draw for batch in batches for draw in batch]
+        assert len(set(draws)) == len(draws), "one view of a sample was shown twice"
+        rows.append(draws)
+    assert not set(rows[0]) & set(rows[1])
+    orders = {tuple(buckets[order.batch(index)[0].sample] for index in range(4 * e, 4 * e + 4)) for e in range(12)}
+    assert len(orders) > 3, "the batches are not shuffled"
+
+
+def test_the_order_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    BucketOrder(0, "order", [0, 1, 1], 2, 2).batch(5)
+    Order(0, "order", 3, 2, 2).batch(5)
+    assert torch.equal(torch.get_rng_state(), before)

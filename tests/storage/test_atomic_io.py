@@ -1,0 +1,102 @@
+"""A file is written whole or not at all, and what is kept in one is made once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from patience import HANGS
+from torch import Tensor
+
+from flatlora_diffusion.config import ConfigError, RunError
+from flatlora_diffusion.storage.atomic_io import check_writable, write_json, writing_into, writing_whole
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.tensor_io import kept_tensors
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    write_json(file, {"rank": 4})
+
+    def write_half() -> None:
+        with writing_whole(file) as aside:
+            aside.write_text("{")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write_half()
+    assert json.loads(file.read_text(encoding="utf-8")) == {"rank": 4}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=HANGS)
+
+    def write(text: str) -> None:
+        with writing_whole(tmp_path / "file") as aside:
+            both.wait()
+            aside.write_text(text)
+            both.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ("one", "two")))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] in ([("file", "one")], [("file", "two")])
+
+
+def test_names_that_are_no_text_can_be_written_too(tmp_path: Path) -> None:
+    write_json(tmp_path / "manifest.json", ["\udcff.png"])
+    assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")) == ["\udcff.png"]
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_tensors_are_made_once_where_they_are_kept(tmp_path: Path, is_kept: bool) -> None:
+    path, made = tmp_path / "latent.safetensors" if is_kept else None, []
+
+    def make() -> Mapping[str, Tensor]:
+        made.append(True)
+        return {"mean": torch.arange(3.0)}
+
+    for _ in range(2):
+        assert torch.equal(kept_tensors(path, make)["mean"], torch.arange(3.0))
+    assert len(made) == (1 if is_kept else 2)
+
+
+class RefusedRequest(OSError):
+    """As the errors of HTTP clients are."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(111, "Connection refused"),
+        TimeoutError("timed out"),
+        RefusedRequest("no route to the tracker"),
+        FileNotFoundError(2, "No such file", "/elsewhere/netrc"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_something_else_is_not_blamed_on_the_folder(tmp_path: Path, error: OSError) -> None:
+    for blame in (RunDir(tmp_path).writing(), writing_into(tmp_path, "cache_dir")):
+        with pytest.raises(type(error), match=error.strerror or str(error)), blame:
+            raise error
+
+
+@pytest.mark.parametrize("file", [None, "checkpoint-3/state", "."])
+def test_an_error_of_the_folder_is(tmp_path: Path, file: str | None) -> None:
+    error = OSError(28, "No space left", *([] if file is None else [str(tmp_path / file)]))
+    with pytest.raises(RunError, match="the run folder cannot be written: No space left"), RunDir(tmp_path).writing():
+        raise error
+
+
+def test_a_folder_is_tried_before_it_is_needed_and_left_as_it_was(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "cache_dir")
+    check_writable(tmp_path, "cache_dir")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache_dir='.*file.folder' cannot be written: .+; give another folder"):
+        check_writable(tmp_path / "file" / "folder", "cache_dir")

@@ -1,0 +1,68 @@
+"""Files are there whole or not at all, also on a disk that is full, and a killed process leaves nothing for long."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.storage.atomic_io import remove_half_written, write_text, writing_into
+from flatlora_diffusion.storage.tensor_io import load_tensors, save_tensors
+
+resource = pytest.importorskip("resource", reason="no limits for files on this system")
+
+
+@contextmanager
+def longest_file(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes while this is open: the nearest to a full disk that needs no rights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_tensors_that_do_not_fit_are_an_error_of_the_system_and_leave_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.ones(2)})
+    with longest_file(1000), pytest.raises(OSError, match=r"File too large") as caught:
+        save_tensors(path, {"a": torch.ones(1000)})
+    assert caught.value.errno == 27
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+    assert torch.equal(load_tensors(path)[0]["a"], torch.ones(2))
+    with (
+        longest_file(1000),
+        pytest.raises(ConfigError, match=r"cache_dir='.*' cannot be written: File too large; give another folder"),
+        writing_into(tmp_path, "cache_dir"),
+    ):
+        save_tensors(path, {"a": torch.ones(1000)})
+
+
+def test_a_text_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    write_text(path, "before" + "\n")
+    with longest_file(10), pytest.raises(OSError, match="File too large"):
+        write_text(path, "much longer than that" + "\n")
+    assert os.listdir(tmp_path) == ["README.md"]
+    assert path.read_bytes() == b"before\n"
+
+
+def test_only_what_was_left_half_written_goes_and_where_others_write_only_what_is_old(tmp_path: Path) -> None:
+    old, new = tmp_path / ".a.safetensors.1.part", tmp_path / ".b.safetensors.2.part"
+    for path in (old, new, tmp_path / "b.part", tmp_path / ".hidden", tmp_path / ".c.part"):
+        path.touch()
+    (tmp_path / ".d.3.part").mkdir()
+    os.utime(old, (time.time() - 7200,) * 2)
+    remove_half_written(tmp_path, seconds=3600)
+    kept = {".b.safetensors.2.part", "b.part", ".hidden", ".c.part", ".d.3.part"}
+    assert set(os.listdir(tmp_path)) == kept
+    remove_half_written(tmp_path)
+    assert set(os.listdir(tmp_path)) == kept - {new.name}
+    remove_half_written(tmp_path / "not there")

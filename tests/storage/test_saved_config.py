@@ -1,0 +1,114 @@
+"""Saved settings: no absolute paths in them, and yet they repeat a run or say what has to be given again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatlora_diffusion.commands import command_line
+from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.config import SAMPLES, TrainConfig
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.saved_config import altered, opened, portable
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a project as working folder."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    project = tmp_path / "home" / "project"
+    project.mkdir(parents=True)
+    monkeypatch.chdir(project)
+    return tmp_path / "home"
+
+
+def save(folder: Path, **settings: Any) -> RunDir:
+    run = RunDir(folder)
+    run.start(TrainConfig.from_dict(settings).to_dict(), [])
+    return run
+
+
+def test_paths_of_the_working_folder_and_of_the_home_repeat_a_run(home: Path) -> None:
+    run = save(
+        home / "runs" / "x",
+        instance_data_dir=str(home / "pictures"),
+        class_data_dir=str(home / "project" / "dogs"),
+        output_dir=str(home / "runs" / "x"),
+    )
+    saved = run.config_file.read_text(encoding="utf-8")
+    assert json.loads(saved)["instance_data_dir"] == "~/pictures"
+    assert str(home.parent) not in saved
+    config = parse_config(["--config", str(run.config_file)])
+    assert config.data.instance_data_dir == str(home / "pictures")
+    assert config.data.class_data_dir == "dogs"
+    assert config.run.output_dir == str(home / "runs" / "x")
+
+
+def test_the_samples_are_found_wherever_the_program_is_installed(home: Path) -> None:
+    icons = SAMPLES / "icons_3d"
+    run = save(home / "x", instance_data_dir=str(icons), output_dir="x")
+    assert json.loads(run.config_file.read_text(encoding="utf-8"))["instance_data_dir"] == "samples/icons_3d"
+    assert parse_config(["--config", str(run.config_file)]).data.instance_data_dir == str(icons)
+    assert parse_config(["--preset", "demo"]).data.instance_data_dir == str(icons)
+    assert opened({"instance_data_dir": "samples/mine"}) == {"instance_data_dir": "samples/mine"}
+    Path("samples/icons_3d").mkdir(parents=True)
+    mine = parse_config(["--config", str(run.config_file)]).data.instance_data_dir
+    assert mine == "samples/icons_3d", "the user's own folder of that name goes before"
+
+
+def test_other_paths_have_to_be_given_again_and_one_sentence_says_which(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save(
+        tmp_path / "x",
+        instance_data_dir=str(tmp_path / "pictures"),
+        init_lora=str(tmp_path / "old.safetensors"),
+        output_dir=str(tmp_path / "x"),
+    )
+    assert command_line.train_main(["--config", str(run.config_file)]) == 2
+    said = capsys.readouterr().err
+    assert "give --instance_data_dir (it was .../pictures), --init_lora (it was .../old.safetensors) again" in said
+    assert str(tmp_path) not in said
+    again = ["--instance_data_dir", str(tmp_path / "pictures"), "--init_lora", "x"]
+    config = parse_config(["--config", str(run.config_file), *again])
+    assert config.run.output_dir == str(tmp_path / "x"), "it is beside the file"
+
+
+def test_a_run_that_was_resumed_is_repeated_from_its_start(tmp_path: Path) -> None:
+    run = save(tmp_path / "x", resume_from_checkpoint="latest", rank=2)
+    assert parse_config(["--config", str(run.config_file)]) == TrainConfig.from_dict({"rank": 2})
+
+
+def test_a_run_is_resumed_with_its_own_settings_where_none_are_given(tmp_path: Path) -> None:
+    save(tmp_path / "x", learning_rate=0.01, rank=2, seed=4)
+    resume = ["--output_dir", str(tmp_path / "x"), "--resume_from_checkpoint", "latest"]
+    config = parse_config([*resume, "--seed", "5"])
+    assert (config.optim.learning_rate, config.adapter.rank, config.run.seed) == (0.01, 2, 5)
+    assert parse_config([*resume[:2]]).adapter.rank == TrainConfig().adapter.rank
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "is_same"),
+    [
+        ("bases/sdxl", "/work/bases/sdxl", True),
+        (".../sdxl", "/work/bases/sdxl", True),
+        ("~/bases/sdxl", "../bases/sdxl", True),
+        ("sdxl", "/work/bases/other", False),
+        ("one/sdxl", "two/sdxl", False),
+        ("tiny", "tiny", True),
+        (None, "vae", False),
+    ],
+)
+def test_a_path_is_the_same_from_every_working_folder(saved: str | None, now: str, is_same: bool) -> None:
+    for name in ("pretrained_model_name_or_path", "init_lora"):
+        assert altered({name: now}, {name: saved}) == ([] if is_same else [name])
+
+
+def test_what_is_saved_has_neither_tokens_nor_absolute_paths(tmp_path: Path) -> None:
+    values = {"hub_token": "hf_x", "output_dir": str(tmp_path), "rank": 2, "resume_from_checkpoint": "latest"}
+    saved = portable(values)
+    assert saved == {"output_dir": f".../{tmp_path.name}", "rank": 2, "resume_from_checkpoint": None}

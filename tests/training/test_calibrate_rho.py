@@ -1,0 +1,252 @@
+"""--sigma_rise and --rho_rise: the sigma or rho that makes the loss rise by a share, found on the base itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import samples_of
+
+from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.storage.hashing import DrawHash
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.training import calibrate_rho, first_weights as beginning, micro_batches
+from flatlora_diffusion.training.calibrate_rho import MOST, sigma_at_rise
+from flatlora_diffusion.training.first_weights import first_weights
+from flatlora_diffusion.training.micro_batches import first_micro_batches
+from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.trainer import train
+
+STEPS, RISE = 4, 0.001  # a base of random weights feels little
+CLIMB = 0.005
+
+
+@pytest.fixture
+def rising(config: TrainConfig) -> TrainConfig:
+    return config.replace(method="flat-lora", sigma=None, sigma_rise=RISE, max_train_steps=STEPS, save_dtype="fp32")
+
+
+@pytest.mark.parametrize("power", [1.6, 2.0, 2.5])
+def test_the_sigma_is_found_where_the_rise_is_a_power_of_it(power: float) -> None:
+    asked: list[float] = []
+
+    def rise_at(sigma: float) -> float:
+        asked.append(sigma)
+        return math.inf if sigma > 1 else 0.3 * sigma**power
+
+    sigma = sigma_at_rise(rise_at, 0.02, first=3.0)
+    assert sigma is not None
+    assert rise_at(sigma) == pytest.approx(0.02, rel=0.11)
+    assert len(asked) < 8
+
+
+@pytest.mark.parametrize("found", [0.0, -0.01, 1e-9])
+def test_a_loss_that_does_not_rise_has_no_sigma(found: float) -> None:
+    assert sigma_at_rise(lambda sigma: found, 0.02, first=0.1) is None
+
+
+def test_the_loss_of_the_first_steps_rises_as_was_asked_for(rising: TrainConfig) -> None:
+    state = prepare(rising, samples_of(rising))
+    before = {name: one.detach().clone() for name, one in state.trainable.items()}
+    first_weights(state)
+    sigma = state.config.perturb.sigma
+    assert sigma is not None
+    assert 0 < sigma < MOST
+    assert state.flats[0].sigma_at(STEPS) == pytest.approx(sigma), "the steps are taken with it"
+    assert mean_loss(state, sigma) / mean_loss(state, 0) - 1 == pytest.approx(RISE, rel=0.11)
+    assert all(torch.equal(one, before[name]) for name, one in state.trainable.items())
+    assert all(one.grad is None for one in state.trainable.values())
+
+
+def mean_loss(state: TrainState, sigma: float) -> float:
+    losses = []
+    for one in first_micro_batches(state, STEPS):
+        with torch.no_grad(), state.flats[0].perturb(one.step, one.slot, sigma=sigma):
+            losses.append(one.loss())
+    return float(torch.stack(losses).mean())
+
+
+def test_a_run_is_the_one_with_the_sigma_that_it_found(rising: TrainConfig, tmp_path: Path) -> None:
+    found = train(rising.replace(output_dir=str(tmp_path / "found"), seed=3))
+    sigma = json.loads((tmp_path / "found" / "config.json").read_text(encoding="utf-8"))["sigma"]
+    given = rising.replace(output_dir=str(tmp_path / "given"), seed=3, sigma=sigma, sigma_rise=None)
+    one, other = (load_file(path) for path in (found, train(given)))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_resumed_run_goes_on_with_the_sigma_that_it_began_with(
+    rising: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = rising.replace(output_dir=str(tmp_path / "run"), checkpointing_steps=2, seed=3)
+    train(run)
+    whole = load_file(tmp_path / "run" / LORA_FILE)
+    sigma = RunDir(tmp_path / "run").config()["sigma"]
+    monkeypatch.setattr(beginning, "start_at_rise", lambda state: pytest.fail("it was looked for again"))
+    (tmp_path / "run" / LORA_FILE).unlink()
+    train(run.replace(resume_from_checkpoint="checkpoint-2"))
+    again = load_file(tmp_path / "run" / LORA_FILE)
+    assert all(torch.equal(one, again[name]) for name, one in whole.items())
+    assert RunDir(tmp_path / "run").config()["sigma"] == sigma
+
+
+def test_a_given_sigma_is_not_looked_for(rising: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beginning, "start_at_rise", lambda state: pytest.fail("it was looked for"))
+    state = prepare(rising.replace(sigma=0.3), samples_of(rising))
+    first_weights(state)
+    assert state.config.perturb.sigma == 0.3
+
+
+def test_a_base_that_feels_no_sigma_is_told_of(rising: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmoved(*anything: Any) -> torch.Tensor:
+        return torch.ones(())
+
+    state = prepare(rising, samples_of(rising))
+    monkeypatch.setattr(micro_batches, "diffusion_loss", unmoved)
+    with pytest.raises(RunError, match=r"sigma_rise=0.001 was asked for, but no sigma up to 4 .* give a smaller"):
+        first_weights(state)
+
+
+@pytest.mark.parametrize("method", ["lora", "factor-noise", "sam"])
+def test_methods_without_noise_in_the_weights_have_no_rise(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"--method {method} has no sigma_rise"):
+        TrainConfig.from_dict({"method": method, "sigma_rise": 0.02})
+
+
+# rho
+
+
+@pytest.fixture
+def climbing(config: TrainConfig) -> TrainConfig:
+    return config.replace(method="sam", rho_rise=CLIMB, max_train_steps=STEPS, save_dtype="fp32")
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulation"])
+def test_an_ascent_by_the_rho_that_is_found_lifts_the_loss_as_was_asked_for(
+    climbing: TrainConfig, more: dict[str, Any]
+) -> None:
+    climbing = climbing.replace(**more)
+    state = prepare(climbing, samples_of(climbing))
+    before = {name: one.detach().clone() for name, one in state.trainable.items()}
+    first_weights(state)
+    rho = state.config.perturb.rho
+    assert rho is not None
+    assert rho == state.config.perturb.radius > 0, "the steps are taken with it"
+    assert all(torch.equal(one, before[name]) for name, one in state.trainable.items())
+    assert all(one.grad is None for one in state.trainable.values())
+    assert ascended(state, rho) / ascended(state, 0) - 1 == pytest.approx(CLIMB, rel=0.15), "the rest is curvature"
+
+
+def ascended(state: TrainState, rho: float) -> float:
+    """The mean loss of the first steps at W + rho g / ||g||, W itself moved there by hand."""
+    weights = {layer: layer.get_base_layer().weight for layer in lora_layers(state.model).values()}
+    losses = []
+    for step in range(STEPS):
+        drawn = list(micro_batches.micro_batches(state, step, DrawHash()))
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        slopes = torch.autograd.grad(torch.stack([one.loss() for one in drawn]).mean(), list(weights.values()))
+        length = math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
+        with torch.no_grad():
+            kept = [weight.clone() for weight in weights.values()]
+            for weight, slope in zip(weights.values(), slopes, strict=True):
+                weight.requires_grad_(False).add_(slope, alpha=rho / length)
+            losses += [one.loss() for one in drawn]
+            for weight, value in zip(weights.values(), kept, strict=True):
+                weight.copy_(value)
+    return float(torch.stack(losses).mean())
+
+
+def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfig, tmp_path: Path) -> None:
+    found = train(climbing.replace(output_dir=str(tmp_path / "found"), seed=3))
+    rho = RunDir(tmp_path / "found").config()["rho"]
+    given = climbing.replace(output_dir=str(tmp_path / "given"), seed=3, rho=rho, rho_rise=None)
+    one, other = (load_file(path) for path in (found, train(given)))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_base_without_a_slope_is_told_of(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = prepare(climbing, samples_of(climbing))
+    monkeypatch.setattr(calibrate_rho, "norm", lambda slopes: torch.zeros(()))
+    with pytest.raises(RunError, match=r"rho_rise=0.005 was asked for, but no first gradient is finite and above 0"):
+        first_weights(state)
+
+
+def test_steps_whose_gradients_overflow_are_left_out(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, found = prepare(climbing, samples_of(climbing)), [(7.0, math.inf), (2.0, 4.0), (7.0, math.nan), (4.0, 2.0)]
+    monkeypatch.setattr(calibrate_rho, "_loss_and_slope", lambda state, reader, step: found[step])
+    first_weights(state)
+    assert state.config.perturb.rho == pytest.approx(CLIMB * (2 + 4) / (4 + 2))
+
+
+def test_the_scale_of_fp16_is_taken_off(climbing: TrainConfig) -> None:
+    usual, scaled = (prepare(climbing, samples_of(climbing)) for _ in range(2))
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for state in (usual, scaled):
+        first_weights(state)
+    assert usual.config.perturb.rho is not None
+    assert scaled.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
+
+
+def test_a_first_gradient_that_overflows_in_fp16_is_taken_at_a_lower_scale(
+    climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the run does not keep: it begins as the run that is given this rho."""
+    usual = prepare(climbing, samples_of(climbing))
+    first_weights(usual)
+    overflow_above(2.0**12, monkeypatch)
+    state = prepare(climbing, samples_of(climbing))
+    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
+    began = scaler.get_scale()
+    first_weights(state)
+    assert state.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
+    assert scaler.get_scale() == began == 2.0**16
+    assert all(one.grad is None for one in state.trainable.values())
+
+
+def test_gradients_that_overflow_at_any_scale_have_no_rho(
+    climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow_above(0.5, monkeypatch)
+    state = prepare(climbing, samples_of(climbing))
+    state.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with pytest.raises(RunError, match=r"rho_rise=0.005 was asked for, but no first gradient is finite"):
+        first_weights(state)
+
+
+def test_lora_ga_starts_where_it_does_without_fp16_when_the_first_gradient_overflows(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config.replace(method="lora", adapter="lora-ga", lora_ga_steps=2)
+    usual = prepare(config, samples_of(config))
+    first_weights(usual)
+    overflow_above(2.0**12, monkeypatch)
+    state = prepare(config, samples_of(config))
+    state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
+    first_weights(state)
+    assert scaler.get_scale() == 2.0**16
+    for name, weight in state.trainable.items():
+        torch.testing.assert_close(weight, usual.trainable[name], rtol=1e-3, atol=1e-5)
+
+
+def overflow_above(most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gradients overflow, as fp16's do, where the loss is multiplied by more than `most`."""
+    plain = micro_batches.diffusion_loss
+
+    def overflowing(*given: Any) -> torch.Tensor:
+        loss = plain(*given)
+        loss.register_hook(lambda slope: slope.fill_(math.inf) if float(slope) > most else slope)
+        return loss
+
+    monkeypatch.setattr(micro_batches, "diffusion_loss", overflowing)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-sam", "bi-lora", "flat-lora"])
+def test_methods_that_do_not_ascend_in_w_have_no_rise_of_rho(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"--method {method} has no rho_rise"):
+        TrainConfig.from_dict({"method": method, "rho_rise": 0.2})

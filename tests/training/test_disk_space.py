@@ -1,0 +1,124 @@
+"""A run that its disk cannot hold does not begin; the disks are real ones, if small."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_disk import small_disk
+
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.data import class_images
+from flatlora_diffusion.memory.disk import class_images_need, disk_need
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.training import trainer
+from flatlora_diffusion.training.trainer import train
+
+LOGS = 64 * 1024  # bytes of a short run's log, card and settings, which are not counted
+
+
+@pytest.fixture
+def big(config: TrainConfig) -> TrainConfig:
+    """A run whose checkpoint and result are larger than all else that it writes."""
+    return config.replace(rank=64, checkpointing_steps=2)
+
+
+def needed(config: TrainConfig) -> int:
+    """KiB of a checkpoint and the result."""
+    need = disk_need(config)
+    return (need.checkpoint + need.result) // 1024
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_run_begins_only_with_room_for_a_checkpoint_and_the_result(
+    big: TrainConfig, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "load_training_set", lambda _: pytest.fail("it went on"))
+    with small_disk(tmp_path / "disk", int(share * needed(big))) as disk:
+        config = big.replace(output_dir=str(disk / "run"))
+        with pytest.raises(ConfigError, match=r"output_dir=.*disk.run.* free, .*checkpoint.* result") as refused:
+            train(config)
+        assert "\n" not in str(refused.value)
+        assert list(disk.iterdir()) == []
+
+
+def test_with_that_room_it_ends_well(big: TrainConfig, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", needed(big) + LOGS // 1024) as disk:
+        run = RunDir(disk / "run")
+        train(big.replace(output_dir=str(run.folder)))
+        assert [path.name for path in run.checkpoints()] == ["checkpoint-2"]
+        assert (run.folder / LORA_FILE).is_file()
+
+
+def test_an_earlier_run_is_not_moved_for_one_that_has_no_room(big: TrainConfig, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", int(1.5 * needed(big))) as disk:
+        folder = disk / "run"
+        config = big.replace(output_dir=str(folder))
+        train(config)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(ConfigError, match="output_dir="):
+            train(config)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_is_resumed_is_looked_at_too(big: TrainConfig, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", int(1.5 * needed(big))) as disk:
+        config = big.replace(output_dir=str(disk / "run"))
+        train(config)
+        with pytest.raises(ConfigError, match="output_dir="):
+            train(config.replace(max_train_steps=9, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("is_one_disk", [False, True])
+def test_class_images_are_drawn_only_with_room_for_them(
+    big: TrainConfig, tmp_path: Path, is_one_disk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the run's own disk there must be room for both."""
+    monkeypatch.setattr(class_images, "_generate", lambda *_: pytest.fail("it was begun"))
+    prior: dict[str, Any] = {"with_prior_preservation": True, "class_prompt": "an icon", "resolution": 32}
+    config = big.replace(**prior, num_class_images=400, class_data_dir="x")
+    images = class_images_need(config) // 1024
+    room = (needed(config) + images // 2) if is_one_disk else images // 2
+    with small_disk(tmp_path / "disk", room) as disk:
+        changes = {"output_dir": str(disk / "run")} if is_one_disk else {}
+        with pytest.raises(ConfigError, match="class images") as refused:
+            train(config.replace(class_data_dir=str(disk / "class"), **changes))
+        assert ("output_dir=" if is_one_disk else "class_data_dir=") in str(refused.value)
+
+
+def test_what_is_needed_and_what_is_free_is_said_in_a_line(
+    big: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "flatlora_diffusion.training.disk_space")
+    with small_disk(tmp_path / "disk", 3 * needed(big)) as disk:
+        train(big.replace(output_dir=str(disk / "run")))
+    assert [record.levelname for record in caplog.records if record.name.endswith(".room")] == ["INFO"]
+
+
+def test_checkpoints_that_will_not_all_fit_are_told_of(
+    big: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = {"max_train_steps": 8, "checkpointing_steps": 2, "output_dir": str(tmp_path / "disk" / "run")}
+    with small_disk(tmp_path / "disk", 3 * needed(big)):
+        with pytest.raises(RunError, match="space"):
+            train(big.replace(**few))
+        (told,) = (record.getMessage() for record in caplog.records if record.name.endswith(".room"))
+        assert "3 of the 4 checkpoints" in told
+        assert "--checkpoints_total_limit" in told
+    caplog.clear()
+    with small_disk(tmp_path / "disk", 3 * needed(big)):
+        train(big.replace(**few, checkpoints_total_limit=2))
+        assert not [record for record in caplog.records if record.name.endswith(".room")]
+
+
+def test_a_base_whose_size_is_unknown_is_trained_all_the_same(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: TrainConfig) -> None:
+        raise KeyError("sample_size")
+
+    monkeypatch.setattr("flatlora_diffusion.training.disk_space.disk_need", fail)
+    train(config)
+    assert "the disk that the run needs could not be estimated" in caplog.text
