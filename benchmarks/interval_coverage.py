@@ -4,8 +4,8 @@
 
 Tables of S seeds and I images are drawn with known standard deviations of seeds, images and the rest, mean 0, and
 three intervals are made of each: over seeds and images (`evaluation/crossed_statistics.py`), over seeds alone
-(Student's t of the seeds' means, what `compare` had before), and by a percentile bootstrap of seeds and images. A minute
-on one core.
+(Student's t of the seeds' means, what `compare` had before), and by a percentile bootstrap of seeds and
+images. A minute on one core.
 """
 
 from __future__ import annotations
