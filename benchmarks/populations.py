@@ -92,23 +92,24 @@ class Study:
         self.samples = {name: load_samples(folder).samples for name, folder in style.lists.items()}
 
     @cached_property
-    def _sdxl(self) -> Any:
+    def sdxl(self) -> Any:
+        """The base in fp32."""
         return load_sdxl(ModelConfig(BASE), record.DEVICE, torch.float32)
 
     @cached_property
     def _first_probes(self) -> dict[str, Probe]:
-        sdxl = self._sdxl
+        sdxl = self.sdxl
         return {name: fixed_probe(sdxl, samples, sdxl.resolution, 0, DRAWS) for name, samples in self.samples.items()}
 
     def probes(self, group: int) -> dict[str, Probe]:
         """The icons of every list under the draws of a group."""
-        steps = self._sdxl.scheduler.config.num_train_timesteps
+        steps = self.sdxl.scheduler.config.num_train_timesteps
         return {name: redrawn(probe, group, steps) for name, probe in self._first_probes.items()}
 
     def rows(self, subject: Subject, group: int) -> Iterator[Row]:
         """Every row of a subject in a group, trained and measured where it is missing."""
         base = self._measured(None, group, 0.0)
-        for member, file in self._files(subject, group):
+        for member, file in self.files(subject, group):
             for strength in subject.strengths:
                 losses = self._measured(file, group, strength)
                 less = {name: values - base[name] for name, values in losses.items()}
@@ -118,15 +119,11 @@ class Study:
         """Whether `rows` has nothing left to do."""
         if not all(self._lora_of(run, step).is_file() for run, step in self._parts(subject, group)):
             return False
-        files = [file for _, file in self._files(subject, group)]
+        files = [file for _, file in self.files(subject, group)]
         return all(self._cache(file, group, strength).is_file() for file in files for strength in subject.strengths)
 
-    def base(self, group: int) -> dict[str, Tensor]:
-        """The base's own losses under the draws of a group."""
-        return self._measured(None, group, 0.0)
-
-    def _files(self, subject: Subject, group: int) -> Iterator[tuple[int, Path]]:
-        """The LoRA file of each row by its first member: that of a run, or of an average."""
+    def files(self, subject: Subject, group: int) -> Iterator[tuple[int, Path]]:
+        """The LoRA file of each row by its first member, that of a run or an average; trained where it is missing."""
         parts = self._parts(subject, group)
         for run, _ in parts:
             _train(run, subject)
@@ -135,6 +132,10 @@ class Study:
             yield from zip(subject.members, files, strict=True)
             return
         yield subject.members[0], self._average(files, subject.rank)
+
+    def base(self, group: int) -> dict[str, Tensor]:
+        """The base's own losses under the draws of a group."""
+        return self._measured(None, group, 0.0)
 
     def _parts(self, subject: Subject, group: int) -> list[tuple[PlannedRun, int | None]]:
         runs = [self._planned(subject, group, member) for member in subject.members]
@@ -168,10 +169,10 @@ class Study:
         return {name: values.double() for name, values in load_file(cache).items()}
 
     def _measure(self, file: Path | None, group: int, strength: float) -> dict[str, Tensor]:
-        objective, unet = Objective(self._sdxl.scheduler), self._sdxl.unet
+        objective, unet = Objective(self.sdxl.scheduler), self.sdxl.unet
         if file is None:
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
-        pipeline, files = self._sdxl.pipeline, [LoraFile(file)]
+        pipeline, files = self.sdxl.pipeline, [LoraFile(file)]
         with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=True):
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
 
