@@ -94,6 +94,7 @@ class Study:
 
     @cached_property
     def sdxl(self) -> Any:
+        """The base in fp32."""
         return load_sdxl(ModelConfig(BASE), record.DEVICE, torch.float32)
 
     @cached_property
@@ -122,12 +123,8 @@ class Study:
         files = [file for _, file in self.files(subject, group)]
         return all(self._cache(file, group, strength).is_file() for file in files for strength in subject.strengths)
 
-    def base(self, group: int) -> dict[str, Tensor]:
-        """The base's own losses under the draws of a group."""
-        return self._measured(None, group, 0.0)
-
     def files(self, subject: Subject, group: int) -> Iterator[tuple[int, Path]]:
-        """The LoRA file of each row by its first member, of a run or an average; what is missing is trained."""
+        """The LoRA file of each row by its first member, that of a run or an average; trained where it is missing."""
         parts = self._parts(subject, group)
         for run, _ in parts:
             _train(run, subject)
@@ -136,6 +133,10 @@ class Study:
             yield from zip(subject.members, files, strict=True)
             return
         yield subject.members[0], self._average(files, subject.rank, subject.member_rank)
+
+    def base(self, group: int) -> dict[str, Tensor]:
+        """The base's own losses under the draws of a group."""
+        return self._measured(None, group, 0.0)
 
     def _parts(self, subject: Subject, group: int) -> list[tuple[PlannedRun, int | None]]:
         runs = [self._planned(subject, group, member) for member in subject.members]

@@ -1,0 +1,166 @@
+"""`average_flatness`: a study in miniature from training to the page, and that the page says what the JSON holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_random_sdxl import save_icons, save_tiny_random_sdxl
+
+from benchmarks import populations
+from benchmarks.average_flatness import (
+    AVERAGE,
+    BASE,
+    CUT,
+    FILE,
+    HELDOUT,
+    MEMBER_NAMES,
+    TRAINING,
+    WEAKENED,
+    Group,
+    distance,
+    icon_rises,
+    measure,
+    plane_through,
+)
+from benchmarks.average_flatness_page import PICTURE, along, percent_less, picture, section, table_of
+from benchmarks.population_icons import Style
+from benchmarks.populations import Study
+from benchmarks.populations_page import PAGE
+from flatlora_diffusion.config import FlatnessConfig
+from flatlora_diffusion.flatness.landscape import expected_rise
+from flatlora_diffusion.flatness.merged_weights import probe_loss_at
+from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.sampling import evaluating
+
+CONFIG = FlatnessConfig(
+    sigmas=(0.3,), rise_draws=2, radii=(0.01,), trace_probes=2, probe_draws=2, surface_points=3, extent=2.0
+)
+PAGE_WORDS = " ".join(PAGE.read_text(encoding="utf-8").split())
+SETTINGS = {"rank": 2, "max_train_steps": 6, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A study of a random base of 32 pixels, whose runs have 6 steps; its style and its folder."""
+    folder = tmp_path_factory.mktemp("average-flatness")
+    base = str(save_tiny_random_sdxl(folder / "base"))
+    style = Style(save_icons(folder / "training", 3), {HELDOUT: save_icons(folder / "heldout", 4)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(populations, "BASE", base)
+        patch.setattr(populations, "POINTS", 1)
+        settings = populations.SETTINGS | SETTINGS | {"pretrained_model_name_or_path": base}
+        patch.setattr(populations, "SETTINGS", settings)
+        yield Study(style, folder / "3d"), style, folder / "pieces"
+
+
+@pytest.fixture(scope="module")
+def group(bench: Any) -> Group:
+    study, _, _ = bench
+    return Group(study, {TRAINING: study.samples[HELDOUT][:2], HELDOUT: study.samples[HELDOUT][2:]}, 0, CONFIG)
+
+
+@pytest.mark.slow
+def test_two_groups_are_trained_measured_and_put_on_a_page_and_a_second_call_measures_nothing(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, style, work = bench
+    result = measure(study, style, work, 2, CONFIG, 3)
+    assert {name: len(icons) for name, icons in result["icons"].items()} == {TRAINING: 3, HELDOUT: 3}
+    middle = result["plane"]["losses"][HELDOUT][1][1]
+    assert middle == pytest.approx(1e-5 * table_of(result, HELDOUT, "loss", [AVERAGE])[0].mean(), abs=1e-6)
+    average, members = (table_of(result, TRAINING, "loss", of).mean() for of in ([AVERAGE], MEMBER_NAMES))
+    for kind, place in (("average to base", 0), ("member to average", -1)):
+        assert along(result, TRAINING, kind)[place].mean == pytest.approx(average - members)
+    assert len([line for line in section(result).splitlines() if line.startswith("|")]) == (2 + 6) + (2 + 8)
+    picture(result).save(tmp_path / "plane.png")
+    with Image.open(tmp_path / "plane.png") as drawn:
+        assert drawn.width > drawn.height
+    monkeypatch.setattr(Group, "weights", property(lambda self: pytest.fail("a piece was measured twice")))
+    assert measure(study, style, work, 2, CONFIG, 3) == result
+
+
+@pytest.mark.slow
+def test_the_average_is_the_mean_of_the_merged_weights_and_the_weakened_member_is_as_long(group: Group) -> None:
+    for name, weight in group.weights[AVERAGE].items():
+        mean = torch.stack([group.weights[member][name] for member in MEMBER_NAMES]).mean(dim=0)
+        torch.testing.assert_close(weight, mean, rtol=1e-5, atol=1e-6)
+    base = group.weights[BASE]
+    assert distance(group.weights[WEAKENED], base) == pytest.approx(distance(group.weights[AVERAGE], base), rel=1e-4)
+    assert 0.1 < distance(group.weights[AVERAGE], base) < distance(group.weights[MEMBER_NAMES[0]], base)
+
+
+@pytest.mark.slow
+def test_rises_by_icon_are_those_of_the_flatness_command(bench: Any, group: Group) -> None:
+    sdxl, weights = bench[0].sdxl, group.weights[AVERAGE]
+    _, found = icon_rises(group.losses()[HELDOUT], weights, (0.1, 0.3), 2, seed=5)
+    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), group.probes[HELDOUT], 16)
+    with evaluating(sdxl.unet):
+        expected = expected_rise(loss, weights, 0.3, 2, seed=5)
+    assert len(found) == 2
+    assert float(found.mean()) == pytest.approx(expected.mean, rel=1e-3)
+
+
+def test_a_plane_through_three_points_has_them_in_it_and_their_mean_as_origin() -> None:
+    rng = torch.Generator().manual_seed(0)
+    points = [{"a": torch.randn(3, 4, generator=rng), "b": torch.randn(2, 5, generator=rng)} for _ in range(3)]
+    plane = plane_through(points)
+    for point, (a, b) in zip(points, plane.members, strict=True):
+        for name, weight in plane.at(a, b).items():
+            torch.testing.assert_close(weight, point[name])
+    (x1, y1), (x2, y2) = plane.members[:2]
+    assert y1 == pytest.approx(y2)
+    assert x2 - x1 == pytest.approx(distance(points[0], points[1]))
+    assert sum(b for _, b in plane.members) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def result() -> Any:
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def test_the_page_has_the_tables_and_the_picture_of_the_committed_figures(result: Any) -> None:
+    said = PAGE.read_text(encoding="utf-8")
+    assert section(result) in said
+    assert f"]({PICTURE.name})" in said
+    assert PICTURE.is_file()
+
+
+@pytest.mark.parametrize("name", [TRAINING, HELDOUT])
+def test_no_segment_has_a_barrier_and_the_average_lies_lowest_as_the_page_says(result: Any, name: str) -> None:
+    assert "the loss never rises on the way from one LoRA to another or to the average" in PAGE_WORDS
+    between = [found.mean for found in along(result, name, "between members")]
+    assert max(between) == pytest.approx(0, abs=1e-6)
+    toward = along(result, name, "member to average")
+    means = [found.mean for found in toward]
+    assert means == sorted(means, reverse=True)
+    assert means[-1] < min(between)
+    high = toward[-1].high
+    assert high is not None
+    assert high < 0
+    lengths = result["lengths"].values()
+    apart = [one["between members"] / one["member 1"] for one in lengths]
+    assert apart == pytest.approx([2**0.5] * len(apart), rel=0.03), "at right angles, of one length"
+
+
+@pytest.mark.parametrize("name", [TRAINING, HELDOUT])
+def test_the_average_is_hardly_flatter_and_no_shorter_lora_as_the_page_says(result: Any, name: str) -> None:
+    measures = [measure for measure in result["points"]["0"][AVERAGE][name] if measure != "loss"]
+    for measure_ in measures:
+        assert -5 < percent_less(result, name, measure_, AVERAGE, MEMBER_NAMES).mean < 0, measure_
+    loss = percent_less(result, name, "loss", AVERAGE, [WEAKENED])
+    assert loss.high is not None
+    assert loss.high < 0
+    for measure_ in measures:
+        if measure_.startswith("rise"):
+            base, members = (table_of(result, name, measure_, of).mean() for of in ([BASE], MEMBER_NAMES))
+            assert base < members
+            assert percent_less(result, name, measure_, AVERAGE, [WEAKENED]).mean > 0
+            assert percent_less(result, name, measure_, CUT, [AVERAGE]).mean < 0
+        elif measure_.startswith("worst"):
+            assert percent_less(result, name, measure_, AVERAGE, [WEAKENED]).mean < 0
+    assert percent_less(result, TRAINING, "loss", CUT, MEMBER_NAMES).mean > 0
