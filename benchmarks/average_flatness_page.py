@@ -128,10 +128,10 @@ def _facts(result: Result) -> str:
         return f"{np.mean([one[of] / np.mean([one[name] for name in MEMBER_NAMES]) for one in lengths]):.2f}"
 
     return (
-        f"{groups} groups of three seeds; {icons[TRAINING]} training icons and {icons[HELDOUT]} of *known 200*, (noise, "
-        f"timestep) draws an icon: {draws}. In lengths of a member's change of W, two members lie "
-        f"{share('between members')} apart, each {share('member to average')} from their average, which is a change of "
-        f"{share(AVERAGE)}."
+        f"{groups} groups of three seeds; {icons[TRAINING]} training icons and {icons[HELDOUT]} of *known 200*, "
+        f"(noise, timestep) draws an icon: {draws}. In lengths of a member's change of W, two members lie "
+        f"{share('between members')} apart, each {share('member to average')} from their average, which is a change "
+        f"of {share(AVERAGE)}."
     )
 
 
