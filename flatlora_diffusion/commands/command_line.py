@@ -96,7 +96,10 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 def _verbs() -> dict[str, Verb]:
     return {
-        "demo": Verb(_demo, "train LoRA, Flat-LoRA and SAM on sample icons and compare them; no GPU, no download"),
+        "demo": Verb(
+            _demo,
+            "train LoRA, Flat-LoRA and an average of LoRAs on sample icons; no GPU, no download",
+        ),
         "train": Verb(_train, "train a LoRA or Flat-LoRA on a folder of images"),
         "compare": Verb(_compare, "train both alike on your images, and report what tells them apart"),
         "evidence": Verb(_evidence, "the missing comparison on real SDXL: 23 icons, 3 seeds, a 12 GB GPU with bf16"),
@@ -167,7 +170,7 @@ def _caption(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--arms", *DEMO_ARMS]
+    defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--no_controls", "--arms", *DEMO_ARMS]
     _report_of(*_comparison(arguments, DEMO, defaults), has_remedy=False)
 
 

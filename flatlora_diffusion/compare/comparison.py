@@ -88,9 +88,10 @@ def _compare(experiment: Experiment) -> Path:
     with interrupted_as(lambda: f"with what is done kept in {out}: the same command goes on from there"):
         experiment.train(experiment.main)
         result = _evaluate_arms(experiment)
-        free_device()  # for the trainings to come
-        experiment.train(experiment.nulls)
-        _evaluate_nulls(experiment, result)
+        if experiment.nulls:
+            free_device()  # for the trainings to come
+            experiment.train(experiment.nulls)
+            _evaluate_nulls(experiment, result)
     return out
 
 
@@ -110,14 +111,14 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
     do_pieces(sdxl.unet, experiment.to_measure(evaluator))
     result = _measure(experiment, evaluator, pictures)
     _write(out, result)
-    logger.info("Look at %s: all but the nulls is there", out / PAGE)
+    logger.info("Look at %s%s", out / PAGE, ": all but the controls is there" if experiment.nulls else "")
     return result
 
 
 def _evaluate_nulls(experiment: Experiment, result: ComparisonResult) -> None:
     """Measure the nulls and write the whole report."""
     evaluator, sdxl = experiment.evaluator(experiment.runs)
-    logger.info("Measuring the nulls")
+    logger.info("Measuring the controls")
     do_pieces(sdxl.unet, experiment.to_measure_nulls(evaluator))
     values = {
         arm: {int(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in result["values"].items()

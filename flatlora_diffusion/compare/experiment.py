@@ -103,7 +103,7 @@ def read_experiment(config: TrainConfig, own: CompareConfig) -> Experiment:
     assert seed is not None
     arms = [parse_arm(text) for text in own.arms]
     main = plan(config, arms, range(seed, seed + own.num_seeds), own.num_checkpoints)
-    pairs = nulls_of(arms, seed, config.adapter.lora_init_seed)
+    pairs = nulls_of(arms, seed, config.adapter.lora_init_seed) if own.controls else []
     nulls = plan(config, [null.arm for null in pairs], [seed], own.num_checkpoints)
     material = read_material(config, own)  # takes longest
     return Experiment(config, own, material, arms, main, pairs, nulls)

@@ -30,7 +30,8 @@ def outlook(experiment: Experiment) -> Iterator[str]:
     yield f"1. train {names} on them, {_steps(experiment)}"
     yield f"2. draw {prompts} with the base and with each LoRA: {out / GRID}"
     yield f"3. measure them, also on {unseen} that none saw: {out / PAGE}"
-    yield f"4. for that page train and measure what shows chance alone: {nulls}"
+    if nulls:
+        yield f"4. for that page train and measure controls, which show chance alone: {nulls}"
     yield _trainings(experiment)
     yield _room(experiment)
     yield duration(experiment)

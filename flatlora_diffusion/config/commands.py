@@ -258,6 +258,9 @@ class CompareConfig(WorkersConfig):
     encoders: tuple[str, ...] = setting(
         ("judge",), "judge (icons only), or CLIP and DINOv2 models: folders or hub ids, for similarity and drift"
     )
+    controls: bool = setting(
+        True, "also train and measure controls, which differ from an arm by chance alone: sigma 0, other draws"
+    )
     lpips: bool = setting(False, "LPIPS diversity too; needs the package lpips and AlexNet's weights")
 
     def __post_init__(self) -> None:

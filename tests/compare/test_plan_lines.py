@@ -69,6 +69,9 @@ def test_the_trainings_are_counted(make: Any) -> None:
     assert trainings(make("lora", "sam")) == "3 trainings in all"
     assert trainings(make("lora", "flat-lora", own={"num_seeds": 5})) == "13 trainings in all"
     assert trainings(make("lora")) == "2 trainings in all"
+    without = make("lora", "flat-lora", own={"controls": False})
+    assert trainings(without) == "2 trainings in all"
+    assert not any(line.startswith("4.") for line in outlook(without))
     folded = make("lora", max_train_steps=20, holdout_folds=3, checkpointing_steps=5)
     assert "each after one for each of 3 folds" in trainings(folded)
 

@@ -155,7 +155,7 @@ def test_the_demo_trains_and_compares_in_an_empty_folder(program: Path, tmp_path
     short = ("--max_train_steps=1", "--train_batch_size=1", "--resolution=32", "--num_prompts=1")
     sparse = ("--num_checkpoints=1", "--pictures_per_prompt=1", f"--heldout_dir={few}", f"--forgetting_dir={few}")
     report = Path("outputs/demo/compare.html")
-    told = told_until(program, work, f"Look at {report}: all but the nulls", "demo", *short, *sparse)
+    told = told_until(program, work, f"Look at {report}\n", "demo", *short, *sparse)
     assert f"Look at {report.with_name('compare.png')}" in told
     assert (work / "outputs/demo/compare.html").is_file()
     assert [path.name for path in work.iterdir()] == ["outputs"]

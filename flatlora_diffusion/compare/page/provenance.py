@@ -10,7 +10,7 @@ from flatlora_diffusion.storage.formatting import figure
 
 _SHORT = 12  # hex digits that tell hashes apart at a glance; the whole is in the title
 _FEW = 3
-_ROLES = {"arm": "compared", "null": "null"}
+_ROLES = {"arm": "compared", "null": "control"}
 
 
 def kicker(result: Result) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ def nulls(result: Result) -> Section:
         for null in result["nulls"]
     ]
     text = "Pairs of runs that must be equal, or that differ by chance alone. A difference of this size means nothing."
-    return Section("nulls", "Nulls", text, "nulls", {"rows": rows} if rows else None)
+    return Section("nulls", "Controls", text, "nulls", {"rows": rows} if rows else None)
 
 
 def proof(result: Result) -> Section:
