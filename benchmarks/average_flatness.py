@@ -9,7 +9,7 @@ until its update is as long as the average's: the loss, its expected rise under 
 the Hessian's trace, on the training images and on the first held-out icons of `known 200`; and the loss along the
 segments between members, average and base, and over the plane through the members of the first group. Noise, signs
 and timesteps are the same for all of a group and others for each group. Nothing is measured twice, so the command goes
-on after a stop; about 15 minutes of a core with five groups, and one more for each training.
+on after a stop; about 17 minutes of a core with five groups, and one more for each training.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def along(result: Result, name: str, kind: str) -> list[CrossedDifference]:
     members = table_of(result, name, "loss", MEMBER_NAMES)
     found = []
     for place in range(len(result["between"]) + 2):
-        tables = [_on_segment(result, name, one, other, place) for one, other in _ALIKE[kind]]
+        tables = [on_segment(result, name, one, other, place) for one, other in _ALIKE[kind]]
         found.append(crossed_difference((np.mean(tables, axis=0) - members).tolist()))
     return found
 
@@ -128,10 +128,10 @@ def _facts(result: Result) -> str:
         return f"{np.mean([one[of] / np.mean([one[name] for name in MEMBER_NAMES]) for one in lengths]):.2f}"
 
     return (
-        f"{groups} groups of three seeds; {icons[TRAINING]} training icons and {icons[HELDOUT]} of *known 200*, "
+        f"{groups} groups of three seeds; {icons[TRAINING]} training icons and {icons[HELDOUT]} of *known 200*; "
         f"(noise, timestep) draws an icon: {draws}. In lengths of a member's change of W, two members lie "
-        f"{share('between members')} apart, each {share('member to average')} from their average, which is a change "
-        f"of {share(AVERAGE)}."
+        f"{share('between members')} apart, each {share('member to average')} from their average, and the average's "
+        f"change has length {share(AVERAGE)}."
     )
 
 
@@ -172,7 +172,7 @@ def _words(measure: str) -> str:
     }[kind]
 
 
-def _on_segment(result: Result, name: str, one: str, other: str, place: int) -> np.ndarray:
+def on_segment(result: Result, name: str, one: str, other: str, place: int) -> np.ndarray:
     """(groups, icons), at one of the ends or of the places between them."""
     if place in (0, len(result["between"]) + 1):
         return table_of(result, name, "loss", [one if place == 0 else other])
