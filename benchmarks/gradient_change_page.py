@@ -88,17 +88,41 @@ def of_kind(result: Result, kind: str, key: str, share: str = "1") -> list[list[
     return by_seed(result, lambda step: float(step["eps"][share][kind][key]))
 
 
+def lifts(result: Result, kind: str) -> list[list[float]]:
+    """How far an eps of SAM's length lifts the loss to first order, SAM's being 1, by seed and step."""
+    if kind == BI_LORA:
+        return by_seed(result, lambda step: float(step["slopes"]), "bi-lora")
+    return by_seed(result, lambda step: float(step["slopes"][kind]))
+
+
 def of_noise(result: Result, strength: str, key: str, draw: str = "low_rank") -> list[list[float]]:
     """Of Flat-LoRA's noise with a sigma, by seed and step."""
     return by_seed(result, lambda step: float(step["noise"][draw][strength][key]))
 
 
-def along_gradient(result: Result, strength: str, draw: str = "low_rank") -> list[list[float]]:
-    """The mean change of all draws, as far as it is along the gradient at W, in the length of that."""
+def in_common(result: Result, sigma: str) -> list[list[float]]:
+    """The share of a change's energy that is the same in all draws, by seed and step.
+
+    Less that of the same draws at SAM's length: changes are linear in eps there, so that what these few draws have in
+    common is chance.
+    """
 
     def of_step(step: Mapping[str, Any]) -> float:
-        found = step["noise"][draw][strength]
-        return float(found["mean to gradient"] * found["mean length"] * found["of gradient"])
+        found = step["noise"]["low_rank"]
+        return float(found[sigma]["common"] - found[SAM_LENGTH]["common"])
+
+    return by_seed(result, of_step)
+
+
+def along_gradient(result: Result, sigma: str) -> list[list[float]]:
+    """The mean change of all draws along the gradient at W, in the length of that; less what is linear in eps."""
+
+    def along(found: Mapping[str, float]) -> float:
+        return found["mean to gradient"] * found["mean length"] * found["of gradient"]
+
+    def of_step(step: Mapping[str, Any]) -> float:
+        found = step["noise"]["low_rank"]
+        return float(along(found[sigma]) - along(found[SAM_LENGTH]) * found[sigma]["eps"] / found[SAM_LENGTH]["eps"])
 
     return by_seed(result, of_step)
 
@@ -118,7 +142,7 @@ def sigmas(result: Result) -> list[str]:
 
 def tables(result: Result) -> str:
     """All that stands between the markers of the page."""
-    return "\n\n".join(write(result) for write in (_conditions, _alike, _directions, _noise, _in_common))
+    return "\n\n".join(write(result) for write in (_conditions, _alike, _directions, _noise, _shared))
 
 
 def _conditions(result: Result) -> str:
@@ -148,15 +172,17 @@ def _directions(result: Result) -> str:
     for kind, (words, _) in KINDS.items():
         cosines = of_kind(result, kind, "cosine")
         half = "" if kind in (BI_LORA, SAM_LENGTH) else said(of_kind(result, kind, "cosine", "0.5"))
+        lift = "" if kind == SAM_LENGTH else said(lifts(result, kind))
         lengths = [said(of_kind(result, kind, key)) for key in ("of SAM", "of gradient")]
-        rows.append([words, said(cosines), _span(cosines), half, *lengths])
-    columns = ["eps along", "cosine to SAM's change", "in single steps", "half of rho", "length, SAM's 1"]
-    columns.append("length, gradient's 1")
+        rows.append([words, lift, said(cosines), _span(cosines), half, *lengths])
+    columns = ["eps along", "lift, SAM's 1", "cosine to SAM's change", "in single steps", "at half of rho"]
+    columns += ["length, SAM's 1", "length, gradient's 1"]
     own, to_gradient = (said(of_kind(result, "SAM", key)) for key in ("of gradient", "to gradient"))
     return (
         "**What does eps of SAM's length change?** SAM's own change has "
         f"{own} times the length of the gradient at W, and a cosine of {to_gradient} to it. Other eps, all of length "
-        f"rho:\n\n{table(columns, rows)}"
+        "rho; the lift of the loss, to first order, is the cosine of eps to the step's own slope:"
+        f"\n\n{table(columns, rows)}"
     )
 
 
@@ -175,12 +201,12 @@ def _noise(result: Result) -> str:
     )
 
 
-def _in_common(result: Result) -> str:
+def _shared(result: Result) -> str:
     rows = []
     for sigma in sigmas(result):
-        common, halves = (of_noise(result, sigma, key) for key in ("common", "halves"))
+        share = in_common(result, sigma)
         along = said(along_gradient(result, sigma), 3)
-        rows.append([sigma, said(common, 3), passes(over_seeds(common)), said(halves), along])
+        rows.append([sigma, said(share, 3), passes(over_seeds(share)), said(of_noise(result, sigma, "halves")), along])
     columns = [
         "sigma",
         "share of a change's energy",
@@ -189,7 +215,8 @@ def _in_common(result: Result) -> str:
     ]
     columns.append("along the gradient, its length 1")
     return (
-        f"**What do all draws have in common?** {result['plan']['draws']['low_rank']} low-rank draws for each step:"
+        f"**What do all draws have in common?** {result['plan']['draws']['low_rank']} low-rank draws for each step; "
+        "share and length are less what the same draws, made as short as SAM's eps, have by chance:"
         f"\n\n{table(columns, rows)}"
     )
 
@@ -215,7 +242,7 @@ def said(values: list[list[float]], digits: int = 2) -> str:
     found = over_seeds(values)
     while digits < 4 and 0 < abs(found.mean) + (found.margin or 0) < 10**-digits:
         digits += 1
-    mean = f"{found.mean:.{digits}f}".replace("-", MINUS)
+    mean = f"{round(found.mean, digits) + 0.0:.{digits}f}".replace("-", MINUS)  # no minus before 0
     return mean if found.margin is None else f"{mean} ± {found.margin:.{digits}f}"
 
 

@@ -14,12 +14,31 @@ from tiny_models import normal, toy_case
 from tiny_random_sdxl import save_icons, save_tiny_random_sdxl
 
 from benchmarks.gradient_change import PLAN, SETTINGS, Probe, main, mean_cosine, of_draws, sketch, total
-from benchmarks.gradient_change_page import PAGE, Result, draw_figure, passes, read, tables
+from benchmarks.gradient_change_page import (
+    KINDS,
+    OLD,
+    PAGE,
+    SAM_LENGTH,
+    Result,
+    along_gradient,
+    draw_figure,
+    in_common,
+    lifts,
+    of_kind,
+    of_noise,
+    over_seeds,
+    passes,
+    read,
+    sigmas,
+    tables,
+)
 from flatlora_diffusion.compare.crossed import crossed_difference
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train_step
+
+OLDER = [kind for kind, (_, source) in KINDS.items() if source == OLD]
 
 
 def test_slopes_and_gradients_at_a_moved_w_are_those_of_autograd() -> None:
@@ -137,3 +156,45 @@ def test_the_page_has_the_committed_figures(result: Result) -> None:
     assert tables(result) in PAGE.read_text(encoding="utf-8")
     assert len(result["seeds"]) == len(result["bi-lora"]) >= 5
     assert {len(seed["steps"]) for seed in result["seeds"]} == {8}
+
+
+def test_the_page_says_what_older_batches_do(result: Result) -> None:
+    said = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert "slopes dL/dW of two batches are at right angles" in said
+    assert all(abs(seed["alike"]["batches"]) < 0.02 for seed in result["seeds"])
+    assert "a quarter to a third of what SAM does" in said
+    assert "in the mean no cosine is left" in said
+    for kind in OLDER:
+        cosines, lengths = of_kind(result, kind, "cosine"), of_kind(result, kind, "of SAM")
+        found = over_seeds(cosines)
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low < 0 < found.high, kind
+        assert abs(over_seeds(lifts(result, kind)).mean) < 0.05, "hardly lifts the loss"
+        assert 0.2 < over_seeds(lengths).mean < 0.37
+        steps = [one for own in cosines for one in own]
+        assert min(steps) < -0.4, "opposes it in another"
+        assert max(steps) > 0.4
+    assert "a sketch of rank 4 does what the whole slope does" in said
+    assert over_seeds(of_kind(result, "rank 4", "cosine")).mean > 0.99
+    assert over_seeds(of_kind(result, "rank 4", "of SAM")).mean > 0.95
+
+
+def test_the_page_says_what_noise_does(result: Result) -> None:
+    said = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert "Noise as short as SAM's eps does nothing" in said
+    assert over_seeds(of_kind(result, SAM_LENGTH, "of gradient")).mean < 0.01
+    assert "Up to sigma 0.2 the gradient at W + eps still points where the gradient at W does" in said
+    assert all(over_seeds(of_noise(result, sigma, "kept")).mean > 0.95 for sigma in ("0.05", "0.1", "0.2"))
+    shares = {sigma: over_seeds(in_common(result, sigma)) for sigma in sigmas(result)}
+    assert "is at most some hundredths of a change's energy; it grows with about the square of sigma" in said
+    assert 0.03 < shares["0.4"].mean < 0.1
+    assert shares["0.4"].mean / shares["0.2"].mean == pytest.approx(4, rel=0.35)
+    assert "At sigma 0.4 a dozen draws show the pull" in said
+    assert shares["0.4"].low is not None
+    assert shares["0.4"].low > 0
+    assert over_seeds(of_noise(result, "0.4", "halves")).mean > 0.1
+    assert "Part of the pull only shortens the gradient" in said
+    shorter = over_seeds(along_gradient(result, "0.4"))
+    assert shorter.high is not None
+    assert shorter.high < 0
