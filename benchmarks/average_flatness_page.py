@@ -28,7 +28,7 @@ from benchmarks.average_flatness import (
     WEAKENED,
 )
 from benchmarks.populations import UNIT
-from benchmarks.populations_page import MINUS, PAGE
+from benchmarks.populations_page import MINUS, PAGE, table
 from flatlora_diffusion.charts.lines import Chart, styled, surface_chart
 from flatlora_diffusion.charts.palette import INK, PAPER
 from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference, crossed_difference
@@ -142,7 +142,7 @@ def _segments(result: Result) -> list[str]:
         for kind in _ALIKE
         for name in (TRAINING, HELDOUT)
     ]
-    return _table(["segment", "icons", *places], rows)
+    return table(["segment", "icons", *places], rows)
 
 
 def _figures(result: Result) -> list[str]:
@@ -159,7 +159,7 @@ def _figures(result: Result) -> list[str]:
             said = [_words(measure), SET_WORDS[name], *map(_number, means)]
             rows.append([*said, *map(_interval, differences), *empty])
     head = ["", "icons", "base", "members", "average", "less members", "less weakened", "rank 4, less members"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _words(measure: str) -> str:
@@ -196,10 +196,6 @@ def _interval(found: CrossedDifference) -> str:
 def _number(value: float, sign: str = "", digits: int | None = None) -> str:
     digits = int(abs(value) < 99.5) if digits is None else digits
     return f"{value:{sign}.{digits}f}".replace("-", MINUS)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
 def main() -> None:

@@ -34,15 +34,15 @@ from benchmarks import record
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.ground.provenance import DrawHash
-from flatlora_diffusion.ground.seeds import derive_seed, generator
-from flatlora_diffusion.ground.whole_files import write_json
-from flatlora_diffusion.method.adapted_layers import AdaptedLayer
+from flatlora_diffusion.method.gradient import MicroBatch, StepGradient
+from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.noise import applied
-from flatlora_diffusion.method.rivals.slopes import SlopeReader
-from flatlora_diffusion.method.step_gradient import MicroBatch, StepGradient
+from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss
-from flatlora_diffusion.training.beginning.first_weights import first_weights
+from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.hashing import DrawHash
+from flatlora_diffusion.storage.rng import derive_seed, generator
+from flatlora_diffusion.training.first_weights import first_weights
 from flatlora_diffusion.training.micro_batches import DrawnMicroBatch, micro_batches
 from flatlora_diffusion.training.state import TrainState, prepare, put_away
 from flatlora_diffusion.training.trainer import train_step

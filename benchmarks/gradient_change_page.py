@@ -19,11 +19,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.gradient_change import EARLIER, RANKS
-from benchmarks.paper_flatness import table
-from benchmarks.paper_words import MINUS
+from benchmarks.populations_page import MINUS, table
 from flatlora_diffusion.charts.lines import Chart, PlainNumbers, styled
 from flatlora_diffusion.charts.palette import FAINT, FLAT_LORA, INK, LORA, THIRD, Look
-from flatlora_diffusion.compare.crossed import CrossedDifference, crossed_difference
+from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference, crossed_difference
 
 RESULT = Path(__file__).with_name("gradient_change.json")
 PAGE = Path(__file__).parents[1] / "docs" / "why.md"
@@ -162,9 +161,8 @@ def _conditions(result: Result) -> str:
 
 def _alike(result: Result) -> str:
     rows = [[words, said([[seed["alike"][key]] for seed in result["seeds"]])] for key, words in ALIKE.items()]
-    return (
-        f"**How alike are slopes?** The cosine of two, at the same weights:\n\n{table(['slopes of', 'cosine'], rows)}"
-    )
+    cosines = _joined(["slopes of", "cosine"], rows)
+    return f"**How alike are slopes?** The cosine of two, at the same weights:\n\n{cosines}"
 
 
 def _directions(result: Result) -> str:
@@ -182,7 +180,7 @@ def _directions(result: Result) -> str:
         "**What does eps of SAM's length change?** SAM's own change has "
         f"{own} times the length of the gradient at W, and a cosine of {to_gradient} to it. Other eps, all of length "
         "rho; the lift of the loss, to first order, is the cosine of eps to the step's own slope:"
-        f"\n\n{table(columns, rows)}"
+        f"\n\n{_joined(columns, rows)}"
     )
 
 
@@ -197,7 +195,7 @@ def _noise(result: Result) -> str:
     columns += ["cosine of the gradients at W + eps and W", "cosine to SAM's change"]
     return (
         "**What does one draw of Flat-LoRA's own noise change?** Low-rank draws are the default, full ones are Eq. 7 "
-        f"by the letter:\n\n{table(columns, rows)}"
+        f"by the letter:\n\n{_joined(columns, rows)}"
     )
 
 
@@ -217,8 +215,12 @@ def _shared(result: Result) -> str:
     return (
         f"**What do all draws have in common?** {result['plan']['draws']['low_rank']} low-rank draws for each step; "
         "share and length are less what the same draws, made as short as SAM's eps, have by chance:"
-        f"\n\n{table(columns, rows)}"
+        f"\n\n{_joined(columns, rows)}"
     )
+
+
+def _joined(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(table(head, rows))
 
 
 def _span(values: list[list[float]]) -> str:

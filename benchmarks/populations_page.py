@@ -175,9 +175,9 @@ def style_section(study: Study, title: str) -> str:
     }
     head = ["", "passes", "groups", *POPULATIONS, "forgets"]
     lines = [f"## {title}", "", f"Icons: {lists}. LoRA less the base, {len(base)} groups:", ""]
-    lines += _table(["", *POPULATIONS, "forgets"], [["LoRA", *lora.values()]])
+    lines += table(["", *POPULATIONS, "forgets"], [["LoRA", *lora.values()]])
     lines += ["", "**At strength 1**, less LoRA:", ""]
-    lines += _table(
+    lines += table(
         head,
         [
             [
@@ -191,7 +191,7 @@ def style_section(study: Study, title: str) -> str:
         ],
     )
     lines += ["", "**Where both forget as much**, less LoRA:", ""]
-    lines += _table(
+    lines += table(
         ["", "strength", "LoRA's", *POPULATIONS, "forgets"],
         [
             [
@@ -208,7 +208,7 @@ def style_section(study: Study, title: str) -> str:
     pairs = [(one, other) for one, other in PAIRS if one in rows and other in rows]
     if pairs:
         lines += ["", "**One less another**, both at strength 1:", ""]
-        lines += _table(
+        lines += table(
             ["", "less", "groups", *POPULATIONS, "forgets"],
             [
                 [
@@ -260,7 +260,7 @@ def uses_section(data: Mapping[str, Any]) -> str:
         *(f"{other}, less {subjects[0]}'s" for other in subjects[1:]),
     ]
     about = f'Rise of the loss on "{data["list"]}" by what is done to a LoRA, {len(groups)} groups:'
-    return "\n".join(["## In use", "", about, "", *_table(head, rows)])
+    return "\n".join(["## In use", "", about, "", *table(head, rows)])
 
 
 def _less(one: Sequence[float], other: Sequence[float]) -> list[float]:
@@ -279,7 +279,7 @@ def _interval(found: CrossedDifference | None, is_sure: bool) -> str:
     return f"**{said}**" if is_sure else said
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
