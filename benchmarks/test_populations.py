@@ -33,7 +33,7 @@ def study() -> Study:
 
 def test_the_average_is_better_than_lora_on_every_population_as_the_readme_says(study: Study) -> None:
     said = " ".join(README.read_text(encoding="utf-8").split())
-    assert "is better there on things that the base knows and on things that it does not know" in said
+    assert "of things that the base knows and of things that it does not know" in said
     found, _ = compared(study, AVERAGE, study.groups(AVERAGE))
     for name in POPULATIONS:
         for comparison in (found[name].plain, found[name].equal):
