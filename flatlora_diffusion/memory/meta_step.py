@@ -18,14 +18,16 @@ from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
 from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig
 from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
+from flatlora_diffusion.method.rivals.sam import Sam
+from flatlora_diffusion.method.rivals.sketch import Sketches
+from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, Slopes
 from flatlora_diffusion.sdxl.denoiser import Denoiser
 from flatlora_diffusion.sdxl.loading import one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
 from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
 
-Taking = Literal["plain", "slopes", "bi-lora"]
-"""How gradients are taken: of the LoRA alone, of W too, or beside Bi-LoRA's second LoRA."""
+Taking = Literal["plain", "slopes", "sam", "bi-lora"]
+"""How gradients are taken: of the LoRA alone, of W too, by SAM, or beside Bi-LoRA's second LoRA."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
 ) -> Passes:
     """Forward and backward in `dtype` of `micro_batches` of `images` square images of `resolution` pixels.
 
-    The base's weights are in `of_base`, the LoRA's in fp32. With `taking` the bytes are also those of slopes and of a
-    second LoRA with its gradients.
+    The base's weights are in `of_base`, the LoRA's in fp32. With `taking` the bytes are also those of slopes, of their
+    sketches or of a second LoRA with its gradients.
 
     Raises ConfigError when the LoRA's settings name no layer.
     """
@@ -182,11 +184,23 @@ def _take(taking: Taking, model: nn.Module, micro_batches: Sequence[_MicroBatch]
         second.take(0, micro_batches)
         second.detach()
         return
+    if taking == "sam":
+        sam = Sam([model], [], rho=1.0, seed=0)
+        with sam.reading(Sketches(0, 0)) as slopes:
+            _backward(micro_batches)
+        with sam.ascended(slopes):
+            _backward(micro_batches)
+        sam.detach()
+        return
     reader = SlopeReader([model] if taking == "slopes" else [])
-    with reader.reading():
-        for one in micro_batches:
-            one.backward()
+    with reader.reading(Slopes()):
+        _backward(micro_batches)
     reader.detach()
+
+
+def _backward(micro_batches: Sequence[_MicroBatch]) -> None:
+    for one in micro_batches:
+        one.backward()
 
 
 class _Conditioned(nn.Module):

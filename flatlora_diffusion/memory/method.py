@@ -29,8 +29,9 @@ def optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
 def bytes_of_method(rehearse: Callable[..., Passes], width: int, config: TrainConfig, examples: int) -> int:
     """What the method holds in a step, or LoRA-GA before the first one if that is more.
 
-    SAM and LoRA-GA: a slope of all adapted weights in fp32, and the layers' inputs while it is read, which with
-    several micro-batches are there at once. Bi-LoRA: a second LoRA with gradient, AdamW's state and activations.
+    LoRA-GA: a slope of all adapted weights in fp32, and the layers' inputs while it is read, which with several
+    micro-batches are there at once. SAM: sketches in place of that slope, and the same inputs. Bi-LoRA: a second LoRA
+    with gradient, AdamW's state and activations.
     LoRA-SAM and noise in A and B: a copy of the LoRA and its steps. AdaLoRA: three numbers for each of the LoRA's.
     `rehearse` makes the passes of a step, and with `taking` also those of a method.
     """
@@ -47,7 +48,7 @@ def bytes_of_method(rehearse: Callable[..., Passes], width: int, config: TrainCo
     if config.perturb.perturbs_weights:
         held = _perturbation(passes, width, config.perturb, examples)
     elif method == "sam":
-        held = slopes(optim.gradient_accumulation_steps)
+        held = beyond("sam", optim.gradient_accumulation_steps)
     elif method == "bi-lora":
         held = 8 * trained + beyond("bi-lora")
     elif method in ("lora-sam", "factor-noise"):

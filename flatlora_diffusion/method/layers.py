@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.method.branch import factors_of, has_branch, rank_of, scale_of
 from flatlora_diffusion.method.forward_hooks import Interception, Seam
-from flatlora_diffusion.method.noise import Convolution, applied, compute_dtype
+from flatlora_diffusion.method.noise import Convolution, applied, compute_dtype, layer_at
 
 _WRAPPERS = ("base_model.model.", "module.")
 _ROWS = 512  # rows of W that are turned into fp32 at a time
@@ -108,6 +108,13 @@ class AdaptedLayer:
         """B A x, of A (k, n) and B (m, k)."""
         hidden = applied(x, down.reshape(-1, *self.shape[1:]), None, self.convolution)
         return F.linear(hidden, up) if self.convolution is None else F.conv2d(hidden, up[:, :, None, None])
+
+    def fixed_product(self, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+        """`product` of factors that nothing trains: a convolution then keeps no x for its backward."""
+        if self.convolution is None:
+            return self.product(down, up, x)
+        hidden = layer_at(x, lambda: down.reshape(-1, *self.shape[1:]), self.convolution)
+        return layer_at(hidden, lambda: up[:, :, None, None], Convolution())
 
     def is_fusable(self) -> bool:
         """Whether W + eps can be formed in one fp32 buffer: a plain frozen fp32 layer that nobody else intercepts."""

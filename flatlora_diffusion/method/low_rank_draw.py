@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.layers import AdaptedLayer
-from flatlora_diffusion.method.noise import Convolution, compute_dtype, layer_at
+from flatlora_diffusion.method.noise import compute_dtype
 from flatlora_diffusion.method.row_norms import RowStds
 
 DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by default take 11.6 MB
@@ -86,10 +86,7 @@ class LowRankDraw(Draw):
 
     def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         down, up = self._pair(layer.name, x.dtype)
-        if layer.convolution is None:
-            return layer.product(down, up.mT, x)
-        hidden = layer_at(x, lambda: down.view(-1, *layer.shape[1:]), layer.convolution)
-        return layer_at(hidden, lambda: up.mT[:, :, None, None], Convolution())
+        return layer.fixed_product(down, up.mT, x)
 
     def _pair(self, name: str, dtype: torch.dtype) -> Pair:
         """The factors of layer `name`; what is compiled casts them by itself."""

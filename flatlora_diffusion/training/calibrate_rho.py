@@ -18,7 +18,8 @@ import torch
 
 from flatlora_diffusion.adapter.setup import adapted_models
 from flatlora_diffusion.config import RunError
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, average, norm
+from flatlora_diffusion.method.rivals.sketch import Sketches
+from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.training.loss_scale import loss_scale, taken_finite
 from flatlora_diffusion.training.micro_batches import DrawnMicroBatch, first_micro_batches, micro_batches
@@ -70,13 +71,13 @@ def _rho(state: TrainState) -> float:
 
 
 def _loss_and_slope(state: TrainState, reader: SlopeReader, step: int) -> tuple[float, float]:
-    """The mean loss of a step's images, of all processes, and ||dL/dW||."""
-    with reader.reading() as slopes:
+    """The mean loss of a step's images, of all processes, and ||dL/dW||, as sketched by SAM."""
+    with reader.reading(Sketches(state.batches.seed, step)) as slopes:
         losses = [one.backward(is_shared=False) for one in micro_batches(state, step, DrawHash())]
     state.optimizer.zero_grad(set_to_none=True)
-    average(slopes.values())
+    slopes.average()
     loss = state.accelerator.reduce(torch.stack(losses).mean(), "mean")
-    return float(loss), float(norm(slopes.values())) / loss_scale(state.accelerator)
+    return float(loss), float(slopes.norm()) / loss_scale(state.accelerator)
 
 
 def _is_finite(loss_and_slope: tuple[float, float]) -> bool:

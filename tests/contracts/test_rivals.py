@@ -19,7 +19,7 @@ from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.adapter.svd_start import ANCHOR, anchor, start_at_principal, start_at_slopes
 from flatlora_diffusion.config import PerturbConfig
 from flatlora_diffusion.method.gradient import FactorNoise, StepGradient
-from flatlora_diffusion.method.rivals import sam
+from flatlora_diffusion.method.rivals import sam, sketch
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
 from flatlora_diffusion.method.rivals.build import step_gradient
 from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
@@ -83,7 +83,8 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sam_takes_the_gradient_where_w_has_ascended_by_rho(name: str) -> None:
+def test_sam_takes_the_gradient_where_w_has_ascended_by_rho(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketch, "SKETCH_RANK", 64)  # that of no slope here is above it
     case = CASES[name]()
     clean = copy.deepcopy(case.model)
     eps = to_radius(slopes_of_weights(case, copy.deepcopy(clean)))
@@ -109,7 +110,7 @@ def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pyte
     case, shared = toy_case(), []
     monkeypatch.setattr(sam, "average", lambda tensors: shared.append(list(tensors)))
     rival(case, "sam", rho=RHO).take(1, [Micro(case, share=float("inf"))])
-    _, of_trained = shared
+    (of_trained,) = shared
     trained = [one.grad for one in case.model.parameters() if one.requires_grad]
     assert [one.data_ptr() for one in of_trained] == [one.data_ptr() for one in trained if one is not None]
 

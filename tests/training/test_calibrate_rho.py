@@ -172,7 +172,7 @@ def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfi
 
 def test_a_base_without_a_slope_is_told_of(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     state = prepare(climbing, samples_of(climbing))
-    monkeypatch.setattr(calibrate_rho, "norm", lambda slopes: torch.zeros(()))
+    monkeypatch.setattr(calibrate_rho.Sketches, "norm", lambda slopes: torch.zeros(()))
     with pytest.raises(RunError, match=r"rho_rise=0.005 was asked for, but no first gradient is finite and above 0"):
         first_weights(state)
 

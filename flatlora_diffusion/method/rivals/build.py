@@ -38,7 +38,7 @@ def step_gradient(
         own = seed if config.perturb_seed is None else config.perturb_seed
         return FactorNoise(of_factors, strength, own, config.perturb_per)
     if config.method == "sam":
-        return Sam(models.values(), parameters, config.radius)
+        return Sam(models.values(), parameters, config.radius, seed)
     if config.method in ("nbar", "obar"):
         return Balanced(factor_pairs(models.values()), config.balance, config.method == "obar", total_steps)
     flats = flat_loras(models, config, seed, ramp)

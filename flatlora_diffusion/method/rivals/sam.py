@@ -2,21 +2,22 @@
 
     eps = rho * g / ||g||,  g the gradient at the weights;  the step descends along the gradient at weights + eps
 
-Two passes with the same draws. LoRA-SAM ascends in A and B; SAM in W of all adapted layers at once, for which it holds
-one more fp32 number for each weight of them. Norms are over all layers. The loss that is told is that at the weights.
+Two passes with the same draws. LoRA-SAM ascends in A and B; SAM in W of all adapted layers at once, along a sketch of
+g of a small rank, so that eps is a branch as small as a LoRA. Norms are over all layers. The loss that is told is that
+at the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from flatlora_diffusion.method.gradient import Ascent, MicroBatch, StepGradient, moved
 from flatlora_diffusion.method.layers import AdaptedLayer
-from flatlora_diffusion.method.noise import applied, layer_at
+from flatlora_diffusion.method.rivals.sketch import Sketches
 from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, average, norm
 
 
@@ -42,43 +43,50 @@ class LoraSam(StepGradient):
 
 
 class Sam(SlopeReader, StepGradient):
-    """SAM over W of the adapted layers, which is never written: its slope is read and eps added in their forward."""
+    """SAM over W of the adapted layers, never written: its slope is sketched and eps added in their forward.
+
+    `seed` is that of the sketches.
+    """
 
     ascends = True
 
-    def __init__(self, models: Iterable[nn.Module], trainable: Sequence[nn.Parameter], rho: float) -> None:
+    def __init__(self, models: Iterable[nn.Module], trainable: Sequence[nn.Parameter], rho: float, seed: int) -> None:
         super().__init__(models)
-        self._trainable, self._rho = trainable, rho
-        self._eps: dict[AdaptedLayer, Tensor] = {}
+        self._trainable, self._rho, self._seed = trainable, rho, seed
+        self._eps: Sketches | None = None
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         again, self.ascent = list(micro_batches), None
-        with self.reading() as slopes:
+        with self.reading(Sketches(self._seed, step)) as slopes:
             losses = [one.backward(is_shared=False) for one in again]
-        average(slopes.values())
-        length = norm(slopes.values())
+        slopes.average()
+        length = slopes.norm()
         if not _can_ascend(length):
             average(one.grad for one in self._trainable if one.grad is not None)  # as no second pass shares them
             return losses
-        for slope in slopes.values():
-            slope.mul_(self._rho / length)
+        slopes.scale(self._rho / length)
         _forget(self._trainable)
-        self._eps = slopes
-        try:
+        with self.ascended(slopes):
             self.ascent = Ascent([one.backward() for one in again], self._rho * length)
-        finally:
-            self._eps = {}
         return losses
 
+    @contextmanager
+    def ascended(self, eps: Sketches) -> Iterator[None]:
+        """While this is open, adapted layers compute with W + eps."""
+        self._eps = eps
+        try:
+            yield
+        finally:
+            self._eps = None
+
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if layer not in self._eps:
+        factors = None if self._eps is None else self._eps.factors(layer)
+        if factors is None:
             return super()._base_forward(layer, x, *args, **kwargs)
-        eps = self._eps[layer]
+        down, up = factors
 
         def added(x: Tensor) -> Tensor:
-            if x.dtype == eps.dtype:
-                return applied(x, eps, None, layer.convolution)
-            return layer_at(x, partial(eps.to, x.dtype), layer.convolution)  # no copy of eps waits for backward
+            return layer.fixed_product(down.to(x.dtype), up.to(x.dtype), x)
 
         return layer.with_added(added, x, *args, **kwargs)
 
