@@ -85,9 +85,10 @@ class Study:
         return total
 
     def reference(self, subject: str, name: str, groups: Sequence[int], strength: float = 1.0) -> np.ndarray:
-        """What the subject is compared with, on a list: the mean of the runs of the same seeds, (groups, icons)."""
+        """What the subject is compared with, on a list: the mean of the runs that have its seeds, (groups, icons)."""
         about = self.data["subjects"][subject]
-        parts = [self.table(about["reference"], name, groups, strength, member) for member in about["members"]]
+        measured = [member for member in about["members"] if (about["reference"], member, 1.0) in self.losses]
+        parts = [self.table(about["reference"], name, groups, strength, member) for member in measured]
         return np.asarray(np.mean(parts, axis=0))
 
     def strengths(self, subject: str) -> list[float]:
@@ -284,11 +285,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    parts = [
-        style_section(Study.read(FOLDER / f"{name}.json"), title)
-        for name, title in STYLES.items()
-        if (FOLDER / f"{name}.json").is_file()
-    ]
+    studies = {
+        title: Study.read(file) for name, title in STYLES.items() if (file := FOLDER / f"{name}.json").is_file()
+    }
+    parts = [style_section(study, title) for title, study in studies.items() if len(study.groups(REFERENCE)) >= 2]
     if USES_FILE.is_file():
         parts.append(uses_section(json.loads(USES_FILE.read_text(encoding="utf-8"))))
     start, end = "<!-- tables -->", "<!-- end of tables -->"

@@ -21,6 +21,7 @@ from benchmarks.populations_page import (
     equal_forgetting,
     style_section,
 )
+from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference
 
 README = FOLDER.parent / "README.md"
 CHOOSING = FOLDER.parent / "docs" / "choosing_a_method.md"
@@ -53,6 +54,32 @@ def test_two_members_give_about_70_percent_of_three_as_the_guide_says(study: Stu
     )
     assert two / three == pytest.approx(0.7, abs=0.05)
     assert "Two give about 70 % of what three do" in CHOOSING.read_text(encoding="utf-8").replace("\n  ", "")
+
+
+def test_what_the_page_says_of_six_members_of_flat_lora_and_of_sam_holds(study: Study) -> None:
+    def found(subject: str, name: str) -> tuple[CrossedDifference, CrossedDifference]:
+        plain, equal = compared(study, subject, study.groups(subject))[0][name]
+        assert equal is not None
+        return plain, equal
+
+    six, three = (
+        np.mean([found(subject, name)[0].mean for name in POPULATIONS]) for subject in ("average of 6", AVERAGE)
+    )
+    assert six / three == pytest.approx(1.25, abs=0.05)
+    for name, margin in zip(POPULATIONS, (1, 1, 4), strict=True):
+        flat, _ = found("Flat-LoRA, paper", name)
+        assert abs(flat.mean) < 1.5
+        assert round(flat.margin or 0) == margin
+    known, unknown = POPULATIONS[:2], POPULATIONS[2]
+    for subject in ("Flat-LoRA 0.4", "SAM 0.125"):
+        for part in (part for name in known for part in found(subject, name)):
+            assert part.low is not None
+            assert part.high is not None
+            assert part.low < 0 < part.high
+    for subject in ("Flat-LoRA 0.4", "SAM 0.125", "SAM 0.25"):
+        assert all(part.high is not None and part.high < 0 for part in found(subject, unknown)), subject
+    assert all(part.low is not None and part.low > 0 for part in found("SAM 0.25", "known 200"))
+    assert all(found(sam, FORGETTING)[0].mean > 0 for sam in ("SAM 0.25", "SAM 0.125"))
 
 
 def test_the_page_has_the_tables_of_the_committed_figures(study: Study) -> None:
