@@ -37,7 +37,7 @@ from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.method.gradient import MicroBatch, StepGradient
 from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.noise import applied
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
+from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, Slopes
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.hashing import DrawHash
@@ -100,7 +100,7 @@ class Probe(SlopeReader, StepGradient):
 
     def slope(self, backward: Callable[[], Any]) -> Direction:
         """dL/dW of all that `backward` computes."""
-        with self.reading() as slopes:
+        with self.reading(Slopes()) as slopes:
             backward()
         return [slopes[layer] for layer in self.layers]
 

@@ -52,8 +52,7 @@ DRILL_RISE = 0.02
 def drill_configs() -> tuple[TrainConfig, TrainConfig]:
     """What a person with a GPU trains first: the paper's setting on SDXL, in the precision that the GPU has, and SAM.
 
-    SAM has its gradient in W besides, so that on 12 GB what the steps do not need has to leave. Random weights follow
-    their gradient less far than trained ones, so its rise is a small one.
+    Random weights follow their gradient less far than trained ones, so SAM's rise is a small one.
     """
     is_new = this_process().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     both = TrainConfig().replace(
@@ -64,4 +63,4 @@ def drill_configs() -> tuple[TrainConfig, TrainConfig]:
         gradient_checkpointing=True,
         cache_latents=True,
     )
-    return both.replace(perturb_per="step"), both.replace(method="sam", rho_rise=DRILL_RISE, offload=True)
+    return both.replace(perturb_per="step"), both.replace(method="sam", rho_rise=DRILL_RISE)

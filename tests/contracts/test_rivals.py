@@ -105,6 +105,12 @@ def test_sam_ascends_along_the_sum_of_the_accumulated_slopes() -> None:
     assert [micro.passes for micro in micros] == [2, 2]
 
 
+def test_sam_without_a_radius_is_plain_lora_bit_for_bit() -> None:
+    case, plain = toy_case(), toy_case()
+    ours, expected = taken(case, rival(case, "sam", rho=0.0)), taken(plain, rival(plain, "lora"))
+    assert all(torch.equal(ours[name], one) for name, one in expected.items())
+
+
 def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose gradients alone are finite would take a step that the others leave out."""
     case, shared = toy_case(), []

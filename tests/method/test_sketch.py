@@ -171,7 +171,6 @@ def test_sam_changes_the_gradient_as_the_whole_slope_does(
         weight.data += 0.25 * slope / length
     theirs = gradient_of(state, drawn) - plain
     assert theirs.norm() > 0.05 * plain.norm()
-    print(settings, float(nn.functional.cosine_similarity(ours, theirs, dim=0)), float(ours.norm() / theirs.norm()))
     assert nn.functional.cosine_similarity(ours, theirs, dim=0) > least
     assert ours.norm() / theirs.norm() == pytest.approx(1, abs=0.05)
 

@@ -13,6 +13,7 @@ from tiny_runs import samples_of, trained
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.memory.estimate import GIB, estimate_memory
 from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.sdxl.random_base import random_sdxl
 from flatlora_diffusion.storage.hashing import DrawHash
@@ -172,6 +173,8 @@ def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
     flat, sam = drill_configs()
     assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")
     assert sam.perturb.rise == DRILL_RISE, "the rise that it has to find, and then to show"
+    for config in (flat, sam):
+        assert estimate_memory(config).total < 0.9 * 12 * GIB, "the smallest GPU that trains without --offload"
 
 
 @pytest.mark.parametrize("method", ["sam", "lora-sam"])
