@@ -5,8 +5,8 @@ randomized range finder of arXiv:0909.4061 gives
 
     Q = orth(G P) = orth(Y^T (X P)),   R = Q^T G = (Y Q)^T X,   sketch = Q R
 
-without G, which would take m n numbers in place of k (m + n). A sum of slopes, as of several micro-batches, is
-sketched as it grows: with Q R for what there was, Q' = orth(Q R P + G P) and R' = Q'^T Q R + Q'^T G.
+without G, which would take m n numbers in place of k (m + n). The sketch of a sum of slopes, as of several
+micro-batches or processes, is that of the sum of their sketches.
 """
 
 from __future__ import annotations
@@ -40,34 +40,26 @@ class Sketches:
         self._drawn: dict[tuple[int, torch.device], Tensor] = {}
 
     def add(self, layer: AdaptedLayer, x: Tensor, slope_of_output: Tensor) -> None:
-        geometry, filter_shape, held = layer.convolution, layer.shape[1:], self._pairs.get(layer)
-        random = self._random(layer.inputs, x.device)
-        hidden = applied(x, random.to(x.dtype).view(-1, *filter_shape), None, geometry)
-        image = product(_rows(slope_of_output, geometry).mT, _rows(hidden, geometry))
-        if held is not None:
-            image += held.up @ (held.down @ random.mT)
-        up = _basis(image)
+        geometry, filter_shape = layer.convolution, layer.shape[1:]
+        random = self._random(layer.inputs, x.device).to(x.dtype)
+        hidden = applied(x, random.view(-1, *filter_shape), None, geometry)
+        up = _basis(product(_rows(slope_of_output, geometry).mT, _rows(hidden, geometry)))
         onto = up.mT.to(slope_of_output.dtype)
         if geometry is None:
             pulled = applied(slope_of_output, onto)
         else:
             pulled = applied(slope_of_output, onto[:, :, None, None], None, Convolution())
         down = slope_of_weight(x, pulled, (up.shape[1], *filter_shape), geometry).flatten(1)
+        pair, held = _Pair(up, down), self._pairs.get(layer)
         if held is not None:
-            down += (up.mT @ held.up) @ held.down
-        self._pairs[layer] = _Pair(up, down)
+            pair = self._sketch(layer, _Pair(torch.cat((held.up, up), dim=1), torch.cat((held.down, down))))
+        self._pairs[layer] = pair
 
     def average(self) -> None:
         """Let all processes have the sketches of the mean of their slopes."""
-        if not are_several():
-            return
-        for layer, (up, down) in self._pairs.items():
-            image = up @ (down @ self._random(layer.inputs, up.device).mT)
-            average([image])
-            common = _basis(image)
-            mean = (common.mT @ up) @ down
-            average([mean])
-            self._pairs[layer] = _Pair(common, mean)
+        if are_several():
+            for layer, pair in self._pairs.items():
+                self._pairs[layer] = self._sketch(layer, pair, is_shared=True)
 
     def norm(self) -> Tensor:
         """||Q R|| over all layers."""
@@ -81,6 +73,17 @@ class Sketches:
         """R (k, n) and Q (m, k); None where nothing of the layer was read."""
         pair = self._pairs.get(layer)
         return None if pair is None else (pair.down, pair.up)
+
+    def _sketch(self, layer: AdaptedLayer, pair: _Pair, is_shared: bool = False) -> _Pair:
+        """The sketch of Q R, and with `is_shared` of its mean over processes."""
+        image = pair.up @ (pair.down @ self._random(layer.inputs, pair.up.device).mT)
+        if is_shared:
+            average([image])
+        up = _basis(image)
+        down = (up.mT @ pair.up) @ pair.down
+        if is_shared:
+            average([down])
+        return _Pair(up, down)
 
     def _random(self, inputs: int, device: torch.device) -> Tensor:
         """P^T (k, n), drawn on the CPU, so that one seed gives one P on every device."""
