@@ -94,7 +94,7 @@ def test_what_is_needed_and_what_is_free_is_said_in_a_line(
     caplog.set_level(logging.INFO, "flatlora_diffusion.training.disk_space")
     with small_disk(tmp_path / "disk", 3 * needed(big)) as disk:
         train(big.replace(output_dir=str(disk / "run")))
-    assert [record.levelname for record in caplog.records if record.name.endswith(".room")] == ["INFO"]
+    assert [record.levelname for record in caplog.records if record.name.endswith(".disk_space")] == ["INFO"]
 
 
 def test_checkpoints_that_will_not_all_fit_are_told_of(
@@ -104,13 +104,13 @@ def test_checkpoints_that_will_not_all_fit_are_told_of(
     with small_disk(tmp_path / "disk", 3 * needed(big)):
         with pytest.raises(RunError, match="space"):
             train(big.replace(**few))
-        (told,) = (record.getMessage() for record in caplog.records if record.name.endswith(".room"))
+        (told,) = (record.getMessage() for record in caplog.records if record.name.endswith(".disk_space"))
         assert "3 of the 4 checkpoints" in told
         assert "--checkpoints_total_limit" in told
     caplog.clear()
     with small_disk(tmp_path / "disk", 3 * needed(big)):
         train(big.replace(**few, checkpoints_total_limit=2))
-        assert not [record for record in caplog.records if record.name.endswith(".room")]
+        assert not [record for record in caplog.records if record.name.endswith(".disk_space")]
 
 
 def test_a_base_whose_size_is_unknown_is_trained_all_the_same(
