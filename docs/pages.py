@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import typing
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from flatlora_diffusion.commands.flags import Flag, flags_of
+from flatlora_diffusion.commands.help_page import bounds
 from flatlora_diffusion.config import TrainConfig, choices_of, commands
 
 ROOT = Path(__file__).parents[1]
@@ -62,42 +62,31 @@ def from_root(name: str) -> str:
 
 def settings_page() -> str:
     """Every setting of `flatlora train` by section, then those of the other verbs."""
-    lines = [
-        "# All settings",
-        "",
-        "Each setting is a flag `--NAME`, a key of `config.json`, and a field of the app's form.",
-    ]
-    for part in fields(TrainConfig):
-        section = typing.get_type_hints(TrainConfig)[part.name]
-        lines += ["", f"## train: {part.name}", "", *table(section)]
-    for verb, section in VERBS.items():
-        lines += ["", f"## {verb}", "", *table(section)]
+    lines = ["# All settings", "", "Each setting of `train` is a flag `--NAME` and a key of `config.json`."]
+    for section, flags in by_section(TrainConfig()).items():
+        lines += ["", f"## train: {section}", "", *table(flags)]
+    for verb, settings in VERBS.items():
+        lines += ["", f"## {verb}", "", *table(flags_of(settings()).values())]
     return "\n".join(lines) + "\n"
 
 
-def table(section: Any) -> Iterator[str]:
-    """A row for each setting of a section."""
+def by_section(settings: Any) -> dict[str, list[Flag]]:
+    """The flags of each section, by its title."""
+    found: dict[str, list[Flag]] = {}
+    for flag in flags_of(settings).values():
+        found.setdefault(flag.section, []).append(flag)
+    return found
+
+
+def table(flags: Iterable[Flag]) -> Iterator[str]:
+    """A row for each flag."""
     yield "| setting | default | allowed | what it does |"
     yield "|---|---|---|---|"
-    hints = typing.get_type_hints(section)
-    for item in fields(section):
-        if item.metadata:
-            cells = (f"`{item.name}`", default(item), allowed(item, hints[item.name]), item.metadata["help"])
-            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def default(item: Field[Any]) -> str:
-    value = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
-    return "" if value is None or value == () else f"`{value}`"
-
-
-def allowed(item: Field[Any], hint: Any) -> str:
-    """The choices of a setting, or its bounds."""
-    if choices := choices_of(hint):
-        return ", ".join(f"`{choice}`" for choice in choices)
-    low, high = item.metadata["min"], item.metadata["max"]
-    bounds = [f"at least {low:g}"] if low is not None else []
-    return " and ".join([*bounds, *([f"at most {high:g}"] if high is not None and high < 2**60 else [])])
+    for flag in flags:
+        default = "" if flag.default in (None, ()) else f"`{flag.default}`"
+        allowed = ", ".join(f"`{choice}`" for choice in choices_of(flag.hint)) or bounds(flag)
+        cells = (f"`{flag.name}`", default, allowed, flag.item.metadata["help"])
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def python_page() -> str:

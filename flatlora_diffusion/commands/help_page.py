@@ -75,7 +75,7 @@ class _Whole(argparse.HelpFormatter):
 
 
 def _add(group: Any, flag: Flag, is_first: bool) -> None:
-    facts = "; ".join(filter(None, (_bounds(flag), _default(flag))))
+    facts = "; ".join(filter(None, (bounds(flag), _default(flag))))
     text = (flag.item.metadata["help"] + (f" ({facts})" if facts else "")).replace("%", "%%")
     if flag.is_switch:
         off = [f"--no_{flag.name}"] if flag.default else []
@@ -88,7 +88,8 @@ def _add(group: Any, flag: Flag, is_first: bool) -> None:
     group.add_argument(name, metavar="{" + ",".join(choices) + "}" if choices else word, nargs=many, help=text)
 
 
-def _bounds(flag: Flag) -> str:
+def bounds(flag: Flag) -> str:
+    """What numbers the flag takes, in words; empty where all are allowed."""
     low, high = flag.item.metadata["min"], flag.item.metadata["max"]
     if low is None:
         return ""
