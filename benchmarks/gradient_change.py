@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
+from benchmarks.populations import SETTINGS as OF_POPULATIONS
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
@@ -49,19 +50,10 @@ from flatlora_diffusion.training.trainer import train_step
 
 SEEDS = 5
 SETTINGS: dict[str, Any] = {
-    "pretrained_model_name_or_path": "tiny",
+    **{name: value for name, value in OF_POPULATIONS.items() if not name.startswith("perturb_")},
     "instance_data_dir": str(SAMPLES / "icons_3d"),
     "method": "sam",  # for its rho alone: what is trained is a plain LoRA
     "rho_rise": 0.25,
-    "lora_target_modules": "attn",
-    "rank": 4,
-    "max_train_steps": 300,
-    "train_batch_size": 2,
-    "learning_rate": 5e-4,
-    "caption_dropout": 0.1,
-    "random_flip": True,
-    "cache_latents": True,
-    "report_to": "none",
 }
 FIRST, APART, STEPS = 150, 4, 8  # the steps that are measured: 150, 154, ...
 SHARES_OF_RHO = (1.0, 0.5)

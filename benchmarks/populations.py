@@ -11,7 +11,7 @@ made of members of one group. Nothing is trained or measured twice, so the comma
 train other arms may share a work folder.
 
 Writes benchmarks/populations.json (or populations_second_style.json), of which `python -m benchmarks.populations_page`
-makes docs/populations.md. Needs npm and the `recipe` extra for the icons.
+makes the tables of docs/generalization.md. Needs npm and the `recipe` extra for the icons.
 """
 
 from __future__ import annotations

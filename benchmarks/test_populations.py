@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.population_subjects import SUBJECTS
+from benchmarks.population_uses import ALONE, ALONE_IN_BOTH, BITS, USES, in_bits
 from benchmarks.populations import seed_of
 from benchmarks.populations_page import (
     AVERAGE,
@@ -20,6 +23,7 @@ from benchmarks.populations_page import (
     compared,
     equal_forgetting,
     style_section,
+    uses_section,
 )
 from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference
 
@@ -133,3 +137,30 @@ def test_passes_are_counted_in_those_of_one_lora() -> None:
     assert SUBJECTS["SAM 0.125, every 2nd step"].passes == 1.5
     assert SUBJECTS["3 x steps, cosine rate"].passes == SUBJECTS["3 x batch"].passes == 3
     assert Path(FOLDER / "populations.json").stat().st_size < 4 * 2**20
+
+
+def test_a_base_in_few_bits_is_whole_again_afterwards() -> None:
+    unet = nn.Sequential(nn.Linear(64, 8), nn.Conv2d(3, 3, 1))
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    for kind in BITS.values():
+        with in_bits(unet, kind):
+            rough = unet[0].weight.detach()
+            assert 0 < float((rough - before["0.weight"]).abs().max()) < 0.05
+            assert torch.equal(unet[1].weight, before["1.weight"])
+        assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_the_price_of_a_use_is_its_loss_less_that_without_it() -> None:
+    """The base loses 3 more in each number of bits, LoRA 5 in each use and the average 2 less than LoRA."""
+    losses = {name: {ALONE: [10.0, 20.0], ALONE_IN_BOTH: [10.0, 20.0]} for name in ("lora", "average of 3")}
+    for name, rise in (("lora", 5.0), ("average of 3", 3.0)):
+        losses[name] |= {use: [10 + rise, 20 + rise] for use in USES}
+    base = {use: [13.0, 23.0] for use in BITS} | {ALONE: [10.0, 20.0]}
+    rows = [{"subject": name, "group": group, "losses": of} for name, of in losses.items() for group in (0, 1)]
+    page = uses_section({"list": "known 200", "base": {"0": base, "1": base}, "rows": rows})
+    table = [line for line in page.splitlines() if line.startswith(("| base in", "| cut", "| beside"))]
+    assert len(table) == len(USES)
+    for line in table:
+        assert "+5 ± 0 |" in line
+        assert "\N{MINUS SIGN}2 ± 0" in line
+        assert ("| +3 ± 0 |" in line) == line.startswith("| base in")

@@ -14,22 +14,9 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.training.trainer import train
 
 
-@pytest.fixture
-def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig.from_dict(
-        {
-            "pretrained_model_name_or_path": str(base),
-            "instance_data_dir": str(icons),
-            "output_dir": str(tmp_path / "out"),
-            "report_to": "none",
-            "max_train_steps": 2,
-            "mixed_precision": "no",
-        }
-    )
-
-
 def planned(config: TrainConfig, *arms: str) -> list[PlannedRun]:
-    return plan(config, [parse_arm(arm) for arm in arms], [3], 1)
+    two_steps = config.replace(max_train_steps=2, seed=None)
+    return plan(two_steps, [parse_arm(arm) for arm in arms], [3], 1)
 
 
 def trained(runs: list[PlannedRun], lends: bool) -> list[PlannedRun]:
