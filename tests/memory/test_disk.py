@@ -79,3 +79,12 @@ def test_only_class_images_that_are_missing_need_room(icons: Path, tmp_path: Pat
     assert class_images_need(config.replace(num_class_images=2)) == 0
     assert class_images_need(config.replace(class_data_dir=str(tmp_path / "none"))) == 5 * 16_000
     assert class_images_need(config.replace(with_prior_preservation=False)) == 0
+
+
+def test_the_sizes_that_the_pages_name_are_those_of_the_estimate() -> None:
+    sdxl = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0", "rank": 16, "method": "lora"}
+    need = disk_need(TrainConfig.from_dict({**sdxl, "mixed_precision": "bf16"}))
+    root = Path(__file__).parents[2]
+    assert f"The LoRA file has {need.result / 2 / 1e6:.0f} MB" in (root / "README.md").read_text(encoding="utf-8")
+    page = " ".join((root / "docs" / "getting_started.md").read_text(encoding="utf-8").split())
+    assert f"A checkpoint takes about {round(need.checkpoint / 1e7) * 10} MB" in page
