@@ -140,13 +140,14 @@ def test_passes_are_counted_in_those_of_one_lora() -> None:
 
 
 def test_a_base_in_few_bits_is_whole_again_afterwards() -> None:
-    unet = nn.Sequential(nn.Linear(64, 8), nn.Conv2d(3, 3, 1))
+    linear, convolution = nn.Linear(64, 8), nn.Conv2d(3, 3, 1)
+    unet = nn.Sequential(linear, convolution)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     for kind in BITS.values():
         with in_bits(unet, kind):
-            rough = unet[0].weight.detach()
+            rough = linear.weight.detach()
             assert 0 < float((rough - before["0.weight"]).abs().max()) < 0.05
-            assert torch.equal(unet[1].weight, before["1.weight"])
+            assert torch.equal(convolution.weight, before["1.weight"])
         assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
 
