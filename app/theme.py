@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gradio as gr
 
-from flatlora_diffusion.charts.palette import BASE, METHODS, THIRD, TONES
-from flatlora_diffusion.config import METHOD_NAMES
+from flatlora_diffusion.charts.palette import BASE, OWN_LOOKS, THIRD, TONES
+from flatlora_diffusion.config import METHODS
 
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
@@ -13,8 +13,8 @@ _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 # A colour for each method, then its lighter and darker kin for more runs of the same method in one chart. They are
 # variables of the page, which are others on dark paper.
 SHADES = {
-    title: tuple(f"var(--{name})" for name in METHODS.get(method, THIRD).tones)
-    for method, title in METHOD_NAMES.items()
+    row.title: tuple(f"var(--{name})" for name in OWN_LOOKS.get(method, THIRD).tones)
+    for method, row in METHODS.items()
 }
 COLOURS = {method: shades[0] for method, shades in SHADES.items()}
 NO_METHOD = f"var(--{BASE.name})"  # the base's, and that of a LoRA from elsewhere

@@ -165,7 +165,7 @@ def of_seed(seed: int, settings: Mapping[str, Any], plan: Plan) -> dict[str, Any
         rho = state.config.perturb.rho
         assert rho is not None
         state.gradient.detach()
-        state.gradient = probe = Probe([state.sdxl.unet])
+        state.progress.gradient = probe = Probe([state.sdxl.unet])
         at = range(plan["first"], plan["first"] + plan["steps"] * APART, APART)
         rows, alike = [], {}
         for step in range(at[-1] + 1):
@@ -189,7 +189,7 @@ def of_bi_lora(seed: int, settings: Mapping[str, Any], plan: Plan, rho: float) -
             train_step(state, step)
         factors, _ = state.gradient.state()
         state.gradient.detach()
-        state.gradient = probe = Probe([state.sdxl.unet])
+        state.progress.gradient = probe = Probe([state.sdxl.unet])
         second = [
             layer.scale * (factors[f"parameter.{2 * place + 1}"] @ factors[f"parameter.{2 * place}"]).view(layer.shape)
             for place, layer in enumerate(probe.layers)

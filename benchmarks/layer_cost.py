@@ -5,7 +5,6 @@ paper's code: form W', draw eps and add it to W, run both passes, draw it again 
 in `benchmarks/train_step.py`. First the shapes of the tiny base and of SDXL, then one property at a time of 4 layers
 of 640 x 640 with 1,024 tokens.
 
-On CUDA there is one more arm, `philox`: full draws by the Triton kernel.
 
 The floor of what an arm adds to LoRA is what it cannot do without: the numbers that it draws over this machine's rate
 of draws, plus the bytes of W and eps that it moves over the rate of copying. Drift is |W - W_0| / |W_0| after 500
@@ -31,10 +30,9 @@ from flatlora_diffusion.config import DrawKind
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 
 SIGMA, DRIFT_STEPS = 0.1, 500
-Arm = Literal["lora", "in place", "full", "philox", "low-rank"]
-ON_CUDA: tuple[Arm, ...] = ("philox",) if record.DEVICE.type == "cuda" else ()
-ARMS: tuple[Arm, ...] = ("lora", "in place", "full", *ON_CUDA, "low-rank")
-DRAWS: dict[Arm, DrawKind] = {"full": "full", "philox": "philox", "low-rank": "low_rank"}
+Arm = Literal["lora", "in place", "full", "low-rank"]
+ARMS: tuple[Arm, ...] = ("lora", "in place", "full", "low-rank")
+DRAWS: dict[Arm, DrawKind] = {"full": "full", "low-rank": "low_rank"}
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,6 @@ def floor(stack: Stack, arm: Arm, rates: dict[str, float]) -> float:
     weights = stack.rows * stack.inputs
     if arm == "low-rank":  # its norms read W once
         draws, moved = DRAW_RANK * (stack.rows + stack.inputs), 4 * weights
-    elif arm == "philox":  # as full, but the numbers are made while W is read
-        draws, moved = 0, 4 * weights * (1 + 2 * 3)
     elif arm == "full":  # the same, and in both passes W is read and W + eps is written and read
         draws, moved = 2 * weights, 4 * weights * (1 + 2 * 3)
     else:  # W' is written and read for its norms; eps is written, read, and W with it read and written, twice

@@ -104,7 +104,7 @@ _ALL = [
     Subject("10 images: 3 folds", "lora:holdout_folds=3", images=10, reference="10 images: LoRA"),
     _average("10 images: average of 3", images=10, reference="10 images: LoRA"),
     Subject("input noise 0.1", "lora:ip_noise_gamma=0.1", strengths=_WEAKENED),
-    Subject("DoRA", "lora:adapter=dora", strengths=_WEAKENED),
+    Subject("DoRA", "lora:use_dora=true", strengths=_WEAKENED),
     Subject("rank 12", "lora:rank=12", members=(0, 1, 2), strengths=_WEAKENED),
     _average("average of 3 of rank 12", arm="lora:rank=12", reference="rank 12"),
     Subject("3 x batch", "lora:train_batch_size=6", strengths=_WEAKENED),

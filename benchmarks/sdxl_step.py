@@ -34,12 +34,13 @@ from benchmarks.turns import Step, launches_in, peak_bytes, timed
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.method import noise
+from flatlora_diffusion.method.build import step_gradient
+from flatlora_diffusion.method.gradient import GradientInputs
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
-from flatlora_diffusion.method.rivals.build import step_gradient
 from flatlora_diffusion.method.row_norms import KeptNorms
 from flatlora_diffusion.sdxl.objective import Batch
 from flatlora_diffusion.sdxl.shapes import on_meta
-from flatlora_diffusion.training.state import TrainState
+from flatlora_diffusion.training.state import Progress, TrainState
 
 ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -101,8 +102,10 @@ def measured(plain: TrainState, turns: int) -> dict[str, Any]:
 def training(plain: TrainState, arm: str) -> Iterator[Step]:
     """The arm's step. One perturbation can be on a model at a time, so it is put on before and taken off after."""
     config = plain.config.replace(**ARMS[arm])
-    gradient = step_gradient({"unet": plain.model}, plain.trainable, config.perturb, 0, total_steps=10_000)
-    state = replace(plain, config=config, gradient=gradient)
+    gradient = step_gradient(
+        GradientInputs({"unet": plain.model}, plain.trainable, config.perturb, 0, total_steps=10_000)
+    )
+    state = replace(plain, progress=Progress(config, gradient))
     try:
         yield our_step(state)
     finally:

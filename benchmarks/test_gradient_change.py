@@ -134,7 +134,7 @@ def test_what_is_measured_is_a_plain_lora(tmp_path: Path) -> None:
     settings = made_up(tmp_path) | {"output_dir": str(tmp_path / "run"), "seed": 0}
     plain = TrainConfig.from_dict({**settings, "method": "lora", "rho_rise": None})
     states = [prepare(plain, load_samples(Path(settings["instance_data_dir"])).samples) for _ in range(2)]
-    states[1].gradient = probe = Probe([states[1].sdxl.unet])
+    states[1].progress.gradient = probe = Probe([states[1].sdxl.unet])
     slopes = []
     for step in range(3):
         for state in states:

@@ -37,14 +37,15 @@ from benchmarks.turns import Step, compare
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Batches
 from flatlora_diffusion.data.dataset import Sample, load_samples
-from flatlora_diffusion.method.rivals.build import step_gradient
+from flatlora_diffusion.method.build import step_gradient
+from flatlora_diffusion.method.gradient import GradientInputs
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import start
 from flatlora_diffusion.training.first_weights import first_weights
-from flatlora_diffusion.training.state import TrainState, prepare
+from flatlora_diffusion.training.state import Progress, TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
 RANK = 16
@@ -61,7 +62,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "full": {"perturb_draw": "full", "perturb_norm_every": 1},
     "full, norms every 10": {"perturb_draw": "full"},
     # By the Triton kernel.
-    **({"philox": {"perturb_draw": "philox", "perturb_norm_every": 1}} if record.DEVICE.type == "cuda" else {}),
     "low-rank": {"perturb_norm_every": 1},
     "low-rank, norms every 10": {},
 }
@@ -209,11 +209,10 @@ def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: B
     config = TrainConfig.from_dict(settings)
     accelerator = Accelerator(mixed_precision=config.optim.mixed_precision)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gradient = step_gradient({"unet": model}, trainable, config.perturb, 0, total_steps=10_000)
+    gradient = step_gradient(GradientInputs({"unet": model}, trainable, config.perturb, 0, total_steps=10_000))
     optimizer, lr_schedule = optimizer_of(list(trainable.values()), fused=True)  # as ours is
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainState(
-        config=config,
         accelerator=accelerator,
         sdxl=cast(Sdxl, None),
         model=model,
@@ -221,13 +220,13 @@ def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: B
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        gradient=gradient,
         batches=cast(Batches, FixedBatches(batch)),
         run=RunDir(Path(folder)),
         total_steps=10_000,
         ema=None,
         tokens={},
         base=None,
+        progress=Progress(config, gradient),
     )
 
 

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 from flatlora_diffusion.commands.flags import Flag, flags_of
 from flatlora_diffusion.commands.help_page import bounds
-from flatlora_diffusion.config import TrainConfig, choices_of, commands
+from flatlora_diffusion.config import TrainConfig, choices_of, commands, help_of
 
 ROOT = Path(__file__).parents[1]
 VERBS = {
@@ -85,7 +85,7 @@ def table(flags: Iterable[Flag]) -> Iterator[str]:
     for flag in flags:
         default = "" if flag.default in (None, ()) else f"`{flag.default}`"
         allowed = ", ".join(f"`{choice}`" for choice in choices_of(flag.hint)) or bounds(flag)
-        cells = (f"`{flag.name}`", default, allowed, flag.item.metadata["help"])
+        cells = (f"`{flag.name}`", default, allowed, help_of(flag.item, flag.hint))
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -92,6 +92,19 @@ def test_no_folder_of_the_package_imports_one_that_imports_it() -> None:
     assert not [arrow for (one, other), arrow in arrows.items() if (other, one) in arrows]
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count too."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    arrows = {
+        name: {other for other in imported(path) if other in modules and not modules[other].name.startswith("__")}
+        for name, path in modules.items()
+        if path.name != "__init__.py"
+    }
+    while leaves := {name for name, others in arrows.items() if not others & arrows.keys()}:
+        arrows = {name: others for name, others in arrows.items() if name not in leaves}
+    assert not arrows, f"in a circle, or above one: {sorted(arrows)}"
+
+
 def folder_of(module: str) -> Path | None:
     """The folder of a module of the package, or None for what is no module of it."""
     path = ROOT / module.replace(".", "/")

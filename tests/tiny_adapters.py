@@ -11,8 +11,9 @@ from tiny_models import Case, normal, seeded
 from torch import nn
 
 from flatlora_diffusion.adapter.adalora import adalora_config
-from flatlora_diffusion.adapter.full import widen
+from flatlora_diffusion.adapter.full import start_full
 from flatlora_diffusion.adapter.layers import ADAPTER
+from flatlora_diffusion.config import AdapterConfig
 
 
 def adalora_case() -> Case:
@@ -33,7 +34,7 @@ def full_case() -> tuple[Case, nn.Sequential]:
     with seeded(1):
         plain: Any = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5, bias=False))
         model = get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, lora_alpha=6, target_modules=["0", "2"]))
-        widen(model)
+        start_full(model, model.peft_config[ADAPTER], AdapterConfig(adapter="full"), seed=0)
         for name, layer in lora_layers(model).items():
             change = layer.lora_B[ADAPTER].weight
             nn.init.normal_(change, std=0.3)

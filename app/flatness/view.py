@@ -11,7 +11,7 @@ from functools import lru_cache
 from html import escape
 from pathlib import Path
 
-from flatlora_diffusion.config import METHOD_NAMES, ConfigError
+from flatlora_diffusion.config import METHODS, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..compare.comparison import finished_arms, newest_pair
@@ -66,7 +66,7 @@ class FlatnessView:
         return [
             (f"{run.name} · {method_name(run.method)}", run.id)
             for run in self.context.runs.all()
-            if run.state == "finished" and run.method in METHOD_NAMES
+            if run.state == "finished" and run.method in METHODS
         ]
 
     def newest(self) -> list[str]:

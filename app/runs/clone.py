@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from flatlora_diffusion.config import ConfigError, Method, TrainConfig
+from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.storage.atomic_io import file_sha256
 from flatlora_diffusion.storage.run_dir import RunDir
 
@@ -37,7 +37,7 @@ def clone_run(context: AppContext, session: str, run_id: str) -> Clone:
     method = settings.pop("method", known["method"])
     if method == IMPORTED:
         raise ConfigError(f"{run_id} was imported, not trained here, so there are no settings to clone")
-    if method not in get_args(Method):
+    if method not in METHODS:
         raise ConfigError(f"{run_id} was trained by the method {method!r}, which this version does not have")
     told, places = _images(context, session, run, settings)
     unknown = sorted(settings.keys() - known.keys())

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from flatlora_diffusion.config import METHOD_NAMES
+from flatlora_diffusion.config import METHODS
 
 from ..theme import COLOURS, NO_METHOD
 from ..train.words import in_form_words
@@ -124,7 +124,9 @@ def _act_button(act: str, of: str) -> str:
 
 def method_name(method: str | None) -> str:
     """As people say it."""
-    return {**METHOD_NAMES, IMPORTED: "Imported"}.get(method or "", method or "")
+    if method == IMPORTED:
+        return "Imported"
+    return METHODS[method].title if method in METHODS else method or ""
 
 
 def own_lines(lines: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import METHOD_NAMES, ConfigError, RunError, TrainConfig
+from flatlora_diffusion.config import METHODS, ConfigError, RunError, TrainConfig
 
 from ..context import AppContext
 from ..dataset.tab import ensure_session
@@ -142,7 +142,7 @@ def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | Non
         gr.Tabs(selected="train"),
         session,
         made.name,
-        METHOD_NAMES[made.method],
+        METHODS[made.method].title,
         text,
         *form.write(made.settings),
     ]

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.data import epochs
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import portable
@@ -73,11 +73,9 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     best = next((pair for pair in alike if pair[0].method == config.perturb.method), alike[0] if alike else None)
     if best is None:
         return None
-    from flatlora_diffusion.compare.timing import PASSES  # imports torch and diffusers
-
     run, seconds = best
-    if run.method in PASSES:
-        seconds *= PASSES[config.perturb.method] / PASSES[run.method]
+    if run.method in METHODS:
+        seconds *= METHODS[config.perturb.method].passes / METHODS[run.method].passes
     steps = total_steps(config, images) * (config.average.trainings + config.data.holdout_folds)
     return TimeEstimate(steps * seconds, seconds, steps, run.name)
 

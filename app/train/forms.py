@@ -10,7 +10,15 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, by_method, choices_of, preset_file, setting_hints
+from flatlora_diffusion.config import (
+    ConfigError,
+    TrainConfig,
+    by_method,
+    choices_of,
+    help_of,
+    preset_file,
+    setting_hints,
+)
 
 from ..dataset.captions import TRIGGER
 from .words import HELP, LABELS
@@ -93,7 +101,7 @@ def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.compon
     """Bounds are told here and checked by the config, whose sentence names the setting."""
     place = {
         "label": LABELS[item.name],
-        "info": HELP.get(item.name, item.metadata["help"]) + _bounds(item),
+        "info": HELP.get(item.name, help_of(item, hint)) + _bounds(item),
         "elem_id": f"setting-{item.name}",
         "render": False,
     }

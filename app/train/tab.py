@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig
+from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE, base_title, is_tiny
 
@@ -32,10 +32,9 @@ from .bases import check_start
 from .estimates import estimate_time, has_gpu, memory_of, total_steps
 from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
 from .room import no_room, room_for, room_line
-from .words import LABELS, OTHER_METHODS, in_form_words
+from .words import LABELS, in_form_words
 
-BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
-_METHODS = {title: method for method, title in METHOD_NAMES.items()}
+BOTH, FLAT, PLAIN = "both, as a fair pair", METHODS["flat-lora"].title, METHODS["lora"].title
 _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
 _SAMPLED = "validation_prompt"
 _SECOND = ("resolution", "train_batch_size", "num_validation_images", "validation_epochs", "seed")
@@ -43,10 +42,6 @@ METHOD_HINT = (
     "Flat-LoRA adds a little noise to the base while it trains; on the tiny demo base it was no better than LoRA "
     "where both were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
 )
-_METHOD_CHOICES = [
-    *((title, title) for title in (BOTH, PLAIN, FLAT)),
-    *((f"{METHOD_NAMES[method]}: {text}", METHOD_NAMES[method]) for method, text in OTHER_METHODS.items()),
-]
 # The browser shows the first three, the chosen one, and all once they are asked for: the style of #method.
 _MORE_METHODS = """() => {
   const are_all = document.getElementById('method').classList.toggle('fl-all');
@@ -153,7 +148,7 @@ def build_train_tab(
         with gr.Column(scale=2, min_width=300):
             with gr.Group():
                 name = gr.Textbox("my-style", label="Name", info="of the run and its LoRA file", elem_id="run-name")
-                method = gr.Radio(_METHOD_CHOICES, value=BOTH, label="Train", info=METHOD_HINT, elem_id="method")
+                method = gr.Radio(method_choices(), value=BOTH, label="Train", info=METHOD_HINT, elem_id="method")
                 more = gr.Button("More methods", size="sm", elem_id="more-methods")
                 preset = gr.Radio(list(PRESETS), value="Quick look", label="Preset", info=_PRESET_HINT)
             _place_first(form)
@@ -235,13 +230,20 @@ def apply_preset(form: ConfigForm, preset: str, method: str, *values: Any) -> li
     A preset with another method than the pair's chooses it; else the choice stays.
     """
     settings = preset_settings(preset, dict(zip(form.by_name, values, strict=True)))
-    own = METHOD_NAMES[settings["method"]]
+    own = METHODS[settings["method"]].title
     return [method if own == FLAT else own, *form.write(settings)]
+
+
+def method_choices() -> list[tuple[str, str]]:
+    """(label, title) of each choice: the pair, its two methods, then the rivals with their hints."""
+    rivals = [(f"{row.title}: {row.hint}", row.title) for row in METHODS.values() if row.hint]
+    return [*((title, title) for title in (BOTH, PLAIN, FLAT)), *rivals]
 
 
 def _name_of(method: str) -> str:
     """The setting for what was chosen: of a pair that of its flat arm."""
-    return _METHODS[FLAT if method == BOTH else method]
+    title = FLAT if method == BOTH else method
+    return next(name for name, row in METHODS.items() if row.title == title)
 
 
 def _arms(method: str) -> int:

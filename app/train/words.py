@@ -7,20 +7,9 @@ from __future__ import annotations
 
 import re
 
-from flatlora_diffusion.config import DEFAULT_SIGMA
-from flatlora_diffusion.config.perturb import IN_FORCE
+from flatlora_diffusion.config import DEFAULT_SIGMA, METHODS
 
 # Beside LoRA, Flat-LoRA and the pair of both, each in a sentence.
-OTHER_METHODS = {
-    "sam": "learns from the worst place near the base's weights, at twice the time; better at unknown things alone",
-    "mixed-noise": "learns in each step with Flat-LoRA's noise and without it, at twice the time",
-    "factor-noise": "has its noise on the two halves of the LoRA, A and B, in place of the base",
-    "lora-sam": "learns from the worst place near the LoRA's own weights, at twice the time",
-    "bi-lora": "trains against a second LoRA that makes the task harder and is dropped at the end",
-    "nbar": "keeps the two halves of the LoRA in balance, by how strongly each is pulled",
-    "obar": "keeps the two halves of the LoRA in balance, by how large each is",
-}
-
 LABELS = {
     "pretrained_model_name_or_path": "Base model",
     "pretrained_vae_model_name_or_path": "Another VAE",
@@ -100,10 +89,8 @@ LABELS = {
     "prior_loss_weight": "Weight of keeping the class",
     "alpha_mask_loss": "Learn only what is not transparent",
     "sigma": "Sigma (noise of Flat-LoRA)",
-    "sigma_rise": "Sigma by the loss's rise",
     "sigma_schedule": "How sigma grows",
     "sigma_ramp_steps": "Steps in which sigma grows",
-    "noise_share": "Mixed noise: share with noise",
     "rho": "Radius of the search for the worst",
     "rho_rise": "That radius by the loss's rise",
     "bar_strength": "BAR: strength of balancing",
@@ -130,7 +117,6 @@ LABELS = {
     "adam_beta1": "First beta of the optimizer",
     "adam_beta2": "Second beta of the optimizer",
     "adam_weight_decay": "Weight decay",
-    "delta_weight_decay": "Hold down the change of the weights",
     "adam_weight_decay_text_encoder": "Weight decay of the text encoders",
     "adam_epsilon": "Smallest divisor of the optimizer",
     "prodigy_beta3": "Prodigy: average of the step size",
@@ -167,10 +153,6 @@ LABELS = {
 
 # In place of the settings' own help, where that is for somebody at a command line.
 HELP = {
-    "adapter": "lora; rslora and dora as below; pissa and lora-ga start at the largest directions of the base or of "
-    "the first gradients, and make a file of twice the rank; adalora gives the layers that need it more of the rank; "
-    "full trains all weights of the layers, which takes far more memory",
-    "noise_share": "how much of each step is learned with noise, the rest without; left empty: half",
     "rho": "how far SAM, LoRA-SAM and Bi-LoRA look for the worst place around the weights; left empty: for "
     "SAM by the rise below, for the others what is usual",
     "optimizer": "adamw, prodigy or adafactor; lora-pro is adamw with steps that come nearer to training all weights",
@@ -182,20 +164,17 @@ HELP = {
     "lora_alpha": "strength of the LoRA, as a multiple of its rank; left empty: the rank",
     "lora_init_seed": "left empty: the seed of the run",
     "use_rslora": "keeps high ranks from becoming too weak",
-    "delta_weight_decay": "how strongly what is learned is kept small as a whole; 0: not at all",
     "lora_dropout": "share of the LoRA that rests in each step",
     "perturb_seed": "of Flat-LoRA's noise alone; left empty: the seed of the run",
     "perturb_noise": "filter: in proportion to each filter of the base, as in the paper; iid: spread evenly",
     "perturb_draw": "low_rank: as strong as in the paper, of far fewer numbers, in less time; full: each by itself, "
-    "as in the paper; philox: likewise, faster on a GPU",
+    "as in the paper",
     "perturb_norm_every": "the noise is in proportion to the weights, which are measured anew every so many steps",
-    "perturb_per": "for each batch, once for each step as in the paper, or for each image, with low_rank above",
+    "perturb_per": "for each batch, or once for each step as in the paper",
     "sigma": f"how strong the noise is that Flat-LoRA trains against; left empty: {DEFAULT_SIGMA}",
-    "sigma_rise": "where sigma is left empty: the share by which the noise is to lift the loss, such as 0.02; the "
-    "sigma that does so on this base is found before the first step",
-    "rho_rise": "for SAM, where the radius is left empty: the share by which the worst place is to lift the loss; the "
-    f"radius that does so on this base is found before the first step; left empty: {IN_FORCE['rho_rise']['sam']:g}",
-    "sigma_schedule": "over the run: constant, rising from nothing, or falling to nothing",
+    "rho_rise": "for SAM, where the radius is left empty: how much the worst place nearby increases the loss; the "
+    f"radius is calibrated before the first step; left empty: {METHODS['sam'].defaults['rho_rise']:g}",
+    "sigma_schedule": "over the run: rising from nothing, constant, or falling to nothing",
     "sigma_ramp_steps": "left empty: all steps, or those of the finished run that is trained longer",
     "holdout_images": "so many are not trained on: the result is the checkpoint that knows them best",
     "holdout_patience": "stop after so many checkpoints in a row that know the images kept aside no better; 0: never",

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.config import AdapterConfig
 
 
 class _Same(nn.Linear):
@@ -30,7 +32,7 @@ class _Same(nn.Linear):
         return input
 
 
-def widen(model: nn.Module) -> None:
+def start_full(model: nn.Module, lora: LoraConfig, config: AdapterConfig, seed: int) -> None:
     """Let each layer of the LoRA learn all of dW, from 0; `r` stays the rank of the file."""
     same: dict[tuple[int, torch.device], nn.Parameter] = {}
     layers: Mapping[str, Any] = lora_layers(model)

@@ -10,12 +10,11 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import LINEAR_ONLY, ConfigError
+from flatlora_diffusion.config import ADAPTERS, ConfigError
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.layers import int8_steps
 
 ADAPTER = "default"
-DIRECTIONS = {"pissa": 1, "lora-ga": 2}  # of W or of its slope, that a rank starts at: LoRA-GA's A and B at others
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -34,10 +33,11 @@ def base_weight(base: Any) -> Tensor:
 
 def check_adaptable(adapter: str, name: str, base: nn.Module, rank: int) -> None:
     """Raises ConfigError for a layer `base` of the base that cannot have this adapter with this rank."""
-    if adapter in LINEAR_ONLY and not isinstance(base, nn.Linear):
+    row = ADAPTERS[adapter]
+    if row.is_linear_only and not isinstance(base, nn.Linear):
         raise ConfigError(f"--adapter {adapter} adapts linear layers only, not {name}; leave it out of the targets")
-    if adapter in DIRECTIONS and isinstance(base, nn.Linear):
-        most = min(base.in_features, base.out_features) // DIRECTIONS[adapter]
+    if row.directions and isinstance(base, nn.Linear):
+        most = min(base.in_features, base.out_features) // row.directions
         if rank > most:
             raise ConfigError(
                 f"rank={rank} is more than --adapter {adapter} can start with at {name}, {base.out_features} x "

@@ -13,10 +13,8 @@ from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.adalora import adalora_config, start_from_seed
-from flatlora_diffusion.adapter.full import widen
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_adaptable, lora_layers
-from flatlora_diffusion.adapter.svd_start import anchor, start_at_principal
-from flatlora_diffusion.config import AdapterConfig, ConfigError
+from flatlora_diffusion.config import ADAPTERS, AdapterConfig, ConfigError, function_at
 from flatlora_diffusion.storage.rng import generator
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -42,12 +40,8 @@ def add_lora(
     """
     for model, lora, path in planned_loras(unet, config, text_encoders, clip_skip):
         _inject(model, lora, seed, path)
-        if config.adapter == "pissa":
-            start_at_principal(model, lora, config.iterations, seed)
-        elif config.adapter == "full":
-            widen(model)
-        elif config.adapter == "lora-ga":
-            anchor(model, lora)  # `start_at_slopes` moves both once there are gradients
+        if (start := ADAPTERS[config.adapter].start) is not None:
+            function_at(start)(model, lora, config, seed)
 
 
 def planned_loras(
@@ -77,8 +71,8 @@ def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        use_dora=config.is_dora,
-        use_rslora=config.is_rslora,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         init_lora_weights="gaussian",
         target_modules=targets,
         rank_pattern=ranks,
@@ -108,7 +102,7 @@ def _text_lora(text_encoder: Any, config: AdapterConfig, part: str, clip_skip: i
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        use_rslora=config.is_rslora,
+        use_rslora=config.use_rslora,
         init_lora_weights="gaussian",
         target_modules=targets,
     )

@@ -25,21 +25,25 @@ from peft import LoraConfig, LoraGAConfig, get_peft_model
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.config import AdapterConfig
 from flatlora_diffusion.storage.rng import derive_seed
 
 ANCHOR = "start"
 
 
 @torch.no_grad()
-def start_at_principal(model: Any, lora: LoraConfig, iterations: int, seed: int) -> None:
-    """Let the LoRA `lora` of `model` start at the largest directions of each W, by PEFT's PiSSA, and anchor it there.
-
-    `iterations` are those of the fast SVD, 0 for the exact one.
-    """
+def start_pissa(model: Any, lora: LoraConfig, config: AdapterConfig, seed: int) -> None:
+    """Start the LoRA `lora` of `model` at the largest directions of each W, by PEFT's PiSSA, and anchor it there."""
+    iterations = config.iterations
     how = {"init_lora_weights": f"pissa_niter_{iterations}" if iterations else "pissa"}
     for layer in lora_layers(model).values():
         if not layer.get_base_layer().weight.is_meta:  # where nothing but shapes is wanted
             _put(layer, _by_peft(layer, how, seed), [ADAPTER])
+    anchor(model, lora)
+
+
+def prepare_lora_ga(model: Any, lora: LoraConfig, config: AdapterConfig, seed: int) -> None:
+    """Anchor the LoRA `lora` of `model`; `start_at_slopes` moves both once there are gradients."""
     anchor(model, lora)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flatlora_diffusion.config import METHODS
+
 
 class Tone(NamedTuple):
     """A colour on light paper and on dark paper."""
@@ -47,9 +49,11 @@ FLAT_LORA = Look("flat", Tone("#2f6fde", "#7aa5fa"), (Tone("#84adf2", "#c3d6ff")
 THIRD = Look("third", Tone("#1f534b", "#8ae3d8"), (), (10, 3, 2, 3), "^")
 FOURTH = Look("fourth", Tone("#a93cb1", "#d03fc6"), (), (4, 2), "P")
 LOOKS = (BASE, LORA, FLAT_LORA, THIRD, FOURTH)
-METHODS = {"lora": LORA, "flat-lora": FLAT_LORA}
-"""The look of `--method`, THIRD for its rivals; an arm of a comparison that is one of these as it comes has its name
-for a key.
+OWN_LOOKS = {
+    name: look for name, row in METHODS.items() for look in LOOKS if look.name == row.look and look is not THIRD
+}
+"""The look of each `--method` that has its own; the others have THIRD. An arm of a comparison that is one of these as
+it comes has its name for a key.
 """
 
 TONES = {"paper": PAPER, "ink": INK, "faint": FAINT, "rule": RULE}

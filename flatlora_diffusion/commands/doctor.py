@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from flatlora_diffusion.commands.help_page import Page
 from flatlora_diffusion.commands.verb_settings import verb_settings
 from flatlora_diffusion.config import (
-    METHOD_NAMES,
+    METHODS,
     SAMPLES,
     TINY,
     DoctorConfig,
@@ -260,7 +260,7 @@ def drilled(config: TrainConfig) -> Iterator[Finding]:
     """A line for each thing that three steps of `config`, with random weights, have shown of this device."""
     from flatlora_diffusion.training.gpu_check import drill
 
-    subject = f"gpu, {METHOD_NAMES[config.perturb.method]}"
+    subject = f"gpu, {METHODS[config.perturb.method].title}"
     try:
         checks = drill(config)
     except RunError as error:

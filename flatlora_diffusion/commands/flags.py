@@ -22,6 +22,7 @@ from flatlora_diffusion.config import (
     check_setting,
     kind_of,
     read_value,
+    why_removed,
 )
 
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
@@ -148,7 +149,8 @@ def _switched_off(name: str, text: str | None, flags: Mapping[str, Flag]) -> str
     if flag is not None and flag.is_switch and text is None:
         return flag.name
     near = difflib.get_close_matches(name, flags, n=1)
-    raise ConfigError(f"there is no flag --{name}; " + (f"is --{near[0]} meant?" if near else "--help-all lists all"))
+    advice = f"; is --{near[0]} meant?" if near else "; --help-all lists all"
+    raise ConfigError(f"there is no flag --{name}{why_removed(name) or advice}")
 
 
 def _bare(words: Sequence[str], flags: Mapping[str, Flag], first: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from flatlora_diffusion.commands.flags import FLAGS, Flag
-from flatlora_diffusion.config import choices_of
+from flatlora_diffusion.config import choices_of, help_of
 
 HELP = {"-h": "usual", "--help": "usual", "--help-all": "all", "--help_all": "all"}
 _NO_LIMIT = 2**63 - 1  # of a seed
@@ -76,7 +76,7 @@ class _Whole(argparse.HelpFormatter):
 
 def _add(group: Any, flag: Flag, is_first: bool) -> None:
     facts = "; ".join(filter(None, (bounds(flag), _default(flag))))
-    text = (flag.item.metadata["help"] + (f" ({facts})" if facts else "")).replace("%", "%%")
+    text = (help_of(flag.item, flag.hint) + (f" ({facts})" if facts else "")).replace("%", "%%")
     if flag.is_switch:
         off = [f"--no_{flag.name}"] if flag.default else []
         group.add_argument(f"--{flag.name}", *off, action="store_true", help=text)

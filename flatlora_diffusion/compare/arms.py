@@ -15,21 +15,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from flatlora_diffusion.config import (
-    METHOD_NAMES,
-    METHODS_WITH,
+    METHODS,
     QUIET_VARIABLE,
     ConfigError,
-    Method,
     ModelConfig,
     RunError,
     TrainConfig,
+    methods_with,
     overruled_by,
     read_setting,
     settings_that,
     unused_by,
+    why_removed,
 )
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.saved_config import portable
@@ -56,7 +56,7 @@ class Arm:
     key: str
     name: str
     role: Role
-    method: Method
+    method: str
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -147,8 +147,9 @@ def parse_arm(text: str) -> Arm:
     Raises ConfigError for an unknown method or setting, and for a setting that the experiment itself sets.
     """
     method, _, rest = text.partition(":")
-    if method not in get_args(Method):
-        raise ConfigError(f"--arms: {text!r} must begin with one of {', '.join(get_args(Method))}")
+    if method not in METHODS:
+        names = ", ".join(METHODS)
+        raise ConfigError(f"--arms: {text!r} must begin with one of {names}{why_removed('method', method)}")
     changes: dict[str, Any] = {}
     for part in rest.split(",") if rest else []:
         name, equals, value = part.partition("=")
@@ -159,7 +160,7 @@ def parse_arm(text: str) -> Arm:
             changes[name] = read_setting(name, value)
         except ConfigError as error:
             raise ConfigError(f"--arms {text}: {error}") from error
-    return Arm(text, arm_name(method, changes), "arm", method, changes)  # type: ignore[arg-type]
+    return Arm(text, arm_name(method, changes), "arm", method, changes)
 
 
 def arm_name(method: str, changes: Mapping[str, Any]) -> str:
@@ -167,7 +168,7 @@ def arm_name(method: str, changes: Mapping[str, Any]) -> str:
     shown = ", ".join(
         f"average of {value}" if name == "members" else f"{name} {value}" for name, value in changes.items()
     )
-    return METHOD_NAMES[method] + (f", {shown}" if shown else "")
+    return METHODS[method].title + (f", {shown}" if shown else "")
 
 
 def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[PlannedRun]:
@@ -251,8 +252,8 @@ def _refusal(method: str, name: str) -> str:
     """Why an arm of this method cannot have the setting; nothing if it can."""
     if name in _OURS:
         return "is the same for the whole experiment"
-    if method not in METHODS_WITH.get(name, METHOD_NAMES):
-        return f"means nothing for {'plain ' if method == 'lora' else ''}{METHOD_NAMES[method]}"
+    if method not in methods_with(name):
+        return f"means nothing for {'plain ' if method == 'lora' else ''}{METHODS[method].title}"
     return ""
 
 

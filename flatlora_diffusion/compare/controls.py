@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from flatlora_diffusion.compare.arms import Arm, arm_name
 from flatlora_diffusion.compare.findings import HELDOUT_LOSS, Values
-from flatlora_diffusion.config import METHOD_NAMES, METHODS_WITH
+from flatlora_diffusion.config import methods_with
 from flatlora_diffusion.storage.rng import derive_seed
 
 SIGMA_0, OTHER_DRAWS, SECOND_EPS = "sigma-0", "other-draws", "second-eps"
@@ -56,7 +56,7 @@ def nulls_of(arms: Sequence[Arm], seed: int, init_seed: int | None = None) -> li
         **first.changes,
     }
     found = [_at_sigma_0(arms), Null(_like(first, OTHER_DRAWS, "with other draws", draws), first, _CHANCE)]
-    noisy = next((arm for arm in arms if arm.method in METHODS_WITH["perturb_seed"]), None)
+    noisy = next((arm for arm in arms if arm.method in methods_with("perturb_seed")), None)
     if noisy is not None:
         eps = {**noisy.changes, "perturb_seed": derive_seed(seed, "second eps")}
         found.append(Null(_like(noisy, SECOND_EPS, "with another eps", eps), noisy, _EPS))
@@ -91,7 +91,7 @@ def _at_sigma_0(arms: Sequence[Arm]) -> Null | None:
         alike = {
             name: value
             for name, value in flat.changes.items()
-            if "lora" in METHODS_WITH.get(name, METHOD_NAMES)  # the others shape the noise
+            if "lora" in methods_with(name)  # the others shape the noise
         }
         plain = next((arm for arm in arms if arm.method == "lora" and arm.changes == alike), None)
         if plain is not None:

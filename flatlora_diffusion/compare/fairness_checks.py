@@ -10,7 +10,7 @@ from typing import Any
 
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.controls import OTHER_DRAWS
-from flatlora_diffusion.config import OF_METHODS, TrainConfig, settings_that
+from flatlora_diffusion.config import TrainConfig, method_settings, settings_that
 
 _SHOWN = 16  # hex digits
 # Where a run lies and how often it saves is not how it was trained.
@@ -97,7 +97,7 @@ def _images(run: PlannedRun) -> str:
 
 def _settings(run: PlannedRun, of_arms: Collection[str]) -> str:
     """The hash of the run's settings without its place and without those that tell the arms of its seed apart."""
-    own = {"method", *OF_METHODS, *_PLACES, *of_arms}
+    own = {"method", *method_settings(), *_PLACES, *of_arms}
     saved = {**TrainConfig().to_dict(), **run.run.config()}
     return _sha256({name: value for name, value in sorted(saved.items()) if name not in own})
 

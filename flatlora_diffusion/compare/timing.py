@@ -7,24 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 
 from flatlora_diffusion.compare.arms import PlannedRun
+from flatlora_diffusion.config import METHODS
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
 
-# A step of training costs as much as drawing does for so many passes of each of its samples through the UNet: steps of
-# `benchmarks/train_step.py` against the picture that is timed here, both on 2 CPU cores; a rival's from its passes.
-# Flat-LoRA's are 1.0 times LoRA's with attention layers alone, and 1.2 times with the tiny base's convolutions too.
-PASSES = {
-    "lora": 2.5,
-    "flat-lora": 2.75,
-    "mixed-noise": 5.25,
-    "factor-noise": 2.5,
-    "lora-sam": 5.0,
-    "sam": 6.0,
-    "bi-lora": 3.0,
-    "nbar": 2.5,
-    "obar": 2.5,
-}
-_TWO_GRADIENTS = ("mixed-noise", "lora-sam", "sam")
 _RECOMPUTED = 1.5  # passes that --gradient_checkpointing adds to a gradient: LoRA's steps took 1.6 times as long
 _START_SECONDS = 10  # in which the process of a training imports its libraries and loads the base
 
@@ -79,6 +65,6 @@ def _seconds(planned: PlannedRun, known: Mapping[str, float], each: float) -> fl
 
 def _passes(planned: PlannedRun) -> float:
     """How many a step of the run has."""
-    optim, method = planned.config.optim, planned.arm.method
-    recomputed = _RECOMPUTED * (1 + (method in _TWO_GRADIENTS)) if optim.gradient_checkpointing else 0.0
-    return optim.train_batch_size * optim.gradient_accumulation_steps * (PASSES[method] + recomputed)
+    optim, method = planned.config.optim, METHODS[planned.arm.method]
+    recomputed = _RECOMPUTED * method.gradients if optim.gradient_checkpointing else 0.0
+    return optim.train_batch_size * optim.gradient_accumulation_steps * (method.passes + recomputed)

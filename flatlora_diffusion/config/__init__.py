@@ -6,11 +6,10 @@ files of its sections.
 
 from flatlora_diffusion.config.adapter import (
     AdapterConfig as AdapterConfig,
-    AdapterKind as AdapterKind,
     TokenConfig as TokenConfig,
 )
-from flatlora_diffusion.config.combinations import (
-    LINEAR_ONLY as LINEAR_ONLY,
+from flatlora_diffusion.config.adapters import (
+    ADAPTERS as ADAPTERS,
 )
 from flatlora_diffusion.config.commands import (
     CAPTION_WRITERS as CAPTION_WRITERS,
@@ -38,6 +37,14 @@ from flatlora_diffusion.config.data import (
 from flatlora_diffusion.config.members import (
     MembersConfig as MembersConfig,
 )
+from flatlora_diffusion.config.methods import (
+    DEFAULT_SIGMA as DEFAULT_SIGMA,
+    METHODS as METHODS,
+    by_method as by_method,
+    method_settings as method_settings,
+    methods_with as methods_with,
+    unused_by as unused_by,
+)
 from flatlora_diffusion.config.model import (
     SDXL as SDXL,
     TEXT_PARTS as TEXT_PARTS,
@@ -52,20 +59,17 @@ from flatlora_diffusion.config.optim import (
     OptimConfig as OptimConfig,
 )
 from flatlora_diffusion.config.perturb import (
-    DEFAULT_SIGMA as DEFAULT_SIGMA,
-    METHOD_NAMES as METHOD_NAMES,
-    METHODS_WITH as METHODS_WITH,
-    OF_METHODS as OF_METHODS,
     DrawKind as DrawKind,
-    Method as Method,
     NoiseKind as NoiseKind,
     PerturbConfig as PerturbConfig,
     PerturbPer as PerturbPer,
     SigmaSchedule as SigmaSchedule,
-    by_method as by_method,
     overruled_by as overruled_by,
     refuse_unread as refuse_unread,
-    unused_by as unused_by,
+)
+from flatlora_diffusion.config.removed import (
+    removed_settings as removed_settings,
+    why_removed as why_removed,
 )
 from flatlora_diffusion.config.run import (
     RunConfig as RunConfig,
@@ -81,6 +85,8 @@ from flatlora_diffusion.config.setting import (
     StoppedError as StoppedError,
     check_setting as check_setting,
     choices_of as choices_of,
+    function_at as function_at,
+    help_of as help_of,
     is_optional as is_optional,
     kind_of as kind_of,
     read_value as read_value,

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from flatlora_diffusion.config.adapters import Adapter, default_of_adapter
 from flatlora_diffusion.config.setting import Section, setting
-
-AdapterKind = Literal["lora", "rslora", "dora", "pissa", "lora-ga", "adalora", "full"]
-_PISSA_ITERATIONS, _LORA_GA_STEPS = 4, 8
 
 
 @dataclass(frozen=True)
 class AdapterConfig(Section):
     """The LoRA."""
 
-    adapter: AdapterKind = setting(
-        "lora",
-        "lora; rslora, as --use_rslora; dora, as --use_dora; pissa, which starts at W's largest directions "
-        "(arXiv:2404.02948), or lora-ga, which starts at those of the first gradients (arXiv:2407.05000): both are "
-        "saved as a plain LoRA of twice the rank; adalora, which begins with half as many ranks again and takes those "
-        "that matter least over all layers until --rank is the mean (arXiv:2303.10512); full, which trains all of "
-        "each layer's weights and saves the merged pipeline beside a LoRA of --rank by SVD",
-        moves="weights",
-        before="lora",
-    )
+    adapter: Adapter = setting("lora", "what is trained", moves="weights", before="lora")
     pissa_iterations: int | None = setting(
         None,
-        f"power iterations of PiSSA's fast SVD; 0: the exact one; default: {_PISSA_ITERATIONS}",
+        "power iterations of PiSSA's fast SVD; 0: the exact one; default: "
+        f"{default_of_adapter('pissa_iterations', 'pissa')}",
         min=0,
         max=100,
         moves="weights",
@@ -35,7 +24,8 @@ class AdapterConfig(Section):
     )
     lora_ga_steps: int | None = setting(
         None,
-        f"steps whose batches give the gradients that LoRA-GA starts from; default: {_LORA_GA_STEPS}",
+        "steps whose batches give the gradients that LoRA-GA starts from; default: "
+        f"{default_of_adapter('lora_ga_steps', 'lora-ga')}",
         min=1,
         max=10_000,
         moves="weights",
@@ -46,12 +36,10 @@ class AdapterConfig(Section):
     lora_dropout: float = setting(0.0, "dropout in front of A", min=0, max=0.99)
     use_dora: bool = setting(
         False,
-        "DoRA: train the rows' magnitudes apart from their directions (arXiv:2402.09353); as --adapter dora",
+        "DoRA: train the rows' magnitudes apart from their directions (arXiv:2402.09353)",
         moves="weights",
     )
-    use_rslora: bool = setting(
-        False, "rank-stabilized scale, alpha/sqrt(rank) (arXiv:2312.03732); as --adapter rslora"
-    )
+    use_rslora: bool = setting(False, "rank-stabilized scale, alpha/sqrt(rank) (arXiv:2312.03732)")
     lora_target_modules: str = setting(
         "attn",
         "UNet layers: attn, attn+ff, all-linear, conv (all-linear and convolutions), or names with commas",
@@ -77,22 +65,17 @@ class AdapterConfig(Section):
     )
 
     @property
-    def is_dora(self) -> bool:
-        return self.use_dora or self.adapter == "dora"
-
-    @property
-    def is_rslora(self) -> bool:
-        return self.use_rslora or self.adapter == "rslora"
-
-    @property
     def iterations(self) -> int:
-        """Those of PiSSA's SVD in force."""
-        return _PISSA_ITERATIONS if self.pissa_iterations is None else self.pissa_iterations
+        """The pissa_iterations in force."""
+        return self._in_force("pissa_iterations", self.pissa_iterations)
 
     @property
     def slope_steps(self) -> int:
-        """The steps in force whose batches give LoRA-GA's gradients."""
-        return _LORA_GA_STEPS if self.lora_ga_steps is None else self.lora_ga_steps
+        """The lora_ga_steps in force."""
+        return self._in_force("lora_ga_steps", self.lora_ga_steps)
+
+    def _in_force(self, name: str, given: int | None) -> int:
+        return given if given is not None else default_of_adapter(name, self.adapter) or 0
 
 
 @dataclass(frozen=True)

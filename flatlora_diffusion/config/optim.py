@@ -119,14 +119,6 @@ class OptimConfig(Section):
     adam_beta2: float = setting(0.999, "beta2 of AdamW and prodigy", min=0, max=0.9999999)
     adam_weight_decay: float = setting(1e-4, "weight decay", min=0)
     adam_weight_decay_text_encoder: float = setting(1e-3, "weight decay of the text encoders", min=0)
-    delta_weight_decay: float = setting(
-        0.0,
-        "hold down the change of the weights itself: this times half the sum of ||W' - W||^2 over the layers is "
-        "added to what is minimized, though not to the loss that is told",
-        min=0,
-        max=1e6,
-        before=0.0,
-    )
     adam_epsilon: float = setting(1e-8, "epsilon of AdamW and prodigy", min=0)
     prodigy_beta3: float | None = setting(
         None, "prodigy's step-size average; default: sqrt(beta2)", min=0, max=0.9999999

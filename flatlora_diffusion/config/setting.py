@@ -6,9 +6,13 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, ClassVar, Literal, TypedDict, Unpack, get_args
+
+from flatlora_diffusion.config.removed import why_removed
 
 KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 """The types of settings as people read them."""
@@ -80,6 +84,22 @@ def setting(
     return field(default=default, metadata={"help": help, "min": min, "max": max, **traits})
 
 
+class Choice(str):
+    """The type of a setting whose choices are the names of a registry's rows; its values are plain texts.
+
+    Each row has a `help`.
+    """
+
+    rows: ClassVar[Mapping[str, Any]] = {}
+
+
+def function_at(path: str) -> Callable[..., Any]:
+    """The function that a registry's row names as `module:function`; its module is imported now."""
+    module, name = path.split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
 class Section:
     """Checks the type, the choices and the bounds of every setting of a dataclass when it is made."""
 
@@ -93,7 +113,17 @@ class Section:
 def choices_of(hint: Any) -> tuple[str, ...]:
     """The words that a setting of this type may be; empty for a setting that is no choice."""
     kind = kind_of(hint)
+    if isinstance(kind, type) and issubclass(kind, Choice):
+        return tuple(kind.rows)
     return get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def help_of(item: dataclasses.Field[Any], hint: Any) -> str:
+    """The help of a setting, and of each of its choices that has a row in a registry."""
+    kind, text = kind_of(hint), str(item.metadata["help"])
+    if isinstance(kind, type) and issubclass(kind, Choice):
+        return f"{text}: " + "; ".join(row.help for row in kind.rows.values())
+    return text
 
 
 def kind_of(hint: Any) -> Any:
@@ -139,9 +169,9 @@ def check_setting(item: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     if typing.get_origin(kind) is tuple:
         _check_each(item, get_args(kind)[0], value)
         return
-    if typing.get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise SettingError(item.name, value, f"is not one of {', '.join(get_args(kind))}")
+    if choices := choices_of(hint):
+        if value not in choices:
+            raise SettingError(item.name, value, f"is not one of {', '.join(choices)}{why_removed(item.name, value)}")
         return
     if not _is_a(value, kind):
         raise SettingError(item.name, value, f"must be {KIND_NAMES[kind]}")

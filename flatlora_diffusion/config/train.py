@@ -12,50 +12,26 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config.adapter import AdapterConfig, TokenConfig
 from flatlora_diffusion.config.combinations import check_combinations
-from flatlora_diffusion.config.data import DataConfig
-from flatlora_diffusion.config.members import MembersConfig
-from flatlora_diffusion.config.model import ModelConfig
-from flatlora_diffusion.config.optim import ObjectiveConfig, OptimConfig
-from flatlora_diffusion.config.perturb import PerturbConfig, by_method
-from flatlora_diffusion.config.run import RunConfig
+from flatlora_diffusion.config.methods import by_method
+from flatlora_diffusion.config.removed import why_removed, without_removed
+from flatlora_diffusion.config.sections import Sections
 from flatlora_diffusion.config.setting import SAMPLES, ConfigError, Traits, read_value
 
 _PRESETS = SAMPLES / "presets"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Sections):
     """All settings of one training run, frozen."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    tokens: TokenConfig = field(default_factory=TokenConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    perturb: PerturbConfig = field(default_factory=PerturbConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    average: MembersConfig = field(default_factory=MembersConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         """Refuse settings that exclude each other. Raises ConfigError that names both."""
         check_combinations(self)
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether anything in the text encoders is trained, so that prompts must be encoded in each step."""
-        return self.adapter.train_text_encoder or self.tokens.train_text_encoder_ti
-
-    @property
-    def encodes_in_steps(self) -> bool:
-        """Whether the text encoders are needed in each step, trained or not."""
-        return self.trains_text or self.data.draws_captions
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its flat name, JSON-able."""
@@ -111,10 +87,10 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A file that leaves out older settings of the section, too, is no saved one: what it does not say is the default.
     """
-    whole = dict(values)
+    whole = without_removed(values)
     for section in typing.get_type_hints(TrainConfig).values():
         before = {item.name: item.metadata["before"] for item in fields(section) if "before" in item.metadata}
-        if {item.name for item in fields(section)} - before.keys() <= values.keys():
+        if {item.name for item in fields(section)} - before.keys() <= whole.keys():
             whole = {**before, **whole}
     return whole
 
@@ -146,7 +122,8 @@ def read_setting(name: str, text: str) -> Any:
     """The value that `text` gives a training setting. Raises ConfigError for a name or a value that cannot be."""
     hint = setting_hints().get(name)
     if hint is None:
-        raise ConfigError(f"unknown setting {name!r}; see `train --help-all` for all names")
+        advice = why_removed(name) or "; see `train --help-all` for all names"
+        raise ConfigError(f"unknown setting {name!r}{advice}")
     return read_value(name, hint, text)
 
 

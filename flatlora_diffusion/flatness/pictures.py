@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.charts.lines import Chart, titled_chart
-from flatlora_diffusion.charts.palette import BASE, METHODS, THIRD, Look
+from flatlora_diffusion.charts.palette import BASE, OWN_LOOKS, THIRD, Look
 from flatlora_diffusion.config import FlatnessConfig, LandscapeConfig
 from flatlora_diffusion.flatness.functional import Estimate
 from flatlora_diffusion.flatness.measure import HELDOUT, IMAGES, TRAIN, FlatnessFigures
@@ -49,7 +49,7 @@ def _figures(saved: Mapping[str, Any]) -> FlatnessFigures:
 
 
 def _looks(figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> list[Look]:
-    return [BASE, *(METHODS.get(facts["runs"][run.name]["method"], THIRD) for run in figures[1:])]
+    return [BASE, *(OWN_LOOKS.get(facts["runs"][run.name]["method"], THIRD) for run in figures[1:])]
 
 
 def _strengths(figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> Chart:

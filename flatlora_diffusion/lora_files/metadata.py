@@ -180,10 +180,9 @@ def comment(config: TrainConfig, *more: str) -> str:
     said = [f"flatlora-diffusion: method {perturb.method}"]
     if perturb.draws_noise:
         said.append(f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule")
+        said.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
     elif perturb.radius:
         said.append(f"rho {perturb.radius:g}")
-    if perturb.perturbs_weights:
-        said.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
     return ", ".join(filter(None, [*said, *more]))
 
 

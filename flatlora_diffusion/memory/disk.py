@@ -13,7 +13,7 @@ import torch
 from flatlora_diffusion.adapter.delta import FOLD_RANK
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
-from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig, TrainConfig
+from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, AdapterConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.images import SIDECAR_SUFFIXES
 from flatlora_diffusion.memory.estimate import resolution_of
 from flatlora_diffusion.memory.meta_step import weight_count
@@ -45,7 +45,7 @@ def disk_need(config: TrainConfig) -> DiskNeed:
     numbers, optim = sum(map(math.prod, trained)), config.optim
     copies = 1 + optim.use_ema + _copies_of_method(config)
     state = _FP32 * copies * numbers + sum(optimizer_bytes(shape, optim) for shape in trained)
-    if config.perturb.perturbs_weights:
+    if config.perturb.draws_noise:
         state += _FP32 * sum(shape[0] for shape in adapted)  # the norms of the rows
     entries = _ENTRY * len(trained)
     files = _files(config, numbers, adapted) + 3 * entries
@@ -94,10 +94,10 @@ def _files(config: TrainConfig, numbers: int, adapted: Iterable[torch.Size]) -> 
     def of_rank(rank: int) -> int:
         return sum(min(rank, *_matrix(shape)) * sum(_matrix(shape)) for shape in adapted)
 
-    theirs = plain = 2 * numbers if adapter.adapter in ("pissa", "lora-ga") else numbers
+    theirs = plain = 2 * numbers if ADAPTERS[adapter.adapter].starts_away else numbers
     if adapter.adapter == "full":
         theirs = plain = of_rank(adapter.rank)
-    elif adapter.is_dora:
+    elif adapter.use_dora:
         plain = of_rank(max(FOLD_RANK, adapter.rank))
     return DTYPES[config.run.save_dtype].itemsize * (theirs + plain * (1 + config.run.output_kohya_format))
 

@@ -106,7 +106,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         ema=lora if optim.use_ema else 0,
         activations=passes.saved,
         temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
-        perturbation=bytes_of_method(rehearse, dtype.itemsize, config, predictions),
+        perturbation=bytes_of_method(rehearse, dtype.itemsize, config),
         context=CONTEXT_BYTES,
     )
     loaded = step.context + step.unet + text_encoders + vae + lora

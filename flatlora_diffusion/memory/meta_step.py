@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
-from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig
+from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig, function_at
 from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
-from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.rivals.sam import Sam
-from flatlora_diffusion.method.rivals.sketch import Sketches
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, Slopes
 from flatlora_diffusion.sdxl.denoiser import Denoiser
 from flatlora_diffusion.sdxl.loading import one_at_a_time
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
 from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
-
-Taking = Literal["plain", "slopes", "sam", "bi-lora"]
-"""How gradients are taken: of the LoRA alone, of W too, by SAM, or beside Bi-LoRA's second LoRA."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +70,13 @@ def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
     images: int,
     resolution: int,
     checkpointing: bool,
-    taking: Taking = "plain",
+    rehearse: str | None = None,
     micro_batches: int = 1,
 ) -> Passes:
     """Forward and backward in `dtype` of `micro_batches` of `images` square images of `resolution` pixels.
 
-    The base's weights are in `of_base`, the LoRA's in fp32. With `taking` the bytes are also those of slopes, of their
-    sketches or of a second LoRA with its gradients.
+    The base's weights are in `of_base`, the LoRA's in fp32. `rehearse` names a method's `module:function` that makes
+    its passes in place of plain ones.
 
     Raises ConfigError when the LoRA's settings name no layer.
     """
@@ -99,7 +92,7 @@ def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
     batch = sum(tensor.nbytes for tensor in inputs)
     with AsOnGpu(dtype), LiveBytes(known) as bytes_held:
         micro_batch = _MicroBatch(model, inputs, bytes_held)
-        _take(taking, model, [micro_batch] * micro_batches)
+        _take(rehearse, model, [micro_batch] * micro_batches)
     frozen = {id(layer.weight): layer.weight for layer in model.unet.modules() if _is_frozen_linear(layer)}
     others = [one for one in model.unet.parameters() if not one.requires_grad and id(one) not in frozen]
     return Passes(
@@ -178,29 +171,13 @@ class _MicroBatch:
         return loss.detach()
 
 
-def _take(taking: Taking, model: nn.Module, micro_batches: Sequence[_MicroBatch]) -> None:
-    if taking == "bi-lora":
-        second = BiLora({"": model}, rho=1.0, seed=0)
-        second.take(0, micro_batches)
-        second.detach()
+def _take(rehearse: str | None, model: nn.Module, micro_batches: Sequence[_MicroBatch]) -> None:
+    """The passes that the function `rehearse` names, or plain ones."""
+    if rehearse is not None:
+        function_at(rehearse)(model, micro_batches)
         return
-    if taking == "sam":
-        sam = Sam([model], [], rho=1.0, seed=0)
-        with sam.reading(Sketches(0, 0)) as slopes:
-            _backward(micro_batches)
-        with sam.ascended(slopes):
-            _backward(micro_batches)
-        sam.detach()
-        return
-    reader = SlopeReader([model] if taking == "slopes" else [])
-    with reader.reading(Slopes()):
-        _backward(micro_batches)
-    reader.detach()
-
-
-def _backward(micro_batches: Sequence[_MicroBatch]) -> None:
-    for one in micro_batches:
-        one.backward()
+    for batch in micro_batches:
+        batch.backward()
 
 
 class _Conditioned(nn.Module):

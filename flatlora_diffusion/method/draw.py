@@ -42,8 +42,8 @@ class Draw(ABC):
     ) -> None: ...
 
     @abstractmethod
-    def noise(self, name: str, example: int = 0) -> Tensor:
-        """eps of layer `name`, materialized: fp32, shape of W. `example` counts where each has an eps of its own."""
+    def noise(self, name: str) -> Tensor:
+        """eps of layer `name`, materialized: fp32, shape of W."""
 
     @abstractmethod
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

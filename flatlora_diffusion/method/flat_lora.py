@@ -7,15 +7,14 @@ Eq. 7 of the paper, for a layer with m filters (rows) of n inputs and merged wei
 The reference code adds eps to W in place and subtracts it later, which drifts half-precision weights, and reseeds the
 global generator; here eps lives only inside the layer's op, drawn from a private generator.
 
-`low_rank_draw.py` has the covariance of Eq. 7 from few numbers, and `example_draw.py` one such eps for each example;
-`full_draw.py` draws each entry by itself, by PyTorch or by `philox`.
+`low_rank_draw.py` has the covariance of Eq. 7 from few numbers; `full_draw.py` draws each entry by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from operator import is_
 from typing import Any
@@ -25,12 +24,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
+from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
+from flatlora_diffusion.method.noise_config import NoiseConfig, check_sigma, check_whole
 from flatlora_diffusion.method.optimizer_hook import Following
 from flatlora_diffusion.method.row_norms import KeptNorms, NormState, RowStds, merged_square_norms
-from flatlora_diffusion.method.settings import Settings, check_sigma, check_whole
 
 
 class FlatLora:
@@ -38,41 +37,15 @@ class FlatLora:
 
     Args:
         model: any module with PEFT LoRA layers (a UNet after `add_adapter`, a `get_peft_model` result).
-        sigma: relative radius of the noise: E||eps_i||^2 = sigma^2 ||W'_i||^2. 0.05 to 0.15 in the paper.
-        schedule: how sigma moves over `total_steps`: `cosine` or `linear` (0 to sigma), `constant`, or `down` (sigma
-            to 0 by a cosine).
-        total_steps: optimizer steps after which a ramp has reached its end.
-        seed: eps is a function of (seed, prefix, layer name, step, slot), of low-rank draws in place of the name of
-            all layers' order, sizes and devices, and of nothing else; with `per_example` of the example too.
-        noise: `filter` is Eq. 7; `iid` gives every row of a layer the same std, at equal expected energy.
-        prefix: keeps models apart that share layer names, such as SDXL's two text encoders.
-        draw: `low_rank` has the mean and covariance of Eq. 7, 0 between any two entries, but its entries are not
-            normal: eps = diag(row_std) U V^T / sqrt(k) with N(0, 1) in U (m, k) and V (n, k), k = 4. It takes
-            k (m + n) numbers in place of m n. `full` draws every eps[i, j] by itself, the letter of Eq. 7; `philox`
-            too, the same numbers on all devices.
-        norm_every: ||W'_i|| is taken anew in the first perturbed step of each `norm_every` optimizer steps; the
-            active adapters must not change in between.
-        per_example: with `low_rank`, an eps for each example, the first dimension of what layers are given.
+        config: size, schedule and draws of the noise.
+        settings: settings of `NoiseConfig` by name, over those of `config`.
 
     Raises:
         ConfigError: a setting out of range, no LoRA layer, or adapted layers that cannot be perturbed (named).
     """
 
-    def __init__(  # noqa: PLR0913 (each is a setting of its own, all but the model by name)
-        self,
-        model: nn.Module,
-        sigma: float = 0.1,
-        schedule: SigmaSchedule = "cosine",
-        total_steps: int = 500,
-        seed: int = 0,
-        noise: NoiseKind = "filter",
-        prefix: str = "unet",
-        *,
-        draw: DrawKind = "low_rank",
-        norm_every: int = 1,
-        per_example: bool = False,
-    ) -> None:
-        settings = Settings(sigma, schedule, total_steps, seed, noise, prefix, draw, norm_every, per_example)
+    def __init__(self, model: nn.Module, config: NoiseConfig | None = None, **settings: Any) -> None:
+        config = replace(config or NoiseConfig(), **settings)
         self._model = model
         self._adapters = _adapters(model)
         self._is_open = False
@@ -82,7 +55,7 @@ class FlatLora:
         for layer in self._layers.values():
             layer.below.attach(partial(self._base_forward, layer))
         self._following = Following(self._layers, self._draw_at)
-        self._use_settings(settings)
+        self._use(config)
 
     @property
     def layers(self) -> Mapping[str, BaseTunerLayer]:
@@ -98,7 +71,7 @@ class FlatLora:
 
     def sigma_at(self, step: int) -> float:
         """sigma at the 0-based optimizer `step`; from `total_steps` on a ramp stays at its end."""
-        return self.settings.sigma_at(step)
+        return self.config.sigma_at(step)
 
     @property
     def step(self) -> int:
@@ -159,15 +132,12 @@ class FlatLora:
         finally:
             self._disabled -= 1
 
-    def noise(self, name: str, step: int, slot: int = 0, sigma: float | None = None, example: int = 0) -> Tensor:
-        """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W.
-
-        With `per_example` that of the micro-batch's `example`.
-        """
-        layers = [self._layer(name)] if not self.settings.draws.is_joint else self._layers.values()
+    def noise(self, name: str, step: int, slot: int = 0, sigma: float | None = None) -> Tensor:
+        """The eps that `perturb(step, slot, sigma)` gives layer `name`, materialized: fp32, shape of W."""
+        layers = [self._layer(name)] if not self.config.draws.is_joint else self._layers.values()
         with _exact():
             norms = self._norms.seen_from(step, layers)
-            return self._drawn(norms, step, slot, self._strength(step, sigma)).noise(name, example)
+            return self._drawn(norms, step, slot, self._strength(step, sigma)).noise(name)
 
     def filter_norms(self, name: str) -> Tensor:
         """||W'[i]||_2 of the merged weight W' = W + sBA of layer `name`, fp32, shape (m,)."""
@@ -177,14 +147,14 @@ class FlatLora:
 
     def state_dict(self) -> dict[str, Any]:
         """The settings from which a resumed run draws the same eps: plain JSON-able values."""
-        return asdict(self.settings) | ({"step": self.step} if self._following.is_on else {})
+        return asdict(self.config) | ({"step": self.step} if self._following.is_on else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the settings of a `state_dict`. Raises ConfigError when a key is missing or not known."""
         known = dict(state)
         step = known.pop("step", self.step)
         check_whole("step", step, 0)
-        self._use_settings(Settings.from_state(known))
+        self._use(NoiseConfig.from_state(known))
         self.step = step
 
     def norm_state(self) -> NormState | None:
@@ -202,12 +172,12 @@ class FlatLora:
             layer.below.restore()
         self._layers = {}
 
-    def _use_settings(self, settings: Settings) -> None:
-        self.settings = settings
-        self._norms = KeptNorms(self._layers, settings.norm_every, settings.noise)
+    def _use(self, config: NoiseConfig) -> None:
+        self.config = config
+        self._norms = KeptNorms(self._layers, config.norm_every, config.noise)
         for layer in self._layers.values():
             layer.whole.restore()
-            if layer.plain_pairs and settings.draws.acts_in_branch:
+            if layer.plain_pairs and config.draws.acts_in_branch:
                 layer.whole.attach(partial(self._layer_forward, layer))
 
     def _check_usable(self) -> None:
@@ -253,8 +223,8 @@ class FlatLora:
             return self._drawn(self._norms.at(step), step, slot, strength)
 
     def _drawn(self, stds: Sequence[RowStds], step: int, slot: int, sigma: float) -> Draw:
-        key = DrawKey(self.settings.seed, self.settings.prefix, step, slot)
-        return self.settings.draws(self._layers, stds, sigma, key)
+        key = DrawKey(self.config.seed, self.config.prefix, step, slot)
+        return self.config.draws(self._layers, stds, sigma, key)
 
     def _strength(self, step: int, sigma: float | None) -> float:
         if sigma is None:

@@ -1,8 +1,6 @@
-"""The full draws, the letter of Eq. 7: each entry of eps is a normal number of its own, drawn again in every pass.
+"""The full draw, the letter of Eq. 7: each entry of eps is a normal number of its own, drawn again in every pass.
 
-There are two, whose numbers differ: PyTorch's generator, which gives others on a CPU than on CUDA, and `philox`, the
-same everywhere, which a kernel draws while it reads W. Which one a run has is a setting of its own, and not what
-happens to be installed, so that a run that is resumed goes on with the numbers that it began with.
+PyTorch's generator gives other numbers on a CPU than on CUDA.
 """
 
 from __future__ import annotations
@@ -10,21 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flatlora_diffusion.method.branch import adds_in_place
 from flatlora_diffusion.method.draw import Draw, DrawKey
 from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.noise import NoiseSpec, compute_dtype, perturbed_layer, row_noise
-from flatlora_diffusion.method.philox.numbers import perturbed_by_place
 from flatlora_diffusion.method.row_norms import RowStds
 
 
 class FullDraw(Draw):
     """eps[i, j] = row_std[i] * z[i, j] with independent z ~ N(0, 1), m * n numbers a layer and pass. None is kept."""
-
-    by_place = False
 
     def __init__(
         self, layers: Mapping[str, AdaptedLayer], stds: Sequence[RowStds], sigma: float, key: DrawKey
@@ -33,7 +27,7 @@ class FullDraw(Draw):
         self._row_stds = {name: row_std for some in stds for name, row_std in some.times(sigma).items()}
         self._seeds = {name: key.derive("perturbation", name) for name in self._row_stds}
 
-    def noise(self, name: str, example: int = 0) -> Tensor:
+    def noise(self, name: str) -> Tensor:
         return row_noise(self._row_stds[name], self._layers[name].shape, self._seeds[name])
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -47,15 +41,5 @@ class FullDraw(Draw):
         return perturbed.clone() if adds_in_place(layer.tuner) else perturbed
 
     def _perturbed(self, layer: AdaptedLayer, x: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
-        spec = NoiseSpec(self._seeds[layer.name], layer.shape, x.dtype, layer.convolution, self.by_place)
+        spec = NoiseSpec(self._seeds[layer.name], layer.shape, x.dtype, layer.convolution)
         return perturbed_layer(x, bias, weight, self._row_stds[layer.name], spec)
-
-
-class PhiloxDraw(FullDraw):
-    """The same law by `philox`: one eps for a key on all devices, and on CUDA W + eps in one pass over memory."""
-
-    by_place = True
-
-    def noise(self, name: str, example: int = 0) -> Tensor:
-        shape = self._layers[name].shape
-        return perturbed_by_place(None, self._row_stds[name], shape, self._seeds[name], torch.float32)

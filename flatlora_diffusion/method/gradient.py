@@ -1,12 +1,12 @@
 """How the gradient of an optimizer step is taken: the seam between a training loop and the methods.
 
 The loop draws the micro-batches and moves the weights; a method decides where on the loss their gradients are taken,
-and in how many passes. The simplest are here: at the weights, at W + eps, a mixture of both, and at A and B + eps.
+and in how many passes. LoRA's and Flat-LoRA's are here: at the weights, and at W + eps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import PerturbPer
+from flatlora_diffusion.config import PerturbConfig, PerturbPer
 from flatlora_diffusion.method.flat_lora import FlatLora
-from flatlora_diffusion.storage.rng import generator
+from flatlora_diffusion.method.noise_config import NoiseConfig
 
 
 class MicroBatch(Protocol):
@@ -43,6 +43,30 @@ class Ascent:
     climb: Tensor
 
 
+@dataclass(frozen=True)
+class GradientInputs:
+    """What a method's gradient is built from.
+
+    Attributes:
+        models: the adapted models by the prefix of their draws.
+        trainable: all trained parameters by name.
+        config: the method's settings.
+        seed: seed of all draws that have no seed of their own.
+        total_steps: optimizer steps of the run.
+    """
+
+    models: Mapping[str, nn.Module]
+    trainable: Mapping[str, nn.Parameter]
+    config: PerturbConfig
+    seed: int
+    total_steps: int
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """A, B and AdaLoRA's E."""
+        return [value for name, value in self.trainable.items() if any(f".lora_{side}." in name for side in "ABE")]
+
+
 class StepGradient:
     """The gradient at the weights as they are: plain LoRA."""
 
@@ -60,7 +84,7 @@ class StepGradient:
 
         The weights are afterwards what they were.
         """
-        return [one.backward() for one in micro_batches]
+        return [batch.backward() for batch in micro_batches]
 
     def before_update(self, step: int, learning_rate: float) -> None:
         """Do to the weights what the method does just before the optimizer's step, its gradients being complete."""
@@ -82,7 +106,7 @@ class StepGradient:
 
 
 class NoisyGradient(StepGradient):
-    """The gradient at W + eps, Flat-LoRA, with a new eps for each micro-batch or example or one for the whole step."""
+    """The gradient at W + eps, Flat-LoRA, with a new eps for each micro-batch or for each step."""
 
     def __init__(self, flats: Sequence[FlatLora], per: PerturbPer) -> None:
         self.flats, self._per = flats, per
@@ -90,68 +114,39 @@ class NoisyGradient(StepGradient):
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         if self._per == "step":
             with self._perturbed(step, 0):
-                return [self._backward(one) for one in micro_batches]
+                return [batch.backward() for batch in micro_batches]
         losses = []
         with _together(flat.one_step() for flat in self.flats):  # so that norms are taken once
-            for one in micro_batches:
-                with self._perturbed(step, one.slot):
-                    losses.append(self._backward(one))
+            for batch in micro_batches:
+                with self._perturbed(step, batch.slot):
+                    losses.append(batch.backward())
         return losses
 
-    def _backward(self, micro_batch: MicroBatch) -> Tensor:
-        return micro_batch.backward()
-
-    def _perturbed(self, step: int, key: int) -> AbstractContextManager[None]:
-        return _together(flat.perturb(step, key) for flat in self.flats)
+    def _perturbed(self, step: int, slot: int) -> AbstractContextManager[None]:
+        return _together(flat.perturb(step, slot) for flat in self.flats)
 
 
-class MixedGradient(NoisyGradient):
-    """`share` times the gradient at W + eps and the rest at W, in two passes (arXiv:2404.00357, the mixed loss)."""
-
-    def __init__(self, flats: Sequence[FlatLora], per: PerturbPer, share: float) -> None:
-        super().__init__(flats, per)
-        self._share = share
-
-    def _backward(self, micro_batch: MicroBatch) -> Tensor:
-        noisy = micro_batch.backward(self._share, is_shared=False)
-        with _together(flat.disabled() for flat in self.flats):
-            return self._share * noisy + (1 - self._share) * micro_batch.backward(1 - self._share)
+def plain_gradient(inputs: GradientInputs) -> StepGradient:
+    """The gradient at the weights as they are."""
+    return StepGradient()
 
 
-class FactorNoise(NoisyGradient):
-    """The gradient at A + eps and B + eps, each scaled to the factor's rows as Eq. 7 scales eps to those of W'.
+def noisy_gradient(inputs: GradientInputs) -> NoisyGradient:
+    """The gradient at W + eps, each model with draws of its own."""
+    return NoisyGradient(flat_loras(inputs), inputs.config.perturb_per)
 
-    A control: it reaches only what A and B can move W to, and nothing of it is in B while B is 0.
-    """
 
-    def __init__(
-        self, factors: Mapping[str, nn.Parameter], sigma_at: Callable[[int], float], seed: int, per: PerturbPer
-    ) -> None:
-        super().__init__((), per)
-        self._factors, self._sigma_at, self._seed = factors, sigma_at, seed
-
-    def sigma_at(self, step: int) -> float:
-        return self._sigma_at(step)
-
-    def _perturbed(self, step: int, key: int) -> AbstractContextManager[None]:
-        return moved({factor: self._eps(name, step, key) for name, factor in self._factors.items()})
-
-    def _eps(self, name: str, step: int, key: int) -> Tensor:
-        rows = self._factors[name].detach().flatten(1)
-        stds = self._sigma_at(step) * rows.norm(dim=1, keepdim=True) / rows.shape[1] ** 0.5
-        drawn = torch.randn(
-            rows.shape,
-            generator=generator(rows.device, self._seed, "factor noise", name, step, key),
-            device=rows.device,
-        )
-        return (drawn * stds).view_as(self._factors[name])
+def flat_loras(inputs: GradientInputs) -> list[FlatLora]:
+    """The perturbation of each model's W, by the prefix of its draws."""
+    noise = NoiseConfig.from_settings(inputs.config, inputs.seed, inputs.total_steps)
+    return [FlatLora(model, noise, prefix=prefix) for prefix, model in inputs.models.items()]
 
 
 @contextmanager
 def _together(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
     with ExitStack() as stack:
-        for one in contexts:
-            stack.enter_context(one)
+        for context in contexts:
+            stack.enter_context(context)
         yield
 
 

@@ -38,12 +38,9 @@ DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by
 Pair = tuple[Tensor, Tensor]  # V^T (k, n) and U'^T (k, m)
 
 
-def low_rank_path(group: int, *path: str) -> tuple[str, ...]:
-    """The purpose of a low-rank draw, as a key takes it, for the layers of the `group`-th device.
-
-    The first device has the key that all layers have where there is only one device.
-    """
-    return ("low-rank perturbation", *path, *((f"device {group}",) if group else ()))
+def _purpose(group: int) -> tuple[str, ...]:
+    """The purpose of a low-rank draw for the layers of the `group`-th device; the first device has the plain one."""
+    return ("low-rank perturbation", f"device {group}") if group else ("low-rank perturbation",)
 
 
 class LowRankDraw(Draw):
@@ -59,13 +56,13 @@ class LowRankDraw(Draw):
         self._drawn: list[tuple[RowStds, Pair]] = []
         for group, some in enumerate(stds):
             rng = torch.Generator(device=some.stds.device)
-            rng.manual_seed(key.derive(*low_rank_path(group)))
+            rng.manual_seed(key.derive(*_purpose(group)))
             ups = _normal(sum(some.rows), rng).mul_(some.stds * (sigma / math.sqrt(DRAW_RANK)))
             downs = _normal(sum(layer.inputs for layer in some.layers), rng)
             self._drawn.append((some, (downs.bfloat16(), ups.bfloat16())))  # so that eps is the same in all dtypes
         self._factors = {torch.bfloat16: self._split(torch.bfloat16)}
 
-    def noise(self, name: str, example: int = 0) -> Tensor:
+    def noise(self, name: str) -> Tensor:
         down, up = self._pair(name, torch.float32)
         return (up.mT @ down).view(self._layers[name].shape)
 

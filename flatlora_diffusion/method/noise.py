@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from flatlora_diffusion.method.philox.numbers import perturbed_by_place, scaled
-
 
 @dataclass(frozen=True)
 class Convolution:
@@ -46,15 +44,14 @@ def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
 class NoiseSpec:
     """All that is needed to make a layer's eps again: eps[i] = row_std[i] * z[i] with z ~ N(0, 1) from `seed`.
 
-    `shape` is the weight's, (m, n) or (m, n, kh, kw); `dtype` is the one that the layer computes in. With `by_place` z
-    is that of `philox`, else of PyTorch's generator on the device.
+    `shape` is the weight's, (m, n) or (m, n, kh, kw); `dtype` is the dtype that the layer computes in. z comes from
+    PyTorch's generator on the device.
     """
 
     seed: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     convolution: Convolution | None = None
-    by_place: bool = False
 
 
 def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -63,7 +60,7 @@ def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     A function of its arguments alone: a private generator of that device is seeded, no global one is touched. CPU and
     CUDA give different numbers for one seed.
     """
-    return scaled(None, _normal(row_std, shape, seed), row_std)
+    return _scaled(None, _normal(row_std, shape, seed), row_std)
 
 
 def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
@@ -119,9 +116,13 @@ def _batched(shape: torch.Size) -> tuple[int, ...]:
 
 def _effective_weight(weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
     """W + eps (or eps) in one fp32 buffer, then cast once to the compute dtype."""
-    if spec.by_place:
-        return perturbed_by_place(weight, row_std, spec.shape, spec.seed, spec.dtype)
-    return scaled(weight, _normal(row_std, spec.shape, spec.seed), row_std).to(spec.dtype)
+    return _scaled(weight, _normal(row_std, spec.shape, spec.seed), row_std).to(spec.dtype)
+
+
+def _scaled(weight: Tensor | None, z: Tensor, row_std: Tensor) -> Tensor:
+    """W + diag(row_std) z, or without W when `weight` is None, in the place of z."""
+    per_row = row_std.view(-1, *[1] * (z.ndim - 1))
+    return z.mul_(per_row) if weight is None else torch.addcmul(weight, z, per_row, out=z)
 
 
 def _normal(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:

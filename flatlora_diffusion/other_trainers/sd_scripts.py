@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flatlora_diffusion.config import ConfigError, PerturbConfig, read_setting
 from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.method.noise_config import NoiseConfig
 
 _OURS = ("sigma", "sigma_schedule", "perturb_seed", "perturb_noise", "perturb_draw", "perturb_norm_every")
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
@@ -86,15 +87,8 @@ class FlatNetwork(nn.Module):
         """Apply the network, above base layers that eps can act in."""
         loras = [*(self.text_encoder_loras if apply_text_encoder else []), *(self.unet_loras if apply_unet else [])]
         self._loras = {lora.lora_name: lora for lora in loras}
-        self._flat = FlatLora(
-            _as_peft_layers(self._loras),
-            sigma=self._perturb.strength,
-            schedule=self._perturb.sigma_schedule,
-            seed=self._seed(),
-            noise=self._perturb.perturb_noise,
-            draw=self._perturb.perturb_draw,
-            norm_every=self._perturb.perturb_norm_every,
-        )
+        noise = NoiseConfig.from_settings(self._perturb, int(getattr(self._arguments, "seed", None) or 0))
+        self._flat = FlatLora(_as_peft_layers(self._loras), noise)
         self._show(False)
         self._flat.follow()
         register_optimizer_step_post_hook(self._after_step)  # after that of `follow`
@@ -128,10 +122,6 @@ class FlatNetwork(nn.Module):
 
     def _tuners(self) -> dict[str, Any]:
         return {} if self._flat is None else dict(self._flat.layers)
-
-    def _seed(self) -> int:
-        seed = self._perturb.perturb_seed
-        return seed if seed is not None else int(getattr(self._arguments, "seed", None) or 0)
 
 
 def _as_peft_layers(loras: dict[str, Any]) -> nn.ModuleDict:

@@ -6,34 +6,27 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flatlora_diffusion.config import ConfigError, DrawKind, NoiseKind, SigmaSchedule
+from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.method.noise_config import NoiseConfig
 
 
 class FlatLoraCallback(TrainerCallback):
     """Trains the LoRA of the trainer's model as Flat-LoRA: `Trainer(model, ..., callbacks=[FlatLoraCallback()])`.
 
     The ramp of sigma ends with the trainer's last step, and a resumed training goes on where it was. Evaluation and
-    all that is saved are without eps. The arguments are those of `FlatLora`; the seed is the trainer's unless given.
+    all that is saved are without eps.
+
+    Args:
+        seed: seed of eps; the trainer's by default.
+        settings: settings of `NoiseConfig` but `total_steps`, which is the trainer's number of steps.
+
+    Raises:
+        ConfigError: a setting out of range.
     """
 
-    def __init__(
-        self,
-        sigma: float = 0.05,
-        schedule: SigmaSchedule = "cosine",
-        seed: int | None = None,
-        noise: NoiseKind = "filter",
-        draw: DrawKind = "low_rank",
-        norm_every: int = 1,
-    ) -> None:
-        self._settings: dict[str, Any] = {
-            "sigma": sigma,
-            "schedule": schedule,
-            "noise": noise,
-            "draw": draw,
-            "norm_every": norm_every,
-        }
-        self._seed = seed
+    def __init__(self, seed: int | None = None, **settings: Any) -> None:
+        self._noise, self._seed = NoiseConfig(**settings), seed
         self._flat: FlatLora | None = None
 
     def on_train_begin(
@@ -47,7 +40,7 @@ class FlatLoraCallback(TrainerCallback):
             )
         self._detach()  # of a training that failed
         seed = args.seed if self._seed is None else self._seed
-        self._flat = FlatLora(kwargs["model"], total_steps=state.max_steps, seed=seed, **self._settings)
+        self._flat = FlatLora(kwargs["model"], self._noise, total_steps=state.max_steps, seed=seed)
         self._flat.follow(kwargs["optimizer"])
 
     def on_step_begin(

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, settings_that
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, removed_settings, settings_that
 from flatlora_diffusion.storage.atomic_io import is_of, remove_half_written, write_json
 from flatlora_diffusion.storage.events import append_event, counting, read_events
 from flatlora_diffusion.storage.saved_config import altered, opened, portable
@@ -185,6 +185,11 @@ class RunDir:
                 f"output_dir={str(self.folder)!r} holds no run to resume; leave --resume_from_checkpoint out"
             )
         return opened(completed(json.loads(self.config_file.read_text(encoding="utf-8"))))
+
+    def removed_settings(self) -> list[str]:
+        """`name=value` for each saved setting that this version does not have."""
+        is_there = self.config_file.is_file()
+        return removed_settings(json.loads(self.config_file.read_text(encoding="utf-8"))) if is_there else []
 
     def filled_in(self, config: TrainConfig) -> TrainConfig:
         """`config` with the saved value of each setting that it leaves open.

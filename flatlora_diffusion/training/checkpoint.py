@@ -79,7 +79,7 @@ def _keep_ramp(state: TrainState, folder: Path, saved: Mapping[str, Any]) -> Non
     done = load_tensors(folder / STATE_FILE)[1]["step"]
     if not done == saved["max_train_steps"] < state.total_steps or saved["sigma_ramp_steps"] is not None:
         return
-    state.config = state.config.replace(sigma_ramp_steps=done)
+    state.progress.config = state.config.replace(sigma_ramp_steps=done)
     state.gradient.detach()
     state.begin_gradient()
 
@@ -122,7 +122,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
     if state.ema is not None:
         tensors |= {f"ema.{index}": value for index, value in enumerate(state.ema.shadow_params)}
         extra["ema_step"] = state.ema.optimization_step
-    kept = {flat.settings.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
+    kept = {flat.config.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
     tensors |= {f"row_stds.{prefix}": norms.stds for prefix, norms in kept.items()}
     extra["row_stds"] = {prefix: norms.turn for prefix, norms in kept.items()}
     if state.ranks is not None:
@@ -149,14 +149,14 @@ def load_state(state: TrainState, folder: Path) -> int:
     if state.ema is not None:
         state.ema.optimization_step = extra["ema_step"]
     for flat in state.flats:
-        prefix = flat.settings.prefix
+        prefix = flat.config.prefix
         if prefix in extra.get("row_stds", {}):  # there are none in the first step, nor with --perturb_norm_every 1
             flat.load_norm_state(NormState(extra["row_stds"][prefix], tensors[f"row_stds.{prefix}"]))
     state.gradient.load_state(_below("method.", tensors), extra.get("method", {}))
     if state.ranks is not None:
         state.ranks.load_state(_below("ranks.", tensors), extra["ranks"])
-    state.steps_done = int(header["step"])
-    return state.steps_done
+    state.progress.steps_done = done = int(header["step"])
+    return done
 
 
 def load_best(state: TrainState, last: int) -> int:

@@ -97,5 +97,5 @@ def facts_of(state: TrainState, step: int) -> Training:
         class_images=len(batches.class_samples),
         predicts_v=noise.prediction_type == "v_prediction",
         zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
-        average=state.average,
+        average=state.progress.average,
     )

@@ -69,7 +69,7 @@ def kept(state: TrainState) -> Iterator[None]:
 
 def _keep(state: TrainState) -> str:
     """Save what the last whole step has left unless that is saved; returns what there is to go on from, in words."""
-    step, run = state.steps_done, state.run
+    step, run = state.progress.steps_done, state.run
     if state.accelerator.is_main_process and step and _is_finite(state):
         names = [path.name for path in run.checkpoints()]
         try:
@@ -85,7 +85,8 @@ def _keep(state: TrainState) -> str:
 
 def _save(state: TrainState, step: int) -> None:
     """A checkpoint; no older one goes for it. What does not fit into --save_dtype fits into fp32."""
-    roomy = replace(state, config=state.config.replace(save_dtype="fp32", checkpoints_total_limit=None))
+    config = state.config.replace(save_dtype="fp32", checkpoints_total_limit=None)
+    roomy = replace(state, progress=replace(state.progress, config=config))
     try:
         save_checkpoint(roomy, step)
     except RunError:  # without a LoRA file to look at it is still one to go on from

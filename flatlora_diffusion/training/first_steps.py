@@ -65,8 +65,8 @@ class SelfCheck:
         self._losses.append(loss)
         self._seconds.append(seconds)
         done, total = len(self._losses), self._state.total_steps
-        if self._state.rise is not None and len(self._rises) < STEPS:
-            self._rises.append(self._state.rise)
+        if self._state.progress.rise is not None and len(self._rises) < STEPS:
+            self._rises.append(self._state.progress.rise)
             if len(self._rises) == STEPS or done == total:
                 self._try(self._rise)
         if self._is_whole and done == min(STEPS, total):

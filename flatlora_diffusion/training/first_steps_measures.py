@@ -76,12 +76,12 @@ def noise_std(state: TrainState, flat: FlatLora, name: str) -> Check:
     layer = flat.layers[name]
     with torch.no_grad(), evaluating(layer), state.accelerator.autocast():
         eps = _acting_noise(flat, name)
-        expected = _expected_std(layer, is_iid=flat.settings.noise == "iid")
+        expected = _expected_std(layer, is_iid=flat.config.noise == "iid")
     ratio = float((eps.float() / expected[:, None]).square().mean().sqrt())
     rows, inputs = eps.shape
-    numbers = rows * inputs if flat.settings.draw != "low_rank" else DRAW_RANK / (1 / rows + 1 / inputs)
+    numbers = rows * inputs if flat.config.draw != "low_rank" else DRAW_RANK / (1 / rows + 1 / inputs)
     allowed = 0.01 + 5 / math.sqrt(2 * numbers)  # five standard deviations of the ratio, and the rounding of halves
-    told = f"eps of {flat.settings.prefix}.{name} has {ratio:.3f} times the std of Eq. 7, 1 +- {allowed:.3f} expected"
+    told = f"eps of {flat.config.prefix}.{name} has {ratio:.3f} times the std of Eq. 7, 1 +- {allowed:.3f} expected"
     return Check("noise_std", abs(ratio - 1) <= allowed, told, {"ratio": ratio, "allowed": allowed})
 
 

@@ -1,4 +1,4 @@
-"""What a new run reads off the first steps that it will take: first weights, and sigma or rho by a rise."""
+"""What a new run takes from the gradients of its first steps: LoRA-GA's first weights, and rho by --rho_rise."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from flatlora_diffusion.adapter.setup import adapted_models
 from flatlora_diffusion.adapter.svd_start import start_at_slopes
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
-from flatlora_diffusion.training.calibrate_rho import start_at_rise
+from flatlora_diffusion.training.calibrate_rho import calibrate
 from flatlora_diffusion.training.loss_scale import loss_scale, scale_put_back, taken_finite
 from flatlora_diffusion.training.micro_batches import first_micro_batches
 from flatlora_diffusion.training.state import TrainState
 
 
 def first_weights(state: TrainState) -> None:
-    """Give a new run's LoRA the first weights that need gradients, all others have theirs, and what a rise finds."""
+    """Start LoRA-GA at the first gradients, and calibrate rho; other adapters have their first weights."""
     with scale_put_back(state.accelerator):
-        if state.config.adapter.adapter == "lora-ga":
+        if state.config.adapter.slope_steps:
             _start_at_gradients(state, min(state.config.adapter.slope_steps, state.total_steps))
-        if state.config.perturb.rise > 0:
-            start_at_rise(state)
+        if state.config.perturb.loss_increase > 0:
+            calibrate(state)
 
 
 def _start_at_gradients(state: TrainState, steps: int) -> None:

@@ -152,7 +152,7 @@ def _save_average(
         state = prepare(_of_plain_lora(config, rank), ours, load_class_samples(config))
     try:
         with explained(state.config):
-            state.config = _settled(config, state)
+            state.progress.config = _settled(config, state)
             previews = Previews(state) if state.accelerator.is_main_process else None
             if previews is not None:
                 _start(run, state.config)
@@ -282,7 +282,7 @@ def _record(
     """Say in the run's events, and to the files that follow, what the result is made of."""
     seeds = [config.run.seed for config in planned]
     at = "" if strength == 1 else f" at strength {strength:g}"
-    state.average = f"average of {len(planned)} LoRAs{at}, seeds {', '.join(map(str, seeds))}, rank {rank}"
+    state.progress.average = f"average of {len(planned)} LoRAs{at}, seeds {', '.join(map(str, seeds))}, rank {rank}"
     if average.lost:
         logger.info("the cut to rank %d loses %.3g %% of the average", rank, 100 * average.lost)
     if not state.accelerator.is_main_process:

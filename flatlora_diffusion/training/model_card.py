@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, with_new_tokens
-from flatlora_diffusion.config import METHOD_NAMES, TINY, TrainConfig
+from flatlora_diffusion.config import METHODS, TINY, TrainConfig
 from flatlora_diffusion.lora_files.metadata import Training, base_name, folded, is_hub_id
 from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family
 from flatlora_diffusion.storage.atomic_io import write_text
@@ -118,7 +118,7 @@ def _title(run: RunDir, config: TrainConfig) -> str:
 def _summary(config: TrainConfig, family: Family) -> str:
     base = family.name if family == TINY_FAMILY else _base(config)
     if config.perturb.method != "flat-lora":
-        name = METHOD_NAMES[config.perturb.method]
+        name = METHODS[config.perturb.method].title
         how = "" if config.perturb.method == "lora" else f" by {name}"
         return f"A LoRA for {base}, trained with flatlora-diffusion{how}. It is used like any other LoRA."
     return (
@@ -197,7 +197,7 @@ def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
     proofs = [event for event in run.events() if event["event"] == "proof"] if run.events_file.is_file() else []
     said = folded(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
-    if config.adapter.is_dora:
+    if config.adapter.use_dora:
         text += f" It is {said or 'a plain LoRA made of a DoRA'}; the DoRA is in `{LORA_FILE}`, for diffusers alone."
     elif said:
         text += f" It is {said}; the merged pipeline beside it has all of that."
@@ -225,7 +225,6 @@ def _settings_table(config: TrainConfig, training: Training) -> str:
         rows.append(("rho", f"{perturb.radius:g}"))
     if perturb.draws_noise:
         rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
-    if perturb.perturbs_weights:
         rows.append(("draws of eps", perturb.perturb_draw))
     kinds = [adapter.adapter, *(["dora"] * adapter.use_dora), *(["rslora"] * adapter.use_rslora)]
     rows += [

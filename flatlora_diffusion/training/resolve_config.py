@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.adapter.lora import planned_loras
-from flatlora_diffusion.config import LINEAR_ONLY, TEXT_PARTS, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.schedule import Shape, schedule_of
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
@@ -31,6 +31,7 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     """
     checkpoint = config.run.resume_from_checkpoint
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
+        _check_repeatable(run)
         return with_precision(seeded(run.filled_in(config)))
     if checkpoint is not None:
         _check_unfinished(run)
@@ -41,16 +42,26 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     return with_precision(seeded(new))
 
 
+def _check_repeatable(run: RunDir) -> None:
+    """Raises ConfigError for a run with settings that this version cannot go on with."""
+    removed = run.removed_settings()
+    if removed:
+        raise ConfigError(
+            f"output_dir={str(run.folder)!r} holds a run with {', '.join(removed)}, which this version does not have: "
+            f"give another --output_dir and --init_lora {str(run.folder / LORA_FILE)!r} to train its LoRA further"
+        )
+
+
 def is_made_with(run: RunDir, config: TrainConfig) -> bool:
     """Whether the run in the folder was made with these settings; what they leave open may have any value."""
     if not run.config_file.is_file():
         return False
     wanted, saved = config.to_dict(), run.config()
     names = settings_that("is_settled")
-    if config.perturb.rise > 0:  # what it finds is saved as the run begins; runs before --rho_rise looked for none
-        if saved.get(config.perturb.rising) is None:
+    if config.perturb.loss_increase > 0:  # the rho is saved as the run begins; runs before --rho_rise have none
+        if saved.get("rho") is None:
             return False
-        names = (*names, config.perturb.rising)
+        names = (*names, "rho")
     left_open = {name: saved.get(name) for name in names if wanted[name] is None}
     return not run.changed_settings(config.replace(**left_open))
 
@@ -83,7 +94,7 @@ def check_early(config: TrainConfig) -> None:
     read_pictures(config.run)
     if config.data.embedding_cache_dir is not None:
         check_writable(Path(config.data.embedding_cache_dir), "embedding_cache_dir")
-    if config.adapter.adapter in LINEAR_ONLY:  # which not every layer can have
+    if ADAPTERS[config.adapter.adapter].is_linear_only:  # which not every layer can have
         model, parts = config.model, TEXT_PARTS if config.adapter.train_text_encoder else ()
         encoders = {part: on_meta(model, part) for part in parts}
         planned_loras(on_meta(model, "unet"), config.adapter, encoders, model.clip_skip)

@@ -21,16 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.setup import adapt, adapted_models, start_from, trainable_of
-from flatlora_diffusion.adapter.weight_change import squared_change
 from flatlora_diffusion.config import SAMPLES, TEXT_PARTS, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Batches, encoded_batches
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.lora_files.init_lora import read_lora
 from flatlora_diffusion.lora_files.metadata import base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora
+from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.flat_lora import FlatLora
-from flatlora_diffusion.method.gradient import StepGradient
-from flatlora_diffusion.method.rivals.build import step_gradient
+from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
 from flatlora_diffusion.sdxl.denoiser import denoiser_of
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.objective import Objective, objective_of
@@ -54,10 +53,43 @@ class Rise:
 
 
 @dataclass
-class TrainState:
-    """Everything that a training step needs. `model` is what the loss calls, as accelerate has wrapped it."""
+class Progress:
+    """What changes while a run goes on.
+
+    Attributes:
+        config: the run's settings; rho and the length of a ramp may be settled after the rest.
+        gradient: how the gradient of a step is taken.
+        steps_done: optimizer steps done; None while an update is half done.
+        skipped_steps: steps in a row that fp16's scaler has left out.
+        last_step: the step whose weights are the result, where held-out images or folds have chosen it.
+        average: in words what the weights are the average of, for a run with --members.
+        draws: hash of what the last step drew, its eps apart.
+        rise: how far the last step's perturbation increased the loss, where the method ascends.
+    """
 
     config: TrainConfig
+    gradient: StepGradient
+    steps_done: int | None = 0
+    skipped_steps: int = 0
+    last_step: int | None = None
+    average: str = ""
+    draws: str = ""
+    rise: Rise | None = None
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a training step needs.
+
+    Attributes:
+        model: what the loss calls, as accelerate has wrapped it.
+        tokens: pivotal tuning's new tokens by placeholder.
+        base: the base's name, as files and other tools know it.
+        ranks: the ranks that AdaLoRA's layers have left.
+        heldout: images of the run that are not trained on.
+        progress: what changes from step to step.
+    """
+
     accelerator: Accelerator
     sdxl: Sdxl
     model: nn.Module
@@ -65,21 +97,25 @@ class TrainState:
     trainable: dict[str, nn.Parameter]
     optimizer: Any
     lr_schedule: torch.optim.lr_scheduler.LambdaLR
-    gradient: StepGradient
     batches: Batches
     run: RunDir
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
-    base: str | None  # its name, as files and other tools know it
-    ranks: RankBudget | None = None  # which AdaLoRA's layers have left
-    heldout: Sequence[Sample] = ()  # images of the run that are not trained on
-    steps_done: int | None = 0  # None while an update is half done
-    skipped_steps: int = 0  # how many the scaler of fp16 has left out in a row
-    chosen: int | None = None  # the step whose weights are the result, where held-out images or folds have chosen one
-    average: str = ""  # what the weights are the average of, for a run with --members
-    draws: str = ""  # the hash of what the last step drew, its eps apart
-    rise: Rise | None = None  # of the last step, where the method ascends
+    base: str | None
+    progress: Progress
+    ranks: RankBudget | None = None
+    heldout: Sequence[Sample] = ()
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings as they are now."""
+        return self.progress.config
+
+    @property
+    def gradient(self) -> StepGradient:
+        """How the gradient of a step is taken now."""
+        return self.progress.gradient
 
     @property
     def flats(self) -> Sequence[FlatLora]:
@@ -89,23 +125,18 @@ class TrainState:
     @property
     def end(self) -> int:
         """The step after which the result is as it is."""
-        return self.total_steps if self.chosen is None else self.chosen
+        last = self.progress.last_step
+        return self.total_steps if last is None else last
 
     def penalty(self) -> Tensor | None:
-        """What is added to the loss of the images, whatever these are; None for nothing."""
-        penalties = [] if self.ranks is None else [orthogonality(self.sdxl.unet)]
-        decay = self.config.optim.delta_weight_decay
-        if decay > 0:
-            adapted = adapted_models(self.sdxl.pipeline, self.config.adapter).values()
-            penalties += [decay / 2 * squared_change(model) for model in adapted]
-        return torch.stack(penalties).sum() if penalties else None
+        """AdaLoRA's penalty, which is added to the loss of the images; None for other adapters."""
+        return None if self.ranks is None else orthogonality(self.sdxl.unet)
 
     def begin_gradient(self) -> None:
-        """Take the gradients by the method anew."""
+        """Build the method's gradient anew, for the settings and weights as they are now."""
         adapted = adapted_models(self.sdxl.pipeline, self.config.adapter)
-        self.gradient = step_gradient(
-            adapted, self.trainable, self.config.perturb, self.batches.seed, self.total_steps
-        )
+        inputs = GradientInputs(adapted, self.trainable, self.config.perturb, self.batches.seed, self.total_steps)
+        self.progress.gradient = step_gradient(inputs)
 
     def trains_tokens(self, step: int) -> bool:
         """Whether pivotal tuning still trains its new tokens in `step`."""
@@ -128,6 +159,7 @@ def prepare(
     config: TrainConfig,
     samples: Sequence[Sample],
     class_samples: Sequence[Sample] = (),
+    heldout: Sequence[Sample] = (),
     load: Callable[[ModelConfig, torch.device, torch.dtype], Sdxl] = load_sdxl,
 ) -> TrainState:
     """Settle what `config`, which has its seed, leaves open (precision, resolution, steps), then build from it.
@@ -160,8 +192,8 @@ def prepare(
     frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
+    inputs = GradientInputs(adapted, trainable, config.perturb, config.run.seed, total_steps)
     return TrainState(
-        config=config,
         accelerator=accelerator,
         sdxl=sdxl,
         model=model,
@@ -169,7 +201,6 @@ def prepare(
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        gradient=step_gradient(adapted, trainable, config.perturb, config.run.seed, total_steps),
         batches=batches,
         run=RunDir(Path(config.run.output_dir)),
         total_steps=total_steps,
@@ -178,6 +209,8 @@ def prepare(
         ranks=RankBudget(sdxl.unet, total_steps) if config.adapter.adapter == "adalora" else None,
         tokens=tokens,
         base=given.base,
+        progress=Progress(config, step_gradient(inputs)),
+        heldout=heldout,
     )
 
 
@@ -238,7 +271,7 @@ def put_away(state: TrainState) -> None:
     state.batches.close()
     state.gradient.detach()
     # If DDP were the last to hold the process group, freeing it could deadlock with a thread that waits for Python
-    state.model = state.accelerator.unwrap_model(state.model)
+    object.__setattr__(state, "model", state.accelerator.unwrap_model(state.model))
     state.accelerator.free_memory()
     end_trackers(state.accelerator)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
-from flatlora_diffusion.data.dataset import SampleSet
+from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, parted
 from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
@@ -59,64 +60,113 @@ MOST_SKIPPED_STEPS = 20  # each halves the scale of fp16, which begins at 2^16: 
 def train(config: TrainConfig) -> Path:
     """Train as `config` says and return the path of the LoRA file.
 
-    Raises ConfigError for settings, images or a model that cannot be used and for a folder that another run writes
-    into, StoppedError when a stop was asked for and RunError when the run cannot go on.
+    With --members several runs are trained and averaged; with --holdout_folds a run on all images follows the folds.
+
+    Raises:
+        ConfigError: settings, images or a model that cannot be used, or a folder that another run writes into.
+        StoppedError: a stop was asked for.
+        RunError: the run cannot go on.
     """
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
     with one_training() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
         run = RunDir(folder)
         if config.average.members is not None:
-            return train_members(config, run, _train)
+            return train_members(config, run, train_run)
         if not config.data.holdout_folds:
-            return _train(config, run)
-        config, found, chosen = chosen_by_folds(config, run, _train)
-        return _train(config, run, found, chosen=chosen)
+            return train_run(config, run)
+        config, images, last_step = chosen_by_folds(config, run, train_run)
+        return train_run(config, run, images, last_step=last_step)
 
 
-def _train(
+def train_run(
     given: TrainConfig,
     run: RunDir,
-    found: SampleSet | None = None,
+    images: SampleSet | None = None,
     fold: Fold | None = None,
-    chosen: int | None = None,
+    last_step: int | None = None,
 ) -> Path:
-    """Train all steps, or those `chosen`, on images `found` or read now; for a `fold` without what it holds out."""
+    """Train one run from its settings to its last pictures, and return the path of the LoRA file.
+
+    Args:
+        given: settings, which may leave open what the run settles.
+        run: the folder of the run.
+        images: images that were loaded already.
+        fold: the cross-validation split whose images are held out.
+        last_step: the step to stop after; all steps by default.
+    """
     with interrupted_as(_untrained):
-        config = new_or_resumed(given, run)
-        if this_process().is_main_process:
-            run.clean()
-        check_early(config)
-        check_room(config)
-        found = load_training_set(config.data) if found is None else found
-        logger.info(found.summary)
-        samples, heldout = parted(found.samples, config.data, fold)
+        config = _resolve(given, run)
+        images = load_training_set(config.data) if images is None else images
+        logger.info(images.summary)
+        samples, heldout = parted(images.samples, config.data, fold)
         tell_memory(config, samples)
-        set_backends(config)  # before the first kernel, and for the class images too
-        with explained(config):
-            state = prepare(config, samples, load_class_samples(config))
-            state.heldout, state.chosen = heldout, chosen
-    try:
+        state = _build(config, samples, heldout)
+        state.progress.last_step = last_step
+    with _put_away_at_the_end(state):
         with kept(state), explained(state.config):
-            previews, first = _started(state, config.run.resume_from_checkpoint)
-            holdout = Holdout(state, heldout, first) if heldout and previews is not None else None
+            previews, first = _start_or_restore(state, config.run.resume_from_checkpoint)
             with Stopping(run, config.optim.max_train_seconds) as stopping:
-                last = _loop(state, first, previews, stopping, holdout)
-                if config.data.holdout_images:
-                    state.chosen = load_best(state, last) if previews is not None else last
+                last = _loop(state, first, previews, stopping)
+                _choose(state, last, previews)
                 path = save_result(state)
-        saved = f"after the LoRA was saved in {path}"
-        if previews is not None:
-            with interrupted_as(lambda: f"{saved}; last previews, card or upload are missing"):
-                stopping.interrupt()
-                present(state, previews)
-        state.accelerator.wait_for_everyone()
+        _present(state, previews, stopping, path)
+    return path
+
+
+def _resolve(given: TrainConfig, run: RunDir) -> TrainConfig:
+    """The settings with seed and precision, checked as far as they can be before the model is loaded."""
+    config = new_or_resumed(given, run)
+    if this_process().is_main_process:
+        run.clean()
+    check_early(config)
+    check_room(config)
+    return config
+
+
+def _build(config: TrainConfig, samples: Sequence[Sample], heldout: Sequence[Sample]) -> TrainState:
+    set_backends(config)  # before the first kernel, and for the class images too
+    with explained(config):
+        return prepare(config, samples, load_class_samples(config), heldout)
+
+
+def _start_or_restore(state: TrainState, checkpoint: str | None) -> tuple[Previews | None, int]:
+    """What makes the previews, None but on the first process, and the first step to do."""
+    with interrupted_as(_untrained):
+        previews = Previews(state) if state.accelerator.is_main_process else None
+        if checkpoint is None:
+            first_weights(state)
+        first = start(state) if checkpoint is None else restore(state, checkpoint)
+        if previews is not None and first == 0:
+            previews.make("base", 0)
+    return previews, first
+
+
+def _choose(state: TrainState, last: int, previews: Previews | None) -> None:
+    """With held-out images take the checkpoint at which their loss was lowest."""
+    if state.config.data.holdout_images:
+        state.progress.last_step = load_best(state, last) if previews is not None else last
+
+
+def _present(state: TrainState, previews: Previews | None, stopping: Stopping, path: Path) -> None:
+    """Make the last pictures, the card and the upload of a LoRA that is saved in `path`."""
+    if previews is not None:
+        with interrupted_as(lambda: f"after the LoRA was saved in {path}; last previews, card or upload are missing"):
+            stopping.interrupt()
+            present(state, previews)
+    state.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _put_away_at_the_end(state: TrainState) -> Iterator[None]:
+    """Free the memory when this ends. Raises Interrupted for a signal that came meanwhile."""
+    try:
+        yield
     finally:
         with undisturbed() as signals:
             put_away(state)
     if signals:  # a comparison must not go on with its next run
-        raise Interrupted(signals[0], f"{saved}; nothing is missing")
-    return path
+        raise Interrupted(signals[0], f"after the LoRA was saved in {state.run.folder}; nothing is missing")
 
 
 def _untrained() -> str:
@@ -141,9 +191,9 @@ def train_step(state: TrainState, step: int) -> float:
     # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
     if not math.isfinite(gradient) and accelerator.scaler is None:
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
-    state.rise = _rise(value, risen[0], risen[1] / loss_scale(accelerator)) if risen else None
+    state.progress.rise = _rise(value, risen[0], risen[1] / loss_scale(accelerator)) if risen else None
     _update(state, step, is_finite=math.isfinite(gradient))
-    state.draws = draws.hexdigest()
+    state.progress.draws = draws.hexdigest()
     return value
 
 
@@ -154,7 +204,7 @@ def _rise(loss: float, above: float, climb: float) -> Rise | None:
 
 def _update(state: TrainState, step: int, is_finite: bool) -> None:
     """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
-    state.steps_done = None
+    state.progress.steps_done = None
     learning_rate, scale = float(state.lr_schedule.get_last_lr()[0]), loss_scale(state.accelerator)
     if is_finite:
         state.gradient.before_update(step, learning_rate)
@@ -164,9 +214,9 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
         state.gradient.weights_moved(learning_rate, scale)
         if state.ranks is not None:
             state.ranks.step_done(step + 1)
-    state.skipped_steps = 0 if is_taken else state.skipped_steps + 1
-    if state.skipped_steps == MOST_SKIPPED_STEPS:
-        state.steps_done = step
+    state.progress.skipped_steps = 0 if is_taken else state.progress.skipped_steps + 1
+    if state.progress.skipped_steps == MOST_SKIPPED_STEPS:
+        state.progress.steps_done = step
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
     if state.trains_tokens(step) and is_taken:
         pull_embeddings(state.sdxl.pipeline)
@@ -174,26 +224,13 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None and is_taken:
         state.ema.step(state.trainable.values())
-    state.steps_done = step + 1
+    state.progress.steps_done = step + 1
 
 
-def _started(state: TrainState, checkpoint: str | None) -> tuple[Previews | None, int]:
-    """What makes the previews, None but on the first process, and the first step to do."""
-    with interrupted_as(_untrained):
-        previews = Previews(state) if state.accelerator.is_main_process else None
-        if checkpoint is None:
-            first_weights(state)
-        first = start(state) if checkpoint is None else restore(state, checkpoint)
-        if previews is not None and first == 0:
-            previews.make("base", 0)
-    return previews, first
-
-
-def _loop(
-    state: TrainState, first: int, previews: Previews | None, stopping: Stopping, holdout: Holdout | None
-) -> int:
+def _loop(state: TrainState, first: int, previews: Previews | None, stopping: Stopping) -> int:
     """Train the steps from `first` on; returns how many are done when held-out images or their number end them."""
     run = state.config.run
+    holdout = Holdout(state, state.heldout, first) if state.heldout and previews is not None else None
     bar = tqdm(
         range(first, state.end),
         initial=first,
@@ -241,7 +278,7 @@ def _enough(holdout: Holdout | None) -> str | None:
 def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
     """Add the event of a step, tell the trackers, and return what the progress bar shows."""
     sigma = state.gradient.sigma_at(step)
-    rise = {} if state.rise is None else {"rise": state.rise.found}
+    rise = {} if state.progress.rise is None else {"rise": state.progress.rise.found}
     state.run.add_event(
         {
             "event": "step",
@@ -250,7 +287,7 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
             **rise,
             "lr": lr,
             "sigma": sigma,
-            "draws": state.draws,
+            "draws": state.progress.draws,
             "seconds": round(seconds, 4),
             "eta": round(eta, 1),
             "memory": memory_in_use(state.accelerator.device),

@@ -25,7 +25,8 @@ from flatlora_diffusion.adapter.delta import (
     truncated,
     update_norms,
 )
-from flatlora_diffusion.adapter.full import widen
+from flatlora_diffusion.adapter.full import start_full
+from flatlora_diffusion.config import AdapterConfig
 
 
 def adapted(base: Path, **settings: Any) -> Any:
@@ -105,7 +106,7 @@ def test_a_dora_is_folded_on_a_device_without_float64(base: Path, monkeypatch: p
 
 def test_full_fine_tuning_is_factored_once_for_all_files(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet, _ = adapted(base, r=2)
-    widen(unet)
+    start_full(unet, unet.peft_config["default"], AdapterConfig(adapter="full"), seed=0)
     for layer in lora_layers(unet).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(0))
     factoring = Mock(wraps=truncated)

@@ -33,7 +33,7 @@ from app.train.forms import ConfigForm, preset_settings
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_room, summary
 from app.train.words import LABELS
 from app.ui import build_app
-from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, TrainConfig
+from flatlora_diffusion.config import METHODS, SAMPLES, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir
 
 
@@ -183,8 +183,8 @@ def test_a_preset_puts_a_wrong_value_right_and_keeps_what_is_the_users(context: 
 def test_a_preset_of_another_method_chooses_it_and_the_next_preset_leaves_the_choice() -> None:
     form = ConfigForm()
     chosen, *filled = apply_preset(form, "Quality", BOTH, *form.write({}))
-    assert chosen == METHOD_NAMES[preset_settings("Quality", {})["method"]] != METHOD_NAMES["flat-lora"]
-    for choice in (BOTH, PLAIN, METHOD_NAMES["sam"]):
+    assert chosen == METHODS[preset_settings("Quality", {})["method"].title] != METHODS["flat-lora"].title
+    for choice in (BOTH, PLAIN, METHODS["sam"].title):
         assert apply_preset(form, "Low memory", choice, *filled)[0] == choice
 
 
@@ -200,9 +200,9 @@ def test_settings_that_only_the_chosen_method_has_are_trained_with_and_others_le
     form = ConfigForm()
     values = form.write({"method": "sam", "rho_rise": 0.05, "max_train_steps": 3, "report_to": "none"})
     session, _, *_ = load_samples_icons(context, "")
-    told = summary(context, form, session, METHOD_NAMES["sam"], *values)
+    told = summary(context, form, session, METHODS["sam"].title, *values)
     assert "fl-bad" not in told
-    start(context, form, session, "by-sam", METHOD_NAMES["sam"], *values)
+    start(context, form, session, "by-sam", METHODS["sam"].title, *values)
     start(context, form, session, "pair", BOTH, *values)
     saved = [job.settings for job in context.queue.jobs("queued") if isinstance(job.settings, dict)]
     assert [(one["method"], one["rho_rise"]) for one in saved] == [

@@ -18,9 +18,9 @@ from PIL import Image
 
 from app.theme import COLOURS, CSS, SHADES
 from flatlora_diffusion.charts.lines import Chart, Line, line_chart, surface_chart, titled_chart
-from flatlora_diffusion.charts.palette import FLAT_LORA, LOOKS, LORA, METHODS, PAPER, THIRD
+from flatlora_diffusion.charts.palette import FLAT_LORA, LOOKS, LORA, OWN_LOOKS, PAPER, THIRD
 from flatlora_diffusion.charts.rows import Dot, axis_row, dot_row, row_limits, sample
-from flatlora_diffusion.config import METHOD_NAMES
+from flatlora_diffusion.config import METHODS
 
 STEPS, FALLING, FLAT = (100, 200, 300), (0.3, 0.2, 0.1), (0.2, 0.2, 0.2)
 # How linear RGB looks to whoever lacks a kind of cone (Machado, Oliveira and Fernandes 2009, severity 1).
@@ -84,14 +84,14 @@ def test_further_runs_of_a_method_are_seen_on_dark_paper_and_told_apart() -> Non
 def test_the_app_has_the_colours_of_the_charts_in_light_and_dark() -> None:
     light, dark = CSS.split(".dark .gradio-container", 1)
     for title, shades in SHADES.items():
-        method = next(name for name in METHOD_NAMES if METHOD_NAMES[name] == title)
-        tones = METHODS.get(method, THIRD).tones
+        method = next(name for name in METHODS if METHODS[name].title == title)
+        tones = OWN_LOOKS.get(method, THIRD).tones
         assert shades == tuple(f"var(--{name})" for name in tones)
         assert COLOURS[title] == shades[0]
         for name, tone in tones.items():
             assert f"--{name}: {tone.light};" in light
             assert f"--{name}: {tone.dark};" in dark
-    assert set(SHADES) == set(METHOD_NAMES.values())
+    assert set(SHADES) == {row.title for row in METHODS.values()}
 
 
 def charts() -> list[Chart]:

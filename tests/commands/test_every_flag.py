@@ -114,7 +114,7 @@ RUNS: dict[str, str] = {
     "--embedding_cache_dir OUT/cache --offload",
     "hugging face": "--dataset_name HF --caption_column text --image_column image --cache_dir OUT/hf "
     "--dataset_config_name default",
-    "tags": "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --offload --sigma_rise 0.001",
+    "tags": "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --offload",
     "dataset file": "--dataset_config OUT/data.toml",
     "prior": "--with_prior_preservation --class_data_dir OUT/class --class_prompt icon --num_class_images 2 "
     "--sample_batch_size 2 --prior_loss_weight 0.5 --prior_generation_precision fp32 --snr_gamma 5.0",
@@ -131,12 +131,12 @@ RUNS: dict[str, str] = {
     "--train_text_encoder_ti_frac 0.5 --clip_skip 1",
     "dora": "--use_dora --lora_unet_blocks mid_block --lora_block_ranks mid_block=2 --lora_target_modules attn+ff "
     "--rank 3",
-    "pissa": "--adapter pissa --pissa_iterations 2 --lora_plus_ratio 4 --method mixed-noise --noise_share 0.3",
+    "pissa": "--adapter pissa --pissa_iterations 2 --lora_plus_ratio 4 --method flat-lora",
     "lora-ga": "--adapter lora-ga --lora_ga_steps 1",
     "adalora": "--adapter adalora --mixed_precision bf16 --offload",
-    "full": "--adapter full --rank 8 --delta_weight_decay 0.1",
+    "full": "--adapter full --rank 8",
     "bar": "--method nbar --bar_strength 0.5",
-    "sam": "--method sam --rho 0.1 --adapter rslora",
+    "sam": "--method sam --rho 0.1 --use_rslora",
     "b-lora": "--use_blora --init_lora LORA",
     "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --multires_noise_iterations 2 "
     "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
@@ -145,7 +145,7 @@ RUNS: dict[str, str] = {
     "average of members": "--members 2 --average_rank 3 --remove_members",
     "velocity": "--prediction_type v_prediction --zero_terminal_snr --debiased_estimation",
     "prior of the base": "--prior_from_base --class_prompt icon",
-    "method": "--method flat-lora --sigma 0.05 --sigma_schedule linear --sigma_ramp_steps 1 --perturb_seed 1 "
+    "method": "--method flat-lora --sigma 0.05 --sigma_schedule down --sigma_ramp_steps 1 --perturb_seed 1 "
     "--perturb_per step --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3",
     "previews": "--validation_prompt icon --num_validation_images 1 --validation_epochs 1 --validation_prompts_file "
     "PROMPTS --validation_data_dir ICONS --report_to tensorboard --logging_dir log --output_name mine",

@@ -39,7 +39,8 @@ def test_an_arm_is_a_method_and_typed_settings() -> None:
         ("sam:sigma=0.2", "'sigma=0.2' in 'sam:sigma=0.2' means nothing for SAM"),
         ("flat-lora:rho=0.2", "'rho=0.2' in 'flat-lora:rho=0.2' means nothing for Flat-LoRA"),
         ("lora:sigma=0.2", "'sigma=0.2' in 'lora:sigma=0.2' means nothing for plain LoRA"),
-        ("factor-noise:perturb_draw=full", "'perturb_draw=full' in .* means nothing for Noise in A and B"),
+        ("lora-sam:perturb_draw=full", "'perturb_draw=full' in .* means nothing for LoRA-SAM"),
+        ("mixed-noise", "'mixed-noise' must begin with one of .*--method flat-lora"),
         ("lora:rnk=3", "^--arms lora:rnk=3: unknown setting 'rnk'"),
         ("lora:rank=many", "^--arms lora:rank=many: rank='many' must be a whole number"),
         ("lora:use_ema=yes", "use_ema='yes' must be true or false"),
@@ -123,24 +124,24 @@ def test_a_run_with_a_setting_is_not_one_that_leaves_it_open(config: TrainConfig
         assert not other.is_finished
 
 
-def test_an_arm_with_a_rise_finds_a_sigma_whatever_the_experiment_has(config: TrainConfig) -> None:
-    keys = ["flat-lora:sigma_rise=0.01", "flat-lora:sigma_rise=0.01,sigma=0.3", "flat-lora"]
-    planned = plan(config.replace(sigma=0.1), [parse_arm(key) for key in keys], [0], 1)
-    assert [one.config.perturb.sigma for one in planned] == [None, 0.3, 0.1]
+def test_an_arm_with_rho_rise_calibrates_rho_whatever_the_experiment_has(config: TrainConfig) -> None:
+    keys = ["sam:rho_rise=0.01", "sam:rho_rise=0.01,rho=0.3", "sam"]
+    planned = plan(config.replace(method="sam", rho=0.1), [parse_arm(key) for key in keys], [0], 1)
+    assert [run.config.perturb.rho for run in planned] == [None, 0.3, 0.1]
 
 
 @pytest.mark.usefixtures("without_a_process")
-def test_a_run_that_has_found_its_sigma_is_the_one_that_asked_for_it(config: TrainConfig) -> None:
-    rising = config.replace(sigma=None, sigma_rise=0.0002)
-    (planned,) = plan(rising, [parse_arm("flat-lora")], [0], 1)
+def test_a_calibrated_run_is_the_run_that_asked_for_it(config: TrainConfig) -> None:
+    rising = config.replace(method="sam", sigma=None, rho_rise=0.02)
+    (planned,) = plan(rising, [parse_arm("sam")], [0], 1)
     train_planned(planned)
-    assert planned.run.config()["sigma"] is not None
+    assert planned.run.config()["rho"] is not None
     assert planned.is_finished
-    (other,) = plan(rising.replace(sigma_rise=0.0004), [planned.arm], [0], 1)
+    (other,) = plan(rising.replace(rho_rise=0.04), [planned.arm], [0], 1)
     assert not other.is_finished
     saved = planned.run.config()
-    planned.run.config_file.write_text(json.dumps({**saved, "sigma": None}), encoding="utf-8")
-    assert not planned.is_finished, "a run that has found none was made before a rise was looked for"
+    planned.run.config_file.write_text(json.dumps({**saved, "rho": None}), encoding="utf-8")
+    assert not planned.is_finished, "a run without a rho was made before --rho_rise"
 
 
 @pytest.mark.usefixtures("without_a_process")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.compare.controls import OTHER_DRAWS, SECOND_EPS, SIGMA_0, RunOutputs, null_rows, nulls_of
-from flatlora_diffusion.config import METHOD_NAMES, TrainConfig
+from flatlora_diffusion.config import METHODS, TrainConfig
 
 
 def planned(arms: Sequence[str], init_seed: int | None = None) -> dict[str, PlannedRun]:
@@ -35,7 +35,7 @@ def test_lora_and_flat_lora_have_three() -> None:
     }
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_no_method_is_trained_that_is_not_compared(method: str) -> None:
     for arms in ([method], ["lora", method] if method != "lora" else ["lora", "lora:rank=8"], [method, "lora:rank=8"]):
         compared = {parse_arm(text).method for text in arms}
@@ -64,7 +64,7 @@ def test_a_null_has_the_settings_of_its_arm() -> None:
 def test_sigma_0_is_compared_with_a_lora_that_has_all_else_alike() -> None:
     assert SIGMA_0 not in planned(["lora", "flat-lora:rank=8"])
     assert SIGMA_0 in planned(["lora", "flat-lora:rank=8", "flat-lora:perturb_draw=full"])
-    assert SIGMA_0 in planned(["sam", "flat-lora:sigma_rise=0.1", "lora"])
+    assert SIGMA_0 in planned(["sam", "flat-lora:sigma=0.1", "lora"])
 
 
 def test_they_differ_by_what_their_names_say() -> None:

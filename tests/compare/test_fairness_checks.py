@@ -16,7 +16,7 @@ from flatlora_diffusion.config import TrainConfig
 ARMS = ("lora", "flat-lora", "lora:rank=2", "lora:max_train_steps=1")
 
 
-@pytest.fixture(params=[{}, {"sigma_rise": 0.02}], ids=["", "a setting that LoRA has not"])
+@pytest.fixture(params=[{}, {"sigma": 0.02}], ids=["", "a setting that LoRA has not"])
 def runs(tmp_path: Path, request: Any) -> list[PlannedRun]:
     config = TrainConfig.from_dict({"output_dir": str(tmp_path), "max_train_steps": 2, **request.param})
     return _written(config, ARMS)

@@ -108,15 +108,7 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
     """It lacks the setting, and its run drew every entry of eps, whatever the default has become."""
     earlier = TrainConfig.from_dict({"seed": 5, "perturb_draw": "full", "perturb_norm_every": 1})
     saved = earlier.to_dict()
-    for newer in (
-        "perturb_draw",
-        "perturb_norm_every",
-        "sigma_rise",
-        "rho_rise",
-        "rho",
-        "noise_share",
-        "bar_strength",
-    ):
+    for newer in ("perturb_draw", "perturb_norm_every", "rho_rise", "rho", "bar_strength"):
         del saved[newer]
     file = tmp_path / "config.json"
     file.write_text(json.dumps(saved), encoding="utf-8")
@@ -133,30 +125,19 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
 
 def test_sam_looks_for_its_rho_unless_one_is_given() -> None:
     found, given = TrainConfig.from_dict({"method": "sam"}), TrainConfig.from_dict({"method": "sam", "rho": 0.1})
-    assert (found.perturb.rise, found.perturb.rising) == (0.25, "rho")
-    assert (given.perturb.rise, given.perturb.radius) == (0, 0.1)
-    assert TrainConfig.from_dict({"method": "bi-lora"}).perturb.rise == 0
-
-
-def test_an_eps_for_each_example_is_for_low_rank_draws_and_refused_before_anything_is_loaded() -> None:
-    flags = ["--perturb_per", "example", "--perturb_draw"]
-    assert parse_config([*flags, "low_rank"]).perturb.perturb_per == "example"
-    for draw in ("full", "philox"):
-        with pytest.raises(ConfigError, match="--perturb_draw low_rank"):
-            parse_config([*flags, draw])
-        with pytest.raises(ConfigError, match=f"perturb_draw={draw} was given; use --perturb_draw low_rank"):
-            TrainConfig.from_dict({"perturb_per": "example", "perturb_draw": draw})
-    TrainConfig.from_dict({"perturb_per": "example", "perturb_draw": "full", "method": "lora"})
+    assert found.perturb.loss_increase == 0.25
+    assert (given.perturb.loss_increase, given.perturb.radius) == (0, 0.1)
+    assert TrainConfig.from_dict({"method": "bi-lora"}).perturb.loss_increase == 0
 
 
 UNREAD = {
     "--method lora --perturb_noise iid": "--method lora has no perturb_noise, but perturb_noise=iid was given; leave "
-    "--perturb_noise out or use --method flat-lora or mixed-noise",
+    "--perturb_noise out or use --method flat-lora",
     "--method LoRA --sigma-schedule=constant": "--method lora has no sigma_schedule",
-    "--perturb_per example --method sam": "--method sam has no perturb_per",
-    "--method factor-noise --perturb_draw full": "--method factor-noise has no perturb_draw",
+    "--perturb_per step --method sam": "--method sam has no perturb_per",
+    "--method lora-sam --perturb_draw full": "--method lora-sam has no perturb_draw",
     "--method bi-lora --perturb_norm_every 10": "--method bi-lora has no perturb_norm_every, but",
-    "--method obar --perturb_seed 0": "--method obar has no perturb_seed",
+    "--method nbar --perturb_seed 0": "--method nbar has no perturb_seed",
     "--sigma_schedule constant --sigma_ramp_steps 5": "--sigma_schedule constant has no ramp, but sigma_ramp_steps=5",
 }
 
@@ -168,7 +149,7 @@ def test_a_flag_that_the_given_method_or_schedule_does_not_read_is_refused(line:
 
 
 def test_arms_overrule_the_method_of_a_comparison_so_that_its_settings_are_not_refused(icons: Path) -> None:
-    of_noise = [f"--preset quality {flags}" for flags in ("--sigma 0.2", "--sigma_rise 0.01", "--perturb_noise iid")]
+    of_noise = [f"--preset quality {flags}" for flags in ("--sigma 0.2", "--perturb_noise iid")]
     for line in (*UNREAD, *of_noise):
         config, _ = _comparison([*line.split(), "--instance_data_dir", str(icons)])
         assert config.data.instance_data_dir == str(icons)
@@ -177,7 +158,7 @@ def test_arms_overrule_the_method_of_a_comparison_so_that_its_settings_are_not_r
 
 def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp_path: Path) -> None:
     """What is given beside it is, if the method that they have does not read it."""
-    others = {"perturb_noise": "iid", "sigma_schedule": "constant", "sigma_ramp_steps": 3, "perturb_per": "example"}
+    others = {"perturb_noise": "iid", "sigma_schedule": "constant", "sigma_ramp_steps": 3, "perturb_per": "step"}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict(others).to_dict()), encoding="utf-8")
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
@@ -196,12 +177,10 @@ def test_a_preset_s_method_leaves_open_what_runs_and_files_have_for_others(tmp_p
     quality = ["--preset", "quality"]
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
     flat = ["--method", "flat-lora"]
-    for saved in ({"sigma": 0.2}, {"sigma_rise": 0.02}):
-        file.write_text(json.dumps(TrainConfig.from_dict(saved).to_dict()), encoding="utf-8")
-        assert parse_config([*quality, *resumed]).perturb.method == "lora"
-        (name, value) = next(iter(saved.items()))
-        again = parse_config([*quality, *flat, f"--{name}", str(value), *resumed]).perturb
-        assert (again.method, getattr(again, name)) == ("flat-lora", value)
+    file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.2}).to_dict()), encoding="utf-8")
+    assert parse_config([*quality, *resumed]).perturb.method == "lora"
+    again = parse_config([*quality, *flat, "--sigma", "0.2", *resumed]).perturb
+    assert (again.method, again.sigma) == ("flat-lora", 0.2)
     file.write_text(json.dumps({"sigma": 0.2}), encoding="utf-8")
     of_file = [*quality, "--config", str(file)]
     assert parse_config([*of_file, *flat]).perturb.sigma == 0.2
@@ -221,16 +200,11 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
             parse_config([*source, *flags, "--sigma", "0.1"])
 
 
-def test_a_rise_that_is_asked_for_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Path) -> None:
+def test_rho_rise_overrules_the_rho_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.05, "sigma_rise": 0.1}).to_dict()), encoding="utf-8")
-    for source in (["--preset", "paper"], ["--config", str(file)]):
-        assert parse_config([*source, "--sigma_rise", "0.01"]).perturb.rise == 0.01
-        assert parse_config([*source, "--sigma_rise", "0.01", "--sigma", "0.2"]).perturb.sigma == 0.2
-        assert parse_config(source).perturb.rise == 0
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "sam", "rho": 0.05}).to_dict()), encoding="utf-8")
-    assert parse_config(["--config", str(file), "--rho_rise", "0.2"]).perturb.rise == 0.2
-    assert parse_config(["--config", str(file), "--rho_rise", "0.2", "--rho", "0.1"]).perturb.rise == 0
+    assert parse_config(["--config", str(file), "--rho_rise", "0.2"]).perturb.loss_increase == 0.2
+    assert parse_config(["--config", str(file), "--rho_rise", "0.2", "--rho", "0.1"]).perturb.loss_increase == 0
 
 
 @pytest.mark.parametrize(

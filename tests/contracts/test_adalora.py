@@ -18,7 +18,8 @@ from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import DrawKind, PerturbConfig
-from flatlora_diffusion.method.rivals.build import step_gradient
+from flatlora_diffusion.method.build import step_gradient
+from flatlora_diffusion.method.gradient import GradientInputs
 
 STEPS = 20
 
@@ -99,5 +100,6 @@ def test_noise_is_scaled_to_what_is_left_of_the_merged_weight(draw: DrawKind) ->
 def test_the_second_lora_of_bi_lora_has_the_scale_of_the_first() -> None:
     case = adalora_case()
     trainable = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-    gradient: Any = step_gradient({"": case.model}, trainable, PerturbConfig(method="bi-lora"), seed=0, total_steps=5)
+    inputs = GradientInputs({"": case.model}, trainable, PerturbConfig(method="bi-lora"), seed=0, total_steps=5)
+    gradient: Any = step_gradient(inputs)
     assert list(gradient._scales.values()) == pytest.approx([6 / 4, 6 / 4], rel=1e-4)

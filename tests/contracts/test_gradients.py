@@ -56,7 +56,7 @@ def assert_close(
 def test_loss_and_gradients_equal_those_of_noise_added_to_the_weights_by_hand(name: str, noise: NoiseKind) -> None:
     case = CASES[name]()
     clean = copy.deepcopy(case.model)
-    flat = FlatLora(case.model, sigma=SIGMA, schedule="linear", total_steps=10, noise=noise)
+    flat = FlatLora(case.model, sigma=SIGMA, schedule="cosine", total_steps=10, noise=noise)
     expected = by_hand(case, clean, all_noise(flat, step=7, slot=2))
     plain = loss_and_gradients(case, clean)
     assert distance(expected[1], plain[1]) > 0.01, "the noise is too weak for this test to notice its absence"
@@ -87,7 +87,7 @@ def test_noise_acts_without_gradients(mode: type[torch.no_grad] | type[torch.inf
 def test_each_step_uses_the_sigma_and_the_lora_weights_of_that_step() -> None:
     """Nothing is carried over from the step before, neither its strength nor its filter norms."""
     case = toy_case()
-    flat = FlatLora(case.model, sigma=SIGMA, schedule="linear", total_steps=10)
+    flat = FlatLora(case.model, sigma=SIGMA, schedule="cosine", total_steps=10)
     reference = toy_case().model
     for step in (2, 9):
         noise = all_noise(flat, step=step)

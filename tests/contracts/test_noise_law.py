@@ -138,7 +138,7 @@ def test_noise_and_norms_carry_no_gradient_graph(mode: Any) -> None:
     assert not any(tensor.requires_grad for tensor in drawn)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "down", "constant"])
 def test_eps_is_scaled_by_the_schedule_and_by_nothing_else(schedule: SigmaSchedule, draw: str) -> None:
     model = toy_case().model
     full = FlatLora(copy.deepcopy(model), sigma=SIGMA, schedule="constant")

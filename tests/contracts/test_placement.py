@@ -58,7 +58,7 @@ def step(base: Path, objective: Objective, draw: str, adapter: AdapterConfig) ->
     """The gradients of one micro-batch with every tensor on `meta`."""
     unet = on_meta(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
     add_lora(unet, adapter, 0)
-    flat = FlatLora(unet, sigma=0.1, schedule="constant", draw=draw)  # type: ignore[arg-type]
+    flat = FlatLora(unet, sigma=0.1, schedule="constant", draw=draw)
     shapes = {"latents": (2, 4, 8, 8), "prompt_embeds": (2, 77, 40), "pooled_prompt_embeds": (2, 24)}
     made = {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
     batch = Batch(**made, add_time_ids=torch.empty(2, 6, device=META), mask=torch.empty(2, 1, 8, 8, device=META))

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.layers import ADAPTER
-from flatlora_diffusion.adapter.svd_start import ANCHOR, anchor, start_at_principal, start_at_slopes
-from flatlora_diffusion.config import PerturbConfig
-from flatlora_diffusion.method.gradient import FactorNoise, StepGradient
+from flatlora_diffusion.adapter.svd_start import ANCHOR, anchor, start_at_slopes, start_pissa
+from flatlora_diffusion.config import AdapterConfig, PerturbConfig
+from flatlora_diffusion.method.build import step_gradient
+from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
 from flatlora_diffusion.method.rivals import sam, sketch
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.rivals.build import step_gradient
 from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
 
 RHO = 0.5
@@ -45,13 +45,17 @@ class Micro:
 
 def rival(case: Case, method: str, **settings: Any) -> StepGradient:
     trainable = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-    config = PerturbConfig(method=method, sigma_schedule="constant", **settings)  # type: ignore[arg-type]
-    return step_gradient({"unet": case.model}, trainable, config, seed=3, total_steps=10)
+    config = PerturbConfig(method=method, sigma_schedule="constant", **settings)
+    return step_gradient(GradientInputs({"unet": case.model}, trainable, config, seed=3, total_steps=10))
 
 
 def taken(case: Case, gradient: StepGradient, micros: Sequence[Micro] | None = None) -> dict[str, Tensor]:
     gradient.take(1, micros or [Micro(case)])
     return gradients(case.model)
+
+
+def pissa(iterations: int) -> AdapterConfig:
+    return AdapterConfig(adapter="pissa", pissa_iterations=iterations)
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -157,35 +161,19 @@ def test_lora_sam_takes_the_gradient_where_a_and_b_have_ascended_by_rho() -> Non
     assert all(torch.equal(value, before[key]) for key, value in bits(case.model).items())
 
 
-def test_mixed_noise_is_the_mixture_of_the_clean_and_the_noisy_gradient() -> None:
+def test_the_noise_of_a_step_is_drawn_once_for_all_its_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     case = toy_case()
-    clean = taken(case, rival(case, "lora"))
-    gradient = rival(case, "flat-lora", sigma=0.5)
-    noisy = taken(case, gradient)
-    gradient.detach()
-    mixed = taken(case, rival(case, "mixed-noise", sigma=0.5, noise_share=0.25))
-    assert distance(mixed, {name: 0.25 * noisy[name] + 0.75 * clean[name] for name in clean}) < 1e-5
-
-
-@pytest.mark.parametrize("method", ["flat-lora", "mixed-noise", "factor-noise"])
-def test_the_one_noise_of_a_step_is_drawn_once_for_all_its_micro_batches(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = toy_case()
-    alone = taken(case, one := rival(case, method, sigma=0.5, perturb_per="step"))
-    one.detach()
+    alone = taken(case, whole := rival(case, "flat-lora", sigma=0.5, perturb_per="step"))
+    whole.detach()
     case.model.zero_grad()
-    draws: dict[str, Mock] = {}
-    for owner, name in ((FlatLora, "_drawn"), (FactorNoise, "_eps")):
-        draws[name] = Mock(side_effect=getattr(owner, name))
-        monkeypatch.setattr(owner, name, lambda self, *values, _draw=draws[name]: _draw(self, *values))
+    draw = Mock(side_effect=FlatLora._drawn)
+    monkeypatch.setattr(FlatLora, "_drawn", lambda self, *values: draw(self, *values))
     shares = [Micro(case, slot, share=0.25) for slot in range(4)]
-    found = taken(case, rival(case, method, sigma=0.5, perturb_per="step"), shares)
-    assert draws["_drawn"].call_count == (method != "factor-noise")
-    assert draws["_eps"].call_count == (len(found) if method == "factor-noise" else 0)
-    assert [one.passes for one in shares] == [1 + (method == "mixed-noise")] * 4
-    for name, slope in found.items():
-        torch.testing.assert_close(slope, alone[name])
+    gradients_of_shares = taken(case, rival(case, "flat-lora", sigma=0.5, perturb_per="step"), shares)
+    assert draw.call_count == 1
+    assert [share.passes for share in shares] == [1] * 4
+    for name, gradient in gradients_of_shares.items():
+        torch.testing.assert_close(gradient, alone[name])
 
 
 @pytest.mark.parametrize("build", [toy_case, unet_case], ids=["toy", "unet"])
@@ -233,10 +221,9 @@ def test_what_ascends_in_bi_lora_leaves_a_step_out_whose_slope_is_not_finite() -
     assert moves(), "and goes on with the next"
 
 
-@pytest.mark.parametrize("method", ["nbar", "obar"])
-def test_bar_multiplies_a_and_b_as_their_gradients_or_norms_say(method: str) -> None:
+def test_nbar_multiplies_a_and_b_by_the_larger_gradient() -> None:
     case = toy_case()
-    gradient = rival(case, method, bar_strength=2.0)
+    gradient = rival(case, "nbar", bar_strength=2.0)
     gradient.take(5, [Micro(case)])
     before = bits(case.model)
     gradient.before_update(5, learning_rate=0.01)  # half of the 10 steps are over, so the cosine is at a half
@@ -248,15 +235,12 @@ def test_bar_multiplies_a_and_b_as_their_gradients_or_norms_say(method: str) -> 
         assert down.grad is not None
         assert up.grad is not None
         old_down, old_up = before[name], before[name.replace("lora_A", "lora_B")]
-        if method == "nbar":
-            grows = 1 if down.grad.norm() >= up.grad.norm() else -1
-        else:
-            grows = -1 if old_down.norm() >= old_up.norm() else 1
+        grows = 1 if down.grad.norm() >= up.grad.norm() else -1
         torch.testing.assert_close(down, old_down * (1 + 0.01 * grows))
         torch.testing.assert_close(up, old_up * (1 - 0.01 * grows))
 
 
-@pytest.mark.parametrize("method", ["sam", "lora-sam", "bi-lora", "mixed-noise", "obar", "flat-lora", "lora"])
+@pytest.mark.parametrize("method", ["sam", "lora-sam", "bi-lora", "nbar", "flat-lora", "lora"])
 def test_a_method_that_is_taken_off_leaves_the_model_as_it_was(method: str) -> None:
     case = toy_case()
     plain = loss_and_gradients(case)[1]
@@ -273,7 +257,7 @@ def test_a_method_that_is_taken_off_leaves_the_model_as_it_was(method: str) -> N
 def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: int) -> None:
     case = unet_case()
     before = bits(case.model)
-    start_at_principal(case.model, case.model.peft_config[ADAPTER], iterations, seed=0)
+    start_pissa(case.model, case.model.peft_config[ADAPTER], pissa(iterations), seed=0)
     for name, layer in lora_layers(case.model).items():
         weight = layer.get_base_layer().weight
         assert torch.equal(weight, before[f"{name}.base_layer.weight"])
@@ -294,7 +278,7 @@ def test_eps_of_a_lora_that_starts_away_has_the_filter_norms_of_its_merged_weigh
 ) -> None:
     case = unet_case()
     if adapter == "pissa":
-        start_at_principal(case.model, case.model.peft_config[ADAPTER], 4, seed=0)
+        start_pissa(case.model, case.model.peft_config[ADAPTER], pissa(4), seed=0)
     else:
         slopes = slopes_of_weights(case, copy.deepcopy(case.model))
         anchor(case.model, case.model.peft_config[ADAPTER])
@@ -334,20 +318,3 @@ def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() 
         torch.testing.assert_close(merged_weight(layer), layer.get_base_layer().weight, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(case.predict(case.model), case.predict(clean), rtol=1e-4, atol=1e-4)
-
-
-def test_noise_of_the_factors_is_scaled_to_their_rows_and_taken_back() -> None:
-    case = toy_case()
-    before = bits(case.model)
-    gradient: Any = rival(case, "factor-noise", sigma=0.5)
-    eps = {name: gradient._eps(name, 1, 0) for name in gradient._factors}
-    moved_by_hand = copy.deepcopy(case.model)
-    with torch.no_grad():
-        for name, parameter in moved_by_hand.named_parameters():
-            parameter += eps.get(name, 0)
-    expected = loss_and_gradients(case, moved_by_hand)[1]
-    assert distance(taken(case, gradient), expected) < 1e-5
-    assert all(torch.equal(value, before[key]) for key, value in bits(case.model).items())
-    sizes = torch.cat([(eps[name].flatten(1).norm(dim=1) / before[name].flatten(1).norm(dim=1)) for name in eps])
-    assert 0.4 < float(sizes.mean()) < 0.6
-    assert not any(torch.equal(gradient._eps(name, 2, 0), value) for name, value in eps.items())

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.method import row_norms
-from flatlora_diffusion.method.philox import numbers
 
 pytestmark = pytest.mark.usefixtures("draw", "no_free_bytes")
 
@@ -227,7 +226,6 @@ def test_only_one_layers_buffer_lives_at_a_time(
     Low-rank draws have their factors instead, three times over while they are put together; draws by place the words
     of a fixed number of counters, here fewer than the smallest layer has.
     """
-    monkeypatch.setitem(numbers._AT_ONCE, "cpu", 64)
     case = BIG[kind](Adapter(dtype=dtype))
     largest = max(weight_sizes(case.model)) * 4
     flat = FlatLora(case.model, schedule="constant")

@@ -17,7 +17,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "an average": {"use_ema": True, "checkpointing_steps": 1},
     "convolutions and text encoders": {"lora_target_modules": "conv", "train_text_encoder": True},
     "Adafactor": {"optimizer": "adafactor"},
-    "DoRA": {"adapter": "dora"},
+    "DoRA": {"use_dora": True},
     "PiSSA": {"adapter": "pissa"},
     "LoRA-GA": {"adapter": "lora-ga", "method": "lora"},
     "AdaLoRA": {"adapter": "adalora", "method": "lora"},

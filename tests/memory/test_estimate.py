@@ -230,14 +230,6 @@ def test_low_rank_draws_cost_their_norms_and_factors(config: TrainConfig) -> Non
     assert low.total - plain.total == low.perturbation
 
 
-def test_each_example_s_own_eps_needs_its_own_factors(config: TrainConfig) -> None:
-    config = config.replace(perturb_draw="low_rank", perturb_per="example")
-    one, three = (estimate_memory(config.replace(train_batch_size=size)).perturbation for size in (1, 3))
-    layers = prepared(config).flats[0].layers.values()
-    sides = sum(map(sum, (layer.get_base_layer().weight.flatten(1).shape for layer in layers)))
-    assert three - one == 2 * 6 * 4 * sides
-
-
 def test_more_images_and_more_pixels_need_more(config: TrainConfig) -> None:
     for name, values in {"train_batch_size": (1, 2, 4), "resolution": (32, 48, 64)}.items():
         estimates = [estimate_memory(config.replace(**{name: value})) for value in values]

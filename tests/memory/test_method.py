@@ -19,8 +19,9 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.memory.estimate import estimate_memory
 from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
 from flatlora_diffusion.method import layers, low_rank_draw
+from flatlora_diffusion.method.build import step_gradient
+from flatlora_diffusion.method.gradient import GradientInputs
 from flatlora_diffusion.method.rivals import sam, weight_gradients
-from flatlora_diffusion.method.rivals.build import step_gradient
 from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
 from flatlora_diffusion.sdxl.shapes import on_meta
 
@@ -91,7 +92,7 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
         if config.adapter.adapter == "lora-ga":
             read_slopes([unet], [micro] * config.adapter.slope_steps)
         else:
-            gradient = step_gradient({"unet": unet}, trained, config.perturb, seed=0, total_steps=10)
+            gradient = step_gradient(GradientInputs({"unet": unet}, trained, config.perturb, seed=0, total_steps=10))
             gradient.take(9, [micro] * config.optim.gradient_accumulation_steps)
     return held.peak + sum(one.nbytes for one in micro.inputs.values())
 
@@ -109,7 +110,7 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
         {"method": "lora-sam"},
         {"method": "flat-lora"},
         {"method": "flat-lora", "perturb_draw": "full"},
-        {"method": "flat-lora", "perturb_per": "example", "gradient_checkpointing": True},
+        {"method": "flat-lora", "gradient_checkpointing": True},
         {"method": "flat-lora", "lora_target_modules": "conv"},
         {"method": "flat-lora", "use_dora": True, "lora_target_modules": "conv"},
     ],

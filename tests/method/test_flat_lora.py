@@ -12,8 +12,8 @@ from tiny_models import toy_case
 from torch import nn
 
 from flatlora_diffusion import FlatLora
-from flatlora_diffusion.config import ConfigError, SigmaSchedule
-from flatlora_diffusion.method.settings import Settings
+from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.method.noise_config import NoiseConfig
 
 pytestmark = pytest.mark.usefixtures("draw")
 
@@ -29,13 +29,12 @@ def test_down_is_the_cosine_ramp_upside_down_and_sigma_may_be_more_than_one(mode
     flat.detach()
     up = FlatLora(model, sigma=1.4, schedule="cosine", total_steps=10)
     assert [up.sigma_at(step) for step in range(10)] == pytest.approx(
-        [1.4 - Settings(1.4, "down", 10, 0, "filter", "unet", "full", 1).sigma_at(step) for step in range(10)]
+        [1.4 - NoiseConfig(1.4, "down", 10).sigma_at(step) for step in range(10)]
     )
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_ramps_start_at_zero_and_end_at_sigma(model: nn.Module, schedule: SigmaSchedule) -> None:
-    flat = FlatLora(model, sigma=0.2, schedule=schedule, total_steps=10)
+def test_the_ramp_starts_at_zero_and_ends_at_sigma(model: nn.Module) -> None:
+    flat = FlatLora(model, sigma=0.2, schedule="cosine", total_steps=10)
     assert flat.sigma_at(0) == 0
     values = [flat.sigma_at(step) for step in range(11)]
     assert values == sorted(set(values))
@@ -48,12 +47,6 @@ def test_the_cosine_ramp_is_half_of_one_minus_cosine(model: nn.Module) -> None:
     flat = FlatLora(model, sigma=0.2, schedule="cosine", total_steps=10)
     for step in range(11):
         assert flat.sigma_at(step) == pytest.approx(0.2 * 0.5 * (1 - math.cos(math.pi * step / 10)), abs=1e-12)
-
-
-def test_the_linear_ramp_is_linear(model: nn.Module) -> None:
-    flat = FlatLora(model, sigma=0.2, schedule="linear", total_steps=10)
-    for step in range(11):
-        assert flat.sigma_at(step) == pytest.approx(0.2 * step / 10)
 
 
 def test_constant_is_sigma_from_the_first_step(model: nn.Module) -> None:
@@ -124,7 +117,7 @@ def test_nested_perturb_raises_and_the_outer_one_still_ends(model: nn.Module) ->
             assert torch.equal(case.predict(case.model), noisy)
 
 
-SAVED: dict[str, Any] = {"sigma": 0.3, "schedule": "linear", "total_steps": 40, "seed": 12}
+SAVED: dict[str, Any] = {"sigma": 0.3, "schedule": "cosine", "total_steps": 40, "seed": 12}
 
 
 def test_state_dict_carries_seed_sigma_schedule_and_total_steps(model: nn.Module) -> None:
@@ -132,6 +125,20 @@ def test_state_dict_carries_seed_sigma_schedule_and_total_steps(model: nn.Module
     for key, value in SAVED.items():
         assert saved[key] == value
     assert json.loads(json.dumps(saved)) == saved, "a checkpoint's header is JSON"
+
+
+def test_settings_go_over_those_of_the_config(model: nn.Module) -> None:
+    flat = FlatLora(model, NoiseConfig(sigma=0.3, seed=4), seed=5)
+    assert flat.config == NoiseConfig(sigma=0.3, seed=5)
+    with pytest.raises(TypeError, match="rho"):
+        FlatLora(toy_case().model, rho=0.1)
+
+
+def test_a_state_with_an_eps_for_each_example_is_refused(model: nn.Module) -> None:
+    flat = FlatLora(model)
+    flat.load_state_dict({**flat.state_dict(), "per_example": False})
+    with pytest.raises(ConfigError, match="per_example=True"):
+        flat.load_state_dict({**flat.state_dict(), "per_example": True})
 
 
 def test_a_loaded_state_goes_on_with_the_same_noise(model: nn.Module) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
-from flatlora_diffusion.method.draw import Draw, DrawKey
-from flatlora_diffusion.method.example_draw import ExampleDraw
+from flatlora_diffusion.method.draw import DrawKey
 from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
 from flatlora_diffusion.method.row_norms import RowStds
@@ -42,7 +41,7 @@ def one_layer_case() -> Case:
 
 
 def test_a_flat_lora_that_is_told_nothing_else_has_low_rank_draws_with_the_norms_of_each_step() -> None:
-    settings = FlatLora(one_layer_case().model).settings
+    settings = FlatLora(one_layer_case().model).config
     assert (settings.draw, settings.norm_every) == ("low_rank", 1)
 
 
@@ -156,7 +155,6 @@ def test_other_ranks_and_strengths_leave_the_draw_as_it_is() -> None:
 
 
 KEY = DrawKey(seed=3, prefix="unet", step=5, slot=1)
-KINDS = (LowRankDraw, ExampleDraw)
 
 
 @pytest.fixture
@@ -166,36 +164,26 @@ def equal_layers() -> list[AdaptedLayer]:
     return find_adapted_layers(get_peft_model(model, Adapter().config(("0", "2"))))
 
 
-def drawn(kind: type[Draw], groups: list[list[AdaptedLayer]]) -> list[Tensor]:
+def drawn(groups: list[list[AdaptedLayer]]) -> list[Tensor]:
     """The eps of each layer at row stds of 1, as if each group of layers were on a device of its own."""
     layers = [layer for group in groups for layer in group]
     stds = [RowStds(group, torch.ones(30 * len(group))) for group in groups]
-    draw = kind({layer.name: layer for layer in layers}, stds, 1.0, KEY)
-    return [draw.noise(layer.name, example=1) for layer in layers]
+    draw = LowRankDraw({layer.name: layer for layer in layers}, stds, 1.0, KEY)
+    return [draw.noise(layer.name) for layer in layers]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_layers_on_two_devices_have_draws_of_their_own(
-    kind: type[Draw], equal_layers: list[AdaptedLayer]
-) -> None:
-    one, other = drawn(kind, [[layer] for layer in equal_layers])
+def test_equal_layers_on_two_devices_have_draws_of_their_own(equal_layers: list[AdaptedLayer]) -> None:
+    one, other = drawn([[layer] for layer in equal_layers])
     assert abs(float(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0))) < 5 / 30
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_draws_of_one_device_are_those_of_earlier_versions(
-    kind: type[Draw], equal_layers: list[AdaptedLayer]
-) -> None:
+def test_the_draws_of_one_device_are_those_of_earlier_versions(equal_layers: list[AdaptedLayer]) -> None:
     """Their formula, written out: published runs can be had again."""
-    path = ("example 1",) if kind is ExampleDraw else ()
-    rng = torch.Generator().manual_seed(derive_seed(3, "low-rank perturbation", "unet", *path, 5, 1))
-    if kind is LowRankDraw:
-        ups, downs = (torch.empty(DRAW_RANK, 60).normal_(generator=rng) for _ in range(2))
-    else:
-        downs, ups = torch.empty(DRAW_RANK, 120).normal_(generator=rng).split(60, dim=1)
+    rng = torch.Generator().manual_seed(derive_seed(3, "low-rank perturbation", "unet", 5, 1))
+    ups, downs = (torch.empty(DRAW_RANK, 60).normal_(generator=rng) for _ in range(2))
     downs, ups = downs.bfloat16().float(), (ups / math.sqrt(DRAW_RANK)).bfloat16().float()
     pairs = zip(downs.split(30, dim=1), ups.split(30, dim=1), strict=True)
-    for found, (down, up) in zip(drawn(kind, [equal_layers]), pairs, strict=True):
+    for found, (down, up) in zip(drawn([equal_layers]), pairs, strict=True):
         assert torch.equal(found, up.mT @ down)
 
 

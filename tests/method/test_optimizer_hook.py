@@ -23,7 +23,7 @@ from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("draw")
-SETTINGS: dict[str, Any] = {"sigma": 0.3, "schedule": "linear", "total_steps": 4, "seed": 5}
+SETTINGS: dict[str, Any] = {"sigma": 0.3, "schedule": "cosine", "total_steps": 4, "seed": 5}
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

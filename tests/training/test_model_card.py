@@ -19,7 +19,7 @@ import flatlora_diffusion
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
-from flatlora_diffusion.config import METHOD_NAMES, AdapterConfig, TokenConfig, TrainConfig
+from flatlora_diffusion.config import METHODS, AdapterConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.lora_files.metadata import Training, comment, sidecar
 from flatlora_diffusion.sdxl.family import SDXL_FAMILY
 from flatlora_diffusion.storage.run_dir import RunDir
@@ -102,7 +102,7 @@ def test_a_plain_lora_is_not_called_flat(run: RunDir) -> None:
     assert "2409.14396" not in written.text
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_card_says_what_was_done_and_claims_nothing_of_what_came_of_it(run: RunDir, method: str) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
     held = {"prior_from_base": True, "class_prompt": "an icon"} if method in ("lora", "flat-lora") else {}
@@ -303,9 +303,3 @@ def test_the_code_draws_with_the_lora(
         for part, rows in embedding_parameters(pipeline).items():
             table = getattr(loaded["pipeline"], part).get_input_embeddings().weight
             assert torch.equal(table[-len(rows) :], rows)
-
-
-def test_noise_in_the_factors_has_no_draws_of_eps(run: RunDir) -> None:
-    text = card(run, config(method="factor-noise", sigma=0.05)).text
-    assert "| sigma | 0.05, cosine |" in text
-    assert "draws of eps" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def test_each_setting_of_the_objective_changes_the_first_loss(config: TrainConfi
         {"min_timestep": 900},
         {"max_timestep": 100},
     ):
-        state.objective = objective_of(config.replace(**settings).objective, state.sdxl.scheduler)
+        objective = objective_of(config.replace(**settings).objective, state.sdxl.scheduler)
         with torch.no_grad():
-            found[str(settings)] = float(next(micro_batches(state, 0, DrawHash())).loss())
+            found[str(settings)] = float(
+                next(micro_batches(replace(state, objective=objective), 0, DrawHash())).loss()
+            )
     assert len(set(found.values())) == len(found), found
 
 

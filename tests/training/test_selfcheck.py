@@ -52,7 +52,7 @@ def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path:
     "settings",
     [
         {"perturb_draw": "full"},
-        {"perturb_per": "example"},
+        {"perturb_per": "step"},
         {"perturb_noise": "iid"},
         {"use_dora": True},
         {"mixed_precision": "bf16", "lora_target_modules": "conv"},
@@ -172,7 +172,7 @@ def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: T
 def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
     flat, sam = drill_configs()
     assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")
-    assert sam.perturb.rise == DRILL_RISE, "the rise that it has to find, and then to show"
+    assert sam.perturb.loss_increase == DRILL_RISE
     for config in (flat, sam):
         assert estimate_memory(config).total < 0.9 * 12 * GIB, "the smallest GPU that trains without --offload"
 
@@ -202,7 +202,7 @@ def test_an_ascent_is_looked_at_in_the_first_three_steps_that_have_one(config: T
     state.run.folder.mkdir(parents=True)
     check = first_steps.SelfCheck(state, is_whole=False)
     for rise in (None, Rise(0.2, 0.1), None, Rise(0.2, 0.1), Rise(0.2, 0.1), Rise(0.0, 0.1)):
-        state.rise = rise
+        state.progress.rise = rise
         check.step_done(1.0, 1.0)
     assert [(one.what, one.is_right) for one in check.checks] == [("rise", True)]
 
@@ -225,14 +225,14 @@ def test_a_step_tells_how_far_its_ascent_has_lifted_the_loss(config: TrainConfig
         for weight, slope in zip(weights, slopes, strict=True):
             weight.sub_(slope, alpha=float(0.05 / length))
     train_step(state, 0)
-    assert state.rise is not None
-    assert state.rise.found == pytest.approx(float(above / clean) - 1, rel=1e-2)
-    assert state.rise.expected == pytest.approx(float(0.05 * length / clean), rel=1e-3)
+    assert state.progress.rise is not None
+    assert state.progress.rise.found == pytest.approx(float(above / clean) - 1, rel=1e-2)
+    assert state.progress.rise.expected == pytest.approx(float(0.05 * length / clean), rel=1e-3)
 
 
 def test_methods_that_do_not_ascend_tell_no_rise(config: TrainConfig) -> None:
     state = trained(config.replace(method="bi-lora"), steps=1)
-    assert state.rise is None
+    assert state.progress.rise is None
 
 
 def test_random_weights_have_the_shapes_of_the_base(tiny_drill: TrainConfig, sdxl: Any) -> None:

@@ -103,7 +103,7 @@ def test_several_processes_send_no_weights_of_a_quantized_base(config: TrainConf
     state = prepare(config.replace(quantize_base="torchao-int8"), samples_of(config))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        state.model = DistributedDataParallel(state.model)
+        object.__setattr__(state, "model", DistributedDataParallel(state.model))
         train_step(state, step=0)
     finally:
         distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,6 @@ def global_generators() -> list[Any]:
         {"adapter": "adalora"},
         {"adapter": "full", "lora_alpha": None},
         {"method": "bi-lora"},
-        {"method": "factor-noise"},
-        {"sigma_rise": 0.001, "max_train_steps": 4},
         {"method": "sam", "rho_rise": 0.2, "max_train_steps": 2},
     ],
     ids=str,
@@ -209,14 +208,13 @@ def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: P
         torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-5)
 
 
-def test_one_eps_per_step_per_micro_batch_or_per_example(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_eps_per_step_or_per_micro_batch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     config = config.replace(perturb_draw="low_rank", gradient_accumulation_steps=2)
     each = [(5, 0), (5, 1)]
-    for per, expected in (("step", [(5, 0)]), ("microbatch", each), ("example", each)):
+    for per, expected in (("step", [(5, 0)]), ("microbatch", each)):
         state = prepare(config.replace(perturb_per=per), samples)
         (flat,) = state.flats
-        assert flat.settings.per_example == (per == "example")
         opened: list[tuple[int, int]] = []
         real = flat.perturb
         monkeypatch.setattr(flat, "perturb", lambda s, k, to=opened, real=real: (to.append((s, k)), real(s, k))[1])
@@ -226,7 +224,7 @@ def test_one_eps_per_step_per_micro_batch_or_per_example(config: TrainConfig, mo
 
 def test_the_kind_of_draw_reaches_the_training(config: TrainConfig) -> None:
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
-    for draw in ("full", "philox", "low_rank"):
+    for draw in ("full", "low_rank"):
         (flat,) = prepare(config.replace(perturb_draw=draw), samples).flats
         assert flat.state_dict()["draw"] == draw
 
@@ -319,9 +317,8 @@ def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.G
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
     state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     groups = [{**group, "fused": None} for group in state.optimizer.optimizer.param_groups]  # as for fp16
-    state.optimizer = AcceleratedOptimizer(torch.optim.AdamW(groups), scaler=scaler)
     scaler.scale(torch.ones(()))  # it gets its state on first use
-    return state, scaler
+    return replace(state, optimizer=AcceleratedOptimizer(torch.optim.AdamW(groups), scaler=scaler)), scaler
 
 
 def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: TrainConfig) -> None:
@@ -333,7 +330,7 @@ def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: T
     assert scaler.get_scale() == 2.0
 
 
-@pytest.mark.parametrize("method", ["nbar", "obar", "lora"])
+@pytest.mark.parametrize("method", ["nbar", "lora"])
 def test_a_step_that_the_scaler_of_fp16_leaves_out_moves_no_weight_and_no_average(
     config: TrainConfig, method: str
 ) -> None:
@@ -367,7 +364,7 @@ def test_the_scaler_of_fp16_goes_on_in_a_resumed_run(config: TrainConfig, tmp_pa
 
 def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainConfig) -> None:
     state, _ = prepared_with_a_scaler(config)
-    state.config = state.config.replace(mixed_precision="fp16")
+    state.progress.config = state.config.replace(mixed_precision="fp16")
     overflows = True
     first = next(iter(state.trainable.values()))
     first.register_hook(lambda gradient: gradient.fill_(float("inf")) if overflows else gradient)

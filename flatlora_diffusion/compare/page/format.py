@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from flatlora_diffusion.charts.palette import BASE, FOURTH, METHODS, THIRD, Look
+from flatlora_diffusion.charts.palette import BASE, FOURTH, OWN_LOOKS, THIRD, Look
 from flatlora_diffusion.charts.rows import sample
 from flatlora_diffusion.evaluation.paired_statistics import ENDS, STEPS
 from flatlora_diffusion.storage.formatting import MINUS, NOTHING, figure, is_known
@@ -62,9 +62,9 @@ def arm_name(result: Result, key: str) -> str:
 
 def look_of(result: Result, key: str) -> Look:
     """How an arm is drawn; the nulls share one look."""
-    if key == "base" or key in METHODS:
-        return METHODS.get(key, BASE)
-    others = [arm for arm in main_arms(result) if arm not in METHODS]
+    if key == "base" or key in OWN_LOOKS:
+        return OWN_LOOKS.get(key, BASE)
+    others = [arm for arm in main_arms(result) if arm not in OWN_LOOKS]
     return THIRD if key in others[:1] else FOURTH
 
 

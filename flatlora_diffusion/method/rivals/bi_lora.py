@@ -11,7 +11,7 @@ B2 by the same factor. A step in which a slope of A2 or B2 is not finite leaves 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from flatlora_diffusion.method.branch import first_adapter, rank_of, scale_of, square_norm
-from flatlora_diffusion.method.gradient import MicroBatch, StepGradient
+from flatlora_diffusion.method.gradient import GradientInputs, MicroBatch, StepGradient
 from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.rivals.weight_gradients import average
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.tensor_io import load_optimizer, optimizer_tensors
+
+
+def bi_lora(inputs: GradientInputs) -> BiLora:
+    """Bi-LoRA over all models."""
+    return BiLora(inputs.models, inputs.config.radius, inputs.seed)
+
+
+def rehearse(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
+    """A step's passes on meta tensors, for the estimate of memory."""
+    second = BiLora({"": model}, rho=1.0, seed=0)
+    second.take(0, micro_batches)
+    second.detach()
 
 
 class BiLora(StepGradient):
@@ -44,7 +56,7 @@ class BiLora(StepGradient):
         self._optimizer.zero_grad()
         self._is_on = True
         try:
-            return [one.backward() for one in micro_batches]
+            return [batch.backward() for batch in micro_batches]
         finally:
             self._is_on = False
 

@@ -15,10 +15,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatlora_diffusion.method.gradient import Ascent, MicroBatch, StepGradient, moved
+from flatlora_diffusion.method.gradient import Ascent, GradientInputs, MicroBatch, StepGradient, moved
 from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.rivals.sketch import Sketches
 from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, average, norm
+
+
+def lora_sam(inputs: GradientInputs) -> LoraSam:
+    """SAM over the factors of all models."""
+    return LoraSam(list(inputs.trainable.values()), inputs.factors, inputs.config.radius)
+
+
+def sam(inputs: GradientInputs) -> Sam:
+    """SAM over the adapted W of all models."""
+    return Sam(inputs.models.values(), list(inputs.trainable.values()), inputs.config.radius, inputs.seed)
+
+
+def rehearse(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
+    """A step's passes on meta tensors, for the estimate of memory: these have no norm to ask for."""
+    method = Sam([model], [], rho=1.0, seed=0)
+    with method.reading(Sketches(0, 0)) as sketches:
+        for batch in micro_batches:
+            batch.backward()
+    with method.ascended(sketches):
+        for batch in micro_batches:
+            batch.backward()
+    method.detach()
 
 
 class LoraSam(StepGradient):
@@ -30,15 +52,15 @@ class LoraSam(StepGradient):
         self._trainable, self._factors, self._rho = trainable, factors, rho
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        again, self.ascent = list(micro_batches), None
-        losses = [one.backward() for one in again]
+        batches, self.ascent = list(micro_batches), None
+        losses = [batch.backward() for batch in batches]
         slopes = {factor: factor.grad for factor in self._factors if factor.grad is not None}
         length = norm(slopes.values())
         if not _can_ascend(length):
             return losses
         with moved({factor: slope * (self._rho / length) for factor, slope in slopes.items()}):
-            _forget(self._trainable)
-            self.ascent = Ascent([one.backward() for one in again], self._rho * length)
+            _zero_grads(self._trainable)
+            self.ascent = Ascent([batch.backward() for batch in batches], self._rho * length)
         return losses
 
 
@@ -56,18 +78,20 @@ class Sam(SlopeReader, StepGradient):
         self._eps: Sketches | None = None
 
     def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        again, self.ascent = list(micro_batches), None
+        batches, self.ascent = list(micro_batches), None
         with self.reading(Sketches(self._seed, step)) as slopes:
-            losses = [one.backward(is_shared=False) for one in again]
+            losses = [batch.backward(is_shared=False) for batch in batches]
         slopes.average()
         length = slopes.norm()
         if not _can_ascend(length):
-            average(one.grad for one in self._trainable if one.grad is not None)  # as no second pass shares them
+            average(
+                weight.grad for weight in self._trainable if weight.grad is not None
+            )  # as no second pass shares them
             return losses
         slopes.scale(self._rho / length)
-        _forget(self._trainable)
+        _zero_grads(self._trainable)
         with self.ascended(slopes):
-            self.ascent = Ascent([one.backward() for one in again], self._rho * length)
+            self.ascent = Ascent([batch.backward() for batch in batches], self._rho * length)
         return losses
 
     @contextmanager
@@ -91,7 +115,7 @@ class Sam(SlopeReader, StepGradient):
         return layer.with_added(added, x, *args, **kwargs)
 
 
-def _forget(parameters: Iterable[nn.Parameter]) -> None:
+def _zero_grads(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
 

@@ -32,6 +32,15 @@ def read_slopes(models: Iterable[nn.Module], micro_batches: Iterable[MicroBatch]
     return [slopes[layer] for layer in reader.layers]
 
 
+def rehearse(model: nn.Module, micro_batches: Iterable[MicroBatch]) -> None:
+    """The passes of `read_slopes` on meta tensors, for the estimate of memory."""
+    reader = SlopeReader([model])
+    with reader.reading(Slopes()):
+        for batch in micro_batches:
+            batch.backward()
+    reader.detach()
+
+
 class Reading(Protocol):
     """What is made of the slopes of all layers."""
 

@@ -10,7 +10,7 @@ from made_up_runs import make_runs
 from playwright.sync_api import expect
 
 from flatlora_diffusion.charts.palette import FLAT_LORA
-from flatlora_diffusion.config import METHOD_NAMES
+from flatlora_diffusion.config import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ def test_three_methods_are_shown_and_the_others_when_they_are_asked_for(page: Ap
     shown = page.page.locator("#method").get_by_role("radio").filter(visible=True)
     expect(shown).to_have_count(3, timeout=PATIENCE)
     page.button("More methods").click()
-    expect(shown).to_have_count(1 + len(METHOD_NAMES))
+    expect(shown).to_have_count(1 + len(METHODS))
     sam = page.page.get_by_role("radio", name=re.compile("^SAM: "))
     sam.check()
     page.button("Fewer methods").click()

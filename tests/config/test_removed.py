@@ -1,0 +1,69 @@
+"""Settings and values that earlier versions had: refused on the command line, left out of saved runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
+from flatlora_diffusion.config.removed import SETTINGS, VALUES
+from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.training.resolve_config import new_or_resumed
+
+RENAMED = {("adapter", "dora"): "use_dora", ("adapter", "rslora"): "use_rslora"}
+
+
+def saved_run(folder: Path, **removed: Any) -> RunDir:
+    run = RunDir(folder)
+    run.start({**TrainConfig.from_dict({"output_dir": str(folder)}).to_dict(), **removed}, [])
+    (folder / "checkpoint-2").mkdir()
+    return run
+
+
+def test_no_flag_of_this_version_is_among_them() -> None:
+    assert not SETTINGS.keys() & TrainConfig().to_dict().keys()
+    assert not [value for name, value in VALUES if name == "method" and value in METHODS]
+
+
+def test_a_removed_flag_and_a_removed_value_are_refused_with_what_to_use() -> None:
+    for name, removed in SETTINGS.items():
+        with pytest.raises(ConfigError, match=f"--{name}.*{removed.remedy}"):
+            parse_config([f"--{name}", "0.1"])
+    for (name, value), removed in VALUES.items():
+        with pytest.raises(ConfigError, match=f"--{name} {value}.*{removed.remedy}"):
+            parse_config([f"--{name}", value])
+
+
+def test_a_saved_run_with_any_of_them_opens(tmp_path: Path) -> None:
+    settings: list[tuple[str, Any]] = [*((name, 0.3) for name in SETTINGS), *VALUES]
+    for place, (name, value) in enumerate(settings):
+        run = saved_run(tmp_path / str(place), **{name: value})
+        config = TrainConfig.from_dict(run.config())
+        assert config == TrainConfig().updated_from(run.config_file)
+        assert getattr(config.adapter, RENAMED.get((name, value), "rank"))
+
+
+def test_a_removed_setting_that_did_nothing_is_dropped_without_a_word(tmp_path: Path) -> None:
+    nothing = {name: removed.without_effect for name, removed in SETTINGS.items()}
+    run = saved_run(tmp_path, **nothing)
+    assert run.removed_settings() == []
+    assert TrainConfig.from_dict(run.config()).to_dict().keys() == TrainConfig().to_dict().keys()
+
+
+def test_a_run_is_not_resumed_by_another_method_than_it_began_with(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, method="obar", bar_strength=0.5)
+    config = TrainConfig().updated_from(run.config_file)
+    assert (config.perturb.method, config.perturb.bar_strength) == ("nbar", 0.5)
+    with pytest.raises(ConfigError, match=r"method=obar.*--init_lora"):
+        new_or_resumed(config.replace(output_dir=str(tmp_path), resume_from_checkpoint="latest"), run)
+
+
+def test_a_renamed_value_goes_on_as_it_was(tmp_path: Path) -> None:
+    run = saved_run(tmp_path, adapter="dora")
+    assert run.removed_settings() == []
+    assert json.loads(run.config_file.read_text(encoding="utf-8"))["adapter"] == "dora"
+    assert TrainConfig.from_dict(run.config()).adapter.use_dora
