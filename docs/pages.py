@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 from flatlora_diffusion.commands.flags import Flag, flags_of
 from flatlora_diffusion.commands.help_page import bounds
 from flatlora_diffusion.config import TrainConfig, choices_of, commands, help_of
@@ -31,8 +29,10 @@ VERBS = {
 PYTHON = ("FlatLora", "FlatLoraCallback", "TrainConfig", "train", "peft_flatness", "LandscapeConfig", "ConfigError")
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made."""
+    from mkdocs.structure.files import File  # of the extra `docs`
+
     pages = {
         "index.md": from_root("README.md"),
         "contributing.md": from_root("CONTRIBUTING.md"),

@@ -25,7 +25,7 @@ from flatlora_diffusion.data.sources import Fold, load_training_set, parted
 from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
 from flatlora_diffusion.storage.hashing import DrawHash
-from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.run_lock import alone_in
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.disk_space import check_room
@@ -166,7 +166,9 @@ def _put_away_at_the_end(state: TrainState) -> Iterator[None]:
         with undisturbed() as signals:
             put_away(state)
     if signals:  # a comparison must not go on with its next run
-        raise Interrupted(signals[0], f"after the LoRA was saved in {state.run.folder}; nothing is missing")
+        raise Interrupted(
+            signals[0], f"after the LoRA was saved in {state.run.folder / LORA_FILE}; nothing is missing"
+        )
 
 
 def _untrained() -> str:
