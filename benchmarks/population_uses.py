@@ -34,7 +34,7 @@ from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
 from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 
 LIST = "known 200"
 SUBJECTS = ("lora", "average of 3", "Flat-LoRA 0.4", "SAM 0.125")
@@ -86,7 +86,7 @@ class Uses:
         if not cache.is_file():
             cache.parent.mkdir(parents=True, exist_ok=True)
             losses = self._measure(style, files, group, use)
-            with writing_whole(cache) as aside:
+            with atomic_write(cache) as aside:
                 save_file({"losses": losses.float()}, aside)
         return load_file(cache)["losses"].double()
 

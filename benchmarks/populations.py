@@ -49,7 +49,7 @@ from flatlora_diffusion.method.gradient import StepGradient
 from flatlora_diffusion.method.rivals.sam import Sam
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
-from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.training.trainer import train
 
 BASE = "tiny"
@@ -187,7 +187,7 @@ class Study:
         if not cache.is_file():
             losses = self._measure(file, group, strength)
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with writing_whole(cache) as aside:
+            with atomic_write(cache) as aside:
                 save_file({name: values.float() for name, values in losses.items()}, aside)
         return {name: values.double() for name, values in load_file(cache).items()}
 

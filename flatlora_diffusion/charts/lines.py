@@ -25,7 +25,7 @@ from scipy.ndimage import zoom
 
 from flatlora_diffusion.charts.palette import FAINT, INK, PAPER, RULE, Look
 from flatlora_diffusion.charts.svg import hover, page_svg
-from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write
 
 _STYLE = {
     "text.color": INK.light,
@@ -101,8 +101,8 @@ class Chart:
 
     def save(self, path: Path) -> None:
         """Write a PNG that is the same for the same data."""
-        with styled(), writing_whole(path) as aside:
-            self.figure.savefig(aside, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+        with styled(), atomic_write(path) as temporary:
+            self.figure.savefig(temporary, format="png", dpi=_PNG_DPI, metadata={"Software": None})
 
     def svg(self, kind: str, label: str) -> Markup:
         """The chart for a page: an element of class `kind` in the page's own fonts and colours."""

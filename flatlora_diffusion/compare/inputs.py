@@ -37,7 +37,7 @@ from flatlora_diffusion.evaluation.perceptual import load_lpips
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.storage.separate_folders import check_apart
+from flatlora_diffusion.storage.separate_folders import check_separate
 
 DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
 SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
@@ -76,7 +76,7 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         folders[FORGETTING] = Path(forgetting)
     check_folders_apart(config)
     for name, folder in folders.items():
-        check_apart("output_dir", Path(config.run.output_dir), f"{name}_dir", [folder])
+        check_separate("output_dir", Path(config.run.output_dir), f"{name}_dir", [folder])
     training_set = load_training_set(config.data)
     summary, training = training_set.summary, training_set.samples
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}

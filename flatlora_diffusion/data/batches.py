@@ -23,7 +23,7 @@ from flatlora_diffusion.data.schedule import Schedule, schedule_of
 from flatlora_diffusion.data.tags import drawn_caption
 from flatlora_diffusion.sdxl.objective import Batch
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, posterior
-from flatlora_diffusion.storage.atomic_io import remove_half_written, writing_into
+from flatlora_diffusion.storage.atomic_io import explain_write_errors, remove_partial_files
 from flatlora_diffusion.storage.rng import generator
 
 _LONGEST_WRITE = 3600.0  # seconds; a file that another run has not finished in that time it never will
@@ -223,10 +223,10 @@ def encoded_batches(
     schedule = schedule_of(config, samples, sdxl.size_step, world_size, len(class_samples))
     framing = Framing(data, seed)
     folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
-    with nullcontext() if folder is None else writing_into(folder, "embedding_cache_dir"):
+    with nullcontext() if folder is None else explain_write_errors(folder, "embedding_cache_dir"):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_half_written(folder, seconds=_LONGEST_WRITE)
+            remove_partial_files(folder, seconds=_LONGEST_WRITE)
         prompts = prompts_of(config, sdxl, [*samples, *class_samples], folder)
         cached = [(samples, schedule.sizes)] if data.cache_latents else []
         # With buckets a class image has as many sizes as there are buckets, so it is encoded when it is needed.

@@ -17,9 +17,9 @@ from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
-from flatlora_diffusion.storage.atomic_io import writing_into, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, explain_write_errors
 from flatlora_diffusion.storage.rng import derive_seed
-from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.storage.run_lock import lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def load_class_samples(config: TrainConfig) -> list[Sample]:
     folder = Path(str(data.class_data_dir))
     processes = this_process()
     # Two runs would number their images alike; the processes of one share the work.
-    alone = alone_in(folder, "class_data_dir", waits=True) if processes.is_main_process else nullcontext()
+    alone = lock_folder(folder, "class_data_dir", wait=True) if processes.is_main_process else nullcontext()
     with alone:
         (present,) = broadcast_object_list([len(find_images(folder)[0]) if processes.is_main_process else 0])
         missing = range(present, data.num_class_images)
@@ -71,5 +71,5 @@ def _generate(config: TrainConfig, folder: Path, wanted: Sequence[int], device: 
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten
                 path = path.with_stem(f"{path.stem}-new")
-            with writing_into(folder, "class_data_dir"), writing_whole(path) as aside:  # half a picture would count
-                image.save(aside, format="PNG")
+            with explain_write_errors(folder, "class_data_dir"), atomic_write(path) as temporary:
+                image.save(temporary, format="PNG")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset_file import read_dataset_file
-from flatlora_diffusion.storage.separate_folders import Relation, check_apart
+from flatlora_diffusion.storage.separate_folders import Relation, check_separate
 
 _CLASS = "class_data_dir"
 
@@ -41,8 +41,8 @@ def check_folders_apart(config: TrainConfig) -> None:
     if _CLASS in folders:
         filled[_CLASS] = config.data.class_data_dir
     for name, images in folders.items():
-        check_apart("output_dir", Path(config.run.output_dir), name, images)
+        check_separate("output_dir", Path(config.run.output_dir), name, images)
         refused: tuple[Relation, ...] = ("is", "lies in") if name == "dataset_name" else ("is",)
         for setting, folder in filled.items():
             if folder is not None and setting != name:
-                check_apart(setting, Path(folder), name, images, refused)
+                check_separate(setting, Path(folder), name, images, refused)

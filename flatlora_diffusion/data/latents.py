@@ -19,7 +19,7 @@ from flatlora_diffusion.data.augmentation import Framing
 from flatlora_diffusion.data.crops import View, mirrored_view
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.sdxl.pipeline import posterior
-from flatlora_diffusion.storage.tensor_io import fingerprint, kept_tensors
+from flatlora_diffusion.storage.tensor_io import cached_tensors, fingerprint
 
 
 class LatentCache:
@@ -53,7 +53,7 @@ def encoded_latents(
             key = json.dumps([sample.sha256, asdict(shown), *framing.pixel_settings, mark])
             name = f"latent-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
             path = None if folder is None else folder / name
-            found = kept_tensors(path, partial(_encoded, vae, framing, sample, shown))
+            found = cached_tensors(path, partial(_encoded, vae, framing, sample, shown))
             posteriors[sample.id, shown.is_mirrored] = found["mean"], found["std"]
     return LatentCache(posteriors)
 

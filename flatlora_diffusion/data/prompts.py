@@ -16,7 +16,7 @@ from torch import Tensor
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
-from flatlora_diffusion.storage.tensor_io import fingerprint, kept_tensors
+from flatlora_diffusion.storage.tensor_io import cached_tensors, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _encoded(sdxl: Sdxl, captions: set[str], folder: Path | None) -> FrozenPromp
     embeds = {}
     for caption in sorted(captions):
         path = None if folder is None else folder / f"prompt-{_digest(mark, caption)}.safetensors"
-        kept = kept_tensors(path, partial(_embeds, sdxl, caption))
+        kept = cached_tensors(path, partial(_embeds, sdxl, caption))
         embeds[caption] = kept["prompt_embeds"], kept["pooled_prompt_embeds"]
     return FrozenPrompts(embeds)
 

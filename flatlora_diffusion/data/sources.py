@@ -11,7 +11,7 @@ from flatlora_diffusion.config import ConfigError, DataConfig
 from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, check_samples, load_samples, make_sample
 from flatlora_diffusion.data.dataset_file import load_dataset_file, read_dataset_file
 from flatlora_diffusion.data.images import ImageError
-from flatlora_diffusion.storage.hub_errors import fault_of
+from flatlora_diffusion.storage.hub_errors import loading_failure
 
 
 def load_training_set(data: DataConfig) -> SampleSet:
@@ -151,7 +151,7 @@ def _train_split(data: DataConfig) -> Any:
     try:
         loaded = datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir)
     except Exception as error:  # a hub, a disk, a parser: whatever went wrong, the user named the dataset
-        why = fault_of(str(data.dataset_name), error, "load it once")
+        why = loading_failure(str(data.dataset_name), error, "load it once")
         raise ConfigError(f"dataset_name={data.dataset_name!r} cannot be loaded: {why}") from error
     if "train" not in loaded:
         raise ConfigError(f"dataset_name={data.dataset_name!r} has no split `train`, only {', '.join(loaded)}")

@@ -13,7 +13,7 @@ from flatlora_diffusion.data.dataset import own_captions
 from flatlora_diffusion.data.images import find_images, load_image
 from flatlora_diffusion.evaluation.captioner import load_captioner
 from flatlora_diffusion.evaluation.tagger import Thresholds
-from flatlora_diffusion.storage.atomic_io import write_text, writing_into
+from flatlora_diffusion.storage.atomic_io import explain_write_errors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def write_captions(config: CaptionConfig) -> int:
         if not caption:
             empty.append(path.name)
         elif not own_captions(folder, [path])[path.name]:  # one that somebody has written meanwhile stays
-            with writing_into(folder, "folder"):
+            with explain_write_errors(folder, "folder"):
                 write_text(path.with_suffix(".txt"), caption + "\n")
             written += 1
     if empty:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
 from flatlora_diffusion.evaluation.encoders import load_image_reader
 from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
-from flatlora_diffusion.storage.hub_errors import fault_of
+from flatlora_diffusion.storage.hub_errors import loading_failure
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 
@@ -65,7 +65,7 @@ def _load_writer(name_or_path: str, device: torch.device | str, max_tokens: int)
     except ConfigError:
         raise
     except _LOAD_ERRORS as error:
-        why = fault_of(name_or_path, error)
+        why = loading_failure(name_or_path, error)
         raise ConfigError(f"captioner {name_or_path!r} cannot be loaded: {why}; {_KINDS}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -25,7 +25,7 @@ from flatlora_diffusion.evaluation.judge import (
     load_judge,
     text_vectors,
 )
-from flatlora_diffusion.storage.hub_errors import fault_of
+from flatlora_diffusion.storage.hub_errors import loading_failure
 
 JUDGE = "judge"
 _CHUNK = 32  # images or texts per forward
@@ -104,8 +104,8 @@ def load_image_reader(name_or_path: str) -> Callable[[Sequence[Image.Image]], Te
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")  # which needs no torchvision
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{name_or_path} has no preprocessor_config.json that can be read: {fault_of(name_or_path, error)}; "
-            "save the model's image processor beside it"
+            f"{name_or_path} has no readable preprocessor_config.json: {loading_failure(name_or_path, error)}; save "
+            "the model's image processor beside it"
         ) from error
     return lambda images: processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
@@ -152,4 +152,6 @@ def _load(kind: Any, name_or_path: str) -> Any:
 
 
 def _cannot(name_or_path: str, error: Exception) -> str:
-    return f"encoder {name_or_path!r} cannot be loaded: {fault_of(name_or_path, error)}; {JUDGE!r} is always here"
+    return (
+        f"encoder {name_or_path!r} cannot be loaded: {loading_failure(name_or_path, error)}; {JUDGE!r} is always here"
+    )

@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from flatlora_diffusion.config import CaptionConfig, ConfigError
+from flatlora_diffusion.storage.formatting import first_line
 
 MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
 _GENERAL, _CHARACTER = "0", "4"  # the categories of a tag; others, such as ratings, are no caption
@@ -119,5 +120,5 @@ def _session(name: str, files: TaggerFiles) -> Any:
     try:
         return onnxruntime.InferenceSession(str(files.model()), providers=providers)
     except Exception as error:  # onnxruntime's own are of no common kind
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ConfigError(f"the {MODEL_FILE} of captioner {name!r} cannot be loaded: {line}") from error

@@ -40,7 +40,7 @@ from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.atomic_io import check_writable, write_json, write_text
 from flatlora_diffusion.storage.saved_config import portable
-from flatlora_diffusion.storage.separate_folders import check_apart
+from flatlora_diffusion.storage.separate_folders import check_separate
 from flatlora_diffusion.storage.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _check_apart(folder: Path, config: TrainConfig, given: FlatnessConfig) -> No
     if given.heldout_dir is not None:
         folders["heldout_dir"] = [Path(given.heldout_dir)]
     for name, images in folders.items():
-        check_apart("output_dir", folder, name, images, ("is",))
+        check_separate("output_dir", folder, name, images, ("is",))
 
 
 def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dict[str, list[Sample]]:

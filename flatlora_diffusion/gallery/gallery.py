@@ -12,7 +12,6 @@ grid_01.png, grid_02.png, ...          instead of it when there are more than 8 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,7 +32,8 @@ from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
-from flatlora_diffusion.storage.atomic_io import check_writable, file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, check_writable, file_sha256
+from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 MOST_COLUMNS = 8
@@ -174,8 +174,8 @@ def _draw_row(
         for column, image in zip(part, drawn, strict=True):
             drawing = _drawing(sdxl, config, row, column)
             text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used, drawing)
-            with writing_whole(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png") as aside:
-                image.save(aside, format="PNG", pnginfo=text)
+            with atomic_write(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png") as temporary:
+                image.save(temporary, format="PNG", pnginfo=text)
         images += drawn
         bar.update(len(drawn))
     return images
@@ -232,8 +232,8 @@ def _save_grids(
             "seeds": config.seeds,
             "rows": [[dataclasses.asdict(lora) for lora in row.used] for row in rows],
         }
-        with writing_whole(path) as aside:
-            grid.save(aside, format="PNG", pnginfo=grid_text(config, sampler, settings))
+        with atomic_write(path) as temporary:
+            grid.save(temporary, format="PNG", pnginfo=grid_text(config, sampler, settings))
         yield path
 
 
@@ -247,6 +247,6 @@ def _sampler(sdxl: Sdxl) -> str:
     return type(sdxl.pipeline.scheduler).__name__
 
 
-def _slug(text: str, most: int) -> str:
-    """`text` as a part of a file name on any system: letters, digits, `.`, `-`, `_` and `+`."""
-    return re.sub(r"[^\w.+-]+", "-", text)[:most].strip("-.") or "x"
+def _slug(text: str, length: int) -> str:
+    """Return `text` as part of a file name of at most `length` characters."""
+    return slug(text, allowed="+")[:length].strip("-.") or "x"

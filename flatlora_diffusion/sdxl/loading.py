@@ -37,7 +37,8 @@ from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 from flatlora_diffusion.sdxl.shapes import base_path
 from flatlora_diffusion.sdxl.single_file import PREFIXES
-from flatlora_diffusion.storage.hub_errors import fault_of, hub_is_reachable, lacks_files, unreachable
+from flatlora_diffusion.storage.formatting import first_line
+from flatlora_diffusion.storage.hub_errors import hub_is_reachable, hub_unreachable, is_missing_files, loading_failure
 from flatlora_diffusion.storage.model_paths import check_models, is_single_file
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         why = _why(path, error, is_file, config)
         raise ConfigError(f"{_named(config)} is no SDXL base that can be loaded: {why}") from error
     except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
-        raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
+        raise ConfigError(f"{_named(config)} lacks weights of its models: {first_line(error)}") from error
     _check_pipeline(pipeline, config)
     pipeline.scheduler = _scheduler(pipeline, config, variant)
     logger.info("%s", description(_as_known(variant, pipeline), config, pipeline.scheduler))
@@ -161,7 +162,7 @@ def _header(file: Path, what: str) -> Header:
     try:
         return read_header(file)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{what} is damaged or no safetensors file: {_first_line(error)}") from error
+        raise ConfigError(f"{what} is damaged or no safetensors file: {first_line(error)}") from error
 
 
 def _needs_hub(path: str, config: ModelConfig) -> bool:
@@ -198,10 +199,10 @@ def _from_single_file(
 def _why(path: str, error: Exception, is_file: bool, config: ModelConfig) -> str:
     """Why the base could not be loaded, and what to do."""
     if not is_file:
-        return fault_of(path, error)
+        return loading_failure(path, error)
     if config.single_file_config is not None:
-        return f"{_first_line(error)}; do the configs in {config.single_file_config} fit it?"
-    why = f"its configs are not downloaded, and {unreachable()}" if lacks_files(error) else _first_line(error)
+        return f"{first_line(error)}; do the configs in {config.single_file_config} fit it?"
+    why = f"its configs are not downloaded, and {hub_unreachable()}" if is_missing_files(error) else first_line(error)
     return f"{why}; to work without the hub, give --single_file_config FOLDER"
 
 
@@ -213,7 +214,7 @@ def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
         )
     except _LOAD_ERRORS as error:
         raise ConfigError(
-            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {fault_of(path, error)}"
+            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {loading_failure(path, error)}"
         ) from error
     return vae.to(vae_dtype(vae.config, dtype))
 
@@ -280,7 +281,7 @@ def _quantization(kind: Quantization, device: torch.device, dtype: torch.dtype) 
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"quantize_base={kind} does not work with this torchao: {_first_line(error)}") from error
+        raise ConfigError(f"quantize_base={kind} does not work with this torchao: {first_line(error)}") from error
 
 
 def _enable_xformers(pipeline: StableDiffusionXLPipeline) -> None:
@@ -290,7 +291,7 @@ def _enable_xformers(pipeline: StableDiffusionXLPipeline) -> None:
     try:
         pipeline.unet.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{setting} does not work here, leave it out: {_first_line(error)}") from error
+        raise ConfigError(f"{setting} does not work here, leave it out: {first_line(error)}") from error
 
 
 def _modules(pipeline: StableDiffusionXLPipeline) -> tuple[torch.nn.Module, ...]:
@@ -299,7 +300,3 @@ def _modules(pipeline: StableDiffusionXLPipeline) -> tuple[torch.nn.Module, ...]
 
 def _named(config: ModelConfig) -> str:
     return f"{_SETTING}={config.pretrained_model_name_or_path!r}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flatlora_diffusion.sdxl.sgm_names import original_path
-from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 
@@ -59,8 +59,8 @@ def save_single_file(pipeline: Any, path: Path) -> Path:
         **_prefixed(PREFIXES["text_encoder_2"], open_clip_tensors(pipeline.text_encoder_2.state_dict())),
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing_whole(path) as aside:
-        save_file(contiguous, aside, metadata={"format": "pt"})
+    with atomic_write(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
     return path
 
 

@@ -55,7 +55,7 @@ def kept(state: TrainState) -> Iterator[None]:
     An interruption saves nothing: whoever presses Ctrl-C a second time wants to be out.
     """
     try:
-        with interrupted_as(lambda: f"at once; {state.run.last_checkpoint()}"):
+        with interrupted_as(lambda: f"at once; {state.run.last_checkpoint_text()}"):
             yield
     except (ConfigError, StoppedError):
         raise
@@ -80,7 +80,7 @@ def _keep(state: TrainState) -> str:
             )
         except Exception as error:  # why the run ends is what matters
             logger.warning("the weights after step %d could not be saved: %s", step, error)
-    return run.last_checkpoint()
+    return run.last_checkpoint_text()
 
 
 def _save(state: TrainState, step: int) -> None:

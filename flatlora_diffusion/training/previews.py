@@ -13,7 +13,7 @@ from flatlora_diffusion.data.sources import load_heldout
 from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text
 from flatlora_diffusion.sdxl.eval_device import ready
 from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
-from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write
 from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.preview_prompts import Picture, read_pictures
 from flatlora_diffusion.training.state import TrainState
@@ -51,7 +51,7 @@ class Previews:
                 state.run.images.mkdir(exist_ok=True)
                 for file, image, picture in zip(files, images, self._pictures, strict=True):
                     drawing = drawing_of(state, picture, step)
-                    with writing_whole(state.run.images / file) as aside:
+                    with atomic_write(state.run.images / file) as aside:
                         image.save(aside, format="PNG", pnginfo=drawing and png_text(drawing))
             about = {"prompts": [one.prompt for one in self._pictures], "seeds": [one.seed for one in self._pictures]}
             state.run.add_event({"event": "preview", "step": step, "images": files, **about})

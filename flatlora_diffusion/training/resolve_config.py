@@ -31,7 +31,7 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     """
     checkpoint = config.run.resume_from_checkpoint
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
-        return with_precision(seeded(run.filled_in(config)))
+        return with_precision(seeded(run.with_saved_settings(config)))
     if checkpoint is not None:
         _check_unfinished(run)
         logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)

@@ -25,7 +25,7 @@ from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.disk_space import check_room
 from flatlora_diffusion.training.failure import explained, kept, non_finite_slots, non_finite_text
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> Path:
     """
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
-    with one_training() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
+    with one_training() as process, lock_folder(folder, "output_dir") if process.is_main_process else nullcontext():
         run = RunDir(folder)
         if config.average.members is not None:
             return train_members(config, run, _train)
@@ -222,7 +222,7 @@ def _loop(
         if holdout is not None and reason is None and (is_point or done == state.end):
             holdout.measure(done)
         is_asked = is_point or reason is not None
-        if previews is not None and (state.run.takes_save_request() or is_asked):
+        if previews is not None and (state.run.take_save_request() or is_asked):
             save_checkpoint(state, done)
         if reason is not None and done < state.end:
             if previews is not None:
