@@ -50,7 +50,7 @@ from flatlora_diffusion.flatness.merged_weights import (
 from flatlora_diffusion.lora_files.loading import loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.sampling import evaluating
+from flatlora_diffusion.sdxl.sampling import eval_mode
 from flatlora_diffusion.storage.atomic_io import file_sha256, write_json
 
 CONFIG = FlatnessConfig(
@@ -140,7 +140,7 @@ class Group:
         for name, losses in self.losses().items():
             rises = icon_rises(losses, weights, config.sigmas, config.rise_draws, self.number)
             loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), self.probes[name], config.probe_batch_size)
-            with evaluating(sdxl.unet):
+            with eval_mode(sdxl.unet):
                 worst = worst_rises(loss, weights, config.radii)
             figures = {
                 "loss": _joined(losses(weights).mean(dim=1).tolist()),
@@ -148,7 +148,7 @@ class Group:
                 **{f"worst {radius:g}": _joined([rise]) for radius, rise in zip(config.radii, worst, strict=True)},
             }
             if point in CURVED:
-                with evaluating(sdxl.unet), twice_differentiable(sdxl.unet):
+                with eval_mode(sdxl.unet), twice_differentiable(sdxl.unet):
                     curvature = trace(loss, weights, "filter", config.trace_probes, self.number)
                 figures["trace"] = _joined([curvature.mean])
             found[name] = figures

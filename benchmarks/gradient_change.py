@@ -348,7 +348,7 @@ def cosines_of_slopes(state: TrainState, probe: Probe, step: int, count: int) ->
     batches = unlike_batches(state, step, count)
     times = [int(share * state.objective.scheduler.config.num_train_timesteps) for share in TIMES]
     drawn = [one.loss.args for one in batches]  # type: ignore[attr-defined]
-    firsts = [args[1].mapped(lambda part: part[:1]) for args in drawn]
+    firsts = [args[1].map(lambda part: part[:1]) for args in drawn]
     noises = [args[2][:1] for args in drawn]
 
     def slope(batch: Batch, noise: Tensor, time: int) -> Tensor:

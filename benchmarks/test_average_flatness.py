@@ -37,7 +37,7 @@ from flatlora_diffusion.config import FlatnessConfig
 from flatlora_diffusion.flatness.landscape import expected_rise
 from flatlora_diffusion.flatness.merged_weights import probe_loss_at
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.sampling import evaluating
+from flatlora_diffusion.sdxl.sampling import eval_mode
 
 CONFIG = FlatnessConfig(
     sigmas=(0.3,), rise_draws=2, radii=(0.01,), trace_probes=2, probe_draws=2, surface_points=3, extent=2.0
@@ -101,7 +101,7 @@ def test_rises_by_icon_are_those_of_the_flatness_command(bench: Any, group: Grou
     sdxl, weights = bench[0].sdxl, group.weights[AVERAGE]
     _, found = icon_rises(group.losses()[HELDOUT], weights, (0.1, 0.3), 2, seed=5)
     loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), group.probes[HELDOUT], 16)
-    with evaluating(sdxl.unet):
+    with eval_mode(sdxl.unet):
         expected = expected_rise(loss, weights, 0.3, 2, seed=5)
     assert len(found) == 2
     assert float(found.mean()) == pytest.approx(expected.mean, rel=1e-3)

@@ -12,12 +12,12 @@ from typing import Any
 from PIL import Image
 
 from flatlora_diffusion.compare.arms import PlannedRun
-from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator, metadata_rows
+from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator
 from flatlora_diffusion.compare.pictures import Key, PictureGenerator
 from flatlora_diffusion.compare.progress import Piece
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import DEFAULT_SIGMA
-from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.data.dataset import Sample, metadata_rows
 from flatlora_diffusion.evaluation.encoders import JUDGE, Encoder
 from flatlora_diffusion.evaluation.judge import NAME_PROMPT, Judge
 from flatlora_diffusion.evaluation.metrics import Metric, Reference, encode_reference, judge_metrics, picture_metrics
@@ -248,7 +248,7 @@ class RunEvaluator:
 
 def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
     """The name of the thing that each caption describes: the field `name` of its image's line in metadata.jsonl."""
-    names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder) if "name" in row}
+    names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder).values() if "name" in row}
     return {sample.caption: names[sample.id] for sample in samples if sample.id in names}
 
 

@@ -30,7 +30,7 @@ from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.prompts import read_prompts
-from flatlora_diffusion.data.sources import check_unseen, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips
@@ -83,7 +83,7 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
     for name, folder in folders.items():
         samples = (load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)).samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
-    check_unseen(sets[HELDOUT].samples, training, "are")
+    check_not_trained_on(sets[HELDOUT].samples, training, "are")
     prompts = _prompts(config, own, heldout, sets[HELDOUT].samples)
     return Material(summary, sets, prompts, heldout, _scoring_models(own))
 

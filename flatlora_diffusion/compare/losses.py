@@ -7,11 +7,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from flatlora_diffusion.data.dataset import METADATA, Sample
+from flatlora_diffusion.data.dataset import Sample, metadata_rows
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -149,12 +148,5 @@ def _rises(name: str, sigma: float, draws: int) -> str:
 
 def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:
     """The group of each sample: the field `group` of its line in metadata.jsonl, or `all`."""
-    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in metadata_rows(folder)}
+    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in metadata_rows(folder).values()}
     return [groups.get(sample.id, UNGROUPED) for sample in samples]
-
-
-def metadata_rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of an image folder's metadata.jsonl; none without that file."""
-    file = folder / METADATA
-    lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
-    return [json.loads(line) for line in lines if line.strip()]

@@ -10,14 +10,14 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from flatlora_diffusion.data.crops import choose_view, pixels_of, view_image
+from flatlora_diffusion.data.crops import choose_view, image_to_tensor, view_image
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.images import load_image
 from flatlora_diffusion.data.latents import check_latents
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.sdxl.objective import Batch, Objective, sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, encode_images, encode_prompts
-from flatlora_diffusion.sdxl.sampling import evaluating
+from flatlora_diffusion.sdxl.sampling import eval_mode
 from flatlora_diffusion.storage.rng import FLATNESS, generator
 
 # What goes through the VAE and the UNet at once: an image of 1024 pixels alone.
@@ -47,7 +47,7 @@ def fixed_probe(
     prompt_embeds, pooled = encode_prompts(sdxl, [sample.caption for sample in samples])
     batch = Batch(latents, prompt_embeds, pooled, add_time_ids(sizes, crops, (resolution, resolution), device))
     noise, timesteps = _draws(latents, seed, draws, sdxl.scheduler.config.num_train_timesteps)
-    repeated = batch.mapped(lambda value: value.repeat_interleave(draws, dim=0))
+    repeated = batch.map(lambda value: value.repeat_interleave(draws, dim=0))
     return Probe(repeated, noise, timesteps, draws)
 
 
@@ -80,10 +80,10 @@ def draw_losses(
     """The denoising loss of each draw of each image of the probe, (N, draws) fp64 on the CPU."""
     losses = []
     batch_size = batch_size or _at_once(32, probe.noise.shape[-1] * probe.noise.shape[-2], _LATENTS)
-    with evaluating(unet):
+    with eval_mode(unet):
         for start in range(0, len(probe.timesteps), batch_size):
             part = slice(start, start + batch_size)
-            batch = probe.batch.mapped(lambda value, part=part: value[part])  # type: ignore[misc]
+            batch = probe.batch.map(lambda value, part=part: value[part])  # type: ignore[misc]
             losses.append(sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part]))
     return torch.cat(losses).cpu().double().view(-1, probe.draws)
 
@@ -124,7 +124,7 @@ def _centre_crop(image: Image.Image, resolution: int) -> tuple[Tensor, tuple[int
     """Pixels (3, R, R) in [-1, 1] of the centre square, the image's (height, width) and the crop's (top, left)."""
     no_draws = torch.Generator()  # whose numbers a centre crop without mirroring does not use
     view = choose_view((image.height, image.width), (resolution, resolution), True, False, no_draws)
-    return pixels_of(view_image(image, view, "lanczos")), view.original_size, view.crop_top_left
+    return image_to_tensor(view_image(image, view, "lanczos")), view.original_size, view.crop_top_left
 
 
 def _at_once(most: int, area: int, room: int) -> int:

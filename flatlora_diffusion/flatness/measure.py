@@ -17,7 +17,7 @@ from flatlora_diffusion.flatness.landscape import Landscape, landscape, worst_ri
 from flatlora_diffusion.flatness.merged_weights import Deltas, in_factors, merged, probe_loss_at, twice_differentiable
 from flatlora_diffusion.flatness.perturbed_models import STRENGTHS, OtherModels, variants
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.sampling import evaluating
+from flatlora_diffusion.sdxl.sampling import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def measure_flatness(
         kind: probe_loss_at(unet, objective, probe, config.probe_batch_size) for kind, probe in model.probes.items()
     }
     train = losses[TRAIN]
-    with evaluating(unet):
+    with eval_mode(unet):
         figures = FlatnessFigures(
             **vars(landscape(model.name, train, weights, config)),
             losses=_values(losses, weights),

@@ -88,7 +88,7 @@ def twice_differentiable(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 def _part(unet: UNet2DConditionModel, objective: Objective, probe: Probe, part: slice) -> Tensor:
-    batch = probe.batch.mapped(lambda value: value[part])
+    batch = probe.batch.map(lambda value: value[part])
     losses = sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part])
     return losses.sum() / len(probe.timesteps)
 

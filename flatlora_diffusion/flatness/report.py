@@ -22,7 +22,7 @@ from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.image_folders import image_folders
-from flatlora_diffusion.data.sources import check_unseen, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
 from flatlora_diffusion.flatness.loss_surface import axis
@@ -99,7 +99,7 @@ def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dic
     images = {TRAIN: training.samples}
     if given.heldout_dir is not None:
         images[HELDOUT] = load_heldout(Path(given.heldout_dir), config.data).samples
-        check_unseen(images[HELDOUT], images[TRAIN], "were")
+        check_not_trained_on(images[HELDOUT], images[TRAIN], "were")
     return images
 
 

@@ -29,9 +29,9 @@ from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, 
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.drawing import Drawing, base_there
+from flatlora_diffusion.sdxl.drawing import Drawing, portable_base_name
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
+from flatlora_diffusion.sdxl.sampling import describe_drawing, generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write, check_writable, file_sha256
 from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
@@ -184,12 +184,12 @@ def _draw_row(
 def _drawing(sdxl: Sdxl, config: GenerateConfig, row: LoraRow, column: PromptColumn) -> Drawing | None:
     """What draws the image in other tools, where they can."""
     shares = zip(row.used, row.files, strict=True)
-    return drawing_with(
+    return describe_drawing(
         sdxl,
         column.prompt,
         column.seed,
         config.resolution or sdxl.resolution,
-        base_there(bare_name(config.model.pretrained_model_name_or_path)),
+        portable_base_name(bare_name(config.model.pretrained_model_name_or_path)),
         tuple((_name_there(file.path), lora.strength) for lora, file in shares),
         config.num_inference_steps,
         config.guidance_scale,

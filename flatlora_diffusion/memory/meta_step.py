@@ -22,7 +22,7 @@ from flatlora_diffusion.method.rivals.sam import Sam
 from flatlora_diffusion.method.rivals.sketch import Sketches
 from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, Slopes
 from flatlora_diffusion.sdxl.denoiser import Denoiser
-from flatlora_diffusion.sdxl.loading import one_at_a_time
+from flatlora_diffusion.sdxl.loading import decode_one_by_one
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
 from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
 
@@ -115,7 +115,7 @@ def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
 @lru_cache(maxsize=64)
 def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaePasses:
     """Encoding `images` images of `resolution` pixels and decoding one, with the VAE in `dtype` and no graph."""
-    vae = one_at_a_time(on_meta(model, "vae").to(dtype))
+    vae = decode_one_by_one(on_meta(model, "vae").to(dtype))
     side = resolution // vae_factor(model)
     with torch.device("meta"):
         pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.sdxl.drawing import recipe_files
+from flatlora_diffusion.sdxl.drawing import workflow_files
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.export_lora import facts_of, save_lora
@@ -80,7 +80,7 @@ def _write_card(state: TrainState) -> None:
             shutil.copyfile(pictures[0][0], aside)
         # What draws the first of the last previews in ComfyUI and A1111, where they can.
         drawing = drawing_of(state, wanted[0], state.end)
-        for ending, text in ({} if drawing is None else recipe_files(drawing)).items():
+        for ending, text in ({} if drawing is None else workflow_files(drawing)).items():
             write_text(run.folder / f"{name}{ending}", text)
 
 

@@ -20,9 +20,9 @@ from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import SampleSet
-from flatlora_diffusion.data.sources import Fold, load_training_set, parted
+from flatlora_diffusion.data.sources import Fold, load_training_set, split_holdout
 from flatlora_diffusion.memory.preflight import tell_memory
-from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
+from flatlora_diffusion.sdxl.device import any_process, one_training, this_process
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.run_lock import lock_folder
@@ -90,7 +90,7 @@ def _train(
         check_room(config)
         found = load_training_set(config.data) if found is None else found
         logger.info(found.summary)
-        samples, heldout = parted(found.samples, config.data, fold)
+        samples, heldout = split_holdout(found.samples, config.data, fold)
         tell_memory(config, samples)
         set_backends(config)  # before the first kernel, and for the class images too
         with explained(config):
@@ -217,7 +217,7 @@ def _loop(
             if done < state.end and is_due(state, step):
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
-        reason = agreed(state.accelerator, stopping.reason())
+        reason = any_process(state.accelerator, stopping.reason())
         is_point = done % run.checkpointing_steps == 0
         if holdout is not None and reason is None and (is_point or done == state.end):
             holdout.measure(done)
@@ -228,7 +228,11 @@ def _loop(
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
-        if is_point and state.config.data.holdout_patience and agreed(state.accelerator, _enough(holdout)) is not None:
+        if (
+            is_point
+            and state.config.data.holdout_patience
+            and any_process(state.accelerator, _enough(holdout)) is not None
+        ):
             logger.info("step %d is the last: the loss of the held-out images falls no more", done)
             return done
     return state.end

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.data.buckets import bucket_sizes
 from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.data.schedule import bucket_sizes
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 

@@ -73,7 +73,7 @@ def test_with_offload_each_model_is_on_the_gpu_only_while_it_draws(
         return SimpleNamespace(pipeline=SimpleNamespace(enable_model_cpu_offload=lambda device: moved.append(device)))
 
     monkeypatch.setattr(class_images, "load_sdxl", load)
-    class_images._placed(ModelConfig(**settings), gpu, torch.float16)
+    class_images._load_on(ModelConfig(**settings), gpu, torch.float16)
     assert (loaded, moved) == ([place], [gpu] if is_moved else [])
 
 

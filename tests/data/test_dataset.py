@@ -99,13 +99,13 @@ def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
     found = load_samples(tmp_path)
-    assert found.skipped == [("notes.pdf", "not in an image format that is supported")]
+    assert found.skipped == [("notes.pdf", "not in a supported image format")]
     assert found.summary == (
-        "1 image, captions 1/1, 6 x 4 pixels; skipped: notes.pdf (not in an image format that is supported)"
+        "1 image, captions 1/1, 6 x 4 pixels; skipped: notes.pdf (not in a supported image format)"
     )
     for number in range(9):
         (tmp_path / f"x{number}.pdf").touch()
-    assert load_samples(tmp_path).summary.endswith("x3.pdf (not in an image format that is supported) and 5 more")
+    assert load_samples(tmp_path).summary.endswith("x3.pdf (not in a supported image format) and 5 more")
 
 
 def test_the_folder_is_left_alone(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def check_refused(folder: Path, message: str, *args: str | None) -> None:
 def test_a_missing_caption_is_named_with_the_way_out(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     add_image(tmp_path, "b.png")
-    ways_out = "write one into b.txt beside it, or give an --instance_prompt"
+    ways_out = "write it to b.txt beside the image, or give an --instance_prompt"
     check_refused(tmp_path, f"b.png has no caption: {ways_out}")
     check_refused(tmp_path, f"b.png has no caption: {ways_out}", "  ")
     add_image(tmp_path, "c.png", "")
@@ -139,7 +139,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     empty = f"image folder {tmp_path} has no readable image"
     check_refused(tmp_path, f"{empty}; put the training images directly into it", "prompt")
     (tmp_path / "a.png").write_bytes(b"broken")
-    check_refused(tmp_path, f"{empty}: a.png (not in an image format that is supported)", "prompt")
+    check_refused(tmp_path, f"{empty}: a.png (not in a supported image format)", "prompt")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from flatlora_diffusion.data.sampling_order import BucketOrder, Order
+from flatlora_diffusion.data.schedule import BucketOrder, Order
 
 
 def shown(order: Order | BucketOrder, batches: int, first: int = 0) -> list[int]:

@@ -12,14 +12,14 @@ from tiny_runs import samples_of
 from flatlora_diffusion.config import ConfigError, DataConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, manifest
 from flatlora_diffusion.data.images import ImageError
-from flatlora_diffusion.data.tags import drawn_caption
+from flatlora_diffusion.data.prompts import augmented_caption
 from flatlora_diffusion.training.state import prepare
 
 CAPTION = "TOK, 1girl, red hat, smile, tree, sky"
 
 
 def drawn(data: DataConfig, epochs: int = 200) -> list[list[str]]:
-    return [drawn_caption(CAPTION, data, 0, "a.png", epoch).split(", ") for epoch in range(epochs)]
+    return [augmented_caption(CAPTION, data, 0, "a.png", epoch).split(", ") for epoch in range(epochs)]
 
 
 def test_the_first_tags_stay_and_the_others_are_shuffled() -> None:
@@ -27,7 +27,7 @@ def test_the_first_tags_stay_and_the_others_are_shuffled() -> None:
     assert all(tags[:2] == ["TOK", "1girl"] and sorted(tags) == sorted(CAPTION.split(", ")) for tags in captions)
     assert len({tuple(tags) for tags in captions}) == 24, "all orders of four tags"
     assert captions == drawn(DataConfig(shuffle_tags=True, keep_tags=2)), "a function of seed, image and epoch"
-    assert drawn_caption(CAPTION, DataConfig(), 0, "a.png", 3) == CAPTION
+    assert augmented_caption(CAPTION, DataConfig(), 0, "a.png", 3) == CAPTION
 
 
 def test_so_many_of_the_others_are_left_out() -> None:
@@ -74,7 +74,5 @@ def test_a_mask_beside_an_image_says_which_pixels_count(config: TrainConfig, tmp
     assert shown[0, 0, :, :4].eq(1).all()
     assert shown[0, 0, :, 4:].eq(0).all()
     Image.new("L", (30, 32), 0).save(folder / "a-masklabel.png")
-    with pytest.raises(
-        ImageError, match=r"a-masklabel\.png cannot be read as an image: it is 30 x 32 pixels, and the"
-    ):
-        state.batches.framing.alpha(found.samples[0], state.batches._rows(0, 0)[0].view)
+    with pytest.raises(ImageError, match=r"a-masklabel\.png .* 30 x 32 pixels"):
+        state.batches.augmentation.alpha(found.samples[0], state.batches._instances(0, 0)[0].view)

@@ -222,7 +222,7 @@ def test_nothing_is_written_after_an_exception(sdxl: Sdxl, base: Path, probe: Pr
 def test_curvature_of_the_unet_is_that_of_finite_differences(sdxl: Sdxl, base: Path, probe: Probe) -> None:
     """The fused attention has no second derivative, and the plain one gives the same loss."""
     sdxl.unet.double()
-    probe = replace(probe, batch=probe.batch.mapped(lambda part: part.double()), noise=probe.noise.double())
+    probe = replace(probe, batch=probe.batch.map(lambda part: part.double()), noise=probe.noise.double())
     names = list(lora_deltas(with_lora(load(base)).unet))[:2]
     weights = {name: weight.double() for name, weight in base_weights(sdxl.unet, names).items()}
     loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), probe, 3)

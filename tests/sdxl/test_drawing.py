@@ -16,8 +16,8 @@ from PIL import Image
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.sdxl.drawing import (
     Drawing,
-    base_there,
     parameters_text,
+    portable_base_name,
     sampling_names,
     workflow_for_api,
     workflow_for_page,
@@ -208,7 +208,7 @@ def test_the_text_of_a1111() -> None:
     ],
 )
 def test_the_base_has_the_name_of_its_file_there(name: str | None, there: str) -> None:
-    assert base_there(name) == there
+    assert portable_base_name(name) == there
 
 
 def settings(base: Path | str, icons: Path, tmp_path: Path) -> TrainConfig:
@@ -313,7 +313,7 @@ def test_a_picture_of_generate_is_opened_by_other_tools(base: Path, lora: Path, 
 def test_guidance_is_rescaled_for_zero_terminal_snr_and_for_no_other(base: Path, sdxl: Sdxl) -> None:
     from flatlora_diffusion.config import ModelConfig
     from flatlora_diffusion.sdxl.pipeline import load_sdxl
-    from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images, rescale_of
+    from flatlora_diffusion.sdxl.sampling import describe_drawing, generate_images, rescale_of
 
     model = ModelConfig(
         pretrained_model_name_or_path=str(base), prediction_type="v_prediction", zero_terminal_snr=True
@@ -324,6 +324,6 @@ def test_guidance_is_rescaled_for_zero_terminal_snr_and_for_no_other(base: Path,
         generate_images(ours, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    drawing = drawing_with(ours, "a fox", 0, 32, "noob", ())
+    drawing = describe_drawing(ours, "a fox", 0, 32, "noob", ())
     assert drawing is not None
     assert drawing.rescale == 0.7
