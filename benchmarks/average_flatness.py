@@ -37,14 +37,13 @@ from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe
 from flatlora_diffusion.flatness.curvature import trace
 from flatlora_diffusion.flatness.functional import Weights, loss_at, noise, scales, shifted
-from flatlora_diffusion.flatness.landscape import worst_rises
-from flatlora_diffusion.flatness.loss_surface import axis
+from flatlora_diffusion.flatness.landscape import axis, worst_increases
 from flatlora_diffusion.flatness.merged_weights import (
     Deltas,
     base_weights,
     lora_deltas,
+    loss_on_probe,
     merged,
-    probe_loss_at,
     twice_differentiable,
 )
 from flatlora_diffusion.lora_files.loading import loaded
@@ -139,9 +138,9 @@ class Group:
         found = {}
         for name, losses in self.losses().items():
             rises = icon_rises(losses, weights, config.sigmas, config.rise_draws, self.number)
-            loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), self.probes[name], config.probe_batch_size)
+            loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), self.probes[name], config.probe_batch_size)
             with eval_mode(sdxl.unet):
-                worst = worst_rises(loss, weights, config.radii)
+                worst = worst_increases(loss, weights, config.radii)
             figures = {
                 "loss": _joined(losses(weights).mean(dim=1).tolist()),
                 **{f"rise {sigma:g}": _joined(of.tolist()) for sigma, of in zip(config.sigmas, rises, strict=True)},
@@ -197,7 +196,7 @@ class Group:
 
 @torch.no_grad()
 def icon_rises(losses: IconLosses, weights: Weights, sigmas: Sequence[float], draws: int, seed: int) -> list[Tensor]:
-    """`flatness.landscape.expected_rise` of each icon alone, (icons,) for each sigma."""
+    """`flatness.landscape.expected_increase` of each icon alone, (icons,) for each sigma."""
     scale, clean = scales(weights, "filter"), losses(weights)
     totals = [torch.zeros_like(clean) for _ in sigmas]
     for draw in range(draws):

@@ -27,7 +27,7 @@ from benchmarks.population_icons import second_style, style_3d
 from benchmarks.population_subjects import SUBJECTS as ALL, Subject
 from benchmarks.populations import BASE, UNIT, Study
 from flatlora_diffusion.evaluation.probe import draw_losses
-from flatlora_diffusion.flatness.perturbed_models import to_bits
+from flatlora_diffusion.flatness.perturbed_models import round_to
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -118,7 +118,7 @@ def in_bits(unet: nn.Module, kind: str | None) -> Iterator[None]:
 def rounded(weight: Tensor, kind: str) -> Tensor:
     """`weight` in `kind` and back."""
     if kind != "nf4":
-        return to_bits(weight, kind)  # type: ignore[arg-type]
+        return round_to(weight, kind)  # type: ignore[arg-type]
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     coarse: Tensor = dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4"))

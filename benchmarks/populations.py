@@ -39,7 +39,7 @@ from benchmarks.population_subjects import STEPS, SUBJECTS, Subject
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, redrawn
+from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, resample
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -105,7 +105,7 @@ class Study:
     def probes(self, group: int) -> dict[str, Probe]:
         """The icons of every list under the draws of a group."""
         steps = self.sdxl.scheduler.config.num_train_timesteps
-        return {name: redrawn(probe, group, steps) for name, probe in self._first_probes.items()}
+        return {name: resample(probe, group, steps) for name, probe in self._first_probes.items()}
 
     def rows(self, subject: Subject, group: int) -> Iterator[Row]:
         """Every row of a subject in a group, trained and measured where it is missing."""

@@ -34,8 +34,8 @@ from benchmarks.population_icons import Style
 from benchmarks.populations import Study
 from benchmarks.populations_page import PAGE
 from flatlora_diffusion.config import FlatnessConfig
-from flatlora_diffusion.flatness.landscape import expected_rise
-from flatlora_diffusion.flatness.merged_weights import probe_loss_at
+from flatlora_diffusion.flatness.landscape import expected_increase
+from flatlora_diffusion.flatness.merged_weights import loss_on_probe
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.sampling import eval_mode
 
@@ -100,9 +100,9 @@ def test_the_average_is_the_mean_of_the_merged_weights_and_the_weakened_member_i
 def test_rises_by_icon_are_those_of_the_flatness_command(bench: Any, group: Group) -> None:
     sdxl, weights = bench[0].sdxl, group.weights[AVERAGE]
     _, found = icon_rises(group.losses()[HELDOUT], weights, (0.1, 0.3), 2, seed=5)
-    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), group.probes[HELDOUT], 16)
+    loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), group.probes[HELDOUT], 16)
     with eval_mode(sdxl.unet):
-        expected = expected_rise(loss, weights, 0.3, 2, seed=5)
+        expected = expected_increase(loss, weights, 0.3, 2, seed=5)
     assert len(found) == 2
     assert float(found.mean()) == pytest.approx(expected.mean, rel=1e-3)
 

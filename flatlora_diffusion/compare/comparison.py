@@ -36,7 +36,7 @@ from flatlora_diffusion.compare.plan_lines import outlook
 from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
-from flatlora_diffusion.evaluation.metrics import described
+from flatlora_diffusion.evaluation.metrics import describe_metrics
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.storage.saved_config import portable
@@ -199,7 +199,7 @@ def _metrics(values: Sequence[MetricValues]) -> list[dict[str, Any]]:
     """Name, direction and digits of each measured key, our own metrics first."""
     keys = dict.fromkeys(key for of_run in values for key in of_run)
     ours = [dict(metric._asdict()) for metric in OWN_METRICS if metric.key in keys]
-    return ours + described([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
+    return ours + describe_metrics([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
 
 
 def _advice(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flatlora_diffusion.data.dataset import Sample, metadata_rows
-from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_losses
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
@@ -89,7 +89,7 @@ class LossEvaluator:
         """How much each of `draws` perturbations (Eq. 7) lifts the loss on the set `name`."""
 
         def measure() -> Losses:
-            rises = loss_rise(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
+            rises = loss_increases(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
             return {name: {str(draw): rise for draw, rise in enumerate(rises)}}
 
         return list(self._once(_rises(name, sigma, draws), lora, 1.0, measure)[name].values())

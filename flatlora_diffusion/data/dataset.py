@@ -210,7 +210,9 @@ def metadata_rows(folder: Path) -> dict[int, dict[str, Any]]:
         except ValueError as error:
             raise ConfigError(f"{METADATA} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise ConfigError(f'{METADATA} line {number} must be an object with the "file_name" of an image')
+            raise ConfigError(
+                f'{METADATA} line {number} must be an object with a "file_name" of an image in the folder'
+            )
         rows[number] = row
     return rows
 

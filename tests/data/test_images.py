@@ -263,7 +263,7 @@ def test_a_mask_fits_a_large_jpeg_and_what_is_decoded_of_it(tmp_path: Path) -> N
         assert found.size == image.size
         assert (found.getpixel((1400, 100)), found.getpixel((1600, 100))) == (0, 255)
     save(mask.resize((1500, 1125)), tmp_path / "photo-masklabel.png")
-    with pytest.raises(ImageError, match="1500 x 1125 pixels.* 3001 x 2250"):
+    with pytest.raises(ImageError, match=r"1500 x 1125 pixels.* 3001 x 2250"):
         load_mask(tmp_path / "photo-masklabel.png", image.size)
 
 

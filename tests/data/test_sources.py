@@ -87,7 +87,7 @@ def test_rows_of_a_dataset_without_caption_or_image_count_as_that(
             load_training_set(replace(data, instance_prompt=prompt))
     numbers = [{"file_name": f"icon-{index}.png", "text": index} for index in range(5)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers), encoding="utf-8")
-    with pytest.raises(ConfigError, match="caption_column='text' .* 0"):
+    with pytest.raises(ConfigError, match=r"caption_column='text' .* 0"):
         load_training_set(data)
 
 

@@ -29,7 +29,14 @@ from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.evaluation import tagger
 from flatlora_diffusion.evaluation.captioner import load_captioner
-from flatlora_diffusion.evaluation.tagger import Thresholds, as_words, find_tagger, likely_tags, load_tagger, pixels_of
+from flatlora_diffusion.evaluation.tagger import (
+    Thresholds,
+    as_words,
+    find_tagger,
+    likely_tags,
+    load_tagger,
+    tagger_input,
+)
 
 SIDE = 8
 # How much of blue, green and red there is decides: the tag's weight for each, on pixels from 0 to 255.
@@ -91,12 +98,12 @@ def test_a_tagger_writes_what_is_likely_with_the_trigger_in_front(tagger_folder:
 
 
 def test_a_tagger_sees_the_whole_image_on_a_white_square_in_bgr() -> None:
-    pixels = pixels_of(Image.new("RGB", (8, 4), (10, 20, 30)), 8)
+    pixels = tagger_input(Image.new("RGB", (8, 4), (10, 20, 30)), 8)
     assert (pixels.shape, pixels.dtype) == ((1, 8, 8, 3), np.float32)
     assert pixels[0, 4, 4].tolist() == [30, 20, 10]
     assert pixels[0, 0, 0].tolist() == pixels[0, 7, 7].tolist() == [255, 255, 255]
     assert pixels[0, 1:7].mean() < 255
-    assert pixels_of(Image.new("RGB", (90, 30), "black"), 9)[0, :, 0].mean(axis=-1).tolist()[4] == 0
+    assert tagger_input(Image.new("RGB", (90, 30), "black"), 9)[0, :, 0].mean(axis=-1).tolist()[4] == 0
 
 
 @pytest.mark.parametrize(
@@ -246,7 +253,7 @@ def test_the_command_captions_what_has_no_caption(
     assert "1 captions written" in capsys.readouterr().out
     second.write_text("owl")
     assert main(["caption", str(folder), *arguments]) == 2
-    assert "has a caption for every image; delete those that are to be written anew" in capsys.readouterr().err
+    assert "has a caption for every image" in capsys.readouterr().err
     assert main(["caption", str(tmp_path / "nothing"), *arguments]) == 2
     assert main(["caption", str(folder)]) == 2
     assert "captioner is missing: give --captioner" in capsys.readouterr().err

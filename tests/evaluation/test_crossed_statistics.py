@@ -70,7 +70,7 @@ def test_one_seed_speaks_of_images_alone_and_of_few_images_not_at_all() -> None:
 def test_a_table_with_gaps_is_an_error() -> None:
     tables: list[list[list[float]]] = [[], [[]], [[1.0, 2.0], [3.0]]]
     for values in tables:
-        with pytest.raises(ValueError, match=r"no table|inhomogeneous"):
+        with pytest.raises(ValueError, match=r"of shape|inhomogeneous"):
             crossed_difference(values)
 
 

@@ -37,7 +37,7 @@ from flatlora_diffusion.evaluation.encoders import Encoder, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.metrics import (
     METRICS,
-    described,
+    describe_metrics,
     diversities,
     drifts,
     encode_reference,
@@ -216,13 +216,13 @@ def test_keys_are_there_where_something_defines_them(clip_folder: Path, dino_fol
         one = {("b", 0): images[2]}
         few = picture_metrics(encode_reference(encoder, images[3:4], one), one)
         assert set(few) == {"image_similarity", "style_change", "memorization"} | text
-        assert list(few) == [row["key"] for row in described(few)]
+        assert list(few) == [row["key"] for row in describe_metrics(few)]
         with pytest.raises(ValueError, match=r"1 pictures have no picture of the base .*'c', 7"):
             picture_metrics(encode_reference(encoder, images, one), {("c", 7): images[0]})
 
 
 def test_metrics_of_several_encoders_are_described_apart() -> None:
-    rows = described(["drift", "dino_drift", "clip_prompt_fidelity"])
+    rows = describe_metrics(["drift", "dino_drift", "clip_prompt_fidelity"])
     assert [(row["key"], row["name"], row["better"]) for row in rows] == [
         ("drift", "drift", "lower"),
         ("dino_drift", "drift (dino)", "lower"),
@@ -230,7 +230,7 @@ def test_metrics_of_several_encoders_are_described_apart() -> None:
     ]
     assert set(rows[0]) == {"key", "name", "better", "help", "digits"}
     with pytest.raises(KeyError, match="beauty"):
-        described(["beauty"])
+        describe_metrics(["beauty"])
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def test_a_dinov2_gives_its_class_token_and_reads_no_text(dino_folder: Path) -> 
     token = model(pixels).pooler_output
     expected = token / token.norm(dim=1, keepdim=True)
     torch.testing.assert_close(encoder.embed_images(images), expected, atol=1e-5, rtol=0)
-    with pytest.raises(ConfigError, match="reads images only; to compare images with prompts, give a CLIP"):
+    with pytest.raises(ConfigError, match="images only"):
         encoder.embed_texts(["a fox"])
 
 

@@ -23,9 +23,15 @@ from flatlora_diffusion.flatness.functional import (
     size,
     value,
 )
-from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
-from flatlora_diffusion.flatness.loss_surface import axis, direction, loss_slice, loss_surface
-from flatlora_diffusion.flatness.merged_weights import Delta, in_factors
+from flatlora_diffusion.flatness.landscape import (
+    axis,
+    direction,
+    expected_increase,
+    loss_slice,
+    loss_surface,
+    worst_increases,
+)
+from flatlora_diffusion.flatness.merged_weights import Delta, loss_of_factors
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.storage.rng import FLATNESS
 
@@ -133,8 +139,8 @@ def test_paired_differences_have_the_error_of_the_differences() -> None:
 
 def test_no_noise_is_exactly_no_rise(layers: Weights) -> None:
     loss, weights = network(layers)
-    assert expected_rise(loss, weights, 0.0, 3, seed=0) == Estimate((0.0, 0.0, 0.0))
-    assert worst_rises(loss, weights, [0.0]) == [0.0]
+    assert expected_increase(loss, weights, 0.0, 3, seed=0) == Estimate((0.0, 0.0, 0.0))
+    assert worst_increases(loss, weights, [0.0]) == [0.0]
 
 
 @pytest.mark.parametrize("kind", ["filter", "iid"])
@@ -142,7 +148,7 @@ def test_rise_of_a_quadratic_is_its_closed_form(kind: Metric, weights: Weights, 
     loss = quadratic(curvatures, {name: weight + 1 for name, weight in weights.items()})
     scale = scales(weights, kind)
     exact = sum(float((c * scale[name].square()).sum()) for name, c in curvatures.items()) * 0.3**2 / 2
-    found = expected_rise(loss, weights, 0.3, 400, seed=0, kind="iid" if kind == "iid" else "filter")
+    found = expected_increase(loss, weights, 0.3, 400, seed=0, kind="iid" if kind == "iid" else "filter")
     assert abs(found.mean - exact) < 4 * found.error
     assert found.error < 0.05 * exact
 
@@ -151,10 +157,10 @@ def test_the_worst_step_is_steepest_and_as_long_as_the_noise(weights: Weights, c
     loss = quadratic(curvatures, {name: weight + 1 for name, weight in weights.items()})
     scale, radius = scales(weights, "filter"), 1e-4
     slope = sum(float((scale[name] * g).square().sum()) for name, g in gradient(loss, weights).items()) ** 0.5
-    (rise,) = worst_rises(loss, weights, [radius])
+    (rise,) = worst_increases(loss, weights, [radius])
     assert rise == pytest.approx(radius * size(weights) ** 0.5 * slope, rel=1e-3)
     for radius in (0.01, 0.1, 0.5):
-        assert worst_rises(loss, weights, [radius])[0] > expected_rise(loss, weights, radius, 50, seed=0).mean
+        assert worst_increases(loss, weights, [radius])[0] > expected_increase(loss, weights, radius, 50, seed=0).mean
 
 
 def test_the_worst_step_of_a_and_b_is_that_along_their_own_gradients_as_long_as_their_rows() -> None:
@@ -162,12 +168,12 @@ def test_the_worst_step_of_a_and_b_is_that_along_their_own_gradients_as_long_as_
     base, slope = {"w": normal(4, 6)}, normal(4, 6, seed=1)
     down, up = normal(2, 6, seed=2), normal(4, 2, seed=3)
     linear: Loss = [lambda now: (slope * now["w"]).sum() / 3, lambda now: (slope * now["w"]).sum() * 2 / 3]
-    loss, factors = in_factors(linear, base, {"w": Delta(down, up)})
+    loss, factors = loss_of_factors(linear, base, {"w": Delta(down, up)})
     assert value(loss, factors) == pytest.approx(float((slope * (base["w"] + up @ down)).sum()))
     of_down, of_up = down.norm(dim=1, keepdim=True) / 6**0.5, up.norm(dim=1, keepdim=True) / 2**0.5
     u_down, u_up = of_down * (up.T @ slope), of_up * (slope @ down.T)
     unit = ((2 * 6 + 4 * 2) / (u_down.square().sum() + u_up.square().sum())).sqrt()
-    for radius, rise in zip((0.01, 0.5), worst_rises(loss, factors, (0.01, 0.5)), strict=True):
+    for radius, rise in zip((0.01, 0.5), worst_increases(loss, factors, (0.01, 0.5)), strict=True):
         eps_a, eps_b = radius * unit * of_down * u_down, radius * unit * of_up * u_up
         assert rise == pytest.approx(float((slope * (up @ eps_a + eps_b @ down + eps_b @ eps_a)).sum()))
         mean = ((eps_a / of_down).square().sum() + (eps_b / of_up).square().sum()) / (2 * 6 + 4 * 2)
@@ -212,7 +218,7 @@ def test_a_linear_loss_has_no_curvature(weights: Weights) -> None:
 def test_trace_predicts_the_rise_under_small_noise(layers: Weights) -> None:
     loss, weights = network(layers)
     predicted = 0.01**2 / 2 * float(exact_hessian(loss, weights, "filter").trace())
-    found = expected_rise(loss, weights, 0.01, 300, seed=0)
+    found = expected_increase(loss, weights, 0.01, 300, seed=0)
     assert abs(found.mean - predicted) < 4 * found.error + 0.02 * abs(predicted)
 
 
@@ -220,9 +226,9 @@ def test_rescaled_layers_change_raw_curvature_only(layers: Weights) -> None:
     (loss, plain), (_, scaled) = network(layers), network(layers, scale=8.0)
     assert value(loss, scaled) == pytest.approx(value(loss, plain))
     measures = (
-        lambda now: expected_rise(loss, now, 0.2, 5, seed=0).mean,
-        lambda now: expected_rise(loss, now, 0.2, 5, seed=0, kind="iid").mean,
-        lambda now: worst_rises(loss, now, [0.05])[0],
+        lambda now: expected_increase(loss, now, 0.2, 5, seed=0).mean,
+        lambda now: expected_increase(loss, now, 0.2, 5, seed=0, kind="iid").mean,
+        lambda now: worst_increases(loss, now, [0.05])[0],
         lambda now: top_eigenvalues(loss, now, "filter", 1, 20, seed=0)[0].value,
         lambda now: trace(loss, now, "filter", 5, seed=0).mean,
         lambda now: loss_slice(loss, now, [0.3], 0, 0)[0],
@@ -255,8 +261,8 @@ def test_the_middle_of_surface_and_slice_is_the_clean_loss(layers: Weights) -> N
 def test_no_measure_writes_a_weight(layers: Weights) -> None:
     loss, weights = network(layers)
     before = {name: weight.clone() for name, weight in weights.items()}
-    expected_rise(loss, weights, 0.2, 2, seed=0)
-    worst_rises(loss, weights, [0.1])
+    expected_increase(loss, weights, 0.2, 2, seed=0)
+    worst_increases(loss, weights, [0.1])
     top_eigenvalues(loss, weights, "filter", 1, 4, seed=0)
     trace(loss, weights, "filter", 2, seed=0)
     loss_surface(loss, weights, [0.1], seed=0)

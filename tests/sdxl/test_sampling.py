@@ -481,7 +481,7 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> Non
 
 def test_wrong_input_is_named_before_anything_is_drawn(base: Path, tmp_path: Path) -> None:
     for settings, message in (
-        ({}, "nothing to draw"),
+        ({}, "--prompts"),
         ({"prompts_file": str(tmp_path / "none.txt")}, "none.txt' cannot be read"),
         ({"prompts": ("a fox",), "resolution": 33}, "resolution=33 must be a multiple of 16 for this base; 32 is"),
     ):
