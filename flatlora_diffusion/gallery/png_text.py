@@ -18,10 +18,9 @@ from flatlora_diffusion.sdxl.drawing import (
     NOISE_FROM,
     PARAMETERS,
     Drawing,
-    a1111_prompt,
     a1111_sampler,
+    a1111_text,
     add_drawing,
-    quoted,
 )
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
@@ -79,7 +78,6 @@ def bare_name(name_or_path: str) -> str:
 
 
 def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, loras: Sequence[UsedLora]) -> str:
-    tags = "".join(f" <lora:{lora.name}:{lora.strength:g}>" for lora in loras)
     base = Path(bare_name(config.model.pretrained_model_name_or_path)).name.removesuffix(".safetensors")
     values: dict[str, Any] = {
         "Steps": config.num_inference_steps,
@@ -92,9 +90,4 @@ def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, lo
     }
     if loras:
         values["Lora"] = ", ".join(f"{lora.name}: {lora.strength:g}" for lora in loras)
-    values["Version"] = f"{PROGRAM} {__version__}"
-    lines = [a1111_prompt(prompt) + tags]
-    if config.negative_prompt:
-        lines.append(f"Negative prompt: {a1111_prompt(config.negative_prompt)}")
-    lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
-    return "\n".join(lines)
+    return a1111_text(prompt, config.negative_prompt, [(lora.name, lora.strength) for lora in loras], values)

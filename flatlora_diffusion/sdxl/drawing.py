@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,7 +106,6 @@ def portable_base_name(name: str | None) -> str:
 
 def parameters_text(drawing: Drawing) -> str:
     """Return A1111's parameters text, which its page `PNG Info` and many other tools read."""
-    prompt = a1111_prompt(drawing.prompt)
     values: dict[str, Any] = {
         "Steps": drawing.steps,
         "Sampler": drawing.sampler[1],
@@ -117,18 +116,20 @@ def parameters_text(drawing: Drawing) -> str:
         "Model": drawing.base,
         "RNG": NOISE_FROM,
     }
-    prompt += "".join(f" <lora:{name}:{strength:g}>" for name, strength in drawing.loras)
-    values["Version"] = f"{PROGRAM} {__version__}"
-    lines = [prompt]
-    if drawing.negative_prompt:
-        lines.append(f"Negative prompt: {a1111_prompt(drawing.negative_prompt)}")
-    lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
+    return a1111_text(drawing.prompt, drawing.negative_prompt, drawing.loras, values)
+
+
+def a1111_text(
+    prompt: str, negative_prompt: str | None, loras: Iterable[tuple[str, float]], values: Mapping[str, Any]
+) -> str:
+    """Return A1111's parameters text of plain prompts, (name, strength) of LoRAs, and named values."""
+    marks = "()[]"  # A1111 would interpret them as weights
+    lines = [_escaped(prompt, marks) + "".join(f" <lora:{name}:{strength:g}>" for name, strength in loras)]
+    if negative_prompt:
+        lines.append(f"Negative prompt: {_escaped(negative_prompt, marks)}")
+    values = {**values, "Version": f"{PROGRAM} {__version__}"}
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
     return "\n".join(lines)
-
-
-def a1111_prompt(prompt: str) -> str:
-    """Escape characters of a plain prompt that A1111 would interpret as weights."""
-    return _escaped(prompt, "()[]")
 
 
 def a1111_sampler(kind: str) -> str:
@@ -136,7 +137,7 @@ def a1111_sampler(kind: str) -> str:
     return _SAMPLERS[kind][1] if kind in _SAMPLERS else kind.removesuffix("Scheduler")
 
 
-def quoted(value: str) -> str:
+def _quoted(value: str) -> str:
     """Quote a value as A1111 does: as JSON if it contains a separator."""
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
 

@@ -98,7 +98,7 @@ def test_the_processes_of_a_run_share_the_class_images(
         monkeypatch.setattr(class_images, "this_process", lambda process=process: process)
         monkeypatch.setattr(class_images, "broadcast_object_list", lambda _: [1])  # what the first one has found
         monkeypatch.setattr(
-            class_images, "_generate", lambda _, __, wanted, ___, rank=rank: drawn.update({rank: list(wanted)})
+            class_images, "_generate", lambda _, __, expected, ___, rank=rank: drawn.update({rank: list(expected)})
         )
         class_images.load_class_samples(asked)
     assert drawn == {0: [1, 3, 5], 1: [2, 4]}

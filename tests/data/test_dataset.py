@@ -69,10 +69,10 @@ def test_metadata_comes_before_sidecars_and_the_prompt_last(tmp_path: Path) -> N
     add_image(tmp_path, "c.png", "  \n")
     add_image(tmp_path, "d.png")
     add_metadata(tmp_path, {"file_name": "a.png", "text": "line\u2028a"}, "", {"file_name": "d.png", "text": None})
-    found = load_samples(tmp_path, "the prompt")
-    assert [sample.caption for sample in found.samples] == ["line a", "sidecar b", "the prompt", "the prompt"]
-    assert found.captioned == 2
-    assert found.summary.startswith("4 images, captions 2/4, ")
+    result = load_samples(tmp_path, "the prompt")
+    assert [sample.caption for sample in result.samples] == ["line a", "sidecar b", "the prompt", "the prompt"]
+    assert result.captioned == 2
+    assert result.summary.startswith("4 images, captions 2/4, ")
 
 
 @pytest.mark.parametrize("column", ["text", "prompt", "caption"])
@@ -90,17 +90,17 @@ def test_a_chosen_caption_column(tmp_path: Path) -> None:
 
 def test_the_prompt_alone_is_enough(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png")
-    found = load_samples(tmp_path, " a photo of sks dog ")
-    assert found.samples[0].caption == "a photo of sks dog"
-    assert found.summary.startswith("1 image, captions 0/1, ")
+    result = load_samples(tmp_path, " a photo of sks dog ")
+    assert result.samples[0].caption == "a photo of sks dog"
+    assert result.summary.startswith("1 image, captions 0/1, ")
 
 
 def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
-    found = load_samples(tmp_path)
-    assert found.skipped == [("notes.pdf", "not in a supported image format")]
-    assert found.summary == (
+    result = load_samples(tmp_path)
+    assert result.skipped == [("notes.pdf", "not in a supported image format")]
+    assert result.summary == (
         "1 image, captions 1/1, 6 x 4 pixels; skipped: notes.pdf (not in a supported image format)"
     )
     for number in range(9):
@@ -192,9 +192,9 @@ def test_pictures_that_look_alike_are_named(tmp_path: Path) -> None:
     Image.radial_gradient("L").resize((40, 40)).save(tmp_path / "c.png")
     Image.new("L", (40, 40)).save(tmp_path / "d.png")
     Image.new("L", (40, 40), 255).save(tmp_path / "e.png")
-    found = load_samples(tmp_path, "prompt")
-    assert found.duplicates() == [("b.jpg", "a.png")]
-    assert found.summary == "5 images, captions 0/5, 40 x 40 to 64 x 64 pixels; look alike: b.jpg (a.png)"
+    result = load_samples(tmp_path, "prompt")
+    assert result.duplicates() == [("b.jpg", "a.png")]
+    assert result.summary == "5 images, captions 0/5, 40 x 40 to 64 x 64 pixels; look alike: b.jpg (a.png)"
 
 
 def test_the_manifest_identifies_the_data_without_giving_it_away(tmp_path: Path) -> None:

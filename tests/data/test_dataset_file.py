@@ -50,12 +50,12 @@ def file(tmp_path: Path) -> Path:
 
 def test_folders_have_repeats_and_prompts_of_their_own(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        found = load_dataset_file(file, None)
-    assert [(one.id, one.caption, one.repeats) for one in found.samples] == [
+        result = load_dataset_file(file, None)
+    assert [(one.id, one.caption, one.repeats) for one in result.samples] == [
         ("1-icons/a.png", "TOK, an icon of a folder", 3),
         ("2-icons/a.png", "a blue square", 2),
     ]
-    assert found.captioned == 1
+    assert result.captioned == 1
     assert "shuffle_caption = True (--shuffle_tags), resolution = 1024 (--resolution)" in caplog.text
 
 

@@ -259,9 +259,9 @@ def test_a_mask_fits_a_large_jpeg_and_what_is_decoded_of_it(tmp_path: Path) -> N
     mask = Image.new("L", (6001, 4500))
     mask.paste(255, (3000, 0, 6001, 4500))
     for shown in (mask, mask.reduce(2)):
-        found = load_mask(save(shown, tmp_path / "photo-masklabel.png"), image.size)
-        assert found.size == image.size
-        assert (found.getpixel((1400, 100)), found.getpixel((1600, 100))) == (0, 255)
+        result = load_mask(save(shown, tmp_path / "photo-masklabel.png"), image.size)
+        assert result.size == image.size
+        assert (result.getpixel((1400, 100)), result.getpixel((1600, 100))) == (0, 255)
     save(mask.resize((1500, 1125)), tmp_path / "photo-masklabel.png")
     with pytest.raises(ImageError, match=r"1500 x 1125 pixels.* 3001 x 2250"):
         load_mask(tmp_path / "photo-masklabel.png", image.size)

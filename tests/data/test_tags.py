@@ -63,16 +63,16 @@ def test_a_mask_beside_an_image_says_which_pixels_count(config: TrainConfig, tmp
     mask.paste(255, (0, 0, 16, 32))
     mask.save(folder / "a-masklabel.png")
     Image.new("RGB", (32, 32), "blue").save(folder / "lone-masklabel.png")
-    found = load_samples(folder, "an icon")
-    assert [one.id for one in found.samples] == ["a.png", "lone-masklabel.png"], "a name alone makes no mask"
-    assert "1 with a mask" in found.summary
-    assert "mask_sha256" in manifest(found.samples)[0]
+    result = load_samples(folder, "an icon")
+    assert [one.id for one in result.samples] == ["a.png", "lone-masklabel.png"], "a name alone makes no mask"
+    assert "1 with a mask" in result.summary
+    assert "mask_sha256" in manifest(result.samples)[0]
     asked = config.replace(instance_data_dir=str(folder), alpha_mask_loss=True, train_batch_size=1, center_crop=True)
-    state = prepare(asked, found.samples[:1])
+    state = prepare(asked, result.samples[:1])
     shown = state.batches.batch(0, 0).mask
     assert shown is not None
     assert shown[0, 0, :, :4].eq(1).all()
     assert shown[0, 0, :, 4:].eq(0).all()
     Image.new("L", (30, 32), 0).save(folder / "a-masklabel.png")
     with pytest.raises(ImageError, match=r"a-masklabel\.png .* 30 x 32 pixels"):
-        state.batches.augmentation.alpha(found.samples[0], state.batches._instances(0, 0)[0].view)
+        state.batches.augmentation.alpha(result.samples[0], state.batches._instances(0, 0)[0].view)

@@ -140,9 +140,9 @@ def test_a_tagger_that_cannot_run_is_told_in_one_sentence(
         load_tagger("x", files, Thresholds())
     (tagger_folder / "selected_tags.csv").write_text("name,category\ncat,0\n")
     (tagger_folder / "model.onnx").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"the model.onnx of captioner 'x' cannot be loaded: ") as told:
+    with pytest.raises(ConfigError, match=r"the model.onnx of captioner 'x' cannot be loaded: ") as error:
         load_tagger("x", files, Thresholds())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("runtime")
@@ -215,11 +215,11 @@ def test_another_model_is_refused_by_its_kind(florence: Path, tmp_path: Path) ->
     (other / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="is a bert model; give a folder or hub id of a BLIP, of a Florence-2"):
         load_captioner(str(other))
-    theirs = '{"model_type": "florence2", "text_config": {"model_type": "florence2_language"}, "vision_config": {}}'
-    (other / "config.json").write_text(theirs)
-    with pytest.raises(ConfigError, match=r"cannot be loaded: .*florence-community/Florence-2-base") as told:
+    reference = '{"model_type": "florence2", "text_config": {"model_type": "florence2_language"}, "vision_config": {}}'
+    (other / "config.json").write_text(reference)
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*florence-community/Florence-2-base") as error:
         load_captioner(str(other))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     halved = tmp_path / "halved"
     shutil.copytree(florence, halved)
     config = (halved / "config.json").read_text().replace('"encoder_layers": 1', '"encoder_layers": 2')

@@ -130,10 +130,10 @@ def test_the_formulas_are_those_of_numpy() -> None:
     np.testing.assert_allclose(drifts(first, second), (1 - cosines.diagonal()) / 2, atol=1e-6)
     np.testing.assert_allclose(nearest_cosines(first, second), cosines.max(axis=1), atol=1e-6)
     np.testing.assert_allclose(image_similarity(first, second), cosines.mean(axis=1), atol=1e-6)
-    found = diversities(first, ["a", "b", "a", "a"])
+    result = diversities(first, ["a", "b", "a", "a"])
     rows = first.numpy()
     pairs = [1 - float(np.dot(rows[i], rows[j])) for i, j in ((0, 2), (0, 3), (2, 3))]
-    assert found == {"a": pytest.approx(sum(pairs) / 3, abs=1e-6)}
+    assert result == {"a": pytest.approx(sum(pairs) / 3, abs=1e-6)}
 
 
 def test_a_training_image_is_not_its_own_neighbour() -> None:

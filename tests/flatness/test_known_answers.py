@@ -94,7 +94,7 @@ def exact_hessian(loss: Loss, weights: Weights, metric: Metric) -> Tensor:
 
 def test_noise_has_one_z_for_all_loras_and_the_radius_of_eq_7(weights: Weights) -> None:
     other = {name: weight * 2 + 1 for name, weight in weights.items()}
-    one, two = (scales(found, "filter") for found in (weights, other))
+    one, two = (scales(result, "filter") for result in (weights, other))
     for name, eps in noise(one, weights, seed=4, draw=2).items():
         z = eps / one[name]
         torch.testing.assert_close(z, noise(two, other, seed=4, draw=2)[name] / two[name], rtol=1e-5, atol=1e-6)
@@ -117,7 +117,7 @@ def test_iid_noise_has_one_std_for_a_layer_and_the_same_energy(weights: Weights)
 def test_noise_has_the_law_of_training_and_none_of_its_draws() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), _lora())
     trained = FlatLora(model, sigma=0.1, schedule="constant", seed=9, draw="full")
-    ours = {name: trained.noise(name, step=3) for name in trained.layers}
+    actual = {name: trained.noise(name, step=3) for name in trained.layers}
     trained.detach()
     flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9, prefix=FLATNESS, draw="full")
     merged = {}
@@ -125,10 +125,10 @@ def test_noise_has_the_law_of_training_and_none_of_its_draws() -> None:
         base = layer.get_base_layer()
         assert isinstance(base, nn.Linear)
         merged[f"{name}.weight"] = (base.weight + layer.get_delta_weight("default")).detach()
-    found = noise(scales(merged, "filter"), merged, seed=9, draw=3)
+    result = noise(scales(merged, "filter"), merged, seed=9, draw=3)
     for name in flat.layers:
-        torch.testing.assert_close(found[f"{name}.weight"] * 0.1, flat.noise(name, step=3))
-        assert not torch.allclose(found[f"{name}.weight"] * 0.1, ours[name])
+        torch.testing.assert_close(result[f"{name}.weight"] * 0.1, flat.noise(name, step=3))
+        assert not torch.allclose(result[f"{name}.weight"] * 0.1, actual[name])
 
 
 def test_paired_differences_have_the_error_of_the_differences() -> None:
@@ -148,9 +148,9 @@ def test_rise_of_a_quadratic_is_its_closed_form(kind: Metric, weights: Weights, 
     loss = quadratic(curvatures, {name: weight + 1 for name, weight in weights.items()})
     scale = scales(weights, kind)
     exact = sum(float((c * scale[name].square()).sum()) for name, c in curvatures.items()) * 0.3**2 / 2
-    found = expected_increase(loss, weights, 0.3, 400, seed=0, kind="iid" if kind == "iid" else "filter")
-    assert abs(found.mean - exact) < 4 * found.error
-    assert found.error < 0.05 * exact
+    result = expected_increase(loss, weights, 0.3, 400, seed=0, kind="iid" if kind == "iid" else "filter")
+    assert abs(result.mean - exact) < 4 * result.error
+    assert result.error < 0.05 * exact
 
 
 def test_the_worst_step_is_steepest_and_as_long_as_the_noise(weights: Weights, curvatures: Weights) -> None:
@@ -184,20 +184,20 @@ def test_hessian_vector_product_is_exact_over_parts(layers: Weights) -> None:
     loss, weights = network(layers)
     vector = {name: normal(*weight.shape, seed=11) for name, weight in weights.items()}
     flat = torch.cat([part.flatten() for part in vector.values()])
-    found = torch.cat([part.flatten() for part in hessian_vector(loss, weights, vector).values()])
-    torch.testing.assert_close(found, exact_hessian(loss, weights, "raw") @ flat)
+    result = torch.cat([part.flatten() for part in hessian_vector(loss, weights, vector).values()])
+    torch.testing.assert_close(result, exact_hessian(loss, weights, "raw") @ flat)
 
 
 @pytest.mark.parametrize("metric", ["filter", "raw"])
 def test_eigenvalues_and_trace_are_those_of_the_exact_hessian(metric: Metric, layers: Weights) -> None:
     loss, weights = network(layers)
     exact = exact_hessian(loss, weights, metric)
-    wanted = torch.linalg.eigvalsh(exact).flip(0)[:3].tolist()
+    expected = torch.linalg.eigvalsh(exact).flip(0)[:3].tolist()
     full = top_eigenvalues(loss, weights, metric, 3, iterations=30, seed=0)
-    assert [found.value for found in full] == pytest.approx(wanted, rel=1e-6)
+    assert [result.value for result in full] == pytest.approx(expected, rel=1e-6)
     early = top_eigenvalues(loss, weights, metric, 1, iterations=6, seed=0)[0]
-    assert abs(early.value - wanted[0]) <= early.residual + 1e-9
-    assert early.value == pytest.approx(wanted[0], rel=0.05)
+    assert abs(early.value - expected[0]) <= early.residual + 1e-9
+    assert early.value == pytest.approx(expected[0], rel=0.05)
     estimate = trace(loss, weights, metric, 600, seed=0)
     assert abs(estimate.mean - float(exact.trace())) < 4 * estimate.error
     assert estimate.error < 0.2 * abs(float(exact.trace()))
@@ -218,8 +218,8 @@ def test_a_linear_loss_has_no_curvature(weights: Weights) -> None:
 def test_trace_predicts_the_rise_under_small_noise(layers: Weights) -> None:
     loss, weights = network(layers)
     predicted = 0.01**2 / 2 * float(exact_hessian(loss, weights, "filter").trace())
-    found = expected_increase(loss, weights, 0.01, 300, seed=0)
-    assert abs(found.mean - predicted) < 4 * found.error + 0.02 * abs(predicted)
+    result = expected_increase(loss, weights, 0.01, 300, seed=0)
+    assert abs(result.mean - predicted) < 4 * result.error + 0.02 * abs(predicted)
 
 
 def test_rescaled_layers_change_raw_curvature_only(layers: Weights) -> None:
@@ -242,10 +242,10 @@ def test_rescaled_layers_change_raw_curvature_only(layers: Weights) -> None:
 
 def test_directions_are_shared_and_as_long_as_the_filters(weights: Weights) -> None:
     other = {name: weight * 5 for name, weight in weights.items()}
-    for name, found in direction(weights, seed=1, index=0).items():
-        torch.testing.assert_close(found.flatten(1).norm(dim=1), weights[name].flatten(1).norm(dim=1))
-        torch.testing.assert_close(direction(other, seed=1, index=0)[name], found * 5)
-        assert not torch.allclose(direction(weights, seed=1, index=1)[name], found)
+    for name, result in direction(weights, seed=1, index=0).items():
+        torch.testing.assert_close(result.flatten(1).norm(dim=1), weights[name].flatten(1).norm(dim=1))
+        torch.testing.assert_close(direction(other, seed=1, index=0)[name], result * 5)
+        assert not torch.allclose(direction(weights, seed=1, index=1)[name], result)
 
 
 def test_the_middle_of_surface_and_slice_is_the_clean_loss(layers: Weights) -> None:

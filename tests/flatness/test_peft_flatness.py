@@ -41,8 +41,8 @@ def undrawn(models: Mapping[str, nn.Module], loss: Any, folder: Path) -> list[La
 
 
 def measured(case: Case, folder: Path) -> Landscape:
-    (found,) = undrawn({"LoRA": case.model}, case.loss, folder)
-    return found
+    (result,) = undrawn({"LoRA": case.model}, case.loss, folder)
+    return result
 
 
 def clean(case: Case, merge: bool = False) -> float:
@@ -62,25 +62,25 @@ def merged_by_hand(model: nn.Module) -> dict[str, Tensor]:
 
 
 def along(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    found = direction({f"{name}.weight": weight for name, weight in weights.items()}, QUICK.seed, index)
-    return {name.removesuffix(".weight"): step for name, step in found.items()}
+    result = direction({f"{name}.weight": weight for name, weight in weights.items()}, QUICK.seed, index)
+    return {name.removesuffix(".weight"): step for name, step in result.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_surface_is_the_loss_at_w_prime_and_steps_added_by_hand(name: str, tmp_path: Path) -> None:
     case = CASES[name]()
     case.model.eval()
-    found, weights = measured(case, tmp_path), merged_by_hand(case.model)
+    result, weights = measured(case, tmp_path), merged_by_hand(case.model)
     one, two = along(weights, 0), along(weights, 1)
     for row, b in enumerate(axis(0.5, 3)):
         for column, a in enumerate(axis(0.5, 3)):
-            wanted = moved(case, {layer: a * one[layer] + b * two[layer] for layer in weights})
-            assert found.surface[row][column] == pytest.approx(wanted, rel=1e-4), (a, b)
-    assert found.loss == pytest.approx(clean(case), rel=1e-5)
+            expected = moved(case, {layer: a * one[layer] + b * two[layer] for layer in weights})
+            assert result.surface[row][column] == pytest.approx(expected, rel=1e-4), (a, b)
+    assert result.loss == pytest.approx(clean(case), rel=1e-5)
     for layer, step in one.items():  # as long as the rows of W', not of W or of A and B
         torch.testing.assert_close(step.flatten(1).norm(dim=1), weights[layer].flatten(1).norm(dim=1))
-    assert found.slices[0] == pytest.approx(found.surface[1])
-    assert found.slices[1] == pytest.approx([row[1] for row in found.surface])
+    assert result.slices[0] == pytest.approx(result.surface[1])
+    assert result.slices[1] == pytest.approx([row[1] for row in result.surface])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -155,9 +155,9 @@ def loha_case() -> Case:
 def test_w_prime_is_what_any_adapter_makes(make: Any, tmp_path: Path) -> None:
     case = make()
     case.model.eval()
-    found = measured(case, tmp_path)
-    assert found.loss == pytest.approx(clean(case), rel=1e-4)
-    assert found.surface[0][0] != pytest.approx(found.loss, rel=1e-4)
+    result = measured(case, tmp_path)
+    assert result.loss == pytest.approx(clean(case), rel=1e-4)
+    assert result.surface[0][0] != pytest.approx(result.loss, rel=1e-4)
 
 
 def test_a_switched_off_adapter_is_measured_as_the_base(tmp_path: Path) -> None:
@@ -216,20 +216,20 @@ def test_two_models_come_on_one_page_with_a_file_of_figures(
     vits: dict[str, nn.Module], batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     lora, flat = peft_flatness(vits, batches, tmp_path / "new" / "out", QUICK, {"task": "made up"})
-    found = json.loads((tmp_path / "new" / "out" / "flatness.json").read_text(encoding="utf-8"))
-    assert [one["name"] for one in found["figures"]] == ["LoRA", "Flat-LoRA"]
-    assert found["figures"][0]["surface"] == lora.surface != flat.surface
-    assert found["losses"] == {"LoRA": lora.loss, "Flat-LoRA": flat.loss}
-    assert found["axis"] == [-0.5, 0.0, 0.5]
-    assert found["weights"] == 4 * 16 * 16
-    assert found["settings"] == {
+    result = json.loads((tmp_path / "new" / "out" / "flatness.json").read_text(encoding="utf-8"))
+    assert [one["name"] for one in result["figures"]] == ["LoRA", "Flat-LoRA"]
+    assert result["figures"][0]["surface"] == lora.surface != flat.surface
+    assert result["losses"] == {"LoRA": lora.loss, "Flat-LoRA": flat.loss}
+    assert result["axis"] == [-0.5, 0.0, 0.5]
+    assert result["weights"] == 4 * 16 * 16
+    assert result["settings"] == {
         "seed": 5, "sigmas": [0.2], "rise_draws": 2, "extent": 0.5, "surface_points": 3, "slice_directions": 2,
     }  # fmt: skip
-    assert found["task"] == "made up"
+    assert result["task"] == "made up"
     vits["LoRA"].eval()
     with torch.no_grad():
-        wanted = sum(float(vits["LoRA"](**batch).loss) for batch in batches) / 2
-    assert lora.loss == pytest.approx(wanted, rel=1e-5)
+        expected = sum(float(vits["LoRA"](**batch).loss) for batch in batches) / 2
+    assert lora.loss == pytest.approx(expected, rel=1e-5)
     assert Image.open(tmp_path / "new" / "out" / "surface.png").width > 500
     pixels = np.asarray(Image.open(tmp_path / "new" / "out" / "slices.png").convert("RGB")).reshape(-1, 3)
     seen = {f"#{pixel.tobytes().hex()}" for pixel in np.unique(pixels, axis=0)}
@@ -301,6 +301,6 @@ def test_other_models_are_measured_without_diffusers() -> None:
     assert "flatlora_diffusion.flatness.plots" in seen
 
 
-def numbers(found: Landscape) -> list[float]:
-    rises = [value for rises in found.rises.values() for rise in rises for value in rise.values]
-    return [*rises, *(value for row in (*found.slices, *found.surface) for value in row)]
+def numbers(result: Landscape) -> list[float]:
+    rises = [value for rises in result.rises.values() for rise in rises for value in rise.values]
+    return [*rises, *(value for row in (*result.slices, *result.surface) for value in row)]

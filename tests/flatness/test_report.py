@@ -91,9 +91,9 @@ def make_run(base: Path, icons: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(name: str, seed: int = 0, ended: str = "finished", **settings: object) -> Path:
         folder = tmp_path / name
-        found = {"pretrained_model_name_or_path": "base", "instance_data_dir": "icons", "rank": 4, **settings}
+        result = {"pretrained_model_name_or_path": "base", "instance_data_dir": "icons", "rank": 4, **settings}
         run = RunDir(folder)
-        run.start(TrainConfig.from_dict(found).to_dict(), manifest(load_samples(icons).samples))
+        run.start(TrainConfig.from_dict(result).to_dict(), manifest(load_samples(icons).samples))
         save_lora(with_lora(load(base), seed, rank=4).pipeline, folder)
         run.add_event({"event": ended, "step": 1})
         return folder
@@ -110,12 +110,12 @@ def test_loss_at_w_prime_is_that_of_the_loaded_lora(
         if "default" in layer.lora_magnitude_vector:
             layer.lora_magnitude_vector["default"].weight.data *= 1.1
     deltas = lora_deltas(other.unet)
-    wanted = probe_loss(other.unet, Objective(sdxl.scheduler), probe)
+    expected = probe_loss(other.unet, Objective(sdxl.scheduler), probe)
     weights = base_weights(sdxl.unet, deltas)
     loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), probe, batch_size=4)
-    assert value(loss, merged(weights, deltas)) == pytest.approx(wanted, rel=1e-5)
+    assert value(loss, merged(weights, deltas)) == pytest.approx(expected, rel=1e-5)
     assert value(loss, weights) == pytest.approx(probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe), rel=1e-6)
-    assert value(loss, weights) != pytest.approx(wanted, rel=1e-4)
+    assert value(loss, weights) != pytest.approx(expected, rel=1e-4)
     assert (
         merged(weights, deltas, 0.0)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
         is (weights["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"])
@@ -142,12 +142,12 @@ def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, 
                 sdxl.unet,
                 Objective(sdxl.scheduler),
                 weights,
-                MeasuredModel("arm", found, {"train": probe}),
+                MeasuredModel("arm", result, {"train": probe}),
                 QUICK,
                 OtherModels(),
             )
         )
-        for found in (deltas, moved)
+        for result in (deltas, moved)
     )
     for name in (
         "losses",
@@ -171,7 +171,7 @@ def test_the_worst_step_of_a_and_b_is_that_of_the_loaded_lora(
     other, objective, radius = with_lora(load(base), **adapter).unet.eval(), Objective(sdxl.scheduler), 0.01
     deltas = lora_deltas(other)
     loss = loss_on_probe(sdxl.unet, objective, probe, batch_size=4)
-    (found,) = worst_increases(*loss_of_factors(loss, base_weights(sdxl.unet, deltas), deltas), [radius])
+    (result,) = worst_increases(*loss_of_factors(loss, base_weights(sdxl.unet, deltas), deltas), [radius])
     still = probe_loss(other, objective, probe)
     sample_losses(other, objective, probe.batch, probe.noise, probe.timesteps).mean().backward()
     factors = [one for name, one in other.named_parameters() if "lora_A" in name or "lora_B" in name]
@@ -181,8 +181,8 @@ def test_the_worst_step_of_a_and_b_is_that_of_the_loaded_lora(
     with torch.no_grad():
         for one, unit, part in zip(factors, units, steepest, strict=True):
             one += radius * sum(each.numel() for each in factors) ** 0.5 * unit * part / length
-    assert found == pytest.approx(probe_loss(other, objective, probe) - still, rel=1e-3)
-    assert found > 1e-4
+    assert result == pytest.approx(probe_loss(other, objective, probe) - still, rel=1e-3)
+    assert result > 1e-4
 
 
 def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: Path, probe: Probe) -> None:
@@ -233,9 +233,9 @@ def test_curvature_of_the_unet_is_that_of_finite_differences(sdxl: Sdxl, base: P
     with twice_differentiable(sdxl.unet):
         assert value(loss, weights) == pytest.approx(fused, rel=1e-6)
         top = top_eigenvalues(loss, weights, "filter", 1, 30, seed=0)[0]
-        found = trace(loss, weights, "filter", 40, seed=0)
+        result = trace(loss, weights, "filter", 40, seed=0)
     rise = expected_increase(loss, weights, 0.5, 40, seed=0)
-    assert rise.mean == pytest.approx(0.5**2 / 2 * found.mean, abs=4 * (rise.error + found.error / 8), rel=0.05)
+    assert rise.mean == pytest.approx(0.5**2 / 2 * result.mean, abs=4 * (rise.error + result.error / 8), rel=0.05)
     assert top.value > 0
     assert top.residual < 0.05 * top.value
 
@@ -273,14 +273,14 @@ def test_a_lora_meets_a_rough_base_a_second_lora_and_another_base() -> None:
     rng = torch.Generator().manual_seed(0)
     base, other = torch.randn(6, 8, generator=rng), torch.randn(6, 8, generator=rng)
     one, two = (Delta(torch.randn(1, 8, generator=rng), torch.randn(6, 1, generator=rng)) for _ in range(2))
-    found = dict(variants({"w": base}, {"w": one}, OtherModels({"w": two}, {"w": other, "rest": other})))
+    result = dict(variants({"w": base}, {"w": one}, OtherModels({"w": two}, {"w": other, "rest": other})))
     change, second = one.up @ one.down, two.up @ two.down
-    assert torch.equal(found["base in int8, LoRA whole"]["w"], round_to(base, "int8") + change)
-    assert torch.equal(found["with the second LoRA"]["w"], base + change + second)
-    assert torch.equal(found["second LoRA alone"]["w"], base + second)
-    assert torch.equal(found["on the other base"]["w"], other + change)
-    assert torch.equal(found["on the other base"]["rest"], other)
-    assert torch.equal(found["other base alone"]["w"], other)
+    assert torch.equal(result["base in int8, LoRA whole"]["w"], round_to(base, "int8") + change)
+    assert torch.equal(result["with the second LoRA"]["w"], base + change + second)
+    assert torch.equal(result["second LoRA alone"]["w"], base + second)
+    assert torch.equal(result["on the other base"]["w"], other + change)
+    assert torch.equal(result["on the other base"]["rest"], other)
+    assert torch.equal(result["other base alone"]["w"], other)
 
 
 def test_a_report_has_all_files_and_figures(
@@ -309,30 +309,30 @@ def test_a_report_has_all_files_and_figures(
     assert "| Base |" in printed.replace("  ", "")
     assert "difference to plain, Eq. 7, sigma 0.1" in printed
     assert re.search(r"\| worst-case loss increase in A and B, radius 0\.01 +\|  +\| +\d\S+ \| +\d\S+ \|", printed)
-    found = json.loads((out / "flatness.json").read_text(encoding="utf-8"))
-    assert [figures["name"] for figures in found["figures"]] == ["Base", "plain", "flat"]
-    for figures in found["figures"]:
+    result = json.loads((out / "flatness.json").read_text(encoding="utf-8"))
+    assert [figures["name"] for figures in result["figures"]] == ["Base", "plain", "flat"]
+    for figures in result["figures"]:
         assert figures["surface"][1][1] == figures["losses"]["train"]
         assert [part[1] for part in figures["slices"]] == [figures["losses"]["train"]] * 2
         assert all(set(losses) == {"train", "heldout"} for losses in figures["strengths"].values())
-    assert [len(figures["worst_factors"]) for figures in found["figures"]] == [0, 1, 1], "the base has no A and B"
-    arm = found["figures"][1]
+    assert [len(figures["worst_factors"]) for figures in result["figures"]] == [0, 1, 1], "the base has no A and B"
+    arm = result["figures"][1]
     assert arm["worst_factors"][0] > 0
     assert arm["worst_factors"] != arm["worst"]
     assert arm["strengths"]["1.0"] == arm["losses"]
-    assert arm["strengths"]["0.0"] == found["figures"][0]["losses"]
+    assert arm["strengths"]["0.0"] == result["figures"][0]["losses"]
     assert arm["variants"]["on the other base"] == pytest.approx(arm["losses"]), "here it is the same base"
-    assert found["figures"][2]["variants"]["second LoRA alone"] == pytest.approx(found["figures"][2]["losses"])
+    assert result["figures"][2]["variants"]["second LoRA alone"] == pytest.approx(result["figures"][2]["losses"])
     assert arm["variants"]["with the second LoRA"]["train"] != arm["losses"]["train"]
-    assert len(found["runs"]["plain"]["sha256"]) == 64
-    assert found["runs"]["plain"]["sha256"] != found["runs"]["flat"]["sha256"]
+    assert len(result["runs"]["plain"]["sha256"]) == 64
+    assert result["runs"]["plain"]["sha256"] != result["runs"]["flat"]["sha256"]
     assert str(tmp_path) not in (out / "flatness.json").read_text(encoding="utf-8")
     for name in ("rise.png", "slices.png", "strength.png", "surface.png"):
         assert Image.open(out / name).width > 500
     pixels = np.asarray(Image.open(out / "strength.png").convert("RGB")).reshape(-1, 3)
     seen = {f"#{pixel.tobytes().hex()}" for pixel in np.unique(pixels, axis=0)}
     assert {look.tone.light for look in (BASE, LORA, FLAT_LORA)} <= seen, "each method in its own colour"
-    for name, chart in charts_of(found).items():  # drawn anew of the figures it is the same chart
+    for name, chart in charts_of(result).items():  # drawn anew of the figures it is the same chart
         chart.save(tmp_path / name)
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
@@ -340,10 +340,10 @@ def test_a_report_has_all_files_and_figures(
 def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
     make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[Any] = []
+    result: list[Any] = []
 
     def watched(unet: Any, objective: Objective, weights: Weights, model: MeasuredModel, *rest: Any) -> None:
-        found.append((objective, model))
+        result.append((objective, model))
 
     monkeypatch.setattr(flatness_report, "measure_flatness", watched)
     monkeypatch.setattr(flatness_report, "_write", lambda *args: None)
@@ -357,8 +357,8 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
     flatness(config)
     pipeline, captions = load(base).pipeline, [sample.caption for sample in load_samples(icons).samples]
     prompts = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, clip_skip=1)[0]
-    assert len(found) == 2
-    for objective, model in found:
+    assert len(result) == 2
+    for objective, model in result:
         assert objective.edm
         assert torch.equal(model.probes["train"].batch.prompt_embeds, prompts)
 
@@ -401,9 +401,9 @@ def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons
     assert "Plotly.newPlot" in page
     assert len(page) > 1_000_000, "plotly.js is not in it"
     assert not re.search(r"<(script|link)[^>]*(src|href)=", page)
-    found = json.loads((tmp_path / "out" / "flatness.json").read_text(encoding="utf-8"))
-    assert found["figures"][1]["curvature"] == {}
-    assert found["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
+    result = json.loads((tmp_path / "out" / "flatness.json").read_text(encoding="utf-8"))
+    assert result["figures"][1]["curvature"] == {}
+    assert result["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
 
 
 @pytest.mark.slow
@@ -523,11 +523,11 @@ def same(one: Weights, two: Weights) -> bool:
     return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def flat(found: object) -> list[float]:
+def flat(result: object) -> list[float]:
     """All numbers in nested dicts and lists."""
-    if isinstance(found, dict):
-        return [number for value in found.values() for number in flat(value)]
-    if isinstance(found, list | tuple):
-        return [number for value in found for number in flat(value)]
-    assert isinstance(found, float)
-    return [found]
+    if isinstance(result, dict):
+        return [number for value in result.values() for number in flat(value)]
+    if isinstance(result, list | tuple):
+        return [number for value in result for number in flat(value)]
+    assert isinstance(result, float)
+    return [result]

@@ -108,8 +108,8 @@ def test_the_workflow_is_one_of_comfyui_s_own_nodes_with_all_that_they_require(d
 
 
 def one(nodes: dict[str, Any], kind: str) -> dict[str, Any]:
-    (found,) = [node["inputs"] for node in nodes.values() if node["class_type"] == kind]
-    return dict(found)
+    (result,) = [node["inputs"] for node in nodes.values() if node["class_type"] == kind]
+    return dict(result)
 
 
 def test_what_a_base_or_a_prompt_needs_beyond_the_usual_is_there() -> None:
@@ -318,12 +318,12 @@ def test_guidance_is_rescaled_for_zero_terminal_snr_and_for_no_other(base: Path,
     model = ModelConfig(
         pretrained_model_name_or_path=str(base), prediction_type="v_prediction", zero_terminal_snr=True
     )
-    ours = load_sdxl(model, torch.device("cpu"), torch.float32)
-    assert (rescale_of(ours), rescale_of(sdxl)) == (0.7, 0.0)
+    actual = load_sdxl(model, torch.device("cpu"), torch.float32)
+    assert (rescale_of(actual), rescale_of(sdxl)) == (0.7, 0.0)
     drawn = [
-        generate_images(ours, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
+        generate_images(actual, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    drawing = describe_drawing(ours, "a fox", 0, 32, "noob", ())
+    drawing = describe_drawing(actual, "a fox", 0, 32, "noob", ())
     assert drawing is not None
     assert drawing.rescale == 0.7

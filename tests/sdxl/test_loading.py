@@ -148,11 +148,11 @@ def test_a_single_file_gives_the_weights_and_the_image_of_the_folder(
     folder: Path, checkpoint: Path, dtype: torch.dtype
 ) -> None:
     one, other = load(folder, dtype), load(checkpoint, dtype, single_file_config=str(folder))
-    expected, found = weights(one), weights(other)
-    assert found.keys() == expected.keys()
+    expected, result = weights(one), weights(other)
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype == (torch.float32 if name.startswith("vae.") else dtype), name
-        assert torch.equal(found[name], value), name
+        assert result[name].dtype == value.dtype == (torch.float32 if name.startswith("vae.") else dtype), name
+        assert torch.equal(result[name], value), name
     assert other.scheduler.config == one.scheduler.config
     drawn = image(one)
     assert drawn.std() > 0.1
@@ -427,9 +427,9 @@ def test_bitsandbytes_without_gpu_is_refused(folder: Path, kind: str) -> None:
 def test_an_absent_package_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], package: str
 ) -> None:
-    found = importlib.util.find_spec
+    result = importlib.util.find_spec
     monkeypatch.setattr(
-        "flatlora_diffusion.sdxl.loading.find_spec", lambda name: None if name == package else found(name)
+        "flatlora_diffusion.sdxl.loading.find_spec", lambda name: None if name == package else result(name)
     )
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}.* needs the package {package}"):
         load(folder, **settings)
@@ -476,8 +476,8 @@ def test_a_file_that_says_v_prediction_is_trained_and_drawn_so(
     with caplog.at_level("INFO"):
         sdxl = load_sdxl(settings, CPU, torch.float32)
     for scheduler in (sdxl.pipeline.scheduler, sdxl.scheduler):
-        found = scheduler.config
-        assert (found.prediction_type, bool(found.rescale_betas_zero_snr)) == expected[:2]
+        result = scheduler.config
+        assert (result.prediction_type, bool(result.rescale_betas_zero_snr)) == expected[:2]
     assert (sdxl.scheduler.alphas_cumprod[-1] == 0) == expected[1]
     assert expected[2] in caplog.text
 
@@ -562,8 +562,8 @@ def test_what_is_no_base_to_train_on_is_refused_by_its_name(
         ("calcmodel.safetensors", Variant("SDXL")),
     ],
 )
-def test_a_variant_is_known_by_its_own_name(name: str, found: Variant) -> None:
-    assert variant_of(name, Header()) == found
+def test_a_variant_is_known_by_its_own_name(name: str, result: Variant) -> None:
+    assert variant_of(name, Header()) == result
 
 
 def test_what_a_name_alone_says_is_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -409,15 +409,15 @@ def test_a_run_leaves_a_grid_and_files_that_say_how_they_were_made(
     expected["RNG"] = "CPU"
     assert expected.items() <= values.items()
     assert {"prompt", "workflow"} <= text.keys(), "ComfyUI finds nothing in it"
-    ours = json.loads(text["flatlora_diffusion"])
-    assert (ours["prompt"], ours["seed"], ours["mixed_precision"], ours["merge"]) == (
+    actual = json.loads(text["flatlora_diffusion"])
+    assert (actual["prompt"], actual["seed"], actual["mixed_precision"], actual["merge"]) == (
         'a "fox": red, big',
         7,
         "no",
         False,
     )
-    assert [(lora["name"], lora["strength"]) for lora in ours["lora"]] == [("style", 0.8), ("face", 0.4)]
-    assert ours["pretrained_model_name_or_path"] == base.name
+    assert [(lora["name"], lora["strength"]) for lora in actual["lora"]] == [("style", 0.8), ("face", 0.4)]
+    assert actual["pretrained_model_name_or_path"] == base.name
     for path in folder.iterdir():
         said = str(Image.open(path).info)
         assert str(tmp_path) not in said

@@ -44,9 +44,9 @@ def load_data(name: str) -> None:
 def test_a_hub_id_that_is_not_downloaded_is_told_without_advice_for_programmers(
     base: Path, load: Callable[[Path], None]
 ) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as error:
         load(base)
-    sentence = str(told.value)
+    sentence = str(error.value)
     assert "'some/model'" in sentence
     assert "the hub cannot be reached while HF_HUB_OFFLINE is set" in sentence
     assert "give a folder" in sentence
@@ -63,9 +63,9 @@ def test_what_can_be_no_hub_id_is_no_folder(base: Path, place: str) -> None:
 
 def test_a_file_without_its_configs_names_the_flag_that_gives_them(base: Path, tmp_path: Path) -> None:
     file = save_single_file(StableDiffusionXLPipeline.from_pretrained(base), tmp_path / "mine.safetensors")
-    with pytest.raises(ConfigError, match=r"not downloaded.*--single_file_config FOLDER") as told:
+    with pytest.raises(ConfigError, match=r"not downloaded.*--single_file_config FOLDER") as error:
         load_base(ModelConfig(str(file)))
-    assert not [word for word in FOR_PROGRAMMERS if word in str(told.value)]
+    assert not [word for word in FOR_PROGRAMMERS if word in str(error.value)]
 
 
 def test_other_faults_keep_their_words(tmp_path: Path) -> None:

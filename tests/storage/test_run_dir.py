@@ -132,8 +132,8 @@ def test_files_that_no_run_has_made_are_not_moved_away(tmp_path: Path, files: di
 )
 def test_a_run_has_ended_when_no_step_came_after(tmp_path: Path, events: list[str], ending: str | None) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps({"event": event}) + "\n" for event in events))
-    found = RunDir(tmp_path).ending()
-    assert (None if found is None else found["event"]) == ending
+    result = RunDir(tmp_path).ending()
+    assert (None if result is None else result["event"]) == ending
 
 
 def test_a_step_that_was_taken_again_counts_once_as_it_was_taken_last(tmp_path: Path) -> None:
