@@ -275,7 +275,7 @@ def test_what_is_no_encoder_is_named_in_one_sentence(clip_folder: Path, tmp_path
     bare = copied(clip_folder, tmp_path / "bare")
     for file in bare.glob("*processor_config.json"):
         file.unlink()
-    with pytest.raises(ConfigError, match=r"bare has no preprocessor_config.json"):
+    with pytest.raises(ConfigError, match=r"bare .*preprocessor_config.json"):
         load_encoder(str(bare))
     damaged = copied(clip_folder, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")

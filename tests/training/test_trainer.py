@@ -439,7 +439,7 @@ def test_a_folder_with_the_user_s_own_files_is_left_as_it_is(config: TrainConfig
     shutil.copytree(icons, project / "images")
     (project / "README.md").write_text("mine")
     before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"holds images, README.md, where a run writes files of its own"):
+    with pytest.raises(ConfigError, match=r"output_dir=.* images, README.md"):
         train(config.replace(instance_data_dir=str(project / "images"), output_dir=str(project)))
     assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
 
