@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
+from flatlora_diffusion.evaluation.paired_statistics import CONFIDENCE
+
 FEWEST_IMAGES = 5  # for an interval over images with one seed
 
 

@@ -155,6 +155,5 @@ def _load(kind: Any, name_or_path: str) -> Any:
 
 
 def _load_message(name_or_path: str, error: Exception) -> str:
-    return (
-        f"encoder {name_or_path!r} cannot be loaded: {loading_failure(name_or_path, error)}; {JUDGE!r} is always here"
-    )
+    reason = loading_failure(name_or_path, error)
+    return f"encoder {name_or_path!r} cannot be loaded: {reason}; {JUDGE!r} is always available"

@@ -133,7 +133,7 @@ def test_a_tagger_that_cannot_run_is_told_in_one_sentence(
     assert find_tagger("no/such-model") is None
     pytest.importorskip("onnxruntime")
     (tagger_folder / "selected_tags.csv").write_text("tag_id,name,category,count\n1,cat,0,3\n")
-    with pytest.raises(ConfigError, match=r"gives 5 scores, and selected_tags.csv has 1 tags"):
+    with pytest.raises(ConfigError, match=r"gives 5 scores, .* 1 tags"):
         load_tagger("x", files, Thresholds())([Image.new("RGB", (8, 8))])
     (tagger_folder / "selected_tags.csv").write_text("word\ncat\n")
     with pytest.raises(ConfigError, match="cannot be read as a tagger's tags"):

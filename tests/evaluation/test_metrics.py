@@ -217,7 +217,7 @@ def test_keys_are_there_where_something_defines_them(clip_folder: Path, dino_fol
         few = picture_metrics(encode_reference(encoder, images[3:4], one), one)
         assert set(few) == {"image_similarity", "style_change", "memorization"} | text
         assert list(few) == [row["key"] for row in describe_metrics(few)]
-        with pytest.raises(ValueError, match=r"1 pictures have no picture of the base .*'c', 7"):
+        with pytest.raises(ValueError, match=r"1 pictures .*'c', 7"):
             picture_metrics(encode_reference(encoder, images, one), {("c", 7): images[0]})
 
 
