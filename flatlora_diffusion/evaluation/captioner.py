@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
-from flatlora_diffusion.evaluation.encoders import load_image_reader
+from flatlora_diffusion.evaluation.encoders import load_image_reader, load_weights
 from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
 from flatlora_diffusion.storage.hub_errors import loading_failure
 
@@ -61,21 +61,14 @@ def _load_writer(name_or_path: str, device: torch.device | str, max_tokens: int)
         kind = AutoConfig.from_pretrained(name_or_path).model_type
         if kind not in CAPTION_WRITERS:
             raise ConfigError(f"captioner {name_or_path!r} is a {kind} model; {_KINDS}")
-        model, info = getattr(transformers, CAPTION_WRITERS[kind]).from_pretrained(
-            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        model = load_weights(getattr(transformers, CAPTION_WRITERS[kind]), name_or_path, "captioner")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except ConfigError:
         raise
     except _LOAD_ERRORS as error:
         why = loading_failure(name_or_path, error)
         raise ConfigError(f"captioner {name_or_path!r} cannot be loaded: {why}; {_KINDS}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ConfigError(
-            f"captioner {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}; {_KINDS}"
-        )
-    model.to(device).eval()
+    model.to(device)
     to_pixels = load_image_reader(name_or_path)
     inputs = _florence_inputs(model, tokenizer) if kind == "florence2" else lambda pixels: {}
 

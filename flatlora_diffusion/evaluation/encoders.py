@@ -140,18 +140,27 @@ def _dino_encoder(name_or_path: str) -> Encoder:
     return Encoder(name_or_path, images, None)
 
 
-def _load(kind: Any, name_or_path: str) -> Any:
-    """Load the model in float32 and eval mode. Raises ConfigError if weights are missing."""
-    try:
-        model, info = kind.from_pretrained(
-            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except _LOAD_ERRORS as error:
-        raise ConfigError(_load_message(name_or_path, error)) from error
+def load_weights(model_class: Any, name_or_path: str, role: str) -> Any:
+    """Load a model of transformers in float32 and eval mode.
+
+    Raises ConfigError, with the model's `role` in the message, if weights are missing; otherwise as transformers does.
+    """
+    model, info = model_class.from_pretrained(
+        name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ConfigError(f"encoder {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+        raise ConfigError(f"{role} {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.eval()
+
+
+def _load(model_class: Any, name_or_path: str) -> Any:
+    try:
+        return load_weights(model_class, name_or_path, "encoder")
+    except ConfigError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise ConfigError(_load_message(name_or_path, error)) from error
 
 
 def _load_message(name_or_path: str, error: Exception) -> str:
