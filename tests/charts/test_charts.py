@@ -1,4 +1,4 @@
-"""The charts: that they show their data, in colours that all can tell apart, and touch nothing outside of them."""
+"""Charts show their data in distinguishable colours, and leave matplotlib's state unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches by key: samples in the epochs' order, prompts as the pipeline encodes them, dropped captions too."""
+"""Batches by (step, slot): samples, crops, prompt embeddings and caption dropout."""
 
 from __future__ import annotations
 

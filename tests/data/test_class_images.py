@@ -1,4 +1,4 @@
-"""Prior preservation: class images are kept, made up to their number, and their loss is added."""
+"""Prior preservation: class images are generated, cached and added to the loss."""
 
 from __future__ import annotations
 

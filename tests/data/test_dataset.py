@@ -1,4 +1,4 @@
-"""The training set: where captions come from, what is refused in which words, and draws as functions of their keys."""
+"""Reading of a training set: captions, metadata and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dataset files of sd-scripts: folders, repeats and prompts; what else they say is told, and mistakes are named."""
+"""Dataset files of sd-scripts: folders, repeats, prompts, ignored settings and error messages."""
 
 from __future__ import annotations
 

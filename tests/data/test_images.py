@@ -1,4 +1,4 @@
-"""The image intake: every kind of file gives the picture that a viewer shows, or one sentence that names it."""
+"""Reading of images: each file gives the pixels that a viewer shows, or an error that names it."""
 
 from __future__ import annotations
 

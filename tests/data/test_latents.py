@@ -1,4 +1,4 @@
-"""Cached latents: those of the view that a step draws, kept on disk, moved off the GPU when no one needs the VAE."""
+"""Cached latents: their view, their files, and the VAE off the GPU when it is not needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where images come from: a dataset of Hugging Face, its captions and columns, and those of held-out images."""
+"""Hugging Face datasets: captions, columns and held-out images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captioners of the user's choice: taggers by onnxruntime, Florence-2 by transformers, and the captions they write."""
+"""Captioners: WD14 taggers by onnxruntime, Florence-2 by transformers, and their caption files."""
 
 from __future__ import annotations
 

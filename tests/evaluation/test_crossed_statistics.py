@@ -1,4 +1,4 @@
-"""The interval over seeds and images: against other derivations, and its coverage where both vary."""
+"""The interval over seeds and images: against other derivations, and its coverage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge: what its loss holds apart, what it reads of an image, and how it ranks; random weights, real classes."""
+"""The judge: its loss, its preprocessing and its ranks, with real classes and random weights."""
 
 from __future__ import annotations
 

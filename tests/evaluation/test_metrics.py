@@ -1,4 +1,4 @@
-"""Metrics and encoders: the formulas against numpy, the encoders against transformers, and what the judge sees."""
+"""Metrics against numpy, encoders against transformers."""
 
 from __future__ import annotations
 

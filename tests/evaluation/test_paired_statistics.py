@@ -1,4 +1,4 @@
-"""Paired differences against scipy's own paired test, a simulation of their power, and what one seed cannot say."""
+"""Paired differences against scipy's paired test, and a simulation of their power."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparable losses: fixed, repeatable, blind to dropout and training mode; loss rise under common draws."""
+"""Comparable losses: repeatable, independent of dropout and training mode; loss increase under common draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flatness on toys with known answers: noise, rises, eigenvalues, traces, surfaces; blind to how layers are scaled."""
+"""Flatness of toys with known answers: noise, loss increases, eigenvalues, traces and surfaces."""
 
 from __future__ import annotations
 

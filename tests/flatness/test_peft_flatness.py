@@ -1,4 +1,4 @@
-"""The flatness of any PEFT model: its figures are those of W' + t d made by hand, and the model is as it was."""
+"""Flatness of PEFT models: equal to W' + t d by hand, and the model is unchanged."""
 
 from __future__ import annotations
 

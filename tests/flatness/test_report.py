@@ -1,4 +1,4 @@
-"""`flatness` on the tiny random pipeline: W' is PEFT's, nothing is written, misfits are refused, files complete."""
+"""`flatness` on the tiny random pipeline: W' is PEFT's, the base is unchanged, all files are written."""
 
 from __future__ import annotations
 

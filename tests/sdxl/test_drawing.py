@@ -1,4 +1,4 @@
-"""What other tools are told of a picture draws it there: nodes, noise levels, noise, text and conditioning."""
+"""Workflows and parameters for other tools: nodes, noise levels, noise, text and conditioning."""
 
 from __future__ import annotations
 

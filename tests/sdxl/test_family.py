@@ -1,4 +1,4 @@
-"""The tiny base is known by its sizes and named in every file of its LoRAs; all other bases count as SDXL."""
+"""The tiny base is recognized by its sizes and named in every file of its LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base comes from a folder, from one original checkpoint file, quantized or not; what is none is refused."""
+"""Loading of a base from a folder or an original checkpoint, quantized or not; invalid bases are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objective against its closed form."""
+"""The training objective against closed forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate`: what is drawn with which LoRA at which strength, what is left behind, and what the files say."""
+"""`generate`: images by LoRA and strength, restoration of the base, and the text in the files."""
 
 from __future__ import annotations
 

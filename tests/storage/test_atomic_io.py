@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, and what is kept in one is made once."""
+"""Atomic writes of files, and tensors that are computed once and then read from a file."""
 
 from __future__ import annotations
 

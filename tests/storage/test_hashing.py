@@ -1,4 +1,4 @@
-"""The hashes see every tensor that a step draws, and every frozen weight; nothing else changes them."""
+"""The hash of a step's random draws and the fingerprint of a base."""
 
 from __future__ import annotations
 

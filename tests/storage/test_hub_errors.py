@@ -1,4 +1,4 @@
-"""Without the hub: what cannot be had is told for people, whichever library has looked for it."""
+"""Error messages without access to the hub."""
 
 from __future__ import annotations
 

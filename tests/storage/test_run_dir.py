@@ -1,4 +1,4 @@
-"""The run folder: one run at a time in it, and of what lies in it only what is its own is taken for its own."""
+"""The run folder: its lock, its files, earlier runs and foreign files in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved settings: no absolute paths in them, and yet they repeat a run or say what has to be given again."""
+"""Saved settings: no absolute paths, and enough to repeat a run."""
 
 from __future__ import annotations
 

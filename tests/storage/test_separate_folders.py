@@ -1,4 +1,4 @@
-"""Folders that lie apart, whatever their paths look like."""
+"""Relations between folders, for paths of any form."""
 
 from __future__ import annotations
 

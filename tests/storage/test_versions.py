@@ -1,4 +1,4 @@
-"""The program knows its version also where it was not installed, so that no report fails at its end for it."""
+"""The version of the program, also without installation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, also on a disk that is full, and a killed process leaves nothing for long."""
+"""Partial files: none after a full disk, and removal of those that killed processes leave."""
 
 from __future__ import annotations
 
