@@ -87,15 +87,18 @@ def measure_flatness(
             **vars(landscape(model.name, train, weights, config)),
             losses=_values(losses, weights),
             worst=worst_increases(train, weights, config.radii),
-            worst_factors=worst_increases(*loss_of_factors(train, base, model.deltas), config.radii)
-            if model.deltas
-            else [],
+            worst_factors=_factor_increases(train, base, model.deltas, config),
             curvature=_curvature(unet, train, weights, config),
             strengths=_strength_losses(losses, base, model.deltas),
             variants=_variant_losses(losses, base, model.deltas, others),
         )
     logger.info("%s: measured in %.0f s", model.name, time.monotonic() - start)
     return figures
+
+
+def _factor_increases(loss: Loss, base: Weights, deltas: Deltas, config: FlatnessConfig) -> list[float]:
+    """Return the worst-case loss increases in A and B; empty for the base."""
+    return worst_increases(*loss_of_factors(loss, base, deltas), config.radii) if deltas else []
 
 
 def _strength_losses(losses: Mapping[str, Loss], base: Weights, deltas: Deltas) -> dict[float, dict[str, float]]:

@@ -6,13 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    EDMEulerScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from flatlora_diffusion.config import ModelConfig

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.layers import base_alone
-from flatlora_diffusion.sdxl.objective import (
-    Batch,
-    diffusion_loss,
-    predict,
-    sample_noise,
-    with_input_perturbation,
-)
+from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, predict, sample_noise, with_input_perturbation
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import TrainState, dropout_draws

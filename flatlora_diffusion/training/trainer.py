@@ -228,11 +228,8 @@ def _loop(
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
-        if (
-            is_point
-            and state.config.data.holdout_patience
-            and any_process(state.accelerator, _enough(holdout)) is not None
-        ):
+        is_patient = is_point and state.config.data.holdout_patience
+        if is_patient and any_process(state.accelerator, _enough(holdout)) is not None:
             logger.info("step %d is the last: the loss of the held-out images falls no more", done)
             return done
     return state.end

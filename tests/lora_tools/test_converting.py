@@ -9,18 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layouts import (
-    ALPHAS,
-    adapted,
-    as_diffusers_loads,
-    comfyui,
-    deltas,
-    factors,
-    kohya,
-    lycoris,
-    peft,
-    saved,
-)
+from lora_layouts import ALPHAS, adapted, as_diffusers_loads, comfyui, deltas, factors, kohya, lycoris, peft, saved
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
