@@ -28,7 +28,7 @@ from flatlora_diffusion.compare.findings import metrics_table
 from flatlora_diffusion.compare.page.page import RESULT
 from flatlora_diffusion.config import TrainConfig, preset_file
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.storage.saved_config import opened
+from flatlora_diffusion.storage.saved_config import expand_paths
 
 FILE = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "demo.md"
@@ -69,7 +69,7 @@ def of_report(file: Path) -> Result:
 
 def cost(seconds: float) -> Result:
     """Quartiles of a step's seconds over those of LoRA's, for Flat-LoRA."""
-    config = TrainConfig.from_dict(opened(TrainConfig().updated_from(preset_file("demo")).to_dict()))
+    config = TrainConfig.from_dict(expand_paths(TrainConfig().updated_from(preset_file("demo")).to_dict()))
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     with tempfile.TemporaryDirectory() as folder:
         arms = [parse_arm(arm) for arm in (LORA, FLAT)]

@@ -27,14 +27,14 @@ from benchmarks.population_icons import second_style, style_3d
 from benchmarks.population_subjects import SUBJECTS as ALL, Subject
 from benchmarks.populations import BASE, UNIT, Study
 from flatlora_diffusion.evaluation.probe import draw_losses
-from flatlora_diffusion.flatness.perturbed_models import to_bits
+from flatlora_diffusion.flatness.perturbed_models import round_to
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
 from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 
 LIST = "known 200"
 SUBJECTS = ("lora", "average of 3", "Flat-LoRA 0.4", "SAM 0.125")
@@ -86,7 +86,7 @@ class Uses:
         if not cache.is_file():
             cache.parent.mkdir(parents=True, exist_ok=True)
             losses = self._measure(style, files, group, use)
-            with writing_whole(cache) as aside:
+            with atomic_write(cache) as aside:
                 save_file({"losses": losses.float()}, aside)
         return load_file(cache)["losses"].double()
 
@@ -118,7 +118,7 @@ def in_bits(unet: nn.Module, kind: str | None) -> Iterator[None]:
 def rounded(weight: Tensor, kind: str) -> Tensor:
     """`weight` in `kind` and back."""
     if kind != "nf4":
-        return to_bits(weight, kind)  # type: ignore[arg-type]
+        return round_to(weight, kind)  # type: ignore[arg-type]
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     coarse: Tensor = dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4"))

@@ -39,7 +39,7 @@ from benchmarks.population_subjects import STEPS, SUBJECTS, Subject
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, redrawn
+from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, resample
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -49,7 +49,7 @@ from flatlora_diffusion.method.gradient import StepGradient
 from flatlora_diffusion.method.rivals.sam import Sam
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
-from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.training.trainer import train
 
 BASE = "tiny"
@@ -105,7 +105,7 @@ class Study:
     def probes(self, group: int) -> dict[str, Probe]:
         """The icons of every list under the draws of a group."""
         steps = self.sdxl.scheduler.config.num_train_timesteps
-        return {name: redrawn(probe, group, steps) for name, probe in self._first_probes.items()}
+        return {name: resample(probe, group, steps) for name, probe in self._first_probes.items()}
 
     def rows(self, subject: Subject, group: int) -> Iterator[Row]:
         """Every row of a subject in a group, trained and measured where it is missing."""
@@ -187,7 +187,7 @@ class Study:
         if not cache.is_file():
             losses = self._measure(file, group, strength)
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with writing_whole(cache) as aside:
+            with atomic_write(cache) as aside:
                 save_file({name: values.float() for name, values in losses.items()}, aside)
         return {name: values.double() for name, values in load_file(cache).items()}
 

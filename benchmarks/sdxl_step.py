@@ -126,7 +126,7 @@ def plain_state(base: str, resolution: int, folder: str) -> TrainState:
         prompt_embeds=torch.randn(1, PROMPT_TOKENS, sizes.cross_attention_dim, generator=rng),
         pooled_prompt_embeds=torch.randn(1, pooled, generator=rng),
         add_time_ids=torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32),
-    ).mapped(lambda tensor: tensor.to(record.DEVICE))
+    ).map(lambda tensor: tensor.to(record.DEVICE))
     settings = {**ARMS["lora"], "rank": RANK, "mixed_precision": "bf16"}
     return state_of(unet, settings, noise_schedule(), batch, folder)
 

@@ -161,7 +161,7 @@ def block_arms(folder: str) -> tuple[dict[str, Step], int]:
         prompt_embeds=torch.randn(1, PROMPT_TOKENS, PROMPT_WIDTH, generator=generator),
         pooled_prompt_embeds=torch.zeros(1, WIDTH),
         add_time_ids=torch.zeros(1, 6),
-    ).mapped(lambda tensor: tensor.to(device))
+    ).map(lambda tensor: tensor.to(device))
     scheduler = noise_schedule()
     arms = {"plain": plain_step(Block().to(device), scheduler, batch)}
     for arm, changes in ARMS.items():

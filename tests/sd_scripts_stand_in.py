@@ -169,13 +169,13 @@ class Training:
             if accelerator.sync_gradients:
                 with torch.no_grad():
                     self.samples.append(unet(self.images[0]))
-                    with self.evaluating(bare):
+                    with self.eval_mode(bare):
                         self.validations.append(unet(self.images[0]))
         if save_state is not None:
             accelerator.save_state(str(save_state))
 
     @contextmanager
-    def evaluating(self, network: nn.Module) -> Iterator[None]:
+    def eval_mode(self, network: nn.Module) -> Iterator[None]:
         network.eval()
         yield
         network.train()

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from flatlora_diffusion.gallery.grid import labelled_grid
-from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 
 from ..runs.base_names import base_name
 from .comparison import Comparison, GridRow
@@ -47,7 +47,7 @@ def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
     labels = [title if title == "Base" else f"{title}\n{name}" for title, name in titles]
     folder.mkdir(parents=True, exist_ok=True)
     grid = labelled_grid(images, [row.label for row in rows], labels, _CELL, _caption(comparison, reference))
-    with writing_whole(path) as aside:
+    with atomic_write(path) as aside:
         grid.save(aside, "PNG")
     return path
 

@@ -15,7 +15,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.crops import choose_view, view_image
 from flatlora_diffusion.data.dataset import Sample, make_sample
 from flatlora_diffusion.data.images import load_alpha, load_image
-from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 
 from .decoding import DECODING
 
@@ -61,7 +61,7 @@ class Thumbnails:
             picture = as_trained(path, background, size)
         with suppress(OSError):  # on a full disk the images are to be seen all the same
             self.folder.mkdir(parents=True, exist_ok=True)
-            with writing_whole(kept) as aside:
+            with atomic_write(kept) as aside:
                 picture.save(aside, "PNG")
         return picture
 

@@ -61,7 +61,7 @@ class Framing:
         """The training size of each image; all are (height, width)."""
         if self.bucket_step is None:
             return [(self.size, self.size)] * len(shapes)
-        from flatlora_diffusion.data.buckets import bucket_sizes  # imports diffusers, which takes seconds
+        from flatlora_diffusion.data.schedule import bucket_sizes  # imports diffusers, which takes seconds
 
         return bucket_sizes(shapes, self.size, self.bucket_step)
 
@@ -70,9 +70,9 @@ def training_size(model: ModelConfig, resolution: int | None) -> int:
     """The training size in pixels; one that is left open is the base's own, from its configs."""
     if resolution is not None:
         return resolution
-    from flatlora_diffusion.sdxl.shapes import own_size  # imports diffusers, which takes seconds
+    from flatlora_diffusion.sdxl.shapes import native_size  # imports diffusers, which takes seconds
 
-    return own_size(model)
+    return native_size(model)
 
 
 def framing(model: ModelConfig, resolution: int | None, background: str, has_buckets: bool) -> Framing:

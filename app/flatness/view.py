@@ -203,7 +203,7 @@ def _drawn(file: Path, changed: int) -> dict[str, str]:
 
     Drawn anew of the figures: no markup of a runs folder is given to the browser.
     """
-    from flatlora_diffusion.flatness.pictures import charts_of  # imports torch and matplotlib
+    from flatlora_diffusion.flatness.run_charts import charts_of  # imports torch and matplotlib
 
     try:
         charts = charts_of(read_json(file))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.storage.events import count
+from flatlora_diffusion.storage.events import apply_event
 
 RECENT_STEPS = 50
 
@@ -136,8 +136,8 @@ class EventLog:
     def _take(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         self._has_begun = True
-        count(self._steps, event, "step")
-        count(self._validation, event, "validation")
+        apply_event(self._steps, event, "step")
+        apply_event(self._validation, event, "validation")
         if kind == "step":
             self._ending = None
         elif kind == "preview":

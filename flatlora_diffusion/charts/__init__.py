@@ -1,4 +1,4 @@
-"""Charts in one look: a colour, a line and a marker for each method, lines as PNG or SVG, rows of dots for tables.
+"""Charts with a colour, a line style and a marker for each method: line charts as PNG or SVG, and rows of dots.
 
-Knows numbers and names, not where they come from. Start with `palette.py`, then `lines.py`.
+Knows numbers and names, not their source. Start with `palette.py`, then `lines.py`.
 """

@@ -1,4 +1,4 @@
-"""One colour, line and marker for each method: the same in every chart, in the report's page and in the app."""
+"""The colour, line style and marker of each method, for all charts, the report's page and the app."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from flatlora_diffusion.config import METHODS
 
 
 class Tone(NamedTuple):
-    """A colour on light paper and on dark paper."""
+    """A colour for the light and the dark theme."""
 
     light: str
     dark: str
 
 
 class Look(NamedTuple):
-    """How a method is drawn, so that it can be told without its colour too.
+    """The look of a method, recognizable without its colour too.
 
-    shades: the colour's kin, for further runs of the same method. dashes: drawn and left out in turn, in points,
-    none for a whole line. marker: matplotlib's name of it.
+    shades: colours of further runs of the same method. dashes: lengths of dashes and gaps in points, empty for a solid
+    line. marker: matplotlib's name.
     """
 
     name: str
@@ -29,12 +29,12 @@ class Look(NamedTuple):
 
     @property
     def tones(self) -> dict[str, Tone]:
-        """By the names of their variables, the first run's first: `lora`, `lora-2`, ..."""
-        return {self.name: self.tone} | {f"{self.name}-{place}": tone for place, tone in enumerate(self.shades, 2)}
+        """The tones by CSS variable: `lora`, `lora-2`, ..."""
+        return {self.name: self.tone} | {f"{self.name}-{number}": tone for number, tone in enumerate(self.shades, 2)}
 
     @property
     def colours(self) -> tuple[str, ...]:
-        """On light paper, the first run's colour first."""
+        """The colours in the light theme."""
         return tuple(tone.light for tone in self.tones.values())
 
 
@@ -58,4 +58,4 @@ it comes has its name for a key.
 
 TONES = {"paper": PAPER, "ink": INK, "faint": FAINT, "rule": RULE}
 TONES |= {name: tone for look in LOOKS for name, tone in look.tones.items()}
-"""Every colour of a chart by the name of the page's variable that holds it."""
+"""Every colour of a chart by its CSS variable."""

@@ -49,7 +49,7 @@ from flatlora_diffusion.sdxl.base_title import base_line, base_title
 from flatlora_diffusion.sdxl.shapes import check_resolution
 from flatlora_diffusion.storage.model_paths import check_base, check_lora, check_models
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.saved_config import check_paths, opened
+from flatlora_diffusion.storage.saved_config import check_paths, expand_paths
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
@@ -284,7 +284,7 @@ def _base_of_runs(files: Sequence[Path]) -> ModelConfig | None:
         run = RunDir(folder)
         if run.config_file.is_file() and run.events_file.is_file():
             saved = TrainConfig().updated_from(run.config_file).to_dict()
-            model = TrainConfig.from_dict(opened(saved)).model
+            model = TrainConfig.from_dict(expand_paths(saved)).model
             check_paths(vars(model))
             bases[model.pretrained_model_name_or_path] = model
     if len(bases) > 1:

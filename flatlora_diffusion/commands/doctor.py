@@ -26,8 +26,9 @@ from flatlora_diffusion.config import (
     shipped,
 )
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE
-from flatlora_diffusion.storage.saved_config import opened
-from flatlora_diffusion.storage.versions import LOCK, PROGRAM, installed, last_tested, required
+from flatlora_diffusion.storage.formatting import first_line
+from flatlora_diffusion.storage.saved_config import expand_paths
+from flatlora_diffusion.storage.versions import LOCK, PROGRAM, installed_version, last_tested, required
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ def doctor(arguments: list[str]) -> int:
 def examine(asked: DoctorConfig, folder: Path) -> Iterator[Finding]:
     """All findings for a training with `asked.config` in `folder`. Raises ConfigError for settings that are none."""
     config = TrainConfig() if asked.config is None else TrainConfig().updated_from(Path(asked.config))
-    model = TrainConfig.from_dict(opened(config.to_dict())).model
+    model = TrainConfig.from_dict(expand_paths(config.to_dict())).model
     yield python()
     yield from libraries()
     yield from devices()
@@ -95,7 +96,7 @@ def libraries() -> Iterator[Finding]:
 
     others, last = [], last_tested()
     for library in required():
-        name, have = library.name, installed(library.name)
+        name, have = library.name, installed_version(library.name)
         if have is None:
             yield Finding("problem", "libraries", f"{name} is not installed", f'pip install "{library}"')
         elif not library.specifier.contains(have, prereleases=True):
@@ -115,7 +116,7 @@ def devices() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: one of its own libraries does not load
-        yield Finding("problem", "torch", f"cannot be imported ({_first_line(error)})", _GPU_BUILD)
+        yield Finding("problem", "torch", f"cannot be imported ({first_line(error)})", _GPU_BUILD)
         return
     has_nvidia = shutil.which("nvidia-smi") is not None
     if torch.cuda.is_available():
@@ -142,7 +143,7 @@ def _gpu(device: torch.device) -> Finding:
         torch.ones(2, 2, device=device).square().sum().item()
         free, total = (size / _GIB for size in torch.cuda.mem_get_info(device))
     except RuntimeError as error:  # a build without kernels for this GPU, or a GPU that others fill
-        return Finding("problem", "torch", f"{fact}, which fails ({_first_line(error)})", _GPU_BUILD)
+        return Finding("problem", "torch", f"{fact}, which fails ({first_line(error)})", _GPU_BUILD)
     return Finding("ok", "torch", f"{fact}, {free:.1f} of {total:.1f} GiB free")
 
 
@@ -228,7 +229,7 @@ def _has_weights(folder: Path, variant: str | None) -> bool:
 def app() -> Finding:
     if find_spec("gradio") is None:
         return Finding("note", "app", "needs gradio", 'pip install "flatlora-diffusion[app]"')
-    return Finding("ok", "app", f"gradio {installed('gradio')} is here")
+    return Finding("ok", "app", f"gradio {installed_version('gradio')} is here")
 
 
 def port(number: int) -> Finding:
@@ -269,7 +270,3 @@ def drilled(config: TrainConfig) -> Iterator[Finding]:
     for check in checks:
         level: Literal["ok", "problem"] = "ok" if check.is_right else "problem"
         yield Finding(level, subject, check.told, "" if check.is_right else "please report this with the lines above")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -24,7 +24,7 @@ from flatlora_diffusion.config import (
     unused_by,
 )
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.saved_config import is_cut_path, opened
+from flatlora_diffusion.storage.saved_config import expand_paths, is_truncated_path
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _config_of(given: Mapping[str, Any], has_arms: bool = False) -> TrainConfig:
         config = _in_its_folder(config.updated_from(Path(file), method), Path(file).parent)
     flags = {name: value for name, value in given.items() if name in setting_hints()}
     config = _without_overruled(config, flags).replace(**flags)
-    return config.replace(**opened(config.to_dict()))
+    return config.replace(**expand_paths(config.to_dict()))
 
 
 def _of_resumed(given: Mapping[str, Any]) -> TrainConfig:
@@ -144,7 +144,7 @@ def _of_resumed(given: Mapping[str, Any]) -> TrainConfig:
 
 def _in_its_folder(config: TrainConfig, folder: Path) -> TrainConfig:
     """`config`, read from `folder`, with that as its output folder if it is the run's own and not saved otherwise."""
-    is_cut, is_run = is_cut_path(config.run.output_dir), RunDir(folder).manifest_file.is_file()
+    is_cut, is_run = is_truncated_path(config.run.output_dir), RunDir(folder).manifest_file.is_file()
     return config.replace(output_dir=str(folder)) if is_cut and is_run else config
 
 

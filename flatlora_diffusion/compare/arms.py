@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from flatlora_diffusion.config import (
     unused_by,
     why_removed,
 )
+from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.saved_config import portable
 from flatlora_diffusion.training.resolve_config import is_made_with
@@ -188,7 +188,7 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
             arm_steps = int(values.get("max_train_steps", steps))
             values |= {
                 "output_dir": str(folder_of(out, arm.key, seed)),
-                "output_name": f"{out.name}-{_slug(arm.key)}-{seed}",
+                "output_name": f"{out.name}-{slug(arm.key)}-{seed}",
                 "checkpointing_steps": max(1, -(-arm_steps // points)),
                 "checkpoints_total_limit": None,
                 "resume_from_checkpoint": None,
@@ -202,7 +202,7 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
 
 def folder_of(out: Path, arm: str, seed: int | str) -> Path:
     """Where the run of an arm, by its key, and of a seed lies in an experiment's folder."""
-    return out / _slug(arm) / f"seed-{seed}"
+    return out / slug(arm) / f"seed-{seed}"
 
 
 def train_planned(planned: PlannedRun) -> None:
@@ -255,8 +255,3 @@ def _refusal(method: str, name: str) -> str:
     if method not in methods_with(name):
         return f"means nothing for {'plain ' if method == 'lora' else ''}{METHODS[method].title}"
     return ""
-
-
-def _slug(key: str) -> str:
-    """An arm's key as a folder's name on any system."""
-    return re.sub(r"[^\w.-]+", "-", key)

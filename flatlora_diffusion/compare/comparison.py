@@ -36,9 +36,9 @@ from flatlora_diffusion.compare.plan_lines import outlook
 from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
-from flatlora_diffusion.evaluation.metrics import described
-from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
-from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.evaluation.metrics import describe_metrics
+from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
+from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.storage.saved_config import portable
 from flatlora_diffusion.storage.versions import versions
 from flatlora_diffusion.training.stopping import interrupted_as
@@ -75,7 +75,7 @@ def compare(config: TrainConfig, own: CompareConfig) -> Path:
     What that takes is told before. Finished runs with the same settings are not trained again. Raises ConfigError for
     wrong input, for runs that cannot be compared and for a disk without room, RunError when one could not be trained.
     """
-    with alone_in(Path(config.run.output_dir), "output_dir"):
+    with lock_folder(Path(config.run.output_dir), "output_dir"):
         experiment = read_experiment(config, own)
         for line in outlook(experiment):
             logger.info("%s", line)
@@ -104,7 +104,7 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
     pictures = _pictures(experiment.first, evaluator)
     captions = {sample.caption for sample in experiment.material.sets[TRAIN].samples}
     grid = poster(experiment.first, evaluator, captions)
-    with writing_whole(out / GRID) as aside:  # it is looked at while the rest goes on
+    with atomic_write(out / GRID) as aside:  # it is looked at while the rest goes on
         grid.save(aside, format="PNG")
     logger.info("Look at %s", out / GRID)
     logger.info("Measuring the base and each LoRA")
@@ -199,7 +199,7 @@ def _metrics(values: Sequence[MetricValues]) -> list[dict[str, Any]]:
     """Name, direction and digits of each measured key, our own metrics first."""
     keys = dict.fromkeys(key for of_run in values for key in of_run)
     ours = [dict(metric._asdict()) for metric in OWN_METRICS if metric.key in keys]
-    return ours + described([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
+    return ours + describe_metrics([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
 
 
 def _advice(

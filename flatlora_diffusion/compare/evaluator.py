@@ -12,12 +12,12 @@ from typing import Any
 from PIL import Image
 
 from flatlora_diffusion.compare.arms import PlannedRun
-from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator, metadata_rows
+from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator
 from flatlora_diffusion.compare.pictures import Key, PictureGenerator
 from flatlora_diffusion.compare.progress import Piece
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import DEFAULT_SIGMA
-from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.data.dataset import Sample, metadata_rows
 from flatlora_diffusion.evaluation.encoders import JUDGE, Encoder
 from flatlora_diffusion.evaluation.judge import NAME_PROMPT, Judge
 from flatlora_diffusion.evaluation.metrics import Metric, Reference, encode_reference, judge_metrics, picture_metrics
@@ -33,7 +33,7 @@ OWN_METRICS = (
     Metric("heldout_loss", "held-out loss", "lower", "Denoising loss on images of the style never trained on.", 5),
     Metric("clean_train_loss", "clean train loss", "lower", "The same on the training images, without eps.", 5),
     Metric("forgetting_loss", "forgetting", "lower", "The same on images of what the base knew already.", 5),
-    Metric("loss_rise", "loss rise", "lower", _RISE, 6),
+    Metric("loss_increases", "loss rise", "lower", _RISE, 6),
     Metric("seconds_per_step", "seconds per step", "lower", "Median over the run.", 3),
     Metric("peak_memory_mib", "peak memory, MiB", "lower", "Of the training process.", 0),
 )
@@ -115,7 +115,7 @@ class RunEvaluator:
         rises = self._loss_evaluator.rises(planned.lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS)
         return {
             **self._losses(planned.lora, 1.0),
-            "loss_rise": statistics.fmean(rises),
+            "loss_increases": statistics.fmean(rises),
             "seconds_per_step": _seconds_per_step(steps),
             "peak_memory_mib": max(event["memory"] for event in steps) / 2**20,
             **self._of_pictures(planned.lora, self.prompts),
@@ -248,7 +248,7 @@ class RunEvaluator:
 
 def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
     """The name of the thing that each caption describes: the field `name` of its image's line in metadata.jsonl."""
-    names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder) if "name" in row}
+    names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder).values() if "name" in row}
     return {sample.caption: names[sample.id] for sample in samples if sample.id in names}
 
 

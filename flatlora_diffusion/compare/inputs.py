@@ -30,14 +30,14 @@ from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.prompts import read_prompts
-from flatlora_diffusion.data.sources import check_unseen, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.storage.separate_folders import check_apart
+from flatlora_diffusion.storage.separate_folders import check_separate
 
 DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
 SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
@@ -76,14 +76,14 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         folders[FORGETTING] = Path(forgetting)
     check_folders_apart(config)
     for name, folder in folders.items():
-        check_apart("output_dir", Path(config.run.output_dir), f"{name}_dir", [folder])
+        check_separate("output_dir", Path(config.run.output_dir), f"{name}_dir", [folder])
     training_set = load_training_set(config.data)
     summary, training = training_set.summary, training_set.samples
     sets = {TRAIN: ImageSet(training, [UNGROUPED] * len(training), DRAWS[TRAIN])}
     for name, folder in folders.items():
         samples = (load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)).samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
-    check_unseen(sets[HELDOUT].samples, training, "are")
+    check_not_trained_on(sets[HELDOUT].samples, training, "are")
     prompts = _prompts(config, own, heldout, sets[HELDOUT].samples)
     return Material(summary, sets, prompts, heldout, _scoring_models(own))
 

@@ -7,12 +7,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from flatlora_diffusion.data.dataset import METADATA, Sample
-from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
+from flatlora_diffusion.data.dataset import Sample, metadata_rows
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_losses
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
@@ -90,7 +89,7 @@ class LossEvaluator:
         """How much each of `draws` perturbations (Eq. 7) lifts the loss on the set `name`."""
 
         def measure() -> Losses:
-            rises = loss_rise(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
+            rises = loss_increases(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
             return {name: {str(draw): rise for draw, rise in enumerate(rises)}}
 
         return list(self._once(_rises(name, sigma, draws), lora, 1.0, measure)[name].values())
@@ -149,12 +148,5 @@ def _rises(name: str, sigma: float, draws: int) -> str:
 
 def groups_of(folder: Path, samples: Sequence[Sample]) -> list[str]:
     """The group of each sample: the field `group` of its line in metadata.jsonl, or `all`."""
-    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in metadata_rows(folder)}
+    groups = {row["file_name"]: str(row.get("group", UNGROUPED)) for row in metadata_rows(folder).values()}
     return [groups.get(sample.id, UNGROUPED) for sample in samples]
-
-
-def metadata_rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of an image folder's metadata.jsonl; none without that file."""
-    file = folder / METADATA
-    lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
-    return [json.loads(line) for line in lines if line.strip()]

@@ -9,7 +9,7 @@ from flatlora_diffusion.compare.parallel import train_at_once
 from flatlora_diffusion.compare.worker_slots import check_places
 from flatlora_diffusion.config import ConfigError, TrainConfig, WorkersConfig
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.training.members import member_configs, with_first_seed
 
 
@@ -22,7 +22,7 @@ def train_members_at_once(given: TrainConfig, own: WorkersConfig) -> TrainConfig
     if given.optim.max_train_steps is None:
         raise ConfigError("--workers and --cluster need --max_train_steps, so that all members have the same")
     folder = Path(given.run.output_dir)
-    with alone_in(folder, "output_dir"):
+    with lock_folder(folder, "output_dir"):
         run = RunDir(folder)
         config = with_first_seed(given, run)
         planned = [

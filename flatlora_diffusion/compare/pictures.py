@@ -13,7 +13,7 @@ from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
-from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.storage.hashing import base_fingerprint
 
 Key = tuple[str, int]  # prompt, seed
@@ -59,7 +59,7 @@ class PictureGenerator:
         # One at a time: which pictures are missing must not change any of them, and a stop loses none that is drawn.
         for (prompt, seed), file in files.items():
             (image,) = generate_images(self._sdxl, [prompt], [seed], resolution, steps, guidance, batch_size=1)
-            with writing_whole(file) as aside:
+            with atomic_write(file) as aside:
                 image.save(aside, format="PNG")
 
 

@@ -1,4 +1,4 @@
-"""From a folder of images to the batch of a step: intake, captions, crops, order, caches.
+"""From a folder of images to the batch of a step: reading, captions, crops, order and caches.
 
 Knows no optimizer. Start with `sources.py`, then `batches.py`.
 """

@@ -1,4 +1,4 @@
-"""Prior preservation: generate the class images that are missing, with the base itself."""
+"""Prior preservation: generates the missing class images with the base."""
 
 from __future__ import annotations
 
@@ -17,59 +17,62 @@ from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
-from flatlora_diffusion.storage.atomic_io import writing_into, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, explain_write_errors
 from flatlora_diffusion.storage.rng import derive_seed
-from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.storage.run_lock import lock_folder
 
 logger = logging.getLogger(__name__)
 
 
 def load_class_samples(config: TrainConfig) -> list[Sample]:
-    """The class images, the missing ones generated first; empty without prior preservation. Needs a seed."""
+    """Return the class images, after generating missing ones; empty without prior preservation.
+
+    `config` must have its seed.
+    """
     data = config.data
     if not data.with_prior_preservation:
         return []
     folder = Path(str(data.class_data_dir))
     processes = this_process()
-    # Two runs would number their images alike; the processes of one share the work.
-    alone = alone_in(folder, "class_data_dir", waits=True) if processes.is_main_process else nullcontext()
-    with alone:
+    # Two runs would use the same file names; the processes of one run share the work.
+    lock = lock_folder(folder, "class_data_dir", wait=True) if processes.is_main_process else nullcontext()
+    with lock:
         (present,) = broadcast_object_list([len(find_images(folder)[0]) if processes.is_main_process else 0])
         missing = range(present, data.num_class_images)
         if missing:
             logger.info("generating %d class images into %s", len(missing), folder)
-        mine = missing[processes.process_index :: processes.num_processes]
-        if mine:
-            _generate(config, folder, mine, processes.device)
+        numbers = missing[processes.process_index :: processes.num_processes]
+        if numbers:
+            _generate(config, folder, numbers, processes.device)
         processes.wait_for_everyone()
     return load_samples(folder, data.class_prompt).samples[: data.num_class_images]
 
 
-def _placed(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
-    """The base that draws on `device`; with --offload each of its models is there only while it works."""
-    one_by_one = model.is_unet_last and device.type != "cpu"
-    sdxl = load_sdxl(model, torch.device("cpu") if one_by_one else device, dtype)
-    if one_by_one:
+def _load_on(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
+    """Load the base onto `device`; with --offload each of its models is there only while it is used."""
+    offload = model.is_unet_last and device.type != "cpu"
+    sdxl = load_sdxl(model, torch.device("cpu") if offload else device, dtype)
+    if offload:
         sdxl.pipeline.enable_model_cpu_offload(device=device)
     return sdxl
 
 
-def _generate(config: TrainConfig, folder: Path, wanted: Sequence[int], device: torch.device) -> None:
-    """Draw the images of these numbers into `folder`; the seed of each is a function of (seed, its number)."""
+def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device: torch.device) -> None:
+    """Generate the images of these numbers into `folder`; each seed is a function of (seed, number)."""
     data, seed = config.data, config.run.seed
     assert seed is not None
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = default if data.prior_generation_precision is None else DTYPES[data.prior_generation_precision]
-    sdxl = _placed(config.model, device, dtype)
+    sdxl = _load_on(config.model, device, dtype)
     size = sdxl.checked_resolution(data.resolution)
-    for start in tqdm(range(0, len(wanted), data.sample_batch_size), desc="class images"):
-        numbers = wanted[start : start + data.sample_batch_size]
-        prompts = [str(data.class_prompt)] * len(numbers)
-        seeds = [derive_seed(seed, "class_image", number) for number in numbers]
+    for start in tqdm(range(0, len(numbers), data.sample_batch_size), desc="class images"):
+        part = numbers[start : start + data.sample_batch_size]
+        prompts = [str(data.class_prompt)] * len(part)
+        seeds = [derive_seed(seed, "class_image", number) for number in part]
         images = generate_images(sdxl, prompts, seeds, size, batch_size=data.sample_batch_size)
-        for number, image in zip(numbers, images, strict=True):
+        for number, image in zip(part, images, strict=True):
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten
                 path = path.with_stem(f"{path.stem}-new")
-            with writing_into(folder, "class_data_dir"), writing_whole(path) as aside:  # half a picture would count
-                image.save(aside, format="PNG")
+            with explain_write_errors(folder, "class_data_dir"), atomic_write(path) as temporary:
+                image.save(temporary, format="PNG")

@@ -1,4 +1,4 @@
-"""Samples: a folder of images with captions."""
+"""Samples: the images of a folder with their captions."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flatlora_diffusion.data.images import CAPTION_SUFFIXES, Source, find_images
 from flatlora_diffusion.storage.atomic_io import file_sha256
 
 METADATA = "metadata.jsonl"
-CAPTION_COLUMNS = ("text", "prompt", "caption")  # the first that a line has, unless one is named
-LISTED = 5  # files that a message names before it only counts
+CAPTION_COLUMNS = ("text", "prompt", "caption")  # in order of preference, unless caption_column is set
+_LISTED = 5  # file names in a message before the rest is only counted
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image; `id` is its file name, `width` and `height` are those of the upright image.
+    """A training image.
 
-    `look` is a 64-bit difference hash: pictures that look alike differ in few bits. `repeats` is how often an epoch
-    shows it. `mask` is the file beside it that says which of its pixels count.
+    id: file name; width, height: of the upright image; look: 64-bit difference hash, which differs in few bits between
+    similar pictures; repeats: how often it appears in an epoch; mask: file with the loss weights of its pixels.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The samples of a folder by name, how many have a caption of their own, and (name, reason) of each skip."""
+    """Samples sorted by name, how many have their own caption, and (name, reason) of each skipped file."""
 
     samples: list[Sample]
     captioned: int
@@ -50,7 +50,7 @@ class SampleSet:
 
     @property
     def summary(self) -> str:
-        """What will be trained on, to be shown before: `23 images, captions 20/23, skipped: notes.pdf (...)`."""
+        """A summary such as `23 images, captions 20/23, ...; skipped: notes.pdf (...)`."""
         count = len(self.samples)
         line = f"{count} image{'s' * (count != 1)}, captions {self.captioned}/{count}"
         sides = [(sample.width, sample.height) for sample in self.samples]
@@ -60,35 +60,37 @@ class SampleSet:
         line += f", {masks} with a mask" if masks else ""
         if self.skipped:
             line += f"; skipped: {_listing(self.skipped)}"
-        alike = self.duplicates()
-        return line + (f"; look alike: {_listing(alike)}" if alike else "")
+        duplicates = self.duplicates()
+        return line + (f"; look alike: {_listing(duplicates)}" if duplicates else "")
 
     def duplicates(self) -> list[tuple[str, str]]:
-        """(name, name of an earlier image) of each image that looks like an earlier one."""
-        found = []
-        for place, sample in enumerate(self.samples):
-            twin = next((other for other in self.samples[:place] if _is_alike(sample, other)), None)
-            if twin is not None:
-                found.append((sample.id, twin.id))
-        return found
+        """Return (name, name of an earlier image) of each image that looks like an earlier one."""
+        pairs = []
+        for index, sample in enumerate(self.samples):
+            earlier = next((other for other in self.samples[:index] if _looks_like(sample, other)), None)
+            if earlier is not None:
+                pairs.append((sample.id, earlier.id))
+        return pairs
 
 
 def load_samples(folder: Path, instance_prompt: str | None = None, caption_column: str | None = None) -> SampleSet:
-    """The images directly in `folder` with their captions. Nothing in the folder is changed.
+    """Read the images directly in `folder` with their captions.
 
-    An image's caption is that of its line in metadata.jsonl (field `caption_column`, or the first of CAPTION_COLUMNS),
-    else the text of `NAME.txt` or `NAME.caption` beside it, else `instance_prompt`; an empty caption counts as none,
-    as in diffusers. Raises ConfigError for a folder without readable images, an image without any caption, and
-    metadata that does not fit the folder.
+    The caption of an image is, in this order: its line in metadata.jsonl (field `caption_column`, or the first of
+    CAPTION_COLUMNS), the text of `NAME.txt` or `NAME.caption`, `instance_prompt`. Empty captions are ignored, as in
+    diffusers.
+
+    Raises:
+        ConfigError: there are no readable images, an image has no caption, or the metadata does not fit the folder.
     """
     paths, skipped = find_images(folder)
-    own = _captions(folder, paths, skipped, instance_prompt, caption_column)
-    samples = [make_sample(path.name, path, own[path.name] or str(instance_prompt)) for path in paths]
-    return SampleSet(samples, captioned=sum(map(bool, own.values())), skipped=skipped)
+    captions = _captions(folder, paths, skipped, instance_prompt, caption_column)
+    samples = [make_sample(path.name, path, captions[path.name] or str(instance_prompt)) for path in paths]
+    return SampleSet(samples, captioned=sum(map(bool, captions.values())), skipped=skipped)
 
 
 def check_samples(folder: Path, instance_prompt: str | None = None, caption_column: str | None = None) -> None:
-    """Raises ConfigError as `load_samples`; of each image only the header is read, unless something is wrong."""
+    """Raise ConfigError as `load_samples` does, but read only the images' headers unless there is a problem."""
     try:
         _captions(folder, *find_images(folder, only_headers=True), instance_prompt, caption_column)
     except ConfigError:
@@ -102,29 +104,29 @@ def _captions(
     instance_prompt: str | None,
     caption_column: str | None,
 ) -> dict[str, str]:
-    """The caption that each image has of its own, by name. Raises ConfigError as `load_samples`."""
+    """Return each image's own caption by name, empty without one. Raises ConfigError as `load_samples`."""
     if not paths:
-        found = f": {_listing(skipped)}" if skipped else "; put the training images directly into it"
-        raise ConfigError(f"image folder {folder} has no readable image{found}")
-    own = own_captions(folder, paths, caption_column)
-    bare = [name for name, caption in own.items() if not caption]
-    if bare and not (instance_prompt and instance_prompt.strip()):
-        have = "has" if len(bare) == 1 else f"and {len(bare) - 1} more have"
+        details = f": {_listing(skipped)}" if skipped else "; put the training images directly into it"
+        raise ConfigError(f"image folder {folder} has no readable image{details}")
+    captions = own_captions(folder, paths, caption_column)
+    uncaptioned = [name for name, caption in captions.items() if not caption]
+    if uncaptioned and not (instance_prompt and instance_prompt.strip()):
+        have = "has" if len(uncaptioned) == 1 else f"and {len(uncaptioned) - 1} more have"
         raise ConfigError(
-            f"{bare[0]} {have} no caption: "
-            f"write one into {Path(bare[0]).stem}.txt beside it, or give an --instance_prompt"
+            f"{uncaptioned[0]} {have} no caption: "
+            f"write it to {Path(uncaptioned[0]).stem}.txt beside the image, or give an --instance_prompt"
         )
-    return own
+    return captions
 
 
 def own_captions(folder: Path, paths: Iterable[Path], caption_column: str | None = None) -> dict[str, str]:
-    """The caption that each image in `folder` has of its own, by name; empty for one without."""
-    listed = _metadata_captions(folder, caption_column)
-    return {path.name: listed.get(path.name) or _sidecar_caption(path) for path in paths}
+    """Return each image's own caption by name, from metadata.jsonl or a text file; empty without one."""
+    captions = _metadata_captions(folder, caption_column)
+    return {path.name: captions.get(path.name) or _sidecar_caption(path) for path in paths}
 
 
 def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """What a run was trained on, for its folder: names, hashes and sizes, no captions and no absolute paths."""
+    """Describe training images for the run folder: names, hashes and sizes, without captions and absolute paths."""
     return [
         {
             "id": sample.id,
@@ -140,8 +142,8 @@ def manifest(samples: Iterable[Sample]) -> list[dict[str, Any]]:
 
 
 def make_sample(name: str, source: Source, caption: str) -> Sample:
-    """The sample of an image that is known to be readable."""
-    image = load_image(source)  # a header's size is not always that of the upright image
+    """Create the sample of a readable image."""
+    image = load_image(source)  # the header may have the size before rotation
     content = source.read_bytes() if isinstance(source, Path) else source
     sha256 = hashlib.sha256(content).hexdigest()
     return Sample(
@@ -157,19 +159,19 @@ def make_sample(name: str, source: Source, caption: str) -> Sample:
 
 
 def _difference_hash(image: Image.Image) -> int:
-    """64 bits: whether each of 8 x 8 grey pixels is brighter than its right neighbour."""
+    """Return 64 bits: whether each of 8 x 8 grey pixels is brighter than its right neighbour."""
     grey = list(image.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes())
     bits = [grey[9 * row + column] > grey[9 * row + column + 1] for row in range(8) for column in range(8)]
-    return sum(bit << place for place, bit in enumerate(bits))
+    return sum(bit << index for index, bit in enumerate(bits))
 
 
-def _is_alike(one: Sample, two: Sample) -> bool:
-    # A blank picture has no look, so only its content can tell.
-    return one.sha256 == two.sha256 or (bool(one.look) and (one.look ^ two.look).bit_count() <= 2)
+def _looks_like(sample: Sample, other: Sample) -> bool:
+    # The difference hash of a blank picture is 0 and says nothing.
+    return sample.sha256 == other.sha256 or (bool(sample.look) and (sample.look ^ other.look).bit_count() <= 2)
 
 
 def _sidecar_caption(path: Path) -> str:
-    """The text beside an image, on one line; empty if there is none."""
+    """Return the text file beside an image on one line; empty without a file."""
     for suffix in CAPTION_SUFFIXES:
         sidecar = path.with_suffix(suffix)
         if sidecar.is_file() and (caption := " ".join(_text(sidecar).split())):
@@ -178,40 +180,52 @@ def _sidecar_caption(path: Path) -> str:
 
 
 def _metadata_captions(folder: Path, caption_column: str | None) -> dict[str, str]:
-    """Caption by file name from metadata.jsonl; empty without that file."""
-    path = folder / METADATA
-    if not path.is_file():
-        if caption_column is not None:
-            raise ConfigError(f"caption_column={caption_column} needs a {METADATA}, and {folder} has none")
-        return {}
+    """Return captions by file name from metadata.jsonl; empty without that file."""
+    if caption_column is not None and not (folder / METADATA).is_file():
+        raise ConfigError(f"caption_column={caption_column} needs a {METADATA}, and {folder} has none")
     captions: dict[str, str] = {}
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        name, caption = _metadata_line(line, f"{METADATA} line {number}", caption_column)
+    for number, row in metadata_rows(folder).items():
+        name, where = row["file_name"], f"{METADATA} line {number}"
+        caption = _row_caption(row, where, caption_column)
         if name in captions:
-            raise ConfigError(f"{METADATA} line {number} names {name} a second time: keep one line per image")
+            raise ConfigError(f"{where} names {name} a second time: keep one line per image")
         if Path(name).name != name or not (folder / name).is_file():
-            raise ConfigError(f"{METADATA} line {number} names {name}, which is not in {folder}: correct or delete it")
+            raise ConfigError(f"{where} names {name}, which is not in {folder}: correct or delete it")
         captions[name] = caption
     return captions
 
 
-def _metadata_line(line: str, where: str, caption_column: str | None) -> tuple[str, str]:
-    """(file name, caption) of one line; the caption is empty if the line has none."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise ConfigError(f'{where} must be an object with a "file_name" of an image in the folder')
+def metadata_rows(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the rows of the folder's metadata.jsonl by line number; empty without that file.
+
+    Each row has a `file_name`. Raises ConfigError for a line that is malformed.
+    """
+    path = folder / METADATA
+    rows = {}
+    for number, line in enumerate(_text(path).split("\n") if path.is_file() else (), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{METADATA} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise ConfigError(
+                f'{METADATA} line {number} must be an object with a "file_name" of an image in the folder'
+            )
+        rows[number] = row
+    return rows
+
+
+def _row_caption(row: dict[str, Any], where: str, caption_column: str | None) -> str:
+    """Return the caption of a metadata row; empty without one."""
     if caption_column is not None and caption_column not in row:
         raise ConfigError(f"caption_column={caption_column} is not in {where}, which has: {', '.join(row)}")
     column = caption_column or next((name for name in CAPTION_COLUMNS if name in row), None)
     caption = row[column] if column else ""
     if not isinstance(caption, str | None):
         raise ConfigError(f'{where}: "{column}" must be a text')
-    return row["file_name"], " ".join((caption or "").split())
+    return " ".join((caption or "").split())
 
 
 def _text(path: Path) -> str:
@@ -221,28 +235,27 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path.name} is not UTF-8 text: save it as UTF-8") from error
 
 
-def _listing(skipped: list[tuple[str, str]]) -> str:
-    shown = ", ".join(f"{name} ({reason})" for name, reason in skipped[:LISTED])
-    return shown + (f" and {len(skipped) - LISTED} more" if len(skipped) > LISTED else "")
+def _listing(files: list[tuple[str, str]]) -> str:
+    listing = ", ".join(f"{name} ({reason})" for name, reason in files[:_LISTED])
+    return listing + (f" and {len(files) - _LISTED} more" if len(files) > _LISTED else "")
 
 
-_LEADING_ON = frozenset(
+_TRAILING_WORDS = frozenset(
     ["a", "an", "the", "of", "with", "in", "on", "at", "by", "for", "from", "to", "and", "or", "showing", "depicting"]
 )
 
 
 def shared_words(captions: Sequence[str]) -> str:
-    """The words that all captions begin and end with, such as `a TOK icon, in the style of TOK`.
+    """Return the words that all captions start and end with, such as `a TOK icon, in the style of TOK`.
 
-    Empty for fewer than two captions. Articles and prepositions at the end of the first part, which lead on to what
-    an image shows, are left out.
+    Articles and prepositions at the end of the first part are removed. Empty for fewer than two captions.
     """
     words = [caption.split() for caption in captions]
     if len(words) < 2:
         return ""
     first = _shared_start(words)
     last = _shared_start([row[len(first) :][::-1] for row in words])[::-1]
-    while first and first[-1].lower() in _LEADING_ON:
+    while first and first[-1].lower() in _TRAILING_WORDS:
         first.pop()
     parts = [" ".join(part).strip(" ,.;") for part in (first, last)]
     return ", ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""Several folders with repeats and prompts of their own, from a dataset file (TOML) as sd-scripts has them."""
+"""Dataset files (TOML) in the format of sd-scripts: several folders, each with its repeats and prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flatlora_diffusion.data.images import CAPTION_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-# What else such files say, and the flag that says it here, for all images alike.
+# Settings of sd-scripts that are ignored in the file, and our flag for each, which applies to all images.
 _FLAGS = {
     "resolution": "resolution",
     "batch_size": "train_batch_size",
@@ -43,7 +43,7 @@ _MOST_REPEATS = 10_000
 
 @dataclass(frozen=True)
 class Subset:
-    """One folder: its images are shown `repeats` times per epoch; `prompt` is for those without a caption."""
+    """A folder; each image appears `repeats` times per epoch, `prompt` is for images without a caption."""
 
     folder: Path
     repeats: int
@@ -51,76 +51,75 @@ class Subset:
     prefix: str
     suffix: str
 
-    def captioned(self, caption: str) -> str:
+    def full_caption(self, caption: str) -> str:
         return " ".join(part for part in (self.prefix, caption, self.suffix) if part)
 
 
 def load_dataset_file(path: Path, instance_prompt: str | None) -> SampleSet:
-    """The images of all folders of the file, called FOLDER/NAME.
+    """Read the images of all folders of the file, with ids FOLDER/NAME.
 
-    A folder's `class_tokens`, or else `instance_prompt`, is the caption of its images without one. What the file says
-    of the whole run is told as the flags that say it here. Raises ConfigError for a file that cannot be used.
+    Images without a caption get their folder's `class_tokens`, or else `instance_prompt`. Settings of the whole run
+    are ignored; a log line names the flags to use instead. Raises ConfigError for an invalid file.
     """
-    subsets, left_out = read_dataset_file(path)
-    if left_out:
-        flags = ", ".join(f"{name} = {value} (--{_FLAGS[name]})" for name, value in left_out.items())
-        logger.info("%s also says what flags say here, for all images alike: %s", path.name, flags)
+    subsets, ignored = read_dataset_file(path)
+    if ignored:
+        flags = ", ".join(f"{name} = {value} (--{_FLAGS[name]})" for name, value in ignored.items())
+        logger.info("%s has settings that are ignored; use these flags, for all images: %s", path.name, flags)
     names = Counter(subset.folder.name for subset in subsets)
     samples: list[Sample] = []
     captioned, skipped = 0, []
     for number, subset in enumerate(subsets, start=1):
         label = subset.folder.name if names[subset.folder.name] == 1 else f"{number}-{subset.folder.name}"
-        found = load_samples(subset.folder, subset.prompt or instance_prompt)
-        captioned += found.captioned
-        skipped += [(f"{label}/{name}", reason) for name, reason in found.skipped]
+        images = load_samples(subset.folder, subset.prompt or instance_prompt)
+        captioned += images.captioned
+        skipped += [(f"{label}/{name}", reason) for name, reason in images.skipped]
         samples += [
             replace(
                 sample,
                 id=f"{label}/{sample.id}",
-                caption=subset.captioned(sample.caption),
+                caption=subset.full_caption(sample.caption),
                 repeats=subset.repeats,
             )
-            for sample in found.samples
+            for sample in images.samples
         ]
     return SampleSet(samples, captioned, skipped)
 
 
 def read_dataset_file(path: Path) -> tuple[list[Subset], dict[str, Any]]:
-    """The folders that the file lists, and what else it says, by its names. Raises ConfigError with the place of a
-    mistake."""
+    """Return the folders in the file, and the ignored settings by name. Raises ConfigError for an invalid file."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"dataset_config={str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"dataset_config={str(path)!r} is no TOML file: {error}") from error
+        raise ConfigError(f"dataset_config={str(path)!r} is not a TOML file: {error}") from error
     subsets: list[Subset] = []
-    left_out: dict[str, Any] = {}
+    ignored: dict[str, Any] = {}
     for where, values in _tables(path, content):
-        left_out |= {name: value for name, value in values.items() if name in _FLAGS}
+        ignored |= {name: value for name, value in values.items() if name in _FLAGS}
         subsets.append(_subset(path, where, values))
     if not subsets:
         raise ConfigError(f"dataset_config={str(path)!r} lists no folder; add [[datasets.subsets]] with image_dir")
-    return subsets, left_out
+    return subsets, ignored
 
 
 def _tables(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each subset by its place, with what its dataset and the whole file say over it."""
+    """Yield the location and the settings of each subset, including those of its dataset and of [general]."""
     unknown = sorted(set(content) - {"general", "datasets"})
     if unknown:
-        raise ConfigError(f"{path.name} has {', '.join(unknown)}; only [general] and [[datasets]] are known")
+        raise ConfigError(f"{path.name} has {', '.join(unknown)}; only [general] and [[datasets]] are supported")
     general = content.get("general", {})
-    for one, dataset in enumerate(_listed(path, content, "datasets"), start=1):
+    for number, dataset in enumerate(_table_list(path, content, "datasets"), start=1):
         shared = {name: value for name, value in dataset.items() if name != "subsets"}
-        for two, subset in enumerate(_listed(path, dataset, "subsets"), start=1):
-            yield f"{path.name}, subset {two} of dataset {one}", {**general, **shared, **subset}
+        for index, subset in enumerate(_table_list(path, dataset, "subsets"), start=1):
+            yield f"{path.name}, subset {index} of dataset {number}", {**general, **shared, **subset}
 
 
-def _listed(path: Path, table: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    found = table.get(name, [])
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise ConfigError(f"{path.name}: {name} must be a list of tables, each begun with [[...]]")
-    return found
+def _table_list(path: Path, table: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    tables = table.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(item, dict) for item in tables):
+        raise ConfigError(f"{path.name}: {name} must be a list of tables, each with a header [[...]]")
+    return tables
 
 
 def _subset(path: Path, where: str, values: Mapping[str, Any]) -> Subset:
@@ -131,15 +130,15 @@ def _subset(path: Path, where: str, values: Mapping[str, Any]) -> Subset:
         raise ConfigError(f"{where} has no image_dir: give the folder of its images")
     if values.get("is_reg"):
         raise ConfigError(
-            f"{where} has regularization images (is_reg): take it out and give --with_prior_preservation, "
+            f"{where} has regularization images (is_reg): remove it and give --with_prior_preservation, "
             f"--class_data_dir {values['image_dir']!r} and --class_prompt"
         )
     if "metadata_file" in values:
-        raise ConfigError(f"{where} has its captions in a metadata_file: write them into .txt files beside the images")
+        raise ConfigError(f"{where} has its captions in a metadata_file: write them to .txt files beside the images")
     ending = values.get("caption_extension", CAPTION_SUFFIXES[0])
     if f".{ending.lstrip('.')}" not in CAPTION_SUFFIXES:
         raise ConfigError(
-            f"{where}: caption_extension={ending!r} is none of {', '.join(CAPTION_SUFFIXES)}; rename them"
+            f"{where}: caption_extension={ending!r} must be {' or '.join(CAPTION_SUFFIXES)}; rename the files"
         )
     repeats = values.get("num_repeats", 1)
     if not 1 <= repeats <= _MOST_REPEATS:
@@ -154,7 +153,7 @@ def _subset(path: Path, where: str, values: Mapping[str, Any]) -> Subset:
 
 
 def _folder(path: Path, name: str) -> Path:
-    """A relative folder is beside the file, or else in the working folder, as sd-scripts has it."""
+    """Resolve a relative folder beside the file, or else in the working folder, as sd-scripts does."""
     folder = Path(name).expanduser()
     beside = path.parent / folder
     return beside if not folder.is_absolute() and beside.is_dir() else folder

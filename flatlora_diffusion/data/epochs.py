@@ -1,4 +1,4 @@
-"""How many optimizer steps an epoch and a run have, as diffusers' script counts them."""
+"""The number of optimizer steps of an epoch and a run; imports no torch, so that the app can show it immediately."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 from flatlora_diffusion.config import TrainConfig
 
 
-def steps_per_epoch(config: TrainConfig, shown: int, processes: int) -> int:
-    """The optimizer steps of an epoch that shows `shown` images.
+def steps_per_epoch(config: TrainConfig, samples: int, processes: int) -> int:
+    """Return the optimizer steps of an epoch of `samples` samples, or of the class images if these are more.
 
-    More class images than that lengthen the epoch; batches and steps are rounded up.
+    Batches and steps are rounded up, as in diffusers' script.
     """
     if config.data.with_prior_preservation:
-        shown = max(shown, config.data.num_class_images)
-    batches = math.ceil(shown / config.optim.train_batch_size)
+        samples = max(samples, config.data.num_class_images)
+    batches = math.ceil(samples / config.optim.train_batch_size)
     return math.ceil(batches / (config.optim.gradient_accumulation_steps * processes))
 
 
-def total_steps(config: TrainConfig, shown: int, processes: int = 1) -> int:
-    """The optimizer steps of a run: those that are given, or those of its epochs."""
+def total_steps(config: TrainConfig, samples: int, processes: int = 1) -> int:
+    """Return the optimizer steps of a run: --max_train_steps, or those of --num_train_epochs."""
     optim = config.optim
-    return optim.max_train_steps or optim.num_train_epochs * steps_per_epoch(config, shown, processes)
+    return optim.max_train_steps or optim.num_train_epochs * steps_per_epoch(config, samples, processes)

@@ -1,4 +1,4 @@
-"""One intake for every image, shared by the trainer and the previews: what you see is what is trained on."""
+"""Reading of images, shared by the trainer and the app's previews, so that both see the same pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from flatlora_diffusion.config import ConfigError
 
-# What users have, with the ending of such a file. Not every format Pillow knows: EPS would start Ghostscript.
+# Supported formats with their suffix. Not all that Pillow reads: EPS would start Ghostscript.
 FORMATS = {
     "PNG": ".png",
     "JPEG": ".jpg",
@@ -31,24 +31,23 @@ FORMATS = {
     "JPEG2000": ".jp2",
 }
 CAPTION_SUFFIXES = (".txt", ".caption")
-# Files that belong beside images and are never read as one.
+# Files beside images that are never read as images.
 SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json", ".jsonl")
-MASK = "-masklabel"  # behind the stem of an image's name: the file beside it that says which pixels count
-HELDOUT_FOLDER = "heldout"  # beside the images that it is held out from
-# Texts that nobody takes for images: they need no mention where they are not read as one.
+MASK = "-masklabel"  # suffix of the stem of a file with the loss weights of an image's pixels
+HELDOUT_FOLDER = "heldout"  # the folder of held-out images beside the training images
+# Text files, which are skipped without mention.
 _TEXT_SUFFIXES = (".md", ".rst", ".csv", ".yaml", ".yml", ".toml", ".ini", ".log", ".py", ".sh", ".bat", ".ipynb")
 
-# A shape that is thinner is no picture; just covering a square with it would need gigabytes.
-_LARGEST_RATIO = 50
-_HALVED_FROM, _MOST_OF_JPEG = 25_000_000, 100_000_000  # pixels; a quarter of the most is the least again
-_MOST_OF_ICON = 25_000_000  # pixels
+_MAX_ASPECT_RATIO = 50  # resizing a thinner image to cover a square would need gigabytes
+_HALVED_FROM, _MAX_JPEG_PIXELS = 25_000_000, 100_000_000
+_MAX_ICON_PIXELS = 25_000_000
 _ICON_START, _PNG_START = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
 
-Source = Path | bytes  # a file, or the encoded bytes of one
+Source = Path | bytes  # a file or its encoded bytes
 
 
 class ImageError(ConfigError):
-    """A file that cannot be read as an image; the message names it and says why, which is also `reason`."""
+    """A file that cannot be read as an image; `reason` is the cause without the file's name."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be read as an image: {reason}")
@@ -57,7 +56,7 @@ class ImageError(ConfigError):
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says it is: Pillow's name of its format, and its size in pixels before it is upright."""
+    """Pillow's name of an image's format, and its size in pixels before rotation by EXIF."""
 
     kind: str
     width: int
@@ -65,13 +64,18 @@ class Header:
 
 
 def load_image(source: Source, background: str = "white") -> Image.Image:
-    """The image as an upright 8-bit sRGB picture on `background`, with no metadata left.
+    """Read an image as an upright 8-bit sRGB picture on `background`, without metadata.
 
-    EXIF orientation is applied, ICC profiles are converted (broken ones ignored), 16-bit gray is scaled to 8 bits,
-    transparency is composited on `background` (a colour name or hex value), animations and files of several pictures
-    give their first. A JPEG of more than 25 million pixels is decoded at half its width and height, which takes a
-    quarter of the memory.
-    Raises ImageError for an unreadable file, ConfigError for a bad colour.
+    EXIF orientation is applied, ICC profiles are converted (broken ones ignored), 16-bit gray is scaled to 8 bits, and
+    only the first picture of animations and multi-page files is read. A JPEG of more than 25 million pixels is decoded
+    at half its width and height, which takes a quarter of the memory.
+
+    Args:
+        background: a colour name or hex value for transparent pixels.
+
+    Raises:
+        ImageError: the file cannot be read.
+        ConfigError: the colour is invalid.
     """
     fill = _opaque_colour(background)
     with _read_errors(source):
@@ -82,44 +86,50 @@ def load_image(source: Source, background: str = "white") -> Image.Image:
 
 
 def load_alpha(source: Source) -> Image.Image:
-    """The upright alpha channel (mode L); all 255 for an image without one. Raises ImageError."""
+    """Read the upright alpha channel (mode L); 255 everywhere for an image without alpha. Raises ImageError."""
     with _read_errors(source):
         colour, alpha = _decode(source)
     return Image.new("L", colour.size, 255) if alpha is None else alpha
 
 
 def load_mask(mask: Path, size: tuple[int, int]) -> Image.Image:
-    """The mask (mode L) of an image of this (width, height): white counts. Raises ImageError for another size."""
+    """Read the mask (mode L) of an image of this (width, height). Raises ImageError for another size."""
     with _read_errors(mask):
         colour, _ = _decode(mask)
     if colour.size != size and _halves(colour.size) == size:
-        colour = colour.reduce(2)  # as that of a large JPEG
+        colour = colour.reduce(2)  # the image is a large JPEG
     if colour.size != size:
         (width, height), (wide, high) = size, colour.size
-        raise ImageError(mask.name, f"it is {wide} x {high} pixels, and the image that it is for {width} x {height}")
+        raise ImageError(mask.name, f"it has {wide} x {high} pixels, but its image has {width} x {height}")
     return colour.convert("L")
 
 
 def mask_beside(image: Path) -> Path | None:
-    """The mask of an image, `NAME-masklabel.png` as OneTrainer calls it; None if there is none."""
+    """Return the mask file of an image, `NAME-masklabel.png` as in OneTrainer; None without one."""
     mask = image.with_name(f"{image.stem}{MASK}.png")
     return mask if mask.is_file() else None
 
 
 def read_header(source: Source) -> Header:
-    """Format and size, without decoding a pixel. Raises ImageError."""
+    """Read format and size without decoding pixels. Raises ImageError."""
     with _read_errors(source), _open(source) as file:
-        # A JPEG of several pictures has its own name in Pillow; what is read of it, and what other tools see, is JPEG.
+        # Pillow calls a JPEG with several pictures MPO; other tools see a JPEG.
         kind = "JPEG" if file.format == "MPO" else str(file.format)
         return Header(kind, file.width, file.height)
 
 
 def find_images(folder: Path, only_headers: bool = False) -> tuple[list[Path], list[tuple[str, str]]]:
-    """The readable images directly in `folder`, by name, and (name, reason) of everything that is skipped.
+    """Find the readable images directly in `folder`.
 
-    A file is an image if it decodes to its last pixel, whatever its suffix; with `only_headers`, which takes no time,
-    if it begins as one. What is plainly none is not reported: hidden files, captions, JSON, texts, and the folder
-    `heldout`. Raises ConfigError if `folder` is not a folder.
+    A file is an image if it decodes completely, whatever its suffix; with `only_headers`, which is fast, if its header
+    can be read.
+
+    Returns:
+        The paths sorted by name, and (name, reason) of each skipped file. Hidden files, captions, JSON, texts and the
+        folder `heldout` are not reported.
+
+    Raises:
+        ConfigError: `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"image folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -145,14 +155,15 @@ def find_images(folder: Path, only_headers: bool = False) -> tuple[list[Path], l
 
 
 def _is_mask(path: Path) -> bool:
-    """Whether it is the mask of an image beside it."""
+    """Whether `path` is the mask of an image beside it."""
     stem = path.stem.removesuffix(MASK)
-    others = (one.suffix.lower() for one in path.parent.glob(f"{glob.escape(stem)}.*")) if stem != path.stem else ()
-    return any(suffix not in SIDECAR_SUFFIXES for suffix in others)
+    if stem == path.stem:
+        return False
+    return any(file.suffix.lower() not in SIDECAR_SUFFIXES for file in path.parent.glob(f"{glob.escape(stem)}.*"))
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file that is no image was never meant as one: a text by its suffix, or by its content without one."""
+    """Whether a file is a text, by its suffix, or by its content if it has no suffix."""
     if path.suffix:
         return path.suffix.lower() in _TEXT_SUFFIXES
     try:
@@ -176,10 +187,10 @@ def _opaque_colour(background: str) -> tuple[int, ...]:
 
 @contextmanager
 def _read_errors(source: Source) -> Iterator[None]:
-    """Raise an ImageError for whatever a damaged file makes Pillow raise."""
+    """Convert any exception that a damaged file causes in Pillow to an ImageError."""
     try:
         yield
-    except Exception as error:  # its parsers raise what they stumble over, ValueError and TypeError included
+    except Exception as error:  # Pillow's parsers raise errors of many types on damaged files
         name = source.name if isinstance(source, Path) else "an image of the dataset"
         raise ImageError(name, _reason(error)) from error
 
@@ -191,9 +202,9 @@ def _open(source: Source) -> Image.Image:
 
 
 def _check_icon(file: BinaryIO) -> None:
-    """Raises ValueError for an icon with a picture that is too large, since Pillow decodes an icon to open it.
+    """Raise ValueError for an icon with too large a picture, because Pillow decodes icons on opening.
 
-    The sizes in an icon's directory need not be those of its pictures.
+    The sizes are read from the pictures, because an icon's directory may have wrong ones.
     """
     start = file.read(6)
     if not start.startswith(_ICON_START):
@@ -206,21 +217,22 @@ def _check_icon(file: BinaryIO) -> None:
             width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:])
         else:  # a bitmap and its mask, one above the other
             width, height = (abs(int.from_bytes(header[at : at + 4], "little", signed=True)) for at in (4, 8))
-        if width * height > _MOST_OF_ICON:
-            raise ValueError(f"an icon of {width} x {height} pixels, more than the limit of {_MOST_OF_ICON}")
+        if width * height > _MAX_ICON_PIXELS:
+            raise ValueError(f"an icon of {width} x {height} pixels, more than the limit of {_MAX_ICON_PIXELS}")
 
 
 def _decode(source: Source) -> tuple[Image.Image, Image.Image | None]:
-    """The upright sRGB colours (mode RGB) and the alpha channel (mode L), if any. Raises as Pillow does."""
+    """Return the upright sRGB colours (mode RGB) and the alpha channel (mode L), if any. Raises as Pillow does."""
     with _open(source) as file:
         width, height = file.size
         is_jpeg = isinstance(file, JpegImageFile)
-        limit = _MOST_OF_JPEG if is_jpeg else Image.MAX_IMAGE_PIXELS  # Pillow only warns between this and twice this
+        # Pillow only warns up to twice MAX_IMAGE_PIXELS.
+        limit = _MAX_JPEG_PIXELS if is_jpeg else Image.MAX_IMAGE_PIXELS
         if limit is not None and width * height > limit:
             raise ValueError(f"{width} x {height} pixels, more than the limit of {limit}; make it smaller")
-        if max(file.size) > _LARGEST_RATIO * min(file.size):
+        if max(file.size) > _MAX_ASPECT_RATIO * min(file.size):
             raise ValueError(
-                f"{width} x {height} pixels, one side more than {_LARGEST_RATIO} times the other; crop it"
+                f"{width} x {height} pixels, one side more than {_MAX_ASPECT_RATIO} times the other; crop it"
             )
         if is_jpeg and width * height > _HALVED_FROM:
             file.draft(None, (width // 2, height // 2))
@@ -234,7 +246,7 @@ def _halves(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale the wide gray modes to L (Pillow's own conversion clips them at 255); other modes pass through."""
+    """Scale 16-bit gray modes to L (Pillow's conversion would clip at 255); return other modes unchanged."""
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits per channel")
     if not image.mode.startswith("I"):
@@ -249,7 +261,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours as L, RGB or CMYK (the modes ICC profiles are made for) and alpha."""
+    """Return the colours as L, RGB or CMYK, the modes of ICC profiles, and the alpha channel."""
     if image.mode in ("L", "CMYK") and not image.has_transparency_data:
         return image, None
     if image.mode in ("L", "LA", "La"):
@@ -262,7 +274,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB by the embedded profile, or by Pillow's plain conversion if it is absent, broken or unfitting."""
+    """Convert to RGB by the embedded profile, or by Pillow's conversion if it is missing, broken or unsuitable."""
     if not profile:
         return colour.convert("RGB")
     try:
@@ -276,12 +288,12 @@ def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not in an image format that is supported"
+        return "not in a supported image format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, Image.DecompressionBombError):
         return f"more than twice the limit of {Image.MAX_IMAGE_PIXELS} pixels; make it smaller"
     text = " ".join(str(error).split())
-    if "MAX_TEXT_" in text:  # Pillow's guard against texts that unpack to gigabytes
+    if "MAX_TEXT_" in text:  # Pillow's limit for compressed texts
         return "it carries a text that unpacks to more than a megabyte; save it again without metadata"
     return text or type(error).__name__

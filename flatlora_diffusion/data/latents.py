@@ -1,4 +1,4 @@
-"""VAE posteriors of all samples, encoded once: mean and std, plain and mirrored, of one seeded crop per image."""
+"""Cached VAE posteriors: mean and std of one seeded crop per image, plain and mirrored."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatlora_diffusion.config import RunError
-from flatlora_diffusion.data.augmentation import Framing
-from flatlora_diffusion.data.crops import View, mirrored_view
+from flatlora_diffusion.data.crops import Augmentation, View, mirrored_view
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.sdxl.pipeline import posterior
-from flatlora_diffusion.storage.tensor_io import fingerprint, kept_tensors
+from flatlora_diffusion.storage.tensor_io import cached_tensors, fingerprint
 
 
 class LatentCache:
@@ -29,56 +28,58 @@ class LatentCache:
         self._posteriors = posteriors
 
     def posterior(self, keys: Sequence[tuple[str, bool]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Normalized mean and std, each (B, 4, h, w), of the samples with id and mirroring as in `keys`."""
+        """Return the normalized mean and std, each (B, 4, h, w), of the (id, is_mirrored) in `keys`."""
         means, stds = zip(*(self._posteriors[key] for key in keys), strict=True)
         return torch.cat(means).to(device), torch.cat(stds).to(device)
 
 
-def encoded_latents(
+def encode_latents(
     vae: AutoencoderKL,
     samples: Sequence[Sample],
     sizes: Sequence[tuple[int, int]],
-    framing: Framing,
+    augmentation: Augmentation,
     folder: Path | None,
 ) -> LatentCache:
-    """Encode sample i at `sizes[i]`, both flips of the crop that it keeps.
+    """Encode both flips of the crop of sample i at `sizes[i]`, (height, width).
 
-    A file in `folder` is keyed by content, crop, size and VAE, so a change makes a new one.
+    Args:
+        folder: where posteriors are cached for later runs, keyed by image, crop and VAE; None for no cache.
     """
-    mark = "" if folder is None else fingerprint(vae)
-    kept = [framing.kept(sample, size) for sample, size in zip(samples, sizes, strict=True)]
+    vae_hash = "" if folder is None else fingerprint(vae)
     posteriors = {}
-    for sample, view in zip(tqdm(samples, desc="latents", disable=len(samples) < 100), kept, strict=True):
-        for shown in (mirrored_view(view, False), mirrored_view(view, True)):
-            key = json.dumps([sample.sha256, asdict(shown), *framing.pixel_settings, mark])
+    progress = tqdm(samples, desc="latents", disable=len(samples) < 100)
+    for sample, size in zip(progress, sizes, strict=True):
+        crop = augmentation.cached_view(sample, size)
+        for view in (mirrored_view(crop, False), mirrored_view(crop, True)):
+            key = json.dumps([sample.sha256, asdict(view), *augmentation.pixel_settings, vae_hash])
             name = f"latent-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
             path = None if folder is None else folder / name
-            found = kept_tensors(path, partial(_encoded, vae, framing, sample, shown))
-            posteriors[sample.id, shown.is_mirrored] = found["mean"], found["std"]
+            tensors = cached_tensors(path, partial(_encode, vae, augmentation, sample, view))
+            posteriors[sample.id, view.is_mirrored] = tensors["mean"], tensors["std"]
     return LatentCache(posteriors)
 
 
-def not_finite(latents: Tensor, samples: Sequence[Sample]) -> list[str]:
-    """The names of the images whose latents, (B, 4, h, w), are not finite."""
-    bad = (~latents.isfinite()).flatten(1).any(dim=1).tolist()
-    return [sample.id for sample, is_bad in zip(samples, bad, strict=True) if is_bad]
+def nonfinite_names(latents: Tensor, samples: Sequence[Sample]) -> list[str]:
+    """Return the names of the images whose latents (B, 4, h, w) are not finite."""
+    is_nonfinite = (~latents.isfinite()).flatten(1).any(dim=1).tolist()
+    return [sample.id for sample, nonfinite in zip(samples, is_nonfinite, strict=True) if nonfinite]
 
 
 def check_latents(latents: Tensor, samples: Sequence[Sample]) -> None:
-    """Raises RunError that names the images whose latents are not finite."""
-    names = not_finite(latents, samples)
+    """Raise RunError that names the images whose latents are not finite."""
+    names = nonfinite_names(latents, samples)
     if names:
-        raise RunError(latents_text(names))
+        raise RunError(nonfinite_message(names))
 
 
-def latents_text(names: Sequence[str]) -> str:
+def nonfinite_message(names: Sequence[str]) -> str:
     return (
-        f"the VAE's latents of these images are not finite: {', '.join(names)}; look whether the VAE's file is whole, "
-        "or give another one with --pretrained_vae_model_name_or_path"
+        f"the VAE gives latents that are not finite for {', '.join(names)}; check that the VAE's file is complete, "
+        "or give another VAE with --pretrained_vae_model_name_or_path"
     )
 
 
-def _encoded(vae: AutoencoderKL, framing: Framing, sample: Sample, view: View) -> dict[str, Tensor]:
-    mean, std = posterior(vae, framing.pixels(sample, view)[None].to(vae.device))
+def _encode(vae: AutoencoderKL, augmentation: Augmentation, sample: Sample, view: View) -> dict[str, Tensor]:
+    mean, std = posterior(vae, augmentation.pixels(sample, view)[None].to(vae.device))
     check_latents(mean + std, [sample])
     return {"mean": mean, "std": std}

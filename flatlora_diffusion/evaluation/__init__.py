@@ -1,4 +1,4 @@
-"""Measures models and pictures: fixed losses, encoders and the metrics made of them; reads finished runs.
+"""Losses of models on fixed samples, metrics of images, statistics, and the reading of finished runs.
 
-Knows no arms and no report. Start with `probe.py` (losses) and `metrics.py` (pictures).
+Knows neither arms nor reports. Start with `probe.py` (losses) and `metrics.py` (pictures).
 """

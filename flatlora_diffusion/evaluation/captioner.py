@@ -1,7 +1,4 @@
-"""A captioner: a caption that says what an image shows, by a model of the user's choice; inference only.
-
-BLIP and Florence-2 write a sentence, a tagger of the WD14 kind (`tagger.py`) tags with commas between them.
-"""
+"""Captioning models: BLIP and Florence-2, which write sentences, and WD14 taggers (`tagger.py`); inference only."""
 
 from __future__ import annotations
 
@@ -16,19 +13,19 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
-from flatlora_diffusion.evaluation.encoders import load_image_reader
+from flatlora_diffusion.evaluation.encoders import load_image_reader, load_weights
 from flatlora_diffusion.evaluation.tagger import Thresholds, find_tagger, load_tagger
-from flatlora_diffusion.storage.hub_errors import fault_of
+from flatlora_diffusion.storage.hub_errors import loading_failure
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 
-_MOST_TOKENS = 75  # what SDXL reads of a prompt
-_FLORENCE_TASK = "Describe in detail what is shown in the image."  # one of those that Florence-2 was trained on
+_MAX_TOKENS = 75  # the length of SDXL's prompts
+_FLORENCE_TASK = "Describe in detail what is shown in the image."  # a task of Florence-2's training
 _KINDS = (
     "give a folder or hub id of a BLIP, of a Florence-2 in transformers' own format (such as "
     "florence-community/Florence-2-base), or of a WD14 tagger (such as SmilingWolf/wd-swinv2-tagger-v3)"
 )
-# What a config.json of another format makes transformers raise: its own parts that it does not know are KeyErrors.
+# Errors of transformers for a config.json of another format; unknown parts are KeyErrors.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -37,17 +34,23 @@ def load_captioner(
     trigger: str = "",
     thresholds: Thresholds | None = None,
     device: torch.device | str = "cpu",
-    max_tokens: int = _MOST_TOKENS,
+    max_tokens: int = _MAX_TOKENS,
 ) -> Captioner:
-    """A function from images to captions with the `trigger` word in them; without any randomness.
+    """Load a deterministic function from images to captions.
 
-    `thresholds` are those of a tagger; sentences are the likeliest word at each place (greedy), of safetensors.
-    Raises ConfigError for what cannot be loaded.
+    Args:
+        name_or_path: folder or hub id of a BLIP, a Florence-2 or a WD14 tagger.
+        trigger: a word to include in every caption.
+        thresholds: of a tagger's tags.
+        max_tokens: of a sentence, which is decoded greedily.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
     """
     files = find_tagger(name_or_path)
     if files is not None:
         tags = load_tagger(name_or_path, files, thresholds or Thresholds())
-        return lambda images: [", ".join([trigger] * bool(trigger) + found) for found in tags(images)]
+        return lambda images: [", ".join([trigger] * bool(trigger) + words) for words in tags(images)]
     sentences = _load_writer(name_or_path, device, max_tokens)
     ending = f", in the style of {trigger}" if trigger else ""
     return lambda images: [f"{text}{ending}" for text in sentences(images)]
@@ -58,50 +61,39 @@ def _load_writer(name_or_path: str, device: torch.device | str, max_tokens: int)
         kind = AutoConfig.from_pretrained(name_or_path).model_type
         if kind not in CAPTION_WRITERS:
             raise ConfigError(f"captioner {name_or_path!r} is a {kind} model; {_KINDS}")
-        model, info = getattr(transformers, CAPTION_WRITERS[kind]).from_pretrained(
-            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        model = load_weights(getattr(transformers, CAPTION_WRITERS[kind]), name_or_path, "captioner")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except ConfigError:
         raise
     except _LOAD_ERRORS as error:
-        why = fault_of(name_or_path, error)
+        why = loading_failure(name_or_path, error)
         raise ConfigError(f"captioner {name_or_path!r} cannot be loaded: {why}; {_KINDS}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ConfigError(
-            f"captioner {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}; {_KINDS}"
-        )
-    model.to(device).eval()
-    pixels_of = load_image_reader(name_or_path)
-    asks = _florence_question(model, tokenizer) if kind == "florence2" else _nothing
+    model.to(device)
+    to_pixels = load_image_reader(name_or_path)
+    inputs = _florence_inputs(model, tokenizer) if kind == "florence2" else lambda pixels: {}
 
     @torch.inference_mode()
     def captions(images: Sequence[Image.Image]) -> list[str]:
-        pixels = pixels_of(images).to(device)
+        pixels = to_pixels(images).to(device)
         ids = model.generate(
-            pixel_values=pixels, do_sample=False, num_beams=1, max_new_tokens=max_tokens, **asks(pixels)
+            pixel_values=pixels, do_sample=False, num_beams=1, max_new_tokens=max_tokens, **inputs(pixels)
         )
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     return captions
 
 
-def _nothing(pixels: Tensor) -> dict[str, Tensor]:
-    return {}
-
-
-def _florence_question(model: Any, tokenizer: Any) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What Florence-2 is asked of pixels (B, 3, H, W): a place for each token of the image, then the task in words."""
+def _florence_inputs(model: Any, tokenizer: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Create the text input of Florence-2 for pixels (B, 3, H, W): a placeholder per image token, then the task."""
     words = [tokenizer.bos_token_id, *tokenizer(_FLORENCE_TASK, add_special_tokens=False).input_ids]
-    places: dict[torch.Size, int] = {}  # how many tokens an image of such pixels has
+    image_tokens: dict[torch.Size, int] = {}  # by the shape of the pixels
 
-    def question(pixels: Tensor) -> dict[str, Tensor]:
-        if pixels.shape[1:] not in places:
-            places[pixels.shape[1:]] = model.get_image_features(pixels[:1]).pooler_output.shape[1]
-        image = [model.config.image_token_id] * places[pixels.shape[1:]]
+    def inputs(pixels: Tensor) -> dict[str, Tensor]:
+        if pixels.shape[1:] not in image_tokens:
+            image_tokens[pixels.shape[1:]] = model.get_image_features(pixels[:1]).pooler_output.shape[1]
+        image = [model.config.image_token_id] * image_tokens[pixels.shape[1:]]
         row = torch.tensor([*image, *words, tokenizer.eos_token_id], device=pixels.device)
         ids = row.expand(len(pixels), -1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    return question
+    return inputs

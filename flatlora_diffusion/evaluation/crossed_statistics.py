@@ -1,4 +1,4 @@
-"""The interval of a mean over seeds and images, both drawn at random: it speaks of other trainings and other images.
+"""Confidence intervals of a mean over seeds and images, for other seeds and other images of the same populations.
 
 y[s, i] is a difference measured with training seed s on image i, a mean over its (noise, timestep) draws. With crossed
 random effects, y[s, i] = mean + seed[s] + image[i] + rest[s, i], the variance of the mean of an S x I table is
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
-FEWEST_IMAGES = 5  # by which one seed says something about other images
+from flatlora_diffusion.evaluation.paired_statistics import CONFIDENCE
+
+FEWEST_IMAGES = 5  # for an interval over images with one seed
 
 
 @dataclass(frozen=True)
 class CrossedDifference:
-    """The mean of an S x I table of differences, its standard error and its interval; None where there is none.
+    """The mean of an S x I table of differences with standard error and interval, None if undefined.
 
-    `seed_share` and `image_share` are the shares of `error`^2 that come from the seeds and from the images; the rest
-    is their interaction with the noise of the draws. With one seed the interval is over images alone, for this
-    training.
+    `seed_share` and `image_share` are the shares of `error`^2 due to seeds and images; the rest is interaction and
+    noise. With one seed the interval is over images only.
     """
 
     mean: float
@@ -42,7 +42,7 @@ class CrossedDifference:
 
     @property
     def margin(self) -> float | None:
-        """Half of the interval."""
+        """Half the width of the interval."""
         return None if self.high is None else self.high - self.mean
 
     @property
@@ -56,14 +56,14 @@ class CrossedDifference:
 
 
 def crossed_difference(table: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> CrossedDifference:
-    """The mean of `table` (S seeds, I images) with its interval for other seeds and other images.
+    """Return the mean of a table (S seeds, I images) with its interval.
 
-    One seed gives an interval over images alone, and none with fewer than five images; one image gives an interval
-    over seeds alone, and none with one seed. Raises ValueError for a table that is empty or has gaps.
+    With one seed the interval is over images only, and undefined for fewer than five images; with one image it is over
+    seeds only. Raises ValueError for a table that is empty or has gaps.
     """
     values = np.asarray(table, dtype=np.float64)
     if values.ndim != 2 or not values.size:
-        raise ValueError(f"differences of shape {values.shape} are no table of seeds and images")
+        raise ValueError(f"differences of shape {values.shape} are not a table of seeds and images")
     seeds, images = values.shape
     mean = float(values.mean())
     if seeds == 1 or images == 1:
@@ -80,7 +80,7 @@ def crossed_difference(table: Sequence[Sequence[float]], confidence: float = CON
     ms_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
     total = max(ms_seed + ms_image - ms_rest, ms_seed, ms_image)
     freedom = _satterthwaite((ms_seed, seeds - 1), (ms_image, images - 1), (ms_rest, (seeds - 1) * (images - 1)))
-    # With two seeds Satterthwaite's interval covers only 88 % where seeds and images vary alike.
+    # With two seeds Satterthwaite's interval covers only 88 % if seeds and images have equal variance.
     fewest = min(seeds, images)
     freedom = 1.0 if fewest == 2 else max(freedom, fewest - 1.0)
     shares = (max(ms_seed - ms_rest, 0.0) / total, max(ms_image - ms_rest, 0.0) / total) if total else (0.0, 0.0)
@@ -88,18 +88,18 @@ def crossed_difference(table: Sequence[Sequence[float]], confidence: float = CON
 
 
 def holm(p_values: Sequence[float], level: float = 1 - CONFIDENCE) -> list[bool]:
-    """Which of a family of tests reject at `level` together, by Holm's step-down rule (Scand. J. Stat. 6, 1979)."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    """Return which tests of a family reject at `level`, by Holm's step-down procedure (Scand. J. Stat. 6, 1979)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     rejected = [False] * len(p_values)
-    for rank, place in enumerate(order):
-        if p_values[place] > level / (len(p_values) - rank):
+    for rank, index in enumerate(order):
+        if p_values[index] > level / (len(p_values) - rank):
             break
-        rejected[place] = True
+        rejected[index] = True
     return rejected
 
 
 def _satterthwaite(*squares: tuple[float, int]) -> float:
-    """The degrees of freedom of MS_S + MS_I - MS_SI from each mean square and its own degrees of freedom."""
+    """Return the degrees of freedom of MS_S + MS_I - MS_SI from (mean square, degrees of freedom) of each."""
     (ms_seed, _), (ms_image, _), (ms_rest, _) = squares
     total = ms_seed + ms_image - ms_rest
     spread = sum(square**2 / freedom for square, freedom in squares)

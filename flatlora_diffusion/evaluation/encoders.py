@@ -1,6 +1,6 @@
-"""Encoders: what turns images and texts into unit vectors whose cosines are the metrics; inference only.
+"""Encoders of images and texts to unit vectors, whose cosines are the metrics; inference only.
 
-Three kinds: the judge that ships with us, a CLIP and a DINOv2 of transformers. Weights are read from safetensors only.
+There are three kinds: the judge that ships with this program, CLIP and DINOv2. Only safetensors files are read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flatlora_diffusion.evaluation.judge import (
     load_judge,
     text_vectors,
 )
-from flatlora_diffusion.storage.hub_errors import fault_of
+from flatlora_diffusion.storage.hub_errors import loading_failure
 
 JUDGE = "judge"
 _CHUNK = 32  # images or texts per forward
@@ -34,9 +34,9 @@ _LOAD_ERRORS = (OSError, ValueError, SafetensorError)
 
 @dataclass(frozen=True)
 class Encoder:
-    """Unit vectors of images and, where the model reads text, of texts in the same space; float32 on the CPU.
+    """A model that encodes images and, if `texts` is not None, texts to float32 unit vectors on the CPU.
 
-    `name` is the id or path that it was loaded from.
+    `name` is its hub id or path.
     """
 
     name: str
@@ -44,13 +44,16 @@ class Encoder:
     texts: Callable[[Sequence[str]], Tensor] | None
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors, (B, D), of RGB images of any size: each is cropped as the model's preprocessing does it."""
+        """Return unit vectors (B, D) of RGB images of any size, after the model's preprocessing."""
         return self._in_chunks(self.images, images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors, (len(texts), D), cut at the model's length. Raises ConfigError for a model without text."""
+        """Return unit vectors (T, D) of texts, truncated to the model's length.
+
+        Raises ConfigError for a model without text encoder.
+        """
         if self.texts is None:
-            raise ConfigError(f"{self.name} reads images only; to compare images with prompts, give a CLIP model")
+            raise ConfigError(f"{self.name} encodes images only; give a CLIP model to compare images with prompts")
         return self._in_chunks(self.texts, texts)
 
     def _in_chunks(self, encode: Callable[[Any], Tensor], values: Sequence[Any]) -> Tensor:
@@ -58,20 +61,20 @@ class Encoder:
             raise ValueError("nothing to encode")
         with torch.inference_mode():
             parts = [encode(values[start : start + _CHUNK]).float().cpu() for start in range(0, len(values), _CHUNK)]
-        return torch.cat(parts).clone()  # a clone outside of inference mode is an ordinary tensor
+        return torch.cat(parts).clone()  # a clone outside inference mode is a normal tensor
 
 
 def load_encoder(name_or_path: str) -> Encoder:
-    """`judge`, or the CLIP or DINOv2 in a folder or on the hub, by its config's model_type; in float32, on the CPU.
+    """Load `judge`, or a CLIP or DINOv2 from a folder or the hub, in float32 on the CPU.
 
-    Raises ConfigError, one sentence, when there is no such model.
+    Raises ConfigError if there is no such model.
     """
     if name_or_path == JUDGE:
         return judge_encoder(load_judge(SAMPLES / "tiny_sdxl" / "judge"))
     try:
         kind = AutoConfig.from_pretrained(name_or_path).model_type
     except _LOAD_ERRORS as error:
-        raise ConfigError(_cannot(name_or_path, error)) from error
+        raise ConfigError(_load_message(name_or_path, error)) from error
     if kind == "clip":
         return _clip_encoder(name_or_path)
     if kind == "dinov2":
@@ -80,7 +83,7 @@ def load_encoder(name_or_path: str) -> Encoder:
 
 
 def judge_encoder(judge: Judge) -> Encoder:
-    """The judge as an encoder; it was trained on texts such as `an icon of a fox`, not on whole prompts."""
+    """Wrap the judge as an encoder; it was trained on texts such as `an icon of a fox`, not on full prompts."""
     return Encoder(
         JUDGE,
         lambda images: embed_images(judge, [centre_square(image) for image in images]),
@@ -89,67 +92,77 @@ def judge_encoder(judge: Judge) -> Encoder:
 
 
 def centre_square(image: Image.Image) -> Image.Image:
-    """The largest square around the middle."""
+    """Crop the largest centred square."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 def load_image_reader(name_or_path: str) -> Callable[[Sequence[Image.Image]], Tensor]:
-    """What makes of images the pixels (B, 3, H, W) that a saved model reads, by the preprocessing beside it.
+    """Load a model's image preprocessing, a function from images to pixels (B, 3, H, W).
 
-    Raises ConfigError when there is none.
+    Raises ConfigError if there is none.
     """
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")  # which needs no torchvision
+        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")  # needs no torchvision
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{name_or_path} has no preprocessor_config.json that can be read: {fault_of(name_or_path, error)}; "
-            "save the model's image processor beside it"
+            f"{name_or_path} has no readable preprocessor_config.json: {loading_failure(name_or_path, error)}; save "
+            "the model's image processor beside it"
         ) from error
     return lambda images: processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
 
 def _clip_encoder(name_or_path: str) -> Encoder:
     model = _load(CLIPModel, name_or_path)
-    pixels_of = load_image_reader(name_or_path)
+    to_pixels = load_image_reader(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except _LOAD_ERRORS as error:
-        raise ConfigError(_cannot(name_or_path, error)) from error
+        raise ConfigError(_load_message(name_or_path, error)) from error
     longest = int(model.config.text_config.max_position_embeddings)
 
     def texts(values: Sequence[str]) -> Tensor:
         ids = tokenizer(list(values), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         return text_vectors(model, ids["input_ids"])
 
-    return Encoder(name_or_path, lambda images: image_vectors(model, pixels_of(images)), texts)
+    return Encoder(name_or_path, lambda images: image_vectors(model, to_pixels(images)), texts)
 
 
 def _dino_encoder(name_or_path: str) -> Encoder:
     model = _load(Dinov2Model, name_or_path)
-    pixels_of = load_image_reader(name_or_path)
+    to_pixels = load_image_reader(name_or_path)
 
     def images(values: Sequence[Image.Image]) -> Tensor:
-        """The CLS token after the last layer norm."""
-        return F.normalize(model(pixels_of(values)).last_hidden_state[:, 0], dim=-1)
+        """Return the CLS token after the last layer norm."""
+        return F.normalize(model(to_pixels(values)).last_hidden_state[:, 0], dim=-1)
 
     return Encoder(name_or_path, images, None)
 
 
-def _load(kind: Any, name_or_path: str) -> Any:
-    """The model in float32 and eval mode; random weights for missing ones are refused."""
-    try:
-        model, info = kind.from_pretrained(
-            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except _LOAD_ERRORS as error:
-        raise ConfigError(_cannot(name_or_path, error)) from error
+def load_weights(model_class: Any, name_or_path: str, role: str) -> Any:
+    """Load a model of transformers in float32 and eval mode.
+
+    Raises ConfigError, with the model's `role` in the message, if weights are missing; otherwise as transformers does.
+    """
+    model, info = model_class.from_pretrained(
+        name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ConfigError(f"encoder {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+        raise ConfigError(f"{role} {name_or_path!r} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.eval()
 
 
-def _cannot(name_or_path: str, error: Exception) -> str:
-    return f"encoder {name_or_path!r} cannot be loaded: {fault_of(name_or_path, error)}; {JUDGE!r} is always here"
+def _load(model_class: Any, name_or_path: str) -> Any:
+    try:
+        return load_weights(model_class, name_or_path, "encoder")
+    except ConfigError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise ConfigError(_load_message(name_or_path, error)) from error
+
+
+def _load_message(name_or_path: str, error: Exception) -> str:
+    reason = loading_failure(name_or_path, error)
+    return f"encoder {name_or_path!r} cannot be loaded: {reason}; {JUDGE!r} is always available"

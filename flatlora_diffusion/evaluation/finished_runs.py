@@ -1,4 +1,4 @@
-"""Finished runs that can be compared: the same base, the same images. What does not fit is refused by name."""
+"""Finished runs with the same base and the same training images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has ended well; `name` is the shortest end of its path that no other run has."""
+    """A run that has finished; `name` is the shortest end of its path that is unique among the runs."""
 
     name: str
     folder: Path
@@ -29,16 +29,16 @@ class FinishedRun:
 
 
 def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
-    """The runs of one base and one set of images.
+    """Read runs of the same base and images.
 
-    Raises ConfigError that names the run which is missing, unfinished, or of another base or other images than the
-    first.
+    Raises ConfigError with the name of a run that is missing, unfinished, or has another base or other images than the
+    first run.
     """
     paths = [Path(folder).resolve() for folder in folders]
     if not paths:
         raise ConfigError("no run was given; give one or more run folders")
     if len(set(paths)) < len(paths):
-        raise ConfigError("a run was given twice; give each run folder once")
+        raise ConfigError("a run was given twice; give each run folder only once")
     runs = [_read(path, name) for path, name in zip(paths, distinct_ends(paths), strict=True)]
     for run in runs[1:]:
         _check_same_base(run, runs[0])
@@ -50,19 +50,19 @@ def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
 
 
 def check_images(run: FinishedRun, training: SampleSet) -> None:
-    """Raise ConfigError when the images at hand are not those that `run` was trained on, class images apart."""
-    here = _hashes(manifest(training.samples))
-    if not (here <= run.images if run.config.data.with_prior_preservation else here == run.images):
+    """Raise ConfigError if the training images, without class images, are not those of `run`."""
+    current = _hashes(manifest(training.samples))
+    if not (current <= run.images if run.config.data.with_prior_preservation else current == run.images):
         raise ConfigError(
-            f"the training images at hand are not those of run {run.name}: files or captions have changed; "
-            "give the unchanged folder as --instance_data_dir"
+            f"the training images are not those of run {run.name}: files or captions have changed; give the unchanged "
+            "folder as --instance_data_dir"
         )
 
 
 def _read(folder: Path, name: str) -> FinishedRun:
     run = RunDir(folder)
     if not run.config_file.is_file() or not run.manifest_file.is_file():
-        raise ConfigError(f"run {name} is no run folder: there is no config.json or manifest.json in {folder}")
+        raise ConfigError(f"run {name} is not a run folder: {folder} has no config.json or manifest.json")
     ending = run.ending()
     if ending is None or ending["event"] != "finished" or not (folder / LORA_FILE).is_file():
         raise ConfigError(
@@ -75,11 +75,11 @@ def _read(folder: Path, name: str) -> FinishedRun:
 def _check_same_base(run: FinishedRun, first: FinishedRun) -> None:
     loading = settings_that("only_loads")
     for item in fields(ModelConfig):
-        mine, wanted = getattr(run.config.model, item.name), getattr(first.config.model, item.name)
-        if item.name not in loading and mine != wanted:
+        value, expected = getattr(run.config.model, item.name), getattr(first.config.model, item.name)
+        if item.name not in loading and value != expected:
             raise ConfigError(
-                f"run {run.name} was trained on another base than {first.name}: {item.name}={mine!r}, "
-                f"not {wanted!r}; leave one of them out"
+                f"run {run.name} was trained on another base than {first.name}: {item.name}={value!r}, "
+                f"not {expected!r}; leave one of them out"
             )
 
 

@@ -1,7 +1,4 @@
-"""Score images against names and styles with a small CLIP (`samples/tiny_sdxl/judge`); inference only.
-
-Knows nothing about how the judge was trained or where the images come from.
-"""
+"""Classification of icons by name and style with a small CLIP (`samples/tiny_sdxl/judge`); inference only."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-# The judge was trained on these sentences; other wordings score lower.
+# The judge was trained on these texts; others score lower.
 NAME_PROMPT = "an icon of {}"
 STYLE_PROMPTS = {
     "noto": "noto style",
@@ -38,48 +35,51 @@ class Judge:
 
 
 def load_judge(folder: Path) -> Judge:
-    """The judge saved in `folder`, in float32 and eval mode, on the CPU."""
+    """Load the judge from `folder`, in float32 and eval mode on the CPU."""
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
     return Judge(model.eval(), CLIPTokenizer.from_pretrained(folder))
 
 
 def rank_names(judge: Judge, images: Images, names: Sequence[str]) -> Tensor:
-    """Probability of each name for each image, (B, len(names)) on the CPU; rows sum to 1."""
+    """Return the probability of each name for each image, (B, len(names)) on the CPU; rows sum to 1."""
     return _probabilities(judge, images, [NAME_PROMPT.format(name) for name in names])
 
 
 def style_probabilities(judge: Judge, images: Images) -> Tensor:
-    """Probability of each style for each image, (B, 4) on the CPU, in the order of `STYLE_PROMPTS`; rows sum to 1."""
+    """Return the probability of each of `STYLE_PROMPTS` for each image, (B, 4) on the CPU; rows sum to 1."""
     return _probabilities(judge, images, list(STYLE_PROMPTS.values()))
 
 
 def rank_of(scores: Tensor, right: Tensor) -> Tensor:
-    """How many other columns of row b score at least as high as column `right[b]`; 0 is the best.
+    """Return how many other columns of row b score at least as high as column `right[b]`; 0 is the best.
 
-    Shapes (B, N), (B,) -> (B,). Ties count against the right column: a judge that sees no difference finds nothing.
+    Shapes (B, N), (B,) -> (B,). Ties count as errors, so that constant scores are never right.
     """
     return (scores >= scores.gather(1, right[:, None])).sum(dim=1) - 1
 
 
 @torch.inference_mode()
 def embed_images(judge: Judge, images: Images) -> Tensor:
-    """Unit vectors of the images, (B, D) on the judge's device."""
+    """Return unit vectors of the images, (B, D) on the judge's device."""
     pixels = pixel_values(images, int(judge.model.config.vision_config.image_size)).to(judge.model.device)
     return torch.cat([image_vectors(judge.model, chunk) for chunk in pixels.split(_CHUNK)])
 
 
 @torch.inference_mode()
 def embed_texts(judge: Judge, texts: Sequence[str]) -> Tensor:
-    """Unit vectors of the texts, (len(texts), D) on the judge's device; cut at the tokenizer's maximum length."""
+    """Return unit vectors of the texts, (T, D) on the judge's device, truncated to the tokenizer's length."""
     ids = judge.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")["input_ids"]
     return torch.cat([text_vectors(judge.model, chunk) for chunk in ids.to(judge.model.device).split(_CHUNK)])
 
 
 def pixel_values(images: Images, size: int) -> Tensor:
-    """The vision tower's input, (B, 3, size, size) in [-1, 1], as the saved CLIPImageProcessor makes it.
+    """Return the vision tower's input, (B, 3, size, size) in [-1, 1], as the saved CLIPImageProcessor does.
 
-    `images` are square: PIL in RGB, or a (B, 3, H, H) tensor in [0, 1]. Raises ValueError for an image that is not
-    square, or that has alpha or a palette: the crop and the background are the caller's choice.
+    Args:
+        images: square RGB images, or a tensor (B, 3, H, H) in [0, 1].
+
+    Raises:
+        ValueError: an image is not square or not RGB.
     """
     rows = (
         list(images.detach().cpu().float()) if isinstance(images, Tensor) else [_to_tensor(image) for image in images]
@@ -91,12 +91,12 @@ def pixel_values(images: Images, size: int) -> Tensor:
 
 
 def image_vectors(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """Unit vectors of preprocessed images, (B, 3, S, S) -> (B, D), float32 also under autocast."""
+    """Return unit vectors of preprocessed images, (B, 3, S, S) -> (B, D), float32 also under autocast."""
     return F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output).float(), dim=-1)
 
 
 def text_vectors(model: CLIPModel, input_ids: Tensor) -> Tensor:
-    """Unit vectors of token rows, (T, L) -> (T, D). Padding after the end token changes nothing (causal)."""
+    """Return unit vectors of token rows, (T, L) -> (T, D); padding after the end token has no effect."""
     return F.normalize(model.text_projection(model.text_model(input_ids=input_ids).pooler_output).float(), dim=-1)
 
 

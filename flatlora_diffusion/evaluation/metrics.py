@@ -1,7 +1,7 @@
-"""Metrics of generated images, from unit vectors of images and texts: similarity, fidelity, drift, diversity, copying.
+"""Metrics of generated images from unit vectors: similarity, fidelity, drift, diversity and memorization.
 
-Functions of vectors give one value per image or per prompt; `picture_metrics` and `judge_metrics` average them into
-named floats, and `described` says what each name means. Knows nothing about how the images were made.
+Functions of vectors return one value per image or prompt; `picture_metrics` and `judge_metrics` average them by name,
+and `describe_metrics` explains the names.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from flatlora_diffusion.evaluation.judge import STYLE_PROMPTS, Judge, rank_names
 
 Pictures = Mapping[tuple[str, int], Image.Image]  # by (prompt, seed)
 
-STYLE = "fluent-3d"  # of the judge's four styles the one that is trained
+STYLE = "fluent-3d"  # the trained style among those of the judge
 
 
 class Metric(NamedTuple):
-    """One of the named floats; `better` is None where neither direction is good in itself."""
+    """The description of a metric; `better` is None if neither direction is good in itself."""
 
     key: str
     name: str
@@ -114,25 +114,23 @@ METRICS = (
 
 
 def image_similarity(images: Tensor, training: Tensor) -> Tensor:
-    """Mean cosine of each image with the training images, (B, D), (N, D) -> (B,)."""
+    """Return the mean cosine of each image with the training images, (B, D), (N, D) -> (B,)."""
     return (images @ training.T).mean(dim=1)
 
 
 def pair_cosines(images: Tensor, others: Tensor) -> Tensor:
-    """Cosine of row b of one with row b of the other, (B, D), (B, D) -> (B,)."""
+    """Return the cosines of corresponding rows, (B, D), (B, D) -> (B,)."""
     return (images * others).sum(dim=1)
 
 
 def drifts(base: Tensor, adapted: Tensor) -> Tensor:
-    """(1 - cosine) / 2 of rows of one prompt and seed, (B, D), (B, D) -> (B,) in [0, 1]; exactly 0 for equal rows.
-
-    For unit vectors this is a quarter of the squared distance.
-    """
+    """Return (1 - cosine) / 2 of corresponding rows, (B, D), (B, D) -> (B,) in [0, 1]."""
+    # A quarter of the squared distance of unit vectors, which is exactly 0 for equal rows.
     return (base - adapted).square().sum(dim=1) / 4
 
 
 def diversities(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """Mean 1 - cosine over the pairs of images of one prompt; prompts with a single image are left out.
+    """Return the mean of 1 - cosine over the pairs of images of each prompt that has at least two.
 
     `images` is (B, D); `prompts[b]` is the prompt of row b.
     """
@@ -146,27 +144,27 @@ def diversities(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
 
 
 def nearest_cosines(images: Tensor, training: Tensor) -> Tensor:
-    """Largest cosine of each image to any training image, (B, D), (N, D) -> (B,)."""
+    """Return the largest cosine of each image to any training image, (B, D), (N, D) -> (B,)."""
     return (images @ training.T).amax(dim=1)
 
 
 def own_nearest_cosines(training: Tensor) -> Tensor:
-    """Largest cosine of each training image to any *other* one (leave-one-out), (N, D) -> (N,); N is at least 2."""
+    """Return the largest cosine of each training image to any other, (N, D) -> (N,); N is at least 2."""
     cosines = training @ training.T
     return cosines.fill_diagonal_(-torch.inf).amax(dim=1)
 
 
 def memorization_threshold(training: Tensor, quantile: float = 0.95) -> float:
-    """The cosine that this share of the training images stays below with its nearest fellow, (N, D) -> float.
+    """Return a quantile of the largest cosines between training images, (N, D) -> float.
 
-    Coarse with few training images: new images of the same kind can lie above it much more often than 1 - `quantile`.
+    With few training images, new images of the same kind exceed it much more often than 1 - `quantile`.
     """
     return float(own_nearest_cosines(training).quantile(quantile))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The encoded images and texts that generated images are compared with: training, held-out and base images."""
+    """The encoded training, held-out and base images and texts that generated images are compared with."""
 
     encoder: Encoder
     training: Tensor
@@ -182,11 +180,12 @@ def encode_reference(
     heldout: Mapping[str, Image.Image] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Reference:
-    """The reference of `picture_metrics`.
+    """Create the reference of `picture_metrics`.
 
-    `base` are the pictures of the base model for every (prompt, seed) that will be measured; `heldout` maps a prompt
-    to the real image it describes; `texts` maps a prompt to the text that its images are compared with, where that
-    is not the prompt itself (for the judge: `an icon of a fox`).
+    Args:
+        base: images of the base for every (prompt, seed) that will be measured.
+        heldout: the real image that a prompt describes, by prompt.
+        texts: the text to compare a prompt's images with, if not the prompt (for the judge: `an icon of a fox`).
     """
     heldout = heldout or {}
     return Reference(
@@ -199,12 +198,18 @@ def encode_reference(
 
 
 def picture_metrics(reference: Reference, pictures: Pictures, unrelated: Pictures | None = None) -> dict[str, float]:
-    """The metrics of one model, by the keys of `METRICS`.
+    """Return the metrics of one model by the keys of `METRICS`.
 
-    `pictures` are of prompts in the learned style, `unrelated` of prompts that the LoRA should leave alone. A key is
-    missing where nothing defines it: `prompt_fidelity` of an encoder without text, `drift` without unrelated
-    prompts, `diversity` with one seed per prompt, `heldout_similarity` without a held-out image of any prompt,
-    `memorized_share` with a single training image. Raises ValueError for a picture that the base has no fellow of.
+    Undefined metrics are missing: `prompt_fidelity` without text encoder, `drift` without unrelated prompts,
+    `diversity` with one seed per prompt, `heldout_similarity` without held-out images, `memorized_share` with one
+    training image.
+
+    Args:
+        pictures: images of prompts in the learned style.
+        unrelated: images of prompts that the LoRA should not affect.
+
+    Raises:
+        ValueError: the base has no image for some (prompt, seed).
     """
     encoder, prompts = reference.encoder, [prompt for prompt, _ in pictures]
     images = encoder.embed_images(list(pictures.values()))
@@ -235,10 +240,15 @@ def picture_metrics(reference: Reference, pictures: Pictures, unrelated: Picture
 def judge_metrics(
     judge: Judge, pictures: Pictures, names: Mapping[str, str], candidates: Sequence[str]
 ) -> dict[str, float]:
-    """`name_found` and `style_probability` of the pictures, as the judge sees them.
+    """Return `name_found` and `style_probability` of the pictures by the judge.
 
-    `names` maps each prompt to the name of what it shows; `candidates` are the names it is told from, itself
-    included. Raises KeyError or ValueError for a prompt without a name or a name that is no candidate.
+    Args:
+        names: the name of the object by prompt.
+        candidates: all names that the judge chooses from.
+
+    Raises:
+        KeyError: a prompt has no name.
+        ValueError: a name is not among the candidates.
     """
     images = [centre_square(image) for image in pictures.values()]
     right = torch.tensor([candidates.index(names[prompt]) for prompt, _ in pictures])
@@ -249,16 +259,16 @@ def judge_metrics(
     }
 
 
-def described(keys: Iterable[str]) -> list[dict[str, str | int | None]]:
-    """Key, name, better, help and digits of each key, in the given order.
+def describe_metrics(keys: Iterable[str]) -> list[dict[str, str | int | None]]:
+    """Return key, name, better, help and digits of each key, in order.
 
-    A key may have a prefix that tells encoders apart, such as `dino_drift`; the name then ends with `(dino)`. Raises
-    KeyError for a key that ends with no metric's.
+    A key may have a prefix for the encoder, such as `dino_drift`; the name then ends with `(dino)`. Raises KeyError
+    for an unknown key.
     """
     rows: list[dict[str, str | int | None]] = []
     for key in keys:
-        ends = [metric for metric in METRICS if key == metric.key or key.endswith(f"_{metric.key}")]
-        metric = max(ends, key=lambda metric: len(metric.key), default=None)
+        matches = [metric for metric in METRICS if key == metric.key or key.endswith(f"_{metric.key}")]
+        metric = max(matches, key=lambda metric: len(metric.key), default=None)
         if metric is None:
             raise KeyError(key)
         prefix = key.removesuffix(metric.key).rstrip("_")
@@ -269,7 +279,7 @@ def described(keys: Iterable[str]) -> list[dict[str, str | int | None]]:
 def _base_of(reference: Reference, pictures: Pictures) -> Tensor:
     missing = [key for key in pictures if key not in reference.base]
     if missing:
-        raise ValueError(f"{len(missing)} pictures have no picture of the base beside them, such as {missing[0]}")
+        raise ValueError(f"{len(missing)} pictures have no picture of the base, such as {missing[0]}")
     return torch.stack([reference.base[key] for key in pictures])
 
 

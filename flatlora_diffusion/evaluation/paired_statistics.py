@@ -1,4 +1,4 @@
-"""Paired differences over seeds: their mean, its interval, and the smallest difference that they could show."""
+"""Paired differences over seeds: mean, confidence interval and smallest detectable difference."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
-# Where two runs are compared.
+# The points at which two runs are compared: at equal steps, at the ends, at equal unperturbed loss, after equal time.
 STEPS, ENDS, CLEAN_LOSS, SECONDS = "steps", "ends", "clean loss", "seconds"
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """`mean` of `differences` (one for each seed) with its interval; what these cannot say is None.
+    """The mean of `differences`, one for each seed, with its interval; None for one seed or equal differences.
 
-    One seed shows no spread, nor do seeds that differ by as much, as counts of a few pictures do.
-
-    `detectable` is the smallest true difference that a test at this confidence finds with 80 % power, given the
-    spread that was seen.
+    `detectable` is the smallest true difference that a test at this confidence finds with 80 % power, for the observed
+    spread.
     """
 
     differences: tuple[float, ...]
@@ -38,20 +36,17 @@ class PairedDifference:
 
     @property
     def margin(self) -> float | None:
-        """Half of the interval."""
+        """Half the width of the interval."""
         return None if self.high is None else self.high - self.mean
 
 
 def paired_difference(
     values: Sequence[float], reference: Sequence[float], confidence: float = CONFIDENCE
 ) -> PairedDifference:
-    """values - reference, seed by seed, with the 95 % interval of Student's t, or one of another confidence.
-
-    Raises ValueError when the two are not pairs.
-    """
+    """Return values - reference, seed by seed, with Student's t interval. Raises ValueError for unequal lengths."""
     if len(values) != len(reference) or not values:
-        raise ValueError(f"{len(values)} and {len(reference)} values are no pairs")
-    differences = tuple(one - other for one, other in zip(values, reference, strict=True))
+        raise ValueError(f"{len(values)} and {len(reference)} values are not pairs")
+    differences = tuple(value - other for value, other in zip(values, reference, strict=True))
     mean = statistics.fmean(differences)
     if len(differences) > 1 and not any(differences):
         return PairedDifference(differences, mean, 0.0, 0.0, 0.0)
@@ -60,12 +55,12 @@ def paired_difference(
         return PairedDifference(differences, mean, None, None, None)
     error = statistics.stdev(differences) / len(differences) ** 0.5
     low, high = stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=error)
-    found = detectable(error, len(differences) - 1, confidence)
-    return PairedDifference(differences, mean, float(low), float(high), found)
+    smallest = detectable(error, len(differences) - 1, confidence)
+    return PairedDifference(differences, mean, float(low), float(high), smallest)
 
 
 def detectable(error: float, freedom: float, confidence: float = CONFIDENCE) -> float:
-    """The difference that a two-sided t test of this standard error and these degrees of freedom finds by `POWER`."""
+    """Return the difference that a two-sided t test with this standard error finds with probability `POWER`."""
     critical = stats.t.ppf((1 + confidence) / 2, freedom)
 
     def missing_power(shift: float) -> float:

@@ -1,5 +1,5 @@
-"""How flat the loss is around finished runs' merged weights, and what that says of strength, bits and rank.
+"""Flatness of the loss around the merged weights of finished runs, and robustness to strength, precision and rank.
 
-Reads run folders; knows no training loop. Start with `report.py`, then `landscape.py`. From that down nothing knows
-SDXL: `peft_models.py` measures any model with PEFT adapters.
+Reads run folders; knows no training loop. Start with `report.py`, then `landscape.py`. `landscape.py` and its imports
+know no SDXL: `peft_models.py` measures any model with PEFT adapters.
 """

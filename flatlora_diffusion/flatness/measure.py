@@ -1,4 +1,4 @@
-"""All flatness figures of one W', in the order in which they are measured."""
+"""The flatness measurements at the W' of a run or of the base."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from flatlora_diffusion.config import FlatnessConfig
 from flatlora_diffusion.evaluation.probe import Probe
 from flatlora_diffusion.flatness.curvature import Eigenvalue, top_eigenvalues, trace
 from flatlora_diffusion.flatness.functional import Estimate, Loss, Metric, Weights, value
-from flatlora_diffusion.flatness.landscape import Landscape, landscape, worst_rises
-from flatlora_diffusion.flatness.merged_weights import Deltas, in_factors, merged, probe_loss_at, twice_differentiable
+from flatlora_diffusion.flatness.landscape import Landscape, landscape, worst_increases
+from flatlora_diffusion.flatness.merged_weights import (
+    Deltas,
+    loss_of_factors,
+    loss_on_probe,
+    merged,
+    twice_differentiable,
+)
 from flatlora_diffusion.flatness.perturbed_models import STRENGTHS, OtherModels, variants
 from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.sampling import evaluating
+from flatlora_diffusion.sdxl.sampling import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +34,7 @@ IMAGES = {TRAIN: "training images", HELDOUT: "held-out images"}
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """The base (no deltas) or a LoRA, and the probe of each set of images as its text encoders read the captions."""
+    """The base (without deltas) or a LoRA, and the probe of each image set with captions by its text encoders."""
 
     name: str
     deltas: Deltas
@@ -45,10 +51,12 @@ class Curvature:
 
 @dataclass(frozen=True)
 class FlatnessFigures(Landscape):
-    """The measurements at the W' of one model. All but losses, strengths and variants is of the training images.
+    """The measurements at the W' of a model, on the training images except where stated.
 
-    worst: in W', one for each radius; worst_factors: in A and B, none of the base; strengths and variants: loss by set
-    of images.
+    losses: by image set.
+    worst: loss increase in the steepest direction of W', one for each radius.
+    worst_factors: the same for A and B; empty for the base.
+    strengths, variants: losses by image set of each.
     """
 
     losses: dict[str, float]
@@ -67,35 +75,40 @@ def measure_flatness(
     config: FlatnessConfig,
     others: OtherModels,
 ) -> FlatnessFigures:
-    """The figures of `model`. `base` are the weights of the UNet that any of the models adapts; none is written."""
+    """Measure `model`; `base` are the weights of the UNet that any of the models adapts."""
     start = time.monotonic()
     weights = merged(base, model.deltas)
     losses = {
-        kind: probe_loss_at(unet, objective, probe, config.probe_batch_size) for kind, probe in model.probes.items()
+        kind: loss_on_probe(unet, objective, probe, config.probe_batch_size) for kind, probe in model.probes.items()
     }
     train = losses[TRAIN]
-    with evaluating(unet):
+    with eval_mode(unet):
         figures = FlatnessFigures(
             **vars(landscape(model.name, train, weights, config)),
             losses=_values(losses, weights),
-            worst=worst_rises(train, weights, config.radii),
-            worst_factors=worst_rises(*in_factors(train, base, model.deltas), config.radii) if model.deltas else [],
+            worst=worst_increases(train, weights, config.radii),
+            worst_factors=_factor_increases(train, base, model.deltas, config),
             curvature=_curvature(unet, train, weights, config),
-            strengths=_at_strengths(losses, base, model.deltas),
-            variants=_of_variants(losses, base, model.deltas, others),
+            strengths=_strength_losses(losses, base, model.deltas),
+            variants=_variant_losses(losses, base, model.deltas, others),
         )
     logger.info("%s: measured in %.0f s", model.name, time.monotonic() - start)
     return figures
 
 
-def _at_strengths(losses: Mapping[str, Loss], base: Weights, deltas: Deltas) -> dict[float, dict[str, float]]:
-    """The losses by strength; none of the base, which has no LoRA to be weakened."""
+def _factor_increases(loss: Loss, base: Weights, deltas: Deltas, config: FlatnessConfig) -> list[float]:
+    """Return the worst-case loss increases in A and B; empty for the base."""
+    return worst_increases(*loss_of_factors(loss, base, deltas), config.radii) if deltas else []
+
+
+def _strength_losses(losses: Mapping[str, Loss], base: Weights, deltas: Deltas) -> dict[float, dict[str, float]]:
+    """Return the losses by strength of the LoRA; empty for the base."""
     if not deltas:
         return {}
     return {strength: _values(losses, merged(base, deltas, strength)) for strength in STRENGTHS}
 
 
-def _of_variants(
+def _variant_losses(
     losses: Mapping[str, Loss], base: Weights, deltas: Deltas, others: OtherModels
 ) -> dict[str, dict[str, float]]:
     if not deltas:

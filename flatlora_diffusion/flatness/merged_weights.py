@@ -1,4 +1,4 @@
-"""Between a UNet and the space of its weights: W' of a LoRA as tensors, and the probe's loss at any weights."""
+"""The merged weights W' of a LoRA as tensors, and the probe's loss as a function of weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 
 @dataclass(frozen=True)
 class Delta:
-    """A LoRA's change of a weight: W + up @ down, (m, r) and (r, n); DoRA then scales rows to `magnitude` (m,)."""
+    """A LoRA of one weight: W + up @ down, (m, r) and (r, n); DoRA then scales rows to `magnitude` (m,)."""
 
     down: Tensor
     up: Tensor
@@ -36,7 +36,7 @@ _SIDES = ("down", "up")
 
 @torch.no_grad()
 def lora_deltas(unet: nn.Module) -> Deltas:
-    """The deltas of the one LoRA that is loaded into `unet`, in fp32."""
+    """Return the deltas of the LoRA that is loaded into `unet`, in fp32."""
     deltas = {}
     for name, layer in lora_layers(unet).items():
         (adapter,) = layer.active_adapters
@@ -48,27 +48,27 @@ def lora_deltas(unet: nn.Module) -> Deltas:
 
 
 def base_weights(unet: nn.Module, names: Iterable[str]) -> Weights:
-    """The parameters `names` of a UNet without LoRA, in fp32."""
+    """Return the parameters `names` of a UNet without LoRA, in fp32."""
     parameters = dict(unet.named_parameters())
     return {name: parameters[name].detach().float() for name in names}
 
 
 def merged(base: Weights, deltas: Mapping[str, Delta], strength: float = 1.0) -> Weights:
-    """W' of each weight of `base`; those that the LoRA does not adapt, and all at strength 0, stay W."""
+    """Return W' of each weight of `base`; it is W where the LoRA has no delta, and at strength 0."""
     return {
         name: _merged(weight, deltas[name], strength) if strength and name in deltas else weight
         for name, weight in base.items()
     }
 
 
-def in_factors(loss: Loss, base: Weights, deltas: Deltas) -> tuple[Loss, Weights]:
-    """`loss` as a function of A (r, n) and sB (m, r) of each layer in place of W', and these; W stays what it is."""
+def loss_of_factors(loss: Loss, base: Weights, deltas: Deltas) -> tuple[Loss, Weights]:
+    """Return `loss` as a function of A (r, n) and sB (m, r) of each layer at fixed W, and the values of A and sB."""
     factors = {_key(name, side): getattr(delta, side) for name, delta in deltas.items() for side in _SIDES}
     return [partial(_at_factors, part, base, deltas) for part in loss], factors
 
 
-def probe_loss_at(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int) -> Loss:
-    """The probe's mean loss as a function of some of the weights of `unet`, which must be in eval mode."""
+def loss_on_probe(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int) -> Loss:
+    """Return the probe's mean loss as a function of weights of `unet`, which must be in eval mode."""
     count = len(probe.timesteps)
     return [
         loss_at(unet, partial(_part, objective=objective, probe=probe, part=slice(start, start + batch_size)))
@@ -78,26 +78,26 @@ def probe_loss_at(unet: UNet2DConditionModel, objective: Objective, probe: Probe
 
 @contextmanager
 def twice_differentiable(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Attention from plain matrix products, since PyTorch's fused attention has no second derivative."""
-    before = dict(unet.attn_processors)
+    """Use attention with a second derivative, which PyTorch's fused attention lacks."""
+    processors = dict(unet.attn_processors)
     unet.set_attn_processor(AttnProcessor())
     try:
         yield
     finally:
-        unet.set_attn_processor(before)
+        unet.set_attn_processor(processors)
 
 
 def _part(unet: UNet2DConditionModel, objective: Objective, probe: Probe, part: slice) -> Tensor:
-    batch = probe.batch.mapped(lambda value: value[part])
+    batch = probe.batch.map(lambda tensor: tensor[part])
     losses = sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part])
     return losses.sum() / len(probe.timesteps)
 
 
 def _at_factors(part: Callable[[Weights], Tensor], base: Weights, deltas: Deltas, factors: Weights) -> Tensor:
-    moved = {
+    changed = {
         name: replace(delta, **{side: factors[_key(name, side)] for side in _SIDES}) for name, delta in deltas.items()
     }
-    return part(merged(base, moved))
+    return part(merged(base, changed))
 
 
 def _key(name: str, side: str) -> str:

@@ -1,6 +1,6 @@
-"""`peft_flatness`: how flat the loss of any model with PEFT adapters is around W', as figures and charts.
+"""`peft_flatness`: the flatness of the loss of any model with PEFT adapters around W'.
 
-Knows no image model: a loss and weights are all it takes. PEFT makes W' itself, in a copy of the model.
+PEFT computes W' in a copy of the model. Knows no image model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from flatlora_diffusion.charts.palette import LOOKS
 from flatlora_diffusion.config import ConfigError, LandscapeConfig
 from flatlora_diffusion.flatness.functional import Loss, Weights, loss_at, value
-from flatlora_diffusion.flatness.landscape import Landscape, landscape
-from flatlora_diffusion.flatness.loss_surface import axis
+from flatlora_diffusion.flatness.landscape import Landscape, axis, landscape
 from flatlora_diffusion.flatness.plots import RESULT, check_result_folder, write_landscape
 from flatlora_diffusion.method.layers import layer_name
 from flatlora_diffusion.storage.atomic_io import check_writable, write_json
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 ModelLoss = Callable[[Any], Tensor] | Sequence[Mapping[str, Any]]
 """A function of a model, or batches with labels: the mean of `model(**batch).loss`."""
 
-_SAME = 1e-3  # how close the loss at W' has to come to the model's own, which is rounded in another order
+_SAME = 1e-3  # tolerance between the loss at W' and the model's loss, which differ by rounding
 
 
 def peft_flatness(
@@ -45,12 +44,22 @@ def peft_flatness(
     config: LandscapeConfig | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> list[Landscape]:
-    """The loss around the W' of each of `models` by name, in `folder` as charts and flatness.json, with `facts` in it.
+    """Measure the loss around the merged weights W' of each model, and write charts and flatness.json.
 
-    W' are the merged weights of all adapted layers, as the model computes with them now. All models share draws and
-    directions, which are functions of `config.seed`; the first is drawn as LoRA, the second as Flat-LoRA. `loss` gets
-    a model in eval mode and has to be the same each time: fixed examples, fixed noise. The models stay as they are,
-    bit for bit. Raises ConfigError for what cannot be measured.
+    All models share the random draws and directions, which are functions of `config.seed`. The models are not changed.
+
+    Args:
+        models: models with PEFT adapters by name; charts show the first as LoRA and the second as Flat-LoRA.
+        loss: a deterministic function of a model in eval mode, or batches with labels.
+        folder: the output folder.
+        config: settings; the defaults if None.
+        facts: additional entries of flatness.json.
+
+    Returns:
+        The landscape of each model.
+
+    Raises:
+        ConfigError: a model, the loss or the folder is not supported.
     """
     config, folder = config or LandscapeConfig(), Path(folder)
     check_writable(folder, "folder")
@@ -63,19 +72,19 @@ def peft_flatness(
         "settings": dataclasses.asdict(config),
         "weights": weights,
         "axis": axis(config.extent, config.surface_points),
-        "losses": {one.name: one.loss for one in figures},
+        "losses": {model.name: model.loss for model in figures},
         "versions": versions(),
         **(facts or {}),
-        "figures": [dataclasses.asdict(one) for one in figures],
+        "figures": [dataclasses.asdict(model) for model in figures],
     }
     write_json(folder / RESULT, result)
-    looks = [LOOKS[1 + place % (len(LOOKS) - 1)] for place in range(len(figures))]
+    looks = [LOOKS[1 + index % (len(LOOKS) - 1)] for index in range(len(figures))]
     write_landscape(folder, config, figures, looks)
     return figures
 
 
 def _check(models: Mapping[str, nn.Module]) -> int:
-    """The number of weights that are moved, which all models must have in common."""
+    """Return the number of adapted weights, which must be the same for all models."""
     if not models:
         raise ConfigError("no model was given; give at least one with its name")
     shapes = {name: _shapes(name, model) for name, model in models.items()}
@@ -87,27 +96,27 @@ def _check(models: Mapping[str, nn.Module]) -> int:
 
 
 def _shapes(name: str, model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of each adapted weight by the name of its layer."""
+    """Return the shape of each adapted weight by the name of its layer."""
     shapes = {}
     for path, layer in _adapted(model).items():
         base = layer.get_base_layer()
         if not isinstance(base, nn.Linear | nn.Conv2d):
             kind = type(base).__name__
-            raise ConfigError(f"{name} has an adapted {kind}, {path}; only Linear and Conv2d can be measured")
+            raise ConfigError(f"{name} adapts {path}, which is a {kind}; only Linear and Conv2d are supported")
         if base.weight.dtype not in (torch.float32, torch.float64):
             dtype = str(base.weight.dtype).removeprefix("torch.")
             raise ConfigError(
-                f"{name} has the weights of {path} in {dtype}, which rounds small steps away; "
-                "load the base whole and in fp32, or call model.float()"
+                f"{name} has the weights of {path} in {dtype}, which cannot represent small steps; "
+                "load the base in fp32 without quantization, or call model.float()"
             )
         shapes[layer_name(path)] = base.weight.shape
     if not shapes:
-        raise ConfigError(f"{name} has no adapted layer; put an adapter of PEFT on the model first")
+        raise ConfigError(f"{name} has no adapted layer; add a PEFT adapter to the model first")
     return shapes
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers by module path."""
+    """Return the adapted layers by module path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
@@ -132,46 +141,46 @@ def _landscape(
     name: str, model: nn.Module, parts: Sequence[Callable[[Any], Tensor]], config: LandscapeConfig
 ) -> Landscape:
     start = time.monotonic()
-    twin = _twin(model)
+    copied = _copy_with_own_base(model)
     with torch.no_grad():
-        own = sum(float(part(twin)) for part in parts)
-    loss, weights = _merged(twin, parts)
+        model_loss = sum(float(part(copied)) for part in parts)
+    loss, weights = _merged(copied, parts)
     clean = value(loss, weights)
-    if not math.isclose(own, clean, rel_tol=_SAME, abs_tol=_SAME**2):
+    if not math.isclose(model_loss, clean, rel_tol=_SAME, abs_tol=_SAME**2):
         raise ConfigError(
-            f"the loss of {name} is {own:.6g}, but {clean:.6g} at its merged weights W'; give a loss that is the same "
-            "each time, and adapters that PEFT can merge"
+            f"the loss of {name} is {model_loss:.6g}, but {clean:.6g} at its merged weights W'; give a deterministic "
+            "loss, and adapters that PEFT can merge"
         )
-    found = landscape(name, loss, weights, config)
+    result = landscape(name, loss, weights, config)
     logger.info("%s: measured in %.0f s", name, time.monotonic() - start)
-    return found
+    return result
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, which has all tensors in common with `model` but for those of the adapted layers."""
-    shared: dict[int, Any] = {id(one): one for one in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared).eval()
-    for layer in _adapted(twin).values():
+def _copy_with_own_base(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode that shares all tensors with `model` except those of the adapted base layers."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    copied = copy.deepcopy(model, shared).eval()
+    for layer in _adapted(copied).values():
         base = layer.get_base_layer()
-        for name, one in list(base.named_parameters(recurse=False)):
-            setattr(base, name, nn.Parameter(one.detach().clone(), requires_grad=False))
-    return twin
+        for name, weight in list(base.named_parameters(recurse=False)):
+            setattr(base, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
+    return copied
 
 
-def _merged(twin: nn.Module, parts: Sequence[Callable[[Any], Tensor]]) -> tuple[Loss, Weights]:
-    """Merge its adapters into `twin`, which has none then; its loss as a function of W', and W'.
+def _merged(model: nn.Module, parts: Sequence[Callable[[Any], Tensor]]) -> tuple[Loss, Weights]:
+    """Merge the adapters of `model` and remove them; returns its loss as a function of W', and W'.
 
-    They go by the layers' names, which are the same however PEFT is wrapped around, and so are the draws.
+    Weights have the layers' names, which do not depend on PEFT's wrappers, so that the random draws do not either.
     """
     paths, weights = {}, {}
-    for path, layer in _adapted(twin).items():
+    for path, layer in _adapted(model).items():
         if not (layer.merged or layer.disable_adapters):
             layer.merge()
         base = layer.get_base_layer()
-        twin.set_submodule(path, base)
+        model.set_submodule(path, base)
         name = f"{layer_name(path)}.weight"
         paths[name], weights[name] = f"{path}.weight", base.weight.detach()
-    return [partial(_by_path, loss_at(twin, part), paths) for part in parts], weights
+    return [partial(_by_path, loss_at(model, part), paths) for part in parts], weights
 
 
 def _by_path(part: Callable[[Weights], Tensor], paths: Mapping[str, str], weights: Weights) -> Tensor:

@@ -1,7 +1,4 @@
-"""Changes that users make to a LoRA: another strength, fewer bits, a lower rank, another base, a second LoRA.
-
-Deltas in, deltas or weights out.
-"""
+"""Changes of a LoRA in use: strength, precision, rank, another base, a second LoRA."""
 
 from __future__ import annotations
 
@@ -23,23 +20,23 @@ Rounding = Literal["fp16", "fp8", "int8"]
 
 @dataclass(frozen=True)
 class OtherModels:
-    """Models that a LoRA is combined with: a second LoRA, and all weights of another base of the architecture."""
+    """Models to combine a LoRA with: a second LoRA, and the weights of another base of the same architecture."""
 
     second_lora: Deltas = field(default_factory=dict)
     other_base: Weights = field(default_factory=dict)
 
 
 def variants(base: Weights, deltas: Deltas, others: OtherModels) -> Iterator[tuple[str, Weights]]:
-    """(name, W') of each: the LoRA's factors, the base or W' rounded, lower ranks, and W' with other models."""
+    """Yield (name, W') with factors, base or W' rounded, with lower ranks, and with other models."""
     for kind in get_args(Rounding):
-        yield f"LoRA in {kind}", merged(base, rounded(deltas, kind))
+        yield f"LoRA in {kind}", merged(base, round_factors(deltas, kind))
     for rank in _lower_ranks(deltas):
-        yield f"LoRA cut to rank {rank}", merged(base, of_rank(deltas, rank))
+        yield f"LoRA cut to rank {rank}", merged(base, truncate_rank(deltas, rank))
     for kind in get_args(Rounding):
-        yield f"W' in {kind}", {name: to_bits(weight, kind) for name, weight in merged(base, deltas).items()}
+        yield f"W' in {kind}", {name: round_to(weight, kind) for name, weight in merged(base, deltas).items()}
     for kind in get_args(Rounding):
-        rough = {name: to_bits(weight, kind) for name, weight in base.items()}
-        yield f"base in {kind}, LoRA whole", merged(rough, deltas)
+        rounded_base = {name: round_to(weight, kind) for name, weight in base.items()}
+        yield f"base in {kind}, LoRA whole", merged(rounded_base, deltas)
     if others.second_lora:
         yield "second LoRA alone", merged(base, others.second_lora)
         yield "with the second LoRA", merged(merged(base, deltas), others.second_lora)
@@ -48,24 +45,24 @@ def variants(base: Weights, deltas: Deltas, others: OtherModels) -> Iterator[tup
         yield "on the other base", merged(others.other_base, deltas)
 
 
-def rounded(deltas: Deltas, kind: Rounding) -> Deltas:
-    """Both factors of each layer in fewer bits, after they were balanced as our files are."""
-    coarse = {}
+def round_factors(deltas: Deltas, kind: Rounding) -> Deltas:
+    """Round both factors of each layer, after balancing them as in saved files."""
+    rounded = {}
     for name, delta in deltas.items():
         down, up = balanced(delta.down, delta.up)
-        coarse[name] = replace(delta, down=to_bits(down, kind), up=to_bits(up, kind))
-    return coarse
+        rounded[name] = replace(delta, down=round_to(down, kind), up=round_to(up, kind))
+    return rounded
 
 
 @torch.no_grad()
-def of_rank(deltas: Deltas, rank: int) -> Deltas:
-    """The best approximation of each update by `rank`: its largest singular values."""
+def truncate_rank(deltas: Deltas, rank: int) -> Deltas:
+    """Return the best approximation of each delta with `rank`, by its largest singular values."""
     return {name: _cut(delta, rank) for name, delta in deltas.items()}
 
 
 @torch.no_grad()
-def to_bits(values: Tensor, kind: Rounding) -> Tensor:
-    """`values` rounded to fp16, to fp8 (e4m3, as it is cast by other tools) or to int8 with a scale for each row."""
+def round_to(values: Tensor, kind: Rounding) -> Tensor:
+    """Round `values` to fp16, to fp8 (e4m3, by casting as other tools do) or to int8 with a scale for each row."""
     if kind == "fp16":
         return values.half().to(values)
     if kind == "fp8":
@@ -77,7 +74,7 @@ def to_bits(values: Tensor, kind: Rounding) -> Tensor:
 
 
 def _lower_ranks(deltas: Deltas) -> list[int]:
-    """Powers of two below the LoRA's rank."""
+    """Return the powers of two below the LoRA's rank."""
     highest = max(len(delta.down) for delta in deltas.values())
     return [2**power for power in range(highest.bit_length()) if 2**power < highest]
 

@@ -1,10 +1,10 @@
-"""`flatness`: the base and finished runs measured around their merged weights, as JSON, tables, charts and a page.
+"""`flatness`: measures the base and finished runs around their merged weights.
 
-flatness.json     every figure, the settings, versions and the hash of each LoRA file
+flatness.json     all results, the settings, versions and the hash of each LoRA file
 flatness.md       the tables
-rise.png          expected rise of the loss by sigma, Eq. 7's noise
+rise.png          expected loss increase by sigma, under noise of Eq. 7
 slices.png        the loss along random directions, mean and standard error
-surface.png       filled contours of the loss over two random directions; surface.html: the same to turn and zoom
+surface.png       filled contours of the loss over two random directions; surface.html: the same, interactive
 strength.png      the loss by the strength of the LoRA
 """
 
@@ -22,15 +22,15 @@ from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.image_folders import image_folders
-from flatlora_diffusion.data.sources import check_unseen, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
-from flatlora_diffusion.flatness.loss_surface import axis
+from flatlora_diffusion.flatness.landscape import axis
 from flatlora_diffusion.flatness.measure import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
 from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
 from flatlora_diffusion.flatness.perturbed_models import OtherModels
-from flatlora_diffusion.flatness.pictures import write_charts
 from flatlora_diffusion.flatness.plots import RESULT, check_result_folder
+from flatlora_diffusion.flatness.run_charts import write_charts
 from flatlora_diffusion.flatness.tables import markdown_tables
 from flatlora_diffusion.lora_files.loading import loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
@@ -40,7 +40,7 @@ from flatlora_diffusion.sdxl.objective import objective_of, unweighted
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.atomic_io import check_writable, write_json, write_text
 from flatlora_diffusion.storage.saved_config import portable
-from flatlora_diffusion.storage.separate_folders import check_apart
+from flatlora_diffusion.storage.separate_folders import check_separate
 from flatlora_diffusion.storage.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,13 @@ BASE = "Base"
 def flatness(config: FlatnessConfig) -> Path:
     """Measure the runs and their base and write all files; returns the folder.
 
-    Text encoders and new tokens of a run only read the captions: W' is the UNet's, in fp32. Raises ConfigError for
-    wrong input, before anything is measured.
+    W' are weights of the UNet in fp32; text encoders and new tokens of a run only encode the captions. Raises
+    ConfigError for invalid input, before anything is measured.
     """
     runs, folder = read_runs(config.runs), Path(config.output_dir)
     check_writable(folder, "output_dir")
     check_result_folder(folder, "output_dir")
-    first = _where_it_is(runs[0].config, config)
+    first = _with_given_paths(runs[0].config, config)
     logger.info("base: %s", base_title(first.model))
     _check_apart(folder, first, config)
     images = _images(runs[0], first, config)
@@ -75,8 +75,8 @@ def flatness(config: FlatnessConfig) -> Path:
     return folder
 
 
-def _where_it_is(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
-    """The run's settings with base and images where they are now."""
+def _with_given_paths(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
+    """Return the run's settings with the given base and image folder."""
     if given.pretrained_model_name_or_path is not None:
         config = config.replace(pretrained_model_name_or_path=given.pretrained_model_name_or_path)
     if given.instance_data_dir is not None:
@@ -85,12 +85,12 @@ def _where_it_is(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
 
 
 def _check_apart(folder: Path, config: TrainConfig, given: FlatnessConfig) -> None:
-    """Raises ConfigError for an output folder of images: charts would be some of them. It may lie in or around one."""
+    """Raise ConfigError if the output folder is an image folder, whose images the charts would join."""
     folders = image_folders(config)
     if given.heldout_dir is not None:
         folders["heldout_dir"] = [Path(given.heldout_dir)]
     for name, images in folders.items():
-        check_apart("output_dir", folder, name, images, ("is",))
+        check_separate("output_dir", folder, name, images, ("is",))
 
 
 def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dict[str, list[Sample]]:
@@ -99,7 +99,7 @@ def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dic
     images = {TRAIN: training.samples}
     if given.heldout_dir is not None:
         images[HELDOUT] = load_heldout(Path(given.heldout_dir), config.data).samples
-        check_unseen(images[HELDOUT], images[TRAIN], "were")
+        check_not_trained_on(images[HELDOUT], images[TRAIN], "were")
     return images
 
 
@@ -110,7 +110,7 @@ def _models(
     images: Mapping[str, list[Sample]],
     given: FlatnessConfig,
 ) -> list[MeasuredModel]:
-    """The base and each run, every file read before anything is measured."""
+    """Return the base and each run; all files are read before anything is measured."""
     resolution = config.data.resolution or sdxl.resolution
 
     def probes(tokens: Mapping[str, list[str]]) -> dict[str, Probe]:
@@ -135,13 +135,13 @@ def _models(
 
 
 def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
-    """The second LoRA and the other base that are asked for; the probes stay those of the first base."""
+    """Load the second LoRA and the other base, if given; the probes are of the first base."""
     second_lora, other_base = {}, {}
     if given.second_lora is not None:
-        (file, *more) = parse_lora(given.second_lora)
-        if more:
-            raise ConfigError(f"second_lora={given.second_lora!r} must be one file")
-        with loaded(sdxl.pipeline, [file]):
+        files = parse_lora(given.second_lora)
+        if len(files) > 1:
+            raise ConfigError(f"second_lora={given.second_lora!r} names {len(files)} files; give only one")
+        with loaded(sdxl.pipeline, files):
             second_lora = lora_deltas(sdxl.unet)
     if given.other_base is not None:
         with base_given_as("other_base"):
@@ -156,11 +156,11 @@ def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
 def _facts(
     config: FlatnessConfig, runs: Sequence[FinishedRun], sdxl: Sdxl, images: Mapping[str, list[Sample]], weights: int
 ) -> dict[str, Any]:
-    """All that the figures depend on."""
+    """Return all that the results depend on."""
     settings = portable(dataclasses.asdict(config)) | {"runs": [run.name for run in runs]}
     for name in ("heldout_dir", "second_lora", "other_base"):
         settings[name] = None if settings[name] is None else Path(settings[name]).name
-    described = {
+    run_facts = {
         run.name: {
             "sha256": run.sha256,
             "method": run.config.perturb.method,
@@ -174,7 +174,7 @@ def _facts(
     return {
         "settings": settings,
         "base": portable(dataclasses.asdict(runs[0].config.model)),
-        "runs": described,
+        "runs": run_facts,
         "probe_samples": {kind: len(samples) * config.probe_draws for kind, samples in images.items()},
         "weights": weights,
         "axis": axis(config.extent, config.surface_points),
@@ -190,7 +190,7 @@ def _write(
     figures: Sequence[FlatnessFigures],
     facts: Mapping[str, Any],
 ) -> None:
-    result = {**facts, "figures": [dataclasses.asdict(one) for one in figures]}
+    result = {**facts, "figures": [dataclasses.asdict(model) for model in figures]}
     write_json(folder / RESULT, result)
     base = base_title(ModelConfig(**portable(dataclasses.asdict(model))))
     write_text(folder / "flatness.md", f"base: {base}\n\n{markdown_tables(figures, config)}\n")

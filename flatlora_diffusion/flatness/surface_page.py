@@ -1,4 +1,4 @@
-"""The loss surfaces as one HTML page to turn and zoom in a browser; it holds all it needs and works offline."""
+"""The loss surfaces as an interactive HTML page, which works offline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flatlora_diffusion.charts.palette import INK, PAPER, RULE
 
-# Turning one surface turns all, so that they are always seen from one side.
+# All surfaces share one camera.
 _TURN_TOGETHER = """
 const plot = document.getElementById("{plot_id}");
 const scenes = Object.keys(plot._fullLayout).filter(key => /^scene[0-9]*$/.test(key));
@@ -41,7 +41,7 @@ _LIGHT, _DARK = zip(PAPER, INK, RULE, strict=True)
 
 
 def can_write() -> bool:
-    """Whether plotly is there, which draws the page."""
+    """Whether plotly, which the page needs, is installed."""
     return find_spec("plotly") is not None
 
 

@@ -1,4 +1,4 @@
-"""Pictures to look at: prompts x seeds x LoRAs x strengths, as files and as one labelled grid.
+"""`generate`: images of prompts x seeds x LoRAs x strengths, as files and as labelled grids.
 
-Knows no run but its LoRA file. Start with `gallery.py`.
+Knows no run except its LoRA file. Start with `gallery.py`.
 """

@@ -1,18 +1,17 @@
-"""`generate`: prompts x seeds x LoRAs x strengths as single PNG files and as labelled grids, the base always first.
+"""`generate`: images of prompts x seeds x LoRAs x strengths as PNG files and as labelled grids, the base first.
 
-A call makes a new folder `output_dir/001`, `002`, ... and writes into it
+A call creates a new folder `output_dir/001`, `002`, ... with
 
-01_a-red-fox_seed-0_00_base.png        prompt, seed, row of the grid; the same names whenever the same is asked for
+01_a-red-fox_seed-0_00_base.png        prompt, seed, row of the grid; the names are deterministic
 01_a-red-fox_seed-0_01_my-lora_0.8.png
 grid.png                               rows: base, then LoRA x strength; columns: prompt x seed
-grid_01.png, grid_02.png, ...          instead of it when there are more than 8 columns: as many prompts as fit in
+grid_01.png, grid_02.png, ...          instead of grid.png for more than 8 columns: each with as many prompts as fit in
                                        8 columns, at least one, with all their seeds
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,28 +29,29 @@ from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, 
 from flatlora_diffusion.lora_files.loading import at_strength, loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, distinct_ends, parse_lora
 from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.drawing import Drawing, base_there
+from flatlora_diffusion.sdxl.drawing import Drawing, portable_base_name
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
-from flatlora_diffusion.storage.atomic_io import check_writable, file_sha256, writing_whole
+from flatlora_diffusion.sdxl.sampling import describe_drawing, generate_images
+from flatlora_diffusion.storage.atomic_io import atomic_write, check_writable, file_sha256
+from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
-MOST_COLUMNS = 8
+MAX_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class LoraRow:
-    """One row of the grid: the base, or LoRA files used together at one strength."""
+    """A row of the grid: the base, or LoRA files used together at a strength."""
 
-    place: int
+    index: int
     files: tuple[LoraFile, ...] = ()
     used: tuple[UsedLora, ...] = ()
     strength: float = 0.0
 
     @property
     def name(self) -> str:
-        shares = zip(self.used, self.files, strict=True)
-        return " + ".join(lora.name if file.weight == 1 else f"{lora.name}@{file.weight:g}" for lora, file in shares)
+        pairs = zip(self.used, self.files, strict=True)
+        return " + ".join(lora.name if file.weight == 1 else f"{lora.name}@{file.weight:g}" for lora, file in pairs)
 
     @property
     def label(self) -> str:
@@ -59,41 +59,41 @@ class LoraRow:
 
     @property
     def slug(self) -> str:
-        return f"{self.place:02}_" + (f"{_slug(self.name, 60)}_{self.strength:g}" if self.files else "base")
+        return f"{self.index:02}_" + (f"{_slug(self.name, 60)}_{self.strength:g}" if self.files else "base")
 
 
 @dataclass(frozen=True)
 class PromptColumn:
-    """One column of the grid: a prompt, its place counted from 1, and a seed."""
+    """A column of the grid: a prompt, its number from 1, and a seed."""
 
-    place: int
+    number: int
     prompt: str
     seed: int
 
     @property
     def slug(self) -> str:
-        return f"{self.place:02}_{_slug(self.prompt, 40)}"
+        return f"{self.number:02}_{_slug(self.prompt, 40)}"
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Draw all that `config` asks for; returns the grids.
+    """Generate the images that `config` requests; returns the paths of the grids.
 
-    Raises ConfigError for wrong input, before the first image.
+    Raises ConfigError for invalid input, before the first image.
     """
     prompts = _prompts(config)
     rows = _rows(config)
-    columns = [PromptColumn(place, prompt, seed) for place, prompt in enumerate(prompts, 1) for seed in config.seeds]
+    columns = [PromptColumn(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in config.seeds]
     check_writable(Path(config.output_dir), "output_dir")
     sdxl, config = _load(config)
-    for files in {row.files: None for row in rows}:  # one that does not fit is found here, not after all the others
+    for files in {row.files: None for row in rows}:  # to report an incompatible file before the first image
         with loaded(sdxl.pipeline, files):
             pass
     folder = _new_folder(Path(config.output_dir))
     images: list[list[Image.Image]] = []
     with tqdm(total=len(rows) * len(columns), unit="image") as bar:
-        for files, together in groupby(rows, key=lambda row: row.files):
+        for files, group in groupby(rows, key=lambda row: row.files):
             with loaded(sdxl.pipeline, files):
-                for row in together:
+                for row in group:
                     with at_strength(sdxl.pipeline, files, row.strength, config.merge):
                         images.append(_draw_row(sdxl, config, row, columns, folder, bar))
     return list(_save_grids(config, _sampler(sdxl), rows, columns, images, folder))
@@ -104,7 +104,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if config.prompts_file is not None:
         prompts += read_prompts(Path(config.prompts_file))
     if not prompts:
-        raise ConfigError("nothing to draw: give --prompts or a --prompts_file that is not empty")
+        raise ConfigError("there is no prompt: give --prompts or a --prompts_file that is not empty")
     return list(dict.fromkeys(prompts))
 
 
@@ -122,13 +122,14 @@ def _rows(config: GenerateConfig) -> list[LoraRow]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many as tell them apart; a run folder's own name for the LoRA in it."""
-    shown = [path.parent if path.name == LORA_FILE else path.with_suffix("") for path in paths]
-    return distinct_ends(shown) or distinct_ends(paths)  # a run folder `a` beside a file `a.safetensors`
+    """Return the shortest unique end of each path; the folder's name for the LoRA in a run folder."""
+    ends = [path.parent if path.name == LORA_FILE else path.with_suffix("") for path in paths]
+    # Not unique for a run folder `a` beside a file `a.safetensors`.
+    return distinct_ends(ends) or distinct_ends(paths)
 
 
 def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
-    """The base, and the config with what it leaves open decided."""
+    """Load the base; returns it and the config with precision and resolution set."""
     has_gpu = torch.cuda.is_available()
     precision = config.mixed_precision or ("fp16" if has_gpu else "no")
     sdxl = load_sdxl(config.model, torch.device("cuda" if has_gpu else "cpu"), DTYPES[precision])
@@ -139,7 +140,7 @@ def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
 
 
 def _new_folder(parent: Path) -> Path:
-    """The first of `parent/001`, `002`, ... that is free, made."""
+    """Create the first of `parent/001`, `002`, ... that does not exist."""
     number = 1
     while (parent / f"{number:03}").exists():
         number += 1
@@ -156,11 +157,11 @@ def _draw_row(
     folder: Path,
     bar: tqdm[NoReturn],
 ) -> list[Image.Image]:
-    """The images of a row, each saved as soon as its batch is drawn."""
+    """Generate the images of a row, and save them batch by batch."""
     images: list[Image.Image] = []
     for start in range(0, len(columns), config.batch_size):
         part = columns[start : start + config.batch_size]
-        drawn = generate_images(
+        generated = generate_images(
             sdxl,
             [column.prompt for column in part],
             [column.seed for column in part],
@@ -171,26 +172,26 @@ def _draw_row(
             config.negative_prompt,
             config.guidance_rescale,
         )
-        for column, image in zip(part, drawn, strict=True):
+        for column, image in zip(part, generated, strict=True):
             drawing = _drawing(sdxl, config, row, column)
             text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used, drawing)
-            with writing_whole(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png") as aside:
-                image.save(aside, format="PNG", pnginfo=text)
-        images += drawn
-        bar.update(len(drawn))
+            with atomic_write(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png") as temporary:
+                image.save(temporary, format="PNG", pnginfo=text)
+        images += generated
+        bar.update(len(generated))
     return images
 
 
 def _drawing(sdxl: Sdxl, config: GenerateConfig, row: LoraRow, column: PromptColumn) -> Drawing | None:
-    """What draws the image in other tools, where they can."""
-    shares = zip(row.used, row.files, strict=True)
-    return drawing_with(
+    """Describe the image for other tools; None if they cannot reproduce it."""
+    pairs = zip(row.used, row.files, strict=True)
+    return describe_drawing(
         sdxl,
         column.prompt,
         column.seed,
         config.resolution or sdxl.resolution,
-        base_there(bare_name(config.model.pretrained_model_name_or_path)),
-        tuple((_name_there(file.path), lora.strength) for lora, file in shares),
+        portable_base_name(bare_name(config.model.pretrained_model_name_or_path)),
+        tuple((_export_name(file.path), lora.strength) for lora, file in pairs),
         config.num_inference_steps,
         config.guidance_scale,
         config.negative_prompt,
@@ -198,8 +199,8 @@ def _drawing(sdxl: Sdxl, config: GenerateConfig, row: LoraRow, column: PromptCol
     )
 
 
-def _name_there(path: Path) -> str:
-    """The name of a LoRA in other tools: of a run the one that its own file for them has, elsewhere its folder's."""
+def _export_name(path: Path) -> str:
+    """Return the name of a LoRA in other tools; of a run's LoRA the name of its file for them."""
     run = RunDir(path.parent)
     if path.name != LORA_FILE:
         return path.stem
@@ -215,7 +216,7 @@ def _save_grids(
     folder: Path,
 ) -> Iterator[Path]:
     count = len(config.seeds)
-    step = count * max(1, MOST_COLUMNS // count)
+    step = count * max(1, MAX_COLUMNS // count)
     for number, start in enumerate(range(0, len(columns), step), 1):
         part = columns[start : start + step]
         prompts = list(dict.fromkeys(column.prompt for column in part))
@@ -223,17 +224,17 @@ def _save_grids(
         caption = f"{config.num_inference_steps} steps, guidance {config.guidance_scale:g}"
         caption += f", seed {config.seeds[0]}" if count == 1 else ""
         caption = f"{prompts[0]}\n{caption}" if len(prompts) == 1 and count > 1 else caption
-        shown = [row[start : start + step] for row in images]
+        cells = [row[start : start + step] for row in images]
         cell = min(max(192, config.resolution or 0), 320)
-        grid = labelled_grid(shown, [row.label for row in rows], labels, cell, caption)
+        grid = labelled_grid(cells, [row.label for row in rows], labels, cell, caption)
         path = folder / ("grid.png" if len(part) == len(columns) else f"grid_{number:02}.png")
         settings = {
             "prompts": prompts,
             "seeds": config.seeds,
             "rows": [[dataclasses.asdict(lora) for lora in row.used] for row in rows],
         }
-        with writing_whole(path) as aside:
-            grid.save(aside, format="PNG", pnginfo=grid_text(config, sampler, settings))
+        with atomic_write(path) as temporary:
+            grid.save(temporary, format="PNG", pnginfo=grid_text(config, sampler, settings))
         yield path
 
 
@@ -247,6 +248,6 @@ def _sampler(sdxl: Sdxl) -> str:
     return type(sdxl.pipeline.scheduler).__name__
 
 
-def _slug(text: str, most: int) -> str:
-    """`text` as a part of a file name on any system: letters, digits, `.`, `-`, `_` and `+`."""
-    return re.sub(r"[^\w.+-]+", "-", text)[:most].strip("-.") or "x"
+def _slug(text: str, length: int) -> str:
+    """Return `text` as part of a file name of at most `length` characters."""
+    return slug(text, allowed="+")[:length].strip("-.") or "x"

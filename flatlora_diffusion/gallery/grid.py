@@ -1,4 +1,4 @@
-"""Labelled grids of images, legible at a glance also where the whole is shown at half its size."""
+"""Labelled grids of images, legible at half their size."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _PAPER, _FAINT = "#1f2328", "white", "#59636e"
-_MOST_LINES = 8
-_GAP, _BETWEEN = 8, 24  # pixels between images, and more of them between bands
-_SHORT = 122  # pixels: a label at the left that large letters are used for
+_MAX_LINES = 8
+_GAP, _BAND_GAP = 8, 24  # pixels between images and between bands
+_SHORT = 122  # pixels: the width up to which row labels have large letters
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of images, each scaled to `cell` pixels, with labels at the left and, where there are any, on top."""
+    """Rows of images, scaled to `cell` pixels, with labels at the left and optionally on top."""
 
     rows: Sequence[Sequence[Image.Image]]
     row_labels: Sequence[str]
@@ -26,7 +26,7 @@ class Band:
 
     @property
     def width(self) -> int:
-        """That of the images, in pixels."""
+        """The width of the images in pixels."""
         return max(len(row) for row in self.rows) * (self.cell + _GAP)
 
 
@@ -37,15 +37,15 @@ def labelled_grid(
     cell: int,
     caption: str = "",
 ) -> Image.Image:
-    """`rows` of equally many images, each scaled to `cell` pixels, with labels at the left and on top.
+    """Draw rows of equally many images, scaled to `cell` pixels, with labels at the left and on top.
 
-    Labels and caption are broken into lines that fit their place, after 8 of them cut.
+    Labels and caption are wrapped, and truncated after 8 lines.
     """
     return labelled_bands([Band(rows, row_labels, column_labels, cell)], caption)
 
 
 def labelled_bands(bands: Sequence[Band], caption: str = "") -> Image.Image:
-    """`bands` below each other, their images aligned at the left, and the caption under all of them."""
+    """Draw bands below each other, aligned at the left, with a caption below."""
     small, large = ImageFont.load_default(18), ImageFont.load_default(24)
     labels = [label for band in bands for label in band.row_labels]
     row_font = large if all(large.getlength(label) <= _SHORT for label in labels) else small
@@ -56,7 +56,7 @@ def labelled_bands(bands: Sequence[Band], caption: str = "") -> Image.Image:
     heights = [_top(*top) + len(band.rows) * (band.cell + _GAP) for band, top in zip(bands, tops, strict=True)]
     caption_text = wrapped(caption, small, width - 2 * _GAP)
     bottom = 24 + _size(caption_text, small)[1] if caption else _GAP
-    canvas = Image.new("RGB", (width, sum(heights) + _BETWEEN * (len(bands) - 1) + bottom), _PAPER)
+    canvas = Image.new("RGB", (width, sum(heights) + _BAND_GAP * (len(bands) - 1) + bottom), _PAPER)
     draw = ImageDraw.Draw(canvas)
     y, texts = 0, iter(row_texts)
     for band, (columns, font), height in zip(bands, tops, heights, strict=True):
@@ -71,7 +71,7 @@ def labelled_bands(bands: Sequence[Band], caption: str = "") -> Image.Image:
             )
             for column, image in enumerate(images):
                 canvas.paste(_scaled(image, band.cell), (left + column * (band.cell + _GAP), top))
-        y += height + _BETWEEN
+        y += height + _BAND_GAP
     if caption:
         x = left if _size(caption_text, small)[0] <= width - left - _GAP else _GAP
         draw.multiline_text((x, canvas.height - 12), caption_text, _FAINT, small, anchor="ld")
@@ -79,7 +79,7 @@ def labelled_bands(bands: Sequence[Band], caption: str = "") -> Image.Image:
 
 
 def _column_texts(band: Band, small: Font, large: Font) -> tuple[list[str], Font]:
-    """The labels on top in their lines; in large letters if each needs two lines at most."""
+    """Wrap the labels on top; the font is large if each needs at most two lines."""
     for font in (large, small):
         texts = [wrapped(label, font, band.cell) for label in band.column_labels]
         if all(text.count("\n") < 2 for text in texts):
@@ -88,7 +88,7 @@ def _column_texts(band: Band, small: Font, large: Font) -> tuple[list[str], Font
 
 
 def _top(texts: Sequence[str], font: Font) -> int:
-    """How high the labels on top are."""
+    """Return the height of the labels on top."""
     return 24 + max(_size(text, font)[1] for text in texts) if texts else _GAP
 
 
@@ -97,10 +97,10 @@ def _scaled(image: Image.Image, cell: int) -> Image.Image:
 
 
 def wrapped(text: str, font: Font, width: int) -> str:
-    """`text` in lines of at most `width` pixels, broken between words, or inside of one that is wider by itself."""
+    """Wrap `text` to lines of at most `width` pixels, between words or inside words that are too wide."""
     lines = [line for paragraph in text.splitlines() for line in _lines(paragraph, font, width)]
-    if len(lines) > _MOST_LINES:
-        lines = [*lines[: _MOST_LINES - 1], "..."]
+    if len(lines) > _MAX_LINES:
+        lines = [*lines[: _MAX_LINES - 1], "..."]
     return "\n".join(lines)
 
 
@@ -123,7 +123,7 @@ def _lines(text: str, font: Font, width: int) -> Iterator[str]:
 
 
 def _size(text: str, font: Font) -> tuple[int, int]:
-    """Width and height in pixels of text in lines."""
+    """Return width and height in pixels of multiline text."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font)
     return round(right - left), round(bottom - top)

@@ -1,6 +1,6 @@
-"""A PNG's text about its making: A1111's `parameters` line, ComfyUI's workflow, and all settings as JSON.
+"""Text chunks of a PNG: A1111's `parameters` line, ComfyUI's workflow, and all settings as JSON.
 
-No paths: a base or LoRA is named, and a LoRA file known by its hash.
+They have names of the base and the LoRAs and hashes of LoRA files, but no paths.
 """
 
 from __future__ import annotations
@@ -14,15 +14,7 @@ from typing import Any
 from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import GenerateConfig
-from flatlora_diffusion.sdxl.drawing import (
-    NOISE_FROM,
-    PARAMETERS,
-    Drawing,
-    a1111_prompt,
-    a1111_sampler,
-    add_drawing,
-    quoted,
-)
+from flatlora_diffusion.sdxl.drawing import NOISE_FROM, PARAMETERS, Drawing, a1111_sampler, a1111_text, add_drawing
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 SETTINGS = "flatlora_diffusion"
@@ -30,7 +22,7 @@ SETTINGS = "flatlora_diffusion"
 
 @dataclass(frozen=True)
 class UsedLora:
-    """A LoRA as an image was made with it."""
+    """A LoRA of an image, with its strength and hash."""
 
     name: str
     strength: float
@@ -45,9 +37,12 @@ def image_text(
     loras: Sequence[UsedLora],
     drawing: Drawing | None = None,
 ) -> PngInfo:
-    """The text chunks of one image. `config` with its resolution and precision decided; `sampler` is the class.
+    """Return the text chunks of an image.
 
-    With a `drawing` ComfyUI's workflow is among them, and A1111's line draws the same picture there.
+    Args:
+        config: settings with resolution and precision.
+        sampler: class name of the scheduler.
+        drawing: the generation parameters for ComfyUI and A1111; None if they cannot reproduce the image.
     """
     settings = {"prompt": prompt, "seed": seed, "lora": [asdict(lora) for lora in loras]}
     text = grid_text(config, sampler, settings)
@@ -59,10 +54,10 @@ def image_text(
 
 
 def grid_text(config: GenerateConfig, sampler: str, settings: dict[str, Any]) -> PngInfo:
-    """The JSON chunk: `settings` of these pictures and all settings that they share."""
+    """Return the JSON chunk: `settings` of these images and all common settings."""
     model = {name: bare_name(value) if isinstance(value, str) else value for name, value in vars(config.model).items()}
-    own = {"model", "prompts", "prompts_file", "seeds", "lora", "strengths", "output_dir"}
-    shared = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in own}
+    specific = {"model", "prompts", "prompts_file", "seeds", "lora", "strengths", "output_dir"}
+    shared = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in specific}
     program = {"program": PROGRAM, "version": __version__}
     text = PngInfo()
     text.add_text(SETTINGS, json.dumps({**program, **settings, **shared, **model, "sampler": sampler}))
@@ -70,13 +65,12 @@ def grid_text(config: GenerateConfig, sampler: str, settings: dict[str, Any]) ->
 
 
 def bare_name(name_or_path: str) -> str:
-    """A hub id as it is; of a path the last part."""
+    """Return a hub id unchanged, or the last part of a path."""
     path = Path(name_or_path)
     return path.resolve().name if path.is_absolute() or path.exists() else name_or_path
 
 
 def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, loras: Sequence[UsedLora]) -> str:
-    tags = "".join(f" <lora:{lora.name}:{lora.strength:g}>" for lora in loras)
     base = Path(bare_name(config.model.pretrained_model_name_or_path)).name.removesuffix(".safetensors")
     values: dict[str, Any] = {
         "Steps": config.num_inference_steps,
@@ -89,9 +83,4 @@ def _parameters(config: GenerateConfig, sampler: str, prompt: str, seed: int, lo
     }
     if loras:
         values["Lora"] = ", ".join(f"{lora.name}: {lora.strength:g}" for lora in loras)
-    values["Version"] = f"{PROGRAM} {__version__}"
-    lines = [a1111_prompt(prompt) + tags]
-    if config.negative_prompt:
-        lines.append(f"Negative prompt: {a1111_prompt(config.negative_prompt)}")
-    lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
-    return "\n".join(lines)
+    return a1111_text(prompt, config.negative_prompt, [(lora.name, lora.strength) for lora in loras], values)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import Update, Updates, balanced
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
@@ -66,7 +66,7 @@ def save_updates(
         state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
         arguments[f"{part}_lora_layers"] = state
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing_whole(path) as aside, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with atomic_write(path) as aside, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
         (Path(scratch) / LORA_FILE).replace(aside)
 

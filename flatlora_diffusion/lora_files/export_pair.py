@@ -25,7 +25,7 @@ from flatlora_diffusion.lora_files.writing import (
     make_room,
     save_kohya,
 )
-from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
@@ -54,7 +54,7 @@ def write_pair(pair: FilePair, pipeline: Any) -> None:
     tensors = partial(kohya_stream, pair.plain, pair.layers_per_block, pair.dtype)
     save_kohya(pair.for_others, tensors, pair.metadata)
     if pair.copy is not None:
-        with writing_whole(pair.copy) as aside:
+        with atomic_write(pair.copy) as aside:
             shutil.copyfile(pair.for_others, aside)
     if pair.sidecar is not None:
         text = json.dumps(pair.sidecar, indent=2, ensure_ascii=False)

@@ -26,6 +26,7 @@ from flatlora_diffusion.lora_files.names import BaseNames, loaded_names
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_files.reading import lora_of_base
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, checked_file
+from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def _with_embeddings(pipeline: Any, path: Path) -> Iterator[None]:
         embeddings = load_file(path)
         rows = [embeddings[key] for key, _, _ in _EMBEDDINGS]
     except (SafetensorError, KeyError) as error:
-        raise ConfigError(f"lora: {path} holds no embeddings clip_l and clip_g: {_line(error)}") from error
+        raise ConfigError(f"lora: {path} holds no embeddings clip_l and clip_g: {first_line(error)}") from error
     tokens = [f"<s{index}>" for index in range(len(rows[0]))]
     with ExitStack() as undo:
         for row, (name, part, key) in zip(rows, _EMBEDDINGS, strict=True):
@@ -145,7 +146,7 @@ def _with_embeddings(pipeline: Any, path: Path) -> Iterator[None]:
                         row, token=tokens, text_encoder=getattr(pipeline, part), tokenizer=getattr(pipeline, key)
                     )
             except ValueError as error:
-                raise ConfigError(f"lora: the embeddings {path} cannot be used: {_line(error)}") from error
+                raise ConfigError(f"lora: the embeddings {path} cannot be used: {first_line(error)}") from error
         logger.info("%s: for use in the prompts: %s", path.name, "".join(tokens))
         yield
 
@@ -163,7 +164,3 @@ def _with_tokens(pipeline: Any, part: str, key: str) -> Iterator[None]:
         setattr(pipeline, key, tokenizer)
         table.weight.data = rows  # transformers has put longer ones into the same table
         table.num_embeddings = encoder.config.vocab_size = len(rows)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from flatlora_diffusion.config import SDXL, TINY, ModelConfig
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.sdxl.sgm_names import original_path
-from flatlora_diffusion.sdxl.shapes import on_meta, own_config
+from flatlora_diffusion.sdxl.shapes import config_file, on_meta
 
 Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
 """How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; those of ComfyUI's models;
@@ -58,7 +58,7 @@ def base_names(base: str | None = None) -> BaseNames:
     name = config.pretrained_model_name_or_path
     if name == SDXL:
         name = "SDXL"
-    elif name != TINY and not Path(name).exists() and own_config(config, "unet") is None:
+    elif name != TINY and not Path(name).exists() and config_file(config, "unet") is None:
         name = f"SDXL (of {name} nothing is on this disk)"
     return _names(name, {part: on_meta(config, part) for part in PARTS})
 

@@ -25,7 +25,7 @@ from flatlora_diffusion.memory.meta_step import (
 from flatlora_diffusion.memory.method import bytes_of_method, optimizer_bytes
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.loading import vae_dtype
-from flatlora_diffusion.sdxl.shapes import own_size, part_settings, size_step
+from flatlora_diffusion.sdxl.shapes import native_size, part_settings, size_step
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with the kernels and workspaces of cuBLAS and cuDNN, as commonly seen
@@ -231,7 +231,7 @@ def _vae_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
 
 def resolution_of(config: TrainConfig) -> int:
     """The run's size in pixels; the base's own where it is left open."""
-    return config.data.resolution or own_size(config.model)
+    return config.data.resolution or native_size(config.model)
 
 
 def _new_tokens(config: TrainConfig) -> int:

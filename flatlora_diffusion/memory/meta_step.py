@@ -18,7 +18,7 @@ from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
 from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig, function_at
 from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
 from flatlora_diffusion.sdxl.denoiser import Denoiser
-from flatlora_diffusion.sdxl.loading import one_at_a_time
+from flatlora_diffusion.sdxl.loading import decode_one_by_one
 from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
 from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
 
@@ -108,7 +108,7 @@ def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
 @lru_cache(maxsize=64)
 def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaePasses:
     """Encoding `images` images of `resolution` pixels and decoding one, with the VAE in `dtype` and no graph."""
-    vae = one_at_a_time(on_meta(model, "vae").to(dtype))
+    vae = decode_one_by_one(on_meta(model, "vae").to(dtype))
     side = resolution // vae_factor(model)
     with torch.device("meta"):
         pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)

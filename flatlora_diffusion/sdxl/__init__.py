@@ -1,4 +1,4 @@
-"""The base model: loading it from wherever it lies, its inputs, the training objective, drawing with it.
+"""The base model: loading, inputs, training objective and image generation.
 
 Knows no LoRA file and no run. Start with `pipeline.py` (`Sdxl`), then `loading.py`.
 """

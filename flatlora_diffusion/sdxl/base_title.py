@@ -1,4 +1,4 @@
-"""What people call a base: the first line of a log, a summary or a page; neither torch nor its weights are needed."""
+"""The name of a base in logs, summaries and pages; needs neither torch nor weights."""
 
 from __future__ import annotations
 
@@ -12,26 +12,23 @@ REMEDY = "give --pretrained_model_name_or_path for SDXL"
 
 
 def is_tiny(model: ModelConfig) -> bool:
-    """Whether it is the small base that ships with this program, by its name or by its folder."""
+    """Whether the base is the one that ships with this program, by name or by folder."""
     name = model.pretrained_model_name_or_path
     return name == TINY or Path(name).resolve() == Path(base_path(TINY)).resolve()
 
 
 def base_title(model: ModelConfig) -> str:
-    """`the tiny demo base, 64 pixels`; of another base the name or path, with its own image size where that is known.
-
-    For a page; `base_line` is for a command line.
-    """
+    """Return `the tiny demo base, 64 pixels`, or another base's name or path with its native image size if known."""
     name = TINY_TITLE if is_tiny(model) else model.pretrained_model_name_or_path
     sizes = known_sizes(model)
-    return name if sizes is None else sized(name, sizes.own)
+    return name if sizes is None else title_with_size(name, sizes.native)
 
 
-def sized(name: str, pixels: int) -> str:
-    """A base's name with its own image size."""
+def title_with_size(name: str, pixels: int) -> str:
+    """Return a base's name with its native image size."""
     return f"{name}, {pixels} pixels"
 
 
 def base_line(model: ModelConfig) -> str:
-    """`base: ` and the title, for the tiny base with the flag that gives another one."""
+    """Return `base: ` and the title; for the tiny base also the flag that selects another."""
     return f"base: {base_title(model)}" + (f"; {REMEDY}" if is_tiny(model) else "")

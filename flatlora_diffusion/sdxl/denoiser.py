@@ -22,28 +22,30 @@ class Denoiser(nn.Module):
         self.clip_skip = clip_skip
 
     def forward(
-        self, sample: Tensor, timesteps: Tensor, input_ids: Tensor, kept: Tensor, add_time_ids: Tensor
+        self, sample: Tensor, timesteps: Tensor, input_ids: Tensor, caption_mask: Tensor, add_time_ids: Tensor
     ) -> Tensor:
-        """Predict from noisy latents (B, 4, h, w) and tokens (B, 2, 77); rows with `kept` 0 get zero embeddings."""
+        """Predict from noisy latents (B, 4, h, w) and tokens (B, 2, 77); mask 0 gives zero embeddings."""
         prompt_embeds, pooled = embed_tokens(self.text_encoders, input_ids, self.clip_skip)
         dtype: torch.dtype = self.unet.conv_in.weight.dtype
-        added = {"text_embeds": pooled.to(dtype) * kept[:, None].to(dtype), "time_ids": add_time_ids}
-        prompts = prompt_embeds.to(dtype) * kept[:, None, None].to(dtype)
+        added = {"text_embeds": pooled.to(dtype) * caption_mask[:, None].to(dtype), "time_ids": add_time_ids}
+        prompts = prompt_embeds.to(dtype) * caption_mask[:, None, None].to(dtype)
         output: Tensor = self.unet(sample.to(dtype), timesteps, prompts, added_cond_kwargs=added, return_dict=False)[0]
         return output
 
 
 def denoiser_of(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], clip_skip: int | None) -> nn.Module:
-    """What the loss calls: the UNet, with the text encoders that are trained in front of it, if there are any."""
+    """Return the UNet, or a `Denoiser` if text encoders are trained."""
     return Denoiser(unet, text_encoders, clip_skip) if text_encoders else unet
 
 
 def embed_tokens(
     text_encoders: Sequence[Any] | nn.ModuleList, input_ids: Tensor, clip_skip: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings (B, 77, D) of both encoders' penultimate layer, and the second's pooled ones (B, P).
+    """Return prompt embeddings (B, 77, D) of both encoders and the pooled embeddings (B, P) of the second.
 
-    `input_ids` (B, 2, 77); `clip_skip` goes that many layers further back.
+    Args:
+        input_ids: tokens, (B, 2, 77).
+        clip_skip: layers to skip beyond SDXL's penultimate layer.
     """
     layer = -2 if clip_skip is None else -(clip_skip + 2)
     hidden, pooled = [], None

@@ -1,7 +1,7 @@
-"""Which of SDXL's family a base is: by the marks in its file, by its name, and by the shapes of its tensors.
+"""Detection of SDXL variants by marker tensors, names and tensor shapes of a base.
 
-Weights do not tell epsilon from velocity. Who trained a base on velocity adds the tensors `v_pred` and, for zero
-terminal SNR, `ztsnr` to its file, which ComfyUI and Forge look for; some say it in the file's metadata.
+The weights do not show whether a base predicts epsilon or velocity. Files of v-prediction bases have the marker
+tensors `v_pred` and, for zero terminal SNR, `ztsnr`, as ComfyUI and Forge expect, or an entry in the metadata.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PARTS = {
     "VAE": (PREFIXES["vae"], "vae."),
 }
 _FIRST_LAYER = f"{PREFIXES['unet']}input_blocks.0.0.weight"
-# As people name them, the more special before what it was made of.
+# Patterns of names; a derived model before the model that it is based on.
 _NAMES = {
     "Playground": "playground",
     "NoobAI": "noob",
@@ -39,12 +39,12 @@ _DISTILLED = {
     "Hyper": r"hyper[-_]?sd",
     "DMD": "dmd2",
 }
-_SAYS_V = re.compile(r"v[-_ ]?pred")
+_V_NAME = re.compile(r"v[-_ ]?pred")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint file says without its weights being read: tensors by name with their shapes, metadata."""
+    """The tensor shapes by name and the metadata of a checkpoint file."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Variant:
-    """A base of SDXL's family.
+    """A variant of SDXL.
 
-    prediction_type, zero_terminal_snr: what it was trained on as far as its file says so, `source` where; None where
-    its scheduler has to say it. is_edm: by its marks it was trained as Playground v2.5. few_steps: what distilled it,
-    and is_called_v: that it predicts velocity, both by its name alone.
+    prediction_type, zero_terminal_snr: as the file says, None if only the scheduler has them; `source` says where.
+    is_edm: the file has the marker tensors of Playground v2.5.
+    few_steps, name_says_v: distillation method and v-prediction, by the name only.
     """
 
     name: str = "SDXL"
@@ -65,65 +65,67 @@ class Variant:
     source: str = ""
     is_edm: bool = False
     few_steps: str | None = None
-    is_called_v: bool = False
+    name_says_v: bool = False
 
 
 def read_header(file: Path) -> Header:
-    """Raises OSError or SafetensorError for a file that is damaged."""
+    """Read the header of a file. Raises OSError or SafetensorError if it is damaged."""
     with safe_open(file, framework="pt") as checkpoint:
         shapes = {name: tuple(checkpoint.get_slice(name).get_shape()) for name in checkpoint.keys()}  # noqa: SIM118
         return Header(shapes, dict(checkpoint.metadata() or {}))
 
 
-def check_whole(header: Header, what: str, has_vae: bool) -> None:
-    """Raises ConfigError for a file that is of another family, lacks a model of SDXL or is no base.
+def check_complete(header: Header, what: str, has_vae: bool) -> None:
+    """Raise ConfigError for a file that is not a complete SDXL base.
 
-    `what` names the file, `has_vae` says that another VAE is given.
+    Args:
+        what: the file's name in messages.
+        has_vae: whether another VAE is given.
     """
     names = header.shapes
     if "edm_vpred.sigma_max" in names:
-        raise ConfigError(f"{what} is CosXL, which predicts velocity at EDM's noise levels and cannot be trained here")
-    lacks = {part for part, starts in _PARTS.items() if not any(name.startswith(starts) for name in names)}
-    if "first text encoder" in lacks and any(name.startswith("conditioner.embedders.0.model.") for name in names):
+        raise ConfigError(f"{what} is CosXL, which predicts velocity at EDM's noise levels and cannot be trained")
+    missing = {part for part, starts in _PARTS.items() if not any(name.startswith(starts) for name in names)}
+    if "first text encoder" in missing and any(name.startswith("conditioner.embedders.0.model.") for name in names):
         raise ConfigError(f"{what} is SDXL's refiner, which has the second text encoder only; give the base")
     if has_vae:
-        lacks.discard("VAE")
-    if lacks == {"VAE"}:
+        missing.discard("VAE")
+    if missing == {"VAE"}:
         raise ConfigError(f"{what} has no VAE; give one with --pretrained_vae_model_name_or_path")
-    if lacks:
-        parts = ", ".join(f"no {part} of SDXL" for part in _PARTS if part in lacks)
-        raise ConfigError(f"{what} is not SDXL, or not all of it: it has {parts}; give a whole SDXL checkpoint")
+    if missing:
+        parts = ", ".join(f"no {part} of SDXL" for part in _PARTS if part in missing)
+        raise ConfigError(f"{what} is not a complete SDXL checkpoint: it has {parts}; give a complete checkpoint")
     check_channels(names[_FIRST_LAYER][1] if _FIRST_LAYER in names else 4, 4, what)
 
 
 def check_channels(channels: int, latents: int, what: str) -> None:
-    """Raises ConfigError for a UNet that takes more than the `latents` channels of an image."""
+    """Raise ConfigError for a UNet with other input channels than the `latents` channels of an image."""
     if channels != latents:
         raise ConfigError(
-            f"{what} is no SDXL base: its UNet takes {channels} channels, not the {latents} of an image alone, as "
-            "models for inpainting and editing do; give the base that it was made from"
+            f"{what} is not an SDXL base: its UNet has {channels} input channels, not {latents}, as in models for "
+            "inpainting and editing; give the base that it was made from"
         )
 
 
 def variant_of(name_or_path: str, header: Header) -> Variant:
-    """The variant of a base with this hub id or path; `header` is empty for one that is no file."""
-    said = " ".join([re.split(r"[\\/]", name_or_path.rstrip("\\/"))[-1], header.metadata.get("modelspec.title", "")])
-    said = said.lower()
+    """Detect the variant of a base by its hub id or path and its header, which is empty unless it is a file."""
+    name = re.split(r"[\\/]", name_or_path.rstrip("\\/"))[-1]
+    title = f"{name} {header.metadata.get('modelspec.title', '')}".lower()
     is_edm = {"edm_mean", "edm_std"} <= header.shapes.keys()
     prediction, zero_snr, source = _marks(header)
     return Variant(
-        name="Playground" if is_edm else _found(_NAMES, said) or "SDXL",
+        name="Playground" if is_edm else _first_match(_NAMES, title) or "SDXL",
         prediction_type=prediction,
         zero_terminal_snr=zero_snr,
         source=source,
         is_edm=is_edm,
-        few_steps=_found(_DISTILLED, said),
-        is_called_v=_SAYS_V.search(said) is not None,
+        few_steps=_first_match(_DISTILLED, title),
+        name_says_v=_V_NAME.search(title) is not None,
     )
 
 
 def scheduler_changes(variant: Variant, config: ModelConfig, scheduler: Any, what: str) -> dict[str, Any]:
-    """What the scheduler of the base has to be told. Given, --prediction_type says all, and the marks say nothing.
+    """Return the settings to change in the base's scheduler; --prediction_type overrides the markers in the file.
 
     Raises ConfigError for zero terminal SNR on a base that predicts the noise.
     """
@@ -135,14 +137,14 @@ def scheduler_changes(variant: Variant, config: ModelConfig, scheduler: Any, wha
         if predicts != "v_prediction":
             raise ConfigError(
                 f"zero_terminal_snr needs a v-prediction base, but {what} predicts {predicts}; "
-                "leave it out, or give --prediction_type v_prediction if the base was trained so"
+                "leave it out, or give --prediction_type v_prediction if that is wrong"
             )
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return changes
 
 
-def description(variant: Variant, config: ModelConfig, scheduler: Any) -> str:
-    """The variant, what it predicts and who says so, in a line. `scheduler` is the changed one."""
+def describe_variant(variant: Variant, config: ModelConfig, scheduler: Any) -> str:
+    """Describe the variant, its prediction type and the source of that; `scheduler` has the changes applied."""
     name = variant.name if variant.few_steps is None else f"{variant.name} {variant.few_steps}"
     if is_edm_scheduler(scheduler):
         return f"the base is {name} with EDM's noise levels (its scheduler)"
@@ -157,33 +159,33 @@ def description(variant: Variant, config: ModelConfig, scheduler: Any) -> str:
     return f"the base is {name}: {kind} (by {by})"
 
 
-def doubts(variant: Variant, scheduler: Any) -> list[str]:
-    """What to warn of, a sentence each. `scheduler` is the changed one."""
-    found = []
+def variant_warnings(variant: Variant, scheduler: Any) -> list[str]:
+    """Return warnings about the base; `scheduler` has the changes applied."""
+    warnings = []
     if variant.few_steps is not None:
-        found.append(
-            f"this base is distilled to draw in few steps ({variant.few_steps}, by its name), which training undoes, "
-            "and its previews look burnt; train on the base that it was made of: the LoRA works on both"
+        warnings.append(
+            f"this base is distilled for few steps ({variant.few_steps}, by its name): training undoes that, and its "
+            "previews look overexposed; train on the base that it was made from, the LoRA works on both"
         )
-    if variant.is_called_v and not is_edm_scheduler(scheduler) and scheduler.config.prediction_type == "epsilon":
-        found.append(
-            "this base is trained as one that predicts the noise, but its name says v-prediction; if that is right, "
-            "give --prediction_type v_prediction, and --zero_terminal_snr if it was trained with it"
+    if variant.name_says_v and not is_edm_scheduler(scheduler) and scheduler.config.prediction_type == "epsilon":
+        warnings.append(
+            "this base is trained with epsilon prediction, but its name says v-prediction; if the name is right, give "
+            "--prediction_type v_prediction, and --zero_terminal_snr if the base was trained with it"
         )
-    return found
+    return warnings
 
 
-def _found(patterns: Mapping[str, str], said: str) -> str | None:
-    return next((name for name, pattern in patterns.items() if re.search(pattern, said)), None)
+def _first_match(patterns: Mapping[str, str], title: str) -> str | None:
+    return next((name for name, pattern in patterns.items() if re.search(pattern, title)), None)
 
 
 def _marks(header: Header) -> tuple[PredictionType | None, bool, str]:
-    """What the file says of its training: prediction type, zero terminal SNR, and where it says so."""
+    """Return the prediction type and zero terminal SNR in the file, and where they are stated."""
     marks = [name for name in ("v_pred", "ztsnr") if name in header.shapes]
     if "v_pred" in marks:
         return "v_prediction", "ztsnr" in marks, f"the marks {' and '.join(marks)} in its file"
-    said = header.metadata
-    kind = said.get("modelspec.prediction_type", "").lower()
-    if kind in ("v", "v_prediction", "velocity") or said.get("ss_v_parameterization", "").lower() == "true":
-        return "v_prediction", said.get("ss_zero_terminal_snr", "").lower() == "true", "the metadata of its file"
+    metadata = header.metadata
+    kind = metadata.get("modelspec.prediction_type", "").lower()
+    if kind in ("v", "v_prediction", "velocity") or metadata.get("ss_v_parameterization", "").lower() == "true":
+        return "v_prediction", metadata.get("ss_zero_terminal_snr", "").lower() == "true", "the metadata of its file"
     return None, False, ""

@@ -1,14 +1,14 @@
-"""How a picture was drawn, as other tools read it: a ComfyUI workflow in both of its forms, and A1111's text.
+"""Generation parameters of an image for other tools: ComfyUI workflows and A1111's text.
 
-They say what draws the same picture there: the same noise (from the CPU), noise levels and conditioning. A picture
-whose sampler has no equal in them gets none.
+They reproduce the same image there: noise (from the CPU), noise levels and conditioning. An image whose sampler has no
+equivalent there has none.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,25 +19,28 @@ from flatlora_diffusion.storage.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 PARAMETERS = "parameters"
-NOISE_FROM = "CPU"  # whose generator, in A1111's word
-# ComfyUI's and A1111's names of what diffusers has.
+NOISE_FROM = "CPU"  # A1111's name for noise from a CPU generator
+# Names in ComfyUI and in A1111.
 _SAMPLERS = {
     "EulerDiscreteScheduler": ("euler", "Euler"),
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", "Euler a"),
 }
 _SPACINGS = {"leading": ("ddim_uniform", "DDIM"), "trailing": ("simple", "Simple"), "linspace": ("normal", "Normal")}
 _KARRAS = ("karras", "Karras")
-_KNOWN_BASES = {SDXL: "sd_xl_base_1.0"}  # the file's name there
-_COLUMN, _HEIGHT = 340, 280  # of a node in the workflow's plane
+_KNOWN_BASES = {SDXL: "sd_xl_base_1.0"}  # file names in other tools
+_COLUMN, _HEIGHT = 340, 280  # distance of nodes on the page, in pixels
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """All that a picture depends on. `sampler` and `spacing` are names of ComfyUI and of A1111.
+    """The generation parameters of an image.
 
-    base: the base's name there, without its ending. loras: name and strength of each. clip_skip counts from SDXL's own
-    choice. is_zeroed: the negative conditioning is zeros and not that of an empty text, as SDXL was trained. rescale:
-    how far guidance is brought back to the std of the prediction (arXiv:2305.08891); A1111 has nothing for it.
+    sampler, spacing: names in ComfyUI and in A1111.
+    base: file name of the base without suffix.
+    loras: name and strength of each.
+    clip_skip: layers skipped beyond SDXL's penultimate layer.
+    is_zeroed: the negative conditioning is zeros, as SDXL was trained, instead of the embedding of an empty text.
+    rescale: guidance rescale (arXiv:2305.08891), which A1111 does not support.
     """
 
     prompt: str
@@ -58,7 +61,7 @@ class Drawing:
 
 
 class _Kind(NamedTuple):
-    """A kind of ComfyUI's nodes: its inputs that are linked, its outputs, and its widgets in their order."""
+    """A ComfyUI node type: its linked inputs, its outputs, and its widgets in order."""
 
     links: Mapping[str, str]
     outputs: tuple[str, ...]
@@ -87,23 +90,22 @@ _KINDS = {
 
 
 def sampling_names(scheduler: Any) -> tuple[tuple[str, str], tuple[str, str]] | None:
-    """Sampler and spacing of noise levels by the names of ComfyUI and A1111; None where they have no equal."""
+    """Return sampler and spacing of a scheduler as named in ComfyUI and A1111; None without an equivalent."""
     sampler = _SAMPLERS.get(type(scheduler).__name__)
     is_karras = scheduler.config.get("use_karras_sigmas")
     spacing = _KARRAS if is_karras else _SPACINGS.get(scheduler.config.get("timestep_spacing"))
     return None if sampler is None or spacing is None else (sampler, spacing)
 
 
-def base_there(name: str | None) -> str:
-    """What a base of this hub id or file name is called in other tools, without ending; BASE where it has no name."""
+def portable_base_name(name: str | None) -> str:
+    """Return the name of a base in other tools, without suffix, by its hub id or file name; BASE for None."""
     if name is None:
         return "BASE"
     return _KNOWN_BASES.get(name, name.rsplit("/", maxsplit=1)[-1].removesuffix(".safetensors"))
 
 
 def parameters_text(drawing: Drawing) -> str:
-    """A1111's text, which its page `PNG Info` and many other tools read."""
-    prompt = a1111_prompt(drawing.prompt)
+    """Return A1111's parameters text, which its page `PNG Info` and many other tools read."""
     values: dict[str, Any] = {
         "Steps": drawing.steps,
         "Sampler": drawing.sampler[1],
@@ -114,32 +116,34 @@ def parameters_text(drawing: Drawing) -> str:
         "Model": drawing.base,
         "RNG": NOISE_FROM,
     }
-    prompt += "".join(f" <lora:{name}:{strength:g}>" for name, strength in drawing.loras)
-    values["Version"] = f"{PROGRAM} {__version__}"
-    lines = [prompt]
-    if drawing.negative_prompt:
-        lines.append(f"Negative prompt: {a1111_prompt(drawing.negative_prompt)}")
-    lines.append(", ".join(f"{name}: {quoted(str(value))}" for name, value in values.items()))
+    return a1111_text(drawing.prompt, drawing.negative_prompt, drawing.loras, values)
+
+
+def a1111_text(
+    prompt: str, negative_prompt: str | None, loras: Iterable[tuple[str, float]], values: Mapping[str, Any]
+) -> str:
+    """Return A1111's parameters text of plain prompts, (name, strength) of LoRAs, and named values."""
+    marks = "()[]"  # A1111 would interpret them as weights
+    lines = [_escaped(prompt, marks) + "".join(f" <lora:{name}:{strength:g}>" for name, strength in loras)]
+    if negative_prompt:
+        lines.append(f"Negative prompt: {_escaped(negative_prompt, marks)}")
+    values = {**values, "Version": f"{PROGRAM} {__version__}"}
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
     return "\n".join(lines)
 
 
-def a1111_prompt(prompt: str) -> str:
-    """`prompt`, plain text here, as A1111 takes it: with a backslash before what it would read as a weight."""
-    return _escaped(prompt, "()[]")
-
-
 def a1111_sampler(kind: str) -> str:
-    """A1111's name of a scheduler class of diffusers; the class's own where it has none."""
+    """Return A1111's name of a diffusers scheduler class; the class name without an equivalent."""
     return _SAMPLERS[kind][1] if kind in _SAMPLERS else kind.removesuffix("Scheduler")
 
 
-def quoted(value: str) -> str:
-    """As A1111 writes a value: in JSON's quotes when it holds what separates values."""
+def _quoted(value: str) -> str:
+    """Quote a value as A1111 does: as JSON if it contains a separator."""
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
 
 
 def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
-    """The workflow as ComfyUI's server takes it: nodes by number, with links as [node, output]."""
+    """Return the workflow in the format of ComfyUI's server: nodes by number, links as [node, output]."""
     nodes: dict[str, Any] = {}
 
     def add(kind: str, **inputs: Any) -> str:
@@ -183,7 +187,7 @@ def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
 
 
 def workflow_for_page(drawing: Drawing) -> dict[str, Any]:
-    """The workflow as ComfyUI's page takes it, which opens it from a file or a picture that is dropped on it."""
+    """Return the workflow in the format of ComfyUI's page, which loads it from a dropped file or image."""
     api = workflow_for_api(drawing)
     links = [
         [int(node["inputs"][name][0]), node["inputs"][name][1], int(number), slot, kind]
@@ -194,7 +198,7 @@ def workflow_for_page(drawing: Drawing) -> dict[str, Any]:
         "last_node_id": len(api),
         "last_link_id": len(links),
         "nodes": [_on_page(int(number), node, links) for number, node in api.items()],
-        "links": [[place, *link] for place, link in enumerate(links, 1)],
+        "links": [[number, *link] for number, link in enumerate(links, 1)],
         "groups": [],
         "config": {},
         "extra": {},
@@ -202,8 +206,8 @@ def workflow_for_page(drawing: Drawing) -> dict[str, Any]:
     }
 
 
-def recipe_files(drawing: Drawing) -> dict[str, str]:
-    """The files that draw it in other tools, their text by what their names end in."""
+def workflow_files(drawing: Drawing) -> dict[str, str]:
+    """Return the contents of the workflow and parameter files by file suffix."""
     return {
         COMFYUI: json.dumps(workflow_for_page(drawing), indent=2) + "\n",
         COMFYUI_API: json.dumps(workflow_for_api(drawing), indent=2) + "\n",
@@ -212,23 +216,23 @@ def recipe_files(drawing: Drawing) -> dict[str, str]:
 
 
 def png_text(drawing: Drawing) -> PngInfo:
-    """The text chunks that both tools read from a picture."""
+    """Return the PNG text chunks that both tools read."""
     text = PngInfo()
     add_drawing(text, drawing)
     return text
 
 
 def add_drawing(text: PngInfo, drawing: Drawing) -> None:
-    """The same, beside what `text` has already."""
+    """Add the PNG text chunks that both tools read to `text`."""
     text.add_text(PARAMETERS, parameters_text(drawing))
     text.add_text("prompt", json.dumps(workflow_for_api(drawing)))
     text.add_text("workflow", json.dumps(workflow_for_page(drawing)))
 
 
 def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[str, Any]:
-    """A node with its place; the numbers of links count from 1."""
+    """Return a node with its position; links are numbered from 1."""
     kind, values = _KINDS[node["class_type"]], {"control_after_generate": "fixed", **node["inputs"]}
-    into = {link[3]: place for place, link in enumerate(links, 1) if link[2] == number}
+    incoming = {link[3]: index for index, link in enumerate(links, 1) if link[2] == number}
     return {
         "id": number,
         "type": node["class_type"],
@@ -238,14 +242,15 @@ def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[
         "order": number - 1,
         "mode": 0,
         "inputs": [
-            {"name": name, "type": value, "link": into[slot]} for slot, (name, value) in enumerate(kind.links.items())
+            {"name": name, "type": value, "link": incoming[slot]}
+            for slot, (name, value) in enumerate(kind.links.items())
         ],
         "outputs": [
             {
                 "name": name,
                 "type": name,
                 "slot_index": slot,
-                "links": [place for place, link in enumerate(links, 1) if link[:2] == [number, slot]],
+                "links": [index for index, link in enumerate(links, 1) if link[:2] == [number, slot]],
             }
             for slot, name in enumerate(kind.outputs)
         ],
@@ -255,5 +260,5 @@ def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[
 
 
 def _escaped(prompt: str, marks: str) -> str:
-    """`prompt` with a backslash before what the tools take for a weight; it is plain text here."""
+    """Return `prompt` with a backslash before each of `marks`."""
     return re.sub(f"([{re.escape(marks)}])", r"\\\1", prompt)

@@ -1,4 +1,4 @@
-"""The base model: an SDXL pipeline from settings, quantized if asked for, placed on its device and frozen."""
+"""Loading of an SDXL pipeline from settings: quantized if requested, on its device and frozen."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from diffusers import (
 from safetensors import SafetensorError
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, Quantization
-from flatlora_diffusion.sdxl.base_title import TINY_TITLE, sized
+from flatlora_diffusion.sdxl.base_title import TINY_TITLE, title_with_size
 from flatlora_diffusion.sdxl.detect import (
     Header,
     Variant,
     check_channels,
-    check_whole,
-    description,
-    doubts,
+    check_complete,
+    describe_variant,
     read_header,
     scheduler_changes,
     variant_of,
+    variant_warnings,
 )
 from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.objective import is_edm_scheduler
 from flatlora_diffusion.sdxl.shapes import base_path
 from flatlora_diffusion.sdxl.single_file import PREFIXES
-from flatlora_diffusion.storage.hub_errors import fault_of, hub_is_reachable, lacks_files, unreachable
+from flatlora_diffusion.storage.formatting import first_line
+from flatlora_diffusion.storage.hub_errors import hub_is_reachable, hub_unreachable, is_missing_files, loading_failure
 from flatlora_diffusion.storage.model_paths import check_models, is_single_file
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,11 @@ TILE = 1024  # pixels
 
 _SETTING = "pretrained_model_name_or_path"
 _LOAD_ERRORS = (OSError, ValueError, SafetensorError)
-_BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # where diffusers lets it load
+_BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # devices that diffusers supports
 
 
-def one_at_a_time(vae: AutoencoderKL) -> AutoencoderKL:
-    """`vae`, which from now on takes the images of a batch one by one; its tiles are as large as most images."""
+def decode_one_by_one(vae: AutoencoderKL) -> AutoencoderKL:
+    """Configure `vae` to process the images of a batch one by one, with tiles of TILE pixels; returns it."""
     vae.enable_slicing()
     vae.tile_sample_min_size = TILE
     vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -58,20 +59,20 @@ def one_at_a_time(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def vae_dtype(settings: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """What a VAE of these `settings` that takes the place of the base's computes in, beside a base in `dtype`.
-
-    One that was mended for it says that it needs no upcast, and is in fp16 then: bf16 has too few digits for colours.
-    """
-    is_mended = not settings.get("force_upcast", True)
-    return torch.float16 if is_mended and dtype != torch.float32 else torch.float32
+    """Return the dtype of a VAE with this config that replaces the base's VAE, for a base in `dtype`."""
+    supports_fp16 = not settings.get("force_upcast", True)
+    # Not bf16, which is too coarse for colours.
+    return torch.float16 if supports_fp16 and dtype != torch.float32 else torch.float32
 
 
 def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The SDXL base on `device`, frozen and in eval mode: its VAE in fp32, all else in `dtype`, no watermark.
+    """Load the SDXL base on `device`, frozen, in eval mode and in `dtype`, without watermark.
 
-    In half precision SDXL's own VAE gives black images; one that is given and mended is in fp16. A quantized UNet
-    keeps its own weights.
-    Raises ConfigError when there is no SDXL model, or when a setting does not fit the model, device or packages.
+    The VAE is in fp32, because SDXL's VAE gives black images in half precision, or in fp16 if another VAE is given
+    that supports it.
+
+    Raises:
+        ConfigError: there is no SDXL model, or a setting is not supported by the model, device or packages.
     """
     path = base_path(config.pretrained_model_name_or_path)
     is_file = is_single_file(path)
@@ -80,7 +81,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     parts = {}
     if config.pretrained_vae_model_name_or_path is not None:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, dtype)
-    is_offline = _needs_hub(path, config) and not hub_is_reachable()  # then only what was downloaded before is used
+    is_offline = _needs_hub(path, config) and not hub_is_reachable()  # then only downloaded files are used
     try:
         if is_file:
             pipeline = _from_single_file(path, config, dtype, parts, is_offline)
@@ -88,15 +89,15 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
             pipeline = _from_folder(path, config, dtype, quantization, parts, is_offline)
     except _LOAD_ERRORS as error:
         why = _why(path, error, is_file, config)
-        raise ConfigError(f"{_named(config)} is no SDXL base that can be loaded: {why}") from error
-    except (NotImplementedError, KeyError) as error:  # diffusers' single-file loader, of a tensor that is not there
-        raise ConfigError(f"{_named(config)} lacks weights of its models: {_first_line(error)}") from error
+        raise ConfigError(f"{_named(config)} cannot be loaded as an SDXL base: {why}") from error
+    except (NotImplementedError, KeyError) as error:  # of diffusers' single-file loader, for a missing tensor
+        raise ConfigError(f"{_named(config)} lacks weights: {first_line(error)}") from error
     _check_pipeline(pipeline, config)
     pipeline.scheduler = _scheduler(pipeline, config, variant)
-    logger.info("%s", description(_as_known(variant, pipeline), config, pipeline.scheduler))
-    for doubt in doubts(variant, pipeline.scheduler):
-        logger.warning("%s", doubt)
-    one_at_a_time(pipeline.vae)
+    logger.info("%s", describe_variant(_with_tiny_name(variant, pipeline), config, pipeline.scheduler))
+    for message in variant_warnings(variant, pipeline.scheduler):
+        logger.warning("%s", message)
+    decode_one_by_one(pipeline.vae)
     pipeline.to(device)
     for part in _modules(pipeline):
         part.requires_grad_(False)
@@ -108,7 +109,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 @contextmanager
 def base_given_as(setting: str) -> Iterator[None]:
-    """Errors name the base by `setting`, where another one than --pretrained_model_name_or_path says it."""
+    """Name `setting` instead of --pretrained_model_name_or_path in errors."""
     try:
         yield
     except ConfigError as error:
@@ -116,7 +117,7 @@ def base_given_as(setting: str) -> Iterator[None]:
 
 
 def check_source(config: ModelConfig) -> None:
-    """Raises ConfigError for what is no base or VAE, as far as places and headers tell; nothing is loaded."""
+    """Raise ConfigError for an invalid base or VAE, by paths and file headers only."""
     path = base_path(config.pretrained_model_name_or_path)
     _checked_source(path, config)
     vae = config.pretrained_vae_model_name_or_path
@@ -126,13 +127,13 @@ def check_source(config: ModelConfig) -> None:
 
 
 def _checked_source(path: str, config: ModelConfig) -> Header:
-    """A single file's header, else none. Refuses, before anything is loaded, what is no base or does not fit."""
+    """Check the base before loading; returns the header of a single file, otherwise an empty header."""
     check_models(config)
     if is_single_file(path):
         return _checked_file(Path(path), config)
     if config.single_file_config is not None:
         raise ConfigError(
-            f"--single_file_config is for a single .safetensors file, but {_named(config)} is none; leave it"
+            f"--single_file_config is for a single .safetensors file, but {_named(config)} is not one; leave it out"
         )
     return Header()
 
@@ -140,11 +141,13 @@ def _checked_source(path: str, config: ModelConfig) -> Header:
 def _checked_file(file: Path, config: ModelConfig) -> Header:
     what = _named(config)
     if config.revision is not None or config.variant is not None:
-        raise ConfigError(f"--revision and --variant are for hub ids and folders, but {what} is a file; leave them")
-    if config.quantize_base is not None:
-        # diffusers 0.42 takes a single file's weights for quantized already and would load them as they are.
         raise ConfigError(
-            f"--quantize_base works on folders and hub ids, but {what} is a file; make a folder of it with "
+            f"--revision and --variant are for hub ids and folders, but {what} is a file; leave them out"
+        )
+    if config.quantize_base is not None:
+        # diffusers 0.42 assumes that a single file's weights are already quantized, and does not quantize them.
+        raise ConfigError(
+            f"--quantize_base works on folders and hub ids, but {what} is a file; convert it to a folder with "
             "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
         )
     if config.single_file_config is not None and not Path(config.single_file_config, "model_index.json").is_file():
@@ -153,7 +156,7 @@ def _checked_file(file: Path, config: ModelConfig) -> Header:
             "model_index.json"
         )
     header = _header(file, what)
-    check_whole(header, what, has_vae=config.pretrained_vae_model_name_or_path is not None)
+    check_complete(header, what, has_vae=config.pretrained_vae_model_name_or_path is not None)
     return header
 
 
@@ -161,11 +164,11 @@ def _header(file: Path, what: str) -> Header:
     try:
         return read_header(file)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{what} is damaged or no safetensors file: {_first_line(error)}") from error
+        raise ConfigError(f"{what} is damaged or not a safetensors file: {first_line(error)}") from error
 
 
 def _needs_hub(path: str, config: ModelConfig) -> bool:
-    """Whether it is a hub id, or a file whose configs are on the hub."""
+    """Whether the base is a hub id, or a file whose configs are on the hub."""
     return config.single_file_config is None and not Path(path).is_dir()
 
 
@@ -188,20 +191,20 @@ def _from_folder(
 def _from_single_file(
     path: str, config: ModelConfig, dtype: torch.dtype, parts: dict[str, Any], is_offline: bool
 ) -> StableDiffusionXLPipeline:
-    """The pipeline of an original checkpoint. diffusers takes one dtype for all of it, so the VAE is loaded apart."""
-    where: dict[str, Any] = {"config": config.single_file_config, "local_files_only": is_offline}
+    """Load an original checkpoint; the VAE separately, because diffusers has one dtype for the whole file."""
+    options: dict[str, Any] = {"config": config.single_file_config, "local_files_only": is_offline}
     if "vae" not in parts:
-        parts["vae"] = AutoencoderKL.from_single_file(path, subfolder="vae", dtype=torch.float32, **where)
-    return StableDiffusionXLPipeline.from_single_file(path, dtype=dtype, add_watermarker=False, **where, **parts)
+        parts["vae"] = AutoencoderKL.from_single_file(path, subfolder="vae", dtype=torch.float32, **options)
+    return StableDiffusionXLPipeline.from_single_file(path, dtype=dtype, add_watermarker=False, **options, **parts)
 
 
 def _why(path: str, error: Exception, is_file: bool, config: ModelConfig) -> str:
-    """Why the base could not be loaded, and what to do."""
+    """Explain why the base could not be loaded, and what to do."""
     if not is_file:
-        return fault_of(path, error)
+        return loading_failure(path, error)
     if config.single_file_config is not None:
-        return f"{_first_line(error)}; do the configs in {config.single_file_config} fit it?"
-    why = f"its configs are not downloaded, and {unreachable()}" if lacks_files(error) else _first_line(error)
+        return f"{first_line(error)}; do the configs in {config.single_file_config} fit it?"
+    why = f"its configs are not downloaded, and {hub_unreachable()}" if is_missing_files(error) else first_line(error)
     return f"{why}; to work without the hub, give --single_file_config FOLDER"
 
 
@@ -213,7 +216,7 @@ def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
         )
     except _LOAD_ERRORS as error:
         raise ConfigError(
-            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {fault_of(path, error)}"
+            f"pretrained_vae_model_name_or_path={path!r} cannot be loaded: {loading_failure(path, error)}"
         ) from error
     return vae.to(vae_dtype(vae.config, dtype))
 
@@ -223,29 +226,30 @@ def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) ->
         raise ConfigError(f"{_named(config)} is not SDXL: it has no second text encoder")
     if pipeline.text_encoder is None:
         raise ConfigError(
-            f"{_named(config)} is no SDXL base: it has only the second text encoder, as SDXL's refiner; give the base"
+            f"{_named(config)} is SDXL's refiner, not a base: it has only the second text encoder; give the base"
         )
     check_channels(pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels, _named(config))
     layers = min(part.config.num_hidden_layers for part in (pipeline.text_encoder, pipeline.text_encoder_2))
     if config.clip_skip is not None and config.clip_skip >= layers:
         raise ConfigError(
-            f"clip_skip={config.clip_skip} goes beyond the text encoders of this base, which have {layers} layers; "
-            f"it can be at most {layers - 1}"
+            f"clip_skip={config.clip_skip} is too large for this base, whose text encoders have {layers} layers: it "
+            f"must be at most {layers - 1}"
         )
     missing = [name for part in _modules(pipeline) for name, tensor in part.named_parameters() if tensor.is_meta]
     if missing:
-        raise ConfigError(f"{_named(config)} lacks {len(missing)} weights of its models, such as {missing[0]}")
+        raise ConfigError(f"{_named(config)} lacks {len(missing)} weights, such as {missing[0]}")
 
 
-def _as_known(variant: Variant, pipeline: StableDiffusionXLPipeline) -> Variant:
-    """The tiny base is known by its sizes, whatever it is called."""
+def _with_tiny_name(variant: Variant, pipeline: StableDiffusionXLPipeline) -> Variant:
+    """Return the variant, with the name of the tiny base if the sizes are its sizes."""
     if family_of(pipeline.unet) != TINY_FAMILY:
         return variant
-    return replace(variant, name=sized(TINY_TITLE, pipeline.unet.config.sample_size * pipeline.vae_scale_factor))
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return replace(variant, name=title_with_size(TINY_TITLE, size))
 
 
 def _scheduler(pipeline: StableDiffusionXLPipeline, config: ModelConfig, variant: Variant) -> Any:
-    """The base's scheduler as file and settings want it; training and sampling both read its config."""
+    """Return the base's scheduler, changed as file and settings require; for training and sampling."""
     scheduler = pipeline.scheduler
     if variant.is_edm and not is_edm_scheduler(scheduler):
         raise ConfigError(
@@ -261,7 +265,7 @@ def _scheduler(pipeline: StableDiffusionXLPipeline, config: ModelConfig, variant
 
 
 def _quantization(kind: Quantization, device: torch.device, dtype: torch.dtype) -> Any:
-    """diffusers' quantization config for the UNet. Raises ConfigError when package or device cannot do it."""
+    """Return diffusers' quantization config for the UNet. Raises ConfigError for an unsupported package or device."""
     package = "torchao" if kind == "torchao-int8" else "bitsandbytes"
     if find_spec(package) is None:
         raise ConfigError(f"quantize_base={kind} needs the package {package}: pip install {package}")
@@ -280,7 +284,7 @@ def _quantization(kind: Quantization, device: torch.device, dtype: torch.dtype) 
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"quantize_base={kind} does not work with this torchao: {_first_line(error)}") from error
+        raise ConfigError(f"quantize_base={kind} does not work with this torchao: {first_line(error)}") from error
 
 
 def _enable_xformers(pipeline: StableDiffusionXLPipeline) -> None:
@@ -290,7 +294,7 @@ def _enable_xformers(pipeline: StableDiffusionXLPipeline) -> None:
     try:
         pipeline.unet.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{setting} does not work here, leave it out: {_first_line(error)}") from error
+        raise ConfigError(f"{setting} does not work here, leave it out: {first_line(error)}") from error
 
 
 def _modules(pipeline: StableDiffusionXLPipeline) -> tuple[torch.nn.Module, ...]:
@@ -299,7 +303,3 @@ def _modules(pipeline: StableDiffusionXLPipeline) -> tuple[torch.nn.Module, ...]
 
 def _named(config: ModelConfig) -> str:
     return f"{_SETTING}={config.pretrained_model_name_or_path!r}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The training objective: tensors in, a scalar out. Noise and timesteps are arguments: the loss is deterministic."""
+"""The training objective, a deterministic function of latents, noise and timesteps."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError, LossType, ObjectiveConfig
 
-HUBER_DELTA = 0.1  # errors above it count linearly
-MOST_DEBIASED_SNR = 1000.0  # where there is hardly any noise, debiased weights fall no further, as in sd-scripts
+HUBER_DELTA = 0.1  # larger errors count linearly
+MAX_DEBIASED_SNR = 1000.0  # as in sd-scripts
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The model's inputs for B images, and how much each image counts.
+    """The model's inputs for B images, and their loss weights.
 
-    latents (B, 4, h, w) fp32, add_time_ids (B, 6). The prompts: prompt_embeds (B, 77, D) and pooled_prompt_embeds
-    (B, P); or, for a `Denoiser` that trains its text encoders, input_ids (B, 2, 77) and kept (B,), 0 where the caption
-    is dropped. weights (B,) are each image's factor in the mean; mask (B, 1, h, w) in [0, 1] says which latent pixels
-    count; None means all alike. more_noise (B, 4, h, w) is added to the noise that the model sees, not to what it has
-    to predict.
+    latents: (B, 4, h, w) fp32.
+    prompt_embeds, pooled_prompt_embeds: (B, 77, D) and (B, P); None for a `Denoiser` that trains its text encoders.
+    add_time_ids: (B, 6).
+    input_ids, caption_mask: (B, 2, 77) and (B,), 0 where the caption is dropped; for such a `Denoiser`.
+    weights: (B,), factors of the images in the mean; None for 1.
+    mask: (B, 1, h, w) in [0, 1], the weights of latent pixels; None for 1.
+    input_perturbation: (B, 4, h, w), added to the noise in the model's input but not to its target.
     """
 
     latents: Tensor
@@ -34,25 +36,26 @@ class Batch:
     pooled_prompt_embeds: Tensor | None
     add_time_ids: Tensor
     input_ids: Tensor | None = None
-    kept: Tensor | None = None
+    caption_mask: Tensor | None = None
     weights: Tensor | None = None
     mask: Tensor | None = None
-    more_noise: Tensor | None = None
+    input_perturbation: Tensor | None = None
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with `change` applied to each of its tensors."""
-        changed: dict[str, Any] = {
-            name: value if value is None else change(value) for name, value in vars(self).items()
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `function` applied to each tensor."""
+        tensors: dict[str, Any] = {
+            name: value if value is None else function(value) for name, value in vars(self).items()
         }
-        return Batch(**changed)
+        return Batch(**tensors)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How noisy latents are made and what is compared with what.
+    """The noise process and the loss.
 
-    `scheduler` is a DDPMScheduler, or an EDM scheduler of diffusers; `edm` compares denoised latents, weighted, as in
-    arXiv:2206.00364, in place of noise or velocity.
+    scheduler: a DDPMScheduler, or an EDM scheduler of diffusers.
+    edm: compare denoised latents with weights, as in arXiv:2206.00364, instead of noise or velocity.
+    input_perturbation: gamma of arXiv:2301.11706.
     """
 
     scheduler: Any
@@ -61,15 +64,15 @@ class Objective:
     snr_gamma: float | None = None
     debiased: bool = False
     noise_offset: float = 0.0
-    multires: tuple[int, float] = (0, 0.0)  # coarser noises, and how much each counts of the last
-    more_noise: float = 0.0
-    timesteps: tuple[int, int | None] = (0, None)  # the first and the last that are drawn
+    multires: tuple[int, float] = (0, 0.0)  # number of coarser noises, and the discount per level
+    input_perturbation: float = 0.0
+    timesteps: tuple[int, int | None] = (0, None)  # first and last; None for the scheduler's last
 
 
 def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
-    """The objective that `config` sets for a base with `scheduler`.
+    """Create the objective for a base with `scheduler`.
 
-    Raises ConfigError for a weighting or a kind of noise that does not fit the base.
+    Raises ConfigError for a loss weighting or noise that is not defined for the base.
     """
     for name, is_on in (
         ("snr_gamma", config.snr_gamma is not None),
@@ -86,8 +89,8 @@ def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
     low, high = config.min_timestep, last if config.max_timestep is None else config.max_timestep
     if not low <= high <= last:
         raise ConfigError(
-            f"min_timestep={low} and max_timestep={high} leave no timestep: they must be in their order, and at most "
-            f"{last} for this base"
+            f"min_timestep={low} and max_timestep={high} leave no timestep: min_timestep must not be larger than "
+            f"max_timestep, and both at most {last} for this base"
         )
     return Objective(
         scheduler,
@@ -97,18 +100,18 @@ def objective_of(config: ObjectiveConfig, scheduler: Any) -> Objective:
         debiased=config.debiased_estimation,
         noise_offset=config.noise_offset,
         multires=(config.multires_noise_iterations, config.multires_noise_discount),
-        more_noise=config.ip_noise_gamma,
+        input_perturbation=config.ip_noise_gamma,
         timesteps=(low, high),
     )
 
 
 def unweighted(objective: Objective) -> Objective:
-    """The plain squared error of what `objective` compares: losses of all runs with it can be compared."""
+    """Return the objective with the plain squared error, whose losses are comparable between runs."""
     return Objective(objective.scheduler, edm=objective.edm)
 
 
-def draw_targets(objective: Objective, latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise of the latents' shape and one uniform timestep (an index) per image, from `rng` alone."""
+def sample_noise(objective: Objective, latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sample noise of the latents' shape and a uniform timestep (an index) per image from `rng`."""
     noise = torch.randn(latents.shape, generator=rng, device=latents.device, dtype=torch.float32)
     first, last = objective.timesteps
     end = objective.scheduler.config.num_train_timesteps if last is None else last + 1
@@ -121,16 +124,16 @@ def draw_targets(objective: Objective, latents: Tensor, rng: torch.Generator) ->
     return noise, timesteps
 
 
-def with_more_noise(objective: Objective, batch: Batch, rng: torch.Generator) -> Batch:
-    """`batch` with input perturbation (arXiv:2301.11706) drawn from `rng`; as it is where there is none."""
-    if not objective.more_noise:
+def with_input_perturbation(objective: Objective, batch: Batch, rng: torch.Generator) -> Batch:
+    """Return `batch` with input perturbation (arXiv:2301.11706) sampled from `rng`, if the objective has it."""
+    if not objective.input_perturbation:
         return batch
-    drawn = torch.randn(batch.latents.shape, generator=rng, device=batch.latents.device)
-    return replace(batch, more_noise=objective.more_noise * drawn)
+    noise = torch.randn(batch.latents.shape, generator=rng, device=batch.latents.device)
+    return replace(batch, input_perturbation=objective.input_perturbation * noise)
 
 
 def _multires(noise: Tensor, levels: int, discount: float, rng: torch.Generator) -> Tensor:
-    """`noise` and coarser noises of half the size each, down to one pixel, at std 1 for each image."""
+    """Add up to `levels` coarser noises, each half the size of the last, and normalize each image to std 1."""
     height, width = noise.shape[-2:]
     for level in range(1, levels + 1):
         size = max(1, height >> level), max(1, width >> level)
@@ -149,7 +152,7 @@ def diffusion_loss(
     timesteps: Tensor,
     target: Tensor | None = None,
 ) -> Tensor:
-    """The mean of the images' losses, each times its weight: a scalar in fp32. `target` as in `sample_losses`."""
+    """Return the weighted mean of `sample_losses`, a scalar in fp32."""
     losses = sample_losses(model, objective, batch, noise, timesteps, target)
     return losses.mean() if batch.weights is None else (losses * batch.weights).mean()
 
@@ -162,50 +165,54 @@ def sample_losses(
     timesteps: Tensor,
     target: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each image, (B,) fp32. `model` is a UNet, or a `Denoiser` for a batch of token ids.
+    """Return the loss of each image, (B,) fp32.
 
-    A `target`, of the shape of the latents, takes the place of what the images ask for.
+    Args:
+        model: a UNet, or a `Denoiser` for a batch of token ids.
+        noise: (B, 4, h, w).
+        timesteps: (B,), indices.
+        target: replaces the target that the images define, (B, 4, h, w).
     """
-    prediction, asked, weights = _compared(model, objective, batch, noise, timesteps)
-    target = asked if target is None else target
+    prediction, image_target, weights = _prediction_target_weights(model, objective, batch, noise, timesteps)
+    target = image_target if target is None else target
     if objective.loss_type == "l2":
         errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
-    else:  # twice PyTorch's huber loss, so that small errors count as in l2
+    else:  # twice PyTorch's huber loss, so that small errors equal l2
         errors = 2 * F.huber_loss(prediction.float(), target.float(), reduction="none", delta=HUBER_DELTA)
     losses = errors.mean(dim=(1, 2, 3)) if batch.mask is None else _masked_mean(errors, batch.mask)
     return losses if weights is None else losses * weights
 
 
-def predicted(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What `model` predicts where `sample_losses` compares: noise or velocity, or with `edm` denoised latents."""
-    return _compared(model, objective, batch, noise, timesteps)[0]
+def predict(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the prediction that `sample_losses` compares: noise or velocity, or with `edm` denoised latents."""
+    return _prediction_target_weights(model, objective, batch, noise, timesteps)[0]
 
 
-def _compared(
+def _prediction_target_weights(
     model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(prediction, target, weights (B,)); without weights all count alike."""
+    """Return (prediction, target, weights (B,) or None)."""
     scheduler = objective.scheduler
     if objective.edm:
-        return _denoised(model, scheduler, batch, noise, timesteps)
-    noisy = scheduler.add_noise(batch.latents, _seen(batch, noise), timesteps)
-    prediction = _predict(model, noisy, timesteps, batch)
+        return _edm_prediction_target_weights(model, scheduler, batch, noise, timesteps)
+    noisy = scheduler.add_noise(batch.latents, _perturbed_noise(batch, noise), timesteps)
+    prediction = _forward(model, noisy, timesteps, batch)
     return prediction, _target(scheduler, batch.latents, noise, timesteps), _weights(objective, timesteps)
 
 
 def is_edm_scheduler(scheduler: Any) -> bool:
-    """Whether the base was trained with EDM's own preconditioning (such as Playground v2.5)."""
+    """Whether the base was trained with EDM's preconditioning, as Playground v2.5 was."""
     return hasattr(scheduler, "precondition_outputs")
 
 
-def _seen(batch: Batch, noise: Tensor) -> Tensor:
-    """The noise of what the model sees."""
-    return noise if batch.more_noise is None else noise + batch.more_noise
+def _perturbed_noise(batch: Batch, noise: Tensor) -> Tensor:
+    """Return the noise in the model's input."""
+    return noise if batch.input_perturbation is None else noise + batch.input_perturbation
 
 
-def _predict(model: nn.Module, sample: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+def _forward(model: nn.Module, sample: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
     if batch.input_ids is not None:
-        output: Tensor = model(sample, timesteps, batch.input_ids, batch.kept, batch.add_time_ids)
+        output: Tensor = model(sample, timesteps, batch.input_ids, batch.caption_mask, batch.add_time_ids)
         return output
     assert batch.prompt_embeds is not None
     added = {"text_embeds": batch.pooled_prompt_embeds, "time_ids": batch.add_time_ids}
@@ -223,10 +230,10 @@ def _target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps:
 
 
 def _weights(objective: Objective, timesteps: Tensor) -> Tensor | None:
-    """The weight of each image's timestep, (B,).
+    """Return the loss weight of each image's timestep, (B,).
 
     Min-SNR (arXiv:2303.09556): min(SNR, gamma) / SNR for noise, / (SNR + 1) for velocity. Debiased estimation
-    (arXiv:2310.08442): 1 / sqrt(SNR) for noise and, as sd-scripts has it, 1 / (SNR + 1) for velocity.
+    (arXiv:2310.08442): 1 / sqrt(SNR) for noise and, as in sd-scripts, 1 / (SNR + 1) for velocity.
     """
     scheduler, gamma = objective.scheduler, objective.snr_gamma
     if gamma is None and not objective.debiased:
@@ -234,29 +241,29 @@ def _weights(objective: Objective, timesteps: Tensor) -> Tensor | None:
     snr, is_noise = compute_snr(scheduler, timesteps), scheduler.config.prediction_type == "epsilon"
     if gamma is not None:
         return snr.clamp(max=gamma) / (snr if is_noise else snr + 1)
-    snr = snr.clamp(max=MOST_DEBIASED_SNR)
+    snr = snr.clamp(max=MAX_DEBIASED_SNR)
     return snr.rsqrt() if is_noise else 1 / (snr + 1)
 
 
-def _denoised(
+def _edm_prediction_target_weights(
     model: nn.Module, scheduler: Any, batch: Batch, noise: Tensor, timesteps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(denoised latents, clean latents, weights (B,)) at x + sigma * noise."""
+    """Return (denoised latents, clean latents, weights (B,)) at x + sigma * noise."""
     if is_edm_scheduler(scheduler):
         indices = timesteps.cpu()
         sigma = scheduler.sigmas[indices].to(noise).view(-1, 1, 1, 1)
-        noisy = batch.latents + sigma * _seen(batch, noise)
+        noisy = batch.latents + sigma * _perturbed_noise(batch, noise)
         times = scheduler.timesteps[indices].to(noise)
-        output = _predict(model, scheduler.precondition_inputs(noisy, sigma), times, batch)
+        output = _forward(model, scheduler.precondition_inputs(noisy, sigma), times, batch)
         prediction = scheduler.precondition_outputs(noisy, output.float(), sigma)
         data = scheduler.config.sigma_data
         weights = (sigma**2 + data**2) / (sigma * data) ** 2
         return prediction, batch.latents, weights.flatten()
     signal = scheduler.alphas_cumprod.to(noise)[timesteps].view(-1, 1, 1, 1)
     sigma = ((1 - signal) / signal).sqrt()
-    noisy = batch.latents + sigma * _seen(batch, noise)
+    noisy = batch.latents + sigma * _perturbed_noise(batch, noise)
     scale = (sigma**2 + 1).sqrt()
-    output = _predict(model, noisy / scale, timesteps, batch).float()
+    output = _forward(model, noisy / scale, timesteps, batch).float()
     if scheduler.config.prediction_type == "epsilon":
         prediction = noisy - sigma * output
     else:
@@ -265,6 +272,6 @@ def _denoised(
 
 
 def _masked_mean(errors: Tensor, mask: Tensor) -> Tensor:
-    """The mean of (B, C, h, w) over the pixels that `mask` shows; an image without any counts nothing."""
-    shown = (errors * mask).sum(dim=(1, 2, 3))
-    return shown / (mask.sum(dim=(1, 2, 3)) * errors.shape[1]).clamp(min=1e-6)
+    """Return the mean of errors (B, C, h, w) weighted by the mask, (B,); 0 for an empty mask."""
+    total = (errors * mask).sum(dim=(1, 2, 3))
+    return total / (mask.sum(dim=(1, 2, 3)) * errors.shape[1]).clamp(min=1e-6)

@@ -1,4 +1,4 @@
-"""The SDXL parts: load, freeze and place them; turn prompts and images into what the UNet is trained on."""
+"""A loaded SDXL base, and the encoding of prompts and images into the UNet's inputs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    EDMEulerScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from flatlora_diffusion.config import ModelConfig
@@ -24,9 +18,10 @@ from flatlora_diffusion.sdxl.shapes import checked_size
 
 @dataclass(frozen=True)
 class Sdxl:
-    """A frozen SDXL base. The VAE is fp32 unless another one is given that fp16 suits; the rest is in one dtype.
+    """A frozen SDXL base.
 
-    Every prompt is read `clip_skip` layers further back than SDXL's own choice, in training and out of it.
+    The VAE is fp32, or fp16 if another VAE is given that supports it; the other parts share one dtype. `clip_skip`
+    layers are skipped beyond SDXL's penultimate layer for every prompt.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -43,7 +38,7 @@ class Sdxl:
 
     @property
     def family(self) -> Family:
-        """Which of the known shapes the base has."""
+        """The family of the base: SDXL or the tiny base."""
         return family_of(self.unet)
 
     @property
@@ -57,36 +52,36 @@ class Sdxl:
         return int(self.pipeline.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
-    def zeroes_no_prompt(self) -> bool:
-        """Whether no prompt is embeddings of zeros for this base, as for SDXL's own, or the empty prompt's."""
+    def zeros_empty_prompt(self) -> bool:
+        """Whether the unconditional input is zeros, as in SDXL, or the embedding of the empty prompt."""
         return bool(self.pipeline.config.force_zeros_for_empty_prompt)
 
-    def checked_resolution(self, wanted: int | None) -> int:
-        """The image size to work at: `wanted`, or the base's own. Raises ConfigError for one that cannot be."""
-        return checked_size(wanted or self.resolution, self.size_step)
+    def checked_resolution(self, resolution: int | None) -> int:
+        """Return `resolution`, or the base's native resolution. Raises ConfigError for an unsupported size."""
+        return checked_size(resolution or self.resolution, self.size_step)
 
     def move(self, parts: Iterable[str], device: torch.device) -> None:
-        """Place models of the pipeline, by their names in it."""
+        """Move models of the pipeline, by their names in it."""
         for part in parts:
             getattr(self.pipeline, part).to(device)
 
 
 def load_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
-    """Load the base onto `device`, frozen and in eval mode. Raises ConfigError when there is no SDXL model there."""
-    return framed(load_pipeline(config, device, dtype), config)
+    """Load the base onto `device`, frozen and in eval mode. Raises ConfigError if it is not an SDXL model."""
+    return wrap_pipeline(load_pipeline(config, device, dtype), config)
 
 
-def framed(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> Sdxl:
-    """The base that a loaded pipeline is."""
+def wrap_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) -> Sdxl:
+    """Wrap a loaded pipeline."""
     pipeline.set_progress_bar_config(disable=True)
-    # A scheduler of our own: sampling changes the state of the pipeline's.
+    # A separate scheduler, because sampling changes the state of the pipeline's.
     kind = type(pipeline.scheduler) if is_edm_scheduler(pipeline.scheduler) else DDPMScheduler
     return Sdxl(pipeline, kind.from_config(pipeline.scheduler.config), config.clip_skip)
 
 
 @torch.no_grad()
 def encode_prompts(sdxl: Sdxl, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings (B, 77, D) and pooled embeddings (B, P), just as the pipeline makes them for inference."""
+    """Return prompt embeddings (B, 77, D) and pooled embeddings (B, P), as the pipeline computes them."""
     prompt_embeds, _, pooled, _ = sdxl.pipeline.encode_prompt(
         list(prompts), do_classifier_free_guidance=False, clip_skip=sdxl.clip_skip
     )
@@ -95,7 +90,7 @@ def encode_prompts(sdxl: Sdxl, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of the normalized latents, each (B, 4, H/f, W/f) fp32, of pixels (B, 3, H, W) in [-1, 1]."""
+    """Return mean and std of the normalized latents, (B, 4, H/f, W/f) fp32, of pixels (B, 3, H, W) in [-1, 1]."""
     distribution = vae.encode(pixels.to(vae.dtype)).latent_dist
     mean, std = _latent_statistics(vae, distribution.mean.device)
     scale = vae.config.scaling_factor / std
@@ -103,19 +98,19 @@ def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Normalized latents (B, 4, H/f, W/f) in fp32 of pixels (B, 3, H, W) in [-1, 1]: the posterior's mean."""
+    """Return the posterior's mean: normalized latents (B, 4, H/f, W/f) fp32 of pixels (B, 3, H, W) in [-1, 1]."""
     mean, _ = posterior(vae, pixels)
     return mean
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) fp32 of normalized latents, decoded in the VAE's own dtype whatever that of the latents is.
+    """Decode normalized latents in the VAE's dtype to pixels (B, 3, H, W) fp32.
 
-    One image at a time, and one that is larger than 1024 pixels in overlapping tiles of that size.
+    Images are decoded one by one, and in overlapping tiles of 1024 pixels if they are larger.
     """
     mean, std = _latent_statistics(vae, latents.device)
-    vae.enable_tiling()  # not for encoding, where seams would be learned
+    vae.enable_tiling()  # not for encoding: the model would learn the seams
     try:
         return vae.decode((latents.float() / vae.config.scaling_factor * std + mean).to(vae.dtype)).sample.float()
     finally:
@@ -128,13 +123,13 @@ def add_time_ids(
     target_size: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """SDXL's size conditioning, (B, 6): original (height, width), crop (top, left), target (height, width)."""
+    """Return SDXL's size conditioning, (B, 6): original (h, w), crop (top, left), target (h, w)."""
     rows = [(*size, *crop, *target_size) for size, crop in zip(original_sizes, crops_top_left, strict=True)]
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 def _latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std of the latents per channel, (1, C, 1, 1); 0 and 1 for a VAE without them, such as SDXL's."""
+    """Return mean and std of the latents per channel, (1, C, 1, 1); 0 and 1 if the VAE has none, as SDXL's."""
     channels = vae.config.latent_channels
     mean = getattr(vae.config, "latents_mean", None) or [0.0] * channels
     std = getattr(vae.config, "latents_std", None) or [1.0] * channels

@@ -1,4 +1,4 @@
-"""A base of random weights in the shapes of a real one, made on its device: to try a device without a download."""
+"""A base with random weights in the shapes of a real base, to test a device without a download."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion.config import TEXT_PARTS, TINY, ModelConfig
-from flatlora_diffusion.sdxl.loading import base_path, one_at_a_time
-from flatlora_diffusion.sdxl.pipeline import Sdxl, framed
+from flatlora_diffusion.sdxl.loading import base_path, decode_one_by_one
+from flatlora_diffusion.sdxl.pipeline import Sdxl, wrap_pipeline
 from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.storage.rng import generator
 
 
 def random_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
-    """A base with the shapes of the one that `config` names, or of SDXL, and the tiny base's tokenizers.
+    """Create a base with the shapes of the base in `config`, or of SDXL, and the tiny base's tokenizers.
 
-    Its VAE is fp32 as ever; a weight has the variance that keeps what passes through it of one size.
+    Weights preserve the variance of their inputs; the VAE is fp32.
     """
     parts = {part: _random(on_meta(config, part), device, dtype) for part in ("unet", *TEXT_PARTS)}
     tokenizers = {
         name: CLIPTokenizer.from_pretrained(f"{base_path(TINY)}/{name}") for name in ("tokenizer", "tokenizer_2")
     }
     pipeline = StableDiffusionXLPipeline(
-        vae=one_at_a_time(_random(on_meta(config, "vae"), device, torch.float32)),
+        vae=decode_one_by_one(_random(on_meta(config, "vae"), device, torch.float32)),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -39,11 +39,11 @@ def random_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         **parts,
         **tokenizers,
     )
-    return framed(pipeline, config)
+    return wrap_pipeline(pipeline, config)
 
 
 def _random(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """`model`, which is on the meta device, on `device` with weights."""
+    """Move `model` from the meta device to `device` with random weights."""
     model = model.to(dtype).to_empty(device=device)
     rng = generator(device, 0, "random_base")
     with torch.no_grad():
@@ -51,7 +51,7 @@ def _random(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
             for name, weight in module.named_parameters(recurse=False):
                 if weight.ndim > 1:
                     weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=rng)
-                else:  # norms have weights of 1, and nothing has a bias
+                else:  # 1 for the weights of norms, 0 for biases
                     weight.fill_(float(name == "weight"))
         for name, buffer in model.named_buffers():
             if name.endswith("position_ids"):

@@ -1,20 +1,21 @@
-"""Images from prompts and seeds with a base and, when one is attached, its LoRA."""
+"""Image generation from prompts and seeds, with the base and any attached LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from PIL import Image
 from torch import nn
 
+from flatlora_diffusion.config import TEXT_PARTS
 from flatlora_diffusion.sdxl.drawing import Drawing, sampling_names
 from flatlora_diffusion.sdxl.family import TINY_FAMILY
 from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents
 
-STEPS, GUIDANCE = 25, 5.0  # of a picture for which none are given
-RESCALE = 0.7  # of guidance with zero terminal SNR, which burns colours without (arXiv:2305.08891)
+STEPS, GUIDANCE = 25, 5.0  # defaults
+RESCALE = 0.7  # guidance rescale for zero terminal SNR, against overexposure (arXiv:2305.08891)
 
 
 @torch.no_grad()
@@ -29,15 +30,17 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
     negative_prompt: str | None = None,
     rescale: float | None = None,
 ) -> list[Image.Image]:
-    """One image per (prompt, seed), a function of these two alone.
+    """Generate one image per (prompt, seed) pair.
 
-    Every draw of an image comes from its own seed on the CPU, so all devices and precisions start alike. Which other
-    images are in its batch changes an image by rounding only, in fp32 by one of 255 levels; with `batch_size` 1 not
-    at all. `rescale` of guidance is what the base asks for unless it is given.
+    The noise comes from a CPU generator per image, so that all devices and precisions start from the same noise. The
+    other images in a batch affect an image by rounding only, in fp32 by one of 255 levels.
+
+    Args:
+        rescale: guidance rescale; the base's default if None.
     """
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
-    with evaluating(sdxl.unet):
+    with eval_mode(sdxl.unet):
         for start in range(0, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
             latents = sdxl.pipeline(
@@ -58,11 +61,11 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
 
 
 def rescale_of(sdxl: Sdxl) -> float:
-    """How far guidance is rescaled for this base unless told otherwise."""
+    """Return the default guidance rescale of this base."""
     return RESCALE if sdxl.pipeline.scheduler.config.get("rescale_betas_zero_snr") else 0.0
 
 
-def drawing_with(  # noqa: PLR0913 (all that an image depends on)
+def describe_drawing(  # noqa: PLR0913 (all that an image depends on)
     sdxl: Sdxl,
     prompt: str,
     seed: int,
@@ -74,7 +77,7 @@ def drawing_with(  # noqa: PLR0913 (all that an image depends on)
     negative_prompt: str | None = None,
     rescale: float | None = None,
 ) -> Drawing | None:
-    """What other tools are told of an image that `generate_images` has drawn so; None where they cannot draw it."""
+    """Describe an image of `generate_images` for other tools; None if they cannot reproduce it."""
     noise, names = sdxl.scheduler.config, sampling_names(sdxl.pipeline.scheduler)
     if names is None or sdxl.family == TINY_FAMILY:
         return None
@@ -92,14 +95,14 @@ def drawing_with(  # noqa: PLR0913 (all that an image depends on)
         clip_skip=sdxl.clip_skip or 0,
         predicts_v=noise.prediction_type == "v_prediction",
         zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
-        is_zeroed=negative_prompt is None and sdxl.zeroes_no_prompt,
+        is_zeroed=negative_prompt is None and sdxl.zeros_empty_prompt,
         rescale=rescale_of(sdxl) if rescale is None else rescale,
     )
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode back afterwards."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set eval mode, and restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -107,3 +110,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def eval_on_unet_device(sdxl: Sdxl) -> Iterator[None]:
+    """Move VAE and text encoders to the UNet's device in eval mode, and restore both afterwards."""
+    parts = [getattr(sdxl.pipeline, part) for part in (*TEXT_PARTS, "vae")]
+    devices = [part.device for part in parts]
+    with ExitStack() as stack:
+        for part, device in zip(parts, devices, strict=True):
+            if device != sdxl.unet.device:
+                part.to(sdxl.unet.device)
+                stack.callback(part.to, device)
+            stack.enter_context(eval_mode(part))
+        yield

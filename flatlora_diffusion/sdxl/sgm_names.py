@@ -1,6 +1,6 @@
-"""The names that SDXL's UNet has in Stability's own files and in tools that follow them, by diffusers' module paths.
+"""Module names of SDXL's UNet in Stability's original format, by diffusers' module paths.
 
-Blocks are numbered through there: a down block has `layers` and its downsampler, an up block one layer more.
+The original numbers blocks consecutively: a down block has `layers` layers and its downsampler, an up block one more.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _RESNET = {
 
 
 def original_path(module: str, layers: int) -> str:
-    """The original path of any module of the UNet. Raises KeyError for one that the original has not."""
+    """Return the original path of a module of the UNet. Raises KeyError if the original has no such module."""
     return _OUTSIDE[module] if module in _OUTSIDE else original_block_path(module, layers)
 
 
 def original_block_path(module: str, layers: int) -> str:
-    """`down_blocks.1.attentions.0.proj_in` as `input_blocks.4.1.proj_in`, and so on.
+    """Return the original path of a module in a block: `input_blocks.4.1` for `down_blocks.1.attentions.0`.
 
-    Raises KeyError for a module of the UNet outside the blocks.
+    Raises KeyError for a module outside the blocks.
     """
     kind, *rest = module.split(".", 1)
     if kind == "mid_block":
         part, number, inner = rest[0].split(".", 2)
-        place = 1 if part == "attentions" else 2 * int(number)
-        return f"middle_block.{place}.{_inner(part, inner)}"
+        index = 1 if part == "attentions" else 2 * int(number)
+        return f"middle_block.{index}.{_inner(part, inner)}"
     match = re.fullmatch(r"(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", rest[0] if rest else "")
     if match is None or kind not in ("down_blocks", "up_blocks"):
-        raise KeyError(f"{module} has no name that other tools know")
+        raise KeyError(f"{module} has no original name")
     block, part, index, inner = int(match[1]), match[2], int(match[3]), match[4]
     if kind == "down_blocks":
         first = (layers + 1) * block + 1

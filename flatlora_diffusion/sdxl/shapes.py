@@ -1,6 +1,6 @@
-"""The base's four models by their config files: their sizes, and all shapes without weights on the meta device.
+"""The sizes of a base by its config files, and its models on the meta device.
 
-A base that is not on disk counts as SDXL. Torch is imported only where a model is built.
+A base that is not on disk is taken for SDXL. Torch is imported only to create a model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from flatlora_diffusion.config import SAMPLES, SDXL, TINY, ConfigError, ModelConfig
 
-TOKENS = 77  # of a prompt, as CLIP reads it
+TOKENS = 77  # of a prompt
 # The sizes of stabilityai/stable-diffusion-xl-base-1.0.
 _SDXL: dict[str, dict[str, Any]] = {
     "unet": {
@@ -58,12 +58,12 @@ _SDXL: dict[str, dict[str, Any]] = {
 
 
 def base_path(name_or_path: str) -> str:
-    """The folder, file or hub id behind `--pretrained_model_name_or_path`; `tiny` is the base that ships with us."""
+    """Return the folder, file or hub id of a base; `tiny` is the base that ships with this program."""
     return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
 
 
 def on_meta(config: ModelConfig, part: str) -> Any:
-    """The base's `unet`, `text_encoder`, `text_encoder_2` or `vae` on the meta device, fp32, frozen, in eval mode."""
+    """Create `unet`, `text_encoder`, `text_encoder_2` or `vae` on the meta device: fp32, frozen, in eval mode."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -79,8 +79,8 @@ def on_meta(config: ModelConfig, part: str) -> Any:
 
 
 def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
-    """The part's config.json, of the VAE that of another one, where it is given; SDXL's own where there is none."""
-    file = own_config(config, part)
+    """Return the part's config.json, of another VAE if it is given; SDXL's if the file is not on disk."""
+    file = config_file(config, part)
     if file is None:
         return _SDXL[part]
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -88,25 +88,25 @@ def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
 
 
 class Sizes(NamedTuple):
-    """A base's own image size in pixels, and the step that image sides must be a multiple of."""
+    """A base's native image size in pixels, and the step that image sides must be a multiple of."""
 
-    own: int
+    native: int
     step: int
 
 
 def known_sizes(config: ModelConfig) -> Sizes | None:
-    """What the config files on this disk say; None for a hub id that is not downloaded, and for files of no base."""
+    """Return the sizes in the config files on disk; None if these are missing or invalid."""
     name = config.pretrained_model_name_or_path
-    if name != SDXL and not Path(name).is_file() and own_config(config, "unet") is None:
+    if name != SDXL and not Path(name).is_file() and config_file(config, "unet") is None:
         return None
     try:
-        return Sizes(own_size(config), size_step(config))
-    except (OSError, ValueError, LookupError, TypeError):  # told in full when the base is loaded
+        return Sizes(native_size(config), size_step(config))
+    except (OSError, ValueError, LookupError, TypeError):  # reported when the base is loaded
         return None
 
 
-def own_config(config: ModelConfig, part: str) -> Path | None:
-    """The part's config.json in the base's folder or in the hub's cache; None for a base that is in neither."""
+def config_file(config: ModelConfig, part: str) -> Path | None:
+    """Return the part's config.json in the base's folder or in the hub's cache; None if it is in neither."""
     path, name, revision = config.single_file_config, f"{part}/config.json", config.revision
     path = path or base_path(config.pretrained_model_name_or_path)
     if part == "vae" and config.pretrained_vae_model_name_or_path is not None:
@@ -116,36 +116,38 @@ def own_config(config: ModelConfig, part: str) -> Path | None:
         return file
     try:
         cached = try_to_load_from_cache(path, name, revision=revision)
-    except HFValidationError:  # the path of a file, not a hub id
+    except HFValidationError:  # a file path, not a hub id
         return None
     return Path(cached) if isinstance(cached, str) else None
 
 
 def vae_factor(config: ModelConfig) -> int:
-    """Pixels per latent pixel, in each direction."""
+    """Return the pixels per latent pixel in each direction."""
     return int(2 ** (len(part_settings(config, "vae")["block_out_channels"]) - 1))
 
 
-def own_size(config: ModelConfig) -> int:
-    """The base's own size in pixels, from its configs."""
+def native_size(config: ModelConfig) -> int:
+    """Return the base's native image size in pixels."""
     return int(part_settings(config, "unet")["sample_size"]) * vae_factor(config)
 
 
 def size_step(config: ModelConfig) -> int:
-    """Image sides are a multiple of this: the VAE's factor times the UNet's."""
+    """Return the step of image sides: the VAE's factor times the UNet's."""
     return int(vae_factor(config) * 2 ** (len(part_settings(config, "unet")["block_out_channels"]) - 1))
 
 
-def checked_size(wanted: int, step: int) -> int:
-    """`wanted` pixels. Raises ConfigError for an image size that is no multiple of the base's `step`."""
-    if wanted % step:
-        near = max(1, round(wanted / step)) * step
-        raise ConfigError(f"resolution={wanted} must be a multiple of {step} for this base; {near} is the nearest")
-    return wanted
+def checked_size(resolution: int, step: int) -> int:
+    """Return `resolution`. Raises ConfigError if it is not a multiple of the base's `step`."""
+    if resolution % step:
+        nearest = max(1, round(resolution / step)) * step
+        raise ConfigError(
+            f"resolution={resolution} must be a multiple of {step} for this base; {nearest} is the nearest"
+        )
+    return resolution
 
 
-def check_resolution(config: ModelConfig, wanted: int | None) -> None:
-    """Raises ConfigError as `checked_size`, for a base whose sizes are known before it is loaded."""
+def check_resolution(config: ModelConfig, resolution: int | None) -> None:
+    """Raise ConfigError as `checked_size` does, if the base's sizes are known before it is loaded."""
     sizes = known_sizes(config)
-    if wanted is not None and sizes is not None:
-        checked_size(wanted, sizes.step)
+    if resolution is not None and sizes is not None:
+        checked_size(resolution, sizes.step)

@@ -1,6 +1,6 @@
-"""An SDXL pipeline as one .safetensors file with the original names, as Stability, ComfyUI and A1111 read it.
+"""Saving an SDXL pipeline as a single .safetensors file with Stability's original names, for ComfyUI and A1111.
 
-The inverse of what diffusers reads, by rule; widths and depths are no part of it.
+The inverse of diffusers' single-file loader, independent of widths and depths.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flatlora_diffusion.sdxl.sgm_names import original_path
-from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]
 
-# How the weights of each part of a pipeline begin in it.
+# Prefixes of the tensor names of each part of a pipeline.
 PREFIXES = {
     "unet": "model.diffusion_model.",
     "text_encoder": "conditioner.embedders.0.transformer.",
@@ -50,7 +50,7 @@ _OPEN_CLIP: Rules = {
 
 
 def save_single_file(pipeline: Any, path: Path) -> Path:
-    """Write UNet, VAE and both text encoders, each tensor in its own dtype; returns the path."""
+    """Write UNet, VAE and both text encoders, each tensor in its dtype; returns the path."""
     unet = unet_tensors(pipeline.unet.state_dict(), pipeline.unet.config.layers_per_block)
     tensors = {
         **_prefixed(PREFIXES["unet"], unet),
@@ -59,13 +59,13 @@ def save_single_file(pipeline: Any, path: Path) -> Path:
         **_prefixed(PREFIXES["text_encoder_2"], open_clip_tensors(pipeline.text_encoder_2.state_dict())),
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing_whole(path) as aside:
-        save_file(contiguous, aside, metadata={"format": "pt"})
+    with atomic_write(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
     return path
 
 
 def unet_tensors(state: Mapping[str, Tensor], layers_per_block: int = 2) -> dict[str, Tensor]:
-    """The UNet by its original names; the shapes stay."""
+    """Rename the tensors of the UNet."""
     tensors = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
@@ -74,7 +74,7 @@ def unet_tensors(state: Mapping[str, Tensor], layers_per_block: int = 2) -> dict
 
 
 def vae_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE by its original names; its attention is made of 1 x 1 convolutions there, its up blocks count down."""
+    """Rename the tensors of the VAE; attention becomes 1 x 1 convolutions, up blocks are numbered in reverse."""
     last = max(int(name.split(".")[2]) for name in state if name.startswith("decoder.up_blocks."))
     up: Rules = {
         r"\.up_blocks\.(\d)\.resnets\.": lambda m: f".up.{last - int(m[1])}.block.",
@@ -89,12 +89,12 @@ def vae_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first text encoder, whose `text_model.` transformers has left out since 5.6."""
+    """Rename the tensors of the first text encoder, which lack the prefix `text_model.` since transformers 5.6."""
     return {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
 
 
 def open_clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The second text encoder as open_clip has it: q, k and v in one `in_proj`, and the projection transposed."""
+    """Convert the second text encoder to open_clip: q, k and v in one `in_proj`, and the projection transposed."""
     tensors = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)", name)
@@ -108,7 +108,7 @@ def open_clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _original_path(module: str, layers: int) -> str:
-    """The original path; a module that the original lacks, such as a distilled model's `cond_proj`, keeps its own."""
+    """Return the original path; unchanged if there is none, as for a distilled model's `cond_proj`."""
     try:
         return original_path(module, layers)
     except KeyError:

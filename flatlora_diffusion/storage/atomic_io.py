@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, whatever happens meanwhile, and what is left when the process is killed.
+"""Atomic file writes, clean-up after killed processes, and error messages for folders that cannot be written.
 
-Needs no torch, so that run folders can be looked at without it.
+Imports no torch, so that run folders can be inspected without it.
 """
 
 from __future__ import annotations
@@ -20,75 +20,77 @@ from safetensors import SafetensorError
 
 from flatlora_diffusion.config import ConfigError
 
-_ASIDE = re.compile(r"\..+\.[0-9]+\.part")
+_PARTIAL = re.compile(r"\..+\.[0-9]+\.part")
 _SYSTEM_ERROR = re.compile(r"I/O error: (.+) \(os error ([0-9]+)\)", re.DOTALL)
 
 
 @contextmanager
-def writing_whole(path: Path) -> Iterator[Path]:
-    """A neighbour of `path` to write to while this is open; then it is flushed to disk and renamed over `path`.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; on success it is flushed to disk and renamed to `path`.
 
-    The file is readable by whom the umask allows; safetensors would make it readable by its owner alone.
-
-    Raises OSError when it cannot be written, which safetensors calls otherwise.
+    Raises:
+        OSError: the file cannot be written; a SafetensorError is converted.
     """
-    aside = path.with_name(f".{path.name}.{threading.get_native_id()}.part")  # also two threads may write it at once
+    # The thread's id, because two threads may write the same file.
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.part")
     try:
-        aside.touch()
-        mode = aside.stat().st_mode  # what the umask leaves of 0666, without setting the umask to learn it
-        yield aside
-        os.chmod(aside, mode)
-        with open(aside, "rb+") as handle:
+        temporary.touch()
+        # The mode that the umask allows; safetensors would make the file readable by its owner only.
+        mode = temporary.stat().st_mode
+        yield temporary
+        os.chmod(temporary, mode)
+        with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except SafetensorError as error:
         raise _as_system_error(error) from error
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 with the same bytes on every system."""
-    with writing_whole(path) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+    """Write `text` as UTF-8 with `\\n` line ends on every system."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with a line's end."""
+    """Write `value` as indented JSON with a final newline."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of the file's contents, in hex digits."""
+    """Return the SHA-256 of the file's contents as hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_half_written(folder: Path, seconds: float = 0.0) -> None:
-    """Remove what `writing_whole` was at in `folder` when its process was killed.
+def remove_partial_files(folder: Path, seconds: float = 0.0) -> None:
+    """Delete temporary files that killed processes left in `folder`.
 
-    In a folder that several processes write into, only what has lain there for as many `seconds` is surely that.
+    Args:
+        seconds: minimum age of a file; needed where other processes may be writing into the folder.
     """
     for path in folder.glob(".*.part") if folder.is_dir() else ():
         with suppress(OSError):
-            if _ASIDE.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime >= seconds:
+            if _PARTIAL.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime >= seconds:
                 path.unlink()
 
 
 @contextmanager
-def writing_into(folder: Path, setting: str) -> Iterator[None]:
-    """Raises ConfigError in place of an OSError of `folder`, the value of `setting`."""
+def explain_write_errors(folder: Path, setting: str) -> Iterator[None]:
+    """Convert an OSError of `folder`, the value of `setting`, to a ConfigError that names both."""
     try:
         yield
     except OSError as error:
-        if not is_of(error, folder):
+        if not concerns_folder(error, folder):
             raise
         reason = error.strerror or error
         raise ConfigError(f"{setting}={str(folder)!r} cannot be written: {reason}; give another folder") from error
 
 
-def is_of(error: OSError, folder: Path) -> bool:
-    """Whether the error is of a file in `folder`, as far as it says; a connection's is an OSError, too."""
+def concerns_folder(error: OSError, folder: Path) -> bool:
+    """Whether the error can be about `folder` or a file in it; errors of connections are OSErrors too."""
     if isinstance(error, ConnectionError | TimeoutError) or (error.errno is None and type(error) is not OSError):
         return False
     file = error.filename
@@ -98,28 +100,28 @@ def is_of(error: OSError, folder: Path) -> bool:
 
 
 def check_writable(folder: Path, setting: str) -> None:
-    """Raises ConfigError, before anything that takes long, if no file can be made in `folder`, the value of `setting`.
+    """Raise ConfigError if no file can be created in `folder`, the value of `setting`.
 
-    Leaves nothing there, and no folder that was not there.
+    Meant to be called before long work. Leaves neither files nor new folders behind.
     """
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with writing_into(folder, setting):
+        with explain_write_errors(folder, setting):
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".probe.{threading.get_native_id()}.part"
             probe.touch()
             probe.unlink()
     finally:
-        for place in missing:
+        for path in missing:
             with suppress(OSError):
-                place.rmdir()
+                path.rmdir()
 
 
 def _is_above(file: str, folder: Path) -> bool:
-    """Whether it is a parent of `folder`, which has to be made or opened for it."""
+    """Whether `file` is a parent of `folder`, which has to be created or opened first."""
     return folder.absolute().is_relative_to(Path(file).absolute())
 
 
 def _as_system_error(error: SafetensorError) -> OSError:
-    found = _SYSTEM_ERROR.search(str(error))
-    return OSError(str(error)) if found is None else OSError(int(found[2]), found[1])
+    match = _SYSTEM_ERROR.search(str(error))
+    return OSError(str(error)) if match is None else OSError(int(match[2]), match[1])

@@ -1,4 +1,4 @@
-"""What a run tells of itself: one file of JSON objects, a line each, appended; and which of them count."""
+"""The event log of a run: a JSON Lines file that is only appended to, and the events that resumes leave valid."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ Event = dict[str, Any]
 
 
 def append_event(path: Path, event: Mapping[str, Any]) -> None:
-    """Append one event, flushed, so that a reader or a crash never sees less than what has happened."""
+    """Append one event and flush it."""
     with open(path, "ab+") as handle:
         if handle.tell() > 0:
             handle.seek(-1, os.SEEK_END)
-            if handle.read() != b"\n":  # a power cut or a full disk cut the last event off: it costs only itself
+            if handle.read() != b"\n":  # a power cut or a full disk truncated the last event
                 handle.write(b"\n")
         handle.write(json.dumps(event).encode() + b"\n")
 
 
 def read_events(path: Path) -> list[Event]:
-    """All complete events so far; lines that were only half written are left out."""
+    """Return all complete events so far, without truncated lines."""
     if not path.exists():
         return []
-    found = []
+    events = []
     for line in path.read_bytes().splitlines():
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            events.append(json.loads(line))
+    return events
 
 
-def count(counted: dict[int, Event], event: Event, kind: str) -> None:
-    """Put an event of this kind to those that count, by the steps done with it; the last one told is the last.
+def apply_event(by_step: dict[int, Event], event: Event, kind: str) -> None:
+    """Add an event of this kind to `by_step`, keyed by the number of completed steps; the latest comes last.
 
-    What came after the step that a run was resumed from counts no more.
+    A `resumed` event removes the events after the step that the run was resumed from.
     """
     if event["event"] == "resumed":
-        for later in [done for done in counted if done > event["step"]]:
-            del counted[later]
+        for later in [done for done in by_step if done > event["step"]]:
+            del by_step[later]
     elif event["event"] == kind:
-        done = event["step"] + (kind == "step")  # those alone are told by their number, which begins at 0
-        counted.pop(done, None)
-        counted[done] = event
+        done = event["step"] + (kind == "step")  # only `step` events have an index, which starts at 0
+        by_step.pop(done, None)
+        by_step[done] = event
 
 
-def counting(events: Iterable[Event], kind: str) -> list[Event]:
-    """The events of a kind that count, one for each step, in the order of these."""
-    counted: dict[int, Event] = {}
+def valid_events(events: Iterable[Event], kind: str) -> list[Event]:
+    """Return the valid events of a kind, one per step, ordered by step."""
+    by_step: dict[int, Event] = {}
     for event in events:
-        count(counted, event, kind)
-    return [counted[done] for done in sorted(counted)]
+        apply_event(by_step, event, kind)
+    return [by_step[done] for done in sorted(by_step)]

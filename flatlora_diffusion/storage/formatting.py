@@ -1,4 +1,4 @@
-"""Numbers as text: decimals, powers of ten, intervals, an en dash for what is not known."""
+"""Text for messages and tables: numbers, intervals, slugs and the first line of an error."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import math
 import re
 
 MINUS = "\N{MINUS SIGN}"
+MISSING = "\N{EN DASH}"
 
 
-NOTHING = "\N{EN DASH}"
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error's message without a final full stop; the class name if it is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def slug(text: str, allowed: str = "") -> str:
+    """Return `text` with `-` for each run of characters other than letters, digits, `.`, `_`, `-` and `allowed`."""
+    return re.sub(rf"[^\w.{re.escape(allowed)}-]+", "-", text)
 
 
 def is_known(value: object) -> bool:
-    """Whether `value` is a number to show: not None, and finite."""
+    """Whether `value` is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def figure(value: float | None, digits: int, signed: bool = False) -> str:
-    """The number with `digits` decimals, with its power of ten if they would show 0, and an en dash for none."""
+    """Format a number with `digits` decimals, in scientific notation if it would round to 0; an en dash for None."""
     if value is None or not is_known(value):
-        return NOTHING
+        return MISSING
     if value == 0:
         return "0"
     text = f"{value:{'+' if signed else ''}.{digits}f}"
@@ -29,7 +37,7 @@ def figure(value: float | None, digits: int, signed: bool = False) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int) -> str:
-    """`[low, high]`, or an empty text without an interval."""
+    """Format `[low, high]`; empty if either end is missing."""
     if not (is_known(low) and is_known(high)):
         return ""
     return f"[{figure(low, digits, signed=True)}, {figure(high, digits, signed=True)}]"

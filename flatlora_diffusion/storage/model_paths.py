@@ -1,7 +1,7 @@
-"""What a setting may name as a base, a VAE or a LoRA: a folder, a .safetensors file or a hub id, and never a pickle.
+"""Checks of paths to a base, a VAE or a LoRA: a folder, a .safetensors file or a hub id, never a pickle.
 
-Weights in other formats can hold code that runs when they are opened. Names and folders decide here; nothing is
-opened and torch is not needed, so that a wrong place is told before torch is imported and before work is queued.
+Pickled weights can execute code when opened. The checks look at names and folders only and import no torch, so that
+a wrong path is reported before torch is imported and before work is queued.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def is_single_file(value: str) -> bool:
-    """Whether it names a file, which need not be there."""
+    """Whether `value` names a file, which need not exist."""
     return Path(value).is_file() or value.lower().endswith((SAFETENSORS, *PICKLES))
 
 
 def check_models(model: ModelConfig, init_lora: str | None = None) -> None:
-    """Raises ConfigError for a base, a VAE or a first LoRA that cannot be one, by its place."""
+    """Raise ConfigError for a base, VAE or initial LoRA whose path is invalid."""
     check_base("pretrained_model_name_or_path", model.pretrained_model_name_or_path)
     if model.pretrained_vae_model_name_or_path is not None:
         check_vae("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path)
@@ -34,7 +34,7 @@ def check_models(model: ModelConfig, init_lora: str | None = None) -> None:
 
 
 def check_base(setting: str, value: str) -> None:
-    """Raises ConfigError for what cannot be a base: `tiny`, a diffusers folder, a hub id or a .safetensors file."""
+    """Raise ConfigError unless `value` is `tiny`, a diffusers folder, a hub id or a .safetensors file."""
     path, what = Path(value), f"{setting}={value!r}"
     if value == TINY:
         return
@@ -52,48 +52,50 @@ def check_base(setting: str, value: str) -> None:
 
 
 def check_vae(setting: str, value: str) -> None:
-    """Raises ConfigError for what cannot be a VAE: a folder saved by diffusers, or a hub id."""
+    """Raise ConfigError unless `value` is a folder saved by diffusers or a hub id."""
     what = f"{setting}={value!r}"
     if is_single_file(value):
         check_weights_file(setting, value)
         raise ConfigError(f"{what} is a file; give a folder saved by diffusers or a hub id")
     if Path(value).is_dir():
         if not Path(value, "config.json").is_file():
-            raise ConfigError(f"{what} is a folder without config.json; give a VAE's folder saved by diffusers")
+            raise ConfigError(f"{what} is a folder without config.json; give a VAE folder saved by diffusers")
         _check_folder(what, [Path(value)])
     else:
         _check_hub_id(what, value)
 
 
 def check_lora(setting: str, value: str) -> None:
-    """Raises ConfigError for what is no LoRA file and no run's folder with one."""
+    """Raise ConfigError unless `value` is a LoRA file or a run folder that has one."""
     if is_single_file(value):
         check_weights_file(setting, value)
     elif not Path(value, LORA_FILE).is_file():
-        raise ConfigError(f"{setting}={value!r} is no LoRA file and no folder that holds {LORA_FILE}")
+        raise ConfigError(f"{setting}={value!r} is neither a LoRA file nor a folder with {LORA_FILE}")
 
 
 def check_weights_file(setting: str, value: str) -> None:
-    """Raises ConfigError for a file in another format than .safetensors, and for one that is not there."""
+    """Raise ConfigError for a file that is missing or not in .safetensors format."""
     what = f"{setting}={value!r}"
     if Path(value).suffix.lower() != SAFETENSORS:
-        raise ConfigError(f"{what}: only {SAFETENSORS} files are read, since other formats can run code when opened")
+        raise ConfigError(
+            f"{what}: only {SAFETENSORS} files are read, because other formats can execute code when opened"
+        )
     if not Path(value).is_file():
         raise ConfigError(f"{what} does not exist: there is no such file")
 
 
 def _check_folder(what: str, folders: Sequence[Path]) -> None:
-    """Refuse a model whose weights are pickled only."""
+    """Raise ConfigError for a model with pickled weights only."""
     for folder in folders:
         files = sorted(path for path in folder.glob("*") if path.is_file())
         pickled = [path for path in files if path.suffix.lower() in PICKLES]
         if pickled and not any(path.suffix == SAFETENSORS for path in files):
             raise ConfigError(
-                f"{what} has its weights in {pickled[0].name}, which can run code when it is opened; only "
-                f"{SAFETENSORS} files are read: save it by diffusers as such"
+                f"{what} has its weights in {pickled[0].name}, which can execute code when opened; only "
+                f"{SAFETENSORS} files are read: save it in that format with diffusers"
             )
 
 
 def _check_hub_id(what: str, value: str) -> None:
     if not _HUB_ID.fullmatch(value):
-        raise ConfigError(f"{what} does not exist: there is no such folder, and a hub id is OWNER/NAME")
+        raise ConfigError(f"{what} does not exist: there is no such folder, and a hub id has the form OWNER/NAME")

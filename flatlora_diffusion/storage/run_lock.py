@@ -1,4 +1,4 @@
-"""Whose folder it is: one run at a time writes into it. The lock ends with the process that holds it."""
+"""A lock for a folder, so that only one run at a time writes into it; released when its process ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.storage.atomic_io import remove_half_written, writing_into
+from flatlora_diffusion.storage.atomic_io import explain_write_errors, remove_partial_files
 
 logger = logging.getLogger(__name__)
 
@@ -18,29 +18,34 @@ _LOCK = ".lock"
 
 
 @contextmanager
-def alone_in(folder: Path, setting: str, waits: bool = False) -> Iterator[None]:
-    """Hold `folder`, the value of `setting`, which is made if it is not there; gone again if nothing was put into it.
-    What others have left half-written in it is removed.
+def lock_folder(folder: Path, setting: str, wait: bool = False) -> Iterator[None]:
+    """Lock `folder`, the value of `setting`, and delete temporary files of killed processes in it.
 
-    Raises ConfigError when another process holds it, unless this one `waits` for it, and when it cannot be written.
+    The folder is created if needed, and removed again if it stays empty.
+
+    Args:
+        wait: wait for the process that holds the lock.
+
+    Raises:
+        ConfigError: another process holds the lock and `wait` is False, or the folder cannot be written.
     """
     is_new = not folder.exists()
     lock = FileLock(folder / _LOCK, thread_local=False)
-    with writing_into(folder, setting):
+    with explain_write_errors(folder, setting):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             _acquire(lock, timeout=0)
         except Timeout as error:
-            if not waits:
-                owner = "belongs to another run that goes on: let it end, or give another folder"
-                raise ConfigError(f"{setting}={str(folder)!r} {owner}") from error
+            if not wait:
+                reason = "is in use by another run: wait until it ends, or give another folder"
+                raise ConfigError(f"{setting}={str(folder)!r} {reason}") from error
             logger.info("waiting for another run that writes into %s", folder)
             _acquire(lock, timeout=-1)
-    remove_half_written(folder)
+    remove_partial_files(folder)
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no file that is open; it stays there and does no harm
+        with suppress(OSError):  # Windows cannot remove an open file; a leftover lock file does no harm
             (folder / _LOCK).unlink()
         lock.release()
         if is_new:
@@ -49,7 +54,7 @@ def alone_in(folder: Path, setting: str, waits: bool = False) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, timeout: float) -> None:
-    """Hold the lock's file. One that its last holder has removed meanwhile keeps nobody out, so it is made anew."""
+    """Acquire the lock. If its previous holder has just removed the file, the lock excludes nobody: acquire again."""
     while True:
         lock.acquire(timeout=timeout)
         if Path(lock.lock_file).exists():

@@ -1,4 +1,4 @@
-"""Settings as a run folder keeps them: no tokens, no absolute paths; and what may change when a run goes on."""
+"""Settings in a run folder: saved without tokens and absolute paths, compared when a run is resumed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from flatlora_diffusion.config import SAMPLES, ConfigError, settings_that
 
 _PATHS = settings_that("is_path")
 _SECRETS = settings_that("is_secret")
-_FREE = settings_that("free_on_resume")  # the images are compared by their hashes
+_FREE = settings_that("free_on_resume")  # images are compared by their hashes instead
 _SAMPLES_MARK = "samples/"
-_CUT = "..."  # stands for the folders that a path was saved without
+_TRUNCATED = "..."  # replaces the folders of a path that is saved as its last name
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` to be saved: no tokens, no absolute paths, and a run of its own even if this one was resumed.
+    """Return `config` as it is saved: without tokens, absolute paths and `resume_from_checkpoint`.
 
-    A path below the working folder is saved relative to it, one below the samples that come with the program as
-    `samples/...`, one below the home as `~/...`; any other one keeps its last name alone, as `.../NAME`.
+    A path below the working folder becomes relative to it, one below the program's samples `samples/...`, one below
+    the home folder `~/...`, any other `.../NAME`.
     """
     values = {name: value for name, value in config.items() if name not in _SECRETS}
     for name in _PATHS:
@@ -30,51 +30,54 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     return values | ({"resume_from_checkpoint": None} if "resume_from_checkpoint" in values else {})
 
 
-def opened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings with the paths below the home and below the samples as this machine has them."""
+def expand_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved settings with `~/...` and `samples/...` replaced by the paths on this machine."""
     return {
-        name: _opened(value) if name in _PATHS and isinstance(value, str) else value for name, value in config.items()
+        name: _expand_path(value) if name in _PATHS and isinstance(value, str) else value
+        for name, value in config.items()
     }
 
 
 def check_paths(config: Mapping[str, Any]) -> None:
-    """Raises ConfigError for paths of which a saved config has kept only the last name."""
-    cut = [name for name in _PATHS if is_cut_path(config.get(name))]
-    if cut:
-        flags = ", ".join(f"--{name} (it was {config[name]})" for name in cut)
-        raise ConfigError(f"a saved run keeps no paths outside of the working folder and the home: give {flags} again")
+    """Raise ConfigError for paths that were saved as their last name only."""
+    truncated = [name for name in _PATHS if is_truncated_path(config.get(name))]
+    if truncated:
+        flags = ", ".join(f"--{name} (it was {config[name]})" for name in truncated)
+        raise ConfigError(
+            f"a saved run has no paths outside the working folder and the home folder: give {flags} again"
+        )
 
 
-def is_cut_path(path: str | None) -> bool:
-    """Whether of a saved path only the last name was kept."""
-    return path is not None and path.startswith(f"{_CUT}/")
+def is_truncated_path(path: str | None) -> bool:
+    """Whether only the last name of the path was saved."""
+    return path is not None and path.startswith(f"{_TRUNCATED}/")
 
 
-def altered(now: Mapping[str, Any], saved: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """The names of the settings that would alter the steps already taken, those in `but` left out."""
+def changed_names(now: Mapping[str, Any], saved: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Return the names of changed settings that affect the steps already taken, without those in `ignored`."""
     return [
         name
         for name, value in now.items()
-        if name not in _FREE and name not in but and not _is_same(name, value, saved.get(name))
+        if name not in _FREE and name not in ignored and not _is_same(name, value, saved.get(name))
     ]
 
 
 def _is_same(name: str, now: Any, saved: Any) -> bool:
-    """Paths are the same if one ends as the other does: what they hold is compared by its hash."""
+    """Paths are equal if one is the end of the other: their contents are compared by hash."""
     if now == saved or name not in _PATHS or now is None or saved is None:
         return bool(now == saved)
-    one, two = _parts(now), _parts(saved)
-    count = min(len(one), len(two))
-    return count > 0 and one[-count:] == two[-count:]
+    now_parts, saved_parts = _parts(now), _parts(saved)
+    count = min(len(now_parts), len(saved_parts))
+    return count > 0 and now_parts[-count:] == saved_parts[-count:]
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    found = (Path(path).resolve() if Path(path).exists() else PurePosixPath(path.replace("\\", "/"))).parts
-    return tuple(part for part in found if part not in (_CUT, "..", "~"))
+    parts = (Path(path).resolve() if Path(path).exists() else PurePosixPath(path.replace("\\", "/"))).parts
+    return tuple(part for part in parts if part not in (_TRUNCATED, "..", "~"))
 
 
-def _opened(path: str) -> str:
-    """A folder `samples/...` of the user's own, in the working folder, goes before the program's."""
+def _expand_path(path: str) -> str:
+    """A folder `samples/...` in the working folder takes precedence over the program's."""
     if path.startswith("~/"):
         return str(Path(path).expanduser())
     sample = SAMPLES / path.removeprefix(_SAMPLES_MARK)
@@ -85,4 +88,4 @@ def _short(path: Path) -> str:
     for root, mark in ((SAMPLES, _SAMPLES_MARK), (Path.cwd(), ""), (Path.home(), "~/")):
         if path.is_relative_to(root):
             return mark + path.relative_to(root).as_posix()
-    return f"{_CUT}/{path.name}"
+    return f"{_TRUNCATED}/{path.name}"

@@ -1,7 +1,7 @@
-"""Folders that must lie apart: what the program writes into, and the images that it reads.
+"""Checks that output folders and image folders are separate.
 
-A picture that is written among images becomes one of them, and images inside of a run's folder go with the run when
-that is deleted.
+A picture written into an image folder would become a training image, and images inside a run folder would be deleted
+together with the run.
 """
 
 from __future__ import annotations
@@ -16,47 +16,50 @@ from flatlora_diffusion.config import ConfigError
 Relation = Literal["is", "lies in", "holds"]
 
 
-def check_apart(
+def check_separate(
     setting: str,
     written: Path,
     other: str,
     images: Iterable[Path],
     refused: tuple[Relation, ...] = ("is", "lies in", "holds"),
 ) -> None:
-    """Raises ConfigError if `written`, the value of `setting`, lies to a folder of images as is `refused`.
+    """Raise ConfigError if an output folder has a forbidden relation to an image folder.
 
-    `images` are the folders that the setting `other` names.
+    Args:
+        setting: the setting whose value is `written`.
+        other: the setting that names the folders `images`.
+        refused: the forbidden relations.
     """
     for folder in images:
         found = relation(written, folder)
         if found in refused:
-            whole = _whole(folder)
-            offered = whole.parent / f"{whole.name}-{setting.removesuffix('_dir')}"
+            real = _real_path(folder)
+            suggestion = real.parent / f"{real.name}-{setting.removesuffix('_dir')}"
             raise ConfigError(
-                f"{setting}={str(written)!r} {found} {other}={str(folder)!r}: images and what is written must lie "
-                f"apart; give another folder, such as {str(offered)!r}"
+                f"{setting}={str(written)!r} {found} {other}={str(folder)!r}: images and output must be in separate "
+                f"folders; give another folder, such as {str(suggestion)!r}"
             )
 
 
-def relation(one: Path, other: Path) -> Relation | None:
-    """How `one` lies to `other`, whether they exist or not; None for apart.
+def relation(path: Path, other: Path) -> Relation | None:
+    """Return how `path` relates to `other`, whether they exist or not; None if they are separate.
 
-    Links are followed, and names in other case are the same where the disk says so.
+    Symbolic links are followed, and case is ignored on case-insensitive disks.
     """
-    one, other = _whole(one), _whole(other)
-    if _is_same(one, other):
+    path, other = _real_path(path), _real_path(other)
+    if _is_same(path, other):
         return "is"
-    if any(_is_same(parent, other) for parent in one.parents):
+    if any(_is_same(parent, other) for parent in path.parents):
         return "lies in"
-    return "holds" if any(_is_same(parent, one) for parent in other.parents) else None
+    return "holds" if any(_is_same(parent, path) for parent in other.parents) else None
 
 
-def _whole(path: Path) -> Path:
+def _real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _is_same(one: Path, other: Path) -> bool:
+def _is_same(path: Path, other: Path) -> bool:
     try:
-        return os.path.samefile(one, other)
-    except OSError:  # one of them is not there
-        return os.path.normcase(one) == os.path.normcase(other)
+        return os.path.samefile(path, other)
+    except OSError:  # a missing path
+        return os.path.normcase(path) == os.path.normcase(other)

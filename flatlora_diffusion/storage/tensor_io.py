@@ -13,23 +13,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> None:
-    """Write `tensors` and a JSON-able `header` to one safetensors file."""
+    """Write `tensors` and a JSON-serializable `header` to one safetensors file."""
     metadata = {key: json.dumps(value) for key, value in (header or {}).items()}
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with writing_whole(path) as aside:
-        save_file(contiguous, aside, metadata=metadata)
+    with atomic_write(path) as temporary:
+        save_file(contiguous, temporary, metadata=metadata)
 
 
-def kept_tensors(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of the file, or, if there is none yet, those that `make` gives, which then are kept in it.
+def cached_tensors(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Load tensors from the file, or compute them by `make` and save them there; they are on the CPU.
 
-    They are on the CPU. Without a path nothing is kept.
+    Without a path they are always computed.
     """
     if path is not None and path.is_file():
         return load_tensors(path)[0]
@@ -40,8 +40,10 @@ def kept_tensors(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) ->
 
 
 class Contents(NamedTuple):
-    """What a file of tensors will hold: each tensor's entry in the header, the value of each single number, the sha256
-    of all bytes behind the header, and the first of them.
+    """The layout of a safetensors file.
+
+    entries: header entry of each tensor; numbers: values of the 0-dimensional tensors; sha256: of all bytes after the
+    header; first: the first of those bytes.
     """
 
     entries: dict[str, dict[str, Any]]
@@ -51,10 +53,10 @@ class Contents(NamedTuple):
 
 
 def contents_of(tensors: Iterable[tuple[str, Tensor]], first: int = 0) -> Contents:
-    """The contents of a file of these tensors, in their order, of which it keeps the `first` bytes."""
+    """Return the layout of a file of these tensors, in their order, with its `first` bytes."""
     entries: dict[str, dict[str, Any]] = {}
     numbers: dict[str, float] = {}
-    digest, start, kept = hashlib.sha256(), 0, bytearray()
+    digest, start, head = hashlib.sha256(), 0, bytearray()
     for name, tensor in tensors:
         raw = tensor_bytes(tensor)
         end = start + len(raw)
@@ -62,13 +64,13 @@ def contents_of(tensors: Iterable[tuple[str, Tensor]], first: int = 0) -> Conten
         if tensor.ndim == 0:
             numbers[name] = float(tensor)
         digest.update(raw)
-        kept += raw[: max(first - len(kept), 0)]
+        head += raw[: max(first - len(head), 0)]
         start = end
-    return Contents(entries, numbers, digest.hexdigest(), bytes(kept))
+    return Contents(entries, numbers, digest.hexdigest(), bytes(head))
 
 
 def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file: the header's length and the header, padded to a multiple of 8 bytes."""
+    """Return the start of a safetensors file: the header's length and the header, padded to a multiple of 8 bytes."""
     text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":"), ensure_ascii=False)
     header = text.encode()
     header += b" " * (-len(header) % 8)
@@ -78,30 +80,30 @@ def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> byt
 def save_stream(
     path: Path, tensors: Callable[[], Iterable[tuple[str, Tensor]]], contents: Contents, metadata: Mapping[str, str]
 ) -> None:
-    """Write what `tensors` gives, one after the other, so that a large file needs little memory.
+    """Write tensors one after the other, so that a large file needs little memory.
 
-    It is called once for `contents` and once here, and must give the same both times.
+    `tensors` must yield the same tensors that `contents` was computed from.
     """
-    with writing_whole(path) as aside, open(aside, "wb") as handle:
+    with atomic_write(path) as temporary, open(temporary, "wb") as handle:
         handle.write(header_bytes(contents.entries, metadata))
         for _, tensor in tensors():
             handle.write(tensor_bytes(tensor))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header that `save_tensors` wrote."""
+    """Return the tensors and the header that `save_tensors` wrote."""
     with safe_open(path, framework="pt", device="cpu") as file:
         header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor as they are in a file."""
+    """Return the bytes of a tensor as stored in a file."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights and their names: equal if and only if the models are, at one dtype."""
+    """Return a hash of a model's weights and their names."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -110,9 +112,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as flat tensors named `optimizer.INDEX.FIELD` and a JSON-able header for the rest.
+    """Return an optimizer's state as tensors named `optimizer.INDEX.FIELD` and a JSON-serializable header.
 
-    A field that is a dict (as bitsandbytes has) gives `optimizer.INDEX.FIELD/KEY`.
+    A field that is a dict (as in bitsandbytes) is stored as `optimizer.INDEX.FIELD/KEY`.
     """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -127,7 +129,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Restore what `optimizer_tensors` returned; a strange layout is the optimizer's own error."""
+    """Restore the state that `optimizer_tensors` returned."""
     flat: list[tuple[str, str, Any]] = []
     for key, value in tensors.items():
         if key.startswith("optimizer."):

@@ -1,4 +1,4 @@
-"""The versions of this program and of its libraries, installed or run from a checkout; and those last tested."""
+"""Versions of this program and its libraries: installed, required and last tested."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 PROGRAM = "flatlora-diffusion"
 LOCK = "requirements.lock"
-_LIBRARIES = ("torch", "diffusers", "peft", "transformers")  # that figures depend on
+_LIBRARIES = ("torch", "diffusers", "peft", "transformers")  # results depend on them
 
 
 def versions() -> dict[str, str]:
-    """The version by package, this program's first; of a library that other trainers go without, none."""
-    found = {name: installed(name) for name in _LIBRARIES}
-    return {PROGRAM: __version__, **{name: number for name, number in found.items() if number is not None}}
+    """Return the version of this program and of each main library that is installed."""
+    libraries = {name: installed_version(name) for name in _LIBRARIES}
+    return {PROGRAM: __version__, **{name: number for name, number in libraries.items() if number is not None}}
 
 
-def installed(package: str) -> str | None:
-    """The version of a package; None where there is none."""
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -31,29 +31,29 @@ def installed(package: str) -> str | None:
 
 
 def last_tested() -> dict[str, str]:
-    """The versions that the whole suite last ran with, by package in lower case with dashes; `python` is one."""
+    """Return the versions of the last full test run, including `python`, by normalized package name."""
     file = shipped(LOCK)
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = re.findall(r"^(?:# )?([\w.-]+)==([\w.]+)", text, re.MULTILINE)
-    return {name.lower().replace("_", "-"): number for name, number in found}
+    pins = re.findall(r"^(?:# )?([\w.-]+)==([\w.]+)", text, re.MULTILINE)
+    return {name.lower().replace("_", "-"): number for name, number in pins}
 
 
 def required() -> list[Requirement]:
-    """What this program needs without its extras. A checkout that is not installed tells no ranges."""
+    """Return the requirements without extras; without version ranges in a checkout that is not installed."""
     from packaging.requirements import Requirement
 
     try:
-        asked = [Requirement(text) for text in requires(PROGRAM) or []]
+        requirements = [Requirement(text) for text in requires(PROGRAM) or []]
     except PackageNotFoundError:
         return [Requirement(name) for name in _LIBRARIES]
-    return [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 
 def _own_version() -> str:
-    """The installed version; of a checkout that is not installed, what its pyproject.toml says, marked as that."""
-    found = installed(PROGRAM)
-    if found is not None:
-        return found
+    """Return the installed version, or `VERSION+checkout` from pyproject.toml in a checkout."""
+    number = installed_version(PROGRAM)
+    if number is not None:
+        return number
     project = shipped("pyproject.toml")
     text = project.read_text(encoding="utf-8") if project.is_file() else ""
     declared = re.search(r'^version = "(.+)"$', text, re.MULTILINE)

@@ -66,7 +66,7 @@ def restore(state: TrainState, name: str) -> int:
         logger.info("%s=%s in place of %s from here on", one, after, before)
     state.accelerator.wait_for_everyone()  # all have read what the first one writes anew
     if state.accelerator.is_main_process:
-        state.run.forget_after(step)
+        state.run.archive_checkpoints_after(step)
         state.run.update(now)
         state.run.add_event({"event": "resumed", "step": step, "changed": changed})
     logger.info("resuming from %s; steps left: %d", folder.name, state.end - step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError, StoppedError, TrainConfig
-from flatlora_diffusion.data.latents import latents_text, not_finite
+from flatlora_diffusion.data.latents import nonfinite_message, nonfinite_names
 from flatlora_diffusion.training.checkpoint import save_checkpoint, save_state
 from flatlora_diffusion.training.state import TrainState
 from flatlora_diffusion.training.stopping import interrupted_as
@@ -55,7 +55,7 @@ def kept(state: TrainState) -> Iterator[None]:
     An interruption saves nothing: whoever presses Ctrl-C a second time wants to be out.
     """
     try:
-        with interrupted_as(lambda: f"at once; {state.run.last_checkpoint()}"):
+        with interrupted_as(lambda: f"at once; {state.run.last_checkpoint_text()}"):
             yield
     except (ConfigError, StoppedError):
         raise
@@ -80,7 +80,7 @@ def _keep(state: TrainState) -> str:
             )
         except Exception as error:  # why the run ends is what matters
             logger.warning("the weights after step %d could not be saved: %s", step, error)
-    return run.last_checkpoint()
+    return run.last_checkpoint_text()
 
 
 def _save(state: TrainState, step: int) -> None:
@@ -110,9 +110,9 @@ def non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
 def non_finite_text(state: TrainState, step: int, what: str, slots: list[int]) -> str:
     """What a run says whose loss or gradient is not finite: in which step, with which images, and what to change."""
     places = [(state.batches.samples_at(step, slot), state.batches.batch(step, slot).latents) for slot in slots]
-    spoiled = [name for samples, latents in places for name in not_finite(latents, samples)]
+    spoiled = [name for samples, latents in places for name in nonfinite_names(latents, samples)]
     if spoiled:
-        return latents_text(spoiled)
+        return nonfinite_message(spoiled)
     names = [sample.id for samples, _ in places for sample in samples]
     advice = {
         "fp16": "go on with --mixed_precision bf16",

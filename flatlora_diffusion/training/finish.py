@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.sdxl.drawing import recipe_files
-from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
+from flatlora_diffusion.sdxl.drawing import workflow_files
+from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.export_lora import facts_of, save_lora
 from flatlora_diffusion.training.hub import push_to_hub
@@ -76,11 +76,11 @@ def _write_card(state: TrainState) -> None:
     write_model_card(run, config, pictures, facts)
     if pictures:  # web UIs show it with the file of its name
         name = run.lora_name(config.run.output_name)
-        with writing_whole(run.folder / f"{name}.png") as aside:
+        with atomic_write(run.folder / f"{name}.png") as aside:
             shutil.copyfile(pictures[0][0], aside)
         # What draws the first of the last previews in ComfyUI and A1111, where they can.
         drawing = drawing_of(state, wanted[0], state.end)
-        for ending, text in ({} if drawing is None else recipe_files(drawing)).items():
+        for ending, text in ({} if drawing is None else workflow_files(drawing)).items():
             write_text(run.folder / f"{name}{ending}", text)
 
 

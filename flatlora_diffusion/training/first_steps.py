@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import cached_assets_path
 from torch import nn
 
+from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.first_steps_measures import Check, ascent_rise, bits_of_frozen, noise_std, sigma_zero
 from flatlora_diffusion.training.state import Rise, TrainState, memory_in_use
@@ -124,7 +125,7 @@ class SelfCheck:
             for check in look():
                 self._tell(check)
         except Exception as error:  # it is told for information alone
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             self._tell(Check(look.__name__.strip("_"), False, f"this could not be looked at: {reason}"))
 
     def _tell(self, check: Check) -> None:

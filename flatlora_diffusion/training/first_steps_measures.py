@@ -16,8 +16,8 @@ from flatlora_diffusion.adapter.layers import base_weight
 from flatlora_diffusion.config import DEFAULT_SIGMA, TrainConfig
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
-from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
-from flatlora_diffusion.sdxl.sampling import evaluating
+from flatlora_diffusion.sdxl.objective import diffusion_loss, sample_noise
+from flatlora_diffusion.sdxl.sampling import eval_mode
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import Rise, TrainState, dropout_draws
 
@@ -74,7 +74,7 @@ def sigma_zero(state: TrainState) -> Check:
 def noise_std(state: TrainState, flat: FlatLora, name: str) -> Check:
     """Whether eps, as it acts on layer `name`, has the std of Eq. 7 (arXiv:2409.14396), at the default sigma."""
     layer = flat.layers[name]
-    with torch.no_grad(), evaluating(layer), state.accelerator.autocast():
+    with torch.no_grad(), eval_mode(layer), state.accelerator.autocast():
         eps = _acting_noise(flat, name)
         expected = _expected_std(layer, is_iid=flat.config.noise == "iid")
     ratio = float((eps.float() / expected[:, None]).square().mean().sqrt())
@@ -138,7 +138,7 @@ def _loss_and_gradients(state: TrainState, flats: Iterable[FlatLora]) -> list[Te
     slot = state.accelerator.process_index
     batch = state.batches.batch(0, slot)
     rng = generator(batch.latents.device, state.batches.seed, "diffusion", 0, slot)
-    noise, timesteps = draw_targets(state.objective, batch.latents, rng)
+    noise, timesteps = sample_noise(state.objective, batch.latents, rng)
     model = state.accelerator.unwrap_model(state.model)  # one process does this alone
     with dropout_draws(state, 0, slot), ExitStack() as stack:
         for flat in flats:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from flatlora_diffusion.adapter.new_tokens import in_captions
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss, with_prompts
-from flatlora_diffusion.sdxl.eval_device import ready
 from flatlora_diffusion.sdxl.objective import unweighted
+from flatlora_diffusion.sdxl.sampling import eval_on_unet_device
 from flatlora_diffusion.training.checkpoint import best_step
 from flatlora_diffusion.training.state import TrainState, averaged
 
@@ -23,7 +23,7 @@ class HeldoutLoss:
         self._state = state
         read = in_captions(samples, state.tokens)
         self._captions = [sample.caption for sample in read]
-        with ready(state.sdxl):
+        with eval_on_unet_device(state.sdxl):
             self._probe = fixed_probe(
                 state.sdxl, read, state.batches.resolution, seed=0, background=state.config.data.background_color
             )
@@ -31,7 +31,7 @@ class HeldoutLoss:
     def now(self) -> float:
         state = self._state
         if state.config.trains_text:  # each time has encoders of its own
-            with ready(state.sdxl):
+            with eval_on_unet_device(state.sdxl):
                 self._probe = with_prompts(self._probe, state.sdxl, self._captions)
         return probe_loss(state.sdxl.unet, unweighted(state.objective), self._probe)
 

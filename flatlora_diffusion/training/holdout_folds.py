@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, SampleSet, manifest
-from flatlora_diffusion.data.sources import Fold, fold_of, load_training_set
+from flatlora_diffusion.data.sources import Fold, load_training_set, split_fold
 from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import best_step
@@ -42,7 +42,7 @@ def chosen_by_folds(given: TrainConfig, run: RunDir, train_fold: TrainFold) -> t
     found, count = load_training_set(config.data), config.data.holdout_folds
     sizes, losses = [], []
     for fold in (Fold(number, count) for number in range(1, count + 1)):
-        ours, theirs = fold_of(found.samples, *fold)
+        ours, theirs = split_fold(found.samples, *fold)
         inner = run.fold(fold.number)
         mine = _of_fold(_with_time_left(config, began), inner, len(theirs))
         if _is_done(inner, mine, ours, theirs):
@@ -83,7 +83,7 @@ def _chosen(losses: Sequence[Mapping[int, float]], sizes: Sequence[int]) -> int:
 def _train_one(config: TrainConfig, inner: RunDir, found: SampleSet, fold: Fold, train_fold: TrainFold) -> None:
     """Train a fold, or go on with it. What ends it says in which fold that was."""
     where = f"fold {fold.number} of {fold.of}"
-    if _is_begun(inner, config, *fold_of(found.samples, *fold)):
+    if _is_begun(inner, config, *split_fold(found.samples, *fold)):
         config = config.replace(resume_from_checkpoint="latest")
     if this_process().is_main_process:
         inner.folder.mkdir(exist_ok=True)

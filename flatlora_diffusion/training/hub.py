@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _reason(error: Exception) -> str:
         return "the hub does not know this login; log in with `hf auth login`"
     if status == 403:
         return "this login may not write there (403); use a token with write access and a repository of yours"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error)
 
 
 def _upload_command(repository: str, folder: Path, paths: list[str]) -> str:

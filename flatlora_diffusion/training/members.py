@@ -20,7 +20,7 @@ from flatlora_diffusion.adapter.setup import adapted_models, start_from
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
-from flatlora_diffusion.data.sources import held_out, load_training_set
+from flatlora_diffusion.data.sources import hold_out, load_training_set
 from flatlora_diffusion.lora_files.safe_reading import checked_file
 from flatlora_diffusion.lora_tools.averaging import Average, average_updates
 from flatlora_diffusion.sdxl.device import this_process
@@ -55,7 +55,7 @@ def train_members(given: TrainConfig, run: RunDir, train_one: TrainOne) -> Path:
         run.clean()
     check_early(config)
     found = load_training_set(config.data)
-    ours, theirs = held_out(found.samples, config.data.holdout_images)
+    ours, theirs = hold_out(found.samples, config.data.holdout_images)
     planned = member_configs(config, run)
     for number, mine in enumerate(planned, 1):
         inner, where = run.member(number), f"member {number} of {len(planned)}"

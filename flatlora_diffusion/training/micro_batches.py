@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.layers import base_alone
-from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets, predicted, with_more_noise
+from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, predict, sample_noise, with_input_perturbation
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import TrainState, dropout_draws
@@ -45,8 +45,8 @@ def micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[Dra
         slot = micro * accelerator.num_processes + accelerator.process_index
         batch = state.batches.batch(step, slot)
         rng = generator(batch.latents.device, state.batches.seed, "diffusion", step, slot)
-        noise, timesteps = draw_targets(state.objective, batch.latents, rng)
-        batch = with_more_noise(state.objective, batch, rng)
+        noise, timesteps = sample_noise(state.objective, batch.latents, rng)
+        batch = with_input_perturbation(state.objective, batch, rng)
         draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
         yield DrawnMicroBatch(
             state, step, slot, partial(_loss, state, batch, noise, timesteps), is_last=micro + 1 == accumulation
@@ -73,5 +73,5 @@ def prior_loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor
     """
     model, objective = state.model, state.objective
     with torch.no_grad(), base_alone(model, state.flats):
-        target = predicted(model, objective, batch, noise, timesteps)
+        target = predict(model, objective, batch, noise, timesteps)
     return diffusion_loss(model, objective, batch, noise, timesteps, target)

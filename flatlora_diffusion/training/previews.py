@@ -10,10 +10,9 @@ from PIL import Image
 
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.data.sources import load_heldout
-from flatlora_diffusion.sdxl.drawing import Drawing, base_there, png_text
-from flatlora_diffusion.sdxl.eval_device import ready
-from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images
-from flatlora_diffusion.storage.atomic_io import writing_whole
+from flatlora_diffusion.sdxl.drawing import Drawing, png_text, portable_base_name
+from flatlora_diffusion.sdxl.sampling import describe_drawing, eval_on_unet_device, generate_images
+from flatlora_diffusion.storage.atomic_io import atomic_write
 from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.preview_prompts import Picture, read_pictures
 from flatlora_diffusion.training.state import TrainState
@@ -51,7 +50,7 @@ class Previews:
                 state.run.images.mkdir(exist_ok=True)
                 for file, image, picture in zip(files, images, self._pictures, strict=True):
                     drawing = drawing_of(state, picture, step)
-                    with writing_whole(state.run.images / file) as aside:
+                    with atomic_write(state.run.images / file) as aside:
                         image.save(aside, format="PNG", pnginfo=drawing and png_text(drawing))
             about = {"prompts": [one.prompt for one in self._pictures], "seeds": [one.seed for one in self._pictures]}
             state.run.add_event({"event": "preview", "step": step, "images": files, **about})
@@ -64,7 +63,7 @@ class Previews:
     def _images(self, is_over: Callable[[], bool]) -> list[Image.Image]:
         state = self._state
         images: list[Image.Image] = []
-        with ready(state.sdxl):
+        with eval_on_unet_device(state.sdxl):
             for picture in self._pictures:
                 if is_over():
                     break
@@ -89,12 +88,12 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
     if state.tokens or not (is_plain or step == state.end):
         return None
     name = state.run.lora_name(config.run.output_name)
-    return drawing_with(
+    return describe_drawing(
         state.sdxl,
         picture.prompt,
         picture.seed,
         state.batches.resolution,
-        base_there(state.base),
+        portable_base_name(state.base),
         () if is_plain else ((name, 1.0),),
         negative_prompt=picture.negative_prompt,
     )

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, parse_choice_from_env
 from flatlora_diffusion.adapter.lora import planned_loras
 from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.image_folders import check_folders_apart
-from flatlora_diffusion.data.schedule import Shape, schedule_of
+from flatlora_diffusion.data.schedule import Shape, build_schedule
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
 from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.storage.atomic_io import check_writable
@@ -32,7 +32,7 @@ def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
     checkpoint = config.run.resume_from_checkpoint
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
         _check_repeatable(run)
-        return with_precision(seeded(run.filled_in(config)))
+        return with_precision(seeded(run.with_saved_settings(config)))
     if checkpoint is not None:
         _check_unfinished(run)
         logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
@@ -130,4 +130,4 @@ def settled(
     those that are trained on.
     """
     sized = config.replace(mixed_precision=precision, resolution=resolution)
-    return sized.replace(max_train_steps=schedule_of(sized, images, size_step, processes).total_steps)
+    return sized.replace(max_train_steps=build_schedule(sized, images, size_step, processes).total_steps)

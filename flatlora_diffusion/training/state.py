@@ -22,7 +22,7 @@ from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, in_captions
 from flatlora_diffusion.adapter.setup import adapt, adapted_models, start_from, trainable_of
 from flatlora_diffusion.config import SAMPLES, TEXT_PARTS, ConfigError, ModelConfig, TrainConfig
-from flatlora_diffusion.data.batches import Batches, encoded_batches
+from flatlora_diffusion.data.batches import Batches, build_batches
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.lora_files.init_lora import read_lora
 from flatlora_diffusion.lora_files.metadata import base_name
@@ -181,7 +181,7 @@ def prepare(
     optimizer, lr_schedule = optimizer_of(config, trainable, embeddings.values(), processes, adapted.values())
     if config.model.is_unet_last:
         sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
-    batches = encoded_batches(config, sdxl, samples, processes, class_samples)
+    batches = build_batches(config, sdxl, samples, processes, class_samples)
     if config.model.offload:  # what the steps do not need goes: all outputs of it are cached
         sdxl.move((*(() if config.encodes_in_steps else TEXT_PARTS), *(() if batches.needs_vae else ("vae",))), CPU)
     if config.model.is_unet_last:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from accelerate import Accelerator
 
 from flatlora_diffusion.config import RunError, TrainConfig
+from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.saved_config import portable
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
         accelerator.init_trackers("flatlora", config=values)
     except Exception as error:  # a login, a network, a disk: every tracker has errors of its own
         raise RunError(
-            f"the tracker of report_to={config.run.report_to!r} did not start: {_line(error)}; --report_to none "
-            "trains without"
+            f"the tracker of report_to={config.run.report_to!r} did not start: {first_line(error)}; "
+            "--report_to none trains without"
         ) from error
 
 
@@ -44,8 +45,4 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 def _give_up(accelerator: Accelerator, error: Exception) -> None:
     accelerator.trackers = []
-    logger.warning("the tracker failed and is told nothing more; events.jsonl has all figures: %s", _line(error))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    logger.warning("the tracker failed and gets no more data; events.jsonl has all figures: %s", first_line(error))

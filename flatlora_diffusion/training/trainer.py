@@ -21,12 +21,12 @@ from flatlora_diffusion.adapter.new_tokens import pull_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
-from flatlora_diffusion.data.sources import Fold, load_training_set, parted
+from flatlora_diffusion.data.sources import Fold, load_training_set, split_holdout
 from flatlora_diffusion.memory.preflight import tell_memory
-from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
+from flatlora_diffusion.sdxl.device import any_process, one_training, this_process
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
 from flatlora_diffusion.training.disk_space import check_room
 from flatlora_diffusion.training.failure import explained, kept, non_finite_slots, non_finite_text
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> Path:
     """
     folder = Path(config.run.output_dir)
     # The processes of one launch are one run.
-    with one_training() as process, alone_in(folder, "output_dir") if process.is_main_process else nullcontext():
+    with one_training() as process, lock_folder(folder, "output_dir") if process.is_main_process else nullcontext():
         run = RunDir(folder)
         if config.average.members is not None:
             return train_members(config, run, train_run)
@@ -99,7 +99,7 @@ def train_run(
         config = _resolve(given, run)
         images = load_training_set(config.data) if images is None else images
         logger.info(images.summary)
-        samples, heldout = parted(images.samples, config.data, fold)
+        samples, heldout = split_holdout(images.samples, config.data, fold)
         tell_memory(config, samples)
         state = _build(config, samples, heldout)
         state.progress.last_step = last_step
@@ -256,18 +256,19 @@ def _loop(state: TrainState, first: int, previews: Previews | None, stopping: St
             if done < state.end and is_due(state, step):
                 with averaged(state):
                     previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
-        reason = agreed(state.accelerator, stopping.reason())
+        reason = any_process(state.accelerator, stopping.reason())
         is_point = done % run.checkpointing_steps == 0
         if holdout is not None and reason is None and (is_point or done == state.end):
             holdout.measure(done)
         is_asked = is_point or reason is not None
-        if previews is not None and (state.run.takes_save_request() or is_asked):
+        if previews is not None and (state.run.take_save_request() or is_asked):
             save_checkpoint(state, done)
         if reason is not None and done < state.end:
             if previews is not None:
                 state.run.add_event({"event": "stopped", "step": done, "reason": reason})
             raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
-        if is_point and state.config.data.holdout_patience and agreed(state.accelerator, _enough(holdout)) is not None:
+        is_patient = is_point and state.config.data.holdout_patience
+        if is_patient and any_process(state.accelerator, _enough(holdout)) is not None:
             logger.info("step %d is the last: the loss of the held-out images falls no more", done)
             return done
     return state.end

@@ -128,11 +128,11 @@ def test_what_is_trained_on_does_not_change_with_later_edits(uploads: Uploads, t
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("script.png", b"#!/bin/sh\nrm -rf /\n", "not in an image format"),
-        ("page.png", b"<html><script>alert(1)</script></html>", "not in an image format"),
+        ("script.png", b"#!/bin/sh\nrm -rf /\n", "not in a supported image format"),
+        ("page.png", b"<html><script>alert(1)</script></html>", "not in a supported image format"),
         ("icon.svg", b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "SVG"),
         ("icon.png", b'\xef\xbb\xbf<?xml version="1.0"?>\n<SVG onload="alert(1)"/>', "SVG"),
-        ("program.exe", b"MZ\x90\x00" + bytes(100), "not in an image format"),
+        ("program.exe", b"MZ\x90\x00" + bytes(100), "not in a supported image format"),
         ("half.png", png(size=64)[:90], "truncated"),
         ("empty.png", b"", "the file is empty"),
         ("fox.txt", b"a fox", "not used, as no image of the same name came with it"),

@@ -1,4 +1,4 @@
-"""The charts: that they show their data, in colours that all can tell apart, and touch nothing outside of them."""
+"""Charts show their data in distinguishable colours, and leave matplotlib's state unchanged."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def contrast(one: str, two: str) -> float:
 @pytest.mark.parametrize("sight", SIGHT)
 def test_every_eye_tells_the_methods_apart(sight: str, paper: str) -> None:
     for one, two in itertools.combinations(LOOKS, 2):
-        found = distance(getattr(one.tone, paper), getattr(two.tone, paper), SIGHT[sight])
-        assert found > 8, (one.name, two.name, found)
+        result = distance(getattr(one.tone, paper), getattr(two.tone, paper), SIGHT[sight])
+        assert result > 8, (one.name, two.name, result)
     assert all(contrast(getattr(look.tone, paper), getattr(PAPER, paper)) > 3 for look in LOOKS)
 
 

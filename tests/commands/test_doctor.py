@@ -73,7 +73,7 @@ def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypat
     have = {"peft": "0.21.2+local", "torch": "2.13.0+cpu", "transformers": "5.24.0", "huggingface_hub": "2.5.0"}
     asked = map(Requirement, ("peft>=0.20", "torch>=2.6", "transformers>=5.0,<5.24", "huggingface_hub", "scipy>=1.11"))
     monkeypatch.setattr(doctor, "required", lambda: list(asked))
-    monkeypatch.setattr(doctor, "installed", have.get)
+    monkeypatch.setattr(doctor, "installed_version", have.get)
     monkeypatch.setattr(
         doctor, "last_tested", lambda: {"peft": "0.21.2", "torch": "2.13.0", "huggingface-hub": "2.4.0"}
     )

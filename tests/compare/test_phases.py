@@ -91,7 +91,7 @@ def watch(story: Story, patch: pytest.MonkeyPatch, is_stopped: bool) -> None:
         patch.setattr(module, name, told)
 
     watched(losses, "probe_losses", "measure")
-    watched(losses, "loss_rise", "measure")
+    watched(losses, "loss_increases", "measure")
     watched(pictures, "generate_images", "draw")
     patch.setattr(evaluator, "STRENGTHS", (0.5, 1.0))
     patch.setattr(evaluator, "RISE_DRAWS", 1)

@@ -21,9 +21,9 @@ from flatlora_diffusion.sdxl.objective import (
     Batch,
     Objective,
     diffusion_loss,
-    draw_targets,
     objective_of,
-    with_more_noise,
+    sample_noise,
+    with_input_perturbation,
 )
 from flatlora_diffusion.sdxl.shapes import on_meta
 
@@ -63,8 +63,8 @@ def step(base: Path, objective: Objective, draw: str, adapter: AdapterConfig) ->
     made = {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
     batch = Batch(**made, add_time_ids=torch.empty(2, 6, device=META), mask=torch.empty(2, 1, 8, 8, device=META))
     rng: Any = AnyDevice()
-    noise, timesteps = draw_targets(objective, batch.latents, rng)
-    batch = with_more_noise(objective, batch, rng)
+    noise, timesteps = sample_noise(objective, batch.latents, rng)
+    batch = with_input_perturbation(objective, batch, rng)
     with flat.perturb(0):
         diffusion_loss(unet, objective, batch, noise, timesteps).backward()
     return [one.grad for one in unet.parameters() if one.requires_grad and one.grad is not None]

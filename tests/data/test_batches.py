@@ -1,4 +1,4 @@
-"""Batches by key: samples in the epochs' order, prompts as the pipeline encodes them, dropped captions too."""
+"""Batches by (step, slot): samples, crops, prompt embeddings and caption dropout."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data import batches as feed_module
-from flatlora_diffusion.data.batches import Batches, encoded_batches
-from flatlora_diffusion.data.crops import View
+from flatlora_diffusion.data.batches import Batches, build_batches
+from flatlora_diffusion.data.crops import Augmentation, View
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.state import prepare
@@ -30,14 +30,14 @@ def sdxl(base: Path) -> Sdxl:
 
 def make_batches(sdxl: Sdxl, icons: Path, world_size: int = 1, **settings: object) -> Batches:
     values = {"seed": 0, "resolution": 32, "train_batch_size": 2, **settings}
-    return encoded_batches(TrainConfig.from_dict(values), sdxl, load_samples(icons).samples, world_size)
+    return build_batches(TrainConfig.from_dict(values), sdxl, load_samples(icons).samples, world_size)
 
 
 def make_batches_of_one_picture(sdxl: Sdxl, icons: Path, names: Sequence[str], **settings: object) -> Batches:
     """A batches of one picture, once under each of `names`."""
     values = {"seed": 0, "resolution": 32, "train_batch_size": len(names), **settings}
     picture = load_samples(icons).samples[0]
-    return encoded_batches(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
+    return build_batches(TrainConfig.from_dict(values), sdxl, [replace(picture, id=name) for name in names])
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -48,7 +48,7 @@ def test_a_feed_needs_the_vae_when_a_batch_is_encoded(
 ) -> None:
     settings = {"cache_latents": cached, "use_aspect_ratio_buckets": buckets, "resolution": 32, "seed": 0}
     samples = load_samples(icons).samples
-    batches = encoded_batches(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
+    batches = build_batches(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
     encoded: Any = []
     real = feed_module.posterior
     monkeypatch.setattr(feed_module, "posterior", lambda vae, pixels: (encoded.append(pixels), real(vae, pixels))[1])
@@ -105,7 +105,7 @@ def test_images_are_resized_with_the_filter_of_the_settings(sdxl: Sdxl, icons: P
 def test_time_ids_hold_original_size_crop_and_target_size(sdxl: Sdxl, icons: Path) -> None:
     batches, corners = make_batches(sdxl, icons), []
     for step in range(4):
-        for ids, row in zip(batches.batch(step, 0).add_time_ids, batches._rows(step, 0), strict=True):
+        for ids, row in zip(batches.batch(step, 0).add_time_ids, batches._instances(step, 0), strict=True):
             assert ids[:2].tolist() == [row.sample.height, row.sample.width]
             assert ids[2:4].tolist() == list(row.view.crop_top_left)
             assert ids[4:].tolist() == [32, 32]
@@ -156,7 +156,7 @@ def test_crop_and_flip_are_drawn_anew_for_each_epoch_and_each_image(sdxl: Sdxl, 
     batches = make_batches_of_one_picture(sdxl, icons, ["a", "b"], random_flip=True)
     seen: dict[str, list[View]] = {"a": [], "b": []}
     for epoch in range(12):  # each batch is one
-        for row in batches._rows(epoch, 0):
+        for row in batches._instances(epoch, 0):
             seen[row.sample.id].append(row.view)
     for views in seen.values():
         assert {view.is_mirrored for view in views} == {False, True}
@@ -180,13 +180,13 @@ def test_loader_threads_decode_each_image_of_a_batch_once(
 ) -> None:
     config = config.replace(gradient_accumulation_steps=4, dataloader_num_workers=2, train_batch_size=1)
     batches, here = prepare(config, samples_of(config)).batches, threading.current_thread()
-    whole, decoded = Batches._pixels, []
+    whole, decoded = Augmentation.pixels, []
 
-    def counted(self: Batches, *given: Any) -> torch.Tensor:
+    def counted(self: Augmentation, *given: Any) -> torch.Tensor:
         decoded.append(threading.current_thread() is here)
         return whole(self, *given)
 
-    monkeypatch.setattr(Batches, "_pixels", counted)
+    monkeypatch.setattr(Augmentation, "pixels", counted)
     for step in range(3):
         for slot in range(4):
             for _ in range(2 if (step, slot) == (0, 0) else 1):  # as the self-check does

@@ -1,4 +1,4 @@
-"""Prior preservation: class images are kept, made up to their number, and their loss is added."""
+"""Prior preservation: class images are generated, cached and added to the loss."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_with_offload_each_model_is_on_the_gpu_only_while_it_draws(
         return SimpleNamespace(pipeline=SimpleNamespace(enable_model_cpu_offload=lambda device: moved.append(device)))
 
     monkeypatch.setattr(class_images, "load_sdxl", load)
-    class_images._placed(ModelConfig(**settings), gpu, torch.float16)
+    class_images._load_on(ModelConfig(**settings), gpu, torch.float16)
     assert (loaded, moved) == ([place], [gpu] if is_moved else [])
 
 
@@ -98,7 +98,7 @@ def test_the_processes_of_a_run_share_the_class_images(
         monkeypatch.setattr(class_images, "this_process", lambda process=process: process)
         monkeypatch.setattr(class_images, "broadcast_object_list", lambda _: [1])  # what the first one has found
         monkeypatch.setattr(
-            class_images, "_generate", lambda _, __, wanted, ___, rank=rank: drawn.update({rank: list(wanted)})
+            class_images, "_generate", lambda _, __, expected, ___, rank=rank: drawn.update({rank: list(expected)})
         )
         class_images.load_class_samples(asked)
     assert drawn == {0: [1, 3, 5], 1: [2, 4]}

@@ -1,4 +1,4 @@
-"""The training set: where captions come from, what is refused in which words, and draws as functions of their keys."""
+"""Reading of a training set: captions, metadata and error messages."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_metadata_comes_before_sidecars_and_the_prompt_last(tmp_path: Path) -> N
     add_image(tmp_path, "c.png", "  \n")
     add_image(tmp_path, "d.png")
     add_metadata(tmp_path, {"file_name": "a.png", "text": "line\u2028a"}, "", {"file_name": "d.png", "text": None})
-    found = load_samples(tmp_path, "the prompt")
-    assert [sample.caption for sample in found.samples] == ["line a", "sidecar b", "the prompt", "the prompt"]
-    assert found.captioned == 2
-    assert found.summary.startswith("4 images, captions 2/4, ")
+    result = load_samples(tmp_path, "the prompt")
+    assert [sample.caption for sample in result.samples] == ["line a", "sidecar b", "the prompt", "the prompt"]
+    assert result.captioned == 2
+    assert result.summary.startswith("4 images, captions 2/4, ")
 
 
 @pytest.mark.parametrize("column", ["text", "prompt", "caption"])
@@ -90,22 +90,22 @@ def test_a_chosen_caption_column(tmp_path: Path) -> None:
 
 def test_the_prompt_alone_is_enough(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png")
-    found = load_samples(tmp_path, " a photo of sks dog ")
-    assert found.samples[0].caption == "a photo of sks dog"
-    assert found.summary.startswith("1 image, captions 0/1, ")
+    result = load_samples(tmp_path, " a photo of sks dog ")
+    assert result.samples[0].caption == "a photo of sks dog"
+    assert result.summary.startswith("1 image, captions 0/1, ")
 
 
 def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
-    found = load_samples(tmp_path)
-    assert found.skipped == [("notes.pdf", "not in an image format that is supported")]
-    assert found.summary == (
-        "1 image, captions 1/1, 6 x 4 pixels; skipped: notes.pdf (not in an image format that is supported)"
+    result = load_samples(tmp_path)
+    assert result.skipped == [("notes.pdf", "not in a supported image format")]
+    assert result.summary == (
+        "1 image, captions 1/1, 6 x 4 pixels; skipped: notes.pdf (not in a supported image format)"
     )
     for number in range(9):
         (tmp_path / f"x{number}.pdf").touch()
-    assert load_samples(tmp_path).summary.endswith("x3.pdf (not in an image format that is supported) and 5 more")
+    assert load_samples(tmp_path).summary.endswith("x3.pdf (not in a supported image format) and 5 more")
 
 
 def test_the_folder_is_left_alone(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def check_refused(folder: Path, message: str, *args: str | None) -> None:
 def test_a_missing_caption_is_named_with_the_way_out(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     add_image(tmp_path, "b.png")
-    ways_out = "write one into b.txt beside it, or give an --instance_prompt"
+    ways_out = "write it to b.txt beside the image, or give an --instance_prompt"
     check_refused(tmp_path, f"b.png has no caption: {ways_out}")
     check_refused(tmp_path, f"b.png has no caption: {ways_out}", "  ")
     add_image(tmp_path, "c.png", "")
@@ -139,7 +139,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     empty = f"image folder {tmp_path} has no readable image"
     check_refused(tmp_path, f"{empty}; put the training images directly into it", "prompt")
     (tmp_path / "a.png").write_bytes(b"broken")
-    check_refused(tmp_path, f"{empty}: a.png (not in an image format that is supported)", "prompt")
+    check_refused(tmp_path, f"{empty}: a.png (not in a supported image format)", "prompt")
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_pictures_that_look_alike_are_named(tmp_path: Path) -> None:
     Image.radial_gradient("L").resize((40, 40)).save(tmp_path / "c.png")
     Image.new("L", (40, 40)).save(tmp_path / "d.png")
     Image.new("L", (40, 40), 255).save(tmp_path / "e.png")
-    found = load_samples(tmp_path, "prompt")
-    assert found.duplicates() == [("b.jpg", "a.png")]
-    assert found.summary == "5 images, captions 0/5, 40 x 40 to 64 x 64 pixels; look alike: b.jpg (a.png)"
+    result = load_samples(tmp_path, "prompt")
+    assert result.duplicates() == [("b.jpg", "a.png")]
+    assert result.summary == "5 images, captions 0/5, 40 x 40 to 64 x 64 pixels; look alike: b.jpg (a.png)"
 
 
 def test_the_manifest_identifies_the_data_without_giving_it_away(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Dataset files of sd-scripts: folders, repeats and prompts; what else they say is told, and mistakes are named."""
+"""Dataset files of sd-scripts: folders, repeats, prompts, ignored settings and error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.dataset_file import load_dataset_file
-from flatlora_diffusion.data.schedule import schedule_of
+from flatlora_diffusion.data.schedule import build_schedule
 from flatlora_diffusion.data.sources import load_training_set
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.trainer import train
@@ -50,12 +50,12 @@ def file(tmp_path: Path) -> Path:
 
 def test_folders_have_repeats_and_prompts_of_their_own(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        found = load_dataset_file(file, None)
-    assert [(one.id, one.caption, one.repeats) for one in found.samples] == [
+        result = load_dataset_file(file, None)
+    assert [(one.id, one.caption, one.repeats) for one in result.samples] == [
         ("1-icons/a.png", "TOK, an icon of a folder", 3),
         ("2-icons/a.png", "a blue square", 2),
     ]
-    assert found.captioned == 1
+    assert result.captioned == 1
     assert "shuffle_caption = True (--shuffle_tags), resolution = 1024 (--resolution)" in caplog.text
 
 
@@ -63,7 +63,7 @@ def test_folders_have_repeats_and_prompts_of_their_own(file: Path, caplog: pytes
 def test_an_epoch_shows_each_image_as_often_as_its_folder_repeats_it(file: Path, buckets: bool) -> None:
     samples = load_dataset_file(file, None).samples
     config = TrainConfig().replace(seed=0, resolution=32, train_batch_size=1, use_aspect_ratio_buckets=buckets)
-    schedule = schedule_of(config, samples, 16)
+    schedule = build_schedule(config, samples, 16)
     assert schedule.steps_per_epoch == 5
     drawn = [draw for index in range(10) for draw in schedule.batch(index)]
     assert Counter(draw.sample for draw in drawn) == {0: 6, 1: 4}
@@ -74,7 +74,7 @@ def test_without_repeats_the_order_is_what_it_was(file: Path) -> None:
     from dataclasses import replace
 
     samples: list[Sample] = [replace(one, repeats=1) for one in load_dataset_file(file, None).samples]
-    schedule = schedule_of(TrainConfig().replace(seed=0, resolution=32, train_batch_size=2), samples, 16)
+    schedule = build_schedule(TrainConfig().replace(seed=0, resolution=32, train_batch_size=2), samples, 16)
     assert [schedule.batch(index) for index in range(4)] == [schedule.order.batch(index) for index in range(4)]
 
 
@@ -87,7 +87,7 @@ def test_a_run_trains_on_all_folders(config: TrainConfig, file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("not toml", "is no TOML file"),
+        ("not toml", "is not a TOML file"),
         ("[[datasets]]", r"lists no folder; add \[\[datasets.subsets\]\] with image_dir"),
         ("[[datasets]]\n[[datasets.subsets]]", "subset 1 of dataset 1 has no image_dir"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nis_reg=true", "give --with_prior_preservation"),
@@ -100,7 +100,10 @@ def test_a_run_trains_on_all_folders(config: TrainConfig, file: Path) -> None:
             "num_repeats=True must be a whole number",
         ),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nnum_repeats=0", "must be between 1 and 10000"),
-        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\ncaption_extension='.cap'", "is none of .txt, .caption"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\ncaption_extension='.cap'",
+            "caption_extension=.*.txt or .caption",
+        ),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\nmetadata_file='m.json'", "in a metadata_file: write"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'", "image folder x does not exist"),
         ("datasets = 3", "datasets must be a list of tables"),

@@ -1,4 +1,4 @@
-"""No run fills a folder that images are read from."""
+"""Output folders are separate from image folders."""
 
 from __future__ import annotations
 

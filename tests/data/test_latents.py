@@ -1,4 +1,4 @@
-"""Cached latents: those of the view that a step draws, kept on disk, moved off the GPU when no one needs the VAE."""
+"""Cached latents: their view, their files, and the VAE off the GPU when it is not needed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path
     assert set((tmp_path / "cache").iterdir()) == files
     flips = set()
     for step in range(6):
-        rows = first._rows(step, 0)
+        rows = first._instances(step, 0)
         flips |= {row.view.is_mirrored for row in rows}
-        pixels = torch.stack([first._pixels(row.sample, row.view) for row in rows])
+        pixels = torch.stack([first.augmentation.pixels(row.sample, row.view) for row in rows])
         mean, std = posterior(first.sdxl.vae, pixels)
-        found = first._posteriors(rows, [], step, 0)
-        assert torch.equal(found[0], mean), "an image has the same latents alone and in a batch"
-        assert torch.equal(found[1], std)
+        result = first._posteriors(rows, [], step, 0)
+        assert torch.equal(result[0], mean), "an image has the same latents alone and in a batch"
+        assert torch.equal(result[1], std)
         assert torch.equal(again.batch(step, 0).latents, first.batch(step, 0).latents)
     assert flips == {True, False}
     prepare(cached.replace(background_color="red"), samples_of(config))
@@ -66,13 +66,13 @@ def test_latents_that_are_not_finite_stop_the_run_with_the_image_s_name(
 
     for place in ("data.latents", "data.batches"):
         monkeypatch.setattr(f"flatlora_diffusion.{place}.posterior", spoiled)
-    wanted = "the VAE's latents of these images are not finite: {}; look whether the VAE's file is whole"
+    expected = r"{}.*--pretrained_vae_model_name_or_path"
     if is_cached:
-        with pytest.raises(RunError, match=wanted.format(samples[0].id)):
+        with pytest.raises(RunError, match=expected.format(samples[0].id)):
             prepare(settings, samples)
         assert not list((tmp_path / "cache").glob("latent-*"))
         return
     state = prepare(settings, samples)
     last = state.batches.samples_at(0, 0)[-1].id
-    with pytest.raises(RunError, match=wanted.format(last)):
+    with pytest.raises(RunError, match=expected.format(last)):
         train_step(state, 0)

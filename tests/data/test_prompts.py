@@ -1,4 +1,4 @@
-"""Prompt embeddings: kept on disk for each caption, and captions that are too long are told of."""
+"""Captions: cached embeddings, truncation, tag dropout and shuffling; masks beside the images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import ConfigError, DataConfig, TrainConfig
+from flatlora_diffusion.data.dataset import load_samples, manifest
+from flatlora_diffusion.data.images import ImageError
+from flatlora_diffusion.data.prompts import augmented_caption
 from flatlora_diffusion.training.state import prepare
 
 
@@ -37,3 +41,66 @@ def test_captions_that_are_cut_are_told_of(config: TrainConfig, caplog: pytest.L
     with caplog.at_level("WARNING"):
         prepare(config, long)
     assert "2 images have captions of more than 77 tokens (icon-1.png the first)" in caplog.text
+
+
+CAPTION = "TOK, 1girl, red hat, smile, tree, sky"
+
+
+def drawn(data: DataConfig, epochs: int = 200) -> list[list[str]]:
+    return [augmented_caption(CAPTION, data, 0, "a.png", epoch).split(", ") for epoch in range(epochs)]
+
+
+def test_the_first_tags_stay_and_the_others_are_shuffled() -> None:
+    captions = drawn(DataConfig(shuffle_tags=True, keep_tags=2))
+    assert all(tags[:2] == ["TOK", "1girl"] and sorted(tags) == sorted(CAPTION.split(", ")) for tags in captions)
+    assert len({tuple(tags) for tags in captions}) == 24, "all orders of four tags"
+    assert captions == drawn(DataConfig(shuffle_tags=True, keep_tags=2)), "a function of seed, image and epoch"
+    assert augmented_caption(CAPTION, DataConfig(), 0, "a.png", 3) == CAPTION
+
+
+def test_so_many_of_the_others_are_left_out() -> None:
+    captions = drawn(DataConfig(tag_dropout=0.25, keep_tags=1), 2000)
+    assert all(tags[0] == "TOK" for tags in captions)
+    assert sum(len(tags) - 1 for tags in captions) / (2000 * 5) == pytest.approx(0.75, abs=0.02)
+    orders = [[CAPTION.split(", ").index(tag) for tag in tags] for tags in captions]
+    assert all(order == sorted(order) for order in orders), "without --shuffle_tags in their order"
+
+
+def test_batches_have_the_embeddings_of_the_drawn_captions(config: TrainConfig) -> None:
+    state = prepare(config.replace(tag_dropout=1.0, keep_tags=0, offload=True, cache_latents=True), samples_of(config))
+    batch = state.batches.batch(0, 0)
+    empty, _, pooled, _ = state.sdxl.pipeline.encode_prompt("", do_classifier_free_guidance=False)
+    assert batch.prompt_embeds is not None
+    torch.testing.assert_close(batch.prompt_embeds[:1], empty)
+    assert batch.pooled_prompt_embeds is not None
+    torch.testing.assert_close(batch.pooled_prompt_embeds[:1], pooled)
+
+
+def test_settings_that_mean_nothing_together_are_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="--keep_tags keeps tags from"):
+        config.replace(keep_tags=1)
+    with pytest.raises(ConfigError, match="--cache_text_embeddings cannot cache captions that are drawn anew"):
+        config.replace(shuffle_tags=True, cache_text_embeddings=True)
+
+
+def test_a_mask_beside_an_image_says_which_pixels_count(config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "masked"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(folder / "a-masklabel.png")
+    Image.new("RGB", (32, 32), "blue").save(folder / "lone-masklabel.png")
+    result = load_samples(folder, "an icon")
+    assert [one.id for one in result.samples] == ["a.png", "lone-masklabel.png"], "a name alone makes no mask"
+    assert "1 with a mask" in result.summary
+    assert "mask_sha256" in manifest(result.samples)[0]
+    asked = config.replace(instance_data_dir=str(folder), alpha_mask_loss=True, train_batch_size=1, center_crop=True)
+    state = prepare(asked, result.samples[:1])
+    shown = state.batches.batch(0, 0).mask
+    assert shown is not None
+    assert shown[0, 0, :, :4].eq(1).all()
+    assert shown[0, 0, :, 4:].eq(0).all()
+    Image.new("L", (30, 32), 0).save(folder / "a-masklabel.png")
+    with pytest.raises(ImageError, match=r"a-masklabel\.png .* 30 x 32 pixels"):
+        state.batches.augmentation.alpha(result.samples[0], state.batches._instances(0, 0)[0].view)

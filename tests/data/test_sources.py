@@ -1,4 +1,4 @@
-"""Where images come from: a dataset of Hugging Face, its captions and columns, and those of held-out images."""
+"""Hugging Face datasets: captions, columns and held-out images."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ def test_rows_of_a_dataset_without_caption_or_image_count_as_that(
         instance_prompt="a prompt",
         cache_dir=str(tmp_path / "hf"),
     ).data
-    found = load_training_set(data)
-    assert [sample.caption for sample in found.samples] == ["first", "a prompt", "a prompt"]
-    assert found.summary.startswith("3 images, captions 1/3, ")
+    result = load_training_set(data)
+    assert [sample.caption for sample in result.samples] == ["first", "a prompt", "a prompt"]
+    assert result.summary.startswith("3 images, captions 1/3, ")
     for prompt in (None, " "):
         with pytest.raises(ConfigError, match="2 of 3 images have no caption; give"):
             load_training_set(replace(data, instance_prompt=prompt))
     numbers = [{"file_name": f"icon-{index}.png", "text": index} for index in range(5)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers), encoding="utf-8")
-    with pytest.raises(ConfigError, match="caption_column='text' must hold texts, but a row has 0"):
+    with pytest.raises(ConfigError, match=r"caption_column='text' .* 0"):
         load_training_set(data)
 
 
@@ -102,5 +102,5 @@ def test_heldout_captions_stand_where_those_of_the_training_images_do(
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     chosen = config.replace(instance_data_dir=str(folders[0]), caption_column="mine")
     for folder, caption in ((folders[1], "my 0"), (folders[2], "an icon of thing 0")):
-        found = load_heldout(folder, chosen.data)
-        assert found.samples[0].caption == caption
+        result = load_heldout(folder, chosen.data)
+        assert result.samples[0].caption == caption

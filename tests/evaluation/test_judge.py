@@ -1,4 +1,4 @@
-"""The judge: what its loss holds apart, what it reads of an image, and how it ranks; random weights, real classes."""
+"""The judge: its loss, its preprocessing and its ranks, with real classes and random weights."""
 
 from __future__ import annotations
 
@@ -238,8 +238,8 @@ def test_the_shipped_judge_names_the_sample_icons_and_knows_their_style() -> Non
     samples = load_samples(SAMPLES / "icons_3d").samples
     images = [load_image(sample.source) for sample in samples]
     names = [re.sub("a TOK icon of (an? )?|, in the style of TOK", "", sample.caption) for sample in samples]
-    found = rank_of(rank_names(judge, images, names), torch.arange(len(names)))
-    assert float((found == 0).float().mean()) >= 0.8
+    result = rank_of(rank_names(judge, images, names), torch.arange(len(names)))
+    assert float((result == 0).float().mean()) >= 0.8
     styles = style_probabilities(judge, images).argmax(dim=1)
     assert float((styles == list(STYLE_PROMPTS).index("fluent-3d")).float().mean()) >= 0.8
     assert sum(file.stat().st_size for file in (SAMPLES / "tiny_sdxl" / "judge").iterdir()) < 8e6

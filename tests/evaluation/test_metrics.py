@@ -1,4 +1,4 @@
-"""Metrics and encoders: the formulas against numpy, the encoders against transformers, and what the judge sees."""
+"""Metrics against numpy, encoders against transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from flatlora_diffusion.evaluation.encoders import Encoder, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.metrics import (
     METRICS,
-    described,
+    describe_metrics,
     diversities,
     drifts,
     encode_reference,
@@ -130,10 +130,10 @@ def test_the_formulas_are_those_of_numpy() -> None:
     np.testing.assert_allclose(drifts(first, second), (1 - cosines.diagonal()) / 2, atol=1e-6)
     np.testing.assert_allclose(nearest_cosines(first, second), cosines.max(axis=1), atol=1e-6)
     np.testing.assert_allclose(image_similarity(first, second), cosines.mean(axis=1), atol=1e-6)
-    found = diversities(first, ["a", "b", "a", "a"])
+    result = diversities(first, ["a", "b", "a", "a"])
     rows = first.numpy()
     pairs = [1 - float(np.dot(rows[i], rows[j])) for i, j in ((0, 2), (0, 3), (2, 3))]
-    assert found == {"a": pytest.approx(sum(pairs) / 3, abs=1e-6)}
+    assert result == {"a": pytest.approx(sum(pairs) / 3, abs=1e-6)}
 
 
 def test_a_training_image_is_not_its_own_neighbour() -> None:
@@ -216,13 +216,13 @@ def test_keys_are_there_where_something_defines_them(clip_folder: Path, dino_fol
         one = {("b", 0): images[2]}
         few = picture_metrics(encode_reference(encoder, images[3:4], one), one)
         assert set(few) == {"image_similarity", "style_change", "memorization"} | text
-        assert list(few) == [row["key"] for row in described(few)]
-        with pytest.raises(ValueError, match=r"1 pictures have no picture of the base .*'c', 7"):
+        assert list(few) == [row["key"] for row in describe_metrics(few)]
+        with pytest.raises(ValueError, match=r"1 pictures .*'c', 7"):
             picture_metrics(encode_reference(encoder, images, one), {("c", 7): images[0]})
 
 
 def test_metrics_of_several_encoders_are_described_apart() -> None:
-    rows = described(["drift", "dino_drift", "clip_prompt_fidelity"])
+    rows = describe_metrics(["drift", "dino_drift", "clip_prompt_fidelity"])
     assert [(row["key"], row["name"], row["better"]) for row in rows] == [
         ("drift", "drift", "lower"),
         ("dino_drift", "drift (dino)", "lower"),
@@ -230,7 +230,7 @@ def test_metrics_of_several_encoders_are_described_apart() -> None:
     ]
     assert set(rows[0]) == {"key", "name", "better", "help", "digits"}
     with pytest.raises(KeyError, match="beauty"):
-        described(["beauty"])
+        describe_metrics(["beauty"])
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def test_a_dinov2_gives_its_class_token_and_reads_no_text(dino_folder: Path) -> 
     token = model(pixels).pooler_output
     expected = token / token.norm(dim=1, keepdim=True)
     torch.testing.assert_close(encoder.embed_images(images), expected, atol=1e-5, rtol=0)
-    with pytest.raises(ConfigError, match="reads images only; to compare images with prompts, give a CLIP"):
+    with pytest.raises(ConfigError, match="images only"):
         encoder.embed_texts(["a fox"])
 
 
@@ -275,7 +275,7 @@ def test_what_is_no_encoder_is_named_in_one_sentence(clip_folder: Path, tmp_path
     bare = copied(clip_folder, tmp_path / "bare")
     for file in bare.glob("*processor_config.json"):
         file.unlink()
-    with pytest.raises(ConfigError, match=r"bare has no preprocessor_config.json"):
+    with pytest.raises(ConfigError, match=r"bare .*preprocessor_config.json"):
         load_encoder(str(bare))
     damaged = copied(clip_folder, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")

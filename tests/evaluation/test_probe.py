@@ -1,4 +1,4 @@
-"""Comparable losses: fixed, repeatable, blind to dropout and training mode; loss rise under common draws."""
+"""Comparable losses: repeatable, independent of dropout and training mode; loss increase under common draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation import probe as evaluation
-from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_loss
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_loss
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
@@ -64,7 +64,7 @@ def test_losses_are_averaged_on_a_device_without_float64(
 
 def test_loss_rise_is_zero_without_noise_and_grows_with_sigma(sdxl: Sdxl, probe: Probe) -> None:
     def rises(sigma: float, seed: int = 0) -> list[float]:
-        return loss_rise(sdxl.unet, Objective(sdxl.scheduler), probe, sigma, draws=3, seed=seed)
+        return loss_increases(sdxl.unet, Objective(sdxl.scheduler), probe, sigma, draws=3, seed=seed)
 
     assert rises(0.0) == [0.0, 0.0, 0.0]
     assert rises(0.1) == rises(0.1)
@@ -75,7 +75,7 @@ def test_loss_rise_is_zero_without_noise_and_grows_with_sigma(sdxl: Sdxl, probe:
 
 def test_no_rise_is_measured_under_the_eps_of_training(sdxl: Sdxl, probe: Probe) -> None:
     objective = Objective(sdxl.scheduler)
-    rises = loss_rise(sdxl.unet, objective, probe, 0.3, draws=2, seed=3)
+    rises = loss_increases(sdxl.unet, objective, probe, 0.3, draws=2, seed=3)
     clean = probe_loss(sdxl.unet, objective, probe)
     flat = FlatLora(sdxl.unet, sigma=0.3, schedule="constant", seed=3, draw="full")
     for draw, rise in enumerate(rises):

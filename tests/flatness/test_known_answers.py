@@ -1,4 +1,4 @@
-"""Flatness on toys with known answers: noise, rises, eigenvalues, traces, surfaces; blind to how layers are scaled."""
+"""Flatness of toys with known answers: noise, loss increases, eigenvalues, traces and surfaces."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ from flatlora_diffusion.flatness.functional import (
     size,
     value,
 )
-from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
-from flatlora_diffusion.flatness.loss_surface import axis, direction, loss_slice, loss_surface
-from flatlora_diffusion.flatness.merged_weights import Delta, in_factors
+from flatlora_diffusion.flatness.landscape import (
+    axis,
+    direction,
+    expected_increase,
+    loss_slice,
+    loss_surface,
+    worst_increases,
+)
+from flatlora_diffusion.flatness.merged_weights import Delta, loss_of_factors
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.storage.rng import FLATNESS
 
@@ -88,7 +94,7 @@ def exact_hessian(loss: Loss, weights: Weights, metric: Metric) -> Tensor:
 
 def test_noise_has_one_z_for_all_loras_and_the_radius_of_eq_7(weights: Weights) -> None:
     other = {name: weight * 2 + 1 for name, weight in weights.items()}
-    one, two = (scales(found, "filter") for found in (weights, other))
+    one, two = (scales(result, "filter") for result in (weights, other))
     for name, eps in noise(one, weights, seed=4, draw=2).items():
         z = eps / one[name]
         torch.testing.assert_close(z, noise(two, other, seed=4, draw=2)[name] / two[name], rtol=1e-5, atol=1e-6)
@@ -111,7 +117,7 @@ def test_iid_noise_has_one_std_for_a_layer_and_the_same_energy(weights: Weights)
 def test_noise_has_the_law_of_training_and_none_of_its_draws() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), _lora())
     trained = FlatLora(model, sigma=0.1, schedule="constant", seed=9, draw="full")
-    ours = {name: trained.noise(name, step=3) for name in trained.layers}
+    actual = {name: trained.noise(name, step=3) for name in trained.layers}
     trained.detach()
     flat = FlatLora(model, sigma=0.1, schedule="constant", seed=9, prefix=FLATNESS, draw="full")
     merged = {}
@@ -119,10 +125,10 @@ def test_noise_has_the_law_of_training_and_none_of_its_draws() -> None:
         base = layer.get_base_layer()
         assert isinstance(base, nn.Linear)
         merged[f"{name}.weight"] = (base.weight + layer.get_delta_weight("default")).detach()
-    found = noise(scales(merged, "filter"), merged, seed=9, draw=3)
+    result = noise(scales(merged, "filter"), merged, seed=9, draw=3)
     for name in flat.layers:
-        torch.testing.assert_close(found[f"{name}.weight"] * 0.1, flat.noise(name, step=3))
-        assert not torch.allclose(found[f"{name}.weight"] * 0.1, ours[name])
+        torch.testing.assert_close(result[f"{name}.weight"] * 0.1, flat.noise(name, step=3))
+        assert not torch.allclose(result[f"{name}.weight"] * 0.1, actual[name])
 
 
 def test_paired_differences_have_the_error_of_the_differences() -> None:
@@ -133,8 +139,8 @@ def test_paired_differences_have_the_error_of_the_differences() -> None:
 
 def test_no_noise_is_exactly_no_rise(layers: Weights) -> None:
     loss, weights = network(layers)
-    assert expected_rise(loss, weights, 0.0, 3, seed=0) == Estimate((0.0, 0.0, 0.0))
-    assert worst_rises(loss, weights, [0.0]) == [0.0]
+    assert expected_increase(loss, weights, 0.0, 3, seed=0) == Estimate((0.0, 0.0, 0.0))
+    assert worst_increases(loss, weights, [0.0]) == [0.0]
 
 
 @pytest.mark.parametrize("kind", ["filter", "iid"])
@@ -142,19 +148,19 @@ def test_rise_of_a_quadratic_is_its_closed_form(kind: Metric, weights: Weights, 
     loss = quadratic(curvatures, {name: weight + 1 for name, weight in weights.items()})
     scale = scales(weights, kind)
     exact = sum(float((c * scale[name].square()).sum()) for name, c in curvatures.items()) * 0.3**2 / 2
-    found = expected_rise(loss, weights, 0.3, 400, seed=0, kind="iid" if kind == "iid" else "filter")
-    assert abs(found.mean - exact) < 4 * found.error
-    assert found.error < 0.05 * exact
+    result = expected_increase(loss, weights, 0.3, 400, seed=0, kind="iid" if kind == "iid" else "filter")
+    assert abs(result.mean - exact) < 4 * result.error
+    assert result.error < 0.05 * exact
 
 
 def test_the_worst_step_is_steepest_and_as_long_as_the_noise(weights: Weights, curvatures: Weights) -> None:
     loss = quadratic(curvatures, {name: weight + 1 for name, weight in weights.items()})
     scale, radius = scales(weights, "filter"), 1e-4
     slope = sum(float((scale[name] * g).square().sum()) for name, g in gradient(loss, weights).items()) ** 0.5
-    (rise,) = worst_rises(loss, weights, [radius])
+    (rise,) = worst_increases(loss, weights, [radius])
     assert rise == pytest.approx(radius * size(weights) ** 0.5 * slope, rel=1e-3)
     for radius in (0.01, 0.1, 0.5):
-        assert worst_rises(loss, weights, [radius])[0] > expected_rise(loss, weights, radius, 50, seed=0).mean
+        assert worst_increases(loss, weights, [radius])[0] > expected_increase(loss, weights, radius, 50, seed=0).mean
 
 
 def test_the_worst_step_of_a_and_b_is_that_along_their_own_gradients_as_long_as_their_rows() -> None:
@@ -162,12 +168,12 @@ def test_the_worst_step_of_a_and_b_is_that_along_their_own_gradients_as_long_as_
     base, slope = {"w": normal(4, 6)}, normal(4, 6, seed=1)
     down, up = normal(2, 6, seed=2), normal(4, 2, seed=3)
     linear: Loss = [lambda now: (slope * now["w"]).sum() / 3, lambda now: (slope * now["w"]).sum() * 2 / 3]
-    loss, factors = in_factors(linear, base, {"w": Delta(down, up)})
+    loss, factors = loss_of_factors(linear, base, {"w": Delta(down, up)})
     assert value(loss, factors) == pytest.approx(float((slope * (base["w"] + up @ down)).sum()))
     of_down, of_up = down.norm(dim=1, keepdim=True) / 6**0.5, up.norm(dim=1, keepdim=True) / 2**0.5
     u_down, u_up = of_down * (up.T @ slope), of_up * (slope @ down.T)
     unit = ((2 * 6 + 4 * 2) / (u_down.square().sum() + u_up.square().sum())).sqrt()
-    for radius, rise in zip((0.01, 0.5), worst_rises(loss, factors, (0.01, 0.5)), strict=True):
+    for radius, rise in zip((0.01, 0.5), worst_increases(loss, factors, (0.01, 0.5)), strict=True):
         eps_a, eps_b = radius * unit * of_down * u_down, radius * unit * of_up * u_up
         assert rise == pytest.approx(float((slope * (up @ eps_a + eps_b @ down + eps_b @ eps_a)).sum()))
         mean = ((eps_a / of_down).square().sum() + (eps_b / of_up).square().sum()) / (2 * 6 + 4 * 2)
@@ -178,20 +184,20 @@ def test_hessian_vector_product_is_exact_over_parts(layers: Weights) -> None:
     loss, weights = network(layers)
     vector = {name: normal(*weight.shape, seed=11) for name, weight in weights.items()}
     flat = torch.cat([part.flatten() for part in vector.values()])
-    found = torch.cat([part.flatten() for part in hessian_vector(loss, weights, vector).values()])
-    torch.testing.assert_close(found, exact_hessian(loss, weights, "raw") @ flat)
+    result = torch.cat([part.flatten() for part in hessian_vector(loss, weights, vector).values()])
+    torch.testing.assert_close(result, exact_hessian(loss, weights, "raw") @ flat)
 
 
 @pytest.mark.parametrize("metric", ["filter", "raw"])
 def test_eigenvalues_and_trace_are_those_of_the_exact_hessian(metric: Metric, layers: Weights) -> None:
     loss, weights = network(layers)
     exact = exact_hessian(loss, weights, metric)
-    wanted = torch.linalg.eigvalsh(exact).flip(0)[:3].tolist()
+    expected = torch.linalg.eigvalsh(exact).flip(0)[:3].tolist()
     full = top_eigenvalues(loss, weights, metric, 3, iterations=30, seed=0)
-    assert [found.value for found in full] == pytest.approx(wanted, rel=1e-6)
+    assert [result.value for result in full] == pytest.approx(expected, rel=1e-6)
     early = top_eigenvalues(loss, weights, metric, 1, iterations=6, seed=0)[0]
-    assert abs(early.value - wanted[0]) <= early.residual + 1e-9
-    assert early.value == pytest.approx(wanted[0], rel=0.05)
+    assert abs(early.value - expected[0]) <= early.residual + 1e-9
+    assert early.value == pytest.approx(expected[0], rel=0.05)
     estimate = trace(loss, weights, metric, 600, seed=0)
     assert abs(estimate.mean - float(exact.trace())) < 4 * estimate.error
     assert estimate.error < 0.2 * abs(float(exact.trace()))
@@ -212,17 +218,17 @@ def test_a_linear_loss_has_no_curvature(weights: Weights) -> None:
 def test_trace_predicts_the_rise_under_small_noise(layers: Weights) -> None:
     loss, weights = network(layers)
     predicted = 0.01**2 / 2 * float(exact_hessian(loss, weights, "filter").trace())
-    found = expected_rise(loss, weights, 0.01, 300, seed=0)
-    assert abs(found.mean - predicted) < 4 * found.error + 0.02 * abs(predicted)
+    result = expected_increase(loss, weights, 0.01, 300, seed=0)
+    assert abs(result.mean - predicted) < 4 * result.error + 0.02 * abs(predicted)
 
 
 def test_rescaled_layers_change_raw_curvature_only(layers: Weights) -> None:
     (loss, plain), (_, scaled) = network(layers), network(layers, scale=8.0)
     assert value(loss, scaled) == pytest.approx(value(loss, plain))
     measures = (
-        lambda now: expected_rise(loss, now, 0.2, 5, seed=0).mean,
-        lambda now: expected_rise(loss, now, 0.2, 5, seed=0, kind="iid").mean,
-        lambda now: worst_rises(loss, now, [0.05])[0],
+        lambda now: expected_increase(loss, now, 0.2, 5, seed=0).mean,
+        lambda now: expected_increase(loss, now, 0.2, 5, seed=0, kind="iid").mean,
+        lambda now: worst_increases(loss, now, [0.05])[0],
         lambda now: top_eigenvalues(loss, now, "filter", 1, 20, seed=0)[0].value,
         lambda now: trace(loss, now, "filter", 5, seed=0).mean,
         lambda now: loss_slice(loss, now, [0.3], 0, 0)[0],
@@ -236,10 +242,10 @@ def test_rescaled_layers_change_raw_curvature_only(layers: Weights) -> None:
 
 def test_directions_are_shared_and_as_long_as_the_filters(weights: Weights) -> None:
     other = {name: weight * 5 for name, weight in weights.items()}
-    for name, found in direction(weights, seed=1, index=0).items():
-        torch.testing.assert_close(found.flatten(1).norm(dim=1), weights[name].flatten(1).norm(dim=1))
-        torch.testing.assert_close(direction(other, seed=1, index=0)[name], found * 5)
-        assert not torch.allclose(direction(weights, seed=1, index=1)[name], found)
+    for name, result in direction(weights, seed=1, index=0).items():
+        torch.testing.assert_close(result.flatten(1).norm(dim=1), weights[name].flatten(1).norm(dim=1))
+        torch.testing.assert_close(direction(other, seed=1, index=0)[name], result * 5)
+        assert not torch.allclose(direction(weights, seed=1, index=1)[name], result)
 
 
 def test_the_middle_of_surface_and_slice_is_the_clean_loss(layers: Weights) -> None:
@@ -255,8 +261,8 @@ def test_the_middle_of_surface_and_slice_is_the_clean_loss(layers: Weights) -> N
 def test_no_measure_writes_a_weight(layers: Weights) -> None:
     loss, weights = network(layers)
     before = {name: weight.clone() for name, weight in weights.items()}
-    expected_rise(loss, weights, 0.2, 2, seed=0)
-    worst_rises(loss, weights, [0.1])
+    expected_increase(loss, weights, 0.2, 2, seed=0)
+    worst_increases(loss, weights, [0.1])
     top_eigenvalues(loss, weights, "filter", 1, 4, seed=0)
     trace(loss, weights, "filter", 2, seed=0)
     loss_surface(loss, weights, [0.1], seed=0)

@@ -1,4 +1,4 @@
-"""`flatness` on the tiny random pipeline: W' is PEFT's, nothing is written, misfits are refused, files complete."""
+"""`flatness` on the tiny random pipeline: W' is PEFT's, the base is unchanged, all files are written."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import AdapterConfig, ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, manifest
 from flatlora_diffusion.evaluation.finished_runs import read_runs
-from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_loss
+from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_loss
 from flatlora_diffusion.flatness import report as flatness_report
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
 from flatlora_diffusion.flatness.functional import Weights, noise, scales, shifted, value
-from flatlora_diffusion.flatness.landscape import expected_rise, worst_rises
+from flatlora_diffusion.flatness.landscape import expected_increase, worst_increases
 from flatlora_diffusion.flatness.measure import MeasuredModel, measure_flatness
 from flatlora_diffusion.flatness.merged_weights import (
     Delta,
     base_weights,
-    in_factors,
     lora_deltas,
+    loss_of_factors,
+    loss_on_probe,
     merged,
-    probe_loss_at,
     twice_differentiable,
 )
-from flatlora_diffusion.flatness.perturbed_models import OtherModels, of_rank, rounded, to_bits, variants
-from flatlora_diffusion.flatness.pictures import charts_of
+from flatlora_diffusion.flatness.perturbed_models import OtherModels, round_factors, round_to, truncate_rank, variants
 from flatlora_diffusion.flatness.report import flatness
+from flatlora_diffusion.flatness.run_charts import charts_of
 from flatlora_diffusion.flatness.surface_page import write_surface_page
 from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
@@ -91,9 +91,9 @@ def make_run(base: Path, icons: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(name: str, seed: int = 0, ended: str = "finished", **settings: object) -> Path:
         folder = tmp_path / name
-        found = {"pretrained_model_name_or_path": "base", "instance_data_dir": "icons", "rank": 4, **settings}
+        result = {"pretrained_model_name_or_path": "base", "instance_data_dir": "icons", "rank": 4, **settings}
         run = RunDir(folder)
-        run.start(TrainConfig.from_dict(found).to_dict(), manifest(load_samples(icons).samples))
+        run.start(TrainConfig.from_dict(result).to_dict(), manifest(load_samples(icons).samples))
         save_lora(with_lora(load(base), seed, rank=4).pipeline, folder)
         run.add_event({"event": ended, "step": 1})
         return folder
@@ -110,12 +110,12 @@ def test_loss_at_w_prime_is_that_of_the_loaded_lora(
         if "default" in layer.lora_magnitude_vector:
             layer.lora_magnitude_vector["default"].weight.data *= 1.1
     deltas = lora_deltas(other.unet)
-    wanted = probe_loss(other.unet, Objective(sdxl.scheduler), probe)
+    expected = probe_loss(other.unet, Objective(sdxl.scheduler), probe)
     weights = base_weights(sdxl.unet, deltas)
-    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), probe, batch_size=4)
-    assert value(loss, merged(weights, deltas)) == pytest.approx(wanted, rel=1e-5)
+    loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), probe, batch_size=4)
+    assert value(loss, merged(weights, deltas)) == pytest.approx(expected, rel=1e-5)
     assert value(loss, weights) == pytest.approx(probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe), rel=1e-6)
-    assert value(loss, weights) != pytest.approx(wanted, rel=1e-4)
+    assert value(loss, weights) != pytest.approx(expected, rel=1e-4)
     assert (
         merged(weights, deltas, 0.0)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
         is (weights["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"])
@@ -126,10 +126,10 @@ def test_rise_is_that_of_the_training_perturbation(sdxl: Sdxl, base: Path, probe
     other, objective = with_lora(load(base)), Objective(sdxl.scheduler)
     deltas = lora_deltas(other.unet)
     weights = merged(base_weights(sdxl.unet, deltas), deltas)
-    loss = probe_loss_at(sdxl.unet, objective, probe, 8)
+    loss = loss_on_probe(sdxl.unet, objective, probe, 8)
     eps = noise(scales(weights, "filter"), weights, seed=3, draw=0)
     mine = value(loss, shifted(weights, eps, 0.5)) - value(loss, weights)
-    assert mine == pytest.approx(loss_rise(other.unet, objective, probe, 0.5, draws=1, seed=3)[0], rel=1e-3)
+    assert mine == pytest.approx(loss_increases(other.unet, objective, probe, 0.5, draws=1, seed=3)[0], rel=1e-3)
 
 
 def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, probe: Probe) -> None:
@@ -142,12 +142,12 @@ def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, 
                 sdxl.unet,
                 Objective(sdxl.scheduler),
                 weights,
-                MeasuredModel("arm", found, {"train": probe}),
+                MeasuredModel("arm", result, {"train": probe}),
                 QUICK,
                 OtherModels(),
             )
         )
-        for found in (deltas, moved)
+        for result in (deltas, moved)
     )
     for name in (
         "losses",
@@ -170,8 +170,8 @@ def test_the_worst_step_of_a_and_b_is_that_of_the_loaded_lora(
     """PEFT's own gradient of A and B, which of a DoRA leaves its norm out, and A and B moved by hand."""
     other, objective, radius = with_lora(load(base), **adapter).unet.eval(), Objective(sdxl.scheduler), 0.01
     deltas = lora_deltas(other)
-    loss = probe_loss_at(sdxl.unet, objective, probe, batch_size=4)
-    (found,) = worst_rises(*in_factors(loss, base_weights(sdxl.unet, deltas), deltas), [radius])
+    loss = loss_on_probe(sdxl.unet, objective, probe, batch_size=4)
+    (result,) = worst_increases(*loss_of_factors(loss, base_weights(sdxl.unet, deltas), deltas), [radius])
     still = probe_loss(other, objective, probe)
     sample_losses(other, objective, probe.batch, probe.noise, probe.timesteps).mean().backward()
     factors = [one for name, one in other.named_parameters() if "lora_A" in name or "lora_B" in name]
@@ -181,8 +181,8 @@ def test_the_worst_step_of_a_and_b_is_that_of_the_loaded_lora(
     with torch.no_grad():
         for one, unit, part in zip(factors, units, steepest, strict=True):
             one += radius * sum(each.numel() for each in factors) ** 0.5 * unit * part / length
-    assert found == pytest.approx(probe_loss(other, objective, probe) - still, rel=1e-3)
-    assert found > 1e-4
+    assert result == pytest.approx(probe_loss(other, objective, probe) - still, rel=1e-3)
+    assert result > 1e-4
 
 
 def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: Path, probe: Probe) -> None:
@@ -207,9 +207,12 @@ def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: 
 def test_nothing_is_written_after_an_exception(sdxl: Sdxl, base: Path, probe: Probe) -> None:
     deltas = lora_deltas(with_lora(load(base)).unet)
     before, weights = state(sdxl.unet), base_weights(sdxl.unet, deltas)
-    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), probe, 4)
+    loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), probe, 4)
     fails = sdxl.unet.conv_out.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    for measurement in (lambda: expected_rise(loss, weights, 0.3, 2, 0), lambda: worst_rises(loss, weights, [0.1])):
+    for measurement in (
+        lambda: expected_increase(loss, weights, 0.3, 2, 0),
+        lambda: worst_increases(loss, weights, [0.1]),
+    ):
         with pytest.raises(KeyboardInterrupt):
             measurement()
     with pytest.raises(KeyboardInterrupt), twice_differentiable(sdxl.unet):
@@ -222,30 +225,30 @@ def test_nothing_is_written_after_an_exception(sdxl: Sdxl, base: Path, probe: Pr
 def test_curvature_of_the_unet_is_that_of_finite_differences(sdxl: Sdxl, base: Path, probe: Probe) -> None:
     """The fused attention has no second derivative, and the plain one gives the same loss."""
     sdxl.unet.double()
-    probe = replace(probe, batch=probe.batch.mapped(lambda part: part.double()), noise=probe.noise.double())
+    probe = replace(probe, batch=probe.batch.map(lambda part: part.double()), noise=probe.noise.double())
     names = list(lora_deltas(with_lora(load(base)).unet))[:2]
     weights = {name: weight.double() for name, weight in base_weights(sdxl.unet, names).items()}
-    loss = probe_loss_at(sdxl.unet, Objective(sdxl.scheduler), probe, 3)
+    loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), probe, 3)
     fused = value(loss, weights)
     with twice_differentiable(sdxl.unet):
         assert value(loss, weights) == pytest.approx(fused, rel=1e-6)
         top = top_eigenvalues(loss, weights, "filter", 1, 30, seed=0)[0]
-        found = trace(loss, weights, "filter", 40, seed=0)
-    rise = expected_rise(loss, weights, 0.5, 40, seed=0)
-    assert rise.mean == pytest.approx(0.5**2 / 2 * found.mean, abs=4 * (rise.error + found.error / 8), rel=0.05)
+        result = trace(loss, weights, "filter", 40, seed=0)
+    rise = expected_increase(loss, weights, 0.5, 40, seed=0)
+    assert rise.mean == pytest.approx(0.5**2 / 2 * result.mean, abs=4 * (rise.error + result.error / 8), rel=0.05)
     assert top.value > 0
     assert top.residual < 0.05 * top.value
 
 
 def test_fewer_bits_round_as_they_say() -> None:
     values = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-3], [1], [10], [0]])
-    assert torch.equal(to_bits(values, "fp16"), values.half().float())
-    assert torch.equal(to_bits(values, "fp8"), values.to(torch.float8_e4m3fn).float())
-    assert to_bits(torch.tensor([[1e6]]), "fp8").item() == 448
+    assert torch.equal(round_to(values, "fp16"), values.half().float())
+    assert torch.equal(round_to(values, "fp8"), values.to(torch.float8_e4m3fn).float())
+    assert round_to(torch.tensor([[1e6]]), "fp8").item() == 448
     steps = values.abs().amax(dim=1, keepdim=True) / 127
-    assert bool(((to_bits(values, "int8") - values).abs() <= steps / 2 + 1e-9).all())
-    assert len(to_bits(values, "int8")[1].unique()) <= 255
-    assert torch.equal(to_bits(values, "int8")[3], values[3])
+    assert bool(((round_to(values, "int8") - values).abs() <= steps / 2 + 1e-9).all())
+    assert len(round_to(values, "int8")[1].unique()) <= 255
+    assert torch.equal(round_to(values, "int8")[3], values[3])
 
 
 def test_cut_ranks_are_the_best_there_are() -> None:
@@ -254,7 +257,7 @@ def test_cut_ranks_are_the_best_there_are() -> None:
     change = delta.up @ delta.down
     values = torch.linalg.svdvals(change)
     for rank in (1, 3):
-        cut = of_rank({"w": delta}, rank)["w"]
+        cut = truncate_rank({"w": delta}, rank)["w"]
         assert cut.down.shape == (rank, 9)
         missed = torch.linalg.matrix_norm(change - cut.up @ cut.down)
         assert float(missed) == pytest.approx(float(values[rank:].square().sum().sqrt()), rel=1e-4)
@@ -263,21 +266,21 @@ def test_cut_ranks_are_the_best_there_are() -> None:
         "LoRA cut to rank 2",
         "LoRA cut to rank 4",
     ]
-    assert torch.allclose(rounded({"w": delta}, "fp16")["w"].down, delta.down, rtol=1e-3)
+    assert torch.allclose(round_factors({"w": delta}, "fp16")["w"].down, delta.down, rtol=1e-3)
 
 
 def test_a_lora_meets_a_rough_base_a_second_lora_and_another_base() -> None:
     rng = torch.Generator().manual_seed(0)
     base, other = torch.randn(6, 8, generator=rng), torch.randn(6, 8, generator=rng)
     one, two = (Delta(torch.randn(1, 8, generator=rng), torch.randn(6, 1, generator=rng)) for _ in range(2))
-    found = dict(variants({"w": base}, {"w": one}, OtherModels({"w": two}, {"w": other, "rest": other})))
+    result = dict(variants({"w": base}, {"w": one}, OtherModels({"w": two}, {"w": other, "rest": other})))
     change, second = one.up @ one.down, two.up @ two.down
-    assert torch.equal(found["base in int8, LoRA whole"]["w"], to_bits(base, "int8") + change)
-    assert torch.equal(found["with the second LoRA"]["w"], base + change + second)
-    assert torch.equal(found["second LoRA alone"]["w"], base + second)
-    assert torch.equal(found["on the other base"]["w"], other + change)
-    assert torch.equal(found["on the other base"]["rest"], other)
-    assert torch.equal(found["other base alone"]["w"], other)
+    assert torch.equal(result["base in int8, LoRA whole"]["w"], round_to(base, "int8") + change)
+    assert torch.equal(result["with the second LoRA"]["w"], base + change + second)
+    assert torch.equal(result["second LoRA alone"]["w"], base + second)
+    assert torch.equal(result["on the other base"]["w"], other + change)
+    assert torch.equal(result["on the other base"]["rest"], other)
+    assert torch.equal(result["other base alone"]["w"], other)
 
 
 def test_a_report_has_all_files_and_figures(
@@ -304,32 +307,32 @@ def test_a_report_has_all_files_and_figures(
     printed = capsys.readouterr().out
     assert printed.startswith(f"base: .../{base.name}\n"), "a file keeps no path"
     assert "| Base |" in printed.replace("  ", "")
-    assert "rise less that of plain, Eq. 7, sigma 0.1" in printed
-    assert re.search(r"\| worst-case rise in A and B, radius 0\.01 +\|  +\| +\d\S+ \| +\d\S+ \|", printed)
-    found = json.loads((out / "flatness.json").read_text(encoding="utf-8"))
-    assert [figures["name"] for figures in found["figures"]] == ["Base", "plain", "flat"]
-    for figures in found["figures"]:
+    assert "difference to plain, Eq. 7, sigma 0.1" in printed
+    assert re.search(r"\| worst-case loss increase in A and B, radius 0\.01 +\|  +\| +\d\S+ \| +\d\S+ \|", printed)
+    result = json.loads((out / "flatness.json").read_text(encoding="utf-8"))
+    assert [figures["name"] for figures in result["figures"]] == ["Base", "plain", "flat"]
+    for figures in result["figures"]:
         assert figures["surface"][1][1] == figures["losses"]["train"]
         assert [part[1] for part in figures["slices"]] == [figures["losses"]["train"]] * 2
         assert all(set(losses) == {"train", "heldout"} for losses in figures["strengths"].values())
-    assert [len(figures["worst_factors"]) for figures in found["figures"]] == [0, 1, 1], "the base has no A and B"
-    arm = found["figures"][1]
+    assert [len(figures["worst_factors"]) for figures in result["figures"]] == [0, 1, 1], "the base has no A and B"
+    arm = result["figures"][1]
     assert arm["worst_factors"][0] > 0
     assert arm["worst_factors"] != arm["worst"]
     assert arm["strengths"]["1.0"] == arm["losses"]
-    assert arm["strengths"]["0.0"] == found["figures"][0]["losses"]
+    assert arm["strengths"]["0.0"] == result["figures"][0]["losses"]
     assert arm["variants"]["on the other base"] == pytest.approx(arm["losses"]), "here it is the same base"
-    assert found["figures"][2]["variants"]["second LoRA alone"] == pytest.approx(found["figures"][2]["losses"])
+    assert result["figures"][2]["variants"]["second LoRA alone"] == pytest.approx(result["figures"][2]["losses"])
     assert arm["variants"]["with the second LoRA"]["train"] != arm["losses"]["train"]
-    assert len(found["runs"]["plain"]["sha256"]) == 64
-    assert found["runs"]["plain"]["sha256"] != found["runs"]["flat"]["sha256"]
+    assert len(result["runs"]["plain"]["sha256"]) == 64
+    assert result["runs"]["plain"]["sha256"] != result["runs"]["flat"]["sha256"]
     assert str(tmp_path) not in (out / "flatness.json").read_text(encoding="utf-8")
     for name in ("rise.png", "slices.png", "strength.png", "surface.png"):
         assert Image.open(out / name).width > 500
     pixels = np.asarray(Image.open(out / "strength.png").convert("RGB")).reshape(-1, 3)
     seen = {f"#{pixel.tobytes().hex()}" for pixel in np.unique(pixels, axis=0)}
     assert {look.tone.light for look in (BASE, LORA, FLAT_LORA)} <= seen, "each method in its own colour"
-    for name, chart in charts_of(found).items():  # drawn anew of the figures it is the same chart
+    for name, chart in charts_of(result).items():  # drawn anew of the figures it is the same chart
         chart.save(tmp_path / name)
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
@@ -337,10 +340,10 @@ def test_a_report_has_all_files_and_figures(
 def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
     make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[Any] = []
+    result: list[Any] = []
 
     def watched(unet: Any, objective: Objective, weights: Weights, model: MeasuredModel, *rest: Any) -> None:
-        found.append((objective, model))
+        result.append((objective, model))
 
     monkeypatch.setattr(flatness_report, "measure_flatness", watched)
     monkeypatch.setattr(flatness_report, "_write", lambda *args: None)
@@ -354,8 +357,8 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
     flatness(config)
     pipeline, captions = load(base).pipeline, [sample.caption for sample in load_samples(icons).samples]
     prompts = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, clip_skip=1)[0]
-    assert len(found) == 2
-    for objective, model in found:
+    assert len(result) == 2
+    for objective, model in result:
         assert objective.edm
         assert torch.equal(model.probes["train"].batch.prompt_embeds, prompts)
 
@@ -369,7 +372,7 @@ def test_the_probe_has_the_draws_of_the_settings_and_is_taken_in_their_batches(
     def watched(unet: Any, objective: Objective, probe: Probe, batch_size: int) -> Any:
         raise SeenError(probe.draws, len(probe.timesteps), batch_size)
 
-    monkeypatch.setattr("flatlora_diffusion.flatness.measure.probe_loss_at", watched)
+    monkeypatch.setattr("flatlora_diffusion.flatness.measure.loss_on_probe", watched)
     config = replace(
         QUICK,
         runs=(str(make_run("plain")),),
@@ -398,9 +401,9 @@ def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons
     assert "Plotly.newPlot" in page
     assert len(page) > 1_000_000, "plotly.js is not in it"
     assert not re.search(r"<(script|link)[^>]*(src|href)=", page)
-    found = json.loads((tmp_path / "out" / "flatness.json").read_text(encoding="utf-8"))
-    assert found["figures"][1]["curvature"] == {}
-    assert found["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
+    result = json.loads((tmp_path / "out" / "flatness.json").read_text(encoding="utf-8"))
+    assert result["figures"][1]["curvature"] == {}
+    assert result["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
 
 
 @pytest.mark.slow
@@ -455,7 +458,7 @@ def test_a_file_that_belongs_to_no_earlier_result_is_not_replaced(
     monkeypatch.setattr(flatness_report, "load_sdxl", lambda *_: pytest.fail("it was loaded"))
     (tmp_path / name).write_bytes(b"the user's")
     config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match=f"output_dir=.* holds {name}, but no earlier result"):
+    with pytest.raises(ConfigError, match=f"output_dir=.* holds {name}"):
         flatness(config)
 
 
@@ -475,7 +478,7 @@ def test_other_images_and_missing_runs_are_named(
     make_run: Callable[..., Path], base: Path, icons: Path, tmp_path: Path
 ) -> None:
     one, two = make_run("plain"), make_run("other")
-    with pytest.raises(ConfigError, match="run nowhere is no run folder"):
+    with pytest.raises(ConfigError, match="run nowhere "):
         read_runs([str(one), str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match="given twice"):
         read_runs([str(one), str(one / ".." / "plain")])
@@ -520,11 +523,11 @@ def same(one: Weights, two: Weights) -> bool:
     return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def flat(found: object) -> list[float]:
+def flat(result: object) -> list[float]:
     """All numbers in nested dicts and lists."""
-    if isinstance(found, dict):
-        return [number for value in found.values() for number in flat(value)]
-    if isinstance(found, list | tuple):
-        return [number for value in found for number in flat(value)]
-    assert isinstance(found, float)
-    return [found]
+    if isinstance(result, dict):
+        return [number for value in result.values() for number in flat(value)]
+    if isinstance(result, list | tuple):
+        return [number for value in result for number in flat(value)]
+    assert isinstance(result, float)
+    return [result]

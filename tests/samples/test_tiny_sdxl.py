@@ -14,9 +14,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, metadata_rows
+from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
 from flatlora_diffusion.config import SAMPLES, ModelConfig, TrainConfig
-from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.data.dataset import load_samples, metadata_rows
 from flatlora_diffusion.evaluation.judge import load_judge, rank_names, rank_of
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.sdxl.objective import Objective
@@ -122,7 +122,7 @@ def test_the_vae_reconstructs_3d_icons(pipeline: StableDiffusionXLPipeline, fold
 
 def test_the_judge_finds_the_right_name_for_most_of_what_it_draws(pipeline: StableDiffusionXLPipeline) -> None:
     """Every fifth held-out name, among all 64: it measured 11 of 13; chance finds 0.2, and 8 are asked for."""
-    names = [row["name"] for row in metadata_rows(HELD_OUT)]
+    names = [row["name"] for row in metadata_rows(HELD_OUT).values()]
     drawn = names[::5]
     icons = pipeline(
         prompt=[PROMPT.format(name) for name in drawn],

@@ -1,4 +1,4 @@
-"""A base is called what it is: before it is loaded, by its name and its config files, and once it is loaded."""
+"""The title of a base, before and after loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process this is, and how long processes wait for each other."""
+"""The state of this process, and how long processes wait for each other."""
 
 from __future__ import annotations
 

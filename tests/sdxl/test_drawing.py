@@ -1,4 +1,4 @@
-"""What other tools are told of a picture draws it there: nodes, noise levels, noise, text and conditioning."""
+"""Workflows and parameters for other tools: nodes, noise levels, noise, text and conditioning."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.sdxl.drawing import (
     Drawing,
-    base_there,
     parameters_text,
+    portable_base_name,
     sampling_names,
     workflow_for_api,
     workflow_for_page,
@@ -108,8 +108,8 @@ def test_the_workflow_is_one_of_comfyui_s_own_nodes_with_all_that_they_require(d
 
 
 def one(nodes: dict[str, Any], kind: str) -> dict[str, Any]:
-    (found,) = [node["inputs"] for node in nodes.values() if node["class_type"] == kind]
-    return dict(found)
+    (result,) = [node["inputs"] for node in nodes.values() if node["class_type"] == kind]
+    return dict(result)
 
 
 def test_what_a_base_or_a_prompt_needs_beyond_the_usual_is_there() -> None:
@@ -208,7 +208,7 @@ def test_the_text_of_a1111() -> None:
     ],
 )
 def test_the_base_has_the_name_of_its_file_there(name: str | None, there: str) -> None:
-    assert base_there(name) == there
+    assert portable_base_name(name) == there
 
 
 def settings(base: Path | str, icons: Path, tmp_path: Path) -> TrainConfig:
@@ -313,17 +313,17 @@ def test_a_picture_of_generate_is_opened_by_other_tools(base: Path, lora: Path, 
 def test_guidance_is_rescaled_for_zero_terminal_snr_and_for_no_other(base: Path, sdxl: Sdxl) -> None:
     from flatlora_diffusion.config import ModelConfig
     from flatlora_diffusion.sdxl.pipeline import load_sdxl
-    from flatlora_diffusion.sdxl.sampling import drawing_with, generate_images, rescale_of
+    from flatlora_diffusion.sdxl.sampling import describe_drawing, generate_images, rescale_of
 
     model = ModelConfig(
         pretrained_model_name_or_path=str(base), prediction_type="v_prediction", zero_terminal_snr=True
     )
-    ours = load_sdxl(model, torch.device("cpu"), torch.float32)
-    assert (rescale_of(ours), rescale_of(sdxl)) == (0.7, 0.0)
+    actual = load_sdxl(model, torch.device("cpu"), torch.float32)
+    assert (rescale_of(actual), rescale_of(sdxl)) == (0.7, 0.0)
     drawn = [
-        generate_images(ours, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
+        generate_images(actual, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    drawing = drawing_with(ours, "a fox", 0, 32, "noob", ())
+    drawing = describe_drawing(actual, "a fox", 0, 32, "noob", ())
     assert drawing is not None
     assert drawing.rescale == 0.7

@@ -1,4 +1,4 @@
-"""The tiny base is known by its sizes and named in every file of its LoRAs; all other bases count as SDXL."""
+"""The tiny base is recognized by its sizes and named in every file of its LoRAs."""
 
 from __future__ import annotations
 
@@ -116,10 +116,10 @@ def test_export_names_the_base_of_the_shapes_whatever_the_file_says(
 
 def test_the_tiny_base_s_loras_still_load(tmp_path: Path) -> None:
     path = saved(dict(kohya_stream(tiny_lora())), tmp_path / "x.safetensors")
-    found = as_diffusers_loads(Path(base_path("tiny")), path)
+    result = as_diffusers_loads(Path(base_path("tiny")), path)
     expected: dict[str, Tensor] = {
         f"unet.{name}": update.up @ update.down for name, update in tiny_lora()["unet"].items()
     }
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].float(), value, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(result[name].float(), value, rtol=1e-3, atol=1e-2)

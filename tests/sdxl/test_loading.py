@@ -1,4 +1,4 @@
-"""A base comes from a folder, from one original checkpoint file, quantized or not; what is none is refused."""
+"""Loading of a base from a folder or an original checkpoint, quantized or not; invalid bases are refused."""
 
 from __future__ import annotations
 
@@ -148,11 +148,11 @@ def test_a_single_file_gives_the_weights_and_the_image_of_the_folder(
     folder: Path, checkpoint: Path, dtype: torch.dtype
 ) -> None:
     one, other = load(folder, dtype), load(checkpoint, dtype, single_file_config=str(folder))
-    expected, found = weights(one), weights(other)
-    assert found.keys() == expected.keys()
+    expected, result = weights(one), weights(other)
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype == (torch.float32 if name.startswith("vae.") else dtype), name
-        assert torch.equal(found[name], value), name
+        assert result[name].dtype == value.dtype == (torch.float32 if name.startswith("vae.") else dtype), name
+        assert torch.equal(result[name], value), name
     assert other.scheduler.config == one.scheduler.config
     drawn = image(one)
     assert drawn.std() > 0.1
@@ -228,7 +228,7 @@ def test_a_folder_without_second_text_encoder_is_refused(folder: Path, tmp_path:
 
 def test_a_refiner_is_refused(folder: Path, tmp_path: Path) -> None:
     path = edited(folder, tmp_path / "refiner", text_encoder=[None, None], tokenizer=[None, None])
-    with pytest.raises(ConfigError, match=r"is no SDXL base: it has only the second text encoder, as SDXL's refiner"):
+    with pytest.raises(ConfigError, match=r"pretrained_model_name_or_path=.*refiner"):
         load(path)
 
 
@@ -236,13 +236,13 @@ def test_an_inpainting_model_is_refused(folder: Path, tmp_path: Path) -> None:
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 9})
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is no SDXL base: its UNet takes 9 channels, not the 4 of an image alone"):
+    with pytest.raises(ConfigError, match=r"pretrained_model_name_or_path=.* 9 input channels"):
         load(tmp_path)
 
 
 def test_clip_skip_ends_at_the_first_layer(folder: Path) -> None:
     assert load(folder, clip_skip=1) is not None
-    with pytest.raises(ConfigError, match=r"clip_skip=2 goes beyond .* which have 2 layers; it can be at most 1"):
+    with pytest.raises(ConfigError, match=r"clip_skip=2 .* 2 layers: .* at most 1"):
         load(folder, clip_skip=2)
 
 
@@ -251,7 +251,7 @@ def test_a_folder_with_a_damaged_weight_file_is_refused(folder: Path, tmp_path: 
         path = edited(folder, tmp_path / name.split("/")[0])
         content = (path / name).read_bytes()
         (path / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(ConfigError, match="is no SDXL base that can be loaded"):
+        with pytest.raises(ConfigError, match="pretrained_model_name_or_path="):
             load(path)
 
 
@@ -260,7 +260,7 @@ def test_a_folder_with_pickled_weights_is_refused(folder: Path, tmp_path: Path) 
     weights_file = path / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights_file), weights_file.with_suffix(".bin"))
     weights_file.unlink()
-    with pytest.raises(ConfigError, match=r"has its weights in diffusion_pytorch_model.bin, which can run code"):
+    with pytest.raises(ConfigError, match=r"diffusion_pytorch_model\.bin"):
         load(path)
 
 
@@ -270,10 +270,10 @@ def test_a_folder_with_pickled_weights_is_refused(folder: Path, tmp_path: Path) 
         ("/no/such/folder", "does not exist: there is no such folder"),
         ("/no/such/file.safetensors", "does not exist: there is no such file"),
         ("./no-such-folder", "does not exist: there is no such folder"),
-        ("no-such-folder", "does not exist: there is no such folder, and a hub id is OWNER/NAME"),
+        ("no-such-folder", "OWNER/NAME"),
         (
             "someone/no-such-base",
-            "is no SDXL base that can be loaded: there is no such folder.*hf download someone/no-such-base",
+            "hf download someone/no-such-base",
         ),
         ("model.ckpt", "only .safetensors files are read"),
     ],
@@ -299,7 +299,7 @@ def test_a_truncated_file_is_refused(folder: Path, checkpoint: Path, tmp_path: P
     content = checkpoint.read_bytes()
     size = int(kept * len(content)) if kept < 1 else int(kept)
     (tmp_path / "part.safetensors").write_bytes(content[:size])
-    with pytest.raises(ConfigError, match="is damaged or no safetensors file"):
+    with pytest.raises(ConfigError, match="is damaged"):
         load(tmp_path / "part.safetensors", single_file_config=str(folder))
 
 
@@ -316,7 +316,7 @@ def test_a_truncated_file_is_refused(folder: Path, checkpoint: Path, tmp_path: P
 )
 def test_a_file_that_is_not_sdxl_is_refused(tmp_path: Path, names: list[str], sentence: str) -> None:
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=f"is not SDXL, or not all of it: it has .*{sentence}"):
+    with pytest.raises(ConfigError, match=f"pretrained_model_name_or_path=.*{sentence}"):
         load(tmp_path / "other.safetensors")
 
 
@@ -332,7 +332,7 @@ def test_a_file_without_vae_needs_another_one(folder: Path, checkpoint: Path, tm
 def test_a_file_that_lacks_a_weight_is_refused(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     name = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
     save_file({key: v for key, v in load_file(checkpoint).items() if key != name}, tmp_path / "part.safetensors")
-    with pytest.raises(ConfigError, match="lacks weights of its models"):
+    with pytest.raises(ConfigError, match="lacks weights"):
         load(tmp_path / "part.safetensors", single_file_config=str(folder))
 
 
@@ -340,12 +340,12 @@ def test_a_folder_that_lacks_a_weight_is_refused(folder: Path, tmp_path: Path) -
     path = edited(folder, tmp_path / "part")
     file = path / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value for name, value in load_file(file).items() if name != "conv_in.weight"}, file)
-    with pytest.raises(ConfigError, match=r"lacks 1 weights of its models, such as conv_in\.weight"):
+    with pytest.raises(ConfigError, match=r"lacks 1 weights, such as conv_in\.weight"):
         load(path)
 
 
 def test_a_config_of_other_widths_is_refused(base: Path, checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no SDXL base that can be loaded: .*do the configs in .* fit it"):
+    with pytest.raises(ConfigError, match=r"pretrained_model_name_or_path=.*the configs in "):
         load(checkpoint, single_file_config=str(base))
 
 
@@ -427,9 +427,9 @@ def test_bitsandbytes_without_gpu_is_refused(folder: Path, kind: str) -> None:
 def test_an_absent_package_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], package: str
 ) -> None:
-    found = importlib.util.find_spec
+    result = importlib.util.find_spec
     monkeypatch.setattr(
-        "flatlora_diffusion.sdxl.loading.find_spec", lambda name: None if name == package else found(name)
+        "flatlora_diffusion.sdxl.loading.find_spec", lambda name: None if name == package else result(name)
     )
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}.* needs the package {package}"):
         load(folder, **settings)
@@ -476,8 +476,8 @@ def test_a_file_that_says_v_prediction_is_trained_and_drawn_so(
     with caplog.at_level("INFO"):
         sdxl = load_sdxl(settings, CPU, torch.float32)
     for scheduler in (sdxl.pipeline.scheduler, sdxl.scheduler):
-        found = scheduler.config
-        assert (found.prediction_type, bool(found.rescale_betas_zero_snr)) == expected[:2]
+        result = scheduler.config
+        assert (result.prediction_type, bool(result.rescale_betas_zero_snr)) == expected[:2]
     assert (sdxl.scheduler.alphas_cumprod[-1] == 0) == expected[1]
     assert expected[2] in caplog.text
 
@@ -532,7 +532,7 @@ def test_edm_style_training_of_a_base_that_ends_in_pure_noise_is_refused(
         ({}, ("edm_vpred.sigma_max",), "is CosXL, which predicts velocity at EDM's noise levels"),
         ({}, ("edm_mean", "edm_std"), "is Playground v2.5, but the scheduler in single_file_config=.* is not EDM's"),
         ({"0.transformer.": "0.model."}, (), "is SDXL's refiner, which has the second text encoder only"),
-        ({"channels": "9"}, (), "its UNet takes 9 channels, not the 4 of an image alone, as models for inpainting"),
+        ({"channels": "9"}, (), "9 input channels"),
     ],
 )
 def test_what_is_no_base_to_train_on_is_refused_by_its_name(
@@ -552,7 +552,7 @@ def test_what_is_no_base_to_train_on_is_refused_by_its_name(
     ("name", "found"),
     [
         ("stabilityai/stable-diffusion-xl-base-1.0", Variant("SDXL")),
-        ("C:\\models\\noobaiXL_vPred10.safetensors", Variant("NoobAI", is_called_v=True)),
+        ("C:\\models\\noobaiXL_vPred10.safetensors", Variant("NoobAI", name_says_v=True)),
         ("OnomaAIResearch/Illustrious-xl-early-release-v0", Variant("Illustrious")),
         ("/pony/sdxl.safetensors", Variant("SDXL")),
         ("ponyDiffusionV6XL.safetensors", Variant("Pony")),
@@ -562,15 +562,15 @@ def test_what_is_no_base_to_train_on_is_refused_by_its_name(
         ("calcmodel.safetensors", Variant("SDXL")),
     ],
 )
-def test_a_variant_is_known_by_its_own_name(name: str, found: Variant) -> None:
-    assert variant_of(name, Header()) == found
+def test_a_variant_is_known_by_its_own_name(name: str, result: Variant) -> None:
+    assert variant_of(name, Header()) == result
 
 
 def test_what_a_name_alone_says_is_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(folder, tmp_path / "noob-vpred-lightning")
     load(tmp_path / "noob-vpred-lightning")
-    assert "distilled to draw in few steps (Lightning, by its name)" in caplog.text
-    assert "its name says v-prediction; if that is right, give --prediction_type v_prediction" in caplog.text
+    assert "(Lightning, by its name)" in caplog.text
+    assert "its name says v-prediction; " in caplog.text
     caplog.clear()
     load(tmp_path / "noob-vpred-lightning", prediction_type="v_prediction")
     assert "its name says v-prediction" not in caplog.text

@@ -1,4 +1,4 @@
-"""The objective against its closed form."""
+"""The training objective against closed forms."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flatlora_diffusion.sdxl.objective import (
     Batch,
     Objective,
     diffusion_loss,
-    draw_targets,
     objective_of,
     sample_losses,
-    with_more_noise,
+    sample_noise,
+    with_input_perturbation,
 )
 
 
@@ -45,7 +45,7 @@ class Recorder(nn.Module):
 def test_the_loss_is_the_squared_error_of_noise_or_velocity(prediction: str) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction)
     batch, unet = make_batch(), Recorder()
-    noise, timesteps = draw_targets(Objective(scheduler), batch.latents, torch.Generator().manual_seed(1))
+    noise, timesteps = sample_noise(Objective(scheduler), batch.latents, torch.Generator().manual_seed(1))
     loss = diffusion_loss(unet, Objective(scheduler), batch, noise, timesteps)
     alpha = scheduler.alphas_cumprod[timesteps].sqrt().view(3, 1, 1, 1)
     beta = (1 - scheduler.alphas_cumprod[timesteps]).sqrt().view(3, 1, 1, 1)
@@ -59,7 +59,7 @@ def test_the_loss_is_the_squared_error_of_noise_or_velocity(prediction: str) -> 
 def test_the_unet_is_given_prompt_pooled_prompt_and_sizes() -> None:
     batch, unet = make_batch(), Recorder()
     scheduler = DDPMScheduler()
-    noise, timesteps = draw_targets(Objective(scheduler), batch.latents, torch.Generator().manual_seed(1))
+    noise, timesteps = sample_noise(Objective(scheduler), batch.latents, torch.Generator().manual_seed(1))
     diffusion_loss(unet, Objective(scheduler), batch, noise, timesteps)
     assert batch.prompt_embeds is not None
     assert batch.pooled_prompt_embeds is not None
@@ -71,7 +71,7 @@ def test_the_unet_is_given_prompt_pooled_prompt_and_sizes() -> None:
 
 def test_targets_are_standard_normal_and_uniform_in_time() -> None:
     latents = torch.zeros(2000, 1, 2, 2)
-    noise, timesteps = draw_targets(Objective(DDPMScheduler()), latents, torch.Generator().manual_seed(2))
+    noise, timesteps = sample_noise(Objective(DDPMScheduler()), latents, torch.Generator().manual_seed(2))
     assert abs(float(noise.mean())) < 0.05
     assert abs(float(noise.std()) - 1) < 0.05
     assert timesteps.min() >= 0
@@ -82,14 +82,14 @@ def test_targets_are_standard_normal_and_uniform_in_time() -> None:
 def test_an_unknown_prediction_type_is_refused() -> None:
     scheduler = DDPMScheduler(prediction_type="sample")
     batch = make_batch()
-    noise, timesteps = draw_targets(Objective(scheduler), batch.latents, torch.Generator())
+    noise, timesteps = sample_noise(Objective(scheduler), batch.latents, torch.Generator())
     with pytest.raises(ValueError, match="prediction_type 'sample'"):
         diffusion_loss(Recorder(), Objective(scheduler), batch, noise, timesteps)
 
 
 def drawn(scheduler: Any, batch: Batch, **settings: Any) -> tuple[Objective, Tensor, Tensor]:
     objective = Objective(scheduler, **settings)
-    return objective, *draw_targets(objective, batch.latents, torch.Generator().manual_seed(3))
+    return objective, *sample_noise(objective, batch.latents, torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -198,7 +198,7 @@ def test_noise_offset_shifts_whole_channels_and_no_other_draw() -> None:
 def test_timesteps_stay_between_those_that_are_given() -> None:
     scheduler, latents = DDPMScheduler(), torch.zeros(4000, 1, 1, 1)
     config = ObjectiveConfig(min_timestep=200, max_timestep=203)
-    _, timesteps = draw_targets(objective_of(config, scheduler), latents, torch.Generator().manual_seed(0))
+    _, timesteps = sample_noise(objective_of(config, scheduler), latents, torch.Generator().manual_seed(0))
     assert set(timesteps.tolist()) == {200, 201, 202, 203}
     for least, most in ((5, 4), (0, 1000), (1000, 999)):
         with pytest.raises(ConfigError, match=r"leave no timestep: .* at most 999"):
@@ -208,7 +208,7 @@ def test_timesteps_stay_between_those_that_are_given() -> None:
 def test_without_bounds_the_draws_are_what_they_were() -> None:
     latents = torch.zeros(8, 4, 2, 2)
     drawn = [
-        draw_targets(one, latents, torch.Generator().manual_seed(5))
+        sample_noise(one, latents, torch.Generator().manual_seed(5))
         for one in (objective_of(ObjectiveConfig(), DDPMScheduler()), Objective(DDPMScheduler()))
     ]
     rng = torch.Generator().manual_seed(5)
@@ -222,7 +222,7 @@ def test_multires_noise_keeps_its_std_and_has_more_in_large_shapes() -> None:
     noises = []
     for iterations in (0, 6):
         config = ObjectiveConfig(multires_noise_iterations=iterations, multires_noise_discount=0.8)
-        noise, _ = draw_targets(objective_of(config, DDPMScheduler()), latents, torch.Generator().manual_seed(0))
+        noise, _ = sample_noise(objective_of(config, DDPMScheduler()), latents, torch.Generator().manual_seed(0))
         noises.append(noise)
     plain, coarse = noises
     torch.testing.assert_close(coarse.std(dim=(1, 2, 3)), torch.ones(64))
@@ -235,11 +235,11 @@ def test_multires_noise_keeps_its_std_and_has_more_in_large_shapes() -> None:
 def test_more_noise_is_seen_and_not_predicted() -> None:
     scheduler, batch = DDPMScheduler(), make_batch()
     objective = objective_of(ObjectiveConfig(ip_noise_gamma=0.1), scheduler)
-    noise, timesteps = draw_targets(objective, batch.latents, torch.Generator().manual_seed(0))
-    noisier = with_more_noise(objective, batch, torch.Generator().manual_seed(1))
+    noise, timesteps = sample_noise(objective, batch.latents, torch.Generator().manual_seed(0))
+    noisier = with_input_perturbation(objective, batch, torch.Generator().manual_seed(1))
     drawn = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
     model = Recorder()
     losses = sample_losses(model, objective, noisier, noise, timesteps)
     torch.testing.assert_close(model.given.sample, scheduler.add_noise(batch.latents, noise + 0.1 * drawn, timesteps))
     torch.testing.assert_close(losses, (0.5 - noise).square().mean(dim=(1, 2, 3)))
-    assert with_more_noise(Objective(scheduler), batch, torch.Generator()) is batch
+    assert with_input_perturbation(Objective(scheduler), batch, torch.Generator()) is batch

@@ -1,4 +1,4 @@
-"""`generate`: what is drawn with which LoRA at which strength, what is left behind, and what the files say."""
+"""`generate`: images by LoRA and strength, restoration of the base, and the text in the files."""
 
 from __future__ import annotations
 
@@ -409,15 +409,15 @@ def test_a_run_leaves_a_grid_and_files_that_say_how_they_were_made(
     expected["RNG"] = "CPU"
     assert expected.items() <= values.items()
     assert {"prompt", "workflow"} <= text.keys(), "ComfyUI finds nothing in it"
-    ours = json.loads(text["flatlora_diffusion"])
-    assert (ours["prompt"], ours["seed"], ours["mixed_precision"], ours["merge"]) == (
+    actual = json.loads(text["flatlora_diffusion"])
+    assert (actual["prompt"], actual["seed"], actual["mixed_precision"], actual["merge"]) == (
         'a "fox": red, big',
         7,
         "no",
         False,
     )
-    assert [(lora["name"], lora["strength"]) for lora in ours["lora"]] == [("style", 0.8), ("face", 0.4)]
-    assert ours["pretrained_model_name_or_path"] == base.name
+    assert [(lora["name"], lora["strength"]) for lora in actual["lora"]] == [("style", 0.8), ("face", 0.4)]
+    assert actual["pretrained_model_name_or_path"] == base.name
     for path in folder.iterdir():
         said = str(Image.open(path).info)
         assert str(tmp_path) not in said
@@ -481,7 +481,7 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> Non
 
 def test_wrong_input_is_named_before_anything_is_drawn(base: Path, tmp_path: Path) -> None:
     for settings, message in (
-        ({}, "nothing to draw"),
+        ({}, "--prompts"),
         ({"prompts_file": str(tmp_path / "none.txt")}, "none.txt' cannot be read"),
         ({"prompts": ("a fox",), "resolution": 33}, "resolution=33 must be a multiple of 16 for this base; 32 is"),
     ):

@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, and what is kept in one is made once."""
+"""Atomic writes of files, and tensors that are computed once and then read from a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from patience import HANGS
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError
-from flatlora_diffusion.storage.atomic_io import check_writable, write_json, writing_into, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, check_writable, explain_write_errors, write_json
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.tensor_io import kept_tensors
+from flatlora_diffusion.storage.tensor_io import cached_tensors
 
 
 def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it
     write_json(file, {"rank": 4})
 
     def write_half() -> None:
-        with writing_whole(file) as aside:
+        with atomic_write(file) as aside:
             aside.write_text("{")
             raise OSError("the disk is full")
 
@@ -38,7 +38,7 @@ def test_two_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=HANGS)
 
     def write(text: str) -> None:
-        with writing_whole(tmp_path / "file") as aside:
+        with atomic_write(tmp_path / "file") as aside:
             both.wait()
             aside.write_text(text)
             both.wait()
@@ -62,7 +62,7 @@ def test_tensors_are_made_once_where_they_are_kept(tmp_path: Path, is_kept: bool
         return {"mean": torch.arange(3.0)}
 
     for _ in range(2):
-        assert torch.equal(kept_tensors(path, make)["mean"], torch.arange(3.0))
+        assert torch.equal(cached_tensors(path, make)["mean"], torch.arange(3.0))
     assert len(made) == (1 if is_kept else 2)
 
 
@@ -81,7 +81,7 @@ class RefusedRequest(OSError):
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_of_something_else_is_not_blamed_on_the_folder(tmp_path: Path, error: OSError) -> None:
-    for blame in (RunDir(tmp_path).writing(), writing_into(tmp_path, "cache_dir")):
+    for blame in (RunDir(tmp_path).writing(), explain_write_errors(tmp_path, "cache_dir")):
         with pytest.raises(type(error), match=error.strerror or str(error)), blame:
             raise error
 

@@ -1,4 +1,4 @@
-"""The hashes see every tensor that a step draws, and every frozen weight; nothing else changes them."""
+"""The hash of a step's random draws and the fingerprint of a base."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from flatlora_diffusion.storage.hashing import DrawHash, base_fingerprint, tenso
 
 
 def _hash(latents: Tensor, ids: Tensor, noise: Tensor, timesteps: Tensor) -> str:
-    found = DrawHash()
-    found.add(latents, ids, noise, timesteps)
-    return found.hexdigest()
+    result = DrawHash()
+    result.add(latents, ids, noise, timesteps)
+    return result.hexdigest()
 
 
 def test_each_draw_of_a_step_changes_its_hash() -> None:
@@ -27,10 +27,10 @@ def test_each_draw_of_a_step_changes_its_hash() -> None:
 
 def test_nothing_is_read_before_the_step_is_over() -> None:
     """A meta tensor cannot be read, as one of a GPU cannot without waiting for it."""
-    found = DrawHash()
-    found.add(torch.zeros(1, device="meta"))
+    result = DrawHash()
+    result.add(torch.zeros(1, device="meta"))
     with pytest.raises(NotImplementedError):
-        found.hexdigest()
+        result.hexdigest()
 
 
 def test_bf16_tensors_have_hashes_too() -> None:

@@ -1,7 +1,8 @@
-"""Without the hub: what cannot be had is told for people, whichever library has looked for it."""
+"""Error messages without access to the hub."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flatlora_diffusion.evaluation.captioner import load_captioner
 from flatlora_diffusion.evaluation.encoders import load_encoder
 from flatlora_diffusion.sdxl.loading import load_pipeline
 from flatlora_diffusion.sdxl.single_file import save_single_file
-from flatlora_diffusion.storage.hub_errors import fault_of
+from flatlora_diffusion.storage.hub_errors import loading_failure
 
 FOR_PROGRAMMERS = ("local_files_only", "=False", "True", "stacktrace", "snapshot", "OfflineMode", "pip install")
 
@@ -43,9 +44,9 @@ def load_data(name: str) -> None:
 def test_a_hub_id_that_is_not_downloaded_is_told_without_advice_for_programmers(
     base: Path, load: Callable[[Path], None]
 ) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as error:
         load(base)
-    sentence = str(told.value)
+    sentence = str(error.value)
     assert "'some/model'" in sentence
     assert "the hub cannot be reached while HF_HUB_OFFLINE is set" in sentence
     assert "give a folder" in sentence
@@ -56,19 +57,17 @@ def test_a_hub_id_that_is_not_downloaded_is_told_without_advice_for_programmers(
 @pytest.mark.parametrize("place", ["/no where/at all", "./no/such/folder"])
 def test_what_can_be_no_hub_id_is_no_folder(base: Path, place: str) -> None:
     for load in (load_encoder, load_captioner, lambda name: load_base(ModelConfig(str(base), name))):
-        with pytest.raises(
-            ConfigError, match=r"there is no such folder, and (it cannot be a hub id|a hub id is OWNER/NAME)"
-        ):
+        with pytest.raises(ConfigError, match=re.escape(place)):
             load(place)
 
 
 def test_a_file_without_its_configs_names_the_flag_that_gives_them(base: Path, tmp_path: Path) -> None:
     file = save_single_file(StableDiffusionXLPipeline.from_pretrained(base), tmp_path / "mine.safetensors")
-    with pytest.raises(ConfigError, match=r"not downloaded.*--single_file_config FOLDER") as told:
+    with pytest.raises(ConfigError, match=r"not downloaded.*--single_file_config FOLDER") as error:
         load_base(ModelConfig(str(file)))
-    assert not [word for word in FOR_PROGRAMMERS if word in str(told.value)]
+    assert not [word for word in FOR_PROGRAMMERS if word in str(error.value)]
 
 
 def test_other_faults_keep_their_words(tmp_path: Path) -> None:
-    assert fault_of(str(tmp_path), OSError("config.json is damaged.\nmore")) == "config.json is damaged"
-    assert fault_of("some/model", ValueError()) == "ValueError"
+    assert loading_failure(str(tmp_path), OSError("config.json is damaged.\nmore")) == "config.json is damaged"
+    assert loading_failure("some/model", ValueError()) == "ValueError"

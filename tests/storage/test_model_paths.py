@@ -1,4 +1,4 @@
-"""Which places a base, a VAE and a LoRA may have: told by names alone, and never a pickle."""
+"""Valid paths of a base, a VAE and a LoRA; pickles are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder: one run at a time in it, and of what lies in it only what is its own is taken for its own."""
+"""The run folder: its lock, its files, earlier runs and foreign files in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from flatlora_diffusion.config import ConfigError, RunError
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.run_lock import alone_in
+from flatlora_diffusion.storage.run_lock import lock_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -56,7 +56,7 @@ def test_checkpoints_of_later_steps_make_way_for_a_run_that_goes_on_from_an_earl
     for step in (2, 4, 6):
         with run.new_checkpoint(step, limit=None):
             pass
-    run.forget_after(2)
+    run.archive_checkpoints_after(2)
     assert [path.name for path in run.checkpoints()] == ["checkpoint-2"]
     assert names(tmp_path / "earlier-1") == {"checkpoint-4", "checkpoint-6"}
 
@@ -68,7 +68,7 @@ def test_only_what_a_killed_run_has_left_half_written_is_cleaned_away(tmp_path: 
     killed = (".x.safetensors.4711.part", ".config.json.4711.part", "images/.step-2-0.png.4711.part")
     for name in ("stop", "save", *killed, "x.part", ".hidden", "images/step-1-0.png"):
         (tmp_path / name).write_text("")
-    with alone_in(tmp_path, "output_dir"):
+    with lock_folder(tmp_path, "output_dir"):
         RunDir(tmp_path).clean()
     assert names(tmp_path) == {"checkpoint-3", ".mine.part", "x.part", ".hidden", "images"}
     assert names(tmp_path / "images") == {"step-1-0.png"}
@@ -116,7 +116,7 @@ def test_a_start_that_is_cut_off_anywhere_can_be_made_again_and_loses_nothing(
 def test_files_that_no_run_has_made_are_not_moved_away(tmp_path: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=r"holds config\.json.*, where a run writes .* but no earlier run"):
+    with pytest.raises(ConfigError, match=r"output_dir=.* holds config\.json"):
         RunDir(tmp_path).start(CONFIG, MANIFEST)
     assert names(tmp_path) == set(files)
 
@@ -132,8 +132,8 @@ def test_files_that_no_run_has_made_are_not_moved_away(tmp_path: Path, files: di
 )
 def test_a_run_has_ended_when_no_step_came_after(tmp_path: Path, events: list[str], ending: str | None) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps({"event": event}) + "\n" for event in events))
-    found = RunDir(tmp_path).ending()
-    assert (None if found is None else found["event"]) == ending
+    result = RunDir(tmp_path).ending()
+    assert (None if result is None else result["event"]) == ending
 
 
 def test_a_step_that_was_taken_again_counts_once_as_it_was_taken_last(tmp_path: Path) -> None:
@@ -157,16 +157,16 @@ def test_steps_that_are_told_twice_without_a_word_count_once_in_order(tmp_path: 
 
 def test_a_folder_belongs_to_one_run_at_a_time_and_is_as_before_after_it(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
-    with alone_in(folder, "output_dir"):
+    with lock_folder(folder, "output_dir"):
         with (
-            pytest.raises(ConfigError, match=r"output_dir='.*one' belongs to another run"),
-            alone_in(folder, "output_dir"),
+            pytest.raises(ConfigError, match=r"output_dir='.*one'"),
+            lock_folder(folder, "output_dir"),
         ):
             pass
-        with alone_in(tmp_path, "output_dir"):
+        with lock_folder(tmp_path, "output_dir"):
             pass
     assert not folder.exists()
-    with alone_in(folder, "output_dir"):
+    with lock_folder(folder, "output_dir"):
         (folder / "file").write_text("")
     assert names(folder) == {"file"}
 
@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path)
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "run"
     complaint = r"output_dir='.*' cannot be written: .+; give another folder"
-    with pytest.raises(ConfigError, match=complaint), alone_in(folder, "output_dir"):
+    with pytest.raises(ConfigError, match=complaint), lock_folder(folder, "output_dir"):
         pass
 
 
@@ -194,8 +194,8 @@ def test_a_lock_whose_file_was_removed_keeps_others_out_all_the_same(
 
     monkeypatch.setattr(FileLock, "acquire", acquire_a_removed_file)
     with (
-        alone_in(tmp_path, "output_dir"),
-        pytest.raises(ConfigError, match="belongs to another run"),
-        alone_in(tmp_path, "output_dir"),
+        lock_folder(tmp_path, "output_dir"),
+        pytest.raises(ConfigError, match="output_dir="),
+        lock_folder(tmp_path, "output_dir"),
     ):
         pass

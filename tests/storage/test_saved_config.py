@@ -1,4 +1,4 @@
-"""Saved settings: no absolute paths in them, and yet they repeat a run or say what has to be given again."""
+"""Saved settings: no absolute paths, and enough to repeat a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flatlora_diffusion.commands import command_line
 from flatlora_diffusion.commands.train_flags import parse_config
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.saved_config import altered, opened, portable
+from flatlora_diffusion.storage.saved_config import changed_names, expand_paths, portable
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_the_samples_are_found_wherever_the_program_is_installed(home: Path) -> 
     assert json.loads(run.config_file.read_text(encoding="utf-8"))["instance_data_dir"] == "samples/icons_3d"
     assert parse_config(["--config", str(run.config_file)]).data.instance_data_dir == str(icons)
     assert parse_config(["--preset", "demo"]).data.instance_data_dir == str(icons)
-    assert opened({"instance_data_dir": "samples/mine"}) == {"instance_data_dir": "samples/mine"}
+    assert expand_paths({"instance_data_dir": "samples/mine"}) == {"instance_data_dir": "samples/mine"}
     Path("samples/icons_3d").mkdir(parents=True)
     mine = parse_config(["--config", str(run.config_file)]).data.instance_data_dir
     assert mine == "samples/icons_3d", "the user's own folder of that name goes before"
@@ -105,7 +105,7 @@ def test_a_run_is_resumed_with_its_own_settings_where_none_are_given(tmp_path: P
 )
 def test_a_path_is_the_same_from_every_working_folder(saved: str | None, now: str, is_same: bool) -> None:
     for name in ("pretrained_model_name_or_path", "init_lora"):
-        assert altered({name: now}, {name: saved}) == ([] if is_same else [name])
+        assert changed_names({name: now}, {name: saved}) == ([] if is_same else [name])
 
 
 def test_what_is_saved_has_neither_tokens_nor_absolute_paths(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders that lie apart, whatever their paths look like."""
+"""Relations between folders, for paths of any form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.storage.separate_folders import check_apart, relation
+from flatlora_diffusion.storage.separate_folders import check_separate, relation
 
 
 @pytest.fixture
@@ -73,10 +73,10 @@ def test_what_is_refused_names_both_settings_and_a_folder_that_is_taken(
 ) -> None:
     written = tmp_path / path
     with pytest.raises(ConfigError) as refused:
-        check_apart("output_dir", written, "instance_data_dir", [images])
+        check_separate("output_dir", written, "instance_data_dir", [images])
     said = str(refused.value)
     assert f"output_dir={str(written)!r}" in said
     assert f"instance_data_dir={str(images)!r}" in said
     assert "\n" not in said
     offered = Path(said.rpartition("such as ")[2].strip("'"))
-    check_apart("output_dir", offered, "instance_data_dir", [images])
+    check_separate("output_dir", offered, "instance_data_dir", [images])

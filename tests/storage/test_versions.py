@@ -1,4 +1,4 @@
-"""The program knows its version also where it was not installed, so that no report fails at its end for it."""
+"""The version of the program, also without installation."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_a_checkout_that_is_not_installed_names_its_version() -> None:
 
 
 def test_the_versions_are_those_of_the_program_and_its_libraries() -> None:
-    found = versions()
-    assert list(found) == ["flatlora-diffusion", "torch", "diffusers", "peft", "transformers"]
-    assert found["flatlora-diffusion"] == flatlora_diffusion.__version__
-    assert all(re.match(r"\d+\.\d+", text) for text in found.values())
+    result = versions()
+    assert list(result) == ["flatlora-diffusion", "torch", "diffusers", "peft", "transformers"]
+    assert result["flatlora-diffusion"] == flatlora_diffusion.__version__
+    assert all(re.match(r"\d+\.\d+", text) for text in result.values())
 
 
 def test_nothing_else_asks_for_a_version_that_may_not_be_there() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
-from flatlora_diffusion.data.sources import held_out, load_training_set
+from flatlora_diffusion.data.sources import hold_out, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.sdxl.objective import Objective
@@ -61,7 +61,7 @@ def test_a_run_ends_when_the_loss_falls_no_more(watched: TrainConfig, monkeypatc
 def test_the_loss_is_that_of_the_images_that_are_not_trained_on(watched: TrainConfig) -> None:
     watched = watched.replace(max_train_steps=1, use_ema=True)
     run = RunDir(train(watched).parent)
-    ours, theirs = held_out(samples_of(watched), 1)
+    ours, theirs = hold_out(samples_of(watched), 1)
     rows = run.manifest()
     assert [row["id"] for row in rows if "is_held_out" not in row] == [sample.id for sample in ours]
     assert [row["id"] for row in rows if row.get("is_held_out")] == [sample.id for sample in theirs]
@@ -106,10 +106,10 @@ def test_a_checkpoint_that_a_stop_left_unmeasured_is_measured_when_the_run_goes_
 
 def test_the_same_images_are_held_out_in_any_order_and_something_is_left_to_train(config: TrainConfig) -> None:
     samples = samples_of(config)
-    left, away = held_out(samples, 1)
-    assert {sample.id for sample in held_out(samples[::-1], 1)[1]} == {sample.id for sample in away}
+    left, away = hold_out(samples, 1)
+    assert {sample.id for sample in hold_out(samples[::-1], 1)[1]} == {sample.id for sample in away}
     assert sorted(sample.id for sample in [*left, *away]) == [sample.id for sample in samples]
-    assert held_out(samples, 0) == (samples, [])
+    assert hold_out(samples, 0) == (samples, [])
     with pytest.raises(ConfigError, match="holdout_images=3 leaves none of the 3 images to train on"):
         train(config.replace(holdout_images=3))
     with pytest.raises(ConfigError, match="--holdout_patience waits for a lower loss of --holdout_images"):

@@ -18,7 +18,7 @@ from flatlora_diffusion.compare.arms import PlannedRun, parse_arm
 from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
 from flatlora_diffusion.data import dataset
 from flatlora_diffusion.data.dataset import SampleSet, make_sample, manifest
-from flatlora_diffusion.data.sources import Fold, fold_of
+from flatlora_diffusion.data.sources import Fold, split_fold
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training import holdout as holdout
 from flatlora_diffusion.training.holdout_folds import chosen_by_folds, mean_losses
@@ -104,7 +104,7 @@ def test_other_images_or_settings_train_the_folds_anew(folded: TrainConfig, icon
     trained = []
 
     def train_fold(config: TrainConfig, run: RunDir, found: SampleSet, fold: Fold) -> Path:
-        ours, theirs = fold_of(found.samples, *fold)
+        ours, theirs = split_fold(found.samples, *fold)
         away = [{**row, "is_held_out": True} for row in manifest(theirs)]
         run.start(config.to_dict(), [*manifest(ours), {"id": "a class image", "sha256": "0"}, *away])
         for step in (1, 2, 3):
@@ -135,16 +135,16 @@ def test_the_loss_of_an_image_counts_once_and_only_steps_of_all_folds_are_compar
 def test_folds_are_the_same_in_any_order_and_nearly_as_large(config: TrainConfig) -> None:
     samples = samples_of(config)
     for number in (1, 2):
-        ours, theirs = fold_of(samples, number, 2)
-        assert {one.id for one in fold_of(samples[::-1], number, 2)[1]} == {one.id for one in theirs}
+        ours, theirs = split_fold(samples, number, 2)
+        assert {one.id for one in split_fold(samples[::-1], number, 2)[1]} == {one.id for one in theirs}
         assert len(theirs) == 3 - number
         assert sorted(one.id for one in (*ours, *theirs)) == sorted(one.id for one in samples)
     twins = [*samples, *(replace(sample, id=f"copy of {sample.id}") for sample in samples)]
-    ours, theirs = fold_of(twins, 2, 3)
+    ours, theirs = split_fold(twins, 2, 3)
     assert len(theirs) == 2
     assert not {one.sha256 for one in ours} & {one.sha256 for one in theirs}, "a copy would tell what is held out"
     with pytest.raises(ConfigError, match="holdout_folds=4 is more than the 3 images"):
-        fold_of(twins, 1, 4)
+        split_fold(twins, 1, 4)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from tiny_runs import samples_of
 from flatlora_diffusion.adapter.new_tokens import with_new_tokens
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.sdxl.eval_device import ready
 from flatlora_diffusion.sdxl.objective import Objective
+from flatlora_diffusion.sdxl.sampling import eval_on_unet_device
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.state import prepare
@@ -62,7 +62,7 @@ def test_heldout_loss_is_that_of_the_trained_text_encoders(config: TrainConfig, 
     state.run.folder.mkdir()
     previews = Previews(state)
     for step in range(2):
-        with ready(state.sdxl):
+        with eval_on_unet_device(state.sdxl):
             probe = fixed_probe(state.sdxl, samples, 32, seed=0)
         expected = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe)
         previews.make("now", step)

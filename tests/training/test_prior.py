@@ -11,7 +11,7 @@ from tiny_runs import samples_of
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, draw_targets
+from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, sample_noise
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.micro_batches import prior_loss
@@ -28,7 +28,7 @@ def drawn(state: TrainState) -> tuple[Batch, Tensor, Tensor]:
     """The first micro-batch and its draws, as the trainer makes them."""
     batch = state.batches.batch(0, 0)
     rng = generator(batch.latents.device, state.batches.seed, "diffusion", 0, 0)
-    return batch, *draw_targets(state.objective, batch.latents, rng)
+    return batch, *sample_noise(state.objective, batch.latents, rng)
 
 
 def prior_of(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from flatlora_diffusion.charts.palette import BASE, FOURTH, OWN_LOOKS, THIRD, Look
 from flatlora_diffusion.charts.rows import sample
 from flatlora_diffusion.evaluation.paired_statistics import ENDS, STEPS
-from flatlora_diffusion.storage.formatting import MINUS, NOTHING, figure, is_known
+from flatlora_diffusion.storage.formatting import MINUS, MISSING, figure, is_known
 
 Result = Mapping[str, Any]
 Pair = Mapping[str, Any]
@@ -90,7 +90,7 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
-        return NOTHING
+        return MISSING
     if isinstance(value, list | tuple):
         return ", ".join(shown(item) for item in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -23,7 +23,7 @@ from flatlora_diffusion.compare.page.format import (
     values_of,
 )
 from flatlora_diffusion.evaluation.paired_statistics import CLEAN_LOSS, ENDS, SECONDS, STEPS
-from flatlora_diffusion.storage.formatting import NOTHING, figure, interval, is_known
+from flatlora_diffusion.storage.formatting import MISSING, figure, interval, is_known
 
 _BETTER = {"lower": "lower is better", "higher": "higher is better"}
 _MATCHED = {
@@ -117,7 +117,7 @@ def _by_metric(result: Result, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
                 "chart": _row(result, pair, limits),
                 "difference": Number(
                     figure(pair["mean"], metric["digits"], signed=True),
-                    (interval(pair["low"], pair["high"], metric["digits"]) or NOTHING,),
+                    (interval(pair["low"], pair["high"], metric["digits"]) or MISSING,),
                 ),
                 "says": _says(result, pair),
                 "power": _power(pair, metric["digits"]),

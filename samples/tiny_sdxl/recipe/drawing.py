@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
+from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.icons import SIZE, Concept
 
@@ -38,7 +38,7 @@ def draw_icons(base: Path, concepts: Sequence[Concept], prompt: str, guidance: f
             for place, image in zip(
                 batch, _draw(pipeline, [concepts[i] for i in batch], prompt, guidance), strict=True
             ):
-                with writing_whole(files[place]) as aside:
+                with atomic_write(files[place]) as aside:
                     image.save(aside, format="PNG")
     return [_read(file) for file in files]
 

@@ -1,4 +1,4 @@
-"""The flatness figures of runs as charts, in the colours of their methods."""
+"""Charts of the flatness of runs, in the colours of their methods."""
 
 from __future__ import annotations
 
@@ -20,30 +20,33 @@ _STRENGTH = "strength.png"
 def write_charts(
     folder: Path, config: FlatnessConfig, figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]
 ) -> None:
-    """Write strength.png and what `write_landscape` writes.
+    """Write strength.png and the files of `write_landscape`.
 
-    `figures` has the base's first; `facts` has each run's method by its name.
+    `figures` starts with the base; `facts` has the settings of each run by its name.
     """
     write_landscape(folder, config, figures, _looks(figures, facts))
     _strengths(figures, facts).save(folder / _STRENGTH)
 
 
 def charts_of(result: Mapping[str, Any]) -> dict[str, Chart]:
-    """The charts of a flatness.json by the names of their files.
+    """Return the charts of a flatness.json by file name.
 
-    Raises LookupError, TypeError, ValueError or AttributeError for one of a version with other figures.
+    Raises LookupError, TypeError, ValueError or AttributeError for a file of another version.
     """
-    figures = [_figures(one) for one in result["figures"]]
+    figures = [_figures(saved) for saved in result["figures"]]
     names = {item.name for item in fields(LandscapeConfig)}
-    given = {name: value for name, value in result["settings"].items() if name in names}
-    config = LandscapeConfig(**given | {"sigmas": tuple(given["sigmas"])})
+    settings = {name: value for name, value in result["settings"].items() if name in names}
+    config = LandscapeConfig(**settings | {"sigmas": tuple(settings["sigmas"])})
     charts = landscape_charts(config, figures, _looks(figures, result))
     return charts | {_STRENGTH: _strengths(figures, result)}
 
 
 def _figures(saved: Mapping[str, Any]) -> FlatnessFigures:
-    """As they were measured; the curvature is in no chart."""
-    rises = {kind: [Estimate(tuple(one["values"])) for one in rises] for kind, rises in saved["rises"].items()}
+    """Restore saved figures, without the curvature, which is in no chart."""
+    rises = {
+        kind: [Estimate(tuple(estimate["values"])) for estimate in estimates]
+        for kind, estimates in saved["rises"].items()
+    }
     strengths = {float(strength): losses for strength, losses in saved["strengths"].items()}
     return FlatnessFigures(**{**saved, "rises": rises, "strengths": strengths, "curvature": {}})
 
@@ -55,12 +58,12 @@ def _looks(figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> list
 def _strengths(figures: Sequence[FlatnessFigures], facts: Mapping[str, Any]) -> Chart:
     kind = HELDOUT if HELDOUT in figures[0].losses else TRAIN
     title = f"Loss by strength of the LoRA, {IMAGES[kind]}"
-    lines = lines_of(figures, _looks(figures, facts), [_strength(one, figures[0], kind) for one in figures])
+    lines = lines_of(figures, _looks(figures, facts), [_strength(model, figures[0], kind) for model in figures])
     return titled_chart(lines, title, "strength", "loss")
 
 
 def _strength(figures: FlatnessFigures, base: FlatnessFigures, kind: str) -> Curve:
-    """The base's loss is the same at any strength."""
+    """Return the loss by strength; the base's is constant."""
     if not figures.strengths:
         return (0.0, 2.0), [base.losses[kind]] * 2, ()
     return list(figures.strengths), [losses[kind] for losses in figures.strengths.values()], ()

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, also on a disk that is full, and a killed process leaves nothing for long."""
+"""Partial files: none after a full disk, and removal of those that killed processes leave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.storage.atomic_io import remove_half_written, write_text, writing_into
+from flatlora_diffusion.storage.atomic_io import explain_write_errors, remove_partial_files, write_text
 from flatlora_diffusion.storage.tensor_io import load_tensors, save_tensors
 
 resource = pytest.importorskip("resource", reason="no limits for files on this system")
@@ -40,7 +40,7 @@ def test_tensors_that_do_not_fit_are_an_error_of_the_system_and_leave_the_file_t
     with (
         longest_file(1000),
         pytest.raises(ConfigError, match=r"cache_dir='.*' cannot be written: File too large; give another folder"),
-        writing_into(tmp_path, "cache_dir"),
+        explain_write_errors(tmp_path, "cache_dir"),
     ):
         save_tensors(path, {"a": torch.ones(1000)})
 
@@ -60,9 +60,9 @@ def test_only_what_was_left_half_written_goes_and_where_others_write_only_what_i
         path.touch()
     (tmp_path / ".d.3.part").mkdir()
     os.utime(old, (time.time() - 7200,) * 2)
-    remove_half_written(tmp_path, seconds=3600)
+    remove_partial_files(tmp_path, seconds=3600)
     kept = {".b.safetensors.2.part", "b.part", ".hidden", ".c.part", ".d.3.part"}
     assert set(os.listdir(tmp_path)) == kept
-    remove_half_written(tmp_path)
+    remove_partial_files(tmp_path)
     assert set(os.listdir(tmp_path)) == kept - {new.name}
-    remove_half_written(tmp_path / "not there")
+    remove_partial_files(tmp_path / "not there")
