@@ -549,7 +549,7 @@ def test_what_is_no_base_to_train_on_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "result"),
     [
         ("stabilityai/stable-diffusion-xl-base-1.0", Variant("SDXL")),
         ("C:\\models\\noobaiXL_vPred10.safetensors", Variant("NoobAI", name_says_v=True)),
