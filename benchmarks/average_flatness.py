@@ -47,7 +47,7 @@ from flatlora_diffusion.flatness.merged_weights import (
     probe_loss_at,
     twice_differentiable,
 )
-from flatlora_diffusion.lora_files.loading import loaded
+from flatlora_diffusion.lora_files.loading import loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.sampling import evaluating
@@ -191,7 +191,7 @@ class Group:
         }
 
     def _deltas(self, file: Path) -> Deltas:
-        with loaded(self._study.sdxl.pipeline, [LoraFile(file)]):
+        with loras_loaded(self._study.sdxl.pipeline, [LoraFile(file)]):
             return lora_deltas(self._study.sdxl.unet)
 
 

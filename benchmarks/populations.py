@@ -40,7 +40,7 @@ from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, redrawn
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
@@ -196,7 +196,7 @@ class Study:
         if file is None:
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
         pipeline, files = self.sdxl.pipeline, [LoraFile(file)]
-        with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=True):
+        with loras_loaded(pipeline, files), lora_scale(pipeline, files, strength, merge=True):
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
 
     def _cache(self, file: Path | None, group: int, strength: float) -> Path:

@@ -20,8 +20,8 @@ from flatlora_diffusion.lora_files.paths import lora_file, parse_lora
 from flatlora_diffusion.storage.model_paths import check_base
 
 if TYPE_CHECKING:
-    from flatlora_diffusion.lora_tools.converting import Written
-    from flatlora_diffusion.lora_tools.resizing import Reduced
+    from flatlora_diffusion.lora_tools.converting import WrittenFile
+    from flatlora_diffusion.lora_tools.resizing import ReducedFile
 
 
 def export_verb(arguments: list[str]) -> None:
@@ -101,7 +101,7 @@ def inspect_verb(arguments: list[str]) -> None:
     page = Page("inspect", "Show what is in a LoRA file and which tools read it.", "FILE", "file")
     config = verb_settings(InspectConfig(), page, arguments)
     _check_read(config)
-    from flatlora_diffusion.lora_tools.report import inspect_lora
+    from flatlora_diffusion.lora_tools.inspecting import inspect_lora
 
     print(inspect_lora(config))
 
@@ -118,10 +118,10 @@ def _say_base(name: str) -> None:
         say_base(ModelConfig(pretrained_model_name_or_path=name), has_remedy=False)
 
 
-def _say_written(written: Written) -> None:
+def _say_written(written: WrittenFile) -> None:
     print(f"LoRA saved in {written.path}; largest error of a layer by rounding: {written.error:.2g} of its update")
 
 
-def _say_reduced(reduced: Reduced) -> None:
+def _say_reduced(reduced: ReducedFile) -> None:
     _say_written(reduced.written)
     print(f"missed by the lower rank: {100 * reduced.missed:.3g} % of the whole change (Frobenius norm)")

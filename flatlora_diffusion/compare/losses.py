@@ -13,7 +13,7 @@ import torch
 
 from flatlora_diffusion.data.dataset import METADATA, Sample
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_rise, probe_losses
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
@@ -139,7 +139,7 @@ class LossEvaluator:
 
     def _with_lora(self, lora: Path, strength: float, measure: Callable[[], Losses]) -> Losses:
         pipeline, files = self._sdxl.pipeline, [LoraFile(lora)]
-        with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=False):
+        with loras_loaded(pipeline, files), lora_scale(pipeline, files, strength, merge=False):
             return measure()
 
 

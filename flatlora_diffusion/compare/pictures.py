@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
@@ -36,7 +36,7 @@ class PictureGenerator:
             self._draw(missing)
         elif missing and lora is not None:
             pipeline, used = self._sdxl.pipeline, [LoraFile(lora)]
-            with loaded(pipeline, used), at_strength(pipeline, used, strength, merge=False):
+            with loras_loaded(pipeline, used), lora_scale(pipeline, used, strength, merge=False):
                 self._draw(missing)
         return {key: _read(file) for key, file in files.items()}
 
