@@ -30,7 +30,7 @@ from flatlora_diffusion.commands.lora_verbs import (
 )
 from flatlora_diffusion.commands.train_flags import COMPARE, DEMO, EVIDENCE, parse_comparison, parse_training
 from flatlora_diffusion.commands.verb_settings import hide_library_bars, say_base, verb_settings
-from flatlora_diffusion.compare.evidence.defaults import DEFAULTS, OF_BASE
+from flatlora_diffusion.compare.evidence_defaults import BASE_FLAGS, DEFAULTS
 from flatlora_diffusion.config import (
     QUIET_VARIABLE,
     CaptionConfig,
@@ -153,9 +153,9 @@ def _train(arguments: list[str]) -> None:
 
     hide_library_bars()
     if workers.trains_at_once:
-        from flatlora_diffusion.compare.parallel_members import train_members_at_once
+        from flatlora_diffusion.compare.members import train_members_in_parallel
 
-        config = train_members_at_once(config, workers)
+        config = train_members_in_parallel(config, workers)
     print(f"LoRA saved in {train(config)}")
     print(base_line(config.model))
 
@@ -192,10 +192,10 @@ def _report_of(config: TrainConfig, own: CompareConfig, has_remedy: bool = True)
 
 def _evidence(arguments: list[str]) -> None:
     """The flags that are given come last and win. The base's half-precision files are enough."""
-    base = () if _gives("pretrained_model_name_or_path", arguments) else OF_BASE
+    base = () if _gives("pretrained_model_name_or_path", arguments) else BASE_FLAGS
     config, own = _comparison(arguments, EVIDENCE, (*DEFAULTS, *base))
     say_base(config.model)
-    from flatlora_diffusion.compare.evidence.evidence import evidence
+    from flatlora_diffusion.compare.evidence import evidence
 
     if config.optim.mixed_precision is None and _has_bf16():
         config = config.replace(mixed_precision="bf16")
@@ -272,7 +272,7 @@ def _app(arguments: list[str]) -> int:
     for name in ("flatlora_diffusion.app", "app"):
         found = find_spec(name)
         if found is not None and found.origin is not None and Path(found.origin).resolve().parent == folder:
-            return int(import_module(f"{name}.__main__").main(arguments))
+            return int(import_module(f"{name}.__main__").arm_runs(arguments))
     raise ModuleNotFoundError(f"the app in {folder} cannot be imported")
 
 

@@ -206,7 +206,7 @@ TINY_IN_WORDS = "the tiny demo base, 64 pixels"
         ("train --instance_data_dir ICONS", "training.trainer.train"),
         ("compare --instance_data_dir ICONS", "compare.comparison.compare"),
         ("demo", "compare.comparison.compare"),
-        ("evidence --pretrained_model_name_or_path tiny --resolution 64", "compare.evidence.evidence.evidence"),
+        ("evidence --pretrained_model_name_or_path tiny --resolution 64", "compare.evidence.evidence"),
         ("generate --prompts fox", "gallery.gallery.generate"),
         ("merge --base tiny --lora LORA --output x", "lora_tools.merging.merge_loras"),
         ("extract --base tiny --tuned owner/name", "lora_tools.resizing.extract_lora"),

@@ -233,7 +233,7 @@ def test_a_lora_of_one_text_encoder_gets_the_layers_that_tell_its_base(
     text = {"text_encoder": factors(pipeline)["text_encoder"]}
     path = saved(peft(text, ALPHAS), tmp_path / "x.safetensors")
     assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
-    assert caplog.text.count("is for text encoders only; it gets 2 UNet layers of zeros") == 1
+    assert caplog.text.count("has no UNet layers; adding 2 of zeros") == 1
     written = tmp_path / "x_kohya.safetensors"
     expected = {name: value for name, value in deltas(pipeline).items() if name.startswith("text_encoder.")}
     found = as_diffusers_loads(base, written)
@@ -331,7 +331,7 @@ def test_the_plain_lora_beside_a_dora_is_named(
     for arguments in verbs.values():
         said = complaint(capsys, arguments)
         assert "contains DoRA" in said
-        assert said.endswith(f"; use {plain}, the plain LoRA made of it")
+        assert said.endswith(f"; use {plain}, its plain LoRA")
 
 
 def test_wrong_input_is_one_sentence_and_writes_nothing(
@@ -372,5 +372,5 @@ def test_keys_of_no_layer_are_named(
 ) -> None:
     more = saved(load_file(kohya_file) | {"lora_unet_nonsense.alpha": torch.ones(())}, tmp_path / "more.safetensors")
     assert main(["import", str(more), "--base", str(base)]) == 0
-    assert "1 key(s) belong to no layer" in caplog.text
+    assert "1 key(s) that belong to no layer" in caplog.text
     assert "lora_unet_nonsense.alpha" in caplog.text
