@@ -1,4 +1,4 @@
-"""Flat-LoRA in `transformers.Trainer`, and in all that derive from it, such as TRL's trainers."""
+"""Flat-LoRA in `transformers.Trainer` and its subclasses, such as TRL's trainers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from flatlora_diffusion.method.flat_lora import FlatLora
 class FlatLoraCallback(TrainerCallback):
     """Trains the LoRA of the trainer's model as Flat-LoRA: `Trainer(model, ..., callbacks=[FlatLoraCallback()])`.
 
-    The ramp of sigma ends with the trainer's last step, and a resumed training goes on where it was. Evaluation and
-    all that is saved are without eps. The arguments are those of `FlatLora`; the seed is the trainer's unless given.
+    The schedule of sigma ends with the trainer's last step, and a resumed training continues it. Evaluation and saved
+    weights are not perturbed.
+
+    Args:
+        sigma: Strength of the noise relative to each filter's norm, as in `FlatLora`.
+        schedule: How sigma grows over the training, as in `FlatLora`.
+        seed: Seed of the noise; None for the trainer's seed.
+        noise: Kind of noise, as in `FlatLora`.
+        draw: How the noise is sampled, as in `FlatLora`.
+        norm_every: Steps between updates of the filter norms, as in `FlatLora`.
     """
 
     def __init__(
@@ -39,13 +47,13 @@ class FlatLoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the model. Raises ConfigError for one without LoRA, and where eps could not act as it should."""
+        """Attach to the model. Raises ConfigError for a model without LoRA, and if Flat-LoRA cannot work with it."""
         if args.n_gpu > 1:
             raise ConfigError(
-                f"the trainer copies the model to {args.n_gpu} GPUs in one process, where Flat-LoRA cannot follow; "
-                "start it with `accelerate launch` or torchrun, or show it one GPU in CUDA_VISIBLE_DEVICES"
+                f"the trainer copies the model to {args.n_gpu} GPUs in one process, which Flat-LoRA does not support; "
+                "start it with `accelerate launch` or torchrun, or select a GPU with CUDA_VISIBLE_DEVICES"
             )
-        self._detach()  # of a training that failed
+        self._detach()  # from an earlier training that failed
         seed = args.seed if self._seed is None else self._seed
         self._flat = FlatLora(kwargs["model"], total_steps=state.max_steps, seed=seed, **self._settings)
         self._flat.follow(kwargs["optimizer"])
@@ -54,7 +62,7 @@ class FlatLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._flat is not None:
-            self._flat.step = state.global_step  # also after a resume, and where a scaler skipped a step
+            self._flat.step = state.global_step  # also after resuming, and after a step skipped by a scaler
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

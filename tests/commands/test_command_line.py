@@ -148,7 +148,7 @@ def test_sigma_with_plain_lora_is_refused(capsys: pytest.CaptureFixture[str], ic
 def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--no_such_flag" in complaint(capsys, ["--no_such_flag", "1"])
     assert main(["nonsense"]) == 2
-    assert "error: flatlora has no verb 'nonsense'; there are: demo, train, compare" in capsys.readouterr().err
+    assert "error: flatlora has no verb 'nonsense'; use one of: demo, train, compare" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,7 @@ def test_the_printed_rank_and_loss_are_those_of_the_file(
     whole = math.sqrt(sum(float(value.square().sum()) for value in mean.values()))
     said = capsys.readouterr().out
     assert "rank 3" in said
-    assert float(said.split("lost by the cut: ")[1].split(" %")[0]) == pytest.approx(100 * missed / whole, rel=0.01)
+    assert float(said.split("lost by truncation: ")[1].split(" %")[0]) == pytest.approx(100 * missed / whole, rel=0.01)
 
 
 def test_the_metadata_says_what_the_file_is_made_of(pipeline: Any, base: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def missed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> float:
     """The percentage that the verb prints."""
     capsys.readouterr()
     assert main(arguments) == 0
-    found = re.search(r"missed by the lower rank: (\S+) %", capsys.readouterr().out)
+    found = re.search(r"lost by the lower rank: (\S+) %", capsys.readouterr().out)
     assert found is not None
     return float(found[1])
 
