@@ -115,7 +115,7 @@ def test_a_metric_that_is_no_loss_has_its_interval_over_seeds() -> None:
 
 
 def test_a_single_arm_has_no_verdict() -> None:
-    assert "One arm alone" in verdict(paired_rows(ARMS[:1], ["heldout_loss"], values(0.0), {}, {}), NAMES)
+    assert "Only one arm" in verdict(paired_rows(ARMS[:1], ["heldout_loss"], values(0.0), {}, {}), NAMES)
 
 
 def test_the_table_has_means_and_leaves_out_what_is_missing() -> None:

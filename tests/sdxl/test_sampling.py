@@ -295,9 +295,7 @@ def test_new_tokens_beside_the_lora_are_those_of_a_stock_pipeline(
     assert distance(drawn, pipeline(**call).images[0]) <= 1
     assert distance(drawn, draw(sdxl, LoraFile(face), prompt=prompt)) > 0
     save_file({"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 16)}, tmp_path / "run_emb.safetensors")
-    with pytest.raises(
-        ConfigError, match=r"run_emb.safetensors has clip_g embeddings of shape \(2, 16\), not \(N, 24\)"
-    ):
+    with pytest.raises(ConfigError, match=r"run_emb.safetensors has clip_g .* \(2, 16\).* \(N, 24\)"):
         draw(sdxl, LoraFile(lora))
 
 
