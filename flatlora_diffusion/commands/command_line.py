@@ -44,11 +44,10 @@ from flatlora_diffusion.config import (
     shipped,
 )
 from flatlora_diffusion.data.sources import check_training_set
-from flatlora_diffusion.lora_files.paths import parse_lora
+from flatlora_diffusion.lora_files.paths import parse_lora, run_of
 from flatlora_diffusion.sdxl.base_title import base_line, base_title
 from flatlora_diffusion.sdxl.shapes import check_resolution
 from flatlora_diffusion.storage.model_paths import check_base, check_lora, check_models
-from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import check_paths, opened
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
@@ -277,9 +276,7 @@ def _base_of_runs(files: Sequence[Path]) -> ModelConfig | None:
     """The base of the runs that the LoRA files are in; None without runs. Raises ConfigError for two bases."""
     bases = {}
     for file in files:
-        folder = file.parent.parent if file.parent.name.startswith("checkpoint-") else file.parent
-        run = RunDir(folder)
-        if run.config_file.is_file() and run.events_file.is_file():
+        if (run := run_of(file)) is not None:
             saved = TrainConfig().updated_from(run.config_file).to_dict()
             model = TrainConfig.from_dict(opened(saved)).model
             check_paths(vars(model))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from safetensors.torch import load_file
 
 from flatlora_diffusion.compare.arms import Arm, arm_name
 from flatlora_diffusion.compare.findings import HELDOUT_LOSS, Values
+from flatlora_diffusion.compare.pictures import read_picture
 from flatlora_diffusion.config import METHOD_NAMES, METHODS_WITH
 from flatlora_diffusion.storage.rng import derive_seed
 
@@ -111,8 +111,7 @@ def _picture_difference(first: Sequence[Path], second: Sequence[Path]) -> float:
 
 
 def _pixels(file: Path) -> np.ndarray:
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"), dtype=np.float64)
+    return np.asarray(read_picture(file), dtype=np.float64)
 
 
 def _weight_difference(first: Path, second: Path) -> float | None:

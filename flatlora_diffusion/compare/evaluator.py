@@ -73,7 +73,13 @@ class ScoringModels:
 
 
 class RunEvaluator:
-    """Measures runs under equal conditions."""
+    """Measures runs under equal conditions.
+
+    Args:
+        training: The training images at the pictures' resolution.
+        heldout: Real images by prompt, for the style's prompts that have one.
+        names: The name of the concept that a prompt describes, by prompt.
+    """
 
     def __init__(
         self,
@@ -85,11 +91,6 @@ class RunEvaluator:
         heldout: Mapping[str, Image.Image],
         names: Mapping[str, str],
     ) -> None:
-        """Args:
-        training: The training images at the pictures' resolution.
-        heldout: Real images by prompt, for some of the style's prompts.
-        names: The name of the concept that a prompt describes, if known, by prompt.
-        """
         self._loss_evaluator, self._generator = loss_evaluator, generator
         self.prompts, self._scoring_models, self.names = prompts, scoring_models, names
         self.training, self.heldout = training, heldout

@@ -9,6 +9,7 @@ from typing import Any
 
 from flatlora_diffusion.compare.arms import Arm
 from flatlora_diffusion.compare.evaluator import MetricValues
+from flatlora_diffusion.compare.page.format import count_text
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint, losses_at_equal_loss, losses_at_equal_seconds
 from flatlora_diffusion.evaluation.crossed_statistics import FEWEST_IMAGES, crossed_difference
 from flatlora_diffusion.evaluation.paired_statistics import (
@@ -79,7 +80,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     margin = figure((row["high"] - row["low"]) / 2, digits)
     has_one_seed = row["n"] == 1
     scope = "this training, over" if has_one_seed else "another training and other images like these, from"
-    sample = _image_count_text(row) if has_one_seed else _sample_text(row)
+    sample = count_text(row["images"], "image") if has_one_seed else _sample_text(row)
     estimate = f"{difference} ± {margin} for {scope} {sample}"
     if row["low"] <= 0 <= row["high"]:
         power = f"; a difference of {figure(row['detectable'], digits)} would have been detected with 80 % power"
@@ -92,12 +93,8 @@ def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
 
 def _sample_text(row: Mapping[str, Any]) -> str:
     """`3 seeds and 64 images`."""
-    seeds = "One seed" if row["n"] == 1 else f"{row['n']} seeds"
-    return f"{seeds} and {_image_count_text(row)}" if row.get("images") else seeds
-
-
-def _image_count_text(row: Mapping[str, Any]) -> str:
-    return f"{row['images']} image{'s' * (row['images'] != 1)}"
+    seeds = "One seed" if row["n"] == 1 else count_text(row["n"], "seed")
+    return f"{seeds} and {count_text(row['images'], 'image')}" if row.get("images") else seeds
 
 
 def _advice(row: Mapping[str, Any]) -> str:

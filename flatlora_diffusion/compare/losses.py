@@ -49,7 +49,12 @@ Losses = dict[str, dict[str, float]]
 
 
 class LossEvaluator:
-    """Measures and caches the denoising loss of the base with a LoRA file, with the same draws for all LoRAs."""
+    """Measures and caches the denoising loss of the base with a LoRA file, with the same draws for all LoRAs.
+
+    Args:
+        cache: The folder for results.
+        text_is_adapted: Encode the captions again with each LoRA.
+    """
 
     def __init__(
         self,
@@ -61,10 +66,6 @@ class LossEvaluator:
         background: str = "white",
         text_is_adapted: bool = False,
     ) -> None:
-        """Args:
-        cache: The folder for results.
-        text_is_adapted: Encode the captions again with each LoRA.
-        """
         self._sdxl, self._objective, self.sets, self._cache = sdxl, objective, sets, cache
         hashes = {name: images.sha256 for name, images in sets.items()}
         base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]

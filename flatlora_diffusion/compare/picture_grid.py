@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 from PIL import Image
 
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.evaluator import RunEvaluator
+from flatlora_diffusion.compare.pictures import read_picture
 from flatlora_diffusion.compare.progress import WorkItem
 from flatlora_diffusion.gallery.grid import Band, labelled_bands
 
@@ -43,7 +43,7 @@ def _models_band(runs: Sequence[PlannedRun], evaluator: RunEvaluator, prompts: S
     seed = evaluator.prompts.seeds[0]
     rows = {"Base": evaluator.pictures(None, seed)}
     rows |= {run.arm.name: evaluator.pictures(run.lora, seed) for run in runs}
-    images = [[_read(file) for file in files[: len(prompts)]] for files in rows.values()]
+    images = [[read_picture(file) for file in files[: len(prompts)]] for files in rows.values()]
     labels = list(rows)
     if any(prompt in evaluator.heldout for prompt in prompts):
         images.append([evaluator.heldout.get(prompt, _BLANK) for prompt in prompts])
@@ -87,8 +87,3 @@ def _caption_parts(
         if count < total:
             yield f"{count} of {total} {noun}"
     yield f"last row: {run.arm.name} at several strengths, 0 is the base"
-
-
-def _read(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")

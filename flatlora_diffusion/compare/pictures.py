@@ -38,7 +38,7 @@ class PictureGenerator:
             pipeline, loras = self._sdxl.pipeline, [LoraFile(lora)]
             with loras_loaded(pipeline, loras), lora_scale(pipeline, loras, strength, merge=False):
                 self._draw(missing)
-        return {key: _read(file) for key, file in files.items()}
+        return {key: read_picture(file) for key, file in files.items()}
 
     def passes(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> int:
         """The samples that `generate` passes through the UNet, 0 if all pictures are cached."""
@@ -63,6 +63,7 @@ class PictureGenerator:
                 image.save(temporary, format="PNG")
 
 
-def _read(file: Path) -> Image.Image:
+def read_picture(file: Path) -> Image.Image:
+    """Read a picture as RGB."""
     with Image.open(file) as image:
         return image.convert("RGB")

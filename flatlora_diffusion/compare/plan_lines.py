@@ -8,6 +8,7 @@ from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.evaluator import HELDOUT
 from flatlora_diffusion.compare.experiment import Experiment
 from flatlora_diffusion.compare.inputs import free_gpu_memory
+from flatlora_diffusion.compare.page.format import count_text
 from flatlora_diffusion.compare.page.page import GRID, PAGE
 from flatlora_diffusion.compare.timing import duration_text, seconds_per_pass, step_seconds, training_seconds
 from flatlora_diffusion.config import ConfigError
@@ -24,8 +25,8 @@ def plan_lines(experiment: Experiment) -> Iterator[str]:
     """
     inputs, out = experiment.inputs, experiment.out
     names = " and ".join(arm.name for arm in experiment.arms)
-    prompts = _count_text(len(inputs.prompts.style), "prompt")
-    heldout = _count_text(len(inputs.sets[HELDOUT].samples), "held-out image")
+    prompts = count_text(len(inputs.prompts.style), "prompt")
+    heldout = count_text(len(inputs.sets[HELDOUT].samples), "held-out image")
     controls = ", ".join(control.arm.name for control in experiment.controls)
     yield inputs.summary
     yield f"1. train {names} on them, {_steps(experiment)}"
@@ -104,7 +105,7 @@ def _trainings_line(experiment: Experiment) -> str:
     count = sum(planned.config.average.trainings for planned in experiment.runs)
     folds = experiment.config.data.holdout_folds
     with_folds = f", each after trainings on {folds} folds" if folds else ""
-    return f"{_count_text(count, 'training')} in all{with_folds}" + (f"; {done} are done" if done else "")
+    return f"{count_text(count, 'training')} in all{with_folds}" + (f"; {done} are done" if done else "")
 
 
 def _steps(experiment: Experiment) -> str:
@@ -112,7 +113,3 @@ def _steps(experiment: Experiment) -> str:
     text = f"{steps[0]} steps each" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps each"
     seeds = experiment.options.num_seeds
     return text + (f", {seeds} seeds" if seeds > 1 else "")
-
-
-def _count_text(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

@@ -68,11 +68,6 @@ def base_names(base: str | None = None) -> BaseNames:
     return _names(name, {part: on_meta(config, part) for part in PARTS})
 
 
-def tiny_names() -> BaseNames:
-    """Get the names of the tiny base."""
-    return base_names(TINY)
-
-
 def pipeline_names(pipeline: Any) -> BaseNames:
     """Get the names of a pipeline's layers, which must have no LoRA attached."""
     return _names("this base", {part: getattr(pipeline, part) for part in PARTS})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.storage.model_paths import SAFETENSORS
-from flatlora_diffusion.storage.run_dir import LORA_FILE
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ def lora_file(text: str) -> Path:
 def lora_path(path: Path) -> Path:
     """The LoRA file in a folder; any other path unchanged."""
     return path / LORA_FILE if path.is_dir() else path
+
+
+def run_of(file: Path) -> RunDir | None:
+    """The run whose folder, or checkpoint, a LoRA file is in; None for any other file."""
+    run = RunDir(file.parent.parent if file.parent.name.startswith("checkpoint-") else file.parent)
+    return run if run.config_file.is_file() and run.events_file.is_file() else None
 
 
 def unique_path_ends(paths: Sequence[Path]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import PARTS, LazyLayers, Update, Updates
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import TINY, ConfigError
 from flatlora_diffusion.lora_files.key_mapping import (
     DOWN_ENDS,
     OTHER_ADAPTERS,
@@ -32,7 +32,6 @@ from flatlora_diffusion.lora_files.names import (
     Target,
     base_names,
     pipeline_names,
-    tiny_names,
 )
 from flatlora_diffusion.lora_files.paths import lora_path
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, printable, read_header, shortlist
@@ -96,7 +95,7 @@ def import_lora(file: CheckedFile, base: str | None) -> ImportedLora:
     names = base_names(base)
     _check_family(file, names)
     reject_other_adapters(file, OTHER_ADAPTERS)
-    return parse_layers(file, _fitting(file, [names] if base is not None else [names, tiny_names()]))
+    return parse_layers(file, _fitting(file, [names] if base is not None else [names, base_names(TINY)]))
 
 
 def load_for_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
@@ -179,7 +178,9 @@ def _check_factors(file: CheckedFile, keys: LayerKeys) -> None:
 
 def _check_family(file: CheckedFile, names: BaseNames) -> None:
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    family = other_family(shapes, names.shapes["unet"][_first_cross_attention(names)][1])
+    layers = names.shapes["unet"].items()
+    text_width = next(shape[1] for module, shape in layers if module.endswith("attn2.to_k"))
+    family = other_family(shapes, text_width)
     if family is not None:
         raise ConfigError(f"{file.path} is a LoRA for {family}, not for SDXL")
 
@@ -200,10 +201,6 @@ def _fitting(file: CheckedFile, candidates: Sequence[BaseNames]) -> BaseNames:
         f"{file.path} has {len(wrong)} layer(s) whose shapes do not fit {candidates[0].base}, such as "
         f"{shortlist(wrong, 1)}; give the base it was made for with --base"
     )
-
-
-def _first_cross_attention(names: BaseNames) -> str:
-    return next(module for module in names.shapes["unet"] if module.endswith("attn2.to_k"))
 
 
 def _factor(file: CheckedFile, keys: LayerKeys, side: str, names: BaseNames) -> Tensor:

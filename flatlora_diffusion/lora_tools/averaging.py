@@ -17,7 +17,7 @@ from flatlora_diffusion.adapter.delta import PARTS, Update, Updates, cut_to_rank
 from flatlora_diffusion.config import AverageConfig, ConfigError
 from flatlora_diffusion.lora_files.loading import embedding_files
 from flatlora_diffusion.lora_files.metadata import portable_metadata
-from flatlora_diffusion.lora_files.paths import lora_file
+from flatlora_diffusion.lora_files.paths import lora_file, run_of
 from flatlora_diffusion.lora_files.reading import ImportedLora
 from flatlora_diffusion.lora_tools.converting import (
     WrittenFile,
@@ -29,7 +29,7 @@ from flatlora_diffusion.lora_tools.converting import (
 from flatlora_diffusion.lora_tools.outputs import check_embeddings_output, check_lora_output, write_errors
 from flatlora_diffusion.sdxl.family import family_of
 from flatlora_diffusion.storage.atomic_io import file_sha256
-from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.storage.tensor_io import save_tensors
 
 
@@ -186,11 +186,8 @@ def _check_same_base(members: Sequence[ImportedLora], names: Sequence[str], base
 
 def _base_hash(file: Path) -> str | None:
     """The hash of the UNet that a LoRA was trained on, if the file lies in its run folder."""
-    folder = file.parent.parent if file.parent.name.startswith("checkpoint-") else file.parent
-    run = RunDir(folder)
-    if not (run.config_file.is_file() and run.events_file.is_file()):
-        return None
-    return next((event["base"] for event in run.events() if event["event"] == "start" and "base" in event), None)
+    events = [] if (run := run_of(file)) is None else run.events()
+    return next((event["base"] for event in events if event["event"] == "start" and "base" in event), None)
 
 
 def _check_same_layers(members: Sequence[ImportedLora], names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from flatlora_diffusion.lora_files.kohya import kohya_name, kohya_tensors, with_
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha_warning
 from flatlora_diffusion.lora_files.metadata import KOHYA_FACTS, MODELSPEC, portable_metadata
 from flatlora_diffusion.lora_files.names import BaseNames
-from flatlora_diffusion.lora_files.paths import lora_file
+from flatlora_diffusion.lora_files.paths import lora_file, run_of
 from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, parse_layers
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, read_header, shortlist
 from flatlora_diffusion.lora_files.writing import check_updates, save_kohya
@@ -25,7 +25,7 @@ from flatlora_diffusion.lora_tools.outputs import check_lora_output, write_error
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family, family_of
 from flatlora_diffusion.sdxl.loading import base_path
-from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir, file_name
+from flatlora_diffusion.storage.run_dir import LORA_FILE, file_name
 from flatlora_diffusion.storage.tensor_io import contents_of, save_stream
 
 logger = logging.getLogger(__name__)
@@ -150,12 +150,10 @@ def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfi
 
 def _exported_lora(file: CheckedFile) -> Path | None:
     """The plain LoRA for other tools beside the DoRA of a run or checkpoint; None for any other file."""
-    folder = file.path.parent
-    run = RunDir(folder.parent if folder.name.startswith("checkpoint-") else folder)
-    is_dora = any(key.endswith("lora_magnitude_vector") for key in file.entries)
-    if not is_dora or not (run.config_file.is_file() and run.events_file.is_file()):
+    run = run_of(file.path)
+    if run is None or not any(key.endswith("lora_magnitude_vector") for key in file.entries):
         return None
-    plain = folder / f"{run.lora_name(run.config().get('output_name'))}.safetensors"
+    plain = file.path.with_name(f"{run.lora_name(run.config().get('output_name'))}.safetensors")
     return plain if plain.is_file() and plain != file.path else None
 
 

@@ -10,6 +10,7 @@ from flatlora_diffusion.charts.lines import Line, line_chart
 from flatlora_diffusion.charts.palette import Look
 from flatlora_diffusion.charts.rows import Dot, axis_row, dot_row, row_limits
 from flatlora_diffusion.compare.page.format import (
+    BETTER,
     Chip,
     Result,
     Section,
@@ -32,7 +33,6 @@ _X_LABELS = {
     "seconds": "seconds of training",
     "clean_train_loss": "← unperturbed training loss, decreasing over the run",
 }
-_BETTER = {"lower": ", lower is better", "higher": ", higher is better"}
 
 
 def trajectories(result: Result) -> Section:
@@ -176,7 +176,8 @@ def _chart(result: Result, lines: Sequence[Line], key: str, x_label: str) -> Tit
     metric, base = metric_of(result, key), result["base"].get(key)
     xs = [x for line in lines for x in line.xs]
     level = [Line("Base", look_of(result, "base"), (min(xs), max(xs)), (base, base))] if is_known(base) else []
-    return _titled_chart(f"{metric['name']}{_BETTER.get(metric['better'], '')}", [*level, *lines], x_label)
+    title = ", ".join(filter(None, (metric["name"], BETTER.get(metric["better"]))))
+    return _titled_chart(title, [*level, *lines], x_label)
 
 
 def _titled_chart(title: str, lines: Sequence[Line], x_label: str, zero: str = "") -> TitledChart:

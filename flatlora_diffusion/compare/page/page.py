@@ -80,7 +80,8 @@ def _grids(result: Result, folder: Path) -> list[Mapping[str, Any]]:
     columns, files = pictures.get("columns", []), pictures.get("files", [])
     if not columns or not any(files):
         return []
-    chips = {label.name: label for label in (chip(result, key) for key in ("base", *_arm_keys(result)))}
+    arm_keys = [arm["key"] for arm in result["arms"]]
+    chips = {label.name: label for label in (chip(result, key) for key in ("base", *arm_keys))}
     models = [chips.get(name, Chip(name, Markup())) for name in columns]
     prompts = [
         {"text": prompt or "", "pictures": _row(folder, columns, row)}
@@ -88,10 +89,6 @@ def _grids(result: Result, folder: Path) -> list[Mapping[str, Any]]:
     ]
     starts = range(0, len(prompts), _PROMPTS_PER_GRID)
     return [{"models": models, "prompts": prompts[start : start + _PROMPTS_PER_GRID]} for start in starts]
-
-
-def _arm_keys(result: Result) -> list[str]:
-    return [arm["key"] for arm in result["arms"]]
 
 
 def _row(folder: Path, models: Sequence[str], files: Sequence[str | None]) -> list[Mapping[str, str]]:

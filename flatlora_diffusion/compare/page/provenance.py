@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flatlora_diffusion.compare.page.format import Named, Result, Section, arm_name, chip, main_arms, setting_text
+from flatlora_diffusion.compare.page.format import (
+    Named,
+    Result,
+    Section,
+    arm_name,
+    chip,
+    count_text,
+    main_arms,
+    setting_text,
+)
 from flatlora_diffusion.storage.formatting import figure
 
 _SHORT_HASH = 12  # hex digits; the tooltip has the full hash
@@ -17,7 +26,7 @@ def subtitle(result: Result) -> Mapping[str, Any]:
     """The line above the verdict: arms, seeds, steps, device, and the number of checks if all of them hold."""
     seeds, steps = len(result["seeds"]), result["settings"].get("max_train_steps")
     facts = [
-        f"{seeds} seed{'s' if seeds > 1 else ''}" if seeds else "",
+        count_text(seeds, "seed") if seeds else "",
         f"{steps} steps" if steps else "",
         result["device"],
     ]

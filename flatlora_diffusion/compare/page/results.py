@@ -7,12 +7,14 @@ from typing import Any
 
 from flatlora_diffusion.charts.rows import Dot, Limits, axis_row, dot_row, row_limits
 from flatlora_diffusion.compare.page.format import (
+    BETTER,
     Named,
     Number,
     Pair,
     Result,
     Section,
     arm_name,
+    count_text,
     difference_name,
     headline,
     look_of,
@@ -25,7 +27,6 @@ from flatlora_diffusion.compare.page.format import (
 from flatlora_diffusion.evaluation.paired_statistics import CLEAN_LOSS, ENDS, SECONDS, STEPS
 from flatlora_diffusion.storage.formatting import NOTHING, figure, interval, is_known
 
-_BETTER = {"lower": "lower is better", "higher": "higher is better"}
 _MATCHED = {
     STEPS: "equal steps",
     ENDS: "the end of each run",
@@ -174,14 +175,14 @@ def _conclusion(result: Result, pair: Pair) -> str:
 
 
 def _power(pair: Pair, digits: int) -> str:
-    sample = f"{pair['n']} seed{'s' if pair['n'] != 1 else ''}"
+    sample = count_text(pair["n"], "seed")
     sample += f", {pair['images']} images" if pair.get("images") else ""
     has_power = is_known(pair["detectable"]) and pair["detectable"]
     return f"{sample}; detectable: {figure(pair['detectable'], digits)}" if has_power else sample
 
 
 def _metric_label(metric: Mapping[str, Any]) -> Named:
-    parts = (_BETTER.get(metric["better"]), metric["help"].rstrip("."))
+    parts = (BETTER.get(metric["better"]), metric["help"].rstrip("."))
     return Named(metric["name"], ". ".join(part for part in parts if part))
 
 
