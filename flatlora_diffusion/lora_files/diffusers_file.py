@@ -66,9 +66,9 @@ def save_diffusers_file(
         state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
         arguments[f"{part}_lora_layers"] = state
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing_whole(path) as aside, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with writing_whole(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
-        (Path(scratch) / LORA_FILE).replace(aside)
+        (Path(scratch) / LORA_FILE).replace(temporary)
 
 
 def _adapter_metadata(model: nn.Module, layers: Mapping[str, Update], is_dora: bool) -> dict[str, Any]:

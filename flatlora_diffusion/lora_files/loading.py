@@ -91,9 +91,9 @@ def embedding_files(path: Path) -> list[Path]:
     That is `NAME_emb.safetensors` beside `NAME.safetensors`; for a file in a folder of its own, every
     `*_emb.safetensors` there; for a run's export, the file of the run.
     """
-    own = path.with_name(f"{path.stem}_emb.safetensors")
-    if own.is_file():
-        return [own]
+    named = path.with_name(f"{path.stem}_emb.safetensors")
+    if named.is_file():
+        return [named]
     if path.name == LORA_FILE:
         return sorted(path.parent.glob("*_emb.safetensors"))
     of_run = path.with_name(EMBEDDINGS_FILE)

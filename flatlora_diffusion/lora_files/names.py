@@ -113,11 +113,11 @@ def names_of(part: str, module: str, layers_per_block: int) -> dict[str, Target]
             f"{part}.{short}": "peft",
         }
     else:
-        own = original_path(module, layers_per_block)
+        original = original_path(module, layers_per_block)
         names = {
             f"{KOHYA_PREFIXES[part]}_{flat}": "kohya-diffusers",
-            f"{KOHYA_PREFIXES[part]}_{own.replace('.', '_')}": "kohya-sgm",
-            f"diffusion_model.{own}": "comfyui",
+            f"{KOHYA_PREFIXES[part]}_{original.replace('.', '_')}": "kohya-sgm",
+            f"diffusion_model.{original}": "comfyui",
             f"lycoris_{flat}": "lycoris",
             f"unet.{module}": "peft",
         }
