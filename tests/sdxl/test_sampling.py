@@ -549,7 +549,7 @@ def test_runs_of_two_bases_ask_for_one(lora: Path, tmp_path: Path, capsys: pytes
         (tmp_path / name / "config.json").write_text(json.dumps(saved | {"pretrained_model_name_or_path": name}))
     runs = [str(tmp_path / name) for name in ("one", "two")]
     assert main(["generate", "--prompts", "a fox", "--lora", *runs]) == 2
-    assert "different bases (one, two): choose one with --pretrained_model_name_or_path" in capsys.readouterr().err
+    assert "different bases (one, two): choose a base with --pretrained_model_name_or_path" in capsys.readouterr().err
 
 
 def test_a_base_that_is_saved_as_below_the_home_is_found_again(

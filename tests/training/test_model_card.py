@@ -245,9 +245,9 @@ def test_other_programs_get_the_copy_made_for_them(run: RunDir) -> None:
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"adapter": "full", "method": "lora"}])
 def test_what_the_file_for_other_programs_misses_is_said(run: RunDir, settings: dict[str, Any]) -> None:
     run.add_event({"event": "proof", "missed_by_plain_lora": 0.2251})
-    assert "misses 22.5 %" in card(run, config(**settings)).text
+    assert "missing 22.5 %" in card(run, config(**settings)).text
     run.add_event({"event": "proof", "missed_by_plain_lora": 0.00003})
-    assert "misses less than 0.1 %" in card(run, config(**settings)).text
+    assert "missing less than 0.1 %" in card(run, config(**settings)).text
 
 
 def test_the_code_loads_from_the_hub_what_goes_there() -> None:

@@ -155,12 +155,12 @@ def test_what_the_fold_of_a_dora_misses_is_said(
     missed = proof["missed_by_plain_lora"]
     assert 0.05 < missed < 0.9
     state.run.add_event({"event": "proof", **proof})
-    said = f"misses {100 * missed:.1f} %"
+    said = f"missing {100 * missed:.1f} %"
     beside = json.loads((state.run.folder / "my-icons.json").read_text(encoding="utf-8"))
     assert said in beside["description"]
     with safe_open(state.run.folder / "my-icons.safetensors", "pt") as file:
         assert all(said in file.metadata()[name] for name in ("ss_training_comment", "modelspec.description"))
-    assert f"my-icons.safetensors is a plain LoRA that misses {100 * missed:.1f} % of its effect" in caplog.text
+    assert re.search(rf"my-icons\.safetensors .* {100 * missed:.1f} %", caplog.text)
     with safe_open(state.run.folder / "my-icons.safetensors", "pt") as file:
         assert file.metadata()["ss_network_dim"] == "5"
 
@@ -317,7 +317,7 @@ def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monke
 def test_a_lora_that_is_not_finite_is_refused(config: TrainConfig) -> None:
     state = moved(config)
     next(iter(lora_layers(state.sdxl.unet).values())).lora_B["default"].weight.data[0, 0] = float("inf")
-    with pytest.raises(RunError, match=r"the LoRA is not finite at unet\.down_blocks"):
+    with pytest.raises(RunError, match=r"unet\.down_blocks.*--learning_rate"):
         save_lora(state, state.run.folder, step=2)
     assert not (state.run.folder / "my-icons.safetensors").exists()
 
