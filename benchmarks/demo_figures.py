@@ -23,7 +23,7 @@ import torch
 from benchmarks import record
 from benchmarks.train_step import ready_step
 from benchmarks.turns import compare
-from flatlora_diffusion.compare.arms import parse_arm, plan
+from flatlora_diffusion.compare.arms import parse_arm, plan_runs
 from flatlora_diffusion.compare.findings import metrics_table
 from flatlora_diffusion.compare.page.page import RESULT
 from flatlora_diffusion.config import TrainConfig, preset_file
@@ -73,7 +73,7 @@ def cost(seconds: float) -> Result:
     samples = load_samples(Path(str(config.data.instance_data_dir))).samples
     with tempfile.TemporaryDirectory() as folder:
         arms = [parse_arm(arm) for arm in (LORA, FLAT)]
-        runs = plan(config.replace(output_dir=folder, report_to="none"), arms, [0], 1)
+        runs = plan_runs(config.replace(output_dir=folder, report_to="none"), arms, [0], 1)
         # More steps than are taken; the noise grows along them, and costs the same at any strength.
         steps = {run.arm.key: ready_step(run.config.replace(max_train_steps=10_000), samples) for run in runs}
         found = compare(steps, seconds)

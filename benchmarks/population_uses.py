@@ -28,7 +28,7 @@ from benchmarks.population_subjects import SUBJECTS as ALL, Subject
 from benchmarks.populations import BASE, UNIT, Study
 from flatlora_diffusion.evaluation.probe import draw_losses
 from flatlora_diffusion.flatness.perturbed_models import round_to
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
@@ -97,7 +97,7 @@ class Uses:
         with in_bits(sdxl.unet, BITS.get(use)):
             if not loras:
                 return draw_losses(sdxl.unet, objective, probe)
-            with loaded(sdxl.pipeline, loras), at_strength(sdxl.pipeline, loras, 1.0, merge=False):
+            with loras_loaded(sdxl.pipeline, loras), lora_scale(sdxl.pipeline, loras, 1.0, merge=False):
                 return draw_losses(sdxl.unet, objective, probe)
 
 

@@ -36,11 +36,11 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.population_icons import Style, second_style, style_3d
 from benchmarks.population_subjects import STEPS, SUBJECTS, Subject
-from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, resample
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
@@ -153,7 +153,7 @@ class Study:
             places["output_dir"] = str(self._work / "branches")
             begun = {"init_lora": str(self._lora_of(trunk, subject.branch_at))}
             settings |= places | begun | {"max_train_steps": STEPS - subject.branch_at}
-        [run] = plan(TrainConfig.from_dict(settings), [parse_arm(subject.arm)], [seed_of(group, member)], POINTS)
+        [run] = plan_runs(TrainConfig.from_dict(settings), [parse_arm(subject.arm)], [seed_of(group, member)], POINTS)
         return run
 
     def _training(self, images: int | None) -> Path:
@@ -196,7 +196,7 @@ class Study:
         if file is None:
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
         pipeline, files = self.sdxl.pipeline, [LoraFile(file)]
-        with loaded(pipeline, files), at_strength(pipeline, files, strength, merge=True):
+        with loras_loaded(pipeline, files), lora_scale(pipeline, files, strength, merge=True):
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
 
     def _cache(self, file: Path | None, group: int, strength: float) -> Path:
@@ -274,7 +274,7 @@ def _train(run: PlannedRun, subject: Subject) -> None:
     """Train a run in this process, or what is left of it."""
     if not run.is_finished:
         with _ascending_in(subject):
-            train(run.config.replace(resume_from_checkpoint="latest") if run.is_begun else run.config)
+            train(run.config.replace(resume_from_checkpoint="latest") if run.is_resumable else run.config)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def table(flags: Iterable[Flag]) -> Iterator[str]:
     for flag in flags:
         default = "" if flag.default in (None, ()) else f"`{flag.default}`"
         allowed = ", ".join(f"`{choice}`" for choice in choices_of(flag.hint)) or bounds(flag)
-        cells = (f"`{flag.name}`", default, allowed, help_of(flag.item, flag.hint))
+        cells = (f"`{flag.name}`", default, allowed, help_of(flag.field, flag.hint))
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.commands.train_flags import parse_config
-from flatlora_diffusion.compare.arms import parse_arm, plan
+from flatlora_diffusion.compare.arms import parse_arm, plan_runs
 from flatlora_diffusion.compare.timing import training_seconds
 from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.config.methods import MethodSpec
@@ -62,8 +62,8 @@ def test_the_estimate_of_memory_counts_what_it_holds(config: TrainConfig) -> Non
 def test_a_comparison_has_it_as_an_arm(config: TrainConfig) -> None:
     arms = [parse_arm(text) for text in ("lora", "toy", "toy:rho=0.1")]
     assert [arm.name for arm in arms] == ["LoRA", "Toy", "Toy, rho 0.1"]
-    runs = plan(config.replace(sigma=None), arms, [0], 1)
-    plain, toy, _ = (training_seconds([run], runs, each=1.0) for run in runs)
+    runs = plan_runs(config.replace(sigma=None), arms, [0], 1)
+    plain, toy, _ = (training_seconds([run], runs, pass_seconds=1.0) for run in runs)
     assert toy > plain
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flatlora_diffusion.adapter.delta import lora_updates, magnitudes
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.lora_files.diffusers_file import save_updates
+from flatlora_diffusion.lora_files.diffusers_file import save_diffusers_file
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
@@ -32,7 +32,7 @@ def trained(config: TrainConfig, steps: int = 3) -> TrainState:
 def save_lora(pipeline: Any, folder: Path) -> Path:
     """The pipeline's LoRA as diffusers' file in the folder."""
     file = folder / LORA_FILE
-    save_updates(pipeline, lora_updates(pipeline), magnitudes(pipeline), file, torch.float32)
+    save_diffusers_file(pipeline, lora_updates(pipeline), magnitudes(pipeline), file, torch.float32)
     return file
 
 

@@ -15,12 +15,12 @@ def check_start(config: TrainConfig) -> None:
 
     Of a name on the hub nothing is known until it is loaded.
     """
-    from flatlora_diffusion.lora_files.paths import in_folder
-    from flatlora_diffusion.lora_files.safe_reading import checked_file
+    from flatlora_diffusion.lora_files.paths import lora_path
+    from flatlora_diffusion.lora_files.safe_reading import read_header
 
     check_models(config.model, config.adapter.init_lora)
     if config.adapter.init_lora is not None:
-        checked_file(in_folder(Path(config.adapter.init_lora)))
+        read_header(lora_path(Path(config.adapter.init_lora)))
     _check_base(config.model)
 
 

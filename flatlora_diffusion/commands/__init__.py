@@ -1,4 +1,4 @@
-"""The programs as command lines; every other package is imported only when its program runs.
+"""The command-line programs; each imports other packages only when it runs.
 
 Knows flags, messages and exit codes. Start with `command_line.py`.
 """

@@ -1,7 +1,7 @@
-"""The command lines, made from the settings.
+"""The command `flatlora VERB`, with flags generated from the settings.
 
-Exit codes: 0; 1 when a run had to stop; 2 for wrong input; 3 when a run was asked to stop and can be resumed; 130 and
-143 when SIGINT (Ctrl-C) or SIGTERM ended what cannot be.
+Exit codes: 0 for success; 1 if a run fails; 2 for wrong input; 3 if a run was stopped on request and can be resumed;
+130 or 143 if SIGINT (Ctrl-C) or SIGTERM ended a program that cannot be resumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flatlora_diffusion.commands.doctor import doctor
-from flatlora_diffusion.commands.help_page import HELP, Page
+from flatlora_diffusion.commands.help_page import HELP, HelpPage
 from flatlora_diffusion.commands.lora_verbs import (
     average_verb,
     export_verb,
@@ -29,8 +29,8 @@ from flatlora_diffusion.commands.lora_verbs import (
     resize_verb,
 )
 from flatlora_diffusion.commands.train_flags import COMPARE, DEMO, EVIDENCE, parse_comparison, parse_training
-from flatlora_diffusion.commands.verb_settings import hide_library_bars, say_base, verb_settings
-from flatlora_diffusion.compare.evidence.defaults import DEFAULTS, OF_BASE
+from flatlora_diffusion.commands.verb_settings import hide_library_bars, log_base, verb_settings
+from flatlora_diffusion.compare.evidence_defaults import BASE_FLAGS, DEFAULTS
 from flatlora_diffusion.config import (
     QUIET_VARIABLE,
     CaptionConfig,
@@ -44,19 +44,18 @@ from flatlora_diffusion.config import (
     shipped,
 )
 from flatlora_diffusion.data.sources import check_training_set
-from flatlora_diffusion.lora_files.paths import parse_lora
+from flatlora_diffusion.lora_files.paths import parse_lora, run_of
 from flatlora_diffusion.sdxl.base_title import base_line, base_title
 from flatlora_diffusion.sdxl.shapes import check_resolution
 from flatlora_diffusion.storage.model_paths import check_base, check_lora, check_models
-from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import check_paths, expand_paths
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
-DEMO_GUIDANCE = "2.5"  # at the usual 5 the tiny base keeps more of its own style
+DEMO_GUIDANCE = "2.5"  # at the default of 5 the tiny base shows more of its own style
 DEMO_ARMS = ("lora", "flat-lora", "lora:members=3")
 
-# Libraries that say what does not concern the user, such as which of their kernels this machine lacks.
+# Log levels of libraries whose messages are irrelevant to users, such as which kernels this machine lacks.
 _QUIET = {
     **dict.fromkeys(("httpx", "httpx2", "httpcore", "accelerate"), logging.WARNING),
     **dict.fromkeys(("torchao", "bitsandbytes", "torch.utils._pytree"), logging.ERROR),
@@ -64,33 +63,33 @@ _QUIET = {
 
 
 class Verb(NamedTuple):
-    """What a word after `flatlora` does; the function may return an exit code."""
+    """A verb of `flatlora`; its function may return an exit code."""
 
     run: Callable[[list[str]], int | None]
-    line: str
+    summary: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`flatlora VERB ...`; returns the exit code."""
+    """Run `flatlora VERB ...` and return the exit code."""
     verbs = _verbs()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = given[0] if given else "--help"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else "--help"
     if name in HELP:
         print("usage: flatlora VERB [--help]\n")
-        print("\n".join(f"  {name:<10}{verb.line}" for name, verb in verbs.items()))
+        print("\n".join(f"  {name:<10}{verb.summary}" for name, verb in verbs.items()))
         return 0
     if name == "--version":
         print(f"{PROGRAM} {__version__}")
         return 0
     if name not in verbs:
-        print(f"error: flatlora has no verb {name!r}; there are: {', '.join(verbs)}", file=sys.stderr)
+        print(f"error: flatlora has no verb {name!r}; use one of: {', '.join(verbs)}", file=sys.stderr)
         return ConfigError.exit_code
     run = verbs[name].run
-    return _app(given[1:]) if run is _app else _run(run, given[1:])
+    return _app(words[1:]) if run is _app else _run(run, words[1:])
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
-    """`train_dreambooth_flatlora.py ...`; returns the exit code."""
+    """Run `train_dreambooth_flatlora.py ...` and return the exit code."""
     return _run(_train, list(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -101,25 +100,25 @@ def _verbs() -> dict[str, Verb]:
             "train LoRA, Flat-LoRA and an average of LoRAs on sample icons; no GPU, no download",
         ),
         "train": Verb(_train, "train a LoRA or Flat-LoRA on a folder of images"),
-        "compare": Verb(_compare, "train both alike on your images, and report what tells them apart"),
-        "evidence": Verb(_evidence, "the missing comparison on real SDXL: 23 icons, 3 seeds, a 12 GB GPU with bf16"),
+        "compare": Verb(_compare, "train methods under equal conditions and report their differences"),
+        "evidence": Verb(_evidence, "compare on real SDXL: 23 icons, 3 seeds, a 12 GB GPU with bf16"),
         "generate": Verb(_generate, "draw prompts with the base and with LoRAs at several strengths"),
-        "flatness": Verb(_flatness, "measure how flat the loss is around finished runs"),
-        "app": Verb(_app, "all of this in the browser"),
-        "caption": Verb(_caption, "write captions for the images of a folder, by a model of your choice"),
-        "inspect": Verb(inspect_verb, "show what is in a LoRA file and which tools read it"),
+        "flatness": Verb(_flatness, "measure the flatness of the loss around finished runs"),
+        "app": Verb(_app, "train, compare and generate in the browser"),
+        "caption": Verb(_caption, "caption the images of a folder with a model of your choice"),
+        "inspect": Verb(inspect_verb, "show the contents of a LoRA file and which tools read it"),
         "export": Verb(export_verb, "write a LoRA file for other tools"),
         "import": Verb(import_verb, "write a LoRA file of any layout for diffusers"),
         "merge": Verb(merge_verb, "add LoRAs to a base's weights"),
         "resize": Verb(resize_verb, "write the best LoRA of a lower rank"),
-        "average": Verb(average_verb, "write the average of several LoRAs as one"),
+        "average": Verb(average_verb, "write the average of several LoRAs"),
         "extract": Verb(extract_verb, "write the difference of two models as a LoRA"),
-        "doctor": Verb(doctor, "look whether all that is needed is here, and say what to do if not"),
+        "doctor": Verb(doctor, "check the installation and suggest fixes"),
     }
 
 
 def quiet_libraries() -> None:
-    """Show no bars of the libraries, and none of their notes below an error; call it before they are imported."""
+    """Hide the libraries' progress bars and their messages below errors; call before importing them."""
     for library, level in _QUIET.items():
         logging.getLogger(library).setLevel(level)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -128,7 +127,7 @@ def quiet_libraries() -> None:
 
 
 def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    # Of several processes only the first speaks.
+    # Only the first of several processes logs.
     is_quiet = QUIET_VARIABLE in os.environ or os.environ.get("RANK", "0") != "0"
     logging.basicConfig(level=logging.WARNING if is_quiet else logging.INFO, format="%(message)s")
     quiet_libraries()
@@ -145,64 +144,61 @@ def _run(verb: Callable[[list[str]], int | None], arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> None:
     config, workers = parse_training(arguments)
-    config = _checked(config)
-    say_base(config.model)
-    from flatlora_diffusion.training.trainer import (
-        train,  # torch and diffusers only after the settings were found right
-    )
+    config = _validated(config)
+    log_base(config.model)
+    from flatlora_diffusion.training.trainer import train  # imports torch and diffusers, so only for valid settings
 
     hide_library_bars()
     if workers.trains_at_once:
-        from flatlora_diffusion.compare.parallel_members import train_members_at_once
+        from flatlora_diffusion.compare.members import train_members_in_parallel
 
-        config = train_members_at_once(config, workers)
+        config = train_members_in_parallel(config, workers)
     print(f"LoRA saved in {train(config)}")
     print(base_line(config.model))
 
 
 def _caption(arguments: list[str]) -> None:
-    text = "Write a caption for each image of a folder that has none, by a model of your choice."
-    config = verb_settings(CaptionConfig(), Page("caption", text, "FOLDER --captioner MODEL", "folder"), arguments)
+    text = "Caption the images of a folder that have no caption, with a model of your choice."
+    config = verb_settings(CaptionConfig(), HelpPage("caption", text, "FOLDER --captioner MODEL", "folder"), arguments)
     from flatlora_diffusion.evaluation.caption_files import write_captions
 
     hide_library_bars()
-    print(f"{write_captions(config)} captions written; read them, and correct what is wrong")
+    print(f"{write_captions(config)} captions written; please read and correct them")
 
 
 def _demo(arguments: list[str]) -> None:
     defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--no_controls", "--arms", *DEMO_ARMS]
-    _report_of(*_comparison(arguments, DEMO, defaults), has_remedy=False)
+    _run_comparison(*_comparison(arguments, DEMO, defaults), has_remedy=False)
 
 
-def _gives(name: str, arguments: list[str]) -> bool:
+def _has_flag(name: str, arguments: list[str]) -> bool:
     return any(flag.replace("-", "_").partition("=")[0] == f"__{name}" for flag in arguments)
 
 
 def _compare(arguments: list[str]) -> None:
-    _report_of(*_comparison(arguments, COMPARE))
+    _run_comparison(*_comparison(arguments, COMPARE))
 
 
-def _report_of(config: TrainConfig, own: CompareConfig, has_remedy: bool = True) -> None:
-    say_base(config.model, has_remedy)
+def _run_comparison(config: TrainConfig, options: CompareConfig, has_remedy: bool = True) -> None:
+    log_base(config.model, has_remedy)
     from flatlora_diffusion.compare.comparison import compare
 
     hide_library_bars()
-    _show_report(compare(config, own), config.model)
+    _print_report(compare(config, options), config.model)
 
 
 def _evidence(arguments: list[str]) -> None:
-    """The flags that are given come last and win. The base's half-precision files are enough."""
-    base = () if _gives("pretrained_model_name_or_path", arguments) else OF_BASE
-    config, own = _comparison(arguments, EVIDENCE, (*DEFAULTS, *base))
-    say_base(config.model)
-    from flatlora_diffusion.compare.evidence.evidence import evidence
+    base = () if _has_flag("pretrained_model_name_or_path", arguments) else BASE_FLAGS
+    config, options = _comparison(arguments, EVIDENCE, (*DEFAULTS, *base))
+    log_base(config.model)
+    from flatlora_diffusion.compare.evidence import evidence
 
     if config.optim.mixed_precision is None and _has_bf16():
         config = config.replace(mixed_precision="bf16")
     hide_library_bars()
-    file = evidence(config, own)
-    _show_report(file.parent, config.model)
-    print(f"Figures     {file}: nothing personal is in it; please post it in an issue")
+    file = evidence(config, options)
+    _print_report(file.parent, config.model)
+    print(f"Figures     {file}: contains no personal data; please post it in an issue")
 
 
 def _has_bf16() -> bool:
@@ -212,16 +208,16 @@ def _has_bf16() -> bool:
 
 
 def _comparison(
-    arguments: Sequence[str], page: Page = COMPARE, defaults: Sequence[str] = ()
+    arguments: Sequence[str], page: HelpPage = COMPARE, defaults: Sequence[str] = ()
 ) -> tuple[TrainConfig, CompareConfig]:
-    config, own = parse_comparison(page, defaults, arguments)
-    config = _checked(config)
-    if config.run.seed is None:  # a drawn one would train everything anew when the command is given again
+    config, options = parse_comparison(page, defaults, arguments)
+    config = _validated(config)
+    if config.run.seed is None:  # a random seed would train everything again when the command is repeated
         config = config.replace(seed=0)
-    return config, own
+    return config, options
 
 
-def _show_report(folder: Path, model: ModelConfig) -> None:
+def _print_report(folder: Path, model: ModelConfig) -> None:
     print(f"\n{(folder / 'compare.md').read_text(encoding='utf-8')}")
     print(json.loads((folder / "compare.json").read_text(encoding="utf-8"))["verdict"])
     print(f"\nBase        {base_title(model)}")
@@ -231,16 +227,16 @@ def _show_report(folder: Path, model: ModelConfig) -> None:
 
 
 def _generate(arguments: list[str]) -> None:
-    text = "Draw prompts x seeds with the base and with each LoRA at each strength: PNG files and a grid."
-    page = Page("generate", text, "--prompts PROMPT ...")
+    text = "Draw each prompt and seed with the base and with each LoRA at each strength, as PNG files and a grid."
+    page = HelpPage("generate", text, "--prompts PROMPT ...")
     config = verb_settings(GenerateConfig(), page, arguments)
     files = [file.path for lora in config.lora for file in parse_lora(lora)]
-    of_runs = None if _gives("pretrained_model_name_or_path", arguments) else _base_of_runs(files)
+    of_runs = None if _has_flag("pretrained_model_name_or_path", arguments) else _base_of_runs(files)
     if of_runs is not None:
         config = verb_settings(replace(GenerateConfig(), model=of_runs), page, arguments)
     check_models(config.model)
     check_resolution(config.model, config.resolution)
-    say_base(config.model, has_remedy=of_runs is None)
+    log_base(config.model, has_remedy=of_runs is None)
     from flatlora_diffusion.gallery.gallery import generate
 
     hide_library_bars()
@@ -249,8 +245,8 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _flatness(arguments: list[str]) -> None:
-    text = "Measure how flat the loss is around the merged weights of finished runs."
-    config = verb_settings(FlatnessConfig(), Page("flatness", text, "RUN ...", "runs"), arguments)
+    text = "Measure the flatness of the loss around the merged weights of finished runs."
+    config = verb_settings(FlatnessConfig(), HelpPage("flatness", text, "RUN ...", "runs"), arguments)
     for name in ("pretrained_model_name_or_path", "other_base"):
         if (base := getattr(config, name)) is not None:
             check_base(name, base)
@@ -262,27 +258,25 @@ def _flatness(arguments: list[str]) -> None:
     folder = flatness(config)
     print((folder / "flatness.md").read_text(encoding="utf-8"))
     names = ("surface.png", "surface.html", "rise.png", "slices.png", "strength.png")
-    *others, last = (name for name in names if (folder / name).is_file())  # the page needs plotly
+    *others, last = (name for name in names if (folder / name).is_file())  # surface.html needs plotly
     print(f"Look at {', '.join(others)} and {last} in {folder}")
 
 
 def _app(arguments: list[str]) -> int:
-    """It stands inside of this package where that is installed and beside it in a checkout, and only there is ours."""
+    """Run the app, which is inside of this package if installed and beside it in a checkout."""
     folder = shipped("app")
     for name in ("flatlora_diffusion.app", "app"):
-        found = find_spec(name)
-        if found is not None and found.origin is not None and Path(found.origin).resolve().parent == folder:
+        spec = find_spec(name)  # may be another package named `app`
+        if spec is not None and spec.origin is not None and Path(spec.origin).resolve().parent == folder:
             return int(import_module(f"{name}.__main__").main(arguments))
     raise ModuleNotFoundError(f"the app in {folder} cannot be imported")
 
 
 def _base_of_runs(files: Sequence[Path]) -> ModelConfig | None:
-    """The base that the runs of LoRA files were trained on; None if none is of a run. Raises ConfigError for two."""
+    """The base of the runs that the LoRA files are in; None without runs. Raises ConfigError for two bases."""
     bases = {}
     for file in files:
-        folder = file.parent.parent if file.parent.name.startswith("checkpoint-") else file.parent
-        run = RunDir(folder)
-        if run.config_file.is_file() and run.events_file.is_file():
+        if (run := run_of(file)) is not None:
             saved = TrainConfig().updated_from(run.config_file).to_dict()
             model = TrainConfig.from_dict(expand_paths(saved)).model
             check_paths(vars(model))
@@ -290,13 +284,13 @@ def _base_of_runs(files: Sequence[Path]) -> ModelConfig | None:
     if len(bases) > 1:
         names = ", ".join(sorted(bases))
         raise ConfigError(
-            f"the LoRAs were trained on different bases ({names}): choose one with --pretrained_model_name_or_path"
+            f"the LoRAs were trained on different bases ({names}): choose a base with --pretrained_model_name_or_path"
         )
     return next(iter(bases.values()), None)
 
 
-def _checked(config: TrainConfig) -> TrainConfig:
-    """`config`, whose images, captions and resolution are found right. Raises ConfigError if they are not."""
+def _validated(config: TrainConfig) -> TrainConfig:
+    """Return `config` after checking its paths, images, captions and resolution. Raises ConfigError."""
     check_paths(config.to_dict())
     if not config.data.is_given:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")

@@ -1,4 +1,4 @@
-"""Whether all that is needed is here: `examine` finds the facts, `doctor` prints them; nothing is downloaded."""
+"""`doctor`: checks the installation, the devices and the models without downloading anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from flatlora_diffusion.commands.help_page import Page
+from flatlora_diffusion.commands.help_page import HelpPage
 from flatlora_diffusion.commands.verb_settings import verb_settings
 from flatlora_diffusion.config import (
     METHODS,
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     import torch
 
 _GIB = 2**30
-_LEAST_MEMORY, _LEAST_DISK = 1 * _GIB, 1 * _GIB  # what the tiny base and a few of its runs take
+_MIN_MEMORY, _MIN_DISK = 1 * _GIB, 1 * _GIB  # enough for the tiny base and a few of its runs
 _GPU_BUILD = "install the PyTorch build for it, see https://pytorch.org/get-started"
 _PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, what was found, and what to do about it."""
+    """A line of the report: the subject, the fact about it, and how to fix it."""
 
     level: Literal["ok", "note", "problem"]
     subject: str
@@ -50,21 +50,20 @@ class Finding:
 
 
 def doctor(arguments: list[str]) -> int:
-    """Print one line for each finding; the exit code is 1 if there is a problem."""
-    text = "Look whether all that a training needs is here, and say what to do if not; nothing is downloaded."
-    found = []
-    for finding in examine(verb_settings(DoctorConfig(), Page("doctor", text), arguments), Path.cwd()):
+    """Print a line for each finding; return 1 if there is a problem."""
+    text = "Check the installation for training and suggest fixes; nothing is downloaded."
+    problems = 0
+    for finding in examine(verb_settings(DoctorConfig(), HelpPage("doctor", text), arguments), Path.cwd()):
         remedy = finding.remedy and f": {finding.remedy}"
         print(f"{finding.level:<9}{finding.subject:<16}{finding.fact}{remedy}", flush=True)
-        found.append(finding)
-    problems = sum(finding.level == "problem" for finding in found)
+        problems += finding.level == "problem"
     print(f"\n{problems or 'no'} problem{'' if problems == 1 else 's'}")
     return 1 if problems else 0
 
 
-def examine(asked: DoctorConfig, folder: Path) -> Iterator[Finding]:
-    """All findings for a training with `asked.config` in `folder`. Raises ConfigError for settings that are none."""
-    config = TrainConfig() if asked.config is None else TrainConfig().updated_from(Path(asked.config))
+def examine(options: DoctorConfig, folder: Path) -> Iterator[Finding]:
+    """Yield all findings for a training with `options.config` in `folder`. Raises ConfigError for invalid settings."""
+    config = TrainConfig() if options.config is None else TrainConfig().updated_from(Path(options.config))
     model = TrainConfig.from_dict(expand_paths(config.to_dict())).model
     yield python()
     yield from libraries()
@@ -75,47 +74,47 @@ def examine(asked: DoctorConfig, folder: Path) -> Iterator[Finding]:
     yield base(model)
     if model.pretrained_vae_model_name_or_path is not None:
         yield weights("VAE", model.pretrained_vae_model_name_or_path)
-    for name in asked.encoders:
+    for name in options.encoders:
         yield weights("encoder", str(SAMPLES / "tiny_sdxl" / "judge") if name == "judge" else name, named=name)
     yield app()
-    yield port(asked.port)
-    if asked.gpu:
+    yield port(options.port)
+    if options.gpu:
         yield from gpu()
 
 
 def python() -> Finding:
-    """The interpreter; pip has seen to it that it is not too old."""
-    mine, theirs = f"{sys.version_info[0]}.{sys.version_info[1]}", last_tested().get("python", "")
-    level: Literal["ok", "note"] = "ok" if mine == theirs else "note"
-    return Finding(level, "Python", f"{sys.version.split()[0]} in {sys.prefix}, last tested with {theirs or 'none'}")
+    """Compare the interpreter with the last tested version; pip has checked the minimum."""
+    version, tested = f"{sys.version_info[0]}.{sys.version_info[1]}", last_tested().get("python", "")
+    level: Literal["ok", "note"] = "ok" if version == tested else "note"
+    return Finding(level, "Python", f"{sys.version.split()[0]} in {sys.prefix}, last tested with {tested or 'none'}")
 
 
 def libraries() -> Iterator[Finding]:
-    """A line for each library that is missing or outside of its range, then one for all others."""
+    """Yield a problem for each missing or unsupported library, then a line for all untested versions."""
     from packaging.utils import canonicalize_name
 
-    others, last = [], last_tested()
+    untested, tested = [], last_tested()
     for library in required():
-        name, have = library.name, installed_version(library.name)
-        if have is None:
+        name, version = library.name, installed_version(library.name)
+        if version is None:
             yield Finding("problem", "libraries", f"{name} is not installed", f'pip install "{library}"')
-        elif not library.specifier.contains(have, prereleases=True):
-            fact = f"{name} {have} is outside of {library.specifier}"
+        elif not library.specifier.contains(version, prereleases=True):
+            fact = f"{name} {version} is outside of {library.specifier}"
             yield Finding("problem", "libraries", fact, f'pip install "{library}"')
-        elif canonicalize_name(name) in last and have.partition("+")[0] != last[canonicalize_name(name)]:
-            others.append(f"{name} {have} (tested: {last[canonicalize_name(name)]})")
-    if others:
+        elif canonicalize_name(name) in tested and version.partition("+")[0] != tested[canonicalize_name(name)]:
+            untested.append(f"{name} {version} (tested: {tested[canonicalize_name(name)]})")
+    if untested:
         remedy = f"if something fails, pip install -c {shipped(LOCK)} {PROGRAM}"
-        yield Finding("note", "libraries", f"others than last tested: {', '.join(others)}", remedy)
+        yield Finding("note", "libraries", f"untested versions: {', '.join(untested)}", remedy)
     else:
         yield Finding("ok", "libraries", "as last tested")
 
 
 def devices() -> Iterator[Finding]:
-    """What torch computes on; each GPU is tried."""
+    """Name the devices that torch uses, after a trial computation on each GPU."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: one of its own libraries does not load
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch does not load
         yield Finding("problem", "torch", f"cannot be imported ({first_line(error)})", _GPU_BUILD)
         return
     has_nvidia = shutil.which("nvidia-smi") is not None
@@ -125,7 +124,7 @@ def devices() -> Iterator[Finding]:
     elif torch.backends.mps.is_available():
         yield Finding("ok", "torch", f"{torch.__version__} computes on this Mac's GPU")
     elif has_nvidia and torch.version.cuda is None:
-        fact = f"{torch.__version__} computes on the CPU alone, though there is an NVIDIA driver"
+        fact = f"{torch.__version__} computes on the CPU only, though there is an NVIDIA driver"
         yield Finding("problem", "torch", fact, _GPU_BUILD)
     elif has_nvidia:
         fact = f"{torch.__version__} finds no GPU, though there is an NVIDIA driver"
@@ -142,7 +141,7 @@ def _gpu(device: torch.device) -> Finding:
     try:
         torch.ones(2, 2, device=device).square().sum().item()
         free, total = (size / _GIB for size in torch.cuda.mem_get_info(device))
-    except RuntimeError as error:  # a build without kernels for this GPU, or a GPU that others fill
+    except RuntimeError as error:  # a build without kernels for this GPU, or a GPU whose memory is in use
         return Finding("problem", "torch", f"{fact}, which fails ({first_line(error)})", _GPU_BUILD)
     return Finding("ok", "torch", f"{fact}, {free:.1f} of {total:.1f} GiB free")
 
@@ -151,37 +150,37 @@ def memory() -> Finding:
     import psutil
 
     free = psutil.virtual_memory().available
-    if free < _LEAST_MEMORY:
-        return Finding("problem", "memory", f"{free / _GIB:.1f} GiB free", "close other programs, 1 GiB is needed")
+    if free < _MIN_MEMORY:
+        return Finding("problem", "memory", f"{free / _GIB:.1f} GiB free", "close other programs; 1 GiB is needed")
     return Finding("ok", "memory", f"{free / _GIB:.1f} GiB free")
 
 
 def disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
-    if free < _LEAST_DISK:
+    if free < _MIN_DISK:
         fact = f"{free / _GIB:.1f} GiB free in {folder}"
-        return Finding("problem", "disk", fact, "make room or work in another folder, 1 GiB is needed")
+        return Finding("problem", "disk", fact, "free some space or work in another folder; 1 GiB is needed")
     return Finding("ok", "disk", f"{free / _GIB:.1f} GiB free in {folder}")
 
 
 def working_folder(folder: Path) -> Finding:
-    """Runs are written below it unless a flag says otherwise."""
+    """Check that runs can be written to the working folder."""
     try:
         with tempfile.TemporaryFile(dir=folder):
-            return Finding("ok", "working folder", f"{folder} can be written to")
+            return Finding("ok", "working folder", f"{folder} is writable")
     except OSError as error:
-        fact = f"{folder} cannot be written to ({error.strerror})"
-        return Finding("problem", "working folder", fact, "start in a folder of your own")
+        fact = f"{folder} is not writable ({error.strerror})"
+        return Finding("problem", "working folder", fact, "work in a folder of your own")
 
 
 def base(model: ModelConfig) -> Finding:
-    """The base and its text encoders: a file, a folder, or a hub id that was downloaded before."""
+    """Check the base: a file, a folder, or a downloaded hub id."""
     name = model.pretrained_model_name_or_path
     if name == TINY:
         return weights("base", str(SAMPLES / "tiny_sdxl"), _PIPELINE_PARTS, named=TINY_TITLE)
     if name.lower().endswith(".safetensors"):
         if Path(name).is_file():
-            return Finding("ok", "base", f"{name} is here")
+            return Finding("ok", "base", f"{name} exists")
         return Finding("problem", "base", f"{name} does not exist", "give another --pretrained_model_name_or_path")
     return weights("base", name, _PIPELINE_PARTS, model.revision, model.variant)
 
@@ -194,71 +193,75 @@ def weights(
     variant: str | None = None,
     named: str | None = None,
 ) -> Finding:
-    """Whether each of `parts`, folders of a model or of a pipeline of models, has its weights."""
+    """Check that each of `parts`, the folders of a model or pipeline, has weights.
+
+    Args:
+        name: A folder or a hub id.
+        named: The model's name in the report, if it is not `name`.
+    """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    file, what, folder = "config.json" if parts == (".",) else "model_index.json", named or name, Path(name)
+    file, label, folder = "config.json" if parts == (".",) else "model_index.json", named or name, Path(name)
     is_hub = not folder.is_dir()
     if is_hub:
         try:
             cached = try_to_load_from_cache(name, file, revision=revision)
         except HFValidationError:
-            return Finding("problem", subject, f"{what} is neither a folder nor a hub id", "give the right path")
+            return Finding("problem", subject, f"{label} is neither a folder nor a hub id", "give the right path")
         folder = Path(cached if isinstance(cached, str) else f"{constants.HF_HUB_CACHE}/nowhere/{file}").parent
-    lacks = [part for part in parts if not _has_weights(folder / part, variant)]
-    if (folder / file).is_file() and not lacks:
-        return Finding("ok", subject, f"{what} is {'downloaded' if is_hub else 'here'}")
+    without_weights = [part for part in parts if not _has_weights(folder / part, variant)]
+    if (folder / file).is_file() and not without_weights:
+        return Finding("ok", subject, f"{label} {'is downloaded' if is_hub else 'exists'}")
     if not is_hub:
-        missing = file if not (folder / file).is_file() else f"weights (.safetensors) in {', '.join(lacks)}"
-        return Finding("problem", subject, f"{what} has no {missing}", "give a folder saved by diffusers")
+        missing = file if not (folder / file).is_file() else f"weights (.safetensors) in {', '.join(without_weights)}"
+        return Finding("problem", subject, f"{label} has no {missing}", "give a folder saved by diffusers")
     if constants.HF_HUB_OFFLINE:
-        fact = f"{what} is not downloaded, and HF_HUB_OFFLINE forbids it"
-        return Finding("problem", subject, fact, f"unset HF_HUB_OFFLINE, or run `hf download {name}` where you may")
-    return Finding(
-        "note", subject, f"{what} is not downloaded", f"the first run does it, into {constants.HF_HUB_CACHE}"
-    )
+        fact = f"{label} is not downloaded, and HF_HUB_OFFLINE forbids it"
+        return Finding("problem", subject, fact, f"unset HF_HUB_OFFLINE, or run `hf download {name}` while online")
+    remedy = f"the first run downloads it to {constants.HF_HUB_CACHE}"
+    return Finding("note", subject, f"{label} is not downloaded", remedy)
 
 
 def _has_weights(folder: Path, variant: str | None) -> bool:
-    """Files are called `model.safetensors`, `model.fp16.safetensors` or `model.fp16-00001-of-00002.safetensors`."""
-    kinds = {file.stem.partition(".")[2].partition("-")[0] for file in folder.glob("*.safetensors")}
-    return (variant or "") in kinds
+    # File names: model.safetensors, model.fp16.safetensors or model.fp16-00001-of-00002.safetensors.
+    variants = {file.stem.partition(".")[2].partition("-")[0] for file in folder.glob("*.safetensors")}
+    return (variant or "") in variants
 
 
 def app() -> Finding:
     if find_spec("gradio") is None:
         return Finding("note", "app", "needs gradio", 'pip install "flatlora-diffusion[app]"')
-    return Finding("ok", "app", f"gradio {installed_version('gradio')} is here")
+    return Finding("ok", "app", f"gradio {installed_version('gradio')} is installed")
 
 
 def port(number: int) -> Finding:
-    with socket.socket() as tried:
-        if os.name != "nt":  # there it would let two programs have one port
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as probe:
+        if os.name != "nt":  # on Windows this would let two programs share a port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            tried.bind(("127.0.0.1", number))
+            probe.bind(("127.0.0.1", number))
         except OSError as error:
             fact = f"{number} cannot be used ({error.strerror})"
-            return Finding("problem", "port", fact, "unless it is the app itself, start it with another --port")
+            return Finding("problem", "port", fact, "start the app with another --port, unless it is already running")
     return Finding("ok", "port", f"{number} is free for the app")
 
 
 def gpu() -> Iterator[Finding]:
-    """The first steps of a training of SDXL's size on the GPU, as they check themselves."""
+    """Train the first steps of a model of SDXL's size on the GPU, and report their self-checks."""
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("problem", "gpu", "there is no CUDA device to train on", "see the line torch above")
+        yield Finding("problem", "gpu", "there is no CUDA device to train on", "see the line about torch above")
         return
     from flatlora_diffusion.training.gpu_check import drill_configs
 
     for config in drill_configs():
-        yield from drilled(config)
+        yield from gpu_check_findings(config)
 
 
-def drilled(config: TrainConfig) -> Iterator[Finding]:
-    """A line for each thing that three steps of `config`, with random weights, have shown of this device."""
+def gpu_check_findings(config: TrainConfig) -> Iterator[Finding]:
+    """Yield the self-checks of three steps of `config` with random weights on this device."""
     from flatlora_diffusion.training.gpu_check import drill
 
     subject = f"gpu, {METHODS[config.perturb.method].title}"

@@ -1,7 +1,7 @@
-"""The flags of settings: every setting is one, and each value is checked as it is read.
+"""Parses command-line flags: each setting is a flag, and each value is checked when it is read.
 
-`--name VALUE` or `--name=VALUE`, with `-` for `_` too; several values follow one another; a switch is `--name`,
-`--no_name` or `--name false`. Of a flag that is given twice the last one counts, but lines add up.
+Syntax: `--name VALUE` or `--name=VALUE`, with `-` or `_`; a list takes several values; a switch is `--name`,
+`--no_name` or `--name false`. If a flag is repeated the last value wins, except that lines are appended.
 """
 
 from __future__ import annotations
@@ -28,66 +28,68 @@ from flatlora_diffusion.config import (
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 _OFF = "no_"
 FLAGS = "flags"
-"""The title of those that are in no section."""
+"""The title of the flags without a section."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A setting with its type, what it is if it is not given, and the title of its section."""
+    """A setting as a flag, with its type, its default and the title of its section."""
 
-    item: dataclasses.Field[Any]
+    field: dataclasses.Field[Any]
     hint: Any
     default: Any
     section: str
 
     @property
     def name(self) -> str:
-        return self.item.name
+        return self.field.name
 
     @property
     def is_switch(self) -> bool:
         return kind_of(self.hint) is bool
 
     @property
-    def is_several(self) -> bool:
+    def is_list(self) -> bool:
         return typing.get_origin(kind_of(self.hint)) is tuple
 
     def value(self, texts: Sequence[str]) -> Any:
-        """The value that `texts` give. Raises ConfigError, naming the flag, for one that the setting cannot have."""
-        if not self.is_several:
+        """Parse `texts`. Raises ConfigError, naming the flag, for an invalid value."""
+        if not self.is_list:
             return self._read(self.hint, texts[0])
         hint = typing.get_args(kind_of(self.hint))[0]
-        read = tuple(self._read(hint, text) for text in texts)
-        for place, text in enumerate(texts):
-            if read[place] in read[:place] and not self.item.metadata.get("repeats"):
-                raise ConfigError(f"--{self.name} has {shlex.quote(text)} twice; give each value once")
-        return read
+        values = tuple(self._read(hint, text) for text in texts)
+        for index, text in enumerate(texts):
+            if values[index] in values[:index] and not self.field.metadata.get("repeats"):
+                raise ConfigError(f"--{self.name} contains {shlex.quote(text)} twice; give each value once")
+        return values
 
     def _read(self, hint: Any, text: str) -> Any:
         try:
             value = read_value(self.name, hint, text)
-            check_setting(self.item, hint, value)
+            check_setting(self.field, hint, value)
         except SettingError as error:
             raise ConfigError(f"--{self.name} {shlex.quote(text)} {error.why}") from error
         return value
 
 
 def flags_of(settings: Any, section: str = FLAGS) -> dict[str, Flag]:
-    """A flag for each setting, by its name, with the values of `settings` and of its sections as the defaults."""
+    """Make a flag of each setting, with the values of `settings` and of its sections as defaults."""
     hints = typing.get_type_hints(type(settings))
-    own = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    found = {
-        item.name: Flag(item, hints[item.name], own[item.name], section) for item in fields(settings) if item.metadata
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    flags = {
+        item.name: Flag(item, hints[item.name], values[item.name], section)
+        for item in fields(settings)
+        if item.metadata
     }
     for item in fields(settings):
         if not item.metadata:
-            title = (type(own[item.name]).__doc__ or "").rstrip(".")
-            found |= flags_of(own[item.name], title)
-    return found
+            title = (type(values[item.name]).__doc__ or "").rstrip(".")
+            flags |= flags_of(values[item.name], title)
+    return flags
 
 
 def with_values(settings: Any, given: Mapping[str, Any]) -> Any:
-    """`settings` with the values that are `given` for them and for their sections."""
+    """Replace the values of `settings` and of its sections by those in `given`."""
     changes = {}
     for item in fields(settings):
         if not item.metadata:
@@ -97,65 +99,69 @@ def with_values(settings: Any, given: Mapping[str, Any]) -> Any:
     return dataclasses.replace(settings, **changes)
 
 
-def read_flags(words: Sequence[str], flags: Mapping[str, Flag], first: str | None = None) -> dict[str, Any]:
-    """The values that a command line gives, by name; words of no flag are those of the setting `first`.
+def read_flags(words: Sequence[str], flags: Mapping[str, Flag], positional: str | None = None) -> dict[str, Any]:
+    """Parse a command line into values by name.
 
-    Raises ConfigError, one sentence, for a flag that is not among `flags` and for a value that it cannot have.
+    Args:
+        positional: The setting of the words without a flag.
+
+    Raises:
+        ConfigError: A flag is not among `flags`, or a value is invalid.
     """
     given: dict[str, Any] = {}
-    bare: list[str] = []
-    left = deque(words)
-    while left:
-        word = left.popleft()
-        found = _FLAG.fullmatch(word)
-        if found is None:
-            bare.append(word)
+    positional_words: list[str] = []
+    remaining = deque(words)
+    while remaining:
+        word = remaining.popleft()
+        match = _FLAG.fullmatch(word)
+        if match is None:
+            positional_words.append(word)
             continue
-        name, text = found[1].replace("-", "_"), found[2]
+        name, text = match[1].replace("-", "_"), match[2]
         flag = flags.get(name)
         if flag is not None:
-            given[name] = _value(flag, text, left, given.get(name))
+            given[name] = _take_value(flag, text, remaining, given.get(name))
         else:
-            given[_switched_off(name, text, flags)] = False
-    return given | _bare(bare, flags, first)
+            given[_disabled_switch(name, text, flags)] = False
+    return given | _positional(positional_words, flags, positional)
 
 
-def _value(flag: Flag, text: str | None, left: deque[str], before: Any) -> Any:
-    """The value of a flag, with what it takes of the words that are `left`."""
+def _take_value(flag: Flag, text: str | None, remaining: deque[str], earlier: Any) -> Any:
+    """Parse the value of a flag, taking it from the remaining words if necessary."""
     if flag.is_switch:
         if text is None:
-            text = left.popleft() if left and left[0].lower() in ("true", "false") else "true"
+            text = remaining.popleft() if remaining and remaining[0].lower() in ("true", "false") else "true"
         return flag.value([text])
-    if flag.is_several:
-        return flag.value(_values(left) if text is None else [text])
+    if flag.is_list:
+        return flag.value(_take_values(remaining) if text is None else [text])
     if text is None:
-        if not left or _FLAG.fullmatch(left[0]):
+        if not remaining or _FLAG.fullmatch(remaining[0]):
             raise ConfigError(f"--{flag.name} needs a value")
-        text = left.popleft()
-    is_more = flag.item.metadata.get("is_lines") and before is not None
-    return flag.value([f"{before}\n{text}" if is_more else text])
+        text = remaining.popleft()
+    is_appended = flag.field.metadata.get("is_lines") and earlier is not None
+    return flag.value([f"{earlier}\n{text}" if is_appended else text])
 
 
-def _values(left: deque[str]) -> list[str]:
-    found = []
-    while left and not _FLAG.fullmatch(left[0]):
-        found.append(left.popleft())
-    return found
+def _take_values(remaining: deque[str]) -> list[str]:
+    values = []
+    while remaining and not _FLAG.fullmatch(remaining[0]):
+        values.append(remaining.popleft())
+    return values
 
 
-def _switched_off(name: str, text: str | None, flags: Mapping[str, Flag]) -> str:
-    """The switch that `--no_NAME` means."""
+def _disabled_switch(name: str, text: str | None, flags: Mapping[str, Flag]) -> str:
+    """The switch that `--no_NAME` turns off. Raises ConfigError for an unknown flag."""
     flag = flags.get(name.removeprefix(_OFF)) if name.startswith(_OFF) else None
     if flag is not None and flag.is_switch and text is None:
         return flag.name
-    near = difflib.get_close_matches(name, flags, n=1)
-    advice = f"; is --{near[0]} meant?" if near else "; --help-all lists all"
-    raise ConfigError(f"there is no flag --{name}{why_removed(name) or advice}")
+    similar = difflib.get_close_matches(name, flags, n=1)
+    hint = f"; did you mean --{similar[0]}?" if similar else "; --help-all lists all flags"
+    raise ConfigError(f"there is no flag --{name}{why_removed(name) or hint}")
 
 
-def _bare(words: Sequence[str], flags: Mapping[str, Flag], first: str | None) -> dict[str, Any]:
+def _positional(words: Sequence[str], flags: Mapping[str, Flag], name: str | None) -> dict[str, Any]:
     if not words:
         return {}
-    if first is None or (len(words) > 1 and not flags[first].is_several):
-        raise ConfigError(f"{words[0 if first is None else 1]!r} follows no flag that takes it; see --help")
-    return {first: flags[first].value(words)}
+    if name is None or (len(words) > 1 and not flags[name].is_list):
+        raise ConfigError(f"unexpected argument {words[0 if name is None else 1]!r}; see --help")
+    return {name: flags[name].value(words)}

@@ -1,4 +1,4 @@
-"""The training settings of a command line: defaults, `--preset`, `--config`, then flags; what comes last wins."""
+"""Reads the training settings of a command line: defaults, `--preset`, `--config`, then flags; the last value wins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.commands.flags import Flag, flags_of, read_flags, with_values
-from flatlora_diffusion.commands.help_page import Page, help_wanted, show_help
+from flatlora_diffusion.commands.help_page import HelpPage, requested_help, show_help
 from flatlora_diffusion.config import (
     CompareConfig,
     ConfigError,
@@ -29,47 +29,47 @@ from flatlora_diffusion.storage.saved_config import expand_paths, is_truncated_p
 
 @dataclass(frozen=True)
 class Sources(Section):
-    """What the settings begin with."""
+    """Sources of the settings."""
 
     preset: str | None = setting(None, f"settings to begin with: {', '.join(preset_names())}")
     config: str | None = setting(None, "JSON file of settings, such as config.json of a run; it wins over --preset")
 
 
-_OF_RUNS = (
+_COMMON_FLAGS = (
     *("preset", "config", "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir"),
     *("rank", "lora_target_modules", "resolution", "max_train_steps", "train_batch_size", "learning_rate"),
     *("mixed_precision", "gradient_checkpointing", "cache_latents", "seed"),
 )
-TRAIN = Page(
+TRAIN = HelpPage(
     "train",
     "Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. --preset and --config give defaults; flags win.",
     usage="--instance_data_dir DIR",
-    usual=(
-        *_OF_RUNS[:6],
+    common=(
+        *_COMMON_FLAGS[:6],
         *("method", "sigma"),
-        *_OF_RUNS[6:],
+        *_COMMON_FLAGS[6:],
         *("members", "holdout_images", "validation_prompt", "checkpointing_steps", "resume_from_checkpoint"),
     ),
 )
-COMPARE = Page(
+COMPARE = HelpPage(
     "compare",
-    "Train arms alike, LoRA and Flat-LoRA or others, and report what tells them apart. Takes all settings of `train` "
-    "as well, --preset and --config too.",
+    "Train arms (LoRA, Flat-LoRA or others) under equal conditions and report their differences. Also takes all flags "
+    "of `train`, including --preset and --config.",
     usage="--instance_data_dir DIR --heldout_dir DIR",
-    usual=(*(item.name for item in fields(CompareConfig)), *_OF_RUNS),
+    common=(*(item.name for item in fields(CompareConfig)), *_COMMON_FLAGS),
 )
-DEMO = Page(
+DEMO = HelpPage(
     "demo",
-    "Train LoRA, Flat-LoRA and SAM on the sample icons and compare them, on the tiny base that ships with this "
-    "program: no GPU, no download. It is `compare` with settings of its own, and takes all of its flags.",
-    usual=("output_dir", "arms", "max_train_steps", "num_seeds", "seed", "num_prompts", "guidance_scale", "workers"),
+    "Compare LoRA, Flat-LoRA and an average of LoRAs on the sample icons and the included tiny base: no GPU, no "
+    "download. It is `compare` with other defaults, and takes all of its flags.",
+    common=("output_dir", "arms", "max_train_steps", "num_seeds", "seed", "num_prompts", "guidance_scale", "workers"),
 )
-EVIDENCE = Page(
+EVIDENCE = HelpPage(
     "evidence",
-    "Compare Flat-LoRA with LoRA on real SDXL, on the sample icons with three seeds, and write figures that can be "
-    "posted. It needs a GPU of 12 GB with bf16 and downloads the base and two encoders. It is `compare` with settings "
-    "of its own, and takes all of its flags.",
-    usual=(
+    "Compare Flat-LoRA with LoRA on real SDXL, on the sample icons with three seeds, and write figures for posting. "
+    "Needs a GPU of 12 GB with bf16, and downloads the base and two encoders. It is `compare` with other defaults, "
+    "and takes all of its flags.",
+    common=(
         *("output_dir", "pretrained_model_name_or_path", "instance_data_dir", "heldout_dir", "resolution"),
         *("arms", "num_seeds", "max_train_steps", "mixed_precision", "encoders", "lpips", "workers"),
     ),
@@ -77,79 +77,84 @@ EVIDENCE = Page(
 
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
-    """The settings of a training that a command line gives, as `parse_training` reads them."""
+    """Read the training settings of a command line, as `parse_training` does."""
     return parse_training(arguments)[0]
 
 
 def parse_training(arguments: Sequence[str]) -> tuple[TrainConfig, WorkersConfig]:
-    """The settings of a command line of `train`; prints help and exits if that is asked for.
+    """Read the settings of a command line of `train`; print help and exit if requested.
 
-    A run that is resumed by flags has its own settings in place of the defaults. Raises ConfigError for a flag or a
-    value that cannot be, and for flags that the method does not read.
+    If the flags resume a run, its settings replace the defaults.
+
+    Raises:
+        ConfigError: A flag or value is invalid, or the method does not use a given flag.
     """
     flags = {**flags_of(Sources()), **flags_of(TrainConfig()), **flags_of(WorkersConfig())}
-    wanted = help_wanted(arguments)
-    if wanted:
-        show_help(TRAIN, flags, wanted)
+    kind = requested_help(arguments)
+    if kind:
+        show_help(TRAIN, flags, kind)
     given = read_flags(arguments, flags)
-    config = _config_of(given)
+    config = _build_config(given)
     refuse_unread(config.perturb, given)
     workers = with_values(WorkersConfig(), given)
     if workers.trains_at_once and config.average.members is None:
-        raise ConfigError("--workers and --cluster train --members at once; give --members 3, or leave them out")
+        raise ConfigError("--workers and --cluster train --members in parallel; give --members 3, or omit them")
     return config, workers
 
 
 def parse_comparison(
-    page: Page, defaults: Sequence[str], arguments: Sequence[str]
+    page: HelpPage, defaults: Sequence[str], arguments: Sequence[str]
 ) -> tuple[TrainConfig, CompareConfig]:
-    """The settings of a comparison, whose arms have methods of their own in place of the preset's.
+    """Read the settings of a comparison, whose arms replace the preset's method; print help and exit if requested.
 
-    The flags of `defaults` come first. Prints help and exits if that is asked for. Raises ConfigError as
-    `parse_config`.
+    Args:
+        defaults: Flags that `arguments` override.
+
+    Raises:
+        ConfigError: As `parse_training`.
     """
     flags = {**flags_of(CompareConfig()), **flags_of(Sources()), **flags_of(TrainConfig())}
-    wanted = help_wanted(arguments)
-    given = read_flags([*defaults, *([] if wanted else arguments)], flags)
-    config, own = _config_of(given, has_arms=True), with_values(CompareConfig(), given)
-    if wanted:
+    kind = requested_help(arguments)
+    given = read_flags([*defaults, *([] if kind else arguments)], flags)
+    config, options = _build_config(given, has_arms=True), with_values(CompareConfig(), given)
+    if kind:
         sources: Mapping[str, Flag] = flags_of(with_values(Sources(), given))
-        show_help(page, {**flags_of(own), **sources, **flags_of(config)}, wanted)
-    return config, own
+        show_help(page, {**flags_of(options), **sources, **flags_of(config)}, kind)
+    return config, options
 
 
-def _config_of(given: Mapping[str, Any], has_arms: bool = False) -> TrainConfig:
-    """The settings of the flags that are `given`, over what their preset, file or resumed run has."""
+def _build_config(given: Mapping[str, Any], has_arms: bool = False) -> TrainConfig:
+    """Apply the given flags to the settings of their preset, file or resumed run."""
     preset, file, method = given.get("preset"), given.get("config"), given.get("method")
-    config = TrainConfig() if file is not None else _of_resumed(given)
+    config = TrainConfig() if file is not None else _resumed_config(given)
     if preset is not None:
         config = config.updated_from(preset_file(preset), config.perturb.method if has_arms else method)
     if file is not None:
-        config = _in_its_folder(config.updated_from(Path(file), method), Path(file).parent)
+        config = _with_own_output_dir(config.updated_from(Path(file), method), Path(file).parent)
     flags = {name: value for name, value in given.items() if name in setting_hints()}
-    config = _without_overruled(config, flags).replace(**flags)
+    config = _without_overridden(config, flags).replace(**flags)
     return config.replace(**expand_paths(config.to_dict()))
 
 
-def _of_resumed(given: Mapping[str, Any]) -> TrainConfig:
-    """The settings of the run that the flags resume; the defaults if they resume none."""
+def _resumed_config(given: Mapping[str, Any]) -> TrainConfig:
+    """The settings of the run that the flags resume, or else the defaults."""
     config = TrainConfig()
     if given.get("resume_from_checkpoint") is None:
         return config
     preset = given.get("preset")
-    usual = config if preset is None else config.updated_from(preset_file(preset))
-    saved = RunDir(Path(given.get("output_dir") or usual.run.output_dir)).config_file
+    defaults = config if preset is None else config.updated_from(preset_file(preset))
+    saved = RunDir(Path(given.get("output_dir") or defaults.run.output_dir)).config_file
     return config.updated_from(saved) if saved.is_file() else config
 
 
-def _in_its_folder(config: TrainConfig, folder: Path) -> TrainConfig:
-    """`config`, read from `folder`, with that as its output folder if it is the run's own and not saved otherwise."""
+def _with_own_output_dir(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Set the output folder of a run's config.json to its folder if the saved path was shortened."""
     is_cut, is_run = is_truncated_path(config.run.output_dir), RunDir(folder).manifest_file.is_file()
     return config.replace(output_dir=str(folder)) if is_cut and is_run else config
 
 
-def _without_overruled(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
-    """`config`, from preset and file, without the settings that would get in the way of flags that are given."""
+def _without_overridden(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """Remove the settings of preset and file that conflict with given flags."""
     if "method" in given:
         config = config.replace(**{name: None for name in unused_by(given["method"]) if name not in given})
     if "num_train_epochs" in given and "max_train_steps" not in given:

@@ -1,4 +1,4 @@
-"""The settings of any verb but those that train, made from `config`, and what all verbs share before they begin."""
+"""Reads the settings of verbs that do not train, and contains the first steps that all verbs share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from flatlora_diffusion.commands.flags import flags_of, read_flags, with_values
-from flatlora_diffusion.commands.help_page import Page, help_wanted, show_help
+from flatlora_diffusion.commands.help_page import HelpPage, requested_help, show_help
 from flatlora_diffusion.config import ModelConfig
 
 Settings = TypeVar("Settings")
@@ -15,20 +15,21 @@ Settings = TypeVar("Settings")
 logger = logging.getLogger(__name__)
 
 
-def verb_settings(default: Settings, page: Page, arguments: Sequence[str]) -> Settings:
-    """`default` with what a verb's command line gives; prints help and exits if that is asked for.
+def verb_settings(default: Settings, page: HelpPage, arguments: Sequence[str]) -> Settings:
+    """Apply a verb's command line to `default`; print help and exit if requested.
 
-    Raises ConfigError, one sentence, for a flag or a value that cannot be.
+    Raises:
+        ConfigError: A flag or value is invalid.
     """
-    flags, wanted = flags_of(default), help_wanted(arguments)
-    if wanted:
-        show_help(page, flags, wanted)
-    read: Settings = with_values(default, read_flags(arguments, flags, page.first))
-    return read
+    flags, kind = flags_of(default), requested_help(arguments)
+    if kind:
+        show_help(page, flags, kind)
+    settings: Settings = with_values(default, read_flags(arguments, flags, page.positional))
+    return settings
 
 
-def say_base(model: ModelConfig, has_remedy: bool = True) -> None:
-    """Log the base by what it is; a verb's first line. has_remedy: for the tiny one, how to give another."""
+def log_base(model: ModelConfig, has_remedy: bool = True) -> None:
+    """Log the base's title; if `has_remedy`, with how to replace the tiny base."""
     from flatlora_diffusion.sdxl.base_title import base_line, base_title
 
     logger.info("%s", base_line(model) if has_remedy else f"base: {base_title(model)}")

@@ -1,6 +1,6 @@
-"""Arms times seeds, trained as one experiment: the settings and the folder of each run, trained once, resumed if cut.
+"""Plans and trains the runs of an experiment, one for each arm and seed; reuses finished runs, resumes partial runs.
 
-All runs of a seed share every setting but those that their arm is about.
+All runs of a seed share every setting except those that their arm changes.
 """
 
 from __future__ import annotations
@@ -39,19 +39,18 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["arm", "null"]
 
-# An arm must not move these: seeds pair the runs, folders and intervals belong to the experiment, and runs of another
-# base, of other images or in another precision cannot be measured alike.
-_OURS = {*settings_that("is_shared"), *(item.name for item in fields(ModelConfig))}
-# What a finished run must share beyond what makes its steps: its end, its checkpoints, the precision of its file.
-_SHAPE = ("max_train_steps", "checkpointing_steps", "save_dtype")
+# An arm cannot change these: seeds pair the runs, folders and intervals belong to the experiment, and runs on another
+# base, on other images or in another precision are not comparable.
+_SHARED_SETTINGS = {*settings_that("is_shared"), *(item.name for item in fields(ModelConfig))}
+# Settings that a reusable run must have in common beyond those of its steps: its end, checkpoints and file precision.
+_FIXED_SETTINGS = ("max_train_steps", "checkpointing_steps", "save_dtype")
 
-
-ASK_EVERY = 1.0  # seconds, until a run that is to stop has ended
+STOP_INTERVAL = 1.0  # seconds between requests to a run to stop
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method, and the settings in which it differs from the experiment's own."""
+    """A method, and the settings in which it differs from the experiment's settings."""
 
     key: str
     name: str
@@ -82,69 +81,71 @@ class PlannedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder has a result made with these settings (those left open may have any value)."""
+        """Whether the folder contains a result trained with these settings; open settings may have any value."""
         ending = self.run.ending()
-        return ending is not None and ending["event"] == "finished" and self.lora.is_file() and self._is_mine()
+        is_complete = ending is not None and ending["event"] == "finished" and self.lora.is_file()
+        return is_complete and self._has_same_settings()
 
     @property
-    def is_begun(self) -> bool:
-        """Whether the folder has a checkpoint of a run with these settings to go on from."""
-        return bool(self.run.checkpoints()) and self._is_mine()
+    def is_resumable(self) -> bool:
+        """Whether the folder contains a checkpoint of a run with these settings."""
+        return bool(self.run.checkpoints()) and self._has_same_settings()
 
     @property
     def last_step(self) -> int:
-        """How many steps the finished run took."""
+        """The last step of the finished run."""
         ending = self.run.ending()
         assert ending is not None
         return int(ending["step"])
 
     @property
     def files(self) -> dict[int, Path]:
-        """The LoRA files along the run by their steps, the result last; before it is trained, where they will be."""
+        """The LoRA files of the run by step, the result last; of an unfinished run, the expected paths."""
         if self.is_finished:
-            # Those after the one that held-out images have chosen are no part of the way to it, and those of a stop or
-            # a request no part that other runs have too.
+            # Exclude checkpoints after the step chosen by held-out images, and those of a stop or a request, which
+            # other runs do not have.
             points = self._points(self.last_step)
-            made = {int(one.name.split("-")[1]): one / LORA_FILE for one in self.run.checkpoints()}
-            return {**{step: file for step, file in made.items() if step in points}, self.last_step: self.lora}
+            saved = {int(folder.name.split("-")[1]): folder / LORA_FILE for folder in self.run.checkpoints()}
+            return {**{step: file for step, file in saved.items() if step in points}, self.last_step: self.lora}
         files = {step: self.run.folder / f"checkpoint-{step}" / LORA_FILE for step in self._points(self.steps)}
         return {**files, self.steps: self.lora}
 
     @property
-    def steps_left(self) -> int:
-        """How many steps are still to be trained."""
+    def remaining_steps(self) -> int:
+        """The number of steps still to be trained."""
         if self.is_finished:
             return 0
-        done = int(self.run.checkpoints()[-1].name.split("-")[1]) if self.is_begun else 0
+        done = int(self.run.checkpoints()[-1].name.split("-")[1]) if self.is_resumable else 0
         return self.steps - done
 
     @property
     def steps(self) -> int:
-        """How many steps the run takes."""
+        """The number of steps of the run."""
         assert self.config.optim.max_train_steps is not None
         return self.config.optim.max_train_steps
 
-    def ask_to_stop(self) -> None:
-        """Ask for a stop after the step it is at. A trainer forgets what comes before its first: ask until it ends."""
-        with suppress(OSError):  # Windows refuses while it is being deleted; the next time comes
+    def request_stop(self) -> None:
+        """Request a stop after the current step; repeat until the run ends, as a trainer clears earlier requests."""
+        with suppress(OSError):  # Windows refuses while the trainer is deleting the file
             self.run.stop_file.touch()
 
     def _points(self, end: int) -> range:
-        """The steps before the end after which a checkpoint is due."""
+        """The steps before `end` at which a checkpoint is saved."""
         return range(self.config.run.checkpointing_steps, end, self.config.run.checkpointing_steps)
 
-    def _is_mine(self) -> bool:
-        """Whether the run in the folder was made with these settings; what they leave open may have any value."""
+    def _has_same_settings(self) -> bool:
+        """Whether the run in the folder was trained with these settings; open settings may have any value."""
         if not is_made_with(self.run, self.config):
             return False
-        wanted, saved = self.config.to_dict(), self.run.config()
-        return all(saved.get(name) == wanted[name] for name in _SHAPE)
+        planned, saved = self.config.to_dict(), self.run.config()
+        return all(saved.get(name) == planned[name] for name in _FIXED_SETTINGS)
 
 
 def parse_arm(text: str) -> Arm:
-    """The arm `METHOD` or `METHOD:SETTING=VALUE,SETTING=VALUE`.
+    """Parse `METHOD` or `METHOD:SETTING=VALUE,SETTING=VALUE`.
 
-    Raises ConfigError for an unknown method or setting, and for a setting that the experiment itself sets.
+    Raises:
+        ConfigError: The method or a setting is unknown, or the setting is shared by the whole experiment.
     """
     method, _, rest = text.partition(":")
     if method not in METHODS:
@@ -164,21 +165,20 @@ def parse_arm(text: str) -> Arm:
 
 
 def arm_name(method: str, changes: Mapping[str, Any]) -> str:
-    """What the report calls the arm."""
-    shown = ", ".join(
-        f"average of {value}" if name == "members" else f"{name} {value}" for name, value in changes.items()
-    )
-    return METHODS[method].title + (f", {shown}" if shown else "")
+    """The arm's name in the report."""
+    parts = [f"average of {value}" if name == "members" else f"{name} {value}" for name, value in changes.items()]
+    return ", ".join([METHODS[method].title, *parts])
 
 
-def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[PlannedRun]:
-    """Every run, seed by seed, below `output_dir`; each saves `points` checkpoints.
+def plan_runs(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points: int) -> list[PlannedRun]:
+    """Plan every run, seed by seed, in folders below `output_dir`; each run saves `points` checkpoints.
 
-    Raises ConfigError for settings of an arm that exclude each other, before anything is trained.
+    Raises:
+        ConfigError: The settings of an arm exclude each other, or --max_train_steps is missing.
     """
     steps = config.optim.max_train_steps
     if steps is None:
-        raise ConfigError("--max_train_steps is missing: give the steps, so that all arms have the same")
+        raise ConfigError("--max_train_steps is missing: give it, so that all arms train equally long")
     out = Path(config.run.output_dir)
     planned = []
     for seed in seeds:
@@ -187,7 +187,7 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
             values = {"seed": seed, "method": arm.method, **left_open, **arm.changes}
             arm_steps = int(values.get("max_train_steps", steps))
             values |= {
-                "output_dir": str(folder_of(out, arm.key, seed)),
+                "output_dir": str(run_folder(out, arm.key, seed)),
                 "output_name": f"{out.name}-{slug(arm.key)}-{seed}",
                 "checkpointing_steps": max(1, -(-arm_steps // points)),
                 "checkpoints_total_limit": None,
@@ -200,58 +200,59 @@ def plan(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], points:
     return planned
 
 
-def folder_of(out: Path, arm: str, seed: int | str) -> Path:
-    """Where the run of an arm, by its key, and of a seed lies in an experiment's folder."""
+def run_folder(out: Path, arm: str, seed: int | str) -> Path:
+    """The folder of a run in an experiment's folder, by the arm's key and the seed."""
     return out / slug(arm) / f"seed-{seed}"
 
 
-def train_planned(planned: PlannedRun) -> None:
-    """Train one run with the command line's own code in a process of its own, unless it is there already.
+def train_run(planned: PlannedRun) -> None:
+    """Train a run in a subprocess by the command line, unless it is finished already.
 
-    Raises RunError when it does not end well.
+    Raises:
+        RunError: The training fails.
     """
     folder = planned.run.folder
     label = planned.label
     if planned.is_finished:
         logger.info("%s: already trained in %s", label, folder)
         return
-    logger.info("%s: %s", label, "going on" if planned.is_begun else "training")
-    environment = {**os.environ, QUIET_VARIABLE: "1"}  # what it would say of the images is the same for all runs
+    logger.info("%s: %s", label, "resuming" if planned.is_resumable else "training")
+    environment = {**os.environ, QUIET_VARIABLE: "1"}  # its log lines about the images are the same for all runs
     with subprocess.Popen(training_command(planned), env=environment, stdout=subprocess.DEVNULL) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            _stop(planned, process)  # if Ctrl-C has not reached it: it saves what it needs to go on
+            _stop_and_wait(planned, process)  # in case Ctrl-C has not reached it; it saves a checkpoint
             raise
     if code != 0:
-        raise RunError(f"training {label} ended with exit code {code}; its message is above")
+        raise RunError(f"training {label} ended with exit code {code}; see its message above")
 
 
-def _stop(planned: PlannedRun, process: subprocess.Popen[bytes]) -> None:
-    """Returns when the run has ended."""
+def _stop_and_wait(planned: PlannedRun, process: subprocess.Popen[bytes]) -> None:
+    """Request a stop until the run has ended."""
     while True:
-        planned.ask_to_stop()
+        planned.request_stop()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(ASK_EVERY)
+            process.wait(STOP_INTERVAL)
             return
 
 
 def training_command(planned: PlannedRun) -> list[str]:
-    """What trains a run, or what is left of it, with the settings in a file beside its folder."""
+    """The command that trains or resumes a run; writes its settings to a file beside its folder."""
     folder, values = planned.run.folder, planned.config.to_dict()
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder.parent / f"{folder.name}.json"
     settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
-    # The saved paths may be cut to their names.
+    # The settings file may contain paths shortened to their names.
     command += [f"--{name}={value}" for name in settings_that("is_path") if (value := values[name])]
-    return [*command, "--resume_from_checkpoint=latest"] if planned.is_begun else command
+    return [*command, "--resume_from_checkpoint=latest"] if planned.is_resumable else command
 
 
 def _refusal(method: str, name: str) -> str:
-    """Why an arm of this method cannot have the setting; nothing if it can."""
-    if name in _OURS:
-        return "is the same for the whole experiment"
+    """Why an arm of this method cannot change the setting; empty if it can."""
+    if name in _SHARED_SETTINGS:
+        return "is shared by the whole experiment"
     if method not in methods_with(name):
-        return f"means nothing for {'plain ' if method == 'lora' else ''}{METHODS[method].title}"
+        return f"has no effect on {'plain ' if method == 'lora' else ''}{METHODS[method].title}"
     return ""

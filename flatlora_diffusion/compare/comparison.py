@@ -1,13 +1,13 @@
-"""`compare`: arms trained as one experiment, measured alike, and the report of it.
+"""`compare`: trains arms as one experiment, measures them alike and writes a report.
 
-ARM/seed-N/     the run folders;  pictures/, measured/: what is not drawn or measured twice
-compare.png     what was trained on, the same prompts and seeds by the base and each arm, and the real images of them,
-                before anything is measured
-compare.html    the verdict, pictures, numbers with intervals, proof: one file that needs no network
-compare.json    every figure and hash
-compare.md      the table
+ARM/seed-N/           the run folders
+pictures/, measured/  cached pictures and losses
+compare.png           training images, pictures of the base and of each arm, real images; written before measuring
+compare.html          verdict, pictures, figures with intervals, proof; one file that works offline
+compare.json          every figure and hash
+compare.md            the table of means
 
-The report is written when the arms are measured, and again with the nulls. After a stop the same command goes on.
+The report is written when the arms are measured, and again with the controls. The same command resumes after a stop.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any, TypedDict
 import torch
 
 from flatlora_diffusion.compare.arms import PlannedRun
-from flatlora_diffusion.compare.controls import RunOutputs, null_rows
+from flatlora_diffusion.compare.controls import RunOutputs, control_rows
 from flatlora_diffusion.compare.early_stopping import advise
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
 from flatlora_diffusion.compare.experiment import Experiment, read_experiment
 from flatlora_diffusion.compare.fairness_checks import shared_conditions
 from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_table, paired_rows, verdict
-from flatlora_diffusion.compare.inputs import free_device
+from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
-from flatlora_diffusion.compare.picture_grid import poster
-from flatlora_diffusion.compare.plan_lines import outlook
-from flatlora_diffusion.compare.progress import do_pieces
+from flatlora_diffusion.compare.picture_grid import comparison_grid
+from flatlora_diffusion.compare.plan_lines import plan_lines
+from flatlora_diffusion.compare.progress import run_items
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import describe_metrics
@@ -69,71 +69,75 @@ class ComparisonResult(TypedDict):
     versions: dict[str, str]
 
 
-def compare(config: TrainConfig, own: CompareConfig) -> Path:
-    """Train all arms, nulls and seeds below `output_dir`, measure them and write the report; returns the folder.
+def compare(config: TrainConfig, options: CompareConfig) -> Path:
+    """Train all arms and controls below `output_dir`, measure them and write the report; return the folder.
 
-    What that takes is told before. Finished runs with the same settings are not trained again. Raises ConfigError for
-    wrong input, for runs that cannot be compared and for a disk without room, RunError when one could not be trained.
+    Logs a plan with the expected duration first. Finished runs with the same settings are reused.
+
+    Raises:
+        ConfigError: The input is wrong, the runs are not comparable, or there is not enough disk space.
+        RunError: A training fails.
     """
     with lock_folder(Path(config.run.output_dir), "output_dir"):
-        experiment = read_experiment(config, own)
-        for line in outlook(experiment):
+        experiment = read_experiment(config, options)
+        for line in plan_lines(experiment):
             logger.info("%s", line)
         return _compare(experiment)
 
 
 def _compare(experiment: Experiment) -> Path:
-    """The phases in their order: what there is to look at comes before what takes long."""
+    """Run the phases; pictures come before the long measurements."""
     out = experiment.out
-    with interrupted_as(lambda: f"with what is done kept in {out}: the same command goes on from there"):
-        experiment.train(experiment.main)
+    with interrupted_as(lambda: f"with everything so far saved in {out}: repeat the command to resume"):
+        experiment.train(experiment.arm_runs)
         result = _evaluate_arms(experiment)
-        if experiment.nulls:
-            free_device()  # for the trainings to come
-            experiment.train(experiment.nulls)
-            _evaluate_nulls(experiment, result)
+        if experiment.control_runs:
+            free_gpu_memory()  # for the trainings to come
+            experiment.train(experiment.control_runs)
+            _evaluate_controls(experiment, result)
     return out
 
 
 def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
-    """Draw the grid, measure the arms and write the report without nulls; returns what was found."""
+    """Draw the grid, measure the arms and write the report without controls."""
     out = experiment.out
-    evaluator, sdxl = experiment.evaluator(experiment.main)
+    evaluator, sdxl = experiment.evaluator(experiment.arm_runs)
     logger.info("Drawing the same prompts with the base and each LoRA")
-    do_pieces(sdxl.unet, experiment.to_draw(evaluator))
-    pictures = _pictures(experiment.first, evaluator)
-    captions = {sample.caption for sample in experiment.material.sets[TRAIN].samples}
-    grid = poster(experiment.first, evaluator, captions)
-    with atomic_write(out / GRID) as aside:  # it is looked at while the rest goes on
-        grid.save(aside, format="PNG")
+    run_items(sdxl.unet, experiment.drawing_items(evaluator))
+    pictures = _pictures(experiment.first_runs, evaluator)
+    captions = {sample.caption for sample in experiment.inputs.sets[TRAIN].samples}
+    grid = comparison_grid(experiment.first_runs, evaluator, captions)
+    with atomic_write(out / GRID) as temporary:
+        grid.save(temporary, format="PNG")
     logger.info("Look at %s", out / GRID)
     logger.info("Measuring the base and each LoRA")
-    do_pieces(sdxl.unet, experiment.to_measure(evaluator))
+    run_items(sdxl.unet, experiment.measurement_items(evaluator))
     result = _measure(experiment, evaluator, pictures)
     _write(out, result)
-    logger.info("Look at %s%s", out / PAGE, ": all but the controls is there" if experiment.nulls else "")
+    logger.info("Look at %s%s", out / PAGE, ", still without the controls" if experiment.control_runs else "")
     return result
 
 
-def _evaluate_nulls(experiment: Experiment, result: ComparisonResult) -> None:
-    """Measure the nulls and write the whole report."""
+def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None:
+    """Measure the controls and write the complete report."""
     evaluator, sdxl = experiment.evaluator(experiment.runs)
     logger.info("Measuring the controls")
-    do_pieces(sdxl.unet, experiment.to_measure_nulls(evaluator))
+    run_items(sdxl.unet, experiment.control_items(evaluator))
     values = {
         arm: {int(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in result["values"].items()
     }
-    for planned in experiment.nulls:
+    for planned in experiment.control_runs:
         values[planned.arm.key] = {planned.seed: evaluator.losses(planned)}
-    outputs = {planned.arm.key: _outputs(planned, evaluator) for planned in (*experiment.first, *experiment.nulls)}
-    with_nulls: ComparisonResult = {
+    runs = [*experiment.first_runs, *experiment.control_runs]
+    outputs = {planned.arm.key: _outputs(planned, evaluator) for planned in runs}
+    complete: ComparisonResult = {
         **result,
-        "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.nulls)],
+        "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.control_runs)],
         "values": _values_as_json(values),
         "proof": shared_conditions(experiment.runs),
-        "nulls": null_rows(experiment.arms, experiment.pairs, outputs, values, experiment.main[0].seed),
+        "nulls": control_rows(experiment.arms, experiment.controls, outputs, values, experiment.arm_runs[0].seed),
     }
-    _write(experiment.out, with_nulls)
+    _write(experiment.out, complete)
 
 
 def _write(out: Path, result: ComparisonResult) -> None:
@@ -146,48 +150,49 @@ def _write(out: Path, result: ComparisonResult) -> None:
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
-    """The settings of the arms and of the comparison itself, and the image sets by their hashes."""
-    precision = experiment.main[0].run.config()["mixed_precision"]
-    mine = {
+    """The settings of the runs and of the comparison, and the size and hash of each image set."""
+    precision = experiment.arm_runs[0].run.config()["mixed_precision"]
+    options = {
         name: Path(value).name if name.endswith(("_dir", "_file")) and value else value
-        for name, value in asdict(experiment.own).items()
-        if name not in ("workers", "cluster")  # where it was trained changes nothing of it
+        for name, value in asdict(experiment.options).items()
+        if name not in ("workers", "cluster")  # these do not affect the result
     }
     sets = {
-        f"{name} images": f"{len(one.samples)}, {one.sha256[:16]}" for name, one in experiment.material.sets.items()
+        f"{name} images": f"{len(images.samples)}, {images.sha256[:16]}"
+        for name, images in experiment.inputs.sets.items()
     }
-    return {**portable(experiment.config.to_dict()), "mixed_precision": precision, **mine, **sets}
+    return {**portable(experiment.config.to_dict()), "mixed_precision": precision, **options, **sets}
 
 
 def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str, Any]) -> ComparisonResult:
-    """Every value of the arms, and what follows from them."""
-    arms, main, first = experiment.arms, experiment.main, experiment.first
+    """Measure the base and the arms, and derive differences, verdict and advice."""
+    arms, runs, first_runs = experiment.arms, experiment.arm_runs, experiment.first_runs
     values: dict[str, dict[int, MetricValues]] = {}
     images: dict[str, dict[int, dict[str, list[float]]]] = {}
     trajectories: dict[str, dict[int, list[TrajectoryPoint]]] = {}
-    base = evaluator.base()
-    for planned in main:
-        values.setdefault(planned.arm.key, {})[planned.seed] = evaluator.run(planned)
+    base = evaluator.base_metrics()
+    for planned in runs:
+        values.setdefault(planned.arm.key, {})[planned.seed] = evaluator.run_metrics(planned)
         images.setdefault(planned.arm.key, {})[planned.seed] = evaluator.image_losses(planned.lora)
         trajectories.setdefault(planned.arm.key, {})[planned.seed] = evaluator.trajectory(planned)
     metrics = _metrics([base, *(of_run for by_seed in values.values() for of_run in by_seed.values())])
     differences = paired_rows(arms, [metric["key"] for metric in metrics], values, images, trajectories)
-    strengths = {planned.arm.key: evaluator.strengths(planned) for planned in first}
+    strengths = {planned.arm.key: evaluator.strengths(planned) for planned in first_runs}
     return ComparisonResult(
         settings=_settings(experiment),
         arms=[asdict(arm) for arm in arms],
-        seeds=list(dict.fromkeys(planned.seed for planned in main)),
+        seeds=list(dict.fromkeys(planned.seed for planned in runs)),
         metrics=metrics,
         base=base,
         values=_values_as_json(values),
         image_losses={arm: {str(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in images.items()},
         trajectories=_trajectories_as_json(trajectories),
-        groups=_groups(main, evaluator),
+        groups=_groups(runs, evaluator),
         paired=differences,
         verdict=verdict(differences, {arm.key: arm.name for arm in arms}),
-        proof=shared_conditions(main),
+        proof=shared_conditions(runs),
         nulls=[],
-        advice=[_advice(planned, trajectories, strengths) for planned in first],
+        advice=[_advice(planned, trajectories, strengths) for planned in first_runs],
         pictures=pictures,
         strengths={arm: {f"{at:g}": losses for at, losses in by_at.items()} for arm, by_at in strengths.items()},
         device=_device(),
@@ -196,10 +201,10 @@ def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str
 
 
 def _metrics(values: Sequence[MetricValues]) -> list[dict[str, Any]]:
-    """Name, direction and digits of each measured key, our own metrics first."""
+    """Name, direction and digits of each measured key, those of `OWN_METRICS` first."""
     keys = dict.fromkeys(key for of_run in values for key in of_run)
-    ours = [dict(metric._asdict()) for metric in OWN_METRICS if metric.key in keys]
-    return ours + describe_metrics([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
+    own_metrics = [dict(metric._asdict()) for metric in OWN_METRICS if metric.key in keys]
+    return own_metrics + describe_metrics([key for key in keys if key not in {metric.key for metric in OWN_METRICS}])
 
 
 def _advice(
@@ -214,17 +219,17 @@ def _outputs(planned: PlannedRun, evaluator: RunEvaluator) -> RunOutputs:
     return RunOutputs(planned.lora, evaluator.pictures(planned.lora, evaluator.prompts.seeds[0]))
 
 
-def _groups(main: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:
-    """The held-out loss by concept group: of the base, and of each arm and seed."""
+def _groups(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:
+    """The held-out loss by concept group, of the base and of each arm and seed."""
     groups: dict[str, Any] = {group: {"base": loss, "values": {}} for group, loss in evaluator.groups(None).items()}
-    for planned in main:
+    for planned in runs:
         for group, loss in evaluator.groups(planned.lora).items():
             groups[group]["values"].setdefault(planned.arm.key, {})[str(planned.seed)] = loss
     return groups
 
 
 def _pictures(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:
-    """The pictures of the base and of each run, all of the first seed, as names below the report's folder."""
+    """The pictures of the base and of each run with the first seed, as paths below the report's folder."""
     seed = evaluator.prompts.seeds[0]
     files = [evaluator.pictures(None, seed), *(evaluator.pictures(planned.lora, seed) for planned in runs)]
     return {

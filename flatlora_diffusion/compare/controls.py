@@ -1,5 +1,4 @@
-"""Nulls: runs that should be equal, or that differ by chance alone, and how far they lie apart: the yardstick for all
-else."""
+"""Controls: runs that must equal an arm, or differ from it by chance alone; their differences are the yardstick."""
 
 from __future__ import annotations
 
@@ -9,45 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from safetensors.torch import load_file
 
 from flatlora_diffusion.compare.arms import Arm, arm_name
 from flatlora_diffusion.compare.findings import HELDOUT_LOSS, Values
+from flatlora_diffusion.compare.pictures import read_picture
 from flatlora_diffusion.config import methods_with
 from flatlora_diffusion.storage.rng import derive_seed
 
 SIGMA_0, OTHER_DRAWS, SECOND_EPS = "sigma-0", "other-draws", "second-eps"
 
-
-_SAME = "The same method: 0 on a CPU, rounding on a GPU."
-_CHANCE = "From the same first weights: chance alone."
-_EPS = "What the choice of eps does alone."
-_METHOD = "The method itself, to be read against the lines above."
+_SAME_METHOD = "The same method: exactly 0 on a CPU, rounding on a GPU."
+_CHANCE = "Same initial weights, other draws: the effect of chance alone."
+_EPS = "The effect of the choice of eps alone."
+_METHOD = "The effect of the method, to be compared with the rows above."
 
 
 @dataclass(frozen=True)
-class Null:
-    """An arm that differs from one of those that are compared by chance alone, or not at all."""
+class Control:
+    """An arm that differs from a compared arm by chance alone, or not at all."""
 
     arm: Arm
     against: Arm
-    says: str
+    explanation: str
 
 
 @dataclass(frozen=True)
 class RunOutputs:
-    """A run's LoRA file, and its pictures of the prompts and seeds that other runs have too."""
+    """A run's LoRA file, and its pictures of the prompts and seeds that all runs share."""
 
     lora: Path
     pictures: Sequence[Path]
 
 
-def nulls_of(arms: Sequence[Arm], seed: int, init_seed: int | None = None) -> list[Null]:
-    """The nulls of the methods that are compared, for the run of `seed`, and of no other method.
+def make_controls(arms: Sequence[Arm], seed: int, init_seed: int | None = None) -> list[Control]:
+    """Choose the controls of the compared methods for the runs of `seed`.
 
-    The first arm with other draws; of the first arm with eps, another one; and Flat-LoRA at sigma 0 where it is
-    compared with the LoRA that this must equal. `init_seed` is that of the first weights, where it is not `seed`.
+    They are Flat-LoRA at sigma 0 if it is compared with an otherwise equal LoRA; the first arm with other draws; and
+    the first arm with noise with another eps.
+
+    Args:
+        init_seed: The seed of the initial weights if it is not `seed`.
     """
     first = arms[0]
     draws = {
@@ -55,69 +56,68 @@ def nulls_of(arms: Sequence[Arm], seed: int, init_seed: int | None = None) -> li
         "lora_init_seed": seed if init_seed is None else init_seed,
         **first.changes,
     }
-    found = [_at_sigma_0(arms), Null(_like(first, OTHER_DRAWS, "with other draws", draws), first, _CHANCE)]
+    controls = [_at_sigma_0(arms), Control(_variant(first, OTHER_DRAWS, "with other draws", draws), first, _CHANCE)]
     noisy = next((arm for arm in arms if arm.method in methods_with("perturb_seed")), None)
     if noisy is not None:
         eps = {**noisy.changes, "perturb_seed": derive_seed(seed, "second eps")}
-        found.append(Null(_like(noisy, SECOND_EPS, "with another eps", eps), noisy, _EPS))
-    return [null for null in found if null is not None]
+        controls.append(Control(_variant(noisy, SECOND_EPS, "with another eps", eps), noisy, _EPS))
+    return [control for control in controls if control is not None]
 
 
-def null_rows(
-    arms: Sequence[Arm], nulls: Sequence[Null], outputs: Mapping[str, RunOutputs], values: Values, seed: int
+def control_rows(
+    arms: Sequence[Arm], controls: Sequence[Control], outputs: Mapping[str, RunOutputs], values: Values, seed: int
 ) -> list[dict[str, Any]]:
-    """For each null, and for each arm against the first: mean difference of pixels (0 to 255), relative one of
-    weights, and that of the held-out loss."""
-    pairs = [(null.arm, null.against, null.says) for null in nulls]
+    """Compare each control with its arm, and each arm with the first: mean pixel difference (0 to 255), relative
+    difference of weights, and difference of held-out loss.
+    """
+    pairs = [(control.arm, control.against, control.explanation) for control in controls]
     rows = []
-    for arm, against, says in [*pairs, *((arm, arms[0], _METHOD) for arm in arms[1:])]:
-        one, other = outputs[arm.key], outputs[against.key]
-        moved = values[arm.key][seed][HELDOUT_LOSS] - values[against.key][seed][HELDOUT_LOSS]
+    for arm, against, explanation in [*pairs, *((arm, arms[0], _METHOD) for arm in arms[1:])]:
+        first, second = outputs[arm.key], outputs[against.key]
+        difference = values[arm.key][seed][HELDOUT_LOSS] - values[against.key][seed][HELDOUT_LOSS]
         rows.append(
             {
                 "name": f"{arm.name} against {against.name}",
-                "says": f"{says} Held-out loss: {moved:+.6f}.",
-                "picture_difference": _picture_difference(one.pictures, other.pictures),
-                "weight_difference": _weight_difference(one.lora, other.lora),
-                "heldout_difference": moved,
+                "says": f"{explanation} Held-out loss: {difference:+.6f}.",
+                "picture_difference": _picture_difference(first.pictures, second.pictures),
+                "weight_difference": _weight_difference(first.lora, second.lora),
+                "heldout_difference": difference,
             }
         )
     return rows
 
 
-def _at_sigma_0(arms: Sequence[Arm]) -> Null | None:
-    """Flat-LoRA without its noise, where it and a LoRA that has all else alike are compared."""
+def _at_sigma_0(arms: Sequence[Arm]) -> Control | None:
+    """Flat-LoRA without noise, if a Flat-LoRA arm and an otherwise equal LoRA arm are compared."""
     for flat in (arm for arm in arms if arm.method == "flat-lora"):
-        alike = {
+        shared = {
             name: value
             for name, value in flat.changes.items()
-            if "lora" in methods_with(name)  # the others shape the noise
+            if "lora" in methods_with(name)  # the other settings shape the noise
         }
-        plain = next((arm for arm in arms if arm.method == "lora" and arm.changes == alike), None)
+        plain = next((arm for arm in arms if arm.method == "lora" and arm.changes == shared), None)
         if plain is not None:
-            name = f"{arm_name('flat-lora', alike)} at sigma 0"
-            return Null(Arm(SIGMA_0, name, "null", "flat-lora", {**alike, "sigma": 0.0}), plain, _SAME)
+            name = f"{arm_name('flat-lora', shared)} at sigma 0"
+            return Control(Arm(SIGMA_0, name, "null", "flat-lora", {**shared, "sigma": 0.0}), plain, _SAME_METHOD)
     return None
 
 
-def _like(arm: Arm, key: str, how: str, changes: Mapping[str, Any]) -> Arm:
-    return Arm(key, f"{arm.name} {how}", "null", arm.method, changes)
+def _variant(arm: Arm, key: str, suffix: str, changes: Mapping[str, Any]) -> Arm:
+    return Arm(key, f"{arm.name} {suffix}", "null", arm.method, changes)
 
 
-def _picture_difference(one: Sequence[Path], other: Sequence[Path]) -> float:
-    pairs = zip(one, other, strict=True)
-    return float(np.mean([np.abs(_pixels(first) - _pixels(second)).mean() for first, second in pairs]))
+def _picture_difference(first: Sequence[Path], second: Sequence[Path]) -> float:
+    return float(np.mean([np.abs(_pixels(a) - _pixels(b)).mean() for a, b in zip(first, second, strict=True)]))
 
 
 def _pixels(file: Path) -> np.ndarray:
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"), dtype=np.float64)
+    return np.asarray(read_picture(file), dtype=np.float64)
 
 
-def _weight_difference(one: Path, other: Path) -> float | None:
-    """The norm of the difference of the factors of all layers over the norm of those of `other`."""
-    first, second = load_file(one), load_file(other)
-    if first.keys() != second.keys() or any(first[name].shape != second[name].shape for name in first):
+def _weight_difference(first: Path, second: Path) -> float | None:
+    """||first - second|| / ||second|| over the factors of all layers; None if the layers or ranks differ."""
+    a, b = load_file(first), load_file(second)
+    if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
         return None
-    apart = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
-    return float((apart / sum(float(second[name].double().square().sum()) for name in second)) ** 0.5)
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return float((difference / sum(float(b[name].double().square().sum()) for name in b)) ** 0.5)

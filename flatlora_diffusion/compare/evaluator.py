@@ -1,4 +1,4 @@
-"""The metrics of a comparison: losses on fixed images and metrics of pictures, for the base and for each run."""
+"""Measures the metrics of a comparison: losses on fixed images, and metrics of pictures, of the base and each run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.losses import UNGROUPED, LossEvaluator
 from flatlora_diffusion.compare.pictures import Key, PictureGenerator
-from flatlora_diffusion.compare.progress import Piece
+from flatlora_diffusion.compare.progress import WorkItem
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import DEFAULT_SIGMA
 from flatlora_diffusion.data.dataset import Sample, metadata_rows
@@ -26,14 +26,16 @@ from flatlora_diffusion.evaluation.perceptual import Distance, lpips_diversity
 BASE = "the base"
 TRAIN, HELDOUT, FORGETTING = "train", "heldout", "forgetting"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-RISE_DRAWS = 8
-ALONG_THE_WAY = 4  # prompts of each kind that are drawn at every checkpoint
-_RISE = f"Of the train loss under eps (Eq. 7), sigma {DEFAULT_SIGMA}, in the layers that the LoRA adapts."
+INCREASE_DRAWS = 8
+TRAJECTORY_PROMPTS = 4  # prompts of each kind that are drawn at every checkpoint
+_INCREASE_HELP = f"Increase of the training loss under noise of sigma {DEFAULT_SIGMA} on the adapted layers (Eq. 7)."
 OWN_METRICS = (
     Metric("heldout_loss", "held-out loss", "lower", "Denoising loss on images of the style never trained on.", 5),
-    Metric("clean_train_loss", "clean train loss", "lower", "The same on the training images, without eps.", 5),
-    Metric("forgetting_loss", "forgetting", "lower", "The same on images of what the base knew already.", 5),
-    Metric("loss_increases", "loss rise", "lower", _RISE, 6),
+    Metric(
+        "clean_train_loss", "unperturbed train loss", "lower", "The same on the training images, without noise.", 5
+    ),
+    Metric("forgetting_loss", "forgetting", "lower", "The same on images of concepts that the base already knew.", 5),
+    Metric("loss_rise", "loss increase", "lower", _INCREASE_HELP, 6),
     Metric("seconds_per_step", "seconds per step", "lower", "Median over the run.", 3),
     Metric("peak_memory_mib", "peak memory, MiB", "lower", "Of the training process.", 0),
 )
@@ -44,7 +46,7 @@ MetricValues = dict[str, float]
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompts in the learned style, prompts that the LoRA should leave alone, seeds and guidance of the pictures."""
+    """Prompts of the learned style, unrelated prompts that the LoRA should not affect, seeds and guidance."""
 
     style: tuple[str, ...]
     unrelated: tuple[str, ...]
@@ -52,11 +54,10 @@ class PromptSets:
     guidance: float
 
     @property
-    def few(self) -> PromptSets:
-        """What is drawn along a run."""
-        return replace(
-            self, style=self.style[:ALONG_THE_WAY], unrelated=self.unrelated[:ALONG_THE_WAY], seeds=self.seeds[:1]
-        )
+    def trajectory_subset(self) -> PromptSets:
+        """The prompts and the seed that are drawn at every checkpoint."""
+        style, unrelated = self.style[:TRAJECTORY_PROMPTS], self.unrelated[:TRAJECTORY_PROMPTS]
+        return replace(self, style=style, unrelated=unrelated, seeds=self.seeds[:1])
 
     def keys(self, prompts: Sequence[str]) -> list[Key]:
         return [(prompt, seed) for prompt in prompts for seed in self.seeds]
@@ -64,7 +65,7 @@ class PromptSets:
 
 @dataclass(frozen=True)
 class ScoringModels:
-    """The models that look at pictures."""
+    """The models that score pictures."""
 
     encoders: Sequence[Encoder]
     judge: Judge | None = None
@@ -72,7 +73,13 @@ class ScoringModels:
 
 
 class RunEvaluator:
-    """Measures runs under conditions that are the same for all of them."""
+    """Measures runs under equal conditions.
+
+    Args:
+        training: The training images at the pictures' resolution.
+        heldout: Real images by prompt, for the style's prompts that have one.
+        names: The name of the concept that a prompt describes, by prompt.
+    """
 
     def __init__(
         self,
@@ -84,73 +91,70 @@ class RunEvaluator:
         heldout: Mapping[str, Image.Image],
         names: Mapping[str, str],
     ) -> None:
-        """`training` are the training images as they are seen, `heldout` those of some of the style's prompts.
-
-        `names` has the name of the thing that a prompt describes, where it is known.
-        """
         self._loss_evaluator, self._generator = loss_evaluator, generator
         self.prompts, self._scoring_models, self.names = prompts, scoring_models, names
         self.training, self.heldout = training, heldout
 
     @cached_property
     def _references(self) -> dict[str, Reference]:
-        """What pictures are compared with, by the prefix of their metrics; made when it is first asked for."""
+        """The references that pictures are compared with, by the prefix of the metrics."""
         prompts, encoders = self.prompts, self._scoring_models.encoders
         base = self._generator.generate(None, prompts.keys((*prompts.style, *prompts.unrelated)))
         texts = {prompt: NAME_PROMPT.format(name) for prompt, name in self.names.items()}
         references: dict[str, Reference] = {}
         for encoder in encoders:
             prefix = "" if len(encoders) == 1 else f"{Path(encoder.name).name}_"
-            known = texts if encoder.name == JUDGE else {}
-            references[prefix] = encode_reference(encoder, self.training, base, self.heldout, known)
+            encoder_texts = texts if encoder.name == JUDGE else {}
+            references[prefix] = encode_reference(encoder, self.training, base, self.heldout, encoder_texts)
         return references
 
-    def base(self) -> MetricValues:
-        """The base's metrics, without those that only a LoRA has."""
-        return self._losses(None, 1.0) | self._of_pictures(None, self.prompts)
+    def base_metrics(self) -> MetricValues:
+        """The metrics of the base."""
+        return self._losses(None, 1.0) | self._picture_metrics(None, self.prompts)
 
-    def run(self, planned: PlannedRun) -> MetricValues:
+    def run_metrics(self, planned: PlannedRun) -> MetricValues:
         """All metrics of a finished run."""
         steps = planned.run.steps()
-        rises = self._loss_evaluator.rises(planned.lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS)
+        increases = self._loss_evaluator.loss_increases(planned.lora, TRAIN, DEFAULT_SIGMA, INCREASE_DRAWS)
         return {
             **self._losses(planned.lora, 1.0),
-            "loss_increases": statistics.fmean(rises),
+            "loss_rise": statistics.fmean(increases),
             "seconds_per_step": _seconds_per_step(steps),
             "peak_memory_mib": max(event["memory"] for event in steps) / 2**20,
-            **self._of_pictures(planned.lora, self.prompts),
+            **self._picture_metrics(planned.lora, self.prompts),
         }
 
     def losses(self, planned: PlannedRun) -> MetricValues:
-        """The losses of a finished run alone."""
+        """Only the losses of a finished run."""
         return self._losses(planned.lora, 1.0)
 
     def image_losses(self, lora: Path | None) -> dict[str, list[float]]:
-        """The losses that `run` and `base` have the means of, image by image."""
+        """The losses of each image, by the key of the metric that is their mean."""
         by_set = self._loss_evaluator.image_losses(lora)
         return {_LOSSES[name]: losses for name, losses in by_set.items()}
 
     def trajectory(self, planned: PlannedRun) -> list[TrajectoryPoint]:
-        """The base, then each checkpoint of the run."""
+        """Measure the base, then each checkpoint of the run."""
         seconds = _seconds_per_step(planned.run.steps())
         prefix = next(iter(self._references), "")
         points = []
         for step, lora in ((0, None), *planned.files.items()):
-            losses, pictured = self._losses(lora, 1.0), self._of_pictures(lora, self.prompts.few)
+            losses = self._losses(lora, 1.0)
+            pictures = self._picture_metrics(lora, self.prompts.trajectory_subset)
             points.append(
                 TrajectoryPoint(
                     step,
                     seconds * step,
                     losses["clean_train_loss"],
                     losses["heldout_loss"],
-                    pictured.get(f"{prefix}drift"),
-                    pictured.get(f"{prefix}memorization"),
+                    pictures.get(f"{prefix}drift"),
+                    pictures.get(f"{prefix}memorization"),
                 )
             )
         return points
 
     def strengths(self, planned: PlannedRun) -> dict[float, MetricValues]:
-        """The losses of a finished run by the strength of its LoRA, the base's at 0."""
+        """The losses of a finished run by the strength of its LoRA; strength 0 is the base."""
         return {0.0: self._losses(None, 1.0)} | {
             strength: self._losses(planned.lora, strength) for strength in STRENGTHS
         }
@@ -161,82 +165,86 @@ class RunEvaluator:
         return {group: loss for group, loss in by_group.items() if group != UNGROUPED}
 
     def pictures(self, lora: Path | None, seed: int) -> list[Path]:
-        """The files of the pictures of the style's prompts with one seed."""
+        """Draw the style's prompts with one seed; return the files."""
         keys = [(prompt, seed) for prompt in self.prompts.style]
         self._generator.generate(lora, keys)
         return self._generator.files(lora, keys)
 
-    def at_strengths(self, lora: Path, prompt: str, strengths: Sequence[float]) -> list[Image.Image]:
-        """The pictures of `prompt`, with the first seed, by the LoRA at each strength; at 0 by the base."""
+    def pictures_at_strengths(self, lora: Path, prompt: str, strengths: Sequence[float]) -> list[Image.Image]:
+        """Draw `prompt` with the first seed and the LoRA at each strength; strength 0 is the base."""
         key = (prompt, self.prompts.seeds[0])
-        return [self._generator.generate(lora if at else None, [key], at)[key] for at in strengths]
+        return [self._generator.generate(lora if strength else None, [key], strength)[key] for strength in strengths]
 
-    def to_draw(self, name: str, lora: Path | None, seed: int) -> Piece:
-        """What `pictures` needs."""
+    def drawing_item(self, name: str, lora: Path | None, seed: int) -> WorkItem:
+        """The work of `pictures`."""
         keys = [(prompt, seed) for prompt in self.prompts.style]
         return self._drawing(f"drawing with {name}", lora, keys)
 
-    def to_draw_at_strengths(
+    def strength_items(
         self, name: str, lora: Path, prompts: Sequence[str], strengths: Sequence[float]
-    ) -> list[Piece]:
-        """What `at_strengths` needs for each of `prompts`, but for strengths 0 and 1, which `pictures` draws."""
+    ) -> list[WorkItem]:
+        """The work of `pictures_at_strengths` for each prompt, except strengths 0 and 1, which `pictures` draws."""
         keys = [(prompt, self.prompts.seeds[0]) for prompt in prompts]
-        others = [at for at in strengths if at not in (0, 1)]
-        return [self._drawing(f"drawing with {name} at {at:g}", lora, keys, at) for at in others]
+        return [
+            self._drawing(f"drawing with {name} at {strength:g}", lora, keys, strength)
+            for strength in strengths
+            if strength not in (0, 1)
+        ]
 
-    def to_measure_base(self) -> list[Piece]:
-        """What `base` and all that is compared with it need."""
-        keys = self.prompts.keys((*self.prompts.style, *self.prompts.unrelated))
-        return [self._loss(BASE, None, 1.0), self._drawing(f"{BASE}: pictures", None, keys)]
+    def base_items(self) -> list[WorkItem]:
+        """The work of `base_metrics` and of the references."""
+        return [self._loss(BASE, None, 1.0), self._drawing(f"{BASE}: pictures", None, self._all_keys(self.prompts))]
 
-    def to_measure(self, planned: PlannedRun) -> list[Piece]:
-        """What `run`, `trajectory` and `strengths` need, beside the base."""
+    def measurement_items(self, planned: PlannedRun) -> list[WorkItem]:
+        """The work of `run_metrics`, `trajectory` and `strengths`, without the base's."""
         name, lora = planned.label, planned.lora
-        rises = lora, TRAIN, DEFAULT_SIGMA, RISE_DRAWS
-        keys = self.prompts.keys((*self.prompts.style, *self.prompts.unrelated))
-        pieces = [self._loss(name, lora, 1.0), self._drawing(f"{name}: pictures", lora, keys)]
-        pieces.append(
-            Piece(
+        increase = lora, TRAIN, DEFAULT_SIGMA, INCREASE_DRAWS
+        items = [
+            self._loss(name, lora, 1.0),
+            self._drawing(f"{name}: pictures", lora, self._all_keys(self.prompts)),
+            WorkItem(
                 f"{name}: flatness",
-                self._loss_evaluator.rises_left(*rises),
-                partial(self._loss_evaluator.rises, *rises),
-            )
-        )
-        few = self.prompts.few
+                self._loss_evaluator.increase_passes(*increase),
+                partial(self._loss_evaluator.loss_increases, *increase),
+            ),
+        ]
+        keys = self._all_keys(self.prompts.trajectory_subset)
         for step, file in planned.files.items():
             if file != lora:
-                pieces.append(self._loss(f"{name}, step {step}", file, 1.0))
-                pieces.append(
-                    self._drawing(f"{name}, step {step}: pictures", file, few.keys((*few.style, *few.unrelated)))
-                )
+                items.append(self._loss(f"{name}, step {step}", file, 1.0))
+                items.append(self._drawing(f"{name}, step {step}: pictures", file, keys))
         others = [strength for strength in STRENGTHS if strength != 1]
-        return pieces + [self._loss(f"{name}, strength {strength:g}", lora, strength) for strength in others]
+        return items + [self._loss(f"{name}, strength {strength:g}", lora, strength) for strength in others]
 
-    def to_measure_null(self, planned: PlannedRun) -> list[Piece]:
-        """What `losses` and `pictures` need."""
+    def control_items(self, planned: PlannedRun) -> list[WorkItem]:
+        """The work of `losses` and `pictures` for a control."""
         name, lora = planned.arm.name, planned.lora
         keys = [(prompt, self.prompts.seeds[0]) for prompt in self.prompts.style]
         return [self._loss(name, lora, 1.0), self._drawing(f"{name}: pictures", lora, keys)]
 
-    def _loss(self, name: str, lora: Path | None, strength: float) -> Piece:
-        do = partial(self._loss_evaluator.losses, lora, strength)
-        return Piece(f"{name}: losses", self._loss_evaluator.losses_left(lora, strength), do)
+    @staticmethod
+    def _all_keys(prompts: PromptSets) -> list[Key]:
+        return prompts.keys((*prompts.style, *prompts.unrelated))
 
-    def _drawing(self, what: str, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> Piece:
+    def _loss(self, name: str, lora: Path | None, strength: float) -> WorkItem:
+        run = partial(self._loss_evaluator.losses, lora, strength)
+        return WorkItem(f"{name}: losses", self._loss_evaluator.loss_passes(lora, strength), run)
+
+    def _drawing(self, label: str, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> WorkItem:
         model = lora, keys, strength
-        return Piece(what, self._generator.left(*model), partial(self._generator.generate, *model))
+        return WorkItem(label, self._generator.passes(*model), partial(self._generator.generate, *model))
 
     def _losses(self, lora: Path | None, strength: float) -> MetricValues:
         by_set = self._loss_evaluator.losses(lora, strength)
         return {_LOSSES[name]: by_group[UNGROUPED] for name, by_group in by_set.items()}
 
-    def _of_pictures(self, lora: Path | None, prompts: PromptSets) -> MetricValues:
+    def _picture_metrics(self, lora: Path | None, prompts: PromptSets) -> MetricValues:
         style = self._generator.generate(lora, prompts.keys(prompts.style))
         unrelated = self._generator.generate(lora, prompts.keys(prompts.unrelated))
         values: MetricValues = {}
         for prefix, reference in self._references.items():
-            of_encoder = picture_metrics(reference, style, unrelated or None)
-            values |= {prefix + key: value for key, value in of_encoder.items()}
+            metrics = picture_metrics(reference, style, unrelated or None)
+            values |= {prefix + key: value for key, value in metrics.items()}
         named = {key: image for key, image in style.items() if key[0] in self.names}
         if self._scoring_models.judge is not None and named:
             candidates = sorted(set(self.names.values()))
@@ -247,7 +255,7 @@ class RunEvaluator:
 
 
 def names_of(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
-    """The name of the thing that each caption describes: the field `name` of its image's line in metadata.jsonl."""
+    """The name of the concept that each caption describes: the field `name` of the image's line in metadata.jsonl."""
     names = {row["file_name"]: str(row["name"]) for row in metadata_rows(folder).values() if "name" in row}
     return {sample.caption: names[sample.id] for sample in samples if sample.id in names}
 

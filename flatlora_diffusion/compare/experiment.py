@@ -1,4 +1,4 @@
-"""What is compared, and with what: the arms and nulls, planned and trained."""
+"""An experiment: its arms and controls, planned and trained, and the inputs they are measured with."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatlora_diffusion.compare.arms import Arm, PlannedRun, parse_arm, plan, train_planned
-from flatlora_diffusion.compare.controls import Null, nulls_of
+from flatlora_diffusion.compare.arms import Arm, PlannedRun, parse_arm, plan_runs, train_run
+from flatlora_diffusion.compare.controls import Control, make_controls
 from flatlora_diffusion.compare.evaluator import BASE, RunEvaluator
-from flatlora_diffusion.compare.inputs import Material, load_evaluator, read_material
-from flatlora_diffusion.compare.parallel import train_at_once
-from flatlora_diffusion.compare.picture_grid import poster_pieces
-from flatlora_diffusion.compare.progress import Piece
-from flatlora_diffusion.compare.shared_members import lend_members
-from flatlora_diffusion.compare.timing import in_words, training_seconds
-from flatlora_diffusion.compare.worker_slots import check_places
+from flatlora_diffusion.compare.inputs import Inputs, load_evaluator, read_inputs
+from flatlora_diffusion.compare.members import copy_shared_members
+from flatlora_diffusion.compare.parallel import train_in_parallel
+from flatlora_diffusion.compare.picture_grid import grid_items
+from flatlora_diffusion.compare.progress import WorkItem
+from flatlora_diffusion.compare.timing import duration_text, training_seconds
+from flatlora_diffusion.compare.worker_slots import check_workers
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.sources import load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
@@ -28,15 +28,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Experiment:
-    """The runs that are compared, and what they are measured with. `nulls` are the runs of the `pairs`."""
+    """The runs of a comparison and its inputs.
+
+    Attributes:
+        arm_runs: The runs of the arms, seed by seed.
+        control_runs: The runs of the controls, of the first seed.
+    """
 
     config: TrainConfig
-    own: CompareConfig
-    material: Material
+    options: CompareConfig
+    inputs: Inputs
     arms: Sequence[Arm]
-    main: Sequence[PlannedRun]
-    pairs: Sequence[Null]
-    nulls: Sequence[PlannedRun]
+    arm_runs: Sequence[PlannedRun]
+    controls: Sequence[Control]
+    control_runs: Sequence[PlannedRun]
 
     @property
     def out(self) -> Path:
@@ -44,81 +49,81 @@ class Experiment:
 
     @property
     def runs(self) -> list[PlannedRun]:
-        return [*self.main, *self.nulls]
+        return [*self.arm_runs, *self.control_runs]
 
     @property
-    def first(self) -> list[PlannedRun]:
-        """The run of each arm whose pictures are shown."""
-        return [planned for planned in self.main if planned.seed == self.main[0].seed]
+    def first_runs(self) -> list[PlannedRun]:
+        """The run of each arm with the first seed, whose pictures are shown."""
+        return [planned for planned in self.arm_runs if planned.seed == self.arm_runs[0].seed]
 
     def train(self, runs: Sequence[PlannedRun]) -> None:
-        """Train what is not trained yet; raises ConfigError for runs that do not fit together."""
-        if self.own.trains_at_once:
-            train_at_once(runs, self.own.workers, self.own.cluster)
+        """Train the unfinished `runs`. Raises ConfigError if the finished runs are not comparable."""
+        if self.options.trains_at_once:
+            train_in_parallel(runs, self.options.workers, self.options.cluster)
         else:
             for planned in runs:
                 is_new = not planned.is_finished
-                lend_members(planned, self.runs)
-                train_planned(planned)
+                copy_shared_members(planned, self.runs)
+                train_run(planned)
                 if is_new:
-                    self._tell_what_is_left()
-        found = read_runs([str(planned.run.folder) for planned in self.runs if planned.is_finished])
-        check_images(found[0], load_training_set(self.config.data))
+                    self._log_remaining_time()
+        finished = read_runs([str(planned.run.folder) for planned in self.runs if planned.is_finished])
+        check_images(finished[0], load_training_set(self.config.data))
 
-    def _tell_what_is_left(self) -> None:
-        left = [planned for planned in self.runs if not planned.is_finished]
-        if left:
-            told = in_words(training_seconds(left, self.runs, 0.0))
-            done = len(self.runs) - len(left)
-            logger.info("%d of %d trainings are done, the others take about %s", done, len(self.runs), told)
+    def _log_remaining_time(self) -> None:
+        pending = [planned for planned in self.runs if not planned.is_finished]
+        if pending:
+            duration = duration_text(training_seconds(pending, self.runs, 0.0))
+            done = len(self.runs) - len(pending)
+            logger.info("%d of %d trainings done; about %s left to train", done, len(self.runs), duration)
 
     def evaluator(self, trained: Sequence[PlannedRun]) -> tuple[RunEvaluator, Sdxl]:
-        """The evaluator of all runs with its base, which must be that of the `trained` ones."""
+        """Load the evaluator of all runs and its base, which must be the base of the `trained` runs."""
         config = self.config
         if trained:
-            config = config.replace(mixed_precision=trained[0].run.config()["mixed_precision"])  # as accelerate chose
-        evaluator, sdxl = load_evaluator(config, self.runs, self.material)
-        _check_base(config, sdxl, trained)
+            config = config.replace(mixed_precision=trained[0].run.config()["mixed_precision"])  # chosen by accelerate
+        evaluator, sdxl = load_evaluator(config, self.runs, self.inputs)
+        _check_same_base(config, sdxl, trained)
         return evaluator, sdxl
 
-    def to_draw(self, evaluator: RunEvaluator) -> list[Piece]:
-        """What the grid needs."""
-        models = [(BASE, None), *((planned.arm.name, planned.lora) for planned in self.first)]
-        pieces = [evaluator.to_draw(name, lora, evaluator.prompts.seeds[0]) for name, lora in models]
-        return pieces + poster_pieces(self.first[0], evaluator)
+    def drawing_items(self, evaluator: RunEvaluator) -> list[WorkItem]:
+        """The drawings of the picture grid."""
+        models = [(BASE, None), *((planned.arm.name, planned.lora) for planned in self.first_runs)]
+        items = [evaluator.drawing_item(name, lora, evaluator.prompts.seeds[0]) for name, lora in models]
+        return items + grid_items(self.first_runs[0], evaluator)
 
-    def to_measure(self, evaluator: RunEvaluator) -> list[Piece]:
-        """What the report of the arms needs."""
-        return [*evaluator.to_measure_base(), *(piece for run in self.main for piece in evaluator.to_measure(run))]
+    def measurement_items(self, evaluator: RunEvaluator) -> list[WorkItem]:
+        """The measurements of the base and of the arms."""
+        return [*evaluator.base_items(), *(item for run in self.arm_runs for item in evaluator.measurement_items(run))]
 
-    def to_measure_nulls(self, evaluator: RunEvaluator) -> list[Piece]:
-        """What the nulls add."""
-        return [piece for planned in self.nulls for piece in evaluator.to_measure_null(planned)]
+    def control_items(self, evaluator: RunEvaluator) -> list[WorkItem]:
+        """The measurements of the controls."""
+        return [item for planned in self.control_runs for item in evaluator.control_items(planned)]
 
 
-def read_experiment(config: TrainConfig, own: CompareConfig) -> Experiment:
-    """The experiment that the settings describe. Raises ConfigError for settings and images that cannot be used."""
-    check_places(own.workers, own.cluster)
+def read_experiment(config: TrainConfig, options: CompareConfig) -> Experiment:
+    """Plan the experiment of the settings and read its inputs. Raises ConfigError for invalid settings or images."""
+    check_workers(options.workers, options.cluster)
     seed = config.run.seed
     assert seed is not None
-    arms = [parse_arm(text) for text in own.arms]
-    main = plan(config, arms, range(seed, seed + own.num_seeds), own.num_checkpoints)
-    pairs = nulls_of(arms, seed, config.adapter.lora_init_seed) if own.controls else []
-    nulls = plan(config, [null.arm for null in pairs], [seed], own.num_checkpoints)
-    material = read_material(config, own)  # takes longest
-    return Experiment(config, own, material, arms, main, pairs, nulls)
+    arms = [parse_arm(text) for text in options.arms]
+    arm_runs = plan_runs(config, arms, range(seed, seed + options.num_seeds), options.num_checkpoints)
+    controls = make_controls(arms, seed, config.adapter.lora_init_seed) if options.controls else []
+    control_runs = plan_runs(config, [control.arm for control in controls], [seed], options.num_checkpoints)
+    inputs = read_inputs(config, options)  # last, because it takes longest
+    return Experiment(config, options, inputs, arms, arm_runs, controls, control_runs)
 
 
-def _check_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[PlannedRun]) -> None:
-    """Raise ConfigError when the base is not the one that the runs were trained on."""
+def _check_same_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[PlannedRun]) -> None:
+    """Raise ConfigError if the base is not the base that the runs were trained on."""
     if config.model.quantize_base is not None:
-        return  # they saw its quantized weights, which have another hash
-    now = base_fingerprint(sdxl.unet)
+        return  # the hash of the quantized weights differs
+    fingerprint = base_fingerprint(sdxl.unet)
     for planned in runs:
         for event in planned.run.events():
-            if event["event"] == "start" and event["base"] != now:
+            if event["event"] == "start" and event["base"] != fingerprint:
                 raise ConfigError(
-                    f"run {planned.arm.key}, seed {planned.seed} was trained on another base than "
-                    f"{config.model.pretrained_model_name_or_path!r} is now: put the base back, or give another "
+                    f"run {planned.arm.key}, seed {planned.seed} was trained on a base other than "
+                    f"{config.model.pretrained_model_name_or_path!r} is now: restore the base, or give another "
                     "--output_dir"
                 )

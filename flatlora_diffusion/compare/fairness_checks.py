@@ -1,4 +1,4 @@
-"""Whether the runs of an experiment were alike: hashes of what they shared, read from their folders."""
+"""Checks that the runs of an experiment were trained under equal conditions, by hashes from their folders."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.controls import OTHER_DRAWS
 from flatlora_diffusion.config import TrainConfig, method_settings, settings_that
 
-_SHOWN = 16  # hex digits
-# Where a run lies and how often it saves is not how it was trained.
-_PLACES = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
-# Runs that differ in one of these have other first weights, or draw in another order.
-_SHAPES = set(settings_that("moves", "weights"))
-_FEEDS = set(settings_that("moves", "draws"))
+_HASH_DIGITS = 16  # hex digits
+# These settings do not affect the training.
+_FOLDER_SETTINGS = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
+# Runs that differ in these settings have different initial weights, or different draws.
+_WEIGHT_SETTINGS = set(settings_that("moves", "weights"))
+_DRAW_SETTINGS = set(settings_that("moves", "draws"))
 
 Runs = Mapping[str, PlannedRun]
-"""Runs by the label that the report gives them."""
+"""Runs by their label in the report."""
 
 
 @dataclass(frozen=True)
 class SharedCondition:
-    """A condition that runs should share, with the hash of each run; `holds` if the hashes are equal."""
+    """A condition that runs should share, with the hash of each run; it holds if the hashes are equal."""
 
     what: str
     hashes: Mapping[str, str]
@@ -34,7 +34,7 @@ class SharedCondition:
 
 
 def shared_conditions(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
-    """Images and base of all runs, then settings, first weights and draws of the runs of each seed."""
+    """Compare images and base of all runs, then settings, initial weights and draws of the runs of each seed."""
     labelled = {run.label: run for run in runs}
     conditions = [
         _condition("training images and captions", labelled, _images),
@@ -49,46 +49,44 @@ def _conditions_of_seed(seed: int, runs: Runs) -> list[SharedCondition]:
     of_arms = {name for run in runs.values() for name in run.arm.changes}
     shape = _shape(next(iter(runs.values())))
     with_weights = {label: run for label, run in runs.items() if _shape(run) == shape}
-    with_draws = {label: run for label, run in runs.items() if _draws_as_others(run)}
+    with_draws = {label: run for label, run in runs.items() if _has_shared_draws(run)}
     return [
         _condition(f"all settings but the arm's own, seed {seed}", runs, lambda run: _settings(run, of_arms)),
         _condition(
-            f"first weights of the LoRA, seed {seed}",
+            f"initial weights of the LoRA, seed {seed}",
             with_weights,
             lambda run: str(_start(run)["lora"]),
-            _note_of_left_out(runs, with_weights, "another rank or other layers"),
+            _exclusion_note(runs, with_weights, "another rank or other layers"),
         ),
         _condition(
             f"images, crops, noise and timesteps of every step, seed {seed}",
             with_draws,
             _draws,
-            _note_of_left_out(runs, with_draws, "draws of its own, as intended"),
+            _exclusion_note(runs, with_draws, "different draws, as intended"),
         ),
     ]
 
 
 def _condition(what: str, runs: Runs, hash_of: Callable[[PlannedRun], str], note: str = "") -> SharedCondition:
     hashes = {label: hash_of(run) for label, run in runs.items()}
-    shown = {label: digits[:_SHOWN] for label, digits in hashes.items()}
-    return SharedCondition(what, shown, len(set(hashes.values())) <= 1, note)
+    short = {label: digits[:_HASH_DIGITS] for label, digits in hashes.items()}
+    return SharedCondition(what, short, len(set(hashes.values())) <= 1, note)
 
 
 def _shape(run: PlannedRun) -> dict[str, Any]:
-    """All that its first weights depend on."""
+    """The settings that determine the initial weights."""
     settings = run.config.to_dict()
-    own_seed = settings["lora_init_seed"]
-    return {name: settings[name] for name in _SHAPES} | {
-        "lora_init_seed": settings["seed"] if own_seed is None else own_seed
-    }
+    init_seed = settings["seed"] if settings["lora_init_seed"] is None else settings["lora_init_seed"]
+    return {name: settings[name] for name in _WEIGHT_SETTINGS} | {"lora_init_seed": init_seed}
 
 
-def _draws_as_others(run: PlannedRun) -> bool:
-    return run.arm.key != OTHER_DRAWS and not _FEEDS & set(run.arm.changes)
+def _has_shared_draws(run: PlannedRun) -> bool:
+    return run.arm.key != OTHER_DRAWS and not _DRAW_SETTINGS & set(run.arm.changes)
 
 
-def _note_of_left_out(runs: Runs, compared: Runs, why: str) -> str:
-    left_out = [label for label in runs if label not in compared]
-    return f"{', '.join(left_out)}: {why}" if left_out else ""
+def _exclusion_note(runs: Runs, compared: Runs, reason: str) -> str:
+    excluded = [label for label in runs if label not in compared]
+    return f"{', '.join(excluded)}: {reason}" if excluded else ""
 
 
 def _images(run: PlannedRun) -> str:
@@ -96,10 +94,10 @@ def _images(run: PlannedRun) -> str:
 
 
 def _settings(run: PlannedRun, of_arms: Collection[str]) -> str:
-    """The hash of the run's settings without its place and without those that tell the arms of its seed apart."""
-    own = {"method", *method_settings(), *_PLACES, *of_arms}
+    """Hash the run's settings without its folders and without those that any arm of its seed changes."""
+    excluded = {"method", *method_settings(), *_FOLDER_SETTINGS, *of_arms}
     saved = {**TrainConfig().to_dict(), **run.run.config()}
-    return _sha256({name: value for name, value in sorted(saved.items()) if name not in own})
+    return _sha256({name: value for name, value in sorted(saved.items()) if name not in excluded})
 
 
 def _start(run: PlannedRun) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The findings of a comparison: paired differences, the verdict from them alone, and the table of means."""
+"""Computes the findings of a comparison: paired differences, the verdict from them, and the table of means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from flatlora_diffusion.compare.arms import Arm
 from flatlora_diffusion.compare.evaluator import MetricValues
-from flatlora_diffusion.compare.trajectory import TrajectoryPoint, at_equal_loss, at_equal_seconds
+from flatlora_diffusion.compare.page.format import count_text
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint, losses_at_equal_loss, losses_at_equal_seconds
 from flatlora_diffusion.evaluation.crossed_statistics import FEWEST_IMAGES, crossed_difference
 from flatlora_diffusion.evaluation.paired_statistics import (
     CLEAN_LOSS,
@@ -24,19 +25,20 @@ from flatlora_diffusion.storage.formatting import MINUS, figure
 HELDOUT_LOSS = "heldout_loss"
 
 Values = Mapping[str, Mapping[int, MetricValues]]
-"""MetricValues by arm and seed."""
+"""Metrics by arm and seed."""
 ImageLosses = Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]
-"""The losses of a run's end image by image, by arm, seed and metric."""
+"""The losses of each image at a run's end, by arm, seed and metric."""
 Trajectories = Mapping[str, Mapping[int, Sequence[TrajectoryPoint]]]
 
 
 def paired_rows(
     arms: Sequence[Arm], metrics: Sequence[str], values: Values, images: ImageLosses, trajectories: Trajectories
 ) -> list[dict[str, Any]]:
-    """Each arm against the first one, seed by seed: every metric at equal steps, the held-out loss otherwise too.
+    """Compare each arm with the first, paired by seed.
 
-    A loss at equal steps has its interval over seeds and images, any other metric over seeds alone. Where an arm has
-    steps of its own, the runs' ends are compared.
+    Every metric is compared at equal steps, the held-out loss also at equal unperturbed loss and equal training time.
+    The interval of a loss at equal steps is over seeds and images, that of any other metric over seeds alone. If an
+    arm sets its own number of steps, the runs' ends are compared.
     """
     reference = arms[0].key
     rows = []
@@ -51,63 +53,60 @@ def paired_rows(
             ]
             if pairs:
                 row = _difference_row(metric, arm.key, reference, end, pairs)
-                rows.append({**row, **_over_images(images, metric, arm.key, reference, seeds)})
+                rows.append({**row, **_image_interval(images, metric, arm.key, reference, seeds)})
         pairs_of_runs = [
             (trajectories[arm.key][seed], trajectories[reference][seed])
             for seed in seeds
             if seed in trajectories.get(arm.key, {}) and seed in trajectories.get(reference, {})
         ]
         if pairs_of_runs:
-            at_loss = [at_equal_loss(*pair) for pair in pairs_of_runs]
-            at_time = [at_equal_seconds(*pair) for pair in pairs_of_runs]
+            at_loss = [losses_at_equal_loss(*pair) for pair in pairs_of_runs]
+            at_time = [losses_at_equal_seconds(*pair) for pair in pairs_of_runs]
             rows.append(_difference_row(HELDOUT_LOSS, arm.key, reference, CLEAN_LOSS, at_loss))
             rows.append(_difference_row(HELDOUT_LOSS, arm.key, reference, SECONDS, at_time))
     return rows
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """What the held-out loss of the second arm less the first's says, and of what it holds."""
+    """State whether the held-out losses of the first two arms differ, and for which population the statement holds."""
     row = next((row for row in rows if row["metric"] == HELDOUT_LOSS and row["matched"] in (STEPS, ENDS)), None)
     if row is None:
-        return "One arm alone was trained: there is nothing to compare it with."
+        return "Only one arm was trained: there is nothing to compare it with."
     arm, against = names[row["arm"]], names[row["against"]]
     digits = _digits(row)
     difference = f"{arm} {MINUS} {against} in held-out loss: {figure(row['mean'], digits, signed=True)}"
     if row["low"] is None:
-        return f"{_counted(row)} cannot tell: {difference}, without an interval; {_advice(row)}."
+        return f"{_sample_text(row)} cannot tell: {difference}, without an interval; {_advice(row)}."
     margin = figure((row["high"] - row["low"]) / 2, digits)
-    is_one = row["n"] == 1
-    scope = "this training, over" if is_one else "another training and other images like these, from"
-    found = f"{difference} ± {margin} for {scope} {_counted(row) if not is_one else _of_images(row)}"
+    has_one_seed = row["n"] == 1
+    scope = "this training, over" if has_one_seed else "another training and other images like these, from"
+    sample = count_text(row["images"], "image") if has_one_seed else _sample_text(row)
+    estimate = f"{difference} ± {margin} for {scope} {sample}"
     if row["low"] <= 0 <= row["high"]:
-        power = f"; a difference of {figure(row['detectable'], digits)} would have been found with 80 % power"
-        return f"No difference found: {found}{power}.{_sources(row)}"
+        power = f"; a difference of {figure(row['detectable'], digits)} would have been detected with 80 % power"
+        return f"No difference found: {estimate}{power}.{_source_shares(row)}"
     better = arm if row["high"] < 0 else against
-    where = " in this training" if is_one else ""
-    more = f"; {_advice(row)}" if is_one else ""
-    return f"{better} predicts images it never saw better{where}: {found}{more}.{_sources(row)}"
+    where = " in this training" if has_one_seed else ""
+    advice = f"; {_advice(row)}" if has_one_seed else ""
+    return f"{better} predicts unseen images better{where}: {estimate}{advice}.{_source_shares(row)}"
 
 
-def _counted(row: Mapping[str, Any]) -> str:
+def _sample_text(row: Mapping[str, Any]) -> str:
     """`3 seeds and 64 images`."""
-    seeds = "One seed" if row["n"] == 1 else f"{row['n']} seeds"
-    return f"{seeds} and {_of_images(row)}" if row.get("images") else seeds
-
-
-def _of_images(row: Mapping[str, Any]) -> str:
-    return f"{row['images']} image{'s' * (row['images'] != 1)}"
+    seeds = "One seed" if row["n"] == 1 else count_text(row["n"], "seed")
+    return f"{seeds} and {count_text(row['images'], 'image')}" if row.get("images") else seeds
 
 
 def _advice(row: Mapping[str, Any]) -> str:
-    """What would give an interval, or a wider claim."""
+    """Name the settings that would give an interval, or one that covers other trainings."""
     if row["n"] == 1 and row["low"] is not None:
-        return "--num_seeds 5 asks other trainings too"
+        return "--num_seeds 5 would include other trainings"
     images = f" or {FEWEST_IMAGES} held-out images or more" if (row.get("images") or 0) < FEWEST_IMAGES else ""
-    return f"--num_seeds {5 if row['n'] == 1 else 2 * row['n']}{images} give an interval"
+    return f"--num_seeds {5 if row['n'] == 1 else 2 * row['n']}{images} would give an interval"
 
 
-def _sources(row: Mapping[str, Any]) -> str:
-    """How much of the uncertainty comes from seeds and from images; nothing where one of them does not vary."""
+def _source_shares(row: Mapping[str, Any]) -> str:
+    """The shares of the uncertainty due to seeds and to images; empty unless both vary."""
     seeds, images = row.get("seed_share"), row.get("image_share")
     if row["n"] == 1 or seeds is None or images is None:
         return ""
@@ -115,7 +114,7 @@ def _sources(row: Mapping[str, Any]) -> str:
 
 
 def _digits(row: Mapping[str, Any]) -> int:
-    """Decimals that show two digits of the interval's width, or of the difference."""
+    """The number of decimals that shows two digits of the interval's width, or of the difference."""
     width = abs(row["mean"]) if row["low"] is None else row["high"] - row["low"]
     return max(4, 1 - math.floor(math.log10(width))) if width else 4
 
@@ -126,7 +125,7 @@ def metrics_table(
     base: MetricValues,
     values: Mapping[str, Mapping[Any, MetricValues]],
 ) -> str:
-    """The means over seeds as a Markdown table: a row for each metric, a column for the base and for each arm."""
+    """Format the means over seeds as a Markdown table with a row for each metric."""
     lines = ["| | Base | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
     for metric in metrics:
         key, digits = metric["key"], metric["digits"]
@@ -138,8 +137,8 @@ def metrics_table(
     return "\n".join(lines)
 
 
-def _over_images(images: ImageLosses, metric: str, arm: str, against: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The interval over seeds and images of a metric that is measured image by image; nothing for any other."""
+def _image_interval(images: ImageLosses, metric: str, arm: str, against: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """The interval over seeds and images of a metric that is measured for each image; empty for any other metric."""
     pairs = [
         (images[arm][seed][metric], images[against][seed][metric])
         for seed in seeds
@@ -147,22 +146,22 @@ def _over_images(images: ImageLosses, metric: str, arm: str, against: str, seeds
     ]
     if not pairs:
         return {}
-    found = crossed_difference([[one - other for one, other in zip(*pair, strict=True)] for pair in pairs])
-    is_spread = found.error is not None and found.freedom is not None
-    power = detectable(found.error, found.freedom) if found.error and found.freedom else 0.0
+    difference = crossed_difference([[value - base for value, base in zip(*pair, strict=True)] for pair in pairs])
+    has_spread = difference.error is not None and difference.freedom is not None
+    power = detectable(difference.error, difference.freedom) if difference.error and difference.freedom else 0.0
     return {
-        "low": found.low,
-        "high": found.high,
-        "detectable": power if is_spread else None,
-        "images": found.images,
-        "seed_share": found.seed_share,
-        "image_share": found.image_share,
+        "low": difference.low,
+        "high": difference.high,
+        "detectable": power if has_spread else None,
+        "images": difference.images,
+        "seed_share": difference.seed_share,
+        "image_share": difference.image_share,
     }
 
 
 def _difference_row(
     metric: str, arm: str, against: str, matched: str, pairs: Sequence[tuple[float, float]]
 ) -> dict[str, Any]:
-    difference = paired_difference([one for one, _ in pairs], [other for _, other in pairs])
-    place = {"metric": metric, "arm": arm, "against": against, "matched": matched}
-    return {**place, **asdict(difference), "differences": list(difference.differences), "n": difference.n}
+    difference = paired_difference([value for value, _ in pairs], [reference for _, reference in pairs])
+    key = {"metric": metric, "arm": arm, "against": against, "matched": matched}
+    return {**key, **asdict(difference), "differences": list(difference.differences), "n": difference.n}

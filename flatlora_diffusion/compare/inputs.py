@@ -1,4 +1,4 @@
-"""The material of a comparison: image sets, prompts, encoders, and the evaluator that holds them."""
+"""Reads the inputs of a comparison (image sets, prompts, scoring models) and builds its evaluator."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ SAMPLE_ICONS, FLAT_ICONS = SAMPLES / "icons_3d", SAMPLES / "icons_flat"
 
 
 @dataclass(frozen=True)
-class Material:
-    """Everything that was read before the first run is trained."""
+class Inputs:
+    """The inputs that are read before the first training."""
 
     summary: str
     sets: dict[str, ImageSet]
@@ -54,24 +54,25 @@ class Material:
     scoring_models: ScoringModels
 
 
-def read_material(config: TrainConfig, own: CompareConfig) -> Material:
-    """The images and prompts that the arms are measured with.
+def read_inputs(config: TrainConfig, options: CompareConfig) -> Inputs:
+    """Read the images and prompts that the arms are measured with.
 
-    Raises ConfigError for what is missing, held-out images that are trained on and an --output_dir amid images.
+    Raises:
+        ConfigError: Inputs are missing, held-out images are trained on, or --output_dir overlaps with images.
     """
-    for name, is_set, why in (
+    for name, is_set, reason in (
         (
             "train_text_encoder_ti",
             config.tokens.train_text_encoder_ti,
-            "captions with new tokens mean nothing to the base",
+            "the base does not know new tokens in captions",
         ),
-        ("push_to_hub", config.run.push_to_hub, "every arm and null would be uploaded"),
+        ("push_to_hub", config.run.push_to_hub, "every arm and control would be uploaded"),
     ):
         if is_set:
-            raise ConfigError(f"{name} cannot be used in a comparison: {why}; leave it out")
-    heldout = _heldout_folder(config, own)
+            raise ConfigError(f"{name} cannot be used in a comparison: {reason}; omit it")
+    heldout = _heldout_folder(config, options)
     folders = {HELDOUT: heldout}
-    forgetting = own.forgetting_dir or (FLAT_ICONS if _are_sample_icons(config) else None)
+    forgetting = options.forgetting_dir or (FLAT_ICONS if _uses_sample_icons(config) else None)
     if forgetting is not None:
         folders[FORGETTING] = Path(forgetting)
     check_folders_apart(config)
@@ -84,14 +85,14 @@ def read_material(config: TrainConfig, own: CompareConfig) -> Material:
         samples = (load_heldout(folder, config.data) if name == HELDOUT else load_samples(folder)).samples
         sets[name] = ImageSet(samples, groups_of(folder, samples), DRAWS[name])
     check_not_trained_on(sets[HELDOUT].samples, training, "are")
-    prompts = _prompts(config, own, heldout, sets[HELDOUT].samples)
-    return Material(summary, sets, prompts, heldout, _scoring_models(own))
+    prompts = _prompts(config, options, heldout, sets[HELDOUT].samples)
+    return Inputs(summary, sets, prompts, heldout, _scoring_models(options))
 
 
-def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], material: Material) -> tuple[RunEvaluator, Sdxl]:
-    """The evaluator of `runs`, on the GPU if there is one, and its base.
+def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], inputs: Inputs) -> tuple[RunEvaluator, Sdxl]:
+    """Load the base and build the evaluator of `runs`, on the GPU if there is one.
 
-    What is measured and drawn is kept below `output_dir`, apart for each way to load the base.
+    Results are cached below `output_dir`, separately for each way to load the base.
     """
     folder = Path(config.run.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,84 +100,83 @@ def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], material: Ma
     sdxl = load_sdxl(model, device, DTYPES[config.optim.precision_of_base])
     resolution = config.data.resolution or sdxl.resolution
     background = config.data.background_color
-    identity = _identity(config)
+    cache = _measurement_hash(config)
     loss_evaluator = LossEvaluator(
         sdxl,
         unweighted(objective_of(config.objective, sdxl.scheduler)),
-        material.sets,
+        inputs.sets,
         resolution,
-        folder / "measured" / identity,
+        folder / "measured" / cache,
         background,
         any(planned.config.adapter.train_text_encoder for planned in runs),
     )
-    generator = PictureGenerator(sdxl, resolution, folder / "pictures" / identity, guidance=material.prompts.guidance)
-    training = [_as_seen(sample, background, resolution) for sample in material.sets[TRAIN].samples]
-    drawn = [sample for sample in material.sets[HELDOUT].samples if sample.caption in material.prompts.style]
-    heldout = {sample.caption: _as_seen(sample, background, resolution) for sample in drawn}
-    names = names_of(material.heldout, material.sets[HELDOUT].samples)
+    generator = PictureGenerator(sdxl, resolution, folder / "pictures" / cache, guidance=inputs.prompts.guidance)
+    training = [_at_training_resolution(sample, background, resolution) for sample in inputs.sets[TRAIN].samples]
+    drawn = [sample for sample in inputs.sets[HELDOUT].samples if sample.caption in inputs.prompts.style]
+    heldout = {sample.caption: _at_training_resolution(sample, background, resolution) for sample in drawn}
+    names = names_of(inputs.heldout, inputs.sets[HELDOUT].samples)
     return RunEvaluator(
-        loss_evaluator, generator, material.prompts, material.scoring_models, training, heldout, names
+        loss_evaluator, generator, inputs.prompts, inputs.scoring_models, training, heldout, names
     ), sdxl
 
 
-def free_device() -> None:
-    """Give the GPU's memory back that an evaluator held which nobody needs any more."""
+def free_gpu_memory() -> None:
+    """Release the GPU memory of a deleted evaluator."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _scoring_models(own: CompareConfig) -> ScoringModels:
-    """The models that look at pictures: on the CPU, so that training has the GPU for itself."""
-    encoders = [load_encoder(name) for name in own.encoders]
-    judge = load_judge(SAMPLES / "tiny_sdxl" / "judge") if JUDGE in own.encoders else None
-    return ScoringModels(encoders, judge, load_lpips() if own.lpips else None)
+def _scoring_models(options: CompareConfig) -> ScoringModels:
+    """Load the models that score pictures, on the CPU to leave the GPU to the training."""
+    encoders = [load_encoder(name) for name in options.encoders]
+    judge = load_judge(SAMPLES / "tiny_sdxl" / "judge") if JUDGE in options.encoders else None
+    return ScoringModels(encoders, judge, load_lpips() if options.lpips else None)
 
 
-def _identity(config: TrainConfig) -> str:
-    """A short hash of how the base is loaded and what it is asked to predict."""
+def _measurement_hash(config: TrainConfig) -> str:
+    """A short hash of the settings of the base and of the objective."""
     settings = [asdict(config.model), asdict(config.objective), config.optim.precision_of_base]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
 
-def _heldout_folder(config: TrainConfig, own: CompareConfig) -> Path:
-    if own.heldout_dir is not None:
-        return Path(own.heldout_dir)
-    if _are_sample_icons(config):
+def _heldout_folder(config: TrainConfig, options: CompareConfig) -> Path:
+    if options.heldout_dir is not None:
+        return Path(options.heldout_dir)
+    if _uses_sample_icons(config):
         return SAMPLE_ICONS / HELDOUT_FOLDER
     raise ConfigError(
-        "heldout_dir is missing: give a folder of captioned images of the style that are not trained on; "
-        "whether a LoRA generalizes shows on those alone"
+        "heldout_dir is missing: give a folder of captioned images of the style that are not trained on, which show "
+        "whether a LoRA generalizes"
     )
 
 
-def _are_sample_icons(config: TrainConfig) -> bool:
+def _uses_sample_icons(config: TrainConfig) -> bool:
     images = config.data.instance_data_dir
     return images is not None and Path(images).resolve() == SAMPLE_ICONS.resolve()
 
 
-def _prompts(config: TrainConfig, own: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> PromptSets:
-    file = Path(own.prompts_file) if own.prompts_file else heldout / "prompts.txt"
-    style = _lines(file) if own.prompts_file or file.is_file() else [sample.caption for sample in samples]
+def _prompts(config: TrainConfig, options: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> PromptSets:
+    file = Path(options.prompts_file) if options.prompts_file else heldout / "prompts.txt"
+    style = _read_lines(file) if options.prompts_file or file.is_file() else [sample.caption for sample in samples]
     is_tiny = config.model.pretrained_model_name_or_path == TINY
-    ours = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
-    unrelated = _lines(Path(own.unrelated_prompts_file) if own.unrelated_prompts_file else ours)
-    most = own.num_prompts
+    default = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
+    unrelated = _read_lines(Path(options.unrelated_prompts_file) if options.unrelated_prompts_file else default)
     return PromptSets(
-        tuple(dict.fromkeys(style))[:most],
-        tuple(dict.fromkeys(unrelated))[:most],
-        tuple(range(own.pictures_per_prompt)),
-        own.guidance_scale,
+        tuple(dict.fromkeys(style))[: options.num_prompts],
+        tuple(dict.fromkeys(unrelated))[: options.num_prompts],
+        tuple(range(options.pictures_per_prompt)),
+        options.guidance_scale,
     )
 
 
-def _lines(file: Path) -> list[str]:
+def _read_lines(file: Path) -> list[str]:
     prompts = read_prompts(file)
     if not prompts:
         raise ConfigError(f"{str(file)!r} is empty: give a text file with one prompt per line")
     return prompts
 
 
-def _as_seen(sample: Sample, background: str, resolution: int) -> Image.Image:
-    """A training image at the resolution of the pictures that it is compared with."""
+def _at_training_resolution(sample: Sample, background: str, resolution: int) -> Image.Image:
+    """Crop and resize an image to the resolution of the pictures that it is compared with."""
     image = centre_square(load_image(sample.source, background))
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS)

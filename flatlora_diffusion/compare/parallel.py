@@ -1,4 +1,4 @@
-"""Several runs at once, each in a process of its own; what they leave is what they leave one after the other."""
+"""Trains several runs in parallel, each in its own process; the results equal those of sequential training."""
 
 from __future__ import annotations
 
@@ -9,46 +9,49 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flatlora_diffusion.compare.arms import ASK_EVERY, PlannedRun, train_planned, training_command
-from flatlora_diffusion.compare.worker_slots import places
+from flatlora_diffusion.compare.arms import STOP_INTERVAL, PlannedRun, train_run, training_command
+from flatlora_diffusion.compare.worker_slots import worker_slots
 from flatlora_diffusion.config import RunError
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY = 1.0  # seconds
+_POLL_INTERVAL = 1.0  # seconds
 
 
-def train_at_once(runs: Sequence[PlannedRun], workers: int | None, cluster: str | None) -> None:
-    """Train what is not trained yet, as many at once as there are places.
+def train_in_parallel(runs: Sequence[PlannedRun], workers: int | None, cluster: str | None) -> None:
+    """Train the unfinished runs, one per worker slot at a time.
 
-    Raises RunError when one does not end well; the others then save what they need to go on, as after a stop.
+    Raises:
+        RunError: A training fails; the others then save a checkpoint and stop.
     """
-    left = [planned for planned in runs if not planned.is_finished]
-    if left and left[0].config.data.with_prior_preservation:  # it draws the class images that all of them share
-        train_planned(left.pop(0))
-    if not left:
+    pending = [planned for planned in runs if not planned.is_finished]
+    if pending and pending[0].config.data.with_prior_preservation:  # draws the class images that all runs share
+        train_run(pending.pop(0))
+    if not pending:
         return
-    with places(workers, cluster) as (count, run), ThreadPoolExecutor(count) as pool:
-        logger.info("%d trainings, %d at once", len(left), min(count, len(left)))
+    with worker_slots(workers, cluster) as (count, run), ThreadPoolExecutor(count) as pool:
+        logger.info("%d trainings, %d in parallel", len(pending), min(count, len(pending)))
         until_failure = _UntilFailure(run)
-        waiting = {pool.submit(until_failure, training_command(one), _log_of(one)): one for one in left}
+        futures = {
+            pool.submit(until_failure, training_command(planned), _log_of(planned)): planned for planned in pending
+        }
         try:
-            _follow(dict(waiting))
+            _show_progress(dict(futures))
         except BaseException:
             until_failure.is_over = True
-            _stop(waiting)
+            _stop_all(futures)
             raise
 
 
 class _UntilFailure:
-    """Runs commands as `run` does. Once one has failed, none begins: the threads of a pool take the next at once."""
+    """Runs commands until one fails; later commands, which a pool's threads would take up, do not start."""
 
     def __init__(self, run: Callable[[Sequence[str], Path], int]) -> None:
         self.is_over = False
         self._run = run
 
     def __call__(self, command: Sequence[str], log: Path) -> int | None:
-        """The exit code; None for a command that was not begun."""
+        """Return the exit code; None for a command that was not started."""
         if self.is_over:
             return None
         code = None
@@ -59,33 +62,33 @@ class _UntilFailure:
         return code
 
 
-def _follow(waiting: dict[Future[int | None], PlannedRun]) -> None:
-    total = sum(planned.steps for planned in waiting.values())
+def _show_progress(futures: dict[Future[int | None], PlannedRun]) -> None:
+    """Show a progress bar until all trainings have ended. Raises RunError when one fails."""
+    total = sum(planned.steps for planned in futures.values())
     done = 0
     with tqdm(total=total, unit="step", desc="training") as bar:
-        while waiting:
-            # One that has not begun is passed over: the one that failed is among those that have ended.
-            for ended in wait(waiting, _LOOK_EVERY, FIRST_COMPLETED)[0]:
-                planned = waiting.pop(ended)
+        while futures:
+            for ended in wait(futures, _POLL_INTERVAL, FIRST_COMPLETED)[0]:
+                planned = futures.pop(ended)
                 done += planned.steps
-                if ended.result() not in (0, None):
+                if ended.result() not in (0, None):  # None: not started, because another one has failed
                     raise RunError(
-                        f"training {planned.label} ended with exit code {ended.result()}; its message is in "
+                        f"training {planned.label} ended with exit code {ended.result()}; see its messages in "
                         f"{_log_of(planned)}"
                     )
-            going = {planned.label: _steps_done(planned) for one, planned in waiting.items() if one.running()}
-            bar.set_postfix_str(", ".join(f"{label}: {steps}" for label, steps in going.items()))
-            bar.update(done + sum(going.values()) - bar.n)
+            running = {planned.label: _steps_done(planned) for future, planned in futures.items() if future.running()}
+            bar.set_postfix_str(", ".join(f"{label}: {steps}" for label, steps in running.items()))
+            bar.update(done + sum(running.values()) - bar.n)
 
 
-def _stop(runs: Mapping[Future[int | None], PlannedRun]) -> None:
-    """Returns when all have ended. Those that have not begun never do."""
-    going = {future for future in runs if not future.cancel()}
-    while going:
-        for future in going:
+def _stop_all(runs: Mapping[Future[int | None], PlannedRun]) -> None:
+    """Cancel the trainings that have not started, and request a stop of the others until they have ended."""
+    running = {future for future in runs if not future.cancel()}
+    while running:
+        for future in running:
             if not future.done():
-                runs[future].ask_to_stop()
-        going = wait(going, ASK_EVERY).not_done
+                runs[future].request_stop()
+        running = wait(running, STOP_INTERVAL).not_done
 
 
 def _steps_done(planned: PlannedRun) -> int:
@@ -94,5 +97,5 @@ def _steps_done(planned: PlannedRun) -> int:
 
 
 def _log_of(planned: PlannedRun) -> Path:
-    """Beside the run's folder, where its settings are too."""
+    """The log file, beside the run's folder like its settings."""
     return planned.run.folder.with_name(f"{planned.run.folder.name}.log")

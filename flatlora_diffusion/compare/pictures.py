@@ -1,4 +1,4 @@
-"""Pictures of the base and of LoRA files for given prompts and seeds, each drawn once and kept as a file."""
+"""Draws and caches pictures of the base and of LoRA files for given prompts and seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
@@ -20,49 +20,50 @@ Key = tuple[str, int]  # prompt, seed
 
 
 class PictureGenerator:
-    """Draws with `steps` and `guidance`; a file's name is the hash of all that its picture depends on."""
+    """Draws pictures into the folder `cache`; a file's name is the hash of everything its picture depends on."""
 
     def __init__(
-        self, sdxl: Sdxl, resolution: int, kept: Path, steps: int = STEPS, guidance: float = GUIDANCE
+        self, sdxl: Sdxl, resolution: int, cache: Path, steps: int = STEPS, guidance: float = GUIDANCE
     ) -> None:
-        self._sdxl, self._kept, self._settings = sdxl, kept, (resolution, steps, guidance)
+        self._sdxl, self._cache, self._settings = sdxl, cache, (resolution, steps, guidance)
         self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
 
     def generate(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> dict[Key, Image.Image]:
-        """The pictures of `keys`, RGB, by the base with `lora` or by the base alone."""
+        """Draw the pictures of `keys`, RGB, with `lora` or with the base alone."""
         files = dict(zip(keys, self.files(lora, keys, strength), strict=True))
         missing = {key: file for key, file in files.items() if not file.is_file()}
         if missing and lora is None:
             self._draw(missing)
         elif missing and lora is not None:
-            pipeline, used = self._sdxl.pipeline, [LoraFile(lora)]
-            with loaded(pipeline, used), at_strength(pipeline, used, strength, merge=False):
+            pipeline, loras = self._sdxl.pipeline, [LoraFile(lora)]
+            with loras_loaded(pipeline, loras), lora_scale(pipeline, loras, strength, merge=False):
                 self._draw(missing)
-        return {key: _read(file) for key, file in files.items()}
+        return {key: read_picture(file) for key, file in files.items()}
 
-    def left(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> int:
-        """How many samples the UNet has to see for the pictures of `keys` that are not kept."""
+    def passes(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> int:
+        """The samples that `generate` passes through the UNet, 0 if all pictures are cached."""
         _, steps, guidance = self._settings
-        is_there = lora is None or lora.is_file()
-        missing = sum(not file.is_file() for file in self.files(lora, keys, strength)) if is_there else len(keys)
+        exists = lora is None or lora.is_file()
+        missing = sum(not file.is_file() for file in self.files(lora, keys, strength)) if exists else len(keys)
         return missing * steps * (2 if guidance > 1 else 1)
 
     def files(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> list[Path]:
-        """The files in which the pictures of `keys` are kept, drawn or not."""
+        """The cache files of `keys`, drawn or not."""
         content = "base" if lora is None else f"{file_sha256(lora)} at {strength:g}"
-        depends = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
-        return [self._kept / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in depends]
+        identities = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
+        return [self._cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in identities]
 
     def _draw(self, files: Mapping[Key, Path]) -> None:
         resolution, steps, guidance = self._settings
-        self._kept.mkdir(parents=True, exist_ok=True)
-        # One at a time: which pictures are missing must not change any of them, and a stop loses none that is drawn.
+        self._cache.mkdir(parents=True, exist_ok=True)
+        # Batch size 1: a picture must not depend on which others are missing, and a stop must not lose drawn pictures.
         for (prompt, seed), file in files.items():
             (image,) = generate_images(self._sdxl, [prompt], [seed], resolution, steps, guidance, batch_size=1)
-            with atomic_write(file) as aside:
-                image.save(aside, format="PNG")
+            with atomic_write(file) as temporary:
+                image.save(temporary, format="PNG")
 
 
-def _read(file: Path) -> Image.Image:
+def read_picture(file: Path) -> Image.Image:
+    """Read a picture as RGB."""
     with Image.open(file) as image:
         return image.convert("RGB")

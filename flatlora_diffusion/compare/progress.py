@@ -1,4 +1,4 @@
-"""What is left to measure, counted before it is done: one bar over it says what goes on and how long it will take."""
+"""Runs measurements and drawings with one progress bar over their passes through the UNet."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-_LOOK = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} gone, about {remaining} left"
+_BAR_FORMAT = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} elapsed, about {remaining} left"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Something to measure or to draw: `passes` samples will go through the UNet, none if it is there already."""
+class WorkItem:
+    """A measurement or drawing that passes `passes` samples through the UNet, 0 if its result is cached."""
 
-    what: str
+    label: str
     passes: int
-    do: Callable[[], object]
+    run: Callable[[], object]
 
 
-def do_pieces(unet: nn.Module, pieces: Sequence[Piece]) -> None:
-    """Do what is left of `pieces`, with a bar that moves with every pass of the UNet."""
-    left = [piece for piece in pieces if piece.passes]
-    total = sum(piece.passes for piece in left)
-    if not left:
+def run_items(unet: nn.Module, items: Sequence[WorkItem]) -> None:
+    """Run the items that are not cached, with a progress bar that advances with every pass of the UNet."""
+    pending = [item for item in items if item.passes]
+    total = sum(item.passes for item in pending)
+    if not pending:
         return
-    with tqdm(total=total, bar_format=_LOOK, mininterval=0.5, smoothing=0.1) as bar:
+    with tqdm(total=total, bar_format=_BAR_FORMAT, mininterval=0.5, smoothing=0.1) as bar:
 
         def count(module: nn.Module, arguments: Any, output: Any) -> None:
             bar.update(min(len(output[0]), total - bar.n))
 
         hook = unet.register_forward_hook(count)
         try:
-            for piece in left:
-                bar.set_description_str(piece.what)
-                piece.do()
+            for item in pending:
+                bar.set_description_str(item.label)
+                item.run()
         finally:
             hook.remove()
         bar.update(total - bar.n)

@@ -1,4 +1,4 @@
-"""How long trainings take: by the steps of runs that are there, or else by the time that a picture takes to draw."""
+"""Estimates training time from the steps of existing runs, or else from the time to draw a picture."""
 
 from __future__ import annotations
 
@@ -12,59 +12,62 @@ from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
 
 _RECOMPUTED = 1.5  # passes that --gradient_checkpointing adds to a gradient: LoRA's steps took 1.6 times as long
-_START_SECONDS = 10  # in which the process of a training imports its libraries and loads the base
+_START_SECONDS = 10  # for the process of a training to import its libraries and load the base
 
 
 def step_seconds(runs: Sequence[PlannedRun]) -> dict[str, float]:
-    """Seconds of a step of each arm, by its key, that has steps in one of `runs`: the median."""
-    found: dict[str, list[float]] = {}
+    """The median seconds per step of each arm that has steps in one of `runs`, by the arm's key."""
+    seconds: dict[str, list[float]] = {}
     for planned in runs:
-        if planned.is_begun or planned.is_finished:
-            found.setdefault(planned.arm.key, []).extend(event["seconds"] for event in planned.run.steps())
-    return {arm: statistics.median(seconds) for arm, seconds in found.items() if seconds}
+        if planned.is_resumable or planned.is_finished:
+            seconds.setdefault(planned.arm.key, []).extend(event["seconds"] for event in planned.run.steps())
+    return {arm: statistics.median(values) for arm, values in seconds.items() if values}
 
 
-def training_seconds(left: Sequence[PlannedRun], runs: Sequence[PlannedRun], each: float) -> float:
-    """How long it takes to train what is left of some of `runs`, a pass taking `each` second where none has steps.
+def training_seconds(pending: Sequence[PlannedRun], runs: Sequence[PlannedRun], pass_seconds: float) -> float:
+    """Estimate the time to train the remaining steps of `pending`, some of the experiment's `runs`.
 
-    An arm's steps take as long as those that it has, or else by its passes as long as those of other arms.
+    An arm's step takes as long as its earlier steps, or else in proportion to its passes as long as those of other
+    arms.
+
+    Args:
+        pass_seconds: The seconds of a pass through the UNet, for use if no run has any step.
     """
     known = step_seconds(runs)
-    passes = {planned.arm.key: _passes(planned) for planned in runs}
+    passes = {planned.arm.key: _passes_per_step(planned) for planned in runs}
     if known:
-        each = statistics.fmean(seconds / passes[arm] for arm, seconds in known.items())
-    return sum(_seconds(planned, known, each) for planned in left)
+        pass_seconds = statistics.fmean(seconds / passes[arm] for arm, seconds in known.items())
+    return sum(_run_seconds(planned, known, pass_seconds) for planned in pending)
 
 
 def seconds_per_pass(sdxl: Sdxl, resolution: int) -> float:
-    """How long one sample takes through the UNet while a picture is drawn; a slow one is timed for one step alone."""
+    """Time the pass of one sample through the UNet while drawing; a slow UNet is timed for one step only."""
     seconds = 0.0
     for steps in (1, 5):
         if seconds < 1:
-            began = time.perf_counter()
+            start = time.perf_counter()
             generate_images(sdxl, ["an icon"], [0], resolution, steps, batch_size=1)
-            seconds = (time.perf_counter() - began) / (2 * steps)
+            seconds = (time.perf_counter() - start) / (2 * steps)
     return seconds
 
 
-def in_words(seconds: float) -> str:
-    """A duration as it is told."""
+def duration_text(seconds: float) -> str:
+    """Write a duration in minutes or hours."""
     if seconds < 90:
         return "a minute"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _seconds(planned: PlannedRun, known: Mapping[str, float], each: float) -> float:
-    """Of what is left of a training and, before it, of its folds, or of its members."""
+def _run_seconds(planned: PlannedRun, known: Mapping[str, float], pass_seconds: float) -> float:
+    """The remaining time of a run, including the trainings of its folds or members."""
     if planned.is_finished:
         return 0
-    of_step = known.get(planned.arm.key, each * _passes(planned))
+    seconds = known.get(planned.arm.key, pass_seconds * _passes_per_step(planned))
     trainings = planned.config.data.holdout_folds + planned.config.average.trainings
-    return _START_SECONDS + trainings * planned.steps_left * of_step
+    return _START_SECONDS + trainings * planned.remaining_steps * seconds
 
 
-def _passes(planned: PlannedRun) -> float:
-    """How many a step of the run has."""
+def _passes_per_step(planned: PlannedRun) -> float:
     optim, method = planned.config.optim, METHODS[planned.arm.method]
     recomputed = _RECOMPUTED * method.gradients if optim.gradient_checkpointing else 0.0
     return optim.train_batch_size * optim.gradient_accumulation_steps * (method.passes + recomputed)

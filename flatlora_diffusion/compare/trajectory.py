@@ -1,4 +1,4 @@
-"""The held-out loss of two runs where they are alike: at one clean training loss, or after equally many seconds."""
+"""Compares the held-out loss of two runs at equal unperturbed training loss, or at equal training time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """The measurements after `step` steps and `seconds` of training; step 0 is the base."""
+    """Measurements after `step` steps and `seconds` of training; step 0 is the base."""
 
     step: int
     seconds: float
@@ -22,25 +22,29 @@ class TrajectoryPoint:
 Pair = tuple[float, float]
 
 
-def at_equal_loss(one: Sequence[TrajectoryPoint], other: Sequence[TrajectoryPoint]) -> Pair:
-    """The held-out losses where each run first reaches the clean training loss that both of them reach.
+def losses_at_equal_loss(first: Sequence[TrajectoryPoint], second: Sequence[TrajectoryPoint]) -> Pair:
+    """The held-out losses at the lowest unperturbed training loss that both runs reach.
 
-    Between two checkpoints both losses are taken to change evenly. The points are in the order of their steps.
+    Losses are interpolated linearly between checkpoints. The points are in the order of their steps.
     """
-    target = max(min(point.clean_train_loss for point in run) for run in (one, other))
-    return _where(one, lambda point: point.clean_train_loss, target), _where(
-        other, lambda point: point.clean_train_loss, target
+    target = max(min(point.clean_train_loss for point in run) for run in (first, second))
+    return (
+        _interpolated(first, lambda point: point.clean_train_loss, target),
+        _interpolated(second, lambda point: point.clean_train_loss, target),
     )
 
 
-def at_equal_seconds(one: Sequence[TrajectoryPoint], other: Sequence[TrajectoryPoint]) -> Pair:
-    """The held-out losses after as many seconds as the shorter of both runs took."""
-    target = min(one[-1].seconds, other[-1].seconds)
-    return _where(one, lambda point: -point.seconds, -target), _where(other, lambda point: -point.seconds, -target)
+def losses_at_equal_seconds(first: Sequence[TrajectoryPoint], second: Sequence[TrajectoryPoint]) -> Pair:
+    """The held-out losses after the training time of the shorter run."""
+    target = min(first[-1].seconds, second[-1].seconds)
+    return (
+        _interpolated(first, lambda point: -point.seconds, -target),
+        _interpolated(second, lambda point: -point.seconds, -target),
+    )
 
 
-def _where(run: Sequence[TrajectoryPoint], falling: Callable[[TrajectoryPoint], float], target: float) -> float:
-    """The held-out loss where `falling` first comes down to `target`, which it does."""
+def _interpolated(run: Sequence[TrajectoryPoint], falling: Callable[[TrajectoryPoint], float], target: float) -> float:
+    """The held-out loss where the quantity `falling` first reaches `target`, which it must reach."""
     for before, after in itertools.pairwise(run):
         start, end = falling(before), falling(after)
         if start <= target:

@@ -1,6 +1,6 @@
-"""Places to train at: the devices of this machine, or those of a cluster. Each runs one command at a time.
+"""Worker slots for parallel trainings: devices of this machine or of a Ray cluster, each with one command at a time.
 
-All that a run needs is in its folder and its command, so a place needs no more than both.
+A run needs only its folder and its command.
 """
 
 from __future__ import annotations
@@ -21,82 +21,82 @@ import torch
 
 from flatlora_diffusion.config import QUIET_VARIABLE, ConfigError
 
-LOCAL = "local"  # a cluster of this machine alone, which Ray begins and ends
+LOCAL = "local"  # a Ray cluster on this machine, started and ended here
 
 
-class Places(NamedTuple):
-    """`number` commands can run at once; `run` returns the exit code of one, whose messages go into a file."""
+class WorkerSlots(NamedTuple):
+    """`number` commands can run in parallel; `run` logs a command's messages to a file and returns its exit code."""
 
     number: int
     run: Callable[[Sequence[str], Path], int]
 
 
-def check_places(workers: int | None, cluster: str | None) -> None:
-    """Raises ConfigError for more workers than devices, and for a cluster without Ray."""
+def check_workers(workers: int | None, cluster: str | None) -> None:
+    """Raise ConfigError for more workers than devices, and for a cluster without Ray."""
     if cluster is not None:
         if importlib.util.find_spec("ray") is None:
             raise ConfigError('--cluster needs the package ray: pip install "flatlora-diffusion[cluster]"')
     elif torch.cuda.is_available() and (workers or 1) > torch.cuda.device_count():
         raise ConfigError(
-            f"workers={workers} is more than this machine has CUDA devices, {torch.cuda.device_count()}; give at most "
-            "as many, or --cluster"
+            f"workers={workers} exceeds the {torch.cuda.device_count()} CUDA devices of this machine; give fewer, or "
+            "--cluster"
         )
 
 
 @contextmanager
-def places(workers: int | None, cluster: str | None) -> Iterator[Places]:
-    """Those of the settings, while this is open."""
+def worker_slots(workers: int | None, cluster: str | None) -> Iterator[WorkerSlots]:
+    """Open the worker slots of the settings."""
     if cluster is None:
-        yield _on_devices(workers or 1)
+        yield _device_slots(workers or 1)
     else:
-        with _on_cluster(cluster, workers) as of_cluster:
-            yield of_cluster
+        with _cluster_slots(cluster, workers) as slots:
+            yield slots
 
 
-def _on_devices(count: int) -> Places:
-    """A CUDA device each, or an equal share of the CPU's cores."""
+def _device_slots(count: int) -> WorkerSlots:
+    """Slots with a CUDA device each, or with an equal share of the CPU's cores."""
     free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
     for index in range(count):
-        free.put(_device(index, count))
+        free.put(_device_variables(index, count))
 
     def run(command: Sequence[str], log: Path) -> int:
         device = free.get()
         try:
-            return _ended(command, str(log), {**os.environ, QUIET_VARIABLE: "1", **device})
+            return _exit_code(command, str(log), {**os.environ, QUIET_VARIABLE: "1", **device})
         finally:
             free.put(device)
 
-    return Places(count, run)
+    return WorkerSlots(count, run)
 
 
-def _device(index: int, count: int) -> dict[str, str]:
-    """The variables that give a process its share of this machine."""
+def _device_variables(index: int, count: int) -> dict[str, str]:
+    """The environment variables that give a process its device, or its share of the cores."""
     if torch.cuda.is_available():
-        known = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return {"CUDA_VISIBLE_DEVICES": known.split(",")[index].strip() if known else str(index)}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index].strip() if visible else str(index)}
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // count))}
 
 
-def _ended(command: Sequence[str], log: str, environment: Mapping[str, str]) -> int:
-    with open(log, "wb") as said:
-        return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=said, check=False).returncode
+def _exit_code(command: Sequence[str], log: str, environment: Mapping[str, str]) -> int:
+    with open(log, "wb") as file:
+        return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=file, check=False).returncode
 
 
 @contextmanager
-def _on_cluster(address: str, workers: int | None) -> Iterator[Places]:
-    """Ray's, each with a GPU if the cluster has any; its machines share the folders and have this program."""
+def _cluster_slots(address: str, workers: int | None) -> Iterator[WorkerSlots]:
+    """Slots of a Ray cluster, each with a GPU if there is any; its machines share the folders and this program."""
     ray: Any = importlib.import_module("ray")
-    own = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address == LOCAL else {}
+    options = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address=address, log_to_driver=False, **own)
+        ray.init(address=address, log_to_driver=False, **options)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cluster={address!r} cannot be reached: {str(error).splitlines()[0]}") from error
     try:
-        has = ray.cluster_resources()
-        gpus = int(has.get("GPU", 0))
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
         train = ray.remote(num_cpus=1, num_gpus=int(gpus > 0), max_retries=0)(_task())
         start = partial(_ray_run, ray, train)
-        yield Places(workers or gpus or int(has["CPU"]), start)
+        yield WorkerSlots(workers or gpus or int(resources["CPU"]), start)
     finally:
         ray.shutdown()
 
@@ -108,20 +108,20 @@ def _ray_run(ray: Any, train: Any, command: Sequence[str], log: Path) -> int:
 
 
 def _task() -> Callable[..., int]:
-    """What Ray runs on a machine: by value, so that it need not find it in a module there."""
+    """The function that Ray runs on a machine, nested so that Ray serializes it by value instead of importing it."""
 
     def train(arguments: list[str], log: str, folder: str, quiet: str) -> int:
         import os
         import subprocess
         import sys
 
-        with open(log, "wb") as said:
+        with open(log, "wb") as file:
             return subprocess.run(
                 [sys.executable, *arguments],
                 cwd=folder,
                 env={**os.environ, quiet: "1"},
                 stdout=subprocess.DEVNULL,
-                stderr=said,
+                stderr=file,
                 check=False,
             ).returncode
 

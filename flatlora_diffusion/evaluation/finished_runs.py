@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import SampleSet, manifest
-from flatlora_diffusion.lora_files.paths import distinct_ends
+from flatlora_diffusion.lora_files.paths import unique_path_ends
 from flatlora_diffusion.storage.atomic_io import file_sha256
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
@@ -39,7 +39,7 @@ def read_runs(folders: Sequence[str]) -> list[FinishedRun]:
         raise ConfigError("no run was given; give one or more run folders")
     if len(set(paths)) < len(paths):
         raise ConfigError("a run was given twice; give each run folder only once")
-    runs = [_read(path, name) for path, name in zip(paths, distinct_ends(paths), strict=True)]
+    runs = [_read(path, name) for path, name in zip(paths, unique_path_ends(paths), strict=True)]
     for run in runs[1:]:
         _check_same_base(run, runs[0])
         if run.images != runs[0].images:

@@ -32,7 +32,7 @@ from flatlora_diffusion.flatness.perturbed_models import OtherModels
 from flatlora_diffusion.flatness.plots import RESULT, check_result_folder
 from flatlora_diffusion.flatness.run_charts import write_charts
 from flatlora_diffusion.flatness.tables import markdown_tables
-from flatlora_diffusion.lora_files.loading import loaded
+from flatlora_diffusion.lora_files.loading import loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.base_title import base_title
 from flatlora_diffusion.sdxl.loading import base_given_as
@@ -129,7 +129,7 @@ def _models(
     models = [MeasuredModel(BASE, {}, probes({}))]
     for run in runs:
         tokens = new_tokens(run.config.tokens) if run.config.tokens.train_text_encoder_ti else {}
-        with loaded(sdxl.pipeline, [LoraFile(run.lora)]):
+        with loras_loaded(sdxl.pipeline, [LoraFile(run.lora)]):
             models.append(MeasuredModel(run.name, lora_deltas(sdxl.unet), probes(tokens)))
     return models
 
@@ -141,7 +141,7 @@ def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
         files = parse_lora(given.second_lora)
         if len(files) > 1:
             raise ConfigError(f"second_lora={given.second_lora!r} names {len(files)} files; give only one")
-        with loaded(sdxl.pipeline, files):
+        with loras_loaded(sdxl.pipeline, files):
             second_lora = lora_deltas(sdxl.unet)
     if given.other_base is not None:
         with base_given_as("other_base"):

@@ -26,8 +26,8 @@ from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
-from flatlora_diffusion.lora_files.paths import LoraFile, distinct_ends, parse_lora
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
+from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora, unique_path_ends
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.drawing import Drawing, portable_base_name
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
@@ -86,15 +86,15 @@ def generate(config: GenerateConfig) -> list[Path]:
     check_writable(Path(config.output_dir), "output_dir")
     sdxl, config = _load(config)
     for files in {row.files: None for row in rows}:  # to report an incompatible file before the first image
-        with loaded(sdxl.pipeline, files):
+        with loras_loaded(sdxl.pipeline, files):
             pass
     folder = _new_folder(Path(config.output_dir))
     images: list[list[Image.Image]] = []
     with tqdm(total=len(rows) * len(columns), unit="image") as bar:
         for files, group in groupby(rows, key=lambda row: row.files):
-            with loaded(sdxl.pipeline, files):
+            with loras_loaded(sdxl.pipeline, files):
                 for row in group:
-                    with at_strength(sdxl.pipeline, files, row.strength, config.merge):
+                    with lora_scale(sdxl.pipeline, files, row.strength, config.merge):
                         images.append(_draw_row(sdxl, config, row, columns, folder, bar))
     return list(_save_grids(config, _sampler(sdxl), rows, columns, images, folder))
 
@@ -125,7 +125,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """Return the shortest unique end of each path; the folder's name for the LoRA in a run folder."""
     ends = [path.parent if path.name == LORA_FILE else path.with_suffix("") for path in paths]
     # Not unique for a run folder `a` beside a file `a.safetensors`.
-    return distinct_ends(ends) or distinct_ends(paths)
+    return unique_path_ends(ends) or unique_path_ends(paths)
 
 
 def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:

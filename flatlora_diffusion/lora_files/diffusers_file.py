@@ -1,4 +1,4 @@
-"""The LoRA as a file for diffusers: scale folded into B, so that no reader needs it."""
+"""Writes the LoRA file for diffusers, with the scale folded into B so that no reader needs it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
 def peft_tensors(updates: Updates, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`lora_A` and `lora_B` of every layer with the scale in B.
+    """Collect `iter_peft_tensors` by name."""
+    return dict(iter_peft_tensors(updates, dtype))
 
-    Layers of a lower rank are padded with zeros to their part's highest: older diffusers take one rank for all.
+
+def iter_peft_tensors(updates: Updates, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield `lora_A` and `lora_B` of every layer in PEFT's names, with the scale folded into B.
+
+    Layers of a lower rank are zero-padded to the highest rank of their part: older diffusers assume a single rank.
     """
-    return dict(peft_stream(updates, dtype))
-
-
-def peft_stream(updates: Updates, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """`peft_tensors` one layer after the other."""
     for part, layers in updates.items():
         rank = max(len(update.down) for update in layers.values())
         for module, update in layers.items():
@@ -35,7 +35,7 @@ def peft_stream(updates: Updates, dtype: torch.dtype) -> Iterator[tuple[str, Ten
             if dtype == torch.float16:
                 down, up = balanced(down, up)
             missing = rank - len(down)
-            # Pads are counted from the last axis: A's rank is its first, B's its second.
+            # F.pad counts from the last axis; the rank is A's first axis and B's second.
             down, up = (
                 F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)),
                 F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)),
@@ -45,7 +45,7 @@ def peft_stream(updates: Updates, dtype: torch.dtype) -> Iterator[tuple[str, Ten
 
 
 def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """DoRA's magnitudes, by module path, by part, in PEFT's names."""
+    """Name DoRA's magnitudes, given by part and module path, as PEFT does."""
     return {
         f"{part}.{module}.lora_magnitude_vector": value
         for part, layers in values.items()
@@ -53,10 +53,10 @@ def magnitude_tensors(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
     }
 
 
-def save_updates(
+def save_diffusers_file(
     pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mapping[str, Tensor]], path: Path, dtype: torch.dtype
 ) -> None:
-    """Write what the pipeline's LoRA adds: A and sB of every layer in PEFT's names, and DoRA's magnitudes in fp32."""
+    """Write the pipeline's LoRA: A and sB of every layer in PEFT's names, and DoRA's magnitudes in fp32."""
     arguments: dict[str, Any] = {
         f"{part}_lora_adapter_metadata": _adapter_metadata(getattr(pipeline, part), layers, part in magnitudes)
         for part, layers in updates.items()
@@ -66,36 +66,35 @@ def save_updates(
         state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
         arguments[f"{part}_lora_layers"] = state
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as aside, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with atomic_write(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
-        (Path(scratch) / LORA_FILE).replace(aside)
+        (Path(scratch) / LORA_FILE).replace(temporary)
 
 
 def _adapter_metadata(model: nn.Module, layers: Mapping[str, Update], is_dora: bool) -> dict[str, Any]:
-    """The fields of a LoraConfig with which diffusers restores `layers`: only those that every peft knows.
+    """The LoraConfig fields that diffusers needs to restore `layers`, limited to fields known to every peft.
 
-    Layers are named by their ends where these name no other layer, and otherwise by as much of their paths as all
-    versions of transformers have.
+    Target modules are the shortest suffixes if these match no other layer, else paths valid for all transformers.
     """
     paths = list(lora_layers(model))
     ends = sorted({_end(path) for path in paths})
-    # While a LoRA is on, a layer's own name is that of its wrapper; what is inside has longer names.
+    # With a LoRA attached the layer's path names PEFT's wrapper; the modules inside have longer paths.
     others = [name for name, _ in model.named_modules() if name.endswith(tuple(f".{end}" for end in ends))]
     rank = max(len(update.down) for update in layers.values())
     metadata: dict[str, Any] = {
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": ends if len(others) == len(paths) else [version_free(path) for path in paths],
+        "target_modules": ends if len(others) == len(paths) else [portable_module_path(path) for path in paths],
     }
     return metadata | ({"use_dora": True} if is_dora else {})
 
 
 def _end(path: str) -> str:
-    """`to_q` or `to_out.0`: the shortest end of a path that is not a number alone."""
+    """The shortest suffix of a path that is not a bare number, such as `to_q` or `to_out.0`."""
     head, _, last = path.rpartition(".")
     return f"{head.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
-def version_free(path: str) -> str:
-    """As much of a text encoder's path as all versions of transformers have."""
+def portable_module_path(path: str) -> str:
+    """The part of a text encoder's module path that all versions of transformers share."""
     return path.removeprefix("text_model.").removeprefix("encoder.")

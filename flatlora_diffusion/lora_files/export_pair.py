@@ -1,4 +1,4 @@
-"""The two files of a trained LoRA, one for diffusers and one for every other tool: planned, written, read back."""
+"""Writes and verifies the two files of a trained LoRA: one for diffusers, one in kohya's layout for other tools."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import Updates
-from flatlora_diffusion.lora_files.diffusers_file import save_updates
-from flatlora_diffusion.lora_files.kohya import kohya_stream
+from flatlora_diffusion.lora_files.diffusers_file import save_diffusers_file
+from flatlora_diffusion.lora_files.kohya import kohya_tensors
 from flatlora_diffusion.lora_files.writing import (
     check_magnitudes,
     check_updates,
-    diffusers_updates,
-    kohya_updates,
-    make_room,
+    rename_existing,
     save_kohya,
+    updates_from_diffusers,
+    updates_from_kohya,
 )
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 from flatlora_diffusion.storage.run_dir import LORA_FILE
@@ -31,47 +31,58 @@ from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 @dataclass(frozen=True)
 class FilePair:
-    """Where both files go and what each is to hold."""
+    """The paths and contents of both files.
 
-    for_others: Path
-    copy: Path | None  # of it
-    metadata: Mapping[str, str]  # of it
-    sidecar: Mapping[str, Any] | None  # what web UIs show with it
-    plain: Updates  # of it: those of a plain LoRA
-    trained: Updates  # of diffusers' file
-    magnitudes: Mapping[str, Mapping[str, Tensor]]  # of diffusers' file
+    Attributes:
+        kohya: The path of the file for other tools; diffusers' file lies beside it.
+        copy: A second path for the kohya file.
+        metadata: The metadata of the kohya file.
+        sidecar: The JSON beside the kohya file, which web UIs show.
+        plain: The updates of the kohya file, those of a plain LoRA.
+        trained: The updates of diffusers' file.
+        magnitudes: DoRA's magnitudes in diffusers' file.
+    """
+
+    kohya: Path
+    copy: Path | None
+    metadata: Mapping[str, str]
+    sidecar: Mapping[str, Any] | None
+    plain: Updates
+    trained: Updates
+    magnitudes: Mapping[str, Mapping[str, Tensor]]
     layers_per_block: int
     dtype: torch.dtype
 
     @property
-    def for_diffusers(self) -> Path:
-        return self.for_others.with_name(LORA_FILE)
+    def diffusers(self) -> Path:
+        return self.kohya.with_name(LORA_FILE)
 
 
 def write_pair(pair: FilePair, pipeline: Any) -> None:
-    """Write the files. Others of their names get another name first."""
-    make_room(pair.for_others, pair.metadata)
-    tensors = partial(kohya_stream, pair.plain, pair.layers_per_block, pair.dtype)
-    save_kohya(pair.for_others, tensors, pair.metadata)
+    """Write both files; files of other runs with the same names are renamed first."""
+    rename_existing(pair.kohya, pair.metadata)
+    tensors = partial(kohya_tensors, pair.plain, pair.layers_per_block, pair.dtype)
+    save_kohya(pair.kohya, tensors, pair.metadata)
     if pair.copy is not None:
-        with atomic_write(pair.copy) as aside:
-            shutil.copyfile(pair.for_others, aside)
+        with atomic_write(pair.copy) as temporary:
+            shutil.copyfile(pair.kohya, temporary)
     if pair.sidecar is not None:
         text = json.dumps(pair.sidecar, indent=2, ensure_ascii=False)
-        write_text(pair.for_others.with_suffix(".json"), text + "\n")
-    save_updates(pipeline, pair.trained, pair.magnitudes, pair.for_diffusers, pair.dtype)
+        write_text(pair.kohya.with_suffix(".json"), text + "\n")
+    save_diffusers_file(pipeline, pair.trained, pair.magnitudes, pair.diffusers, pair.dtype)
 
 
-def largest_error(pair: FilePair) -> float:
-    """Read the files back; returns the largest relative error of a layer's update in them.
+def verify_pair(pair: FilePair) -> float:
+    """Read both files back and return the largest relative error of a layer's update.
 
-    Raises RunError when one does not hold what was to be in it, within the rounding of its precision.
+    Raises:
+        RunError: A file differs from the pair's contents by more than rounding to its precision explains.
     """
     largest = 0.0
     for path, read, expected in (
-        (pair.for_others, partial(kohya_updates, layers_per_block=pair.layers_per_block), pair.plain),
-        (pair.for_diffusers, diffusers_updates, pair.trained),
+        (pair.kohya, partial(updates_from_kohya, layers_per_block=pair.layers_per_block), pair.plain),
+        (pair.diffusers, updates_from_diffusers, pair.trained),
     ):
         largest = max(largest, check_updates(path, read(load_file(path), expected), expected, pair.dtype))
-    check_magnitudes(pair.for_diffusers, pair.magnitudes)
+    check_magnitudes(pair.diffusers, pair.magnitudes)
     return largest

@@ -1,7 +1,7 @@
-"""The LoRA in kohya's names for SDXL's own block numbering: the one layout that every tool reads in full.
+"""The LoRA in kohya's layout with SDXL's original block numbering, the only layout that every tool reads in full.
 
-Names are derived by rule from the module paths, which are those of any UNet with SDXL's blocks. Each module has
-exactly `lora_down.weight`, `lora_up.weight` and `alpha`; what it adds is alpha / rank * up @ down.
+Names follow from the module paths of any UNet with SDXL's blocks. Each module has exactly `lora_down.weight`,
+`lora_up.weight` and `alpha`; its update is alpha / rank * up @ down.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
 from flatlora_diffusion.sdxl.sgm_names import original_block_path
 
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-# Layers whose names and shapes tell other tools the base: InvokeAI looks for any cross attention's keys, Draw Things
-# for these in the second down block, and it takes a LoRA without the middle block for one of SSD-1B.
-_TELLING = tuple(f"{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("down_blocks.1", "mid_block"))
-# Alphas that fp16 and bf16 hold without loss of range.
-_ALPHAS = (2.0**-8, 2.0**15)
+# Layers by which other tools recognize SDXL: InvokeAI looks for cross-attention keys in any block, Draw Things for
+# those in the second down block; without the middle block it takes the LoRA for SSD-1B.
+_IDENTIFYING_LAYERS = tuple(
+    f"{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("down_blocks.1", "mid_block")
+)
+_MIN_ALPHA, _MAX_ALPHA = 2.0**-8, 2.0**15  # fp16 and bf16 represent this range
 
 
 def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
-    """The name of a module, such as `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
+    """Name a module in kohya's layout, such as `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
 
-    Raises KeyError for a module of the UNet that has no such name (conv_in, time_embedding, ...).
+    Raises:
+        KeyError: The UNet's module has no such name (conv_in, time_embedding, ...).
     """
     path = original_block_path(module, layers_per_block) if part == "unet" else module
     return f"{KOHYA_PREFIXES[part]}_{path.replace('.', '_')}"
 
 
-def kohya_stream(
+def kohya_tensors(
     updates: Updates, layers_per_block: int = 2, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
-    """`lora_down.weight`, `lora_up.weight` and `alpha` (a 0-dim tensor) of every module, all in `dtype`, by name.
-
-    One alpha per part, the commonest s * r: diffusers gives the commonest to all. Where a layer has another, the
-    difference is in its `lora_up`. Rank 1 gets a row of zeros: stable-diffusion.cpp reads another rank from it.
-    """
+    """Yield `lora_down.weight`, `lora_up.weight` and `alpha` (0-dim) of every module in `dtype`, sorted by name."""
+    # diffusers applies the most common alpha to all layers of a part, so there is one alpha per part, the most common
+    # s * r; a layer with another s * r has the ratio in its `lora_up`.
     alphas = {part: _common_alpha(layers, dtype) for part, layers in updates.items()}
     places = {
         kohya_name(part, module, layers_per_block): (part, module)
@@ -49,7 +49,7 @@ def kohya_stream(
         for module in layers
     }
     for name, (part, module) in sorted(places.items(), key=lambda item: f"{item[0]}."):
-        update = _of_rank_2(updates[part][module])
+        update = _at_least_rank_2(updates[part][module])
         down, up = update.down, update.up * (update.scale * len(update.down) / float(alphas[part]))
         if dtype == torch.float16:
             down, up = balanced(down, up)
@@ -58,12 +58,11 @@ def kohya_stream(
         yield f"{name}.lora_up.weight", up.to(dtype).contiguous()
 
 
-def completed(updates: Updates, unet: nn.Module) -> Updates:
-    """`updates` with the layers that other tools need to be there; what is added changes nothing, its factors are 0.
+def with_required_layers(updates: Updates, unet: nn.Module) -> Updates:
+    """Add the layers that other tools require in a file, with zero factors that change nothing.
 
-    AUTOMATIC1111 leaves a layer of the second text encoder as it is unless q, k, v and out are all in the file.
-    InvokeAI and Draw Things tell SDXL from other bases by certain layers, which a LoRA on some blocks or on text
-    encoders alone may lack.
+    AUTOMATIC1111 ignores an attention layer of the second text encoder unless q, k, v and out are all in the file.
+    InvokeAI and Draw Things recognize SDXL by certain layers, which a LoRA of few blocks or of text encoders may lack.
     """
     whole = dict(updates)
     second = whole.get("text_encoder_2", {})
@@ -73,40 +72,38 @@ def completed(updates: Updates, unet: nn.Module) -> Updates:
         for missing in TEXT_ATTENTION if leaf in TEXT_ATTENTION else ():
             if f"{group}.{missing}" not in second and f"{group}.{missing}" not in partners:
                 update = second[module]
-                partners[f"{group}.{missing}"] = _nothing(update.down, update.up, update.scale)
+                partners[f"{group}.{missing}"] = Update(
+                    torch.zeros_like(update.down), torch.zeros_like(update.up), update.scale
+                )
     if partners:
-        whole["text_encoder_2"] = _with(second, partners)
+        whole["text_encoder_2"] = _merged_layers(second, partners)
     layers = whole.get("unet", {})
-    telling = {module: _weight_shape(unet, module) for module in _TELLING if module not in layers}
-    added = {module: shape for module, shape in telling.items() if shape is not None}
+    missing_shapes = {module: _weight_shape(unet, module) for module in _IDENTIFYING_LAYERS if module not in layers}
+    added = {module: shape for module, shape in missing_shapes.items() if shape is not None}
     if whole and added:
         patterns = [layers] if layers else list(whole.values())
         sizes = Counter((len(update.down), update.scale) for part in patterns for update in part.values())
         rank, scale = sizes.most_common(1)[0][0]
-        nothing = {
-            module: _nothing(torch.empty(rank, wide), torch.empty(out, rank), scale)
-            for module, (out, wide) in added.items()
+        zeros = {
+            module: Update(torch.zeros(rank, width), torch.zeros(out, rank), scale)
+            for module, (out, width) in added.items()
         }
-        whole["unet"] = _with(layers, nothing)
+        whole["unet"] = _merged_layers(layers, zeros)
     return whole
 
 
-def _with(layers: Mapping[str, Update], more: Mapping[str, Update]) -> Mapping[str, Update]:
+def _merged_layers(layers: Mapping[str, Update], more: Mapping[str, Update]) -> Mapping[str, Update]:
     return LazyLayers([*layers, *more], lambda module: more[module] if module in more else layers[module])
 
 
-def _nothing(down: Tensor, up: Tensor, scale: float) -> Update:
-    return Update(torch.zeros_like(down), torch.zeros_like(up), scale)
-
-
 def _weight_shape(unet: nn.Module, module: str) -> tuple[int, int] | None:
-    """(out, in) of a Linear, None where the UNet has no such layer."""
+    """(out, in) of a Linear; None if the UNet has no such layer."""
     layer: Any = dict(unet.named_modules()).get(module)
     return None if layer is None else (int(layer.out_features), int(layer.in_features))
 
 
-def _of_rank_2(update: Update) -> Update:
-    """`update` with at least rank 2; s stays, so its alpha s * r doubles with a rank of 1."""
+def _at_least_rank_2(update: Update) -> Update:
+    """Pad rank 1 with zeros to rank 2, because stable-diffusion.cpp misreads rank 1; the scale s stays."""
     down, up, scale = update
     if len(down) > 1:
         return update
@@ -115,4 +112,4 @@ def _of_rank_2(update: Update) -> Update:
 
 def _common_alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:
     common = Counter(update.scale * max(len(update.down), 2) for update in layers.values()).most_common(1)[0][0]
-    return torch.tensor(min(max(common, _ALPHAS[0]), _ALPHAS[1]), dtype=dtype)
+    return torch.tensor(min(max(common, _MIN_ALPHA), _MAX_ALPHA), dtype=dtype)

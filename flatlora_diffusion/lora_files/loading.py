@@ -1,6 +1,6 @@
-"""LoRA files in a pipeline for the length of a `with`: several at once, any strength, beside the weights or in them.
+"""Context managers that load LoRA files into a pipeline, at any strength, unmerged or merged into the weights.
 
-Afterwards the pipeline is as it was, bit for bit.
+On exit the pipeline is restored bit for bit.
 """
 
 from __future__ import annotations
@@ -22,43 +22,46 @@ from flatlora_diffusion.adapter.delta import PARTS
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.diffusers_file import magnitude_tensors, peft_tensors
-from flatlora_diffusion.lora_files.names import BaseNames, loaded_names
+from flatlora_diffusion.lora_files.names import BaseNames, pipeline_names
 from flatlora_diffusion.lora_files.paths import LoraFile
-from flatlora_diffusion.lora_files.reading import lora_of_base
-from flatlora_diffusion.lora_files.safe_reading import CheckedFile, checked_file
+from flatlora_diffusion.lora_files.reading import load_for_base
+from flatlora_diffusion.lora_files.safe_reading import CheckedFile, read_header
 from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE
 
 logger = logging.getLogger(__name__)
 
-# Key in the file, text encoder and tokenizer of pivotal tuning's embeddings.
+# Key in the embeddings file, text encoder and tokenizer.
 _EMBEDDINGS = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
 
 
 @contextmanager
-def loaded(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[None]:
-    """All `files` in the pipeline, with the embeddings of new tokens that lie beside them.
+def loras_loaded(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[None]:
+    """Load `files` into the pipeline, with the embeddings of new tokens that lie beside them.
 
-    Raises ConfigError, naming the file, for one that cannot be read or that adapts nothing of this base.
+    Raises:
+        ConfigError: A file cannot be read or adapts no layer of this base.
     """
     with ExitStack() as undo:
         undo.callback(pipeline.unload_lora_weights)
-        names = loaded_names(pipeline)
+        names = pipeline_names(pipeline)
         for index, file in enumerate(files):
-            _load(pipeline, checked_file(file.path), names, _adapter(index))
-        for path in dict.fromkeys(_embeddings_of(file.path) for file in files):
+            _load(pipeline, read_header(file.path), names, _adapter(index))
+        for path in dict.fromkeys(_embedding_file(file.path) for file in files):
             if path is not None:
-                undo.enter_context(_with_embeddings(pipeline, path))
-        for part in PARTS:  # a file may bring a dropout, and new layers start in training mode
+                undo.enter_context(_embeddings_loaded(pipeline, path))
+        for part in PARTS:  # new layers start in training mode, and a file may configure dropout
             getattr(pipeline, part).eval()
         yield
 
 
 @contextmanager
-def at_strength(pipeline: Any, files: Sequence[LoraFile], strength: float, merge: bool) -> Iterator[None]:
-    """`loaded` files at `strength` times their weights, in UNet and text encoders; 0 is exactly the base.
+def lora_scale(pipeline: Any, files: Sequence[LoraFile], strength: float, merge: bool) -> Iterator[None]:
+    """Apply loaded LoRAs at `strength` times their weights, in UNet and text encoders; 0 is exactly the base.
 
-    With `merge` they are added to the weights; copies of these are put back, because subtracting leaves rounding.
+    Args:
+        files: The files that `loras_loaded` has loaded.
+        merge: Add the LoRAs to the base's weights instead of computing them beside.
     """
     if strength == 0:
         pipeline.disable_lora()
@@ -73,28 +76,30 @@ def at_strength(pipeline: Any, files: Sequence[LoraFile], strength: float, merge
         yield
         return
     weights = [layer.get_base_layer().weight for layer in _layers(pipeline)]
-    kept = [weight.detach().clone() for weight in weights]
+    originals = [weight.detach().clone() for weight in weights]
     try:
         pipeline.fuse_lora(adapter_names=adapters)
         yield
     finally:
         pipeline.unfuse_lora()
-        for weight, before in zip(weights, kept, strict=True):
-            weight.data.copy_(before)
+        for weight, original in zip(weights, originals, strict=True):  # subtracting has left rounding errors
+            weight.data.copy_(original)
 
 
-def embeddings_beside(path: Path) -> list[Path]:
-    """The files that may hold the new tokens of a LoRA file: `NAME_emb.safetensors` of `NAME.safetensors`, or else
-    those of a folder that holds one LoRA, or that of the run in whose folder the file is.
+def embedding_files(path: Path) -> list[Path]:
+    """Find the files that may hold the new tokens' embeddings of a LoRA file.
+
+    That is `NAME_emb.safetensors` beside `NAME.safetensors`; for a file in a folder of its own, every
+    `*_emb.safetensors` there; for a run's export, the file of the run.
     """
-    own = path.with_name(f"{path.stem}_emb.safetensors")
-    if own.is_file():
-        return [own]
+    named = path.with_name(f"{path.stem}_emb.safetensors")
+    if named.is_file():
+        return [named]
     if path.name == LORA_FILE:
         return sorted(path.parent.glob("*_emb.safetensors"))
     of_run = path.with_name(EMBEDDINGS_FILE)
-    # A run's file for other tools names the new tokens in its metadata, wherever it is.
-    is_of_run = of_run.is_file() and "<s0>" in checked_file(path).metadata.get("modelspec.trigger_phrase", "")
+    # A run's file for other tools names the new tokens in its metadata.
+    is_of_run = of_run.is_file() and "<s0>" in read_header(path).metadata.get("modelspec.trigger_phrase", "")
     return [of_run] if is_of_run else []
 
 
@@ -107,53 +112,55 @@ def _layers(pipeline: Any) -> list[LoraLayer]:
 
 
 def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> None:
-    lora = lora_of_base(file, names)
-    # Not the file itself, of which diffusers gives all layers the commonest alpha. PEFT casts to the base's dtype.
+    lora = load_for_base(file, names)
+    # diffusers would apply the file's most common alpha to all layers. PEFT casts to the base's dtype.
     tensors = peft_tensors(lora.updates, pipeline.unet.dtype) | magnitude_tensors(lora.magnitudes)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are intended
         pipeline.load_lora_weights(tensors, adapter_name=adapter)
 
 
-def _embeddings_of(path: Path) -> Path | None:
-    beside = embeddings_beside(path)
+def _embedding_file(path: Path) -> Path | None:
+    beside = embedding_files(path)
     if len(beside) > 1:
         raise ConfigError(
-            f"lora: beside {path} are {len(beside)} files *_emb.safetensors; leave one, or name it {path.stem}_emb"
-            ".safetensors"
+            f"lora={str(path)!r} has {len(beside)} files *_emb.safetensors beside it; keep one, or rename it to "
+            f"{path.stem}_emb.safetensors"
         )
     return beside[0] if beside else None
 
 
 @contextmanager
-def _with_embeddings(pipeline: Any, path: Path) -> Iterator[None]:
-    """The tokens `<s0>`, `<s1>`, ... with the embeddings of `path` in both text encoders."""
+def _embeddings_loaded(pipeline: Any, path: Path) -> Iterator[None]:
+    """Add the tokens `<s0>`, `<s1>`, ... with the embeddings of `path` to both text encoders."""
     try:
         embeddings = load_file(path)
         rows = [embeddings[key] for key, _, _ in _EMBEDDINGS]
     except (SafetensorError, KeyError) as error:
-        raise ConfigError(f"lora: {path} holds no embeddings clip_l and clip_g: {first_line(error)}") from error
+        raise ConfigError(f"lora: {path} has no embeddings clip_l and clip_g: {first_line(error)}") from error
     tokens = [f"<s{index}>" for index in range(len(rows[0]))]
     with ExitStack() as undo:
         for row, (name, part, key) in zip(rows, _EMBEDDINGS, strict=True):
             width = getattr(pipeline, part).get_input_embeddings().embedding_dim
             if row.shape[1:] != (width,):
-                raise ConfigError(f"lora: {path} has {name} embeddings of shape {tuple(row.shape)}, not (N, {width})")
-            undo.enter_context(_with_tokens(pipeline, part, key))
+                raise ConfigError(
+                    f"lora: {path} has {name} embeddings of shape {tuple(row.shape)}; this base needs (N, {width})"
+                )
+            undo.enter_context(_extendable_vocabulary(pipeline, part, key))
             try:
-                with torch.random.fork_rng():  # new rows are drawn before they are set
+                with torch.random.fork_rng():  # transformers initializes new rows at random before they are set
                     pipeline.load_textual_inversion(
                         row, token=tokens, text_encoder=getattr(pipeline, part), tokenizer=getattr(pipeline, key)
                     )
             except ValueError as error:
                 raise ConfigError(f"lora: the embeddings {path} cannot be used: {first_line(error)}") from error
-        logger.info("%s: for use in the prompts: %s", path.name, "".join(tokens))
+        logger.info("%s: use these tokens in prompts: %s", path.name, "".join(tokens))
         yield
 
 
 @contextmanager
-def _with_tokens(pipeline: Any, part: str, key: str) -> Iterator[None]:
-    """A tokenizer and an embedding table that may be extended; those from before are put back."""
+def _extendable_vocabulary(pipeline: Any, part: str, key: str) -> Iterator[None]:
+    """Allow new tokens in a tokenizer and its text encoder's embedding table; restore both on exit."""
     tokenizer, encoder = getattr(pipeline, key), getattr(pipeline, part)
     table = encoder.get_input_embeddings()
     rows = table.weight.data
@@ -162,5 +169,5 @@ def _with_tokens(pipeline: Any, part: str, key: str) -> Iterator[None]:
         yield
     finally:
         setattr(pipeline, key, tokenizer)
-        table.weight.data = rows  # transformers has put longer ones into the same table
+        table.weight.data = rows  # transformers extended this table in place
         table.num_embeddings = encoder.config.vocab_size = len(rows)

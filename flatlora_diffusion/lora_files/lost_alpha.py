@@ -1,34 +1,34 @@
-"""LoRA files whose alpha was lost when they were written: how far their strength is off, and how to mend it.
+"""Detects LoRA files that lost their alpha when they were written, and by how much their strength is off.
 
-`--output_kohya_format` of diffusers' training scripts writes the rank, as a whole number, for every alpha, or leaves
-the UNet's out: such a file has the scale 1 whatever it was trained with.
+`--output_kohya_format` of diffusers' training scripts writes the rank as an integer for every alpha, or omits the
+UNet's alphas: such a file has scale 1, whatever scale the LoRA was trained with.
 """
 
 from __future__ import annotations
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
-from flatlora_diffusion.lora_files.safe_reading import checked_file
+from flatlora_diffusion.lora_files.safe_reading import read_header
 from flatlora_diffusion.lora_files.scale import adapter_scale, adapter_settings
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
-def lost_alpha(lora: ImportedLora) -> str | None:
-    """A sentence with the factor and what to do; None for a file that has its alphas, or never had another than 1."""
+def lost_alpha_warning(lora: ImportedLora) -> str | None:
+    """A warning with the factor and a remedy; None if the alphas are right or the scale was 1 anyway."""
     if not all(_is_lost(lora, layer) for layer in lora.layers):
         return None
-    start = f"{lora.file.path.name} has lost its alpha, as `--output_kohya_format` of diffusers' scripts does it:"
+    start = f"{lora.file.path.name} lost its alpha, a bug of diffusers' `--output_kohya_format`:"
     scales = _scales_beside(lora)
     if scales is None:
         ranks = "-".join(str(rank) for rank in dict.fromkeys((_ranks(lora)[0], _ranks(lora)[-1])))
         return (
-            f"{start} it has {ranks} / lora_alpha times the effect that was trained, which is wrong unless lora_alpha "
-            f"was its rank, {ranks}; `export` the {LORA_FILE} of that training instead"
+            f"{start} its effect is {ranks} / lora_alpha times the trained one, which is wrong unless lora_alpha was "
+            f"the rank, {ranks}; `export` the {LORA_FILE} of that training instead"
         )
     if scales == [1.0]:
         return None
     times = " to ".join(f"{1 / scale:.3g}" for scale in dict.fromkeys((scales[-1], scales[0])))
-    return f"{start} it has {times} times the effect that was trained; `export` {LORA_FILE} beside it instead"
+    return f"{start} its effect is {times} times the trained one; `export` {LORA_FILE} beside it instead"
 
 
 def _is_lost(lora: ImportedLora, layer: FileLayer) -> bool:
@@ -44,17 +44,17 @@ def _ranks(lora: ImportedLora) -> list[int]:
 
 
 def _scales_beside(lora: ImportedLora) -> list[float] | None:
-    """The scales that diffusers' file of the same training has in its metadata; None without such a file."""
+    """The scales in the metadata of diffusers' file of the same training; None without such a file."""
     path = lora.file.path.with_name(LORA_FILE)
     if not path.is_file():
         return None
     try:
-        file = checked_file(path)
+        file = read_header(path)
         settings = adapter_settings(file)
         if not settings or len(file.entries) != 2 * len(lora.layers):
             return None
         return sorted(
-            {adapter_scale(settings, layer.place.part, layer.place.module, layer.rank) for layer in lora.layers}
+            {adapter_scale(settings, layer.target.part, layer.target.module, layer.rank) for layer in lora.layers}
         )
     except ConfigError:
         return None

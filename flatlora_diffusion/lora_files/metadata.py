@@ -1,6 +1,6 @@
 """The kohya file's metadata: the keys that web UIs and model sites read, and hashes of the file's contents.
 
-No directory, caption or path is in it: a base is named by its hub id or file, settings and images by hashes.
+It contains no directory, caption or path: a base is named by its hub id or file name, settings and images by hashes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.tensor_io import Contents, header_bytes
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-# Of a file's metadata: what does not hold for another file with the same LoRA, and what is its maker's own affair.
-_STALE = re.compile(
+# Keys that are wrong in another file with the same LoRA, or that are private to the file's author.
+_NOT_PORTABLE = re.compile(
     r"lora_adapter_metadata|ss_network_(dim|alpha)|sshs_(model|legacy)_hash|modelspec\.hash_sha256"
     r"|ss_(reg_)?dataset_dirs|ss_datasets|ss_tag_frequency|ss_bucket_info|ot_.*"
 )
-# Neither an address such as https://... nor a tag such as </b> is one.
+# A URL such as https://... or a tag such as </b> does not match.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
 _LEGACY_START, LEGACY_END = 0x100000, 0x110000
 _DOWN = ".lora_down.weight"
-SDXL_CLIP_SKIP = 2  # others count from the last layer, which is 1; SDXL's own choice is the one before
+SDXL_CLIP_SKIP = 2  # other tools call the last layer 1; SDXL uses the penultimate layer
 MODELSPEC = "1.0.1"
-# What is so of every kohya file that is written here, whatever it was made of.
+# Metadata of every kohya file written here.
 KOHYA_FACTS = {
     "ss_v2": "False",
     "ss_network_module": "networks.lora",
@@ -42,10 +42,13 @@ KOHYA_FACTS = {
 
 
 @dataclass(frozen=True)
-class Training:
-    """What the base is, and the state of the run when the file is written.
+class TrainingSummary:
+    """The base, and the state of the run when the file is written.
 
-    The base's name is a hub id or a file's name; None for a folder's.
+    Attributes:
+        base: The base's hub id or file name; None for a folder.
+        average: The members of the average, for a run with --members.
+        conversion_note: The source of a plain LoRA made of a DoRA or of full fine-tuning, and the share it misses.
     """
 
     base: str | None
@@ -57,18 +60,21 @@ class Training:
     trigger: str
     predicts_v: bool
     zero_terminal_snr: bool
-    average: str = ""  # what it is the average of, for a run with --members
-    folded: str = ""  # what the plain LoRA was made of and misses, for a DoRA and for full fine-tuning
+    average: str = ""
+    conversion_note: str = ""
 
 
-def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: datetime) -> dict[str, str]:
-    """All keys but those that `with_contents` adds. `config` has its resolution and steps settled."""
+def kohya_metadata(run: RunDir, config: TrainConfig, training: TrainingSummary, now: datetime) -> dict[str, str]:
+    """Collect all keys except those that `with_content_keys` adds; `config` has its resolution and steps resolved."""
     data, optim, objective = config.data, config.optim, config.objective
-    has_text, said = config.adapter.train_text_encoder, comment(config, training.average, training.folded)
+    has_text, said = (
+        config.adapter.train_text_encoder,
+        training_comment(config, training.average, training.conversion_note),
+    )
     title = run.lora_name(config.run.output_name)
     values: dict[str, Any] = {
         "format": "pt",
-        # A1111, Forge and SD.Next take a file without this for one of SD 1.
+        # A1111, Forge and SD.Next assume SD 1 without this key.
         "ss_base_model_version": training.family.version,
         **KOHYA_FACTS,
         "ss_output_name": title,
@@ -98,7 +104,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
         "ss_noise_offset": objective.noise_offset,
         "ss_v_parameterization": training.predicts_v,
         "ss_zero_terminal_snr": training.zero_terminal_snr,
-        "ss_training_started_at": run.manifest_file.stat().st_mtime,  # it is written once, at the start
+        "ss_training_started_at": run.manifest_file.stat().st_mtime,  # the manifest is written once, at the start
         "ss_training_finished_at": now.timestamp(),
         "ss_training_comment": said,
         "modelspec.sai_model_spec": MODELSPEC,
@@ -116,19 +122,18 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: Training, now: da
     return {name: str(value) for name, value in values.items() if value is not None and value != ""}
 
 
-def with_contents(metadata: Mapping[str, str], contents: Contents) -> dict[str, str]:
-    """`metadata` with a rank and its alpha, and the hashes of the tensors as a file will hold them.
+def with_content_keys(metadata: Mapping[str, str], contents: Contents) -> dict[str, str]:
+    """Add the rank, the alpha and the hashes of the tensors as the file will contain them.
 
-    Both are those of most layers of the UNet, or of all where it has none: a tool shows them as the file's.
-
-    `sshs_model_hash` is the sha256 of everything behind the header; `sshs_legacy_hash` the first 8 digits of that of
-    64 KiB from 1 MiB on, of a file with no other metadata than `ss_*`. `contents` has as many of its first bytes.
+    Rank and alpha are the most common pair in the UNet, or in all parts without a UNet. `sshs_model_hash` is the
+    sha256 of everything after the header; `sshs_legacy_hash` the first 8 digits of the sha256 of 64 KiB from 1 MiB on,
+    in a file with no metadata except `ss_*`. `contents.first` must reach that far.
     """
     whole = dict(metadata)
     whole["ss_network_dim"], whole["ss_network_alpha"] = _rank_and_alpha(contents)
     whole["sshs_model_hash"] = contents.sha256
-    own = {name: value for name, value in whole.items() if name.startswith("ss_")}
-    legacy = (header_bytes(contents.entries, own) + contents.first)[_LEGACY_START:LEGACY_END]
+    ss_keys = {name: value for name, value in whole.items() if name.startswith("ss_")}
+    legacy = (header_bytes(contents.entries, ss_keys) + contents.first)[_LEGACY_START:LEGACY_END]
     whole["sshs_legacy_hash"] = hashlib.sha256(legacy).hexdigest()[:8]
     whole["modelspec.hash_sha256"] = f"0x{whole['sshs_model_hash']}"
     return whole
@@ -144,29 +149,29 @@ def _rank_and_alpha(contents: Contents) -> tuple[str, str]:
     return str(rank), str(alpha)
 
 
-def kept_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dict[str, str]:
-    """The metadata of a file that hold for another file with the same LoRA, which is called `name`, too.
+def portable_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dict[str, str]:
+    """Select the metadata that remain valid in another file with the same LoRA, which is called `name`.
 
-    The base is that of the LoRA's shapes, whatever a wrong entry says. Names of files are kept without their folders,
-    anything else with an absolute path in it is not, and nothing of the images that it was trained on.
+    Drops a base version that contradicts `family`, folders of file names, any value with an absolute path, and
+    everything about the training images.
     """
-    kept = {}
+    selected = {}
     for key, value in metadata.items():
         is_name = key.startswith("ss_") and key.endswith("_name") and not is_hub_id(value)
         text = re.split(r"[\\/]", value.rstrip("\\/"))[-1] if is_name else value
-        # A picture in the metadata is base64, in which there are slashes.
-        if not _STALE.fullmatch(key) and (text.startswith("data:image/") or not _ABSOLUTE_PATH.search(text)):
-            kept[key] = text
-    start = f"{family.version.split('_')[0]}_"  # of SDXL there are several versions
-    if not kept.get("ss_base_model_version", start).startswith(start):
-        del kept["ss_base_model_version"]
-    return {**kept, "format": "pt", "ss_output_name": name, "modelspec.title": name}
+        # The base64 of a picture in the metadata may contain slashes.
+        if not _NOT_PORTABLE.fullmatch(key) and (text.startswith("data:image/") or not _ABSOLUTE_PATH.search(text)):
+            selected[key] = text
+    start = f"{family.version.split('_')[0]}_"  # SDXL has several versions
+    if not selected.get("ss_base_model_version", start).startswith(start):
+        del selected["ss_base_model_version"]
+    return {**selected, "format": "pt", "ss_output_name": name, "modelspec.title": name}
 
 
-def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> dict[str, Any]:
-    """The JSON beside the kohya file that A1111, Forge and InvokeAI read."""
+def sidecar(config: TrainConfig, training: TrainingSummary, notes: Sequence[str]) -> dict[str, Any]:
+    """Build the JSON beside the kohya file that A1111, Forge and InvokeAI read."""
     return {
-        "description": comment(config, training.average, training.folded),
+        "description": training_comment(config, training.average, training.conversion_note),
         "sd version": training.family.sidecar,
         "activation text": training.trigger,
         "preferred weight": 1.0,
@@ -174,34 +179,34 @@ def sidecar(config: TrainConfig, training: Training, notes: Sequence[str]) -> di
     }
 
 
-def comment(config: TrainConfig, *more: str) -> str:
-    """How it was trained, in a line: the method, sigma and the kind of draw where there are any, and `more`."""
+def training_comment(config: TrainConfig, *more: str) -> str:
+    """Describe the training in one line: method, sigma or rho, kind of draw, then `more`."""
     perturb = config.perturb
-    said = [f"flatlora-diffusion: method {perturb.method}"]
+    parts = [f"flatlora-diffusion: method {perturb.method}"]
     if perturb.draws_noise:
-        said.append(f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule")
-        said.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
+        parts.append(f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule")
+        parts.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
     elif perturb.radius:
-        said.append(f"rho {perturb.radius:g}")
-    return ", ".join(filter(None, [*said, *more]))
+        parts.append(f"rho {perturb.radius:g}")
+    return ", ".join(filter(None, [*parts, *more]))
 
 
-def folded(adapter: AdapterConfig, missed: float) -> str:
-    """What the file for other tools says of a LoRA that is none in itself: what it was made of, and what it misses."""
+def conversion_note(adapter: AdapterConfig, missed: float) -> str:
+    """Say in the file for other tools that its plain LoRA approximates another adapter; empty if it is exact."""
     if not missed:
         return ""
-    made_of = "full fine-tuning" if adapter.adapter == "full" else "a DoRA"
+    source = "full fine-tuning" if adapter.adapter == "full" else "a DoRA"
     share = f"{100 * missed:.1f}" if missed >= 0.0005 else "less than 0.1"
-    return f"a plain LoRA made of {made_of}, of whose effect it misses {share} %"
+    return f"a plain LoRA made of {source}, missing {share} % of its effect"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it can be OWNER/NAME, which no folder of that name has to make a path."""
+    """Whether `name` has the form OWNER/NAME."""
     return bool(_HUB_ID.fullmatch(name))
 
 
-def base_name(config: TrainConfig) -> str | None:
-    """The base's hub id or file name; None for a folder, whose name is the user's own."""
+def portable_base_name(config: TrainConfig) -> str | None:
+    """The base's hub id or file name; None for a folder, whose name is private."""
     name = config.model.pretrained_model_name_or_path
     path = Path(name)
     if name == TINY or (is_hub_id(name) and not path.exists()):

@@ -1,4 +1,4 @@
-"""The names that a base's layers have in the layouts that are in use, and the layer that each name means."""
+"""Maps the layer names of every LoRA layout in use to the layers of a base."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from flatlora_diffusion.sdxl.sgm_names import original_path
 from flatlora_diffusion.sdxl.shapes import config_file, on_meta
 
 Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
-"""How a file names layers: kohya's names with SDXL's own blocks or with diffusers' blocks; those of ComfyUI's models;
-LyCORIS's `lycoris_`; PEFT's `lora_A`; diffusers' `to_q.lora.down` and `lora_linear_layer`; and its oldest,
-`processor.to_q_lora.down`. The last three have the same names and are told by their ends."""
+"""How a file names layers: kohya's names with SDXL's original or diffusers' blocks; ComfyUI's model names; LyCORIS's
+`lycoris_`; PEFT's `lora_A`; diffusers' `to_q.lora.down` and `lora_linear_layer`; and its oldest,
+`processor.to_q_lora.down`. The last three share their names and differ in the suffix."""
 DIFFUSERS_STYLES: tuple[Style, ...] = ("peft", "diffusers-old", "processor")
 
 _COMFYUI_TEXT = {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g."}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-class Place(NamedTuple):
-    """A layer of the base, and the style of the name by which it was found."""
+class Target(NamedTuple):
+    """A layer of the base, and the style of the name that refers to it."""
 
     part: str
     module: str
@@ -35,25 +35,30 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class BaseNames:
-    """The layers of a base: no weights, only their shapes and the names that files give them."""
+    """The layers of a base without weights: their shapes, and the names that files give them.
+
+    Attributes:
+        shapes: Weight shapes by part and module path.
+        targets: Layers by name.
+    """
 
     base: str
     unet: nn.Module
     shapes: dict[str, dict[str, tuple[int, ...]]]
-    places: dict[str, Place]
+    targets: dict[str, Target]
     layers_per_block: int
 
-    def place(self, name: str, style: Style) -> Place | None:
-        """The layer that a file in `style` calls `name`; None for one that this base has not."""
+    def target(self, name: str, style: Style) -> Target | None:
+        """Find the layer that a file in `style` calls `name`; None if this base has no such layer."""
         dotted = _dotted(name)
-        place = self.places.get(name) or self.places.get(dotted) or self.places.get(f"unet.{dotted}")
-        if place is None or place.style != "peft":
-            return place  # the name itself tells the style
-        return Place(place.part, place.module, style)
+        target = self.targets.get(name) or self.targets.get(dotted) or self.targets.get(f"unet.{dotted}")
+        if target is None or target.style != "peft":
+            return target  # the name itself determines the style
+        return Target(target.part, target.module, style)
 
 
 def base_names(base: str | None = None) -> BaseNames:
-    """The names of a base: a diffusers folder, `tiny`, or SDXL's own for None and whatever is not on this disk."""
+    """Get the names of a base: a diffusers folder or `tiny`; SDXL's for None and for a base that is not on disk."""
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
     name = config.pretrained_model_name_or_path
     if name == SDXL:
@@ -63,43 +68,40 @@ def base_names(base: str | None = None) -> BaseNames:
     return _names(name, {part: on_meta(config, part) for part in PARTS})
 
 
-def tiny_names() -> BaseNames:
-    """The names of the base that ships with this program."""
-    return base_names(TINY)
-
-
-def loaded_names(pipeline: Any) -> BaseNames:
-    """The names of a pipeline's layers, which must have no LoRA on them."""
+def pipeline_names(pipeline: Any) -> BaseNames:
+    """Get the names of a pipeline's layers, which must have no LoRA attached."""
     return _names("this base", {part: getattr(pipeline, part) for part in PARTS})
 
 
 def layer_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The weight's shape of every linear layer and convolution, by its path in all versions of transformers."""
-    return {module: _shape(layer) for module, layer in shared_layers(part, model).items()}
+    """Weight shapes of `adaptable_layers`."""
+    return {module: _shape(layer) for module, layer in adaptable_layers(part, model).items()}
 
 
-def shared_layers(part: str, model: nn.Module) -> dict[str, Any]:
-    """Every linear layer and convolution by that path: in text encoders with `text_model.` in front of the layers."""
+def adaptable_layers(part: str, model: nn.Module) -> dict[str, Any]:
+    """Every linear layer and convolution by module path; text encoders' paths start with `text_model.`, whatever the
+    version of transformers.
+    """
     layers = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            is_shared = part == "unet" or name.startswith("text_model.") or name == "text_projection"
-            layers[name if is_shared else f"text_model.{name}"] = layer
+            is_complete = part == "unet" or name.startswith("text_model.") or name == "text_projection"
+            layers[name if is_complete else f"text_model.{name}"] = layer
     return layers
 
 
 def _names(base: str, models: dict[str, Any]) -> BaseNames:
     shapes = {part: layer_shapes(part, model) for part, model in models.items()}
     layers_per_block = models["unet"].config.layers_per_block
-    places: dict[str, Place] = {}
+    targets: dict[str, Target] = {}
     for part, layers in shapes.items():
         for module in layers:
-            places |= names_of(part, module, layers_per_block)
-    return BaseNames(base, models["unet"], shapes, places, layers_per_block)
+            targets |= names_of(part, module, layers_per_block)
+    return BaseNames(base, models["unet"], shapes, targets, layers_per_block)
 
 
-def names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
-    """All names of a layer, or of a norm of the UNet, each with the place that it means."""
+def names_of(part: str, module: str, layers_per_block: int) -> dict[str, Target]:
+    """All names of a layer, or of a norm of the UNet, mapped to their targets."""
     flat = module.replace(".", "_")
     if part != "unet":
         short = module.removeprefix("text_model.")
@@ -111,15 +113,15 @@ def names_of(part: str, module: str, layers_per_block: int) -> dict[str, Place]:
             f"{part}.{short}": "peft",
         }
     else:
-        own = original_path(module, layers_per_block)
+        original = original_path(module, layers_per_block)
         names = {
             f"{KOHYA_PREFIXES[part]}_{flat}": "kohya-diffusers",
-            f"{KOHYA_PREFIXES[part]}_{own.replace('.', '_')}": "kohya-sgm",
-            f"diffusion_model.{own}": "comfyui",
+            f"{KOHYA_PREFIXES[part]}_{original.replace('.', '_')}": "kohya-sgm",
+            f"diffusion_model.{original}": "comfyui",
             f"lycoris_{flat}": "lycoris",
             f"unet.{module}": "peft",
         }
-    return {name: Place(part, module, style) for name, style in names.items()}
+    return {name: Target(part, module, style) for name, style in names.items()}
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
@@ -128,7 +130,7 @@ def _shape(layer: Any) -> tuple[int, ...]:
 
 
 def _dotted(name: str) -> str:
-    """`unet.….attn1.to_out.0` from the several ways in which diffusers and PEFT have written it."""
+    """Normalize the several spellings of diffusers and PEFT to `unet.….attn1.to_out.0`."""
     name = name.replace(PEFT_PREFIX, "", 1)
     head, _, leaf = name.rpartition(".")
     if head.startswith("text_encoder") and leaf in _OLD_TEXT:

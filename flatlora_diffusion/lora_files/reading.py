@@ -1,4 +1,4 @@
-"""A LoRA file in any layout that is in use, made here or elsewhere, as factors by layer; hostile files are refused.
+"""Reads LoRA files in any layout in use as low-rank factors by layer; rejects hostile files.
 
 Only the base's layer names and shapes are needed, not its weights.
 """
@@ -9,40 +9,53 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import PARTS, LazyLayers, Update, Updates
-from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_files.families import other_family
+from flatlora_diffusion.config import TINY, ConfigError
 from flatlora_diffusion.lora_files.key_mapping import (
     DOWN_ENDS,
-    OTHER_KINDS,
+    OTHER_ADAPTERS,
     LayerKeys,
-    check_kind,
-    found_keys,
-    misfits,
+    map_keys,
+    other_family,
+    reject_other_adapters,
+    shape_mismatches,
 )
-from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, Place, base_names, tiny_names
-from flatlora_diffusion.lora_files.safe_reading import CheckedFile, listed, shown
+from flatlora_diffusion.lora_files.names import (
+    DIFFUSERS_STYLES,
+    BaseNames,
+    Target,
+    base_names,
+    pipeline_names,
+)
+from flatlora_diffusion.lora_files.paths import lora_path
+from flatlora_diffusion.lora_files.safe_reading import CheckedFile, printable, read_header, shortlist
 from flatlora_diffusion.lora_files.scale import adapter_scale, adapter_settings
+from flatlora_diffusion.storage.model_paths import check_lora
 
 logger = logging.getLogger(__name__)
-
-_OTHER_SIZES = "its layers have other sizes; give the base it was made for with --pretrained_model_name_or_path"
 
 
 @dataclass(frozen=True)
 class FileLayer:
-    """A layer of a LoRA file: its name and the end of its first factor's key there, its alpha (None when the file has
-    none) and the scale that it was made for.
+    """A layer of a LoRA file.
+
+    Attributes:
+        name: The layer's name in the file.
+        end: The suffix of the key of its A.
+        alpha: The layer's alpha; None if the file has none.
+        scale: The scale that the LoRA was trained with.
+        dtype: The dtype of its A in safetensors' notation.
     """
 
     name: str
     end: str
-    place: Place
+    target: Target
     rank: int
     alpha: float | None
     scale: float
@@ -51,10 +64,13 @@ class FileLayer:
 
 @dataclass(frozen=True)
 class ImportedLora:
-    """The LoRA of a file: fp32 factors with their scale, its layers in the file's order, and what no layer has.
+    """The LoRA of a file.
 
-    The factors are read from the file when they are asked for, and not kept.
-    A DoRA has its magnitudes too, fp32 and in PEFT's shapes, by module path, by part.
+    Attributes:
+        updates: fp32 factors with their scale, read from the file on each access.
+        magnitudes: DoRA's magnitudes in fp32 and PEFT's shapes, by part and module path.
+        layers: The layers in the file's order.
+        unknown: The keys that belong to no layer.
     """
 
     file: CheckedFile
@@ -66,60 +82,78 @@ class ImportedLora:
 
 
 def import_lora(file: CheckedFile, base: str | None) -> ImportedLora:
-    """The LoRA of `file` for a base (a diffusers folder, `tiny`); None: SDXL, or `tiny` if its shapes are those.
+    """Read the LoRA of `file`, whatever its layout.
 
-    The scale is alpha / rank with the layer's alpha, or as the adapter's settings say, or 1. Raises ConfigError, one
-    sentence, for another family of models, an adapter that is no LoRA, and shapes that do not fit.
+    The scale of a layer is alpha / rank with the layer's alpha, else from the adapter's settings, else 1.
+
+    Args:
+        base: A diffusers folder or `tiny`; None for SDXL, or for `tiny` if the file's shapes fit only that.
+
+    Raises:
+        ConfigError: The file is for another model family, no LoRA, or does not fit the base.
     """
     names = base_names(base)
     _check_family(file, names)
-    check_kind(file, OTHER_KINDS)
-    return layers_of(file, _fitting(file, [names] if base is not None else [names, tiny_names()]))
+    reject_other_adapters(file, OTHER_ADAPTERS)
+    return parse_layers(file, _fitting(file, [names] if base is not None else [names, base_names(TINY)]))
 
 
-def lora_of_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
-    """The LoRA of `file` for a base that is loaded, or its DoRA in PEFT's form, which PEFT is to apply.
+def load_for_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
+    """Read the LoRA of `file`, or a DoRA in PEFT's form, for a loaded base; warn about layers that the base lacks.
 
-    Warns of layers that are left out, since the base has none such. Raises ConfigError as `import_lora` does.
+    Raises:
+        ConfigError: As `import_lora`, and if no layer fits the base.
     """
     _check_family(file, names)
-    check_kind(file, OTHER_KINDS | {"DoRA": r"\.dora_scale$"})
-    wrong = misfits(file, names)
+    reject_other_adapters(file, OTHER_ADAPTERS | {"DoRA": r"\.dora_scale$"})
+    wrong = shape_mismatches(file, names)
     if wrong is None:
-        raise ConfigError(f"{file.path} holds no layer of this base; is it a LoRA, and for SDXL?")
+        raise ConfigError(f"{file.path} has no layer of this base; check that it is a LoRA for SDXL")
     if wrong:
-        raise ConfigError(f"{file.path} cannot be read as a LoRA of this base: {_OTHER_SIZES}")
-    lora = layers_of(file, names)
+        raise ConfigError(
+            f"{file.path} is not a LoRA of this base: its layers have other sizes; give the base it was made for with "
+            "--pretrained_model_name_or_path"
+        )
+    lora = parse_layers(file, names)
     if lora.magnitudes.keys() - {"unet"}:
-        raise ConfigError(f"{file.path} holds DoRA of a text encoder, whose magnitudes diffusers does not restore")
+        raise ConfigError(f"{file.path} has DoRA magnitudes of a text encoder, which diffusers does not restore")
     if lora.unknown:
         count = len(lora.layers)
         whole = count + sum(key.endswith(DOWN_ENDS) for key in lora.unknown)
-        what = f"only {count} of its {whole} layers are in this base; left out" if whole > count else "left out"
-        logger.warning("%s: %s: %s", file.path, what, listed(lora.unknown))
+        note = f"only {count} of its {whole} layers are in this base; ignored" if whole > count else "ignored"
+        logger.warning("%s: %s: %s", file.path, note, shortlist(lora.unknown))
     return lora
 
 
-def layers_of(file: CheckedFile, names: BaseNames) -> ImportedLora:
-    """The LoRA of a file that is known to fit the base of these names."""
-    keys_by_layer, unknown = found_keys(file, names)
+def load_init_lora(pipeline: Any, path: Path) -> ImportedLora:
+    """Load the LoRA that a run starts from, a file or the run folder that holds it, for a pipeline without a LoRA.
+
+    Raises ConfigError for a file that cannot be read or that adapts no layer of this base.
+    """
+    check_lora("init_lora", str(path))
+    return load_for_base(read_header(lora_path(path)), pipeline_names(pipeline))
+
+
+def parse_layers(file: CheckedFile, names: BaseNames) -> ImportedLora:
+    """Read the LoRA of a file whose layers fit the base of these names."""
+    keys_by_layer, unknown = map_keys(file, names)
     settings = adapter_settings(file)
     keys_of: dict[str, dict[str, tuple[LayerKeys, float]]] = {}
     magnitudes: dict[str, dict[str, Tensor]] = {}
     layers = []
     for name, keys in keys_by_layer.items():
-        place = keys.place
+        target = keys.target
         _check_factors(file, keys)
         key = keys.factors["down"]
         entry = file.entries[key]
         rank = entry.shape[0]
         alpha = None if keys.alpha is None else _alpha(file, keys.alpha)
-        scale = _scale(settings, place, rank) if alpha is None else alpha / rank
-        keys_of.setdefault(place.part, {})[place.module] = keys, scale
+        scale = _scale(settings, target, rank) if alpha is None else alpha / rank
+        keys_of.setdefault(target.part, {})[target.module] = keys, scale
         if keys.magnitude is not None:
-            shape = names.shapes[place.part][place.module]
-            magnitudes.setdefault(place.part, {})[place.module] = _magnitude(file, keys.magnitude, shape)
-        layers.append(FileLayer(name, key.removeprefix(name), place, rank, alpha, scale, entry.dtype))
+            shape = names.shapes[target.part][target.module]
+            magnitudes.setdefault(target.part, {})[target.module] = _magnitude(file, keys.magnitude, shape)
+        layers.append(FileLayer(name, key.removeprefix(name), target, rank, alpha, scale, entry.dtype))
     updates = {part: _lazily(file, keys_of[part], names) for part in PARTS if part in keys_of}
     return ImportedLora(file, names, updates, magnitudes, tuple(layers), tuple(unknown))
 
@@ -133,46 +167,46 @@ def _lazily(file: CheckedFile, keys_of: Mapping[str, tuple[LayerKeys, float]], n
 
 
 def _check_factors(file: CheckedFile, keys: LayerKeys) -> None:
-    """Read both factors once, so that a file with a NaN in it is refused before anything is done with it."""
+    """Read both factors once, so that a file with a NaN is rejected before use."""
     for key in keys.factors.values():
         if not file.entries[key].dtype.startswith(("F", "BF")):
-            raise ConfigError(f"{file.path}: {shown(key)} has dtype {file.entries[key].dtype}; weights must be floats")
+            raise ConfigError(
+                f"{file.path}: {printable(key)} has dtype {file.entries[key].dtype}; weights must be floats"
+            )
         file.tensor(key)
 
 
 def _check_family(file: CheckedFile, names: BaseNames) -> None:
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    family = other_family(shapes, names.shapes["unet"][_any_cross_attention(names)][1])
+    layers = names.shapes["unet"].items()
+    text_width = next(shape[1] for module, shape in layers if module.endswith("attn2.to_k"))
+    family = other_family(shapes, text_width)
     if family is not None:
         raise ConfigError(f"{file.path} is a LoRA for {family}, not for SDXL")
 
 
 def _fitting(file: CheckedFile, candidates: Sequence[BaseNames]) -> BaseNames:
-    """The base whose layers have the shapes of the file's. Raises ConfigError when there is none."""
-    misfitting = [misfits(file, candidate) for candidate in candidates]
+    """Pick the candidate whose layers have the file's shapes. Raises ConfigError if none has."""
+    misfitting = [shape_mismatches(file, candidate) for candidate in candidates]
     if all(wrong is None for wrong in misfitting):
         raise ConfigError(
-            f"{file.path} holds no LoRA layer of SDXL's UNet or text encoders; its tensors are called "
-            f"{listed(file.entries)}"
+            f"{file.path} has no LoRA layer of SDXL's UNet or text encoders; its tensors are named "
+            f"{shortlist(file.entries)}"
         )
     for candidate, wrong in zip(candidates, misfitting, strict=True):
         if wrong == []:
             return candidate
     wrong = misfitting[0] or []
     raise ConfigError(
-        f"{file.path} has {len(wrong)} layer(s) of other shapes than those of {candidates[0].base}, such as "
-        f"{listed(wrong, 1)}; it is for another base, which --base can name"
+        f"{file.path} has {len(wrong)} layer(s) whose shapes do not fit {candidates[0].base}, such as "
+        f"{shortlist(wrong, 1)}; give the base it was made for with --base"
     )
 
 
-def _any_cross_attention(names: BaseNames) -> str:
-    return next(module for module in names.shapes["unet"] if module.endswith("attn2.to_k"))
-
-
 def _factor(file: CheckedFile, keys: LayerKeys, side: str, names: BaseNames) -> Tensor:
-    """A or B in fp32, in the shape that PEFT gives it: (r, in, kh, kw) and (out, r, 1, 1) for a convolution."""
+    """A or B in fp32 and PEFT's shape: for a convolution A is (r, in, kh, kw) and B is (out, r, 1, 1)."""
     values = file.tensor(keys.factors[side]).to(torch.float32)
-    shape = names.shapes[keys.place.part][keys.place.module]
+    shape = names.shapes[keys.target.part][keys.target.module]
     if side == "down":
         return values.reshape(len(values), *shape[1:])
     return values.reshape(*values.shape[:2], *[1] * (len(shape) - 2))
@@ -180,25 +214,27 @@ def _factor(file: CheckedFile, keys: LayerKeys, side: str, names: BaseNames) -> 
 
 def _alpha(file: CheckedFile, key: str) -> float:
     if math.prod(file.entries[key].shape) != 1:
-        raise ConfigError(f"{file.path}: {shown(key)} must be one number, but has the shape {file.entries[key].shape}")
+        raise ConfigError(
+            f"{file.path}: {printable(key)} must be one number, but has the shape {file.entries[key].shape}"
+        )
     alpha = float(file.tensor(key))
     if alpha == 0:
-        raise ConfigError(f"{file.path}: {shown(key)} is 0, which tools read in different ways")
+        raise ConfigError(f"{file.path}: {printable(key)} is 0, which tools read in different ways")
     return alpha
 
 
 def _magnitude(file: CheckedFile, key: str, weight: Sequence[int]) -> Tensor:
-    """DoRA's magnitudes for a weight of this shape as PEFT has them: (out,), and (1, out, 1, 1) for a convolution."""
+    """DoRA's magnitude in PEFT's shape for a weight of this shape: (out,), or (1, out, 1, 1) for a convolution."""
     values = file.tensor(key).to(torch.float32)
     if values.numel() != weight[0]:
         raise ConfigError(
-            f"{file.path}: {shown(key)} must be {weight[0]} numbers, but has the shape {tuple(values.shape)}"
+            f"{file.path}: {printable(key)} must be {weight[0]} numbers, but has the shape {tuple(values.shape)}"
         )
     return values.reshape(-1) if len(weight) == 2 else values.reshape(1, -1, *[1] * (len(weight) - 2))
 
 
-def _scale(settings: dict[str, Any], place: Place, rank: int) -> float:
-    """The scale of a layer without an alpha; but for the names of PEFT and diffusers it is 1 for all tools."""
-    if place.style in DIFFUSERS_STYLES:
-        return adapter_scale(settings, place.part, place.module, rank)
+def _scale(settings: dict[str, Any], target: Target, rank: int) -> float:
+    """The scale of a layer without an alpha: from the adapter's settings in PEFT's and diffusers' layouts, else 1."""
+    if target.style in DIFFUSERS_STYLES:
+        return adapter_scale(settings, target.part, target.module, rank)
     return 1.0

@@ -1,4 +1,4 @@
-"""Writes LoRA files and compares what a written file holds with what was to be saved."""
+"""Writes LoRA files in kohya's layout, and verifies written files against the updates that they should contain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flatlora_diffusion.adapter.delta import (
 )
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.lora_files.kohya import kohya_name
-from flatlora_diffusion.lora_files.metadata import LEGACY_END, with_contents
+from flatlora_diffusion.lora_files.metadata import LEGACY_END, with_content_keys
 from flatlora_diffusion.storage.run_dir import BESIDE_LORA
 from flatlora_diffusion.storage.tensor_io import contents_of, save_stream
 
@@ -31,13 +31,13 @@ _STARTED = "ss_training_started_at"
 
 
 def save_kohya(path: Path, tensors: Callable[[], Iterable[tuple[str, Tensor]]], metadata: Mapping[str, str]) -> None:
-    """Write the tensors of a kohya file one by one; rank, alpha and hashes are added to the metadata."""
+    """Write a kohya file tensor by tensor, adding rank, alpha and hashes to the metadata."""
     contents = contents_of(tensors(), LEGACY_END)
-    save_stream(path, tensors, contents, with_contents(metadata, contents))
+    save_stream(path, tensors, contents, with_content_keys(metadata, contents))
 
 
-def kohya_updates(tensors: Mapping[str, Tensor], expected: Updates, layers_per_block: int) -> Updates:
-    """The updates that a kohya file has for the layers of `expected`. Raises KeyError for a layer that it lacks."""
+def updates_from_kohya(tensors: Mapping[str, Tensor], expected: Updates, layers_per_block: int) -> Updates:
+    """Read the updates of the layers of `expected` from a kohya file. Raises KeyError for a missing layer."""
     updates: dict[str, dict[str, Update]] = {}
     for part, layers in expected.items():
         for module in layers:
@@ -48,37 +48,38 @@ def kohya_updates(tensors: Mapping[str, Tensor], expected: Updates, layers_per_b
 
 
 def check_updates(path: Path, saved: Updates, expected: Updates, dtype: torch.dtype) -> float:
-    """The largest relative error of a layer's update in a file, ||saved - expected|| / ||expected||.
+    """Return the largest relative error of a layer's update in a file, ||saved - expected|| / ||expected||.
 
-    Raises RunError for an error that rounding to `dtype` does not explain.
+    Raises:
+        RunError: An error is larger than rounding to `dtype` explains.
     """
     largest = 0.0
     for part, layers in expected.items():
         for module, update in layers.items():
             of_file = saved[part][module]
-            allowed = _rounding(of_file, dtype)
+            allowed = _rounding_error(of_file, dtype)
             error, size = difference(of_file, update), norm(update)
             if not error <= allowed:
                 raise RunError(
-                    f"{path.name} does not hold what was to be saved: {part}.{module} is off by {error:.3g} of "
-                    f"{size:.3g}; if the disk is sound, save it as bf16 or fp32"
+                    f"{path.name} was not saved correctly: {part}.{module} is off by {error:.3g} of {size:.3g}; check "
+                    "the disk, or save as bf16 or fp32"
                 )
             largest = max(largest, error / size if size else 0.0)
     return largest
 
 
-def _rounding(saved: Update, dtype: torch.dtype) -> float:
-    """The most by which rounding both factors, each entry to the nearest of its `dtype`, can change their product."""
+def _rounding_error(saved: Update, dtype: torch.dtype) -> float:
+    """Upper bound on the change of the product when both factors are rounded to `dtype`."""
     unit = torch.finfo(dtype).eps / 2
     down, up = float(saved.down.double().norm()), float(saved.up.double().norm())
-    # An entry below the normal range is off by half of the smallest step there is.
+    # A subnormal entry is off by up to half of the smallest step.
     least = torch.finfo(dtype).smallest_normal * unit
     below = least * (math.sqrt(saved.down.numel()) * up + math.sqrt(saved.up.numel()) * down)
-    # Double-precision traces tell two products apart to about 1e-8 of their factors' size.
+    # 1e-7: traces in double precision distinguish two products to about 1e-8 of their factors' size.
     return ((2.1 * unit + 1e-7) * down * up + 1.1 * below) * saved.scale
 
 
-def diffusers_updates(tensors: Mapping[str, Tensor], expected: Updates) -> Updates:
+def updates_from_diffusers(tensors: Mapping[str, Tensor], expected: Updates) -> Updates:
     return {
         part: {
             module: Update(
@@ -95,8 +96,8 @@ def check_finite(updates: Updates) -> None:
         for module, update in layers.items():
             if not all(bool(factor.isfinite().all()) for factor in (update.down, update.up)):
                 raise RunError(
-                    f"the LoRA is not finite at {part}.{module}: go on from an earlier checkpoint with a lower "
-                    "--learning_rate"
+                    f"the LoRA has a NaN or an infinity at {part}.{module}: resume from an earlier checkpoint with a "
+                    "lower --learning_rate"
                 )
 
 
@@ -105,24 +106,24 @@ def check_magnitudes(path: Path, expected: Mapping[str, Mapping[str, Tensor]]) -
     for part, layers in expected.items():
         for module, value in layers.items():
             if not torch.equal(saved[f"{part}.{module}.lora_magnitude_vector"], value):
-                raise RunError(f"{path.name} does not hold the magnitudes of {part}.{module}: the disk is at fault")
+                raise RunError(f"{path.name} has wrong magnitudes at {part}.{module}: check the disk")
 
 
-def make_room(path: Path, metadata: Mapping[str, str]) -> None:
-    """Give files of the names to be written another name unless the run that now writes `metadata` wrote them."""
+def rename_existing(path: Path, metadata: Mapping[str, str]) -> None:
+    """Rename a LoRA file at `path`, and the files beside it, unless the run of `metadata` wrote it."""
     if path.exists() and _is_of_run(path, metadata):
         return
-    for taken in (path, *(path.with_name(path.stem + ending) for ending in BESIDE_LORA)):
-        if taken.exists():
+    for existing in (path, *(path.with_name(path.stem + ending) for ending in BESIDE_LORA)):
+        if existing.exists():
             number = 1
-            while (other := taken.with_name(f"{taken.stem}-earlier-{number}{taken.suffix}")).exists():
+            while (target := existing.with_name(f"{existing.stem}-earlier-{number}{existing.suffix}")).exists():
                 number += 1
-            os.rename(taken, other)
-            logger.warning("%s was there already and is now %s", taken.name, other.name)
+            os.rename(existing, target)
+            logger.warning("%s already existed and is now %s", existing.name, target.name)
 
 
 def _is_of_run(path: Path, metadata: Mapping[str, str]) -> bool:
-    """A run is known by the moment at which it began."""
+    """Whether the run of `metadata`, identified by its start time, wrote the file."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get(_STARTED) == metadata[_STARTED]

@@ -1,4 +1,4 @@
-"""The programs that work on LoRA files: export and import, merge, resize, extract, inspect.
+"""Programs for LoRA files: export and import, average, merge, resize, extract, inspect.
 
 Knows no trainer. Start with `converting.py`.
 """

@@ -1,4 +1,4 @@
-"""Where the verbs may write: what is read stays as it is, and --overwrite replaces only what a verb itself writes."""
+"""Checks output paths: no verb overwrites its inputs, and --overwrite replaces only files that a verb writes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from flatlora_diffusion.sdxl.single_file import PREFIXES
 from flatlora_diffusion.storage.model_paths import SAFETENSORS
 from flatlora_diffusion.storage.separate_folders import relation
 
-_LORA_ENDS = (
+_LORA_SUFFIXES = (
     *(".lora_down.weight", ".lora_up.weight", ".alpha"),
     *(".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"),
 )
 _EMBEDDINGS = ("clip_l", "clip_g")
 _SHARD = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 # The files of a saved SDXL pipeline, by their paths in its folder.
-_MODEL_FILES = re.compile(
+_PIPELINE_FILES = re.compile(
     r"model_index\.json|scheduler/scheduler_config\.json"
     rf"|(unet|vae)/(config\.json|diffusion_pytorch_model{_SHARD})"
     rf"|text_encoder(_2)?/(config\.json|model{_SHARD})"
@@ -32,66 +32,72 @@ _MODEL_FILES = re.compile(
 
 
 def check_lora_output(path: Path, overwrite: bool, read: Iterable[Path]) -> None:
-    """Raises ConfigError for a path that no LoRA file may be written to. `read` are files and folders."""
-    _check_file(path, overwrite, read, "LoRA file", lambda name: name.endswith(_LORA_ENDS))
+    """Raise ConfigError unless a LoRA file may be written to `path`.
+
+    Args:
+        overwrite: Whether an existing LoRA file may be replaced.
+        read: The input files and folders.
+    """
+    _check_file(path, overwrite, read, "LoRA file", lambda name: name.endswith(_LORA_SUFFIXES))
 
 
 def check_embeddings_output(path: Path, overwrite: bool, read: Iterable[Path]) -> None:
-    """As `check_lora_output` for the embeddings of new tokens."""
+    """Like `check_lora_output`, for the embeddings of new tokens."""
     _check_file(path, overwrite, read, "file of new tokens' embeddings", lambda name: name in _EMBEDDINGS)
 
 
 def check_checkpoint_output(path: Path, overwrite: bool, read: Iterable[Path]) -> None:
-    """As `check_lora_output` for a whole model in one file."""
+    """Like `check_lora_output`, for a single-file model."""
     _check_file(path, overwrite, read, "checkpoint of SDXL", lambda name: name.startswith(tuple(PREFIXES.values())))
 
 
 def check_model_output(folder: Path, overwrite: bool, read: Iterable[Path]) -> None:
-    """As `check_lora_output` for a model's folder, which may hold nothing but a model."""
+    """Like `check_lora_output`, for a model folder, which must contain nothing but a model."""
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; give a folder as --output")
-    check_kept(folder, read)
-    _check_free(folder, overwrite)
+    check_not_input(folder, read)
+    _check_overwrite(folder, overwrite)
     _check_replaceable(folder)
 
 
-def check_kept(output: Path, read: Iterable[Path]) -> None:
-    """Raises ConfigError if writing `output`, a file or a whole folder, would replace what is `read` or a part of it.
+def check_not_input(output: Path, read: Iterable[Path]) -> None:
+    """Raise ConfigError if writing `output`, a file or folder, would replace an input or a part of it.
 
-    Links are followed, and names in other case are the same where the disk says so.
+    Links are followed; on a case-insensitive disk names of different case are equal.
     """
     for path in read if output.exists() else ():
-        found = relation(output, path) if path.exists() else None
-        if found is not None:
-            what = "is read" if found == "is" else f"{found} {path}, which is read"
-            raise ConfigError(f"{output} {what} and stays as it is; give another --output")
+        overlap = relation(output, path) if path.exists() else None
+        if overlap is not None:
+            reason = "is an input" if overlap == "is" else f"{overlap} {path}, which is an input"
+            raise ConfigError(f"{output} {reason} and is not overwritten; give another --output")
 
 
 def replace_folder(made: Path, output: Path) -> None:
-    """Give the complete model folder `made` the name `output`. An earlier model there goes when it is in place.
+    """Rename the complete model folder `made` to `output`, then delete an earlier model of that name.
 
-    Raises ConfigError for a folder that holds anything else by now.
+    Raises:
+        ConfigError: `output` contains anything but a model.
     """
     _check_replaceable(output)
     earlier = made.with_name(f"{made.name}.earlier")
-    is_there = output.exists()
-    if is_there:
+    existed = output.exists()
+    if existed:
         os.replace(output, earlier)
     try:
         os.replace(made, output)
     except OSError:
-        if is_there:
+        if existed:
             os.replace(earlier, output)
         raise
     if earlier.is_symlink():
-        earlier.unlink()  # where it leads is the user's
-    elif is_there:
+        earlier.unlink()  # the linked folder belongs to the user
+    elif existed:
         shutil.rmtree(earlier)
 
 
 @contextmanager
-def written_to(path: Path) -> Iterator[None]:
-    """Raises ConfigError for what the system has against writing `path`."""
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors in writing `path` into ConfigError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -99,39 +105,41 @@ def written_to(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be written: {reason}; give another --output") from error
 
 
-def _check_file(path: Path, overwrite: bool, read: Iterable[Path], what: str, is_ours: Callable[[str], bool]) -> None:
+def _check_file(path: Path, overwrite: bool, read: Iterable[Path], kind: str, is_ours: Callable[[str], bool]) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give a .safetensors file as --output")
     if path.suffix != SAFETENSORS:
         raise ConfigError(f"{path} does not end in .safetensors; give a .safetensors file as --output")
-    check_kept(path, read)
-    _check_free(path, overwrite)
-    if path.exists() and not _are(_names(path), is_ours):
-        raise ConfigError(f"{path} is no {what}, and --overwrite replaces nothing else; give another --output")
+    check_not_input(path, read)
+    _check_overwrite(path, overwrite)
+    if path.exists() and not _all_match(_tensor_names(path), is_ours):
+        raise ConfigError(f"{path} is not a {kind}, and --overwrite replaces nothing else; give another --output")
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def _check_overwrite(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} is there already; give another --output, or --overwrite to replace it")
+        raise ConfigError(f"{path} already exists; give another --output, or --overwrite to replace it")
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises ConfigError for a folder that is no model's, or holds more than a model."""
+    """Raise ConfigError for a folder without a model, or with more than a model."""
     if not folder.exists():
         return
     if not (folder / "model_index.json").is_file():
-        raise ConfigError(f"{folder} is a folder that holds no model; --overwrite replaces only models")
+        raise ConfigError(
+            f"{folder} is a folder without a model, and --overwrite replaces only models; give another --output"
+        )
     for path in sorted(folder.rglob("*")):
         is_folder = path.is_dir() and not path.is_symlink()
-        if not is_folder and not _MODEL_FILES.fullmatch(path.relative_to(folder).as_posix()):
+        if not is_folder and not _PIPELINE_FILES.fullmatch(path.relative_to(folder).as_posix()):
             raise ConfigError(
-                f"{folder} holds {path.relative_to(folder)}, which is no part of a model, and --overwrite replaces "
-                "nothing else; give another --output"
+                f"{folder} contains {path.relative_to(folder)}, which is no part of a model, and --overwrite replaces "
+                "only models; give another --output"
             )
 
 
-def _names(path: Path) -> list[str]:
-    """The names of a file's tensors; none for what is no safetensors file."""
+def _tensor_names(path: Path) -> list[str]:
+    """The names of a file's tensors; empty if it is not a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -139,5 +147,5 @@ def _names(path: Path) -> list[str]:
         return []
 
 
-def _are(names: list[str], is_ours: Callable[[str], bool]) -> bool:
+def _all_match(names: list[str], is_ours: Callable[[str], bool]) -> bool:
     return bool(names) and all(map(is_ours, names))

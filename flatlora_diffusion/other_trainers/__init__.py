@@ -1,5 +1,5 @@
-"""Flat-LoRA inside the trainers of others: their seams on one side, `FlatLora` on the other.
+"""Adapters that run Flat-LoRA inside other trainers.
 
-Knows no training loop of ours. Each module is imported by the user of its trainer alone, so none needs the others'
-libraries. Start with `transformers_trainer.py`, the smallest.
+Knows nothing of this package's training loop. Users import only the module of their trainer, so no module needs the
+libraries of another. Start with `transformers_trainer.py`, the smallest.
 """

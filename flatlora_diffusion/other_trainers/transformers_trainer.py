@@ -1,4 +1,4 @@
-"""Flat-LoRA in `transformers.Trainer`, and in all that derive from it, such as TRL's trainers."""
+"""Flat-LoRA in `transformers.Trainer` and its subclasses, such as TRL's trainers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class FlatLoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the model. Raises ConfigError for one without LoRA, and where eps could not act as it should."""
+        """Attach to the model. Raises ConfigError for a model without LoRA, and if Flat-LoRA cannot work with it."""
         if args.n_gpu > 1:
             raise ConfigError(
-                f"the trainer copies the model to {args.n_gpu} GPUs in one process, where Flat-LoRA cannot follow; "
-                "start it with `accelerate launch` or torchrun, or show it one GPU in CUDA_VISIBLE_DEVICES"
+                f"the trainer copies the model to {args.n_gpu} GPUs in one process, which Flat-LoRA does not support; "
+                "start it with `accelerate launch` or torchrun, or select a GPU with CUDA_VISIBLE_DEVICES"
             )
-        self._detach()  # of a training that failed
+        self._detach()  # from an earlier training that failed
         seed = args.seed if self._seed is None else self._seed
         self._flat = FlatLora(kwargs["model"], self._noise, total_steps=state.max_steps, seed=seed)
         self._flat.follow(kwargs["optimizer"])
@@ -47,7 +47,7 @@ class FlatLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._flat is not None:
-            self._flat.step = state.global_step  # also after a resume, and where a scaler skipped a step
+            self._flat.step = state.global_step  # also after resuming, and after a step skipped by a scaler
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -16,9 +16,9 @@ from flatlora_diffusion.adapter.delta import lora_updates, magnitudes, plain_upd
 from flatlora_diffusion.adapter.setup import save_beside
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
-from flatlora_diffusion.lora_files.export_pair import FilePair, largest_error, write_pair
-from flatlora_diffusion.lora_files.kohya import completed
-from flatlora_diffusion.lora_files.metadata import Training, folded, kohya_metadata, sidecar
+from flatlora_diffusion.lora_files.export_pair import FilePair, verify_pair, write_pair
+from flatlora_diffusion.lora_files.kohya import with_required_layers
+from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, kohya_metadata, sidecar
 from flatlora_diffusion.lora_files.writing import check_finite
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, KOHYA_COPY, MERGED
@@ -44,7 +44,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
         if is_end and state.config.optim.learning_rate:
             raise RunError(f"{what}; look at --learning_rate and --lr_warmup_steps, then resume with more steps")
         logger.warning("%s", what)
-    facts = replace(facts_of(state, step), folded=folded(state.config.adapter, missed))
+    facts = replace(facts_of(state, step), conversion_note=conversion_note(state.config.adapter, missed))
     notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
     beside = sidecar(state.config, facts, notes) if is_end else None
     is_full = state.config.adapter.adapter == "full"
@@ -53,33 +53,33 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     with state.run.writing():
         save_beside(pipeline, folder, merged)  # before the LoRA, which may need it
         pair = FilePair(
-            for_others=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
+            kohya=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
             copy=folder / KOHYA_COPY if run.output_kohya_format else None,
             sidecar=beside,
             metadata=metadata,
-            plain=completed(plain, pipeline.unet),
+            plain=with_required_layers(plain, pipeline.unet),
             trained=trained,
             magnitudes=kept,
             layers_per_block=pipeline.unet.config.layers_per_block,
             dtype=DTYPES[run.save_dtype],
         )
         write_pair(pair, pipeline)
-        files = [pair.for_others.name, pair.for_diffusers.name]
-        proof = {"update_norms": norms, "files": files, "largest_error": largest_error(pair)}
+        files = [pair.kohya.name, pair.diffusers.name]
+        proof = {"update_norms": norms, "files": files, "largest_error": verify_pair(pair)}
     if missed and not (is_full and merged is None):  # a checkpoint has all of it in its state
-        what, kept_in = ("full fine-tuning", MERGED) if is_full else ("DoRA", pair.for_diffusers.name)
+        what, kept_in = ("full fine-tuning", MERGED) if is_full else ("DoRA", pair.diffusers.name)
         logger.warning(
             "%s is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",
             what,
             kept_in,
-            pair.for_others.name,
+            pair.kohya.name,
             100 * missed,
         )
         proof["missed_by_plain_lora"] = missed
     return proof
 
 
-def facts_of(state: TrainState, step: int) -> Training:
+def facts_of(state: TrainState, step: int) -> TrainingSummary:
     """What metadata, sidecar and card say of the run after `step` steps.
 
     What calls the LoRA are the new tokens of pivotal tuning, or the prompt of all images, or what captions share.
@@ -87,7 +87,7 @@ def facts_of(state: TrainState, step: int) -> Training:
     noise, batches = state.sdxl.scheduler.config, state.batches
     tokens = ", ".join("".join(names) for names in state.tokens.values())
     prompt = state.config.data.instance_prompt
-    return Training(
+    return TrainingSummary(
         base=state.base,
         family=state.sdxl.family,
         trigger=tokens or prompt or shared_words([sample.caption for sample in batches.samples]),

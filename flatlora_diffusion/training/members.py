@@ -21,7 +21,7 @@ from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import hold_out, load_training_set
-from flatlora_diffusion.lora_files.safe_reading import checked_file
+from flatlora_diffusion.lora_files.safe_reading import read_header
 from flatlora_diffusion.lora_tools.averaging import Average, average_updates
 from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.storage.rng import derive_seed
@@ -183,12 +183,12 @@ def _start(run: RunDir, config: TrainConfig) -> None:
 
 def _rank(file: Path) -> int:
     """The highest rank of a file for diffusers."""
-    return max(entry.shape[0] for name, entry in checked_file(file).entries.items() if name.endswith(_DOWN))
+    return max(entry.shape[0] for name, entry in read_header(file).entries.items() if name.endswith(_DOWN))
 
 
 def _updates(file: Path) -> Updates:
     """What a run's file for diffusers adds to each layer: its names are parts and module paths, its scale is in B."""
-    checked = checked_file(file)
+    checked = read_header(file)
     updates: dict[str, dict[str, Update]] = {}
     for name in checked.entries:
         if name.endswith(_DOWN):

@@ -14,7 +14,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, with_new_tokens
 from flatlora_diffusion.config import METHODS, TINY, TrainConfig
-from flatlora_diffusion.lora_files.metadata import Training, base_name, folded, is_hub_id
+from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, is_hub_id, portable_base_name
 from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family
 from flatlora_diffusion.storage.atomic_io import write_text
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
@@ -24,7 +24,7 @@ PICTURES_PER_ROW = 4
 
 
 def write_model_card(
-    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], training: Training
+    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], training: TrainingSummary
 ) -> Path:
     """Write the run's README.md and return its path.
 
@@ -106,7 +106,7 @@ def _license(config: TrainConfig) -> str:
 
 def _base(config: TrainConfig) -> str:
     """The base as the text names it."""
-    name = base_name(config)
+    name = portable_base_name(config)
     return "an SDXL base in a local folder" if name is None else _code(name)
 
 
@@ -148,7 +148,7 @@ def _trigger_section(trigger_words: str) -> str:
 
 def _loading(config: TrainConfig) -> str:
     """The call that loads the base; a file is looked for in the working folder, a folder in BASE_FOLDER there."""
-    name = base_name(config) or "BASE_FOLDER"
+    name = portable_base_name(config) or "BASE_FOLDER"
     name = "samples/tiny_sdxl" if name == TINY else name
     if name.endswith(".safetensors"):
         return f'from_single_file("{name}")'
@@ -196,7 +196,7 @@ def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
     proofs = [event for event in run.events() if event["event"] == "proof"] if run.events_file.is_file() else []
-    said = folded(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
+    said = conversion_note(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
     if config.adapter.use_dora:
         text += f" It is {said or 'a plain LoRA made of a DoRA'}; the DoRA is in `{LORA_FILE}`, for diffusers alone."
     elif said:
@@ -204,7 +204,7 @@ def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
     return text
 
 
-def _training_data(config: TrainConfig, training: Training) -> str:
+def _training_data(config: TrainConfig, training: TrainingSummary) -> str:
     images = f"Trained on {_counted(training.images)}"
     if training.class_images:
         images += f", and on {_counted(training.class_images)} of the class"
@@ -217,7 +217,7 @@ def _counted(images: int) -> str:
     return f"{images} image{'s' * (images != 1)}"
 
 
-def _settings_table(config: TrainConfig, training: Training) -> str:
+def _settings_table(config: TrainConfig, training: TrainingSummary) -> str:
     data, adapter, perturb, optim = config.data, config.adapter, config.perturb, config.optim
     is_whole = training.step == optim.max_train_steps
     rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]

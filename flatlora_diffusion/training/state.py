@@ -24,9 +24,8 @@ from flatlora_diffusion.adapter.setup import adapt, adapted_models, start_from, 
 from flatlora_diffusion.config import SAMPLES, TEXT_PARTS, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Batches, build_batches
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.lora_files.init_lora import read_lora
-from flatlora_diffusion.lora_files.metadata import base_name
-from flatlora_diffusion.lora_files.reading import ImportedLora
+from flatlora_diffusion.lora_files.metadata import portable_base_name
+from flatlora_diffusion.lora_files.reading import ImportedLora, load_init_lora
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
@@ -225,8 +224,8 @@ def _given(
     dtype = DTYPES[config.optim.base_dtype or precision]
     sdxl = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
     init_lora = config.adapter.init_lora
-    initial = None if init_lora is None else read_lora(sdxl.pipeline, Path(init_lora))
-    base = base_name(config)
+    initial = None if init_lora is None else load_init_lora(sdxl.pipeline, Path(init_lora))
+    base = portable_base_name(config)
     objective = objective_of(config.objective, sdxl.scheduler)
     resolution = sdxl.checked_resolution(config.data.resolution)
     whole = settled(config, precision, resolution, sdxl.size_step, samples, accelerator.num_processes)

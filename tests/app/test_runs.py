@@ -21,8 +21,8 @@ from app.jobs.store import Label
 from app.runs.processes import Trainers, identity, is_alive, kill_tree, read_json
 from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
-from flatlora_diffusion.compare.arms import parse_arm, plan
-from flatlora_diffusion.compare.controls import nulls_of
+from flatlora_diffusion.compare.arms import parse_arm, plan_runs
+from flatlora_diffusion.compare.controls import make_controls
 from flatlora_diffusion.config import ConfigError, TrainConfig, preset_file
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE
@@ -365,8 +365,8 @@ def test_the_runs_of_make_demo_are_listed_where_the_app_looks(runs: RunStore) ->
     preset = TrainConfig.from_dict(read_json(preset_file("demo")))
     default = Path(AppSettings().runs_dir)
     arms = [parse_arm("lora"), parse_arm("flat-lora")]
-    arms += [null.arm for null in nulls_of(arms, 0)]
-    ids = [planned.run.folder.relative_to(default).as_posix() for planned in plan(preset, arms, [0], 4)]
+    arms += [null.arm for null in make_controls(arms, 0)]
+    ids = [planned.run.folder.relative_to(default).as_posix() for planned in plan_runs(preset, arms, [0], 4)]
     assert ids[:2] == ["demo/lora/seed-0", "demo/flat-lora/seed-0"]
     for run_id in ids:
         made_by_hand(runs, run_id, step(9))

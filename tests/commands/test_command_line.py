@@ -148,7 +148,7 @@ def test_sigma_with_plain_lora_is_refused(capsys: pytest.CaptureFixture[str], ic
 def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--no_such_flag" in complaint(capsys, ["--no_such_flag", "1"])
     assert main(["nonsense"]) == 2
-    assert "error: flatlora has no verb 'nonsense'; there are: demo, train, compare" in capsys.readouterr().err
+    assert "error: flatlora has no verb 'nonsense'; use one of: demo, train, compare" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ TINY_IN_WORDS = "the tiny demo base, 64 pixels"
         ("train --instance_data_dir ICONS", "training.trainer.train"),
         ("compare --instance_data_dir ICONS", "compare.comparison.compare"),
         ("demo", "compare.comparison.compare"),
-        ("evidence --pretrained_model_name_or_path tiny --resolution 64", "compare.evidence.evidence.evidence"),
+        ("evidence --pretrained_model_name_or_path tiny --resolution 64", "compare.evidence.evidence"),
         ("generate --prompts fox", "gallery.gallery.generate"),
         ("merge --base tiny --lora LORA --output x", "lora_tools.merging.merge_loras"),
         ("extract --base tiny --tuned owner/name", "lora_tools.resizing.extract_lora"),

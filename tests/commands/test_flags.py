@@ -114,7 +114,7 @@ def test_what_cannot_be_is_one_sentence_with_flag_value_and_what_is_allowed(
     printed = capsys.readouterr()
     (sentence,) = (printed.out + printed.err).splitlines()
     assert sentence.startswith("error: ")
-    assert set(parts.split()) <= set(re.split(r"[\s=:;,']+", sentence)), sentence
+    assert set(parts.split()) <= set(re.split(r"[\s=:;,?']+", sentence)), sentence
 
 
 def test_a_flag_of_a_comparison_means_one_setting() -> None:

@@ -16,7 +16,7 @@ from scipy import stats
 from flatlora_diffusion.compare.arms import parse_arm
 from flatlora_diffusion.compare.evaluator import FORGETTING, HELDOUT, TRAIN, names_of
 from flatlora_diffusion.compare.findings import metrics_table, paired_rows, verdict
-from flatlora_diffusion.compare.inputs import SAMPLE_ICONS, read_material
+from flatlora_diffusion.compare.inputs import SAMPLE_ICONS, read_inputs
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
@@ -77,7 +77,7 @@ SPREAD = np.linspace(-0.001, 0.001, 20)
     [
         ([[-0.001, 0.0, -0.002]], "One seed and 3 images cannot tell", "--num_seeds 5 or 5 held-out images or more"),
         ([SPREAD], "No difference found", "this training, over 20 images"),
-        ([SPREAD - 0.01], "Flat-LoRA predicts images it never saw better in this training", "--num_seeds 5"),
+        ([SPREAD - 0.01], "Flat-LoRA predicts unseen images better in this training", "--num_seeds 5"),
         ([SPREAD + 0.01, SPREAD + 0.011, SPREAD + 0.012], "LoRA predicts", "other images like these, from 3 seeds"),
         ([SPREAD, SPREAD - 0.001, SPREAD + 0.001], "No difference found", "from 3 seeds and 20 images"),
     ],
@@ -111,11 +111,11 @@ def test_a_metric_that_is_no_loss_has_its_interval_over_seeds() -> None:
     rows = paired_rows(ARMS[:2], ["heldout_loss"], values(-0.001, -0.0011, -0.0009), {}, {})
     low, high = stats.t.interval(0.95, 2, loc=-0.001, scale=stats.sem([-0.001, -0.0011, -0.0009]))
     assert (rows[0]["low"], rows[0]["high"]) == pytest.approx((low, high))
-    assert verdict(rows, NAMES).startswith("Flat-LoRA predicts images it never saw better")
+    assert verdict(rows, NAMES).startswith("Flat-LoRA predicts unseen images better")
 
 
 def test_a_single_arm_has_no_verdict() -> None:
-    assert "One arm alone" in verdict(paired_rows(ARMS[:1], ["heldout_loss"], values(0.0), {}, {}), NAMES)
+    assert "Only one arm" in verdict(paired_rows(ARMS[:1], ["heldout_loss"], values(0.0), {}, {}), NAMES)
 
 
 def test_the_table_has_means_and_leaves_out_what_is_missing() -> None:
@@ -134,7 +134,7 @@ def icons_config(**more: Any) -> TrainConfig:
 
 
 def test_the_sample_icons_bring_their_own_heldout_images_and_prompts(tmp_path: Path) -> None:
-    material = read_material(icons_config(), CompareConfig(num_prompts=3, pictures_per_prompt=2, guidance_scale=3))
+    material = read_inputs(icons_config(), CompareConfig(num_prompts=3, pictures_per_prompt=2, guidance_scale=3))
     assert (len(material.sets[TRAIN].samples), len(material.sets[HELDOUT].samples)) == (23, 64)
     assert set(material.sets[HELDOUT].groups) >= {"animals and plants", "food and drink"}
     flat = material.sets[FORGETTING]
@@ -142,10 +142,10 @@ def test_the_sample_icons_bring_their_own_heldout_images_and_prompts(tmp_path: P
     assert all("flat icon" in sample.caption for sample in flat.samples)
     assert material.prompts.style[0] == "a TOK icon of a peach, in the style of TOK"
     assert (len(material.prompts.style), len(material.prompts.unrelated)) == (3, 3)
-    assert material.prompts.guidance == material.prompts.few.guidance == 3
+    assert material.prompts.guidance == material.prompts.trajectory_subset.guidance == 3
     (tmp_path / "own.txt").write_text("a cow\n\na fox\na cow\n", encoding="utf-8")
     own = CompareConfig(num_prompts=3, unrelated_prompts_file=str(tmp_path / "own.txt"))
-    assert read_material(icons_config(), own).prompts.unrelated == ("a cow", "a fox")
+    assert read_inputs(icons_config(), own).prompts.unrelated == ("a cow", "a fox")
     assert len(material.prompts.keys(material.prompts.style)) == 6
     names = names_of(material.heldout, material.sets[HELDOUT].samples)
     assert names["a TOK icon of a dog, in the style of TOK"] == "dog"
@@ -161,16 +161,16 @@ def test_names_are_found_wherever_the_captions_stand(icons: Path, tmp_path: Path
 
 def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) -> None:
     mine = icons_config(instance_data_dir=str(icons), instance_prompt="an icon")
-    with pytest.raises(ConfigError, match="heldout_dir is missing: give a folder of captioned images"):
-        read_material(mine, CompareConfig())
+    with pytest.raises(ConfigError, match="heldout_dir is missing"):
+        read_inputs(mine, CompareConfig())
     with pytest.raises(ConfigError, match=r"heldout_dir has images that are trained on: icon-0\.png"):
-        read_material(mine, CompareConfig(heldout_dir=str(icons)))
-    with pytest.raises(ConfigError, match="train_text_encoder_ti cannot be used in a comparison"):
-        read_material(icons_config(train_text_encoder_ti=True), CompareConfig())
+        read_inputs(mine, CompareConfig(heldout_dir=str(icons)))
+    with pytest.raises(ConfigError, match="train_text_encoder_ti"):
+        read_inputs(icons_config(train_text_encoder_ti=True), CompareConfig())
     (tmp_path / "none.txt").write_text("\n \n", encoding="utf-8")
     for name in ("none.txt", "missing.txt"):
         with pytest.raises(ConfigError, match=f"{name}.*one prompt per line"):
-            read_material(icons_config(), CompareConfig(prompts_file=str(tmp_path / name)))
+            read_inputs(icons_config(), CompareConfig(prompts_file=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("setting", ["instance_data_dir", "heldout_dir", "forgetting_dir"])
@@ -184,7 +184,7 @@ def test_an_experiment_is_not_written_amid_the_images_that_it_reads(
     config = icons_config(instance_data_dir=folders["instance_data_dir"], output_dir=str(tmp_path / output))
     own = CompareConfig(heldout_dir=folders["heldout_dir"], forgetting_dir=folders["forgetting_dir"])
     with pytest.raises(ConfigError, match=rf"output_dir=.*{setting}="):
-        read_material(config, own)
+        read_inputs(config, own)
 
 
 @pytest.mark.parametrize(
@@ -208,5 +208,5 @@ def test_without_prompts_the_captions_are_drawn(icons: Path, tmp_path: Path) -> 
     rows = [{"file_name": file.name, "text": f"an icon of {file.stem}"} for file in sorted(heldout.iterdir())]
     (heldout / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     mine = icons_config(instance_data_dir=str(icons), instance_prompt="an icon")
-    material = read_material(mine, CompareConfig(heldout_dir=str(heldout), num_prompts=2))
+    material = read_inputs(mine, CompareConfig(heldout_dir=str(heldout), num_prompts=2))
     assert material.prompts.style == ("an icon of icon-0", "an icon of icon-1")

@@ -10,21 +10,28 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
-from flatlora_diffusion.compare.controls import OTHER_DRAWS, SECOND_EPS, SIGMA_0, RunOutputs, null_rows, nulls_of
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs
+from flatlora_diffusion.compare.controls import (
+    OTHER_DRAWS,
+    SECOND_EPS,
+    SIGMA_0,
+    RunOutputs,
+    control_rows,
+    make_controls,
+)
 from flatlora_diffusion.config import METHODS, TrainConfig
 
 
 def planned(arms: Sequence[str], init_seed: int | None = None) -> dict[str, PlannedRun]:
     """The nulls of these arms by their keys, as runs of seed 7."""
     config = TrainConfig.from_dict({"max_train_steps": 2})
-    nulls = [null.arm for null in nulls_of([parse_arm(text) for text in arms], 7, init_seed)]
-    return {one.arm.key: one for one in plan(config, nulls, [7], 1)}
+    nulls = [null.arm for null in make_controls([parse_arm(text) for text in arms], 7, init_seed)]
+    return {one.arm.key: one for one in plan_runs(config, nulls, [7], 1)}
 
 
 def names(arms: Sequence[str]) -> dict[str, str]:
     """Each null and the arm that it is compared with, by their names."""
-    return {null.arm.name: null.against.name for null in nulls_of([parse_arm(text) for text in arms], 7)}
+    return {null.arm.name: null.against.name for null in make_controls([parse_arm(text) for text in arms], 7)}
 
 
 def test_lora_and_flat_lora_have_three() -> None:
@@ -96,7 +103,7 @@ def test_rows_measure_pictures_weights_and_losses_of_nulls_and_of_the_arms_thems
     losses = {key: {7: {"heldout_loss": 0.1 * place}} for place, key in enumerate(outputs)}
     losses[SIGMA_0] = losses["lora"]
     arms = [parse_arm("lora"), parse_arm("flat-lora")]
-    rows = {row["name"]: row for row in null_rows(arms, nulls_of(arms, 7), outputs, losses, 7)}
+    rows = {row["name"]: row for row in control_rows(arms, make_controls(arms, 7), outputs, losses, 7)}
     figures = {
         name: (row["picture_difference"], row["weight_difference"], row["heldout_difference"])
         for name, row in rows.items()

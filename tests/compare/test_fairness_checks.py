@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
-from flatlora_diffusion.compare.controls import nulls_of
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs
+from flatlora_diffusion.compare.controls import make_controls
 from flatlora_diffusion.compare.fairness_checks import shared_conditions
 from flatlora_diffusion.config import TrainConfig
 
@@ -25,8 +25,8 @@ def runs(tmp_path: Path, request: Any) -> list[PlannedRun]:
 def _written(config: TrainConfig, arms: Sequence[str]) -> list[PlannedRun]:
     """The runs of these arms with two seeds, and their nulls, all alike."""
     parsed = [parse_arm(text) for text in arms]
-    nulls = [null.arm for null in nulls_of(parsed, 0)]
-    planned = plan(config, parsed, [0, 1], 1) + plan(config, nulls, [0], 1)
+    nulls = [null.arm for null in make_controls(parsed, 0)]
+    planned = plan_runs(config, parsed, [0, 1], 1) + plan_runs(config, nulls, [0], 1)
     for one in planned:
         steps = 1 if one.arm.key == "lora:max_train_steps=1" else 2
         other = "other" if one.arm.key == "other-draws" else ""
@@ -61,7 +61,7 @@ def test_nulls_of_any_arm_share_its_first_weights(tmp_path: Path, arms: Sequence
         ({"manifest": [{"sha256": "x", "caption_sha256": "y"}]}, "training images and captions"),
         ({"base": "another"}, "base model"),
         ({"config": {"learning_rate": 0.5}}, "all settings but the arm's own, seed 0"),
-        ({"lora": "others"}, "first weights of the LoRA, seed 0"),
+        ({"lora": "others"}, "initial weights of the LoRA, seed 0"),
         ({"draws": "others"}, "images, crops, noise and timesteps of every step, seed 0"),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_run_that_recorded_no_start_is_not_called_alike(runs: list[PlannedRun]
     runs[0].run.events_file.write_text("".join(lines[1:]), encoding="utf-8")
     assert [fact["what"] for fact in shared_conditions(runs) if not fact["holds"]] == [
         "base model",
-        "first weights of the LoRA, seed 0",
+        "initial weights of the LoRA, seed 0",
     ]
 
 

@@ -66,10 +66,10 @@ def test_what_was_measured_is_read_back_until_the_file_changes(
 def test_the_rises_are_one_per_draw_and_repeatable(
     evaluator: LossEvaluator, sdxl: Sdxl, lora: Path, tmp_path: Path
 ) -> None:
-    rises = evaluator.rises(lora, "icons", 0.3, 3)
+    rises = evaluator.loss_increases(lora, "icons", 0.3, 3)
     assert len(set(rises)) == 3
     again = LossEvaluator(sdxl, Objective(sdxl.scheduler), evaluator.sets, 32, tmp_path / "other")
-    assert again.rises(lora, "icons", 0.3, 3) == rises
+    assert again.loss_increases(lora, "icons", 0.3, 3) == rises
 
 
 def test_groups_come_from_the_metadata(icons: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ SECTIONS = {
     "strengths",
     "concepts",
     "advice",
-    "nulls",
+    "controls",
     "proof",
     "settings",
     "versions",
@@ -171,18 +171,18 @@ def test_every_section_shows_its_values(page: Page) -> None:
     expected = {
         "numbers": ["0.18344", "0.15022", "± 0.00076", f"{minus}0.00313", f"[{minus}0.00380, {minus}0.00246]"],
         "differences": [
-            "equal clean loss",
-            "equal seconds",
+            "equal unperturbed loss",
+            "equal training time",
             "no difference found",
             "exactly equal",
-            "3 seeds could find ≥ 0.00088",
+            "3 seeds; detectable: 0.00088",
             "Of 10 such intervals about 0.5",
         ],
         "trajectories": ["held-out loss, lower is better", "drift", "seconds of training", "no difference"],
         "strengths": ["strength of the LoRA", "diversity, higher is better"],
         "concepts": ["animals", "0.18400", f"{minus}0.00313"],
         "advice": ["step 400", "over-fitted", "not over-fitted", "0.80", "Held-out loss was lowest at step 600."],
-        "nulls": ["0.0412", "Must be equal to LoRA bit for bit; it is."],
+        "controls": ["0.0412", "Must be equal to LoRA bit for bit; it is."],
         "proof": ["✓ holds", "9f2c41d07a55", "LoRA, seed 42 · LoRA, seed 43", "One base for all runs."],
         "settings": ["sigma 0", "max_train_steps", "600", "center_crop", "no", "42, 43, 44"],
         "versions": ["NVIDIA H100", "torch", "2.13.0"],
@@ -216,8 +216,8 @@ def test_seeds_that_differ_by_as_much_have_no_interval(tmp_path: Path) -> None:
         pair |= {"differences": [first] * n, "mean": first, "low": None, "high": None, "detectable": None}
     page = written(result, tmp_path)
     assert "with each seed, so without an interval" in page.text[""]
-    assert "all seeds alike: no interval" in page.text["differences"]
-    assert "could find" not in page.text["differences"]
+    assert "all seeds equal: no interval" in page.text["differences"]
+    assert "detectable:" not in page.text["differences"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_seeds_that_differ_by_as_much_have_no_interval(tmp_path: Path) -> None:
         ("strengths", {"strengths"}),
         ("groups", {"concepts"}),
         ("advice", {"advice"}),
-        ("nulls", {"nulls"}),
+        ("nulls", {"controls"}),
         ("proof", {"proof"}),
         ("versions", {"versions"}),
         ("metrics", {"numbers", "differences", "strengths"}),
@@ -278,13 +278,13 @@ def test_missing_values_are_dashes(tmp_path: Path) -> None:
     assert "None" not in "".join(page.text.values())
 
 
-def test_a_failed_proof_is_an_alarm_on_the_first_screen(page: Page, tmp_path: Path) -> None:
-    assert page.all_of("p", "alarm") == []
+def test_a_failed_proof_is_a_warning_on_the_first_screen(page: Page, tmp_path: Path) -> None:
+    assert page.all_of("p", "warning") == []
     result = lean(made_up_comparison())
     result["proof"][2] |= {"holds": False, "note": "LoRA, seed 43 saw other images at step 17"}
     result["proof"][2]["hashes"]["LoRA, seed 43"] = "0" * 64
     failed = written(result, tmp_path)
-    assert [found["role"] for found in failed.all_of("p", "alarm")] == ["alert"]
+    assert [found["role"] for found in failed.all_of("p", "warning")] == ["alert"]
     assert "These runs are not a fair comparison." in failed.text[""]
     assert "draws of every step, seed 42: LoRA, seed 43 saw other images at step 17" in failed.text[""]
     assert "hold" not in failed.text[""].replace("held-out", "")

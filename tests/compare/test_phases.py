@@ -16,7 +16,7 @@ from torch import nn
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare import comparison, evaluator, experiment, inputs, losses, pictures
 from flatlora_diffusion.compare.arms import PlannedRun
-from flatlora_diffusion.compare.progress import Piece, do_pieces
+from flatlora_diffusion.compare.progress import WorkItem, run_items
 from flatlora_diffusion.training.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def watch(story: Story, patch: pytest.MonkeyPatch, is_stopped: bool) -> None:
             raise Stop
         train(planned.config)
 
-    def counted(unet: nn.Module, pieces: Sequence[Piece]) -> None:
+    def counted(unet: nn.Module, pieces: Sequence[WorkItem]) -> None:
         seen = 0
 
         def count(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -77,7 +77,7 @@ def watch(story: Story, patch: pytest.MonkeyPatch, is_stopped: bool) -> None:
         expected = sum(piece.passes for piece in pieces)
         unet.register_forward_hook(count)
         story.is_counting = True
-        do_pieces(unet, pieces)
+        run_items(unet, pieces)
         story.is_counting = False
         story.counted.append((expected, seen))
 
@@ -94,10 +94,10 @@ def watch(story: Story, patch: pytest.MonkeyPatch, is_stopped: bool) -> None:
     watched(losses, "loss_increases", "measure")
     watched(pictures, "generate_images", "draw")
     patch.setattr(evaluator, "STRENGTHS", (0.5, 1.0))
-    patch.setattr(evaluator, "RISE_DRAWS", 1)
+    patch.setattr(evaluator, "INCREASE_DRAWS", 1)
     patch.setattr(inputs, "PictureGenerator", partial(pictures.PictureGenerator, steps=2))
-    patch.setattr(experiment, "train_planned", trained)
-    patch.setattr(comparison, "do_pieces", counted)
+    patch.setattr(experiment, "train_run", trained)
+    patch.setattr(comparison, "run_items", counted)
 
 
 def told(out: Path, base: Path, images: Path, is_stopped: bool = False) -> Story:
@@ -173,7 +173,7 @@ def test_the_first_lines_say_what_will_be_done_and_name_no_text(stopped: Story) 
     assert summary.startswith("3 images, captions 3/3")
     assert "broken.png" in summary
     assert "LICENSE" not in summary
-    assert [line[:9] for line in steps[:4]] == ["1. train ", "2. draw 1", "3. measur", "4. for th"]
+    assert [line[:9] for line in steps[:4]] == ["1. train ", "2. draw 1", "3. measur", "4. train "]
     assert "LoRA and Flat-LoRA on them, 2 steps each" in steps[0]
     assert str(stopped.out / "compare.png") in steps[1]
     assert str(stopped.out / "compare.html") in steps[2]
@@ -185,11 +185,11 @@ def test_the_first_lines_say_what_will_be_done_and_name_no_text(stopped: Story) 
 
 
 def test_what_the_trainings_will_take_is_told_anew_by_their_own_steps(stopped: Story, resumed: Story) -> None:
-    told = [line for story in (stopped, resumed) for line in story.lines if " trainings are done, " in line]
+    told = [line for story in (stopped, resumed) for line in story.lines if " trainings done; " in line]
     assert [line[:6] for line in told] == [f"{done} of 5" for done in (1, 2, 3, 4)]
-    assert "by a picture" in stopped.lines[7]
+    assert "draw a picture" in stopped.lines[7]
     assert resumed.lines[5] == "5 trainings in all; 2 are done"
-    assert "by the steps of its runs" in resumed.lines[7]
+    assert "the steps of its earlier runs" in resumed.lines[7]
 
 
 def test_a_report_without_nulls_has_all_else(report_of_arms: dict[str, Any]) -> None:

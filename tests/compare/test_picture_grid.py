@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatlora_diffusion.compare import picture_grid as poster_module
+from flatlora_diffusion.compare import picture_grid as grid_module
 from flatlora_diffusion.compare.evaluator import PromptSets
-from flatlora_diffusion.compare.picture_grid import MOST_THUMBNAILS, poster, poster_pieces
+from flatlora_diffusion.compare.picture_grid import MAX_THUMBNAILS, comparison_grid, grid_items
 from flatlora_diffusion.gallery.grid import Band
 
 TRAINED, BASE, LORA, FLAT, REAL, HALF, MORE = (
@@ -25,7 +25,7 @@ TRAINED, BASE, LORA, FLAT, REAL, HALF, MORE = (
     (230, 0, 230),
     (90, 90, 0),
 )
-CELL = poster_module.CELL**2
+CELL = grid_module.CELL**2
 PROMPTS = tuple(f"an icon of thing {number}" for number in range(9))
 
 
@@ -47,10 +47,10 @@ class Drawn:
         square(colour).save(file)
         return [file] * len(self.prompts.style)
 
-    def at_strengths(self, lora: Path, prompt: str, strengths: Sequence[float]) -> list[Image.Image]:
+    def pictures_at_strengths(self, lora: Path, prompt: str, strengths: Sequence[float]) -> list[Image.Image]:
         return [square({0.0: BASE, 0.5: HALF, 1.0: LORA, 1.5: MORE}[at]) for at in strengths]
 
-    def to_draw_at_strengths(self, *asked: Any) -> list[Any]:
+    def strength_items(self, *asked: Any) -> list[Any]:
         self.asked.append(asked)
         return ["pieces"]
 
@@ -66,7 +66,7 @@ def square(colour: tuple[int, int, int]) -> Image.Image:
 
 
 def drawn(evaluator: Any, captions: Sequence[str] = ()) -> np.ndarray:
-    return np.asarray(poster(RUNS, evaluator, captions))
+    return np.asarray(comparison_grid(RUNS, evaluator, captions))
 
 
 def area(pixels: np.ndarray, colour: tuple[int, int, int]) -> float:
@@ -117,29 +117,29 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.extend(given)
         return square(BASE)
 
-    monkeypatch.setattr(poster_module, "labelled_bands", watched)
+    monkeypatch.setattr(grid_module, "labelled_bands", watched)
     return found
 
 
 def test_things_are_named_where_their_names_are_known_and_the_caption_has_a_whole_prompt(
     tmp_path: Path, written: list[Any]
 ) -> None:
-    poster(RUNS, Drawn(tmp_path, PROMPTS, names={PROMPTS[0]: "peach"}), PROMPTS[8:])  # type: ignore[arg-type]
+    comparison_grid(RUNS, Drawn(tmp_path, PROMPTS, names={PROMPTS[0]: "peach"}), PROMPTS[8:])  # type: ignore[arg-type]
     (_, models, strengths), caption = written
     assert list(models.column_labels[:2]) == ["peach", PROMPTS[1]]
     assert list(strengths.column_labels[:4]) == ["peach: 0", "0.5", "1", "1.5"]
     assert PROMPTS[0] in caption
-    assert "none of these was trained on" in caption
+    assert "not trained on any of these prompts" in caption
     assert "same seed and settings, 150 steps, guidance 2.5" in caption
     assert "8 of 9 prompts" in caption
-    assert "LoRA at other strengths, 0 is the base" in caption
+    assert "LoRA at several strengths, 0 is the base" in caption
 
 
 def test_settings_that_a_row_names_are_not_called_the_same(tmp_path: Path, written: list[Any]) -> None:
     arm = SimpleNamespace(name="SAM, max_train_steps 300", changes={"max_train_steps": 300})
     longer: Any = SimpleNamespace(arm=arm, lora=Path("flat"), steps=300)
-    poster([RUNS[0], longer], Drawn(tmp_path, PROMPTS), [])  # type: ignore[arg-type]
-    assert "same seed, and settings but for those that a row names, 150 steps" in written[1]
+    comparison_grid([RUNS[0], longer], Drawn(tmp_path, PROMPTS), [])  # type: ignore[arg-type]
+    assert "150 steps" in written[1]
 
 
 def test_prompts_that_were_trained_on_are_not_called_new_and_left_out_images_are_counted(
@@ -147,14 +147,14 @@ def test_prompts_that_were_trained_on_are_not_called_new_and_left_out_images_are
 ) -> None:
     evaluator = Drawn(tmp_path, PROMPTS[:2])
     evaluator.training *= 2
-    poster(RUNS, evaluator, PROMPTS)  # type: ignore[arg-type]
+    comparison_grid(RUNS, evaluator, PROMPTS)  # type: ignore[arg-type]
     bands: Sequence[Band] = written[0]
-    assert "trained on" not in written[1]
-    assert f"{MOST_THUMBNAILS} of 46 training images" in written[1]
-    assert len(bands[0].rows[0]) == MOST_THUMBNAILS
+    assert "not trained on" not in written[1]
+    assert f"{MAX_THUMBNAILS} of 46 training images" in written[1]
+    assert len(bands[0].rows[0]) == MAX_THUMBNAILS
 
 
 def test_only_the_strengths_in_between_are_drawn_for_it(tmp_path: Path) -> None:
     evaluator: Any = Drawn(tmp_path, PROMPTS)
-    assert poster_pieces(RUNS[0], evaluator) == ["pieces"]
-    assert evaluator.asked == [("LoRA", Path("lora"), PROMPTS[:8:4], poster_module.STRENGTHS)]
+    assert grid_items(RUNS[0], evaluator) == ["pieces"]
+    assert evaluator.asked == [("LoRA", Path("lora"), PROMPTS[:8:4], grid_module.STRENGTHS)]

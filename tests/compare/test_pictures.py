@@ -62,11 +62,11 @@ def test_a_stop_loses_no_picture_that_is_drawn(sdxl: Sdxl, tmp_path: Path, monke
 
     monkeypatch.setattr(pictures_module, "generate_images", stopping)
     generator = PictureGenerator(sdxl, 32, tmp_path, steps=1)
-    assert generator.left(None, KEYS) == 3 * 2
+    assert generator.passes(None, KEYS) == 3 * 2
     with pytest.raises(KeyboardInterrupt):
         generator.generate(None, KEYS)
     assert [file.is_file() for file in generator.files(None, KEYS)] == [True, True, False]
-    assert generator.left(None, KEYS) == 2
+    assert generator.passes(None, KEYS) == 2
 
 
 def test_lora_steps_guidance_and_base_have_files_of_their_own(sdxl: Sdxl, lora: Path, tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_lora_is_drawn_at_any_strength_and_each_is_kept_for_itself(sdxl: Sdxl,
     assert not _equal(half, base)
     assert not _equal(half, full)
     assert _equal(full, generator.generate(lora, [key])[key])
-    assert generator.left(lora, [key], 0.5) == 0
-    assert generator.left(lora, [key], 1.5) == 2
+    assert generator.passes(lora, [key], 0.5) == 0
+    assert generator.passes(lora, [key], 1.5) == 2
 
 
 def _equal(one: Image.Image, other: Image.Image) -> bool:

@@ -14,7 +14,7 @@ from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare import experiment as module
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.experiment import Experiment, read_experiment
-from flatlora_diffusion.compare.plan_lines import disk_bytes, duration, outlook
+from flatlora_diffusion.compare.plan_lines import disk_bytes, expected_duration, plan_lines
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.memory.disk import disk_need
 from flatlora_diffusion.training.trainer import train
@@ -62,7 +62,7 @@ def make(base: Path, icons: Path, heldout: Path, tmp_path: Path) -> Any:
 
 def trainings(experiment: Experiment) -> str:
     """The line that counts them."""
-    return next(line for line in outlook(experiment) if "in all" in line)
+    return next(line for line in plan_lines(experiment) if "in all" in line)
 
 
 def test_the_trainings_are_counted(make: Any) -> None:
@@ -71,30 +71,30 @@ def test_the_trainings_are_counted(make: Any) -> None:
     assert trainings(make("lora")) == "2 trainings in all"
     without = make("lora", "flat-lora", own={"controls": False})
     assert trainings(without) == "2 trainings in all"
-    assert not any(line.startswith("4.") for line in outlook(without))
+    assert not any(line.startswith("4.") for line in plan_lines(without))
     folded = make("lora", max_train_steps=20, holdout_folds=3, checkpointing_steps=5)
-    assert "each after one for each of 3 folds" in trainings(folded)
+    assert "on 3 folds" in trainings(folded)
 
 
 def test_arms_with_steps_of_their_own_are_told_so(make: Any) -> None:
-    lines = list(outlook(make("lora", "sam:max_train_steps=4")))
+    lines = list(plan_lines(make("lora", "sam:max_train_steps=4")))
     assert "2 to 4 steps each" in lines[1]
 
 
 def test_what_is_done_is_no_longer_counted(make: Any) -> None:
     experiment = make("lora")
     before = disk_bytes(experiment)
-    (first,) = experiment.main
+    (first,) = experiment.arm_runs
     train(first.config)
     assert trainings(experiment) == "2 trainings in all; 1 are done"
     filled = sum(file.stat().st_size for file in first.run.folder.rglob("*") if file.is_file())
     assert before - disk_bytes(experiment) == pytest.approx(filled, rel=0.15)
-    assert "by the steps of its runs" in duration(experiment)
+    assert "from the steps of its earlier runs" in expected_duration(experiment)
 
 
 def test_each_arm_is_counted_with_its_own_rank_and_class_images_once(make: Any, tmp_path: Path) -> None:
     small, large = (make("lora", f"lora:rank={rank}") for rank in (2, 128))
-    needs = [disk_need(one.main[1].config) for one in (small, large)]
+    needs = [disk_need(one.arm_runs[1].config) for one in (small, large)]
     two, many = (need.result + 2 * need.checkpoint for need in needs)
     assert disk_bytes(large) - disk_bytes(small) == many - two
     prior = {"with_prior_preservation": True, "class_prompt": "an icon", "class_data_dir": str(tmp_path / "class")}
@@ -103,13 +103,13 @@ def test_each_arm_is_counted_with_its_own_rank_and_class_images_once(make: Any, 
 
 
 def test_how_long_a_cluster_takes_is_not_guessed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "check_places", lambda *_: None)
+    monkeypatch.setattr(module, "check_workers", lambda *_: None)
     monkeypatch.setattr(module, "load_evaluator", lambda *_: pytest.fail("nothing is measured here"))
-    assert "cluster" in duration(make("lora", own={"cluster": "auto"}))
+    assert "cluster" in expected_duration(make("lora", own={"cluster": "auto"}))
 
 
 def test_several_at_once_take_less_than_is_told(make: Any) -> None:
-    assert "less with 2 trainings at once" in duration(make("lora", own={"workers": 2}))
+    assert "less with 2 trainings in parallel" in expected_duration(make("lora", own={"workers": 2}))
 
 
 def test_a_comparison_that_does_not_fit_on_the_disk_is_not_begun(make: Any, tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_a_comparison_that_does_not_fit_on_the_disk_is_not_begun(make: Any, tmp_
     with small_disk(tmp_path / "disk", needed // 1024 - 1) as disk:
         experiment = make("lora", "sam", output_dir=str(disk / "out"))
         with pytest.raises(ConfigError, match=r"output_dir=.*disk.out.* free, .* 3 trainings"):
-            list(outlook(experiment))
+            list(plan_lines(experiment))
         assert not any(disk.rglob("seed-*"))
     with small_disk(tmp_path / "disk", needed // 1024 + 64) as disk:
-        assert list(outlook(make("lora", "sam", output_dir=str(disk / "out"))))
+        assert list(plan_lines(make("lora", "sam", output_dir=str(disk / "out"))))
 
 
 def test_the_command_says_so_in_one_sentence(
@@ -129,7 +129,7 @@ def test_the_command_says_so_in_one_sentence(
     def fail(_: PlannedRun) -> None:
         pytest.fail("it was begun")
 
-    monkeypatch.setattr(module, "train_planned", fail)
+    monkeypatch.setattr(module, "train_run", fail)
     config = make("lora").config
     names = ("pretrained_model_name_or_path", "instance_data_dir", "max_train_steps", "rank", "resolution")
     flags = [f"--{name}={config.to_dict()[name]}" for name in names]

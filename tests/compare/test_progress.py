@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from torch import nn
 
-from flatlora_diffusion.compare.progress import Piece, do_pieces
+from flatlora_diffusion.compare.progress import WorkItem, run_items
 
 
 def test_a_bar_names_what_goes_on_and_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,12 +19,12 @@ def test_a_bar_names_what_goes_on_and_how_long_it_takes(capsys: pytest.CaptureFi
         done.append(what)
 
     passes = {"a": 2, "b": 0, "c": 9}
-    pieces = [Piece(f"LoRA: {what}", count, partial(asked, what)) for what, count in passes.items()]
-    do_pieces(unet, pieces)
+    pieces = [WorkItem(f"LoRA: {what}", count, partial(asked, what)) for what, count in passes.items()]
+    run_items(unet, pieces)
     assert done == ["a", "c"]
     shown = capsys.readouterr().err
     assert "LoRA: a:   0%" in shown
     assert "LoRA: c: 100%" in shown
     assert "left" in shown
-    do_pieces(unet, pieces[1:2])
+    run_items(unet, pieces[1:2])
     assert capsys.readouterr().err == "", "nothing to do has no bar"

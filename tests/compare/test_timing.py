@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs
 from flatlora_diffusion.compare.timing import step_seconds, training_seconds
 from flatlora_diffusion.config import TrainConfig
 
@@ -24,7 +24,7 @@ def planned(tmp_path: Path, **settings: Any) -> dict[str, PlannedRun]:
     given = {"max_train_steps": 100, "train_batch_size": 2, "gradient_accumulation_steps": 3, "seed": 0, **settings}
     config = TrainConfig.from_dict({"output_dir": str(tmp_path), **given})
     arms = [parse_arm(key) for key in ("lora", "flat-lora", "sam:rho=0.1")]
-    return {one.arm.key: one for one in plan(config, arms, [0], 4)}
+    return {one.arm.key: one for one in plan_runs(config, arms, [0], 4)}
 
 
 def take_steps(one: PlannedRun, seconds: list[float]) -> None:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.compare import parallel, worker_slots as of_workers
-from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan, train_planned
-from flatlora_diffusion.compare.parallel import train_at_once
-from flatlora_diffusion.compare.worker_slots import Places, check_places, places
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs, train_run
+from flatlora_diffusion.compare.parallel import train_in_parallel
+from flatlora_diffusion.compare.worker_slots import WorkerSlots, check_workers, worker_slots
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, TrainConfig
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
@@ -36,17 +36,17 @@ def planned_below(config: TrainConfig, out: Path) -> list[PlannedRun]:
     settings = config.replace(
         instance_prompt="an icon", output_dir=str(out), resolution=32, max_train_steps=2, seed=None
     )
-    return plan(settings, [parse_arm("lora"), parse_arm("flat-lora")], [0], 1)
+    return plan_runs(settings, [parse_arm("lora"), parse_arm("flat-lora")], [0], 1)
 
 
 def given(monkeypatch: pytest.MonkeyPatch, number: int, run: Run) -> None:
     """Have commands run by `run` in so many places."""
 
     @contextmanager
-    def of_test(workers: int | None, cluster: str | None) -> Iterator[Places]:
-        yield Places(number, run)
+    def of_test(workers: int | None, cluster: str | None) -> Iterator[WorkerSlots]:
+        yield WorkerSlots(number, run)
 
-    monkeypatch.setattr(parallel, "places", of_test)
+    monkeypatch.setattr(parallel, "worker_slots", of_test)
 
 
 def draws(planned: PlannedRun) -> list[Any]:
@@ -64,18 +64,18 @@ def test_runs_at_once_leave_what_they_leave_one_after_the_other(
         with alone:  # processes would not share the generator of this one
             return main(list(command[3:]))
 
-    monkeypatch.setattr(of_workers, "_ended", here)
-    train_at_once(two, 2, None)
+    monkeypatch.setattr(of_workers, "_exit_code", here)
+    train_in_parallel(two, 2, None)
     apart = planned_below(config, tmp_path / "other")
     for one, other in zip(two, apart, strict=True):
-        train_planned(other)
+        train_run(other)
         assert one.is_finished
         assert draws(one) == draws(other) != []
         learned = load_file(one.lora), load_file(other.lora)
         assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
     assert places_seen == {"1"}
-    monkeypatch.setattr(of_workers, "_ended", None)
-    train_at_once(two, 2, None)  # nothing is left
+    monkeypatch.setattr(of_workers, "_exit_code", None)
+    train_in_parallel(two, 2, None)  # nothing is left
 
 
 def test_members_trained_at_once_have_the_average_of_those_trained_one_after_the_other(
@@ -88,7 +88,7 @@ def test_members_trained_at_once_have_the_average_of_those_trained_one_after_the
         with alone:
             return main(list(command[3:]))
 
-    monkeypatch.setattr(of_workers, "_ended", here)
+    monkeypatch.setattr(of_workers, "_exit_code", here)
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps(config.replace(members=2, max_train_steps=2).to_dict()), encoding="utf-8")
     train = ["train", "--config", str(settings)]
@@ -128,9 +128,9 @@ def test_a_run_that_fails_stops_the_others_and_names_its_log(
         return 130
 
     given(monkeypatch, 2, run)
-    monkeypatch.setattr(parallel, "ASK_EVERY", 0.01)
-    with pytest.raises(RunError, match=r"LoRA, seed 0 ended with exit code 2; its message is in .*seed-0\.log"):
-        train_at_once(two, 2, None)
+    monkeypatch.setattr(parallel, "STOP_INTERVAL", 0.01)
+    with pytest.raises(RunError, match=r"LoRA, seed 0 ended with exit code 2.*seed-0\.log"):
+        train_in_parallel(two, 2, None)
     assert len(seen) == 2, "what a run forgets that only begins is asked again"
 
 
@@ -148,7 +148,7 @@ def test_what_has_not_begun_does_not_begin_after_a_failure(
 
     given(monkeypatch, 1, run)
     with pytest.raises(RunError):
-        train_at_once([*two, *two], None, "any")
+        train_in_parallel([*two, *two], None, "any")
     assert begun == ["lora"]
 
 
@@ -163,8 +163,8 @@ def test_each_place_is_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_
         both.wait(HANGS)
         return 0
 
-    monkeypatch.setattr(of_workers, "_ended", told)
-    with places(2, None) as (number, run):
+    monkeypatch.setattr(of_workers, "_exit_code", told)
+    with worker_slots(2, None) as (number, run):
         threads = [threading.Thread(target=run, args=([], tmp_path / "log")) for _ in range(number)]
         for thread in threads:
             thread.start()
@@ -175,7 +175,7 @@ def test_each_place_is_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_place_runs_a_process_of_its_own_returns_its_code_and_keeps_what_it_says(tmp_path: Path) -> None:
     code = "import os, sys; print('shown'); sys.stderr.write(os.environ['OMP_NUM_THREADS']); raise SystemExit(3)"
-    with places(2, None) as (number, run):
+    with worker_slots(2, None) as (number, run):
         assert number == 2
         assert run([sys.executable, "-c", code], tmp_path / "log") == 3
         assert run([sys.executable, "-c", ""], tmp_path / "other") == 0
@@ -184,18 +184,18 @@ def test_a_place_runs_a_process_of_its_own_returns_its_code_and_keeps_what_it_sa
 
 
 def test_more_workers_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_places(8, None)  # processes of a CPU
+    check_workers(8, None)  # processes of a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_places(2, None)
-    with pytest.raises(ConfigError, match="workers=3 is more than this machine has CUDA devices, 2; give at most"):
-        check_places(3, None)
+    check_workers(2, None)
+    with pytest.raises(ConfigError, match=r"workers=3 .* 2 CUDA devices"):
+        check_workers(3, None)
 
 
 def test_a_cluster_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(of_workers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "flatlora-diffusion\[cluster\]"'):
-        check_places(None, "auto")
+        check_workers(None, "auto")
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def test_one_worker_is_no_crowd(settings: dict[str, Any], expected: bool) -> Non
 @pytest.mark.slow  # starts a cluster
 def test_a_cluster_of_two_workers_trains(two: list[PlannedRun], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed; the extra `dev` has it")
-    with places(2, "local") as (number, run):
+    with worker_slots(2, "local") as (number, run):
         assert number == 2
         assert run([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "log") == 1
     assert (tmp_path / "log").read_text(encoding="utf-8").strip() == "no such thing"
-    train_at_once(two, 2, "local")
+    train_in_parallel(two, 2, "local")
     assert all(planned.is_finished for planned in two)
     assert draws(two[0]) == draws(two[1])

@@ -170,7 +170,7 @@ def test_verbs_help_and_doctor_need_no_checkout(program: Path, tmp_path: Path) -
     assert "usage: flatlora app" in start(program, tmp_path, "app", "--help")
     report = start(program, tmp_path, "doctor", "--port", "7861")
     assert "no problems" in report
-    assert "the tiny demo base is here" in report
+    assert "the tiny demo base exists" in report
     assert "last tested with 3." in report
     assert str(ROOT) not in report
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from flatlora_diffusion.adapter.delta import Update, shared_path
-from flatlora_diffusion.lora_files.kohya import completed, kohya_name, kohya_stream
-from flatlora_diffusion.lora_files.metadata import with_contents
+from flatlora_diffusion.lora_files.kohya import kohya_name, kohya_tensors, with_required_layers
+from flatlora_diffusion.lora_files.metadata import with_content_keys
 from flatlora_diffusion.sdxl.single_file import unet_tensors
 from flatlora_diffusion.storage.tensor_io import contents_of
 
@@ -72,7 +72,7 @@ def test_every_name_of_the_unet_is_that_of_diffusers_own_conversion(unet: Any) -
 def test_every_name_is_read_back_by_diffusers_lora_loader(unet: Any) -> None:
     layers = [name for name in body(unet) if isinstance(unet.get_submodule(name), nn.Linear | nn.Conv2d)]
     updates = {"unet": {name: factors(2, 1.0) for name in layers}}
-    found, _ = StableDiffusionXLPipeline.lora_state_dict(dict(kohya_stream(updates)), unet_config=unet.config)
+    found, _ = StableDiffusionXLPipeline.lora_state_dict(dict(kohya_tensors(updates)), unet_config=unet.config)
     read = {key.split(".lora")[0].split("_lora.")[0].replace(".processor", "") for key in found}
     assert {name.replace("to_out.0", "to_out") for name in layers} == {
         name.removeprefix("unet.").replace("to_out.0", "to_out") for name in read
@@ -105,7 +105,7 @@ def test_the_header_of_a_lora_on_everything_stays_below_a_mebibyte(unet: Any) ->
             f"text_model.encoder.layers.{i}.self_attn.{x}_proj" for i in range(count) for x in ("q", "k", "v", "out")
         ]
         updates[part] = {name: factors(2, 1.0) for name in names}
-    raw = save(dict(kohya_stream(updates, dtype=torch.float16)))
+    raw = save(dict(kohya_tensors(updates, dtype=torch.float16)))
     assert int.from_bytes(raw[:8], "little") < 2**19
 
 
@@ -140,7 +140,7 @@ Q, K, V = (f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{x}" for x in 
 def test_one_alpha_per_part_and_the_product_is_the_update(
     layers: dict[str, Update], alpha: float | None, dtype: torch.dtype
 ) -> None:
-    tensors = dict(kohya_stream({"unet": layers}, dtype=dtype))
+    tensors = dict(kohya_tensors({"unet": layers}, dtype=dtype))
     alphas = [value for name, value in tensors.items() if name.endswith(".alpha")]
     assert {float(value) for value in alphas} == ({alpha} if alpha else {float(alphas[0])})
     assert all(value.ndim == 0 for value in alphas)
@@ -162,13 +162,13 @@ def test_an_incomplete_attention_of_the_second_encoder_gets_partners_of_zeros(un
             "text_model.encoder.layers.3.mlp.fc1": factors(3, 2),
         },
     }
-    whole = completed(updates, unet)
+    whole = with_required_layers(updates, unet)
     assert whole["text_encoder"].keys() == updates["text_encoder"].keys()
     assert set(whole["text_encoder_2"]) == {
         "text_model.encoder.layers.3.mlp.fc1",
         *(f"{group}.{leaf}_proj" for leaf in ("q", "k", "v", "out")),
     }
-    tensors = dict(kohya_stream(whole))
+    tensors = dict(kohya_tensors(whole))
     for leaf in ("k", "v", "out"):
         assert not product(tensors, f"lora_te2_text_model_encoder_layers_3_self_attn_{leaf}_proj").any()
     assert len({float(value) for name, value in tensors.items() if name.endswith(".alpha")}) == 1
@@ -177,7 +177,7 @@ def test_an_incomplete_attention_of_the_second_encoder_gets_partners_of_zeros(un
 
 def test_a_lora_on_some_blocks_still_tells_its_base(unet: Any) -> None:
     updates = {"unet": {"up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": factors(4, 1.0, 1280, 1280)}}
-    tensors = dict(kohya_stream(completed(updates, unet)))
+    tensors = dict(kohya_tensors(with_required_layers(updates, unet)))
     for name, width in (
         ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 640),
         ("lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k", 1280),
@@ -186,7 +186,7 @@ def test_a_lora_on_some_blocks_still_tells_its_base(unet: Any) -> None:
         assert tensors[f"{name}.lora_up.weight"].shape == (width, 4)
         assert not tensors[f"{name}.lora_up.weight"].any()
     assert len(tensors) == 9
-    assert completed({}, unet) == {}
+    assert with_required_layers({}, unet) == {}
 
 
 def test_the_rank_and_the_alpha_of_the_metadata_are_of_one_layer_and_of_the_unet() -> None:
@@ -200,5 +200,5 @@ def test_the_rank_and_the_alpha_of_the_metadata_are_of_one_layer_and_of_the_unet
         ({"text_encoder": text, "unet": unet}, ("32", "32.0")),
         ({"text_encoder": text}, ("64", "16.0")),
     ):
-        said = with_contents({}, contents_of(kohya_stream(updates)))
+        said = with_content_keys({}, contents_of(kohya_tensors(updates)))
         assert (said["ss_network_dim"], said["ss_network_alpha"]) == expected

@@ -64,13 +64,13 @@ def test_the_copy_of_diffusers_scripts_is_off_by_a_factor(
     if factor is None:
         assert warnings == []
         return
-    assert warnings == [
-        "pytorch_lora_weights_kohya.safetensors has lost its alpha, as `--output_kohya_format` of diffusers' scripts "
-        f"does it: it has {factor} times the effect that was trained; `export` {LORA_FILE} beside it instead"
-    ]
+    (warning,) = warnings
+    assert warning.startswith("pytorch_lora_weights_kohya.safetensors lost its alpha")
+    assert f"{factor} times" in warning
+    assert f"`export` {LORA_FILE}" in warning
     (tmp_path / LORA_FILE).unlink()
     (alone,) = report(path, base, capsys)["warnings"]
-    assert f"it has {RANK} / lora_alpha times the effect that was trained" in alone
+    assert f"{RANK} / lora_alpha" in alone
 
 
 @pytest.mark.parametrize("verb", ["import", "export", "resize"])
@@ -79,7 +79,7 @@ def test_every_verb_that_reads_such_a_file_warns(
 ) -> None:
     path = scripts_copy(pipeline_of(base, 2 * RANK, ()), tmp_path)
     assert main([verb, str(path), "--base", str(base)]) == 0
-    assert "has lost its alpha" in caplog.text
+    assert "lost its alpha" in caplog.text
 
 
 def test_exporting_the_file_beside_it_mends_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_tools_that_ignore_the_metadata_are_noted_with_the_factor(
     pipeline = pipeline_of(base, alpha, TEXT)
     path = by_diffusers(pipeline, tmp_path / "x.safetensors", old_names=False)
     notes = {row["tool"]: row["note"] for row in report(path, base, capsys)["tools"]}
-    said = f"at {factor} times its strength, since its alpha is in no tensor; `export` puts it there"
+    said = f"at {factor} times its strength"
     for tool in ("ComfyUI", "stable-diffusion.cpp", "Draw Things"):
         assert (said in notes[tool]) == (factor is not None), notes[tool]
     for tool in ("AUTOMATIC1111", "SD.Next", "diffusers"):  # they load nothing of it, or read the metadata

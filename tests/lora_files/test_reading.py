@@ -28,8 +28,8 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.names import base_names, layer_shapes
-from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, lora_of_base
-from flatlora_diffusion.lora_files.safe_reading import checked_file
+from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, load_for_base
+from flatlora_diffusion.lora_files.safe_reading import read_header
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def attention(base: Path) -> Any:
 
 
 def read(path: Path, base: Path | str | None) -> ImportedLora:
-    return import_lora(checked_file(path), None if base is None else str(base))
+    return import_lora(read_header(path), None if base is None else str(base))
 
 
 def updates(lora: ImportedLora) -> dict[str, Tensor]:
@@ -68,15 +68,15 @@ def test_kohya_with_the_original_block_names(pipeline: Any, base: Path, tmp_path
     lora = read(saved(kohya(factors(pipeline)), tmp_path / "x.safetensors"), base)
     assert_same(updates(lora), deltas(pipeline))
     assert_same(as_diffusers_loads(base, tmp_path / "x.safetensors"), updates(lora))
-    assert {layer.place.style for layer in lora.layers} == {"kohya-sgm"}
-    assert {layer.alpha for layer in lora.layers if layer.place.part == "unet"} == {ALPHAS["unet"]}
+    assert {layer.target.style for layer in lora.layers} == {"kohya-sgm"}
+    assert {layer.alpha for layer in lora.layers if layer.target.part == "unet"} == {ALPHAS["unet"]}
     assert not lora.unknown
 
 
 def test_kohya_with_diffusers_block_names(pipeline: Any, base: Path, tmp_path: Path) -> None:
     lora = read(saved(kohya(factors(pipeline), original=False), tmp_path / "x.safetensors"), base)
     assert_same(updates(lora), deltas(pipeline))
-    assert {layer.place.style for layer in lora.layers if layer.place.part == "unet"} == {"kohya-diffusers"}
+    assert {layer.target.style for layer in lora.layers if layer.target.part == "unet"} == {"kohya-diffusers"}
 
 
 def test_kohya_without_alphas_has_the_scale_1(pipeline: Any, base: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_kohya_with_an_alpha_for_each_layer(pipeline: Any, base: Path, tmp_path:
     assert set(alphas.values()) == {1.0, 2.0, 3.0}
     by_alpha = deltas(pipeline)
     for layer in lora.layers:
-        part, module, _ = layer.place
+        part, module, _ = layer.target
         assert layer.alpha == float(tensors[f"{layer.name}.alpha"])
         expected = by_alpha[f"{part}.{module}"] * layer.alpha / ALPHAS[part]
         torch.testing.assert_close(updates(lora)[f"{part}.{module}"], expected, rtol=0, atol=1e-6)
@@ -110,14 +110,14 @@ def test_the_files_of_diffusers_scripts(attention: Any, base: Path, tmp_path: Pa
     lora = read(path, base)
     assert_same(updates(lora), deltas(attention))
     assert_same(as_diffusers_loads(base, path), updates(lora))
-    assert {layer.place.style for layer in lora.layers} == {"diffusers-old" if old_names else "peft"}
+    assert {layer.target.style for layer in lora.layers} == {"diffusers-old" if old_names else "peft"}
 
 
 def test_a_file_of_two_kinds_of_names_is_read_in_full(pipeline: Any, base: Path, tmp_path: Path) -> None:
     """diffusers' converter renames attention only, and its loader then skips one of the two kinds."""
     lora = read(by_diffusers(pipeline, tmp_path / "x.safetensors", old_names=True), base)
     assert_same(updates(lora), deltas(pipeline))
-    assert {layer.place.style for layer in lora.layers} == {"diffusers-old", "peft"}
+    assert {layer.target.style for layer in lora.layers} == {"diffusers-old", "peft"}
 
 
 def test_peft_with_the_scale_folded_in(pipeline: Any, base: Path, tmp_path: Path) -> None:
@@ -172,19 +172,19 @@ def test_peft_keeps_its_scale_in_a_file_beside_it(
         scales = {module: update.scale for module, update in read(path, base).updates["unet"].items()}
         assert scales.pop(one) == of_one
         assert set(scales.values()) == {scale}
-    assert "scale 1 is assumed" not in caplog.text
+    assert "adapter_config.json" not in caplog.text
     alone = read(saved_by_peft(tmp_path / "alone", pipeline, None), base)
     assert {update.scale for update in alone.updates["unet"].values()} == {1.0}
-    assert "no adapter_config.json is beside it: scale 1 is assumed" in caplog.text
+    assert "adapter_config.json" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"lora_alpha": 8, "use_dora": True}, "is a DoRA, as adapter_config.json says"),
-        ({"lora_alpha": "8"}, "lora_alpha of .* must be a number, but is '8'"),
-        ({"lora_alpha": 8, "alpha_pattern": {".*to_q": 4}}, r"alpha_pattern \.\*to_q is a regular expression"),
-        ([], "adapter_config.json is no JSON object"),
+        ({"lora_alpha": 8, "use_dora": True}, "use_dora in adapter_config.json"),
+        ({"lora_alpha": "8"}, "lora_alpha of .*'8'"),
+        ({"lora_alpha": 8, "alpha_pattern": {".*to_q": 4}}, r"alpha_pattern \.\*to_q"),
+        ([], "adapter_config.json"),
     ],
 )
 def test_settings_of_peft_that_cannot_be_used_get_one_sentence(
@@ -204,18 +204,18 @@ def test_a_loaded_base_takes_peft_dora_and_nothing_half(pipeline: Any, base: Pat
     names = base_names(str(base))
 
     def loaded(tensors: dict[str, Tensor]) -> ImportedLora:
-        return lora_of_base(checked_file(saved(tensors, tmp_path / "x.safetensors")), names)
+        return load_for_base(read_header(saved(tensors, tmp_path / "x.safetensors")), names)
 
     found = loaded(unet | magnitudes).magnitudes["unet"]
     assert len(found) == len(magnitudes)
     for module, value in found.items():
         assert torch.equal(value.flatten(), magnitudes[f"unet.{module}.lora_magnitude_vector"])
-    with pytest.raises(ConfigError, match="holds DoRA, not only LoRA"):
+    with pytest.raises(ConfigError, match=r"contains DoRA"):
         read(tmp_path / "x.safetensors", base)
     first = next(iter(magnitudes))
-    with pytest.raises(ConfigError, match="not all of its layers have a magnitude"):
+    with pytest.raises(ConfigError, match="magnitude"):
         loaded(unet | {first: magnitudes[first]})
-    with pytest.raises(ConfigError, match=r"must be \d+ numbers, but has the shape \(3,\)"):
+    with pytest.raises(ConfigError, match=r"shape \(3,\)"):
         loaded(unet | magnitudes | {first: torch.ones(3)})
 
 
@@ -223,7 +223,7 @@ def test_the_oldest_names_of_diffusers(attention: Any, base: Path, tmp_path: Pat
     path = saved(processor(factors(attention), ALPHAS), tmp_path / "x.safetensors")
     lora = read(path, base)
     assert_same(updates(lora), deltas(attention))
-    assert {layer.place.style for layer in lora.layers if layer.place.part == "unet"} == {"processor"}
+    assert {layer.target.style for layer in lora.layers if layer.target.part == "unet"} == {"processor"}
     assert_same(as_diffusers_loads(base, path), updates(lora))
 
 
@@ -239,14 +239,14 @@ def test_the_names_of_comfyui(pipeline: Any, base: Path, tmp_path: Path, alphas:
     if alphas is None:
         expected = {name: value * RANK / ALPHAS[name.split(".")[0]] for name, value in expected.items()}
     assert_same(updates(lora), expected)
-    assert {layer.place.style for layer in lora.layers} == {"comfyui"}
+    assert {layer.target.style for layer in lora.layers} == {"comfyui"}
     assert sorted(lora.unknown) == sorted(small)
 
 
 def test_a_locon_in_the_names_of_lycoris(pipeline: Any, base: Path, tmp_path: Path) -> None:
     lora = read(saved(lycoris(factors(pipeline)), tmp_path / "x.safetensors"), base)
     assert_same(updates(lora), {name: value for name, value in deltas(pipeline).items() if name.startswith("unet.")})
-    assert {layer.place.style for layer in lora.layers} == {"lycoris"}
+    assert {layer.target.style for layer in lora.layers} == {"lycoris"}
 
 
 def test_unknown_keys_are_listed_and_the_rest_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
@@ -264,13 +264,15 @@ def test_every_layer_of_true_sdxl_is_found_under_its_name(original: bool) -> Non
     """794 layers in blocks, six outside of them, and the text encoders' linear layers."""
     names = base_names()
     style = "kohya-sgm" if original else "kohya-diffusers"
-    found = [place for name, place in names.places.items() if name.startswith("lora_unet") and place.style == style]
-    assert {place.module for place in found} == set(names.shapes["unet"])
+    found = [
+        target for name, target in names.targets.items() if name.startswith("lora_unet") and target.style == style
+    ]
+    assert {target.module for target in found} == set(names.shapes["unet"])
     assert len(found) == len(names.shapes["unet"]) == 794
-    place = names.place("lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_k", "peft")
-    assert place is not None
-    assert place.module == "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k"
-    assert names.shapes["unet"][place.module] == (1280, 2048)
+    target = names.target("lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_k", "peft")
+    assert target is not None
+    assert target.module == "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k"
+    assert names.shapes["unet"][target.module] == (1280, 2048)
     assert len(names.shapes["text_encoder"]) == 12 * 6
     assert len(names.shapes["text_encoder_2"]) == 32 * 6 + 1
 
@@ -328,28 +330,28 @@ GOOD = with_one(NAME, 2048, 640)
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
-        (GOOD | {f"{NAME}.dora_scale": torch.ones(640, 1)}, "holds DoRA, .* not portable"),
-        (GOOD | {f"{NAME}.lora_magnitude_vector": torch.ones(640)}, "holds DoRA"),
-        ({f"{NAME}.lokr_w1": torch.ones(4, 4)}, "holds LoKr"),
-        ({f"{NAME}.hada_w1_a": torch.ones(4, 4)}, "holds LoHa"),
-        ({f"lycoris_down_blocks_1_attentions_0_{ATTN2}.lokr_w1": torch.ones(4, 4)}, "holds LoKr"),
-        ({f"lycoris_down_blocks_1_attentions_0_{ATTN2}.hada_w2_b": torch.ones(4, 4)}, "holds LoHa"),
-        (GOOD | {f"{NAME}.diff": torch.ones(640, 2048)}, "holds full weights"),
-        ({f"{NAME}.oft_blocks": torch.ones(4, 4)}, "holds OFT"),
-        ({f"{NAME}.diff": torch.ones(4, 4)}, "holds full weights"),
-        (GOOD | {f"{NAME}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "holds LoCon with Tucker"),
+        (GOOD | {f"{NAME}.dora_scale": torch.ones(640, 1)}, "contains DoRA, .* not portable"),
+        (GOOD | {f"{NAME}.lora_magnitude_vector": torch.ones(640)}, "contains DoRA"),
+        ({f"{NAME}.lokr_w1": torch.ones(4, 4)}, "contains LoKr"),
+        ({f"{NAME}.hada_w1_a": torch.ones(4, 4)}, "contains LoHa"),
+        ({f"lycoris_down_blocks_1_attentions_0_{ATTN2}.lokr_w1": torch.ones(4, 4)}, "contains LoKr"),
+        ({f"lycoris_down_blocks_1_attentions_0_{ATTN2}.hada_w2_b": torch.ones(4, 4)}, "contains LoHa"),
+        (GOOD | {f"{NAME}.diff": torch.ones(640, 2048)}, "contains full weights"),
+        ({f"{NAME}.oft_blocks": torch.ones(4, 4)}, "contains OFT"),
+        ({f"{NAME}.diff": torch.ones(4, 4)}, "contains full weights"),
+        (GOOD | {f"{NAME}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "contains LoCon with Tucker"),
         ({DOWN: GOOD[DOWN]}, "is incomplete"),
-        (GOOD | {UP: torch.ones(641, 2)}, "1 layer.s. of other shapes than those of SDXL"),
-        (GOOD | {UP: torch.ones(640, 3)}, "of other shapes"),
-        (GOOD | {DOWN: torch.ones(2, 2048, 3, 3)}, "of other shapes"),
-        (GOOD | {DOWN: torch.ones(2048)}, "of other shapes"),
-        (GOOD | {DOWN: torch.ones(2, 2048, dtype=torch.int8)}, "dtype I8; weights must be floats"),
-        (GOOD | {DOWN: torch.full((2, 2048), torch.nan)}, "has a NaN or an infinity"),
-        (GOOD | {f"{NAME}.alpha": torch.tensor(0.0)}, "is 0"),
-        (GOOD | {f"{NAME}.alpha": torch.tensor(torch.inf)}, "has a NaN or an infinity"),
-        (GOOD | {f"{NAME}.alpha": torch.ones(2)}, "must be one number"),
-        (GOOD | with_one(f"lora_unet_down_blocks_1_attentions_0_{ATTN2}", 2048, 640), "has one layer twice"),
-        ({"some.weight": torch.ones(2)}, "holds no LoRA layer"),
+        (GOOD | {UP: torch.ones(641, 2)}, "1 layer.s.*SDXL.*--base"),
+        (GOOD | {UP: torch.ones(640, 3)}, "--base"),
+        (GOOD | {DOWN: torch.ones(2, 2048, 3, 3)}, "--base"),
+        (GOOD | {DOWN: torch.ones(2048)}, "--base"),
+        (GOOD | {DOWN: torch.ones(2, 2048, dtype=torch.int8)}, "dtype I8"),
+        (GOOD | {DOWN: torch.full((2, 2048), torch.nan)}, "NaN or infinity"),
+        (GOOD | {f"{NAME}.alpha": torch.tensor(0.0)}, "alpha is 0"),
+        (GOOD | {f"{NAME}.alpha": torch.tensor(torch.inf)}, "NaN or infinity"),
+        (GOOD | {f"{NAME}.alpha": torch.ones(2)}, r"alpha .*\(2,\)"),
+        (GOOD | with_one(f"lora_unet_down_blocks_1_attentions_0_{ATTN2}", 2048, 640), "twice"),
+        ({"some.weight": torch.ones(2)}, r"no LoRA layer.*some\.weight"),
     ],
 )
 def test_what_is_no_lora_of_sdxl_gets_one_sentence(tmp_path: Path, tensors: dict[str, Tensor], sentence: str) -> None:

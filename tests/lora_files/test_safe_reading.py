@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.lora_files.safe_reading import MOST_FILE, MOST_HEADER, checked_file, shown
+from flatlora_diffusion.lora_files.safe_reading import MAX_FILE_BYTES, MAX_HEADER_BYTES, printable, read_header
 
 SOUND: dict[str, Any] = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 
@@ -34,7 +34,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 def complaint(path: Path) -> str:
     with pytest.raises(ConfigError) as caught:
-        checked_file(path)
+        read_header(path)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 500 + len(str(path))
@@ -49,7 +49,7 @@ def complaint(path: Path) -> str:
 def test_a_sound_file_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
     values = {"a": torch.arange(6).reshape(2, 3).to(dtype), "b": torch.tensor(1).to(dtype), "c": torch.empty(0, 4)}
     save_file(values, tmp_path / "x.safetensors", metadata={"ss_steps": "7"})
-    file = checked_file(tmp_path / "x.safetensors")
+    file = read_header(tmp_path / "x.safetensors")
     assert file.metadata == {"ss_steps": "7"}
     assert file.entries.keys() == values.keys()
     for name, value in values.items():
@@ -59,7 +59,7 @@ def test_a_sound_file_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dty
 
 
 def test_the_files_of_these_tests_are_sound_but_for_what_is_changed(tmp_path: Path) -> None:
-    assert checked_file(written(tmp_path / "x.safetensors", SOUND)).tensor("a").shape == (2, 2)
+    assert read_header(written(tmp_path / "x.safetensors", SOUND)).tensor("a").shape == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -68,32 +68,32 @@ def test_the_files_of_these_tests_are_sound_but_for_what_is_changed(tmp_path: Pa
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
-        (b"[]", "no JSON object"),
+        (b"[]", "not a JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' + b"9" * 5_000 + b"}", "not JSON"),
-        (b"{}", "holds no tensor"),
-        (b'{"a": 1, "a": 2}', "a name is there twice"),
-        (json.dumps(SOUND).encode()[:-1] + b"," + json.dumps(SOUND).encode()[1:], "a name is there twice"),
-        (SOUND | {"__metadata__": {"x": 1}}, "metadata are not all text"),
-        (SOUND | {"__metadata__": []}, "metadata are not all text"),
+        (b"{}", "no tensor"),
+        (b'{"a": 1, "a": 2}', "twice"),
+        (json.dumps(SOUND).encode()[:-1] + b"," + json.dumps(SOUND).encode()[1:], "twice"),
+        (SOUND | {"__metadata__": {"x": 1}}, "metadata are not strings"),
+        (SOUND | {"__metadata__": []}, "metadata are not strings"),
         ({"a": 1}, "does not describe a"),
         ({"a": {"dtype": "F32"}}, "does not describe a"),
         (changed(dtype="F13"), "unknown dtype F13"),
         (changed(dtype=["F32"]), "unknown dtype"),
-        (changed(dtype="F64"), "not as many bytes"),
-        (changed(shape=[2, 3]), "not as many bytes"),
-        (changed(shape=[2**40, 2**40]), "not as many bytes"),
-        (changed(shape=[-2, -2]), "no proper shape"),
-        (changed(shape=[2.0, 2.0]), "no proper shape"),
-        (changed(shape=[True, 4]), "no proper shape"),
-        (changed(shape=[1] * 9 + [4]), "no proper shape"),
-        (changed(shape="22"), "no proper shape"),
-        (changed(data_offsets=[0]), "no proper shape"),
-        (changed(data_offsets=[16, 0]), "not as many bytes"),
+        (changed(dtype="F64"), "do not fit its shape"),
+        (changed(shape=[2, 3]), "do not fit its shape"),
+        (changed(shape=[2**40, 2**40]), "do not fit its shape"),
+        (changed(shape=[-2, -2]), "invalid shape"),
+        (changed(shape=[2.0, 2.0]), "invalid shape"),
+        (changed(shape=[True, 4]), "invalid shape"),
+        (changed(shape=[1] * 9 + [4]), "invalid shape"),
+        (changed(shape="22"), "invalid shape"),
+        (changed(data_offsets=[0]), "invalid shape"),
+        (changed(data_offsets=[16, 0]), "do not fit its shape"),
         (changed(data_offsets=[16, 32]), "lies outside the file"),
         (changed(data_offsets=[10**15, 10**15 + 16]), "lies outside the file"),
-        (changed(shape=[2], data_offsets=[8, 16]), "bytes before it that belong to no tensor"),
-        (changed(shape=[2], data_offsets=[0, 8]), "last 8 bytes belong to no tensor"),
+        (changed(shape=[2], data_offsets=[8, 16]), "unused bytes before it"),
+        (changed(shape=[2], data_offsets=[0, 8]), "last 8 bytes"),
         (SOUND | {"b": SOUND["a"]}, "overlaps another tensor"),
         (SOUND | {"b": {"dtype": "U8", "shape": [9], "data_offsets": [7, 16]}}, "overlaps another tensor"),
     ],
@@ -102,21 +102,21 @@ def test_a_wrong_header_is_refused(tmp_path: Path, header: Any, sentence: str) -
     assert sentence in complaint(written(tmp_path / "x.safetensors", header))
 
 
-@pytest.mark.parametrize("kept", [1, 7, 8, 20, -1])
-def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("size", [1, 7, 8, 20, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
     whole = written(tmp_path / "whole.safetensors", SOUND).read_bytes()
-    (tmp_path / "x.safetensors").write_bytes(whole[:kept])
-    assert "cut short" in complaint(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(whole[:size])
+    assert "truncated" in complaint(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("length", [100 * 10**9, 2**64 - 1, MOST_HEADER + 1])
+@pytest.mark.parametrize("length", [100 * 10**9, 2**64 - 1, MAX_HEADER_BYTES + 1])
 def test_a_huge_header_is_refused_without_being_read(tmp_path: Path, length: int) -> None:
     path = written(tmp_path / "x.safetensors", SOUND, length=length)
     tracemalloc.start()
     try:
-        said = complaint(path)
-        assert "is no sound .safetensors file: it does not begin as one" in said
-        assert str(length) not in said, "a number that means nothing to anybody"
+        message = complaint(path)
+        assert "another format or damaged" in message
+        assert str(length) not in message, "a number that means nothing to anybody"
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -124,7 +124,10 @@ def test_a_huge_header_is_refused_without_being_read(tmp_path: Path, length: int
 
 @pytest.mark.parametrize(
     ("size", "length", "sentence"),
-    [(200 * 10**9, 100 * 10**9, "more than the"), (MOST_FILE + 1, 10, "more than any LoRA")],
+    [
+        (200 * 10**9, 100 * 10**9, f"limit of {MAX_HEADER_BYTES}"),
+        (MAX_FILE_BYTES + 1, 10, f"limit of {MAX_FILE_BYTES}"),
+    ],
 )
 def test_a_file_that_really_is_huge_is_refused_without_being_read(
     tmp_path: Path, size: int, length: int, sentence: str
@@ -144,15 +147,15 @@ def test_a_file_that_really_is_huge_is_refused_without_being_read(
 
 def test_an_archive_or_a_pickle_with_the_wrong_ending_is_named(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "saved.safetensors")
-    assert "a zip archive, as torch.save writes it" in complaint(tmp_path / "saved.safetensors")
+    assert "torch.save" in complaint(tmp_path / "saved.safetensors")
     with zipfile.ZipFile(tmp_path / "zip.safetensors", "w") as archive:
         archive.writestr("a", "a")
     assert "a zip archive" in complaint(tmp_path / "zip.safetensors")
     for protocol in (2, 3, 4, 5):
         (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps({"a": [1.0] * 9}, protocol))
-        assert "a Python pickle, which can hold code" in complaint(tmp_path / "pickle.safetensors")
+        assert "Python pickle" in complaint(tmp_path / "pickle.safetensors")
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
-    assert "a Python pickle" in complaint(tmp_path / "old.safetensors")
+    assert "Python pickle" in complaint(tmp_path / "old.safetensors")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -161,11 +164,11 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (LFS, "a git-LFS pointer, which only stands for the file; fetch it with `git lfs pull`"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page, as sites send it instead of a file"),
+        (LFS, "`git lfs pull`"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page"),
         (b"\xef\xbb\xbf\n  <HTML lang=en>", "an HTML page"),
         (b'{"error": "Not Found", "status": 404}', "a JSON text"),
-        (b"The quick brown fox jumps over the lazy dog", "it does not begin as one"),
+        (b"The quick brown fox jumps over the lazy dog", "another format or damaged"),
     ],
 )
 def test_what_was_saved_instead_of_the_file_is_named(tmp_path: Path, content: bytes, kind: str) -> None:
@@ -177,7 +180,7 @@ def test_a_header_may_have_any_length(tmp_path: Path) -> None:
     """Also one whose first byte is that of a JSON text, or whose first two are those of an archive."""
     for length in (ord("{") + 256, 0x8B1F, 0x4BFE):
         padded = json.dumps(SOUND).encode().ljust(length)
-        assert checked_file(written(tmp_path / "x.safetensors", padded)).tensor("a").shape == (2, 2)
+        assert read_header(written(tmp_path / "x.safetensors", padded)).tensor("a").shape == (2, 2)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert "it is empty" in complaint(tmp_path / "empty.safetensors")
     if hasattr(os, "mkfifo"):  # opening one would wait for ever
         os.mkfifo(tmp_path / "pipe.safetensors")
-        assert "is no regular file" in complaint(tmp_path / "pipe.safetensors")
+        assert "not a regular file" in complaint(tmp_path / "pipe.safetensors")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
@@ -203,17 +206,17 @@ def test_a_tensor_with_nan_or_infinity_is_refused_when_it_is_read(
     tmp_path: Path, value: float, dtype: torch.dtype
 ) -> None:
     save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, value]).to(dtype)}, tmp_path / "x.safetensors")
-    file = checked_file(tmp_path / "x.safetensors")
+    file = read_header(tmp_path / "x.safetensors")
     assert torch.equal(file.tensor("good"), torch.ones(3))
-    with pytest.raises(ConfigError, match="bad has a NaN or an infinity"):
+    with pytest.raises(ConfigError, match=r"bad .*NaN"):
         file.tensor("bad")
 
 
 def test_a_file_that_shrinks_after_the_check_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "x.safetensors", SOUND)
-    file = checked_file(path)
+    file = read_header(path)
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(ConfigError, match="changed while it was read"):
+    with pytest.raises(ConfigError, match=r"x\.safetensors changed"):
         file.tensor("a")
 
 
@@ -221,4 +224,4 @@ def test_names_from_a_file_cannot_take_over_the_terminal(tmp_path: Path) -> None
     name = "\x1b[2J" + "x" * 10_000
     message = complaint(written(tmp_path / "x.safetensors", {name: 1}))
     assert "\x1b" not in message
-    assert shown("plain.name-1") == "plain.name-1"
+    assert printable("plain.name-1") == "plain.name-1"

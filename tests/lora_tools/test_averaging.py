@@ -31,7 +31,7 @@ from torch import Tensor
 from flatlora_diffusion.adapter.delta import Update
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import AverageConfig, ConfigError
-from flatlora_diffusion.lora_tools.averaging import average_updates, normalized
+from flatlora_diffusion.lora_tools.averaging import average_updates, normalize_weights
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_the_printed_rank_and_loss_are_those_of_the_file(
     whole = math.sqrt(sum(float(value.square().sum()) for value in mean.values()))
     said = capsys.readouterr().out
     assert "rank 3" in said
-    assert float(said.split("lost by the cut: ")[1].split(" %")[0]) == pytest.approx(100 * missed / whole, rel=0.01)
+    assert float(said.split("lost by truncation: ")[1].split(" %")[0]) == pytest.approx(100 * missed / whole, rel=0.01)
 
 
 def test_the_metadata_says_what_the_file_is_made_of(pipeline: Any, base: Path, tmp_path: Path) -> None:
@@ -324,5 +324,5 @@ def test_the_average_loads_where_a_file_by_diffusers_does(pipeline: Any, base: P
 
 
 def test_weights_are_shares() -> None:
-    assert normalized((), 4) == [0.25] * 4
-    assert normalized((2.0, 6.0), 2) == [0.25, 0.75]
+    assert normalize_weights((), 4) == [0.25] * 4
+    assert normalize_weights((2.0, 6.0), 2) == [0.25, 0.75]

@@ -84,7 +84,7 @@ def test_the_names_that_few_tools_know_are_converted(
     if layout == "lycoris":
         expected = {name: value for name, value in expected.items() if name.startswith("unet.")}
     assert_close(as_diffusers_loads(base, written), expected, 1e-6)
-    assert "1 change(s) of biases and norms are left out" in caplog.text
+    assert "1 change(s) of biases and norms" in caplog.text
     assert "belong to no layer" not in caplog.text
 
 
@@ -211,7 +211,7 @@ def test_layers_without_a_common_name_are_left_out_with_a_warning(
     whole = adapted(base, ("to_q", "conv_in", "time_embedding.linear_1"), ())
     path = saved(peft(factors(whole), ALPHAS), tmp_path / "x.safetensors")
     assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
-    assert "lacks 2 layer(s) that have no name which all tools know" in caplog.text
+    assert "lacks 2 layer(s)" in caplog.text
     assert_close(as_diffusers_loads(base, tmp_path / "x_diffusers.safetensors"), deltas(whole), 1e-6)
     assert not any("conv_in" in name for name in load_file(tmp_path / "x_kohya.safetensors"))
 
@@ -222,7 +222,7 @@ def test_a_lora_of_one_text_encoder_gets_the_layers_that_tell_its_base(
     text = {"text_encoder": factors(pipeline)["text_encoder"]}
     path = saved(peft(text, ALPHAS), tmp_path / "x.safetensors")
     assert main(["export", str(path), "--layout", "both", "--base", str(base)]) == 0
-    assert caplog.text.count("is for text encoders only; it gets 2 UNet layers of zeros") == 1
+    assert caplog.text.count("has no UNet layers; adding 2 of zeros") == 1
     written = tmp_path / "x_kohya.safetensors"
     expected = {name: value for name, value in deltas(pipeline).items() if name.startswith("text_encoder.")}
     found = as_diffusers_loads(base, written)
@@ -249,15 +249,15 @@ def test_nothing_is_overwritten_unasked(capsys: pytest.CaptureFixture[str], base
     arguments = ["import", str(kohya_file), "--base", str(base)]
     path = kohya_file.with_name("other_diffusers.safetensors")
     path.write_text("mine")
-    assert "is there already" in complaint(capsys, arguments)
-    assert "LoRA file" in complaint(capsys, [*arguments, "--overwrite"])
+    assert "already exists" in complaint(capsys, arguments)
+    assert "is not a LoRA file" in complaint(capsys, [*arguments, "--overwrite"])
     assert path.read_text() == "mine"
     saved({"x.lora_A.weight": torch.ones(2)}, path)
     assert main([*arguments, "--overwrite"]) == 0
     assert len(load_file(path)) > 100
     before = kohya_file.read_bytes()
     own = [*arguments, "--overwrite", "--output", str(kohya_file)]
-    assert "is read and stays as it is" in complaint(capsys, own)
+    assert "is an input" in complaint(capsys, own)
     assert kohya_file.read_bytes() == before
 
 
@@ -278,7 +278,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
     for bad in ("/proc/x.safetensors", str(tmp_path / "file" / "y.safetensors"), str(tmp_path / "file")):
         assert "cannot be written: " in complaint(capsys, [*start, bad])
     both = [*start, str(tmp_path / "x.safetensors"), "--layout", "both"]
-    assert "--layout both writes two files" in complaint(capsys, both)
+    assert "--layout both" in complaint(capsys, both)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -319,8 +319,8 @@ def test_the_plain_lora_beside_a_dora_is_named(
     plain = saved(kohya(factors(pipeline)), folder / "my-foxes.safetensors")
     for arguments in verbs.values():
         said = complaint(capsys, arguments)
-        assert "holds DoRA" in said
-        assert said.endswith(f"; use {plain}, the plain LoRA made of it")
+        assert "contains DoRA" in said
+        assert said.endswith(f"; use {plain}, its plain LoRA")
 
 
 def test_wrong_input_is_one_sentence_and_writes_nothing(
@@ -328,10 +328,10 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
 ) -> None:
     assert "file is missing" in complaint(capsys, ["export"])
     assert "does not exist" in complaint(capsys, ["import", str(tmp_path / "nowhere.safetensors")])
-    assert "of other shapes than those of SDXL" in complaint(capsys, ["import", str(kohya_file)])
+    assert "--base" in complaint(capsys, ["import", str(kohya_file)])
     zero = {name: torch.zeros_like(value) for name, value in load_file(kohya_file).items() if "alpha" not in name}
     empty = saved(zero, tmp_path / "zero.safetensors")
-    assert "would change nothing" in complaint(capsys, ["export", str(empty), "--base", str(base)])
+    assert "all updates of the LoRA are zero" in complaint(capsys, ["export", str(empty), "--base", str(base)])
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "zero.safetensors"]
 
 
@@ -346,13 +346,13 @@ def test_every_verb_refuses_a_hostile_file_in_one_sentence(
     torch.save({"a": torch.zeros(2)}, path)
     assert "zip archive" in complaint(capsys, [verb, *given, *rest])
     path.write_bytes((100 * 10**9).to_bytes(8, "little") + b"{}")
-    assert "does not begin as one" in complaint(capsys, [verb, *given, *rest])
+    assert "another format or damaged" in complaint(capsys, [verb, *given, *rest])
     saved({f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(16, 2)}, path)
     assert "is a LoRA for Stable Diffusion 1, not for SDXL" in complaint(capsys, [verb, *given, *rest])
     broken = load_file(kohya_file)
     next(value for name, value in broken.items() if "lora_up" in name)[0] = float("nan")
     saved(broken, path)
-    assert "has a NaN" in complaint(capsys, [verb, *given, *rest])
+    assert "contains NaN" in complaint(capsys, [verb, *given, *rest])
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "x.safetensors"]
 
 
@@ -361,5 +361,5 @@ def test_keys_of_no_layer_are_named(
 ) -> None:
     more = saved(load_file(kohya_file) | {"lora_unet_nonsense.alpha": torch.ones(())}, tmp_path / "more.safetensors")
     assert main(["import", str(more), "--base", str(base)]) == 0
-    assert "1 key(s) belong to no layer" in caplog.text
+    assert "1 key(s) that belong to no layer" in caplog.text
     assert "lora_unet_nonsense.alpha" in caplog.text

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import LazyLayers, Update
-from flatlora_diffusion.lora_files.kohya import kohya_stream
+from flatlora_diffusion.lora_files.kohya import kohya_tensors
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.storage.tensor_io import contents_of, save_stream
 
@@ -21,7 +21,7 @@ RANK = 64
 MEASURED = """
 import json, resource, sys
 from flatlora_diffusion.lora_tools import converting as lora_export
-from flatlora_diffusion.lora_tools import report as lora_report
+from flatlora_diffusion.lora_tools import inspecting as lora_report
 from flatlora_diffusion.lora_tools import resizing as lora_resize
 from flatlora_diffusion.commands.command_line import main
 assert main(["inspect", sys.argv[1]]) == 0  # what is loaded once: libraries, and the base's layers
@@ -83,7 +83,7 @@ def test_only_one_layer_is_in_memory_at_a_time() -> None:
         return Update(down, torch.ones(8, 4), 1.0)
 
     modules = [f"mid_block.attentions.0.transformer_blocks.{index}.attn1.to_q" for index in range(5)]
-    count = sum(1 for _ in kohya_stream({"unet": LazyLayers(modules, read)}))
+    count = sum(1 for _ in kohya_tensors({"unet": LazyLayers(modules, read)}))
     assert count == 15
 
 
@@ -96,8 +96,8 @@ def test_a_streamed_file_is_the_one_that_safetensors_writes(tmp_path: Path, dtyp
             name: Update(torch.randn(4, 8, generator=rng), torch.randn(8, 4, generator=rng), 0.5) for name in modules
         }
     }
-    save_file(dict(kohya_stream(updates, dtype=dtype)), tmp_path / "a.safetensors", metadata={"x": "\u00fc \n"})
-    contents = contents_of(kohya_stream(updates, dtype=dtype))
-    save_stream(tmp_path / "b.safetensors", lambda: kohya_stream(updates, dtype=dtype), contents, {"x": "\u00fc \n"})
+    save_file(dict(kohya_tensors(updates, dtype=dtype)), tmp_path / "a.safetensors", metadata={"x": "\u00fc \n"})
+    contents = contents_of(kohya_tensors(updates, dtype=dtype))
+    save_stream(tmp_path / "b.safetensors", lambda: kohya_tensors(updates, dtype=dtype), contents, {"x": "\u00fc \n"})
     one, other = ((tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors"))
     assert one == other

@@ -139,10 +139,10 @@ def test_wrong_input_is_one_sentence(
     assert "--lora is missing" in complaint(capsys, ["merge", "--base", str(base), "--output", "x"])
     assert "must be a .safetensors file" in complaint(capsys, [*start, str(tmp_path / "x"), "--single_file"])
     assert "must be a folder" in complaint(capsys, [*start, str(tmp_path / "x.safetensors")])
-    assert "is there already" in complaint(capsys, [*start, str(tmp_path)])
-    assert "holds no model" in complaint(capsys, [*start, str(tmp_path), "--overwrite"])
-    assert "is read and stays as it is" in complaint(capsys, [*start, str(base), "--overwrite"])
-    assert "no LoRA file" in complaint(capsys, [*start[:4], "nowhere", "--output", str(tmp_path / "x")])
+    assert "already exists" in complaint(capsys, [*start, str(tmp_path)])
+    assert "without a model" in complaint(capsys, [*start, str(tmp_path), "--overwrite"])
+    assert "is an input" in complaint(capsys, [*start, str(base), "--overwrite"])
+    assert "neither a LoRA file" in complaint(capsys, [*start[:4], "nowhere", "--output", str(tmp_path / "x")])
     hub = ["merge", "--base", "someone/no-such-base", *start[3:], str(tmp_path / "x")]
     assert "error: base='someone/no-such-base'" in complaint(capsys, hub)
     (tmp_path / "base.safetensors").write_bytes(b"broken")
@@ -200,4 +200,4 @@ def test_new_tokens_that_are_not_merged_are_told(
     assert main([*start, str(lora), "--output", str(tmp_path / "plain")]) == 0
     assert "new tokens" not in caplog.text
     assert main([*start, str(tmp_path / "ti.safetensors"), "--output", str(tmp_path / "merged")]) == 0
-    assert "ti.safetensors has new tokens in a file beside it; they are not merged" in caplog.text
+    assert "ti.safetensors has embeddings of new tokens" in caplog.text

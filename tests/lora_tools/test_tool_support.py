@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.lora_files.names import BaseNames, base_names
-from flatlora_diffusion.lora_files.reading import layers_of
-from flatlora_diffusion.lora_files.safe_reading import checked_file
+from flatlora_diffusion.lora_files.reading import parse_layers
+from flatlora_diffusion.lora_files.safe_reading import read_header
 from flatlora_diffusion.lora_tools.tool_support import tool_support
 from flatlora_diffusion.sdxl.sgm_names import original_path
 
@@ -99,12 +99,12 @@ def in_kohya(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def in_sgm(tensors: Mapping[str, Tensor], sdxl: BaseNames) -> Tensors:
     """The same with SDXL's own block names."""
-    own = {(place.part, place.module): name for name, place in sdxl.places.items() if place.style == "kohya-sgm"}
+    own = {(target.part, target.module): name for name, target in sdxl.targets.items() if target.style == "kohya-sgm"}
     found = {}
     for name, value in tensors.items():
         stem, _, end = name.partition(".")
-        place = sdxl.places[stem]
-        found[f"{own['unet', place.module] if place.part == 'unet' else stem}.{end}"] = value
+        target = sdxl.targets[stem]
+        found[f"{own['unet', target.module] if target.part == 'unet' else stem}.{end}"] = value
     return found
 
 
@@ -331,7 +331,7 @@ def convolutions(sdxl: BaseNames) -> Tensors:
 
 
 def comfyui_names(tensors: Mapping[str, Tensor], sdxl: BaseNames) -> Tensors:
-    own = {(place.part, place.module): name for name, place in sdxl.places.items() if place.style == "comfyui"}
+    own = {(target.part, target.module): name for name, target in sdxl.targets.items() if target.style == "comfyui"}
     found = {}
     for name, value in tensors.items():
         module, _, end = name.partition(".lora_")
@@ -345,9 +345,9 @@ def test_what_each_tool_loads_of_each_layout(attention: Tensors, sdxl: BaseNames
     make, loaded, errors = TABLE[layout]
     web = {"ss_base_model_version": "sdxl_base_v1-0"}
     path = saved(make(attention, sdxl), tmp_path / "x.safetensors", **web)
-    found = tool_support(layers_of(checked_file(path), sdxl))
+    found = tool_support(parse_layers(read_header(path), sdxl))
     assert {row.tool: row.layers for row in found} == loaded
-    refusing = {row.tool for row in found if "refuses" in row.note or "cannot tell" in row.note}
+    refusing = {row.tool for row in found if "rejects" in row.note or "cannot recognize" in row.note}
     assert refusing == set(errors)
 
 
@@ -458,9 +458,9 @@ def test_what_diffusers_loads_is_what_is_said(
     make, source = (OF_ATTENTION[layout], of_attention) if layout in OF_ATTENTION else (OF_ALL[layout], pipeline)
     tensors = make(source, tmp_path / "made.safetensors")
     path = saved(tensors, tmp_path / "x.safetensors")
-    said = next(row for row in tool_support(layers_of(checked_file(path), names(base))) if row.tool == "diffusers")
+    said = next(row for row in tool_support(parse_layers(read_header(path), names(base))) if row.tool == "diffusers")
     loaded = applied_by_diffusers(base, path)
-    assert (said.layers, "refuses" in said.note) == (loaded or 0, loaded is None)
+    assert (said.layers, "rejects" in said.note) == (loaded or 0, loaded is None)
 
 
 def applied_by_diffusers(base: Path, path: Path) -> int | None:
@@ -505,7 +505,7 @@ def test_the_note_on_alphas_is_there_when_diffusers_gives_a_layer_another(
     pipeline: Any, base: Path, tmp_path: Path, chosen: Callable[[str], bool], alpha: float | None, is_noted: bool
 ) -> None:
     path = saved(with_alpha(kohya(factors(pipeline)), chosen, alpha), tmp_path / "x.safetensors")
-    lora = layers_of(checked_file(path), names(base))
+    lora = parse_layers(read_header(path), names(base))
     found = as_diffusers_loads(base, path)
     expected = {
         f"{part}.{module}": update.scale * (update.up.flatten(1) @ update.down.flatten(1))
@@ -515,7 +515,9 @@ def test_the_note_on_alphas_is_there_when_diffusers_gives_a_layer_another(
     wrong = [name for name in found if not torch.allclose(found[name].flatten(1), expected[name], atol=1e-5)]
     assert bool(wrong) == is_noted
     note = next(row.note for row in tool_support(lora) if row.tool == "diffusers")
-    assert note == (f"{len(wrong)} layers get the commonest alpha of their part, not their own" if wrong else "")
+    assert note == (
+        f"{len(wrong)} layers get the most common alpha of their part instead of their own" if wrong else ""
+    )
 
 
 def test_the_deltas_of_these_tests_are_not_zero(pipeline: Any) -> None:

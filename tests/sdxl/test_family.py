@@ -16,7 +16,7 @@ from torch import Tensor
 from flatlora_diffusion.adapter.delta import Update
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ModelConfig, TrainConfig
-from flatlora_diffusion.lora_files.kohya import kohya_stream
+from flatlora_diffusion.lora_files.kohya import kohya_tensors
 from flatlora_diffusion.sdxl.family import SDXL_FAMILY, TINY_FAMILY, family_of
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.shapes import on_meta
@@ -84,7 +84,7 @@ def test_a_run_on_the_tiny_base_names_it_in_all_its_files(
 
 
 def test_inspect_says_that_no_other_tool_can_use_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = saved(dict(kohya_stream(tiny_lora())), tmp_path / "x.safetensors", ss_base_model_version="sdxl_base_v1-0")
+    path = saved(dict(kohya_tensors(tiny_lora())), tmp_path / "x.safetensors", ss_base_model_version="sdxl_base_v1-0")
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["base"] == TINY_FAMILY.name
@@ -93,7 +93,7 @@ def test_inspect_says_that_no_other_tool_can_use_it(tmp_path: Path, capsys: pyte
             assert (row["layers"], row["note"]) == (row["of"], "with the tiny base only")
         else:
             assert row["layers"] == 0
-            assert row["note"] == "no other tool can use it: its base is the tiny base of flatlora-diffusion"
+            assert row["note"] == "only diffusers supports its base, the tiny base of flatlora-diffusion"
 
 
 @pytest.mark.parametrize("claimed", ["sdxl_base_v1-0", "flatlora_tiny", None])
@@ -101,9 +101,9 @@ def test_export_names_the_base_of_the_shapes_whatever_the_file_says(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, claimed: str | None
 ) -> None:
     said = {} if claimed is None else {"ss_base_model_version": claimed}
-    tiny = saved(dict(kohya_stream(tiny_lora())), tmp_path / "tiny.safetensors", **said)
+    tiny = saved(dict(kohya_tensors(tiny_lora())), tmp_path / "tiny.safetensors", **said)
     assert main(["export", str(tiny), "--layout", "both"]) == 0
-    assert "tiny_kohya.safetensors is for the tiny base of flatlora-diffusion, which no other tool has" in caplog.text
+    assert "tiny_kohya.safetensors is for the tiny base of flatlora-diffusion" in caplog.text
     written = metadata(tmp_path / "tiny_kohya.safetensors")
     assert (written["ss_base_model_version"], written["modelspec.architecture"]) == TINY_FAMILY[1:3]
     assert metadata(tmp_path / "tiny_diffusers.safetensors").get("ss_base_model_version") != "sdxl_base_v1-0"
@@ -115,11 +115,11 @@ def test_export_names_the_base_of_the_shapes_whatever_the_file_says(
 
 
 def test_the_tiny_base_s_loras_still_load(tmp_path: Path) -> None:
-    path = saved(dict(kohya_stream(tiny_lora())), tmp_path / "x.safetensors")
-    result = as_diffusers_loads(Path(base_path("tiny")), path)
+    path = saved(dict(kohya_tensors(tiny_lora())), tmp_path / "x.safetensors")
+    found = as_diffusers_loads(Path(base_path("tiny")), path)
     expected: dict[str, Tensor] = {
         f"unet.{name}": update.up @ update.down for name, update in tiny_lora()["unet"].items()
     }
-    assert result.keys() == expected.keys()
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(result[name].float(), value, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(found[name].float(), value, rtol=1e-3, atol=1e-2)

@@ -24,7 +24,7 @@ from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig
 from flatlora_diffusion.gallery.gallery import LoraRow, generate
 from flatlora_diffusion.gallery.grid import labelled_grid, wrapped
-from flatlora_diffusion.lora_files.loading import at_strength, loaded
+from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
@@ -90,7 +90,7 @@ def weights(pipeline: Any) -> dict[str, torch.Tensor]:
 def draw(
     sdxl: Sdxl, *loras: LoraFile, strength: float = 1.0, merge: bool = False, prompt: str = "a fox"
 ) -> Image.Image:
-    with loaded(sdxl.pipeline, loras), at_strength(sdxl.pipeline, loras, strength, merge):
+    with loras_loaded(sdxl.pipeline, loras), lora_scale(sdxl.pipeline, loras, strength, merge):
         return generate_images(sdxl, [prompt], [0], 32, steps=2)[0]
 
 
@@ -159,7 +159,7 @@ def test_weights_come_back_bit_for_bit_after_an_error_while_merged(sdxl: Sdxl, s
 
     def interrupted() -> None:
         lora = (LoraFile(style),)
-        with loaded(sdxl.pipeline, lora), at_strength(sdxl.pipeline, lora, 0.3, True):
+        with loras_loaded(sdxl.pipeline, lora), lora_scale(sdxl.pipeline, lora, 0.3, True):
             assert not torch.equal(query, before)
             raise KeyboardInterrupt
 
@@ -203,7 +203,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(sdxl: Sdxl, base: Path, st
     save_file(folded, tmp_path / "folded.safetensors")
     assert distance(draw(sdxl, LoraFile(tmp_path / "kohya.safetensors")), plain(sdxl)) > 20
     assert distance(draw(sdxl, LoraFile(tmp_path / "kohya.safetensors")), draw(sdxl, LoraFile(style))) > 5
-    with loaded(sdxl.pipeline, (LoraFile(tmp_path / "kohya.safetensors"),)):
+    with loras_loaded(sdxl.pipeline, (LoraFile(tmp_path / "kohya.safetensors"),)):
         mine = deltas(sdxl.pipeline)
     expected = as_diffusers_loads(base, tmp_path / "folded.safetensors")
     assert mine.keys() == expected.keys()
@@ -215,7 +215,7 @@ def test_small_factors_keep_their_update_in_half_precision(base: Path, style: Pa
     small = {name: value * (1e-6 if "lora_B" in name else 1) for name, value in load_file(style).items()}
     save_file(small, tmp_path / "small.safetensors")
     half = load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float16)
-    with loaded(half.pipeline, (LoraFile(tmp_path / "small.safetensors"),)):
+    with loras_loaded(half.pipeline, (LoraFile(tmp_path / "small.safetensors"),)):
         query = half.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
         down, up = query.lora_A["lora_0"].weight.double(), query.lora_B["lora_0"].weight.double()
     name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
@@ -251,10 +251,10 @@ def test_the_doras_that_diffusers_cannot_restore_are_refused(sdxl: Sdxl, style: 
         if name.endswith(".lora_B.weight")
     }
     save_file(load_file(style) | text, tmp_path / "text.safetensors")
-    for name, sentence in (("kohya", "kohya.safetensors holds DoRA"), ("text", "holds DoRA of a text encoder")):
+    for name, sentence in (("kohya", "kohya.safetensors.*DoRA"), ("text", "DoRA.*text encoder")):
         with (
             pytest.raises(ConfigError, match=sentence),
-            loaded(sdxl.pipeline, (LoraFile(tmp_path / f"{name}.safetensors"),)),
+            loras_loaded(sdxl.pipeline, (LoraFile(tmp_path / f"{name}.safetensors"),)),
         ):
             pass
 
@@ -295,9 +295,7 @@ def test_new_tokens_beside_the_lora_are_those_of_a_stock_pipeline(
     assert distance(drawn, pipeline(**call).images[0]) <= 1
     assert distance(drawn, draw(sdxl, LoraFile(face), prompt=prompt)) > 0
     save_file({"clip_l": torch.randn(2, 16), "clip_g": torch.randn(2, 16)}, tmp_path / "run_emb.safetensors")
-    with pytest.raises(
-        ConfigError, match=r"run_emb.safetensors has clip_g embeddings of shape \(2, 16\), not \(N, 24\)"
-    ):
+    with pytest.raises(ConfigError, match=r"run_emb.safetensors has clip_g .* \(2, 16\).* \(N, 24\)"):
         draw(sdxl, LoraFile(lora))
 
 
@@ -333,7 +331,7 @@ def test_a_path_stands_for_one_lora_or_for_several(face: Path, style: Path, tmp_
     odd = tmp_path / "a+b@2.safetensors"
     odd.write_bytes(b"")
     assert parse_lora(str(odd)) == (LoraFile(odd),)
-    with pytest.raises(ConfigError, match="has one file twice"):
+    with pytest.raises(ConfigError, match=r"lora=.*twice"):
         parse_lora(f"{face}+{face.parent}")
 
 
@@ -551,7 +549,7 @@ def test_runs_of_two_bases_ask_for_one(lora: Path, tmp_path: Path, capsys: pytes
         (tmp_path / name / "config.json").write_text(json.dumps(saved | {"pretrained_model_name_or_path": name}))
     runs = [str(tmp_path / name) for name in ("one", "two")]
     assert main(["generate", "--prompts", "a fox", "--lora", *runs]) == 2
-    assert "different bases (one, two): choose one with --pretrained_model_name_or_path" in capsys.readouterr().err
+    assert "different bases (one, two): choose a base with --pretrained_model_name_or_path" in capsys.readouterr().err
 
 
 def test_a_base_that_is_saved_as_below_the_home_is_found_again(

@@ -20,7 +20,7 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
 from flatlora_diffusion.config import METHODS, AdapterConfig, TokenConfig, TrainConfig
-from flatlora_diffusion.lora_files.metadata import Training, comment, sidecar
+from flatlora_diffusion.lora_files.metadata import TrainingSummary, sidecar, training_comment
 from flatlora_diffusion.sdxl.family import SDXL_FAMILY
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.model_card import usage_code, write_model_card
@@ -45,11 +45,15 @@ def config(**settings: Any) -> TrainConfig:
     return TrainConfig().replace(max_train_steps=500, resolution=64, seed=7, instance_prompt="a TOK icon", **settings)
 
 
-def facts(trigger: str = "TOK", step: int = 500, class_images: int = 0) -> Training:
-    return Training(None, SDXL_FAMILY, step, 1, 2, class_images, trigger, predicts_v=False, zero_terminal_snr=False)
+def facts(trigger: str = "TOK", step: int = 500, class_images: int = 0) -> TrainingSummary:
+    return TrainingSummary(
+        None, SDXL_FAMILY, step, 1, 2, class_images, trigger, predicts_v=False, zero_terminal_snr=False
+    )
 
 
-def card(run: RunDir, config: TrainConfig, training: Training | None = None, prompt: str = "a TOK fox") -> ModelCard:
+def card(
+    run: RunDir, config: TrainConfig, training: TrainingSummary | None = None, prompt: str = "a TOK fox"
+) -> ModelCard:
     pictures = [(run.images / f"final-{index}.png", prompt) for index in range(2)]
     path = write_model_card(run, config, pictures, training or facts())
     assert path == run.folder / "README.md"
@@ -110,7 +114,7 @@ def test_a_card_says_what_was_done_and_claims_nothing_of_what_came_of_it(run: Ru
         text = card(run, settings, facts(class_images=9)).text
         assert not CLAIM.findall(text)
         assert f"| method | {method} |" in text
-        beside = f"{sidecar(settings, facts(), ())} {comment(settings)}"
+        beside = f"{sidecar(settings, facts(), ())} {training_comment(settings)}"
         assert not CLAIM.findall(beside)
         assert f"method {method}" in beside
     assert not CLAIM.findall(str(flatlora_diffusion.__doc__))
@@ -235,15 +239,15 @@ def test_other_programs_get_the_copy_made_for_them(run: RunDir) -> None:
     assert "Put `my-icons.safetensors` into the LoRA folder of ComfyUI" in card(run, config()).text
     assert "Put `Foxes.safetensors` into" in card(run, config(output_name="Foxes")).text
     assert "plain LoRA" not in card(run, config()).text
-    assert "plain LoRA made of a DoRA" in card(run, config(use_dora=True)).text
+    assert "made of a DoRA" in card(run, config(use_dora=True)).text
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"adapter": "full", "method": "lora"}])
 def test_what_the_file_for_other_programs_misses_is_said(run: RunDir, settings: dict[str, Any]) -> None:
     run.add_event({"event": "proof", "missed_by_plain_lora": 0.2251})
-    assert "misses 22.5 %" in card(run, config(**settings)).text
+    assert "missing 22.5 %" in card(run, config(**settings)).text
     run.add_event({"event": "proof", "missed_by_plain_lora": 0.00003})
-    assert "misses less than 0.1 %" in card(run, config(**settings)).text
+    assert "missing less than 0.1 %" in card(run, config(**settings)).text
 
 
 def test_the_code_loads_from_the_hub_what_goes_there() -> None:

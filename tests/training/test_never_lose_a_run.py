@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.commands import command_line
-from flatlora_diffusion.compare.arms import parse_arm, plan
+from flatlora_diffusion.compare.arms import parse_arm, plan_runs
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, StoppedError, TrainConfig
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
@@ -559,7 +559,7 @@ def test_a_run_goes_on_from_another_working_folder(
 ) -> None:
     monkeypatch.chdir(base.parent)
     config = config.replace(max_train_steps=2, checkpointing_steps=1)
-    (planned,) = plan(config, [parse_arm("lora")], [0], points=2)
+    (planned,) = plan_runs(config, [parse_arm("lora")], [0], points=2)
     train(planned.config)
     monkeypatch.chdir(tmp_path)
     assert planned.is_finished, "comparing would train it anew"

@@ -29,7 +29,7 @@ from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, shared_words
 from flatlora_diffusion.lora_files import export_pair
 from flatlora_diffusion.lora_files.kohya import kohya_name
-from flatlora_diffusion.lora_files.metadata import base_name
+from flatlora_diffusion.lora_files.metadata import portable_base_name
 from flatlora_diffusion.lora_files.writing import save_kohya
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.storage.run_dir import KOHYA_COPY, LORA_FILE, RunDir
@@ -155,12 +155,12 @@ def test_what_the_fold_of_a_dora_misses_is_said(
     missed = proof["missed_by_plain_lora"]
     assert 0.05 < missed < 0.9
     state.run.add_event({"event": "proof", **proof})
-    said = f"misses {100 * missed:.1f} %"
+    said = f"missing {100 * missed:.1f} %"
     beside = json.loads((state.run.folder / "my-icons.json").read_text(encoding="utf-8"))
     assert said in beside["description"]
     with safe_open(state.run.folder / "my-icons.safetensors", "pt") as file:
         assert all(said in file.metadata()[name] for name in ("ss_training_comment", "modelspec.description"))
-    assert f"my-icons.safetensors is a plain LoRA that misses {100 * missed:.1f} % of its effect" in caplog.text
+    assert re.search(rf"my-icons\.safetensors .* {100 * missed:.1f} %", caplog.text)
     with safe_open(state.run.folder / "my-icons.safetensors", "pt") as file:
         assert file.metadata()["ss_network_dim"] == "5"
 
@@ -309,7 +309,7 @@ def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monke
 
         with monkeypatch.context() as patch:
             patch.setattr(export_pair, "load_file", bad)
-            with pytest.raises(RunError, match=f"{name} does not hold what was to be saved: unet.*is off by"):
+            with pytest.raises(RunError, match=f"{name}.*unet"):
                 save_lora(state, state.run.folder, step=2)
     save_lora(state, state.run.folder, step=2)
 
@@ -317,7 +317,7 @@ def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monke
 def test_a_lora_that_is_not_finite_is_refused(config: TrainConfig) -> None:
     state = moved(config)
     next(iter(lora_layers(state.sdxl.unet).values())).lora_B["default"].weight.data[0, 0] = float("inf")
-    with pytest.raises(RunError, match=r"the LoRA is not finite at unet\.down_blocks"):
+    with pytest.raises(RunError, match=r"unet\.down_blocks.*--learning_rate"):
         save_lora(state, state.run.folder, step=2)
     assert not (state.run.folder / "my-icons.safetensors").exists()
 
@@ -386,7 +386,7 @@ def test_a_resumed_run_does_not_overwrite_what_it_has_not_written(
     with caplog.at_level(logging.WARNING):
         train(again)
     assert (folder / "foxes-earlier-1.safetensors").read_bytes() == b"the user's"
-    assert "foxes.safetensors was there already and is now foxes-earlier-1.safetensors" in caplog.text
+    assert re.search(r"foxes\.safetensors.*foxes-earlier-1\.safetensors", caplog.text)
     train(again)
     assert not (folder / "foxes-earlier-2.safetensors").exists(), "it was written by this program"
 
@@ -428,7 +428,7 @@ def test_the_base_is_named_without_the_user_s_folders(tmp_path: Path) -> None:
         (str(tmp_path / "sdxl-tune.safetensors"), "sdxl-tune.safetensors"),
         (str(tmp_path / "folder"), None),
     ):
-        assert base_name(TrainConfig().replace(pretrained_model_name_or_path=given)) == name
+        assert portable_base_name(TrainConfig().replace(pretrained_model_name_or_path=given)) == name
 
 
 @pytest.mark.parametrize(

@@ -157,14 +157,16 @@ def tiny_drill(base: Path) -> TrainConfig:
 
 
 def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
-    found = list(doctor.drilled(tiny_drill))
+    found = list(doctor.gpu_check_findings(tiny_drill))
     assert [finding.level for finding in found] == ["ok"] * len(WHATS), found
     assert "s for a step" in found[-1].fact
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: TrainConfig, precision: str) -> None:
-    found = list(doctor.drilled(tiny_drill.replace(method="sam", rho_rise=DRILL_RISE, mixed_precision=precision)))
+    found = list(
+        doctor.gpu_check_findings(tiny_drill.replace(method="sam", rho_rise=DRILL_RISE, mixed_precision=precision))
+    )
     assert [finding.level for finding in found] == ["ok"] * 4, found
     assert "lifts the loss by" in found[0].fact
 

@@ -13,7 +13,7 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.lora_files.loading import embeddings_beside
+from flatlora_diffusion.lora_files.loading import embedding_files
 from flatlora_diffusion.sdxl.objective import sample_losses
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.run_dir import LORA_FILE
@@ -108,7 +108,7 @@ def test_pivotal_tuning_learns_the_placeholder_of_the_captions(
     rows = load_file(path.with_name("pytorch_lora_weights_emb.safetensors"))
     for place in (path.parent, path.parent / "checkpoint-2"):
         beside = [place / "pytorch_lora_weights_emb.safetensors"]
-        assert embeddings_beside(place / "run.safetensors") == embeddings_beside(place / LORA_FILE) == beside
+        assert embedding_files(place / "run.safetensors") == embedding_files(place / LORA_FILE) == beside
     state = prepare(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)), samples_of(config))
     for part, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         start = getattr(state.sdxl.pipeline, part).get_input_embeddings().new.weight

@@ -1,4 +1,4 @@
-"""The report of a comparison as one HTML page: Python prepares values, `templates/` shows them.
+"""The report of a comparison as one HTML page: Python prepares values, `templates/` renders them.
 
-Knows the result as JSON and nothing of how it was measured. Start with `page.py`.
+Knows the result as JSON, not how it was measured. Start with `page.py`.
 """

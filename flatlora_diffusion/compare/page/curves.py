@@ -1,4 +1,4 @@
-"""How arms do over the run, at other strengths and by concept group, prepared for a comparison's page."""
+"""Prepares a comparison's charts over the run, by strength and by concept group for its page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from flatlora_diffusion.charts.lines import Line, line_chart
 from flatlora_diffusion.charts.palette import Look
 from flatlora_diffusion.charts.rows import Dot, axis_row, dot_row, row_limits
 from flatlora_diffusion.compare.page.format import (
+    BETTER,
     Chip,
     Result,
     Section,
@@ -25,18 +26,17 @@ from flatlora_diffusion.compare.page.format import (
 from flatlora_diffusion.storage.formatting import figure, is_known
 
 Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # by arm and seed
-Drawn = Mapping[str, str] | None  # a chart with its title
+TitledChart = Mapping[str, str] | None
 Curve = Mapping[Any, tuple[float, float]]  # (x, y) by step
 _X_LABELS = {
     "step": "step",
     "seconds": "seconds of training",
-    "clean_train_loss": "← clean training loss, falling over the run",
+    "clean_train_loss": "← unperturbed training loss, decreasing over the run",
 }
-_BETTER = {"lower": ", lower is better", "higher": ", higher is better"}
 
 
 def trajectories(result: Result) -> Section:
-    """Charts over the run: held-out loss by steps, seconds and clean training loss, its difference, and the rest."""
+    """Charts of the metrics at each checkpoint, and of held-out loss by training time and by unperturbed loss."""
     by_arm = {arm: result["trajectories"].get(arm, {}) for arm in main_arms(result)}
     runs = {arm: by_seed for arm, by_seed in by_arm.items() if any(len(points) > 1 for points in by_seed.values())}
     keys = dict.fromkeys(
@@ -45,29 +45,29 @@ def trajectories(result: Result) -> Section:
     charts = [_run_chart(result, runs, "heldout_loss", "step"), _difference_chart(result, runs)]
     charts += [_run_chart(result, runs, "heldout_loss", x) for x in ("clean_train_loss", "seconds")]
     charts += [_run_chart(result, runs, key, "step") for key in keys if key not in ("step", "seconds", "heldout_loss")]
-    text = "Measured at each checkpoint. Thin lines are single seeds, thick ones their mean."
-    return Section("trajectories", "Over the run", text, "curves", _curves(result, list(runs), charts))
+    text = "Measured at each checkpoint. Thin lines are single seeds, thick lines their mean."
+    return Section("trajectories", "Over the run", text, "curves", _curves_content(result, list(runs), charts))
 
 
 def strengths(result: Result) -> Section:
-    """A chart per metric of what the arms do at other strengths of the LoRA."""
-    swept = {arm: result["strengths"][arm] for arm in main_arms(result) if result["strengths"].get(arm)}
+    """A chart per metric over the strength of the LoRA."""
+    measured = {arm: result["strengths"][arm] for arm in main_arms(result) if result["strengths"].get(arm)}
     charts = []
     for metric in result["metrics"]:
         lines = []
-        for arm, by_strength in swept.items():
-            points = ((float(at), figures.get(metric["key"])) for at, figures in by_strength.items())
-            known = sorted((at, value) for at, value in points if is_known(value))
+        for arm, by_strength in measured.items():
+            points = ((float(strength), figures.get(metric["key"])) for strength, figures in by_strength.items())
+            known = sorted((strength, value) for strength, value in points if is_known(value))
             if len(known) > 1:
                 xs, ys = zip(*known, strict=True)
                 lines.append(Line(arm_name(result, arm), look_of(result, arm), xs, ys))
         charts.append(_chart(result, lines, metric["key"], "strength of the LoRA"))
-    text = "The trained LoRA applied more weakly or more strongly than it was trained, which is 1."
-    return Section("strengths", "By strength", text, "curves", _curves(result, list(swept), charts))
+    text = "The LoRA applied at other strengths than 1, with which it was trained."
+    return Section("strengths", "By strength", text, "curves", _curves_content(result, list(measured), charts))
 
 
 def groups(result: Result) -> Section:
-    """A row of dots per concept group: held-out loss of the base and the arms."""
+    """A row per concept group with the held-out loss of the base and of the arms."""
     arms, first = main_arms(result), headline(result)
     columns = ["Base", *(arm_name(result, arm) for arm in arms)]
     if first is not None:
@@ -101,7 +101,7 @@ def _group_dots(result: Result, group: Mapping[str, Any]) -> list[Dot]:
     if is_known(group["base"]):
         dots.append(Dot(group["base"], look_of(result, "base"), f"Base: {figure(group['base'], digits)}"))
     for arm in main_arms(result):
-        known, look = _known(group, arm), look_of(result, arm)
+        known, look = _known_values(group, arm), look_of(result, arm)
         mean = mean_of(list(known.values()))
         if mean is not None:
             dots.append(Dot(mean, look, f"{arm_name(result, arm)}: {figure(mean, digits)}"))
@@ -112,19 +112,20 @@ def _group_dots(result: Result, group: Mapping[str, Any]) -> list[Dot]:
 
 def _group_cells(result: Result, group: Mapping[str, Any]) -> list[str]:
     digits, first = metric_of(result, "heldout_loss")["digits"], headline(result)
-    means = [mean_of(list(_known(group, arm).values())) for arm in main_arms(result)]
+    means = [mean_of(list(_known_values(group, arm).values())) for arm in main_arms(result)]
     cells = [figure(value, digits) for value in (group["base"], *means)]
     if first is not None:
-        ours, theirs = _known(group, first["arm"]), _known(group, first["against"])
-        cells.append(figure(mean_of([ours[seed] - theirs[seed] for seed in ours if seed in theirs]), digits, True))
+        values, reference = _known_values(group, first["arm"]), _known_values(group, first["against"])
+        differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
+        cells.append(figure(mean_of(differences), digits, True))
     return cells
 
 
-def _known(group: Mapping[str, Any], arm: str) -> dict[str, float]:
+def _known_values(group: Mapping[str, Any], arm: str) -> dict[str, float]:
     return {seed: value for seed, value in group["values"].get(arm, {}).items() if is_known(value)}
 
 
-def _run_chart(result: Result, runs: Runs, key: str, x: str) -> Drawn:
+def _run_chart(result: Result, runs: Runs, key: str, x: str) -> TitledChart:
     """The chart of `key` at each checkpoint, over the runs' `x`."""
     lines: list[Line] = []
     for arm, by_seed in runs.items():
@@ -133,20 +134,20 @@ def _run_chart(result: Result, runs: Runs, key: str, x: str) -> Drawn:
     return _chart(result, lines, key, _X_LABELS[x])
 
 
-def _difference_chart(result: Result, runs: Runs) -> Drawn:
-    """The headline's difference of held-out loss at each checkpoint."""
+def _difference_chart(result: Result, runs: Runs) -> TitledChart:
+    """The chart of the headline's difference of held-out loss at each checkpoint."""
     first = headline(result)
     if first is None or not {first["arm"], first["against"]} <= runs.keys():
         return None
     curves = []
     for seed, points in runs[first["arm"]].items():
-        ours = _curve(points, "heldout_loss", "step")
-        theirs = _curve(runs[first["against"]].get(seed, ()), "heldout_loss", "step")
-        curves.append({step: (x, y - theirs[step][1]) for step, (x, y) in ours.items() if step in theirs})
+        curve = _curve(points, "heldout_loss", "step")
+        reference = _curve(runs[first["against"]].get(seed, ()), "heldout_loss", "step")
+        curves.append({step: (x, y - reference[step][1]) for step, (x, y) in curve.items() if step in reference})
     name = difference_name(result, first)
     lines = list(_seeds_and_mean(name, look_of(result, first["arm"]), curves))
     title = f"{metric_of(result, 'heldout_loss')['name']}, {name}"
-    return _drawn(title, lines, "step", zero="no difference") if lines else None
+    return _titled_chart(title, lines, "step", zero="no difference") if lines else None
 
 
 def _curve(points: Sequence[Mapping[str, Any]], key: str, x: str) -> Curve:
@@ -155,37 +156,38 @@ def _curve(points: Sequence[Mapping[str, Any]], key: str, x: str) -> Curve:
 
 
 def _seeds_and_mean(name: str, look: Look, curves: Sequence[Curve]) -> Iterator[Line]:
-    """Each seed's line, and their mean at the steps that all of them have; nothing that is one point only."""
-    drawn = [curve for curve in curves if len(curve) > 1]
-    for curve in drawn if len(drawn) > 1 else ():
+    """The line of each seed, and their mean at the common steps; single points are omitted."""
+    lines = [curve for curve in curves if len(curve) > 1]
+    for curve in lines if len(lines) > 1 else ():
         xs, ys = zip(*curve.values(), strict=True)
         yield Line(name, look, xs, ys, is_seed=True)
-    shared = [step for step in drawn[0] if all(step in curve for curve in drawn)] if drawn else []
+    shared = [step for step in lines[0] if all(step in curve for curve in lines)] if lines else []
     if len(shared) > 1:
         mean_x, mean_y = (
-            [statistics.fmean(curve[step][part] for curve in drawn) for step in shared] for part in (0, 1)
+            [statistics.fmean(curve[step][part] for curve in lines) for step in shared] for part in (0, 1)
         )
         yield Line(name, look, mean_x, mean_y)
 
 
-def _chart(result: Result, lines: Sequence[Line], key: str, x_label: str) -> Drawn:
-    """The lines and the base's value as a level one."""
+def _chart(result: Result, lines: Sequence[Line], key: str, x_label: str) -> TitledChart:
+    """The chart of the lines, with the base's value as a horizontal line."""
     if not lines:
         return None
     metric, base = metric_of(result, key), result["base"].get(key)
     xs = [x for line in lines for x in line.xs]
     level = [Line("Base", look_of(result, "base"), (min(xs), max(xs)), (base, base))] if is_known(base) else []
-    return _drawn(f"{metric['name']}{_BETTER.get(metric['better'], '')}", [*level, *lines], x_label)
+    title = ", ".join(filter(None, (metric["name"], BETTER.get(metric["better"]))))
+    return _titled_chart(title, [*level, *lines], x_label)
 
 
-def _drawn(title: str, lines: Sequence[Line], x_label: str, zero: str = "") -> Drawn:
+def _titled_chart(title: str, lines: Sequence[Line], x_label: str, zero: str = "") -> TitledChart:
     chart = line_chart(lines, x_label, zero).svg("chart", f"{title} against {x_label}")
     return {"title": title, "chart": chart}
 
 
-def _curves(result: Result, arms: Sequence[str], charts: Sequence[Drawn]) -> dict[str, Any] | None:
-    drawn = [chart for chart in charts if chart is not None]
-    return {"chips": _chips(result, arms), "charts": drawn} if drawn else None
+def _curves_content(result: Result, arms: Sequence[str], charts: Sequence[TitledChart]) -> dict[str, Any] | None:
+    existing = [chart for chart in charts if chart is not None]
+    return {"chips": _chips(result, arms), "charts": existing} if existing else None
 
 
 def _chips(result: Result, arms: Sequence[str]) -> list[Chip]:

@@ -1,4 +1,4 @@
-"""The pieces that all parts of a comparison's page share: numbers in words, the arms' names and looks, sections."""
+"""Formatting shared by all sections of a comparison's page: numbers, arms' names and looks, and `Section`."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ Result = Mapping[str, Any]
 Pair = Mapping[str, Any]
 
 
+BETTER = {"lower": "lower is better", "higher": "higher is better"}
+
+
+def count_text(number: int, noun: str) -> str:
+    """Write a number with its noun in the singular or plural."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def mean_of(values: Sequence[float]) -> float | None:
-    """The mean, None of nothing."""
+    """The mean; None without values."""
     return statistics.fmean(values) if values else None
 
 
 class Number(NamedTuple):
-    """A number as text and what stands small below it."""
+    """A number as text, with notes in small print."""
 
     text: str
     notes: tuple[str, ...] = ()
 
 
 class Named(NamedTuple):
-    """A name and a note beside it."""
+    """A name with a note in small print."""
 
     name: str
     note: str = ""
 
 
 def mean_with_spread(values: Sequence[float], digits: int) -> Number:
-    """The mean and, from two values on, the standard deviation."""
+    """Format the mean, with the standard deviation of two or more values."""
     notes = (f"± {figure(statistics.stdev(values), digits)}",) if len(values) > 1 else ()
     return Number(figure(mean_of(values), digits), notes)
 
@@ -50,18 +58,18 @@ def values_of(by_seed: Mapping[str, Any], metric: str) -> list[float]:
 
 
 def main_arms(result: Result) -> list[str]:
-    """The keys of the arms that are compared, without the nulls."""
+    """The keys of the compared arms, without controls."""
     return [arm["key"] for arm in result["arms"] if arm["role"] == "arm"]
 
 
 def arm_name(result: Result, key: str) -> str:
-    """The name of an arm (or of the base) as the reader sees it."""
+    """The display name of an arm or of the base."""
     names = {arm["key"]: arm["name"] for arm in result["arms"]}
     return str(names.get(key, "Base" if key == "base" else key))
 
 
 def look_of(result: Result, key: str) -> Look:
-    """How an arm is drawn; the nulls share one look."""
+    """The line style of an arm; controls share one style."""
     if key == "base" or key in OWN_LOOKS:
         return OWN_LOOKS.get(key, BASE)
     others = [arm for arm in main_arms(result) if arm not in OWN_LOOKS]
@@ -69,14 +77,14 @@ def look_of(result: Result, key: str) -> Look:
 
 
 class Chip(NamedTuple):
-    """An arm's name behind a piece of its line with its marker."""
+    """An arm's name with a sample of its line and marker."""
 
     name: str
     mark: Markup
 
 
 def chip(result: Result, key: str) -> Chip:
-    """The chip of an arm or of the base."""
+    """Build the chip of an arm or of the base."""
     return Chip(arm_name(result, key), _mark(look_of(result, key)))
 
 
@@ -85,19 +93,19 @@ def _mark(look: Look) -> Markup:
     return sample(look).svg("sample", "")
 
 
-def shown(value: object) -> str:
-    """A setting's value as a reader writes it."""
+def setting_text(value: object) -> str:
+    """Format a setting's value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
         return MISSING
     if isinstance(value, list | tuple):
-        return ", ".join(shown(item) for item in value) or "none"
+        return ", ".join(setting_text(item) for item in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def metric_of(result: Result, key: str) -> Mapping[str, Any]:
-    """The description of a metric; one that only trajectories have is called by its key."""
+    """The description of a metric; a metric that only trajectories have is named by its key."""
     unnamed = {"key": key, "name": key.replace("_", " "), "better": None, "help": "", "digits": 4}
     return next((metric for metric in result["metrics"] if metric["key"] == key), unnamed)
 
@@ -108,7 +116,7 @@ def pairs_of(result: Result, metric: str) -> Iterator[Pair]:
 
 
 def headline(result: Result) -> Pair | None:
-    """The pair that the first screen shows: the first metric's, of two arms, at their ends."""
+    """The pair of the verdict: two arms compared by the first metric at equal steps or at their ends."""
     arms = main_arms(result)
     for metric in result["metrics"]:
         for pair in pairs_of(result, metric["key"]):
@@ -118,15 +126,12 @@ def headline(result: Result) -> Pair | None:
 
 
 def difference_name(result: Result, pair: Pair) -> str:
-    """The name of a pair's difference: one arm less another."""
+    """The name of a pair's difference."""
     return f"{arm_name(result, pair['arm'])} {MINUS} {arm_name(result, pair['against'])}"
 
 
 class Section(NamedTuple):
-    """A part of the page: its title and an explanation beside what the template of that name makes of `content`.
-
-    A section without content is left out.
-    """
+    """A section of the page, with `content` for the template of that name; omitted if the content is None."""
 
     anchor: str
     title: str

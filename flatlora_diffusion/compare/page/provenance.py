@@ -1,23 +1,32 @@
-"""How a comparison came about, prepared for its page: advice, nulls, proof, settings, versions."""
+"""Prepares a comparison's advice, controls, proof, settings and versions for its page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from flatlora_diffusion.compare.page.format import Named, Result, Section, arm_name, chip, main_arms, shown
+from flatlora_diffusion.compare.page.format import (
+    Named,
+    Result,
+    Section,
+    arm_name,
+    chip,
+    count_text,
+    main_arms,
+    setting_text,
+)
 from flatlora_diffusion.storage.formatting import figure
 
-_SHORT = 12  # hex digits that tell hashes apart at a glance; the whole is in the title
-_FEW = 3
+_SHORT_HASH = 12  # hex digits; the tooltip has the full hash
+_MAX_OPEN_HASHES = 3  # more hashes of a condition are folded
 _ROLES = {"arm": "compared", "null": "control"}
 
 
-def kicker(result: Result) -> Mapping[str, Any]:
-    """The line above the verdict: what was compared, on what, and how many checks hold if all of them do."""
+def subtitle(result: Result) -> Mapping[str, Any]:
+    """The line above the verdict: arms, seeds, steps, device, and the number of checks if all of them hold."""
     seeds, steps = len(result["seeds"]), result["settings"].get("max_train_steps")
     facts = [
-        f"{seeds} seed{'s' if seeds > 1 else ''}" if seeds else "",
+        count_text(seeds, "seed") if seeds else "",
         f"{steps} steps" if steps else "",
         result["device"],
     ]
@@ -28,42 +37,45 @@ def kicker(result: Result) -> Mapping[str, Any]:
     }
 
 
-def alarm(result: Result) -> str:
-    """The checks of equal conditions that fail; empty when all hold."""
-    failed = (f"{one['what']}: {one['note'] or 'does not hold'}" for one in result["proof"] if not one["holds"])
-    return "; ".join(failed)
+def warning(result: Result) -> str:
+    """The failed checks of equal conditions; empty if all hold."""
+    failed = (check for check in result["proof"] if not check["holds"])
+    return "; ".join(f"{check['what']}: {check['note'] or 'differs between runs'}" for check in failed)
 
 
 def advice(result: Result) -> Section:
-    """The checkpoint and strength to use of each run, and whether it had over-fitted by its end."""
+    """The recommended checkpoint and strength of each run, and whether the run over-fitted."""
     rows = [
         {
-            "arm": chip(result, one["arm"]),
-            "seed": one["seed"],
-            "checkpoint": "" if one["checkpoint"] is None else f"step {one['checkpoint']}",
-            "strength": figure(one["strength"], 2),
-            "over_fit": one["over_fit"],
-            "why": one["why"],
+            "arm": chip(result, row["arm"]),
+            "seed": row["seed"],
+            "checkpoint": "" if row["checkpoint"] is None else f"step {row['checkpoint']}",
+            "strength": figure(row["strength"], 2),
+            "over_fit": row["over_fit"],
+            "why": row["why"],
         }
-        for one in result["advice"]
+        for row in result["advice"]
     ]
-    text = "Chosen by held-out loss, so that a run that went on for too long can still be used."
+    text = "The checkpoint and strength with the lowest held-out loss. An over-fitted run has a better checkpoint."
     return Section("advice", "Over-fitting", text, "advice", {"rows": rows} if rows else None)
 
 
-def nulls(result: Result) -> Section:
-    """The pairs of runs that differ by chance alone, and those that must not differ at all."""
+def controls(result: Result) -> Section:
+    """The pairs of runs that must be equal, or that differ by chance alone."""
     rows = [
         {
-            "run": null["name"],
-            "pictures": figure(null["picture_difference"], 4),
-            "weights": figure(null["weight_difference"], 4),
-            "says": null["says"],
+            "run": row["name"],
+            "pictures": figure(row["picture_difference"], 4),
+            "weights": figure(row["weight_difference"], 4),
+            "says": row["says"],
         }
-        for null in result["nulls"]
+        for row in result["nulls"]
     ]
-    text = "Pairs of runs that must be equal, or that differ by chance alone. A difference of this size means nothing."
-    return Section("nulls", "Controls", text, "nulls", {"rows": rows} if rows else None)
+    text = (
+        "Pairs of runs that must be equal, or that differ by chance alone. A difference of this size between arms is "
+        "not meaningful."
+    )
+    return Section("controls", "Controls", text, "controls", {"rows": rows} if rows else None)
 
 
 def proof(result: Result) -> Section:
@@ -77,40 +89,44 @@ def proof(result: Result) -> Section:
         }
         for check in result["proof"]
     ]
-    text = "Hashes of what each run began from and saw. The runs beside one hash had it equal bit for bit."
-    return Section("proof", "Proof", text, "proof", {"rows": rows, "few": _FEW} if rows else None)
+    text = (
+        "Hashes of the images, base, initial weights and draws of each run. Runs with one hash were equal bit for bit."
+    )
+    return Section("proof", "Proof", text, "proof", {"rows": rows, "max_open": _MAX_OPEN_HASHES} if rows else None)
 
 
 def settings(result: Result) -> Section:
-    """In what the arms differ, and all that they share."""
+    """The settings that each arm changes, and the shared settings."""
     arms = [
         {
             "arm": chip(result, arm["key"]),
             "role": _ROLES.get(arm["role"], arm["role"]),
-            "changes": ", ".join(f"{name} {shown(value)}" for name, value in arm["changes"].items()),
+            "changes": ", ".join(f"{name} {setting_text(value)}" for name, value in arm["changes"].items()),
         }
         for arm in result["arms"]
     ]
-    text = "All runs share one frozen set of settings, but for what their arm changes."
+    text = "All runs share the same settings except those that their arm changes."
     if result["seeds"]:
         text += f" Seeds: {', '.join(str(seed) for seed in result['seeds'])}."
-    content = {"arms": arms, "shared": _shown(result["settings"])} if arms or result["settings"] else None
+    content = {"arms": arms, "shared": _setting_rows(result["settings"])} if arms or result["settings"] else None
     return Section("settings", "Settings", text, "settings", content)
 
 
-def made_with(result: Result) -> Section:
-    """The device and the versions of the packages."""
-    content = {"versions": _shown(result["versions"])} if result["versions"] else None
-    return Section("versions", "Made with", result["device"], "versions", content)
+def versions(result: Result) -> Section:
+    """The device and the package versions."""
+    content = {"versions": _setting_rows(result["versions"])} if result["versions"] else None
+    return Section("versions", "Versions", result["device"], "versions", content)
 
 
 def _hashes(hashes: Mapping[str, str]) -> list[Mapping[str, str]]:
-    """Each hash with the runs that have it."""
+    """Group the runs by hash."""
     runs: dict[str, list[str]] = {}
     for label, digits in hashes.items():
         runs.setdefault(str(digits), []).append(label)
-    return [{"whole": digits, "short": digits[:_SHORT], "runs": " · ".join(labels)} for digits, labels in runs.items()]
+    return [
+        {"full": digits, "short": digits[:_SHORT_HASH], "runs": " · ".join(labels)} for digits, labels in runs.items()
+    ]
 
 
-def _shown(values: Mapping[str, Any]) -> list[Named]:
-    return [Named(name, shown(value)) for name, value in values.items()]
+def _setting_rows(values: Mapping[str, Any]) -> list[Named]:
+    return [Named(name, setting_text(value)) for name, value in values.items()]

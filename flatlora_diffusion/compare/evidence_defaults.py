@@ -1,4 +1,4 @@
-"""What `evidence` compares unless flags say otherwise: a training of the paper's setting on the sample icons."""
+"""The default flags of `evidence`: a training with the paper's settings on the sample icons."""
 
 from flatlora_diffusion.config import SDXL
 
@@ -7,5 +7,5 @@ DEFAULTS = (
     *("--preset", "paper", "--instance_data_dir", "samples/icons_3d", "--resolution", "1024", "--cache_latents"),
     *("--gradient_checkpointing", "--num_seeds", "3", "--encoders", *ENCODERS, "--output_dir", "evidence"),
 )
-OF_BASE = ("--pretrained_model_name_or_path", BASE, "--variant", "fp16")
-"""Where no base is given."""
+BASE_FLAGS = ("--pretrained_model_name_or_path", BASE, "--variant", "fp16")
+"""Flags for use if no base is given."""

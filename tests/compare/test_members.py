@@ -8,21 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan
-from flatlora_diffusion.compare.shared_members import lend_members
+from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs
+from flatlora_diffusion.compare.members import copy_shared_members
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.training.trainer import train
 
 
 def planned(config: TrainConfig, *arms: str) -> list[PlannedRun]:
     two_steps = config.replace(max_train_steps=2, seed=None)
-    return plan(two_steps, [parse_arm(arm) for arm in arms], [3], 1)
+    return plan_runs(two_steps, [parse_arm(arm) for arm in arms], [3], 1)
 
 
 def trained(runs: list[PlannedRun], lends: bool) -> list[PlannedRun]:
     for one in runs:
         if lends:
-            lend_members(one, runs)
+            copy_shared_members(one, runs)
         train(one.config)
     return runs
 
@@ -47,5 +47,5 @@ def test_a_run_of_other_settings_lends_nothing(config: TrainConfig) -> None:
     runs = planned(config, "lora", "flat-lora:members=2", "lora:members=2,learning_rate=0.001")
     train(runs[0].config)
     for one in runs[1:]:
-        lend_members(one, runs)
+        copy_shared_members(one, runs)
         assert not one.run.member(1).folder.exists()

@@ -25,7 +25,7 @@ from lora_layouts import (
 from torch import Tensor
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.lora_tools.report import trigger_words
+from flatlora_diffusion.lora_tools.inspecting import trigger_words
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 WEB = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.trigger_phrase": "zwx fox"}
@@ -108,7 +108,7 @@ def test_peft_is_read_in_full_by_diffusers_only(
         "Draw_Things": unet + text,
         "diffusers": unet + text + text_2,
     }
-    assert "refuses the file" in note(found, "Forge")
+    assert "rejects the file" in note(found, "Forge")
     assert "hidden while an SDXL model is loaded" in note(found, "AUTOMATIC1111")
 
 
@@ -192,7 +192,7 @@ def test_a_lora_without_cross_attention_or_middle_block_is_noted(
 ) -> None:
     up = {"unet": {name: v for name, v in factors(pipeline)["unet"].items() if name.startswith("up_blocks.0.res")}}
     found = report(saved(kohya(up), tmp_path / "x.safetensors", **WEB), base, capsys)
-    assert "cannot tell that this is for SDXL" in note(found, "InvokeAI")
+    assert "cannot recognize SDXL" in note(found, "InvokeAI")
     assert "SSD-1B" in note(found, "Draw Things")
 
 
@@ -212,7 +212,7 @@ def test_one_alpha_for_all_is_what_diffusers_makes_of_many(
     tensors = kohya(factors(attention))
     tensors[next(name for name in tensors if name.endswith(".alpha"))] = torch.tensor(1.0)
     found = report(saved(tensors, tmp_path / "x.safetensors", **WEB), base, capsys)
-    assert "commonest alpha" in note(found, "diffusers")
+    assert "most common alpha" in note(found, "diffusers")
 
 
 def test_a_file_of_true_sdxl_names_is_told_from_the_tiny_base(
@@ -234,9 +234,7 @@ def test_a_hub_id_of_which_nothing_is_here_is_said_to_count_as_sdxl(
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 2048), f"{name}.lora_up.weight": torch.ones(640, 2)}
     path = saved(tensors, tmp_path / "x.safetensors")
-    assert report(path, "someone/no-such-base", capsys)["base"] == (
-        "SDXL (of someone/no-such-base nothing is on this disk)"
-    )
+    assert report(path, "someone/no-such-base", capsys)["base"] == ("SDXL (someone/no-such-base is not on this disk)")
     assert report(path, "stabilityai/stable-diffusion-xl-base-1.0", capsys)["base"] == "SDXL"
 
 

@@ -1,4 +1,4 @@
-"""Reports on a LoRA file: parts, ranks, alphas, how much it changes each block, and which tools read it."""
+"""Reports on a LoRA file: parts, ranks, alphas, the size of its update in each block, and which tools read it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from flatlora_diffusion.adapter.delta import norm
 from flatlora_diffusion.config import InspectConfig
-from flatlora_diffusion.lora_files.lost_alpha import lost_alpha
+from flatlora_diffusion.lora_files.lost_alpha import lost_alpha_warning
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
-from flatlora_diffusion.lora_files.safe_reading import listed, shown
+from flatlora_diffusion.lora_files.safe_reading import printable, shortlist
 from flatlora_diffusion.lora_tools.converting import read_lora_file
 from flatlora_diffusion.lora_tools.tool_support import tool_support
 from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
 
-_STYLES = {
+_STYLE_NAMES = {
     "kohya-sgm": "kohya",
     "kohya-diffusers": "kohya with diffusers' block names",
     "comfyui": "ComfyUI's own names",
@@ -25,33 +25,33 @@ _STYLES = {
     "diffusers-old": "diffusers before PEFT (lora.down)",
     "processor": "the oldest of diffusers (processor.to_q_lora)",
 }
-_MOST_TAGS = 5
-_MOST_KEYS = 20  # in the text; JSON has all
+_MAX_TAGS = 5
+_MAX_KEYS = 20  # in the text; JSON has all
 
 
 def inspect_lora(config: InspectConfig) -> str:
-    """The report as text, or as JSON. Raises ConfigError, one sentence, for a file that cannot be used."""
+    """Return the report as text, or as JSON. Raises ConfigError for a file that cannot be read."""
     report = lora_report(read_lora_file(config.file, config.base))
     return json.dumps(report, indent=2) if config.json else "\n".join(_lines(report))
 
 
 def lora_report(lora: ImportedLora) -> dict[str, Any]:
-    """The report, JSON-able. `norm` is ||scale * B A||_F over the layers of a block."""
+    """Build the report as JSON types. `norm` is ||scale * B A||_F over the layers of a block."""
     family = family_of(lora.base.unet)
     blocks: dict[tuple[str, str], list[FileLayer]] = defaultdict(list)
     for layer in lora.layers:
-        blocks[layer.place.part, _block(layer)].append(layer)
+        blocks[layer.target.part, _block(layer)].append(layer)
     return {
         "file": lora.file.path.name,
         "base": family.name if family == TINY_FAMILY else lora.base.base,
-        "layout": _counted(_STYLES[layer.place.style] for layer in lora.layers),
-        "dtype": _counted(layer.dtype for layer in lora.layers),
-        "ranks": _counted(str(layer.rank) for layer in lora.layers),
-        "alphas": _counted("none" if layer.alpha is None else f"{layer.alpha:g}" for layer in lora.layers),
-        "warnings": [said] if (said := lost_alpha(lora)) else [],
+        "layout": _counts(_STYLE_NAMES[layer.target.style] for layer in lora.layers),
+        "dtype": _counts(layer.dtype for layer in lora.layers),
+        "ranks": _counts(str(layer.rank) for layer in lora.layers),
+        "alphas": _counts("none" if layer.alpha is None else f"{layer.alpha:g}" for layer in lora.layers),
+        "warnings": [warning] if (warning := lost_alpha_warning(lora)) else [],
         "trigger_words": trigger_words(lora.file.metadata),
-        "blocks": [_block_report(lora, *place, layers) for place, layers in sorted(blocks.items())],
-        "unknown_keys": [shown(key) for key in lora.unknown],
+        "blocks": [_block_report(lora, *target, layers) for target, layers in sorted(blocks.items())],
+        "unknown_keys": [printable(key) for key in lora.unknown],
         "tools": [
             {"tool": tool, "layers": count, "of": len(lora.layers), "note": note}
             for tool, count, note in tool_support(lora)
@@ -60,10 +60,10 @@ def lora_report(lora: ImportedLora) -> dict[str, Any]:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The words that a file names for its prompt, or else the commonest tags of its training captions."""
+    """The trigger phrase in a file's metadata, or else the most common tags of its training captions."""
     phrase = metadata.get("modelspec.trigger_phrase")
     if phrase:
-        return [shown(phrase)]
+        return [printable(phrase)]
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
     except (ValueError, RecursionError):
@@ -72,11 +72,11 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     for counts in folders.values() if isinstance(folders, dict) else ():
         if isinstance(counts, dict):
             tags.update({tag: count for tag, count in counts.items() if type(count) is int})
-    return [shown(tag.strip()) for tag, _ in tags.most_common(_MOST_TAGS)]
+    return [printable(tag.strip()) for tag, _ in tags.most_common(_MAX_TAGS)]
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+    """Format a table: the first column aligned left, the others right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     return [
         "  ".join(
@@ -88,14 +88,14 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _block(layer: FileLayer) -> str:
     """`down_blocks.1.attentions.0` or `mid_block.resnets.1`; a text encoder is one block."""
-    if layer.place.part != "unet":
+    if layer.target.part != "unet":
         return ""
-    steps = layer.place.module.split(".")
+    steps = layer.target.module.split(".")
     return ".".join(steps[: {"mid_block": 3, "down_blocks": 4, "up_blocks": 4}.get(steps[0], 1)])
 
 
 def _block_report(lora: ImportedLora, part: str, block: str, layers: Sequence[FileLayer]) -> dict[str, Any]:
-    norms = [norm(lora.updates[part][layer.place.module]) for layer in layers]
+    norms = [norm(lora.updates[part][layer.target.module]) for layer in layers]
     return {
         "part": part,
         "block": block,
@@ -105,17 +105,16 @@ def _block_report(lora: ImportedLora, part: str, block: str, layers: Sequence[Fi
     }
 
 
-def _counted(values: Iterable[str]) -> dict[str, int]:
+def _counts(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
 def _lines(report: Mapping[str, Any]) -> list[str]:
-    def summed(name: str) -> str:
+    def summary(name: str) -> str:
         counts = report[name]
-        return (
-            next(iter(counts)) if len(counts) == 1 else ", ".join(f"{key} ({count})" for key, count in counts.items())
-        )
+        return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{key} ({n})" for key, n in counts.items())
 
+    unknown = report["unknown_keys"]
     rows = [
         (
             f"{block['part']}.{block['block']}".rstrip("."),
@@ -130,19 +129,15 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"{report['file']}: a LoRA for {report['base']}",
-        f"layout   {summed('layout')}",
-        f"dtype    {summed('dtype')}",
-        f"rank     {summed('ranks')}",
-        f"alpha    {summed('alphas')}",
+        f"layout   {summary('layout')}",
+        f"dtype    {summary('dtype')}",
+        f"rank     {summary('ranks')}",
+        f"alpha    {summary('alphas')}",
         f"trigger  {', '.join(report['trigger_words']) or 'not in the metadata'}",
-        *(f"warning  {said}" for said in report["warnings"]),
+        *(f"warning  {warning}" for warning in report["warnings"]),
         "",
         *text_table(("block", "layers", "rank", "||dW||"), rows),
         "",
         *(f"{tool:22}{count}{': ' if note else ''}{note}" for tool, count, note in tools),
-        *_unknown_lines(report["unknown_keys"]),
+        *(["", f"{len(unknown)} keys of no layer: {shortlist(unknown, _MAX_KEYS)}"] if unknown else []),
     ]
-
-
-def _unknown_lines(keys: Sequence[str]) -> list[str]:
-    return ["", f"{len(keys)} keys of no layer: {listed(keys, _MOST_KEYS)}"] if keys else []
