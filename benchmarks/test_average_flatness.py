@@ -66,7 +66,7 @@ def group(bench: Any) -> Group:
     return Group(study, {TRAINING: study.samples[HELDOUT][:2], HELDOUT: study.samples[HELDOUT][2:]}, 0, CONFIG)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_group_is_trained_measured_and_put_on_a_page_and_a_second_call_measures_nothing(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_group_is_trained_measured_and_put_on_a_page_and_a_second_call_measure
     assert measure(study, style, work, 1, CONFIG, 3) == result
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_average_is_the_mean_of_the_merged_weights_and_the_weakened_member_is_as_long(group: Group) -> None:
     for name, weight in group.weights[AVERAGE].items():
         mean = torch.stack([group.weights[member][name] for member in MEMBER_NAMES]).mean(dim=0)
@@ -96,7 +96,7 @@ def test_the_average_is_the_mean_of_the_merged_weights_and_the_weakened_member_i
     assert 0.1 < distance(group.weights[AVERAGE], base) < distance(group.weights[MEMBER_NAMES[0]], base)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rises_by_icon_are_those_of_the_flatness_command(bench: Any, group: Group) -> None:
     sdxl, weights = bench[0].sdxl, group.weights[AVERAGE]
     _, found = icon_rises(group.losses()[HELDOUT], weights, (0.1, 0.3), 2, seed=5)

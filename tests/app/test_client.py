@@ -14,8 +14,6 @@ from PIL import Image
 
 from flatlora_diffusion.config import SAMPLES
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:

@@ -31,7 +31,6 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_checkpoint_and_a_result_take_what_is_told(icons: Path, tmp_path: Path, name: str) -> None:
     """On the base that ships: of one that is smaller still, the files are headers more than weights."""

@@ -96,7 +96,6 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     return held.peak + sum(one.nbytes for one in micro.inputs.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -5,14 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
 from app_driver import PATIENCE, AppPage, RunningApp
 from PIL import Image
 from playwright.sync_api import Locator, Route, expect
 
 from flatlora_diffusion.config import SAMPLES
-
-pytestmark = pytest.mark.slow
 
 
 def drop(page: AppPage, *files: Path) -> None:
