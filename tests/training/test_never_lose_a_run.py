@@ -149,14 +149,14 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> 
 
 
 def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Path) -> None:
-    """Killed at arbitrary moments, three times: what is there is loadable, and the end is the unbroken one's."""
-    steps = 45
+    """Killed at arbitrary moments, twice: what is there is loadable, and the end is the unbroken one's."""
+    steps = 30
     whole = config.replace(max_train_steps=steps, checkpointing_steps=1, checkpoints_total_limit=3)
     train(whole.replace(output_dir=str(tmp_path / "whole")))
     broken = whole.replace(output_dir=str(tmp_path / "broken"))
     run = RunDir(tmp_path / "broken")
     rng = random.Random(0)
-    for attempt in range(3):
+    for attempt in range(2):
         resume = "latest" if attempt else None
         said = tmp_path / f"said-{attempt}.txt"
         process = forked(said, {}, arguments(broken.replace(resume_from_checkpoint=resume)))
