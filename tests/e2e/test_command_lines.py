@@ -149,6 +149,7 @@ def test_the_script_trains_and_a_stock_pipeline_draws_other_images_with_its_lora
     assert draw() == before
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("without_a_process")
 def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(
     base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
