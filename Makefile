@@ -6,7 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method
+LONGER := base_weights low_precision paper_analysis placement quantized saved_tensors
+CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method \
+	$(LONGER:%=--ignore=tests/contracts/test_%.py)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .PHONY: demo app check test test-long test-all durations docs firefox lock clean
@@ -24,7 +26,7 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(BIN)/flatlora app
 
-# Lint, types and the fast contracts: what to run after each change.
+# Lint, types and the fast contracts: what to run after each change. `make test` has the longer contracts too.
 check: $(STAMP)
 	$(call tests_and_lint,-m "not long" $(CONTRACTS))
 

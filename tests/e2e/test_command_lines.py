@@ -101,7 +101,8 @@ def hanging_up() -> Iterator[tuple[str, list[int]]]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("is_file", [pytest.param(True, marks=pytest.mark.long), False], ids=["file", "hub-id"])
+@pytest.mark.long
+@pytest.mark.parametrize("is_file", [True, False], ids=["file", "hub-id"])
 def test_extract_without_a_network_asks_the_hub_once(base: Path, tmp_path: Path, is_file: bool) -> None:
     """Its libraries would ask many times, with pauses of a minute in all."""
     single = save_single_file(StableDiffusionXLPipeline.from_pretrained(base), tmp_path / "tuned.safetensors")

@@ -99,8 +99,8 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
     [
         {},
         {"mixed_precision": "bf16"},
-        {"perturb_draw": "full", "perturb_norm_every": 1},
-        {"lora_dropout": 0.0},
+        pytest.param({"perturb_draw": "full", "perturb_norm_every": 1}, marks=pytest.mark.long),
+        pytest.param({"lora_dropout": 0.0}, marks=pytest.mark.long),
         {"train_text_encoder": True},
     ],
     ids=["fp32", "bf16", "full draws", "in the branch", "two models"],
