@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-LONGER := base_weights low_precision paper_analysis placement quantized saved_tensors
+LONGER := base_weights dora low_precision paper_analysis placement quantized rivals saved_tensors
 CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method \
 	$(LONGER:%=--ignore=tests/contracts/test_%.py)
 LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
