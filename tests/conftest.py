@@ -148,7 +148,8 @@ def chromium() -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture(params=["full", "philox", "low_rank"])
+# philox computes as full does.
+@pytest.fixture(params=["full", pytest.param("philox", marks=pytest.mark.long), "low_rank"])
 def draw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each kind of draw in turn, as the one that a `FlatLora` has unless it is told another."""
     from flatlora_diffusion import FlatLora
