@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        app = RunningApp(Path(folder) / "runs")
+        app = RunningApp(Path(folder) / "runs", is_program=True)
         try:
             app.start()
             result = measure(app, args.seconds)

@@ -76,7 +76,7 @@ def test_a_report_gives_the_figures_of_its_arms_and_no_nulls(tmp_path: Path) -> 
     assert table(with_cost).splitlines()[3] == "| time of the training, LoRA's = 1 ↓ |  | 1.00 | 1.10 | 3.00 |"
 
 
-@pytest.mark.slow  # a few steps of the demo's own trainings
+@pytest.mark.long  # a few steps of the demo's own trainings
 def test_the_cost_is_measured_on_the_arms_of_the_demo_in_turns() -> None:
     found = cost(0.0)
     assert found["turns"] == 2

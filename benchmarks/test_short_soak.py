@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="without forks it takes minutes")
 def test_kills_and_a_second_run_lose_nothing_touch_nothing_and_say_what_is_promised(tmp_path: Path) -> None:
     output = tmp_path / "soak.json"
@@ -30,7 +30,7 @@ def test_kills_and_a_second_run_lose_nothing_touch_nothing_and_say_what_is_promi
     assert "| all |  | 2 | 0 | 0 | 0 |" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_command_and_no_caption_loses_what_is_there() -> None:
     command = [sys.executable, "-m", "benchmarks.soak_attempts"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")

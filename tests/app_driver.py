@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from forked_app import CAN_FORK, ForkedApp
 from gradio_client import Client
 from patience import HANGS, PATIENCE, wait_until
 from playwright.sync_api import (
@@ -52,23 +53,31 @@ def open_browser(path: str) -> Iterator[Browser]:
 
 
 class RunningApp:
-    """`python -m app ARGUMENTS` as a process of its own, on a free port, with the runs folder `runs`."""
+    """`python -m app ARGUMENTS` as a process of its own, on a free port, with the runs folder `runs`.
 
-    def __init__(self, runs: Path, *arguments: str) -> None:
+    is_program: start Python itself; otherwise the process is a copy of a loaded one where the system can fork.
+    """
+
+    def __init__(self, runs: Path, *arguments: str, is_program: bool = False) -> None:
         self.runs = runs
         self._arguments = arguments
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
-        self._process: subprocess.Popen[str] | None = None
+        self._is_program = is_program or not CAN_FORK
+        self._process: subprocess.Popen[str] | ForkedApp | None = None
         self._log = Path(tempfile.mkdtemp()) / "app.log"
 
     def start(self) -> None:
         """Return once it answers. Raises AssertionError with what it printed when it ends instead."""
         place = ["--runs_dir", str(self.runs), "--port", str(self.port)]
-        command = [sys.executable, "-m", "app", *place, *self._arguments]
+        arguments = [*place, *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with self._log.open("a", encoding="utf-8") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+        if self._is_program:
+            command = [sys.executable, "-m", "app", *arguments]
+            with self._log.open("a", encoding="utf-8") as log:
+                self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+        else:
+            self._process = ForkedApp(arguments, environment, self._log)
         wait_until(lambda: _answers(self.port), self.is_running, self.printed)
 
     def is_running(self) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from flatlora_diffusion.config import TrainConfig
     from flatlora_diffusion.sdxl.pipeline import Sdxl
 
+DURATIONS = Path(__file__).with_name(".durations.json")
+
 torch.set_num_threads(1)
 
 
@@ -38,9 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that at the end no process waits for the long file of another."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Put the longest files first, so that at the end no process waits for the long file of another.
+
+    A file that `make durations` has not measured yet comes after the others.
+    """
+    seconds: dict[str, float] = json.loads(DURATIONS.read_text(encoding="utf-8"))
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0.0))
 
 
 def pytest_collection_finish() -> None:

@@ -20,7 +20,7 @@ def test_every_path_is_there(path: str) -> None:
 
 def test_every_command_is_one_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    commands = set(re.findall(r"^    make (\w+)|`make (\w+)`", TEXT, re.MULTILINE))
+    commands = set(re.findall(r"^    make ([\w-]+)|`make ([\w-]+)`", TEXT, re.MULTILINE))
     assert commands
     for command in commands:
         assert f"\n{''.join(command)}:" in makefile

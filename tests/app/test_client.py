@@ -14,8 +14,6 @@ from PIL import Image
 
 from flatlora_diffusion.config import SAMPLES
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
@@ -30,6 +28,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         app.close()
 
 
+@pytest.mark.long
 def test_upload_start_status_and_generate(client: Client) -> None:
     icons = sorted((SAMPLES / "icons_3d").glob("*.png"))[:2]
     files = [handle_file(str(path)) for icon in icons for path in (icon, icon.with_suffix(".txt"))]

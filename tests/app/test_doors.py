@@ -27,7 +27,6 @@ from app.logs import MOST_LETTERS
 from app.train.forms import ConfigForm
 from flatlora_diffusion.config import SAMPLES
 
-pytestmark = pytest.mark.slow
 JOIN = {"data": [None], "fn_index": 0, "session_hash": "abc"}
 SECRET = "secret-12345678"
 
@@ -51,7 +50,7 @@ class Target:
             (run / name).write_text(f"<script>alert('{SECRET}')</script>")
         (run / "link.txt").symlink_to(root / "outside/hidden.txt")
         (run / "linked").symlink_to(root / "outside")
-        self.app = RunningApp(root / "runs", "--data_dir", str(root / "data"))
+        self.app = RunningApp(root / "runs", "--data_dir", str(root / "data"), is_program=True)
         self.app.start()
         self.client = open_client(self.app.url, root / "downloads")
         self.session = str(call_endpoint(self.client, "/load_samples", __session="")[0])

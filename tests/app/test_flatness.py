@@ -68,7 +68,7 @@ def test_runs_of_a_comparison_are_a_pair_to_measure_and_to_compare(view: Flatnes
     assert [str(folder / run_id) for run_id in nested] == list(job.settings)[2:4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: FlatnessView) -> None:
     assert set(view.newest()) == set(PAIR)
     assert "Nothing has been measured yet" in view.result(None).charts

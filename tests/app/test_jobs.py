@@ -128,7 +128,7 @@ os._exit(9)  # as an app that is killed
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_queue_goes_on_after_the_app_was_killed_in_the_middle(
     queue: JobQueue, runs: RunStore, config: TrainConfig
 ) -> None:
@@ -145,7 +145,7 @@ def test_the_queue_goes_on_after_the_app_was_killed_in_the_middle(
     assert queue.jobs()[0].exit_code == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_makes_way_for_a_picture_and_goes_on_after(
     queue: JobQueue, runs: RunStore, config: TrainConfig
 ) -> None:

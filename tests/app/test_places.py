@@ -90,16 +90,16 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("name", [*READ, *WRITTEN, *MODELS])
-@pytest.mark.parametrize("place", OUTSIDE)
 def test_nothing_outside_may_be_named_and_none_is_told_to_exist(
-    context: AppContext, tmp_path: Path, name: str, place: str
+    context: AppContext, tmp_path: Path, name: str
 ) -> None:
-    value = OUTSIDE[place].format(root=tmp_path)
-    told = refusal(context, name, value)
-    assert told.replace(repr(value), "X").startswith(f"{name}=X is outside of the folders that the browser may name")
-    assert "12345678" not in told
-    there = refusal(context, name, f"{tmp_path}/outside/model").replace(f"{tmp_path}/outside/model", "X")
-    assert there == told.replace(repr(value), "'X'")  # the same sentence for all
+    told = {}
+    for place, text in OUTSIDE.items():
+        value = text.format(root=tmp_path)
+        told[place] = refusal(context, name, value).replace(repr(value), "'X'")
+    assert told == dict.fromkeys(OUTSIDE, told["outside"]), "the same sentence for all"
+    assert told["outside"].startswith(f"{name}='X' is outside of the folders that the browser may name")
+    assert "12345678" not in told["outside"]
 
 
 def test_a_dataset_file_that_may_be_read_may_not_name_folders_that_may_not(
@@ -121,9 +121,9 @@ def test_nothing_is_written_into_runs_or_what_is_the_apps_own(
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("value", ["../x", "a/../../x", "/etc", "~/x", "C:\\x", "..\\x", "-x", "a\x00b", "c:x"])
-def test_what_becomes_a_part_of_a_path_leads_out_of_no_folder(context: AppContext, name: str, value: str) -> None:
-    assert "must be a plain name" in refusal(context, name, value)
+def test_what_becomes_a_part_of_a_path_leads_out_of_no_folder(context: AppContext, name: str) -> None:
+    values = ["../x", "a/../../x", "/etc", "~/x", "C:\\x", "..\\x", "-x", "a\x00b", "c:x"]
+    assert [value for value in values if "must be a plain name" not in refusal(context, name, value)] == []
 
 
 @pytest.mark.parametrize(

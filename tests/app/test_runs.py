@@ -84,7 +84,6 @@ def step(number: int, loss: float = 0.5) -> dict[str, Any]:
     return {"event": "step", "step": number, "loss": loss, "seconds": 2.0, "eta": 1.0, "memory": 7}
 
 
-@pytest.mark.slow
 def test_a_training_from_its_start_to_its_files(runs: RunStore, settings: dict[str, Any]) -> None:
     previews = {"validation_prompt": "an icon", "num_validation_images": 1}
     run_id = begin(runs, "Löwe / 3D!", settings | previews)
@@ -118,7 +117,7 @@ runs.stop("long")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_app_process_sees_the_run_and_stops_it_and_it_goes_on(
     runs: RunStore, settings: dict[str, Any]
 ) -> None:
@@ -137,7 +136,7 @@ def test_another_app_process_sees_the_run_and_stops_it_and_it_goes_on(
     assert len(runs.losses("long")) == run.progress.step + 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stop_before_the_first_step_is_not_forgotten(runs: RunStore, settings: dict[str, Any]) -> None:
     begin(runs, "early", settings | {"max_train_steps": 10_000})
     runs.stop("early")
@@ -161,7 +160,7 @@ def test_a_run_can_be_ended_at_once_and_starts_without_the_login(
     assert run.advice == "No checkpoint was saved, so start it again from a clone."
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_trainer_is_a_failed_run_that_can_be_resumed(runs: RunStore, settings: dict[str, Any]) -> None:
     begin(
         runs, "killed", settings | {"max_train_steps": 10_000, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
@@ -188,7 +187,7 @@ def test_a_killed_trainer_is_a_failed_run_that_can_be_resumed(runs: RunStore, se
     assert run.log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trainer_whose_supervisor_is_gone_still_runs(runs: RunStore, settings: dict[str, Any]) -> None:
     begin(runs, "orphan", settings | {"max_train_steps": 10_000})
     wait(runs, "orphan", stepped)
@@ -223,7 +222,7 @@ def test_each_way_to_start_a_training_is_known(monkeypatch: pytest.MonkeyPatch, 
     assert not trainers.is_at(Path("here"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_was_started_from_a_command_line(runs: RunStore, settings: dict[str, Any]) -> None:
     folder = runs.folder / "demo" / "lora"
     config = runs.folder.parent / "mine.json"
@@ -243,7 +242,6 @@ def test_a_run_that_was_started_from_a_command_line(runs: RunStore, settings: di
     assert wait(runs, "demo/lora", ended).state == "stopped"
 
 
-@pytest.mark.slow
 def test_wrong_settings_fail_with_their_sentence(runs: RunStore, settings: dict[str, Any]) -> None:
     run_id = begin(runs, "wrong", settings | {"instance_data_dir": "no/such/folder"})
     run = wait(runs, run_id, ended)

@@ -281,7 +281,9 @@ def test_the_commands_of_the_upstream_readmes_parse(name: str) -> None:
     assert config.run.seed == 0
 
 
-@pytest.mark.parametrize("name", README_COMMANDS)
+@pytest.mark.parametrize(
+    "name", ["dog", *(pytest.param(name, marks=pytest.mark.long) for name in README_COMMANDS if name != "dog")]
+)
 def test_the_commands_of_the_upstream_readmes_run(name: str, places: dict[str, str], tmp_path: Path) -> None:
     """With the model, data and size swapped, two steps, and without what needs a GPU, an account or the network."""
     for package in ("bitsandbytes", "prodigyopt", "datasets"):

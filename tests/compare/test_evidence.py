@@ -45,7 +45,7 @@ def arguments(base: Path, icons: Path, tmp_path: Path) -> list[str]:
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_and_its_figures_name_nobody(
     base: Path, icons: Path, tmp_path: Path, without_a_process: None, capsys: Any, caplog: Any
 ) -> None:

@@ -358,7 +358,6 @@ def test_charts_have_the_colours_of_the_page_in_light_and_dark(markup: str) -> N
         assert f"--{name}: {TONES[name].dark};" in markup
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("page")
 def test_a_browser_shows_it(chromium: Any, folder: Path) -> None:
     path = folder / "compare.html"

@@ -19,8 +19,6 @@ from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.progress import WorkItem, run_items
 from flatlora_diffusion.training.trainer import train
 
-pytestmark = pytest.mark.slow
-
 
 class Story:
     """What happened in a comparison, in order, and how often the UNet was asked for what no bar had counted."""

@@ -206,7 +206,7 @@ def test_one_worker_is_no_crowd(settings: dict[str, Any], expected: bool) -> Non
     assert CompareConfig(**settings).trains_at_once == expected
 
 
-@pytest.mark.slow  # starts a cluster
+@pytest.mark.long  # starts a cluster
 def test_a_cluster_of_two_workers_trains(two: list[PlannedRun], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed; the extra `dev` has it")
     with worker_slots(2, "local") as (number, run):

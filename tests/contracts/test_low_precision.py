@@ -42,7 +42,14 @@ def squared_distances(case: Case, low: tuple[Tensor, dict[str, Tensor]], exact: 
 
 
 @pytest.mark.parametrize("precision", LOW_PRECISION)
-@pytest.mark.parametrize(("name", "models"), [("toy", 8), ("clip", 8), ("unet", 3)])
+@pytest.mark.parametrize(
+    ("name", "models"),
+    [
+        ("toy", 8),
+        pytest.param("clip", 8, marks=pytest.mark.long),
+        pytest.param("unet", 3, marks=pytest.mark.long),
+    ],
+)
 def test_low_precision_is_no_further_from_fp32_than_plain_lora_is(name: str, models: int, precision: str) -> None:
     """At most 1.5 times plain LoRA's own distance; geometric mean over models, since one distance scatters by 30 %."""
     adapter, compute = LOW_PRECISION[precision]

@@ -433,7 +433,6 @@ def test_pixels_and_micro_conditioning_of_a_centre_crop() -> None:
     assert torch.equal(black, -torch.ones(3, 8, 8))
 
 
-@pytest.mark.slow  # importing torchvision takes seconds
 @pytest.mark.parametrize("interpolation", ["lanczos", "bilinear", "nearest"])
 @pytest.mark.parametrize("size", [(100, 61), (61, 100), (50, 50), (20, 31)])
 def test_a_centre_crop_equals_the_transforms_of_diffusers(size: tuple[int, int], interpolation: str) -> None:

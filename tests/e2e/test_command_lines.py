@@ -101,6 +101,7 @@ def hanging_up() -> Iterator[tuple[str, list[int]]]:
         server.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_file", [True, False], ids=["file", "hub-id"])
 def test_extract_without_a_network_asks_the_hub_once(base: Path, tmp_path: Path, is_file: bool) -> None:
     """Its libraries would ask many times, with pauses of a minute in all."""
@@ -116,7 +117,6 @@ def test_extract_without_a_network_asks_the_hub_once(base: Path, tmp_path: Path,
     assert len(calls) == 1
 
 
-@pytest.mark.slow
 def test_the_script_trains_and_a_stock_pipeline_draws_other_images_with_its_lora(
     base: Path, icons: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +150,7 @@ def test_the_script_trains_and_a_stock_pipeline_draws_other_images_with_its_lora
     assert draw() == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("without_a_process")
 def test_compare_trains_each_run_once_and_reports_base_arms_and_nulls(
     base: Path, icons: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture

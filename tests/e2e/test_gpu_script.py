@@ -14,7 +14,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 
 
-@pytest.mark.slow  # four processes
+@pytest.mark.long  # four processes
 @pytest.mark.skipif(shutil.which("bash") is None, reason="a script for bash")
 def test_each_part_leaves_its_figures(base: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "SMALL": "1", "BASE": str(base), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

@@ -24,7 +24,7 @@ SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", 
 FOLDERS = ("flatlora_diffusion", "app", "samples")
 LARGEST = 40e6  # bytes
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def by_launcher(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return run, text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", ["--method=sam --adapter=lora-ga --rho_rise=0.25", "--method=bi-lora --adapter=pissa --rho=0.5"]
 )
@@ -115,7 +115,7 @@ def test_what_ascends_does_so_alike_on_two_processes_and_on_one(
     assert one == pytest.approx(two, rel=2e-3), "a rise finds it by the slopes of all"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one_with_accumulation(
     arguments: list[str], by_launcher: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -123,7 +123,7 @@ def test_two_processes_equal_one_with_accumulation(
     assert_same_run(tmp_path / "one", *by_launcher)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: list[str], tmp_path: Path) -> None:
     """Text encoders too, with the prior that needs no class images, for which a step calls the model twice."""
     drawn = [one for one in arguments if not one.startswith(("--seed", "--with_prior", "--class_data"))]
@@ -134,7 +134,7 @@ def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: lis
     assert_same_run(tmp_path / "one", tmp_path / "two", said)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_launch_can_train_twice(arguments: list[str], tmp_path: Path) -> None:
     together(arguments, tmp_path / "first", tmp_path / "second")
     one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("first", "second"))
@@ -149,14 +149,14 @@ def assert_same_run(one: Path, two: Path, said: str) -> None:
     assert said.count("3 images, captions 3/3") == 1, "only one process speaks"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_fails_ends_all_with_its_error(arguments: list[str], tmp_path: Path) -> None:
     said = tmp_path / "said.txt"
     assert launched([*arguments, f"--output_dir={tmp_path / 'run'}", "--resolution=36"], said) != 0
     assert "resolution=36 must be a multiple of 16" in said.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_save_and_resume(arguments: list[str], by_launcher: tuple[Path, str], tmp_path: Path) -> None:
     run = shutil.copytree(by_launcher[0], tmp_path / "run")
     whole = load_file(run / LORA_FILE)

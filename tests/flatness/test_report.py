@@ -406,7 +406,6 @@ def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons
     assert result["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "tone"), [("light", "light"), ("dark", "dark")])
 def test_a_surface_to_turn_has_the_colours_that_the_reader_sees_pages_in(
     chromium: Any, tmp_path: Path, scheme: Any, tone: str

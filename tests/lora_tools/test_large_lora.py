@@ -49,7 +49,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is asked of the system in Linux's unit")
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_exporting_needs_a_fraction_of_the_file_s_size(large: Path, tmp_path: Path, layout: str) -> None:

@@ -31,8 +31,15 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LoRA",
+        "an average",
+        "full",
+        *(pytest.param(name, marks=pytest.mark.long) for name in RUNS if name not in ("LoRA", "an average", "full")),
+    ],
+)
 def test_a_checkpoint_and_a_result_take_what_is_told(icons: Path, tmp_path: Path, name: str) -> None:
     """On the base that ships: of one that is smaller still, the files are headers more than weights."""
     config = TrainConfig.from_dict(

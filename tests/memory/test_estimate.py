@@ -209,6 +209,7 @@ def test_the_gradient_of_all_adapted_weights_is_held_where_lora_ga_reads_it(conf
     assert found == 4 * sum(shape.numel() for shape in shapes)
 
 
+@pytest.mark.long
 def test_sam_holds_sketches_in_place_of_the_gradient_of_all_adapted_weights() -> None:
     """44 MiB of fp32 factors at SDXL's attention, in place of 3.56 GiB."""
     config = TrainConfig().replace(**COMMAND)

@@ -97,22 +97,23 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     return held.peak + sum(one.nbytes for one in micro.inputs.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
         {"method": "sam"},
-        {"method": "sam", "gradient_checkpointing": True},
-        {"method": "sam", "lora_target_modules": "conv", "gradient_accumulation_steps": 2},
-        {"method": "lora", "adapter": "lora-ga", "lora_ga_steps": 3},
+        pytest.param({"method": "sam", "gradient_checkpointing": True}, marks=pytest.mark.long),
+        pytest.param(
+            {"method": "sam", "lora_target_modules": "conv", "gradient_accumulation_steps": 2}, marks=pytest.mark.long
+        ),
+        pytest.param({"method": "lora", "adapter": "lora-ga", "lora_ga_steps": 3}, marks=pytest.mark.long),
         {"method": "bi-lora"},
-        {"method": "bi-lora", "gradient_checkpointing": True},
-        {"method": "lora-sam"},
+        pytest.param({"method": "bi-lora", "gradient_checkpointing": True}, marks=pytest.mark.long),
+        pytest.param({"method": "lora-sam"}, marks=pytest.mark.long),
         {"method": "flat-lora"},
         {"method": "flat-lora", "perturb_draw": "full"},
-        {"method": "flat-lora", "gradient_checkpointing": True},
-        {"method": "flat-lora", "lora_target_modules": "conv"},
-        {"method": "flat-lora", "use_dora": True, "lora_target_modules": "conv"},
+        pytest.param({"method": "flat-lora", "gradient_checkpointing": True}, marks=pytest.mark.long),
+        pytest.param({"method": "flat-lora", "lora_target_modules": "conv"}, marks=pytest.mark.long),
+        pytest.param({"method": "flat-lora", "use_dora": True, "lora_target_modules": "conv"}, marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -39,7 +39,7 @@ def teraflops(checkpointing: bool) -> float:
     return counter.get_total_flops() / 1e12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_times_of_the_readme_are_arithmetic_on_the_flops_of_a_step() -> None:
     of_step, page = teraflops(checkpointing=True), (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert f"{of_step:.1f} TFLOP ({teraflops(checkpointing=False):.1f} without checkpointing" in " ".join(page.split())

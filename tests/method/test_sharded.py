@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
-from patience import HANGS
+from forked import KIND, ended
 from peft import LoraConfig, get_peft_model
 from tiny_models import normal, seeded
 from torch import Tensor, distributed, nn
 
 from flatlora_diffusion import FlatLora
-
-ROOT = Path(__file__).parents[2]
 
 
 def net() -> nn.Module:
@@ -47,14 +43,14 @@ def gradients_of_both(rank: int, store: str) -> dict[str, Tensor]:
         distributed.destroy_process_group()
 
 
-@pytest.mark.slow  # imports torch in a second process
 def test_two_processes_with_a_sharded_base_have_the_gradients_of_one(tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    other = subprocess.Popen([sys.executable, __file__, store], env=environment)
+    context: Any = multiprocessing.get_context(KIND)
+    other = context.Process(target=gradients_of_both, args=(1, store))
+    other.start()
     try:
         found = gradients_of_both(0, store)
-        assert other.wait(timeout=HANGS) == 0
+        assert ended(other) == 0
     finally:
         other.kill()
     alone = net()
@@ -64,7 +60,3 @@ def test_two_processes_with_a_sharded_base_have_the_gradients_of_one(tmp_path: P
     for name, parameter in alone.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(found[name], parameter.grad)
-
-
-if __name__ == "__main__":
-    gradients_of_both(1, sys.argv[1])

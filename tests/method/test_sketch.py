@@ -135,7 +135,7 @@ def test_a_sketch_is_a_function_of_seed_and_step_and_not_of_the_global_generator
         assert not torch.allclose(sketch_of(model, given, **other)[0], first[0], atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "least"),
     [

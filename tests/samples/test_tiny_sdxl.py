@@ -152,7 +152,7 @@ def test_an_unseen_trigger_does_much_less_harm_than_a_wrong_caption(
     assert loss_with(tiny, [text.replace("a flat icon", "a TOK icon") for text in behind]) < 1.015 * own_loss
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_on_3d_icons_makes_held_out_ones_more_likely(tiny: Sdxl, tmp_path: Path) -> None:
     """After 40 steps 1 % less than the base's is asked for; that of 2026-11-24 gave 2.2 to 2.6 % with four seeds."""
     lora = train(

@@ -18,7 +18,9 @@ from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
 
-@pytest.mark.parametrize("name", ["adafactor", "prodigy", "8bit"])
+@pytest.mark.parametrize(
+    "name", ["adafactor", *(pytest.param(name, marks=pytest.mark.long) for name in ("prodigy", "8bit"))]
+)
 def test_optimizers_lower_the_loss_and_resume_exactly(config: TrainConfig, name: str, tmp_path: Path) -> None:
     package = {"prodigy": "prodigyopt", "8bit": "bitsandbytes"}.get(name)
     if package:

@@ -98,8 +98,14 @@ def apart(one: list[Tensor], two: list[Tensor]) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in zip(one, two, strict=True)]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "fp16") for name in VARIANTS),
+        ("text encoders", "fp32"),
+        *(pytest.param(name, "fp32", marks=pytest.mark.long) for name in VARIANTS if name != "text encoders"),
+    ],
+)
 def test_a_stock_pipeline_computes_what_was_trained_from_either_file(
     config: TrainConfig, base: Path, name: str, dtype: str
 ) -> None:

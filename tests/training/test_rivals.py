@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,16 @@ def plain_draws(short: TrainConfig) -> Callable[..., list[str]]:
     return drawn
 
 
-@pytest.fixture(scope="module", params=CELLS)
+def cells() -> Iterator[Any]:
+    """All cells; those without a method, adapter or optimizer that is new are long."""
+    seen: set[tuple[str, Any]] = set()
+    for name, cell in CELLS.items():
+        values = {(key, cell.get(key)) for key in ("method", "adapter", "optimizer")}
+        yield pytest.param(name, marks=[] if values - seen else pytest.mark.long)
+        seen |= values
+
+
+@pytest.fixture(scope="module", params=cells())
 def run(request: Any, short: TrainConfig, plain_draws: Callable[..., list[str]]) -> TrainState:
     """A run of two steps of each cell, which must see what plain LoRA sees: a comparison of the two is of pairs."""
     cell = CELLS[request.param]

@@ -171,6 +171,7 @@ def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: T
     assert "lifts the loss by" in found[0].fact
 
 
+@pytest.mark.long
 def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
     flat, sam = drill_configs()
     assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")

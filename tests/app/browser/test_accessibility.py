@@ -9,7 +9,7 @@ from app_driver import PATIENCE, AppPage, RunningApp
 from made_up_runs import OF_EXPERIMENT, make_runs
 from playwright.sync_api import expect
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 TABS = ("1 Dataset", "2 Train", "3 Compare", "4 Flatness", "Runs")
 # (rule, class of the element): Gradio's own, which no setting of it changes.

@@ -12,8 +12,6 @@ from playwright.sync_api import Locator, Route, expect
 
 from flatlora_diffusion.config import SAMPLES
 
-pytestmark = pytest.mark.slow
-
 
 def drop(page: AppPage, *files: Path) -> None:
     page.page.locator("#drop input[type=file]").set_input_files(files)
@@ -83,6 +81,7 @@ def written(app: RunningApp, page: AppPage) -> list[str]:
     return [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.txt"))]
 
 
+@pytest.mark.long
 def test_a_caption_that_was_typed_and_not_left_outlives_a_reload(
     page: AppPage, app: RunningApp, tmp_path: Path
 ) -> None:
@@ -101,6 +100,7 @@ def test_a_caption_that_was_typed_and_not_left_outlives_a_reload(
     assert written(app, page) == ["fox in snow at night", "owl"]
 
 
+@pytest.mark.long
 def test_captions_that_the_app_could_not_save_are_saved_when_it_is_back(
     page: AppPage, app: RunningApp, tmp_path: Path
 ) -> None:
@@ -121,6 +121,7 @@ def test_captions_that_the_app_could_not_save_are_saved_when_it_is_back(
     page.forgive()  # of the app that was gone
 
 
+@pytest.mark.long
 def test_a_save_whose_answer_was_lost_is_not_taken_for_another_windows(
     page: AppPage, app: RunningApp, tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_save_whose_answer_was_lost_is_not_taken_for_another_windows(
     page.faults.clear()  # of the calls that were cut off
 
 
+@pytest.mark.long
 def test_a_caption_that_was_not_saved_and_has_changed_meanwhile_is_offered_after_a_reload(
     page: AppPage, app: RunningApp, tmp_path: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_caption_that_was_not_saved_and_has_changed_meanwhile_is_offered_after
     page.faults.clear()  # of the calls that were cut off
 
 
+@pytest.mark.long
 def test_cards_that_were_typed_in_show_what_is_written_later_and_other_images(page: AppPage, tmp_path: Path) -> None:
     drop_two(page, tmp_path)
     fox, owl = caption(page, "fox.png"), caption(page, "owl.png")
@@ -216,6 +219,7 @@ def test_a_picture_is_enlarged_and_closed_by_mouse_and_keyboard(page: AppPage, t
     expect(button).to_be_focused()
 
 
+@pytest.mark.long
 def test_images_that_come_are_told_on_the_train_tab_before_it_is_opened(page: AppPage, tmp_path: Path) -> None:
     page.show_tab("2 Train")
     summary = page.page.locator("#summary")
@@ -228,6 +232,7 @@ def test_images_that_come_are_told_on_the_train_tab_before_it_is_opened(page: Ap
     expect(summary).to_contain_text("1 of 2 images have no caption", timeout=PATIENCE)
 
 
+@pytest.mark.long
 def test_a_clone_has_the_runs_name_method_and_images_and_takes_new_ones(page: AppPage, tmp_path: Path) -> None:
     for name in ("fox.png", "owl.png"):
         Image.effect_noise((64, 64), 50).save(tmp_path / name)

@@ -11,7 +11,7 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 from small_disk import SmallDisk
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from app_driver import PATIENCE, AppPage, RunningApp
 from made_up_runs import make_runs
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
 from flatlora_diffusion.charts.palette import FLAT_LORA
 from flatlora_diffusion.config import METHODS
 
-pytestmark = pytest.mark.slow
-
 WIDE, DESK, PHONE = {"width": 1920, "height": 1080}, {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
-@pytest.fixture
-def app(own_app: RunningApp) -> RunningApp:
-    """With runs of its own."""
-    own_app.runs.mkdir(exist_ok=True)
-    make_runs(own_app.runs)
-    return own_app
+@pytest.fixture(scope="module")
+def app(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    """With runs of its own, which the tests only look at."""
+    app = RunningApp(tmp_path_factory.mktemp("layout") / "runs")
+    app.runs.mkdir()
+    make_runs(app.runs)
+    try:
+        app.start()
+        yield app
+    finally:
+        app.close()
 
 
 def test_a_chosen_run_is_seen_without_scrolling(page: AppPage) -> None:

@@ -12,12 +12,12 @@ from app_driver import PATIENCE, TABS, RunningApp
 from patience import HANGS
 from playwright.sync_api import Browser, expect
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture
 def locked_app(tmp_path: Path) -> Iterator[RunningApp]:
-    app = RunningApp(tmp_path / "runs", "--auth", "ann:right")
+    app = RunningApp(tmp_path / "runs", "--auth", "ann:right", is_program=True)
     try:
         app.start()
         yield app

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from app_driver import PATIENCE, AppPage
 from playwright.sync_api import expect
 
-pytestmark = pytest.mark.slow
 HOSTILE = '<img id="injected" src="x">'
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from flatlora_diffusion.config import SAMPLES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ICONS = sorted((SAMPLES / "icons_3d").glob("*.png"))[:3]
 PROMPTS = ("a TOK icon of a fox", "a TOK icon of a key")

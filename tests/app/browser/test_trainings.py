@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from flatlora_diffusion.storage.run_dir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ENDLESS = 5000
 
