@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flatlora_diffusion.commands.command_line import quiet_libraries
 from flatlora_diffusion.config import ConfigError
 
-from .doors.login_limit import LONGEST_PAUSE, UNHINDERED
-from .logs import readable_log
+from .process.temporary_folders import remove_left_folders, temporary_folder
+from .server.login_limit import LONGEST_PAUSE, UNHINDERED
+from .server.logs import readable_log
 from .settings import AppSettings, parse_settings
-from .temporary import remove_left_folders, temporary_folder
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import PlainTextResponse
 
-    from .doors.guard import Guard
+    from .server.guard import Guard
 
 GRADIO_SETTINGS = {  # read when gradio is imported
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -50,9 +50,9 @@ def make_guard(settings: AppSettings) -> Guard:
     """The guard of an app with `settings`."""
     from gradio.utils import get_upload_folder  # where Gradio keeps what it serves on its own
 
-    from .doors.before_login import is_logged_in
-    from .doors.guard import Guard
-    from .doors.upload_room import UploadRoom
+    from .server.before_login import is_logged_in
+    from .server.guard import Guard
+    from .server.upload_limit import UploadRoom
 
     kept = Path(get_upload_folder())
     guard = Guard(
@@ -69,7 +69,7 @@ def make_guard(settings: AppSettings) -> Guard:
 
 def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
     """What `Blocks.launch` gets: who is let in, what is served, how it looks."""
-    from .theme import CSS, HEAD, make_theme
+    from .widgets.theme import CSS, HEAD, make_theme
 
     return {
         "server_name": settings.host,
@@ -93,7 +93,7 @@ def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
 
 
 def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    from .doors.guard import Doors
+    from .server.guard import Doors
 
     async def sweep() -> None:
         while True:
@@ -117,7 +117,7 @@ async def _told(request: Request, error: Exception) -> PlainTextResponse:
     """An error outside of the page's events, as of an upload; Gradio shows the text."""
     from starlette.responses import PlainTextResponse
 
-    from .sentences import is_disk_full, sentence_of
+    from .errors import is_disk_full, sentence_of
 
     return PlainTextResponse(f"not done: {sentence_of(error)}", 507 if is_disk_full(error) else 500)
 
@@ -142,10 +142,10 @@ def queued(page: gr.Blocks) -> gr.Blocks:
 def serve(settings: AppSettings) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code. Raises ConfigError for a runs folder that cannot be."""
     from .context import make_context
-    from .dataset.decoding import give_memory_back
-    from .doors.before_login import hide_endpoints_until_login
-    from .doors.guard import host_of
+    from .server.before_login import hide_endpoints_until_login
+    from .server.guard import host_of
     from .ui import build_app
+    from .uploads.decoding import give_memory_back
 
     give_memory_back()
     context, guard = make_context(settings), make_guard(settings)

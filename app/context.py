@@ -8,12 +8,12 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
 
-from .dataset.uploads import Uploads
-from .doors.places import Places
-from .jobs.jobs import JobQueue
+from .process.temporary_folders import remove_left_folders
+from .queue.queue import JobQueue
+from .runs.allowed_paths import Places
 from .runs.runs import RunStore
 from .settings import AppSettings
-from .temporary import remove_left_folders
+from .uploads.uploads import Uploads
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import re
 
 import gradio as gr
 
-from .browser_memory import keep_tab
 from .compare.tab import build_compare_tab
 from .context import AppContext
 from .dataset.tab import build_dataset_tab
 from .flatness.tab import build_flatness_tab
-from .reporting import Page
-from .runs.tab import build_runs_tab
-from .train.forms import ConfigForm
+from .forms.forms import ConfigForm
+from .runs_tab.tab import build_runs_tab
 from .train.tab import build_train_tab
+from .widgets.browser_memory import keep_tab
+from .widgets.messages import Page
 
 _HOUR = 3600  # seconds; Gradio's copies of uploads are looked through each hour, and go after a day
 _TITLE = "# flatlora-diffusion\nTeach SDXL your style with LoRA and Flat-LoRA, and see which one you like better."

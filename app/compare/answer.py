@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from flatlora_diffusion.evaluation.paired_statistics import paired_difference
 
-from ..reporting import percent
+from ..widgets.messages import percent
 from .comparison import Comparison
 from .picture_cache import Picture
 

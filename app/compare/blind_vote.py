@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest
 
-from ..jobs.store import Choice, Vote
+from ..process.database import Choice, Vote
 from .picture_cache import Picture
 
 QUESTIONS = ("Which one do you like better?", "Which follows the style better?")

@@ -12,13 +12,14 @@ from flatlora_diffusion.config import SAMPLES, TINY, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
-from ..dataset.captions import TRIGGER, trigger_of_captions, with_trigger
-from ..runs.lora_import import IMPORTED
-from ..runs.processes import read_json
-from ..runs.run_cards import method_name
+from ..process.file_cache import file_hash
+from ..process.json_file import read_json
+from ..runs.names import IMPORTED
 from ..runs.runs import Run
+from ..uploads.captions import TRIGGER, trigger_of_captions, with_trigger
+from ..widgets.run_cards import method_name
 from .base_identity import base_identity
-from .picture_cache import Drawing, Picture, base_arguments, file_hash
+from .picture_cache import Drawing, Picture, base_arguments
 
 MOST_PICTURES = 400
 ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything

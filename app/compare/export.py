@@ -14,10 +14,11 @@ from PIL import Image, ImageChops
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
 
+from ..process.file_cache import file_hash
 from ..runs.base_names import base_name
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED, difference_titles, enlarged
-from .picture_cache import PRECISIONS, Picture, file_hash
+from .picture_cache import PRECISIONS, Picture
 
 _CELL = 320
 _SMALL = 256  # pixels; larger pictures go into the page as WebP, else it would be too large to send

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 from ..runs.base_names import base_name
-from ..theme import COLOURS, NO_METHOD
+from ..widgets.html import file_url
+from ..widgets.theme import COLOURS, NO_METHOD
 from .comparison import Comparison, GridRow
 from .picture_cache import Picture
 
@@ -103,16 +103,6 @@ def difference_titles(comparison: Comparison, reference: int | None) -> list[tup
         (title, name if place <= reference else f"{name}: difference to {compared}")
         for place, (title, name) in enumerate(comparison.titles)
     ]
-
-
-def empty_page(title: str, text: str) -> str:
-    """What stands in place of the grid, and what to do."""
-    return f'<div class="fl-empty"><b>{escape(title)}</b>{escape(text)}</div>'
-
-
-def file_url(path: Path) -> str:
-    """Where the page gets a file of the runs folder; relative, so that it holds behind a proxy."""
-    return f"gradio_api/file={quote(path.resolve().as_posix())}"
 
 
 def _line(comparison: Comparison, row: GridRow, drawn: Mapping[Picture, Path], reference: int | None) -> str:

@@ -15,10 +15,10 @@ from PIL import Image
 
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.gallery.png_text import SETTINGS
-from flatlora_diffusion.storage.atomic_io import file_sha256
 
-from ..jobs.jobs import JobQueue
-from ..jobs.store import Job
+from ..process.database import Job
+from ..process.file_cache import file_hash
+from ..queue.queue import JobQueue
 
 _IDENTITY = "base_identity"
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of the computing, and what each is called
@@ -215,17 +215,6 @@ def own_precision() -> str:
     import torch
 
     return "fp16" if torch.cuda.is_available() else "no"
-
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, read again only when it has changed."""
-    status = path.stat()
-    return _hash(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=256)
-def _hash(path: Path, changed: int, size: int) -> str:
-    return file_sha256(path)
 
 
 def _read(path: Path, drawing: Drawing) -> Picture | None:

@@ -11,11 +11,10 @@ import gradio as gr
 
 from flatlora_diffusion.config import ConfigError
 
-from ..browser_memory import keep_fields
 from ..context import AppContext
-from ..jobs.view import STATUS_CSS, wrong
-from ..runs.live_view import recent_ids
-from ..watch.ticks import only_news, signs_of
+from ..widgets.browser_memory import keep_fields
+from ..widgets.status import STATUS_CSS, wrong
+from ..widgets.ticks import only_news, signs_of
 from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
 from .picture_cache import PRECISIONS
@@ -75,7 +74,7 @@ def show_trained(view: CompareView) -> tuple[Any, Any]:
     """The page's Compare tab in front, with what was trained last chosen in it."""
     arms = view.arms()
     ids = {arm.id for arm in arms}
-    trained = [run_id for run_id in recent_ids(view.context) if run_id in ids]
+    trained = [run_id for run_id in view.context.queue.recent_runs() if run_id in ids]
     return gr.Tabs(selected="compare"), gr.update(choices=run_choices(arms), value=trained)
 
 

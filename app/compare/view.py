@@ -9,10 +9,11 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..jobs.store import Job
-from ..jobs.view import told, why_failed, why_waiting, wrong
-from ..reporting import answer_card
-from ..sentences import sentence_of
+from ..errors import sentence_of
+from ..process.database import Job
+from ..widgets.html import empty_page
+from ..widgets.messages import answer_card
+from ..widgets.status import told, why_failed, why_waiting, wrong
 from .answer import answer
 from .comparison import (
     ComparedRun,
@@ -26,7 +27,7 @@ from .comparison import (
     read_strengths,
 )
 from .export import save_grid, save_page
-from .grid import empty_page, grid_page
+from .grid import grid_page
 from .picture_cache import PRECISIONS, Picture, PictureCache, orders_for, own_precision
 
 BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"

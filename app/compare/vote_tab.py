@@ -11,9 +11,9 @@ import gradio as gr
 
 from flatlora_diffusion.config import ConfigError
 
-from ..jobs.store import Choice
-from ..jobs.view import STATUS_CSS, told, wrong
-from ..questions import ask_before, build_question
+from ..process.database import Choice
+from ..widgets.confirm import ask_before, build_question
+from ..widgets.status import STATUS_CSS, told, wrong
 from .blind_vote import QUESTIONS
 from .comparison import ENOUGH_PAIRS
 from .view import CompareView, Form

@@ -14,10 +14,10 @@ from PIL import Image
 
 from flatlora_diffusion.config import ConfigError
 
-from ..jobs.store import Choice
-from ..reporting import answer_card, note
+from ..process.database import Choice
+from ..widgets.html import empty_page, file_url
+from ..widgets.messages import answer_card, note
 from .blind_vote import BlindPair, answers_of, shuffled_pairs, tally, verdict
-from .grid import empty_page, file_url
 from .picture_cache import Picture
 from .view import CompareView, Form
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..reporting import note, told_on_the_page
-from .captions import has_trigger
+from ..uploads.captions import has_trigger
+from ..widgets.messages import note, told_on_the_page
 
 REPLACE, FRONT, END, REMOVE = "Search and replace", "Put in front", "Put at the end", "Remove a word"
 CHANGES = (REPLACE, FRONT, END, REMOVE)

@@ -11,7 +11,7 @@ from huggingface_hub.errors import CacheNotFound
 from flatlora_diffusion.config import CAPTION_WRITERS
 from flatlora_diffusion.evaluation.tagger import MODEL_FILE, TAGS_FILE
 
-from ..runs.processes import read_json
+from ..process.json_file import read_json
 
 
 def installed_captioners(folders: Sequence[Path]) -> list[str]:

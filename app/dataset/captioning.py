@@ -7,8 +7,8 @@ from collections.abc import Callable
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..reporting import note, told_on_the_page
-from .captions import captions_from_names, with_trigger
+from ..uploads.captions import captions_from_names, with_trigger
+from ..widgets.messages import note, told_on_the_page
 from .view import fill_captions
 
 

@@ -10,7 +10,7 @@ field that was typed in keeps its text. So each drawing ends in `arrange`, and w
 
 from __future__ import annotations
 
-from ..browser_memory import PREFIX
+from ..widgets.browser_memory import PREFIX
 
 _PAUSE = 700  # milliseconds without a letter until what was typed is saved
 _AGAIN = 5000  # until a caption that was not saved is tried once more

@@ -21,8 +21,8 @@ from PIL import Image
 from flatlora_diffusion.data.images import load_image
 
 from ..context import AppContext
-from ..sentences import is_told, sentence_of
-from .arrivals import MOST_CAPTION_LETTERS
+from ..errors import is_told, sentence_of
+from ..uploads.save_upload import MOST_CAPTION_LETTERS
 from .view import Card, DatasetView
 
 _CardFunction = Callable[[dict[str, Any]], dict[str, Any]]

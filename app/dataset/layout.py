@@ -8,12 +8,12 @@ from pathlib import Path
 import gradio as gr
 
 from ..context import AppContext
-from ..questions import Question, build_question
-from ..reporting import note
-from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
+from ..forms.forms import PLACED_WITH_THE_IMAGES, ConfigForm
+from ..uploads.captions import TRIGGER
+from ..widgets.confirm import Question, build_question
+from ..widgets.messages import note
 from .bulk import CHANGES, REPLACE
 from .captioners import installed_captioners
-from .captions import TRIGGER
 from .card_script import CARDS_SCRIPT
 from .cards import CARDS_CSS, card_functions
 from .removal import BRING_BACK

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..context import AppContext
-from ..reporting import told_on_the_page
+from ..widgets.messages import told_on_the_page
 
 BRING_BACK = "Bring back the images from before"
 

@@ -14,17 +14,17 @@ import gradio as gr
 from flatlora_diffusion.config import SAMPLES, ConfigError, DataConfig, ModelConfig
 from flatlora_diffusion.data.images import find_images
 
-from ..browser_memory import keep_fields
 from ..context import AppContext
-from ..questions import ask_before
-from ..reporting import note, told_on_the_page
-from ..sentences import sentence_of
-from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
-from ..train.words import in_form_words
-from .arrivals import UploadResult
+from ..errors import sentence_of
+from ..forms.forms import PLACED_WITH_THE_IMAGES, ConfigForm
+from ..forms.labels import in_form_words
+from ..uploads.captions import TRIGGER, has_trigger
+from ..uploads.save_upload import UploadResult
+from ..widgets.browser_memory import keep_fields
+from ..widgets.confirm import ask_before
+from ..widgets.messages import note, told_on_the_page
 from .bulk import REPLACE, change_all
 from .captioning import caption_all, caption_by_model, count_captions, empty_captions, undo_captions, use_trigger
-from .captions import TRIGGER, has_trigger
 from .cards import cards_page
 from .layout import Bulk, Intake, Pictures, build_intake, build_pictures
 from .removal import bring_back, remove_all

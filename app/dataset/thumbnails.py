@@ -17,7 +17,7 @@ from flatlora_diffusion.data.dataset import Sample, make_sample
 from flatlora_diffusion.data.images import load_alpha, load_image
 from flatlora_diffusion.storage.atomic_io import file_sha256, writing_whole
 
-from .decoding import DECODING
+from ..uploads.decoding import DECODING
 
 LONGEST_SIDE = 256
 

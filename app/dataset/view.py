@@ -12,10 +12,10 @@ from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.images import load_image
 
-from .captioned_folder import caption_of, version_of
-from .decoding import DECODING
+from ..uploads.captioned_folder import caption_of, version_of
+from ..uploads.decoding import DECODING
+from ..uploads.uploads import Uploads
 from .thumbnails import Thumbnails
-from .uploads import Uploads
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 _CAPTIONED_AT_ONCE = 4

@@ -11,9 +11,9 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..jobs.view import STATUS_CSS, wrong
-from ..questions import ask_before, build_question
-from ..watch.ticks import only_news, signs_of
+from ..widgets.confirm import ask_before, build_question
+from ..widgets.status import STATUS_CSS, wrong
+from ..widgets.ticks import only_news, signs_of
 from .view import QUICK, THOROUGH, FlatnessView
 
 _POLL_SECONDS = 1.5

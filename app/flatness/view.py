@@ -15,13 +15,13 @@ from flatlora_diffusion.config import METHOD_NAMES, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..compare.comparison import finished_arms, newest_pair
-from ..compare.grid import empty_page, file_url
 from ..context import AppContext
-from ..jobs.store import Job
-from ..jobs.view import told, why_failed, why_waiting, wrong
-from ..reporting import answer_card
-from ..runs.processes import read_json
-from ..runs.run_cards import duration, method_name
+from ..process.database import Job
+from ..process.json_file import read_json
+from ..widgets.html import empty_page, file_url
+from ..widgets.messages import answer_card
+from ..widgets.run_cards import duration, method_name
+from ..widgets.status import told, why_failed, why_waiting, wrong
 from .answer import answer
 
 QUICK, THOROUGH = "quick", "thorough"

@@ -21,14 +21,13 @@ from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.saved_config import portable
 
-from ..compare.picture_cache import file_hash
-from ..jobs.launch import Launch
-from ..temporary import temporary_folder
-from .names import folder_of
-from .processes import read_json
+from ..process.file_cache import file_hash
+from ..process.json_file import read_json
+from ..process.launch import Launch
+from ..process.temporary_folders import temporary_folder
+from .names import IMPORTED, folder_of
 from .runs import RunStore
 
-IMPORTED = "imported"
 MOST_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it
 _FILE = "imported.json"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.storage.run_dir import FOLD, MEMBER, RunDir
 
+IMPORTED = "imported"  # the method of a LoRA from elsewhere
 LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
 _PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
 _MOST_PARTS = 8

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flatlora_diffusion.storage.run_dir import RunDir
 
-from ..jobs.launch import Launch
+from ..process.launch import Launch
 from .progress import Progress
 
 LOADING = "loading the base model"

@@ -14,15 +14,16 @@ from flatlora_diffusion.config import ConfigError, completed
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
-from ..jobs.launch import LOG_LINES, Launch
-from ..jobs.store import Label, Store
-from ..watch.kept import Kept
-from ..watch.run_places import RunPlaces, Signs
+from ..process.database import Label, Store
+from ..process.file_cache import Kept
+from ..process.json_file import read_json
+from ..process.launch import LOG_LINES, Launch
+from ..process.processes import Trainers
 from .names import checked_text, folder_of, is_run
 from .phase import phase_of
-from .processes import Trainers, read_json
 from .progress import EventLog, Preview, Progress
-from .settings import checked_config, near
+from .run_config import checked_config, near
+from .run_paths import RunPlaces, Signs
 from .state import RunFiles, RunState, judge, parts_of
 from .trash import Trash
 

@@ -10,7 +10,7 @@ from typing import Literal
 from flatlora_diffusion.config import ConfigError, StoppedError
 from flatlora_diffusion.storage.run_dir import FOLD, LORA_FILE, MEMBER, RunDir
 
-from ..jobs.launch import Launch
+from ..process.launch import Launch
 from .progress import Progress
 
 RunState = Literal["queued", "running", "finished", "failed", "stopped", "interrupted"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
 
-from ..jobs.store import Deleted, Store
+from ..process.database import Deleted, Store
 from .names import folder_of, private_name
 
 

@@ -14,7 +14,7 @@ from flatlora_diffusion.data import epochs
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import portable
 
-from ..runs.processes import read_json
+from ..process.json_file import read_json
 from ..runs.runs import RunStore
 
 if TYPE_CHECKING:

@@ -15,24 +15,24 @@ from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE, base_title, is_tiny
 
-from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..dataset.view import training_size
-from ..jobs.store import Job
-from ..loss_chart import CHART_CSS
-from ..questions import ask_before, ask_where, build_question
-from ..reporting import told_on_the_page
-from ..runs.live_view import NOTHING, live, recent_ids
+from ..forms.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
+from ..forms.labels import LABELS, OTHER_METHODS, in_form_words
+from ..process.database import Job
 from ..runs.names import checked_text
-from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
-from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
-from ..watch.ticks import only_news, signs_of
-from .acts import connect_acts
-from .bases import check_start
+from ..widgets.browser_memory import keep_fields
+from ..widgets.confirm import ask_before, ask_where, build_question
+from ..widgets.loss_chart import CHART_CSS
+from ..widgets.messages import told_on_the_page
+from ..widgets.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
+from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
+from ..widgets.ticks import only_news, signs_of
+from .actions import connect_acts
+from .base_check import check_start
+from .disk_space import no_room, room_for, room_line
 from .estimates import estimate_time, has_gpu, memory_of, total_steps
-from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
-from .room import no_room, room_for, room_line
-from .words import LABELS, OTHER_METHODS, in_form_words
+from .live_view import NOTHING, live
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
 _METHODS = {title: method for method, title in METHOD_NAMES.items()}
@@ -200,7 +200,7 @@ def build_train_tab(
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
-    timer.tick(**only_news(watch, lambda: signs_of(context, recent_ids(context))), api_name="live")
+    timer.tick(**only_news(watch, lambda: signs_of(context, context.queue.recent_runs())), api_name="live")
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})

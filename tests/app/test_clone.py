@@ -14,10 +14,10 @@ from PIL import Image
 from app.context import AppContext, make_context
 from app.dataset.removal import bring_back
 from app.dataset.tab import load_samples_icons, prefer_upload, upload
-from app.runs.clone import clone_run
-from app.runs.tab import clone
+from app.forms.forms import ConfigForm
+from app.runs_tab.clone import clone_run
+from app.runs_tab.tab import clone
 from app.settings import AppSettings
-from app.train.forms import ConfigForm
 from app.train.tab import FLAT, PLAIN, queue_training, summary, with_images
 from app.ui import build_app
 from flatlora_diffusion.config import ConfigError, TrainConfig

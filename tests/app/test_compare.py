@@ -30,10 +30,10 @@ from app.compare.tab import refresh, show_trained
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
-from app.jobs.store import Job, JobState, NewJob, Store
-from app.reporting import percent
+from app.process.database import Job, JobState, NewJob, Store
 from app.settings import AppSettings
-from app.theme import COLOURS
+from app.widgets.messages import percent
+from app.widgets.theme import COLOURS
 from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 

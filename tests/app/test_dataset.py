@@ -19,15 +19,15 @@ from PIL import Image
 from app.context import AppContext, make_context
 from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
 from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
-from app.dataset.captions import captions_from_names
 from app.dataset.cards import card_functions, cards_page
 from app.dataset.layout import build_intake
 from app.dataset.removal import remove_all
 from app.dataset.tab import load_samples_icons, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
 from app.dataset.view import DatasetView, Framing, fill_captions, look_at, training_size
+from app.forms.forms import ConfigForm, preset_settings
 from app.settings import AppSettings
-from app.train.forms import ConfigForm, preset_settings
+from app.uploads.captions import captions_from_names
 from flatlora_diffusion.config import SAMPLES, ModelConfig
 
 
@@ -277,7 +277,7 @@ def test_cards_tell_every_error_as_a_sentence(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("app.dataset.uploads.write_text", full)
+    monkeypatch.setattr("app.uploads.uploads.write_text", full)
     told = save({"session": session, "image": "0001.png", "version": version, "text": "a red fox"})
     assert (told["told"], told["is_again"]) == (
         "Not saved: the disk is full; free some room on it, then try again",

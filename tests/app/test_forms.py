@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from app.train.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
-from app.train.words import HELP, LABELS, OTHER_METHODS, in_form_words
+from app.forms.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
+from app.forms.labels import HELP, LABELS, OTHER_METHODS, in_form_words
 from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig
 
 

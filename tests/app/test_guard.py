@@ -18,9 +18,9 @@ from starlette.testclient import TestClient
 from starlette.types import Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app.doors.guard import Doors, Guard
-from app.doors.login_limit import FORGOTTEN_AFTER, LONGEST_PAUSE, LONGEST_WAIT, UNHINDERED, LoginLimit
-from app.doors.upload_room import KEPT_SECONDS, UploadRoom
+from app.server.guard import Doors, Guard
+from app.server.login_limit import FORGOTTEN_AFTER, LONGEST_PAUSE, LONGEST_WAIT, UNHINDERED, LoginLimit
+from app.server.upload_limit import KEPT_SECONDS, UploadRoom
 from app.settings import AppSettings, parse_settings
 from flatlora_diffusion.config import ConfigError
 

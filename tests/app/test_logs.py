@@ -10,7 +10,7 @@ import traceback
 
 import pytest
 
-from app.logs import MOST_LETTERS, ShortLines, readable_log
+from app.server.logs import MOST_LETTERS, ShortLines, readable_log
 
 
 def fail(text: str) -> None:

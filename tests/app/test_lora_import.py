@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from app.compare.view import BY_PROMPT, CompareView, Form
 from app.context import AppContext, make_context
 from app.flatness.view import FlatnessView
+from app.forms.forms import ConfigForm
 from app.runs.lora_import import import_lora_file, known_bases, origin_of
-from app.runs.tab import clone, delete, details, refresh, take_lora, undo
-from app.runs.trash_tab import delete_for_good, look
-from app.runs.workbench import NEWEST, rows_of
+from app.runs_tab.run_list import NEWEST, rows_of
+from app.runs_tab.tab import clone, delete, details, refresh, take_lora, undo
+from app.runs_tab.trash import delete_for_good, look
 from app.settings import AppSettings
-from app.train.forms import ConfigForm
 from flatlora_diffusion.adapter.delta import difference, norm
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.reading import import_lora

@@ -17,8 +17,9 @@ import pytest
 from patience import HANGS, wait_until
 
 from app.compare.comparison import _pair_by_name
-from app.jobs.store import Label
-from app.runs.processes import Trainers, identity, is_alive, kill_tree, read_json
+from app.process.database import Label
+from app.process.json_file import read_json
+from app.process.processes import Trainers, identity, is_alive, kill_tree
 from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
 from flatlora_diffusion.compare.arms import parse_arm, plan

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from app.context import AppContext
-from app.runs.live_view import live
-from app.runs.tab import details
-from app.sample_strip import MOST_COLUMNS, shown_steps
-from app.train.forms import ConfigForm, preset_settings
+from app.forms.forms import ConfigForm, preset_settings
+from app.runs_tab.tab import details
+from app.train.live_view import live
+from app.widgets.sample_strip import MOST_COLUMNS, shown_steps
 from flatlora_diffusion.config import TrainConfig
 
 PROMPTS = ["a <fox>", "an owl"]

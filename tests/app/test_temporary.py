@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from app.context import make_context
+from app.process.temporary_folders import remove_left_folders, temporary_folder
 from app.settings import AppSettings
-from app.temporary import remove_left_folders, temporary_folder
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from app.temporary import temporary_folder
+from app.process.temporary_folders import temporary_folder
 with temporary_folder(Path(sys.argv[1])) as folder:
     (folder / "upload.png").write_bytes(b"x")
     print(folder, flush=True)

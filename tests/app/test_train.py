@@ -17,22 +17,22 @@ import torch
 from app.context import AppContext
 from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
-from app.jobs.launch import Launch
-from app.loss_chart import loss_chart
-from app.runs import live_view
-from app.runs.live_view import acts_of, loss_curves, run_colours, smoothed
+from app.forms.forms import ConfigForm, preset_settings
+from app.forms.labels import LABELS
+from app.process.launch import Launch
 from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
-from app.runs.run_cards import own_lines, run_card
 from app.runs.runs import Run
 from app.runs.state import RunState
-from app.theme import COLOURS
-from app.train.acts import act
+from app.train.actions import act
 from app.train.estimates import estimate_disk
-from app.train.forms import ConfigForm, preset_settings
+from app.train.live_view import acts_of
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_room, summary
-from app.train.words import LABELS
 from app.ui import build_app
+from app.widgets.loss_chart import loss_chart
+from app.widgets.run_cards import own_lines, run_card
+from app.widgets.run_charts import loss_curves, run_colours, smoothed
+from app.widgets.theme import COLOURS
 from flatlora_diffusion.config import METHOD_NAMES, SAMPLES, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir
 
@@ -93,7 +93,7 @@ def test_the_log_is_that_of_the_run_that_trains_until_another_is_chosen_by_hand(
     of_run = {"one-lora": "lines of LoRA", "one-flat-lora": "lines of Flat-LoRA"}
     monkeypatch.setattr(context.runs, "log", lambda run_id, lines: [of_run[run_id]])
     states: dict[str, RunState] = {"one-lora": "queued", "one-flat-lora": "queued"}
-    monkeypatch.setattr(live_view, "recent_ids", lambda _: list(states))
+    monkeypatch.setattr(context.queue, "recent_runs", lambda: list(states))
     get = context.runs.get
     monkeypatch.setattr(context.runs, "get", lambda run_id: replace(get(run_id), state=states[run_id]))
     chosen, seen = None, None

@@ -11,7 +11,7 @@ from app.context import AppContext
 from app.dataset.captioning import caption_all
 from app.dataset.tab import load_samples_icons, show
 from app.dataset.thumbnails import Thumbnails
-from app.train.forms import ConfigForm
+from app.forms.forms import ConfigForm
 from app.train.tab import BOTH, live, start, summary
 from app.ui import build_app
 

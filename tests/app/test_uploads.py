@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.dataset.arrivals import UploadResult
-from app.dataset.intake import Limits
 from app.dataset.thumbnails import Thumbnails
-from app.dataset.uploads import Uploads
 from app.dataset.view import Framing, fill_captions, look_at
+from app.uploads.save_upload import UploadResult
+from app.uploads.unpack import Limits
+from app.uploads.uploads import Uploads
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.dataset import load_samples
@@ -188,7 +188,7 @@ def test_what_images_took_is_given_back(tmp_path: Path) -> None:
 import sys, threading
 from pathlib import Path
 import psutil
-from app.dataset.decoding import DECODING, give_memory_back
+from app.uploads.decoding import DECODING, give_memory_back
 from flatlora_diffusion.data.images import load_image
 
 def used():
@@ -335,7 +335,7 @@ def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
             raise OSError(errno.ENOSPC, "No space left on device")
         shutil.move(source, target)
 
-    monkeypatch.setattr("app.dataset.arrivals.os.replace", replace)
+    monkeypatch.setattr("app.uploads.save_upload.os.replace", replace)
     result = uploads.add(session, [("full.png", tmp_path / "good.png")])
     assert [(one.name, "the disk is full" in one.reason) for one in result.refused] == [("full.png", True)]
     assert uploads.names(session) == {"0001.png": "good.png"}
@@ -358,7 +358,7 @@ def test_on_a_full_disk_nothing_is_half_frozen_and_no_image_is_replaced_by_none(
         if source.name != "0001.png":
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("app.dataset.uploads.shutil.copyfile", copyfile)
+    monkeypatch.setattr("app.uploads.uploads.shutil.copyfile", copyfile)
     with pytest.raises(OSError, match="No space left"):
         uploads.replace(session, frozen)
     with pytest.raises(OSError, match="No space left"):

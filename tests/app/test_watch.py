@@ -19,13 +19,13 @@ from tiny_runs import age
 
 from app.__main__ import GRADIO_SETTINGS, queued
 from app.context import AppContext
-from app.jobs.launch import Launch
-from app.jobs.store import NewJob, Store
-from app.runs.tab import refresh
-from app.runs.workbench import NEWEST
+from app.process.database import NewJob, Store
+from app.process.file_cache import Kept
+from app.process.launch import Launch
+from app.runs_tab.run_list import NEWEST
+from app.runs_tab.tab import refresh
 from app.ui import build_app
-from app.watch.kept import Kept
-from app.watch.ticks import only_news
+from app.widgets.ticks import only_news
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE

@@ -191,7 +191,7 @@ def test_the_wheel_job_of_continuous_integration_tests_what_is_installed(program
 def test_the_app_starts_its_jobs_from_inside_the_package(program: Path, tmp_path: Path) -> None:
     python = program.with_name("python.exe" if os.name == "nt" else "python")
     code = (
-        "import time; from pathlib import Path; from flatlora_diffusion.app.jobs.launch import Launch\n"
+        "import time; from pathlib import Path; from flatlora_diffusion.app.process.launch import Launch\n"
         "launch = Launch(Path('job')); launch.start(['-c', 'print(6 * 7)'])\n"
         "while launch.is_running(): time.sleep(0.1)\n"
         "print(launch.ending().code, launch.log())"

@@ -1,0 +1,135 @@
+"""Where the runs of a runs folder and the app's starts of them lie, and what tells that all is as it was."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..process.file_cache import Kept, Stamp, is_settled, stamp_of
+from ..process.launch import Launch
+from .names import folder_of, private_name, run_id_of, run_ids, safe_name
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Of which two are equal only if nothing has changed between: of files, and the runs whose processes live."""
+
+    stamp: Stamp
+    living: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    run_id: str
+    launch: Launch | None
+    files: tuple[str, ...]
+
+
+class RunPlaces:
+    """The places of runs below `folder`, and below `launches` those of their starts by the app."""
+
+    def __init__(self, folder: Path, launches: Path) -> None:
+        self.folder, self.launches = folder, launches
+        self._ids: Kept[list[str]] = Kept()
+        self._watched: Kept[list[_Watched]] = Kept()
+        self._last: Kept[Launch | None] = Kept()
+
+    def ids(self) -> list[str]:
+        """All run folders."""
+        return self._ids.get("runs", self._walk)
+
+    def launched(self) -> list[str]:
+        """The runs that the app has started, also those without a folder yet."""
+        return self._ids.get("launched", self._list_launched)
+
+    def last_launch(self, run_id: str) -> Launch | None:
+        """The app's last start of the run."""
+        private = self.private(run_id)
+
+        def make() -> tuple[Launch | None, Iterable[str]]:
+            numbers = [int(path.name.split("-")[1]) for path in private.glob("launch-*")]
+            last = Launch(private / f"launch-{max(numbers)}") if numbers else None
+            return last, [str(private)]
+
+        return self._last.get(run_id, make)
+
+    def next_launch(self, run_id: str) -> Launch:
+        """The run's next start, not made yet."""
+        last = self.last_launch(run_id)
+        number = 1 if last is None else int(last.folder.name.split("-")[1]) + 1
+        return Launch(self.private(run_id) / f"launch-{number}")
+
+    def private(self, run_id: str) -> Path:
+        """Where the run's starts lie. Raises ConfigError for an id that does not name a place in the runs folder."""
+        folder_of(self.folder, run_id)
+        return self.launches / private_name(run_id)
+
+    def reserve(self, name: str) -> str:
+        """The id of a new run called `name`, or like it when that is taken; nobody else gets the same."""
+        base = run_id = safe_name(name)
+        number = 2
+        while not self._is_reserved_now(run_id):
+            run_id, number = f"{base}-{number}", number + 1
+        return run_id
+
+    def release(self, run_id: str) -> None:
+        """Give back an id that was never used."""
+        private = self.private(run_id)
+        if private.is_dir() and not any(private.iterdir()):
+            private.rmdir()
+
+    def files(self, run_id: str) -> tuple[str, ...]:
+        """The paths of which one changes when the run does; those of a start that goes on are left out."""
+        run, private = os.path.join(self.folder, run_id), os.path.join(self.launches, private_name(run_id))
+        launch = self.last_launch(run_id)
+        started = () if launch is None else (str(launch.folder),)
+        return run, os.path.join(run, "config.json"), os.path.join(run, "events.jsonl"), private, *started
+
+    def signs(self, files: Iterable[str], run_ids: Iterable[str] | None = None) -> Signs | None:
+        """The signs of `files` and of all runs or, with each of their steps, of those named; None while they settle.
+
+        Of all runs those at work are only looked at for whether they still live.
+        """
+        begun = time.time_ns()
+        living, paths = [], list(files)
+        for one in self._watched.get("all", self._watch_all) if run_ids is None else map(self._watch, run_ids):
+            if one.launch is None or not one.launch.is_running():
+                paths += one.files
+                continue
+            living.append(one.run_id)
+            if run_ids is not None:
+                paths += [*one.files, str(one.launch.log_file)]
+        stamp = stamp_of(paths)
+        return Signs(stamp, tuple(living)) if is_settled(stamp, begun) else None
+
+    def _watch(self, run_id: str) -> _Watched:
+        return _Watched(run_id, self.last_launch(run_id), self.files(run_id))
+
+    def _watch_all(self) -> tuple[list[_Watched], Iterable[str] | None]:
+        watched = [self._watch(run_id) for run_id in dict.fromkeys([*self.ids(), *self.launched()])]
+        folders, starts = self._ids.paths("runs"), self._ids.paths("launched")
+        return watched, (*folders, *starts) if folders and starts else None  # without those that settle still
+
+    def _is_reserved_now(self, run_id: str) -> bool:
+        private = self.private(run_id)
+        if folder_of(self.folder, run_id).exists():
+            return False
+        self.launches.mkdir(parents=True, exist_ok=True)
+        try:
+            private.mkdir()
+        except FileExistsError:
+            return False
+        return True
+
+    def _walk(self) -> tuple[list[str], Iterable[str]]:
+        folders: list[Path] = []
+        found = list(run_ids(self.folder, folders))
+        return found, map(str, folders)
+
+    def _list_launched(self) -> tuple[list[str], Iterable[str]]:
+        private = [path.name for path in self.launches.iterdir()] if self.launches.is_dir() else []
+        found = [run_id for run_id in map(run_id_of, private) if self.last_launch(run_id) is not None]
+        return found, [str(self.launches), *(str(self.launches / name) for name in private)]

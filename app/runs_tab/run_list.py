@@ -1,0 +1,179 @@
+"""All runs as a list to look through: picture, name, method, base, score, date and size; searched, sorted, grouped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..context import AppContext
+from ..runs.base_names import base_name
+from ..runs.names import IMPORTED
+from ..runs.reports import arm_picture
+from ..runs.runs import Run
+from ..widgets.html import empty_page, file_url
+from ..widgets.run_cards import method_name
+from ..widgets.theme import COLOURS, NO_METHOD
+
+NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED = "Newest first", "By name", "Best score first", "Largest first", "Grouped"
+ORDERS = (NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED)
+NO_RUNS = empty_page("No runs yet", "What is trained on the Train tab, or imported below, is listed here.")
+NONE_FOUND = empty_page("No run has these words", "Name, state, method, base and tags are searched; use fewer words.")
+_ARM_AND_SEED = re.compile(r"/[^/]+/seed-\d+$|[-/](flat-lora|lora|base)(-\d+)?$")
+RUNS_CSS = """
+.fl-runs { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; overflow: auto;
+  max-height: min(62vh, max(300px, 45vw)); }
+.fl-runs h3 { margin: 10px 0 2px; font-size: 14px; font-weight: 600; color: var(--body-text-color); }
+.fl-run { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 14px; width: 100%; text-align: left;
+  font: inherit; font-size: 13.5px; padding: 8px 10px; border-radius: 10px; cursor: pointer;
+  color: var(--body-text-color);
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
+.fl-run:hover { border-color: var(--fl-edge); }
+.fl-run[aria-pressed=true] { border-color: var(--color-accent); box-shadow: inset 4px 0 0 var(--color-accent); }
+.fl-run img, .fl-run .fl-none { width: 44px; height: 44px; border-radius: 6px; object-fit: cover; margin: 0;
+  flex: none; background: var(--background-fill-secondary); }
+.fl-run b { flex: 1 1 170px; font-weight: 600; overflow-wrap: anywhere; min-width: 0; }
+.fl-run b small { display: block; font-weight: 400; color: var(--body-text-color-subdued); }
+.fl-run > span { flex: 0 1 auto; color: var(--body-text-color-subdued); white-space: nowrap; }
+.fl-run i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
+.fl-empty { padding: 32px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
+  border-radius: 12px; color: var(--body-text-color-subdued); }
+.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
+"""
+# On a phone, where the run's details are below the list, a choice brings them up.
+RUNS_SCRIPT = """
+element.addEventListener('click', (event) => {
+  const run = event.target.closest('button[data-run]');
+  if (!run) return;
+  element.querySelectorAll('button[data-run]').forEach((one) => one.setAttribute('aria-pressed', one === run));
+  trigger('click', {run: run.dataset.run});
+  const details = document.getElementById('run-details');
+  if (details && details.getBoundingClientRect().top > innerHeight / 2) details.scrollIntoView();
+});
+"""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run of the list. `score`: a loss, the lower the better, `scored` where; `size`: bytes on the disk."""
+
+    id: str
+    name: str
+    state: str
+    method: str
+    base: str
+    steps: str
+    score: float | None
+    scored: str
+    size: int
+    tags: tuple[str, ...]
+    changed: float
+    picture: Path | None
+
+    @property
+    def experiment(self) -> str:
+        """What it was trained together with: the id without arm and seed."""
+        return _ARM_AND_SEED.sub("", self.id)
+
+    @property
+    def words(self) -> str:
+        """What is searched."""
+        return " ".join((self.name, self.id, self.state, self.method, self.base, *self.tags)).lower()
+
+
+def rows_of(context: AppContext) -> list[RunRow]:
+    """One for each run, the newest first."""
+    rows = [(run, context.runs.made_of(run, "row", partial(_row, context, run))) for run in context.runs.all()]
+    # A report with the pictures of an arm is written after the last word of its run.
+    return [
+        replace(row, name=run.name, tags=run.label.tags, picture=row.picture or arm_picture(context.runs, run.id))
+        for run, row in rows
+    ]
+
+
+def arranged(rows: Sequence[RunRow], words: str, order: str) -> list[RunRow]:
+    """The rows that have all of `words`, in this order; without a score last."""
+    found = [row for row in rows if all(word in row.words for word in words.lower().split())]
+    keys: dict[str, Callable[[RunRow], Any]] = {
+        BY_NAME: lambda row: row.name.lower(),
+        BY_SCORE: lambda row: (row.score is None, row.score or 0.0),
+        BY_SIZE: lambda row: -row.size,
+        GROUPED: lambda row: (row.experiment, row.id),
+    }
+    return sorted(found, key=keys[order]) if order in keys else found
+
+
+def list_page(rows: Sequence[RunRow], order: str, chosen: str | None, is_searched: bool) -> str:
+    """The list as HTML, each row a button that chooses its run."""
+    if not rows:
+        return NONE_FOUND if is_searched else NO_RUNS
+    lines, experiment = [], None
+    for row in rows:
+        if order == GROUPED and row.experiment != experiment:
+            experiment = row.experiment
+            lines.append(f"<li><h3>{escape(experiment)}</h3></li>")
+        lines.append(f"<li>{_line(row, row.id == chosen)}</li>")
+    return f'<ul class="fl-runs">{"".join(lines)}</ul>'
+
+
+def storage_line(context: AppContext, rows: Sequence[RunRow]) -> str:
+    """What the runs and the trash take of the disk."""
+    trash = context.runs.trash.size()
+    return f"{len(rows)} runs take {mebibytes(sum(row.size for row in rows))}, the trash {mebibytes(trash)}."
+
+
+def mebibytes(count: int) -> str:
+    """`12.3 MiB`, `1.2 GiB`."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def _row(context: AppContext, run: Run) -> RunRow:
+    score, scored = _score(context, run.id)
+    images = [one.path for one in context.runs.previews(run.id) if one.path.is_file()]
+    base = context.runs.settings(run.id).get("pretrained_model_name_or_path") or ""
+    is_imported = run.method == IMPORTED
+    return RunRow(
+        id=run.id,
+        name=run.name,
+        state=run.phase or run.state,
+        method=method_name(run.method),
+        base=base_name(str(base)),
+        steps="" if is_imported else f"{run.progress.step} of {run.progress.total or '?'} steps",
+        score=score,
+        scored=scored,
+        size=context.runs.size(run.id),
+        tags=run.label.tags,
+        changed=run.changed,
+        picture=images[-1] if images else None,
+    )
+
+
+def _score(context: AppContext, run_id: str) -> tuple[float | None, str]:
+    """(loss, where): on images not trained on if it was measured, else in the last tenth of the steps."""
+    unseen = context.runs.validation_losses(run_id)
+    if unseen:
+        return unseen[-1][1], "on unseen images"
+    losses = [loss for _, loss in context.runs.losses(run_id)]
+    last = losses[-max(1, len(losses) // 10) :]
+    return (sum(last) / len(last), "in training") if last else (None, "")
+
+
+def _line(row: RunRow, is_chosen: bool) -> str:
+    picture = '<span class="fl-none"></span>'
+    if row.picture is not None:
+        picture = f'<img src="{file_url(row.picture)}" alt="" loading="lazy">'
+    dot = f'<i style="background:{COLOURS.get(row.method, NO_METHOD)}"></i>'
+    score = "" if row.score is None else f"loss {row.score:.4f} {row.scored}"
+    when = datetime.fromtimestamp(row.changed).strftime("%d %b %Y, %H:%M") if row.changed else ""
+    below = " · ".join(filter(None, (*row.tags, row.id if row.id != row.name else "")))
+    facts = "".join(f"<span>{escape(fact)}</span>" for fact in (row.base, row.steps, score, when) if fact)
+    return (
+        f'<button type="button" class="fl-run" data-run="{escape(row.id)}" aria-pressed="{str(is_chosen).lower()}">'
+        f"{picture}<b>{escape(row.name)}<small>{escape(below)}</small></b><span>{dot}{escape(row.method)}</span>"
+        f"<span>{escape(row.state)}</span>{facts}<span>{mebibytes(row.size)}</span></button>"
+    )

@@ -1,0 +1,254 @@
+"""The tab with all runs: look, label, download, delete, clone, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import METHOD_NAMES, ConfigError, RunError, TrainConfig
+
+from ..context import AppContext
+from ..dataset.tab import ensure_session
+from ..forms.forms import ConfigForm
+from ..runs.lora_import import Origin, import_lora_file, known_bases, origin_of
+from ..train.tab import TrainTab
+from ..widgets.confirm import ask_before, build_question
+from ..widgets.loss_chart import CHART_CSS
+from ..widgets.messages import note, told_on_the_page
+from ..widgets.run_cards import run_card
+from ..widgets.run_charts import loss_curves, samples
+from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
+from ..widgets.status import STATUS_CSS, told, wrong
+from .clone import clone_run
+from .report import build_report, connect_report
+from .run_list import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, arranged, list_page, rows_of, storage_line
+from .trash import build_trash, connect_trash, look as look_at_trash
+
+_DOWNLOADS = {
+    "diffusers": "Download for diffusers",
+    "kohya": "Download for ComfyUI, A1111 and others",
+    "card": "Download the model card",
+}
+
+
+def refresh(context: AppContext, chosen: str | None, words: str, order: str) -> tuple[Any, ...]:
+    """The list, the choice of runs with `chosen` kept, the storage, and the trash."""
+    rows = rows_of(context)
+    ids = [row.id for row in rows]
+    value = chosen if chosen in ids else (ids[0] if ids else None)
+    page = list_page(arranged(rows, words, order), order, value, is_searched=bool(rows))
+    choice = gr.Dropdown(choices=[(row.name, row.id) for row in rows], value=value)
+    return page, choice, note(storage_line(context, rows)), *look_at_trash(context)
+
+
+def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
+    """Card, curves, samples, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
+    if not run_id:
+        none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
+        return (
+            "",
+            gr.HTML(visible=False),
+            gr.HTML(visible=False),
+            {},
+            "",
+            "",
+            "",
+            *none,
+            gr.Button(interactive=False),
+            gr.Button(interactive=False),
+        )
+    with told_on_the_page():
+        run = context.runs.get(run_id)
+        origin = origin_of(run.folder)
+        files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
+    default = TrainConfig().to_dict()
+    downloads = [gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS]
+    return (
+        run_card(run) if origin is None else _imported_card(run.name, origin),
+        loss_curves(context, [run]),
+        samples(context, [run]),
+        {name: value for name, value in settings.items() if value != default.get(name)},
+        run.name,
+        ", ".join(run.label.tags),
+        run.label.note,
+        *downloads,
+        gr.Button(interactive=run.is_resumable),
+        gr.Button(interactive=origin is None),
+    )
+
+
+def look_again(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
+    """`details` as they are now, without the labels: somebody may be writing them."""
+    shown = details(context, run_id)
+    return *shown[:4], *[gr.skip()] * 3, *shown[7:]
+
+
+def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
+    """Keep an uploaded LoRA file; (what was taken or why not, the run to choose, the upload emptied)."""
+    if not file:
+        return wrong("no file was given; drop a .safetensors file first"), gr.skip(), gr.skip()
+    try:
+        if base and base not in known_bases(context.runs):
+            context.places.check_model("base", base)
+        taken = import_lora_file(context.runs, Path(file), base or "")
+    except (ConfigError, RunError) as error:
+        return wrong(str(error)), gr.skip(), None
+    finally:
+        Path(file).unlink(missing_ok=True)  # the entry has its own copy
+    rest = f"; {taken.unknown} tensors of no layer were left out" if taken.unknown else ""
+    text = f"{taken.run} is among the runs now, with {taken.layers} layers{rest}. Choose it on the Compare tab."
+    return told(text), gr.Dropdown(choices=[*_choices(context)], value=taken.run), None
+
+
+def _choices(context: AppContext) -> list[tuple[str, str]]:
+    return [(run.name, run.id) for run in context.runs.all()]
+
+
+def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, note: str) -> None:
+    """Keep name, tags (with commas) and note."""
+    with told_on_the_page():
+        context.runs.rename(run_id or "", name)
+        context.runs.tag(run_id or "", *tags.split(","))
+        context.runs.note(run_id or "", note)
+
+
+def delete(context: AppContext, run_id: str | None) -> None:
+    """Move the run into the trash."""
+    with told_on_the_page():
+        context.runs.delete(run_id or "")
+    gr.Info("It is in the trash below, from where it can be brought back.")
+
+
+def undo(context: AppContext, key: str | None) -> Any:
+    """Bring a deleted run back and choose it."""
+    with told_on_the_page():
+        run_id = context.runs.trash.undo(key or "")
+    return gr.Dropdown(choices=_choices(context), value=run_id)
+
+
+def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | None) -> list[Any]:
+    """The page's Train tab in front, with the run's name, method and settings, and what was made of its images."""
+    session = ensure_session(context, session)
+    with told_on_the_page():
+        made = clone_run(context, session, run_id or "")
+    lines = "<br>".join(map(escape, made.told))
+    text = note(f"<b>Like {escape(made.name)}.</b> Change what should be different, then start it.<br>{lines}")
+    return [
+        gr.Tabs(selected="train"),
+        session,
+        made.name,
+        METHOD_NAMES[made.method],
+        text,
+        *form.write(made.settings),
+    ]
+
+
+def resume(context: AppContext, session: str, run_id: str | None) -> Any:
+    """Queue the run to go on, and show the Train tab."""
+    with told_on_the_page():
+        context.queue.add_resume(run_id or "", session)
+    return gr.Tabs(selected="train")
+
+
+def _imported_card(name: str, origin: Origin) -> str:
+    ranks = "-".join(str(rank) for rank in dict.fromkeys((origin.ranks[0], origin.ranks[-1])))
+    facts = f"{origin.layers} layers, rank {ranks} · SHA-256 {origin.sha256[:12]}"
+    return (
+        f'<div class="fl-card"><div class="fl-head"><b>{escape(name)}</b><span>imported</span></div>'
+        f'from {escape(origin.name)}<br><span class="fl-faint">{facts}</span></div>'
+    )
+
+
+def build_runs_tab(
+    context: AppContext,
+    form: ConfigForm,
+    session: gr.BrowserState,
+    tabs: gr.Tabs,
+    train: TrainTab,
+    look_at_images: dict[str, Any],
+    shown: Callable[..., Any],
+) -> None:
+    """`shown`: the event of the tab coming to the front; `look_at_images`: what shows the Dataset tab anew."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=330):
+            with gr.Row():
+                words = gr.Textbox("", label="Search", placeholder="name, method, base, tag ...", min_width=150)
+                order = gr.Dropdown(list(ORDERS), value=NEWEST, label="Order", min_width=150)
+            table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs", padding=False)
+            storage = gr.HTML(padding=False)
+            renew = gr.Button("Refresh", size="sm")
+            take, of_import, taken = _build_import(context)
+        with gr.Column(scale=3, min_width=330, elem_id="run-details"):
+            chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
+            report = build_report()
+            with gr.Row():
+                with gr.Column(min_width=280):
+                    card = gr.HTML(padding=False)
+                    curves = gr.HTML("", css_template=CHART_CSS, padding=False)
+                    previews = gr.HTML(
+                        "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, visible=False, padding=False
+                    )
+                with gr.Column(min_width=280):
+                    downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
+                    with gr.Row():
+                        copy = gr.Button("Clone settings", size="sm", min_width=90)
+                        go_on = gr.Button("Resume", interactive=False, size="sm", min_width=90)
+                        drop = gr.Button("Delete", variant="stop", size="sm", min_width=90, elem_id="delete-run")
+                    question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
+                    labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
+                    keep = gr.Button("Save name, tags and note")
+                    with gr.Accordion("Settings that differ from the defaults", open=False):
+                        settings = gr.JSON()
+    trash = build_trash()
+    again = {
+        "fn": partial(refresh, context),
+        "inputs": [chosen, words, order],
+        "outputs": [table, chosen, storage, trash.fold, trash.entries],
+    }
+    private = {**again, "api_visibility": "private"}
+    everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
+    look: dict[str, Any] = {"inputs": [chosen], "outputs": everything, "show_progress": "hidden"}
+    as_now = {"fn": partial(look_again, context), **look, "api_visibility": "private"}
+    shown(**private).success(**as_now)
+    renew.click(**again, api_name="runs").success(**as_now)
+    table.click(_picked, None, [chosen], show_progress="hidden")
+    gr.on([words.change, order.change], trigger_mode="always_last", show_progress="hidden", **private)
+    chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
+    take.click(partial(take_lora, context), of_import, [taken, chosen, of_import[0]]).success(**private)
+    connect_report(context, report, chosen)
+    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
+        partial(details, context), **look, api_visibility="private"
+    )
+    ask_before(drop, question, chosen)
+    question.yes.click(partial(delete, context), [chosen], None).success(**private).then(**question.hidden)
+    trash.back.click(partial(undo, context), [trash.entries], [chosen]).success(**private).success(**as_now)
+    connect_trash(context, trash, lambda event: event.success(**private))
+    cloned = [tabs, session, train.name, train.method, train.told, *form.components]
+    copy.click(partial(clone, context, form), [session, chosen], cloned).success(**look_at_images).success(
+        **train.summary
+    )
+    go_on.click(partial(resume, context), [session, chosen], [tabs])
+
+
+def _build_import(context: AppContext) -> tuple[gr.Button, list[gr.components.Component], gr.HTML]:
+    """The button, the file and its base, what was taken."""
+    with gr.Accordion("Import a LoRA, to compare it with yours", open=False):
+        file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
+        base = gr.Dropdown(
+            known_bases(context.runs),
+            label="For the base",
+            info="The one it is drawn with: a folder, a hub id, or tiny, the demo base.",
+            allow_custom_value=True,
+        )
+        take = gr.Button("Import", min_width=90)
+        taken = gr.HTML(css_template=STATUS_CSS)
+    return take, [file, base], taken
+
+
+def _picked(event: gr.EventData) -> str:
+    return str(event.run)

@@ -1,0 +1,66 @@
+"""The trash on the page: what was deleted, also before the page was opened; back again, or away for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError
+
+from ..context import AppContext
+from ..widgets.confirm import Question, ask_before, build_question
+from ..widgets.messages import told_on_the_page
+
+
+@dataclass(frozen=True)
+class TrashParts:
+    """`fold`: around all, hidden while nothing was deleted; `entries`: what was, the last first."""
+
+    fold: gr.Accordion
+    entries: gr.Dropdown
+    back: gr.Button
+    away: gr.Button
+    question: Question
+
+
+def build_trash() -> TrashParts:
+    with gr.Accordion("Trash", open=True, visible=False, elem_id="trash") as fold:
+        entries = gr.Dropdown([], label="Deleted runs, the last first")
+        with gr.Row():
+            back = gr.Button("Bring it back", min_width=120)
+            away = gr.Button("Delete for good", variant="stop", min_width=120, elem_id="delete-for-good")
+        question = build_question("delete-for-good", "Yes, delete it for good", "No, keep it")
+    return TrashParts(fold, entries, back, away, question)
+
+
+def look(context: AppContext) -> tuple[Any, Any]:
+    """The fold, and what can be chosen in it, the last deleted first."""
+    entries = context.runs.trash.entries()
+    choices = [
+        (f"{entry.run}, deleted {datetime.fromtimestamp(entry.deleted).strftime('%d %b, %H:%M')}", entry.id)
+        for entry in entries
+    ]
+    first = entries[0].id if entries else None
+    shown = gr.Accordion(f"Trash ({len(entries)})", visible=bool(entries))
+    return shown, gr.Dropdown(choices=choices, value=first)
+
+
+def delete_for_good(context: AppContext, key: str | None) -> None:
+    """Remove a deleted run from the disk."""
+    with told_on_the_page():
+        if not key:
+            raise ConfigError("no run is chosen; choose one in the trash")
+        context.runs.trash.delete_for_good(key)
+
+
+def connect_trash(context: AppContext, trash: TrashParts, again: Callable[[Any], Any]) -> None:
+    """`again`: shows list and trash anew after an event."""
+    shown: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    ask_before(trash.away, trash.question, trash.entries)
+    gone = trash.question.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown)
+    again(gone).then(**trash.question.hidden)

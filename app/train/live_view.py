@@ -1,0 +1,111 @@
+"""Runs as HTML, curves and pictures, made of what is in their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import gradio as gr
+
+from flatlora_diffusion.config import ConfigError
+
+from ..context import AppContext
+from ..process.database import Job
+from ..runs.phase import STOPPING
+from ..runs.runs import Run
+from ..widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, own_lines, run_card, waiting_card
+from ..widgets.run_charts import loss_curves, samples
+
+LOG_LINES = 40
+_LOG_LINES_READ = 400  # so that enough is left when the noise is out
+_WORK = {"generate": "Drawing pictures", "flatness": "Measuring flatness"}
+NOTHING = (
+    '<div class="fl-card"><b>Nothing has been trained here yet.</b><br>'
+    "Load images in the Dataset tab, choose a preset, press Start; progress and previews then show here.</div>"
+)
+
+
+def recent_runs(context: AppContext) -> list[Run]:
+    """The recent runs of the queue, without deleted ones."""
+    found = []
+    for run_id in context.queue.recent_runs():
+        with suppress(ConfigError):
+            found.append(context.runs.get(run_id))
+    return found
+
+
+def log_tail(context: AppContext, run_id: str) -> str:
+    """The last LOG_LINES lines that the training itself has printed."""
+    return "\n".join(own_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
+
+
+def live(context: AppContext, chosen: str | None, seen: tuple[str, ...] | None) -> tuple[Any, ...]:
+    """Cards, choice of the log, curves, what stands for none, samples, log, the way on to the comparison, the button
+    that cancels all that waits, what was shown. Unchanged parts are left alone.
+
+    The log is that of the run at work; one that was chosen by hand stays until another run begins.
+    """
+    runs = recent_runs(context)
+    ids = [run.id for run in runs]
+    seen_drawn, seen_sampled, seen_log, seen_cards, was_at_work = seen or [None] * 5
+    at_work = run_at_work(runs)
+    chosen = chosen if chosen in ids and at_work == was_at_work else at_work
+    drawn = f"{chosen} {[(one.id, one.name, one.progress.step, one.state) for one in runs]}"
+    sampled = f"{[(one.id, one.name, context.runs.previews(one.id)) for one in runs]}"
+    log = log_tail(context, chosen) if chosen else ""
+    waiting = context.queue.jobs("queued")
+    cards = live_cards(runs, waiting) or NOTHING
+    is_same = drawn == seen_drawn
+    choices = [(one.name, one.id) for one in runs]
+    has_loss = any(one.progress.step for one in runs)
+    return (
+        gr.skip() if cards == seen_cards else cards,
+        gr.skip() if is_same else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
+        gr.skip() if is_same else loss_curves(context, runs),
+        gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
+        gr.skip() if sampled == seen_sampled else samples(context, runs),
+        gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
+        gr.skip() if is_same else way_on(runs),
+        gr.skip() if cards == seen_cards else gr.Button(visible=len(waiting) > 1),
+        (drawn, sampled, log, cards, at_work),
+    )
+
+
+def run_at_work(runs: Sequence[Run]) -> str | None:
+    """The id of the run that trains, else of the last that has begun, else of the first that waits."""
+    running = [run.id for run in runs if run.state == "running"]
+    begun = [run.id for run in runs if run.state != "queued"]
+    return next(iter((*running, *begun[-1:], *(run.id for run in runs))), None)
+
+
+def way_on(runs: Sequence[Run]) -> gr.Button:
+    """The button to the Compare tab, for runs of which all have ended and one or more can be compared."""
+    finished = [run.name for run in runs if run.state == "finished"]
+    is_over = bool(finished) and not any(run.state in ("running", "queued") for run in runs)
+    what = " and ".join(finished) if len(finished) > 1 else f"{''.join(finished)} with the base"
+    return gr.Button(f"Next: compare {what}", visible=is_over)
+
+
+def live_cards(runs: Sequence[Run], waiting: Sequence[Job]) -> str:
+    """The cards of the runs, then those of other work that waits, each with what may be done about it."""
+    places = {job.run: place for place, job in enumerate(waiting) if job.run is not None}
+    cards = [run_card(run, acts_of(run, places.get(run.id))) for run in runs]
+    for place, job in enumerate(waiting):
+        if job.run is None:
+            cards.append(waiting_card(f"{_WORK[job.kind]}, waiting", _waiting_acts(place), f"job {job.id}"))
+    return "".join(cards)
+
+
+def acts_of(run: Run, place: int | None) -> list[str]:
+    """What may be done about a run; `place`: in the queue, None for one that does not wait."""
+    if run.state == "running":
+        is_stopping = run.phase == STOPPING
+        return [] if is_stopping else [STOP, SAVE] if run.progress.step else [STOP]
+    if place is not None:
+        return _waiting_acts(place)
+    return [RESUME] if run.is_resumable else []
+
+
+def _waiting_acts(place: int) -> list[str]:
+    return [EARLIER, CANCEL] if place else [CANCEL]

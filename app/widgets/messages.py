@@ -1,0 +1,64 @@
+"""What goes wrong, told on the page where it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..errors import is_told, sentence_of
+from ..forms.labels import in_form_words
+
+
+@contextmanager
+def told_on_the_page() -> Iterator[None]:
+    """Show any error of the block as one sentence.
+
+    Gradio renders it as HTML, and it may quote what somebody has typed.
+    """
+    try:
+        yield
+    except gr.Error:  # a sentence already
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        title = "Please check" if is_told(cause) else "Not done"
+        text = escape(in_form_words(sentence_of(cause)), quote=False)
+        raise gr.Error(text, title=title, print_exception=False) from error
+
+
+class Page(gr.Blocks):
+    """Blocks whose events show their errors as sentences, those outside of a handler too, as of a file handed over."""
+
+    async def process_api(self, *args: Any, **values: Any) -> dict[str, Any]:
+        """Gradio's way through every event."""
+        with told_on_the_page():
+            return await super().process_api(*args, **values)
+
+
+def _cause(error: Exception) -> Exception:
+    """Gradio puts an error of its own around that of a component."""
+    is_around = type(error).__module__.startswith("gradio.") and isinstance(error.__cause__, Exception)
+    return error.__cause__ if is_around else error  # type: ignore[return-value]
+
+
+def percent(share: float, is_signed: bool = False) -> str:
+    """`12%`, or `+12%` if it is signed; of what rounds to nothing that it is `under 1%`."""
+    if share and not round(100 * share):
+        return "under 1%"
+    return f"{share:{'+' if is_signed else ''}.0%}"
+
+
+def answer_card(told: str, rest: str) -> str:
+    """The answer in large letters, and what it rests on below; nothing without one."""
+    if not told:
+        return ""
+    return f'<div class="fl-answer"><p><b>{escape(told)}</b></p><p>{escape(rest)}</p></div>'
+
+
+def note(text: str, tone: str = "") -> str:
+    """A card with the HTML `text`, read out by screen readers as it changes."""
+    return f'<div class="fl-card {tone}" role="status">{text}</div>'

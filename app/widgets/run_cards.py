@@ -1,0 +1,146 @@
+"""A run as a card: how far it is and what it is busy with, what went wrong, and the buttons for what may be done."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+
+from flatlora_diffusion.config import METHOD_NAMES
+
+from ..forms.labels import in_form_words
+from ..runs.names import IMPORTED
+from ..runs.phase import TRAINING
+from ..runs.runs import Run
+from .theme import COLOURS, NO_METHOD
+
+_LAST_LINES = 12
+# What packages print while they are imported; nobody can act on it, and it hides the training's own lines.
+_NOISE = re.compile(
+    r"Failed to load .*(kernels-community|torchao)"
+    r"|Unable to import `torchao`"
+    r"|Warning: Detected no triton"
+    r"|[WI]\d{4} \d\d:\d\d:\d\d\.\d+ .*(site|dist)-packages"
+    r"|(?!  File ).*(site|dist)-packages.*: \w*Warning: "
+    r"|Loading (pipeline components|weights|checkpoint shards)\b.*\d+%"
+)
+_STATES = {"queued": "waiting for its turn"}
+STOP, SAVE, RESUME, CANCEL, EARLIER = "stop", "save", "resume", "cancel", "earlier"
+_BUTTONS = {
+    STOP: ("Stop", "saves and ends after this step; it can be resumed"),
+    SAVE: ("Save now", "keeps a checkpoint and goes on"),
+    RESUME: ("Resume", "goes on from the last checkpoint"),
+    CANCEL: ("Cancel", "takes it out of the queue"),
+    EARLIER: ("Earlier", "lets it start before the one above it"),
+}
+_ASKED = (STOP, CANCEL)
+CARDS_CSS = """
+.fl-acts { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 10px; }
+.fl-acts button { font: inherit; font-size: 13px; padding: 5px 14px; border-radius: 8px; cursor: pointer;
+  color: var(--body-text-color); background: var(--background-fill-secondary); border: 1px solid var(--fl-edge); }
+.fl-acts button:hover { border-color: var(--body-text-color); }
+.fl-acts .fl-ends { color: var(--fl-danger); border-color: currentColor; background: none; }
+.fl-acts .fl-ends:hover, .fl-acts .fl-ends.fl-sure { color: var(--fl-on-danger);
+  background: var(--fl-danger); border-color: var(--fl-danger); }
+"""
+# What ends something asks first: the button itself, which then has to be pressed again. The cards are drawn anew while
+# a run goes on, so the button that had the focus is given it again, and one that asks still asks.
+CARDS_SCRIPT = """
+let held = null, asked = null;
+const keyOf = (button) => button && button.dataset.act + ' ' + button.dataset.of;
+element.addEventListener('focusin', (event) => { held = keyOf(event.target.closest('button[data-act]')); });
+element.addEventListener('focusout', (event) => { if (event.relatedTarget) { held = null; ask(null); } });
+const ask = (key) => {
+  asked = key;
+  element.querySelectorAll('button[data-sure]').forEach((button) => {
+    const is_asked = asked !== null && keyOf(button) === asked;
+    button.classList.toggle('fl-sure', is_asked);
+    button.textContent = is_asked ? button.dataset.sure : button.dataset.name;
+  });
+};
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-act]');
+  if (!button) return;
+  if (button.dataset.sure && asked !== keyOf(button)) { ask(keyOf(button)); return; }
+  ask(null);
+  trigger('click', {act: button.dataset.act, of: button.dataset.of});
+});
+element.addEventListener('keydown', (event) => { if (event.key === 'Escape') ask(null); });
+document.addEventListener('pointerdown', (event) => {
+  if (asked && !event.target.closest('button[data-sure].fl-sure')) ask(null);
+});
+watch('value', () => {
+  ask(asked);
+  if (!held || document.activeElement !== document.body) return;
+  [...element.querySelectorAll('button[data-act]')].find((button) => keyOf(button) === held)?.focus();
+});
+"""
+
+
+def run_card(run: Run, acts: Sequence[str] = ()) -> str:
+    """Progress of one run, of a failed one its sentence and last lines, and the buttons for `acts`."""
+    progress = run.progress
+    facts = [f"step {progress.step}" + (f" of {progress.total}" if progress.total else "")]
+    if progress.seconds_per_step is not None:
+        facts.append(f"{progress.seconds_per_step:.2f} s/step")
+    if run.phase == TRAINING and progress.eta_seconds is not None:
+        facts.append(f"{duration(progress.eta_seconds)} left")
+    done = round(100 * progress.fraction)
+    name, colour = html.escape(run.name), COLOURS.get(method_name(run.method), NO_METHOD)
+    state = html.escape(run.phase or _STATES.get(run.state, run.state))
+    card = (
+        f'<div class="fl-card" data-state="{run.state}" role="group" aria-label="{name}"><div class="fl-head">'
+        f'<b>{name}</b><span role="status">{state}</span></div>'
+        f'<div class="fl-track" role="progressbar" aria-label="Progress of {name}" aria-valuenow="{done}"'
+        f' aria-valuemin="0" aria-valuemax="100"><div class="fl-fill" style="width:{100 * progress.fraction:.1f}%;'
+        f'background:{colour}"></div></div><span class="fl-faint">{" · ".join(facts)}</span>'
+    )
+    if run.advice:
+        tone = "fl-bad" if run.state in ("failed", "interrupted") else "fl-faint"
+        card += f'<p class="{tone}">{html.escape(in_form_words(run.advice))}</p>'
+    log = own_lines(run.log)[-_LAST_LINES:]
+    if log:
+        card += f'<pre tabindex="0">{html.escape(chr(10).join(log))}</pre>'
+    return card + act_buttons(acts, run.id) + "</div>"
+
+
+def waiting_card(text: str, acts: Sequence[str], of: str) -> str:
+    """A job that is no training."""
+    name = html.escape(text)
+    return f'<div class="fl-card" role="group" aria-label="{name}">{name}{act_buttons(acts, of)}</div>'
+
+
+def act_buttons(acts: Sequence[str], of: str) -> str:
+    """The buttons of one card."""
+    made = "".join(_act_button(act, html.escape(of)) for act in acts)
+    return f'<div class="fl-acts">{made}</div>' if made else ""
+
+
+def _act_button(act: str, of: str) -> str:
+    text, title = _BUTTONS[act]
+    sure = f' class="fl-ends" data-name="{text}" data-sure="{text} it?"' if act in _ASKED else ""
+    return f'<button type="button"{sure} data-act="{act}" data-of="{of}" title="{title}">{text}</button>'
+
+
+def method_name(method: str | None) -> str:
+    """As people say it."""
+    return {**METHOD_NAMES, IMPORTED: "Imported"}.get(method or "", method or "")
+
+
+def own_lines(lines: Sequence[str]) -> list[str]:
+    """The lines without what packages print while they are imported, and without the source line of a warning."""
+    kept = []
+    was_noise = False
+    for line in lines:
+        is_source = was_noise and line.startswith("  ")
+        was_noise = _NOISE.match(line) is not None
+        if not (was_noise or is_source):
+            kept.append(line)
+    return kept
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min`, `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,47 @@
+"""What the page says of a job: why it waits, why it failed, and errors where they arise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from ..context import AppContext
+from ..process.database import Job
+from ..runs.state import error_sentence
+
+STATUS_CSS = """
+.fl-status { padding: 10px 14px; border-radius: 10px; border: 1px solid var(--border-color-primary);
+  background: var(--background-fill-secondary); color: var(--body-text-color); font-size: 14px;
+  overflow-wrap: anywhere; }
+.fl-status progress { display: block; width: 100%; height: 8px; margin-top: 8px; accent-color: var(--color-accent); }
+.fl-wrong { border-left: 4px solid var(--error-border-color, #dc2626); }
+.fl-status pre { margin: 8px 0 0; max-height: 180px; overflow: auto; white-space: pre-wrap; font-size: 12px; }
+"""
+
+
+def told(text: str, done: float | None = None) -> str:
+    """A line of what is going on, with a bar from 0 to 1 when it is known how far it is."""
+    bar = "" if done is None else f'<progress aria-label="Progress" value="{done:.3f}" max="1"></progress>'
+    return f'<div class="fl-status" role="status">{escape(text)}{bar}</div>'
+
+
+def wrong(text: str, log: Sequence[str] = ()) -> str:
+    """An error where it arises, with the end of the log to open; it may begin with a file's name, so as it is."""
+    lines = escape("\n".join(log))
+    more = f"<details><summary>Last lines of the log</summary><pre>{lines}</pre></details>" if log else ""
+    return f'<div class="fl-status fl-wrong" role="alert">{escape(text)}{more}</div>'
+
+
+def why_waiting(context: AppContext, job: Job) -> str:
+    """What a queued job waits for."""
+    before = [one for one in context.queue.jobs("running", "queued") if one.position < job.position]
+    trainings = [context.runs.get(one.run).name for one in before if one.run is not None]
+    if trainings:
+        return f"Waits for the training {trainings[0]}; one job runs at a time."
+    return "Waits for another job; one runs at a time." if before else "Starting ..."
+
+
+def why_failed(context: AppContext, job: Job) -> tuple[str, list[str]]:
+    """(the reason that the job's command has given, the end of its log)."""
+    log = context.queue.launch_of(job.id).log() if job.launch else []
+    return error_sentence(log) or job.error or f"it ended with exit code {job.exit_code}", log

@@ -1,0 +1,49 @@
+"""Timers that send news only: while nothing has changed, a tick opens no file and its answer is empty."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..context import AppContext
+from ..errors import sentence_of
+from ..runs.run_paths import Signs
+
+
+def only_news(event: Mapping[str, Any], signs: Callable[[], Signs | None]) -> dict[str, Any]:
+    """The event of a timer, whose handler is not called while `signs` and its inputs are as in the tick before.
+
+    An error that goes on is told once. To be called in the Blocks that is open.
+    """
+    seen, handler = gr.State(None), event["fn"]
+    nothing = (gr.skip(),) * len(event["outputs"])
+
+    def on_tick(before: Any, *values: Any) -> tuple[Any, ...]:
+        try:
+            now = signs()
+            if now is not None and (now, values) == before:
+                return *nothing, gr.skip()
+            return *handler(*values), (now, values)
+        except Exception as error:
+            if repr(error) != before:
+                gr.Warning(escape(sentence_of(error), quote=False), title="Not shown")
+            return *nothing, repr(error)
+
+    # Gradio names an endpoint's parameters by it.
+    own, *_ = inspect.signature(on_tick).parameters.values()
+    on_tick.__signature__ = inspect.Signature([own, *inspect.signature(handler).parameters.values()])  # type: ignore[attr-defined]
+    return {**event, "fn": on_tick, "inputs": [seen, *event["inputs"]], "outputs": [*event["outputs"], seen]}
+
+
+def signs_of(context: AppContext, run_ids: Iterable[str] | None = None) -> Signs | None:
+    """Those of the queue, of what is known of runs, and of all runs or, with each of their steps, of those named.
+
+    None, so that each tick counts, while they settle and while another job than a training runs.
+    """
+    if run_ids is None and any(job.run is None for job in context.queue.jobs("running")):
+        return None
+    return context.runs.signs(run_ids)
