@@ -17,43 +17,14 @@ from flatlora_diffusion.config import ConfigError
 from ..process.database import Choice
 from ..widgets.html import empty_page, file_url
 from ..widgets.messages import answer_card, note
+from ..widgets.static_files import read_static
 from .blind_vote import BlindPair, answers_of, shuffled_pairs, tally, verdict
 from .picture_cache import Picture
 from .view import CompareView, Form
 
-VOTE_CSS = """
-.fl-ask { text-align: center; }
-.fl-ask h3 { margin: 4px 0; font-size: 20px; color: var(--body-text-color); }
-.fl-ask p { margin: 0 0 10px; font-size: 14px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.fl-two { display: grid; grid-template-columns: repeat(2, minmax(0, 380px)); gap: 12px; justify-content: center; }
-.fl-two img { width: 100%; aspect-ratio: 1; object-fit: contain; margin: 0; border-radius: 10px;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
-.fl-ask progress { width: min(772px, 100%); height: 6px; accent-color: var(--color-accent); }
-.fl-empty { padding: 48px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
-  border-radius: 12px; color: var(--body-text-color-subdued); }
-.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
-.fl-told { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 14px; margin-top: 14px; }
-.fl-told p { margin: 0 0 4px; font-size: 12px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.fl-told div { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
-.fl-told figure { margin: 0; text-align: center; font-size: 13px; color: var(--body-text-color); }
-.fl-told img { width: 100%; aspect-ratio: 1; object-fit: contain; margin: 0; border-radius: 6px;
-  border: 3px solid transparent; }
-.fl-told .fl-won img { border-color: var(--color-accent); }
-"""
+VOTE_CSS = read_static("empty.css", "vote.css")
 
-# The keys press the buttons, unless one is typing or the vote is not on the screen.
-VOTE_KEYS = """
-if (!window.flatloraVoteKeys) {
-  window.flatloraVoteKeys = true;
-  document.addEventListener('keydown', (event) => {
-    const id = {1: 'fl-vote-left', 2: 'fl-vote-right', 3: 'fl-vote-tie'}[event.key];
-    if (!id || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest('input, textarea, select, [contenteditable=true]')) return;
-    const button = document.getElementById(id);
-    if (button && button.offsetParent !== null && !button.disabled) button.click();
-  });
-}
-"""
+VOTE_KEYS = read_static("vote.js")
 
 BASE = "base"
 _FIXED = "Who may stop at any moment can stop at a lucky one, so the number of votes is fixed before the first."

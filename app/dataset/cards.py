@@ -1,7 +1,7 @@
 """One card for each image: the picture as it is trained on, its caption to write in, notes, and a way to remove it.
 
 A caption is saved on its own while it is typed, and only over the one that was shown: another window of the same
-browser may have changed it meanwhile. What a card does in the browser is in `card_script.py`.
+browser may have changed it meanwhile. What a card does in the browser is in `static/image_cards.js`.
 """
 
 from __future__ import annotations
@@ -23,44 +23,15 @@ from flatlora_diffusion.data.images import load_image
 from ..context import AppContext
 from ..errors import is_told, sentence_of
 from ..uploads.save_upload import MOST_CAPTION_LETTERS
+from ..widgets.static_files import read_static
 from .view import Card, DatasetView
 
 _CardFunction = Callable[[dict[str, Any]], dict[str, Any]]
 _LARGE = 1600  # pixels of the longer side
 _ONE_AT_A_TIME = threading.Lock()  # a decoded image may take hundreds of megabytes
 
-CARDS_CSS = """
-.fl-photos { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 190px), 1fr));
-  list-style: none; margin: 0; padding: 0; }
-.fl-photo { display: flex; flex-direction: column; gap: 8px; padding: 12px; border-radius: 12px; min-width: 0;
-  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); margin: 0; }
-.fl-photo img { width: 100%; height: 150px; object-fit: contain; margin: 0; border-radius: 8px;
-  background: var(--background-fill-secondary); }
-.fl-photo-head { display: flex; justify-content: space-between; gap: 8px; align-items: start; }
-.fl-photo b { flex: 1; min-width: 0; font-weight: 600; font-size: 14px; overflow-wrap: anywhere;
-  color: var(--body-text-color); }
-.fl-photo textarea { width: 100%; min-height: 74px; resize: vertical; padding: 8px 10px; border-radius: 8px;
-  font: inherit; font-size: 14px; line-height: 1.4; color: var(--body-text-color);
-  background: var(--input-background-fill); border: 1px solid var(--fl-edge); }
-.fl-photo p, .fl-photo [role=status] { margin: 0; font-size: 12.5px; line-height: 1.35; min-height: 1.35em;
-  color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.fl-photo p:empty { display: none; }
-.fl-photo button, dialog button { flex: none; font: inherit; font-size: 12.5px; padding: 5px 10px; cursor: pointer;
-  border-radius: 8px; color: var(--body-text-color); background: none; border: 1px solid currentColor; }
-.fl-photo button:hover, dialog button:hover { background: var(--background-fill-secondary); }
-.fl-photo [data-remove] { color: var(--fl-danger); }
-.fl-photo [data-remove]:hover, .fl-photo .fl-sure { background: var(--fl-danger); color: var(--fl-on-danger); }
-.fl-photo [data-enlarge] { padding: 0; border: 0; cursor: zoom-in; }
-.fl-photo [role=status] button { margin: 4px 6px 0 0; }
-.fl-photo.fl-clash { border-color: var(--fl-danger); }
-.fl-photo.fl-unsaved [role=status] { color: var(--fl-danger); }
-dialog { margin: auto !important; padding: 16px; border-radius: 12px; border: 1px solid var(--border-color-primary);
-  max-width: 96vw; max-height: 96vh; background: var(--block-background-fill); color: var(--body-text-color); }
-dialog::backdrop { background: rgb(0 0 0 / .6); }
-dialog img { display: block; margin: 0 auto; border-radius: 8px; cursor: zoom-out; height: auto;
-  width: min(1600px, 88vw, (92vh - 110px) * var(--ratio, 1)); }
-dialog p { display: inline-block; margin: 12px 16px 0 0; font-size: 14px; overflow-wrap: anywhere; }
-"""
+CARDS_CSS = read_static("image_cards.css")
+CARDS_SCRIPT = read_static("image_cards.js")
 
 
 def cards_page(view: DatasetView, session: str) -> str:

@@ -14,8 +14,7 @@ from ..widgets.confirm import Question, build_question
 from ..widgets.messages import note
 from .bulk import CHANGES, REPLACE
 from .captioners import installed_captioners
-from .card_script import CARDS_SCRIPT
-from .cards import CARDS_CSS, card_functions
+from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
 from .removal import BRING_BACK
 
 _CAPTIONER_HERE = "found on this computer; only images without a caption get one"

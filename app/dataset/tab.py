@@ -23,6 +23,7 @@ from ..uploads.save_upload import UploadResult
 from ..widgets.browser_memory import keep_fields
 from ..widgets.confirm import ask_before
 from ..widgets.messages import note, told_on_the_page
+from ..widgets.static_files import read_static
 from .bulk import REPLACE, change_all
 from .captioning import caption_all, caption_by_model, count_captions, empty_captions, undo_captions, use_trigger
 from .cards import cards_page
@@ -38,9 +39,7 @@ _EMPTY = (
 _LOOKED_AT = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
 
 
-# Made in the browser, before anything can be dropped: two answers of the server could each bring a session of its own.
-_NEW_SESSION = """session => session || Array.from(
-  crypto.getRandomValues(new Uint8Array(24)), byte => byte.toString(16).padStart(2, '0')).join('')"""
+_NEW_SESSION = read_static("new_session.js")
 
 
 def ensure_session(context: AppContext, session: str) -> str:

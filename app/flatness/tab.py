@@ -12,27 +12,14 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..widgets.confirm import ask_before, build_question
+from ..widgets.static_files import read_static
 from ..widgets.status import STATUS_CSS, wrong
 from ..widgets.ticks import only_news, signs_of
 from .view import QUICK, THOROUGH, FlatnessView
 
 _POLL_SECONDS = 1.5
 _EFFORTS = [("Quick look", QUICK), ("Thorough, with the curvature; takes many times as long", THOROUGH)]
-_CSS = """
-.fl-charts { display: grid; gap: 14px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.fl-charts figure { margin: 0; padding: 12px 14px; border-radius: 12px; border: 1px solid var(--border-color-primary);
-  background: var(--block-background-fill); min-width: 0; }
-.fl-charts svg { display: block; width: 100%; height: auto; }
-.fl-charts figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 16px; margin-top: 6px;
-  font-size: 13px; color: var(--body-text-color-subdued); }
-.fl-charts a { color: inherit; text-decoration: underline; padding: 0; margin: 0; font-size: inherit; }
-.fl-surface { width: 100%; height: 620px; border: 1px solid var(--border-color-primary); border-radius: 12px;
-  background: Canvas; color-scheme: light dark; }
-.fl-empty { padding: 48px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
-  border-radius: 12px; color: var(--body-text-color-subdued); }
-.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
-"""
+_CSS = read_static("empty.css", "flatness.css")
 
 
 def measure(view: FlatnessView, session: str, runs: list[str], effort: str) -> str:

@@ -21,10 +21,6 @@ from .runs import RunStore
 
 _NO_FIGURES = (UndefinedError, LookupError, TypeError, ValueError, AttributeError)  # of another version, or broken
 _WHOLE = "download it instead, and open it from there"
-REPORT_CSS = """
-iframe { display: block; width: 100%; height: min(85vh, 1000px); border: 1px solid var(--border-color-primary);
-  border-radius: 12px; background: Canvas; color-scheme: light dark; }
-"""
 
 
 def report_of(runs: RunStore, run_id: str) -> Path | None:

@@ -12,8 +12,11 @@ from flatlora_diffusion.compare.page.page import PAGE
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..runs.reports import REPORT_CSS, experiment_name, framed_report, report_of
+from ..runs.reports import experiment_name, framed_report, report_of
 from ..widgets.messages import told_on_the_page
+from ..widgets.static_files import read_static
+
+REPORT_CSS = read_static("report.css")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..runs.reports import arm_picture
 from ..runs.runs import Run
 from ..widgets.html import empty_page, file_url
 from ..widgets.run_cards import method_name
+from ..widgets.static_files import read_static
 from ..widgets.theme import COLOURS, NO_METHOD
 
 NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED = "Newest first", "By name", "Best score first", "Largest first", "Grouped"
@@ -25,37 +26,8 @@ ORDERS = (NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED)
 NO_RUNS = empty_page("No runs yet", "What is trained on the Train tab, or imported below, is listed here.")
 NONE_FOUND = empty_page("No run has these words", "Name, state, method, base and tags are searched; use fewer words.")
 _ARM_AND_SEED = re.compile(r"/[^/]+/seed-\d+$|[-/](flat-lora|lora|base)(-\d+)?$")
-RUNS_CSS = """
-.fl-runs { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; overflow: auto;
-  max-height: min(62vh, max(300px, 45vw)); }
-.fl-runs h3 { margin: 10px 0 2px; font-size: 14px; font-weight: 600; color: var(--body-text-color); }
-.fl-run { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 14px; width: 100%; text-align: left;
-  font: inherit; font-size: 13.5px; padding: 8px 10px; border-radius: 10px; cursor: pointer;
-  color: var(--body-text-color);
-  background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
-.fl-run:hover { border-color: var(--fl-edge); }
-.fl-run[aria-pressed=true] { border-color: var(--color-accent); box-shadow: inset 4px 0 0 var(--color-accent); }
-.fl-run img, .fl-run .fl-none { width: 44px; height: 44px; border-radius: 6px; object-fit: cover; margin: 0;
-  flex: none; background: var(--background-fill-secondary); }
-.fl-run b { flex: 1 1 170px; font-weight: 600; overflow-wrap: anywhere; min-width: 0; }
-.fl-run b small { display: block; font-weight: 400; color: var(--body-text-color-subdued); }
-.fl-run > span { flex: 0 1 auto; color: var(--body-text-color-subdued); white-space: nowrap; }
-.fl-run i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
-.fl-empty { padding: 32px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
-  border-radius: 12px; color: var(--body-text-color-subdued); }
-.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
-"""
-# On a phone, where the run's details are below the list, a choice brings them up.
-RUNS_SCRIPT = """
-element.addEventListener('click', (event) => {
-  const run = event.target.closest('button[data-run]');
-  if (!run) return;
-  element.querySelectorAll('button[data-run]').forEach((one) => one.setAttribute('aria-pressed', one === run));
-  trigger('click', {run: run.dataset.run});
-  const details = document.getElementById('run-details');
-  if (details && details.getBoundingClientRect().top > innerHeight / 2) details.scrollIntoView();
-});
-"""
+RUNS_CSS = read_static("empty.css", "run_list.css")
+RUNS_SCRIPT = read_static("run_list.js")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ..widgets.loss_chart import CHART_CSS
 from ..widgets.messages import told_on_the_page
 from ..widgets.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
+from ..widgets.static_files import read_static
 from ..widgets.ticks import only_news, signs_of
 from .actions import connect_acts
 from .base_check import check_start
@@ -47,12 +48,7 @@ _METHOD_CHOICES = [
     *((title, title) for title in (BOTH, PLAIN, FLAT)),
     *((f"{METHOD_NAMES[method]}: {text}", METHOD_NAMES[method]) for method, text in OTHER_METHODS.items()),
 ]
-# The browser shows the first three, the chosen one, and all once they are asked for: the style of #method.
-_MORE_METHODS = """() => {
-  const are_all = document.getElementById('method').classList.toggle('fl-all');
-  document.getElementById('more-methods').setAttribute('aria-expanded', are_all);
-  return {__type__: 'update', value: are_all ? 'Fewer methods' : 'More methods'};
-}"""
+_MORE_METHODS = read_static("more_methods.js")
 _PRESET_HINT = (
     "Quick look: minutes on the tiny demo base. Paper: the settings of the Flat-LoRA paper. "
     "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "

@@ -7,22 +7,15 @@ By keyboard the focus goes to the answer that changes nothing, and from there ba
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import gradio as gr
 
+from .static_files import read_static
+
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-# What is to have the focus is drawn a moment after the event.
-_FOCUS = """() => {
-  let tries = 40;
-  const seek = () => {
-    const found = document.getElementById('ID');
-    if (found && found.offsetParent) found.focus();
-    else if (tries--) setTimeout(seek, 25);
-  };
-  seek();
-}"""
 
 
 @dataclass(frozen=True)
@@ -69,4 +62,4 @@ def _hide() -> Any:
 
 
 def _focused(button: gr.Button) -> dict[str, Any]:
-    return {"fn": None, "js": _FOCUS.replace("ID", str(button.elem_id)), **_QUIET}
+    return {"fn": None, "js": read_static("focus.js", ID=json.dumps(button.elem_id)), **_QUIET}

@@ -6,22 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from .static_files import read_static
+
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 640, 270, 58, 34, 18
 _TICKS = 5
-CHART_CSS = """
-.fl-chart { margin: 0; padding: 12px 14px; border: 1px solid var(--border-color-primary); border-radius: 12px;
-  background: var(--block-background-fill); color: var(--body-text-color);
-  container-type: inline-size; }
-.fl-chart b { font-weight: 600; font-size: 14px; }
-.fl-chart p { margin: 0; font-size: 12.5px; color: var(--body-text-color-subdued); }
-.fl-chart svg { display: block; width: 100%; max-width: 900px; height: auto; margin: 8px 0 4px; }
-.fl-chart text { font-size: 12px; fill: var(--body-text-color-subdued); }
-@container (max-width: 480px) { .fl-chart text { font-size: 19px; } }
-.fl-chart path { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
-.fl-chart line { stroke: var(--border-color-primary); }
-.fl-keys { display: flex; flex-wrap: wrap; gap: 4px 16px; list-style: none; margin: 0; padding: 0; font-size: 13px; }
-.fl-keys i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; }
-"""
+CHART_CSS = read_static("loss_chart.css")
 Curve = Sequence[tuple[int, float]]
 """(number of steps done, loss), by step."""
 

@@ -12,6 +12,7 @@ from ..forms.labels import in_form_words
 from ..runs.names import IMPORTED
 from ..runs.phase import TRAINING
 from ..runs.runs import Run
+from .static_files import read_static
 from .theme import COLOURS, NO_METHOD
 
 _LAST_LINES = 12
@@ -34,47 +35,8 @@ _BUTTONS = {
     EARLIER: ("Earlier", "lets it start before the one above it"),
 }
 _ASKED = (STOP, CANCEL)
-CARDS_CSS = """
-.fl-acts { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 10px; }
-.fl-acts button { font: inherit; font-size: 13px; padding: 5px 14px; border-radius: 8px; cursor: pointer;
-  color: var(--body-text-color); background: var(--background-fill-secondary); border: 1px solid var(--fl-edge); }
-.fl-acts button:hover { border-color: var(--body-text-color); }
-.fl-acts .fl-ends { color: var(--fl-danger); border-color: currentColor; background: none; }
-.fl-acts .fl-ends:hover, .fl-acts .fl-ends.fl-sure { color: var(--fl-on-danger);
-  background: var(--fl-danger); border-color: var(--fl-danger); }
-"""
-# What ends something asks first: the button itself, which then has to be pressed again. The cards are drawn anew while
-# a run goes on, so the button that had the focus is given it again, and one that asks still asks.
-CARDS_SCRIPT = """
-let held = null, asked = null;
-const keyOf = (button) => button && button.dataset.act + ' ' + button.dataset.of;
-element.addEventListener('focusin', (event) => { held = keyOf(event.target.closest('button[data-act]')); });
-element.addEventListener('focusout', (event) => { if (event.relatedTarget) { held = null; ask(null); } });
-const ask = (key) => {
-  asked = key;
-  element.querySelectorAll('button[data-sure]').forEach((button) => {
-    const is_asked = asked !== null && keyOf(button) === asked;
-    button.classList.toggle('fl-sure', is_asked);
-    button.textContent = is_asked ? button.dataset.sure : button.dataset.name;
-  });
-};
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-act]');
-  if (!button) return;
-  if (button.dataset.sure && asked !== keyOf(button)) { ask(keyOf(button)); return; }
-  ask(null);
-  trigger('click', {act: button.dataset.act, of: button.dataset.of});
-});
-element.addEventListener('keydown', (event) => { if (event.key === 'Escape') ask(null); });
-document.addEventListener('pointerdown', (event) => {
-  if (asked && !event.target.closest('button[data-sure].fl-sure')) ask(null);
-});
-watch('value', () => {
-  ask(asked);
-  if (!held || document.activeElement !== document.body) return;
-  [...element.querySelectorAll('button[data-act]')].find((button) => keyOf(button) === held)?.focus();
-});
-"""
+CARDS_CSS = read_static("run_cards.css")
+CARDS_SCRIPT = read_static("run_cards.js")
 
 
 def run_card(run: Run, acts: Sequence[str] = ()) -> str:

@@ -13,82 +13,12 @@ from ..context import AppContext
 from ..runs.progress import Preview
 from ..runs.runs import Run
 from .html import file_url
+from .static_files import read_static
 from .theme import NO_METHOD
 
 MOST_COLUMNS = 24
-STRIP_CSS = """
-.fl-strips { display: grid; gap: 10px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
-.fl-strip { margin: 0; padding: 12px 14px; border: 1px solid var(--border-color-primary); border-radius: 12px;
-  background: var(--block-background-fill); color: var(--body-text-color); min-width: 0; }
-.fl-strip-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; margin: 0 0 6px; }
-.fl-strip-head b { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; }
-.fl-strip-head i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
-.fl-strip-head span { font-size: 12.5px; color: var(--body-text-color-subdued); }
-.fl-film { overflow-x: auto; max-width: 100%; }
-.fl-film table { border: 0; border-collapse: separate; border-spacing: 0; width: auto; margin: 0 !important; }
-.fl-film th, .fl-film td { border: 0; padding: 0 8px 6px 0; text-align: left; vertical-align: top; font-size: 12.5px;
-  font-weight: 400; background: none; color: var(--body-text-color-subdued); white-space: nowrap; }
-.fl-film tr { background: none; border: 0; }
-.fl-film .fl-before { position: sticky; left: 0; z-index: 1; background: var(--block-background-fill); }
-.fl-film td.fl-before { border-right: 2px solid var(--border-color-primary); }
-.fl-film td.fl-before + td, .fl-film th.fl-before + th { padding-left: 8px; }
-.fl-film th[scope=rowgroup] { padding-top: 6px; color: var(--body-text-color); }
-.fl-film th[scope=rowgroup] span { position: sticky; left: 0; display: inline-block; white-space: normal;
-  max-width: min(60ch, 70vw); overflow-wrap: anywhere; font-size: 13px; }
-.fl-film button, .fl-film .fl-none { display: block; padding: 0; overflow: hidden; border-radius: 8px;
-  width: var(--sample, 104px); height: var(--sample, 104px); border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary); cursor: zoom-in; transition: none; }
-.fl-film .fl-none { border-style: dashed; cursor: default; }
-.fl-film button[aria-pressed=true] { cursor: zoom-out; }
-.fl-film img { display: block; width: 100%; height: 100%; margin: 0; object-fit: contain; }
-"""
-# A picture enlarges all of its strip to half the width, so that it stands beside the one from before. What is large,
-# where the strip stands and which picture has the focus outlasts the drawing of a new column.
-STRIP_SCRIPT = """
-const large = new Set(), places = new Map();
-let held = null;
-const films = () => [...element.querySelectorAll('.fl-film')];
-const keyOf = (button) => button.closest('.fl-film').dataset.run + ' ' + button.dataset.sample;
-const dress = (film) => {
-  const is_large = large.has(film.dataset.run);
-  const half = Math.max(130, Math.min(420, (film.clientWidth - 20) / 2));
-  film.style.setProperty('--sample', is_large ? half + 'px' : '');
-  film.querySelectorAll('button').forEach((one) => one.setAttribute('aria-pressed', is_large));
-};
-const drawn = () => films().forEach((film) => {
-  dress(film);
-  film.scrollLeft = places.get(film.dataset.run) ?? film.scrollWidth;
-  const again = held && [...film.querySelectorAll('button')].find((one) => keyOf(one) === held);
-  if (again && document.activeElement === document.body) again.focus({preventScroll: true});
-});
-element.addEventListener('scroll', ({target: film}) => {
-  if (!film.matches('.fl-film')) return;
-  const is_at_end = film.scrollLeft + film.clientWidth > film.scrollWidth - 8;
-  is_at_end ? places.delete(film.dataset.run) : places.set(film.dataset.run, film.scrollLeft);
-}, true);
-element.addEventListener('focusin', (event) => {
-  const button = event.target.closest('button[data-sample]');
-  held = button && keyOf(button);
-});
-element.addEventListener('focusout', (event) => { if (event.relatedTarget) held = null; });
-const toggle = (button, to) => {
-  const film = button.closest('.fl-film'), run = film.dataset.run;
-  to ? large.add(run) : large.delete(run);
-  dress(film);
-  button.scrollIntoView({block: 'nearest', inline: 'end'});
-};
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-sample]');
-  if (button) toggle(button, button.getAttribute('aria-pressed') !== 'true');
-});
-element.addEventListener('keydown', (event) => {
-  const button = event.target.closest('button[data-sample]');
-  if (button && event.key === 'Escape') toggle(button, false);
-});
-watch('value', drawn);
-drawn();
-"""
+STRIP_CSS = read_static("sample_strip.css")
+STRIP_SCRIPT = read_static("sample_strip.js")
 
 
 def strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str, str]) -> str:

@@ -8,15 +8,9 @@ from html import escape
 from ..context import AppContext
 from ..process.database import Job
 from ..runs.state import error_sentence
+from .static_files import read_static
 
-STATUS_CSS = """
-.fl-status { padding: 10px 14px; border-radius: 10px; border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary); color: var(--body-text-color); font-size: 14px;
-  overflow-wrap: anywhere; }
-.fl-status progress { display: block; width: 100%; height: 8px; margin-top: 8px; accent-color: var(--color-accent); }
-.fl-wrong { border-left: 4px solid var(--error-border-color, #dc2626); }
-.fl-status pre { margin: 8px 0 0; max-height: 180px; overflow: auto; white-space: pre-wrap; font-size: 12px; }
-"""
+STATUS_CSS = read_static("status.css")
 
 
 def told(text: str, done: float | None = None) -> str:

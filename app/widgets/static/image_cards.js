@@ -1,26 +1,20 @@
-"""What the cards do in the browser: captions are saved while they are typed, pictures enlarged, images removed.
+// The cards of the images: captions are saved while they are typed, pictures are enlarged, images removed.
+//
+// The browser keeps a typed text until the app has confirmed that it is saved. It is saved again when the app answers,
+// or after a reload; if the caption has changed meanwhile, both are shown to choose from. A caption that was `sent`
+// may have been saved though its answer was lost: then the browser finds its own text.
+//
+// Gradio compares old and new HTML: an element may stand for another image after it, and a field that was typed in
+// keeps its text. So each drawing ends in `arrange`, and delayed work looks its card up by its key.
 
-What is typed is kept in the browser until the app has said that it is saved. It is saved again when the app answers,
-or after a reload; where the caption has changed meanwhile, both are shown to choose from. A caption that was `sent`
-may have been saved though its answer was lost: then it is the browser's own that it finds.
+const PAUSE = 700;  // milliseconds without a letter until the text is saved
+const AGAIN = 5000;  // milliseconds until a caption that was not saved is tried once more
 
-Cards come and go by Gradio's comparison of old and new HTML: an element may stand for another image after it, and a
-field that was typed in keeps its text. So each drawing ends in `arrange`, and what waits looks its card up by its key.
-"""
-
-from __future__ import annotations
-
-from ..widgets.browser_memory import PREFIX
-
-_PAUSE = 700  # milliseconds without a letter until what was typed is saved
-_AGAIN = 5000  # until a caption that was not saved is tried once more
-
-_KEPT_CAPTIONS = """
 const states = new Map();
 const session = () => element.querySelector('.fl-photos')?.dataset.session || '';
 const cards = () => [...element.querySelectorAll('.fl-photo')];
 const cardOf = (event) => event.target.closest('.fl-photo');
-const keyOf = (card) => `PREFIXcaption ${session()} ${card.dataset.image} ${card.dataset.content}`;
+const keyOf = (card) => `flatlora-caption ${session()} ${card.dataset.image} ${card.dataset.content}`;
 const stateOf = (key) => states.get(key) || states.set(key, {sent: []}).get(key);
 const say = (card, text) => {
   const place = card.querySelector('[role=status]');
@@ -42,7 +36,7 @@ const keep = (card) => {
   state.copy = copy;
   try { localStorage.setItem(key, JSON.stringify(copy)); } catch (error) {}
 };
-const isOwn = (sent, text) => sent.some((one) => one.normalize('NFC').trim().replace(/\\s+/g, ' ') === text);
+const isOwn = (sent, text) => sent.some((one) => one.normalize('NFC').trim().replace(/\s+/g, ' ') === text);
 const saveLater = (key, milliseconds) => {
   const state = stateOf(key);
   clearTimeout(state.timer);
@@ -125,10 +119,8 @@ const arrange = () => cards().forEach((card) => {
 });
 watch('value', arrange);
 arrange();
-"""
 
-# One listener for all cards. Enter goes on to the next caption, as in a list.
-_TYPING = """
+// One listener for all cards. Enter goes on to the next caption, as in a list.
 element.addEventListener('focusin', (event) => {
   if (event.target.matches('textarea')) stateOf(keyOf(cardOf(event))).goesOn = false;
 });
@@ -145,10 +137,8 @@ element.addEventListener('keydown', (event) => {
   const next = fields[fields.indexOf(event.target) + 1];
   next ? next.focus() : event.target.blur();
 });
-"""
 
-# A picture is enlarged at once, and sharpened when the app has answered.
-_ENLARGING = """
+// A picture is enlarged immediately, and sharpened when the app has answered.
 const enlarge = async (card) => {
   const dialog = document.createElement('dialog'), picture = document.createElement('img');
   const line = document.createElement('p'), close = document.createElement('button');
@@ -171,9 +161,7 @@ const enlarge = async (card) => {
   if (answer?.picture) picture.src = answer.picture;
   line.textContent = `${name}: ${answer?.told ?? 'as small as on its card, as the app does not answer'}`;
 };
-"""
 
-_BUTTONS = """
 const remove = async (card, button) => {
   if (!button.classList.contains('fl-sure')) {
     button.classList.add('fl-sure');
@@ -195,7 +183,3 @@ element.addEventListener('click', (event) => {
   if (button?.matches('[data-enlarge]')) enlarge(cardOf(event));
   if (button?.matches('[data-remove]')) remove(cardOf(event), button);
 });
-"""
-
-CARDS_SCRIPT = (_KEPT_CAPTIONS + _TYPING + _ENLARGING + _BUTTONS).replace("PREFIX", PREFIX)
-CARDS_SCRIPT = CARDS_SCRIPT.replace("PAUSE", str(_PAUSE)).replace("AGAIN", str(_AGAIN))
