@@ -13,10 +13,8 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError, TrainConfig, by_method, choices_of, preset_file, setting_hints
 
 from ..uploads.captions import TRIGGER
-from .labels import HELP, LABELS
+from .labels import DECIDED_BY_THE_APP, HINTS, LABELS, in_form_words
 
-# The app decides these itself: the place, what to resume, the method (which may be both); a token is never saved.
-DECIDED_BY_THE_APP = ("output_dir", "resume_from_checkpoint", "method", "hub_token", "local_rank")
 PRESETS = {
     "Quick look": "demo",
     "Paper": "paper",
@@ -93,7 +91,7 @@ def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.compon
     """Bounds are told here and checked by the config, whose sentence names the setting."""
     place = {
         "label": LABELS[item.name],
-        "info": HELP.get(item.name, item.metadata["help"]) + _bounds(item),
+        "info": in_form_words(HINTS.get(item.name, item.metadata["help"])) + _bounds(item),
         "elem_id": f"setting-{item.name}",
         "render": False,
     }
