@@ -123,7 +123,7 @@ class JobQueue:
         job = self._store.job(job_id)
         if self._store.change_job(job_id, "queued", state="cancelled"):
             if job.kind == "train" and job.run is not None:
-                self._runs.release(job.run)
+                self._runs.paths.release(job.run)
             return
         if not self._store.change_job(job_id, "running", goes_on=0):
             return
@@ -208,14 +208,14 @@ class JobQueue:
         settings = [checked_config(config.to_dict()).to_dict() for _, config in named]
         runs: list[str] = []
         try:
-            runs += (self._runs.reserve(name) for name, _ in named)
+            runs += (self._runs.paths.reserve(name) for name, _ in named)
             arms = zip(runs, settings, strict=True)
             return self._store.add_jobs(
                 [NewJob("train", one, session, run, pair, {"order": order}) for run, one in arms]
             )
         except (OSError, sqlite3.Error):  # a full disk
             for run in runs:
-                self._runs.release(run)
+                self._runs.paths.release(run)
             raise
 
     def _start(self, job: Job) -> None:
@@ -238,7 +238,7 @@ class JobQueue:
 
     def _next_launch(self, job: Job) -> Launch:
         if job.run is not None:
-            return self._runs.next_launch(job.run)
+            return self._runs.paths.next_launch(job.run)
         return Launch(self._runs.private / "commands" / f"job-{job.id}")
 
     def _end(self, job: Job, launch: Launch) -> JobState:

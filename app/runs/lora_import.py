@@ -70,9 +70,9 @@ def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:
         settings = _settings(runs, base, lora.base.unet)
         ranks = sorted({layer.rank for layer in lora.layers})
         _describe(folder, settings, Origin(file.name, file_hash(file), len(lora.layers), ranks))
-        run_id = runs.reserve(file.stem)
+        run_id = runs.paths.reserve(file.stem)
         os.replace(folder, folder_of(runs.folder, run_id))
-    launch = Launch(runs.next_launch(run_id).folder)
+    launch = Launch(runs.paths.next_launch(run_id).folder)
     launch.folder.mkdir(parents=True)
     write_json(launch.settings_file, settings)  # with the place of the base, which the run folder does not tell
     return Imported(run_id, len(lora.layers), len(lora.unknown))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.storage.events import count
+from flatlora_diffusion.storage.run_dir import RunDir
 
 RECENT_STEPS = 50
 
@@ -55,8 +56,8 @@ class Preview:
 class EventLog:
     """The events of one run. Safe under several threads."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, run: RunDir) -> None:
+        self._path, self._images = run.events_file, run.images
         self._lock = threading.Lock()
         self._forget()
 
@@ -96,11 +97,11 @@ class EventLog:
             self._read_on()
             return sorted((event["step"], event["loss"]) for event in self._validation.values())
 
-    def previews(self, images: Path) -> list[Preview]:
-        """Each preview in the folder `images`, in order of steps."""
+    def previews(self) -> list[Preview]:
+        """The previews so far, in order of steps."""
         with self._lock:
             self._read_on()
-            return [one for _, event in sorted(self._previews.items()) for one in _previews_of(event, images)]
+            return [one for _, event in sorted(self._previews.items()) for one in _previews_of(event, self._images)]
 
     def _forget(self) -> None:
         self._offset, self._file = 0, 0

@@ -21,7 +21,7 @@ from ..process.launch import LOG_LINES, Launch
 from ..process.processes import Trainers
 from .names import checked_text, folder_of, is_run
 from .phase import phase_of
-from .progress import EventLog, Preview, Progress
+from .progress import EventLog, Progress
 from .run_config import checked_config, near
 from .run_paths import RunPlaces, Signs
 from .state import RunFiles, RunState, judge, parts_of
@@ -71,8 +71,8 @@ class RunStore:
         self.private = folder / ".app"
         self.temporary = self.private / "temporary"
         self.store = Store(self.private / "app.db")
-        self._places = RunPlaces(folder, self.private / "runs")
-        self.trash = Trash(folder / ".trash", folder, self._places.launches, self.store)
+        self.paths = RunPlaces(folder, self.private / "runs")
+        self.trash = Trash(folder / ".trash", folder, self.paths.launches, self.store)
         self._logs: dict[str, EventLog] = {}
         self._trainers = Trainers()
         self._kept: Kept[Any] = Kept()
@@ -80,7 +80,7 @@ class RunStore:
     def all(self) -> list[Run]:
         """All runs, the one that changed last first."""
         queued, labels = self._queued(), self.store.labels()
-        ids = {*self._places.ids(), *queued, *self._places.launched()}
+        ids = {*self.paths.ids(), *queued, *self.paths.launched()}
         return sorted(
             (self._run(run_id, run_id in queued, labels.get(run_id, Label())) for run_id in ids),
             key=lambda run: -run.changed,
@@ -90,25 +90,9 @@ class RunStore:
         """Raises ConfigError when there is no such run."""
         folder = folder_of(self.folder, run_id)
         is_queued = run_id in self._queued()
-        if not (is_run(folder) or is_queued or self.last_launch(run_id)):
+        if not (is_run(folder) or is_queued or self.paths.last_launch(run_id)):
             raise ConfigError(f"there is no run {run_id!r} in the runs folder")
         return self._run(run_id, is_queued, self.store.labels().get(run_id, Label()))
-
-    def reserve(self, name: str) -> str:
-        """The id of a new run called `name`, or like it when that is taken; nobody else gets the same."""
-        return self._places.reserve(name)
-
-    def release(self, run_id: str) -> None:
-        """Give back an id that was never used."""
-        self._places.release(run_id)
-
-    def next_launch(self, run_id: str) -> Launch:
-        """The folder of the run's next start, not made yet."""
-        return self._places.next_launch(run_id)
-
-    def last_launch(self, run_id: str) -> Launch | None:
-        """The app's last start of the run; None for one that only command lines have started."""
-        return self._places.last_launch(run_id)
 
     def start(self, run_id: str, settings: Mapping[str, Any], launch: Launch) -> None:
         """Train with `settings` in the run's folder. Raises ConfigError for settings that cannot be."""
@@ -124,7 +108,7 @@ class RunStore:
 
         Raises ConfigError when it does not run, or cannot be killed from here.
         """
-        folder, launch = self._running(run_id), self.last_launch(run_id)
+        folder, launch = self._running(run_id), self.paths.last_launch(run_id)
         is_ours = launch is not None and launch.is_running()
         if launch is not None and is_ours:
             launch.kill() if at_once else launch.ask_to_stop()
@@ -143,7 +127,7 @@ class RunStore:
     def settings(self, run_id: str) -> dict[str, Any]:
         """The run's settings by flat name, as they were given if the app has started it, else as they were saved."""
         self.get(run_id)
-        launch = self.last_launch(run_id)
+        launch = self.paths.last_launch(run_id)
         values = {} if launch is None else launch.settings()
         queued = self._queued()
         return completed(values or queued.get(run_id) or RunDir(folder_of(self.folder, run_id)).config())
@@ -163,37 +147,30 @@ class RunStore:
 
     def made_of(self, run: Run, what: str, make: Callable[[], Value]) -> Value:
         """What `make` gives, called again only when the state or a file has changed; of a run at work each time."""
-        files = None if run.state == "running" else self._places.files(run.id)
+        files = None if run.state == "running" else self.paths.files(run.id)
         value: Value = self._kept.get((run.id, run.state, what), lambda: (make(), files))
         return value
 
     def signs(self, run_ids: Iterable[str] | None = None) -> Signs | None:
         """What tells that runs, jobs and labels are as they were: see `RunPlaces.signs`."""
-        return self._places.signs(self.store.files, run_ids)
+        return self.paths.signs(self.store.files, run_ids)
 
-    def losses(self, run_id: str) -> list[tuple[int, float]]:
-        """(step, loss) of each optimizer step."""
-        return self._events(run_id).losses()
-
-    def validation_losses(self, run_id: str) -> list[tuple[int, float]]:
-        """(steps done, loss of images not trained on)."""
-        return self._events(run_id).validation_losses()
-
-    def previews(self, run_id: str) -> list[Preview]:
-        """The previews so far, in order of steps."""
-        return self._events(run_id).previews(RunDir(folder_of(self.folder, run_id)).images)
+    def events(self, run_id: str) -> EventLog:
+        """The run's losses and previews. Raises ConfigError for an id outside of the runs folder."""
+        run = RunDir(folder_of(self.folder, run_id))
+        return self._logs.setdefault(run_id, EventLog(run))
 
     def log(self, run_id: str, lines: int = LOG_LINES) -> list[str]:
         """The end of what the trainer has printed; empty for a run from a command line."""
-        launch = self.last_launch(run_id)
+        launch = self.paths.last_launch(run_id)
         return [] if launch is None else launch.log(lines)
 
     def exports(self, run_id: str) -> dict[str, Path]:
-        """The files to download that there are: `diffusers`, `kohya` (the LoRA in both formats), `card`."""
+        """The files to download that there are: `diffusers`, `kohya` (the LoRA in both formats), `model_card`."""
         folder = folder_of(self.folder, run_id)
         run = RunDir(folder)
         name = run.lora_name(read_json(run.config_file).get("output_name"))
-        files = {"diffusers": LORA_FILE, "kohya": f"{name}.safetensors", "card": "README.md"}
+        files = {"diffusers": LORA_FILE, "kohya": f"{name}.safetensors", "model_card": "README.md"}
         return {kind: folder / file for kind, file in files.items() if (folder / file).is_file()}
 
     def size(self, run_id: str) -> int:
@@ -221,7 +198,7 @@ class RunStore:
         Raises ConfigError while it runs or waits, and when other runs lie in its folder and would go with it.
         """
         run = self.get(run_id)
-        inner = [one for one in self._places.ids() if one.startswith(f"{run_id}/")]
+        inner = [one for one in self.paths.ids() if one.startswith(f"{run_id}/")]
         if inner:
             more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
             raise ConfigError(f"{run.name} has other runs in its folder, {inner[0]}{more}; delete those first")
@@ -239,16 +216,16 @@ class RunStore:
     def _look(self, run_id: str, is_queued: bool) -> tuple[tuple[Run, bool], Iterable[str] | None]:
         """((the run without its label, whether a trainer from a command line is at it), what it was made of)."""
         folder = folder_of(self.folder, run_id)
-        run, launch = RunDir(folder), self.last_launch(run_id)
+        run, launch = RunDir(folder), self.paths.last_launch(run_id)
         settings = read_json(run.config_file) or ({} if launch is None else launch.settings())
-        progress = self._events(run_id).progress(settings.get("max_train_steps"))
+        progress = self.events(run_id).progress(settings.get("max_train_steps"))
         checkpoints = run.checkpoints() if folder.is_dir() else []
         files = RunFiles.of(folder, checkpoints)
         is_trained = self._trainers.is_at(folder)
         verdict = judge(launch, progress, files, is_queued, is_trained)
         is_running = verdict.state == "running"
         has_previews = bool(settings.get("validation_prompt") or settings.get("validation_prompts_file"))
-        places = (run.events_file, run.config_file, self._places.private(run_id))
+        places = (run.events_file, run.config_file, self.paths.private(run_id))
         found = Run(
             id=run_id,
             folder=folder,
@@ -264,7 +241,7 @@ class RunStore:
             has_parts=parts_of(folder) is not None,
             changed=max((path.stat().st_mtime for path in places if path.exists()), default=0.0),
         )
-        return (found, is_trained), None if is_running else self._places.files(run_id)
+        return (found, is_trained), None if is_running else self.paths.files(run_id)
 
     def _queued(self) -> dict[str, dict[str, Any]]:
         """The settings of the runs that wait, also of one that the queue has taken and not launched yet."""
@@ -272,7 +249,7 @@ class RunStore:
         for job in self.store.jobs("queued", "running"):
             if job.run is None or not isinstance(job.settings, dict):
                 continue
-            if job.state == "queued" or self.last_launch(job.run) is None:
+            if job.state == "queued" or self.paths.last_launch(job.run) is None:
                 waiting[job.run] = job.settings
         return waiting
 
@@ -281,10 +258,6 @@ class RunStore:
         if run.state != "running":
             raise ConfigError(f"{run.name} does not run; it is {run.state}")
         return run.folder
-
-    def _events(self, run_id: str) -> EventLog:
-        path = RunDir(folder_of(self.folder, run_id)).events_file
-        return self._logs.setdefault(run_id, EventLog(path))
 
     def _relabel(self, run_id: str, **values: Any) -> None:
         self.store.set_label(run_id, replace(self.get(run_id).label, **values))

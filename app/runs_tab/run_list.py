@@ -106,7 +106,7 @@ def mebibytes(count: int) -> str:
 
 def _row(context: AppContext, run: Run) -> RunRow:
     score, scored = _score(context, run.id)
-    images = [one.path for one in context.runs.previews(run.id) if one.path.is_file()]
+    images = [one.path for one in context.runs.events(run.id).previews() if one.path.is_file()]
     base = context.runs.settings(run.id).get("pretrained_model_name_or_path") or ""
     is_imported = run.method == IMPORTED
     return RunRow(
@@ -127,10 +127,10 @@ def _row(context: AppContext, run: Run) -> RunRow:
 
 def _score(context: AppContext, run_id: str) -> tuple[float | None, str]:
     """(loss, where): on images not trained on if it was measured, else in the last tenth of the steps."""
-    unseen = context.runs.validation_losses(run_id)
+    unseen = context.runs.events(run_id).validation_losses()
     if unseen:
         return unseen[-1][1], "on unseen images"
-    losses = [loss for _, loss in context.runs.losses(run_id)]
+    losses = [loss for _, loss in context.runs.events(run_id).losses()]
     last = losses[-max(1, len(losses) // 10) :]
     return (sum(last) / len(last), "in training") if last else (None, "")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -17,7 +18,7 @@ from ..dataset.tab import ensure_session
 from ..forms.forms import ConfigForm
 from ..runs.lora_import import Origin, import_lora_file, known_bases, origin_of
 from ..train.tab import TrainTab
-from ..widgets.confirm import ask_before, build_question
+from ..widgets.confirm import Question, ask_before, build_question
 from ..widgets.loss_chart import CHART_CSS
 from ..widgets.messages import note, told_on_the_page
 from ..widgets.run_cards import run_card
@@ -32,7 +33,7 @@ from .trash import build_trash, connect_trash, look as look_at_trash
 _DOWNLOADS = {
     "diffusers": "Download for diffusers",
     "kohya": "Download for ComfyUI, A1111 and others",
-    "card": "Download the model card",
+    "model_card": "Download the model card",
 }
 
 
@@ -46,46 +47,61 @@ def refresh(context: AppContext, chosen: str | None, words: str, order: str) -> 
     return page, choice, note(storage_line(context, rows)), *look_at_trash(context)
 
 
-def details(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
-    """Card, curves, samples, settings, name, tags, note, the downloads, whether it can be resumed, and cloned."""
+class Details(NamedTuple):
+    """One value for each component that describes the chosen run; `gr.skip()` leaves a component unchanged."""
+
+    card: Any
+    curves: Any
+    samples: Any
+    settings: Any
+    name: Any
+    tags: Any
+    note: Any
+    diffusers: Any
+    kohya: Any
+    model_card: Any
+    resume: Any
+    clone: Any
+
+
+def details(context: AppContext, run_id: str | None) -> Details:
+    """Describe a run; without one the components are empty and the buttons disabled."""
     if not run_id:
-        none = [gr.DownloadButton(interactive=False) for _ in _DOWNLOADS]
-        return (
-            "",
-            gr.HTML(visible=False),
-            gr.HTML(visible=False),
-            {},
-            "",
-            "",
-            "",
-            *none,
-            gr.Button(interactive=False),
-            gr.Button(interactive=False),
+        no_file, no_button = gr.DownloadButton(interactive=False), gr.Button(interactive=False)
+        return Details(
+            card="",
+            curves=gr.HTML(visible=False),
+            samples=gr.HTML(visible=False),
+            settings={},
+            name="",
+            tags="",
+            note="",
+            **dict.fromkeys(_DOWNLOADS, no_file),
+            resume=no_button,
+            clone=no_button,
         )
     with told_on_the_page():
         run = context.runs.get(run_id)
         origin = origin_of(run.folder)
         files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
     default = TrainConfig().to_dict()
-    downloads = [gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS]
-    return (
-        run_card(run) if origin is None else _imported_card(run.name, origin),
-        loss_curves(context, [run]),
-        samples(context, [run]),
-        {name: value for name, value in settings.items() if value != default.get(name)},
-        run.name,
-        ", ".join(run.label.tags),
-        run.label.note,
-        *downloads,
-        gr.Button(interactive=run.is_resumable),
-        gr.Button(interactive=origin is None),
+    return Details(
+        card=run_card(run) if origin is None else _imported_card(run.name, origin),
+        curves=loss_curves(context, [run]),
+        samples=samples(context, [run]),
+        settings={name: value for name, value in settings.items() if value != default.get(name)},
+        name=run.name,
+        tags=", ".join(run.label.tags),
+        note=run.label.note,
+        **{kind: gr.DownloadButton(value=files.get(kind), interactive=kind in files) for kind in _DOWNLOADS},
+        resume=gr.Button(interactive=run.is_resumable),
+        clone=gr.Button(interactive=origin is None),
     )
 
 
-def look_again(context: AppContext, run_id: str | None) -> tuple[Any, ...]:
-    """`details` as they are now, without the labels: somebody may be writing them."""
-    shown = details(context, run_id)
-    return *shown[:4], *[gr.skip()] * 3, *shown[7:]
+def look_again(context: AppContext, run_id: str | None) -> Details:
+    """Describe the run as it is now, but leave its labels alone: somebody may be editing them."""
+    return details(context, run_id)._replace(name=gr.skip(), tags=gr.skip(), note=gr.skip())
 
 
 def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
@@ -171,9 +187,14 @@ def build_runs_tab(
     tabs: gr.Tabs,
     train: TrainTab,
     look_at_images: dict[str, Any],
-    shown: Callable[..., Any],
+    selected: Callable[..., Any],
 ) -> None:
-    """`shown`: the event of the tab coming to the front; `look_at_images`: what shows the Dataset tab anew."""
+    """Build the tab into the open Blocks.
+
+    Args:
+        look_at_images: the event that redraws the Dataset tab.
+        selected: the event of this tab coming to the front.
+    """
     with gr.Row():
         with gr.Column(scale=2, min_width=330):
             with gr.Row():
@@ -181,73 +202,99 @@ def build_runs_tab(
                 order = gr.Dropdown(list(ORDERS), value=NEWEST, label="Order", min_width=150)
             table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs", padding=False)
             storage = gr.HTML(padding=False)
-            renew = gr.Button("Refresh", size="sm")
-            take, of_import, taken = _build_import(context)
+            refresh_button = gr.Button("Refresh", size="sm")
+            import_button, import_form, import_status = _build_import(context)
         with gr.Column(scale=3, min_width=330, elem_id="run-details"):
             chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
             report = build_report()
-            with gr.Row():
-                with gr.Column(min_width=280):
-                    card = gr.HTML(padding=False)
-                    curves = gr.HTML("", css_template=CHART_CSS, padding=False)
-                    previews = gr.HTML(
-                        "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, visible=False, padding=False
-                    )
-                with gr.Column(min_width=280):
-                    downloads = [gr.DownloadButton(text, interactive=False) for text in _DOWNLOADS.values()]
-                    with gr.Row():
-                        copy = gr.Button("Clone settings", size="sm", min_width=90)
-                        go_on = gr.Button("Resume", interactive=False, size="sm", min_width=90)
-                        drop = gr.Button("Delete", variant="stop", size="sm", min_width=90, elem_id="delete-run")
-                    question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
-                    labels = [gr.Textbox(label=text) for text in ("Name", "Tags, with commas", "Note")]
-                    keep = gr.Button("Save name, tags and note")
-                    with gr.Accordion("Settings that differ from the defaults", open=False):
-                        settings = gr.JSON()
+            parts = _build_details()
     trash = build_trash()
-    again = {
+    redraw = {
         "fn": partial(refresh, context),
         "inputs": [chosen, words, order],
         "outputs": [table, chosen, storage, trash.fold, trash.entries],
     }
-    private = {**again, "api_visibility": "private"}
-    everything = [card, curves, previews, settings, *labels, *downloads, go_on, copy]
-    look: dict[str, Any] = {"inputs": [chosen], "outputs": everything, "show_progress": "hidden"}
-    as_now = {"fn": partial(look_again, context), **look, "api_visibility": "private"}
-    shown(**private).success(**as_now)
-    renew.click(**again, api_name="runs").success(**as_now)
+    private = {**redraw, "api_visibility": "private"}
+    described: dict[str, Any] = {
+        "inputs": [chosen],
+        "outputs": [parts.outputs[name] for name in Details._fields],
+        "show_progress": "hidden",
+    }
+    as_now = {"fn": partial(look_again, context), **described, "api_visibility": "private"}
+    selected(**private).success(**as_now)
+    refresh_button.click(**redraw, api_name="runs").success(**as_now)
     table.click(_picked, None, [chosen], show_progress="hidden")
     gr.on([words.change, order.change], trigger_mode="always_last", show_progress="hidden", **private)
-    chosen.change(partial(details, context), **look, api_name="run", preprocess=False)
-    take.click(partial(take_lora, context), of_import, [taken, chosen, of_import[0]]).success(**private)
+    chosen.change(partial(details, context), **described, api_name="run", preprocess=False)
+    imported = import_button.click(partial(take_lora, context), import_form, [import_status, chosen, import_form[0]])
+    imported.success(**private)
     connect_report(context, report, chosen)
-    keep.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
-        partial(details, context), **look, api_visibility="private"
+    labels = [parts.outputs[name] for name in ("name", "tags", "note")]
+    parts.save_button.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
+        partial(details, context), **described, api_visibility="private"
     )
-    ask_before(drop, question, chosen)
-    question.yes.click(partial(delete, context), [chosen], None).success(**private).then(**question.hidden)
-    trash.back.click(partial(undo, context), [trash.entries], [chosen]).success(**private).success(**as_now)
+    ask_before(parts.delete_button, parts.question, chosen)
+    deleted = parts.question.yes.click(partial(delete, context), [chosen], None)
+    deleted.success(**private).then(**parts.question.hidden)
+    restored = trash.restore_button.click(partial(undo, context), [trash.entries], [chosen])
+    restored.success(**private).success(**as_now)
     connect_trash(context, trash, lambda event: event.success(**private))
     cloned = [tabs, session, train.name, train.method, train.told, *form.components]
-    copy.click(partial(clone, context, form), [session, chosen], cloned).success(**look_at_images).success(
-        **train.summary
-    )
-    go_on.click(partial(resume, context), [session, chosen], [tabs])
+    parts.outputs["clone"].click(partial(clone, context, form), [session, chosen], cloned).success(
+        **look_at_images
+    ).success(**train.summary)
+    parts.outputs["resume"].click(partial(resume, context), [session, chosen], [tabs])
+
+
+@dataclass(frozen=True)
+class _DetailParts:
+    """The components of the chosen run; `outputs` by the fields of `Details`."""
+
+    outputs: dict[str, Any]
+    save_button: gr.Button
+    delete_button: gr.Button
+    question: Question
+
+
+def _build_details() -> _DetailParts:
+    outputs: dict[str, Any] = {}
+    with gr.Row():
+        with gr.Column(min_width=280):
+            outputs["card"] = gr.HTML(padding=False)
+            outputs["curves"] = gr.HTML("", css_template=CHART_CSS, padding=False)
+            outputs["samples"] = gr.HTML(
+                "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, visible=False, padding=False
+            )
+        with gr.Column(min_width=280):
+            for kind, text in _DOWNLOADS.items():
+                outputs[kind] = gr.DownloadButton(text, interactive=False)
+            with gr.Row():
+                outputs["clone"] = gr.Button("Clone settings", size="sm", min_width=90)
+                outputs["resume"] = gr.Button("Resume", interactive=False, size="sm", min_width=90)
+                delete_button = gr.Button("Delete", variant="stop", size="sm", min_width=90, elem_id="delete-run")
+            question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
+            outputs["name"] = gr.Textbox(label="Name")
+            outputs["tags"] = gr.Textbox(label="Tags, with commas")
+            outputs["note"] = gr.Textbox(label="Note")
+            save_button = gr.Button("Save name, tags and note")
+            with gr.Accordion("Settings that differ from the defaults", open=False):
+                outputs["settings"] = gr.JSON()
+    return _DetailParts(outputs, save_button, delete_button, question)
 
 
 def _build_import(context: AppContext) -> tuple[gr.Button, list[gr.components.Component], gr.HTML]:
-    """The button, the file and its base, what was taken."""
+    """The import button, the file and its base, and the status line."""
     with gr.Accordion("Import a LoRA, to compare it with yours", open=False):
         file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
         base = gr.Dropdown(
             known_bases(context.runs),
             label="For the base",
-            info="The one it is drawn with: a folder, a hub id, or tiny, the demo base.",
+            info="A folder, a hub id, or tiny, the demo base.",
             allow_custom_value=True,
         )
-        take = gr.Button("Import", min_width=90)
-        taken = gr.HTML(css_template=STATUS_CSS)
-    return take, [file, base], taken
+        import_button = gr.Button("Import", min_width=90)
+        status = gr.HTML(css_template=STATUS_CSS)
+    return import_button, [file, base], status
 
 
 def _picked(event: gr.EventData) -> str:

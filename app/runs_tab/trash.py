@@ -23,8 +23,8 @@ class TrashParts:
 
     fold: gr.Accordion
     entries: gr.Dropdown
-    back: gr.Button
-    away: gr.Button
+    restore_button: gr.Button
+    delete_button: gr.Button
     question: Question
 
 
@@ -32,10 +32,10 @@ def build_trash() -> TrashParts:
     with gr.Accordion("Trash", open=True, visible=False, elem_id="trash") as fold:
         entries = gr.Dropdown([], label="Deleted runs, the last first")
         with gr.Row():
-            back = gr.Button("Bring it back", min_width=120)
-            away = gr.Button("Delete for good", variant="stop", min_width=120, elem_id="delete-for-good")
+            restore_button = gr.Button("Restore", min_width=120)
+            delete_button = gr.Button("Delete for good", variant="stop", min_width=120, elem_id="delete-for-good")
         question = build_question("delete-for-good", "Yes, delete it for good", "No, keep it")
-    return TrashParts(fold, entries, back, away, question)
+    return TrashParts(fold, entries, restore_button, delete_button, question)
 
 
 def look(context: AppContext) -> tuple[Any, Any]:
@@ -61,6 +61,6 @@ def delete_for_good(context: AppContext, key: str | None) -> None:
 def connect_trash(context: AppContext, trash: TrashParts, again: Callable[[Any], Any]) -> None:
     """`again`: shows list and trash anew after an event."""
     shown: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    ask_before(trash.away, trash.question, trash.entries)
+    ask_before(trash.delete_button, trash.question, trash.entries)
     gone = trash.question.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown)
     again(gone).then(**trash.question.hidden)

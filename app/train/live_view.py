@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -40,35 +40,68 @@ def log_tail(context: AppContext, run_id: str) -> str:
     return "\n".join(own_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
 
 
-def live(context: AppContext, chosen: str | None, seen: tuple[str, ...] | None) -> tuple[Any, ...]:
-    """Cards, choice of the log, curves, what stands for none, samples, log, the way on to the comparison, the button
-    that cancels all that waits, what was shown. Unchanged parts are left alone.
+class Seen(NamedTuple):
+    """The state that the page shows, to send only the parts that change."""
 
-    The log is that of the run at work; one that was chosen by hand stays until another run begins.
+    drawn: str
+    sampled: str
+    log: str
+    cards: str
+    at_work: str | None
+
+
+class LiveOutputs(NamedTuple):
+    """One value for each component of the live view; `gr.skip()` leaves a component unchanged.
+
+    Attributes:
+        log_of: the choice of the run whose log is shown.
+        no_loss: the text in place of the curves before the first step.
+        compare: the button that goes on to the Compare tab.
+        cancelling: the button that cancels all waiting jobs.
+    """
+
+    cards: Any
+    log_of: Any
+    curves: Any
+    no_loss: Any
+    samples: Any
+    log: Any
+    compare: Any
+    cancelling: Any
+    seen: Seen
+
+
+def live(context: AppContext, chosen: str | None, seen: Seen | None) -> LiveOutputs:
+    """Show the recent runs as they are now.
+
+    The log is that of the run at work; a choice by hand holds until another run begins.
     """
     runs = recent_runs(context)
     ids = [run.id for run in runs]
-    seen_drawn, seen_sampled, seen_log, seen_cards, was_at_work = seen or [None] * 5
     at_work = run_at_work(runs)
-    chosen = chosen if chosen in ids and at_work == was_at_work else at_work
-    drawn = f"{chosen} {[(one.id, one.name, one.progress.step, one.state) for one in runs]}"
-    sampled = f"{[(one.id, one.name, context.runs.previews(one.id)) for one in runs]}"
-    log = log_tail(context, chosen) if chosen else ""
+    chosen = chosen if chosen in ids and seen is not None and at_work == seen.at_work else at_work
     waiting = context.queue.jobs("queued")
-    cards = live_cards(runs, waiting) or NOTHING
-    is_same = drawn == seen_drawn
-    choices = [(one.name, one.id) for one in runs]
-    has_loss = any(one.progress.step for one in runs)
-    return (
-        gr.skip() if cards == seen_cards else cards,
-        gr.skip() if is_same else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
-        gr.skip() if is_same else loss_curves(context, runs),
-        gr.skip() if is_same else gr.HTML(visible=bool(runs) and not has_loss),
-        gr.skip() if sampled == seen_sampled else samples(context, runs),
-        gr.skip() if log == seen_log else gr.Textbox(value=log, visible=bool(log)),
-        gr.skip() if is_same else way_on(runs),
-        gr.skip() if cards == seen_cards else gr.Button(visible=len(waiting) > 1),
-        (drawn, sampled, log, cards, at_work),
+    now = Seen(
+        drawn=f"{chosen} {[(run.id, run.name, run.progress.step, run.state) for run in runs]}",
+        sampled=f"{[(run.id, run.name, context.runs.events(run.id).previews()) for run in runs]}",
+        log=log_tail(context, chosen) if chosen else "",
+        cards=live_cards(runs, waiting) or NOTHING,
+        at_work=at_work,
+    )
+    has_cards, is_drawn = seen is not None and now.cards == seen.cards, seen is not None and now.drawn == seen.drawn
+    has_samples, has_log = seen is not None and now.sampled == seen.sampled, seen is not None and now.log == seen.log
+    choices = [(run.name, run.id) for run in runs]
+    has_loss = any(run.progress.step for run in runs)
+    return LiveOutputs(
+        cards=gr.skip() if has_cards else now.cards,
+        log_of=gr.skip() if is_drawn else gr.Radio(choices=choices, value=chosen, visible=len(choices) > 1),
+        curves=gr.skip() if is_drawn else loss_curves(context, runs),
+        no_loss=gr.skip() if is_drawn else gr.HTML(visible=bool(runs) and not has_loss),
+        samples=gr.skip() if has_samples else samples(context, runs),
+        log=gr.skip() if has_log else gr.Textbox(value=now.log, visible=bool(now.log)),
+        compare=gr.skip() if is_drawn else compare_button(runs),
+        cancelling=gr.skip() if has_cards else gr.Button(visible=len(waiting) > 1),
+        seen=now,
     )
 
 
@@ -79,7 +112,7 @@ def run_at_work(runs: Sequence[Run]) -> str | None:
     return next(iter((*running, *begun[-1:], *(run.id for run in runs))), None)
 
 
-def way_on(runs: Sequence[Run]) -> gr.Button:
+def compare_button(runs: Sequence[Run]) -> gr.Button:
     """The button to the Compare tab, for runs of which all have ended and one or more can be compared."""
     finished = [run.name for run in runs if run.state == "finished"]
     is_over = bool(finished) and not any(run.state in ("running", "queued") for run in runs)

@@ -22,7 +22,7 @@ from ..forms.labels import LABELS, OTHER_METHODS, in_form_words
 from ..process.database import Job
 from ..runs.names import checked_text
 from ..widgets.browser_memory import keep_fields
-from ..widgets.confirm import ask_before, ask_where, build_question
+from ..widgets.confirm import Question, ask_before, ask_where, build_question
 from ..widgets.loss_chart import CHART_CSS
 from ..widgets.messages import told_on_the_page
 from ..widgets.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
@@ -33,7 +33,7 @@ from .actions import connect_acts
 from .base_check import check_start
 from .disk_space import no_room, room_for, room_line
 from .estimates import estimate_time, has_gpu, memory_of, total_steps
-from .live_view import NOTHING, live
+from .live_view import NOTHING, LiveOutputs, live
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHOD_NAMES["flat-lora"], METHOD_NAMES["lora"]
 _METHODS = {title: method for method, title in METHOD_NAMES.items()}
@@ -159,22 +159,9 @@ def build_train_tab(
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False, elem_id="queued")
             all_the_same = build_question("start", "Start all the same", "Do not start", "primary")
-            gr.Markdown("## Progress")
-            cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
-            compare = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
-            with gr.Column(visible=False) as cancelling:
-                cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
-                question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
-            no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
-            curves = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
-            samples = gr.HTML(
-                "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, elem_id="samples", visible=False, padding=False
-            )
-            chosen = gr.Radio([], label="Log of", visible=False)
-            log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+            shown, cancel, question = _build_progress()
     more.click(None, None, [more], js=_MORE_METHODS)
     keep_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
-    seen = gr.State(None)
     told_inputs = [session, method, *form.components]
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
     triggers = [method.change, *(item.change for item in form.components)]
@@ -191,8 +178,8 @@ def build_train_tab(
         event.then(**question.hidden)
     watch = {
         "fn": partial(live, context),
-        "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, samples, log, compare, cancelling, seen],
+        "inputs": [shown["log_of"], shown["seen"]],
+        "outputs": [shown[name] for name in LiveOutputs._fields],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
@@ -201,8 +188,29 @@ def build_train_tab(
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
     ask_before(cancel, question)
-    connect_acts(context, session, cards, question, watch)
-    return TrainTab(timer, compare, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
+    connect_acts(context, session, shown["cards"], question, watch)
+    return TrainTab(
+        timer, shown["compare"], name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"}
+    )
+
+
+def _build_progress() -> tuple[dict[str, Any], gr.Button, Question]:
+    """The live view by the fields of `LiveOutputs`, the button that cancels all waiting jobs, and its confirmation."""
+    shown: dict[str, Any] = {"seen": gr.State(None)}
+    gr.Markdown("## Progress")
+    shown["cards"] = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
+    shown["compare"] = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
+    with gr.Column(visible=False) as shown["cancelling"]:
+        cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
+        question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
+    shown["no_loss"] = gr.HTML(_NO_LOSS, visible=False, padding=False)
+    shown["curves"] = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
+    shown["samples"] = gr.HTML(
+        "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, elem_id="samples", visible=False, padding=False
+    )
+    shown["log_of"] = gr.Radio([], label="Log of", visible=False)
+    shown["log"] = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+    return shown, cancel, question
 
 
 def _place_first(form: ConfigForm) -> None:

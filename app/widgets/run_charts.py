@@ -21,7 +21,8 @@ _PAIR_TEXT = "Both of a pair see the same images and noise, so their curves may 
 
 def loss_curves(context: AppContext, runs: list[Run]) -> gr.HTML:
     """The chart of the runs that have a loss, each in its method's colour; hidden while there is none."""
-    curves = {run.name: [(step + 1, loss) for step, loss in smoothed(context.runs.losses(run.id))] for run in runs}
+    losses = {run.name: smoothed(context.runs.events(run.id).losses()) for run in runs}
+    curves = {name: [(step + 1, loss) for step, loss in points] for name, points in losses.items()}
     text = f"{_LOSS_TEXT} {_PAIR_TEXT}" if len(runs) > 1 else _LOSS_TEXT
     chart = loss_chart(curves, run_colours(runs), "Loss, smoothed", text)
     return gr.HTML(chart, visible=bool(chart))

@@ -23,7 +23,7 @@ STRIP_SCRIPT = read_static("sample_strip.js")
 
 def strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """HTML of the samples of each run that has any; empty without. colours: of the runs, by name."""
-    found = [(run, context.runs.previews(run.id)) for run in runs]
+    found = [(run, context.runs.events(run.id).previews()) for run in runs]
     made = "".join(_strip(run, previews, colours.get(run.name, NO_METHOD)) for run, previews in found if previews)
     return made and f'<div class="fl-strips">{made}</div>'
 

@@ -81,7 +81,7 @@ def test_jobs_run_one_by_one_and_a_failed_one_holds_nobody_up(queue: JobQueue) -
 
 
 def test_heavy_work_lets_the_app_go_first(runs: RunStore) -> None:
-    launch = runs.next_launch("nice")
+    launch = runs.paths.next_launch("nice")
     launch.start(["-c", "import psutil; print(psutil.Process().nice())"])
     wait_until(launch.ending, told=launch.log)
     mine = psutil.Process().nice()
@@ -159,7 +159,7 @@ def test_a_training_makes_way_for_a_picture_and_goes_on_after(
     assert ("long", "stopped") in states(queue)
     assert queue.jobs("done")[0].id == picture.id
     tick_until(queue, lambda: runs.get("long").progress.step > before)
-    launch = runs.last_launch("long")
+    launch = runs.paths.last_launch("long")
     assert launch is not None
     kill_tree(read_json(launch.supervisor_file))  # as a computer that is switched off
     tick_until(queue, lambda: not queue.jobs("queued", "running"))

@@ -70,7 +70,7 @@ def add_run(context: AppContext, name: str, steps: int = 3) -> Path:
     events.append({"event": "finished"})
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / LORA_FILE).write_bytes(b"a LoRA")
-    launch = context.runs.next_launch(name)
+    launch = context.runs.paths.next_launch(name)
     launch.folder.mkdir(parents=True)
     write_json(launch.settings_file, values)
     (job,) = context.runs.store.add_jobs([NewJob("train", values, "me", name)])
@@ -175,7 +175,7 @@ def test_an_error_that_goes_on_is_told_once_and_what_comes_after_it_is_shown(mon
 
 def test_a_step_is_shown_on_the_train_tab_alone(context: AppContext, pages: dict[str, Page]) -> None:
     folder = add_run(context, "now-lora", steps=1)
-    launch = context.runs.last_launch("now-lora")
+    launch = context.runs.paths.last_launch("now-lora")
     assert launch is not None
     launch.exit_file.unlink()
     write_json(launch.command_file, {})  # it was started a moment ago
