@@ -8,9 +8,9 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
 
-from .process.temporary_folders import remove_left_folders
+from .process.temporary_folders import remove_stale_folders
 from .queue.queue import JobQueue
-from .runs.allowed_paths import Places
+from .runs.allowed_paths import AllowedPaths
 from .runs.runs import RunStore
 from .settings import AppSettings
 from .uploads.uploads import Uploads
@@ -26,7 +26,7 @@ class AppContext:
     runs: RunStore
     queue: JobQueue
     uploads: Uploads
-    places: Places
+    allowed_paths: AllowedPaths
 
 
 def make_context(settings: AppSettings) -> AppContext:
@@ -54,7 +54,7 @@ def make_context(settings: AppSettings) -> AppContext:
         ) from error
     uploads = Uploads(settings.uploads_folder)
     for folder in (runs.temporary, uploads.temporary):
-        remove_left_folders(folder)
+        remove_stale_folders(folder)
     private, data = (list(map(Path, folders)) for folders in (settings.private, settings.data_dir))
-    places = Places(runs.folder, private, uploads.frozen, data)
-    return AppContext(settings, runs, JobQueue(runs), uploads, places)
+    allowed_paths = AllowedPaths(runs.folder, private, uploads.frozen, data)
+    return AppContext(settings, runs, JobQueue(runs), uploads, allowed_paths)

@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
-def sentence_of(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The sentence; what nobody has asked for is logged too, a fault of this program with its traceback."""
-    if is_told(error):
+    if is_user_error(error):
         return str(error)
     sentence = _of_the_computer(error)
     if sentence is not None:
@@ -48,6 +48,6 @@ def is_disk_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
 
 
-def is_told(error: Exception) -> bool:
+def is_user_error(error: Exception) -> bool:
     """Whether the error is about what somebody has asked for, so that to ask the same again is of no use."""
     return isinstance(error, ConfigError | RunError)

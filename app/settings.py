@@ -96,7 +96,7 @@ class AppSettings(Section):
         return self.runs_folder / ".app" / "uploads"
 
     @property
-    def own_names(self) -> list[str]:
+    def host_names(self) -> list[str]:
         """What the app answers to without being told."""
         return [*_OWN_NAMES, f"[{self.host}]" if ":" in self.host else self.host]
 

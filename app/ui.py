@@ -13,7 +13,7 @@ from .flatness.tab import build_flatness_tab
 from .forms.forms import ConfigForm
 from .runs_tab.tab import build_runs_tab
 from .train.tab import build_train_tab
-from .widgets.browser_memory import keep_tab
+from .widgets.browser_memory import remember_tab
 from .widgets.messages import Page
 
 _HOUR = 3600  # seconds; Gradio's copies of uploads are looked through each hour, and go after a day
@@ -45,7 +45,7 @@ def build_app(context: AppContext) -> gr.Blocks:
         named = {"dataset": dataset, "train": train, "compare": compare, "flatness": flatness, "runs": runs}
         train_tab.compare.click(**compare_tab.to_trained)
         # In the browser: answers of the server can overtake others, and hidden timers would keep the browser busy.
-        keep_tab(page.load, tabs, named, timers)
+        remember_tab(page.load, tabs, named, timers)
     _keep_unnamed_private(page)
     return page
 

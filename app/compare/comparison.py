@@ -21,8 +21,8 @@ from ..widgets.run_cards import method_name
 from .base_identity import base_identity
 from .picture_cache import Drawing, Picture, base_arguments
 
-MOST_PICTURES = 400
-ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
+MAX_PICTURES = 400
+MIN_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"
 _METHOD_IN_ID = re.compile(rf"({_FLAT}|{_PLAIN})(?=(/seed-\d+)?$)")  # `compare` has a folder of seeds for each
 _HELD_OUT = SAMPLES / "icons_3d" / "heldout" / "prompts.txt"
@@ -92,8 +92,8 @@ class Comparison:
             raise ConfigError("there is no strength; write one or more, such as 0.5, 1")
         count = (1 + len(self.arms)) * len(self.prompts) * len(self.seeds) * len(self.strengths)
         count *= len(self.moments)
-        if count > MOST_PICTURES:
-            raise ConfigError(f"that is {count} pictures; choose fewer prompts or seeds, {MOST_PICTURES} at most")
+        if count > MAX_PICTURES:
+            raise ConfigError(f"that is {count} pictures; choose fewer prompts or seeds, {MAX_PICTURES} at most")
 
     @property
     def drawing(self) -> Drawing:
@@ -173,7 +173,7 @@ def common_moments(arms: Sequence[ComparedRun]) -> tuple[int | None, ...]:
 def finished_arms(context: AppContext) -> list[ComparedRun]:
     """What can be compared, the newest first."""
     finished = [run for run in context.runs.all() if run.state == "finished"]
-    arms = [(run, context.runs.made_of(run, "arm", partial(_arm, context, run))) for run in finished]
+    arms = [(run, context.runs.cached(run, "arm", partial(_arm, context, run))) for run in finished]
     return [replace(arm, name=run.name) for run, arm in arms if arm is not None]
 
 
@@ -195,7 +195,7 @@ def newest_pair(context: AppContext, arms: Sequence[ComparedRun]) -> list[str]:
 def default_seeds(prompts: str) -> str:
     """As many seeds as make pairs enough for a blind vote of `prompts`."""
     count = max(1, len(read_prompts(prompts)))
-    return ", ".join(map(str, range(-(-ENOUGH_PAIRS // count))))
+    return ", ".join(map(str, range(-(-MIN_PAIRS // count))))
 
 
 def default_prompts(context: AppContext, arms: Sequence[ComparedRun]) -> str:
@@ -206,7 +206,7 @@ def default_prompts(context: AppContext, arms: Sequence[ComparedRun]) -> str:
     if not arms:
         return ""
     if TINY in arms[0].base[1:2] and _HELD_OUT.is_file():
-        held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:ENOUGH_PAIRS]
+        held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:MIN_PAIRS]
         folder = context.runs.settings(arms[0].id).get("instance_data_dir")
         return with_trigger("\n".join(held_out), TRIGGER, trigger_of_captions(Path(folder)) if folder else TRIGGER)
     prompts = [context.runs.settings(arm.id).get("validation_prompt") for arm in arms]

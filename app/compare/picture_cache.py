@@ -210,7 +210,7 @@ def base_arguments(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1)
-def own_precision() -> str:
+def default_precision() -> str:
     """What `generate` computes in unless told otherwise: fp16 on a GPU, fp32 (`no`) on a CPU."""
     import torch
 

@@ -12,9 +12,9 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..widgets.browser_memory import keep_fields
-from ..widgets.status import STATUS_CSS, wrong
-from ..widgets.ticks import only_news, signs_of
+from ..widgets.browser_memory import remember_fields
+from ..widgets.status import STATUS_CSS, error_line
+from ..widgets.ticks import fingerprint_of, skip_unchanged
 from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
 from .picture_cache import PRECISIONS
@@ -83,7 +83,7 @@ def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -
     try:
         view.draw(Form(*values), session, goes_first)
     except ConfigError as error:
-        return _outputs(replace(view.show(Form(*values)), status=wrong(str(error))), None)
+        return _outputs(replace(view.show(Form(*values)), status=error_line(str(error))), None)
     return refresh(view, None, *values)
 
 
@@ -194,7 +194,7 @@ def _build_side_by_side(
         runs, prompts, seeds, rows, strength, strengths, steps, guidance, look, precision,
     ]  # fmt: skip
     kept = {str(part.label): part for part in (prompts, seeds, rows, strength, strengths, steps, guidance)}
-    restored = keep_fields(load, "compare", kept, event="input")
+    restored = remember_fields(load, "compare", kept, event="input")
     outputs = [grid, status, picture, page, stop, last]
     # The form checks its values itself, in a sentence beside it: for one that Gradio refuses no handler is called, and
     # what is drawn would come no more. It would refuse choices that are filled in per page, too.
@@ -220,7 +220,7 @@ def _build_side_by_side(
     gr.on(changed, partial(refresh, view), [last, *form], outputs, **quiet)
     timer = gr.Timer(_POLL_SECONDS, active=False)
     looked = {"inputs": [known, last, *form], "outputs": [runs, prompts, seeds, known, *outputs], **quiet}
-    timer.tick(**only_news({"fn": on_tick, **looked}, partial(signs_of, view.context)))
+    timer.tick(**skip_unchanged({"fn": on_tick, **looked}, partial(fingerprint_of, view.context)))
     return form, timer, known
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..errors import sentence_of
+from ..errors import describe_error
 from ..process.database import Job
 from ..widgets.html import empty_page
 from ..widgets.messages import answer_card
-from ..widgets.status import told, why_failed, why_waiting, wrong
+from ..widgets.status import error_line, status_line, why_failed, why_waiting
 from .answer import answer
 from .comparison import (
     ComparedRun,
@@ -28,7 +28,7 @@ from .comparison import (
 )
 from .export import save_grid, save_page
 from .grid import grid_page
-from .picture_cache import PRECISIONS, Picture, PictureCache, orders_for, own_precision
+from .picture_cache import PRECISIONS, Picture, PictureCache, default_precision, orders_for
 
 BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
 PICTURES, TO_BASE, BETWEEN = "pictures", "to_base", "between"
@@ -99,7 +99,7 @@ class CompareView:
             strengths=read_strengths(form.strengths or "") if by_strength else (strength,),
             steps=int(_within("Steps", form.steps, STEPS)),
             guidance=_within("Guidance", form.guidance, GUIDANCES),
-            precision=form.precision if form.precision in PRECISIONS else own_precision(),
+            precision=form.precision if form.precision in PRECISIONS else default_precision(),
             moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
         )
 
@@ -135,7 +135,7 @@ class CompareView:
         try:
             comparison = self.comparison(form)
         except ConfigError as error:
-            return Shown(empty_page("There is no comparison yet", "See the line above."), wrong(str(error)))
+            return Shown(empty_page("There is no comparison yet", "See the line above."), error_line(str(error)))
         wanted = comparison.pictures()
         drawn = self.cache.find(wanted)
         reference = _REFERENCES.get(form.look)
@@ -147,7 +147,7 @@ class CompareView:
             try:
                 picture, page = (save(comparison, drawn, reference, folder) for save in (save_grid, save_page))
             except OSError as error:
-                return Shown(answered, wrong(f"This cannot be kept as files to save: {sentence_of(error)}"))
+                return Shown(answered, error_line(f"This cannot be kept as files to save: {describe_error(error)}"))
             return Shown(answered, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
@@ -174,14 +174,14 @@ class CompareView:
             text = "Loading the base model ..."
         else:
             text = "Drawing ..."
-        return told(f"{text} {done} of {count} pictures are there.", done / count)
+        return status_line(f"{text} {done} of {count} pictures are there.", done / count)
 
     def _why_missing(self, missing: Sequence[Picture], count: int) -> str:
         tried = self.cache.jobs_for(missing)
         if tried and tried[-1].state == "failed":
             reason, log = why_failed(self.context, tried[-1])
-            return wrong(f"The last drawing failed: {reason}. Press Draw to try again.", log)
-        return told(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
+            return error_line(f"The last drawing failed: {reason}. Press Draw to try again.", log)
+        return status_line(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
 
 
 def _within(label: str, number: float | None, bounds: tuple[float, float]) -> float:

@@ -60,7 +60,7 @@ class VoteView:
 
     def __init__(self, compare: CompareView) -> None:
         self._compare = compare
-        self._store = compare.context.runs.store
+        self._store = compare.context.runs.database
 
     def start(self, form: Form, sides: tuple[str, str], question: str, order: int, voter: str) -> Ballot:
         """A vote between two columns, `BASE` or ids of runs; what `voter` has answered before is kept.

@@ -9,7 +9,7 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..uploads.captions import has_trigger
-from ..widgets.messages import note, told_on_the_page
+from ..widgets.messages import note, show_errors
 
 REPLACE, FRONT, END, REMOVE = "Search and replace", "Put in front", "Put at the end", "Remove a word"
 CHANGES = (REPLACE, FRONT, END, REMOVE)
@@ -17,7 +17,7 @@ CHANGES = (REPLACE, FRONT, END, REMOVE)
 
 def change_all(context: AppContext, session: str, how: str, text: str, by: str) -> str:
     """Change all captions of a session as `changed_captions` does; says how many were."""
-    with told_on_the_page():
+    with show_errors():
         present = context.uploads.captions(session) if session else {}
         if not present:
             raise ConfigError("there are no images whose captions could be changed; drop some first")

@@ -8,7 +8,7 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..uploads.captions import captions_from_names, with_trigger
-from ..widgets.messages import note, told_on_the_page
+from ..widgets.messages import note, show_errors
 from .view import fill_captions
 
 
@@ -20,7 +20,7 @@ def count_captions(context: AppContext, session: str) -> str:
 
 def undo_captions(context: AppContext, session: str) -> str:
     """Bring back the captions from before the last change; says so."""
-    with told_on_the_page():
+    with show_errors():
         if not session:
             raise ConfigError("there are no captions to bring back; drop some images first")
         count = context.uploads.undo_captions(session)
@@ -30,7 +30,7 @@ def undo_captions(context: AppContext, session: str) -> str:
 
 def caption_all(context: AppContext, session: str, trigger: str) -> str:
     """Make captions of the file names and the trigger word, but for those that were written; says how many."""
-    with told_on_the_page():
+    with show_errors():
         if not trigger.strip():
             raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
         names = context.uploads.names(session) if session else {}
@@ -47,7 +47,7 @@ def caption_by_model(
     context: AppContext, session: str, name_or_path: str | None, trigger: str, told: Callable[[int, int], None]
 ) -> str:
     """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
-    with told_on_the_page():
+    with show_errors():
         present = context.uploads.captions(session) if session else {}
         if not present:
             raise ConfigError("there are no images to caption; drop some first")
@@ -56,7 +56,7 @@ def caption_by_model(
         name = (name_or_path or "").strip()
         if not name:
             raise ConfigError("no captioning model is given; enter a folder or hub id, as the box says")
-        context.places.check_model("captioning model", name)
+        context.allowed_paths.check_model("captioning model", name)
         from flatlora_diffusion.evaluation.captioner import load_captioner  # imports transformers, which takes seconds
 
         captioner = load_captioner(name, trigger.strip())

@@ -21,8 +21,8 @@ from PIL import Image
 from flatlora_diffusion.data.images import load_image
 
 from ..context import AppContext
-from ..errors import is_told, sentence_of
-from ..uploads.save_upload import MOST_CAPTION_LETTERS
+from ..errors import describe_error, is_user_error
+from ..uploads.save_upload import MAX_CAPTION_LENGTH
 from ..widgets.static_files import read_static
 from .view import Card, DatasetView
 
@@ -46,23 +46,23 @@ def cards_page(view: DatasetView, session: str) -> str:
 def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
     """What the cards call: `save_card`, `remove_card` and `enlarge_card`. Each takes and returns an object.
 
-    An error is `told`; where the same may be saved later, `is_again` is true.
+    An error is `told`; where the same may be saved later, `can_retry` is true.
     """
 
-    @_telling("Not saved")
+    @_with_error_message("Not saved")
     def save_card(asked: dict[str, Any]) -> dict[str, Any]:
         """The caption's new version and text; of another window's, when that was quicker."""
         session, image, version, text = (str(asked.get(name, "")) for name in ("session", "image", "version", "text"))
         kept = context.uploads.save_caption(session, image, version, text, asked.get("goes_on") is True)
         return {"version": kept.version, "text": kept.text, "is_saved": kept.is_saved}
 
-    @_telling("Not removed")
+    @_with_error_message("Not removed")
     def remove_card(asked: dict[str, Any]) -> dict[str, Any]:
         """Nothing to tell when the image is gone."""
         context.uploads.remove(str(asked.get("session", "")), str(asked.get("image", "")))
-        return {"told": ""}
+        return {"message": ""}
 
-    @_telling("as small as on its card")
+    @_with_error_message("as small as on its card")
     def enlarge_card(asked: dict[str, Any]) -> dict[str, Any]:
         """The whole image as it was dropped, shrunk to what a screen shows, and its size."""
         path = context.uploads.image(str(asked.get("session", "")), str(asked.get("image", "")))
@@ -70,12 +70,12 @@ def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[
             picture = load_image(path)
         told = f"{picture.width} x {picture.height} pixels"
         picture.thumbnail((_LARGE, _LARGE))
-        return {"picture": _data_url(picture), "told": told}
+        return {"picture": _data_url(picture), "message": told}
 
     return [save_card, remove_card, enlarge_card]
 
 
-def _telling(what: str) -> Callable[[_CardFunction], _CardFunction]:
+def _with_error_message(what: str) -> Callable[[_CardFunction], _CardFunction]:
     """Every error as a sentence after `what`, since Gradio keeps a failed call to itself."""
 
     def decorate(function: _CardFunction) -> _CardFunction:
@@ -84,7 +84,7 @@ def _telling(what: str) -> Callable[[_CardFunction], _CardFunction]:
             try:
                 return function(asked)
             except Exception as error:
-                return {"told": f"{what}: {sentence_of(error)}", "is_again": not is_told(error)}
+                return {"message": f"{what}: {describe_error(error)}", "can_retry": not is_user_error(error)}
 
         return answer
 
@@ -99,7 +99,7 @@ def _card(card: Card) -> str:
         f'<img src="{_data_url(card.picture)}" alt="" loading="lazy"></button>'
         f'<div class="fl-photo-head"><b>{_breakable(card.name)}</b>'
         f'<button type="button" data-remove aria-label="Remove {name}">Remove'
-        f'</button></div><textarea aria-label="Caption of {name}" maxlength="{MOST_CAPTION_LETTERS}" '
+        f'</button></div><textarea aria-label="Caption of {name}" maxlength="{MAX_CAPTION_LENGTH}" '
         f'placeholder="What is to be seen, with the trigger word">{escape(card.caption)}</textarea>'
         f'<p>{notes}</p><span role="status"></span></li>'
     )

@@ -10,12 +10,12 @@ import gradio as gr
 from ..context import AppContext
 from ..forms.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from ..uploads.captions import TRIGGER
-from ..widgets.confirm import Question, build_question
+from ..widgets.confirm import Confirmation, build_confirmation
 from ..widgets.messages import note
 from .bulk import CHANGES, REPLACE
 from .captioners import installed_captioners
 from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
-from .removal import BRING_BACK
+from .removal import RESTORE_REMOVED
 
 _CAPTIONER_HERE = "found on this computer; only images without a caption get one"
 _NO_CAPTIONER = (
@@ -32,7 +32,7 @@ class Intake:
 
     drop: gr.File
     samples: gr.Button
-    bring_back: gr.Button
+    restore_removed: gr.Button
     trigger: gr.Textbox
     from_names: gr.Button
     model: gr.Dropdown
@@ -50,8 +50,8 @@ class Pictures:
     filled: gr.Column
     cards: gr.HTML
     remove_all: gr.Button
-    before_images: Question
-    before_captions: Question
+    before_images: Confirmation
+    before_captions: Confirmation
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def build_intake(context: AppContext, form: ConfigForm) -> Intake:
         label="Drop images or a zip here", file_count="multiple", type="filepath", height=150, elem_id="drop"
     )
     samples = gr.Button("Load the 23 sample icons", elem_id="load-samples")
-    bring_back = gr.Button(BRING_BACK, visible=False, elem_id="bring-back")
+    restore_removed = gr.Button(RESTORE_REMOVED, visible=False, elem_id="bring-back")
     with gr.Group():
         trigger = gr.Textbox(
             TRIGGER, label="Trigger word", info="a made-up word that stands for your style in prompts"
@@ -92,7 +92,7 @@ def build_intake(context: AppContext, form: ConfigForm) -> Intake:
     with gr.Accordion("How images are cropped and shown to the trainer", open=False):
         for name in PLACED_WITH_THE_IMAGES:
             form.by_name[name].render()
-    return Intake(drop, samples, bring_back, trigger, from_names, model, by_model, empty, taken=gr.State(0))
+    return Intake(drop, samples, restore_removed, trigger, from_names, model, by_model, empty, taken=gr.State(0))
 
 
 def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
@@ -101,8 +101,8 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
     with gr.Column(visible=False) as filled:
         bulk, remove_all = _build_bulk()
         questions = (
-            build_question("remove-all", "Yes, remove all images", "No, keep them"),
-            build_question("empty-captions", "Yes, empty all captions", "No, keep them"),
+            build_confirmation("remove-all", "Yes, remove all images", "No, keep them"),
+            build_confirmation("empty-captions", "Yes, empty all captions", "No, keep them"),
         )
         cards = gr.HTML(
             "",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..context import AppContext
-from ..widgets.messages import told_on_the_page
+from ..widgets.messages import show_errors
 
-BRING_BACK = "Bring back the images from before"
+RESTORE_REMOVED = "Bring back the images from before"
 
 
 def remove_all(context: AppContext, session: str) -> str:
@@ -15,8 +15,8 @@ def remove_all(context: AppContext, session: str) -> str:
     return ""
 
 
-def bring_back(context: AppContext, session: str) -> str:
+def restore_removed(context: AppContext, session: str) -> str:
     """Exchange the images for those that were removed or replaced last; nothing is told as refused then."""
-    with told_on_the_page():
-        context.uploads.bring_back(session)
+    with show_errors():
+        context.uploads.restore_removed(session)
     return ""

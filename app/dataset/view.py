@@ -85,10 +85,10 @@ def framing(model: ModelConfig, resolution: int | None, background: str, has_buc
     return Framing(background, size, size_step(model))
 
 
-def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
+def load_view(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
     """All images of a session. Raises ConfigError for a bad colour."""
     images, names = uploads.images(session), uploads.names(session)
-    looks = [thumbnails.look(path) for path in images]
+    looks = [thumbnails.inspect(path) for path in images]
     samples = [look.sample for look in looks]
     twins = dict(SampleSet(samples, 0, []).duplicates())
     sizes = framed.sizes([(sample.height, sample.width) for sample in samples])

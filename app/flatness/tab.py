@@ -11,10 +11,10 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..widgets.confirm import ask_before, build_question
+from ..widgets.confirm import build_confirmation, confirm_before
 from ..widgets.static_files import read_static
-from ..widgets.status import STATUS_CSS, wrong
-from ..widgets.ticks import only_news, signs_of
+from ..widgets.status import STATUS_CSS, error_line
+from ..widgets.ticks import fingerprint_of, skip_unchanged
 from .view import QUICK, THOROUGH, FlatnessView
 
 _POLL_SECONDS = 1.5
@@ -27,7 +27,7 @@ def measure(view: FlatnessView, session: str, runs: list[str], effort: str) -> s
     try:
         view.measure(runs or [], effort, session)
     except ConfigError as error:
-        return wrong(str(error))
+        return error_line(str(error))
     return view.status()
 
 
@@ -65,7 +65,7 @@ def show(view: FlatnessView, chosen: int | None) -> tuple[Any, ...]:
     try:
         result = view.result(chosen)
     except ConfigError as error:
-        return wrong(str(error)), "", gr.update(visible=False), gr.update(visible=False), ""
+        return error_line(str(error)), "", gr.update(visible=False), gr.update(visible=False), ""
     is_there = chosen is not None
     return result.charts, result.tables, gr.update(visible=is_there), gr.update(visible=is_there, open=False), ""
 
@@ -91,7 +91,7 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
         start = gr.Button("Measure", variant="primary", min_width=120, elem_id="fl-measure")
     with gr.Column(visible=False) as stopping:
         stop = gr.Button("Stop measuring", variant="stop", min_width=120, elem_id="stop-measuring")
-        question = build_question("stop-measuring", "Yes, stop and lose what was measured", "No, go on")
+        question = build_confirmation("stop-measuring", "Yes, stop and lose what was measured", "No, go on")
     status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-flatness-status")
     chosen = gr.Dropdown([], label="Measurement", visible=False)
     charts = gr.HTML(view.result(None).charts, css_template=_CSS, elem_id="fl-flatness-charts")
@@ -111,12 +111,12 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
         return measure(view, request.session_hash or "", runs, effort)
 
     start.click(on_measure, [runs, effort], [status], **quiet).then(**question.hidden)
-    ask_before(stop, question)
+    confirm_before(stop, question)
     question.yes.click(view.stop, None, None, **quiet).then(**question.hidden)
     chosen.change(partial(show, view), [chosen], [charts, tables, of_tables, fold, surface], **quiet)
     fold.expand(view.surface, [chosen], [surface], **quiet)
     runs.input(view.status, None, [status], **quiet)
     load(**watch)
     timer = gr.Timer(_POLL_SECONDS, active=False)
-    timer.tick(**only_news(watch, partial(signs_of, context)))
+    timer.tick(**skip_unchanged(watch, partial(fingerprint_of, context)))
     return timer

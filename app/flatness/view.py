@@ -21,7 +21,7 @@ from ..process.json_file import read_json
 from ..widgets.html import empty_page, file_url
 from ..widgets.messages import answer_card
 from ..widgets.run_cards import duration, method_name
-from ..widgets.status import told, why_failed, why_waiting, wrong
+from ..widgets.status import error_line, status_line, why_failed, why_waiting
 from .answer import answer
 
 QUICK, THOROUGH = "quick", "thorough"
@@ -120,15 +120,15 @@ class FlatnessView:
         """How far the measurement is, or why the last one has failed; empty when all is well."""
         job = self.open_job()
         if job is not None:
-            return told(why_waiting(self.context, job)) if job.state == "queued" else self._progress(job)
+            return status_line(why_waiting(self.context, job)) if job.state == "queued" else self._progress(job)
         jobs = [job for job in self.context.queue.jobs() if job.kind == "flatness" and job.state != "cancelled"]
         last = max(jobs, key=lambda one: one.id, default=None)
         if last is None or last.state == "done":
             return ""
         if last.state == "stopped":
-            return told("The last measurement was stopped.")
+            return status_line("The last measurement was stopped.")
         reason, log = why_failed(self.context, last)
-        return wrong(reason, log)
+        return error_line(reason, log)
 
     def results(self) -> list[tuple[str, int]]:
         """(what is shown, the job's number) of the measurements that are there, the newest first."""
@@ -139,7 +139,7 @@ class FlatnessView:
         """Charts, tables and the page with the surface. Raises ConfigError when there is no such measurement."""
         if job_id is None:
             return Result(NOTHING if self.runs() else NO_RUNS, "", None)
-        job = self.context.runs.store.job(int(job_id))
+        job = self.context.runs.database.job(int(job_id))
         if job.kind != "flatness" or not self._has_result(job):
             raise ConfigError("that measurement is not there any more; measure again")
         folder = self.context.queue.output_of(job)
@@ -160,7 +160,9 @@ class FlatnessView:
             return ""
         page = self.result(job_id).surface
         if page is None:
-            return told("The surface was not drawn, as that needs plotly: pip install plotly, then measure again.")
+            return status_line(
+                "The surface needs plotly, which is not installed: pip install plotly, then measure again."
+            )
         title = "Loss surfaces to turn and zoom"
         text = escape(page.read_text(encoding="utf-8"))
         return f'<iframe class="fl-surface" title="{title}" sandbox="allow-scripts" srcdoc="{text}"></iframe>'
@@ -171,12 +173,12 @@ class FlatnessView:
     def _progress(self, job: Job) -> str:
         launch = self.context.queue.launch_of(job.id)
         if not launch.command_file.exists():
-            return told("Starting ...")
+            return status_line("Starting ...")
         done = sum(1 for line in launch.log(_LOG_LINES) if _MEASURED.search(line))
         count = 1 + len(job.about.get("runs", ()))
         seconds = time.time() - launch.command_file.stat().st_mtime
         text = f"Measuring: {done} of {count} done (the base and each run), for {duration(seconds)} so far."
-        return told(text, done / count)
+        return status_line(text, done / count)
 
 
 def _alike(context: AppContext, run_id: str) -> tuple[object, ...]:

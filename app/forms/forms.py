@@ -13,7 +13,7 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError, TrainConfig, by_method, choices_of, preset_file, setting_hints
 
 from ..uploads.captions import TRIGGER
-from .labels import DECIDED_BY_THE_APP, HINTS, LABELS, in_form_words
+from .labels import DECIDED_BY_THE_APP, HINTS, LABELS, with_labels
 
 PRESETS = {
     "Quick look": "demo",
@@ -91,7 +91,7 @@ def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.compon
     """Bounds are told here and checked by the config, whose sentence names the setting."""
     place = {
         "label": LABELS[item.name],
-        "info": in_form_words(HINTS.get(item.name, item.metadata["help"])) + _bounds(item),
+        "info": with_labels(HINTS.get(item.name, item.metadata["help"])) + _bounds(item),
         "elem_id": f"setting-{item.name}",
         "render": False,
     }

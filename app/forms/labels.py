@@ -116,7 +116,7 @@ _SETTING = re.compile(
 )
 
 
-def in_form_words(text: str) -> str:
+def with_labels(text: str) -> str:
     """`text` with flags and names of settings replaced by their labels in the form."""
 
     def label(found: re.Match[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from flatlora_diffusion.config import ConfigError
 
-from .file_cache import Kept
+from .file_cache import FileCache
 
 JobKind = Literal["train", "resume", "generate", "flatness"]
 JobState = Literal["queued", "running", "done", "failed", "stopped", "cancelled"]
@@ -91,7 +91,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Deleted:
+class DeletedRun:
     """One run in the trash: the trash folder's name, the run's id, when (seconds since 1970)."""
 
     id: str
@@ -110,13 +110,13 @@ class Vote:
     time: float
 
 
-class Store:
+class Database:
     """The database in `path`. Raises ConfigError for one that a newer version has made."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = (str(path), f"{path}-wal")
-        self._kept: Kept[Any] = Kept()
+        self._kept: FileCache[Any] = FileCache()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Open until the store is gone: with the last connection goes what the next reader would need room on disk for.
         held = self._connect(check_same_thread=False)
@@ -191,9 +191,9 @@ class Store:
         with self._open() as database:
             database.execute("DELETE FROM trash WHERE id = ?", (trash_id,))
 
-    def deleted(self) -> list[Deleted]:
+    def deleted(self) -> list[DeletedRun]:
         """The runs in the trash, the last deleted first."""
-        return [Deleted(*row) for row in self._rows("SELECT id, run, deleted FROM trash ORDER BY deleted DESC")]
+        return [DeletedRun(*row) for row in self._rows("SELECT id, run, deleted FROM trash ORDER BY deleted DESC")]
 
     def add_vote(self, pair: str, question: str, session: str, choice: Choice) -> None:
         """Keep the answer; a session that answers again changes its answer."""

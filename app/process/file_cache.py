@@ -18,19 +18,19 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 
 # What has just changed may change again within the same tick of the file system's clock, which tells two seconds apart
 # at the worst.
-_SETTLING_NS = 2 * 10**9
+_STABLE_AFTER_NS = 2 * 10**9
 
 
 def stamp_of(paths: Iterable[str]) -> Stamp:
     return tuple(map(_stamp, paths))
 
 
-def is_settled(stamp: Stamp, now_ns: int) -> bool:
+def is_stable(stamp: Stamp, now_ns: int) -> bool:
     """Whether the last change lies so far before `now_ns` that a further one would tell."""
-    return max((one[0] for one in stamp if one is not None), default=0) < now_ns - _SETTLING_NS
+    return max((one[0] for one in stamp if one is not None), default=0) < now_ns - _STABLE_AFTER_NS
 
 
-class Kept(Generic[Value]):
+class FileCache(Generic[Value]):
     """Values by key. Safe under several threads."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Kept(Generic[Value]):
         paths = tuple(made_of or ())
         stamp = stamp_of(paths)
         with self._lock:
-            if made_of is not None and is_settled(stamp, begun):
+            if made_of is not None and is_stable(stamp, begun):
                 self._values[key] = (value, paths, stamp)
             else:
                 self._values.pop(key, None)

@@ -27,7 +27,7 @@ from .json_file import read_json
 from .processes import identity, is_alive, kill_tree
 
 LOG_LINES = 40
-AT_ONCE = "at once"
+IMMEDIATELY = "at once"
 _LOG_BYTES = 2**20
 _START_SECONDS = 10  # from the command's file to the supervisor's
 
@@ -98,7 +98,7 @@ class Launch:
 
     def kill(self) -> None:
         """End the command at once, and count it as asked for. The supervisor still writes how it ended."""
-        self.stop_file.write_text(AT_ONCE)
+        self.stop_file.write_text(IMMEDIATELY)
         kill_tree(read_json(self.trainer_file))
 
     def log(self, lines: int = LOG_LINES) -> list[str]:

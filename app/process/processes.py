@@ -63,7 +63,7 @@ class Trainers:
         self._found: dict[Path, dict[str, Any]] = {}
         self._looked: float | None = None
 
-    def is_at(self, folder: Path) -> bool:
+    def is_training_in(self, folder: Path) -> bool:
         """Whether a living trainer writes its run into `folder`."""
         if self._looked is None or time.monotonic() - self._looked > 1:
             self._found = _output_folders()

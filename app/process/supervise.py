@@ -14,7 +14,7 @@ import psutil
 from flatlora_diffusion.storage.atomic_io import write_json
 
 from .json_file import read_json
-from .launch import AT_ONCE, Launch
+from .launch import IMMEDIATELY, Launch
 from .processes import identity, kill_tree
 
 _POLL_SECONDS = 0.2
@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     write_json(launch.trainer_file, identity(process.pid))
     while process.poll() is None:
         if launch.stop_file.exists():
-            if launch.stop_file.read_text() == AT_ONCE:
+            if launch.stop_file.read_text() == IMMEDIATELY:
                 kill_tree(identity(process.pid))
             else:
                 _pass_on(stop_file, process)

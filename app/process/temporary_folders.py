@@ -31,7 +31,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         _remove_lock(folder)
 
 
-def remove_left_folders(parent: Path) -> None:
+def remove_stale_folders(parent: Path) -> None:
     """Remove the temporary folders in `parent` whose app was killed. Those of other users are left alone."""
     for lock_file in parent.glob(f"{_PREFIX}*{_LOCK}"):
         if not _is_own_file(lock_file):

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
 
-from ..errors import sentence_of
+from ..errors import describe_error
 from ..process.database import Job, JobKind, JobState, NewJob
 from ..process.launch import Launch
 from ..runs.run_config import checked_config
@@ -35,7 +35,7 @@ class JobQueue:
     """The queue of a RunStore. Add and stop from anywhere; of all apps on the folder one starts the jobs."""
 
     def __init__(self, runs: RunStore) -> None:
-        self._runs, self._store = runs, runs.store
+        self._runs, self._store = runs, runs.database
         self._lock = FileLock(runs.private / "queue.lock", thread_local=False)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -118,7 +118,7 @@ class JobQueue:
             self._store.change_job(job.id, "running", goes_on=1)
             self.launch_of(job.id).ask_to_stop()
 
-    def stop(self, job_id: int, at_once: bool = False) -> None:
+    def stop(self, job_id: int, immediately: bool = False) -> None:
         """Take a waiting job out of the queue, or ask a running one to stop; one that has ended stays as it is."""
         job = self._store.job(job_id)
         if self._store.change_job(job_id, "queued", state="cancelled"):
@@ -128,9 +128,9 @@ class JobQueue:
         if not self._store.change_job(job_id, "running", goes_on=0):
             return
         launch = self.launch_of(job_id)
-        if job.run is not None and not at_once:
+        if job.run is not None and not immediately:
             self._runs.stop(job.run)
-        elif at_once:
+        elif immediately:
             launch.kill()
         else:
             launch.ask_to_stop()
@@ -153,7 +153,7 @@ class JobQueue:
 
     def start(self) -> None:
         """Run the queue in the background from now on, unless another app does; then take over when that one ends."""
-        self._thread = threading.Thread(target=self._keep_going, daemon=True)
+        self._thread = threading.Thread(target=self._run_until_closed, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -170,21 +170,21 @@ class JobQueue:
                 self._lock.acquire(timeout=0)
         except Timeout:
             return False
-        made_way = []
+        preempted = []
         for job in self._store.jobs("running"):
             launch = self.launch_of(job.id)
             if launch.is_running():
                 return True
             if self._end(job, launch) == "stopped" and job.goes_on:
-                made_way.append(job)
+                preempted.append(job)
         waiting = self._store.jobs("queued")
         if waiting:
             self._start(waiting[0])
-        for job in made_way:
+        for job in preempted:
             self._go_on(job)
         return True
 
-    def _keep_going(self) -> None:
+    def _run_until_closed(self) -> None:
         told = ""
         while not self._closing.wait(_POLL_SECONDS):
             try:
@@ -226,7 +226,7 @@ class JobQueue:
         try:
             self._launch(job, launch)
         except (ConfigError, OSError) as error:
-            self._set_ended(job, "failed", None, sentence_of(error))
+            self._set_ended(job, "failed", None, describe_error(error))
 
     def _launch(self, job: Job, launch: Launch) -> None:
         if isinstance(job.settings, dict):

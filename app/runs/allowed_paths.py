@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]
 _NO_LOCAL_PATH = ("~", "//", "\\\\")  # somebody's home, and another machine's disk on Windows
 
 
-class Places:
+class AllowedPaths:
     """The places of an app: `runs` without `private`, `data` of the operator, and the uploads in `frozen`."""
 
     def __init__(self, runs: Path, private: Sequence[Path], frozen: Path, data: Sequence[Path]) -> None:

@@ -28,7 +28,7 @@ from ..process.temporary_folders import temporary_folder
 from .names import IMPORTED, folder_of
 from .runs import RunStore
 
-MOST_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it
+MAX_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it
 _FILE = "imported.json"
 
 
@@ -89,8 +89,8 @@ def _check_upload(runs: RunStore, file: Path, base: str) -> None:
         raise ConfigError(f"{file.name} is no .safetensors file; other formats can hold code and are not read")
     if not file.is_file():
         raise ConfigError(f"{file.name} is not here any more, as uploads are kept for an hour; drop it again")
-    if file.stat().st_size > MOST_BYTES:
-        raise ConfigError(f"{file.name} has {file.stat().st_size / 2**20:.0f} MiB; {MOST_BYTES // 2**20} at most")
+    if file.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{file.name} has {file.stat().st_size / 2**20:.0f} MiB; {MAX_BYTES // 2**20} at most")
     if not base.strip():
         raise ConfigError("the base is missing; say which base the LoRA is for")
     for run in runs.all():
@@ -126,10 +126,10 @@ def _settings(runs: RunStore, base: str, unet: Any) -> dict[str, Any]:
         if values.get("pretrained_model_name_or_path") == base and values.get("resolution"):
             model = {name: values[name] for name in names if name in values}
             return {"method": IMPORTED, **model, "resolution": values["resolution"]}
-    return {"method": IMPORTED, "pretrained_model_name_or_path": base, "resolution": _own_size(base, unet)}
+    return {"method": IMPORTED, "pretrained_model_name_or_path": base, "resolution": _base_resolution(base, unet)}
 
 
-def _own_size(base: str, unet: Any) -> int:
+def _base_resolution(base: str, unet: Any) -> int:
     """The image size of a base, in pixels: that of its latents times what its VAE shrinks by; SDXL's is 8."""
     levels = read_json(Path(base_path(base)) / "vae" / "config.json").get("block_out_channels", [0] * 4)
     return int(unet.config.sample_size) * 2 ** (len(levels) - 1)

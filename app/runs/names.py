@@ -12,11 +12,11 @@ from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.storage.run_dir import FOLD, MEMBER, RunDir
 
 IMPORTED = "imported"  # the method of a LoRA from elsewhere
-LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
+MAX_NAME_LENGTH = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
 _PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
-_MOST_PARTS = 8
-_MOST_FOLDERS = 10_000  # looked into, should somebody take the whole disk for the runs folder
-_LONGEST = 240  # bytes of an id as one folder name, with room for the trash's number
+_MAX_DEPTH = 8
+_MAX_FOLDERS = 10_000  # looked into, should somebody take the whole disk for the runs folder
+_MAX_ID_BYTES = 240  # bytes of an id as one folder name, with room for the trash's number
 _OF_A_RUN = re.compile(r"checkpoint-.*|images|logs")
 
 
@@ -28,14 +28,14 @@ def folder_of(root: Path, run_id: str) -> Path:
     return folder
 
 
-def is_part(name: str) -> bool:
+def is_valid_part(name: str) -> bool:
     """Whether a folder of this name may be a run: one that can be seen as it is, without control or format characters,
     with which a name would look like another.
     """
     return name.isprintable() and _PART.fullmatch(name) is not None
 
 
-def checked_text(what: str, text: str, most: int = LONGEST_NAME) -> str:
+def checked_text(what: str, text: str, most: int = MAX_NAME_LENGTH) -> str:
     """`text` without blanks around it. Raises ConfigError when it is too long or cannot be seen as it is."""
     text = text.strip()
     if len(text) > most:
@@ -59,7 +59,7 @@ def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
     looked_into: gets the folders whose change may change the answer.
     """
     waiting = deque([("", root)])
-    for _ in range(_MOST_FOLDERS):
+    for _ in range(_MAX_FOLDERS):
         if not waiting:
             return
         above, folder = waiting.popleft()
@@ -97,8 +97,8 @@ def _is_inside(root: Path, folder: Path) -> bool:
 
 def _is_id(text: str) -> bool:
     parts = text.split("/")
-    is_short = len(parts) <= _MOST_PARTS and len(private_name(text).encode(errors="replace")) <= _LONGEST
-    return is_short and all(map(is_part, parts))
+    is_short = len(parts) <= _MAX_DEPTH and len(private_name(text).encode(errors="replace")) <= _MAX_ID_BYTES
+    return is_short and all(map(is_valid_part, parts))
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_preview
     """What a running run is doing, in words. has_previews: whether its settings ask for any."""
     if run.stop_file.exists() or (launch is not None and launch.stop_file.exists()):
         return STOPPING
-    if not progress.has_begun or _is_older(run, launch):
+    if not progress.has_begun or _has_old_events(run, launch):
         return _beginning([] if launch is None else launch.log(200))
     if progress.step == 0 and has_previews and not progress.has_drawn:
         return PREVIEWS
@@ -46,15 +46,15 @@ def _beginning(log: Sequence[str]) -> str:
         parts = [part for line in log if (part := begins.match(line))]
         if parts:
             return phase.format(*parts[-1].groups())
-    return CACHING if _says(log, _HAS_LOADED) else LOADING
+    return CACHING if _has_line(log, _HAS_LOADED) else LOADING
 
 
-def _is_older(run: RunDir, launch: Launch | None) -> bool:
+def _has_old_events(run: RunDir, launch: Launch | None) -> bool:
     """Whether the run's events are all of an earlier start, which this one goes on from."""
     if launch is None or not run.events_file.exists() or not launch.command_file.exists():
         return False
     return run.events_file.stat().st_mtime < launch.command_file.stat().st_mtime
 
 
-def _says(log: Sequence[str], line: re.Pattern[str]) -> bool:
+def _has_line(log: Sequence[str], line: re.Pattern[str]) -> bool:
     return any(line.match(one) for one in log)

@@ -39,7 +39,7 @@ def experiment_name(runs: RunStore, folder: Path) -> str:
     return folder.relative_to(runs.folder.resolve()).as_posix()
 
 
-def framed_report(runs: RunStore, folder: Path) -> str:
+def report_frame(runs: RunStore, folder: Path) -> str:
     """HTML that shows the report. Raises ConfigError for one that cannot be shown in place."""
     name = experiment_name(runs, folder)
     page = _page(folder, (folder / RESULT).stat().st_mtime_ns)

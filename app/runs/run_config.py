@@ -19,7 +19,7 @@ def checked_config(settings: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def near(settings: dict[str, Any]) -> dict[str, Any]:
+def with_relative_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Paths below the working folder as relative ones. Others stay, as a resumed run needs them."""
     here = Path.cwd()
     paths = {name: Path(settings[name]) for name in settings_that("is_path") if settings[name]}

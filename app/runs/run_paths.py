@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..process.file_cache import Kept, Stamp, is_settled, stamp_of
+from ..process.file_cache import FileCache, Stamp, is_stable, stamp_of
 from ..process.launch import Launch
 from .names import folder_of, private_name, run_id_of, run_ids, safe_name
 
 
 @dataclass(frozen=True)
-class Signs:
+class Fingerprint:
     """Of which two are equal only if nothing has changed between: of files, and the runs whose processes live."""
 
     stamp: Stamp
@@ -28,14 +28,14 @@ class _Watched:
     files: tuple[str, ...]
 
 
-class RunPlaces:
+class RunPaths:
     """The places of runs below `folder`, and below `launches` those of their starts by the app."""
 
     def __init__(self, folder: Path, launches: Path) -> None:
         self.folder, self.launches = folder, launches
-        self._ids: Kept[list[str]] = Kept()
-        self._watched: Kept[list[_Watched]] = Kept()
-        self._last: Kept[Launch | None] = Kept()
+        self._ids: FileCache[list[str]] = FileCache()
+        self._watched: FileCache[list[_Watched]] = FileCache()
+        self._last: FileCache[Launch | None] = FileCache()
 
     def ids(self) -> list[str]:
         """All run folders."""
@@ -88,7 +88,7 @@ class RunPlaces:
         started = () if launch is None else (str(launch.folder),)
         return run, os.path.join(run, "config.json"), os.path.join(run, "events.jsonl"), private, *started
 
-    def signs(self, files: Iterable[str], run_ids: Iterable[str] | None = None) -> Signs | None:
+    def fingerprint(self, files: Iterable[str], run_ids: Iterable[str] | None = None) -> Fingerprint | None:
         """The signs of `files` and of all runs or, with each of their steps, of those named; None while they settle.
 
         Of all runs those at work are only looked at for whether they still live.
@@ -103,7 +103,7 @@ class RunPlaces:
             if run_ids is not None:
                 paths += [*one.files, str(one.launch.log_file)]
         stamp = stamp_of(paths)
-        return Signs(stamp, tuple(living)) if is_settled(stamp, begun) else None
+        return Fingerprint(stamp, tuple(living)) if is_stable(stamp, begun) else None
 
     def _watch(self, run_id: str) -> _Watched:
         return _Watched(run_id, self.last_launch(run_id), self.files(run_id))

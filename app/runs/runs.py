@@ -14,21 +14,21 @@ from flatlora_diffusion.config import ConfigError, completed
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
-from ..process.database import Label, Store
-from ..process.file_cache import Kept
+from ..process.database import Database, Label
+from ..process.file_cache import FileCache
 from ..process.json_file import read_json
 from ..process.launch import LOG_LINES, Launch
 from ..process.processes import Trainers
 from .names import checked_text, folder_of, is_run
 from .phase import phase_of
 from .progress import EventLog, Progress
-from .run_config import checked_config, near
-from .run_paths import RunPlaces, Signs
-from .state import RunFiles, RunState, judge, parts_of
+from .run_config import checked_config, with_relative_paths
+from .run_paths import Fingerprint, RunPaths
+from .state import RunFiles, RunState, parts_of, run_state
 from .trash import Trash
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")
-_LONGEST_NOTE = 2000
+_MAX_NOTE_LENGTH = 2000
 Value = TypeVar("Value")
 
 
@@ -70,16 +70,16 @@ class RunStore:
         self.folder = folder
         self.private = folder / ".app"
         self.temporary = self.private / "temporary"
-        self.store = Store(self.private / "app.db")
-        self.paths = RunPlaces(folder, self.private / "runs")
-        self.trash = Trash(folder / ".trash", folder, self.paths.launches, self.store)
+        self.database = Database(self.private / "app.db")
+        self.paths = RunPaths(folder, self.private / "runs")
+        self.trash = Trash(folder / ".trash", folder, self.paths.launches, self.database)
         self._logs: dict[str, EventLog] = {}
         self._trainers = Trainers()
-        self._kept: Kept[Any] = Kept()
+        self._kept: FileCache[Any] = FileCache()
 
     def all(self) -> list[Run]:
         """All runs, the one that changed last first."""
-        queued, labels = self._queued(), self.store.labels()
+        queued, labels = self._queued(), self.database.labels()
         ids = {*self.paths.ids(), *queued, *self.paths.launched()}
         return sorted(
             (self._run(run_id, run_id in queued, labels.get(run_id, Label())) for run_id in ids),
@@ -92,29 +92,29 @@ class RunStore:
         is_queued = run_id in self._queued()
         if not (is_run(folder) or is_queued or self.paths.last_launch(run_id)):
             raise ConfigError(f"there is no run {run_id!r} in the runs folder")
-        return self._run(run_id, is_queued, self.store.labels().get(run_id, Label()))
+        return self._run(run_id, is_queued, self.database.labels().get(run_id, Label()))
 
     def start(self, run_id: str, settings: Mapping[str, Any], launch: Launch) -> None:
         """Train with `settings` in the run's folder. Raises ConfigError for settings that cannot be."""
         folder = folder_of(self.folder, run_id)
         config = checked_config(settings).replace(output_dir=str(folder))
         launch.folder.mkdir(parents=True)
-        write_json(launch.settings_file, near(config.to_dict()))
+        write_json(launch.settings_file, with_relative_paths(config.to_dict()))
         command = ["-m", "flatlora_diffusion", "train", "--config", str(launch.settings_file)]
         launch.start(command, RunDir(folder).stop_file)
 
-    def stop(self, run_id: str, at_once: bool = False) -> None:
-        """Ask the run to save and end after its step; `at_once` kills it, back to its last checkpoint.
+    def stop(self, run_id: str, immediately: bool = False) -> None:
+        """Ask the run to save and end after its step; `immediately` kills it, back to its last checkpoint.
 
         Raises ConfigError when it does not run, or cannot be killed from here.
         """
         folder, launch = self._running(run_id), self.paths.last_launch(run_id)
         is_ours = launch is not None and launch.is_running()
         if launch is not None and is_ours:
-            launch.kill() if at_once else launch.ask_to_stop()
-        elif at_once:
+            launch.kill() if immediately else launch.ask_to_stop()
+        elif immediately:
             raise ConfigError(f"{run_id} was started from a command line; press Ctrl-C there")
-        if folder.is_dir() and not at_once:
+        if folder.is_dir() and not immediately:
             RunDir(folder).stop_file.touch()
 
     def save_now(self, run_id: str) -> None:
@@ -145,15 +145,15 @@ class RunStore:
             raise ConfigError(f"{run.name} cannot be resumed: {why}")
         return self.settings(run_id) | {"resume_from_checkpoint": "latest"}
 
-    def made_of(self, run: Run, what: str, make: Callable[[], Value]) -> Value:
+    def cached(self, run: Run, what: str, make: Callable[[], Value]) -> Value:
         """What `make` gives, called again only when the state or a file has changed; of a run at work each time."""
         files = None if run.state == "running" else self.paths.files(run.id)
         value: Value = self._kept.get((run.id, run.state, what), lambda: (make(), files))
         return value
 
-    def signs(self, run_ids: Iterable[str] | None = None) -> Signs | None:
-        """What tells that runs, jobs and labels are as they were: see `RunPlaces.signs`."""
-        return self.paths.signs(self.store.files, run_ids)
+    def fingerprint(self, run_ids: Iterable[str] | None = None) -> Fingerprint | None:
+        """What tells that runs, jobs and labels are as they were: see `RunPaths.fingerprint`."""
+        return self.paths.fingerprint(self.database.files, run_ids)
 
     def events(self, run_id: str) -> EventLog:
         """The run's losses and previews. Raises ConfigError for an id outside of the runs folder."""
@@ -184,12 +184,12 @@ class RunStore:
 
     def tag(self, run_id: str, *tags: str) -> None:
         """Set the run's tags."""
-        checked_text("list of tags", ", ".join(tags), _LONGEST_NOTE)
+        checked_text("list of tags", ", ".join(tags), _MAX_NOTE_LENGTH)
         self._relabel(run_id, tags=tuple(dict.fromkeys(tag.strip() for tag in tags if tag.strip())))
 
     def note(self, run_id: str, text: str) -> None:
         """Set the run's note."""
-        checked_text("note", text.replace("\n", " "), _LONGEST_NOTE)
+        checked_text("note", text.replace("\n", " "), _MAX_NOTE_LENGTH)
         self._relabel(run_id, note=text)
 
     def delete(self, run_id: str) -> str:
@@ -209,7 +209,7 @@ class RunStore:
     def _run(self, run_id: str, is_queued: bool, label: Label) -> Run:
         """The run as it is; one that has ended is looked at again only when its files have changed."""
         run, is_trained = self._kept.get((run_id, is_queued), lambda: self._look(run_id, is_queued))
-        if self._trainers.is_at(run.folder) != is_trained:
+        if self._trainers.is_training_in(run.folder) != is_trained:
             run, _ = self._look(run_id, is_queued)[0]
         return replace(run, label=label)
 
@@ -221,8 +221,8 @@ class RunStore:
         progress = self.events(run_id).progress(settings.get("max_train_steps"))
         checkpoints = run.checkpoints() if folder.is_dir() else []
         files = RunFiles.of(folder, checkpoints)
-        is_trained = self._trainers.is_at(folder)
-        verdict = judge(launch, progress, files, is_queued, is_trained)
+        is_trained = self._trainers.is_training_in(folder)
+        verdict = run_state(launch, progress, files, is_queued, is_trained)
         is_running = verdict.state == "running"
         has_previews = bool(settings.get("validation_prompt") or settings.get("validation_prompts_file"))
         places = (run.events_file, run.config_file, self.paths.private(run_id))
@@ -246,7 +246,7 @@ class RunStore:
     def _queued(self) -> dict[str, dict[str, Any]]:
         """The settings of the runs that wait, also of one that the queue has taken and not launched yet."""
         waiting = {}
-        for job in self.store.jobs("queued", "running"):
+        for job in self.database.jobs("queued", "running"):
             if job.run is None or not isinstance(job.settings, dict):
                 continue
             if job.state == "queued" or self.paths.last_launch(job.run) is None:
@@ -260,4 +260,4 @@ class RunStore:
         return run.folder
 
     def _relabel(self, run_id: str, **values: Any) -> None:
-        self.store.set_label(run_id, replace(self.get(run_id).label, **values))
+        self.database.set_label(run_id, replace(self.get(run_id).label, **values))

@@ -12,7 +12,7 @@ from flatlora_diffusion.storage.atomic_io import file_sha256
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
-from ..dataset.removal import BRING_BACK
+from ..dataset.removal import RESTORE_REMOVED
 from ..runs.names import IMPORTED
 from ..runs.runs import Run
 
@@ -62,7 +62,7 @@ def _images(
         return [f"Its images are those of the data set {dataset}, not those in the Dataset tab."], {}
     if not folder:
         return ["Its images are those in the Dataset tab."], {}
-    if not context.places.may_read(folder) or not Path(folder).is_dir():
+    if not context.allowed_paths.may_read(folder) or not Path(folder).is_dir():
         text = (
             f"Different: its image folder {folder} is not here, or is none that --data_dir allows, so its images are "
             "those in the Dataset tab."
@@ -77,7 +77,7 @@ def _images(
 
 def _taken(context: AppContext, session: str, frozen: Path) -> str:
     replaced = context.uploads.replace(session, frozen)
-    instead = f" in place of {replaced} that were there, which {BRING_BACK} returns" if replaced else ""
+    instead = f" in place of {replaced} that were there, which {RESTORE_REMOVED} returns" if replaced else ""
     return f"Its images and captions ({len(context.uploads.images(session))}) are in the Dataset tab now{instead}."
 
 

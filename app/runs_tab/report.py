@@ -12,8 +12,8 @@ from flatlora_diffusion.compare.page.page import PAGE
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..runs.reports import experiment_name, framed_report, report_of
-from ..widgets.messages import told_on_the_page
+from ..runs.reports import experiment_name, report_frame, report_of
+from ..widgets.messages import show_errors
 from ..widgets.static_files import read_static
 
 REPORT_CSS = read_static("report.css")
@@ -52,14 +52,14 @@ def offer(context: AppContext, run_id: str | None, shown: str) -> tuple[Any, ...
 
 def toggle(context: AppContext, run_id: str | None, shown: str) -> tuple[Any, ...]:
     """The button, the frame with the report or without, what is in it."""
-    with told_on_the_page():
+    with show_errors():
         folder = None if not run_id else report_of(context.runs, run_id)
         if folder is None:
             raise ConfigError("the report is not there any more")
         name = experiment_name(context.runs, folder)
         if name == shown:
             return _button(name, False), gr.HTML("", visible=False), ""
-        return _button(name, True), gr.HTML(framed_report(context.runs, folder), visible=True), name
+        return _button(name, True), gr.HTML(report_frame(context.runs, folder), visible=True), name
 
 
 def connect_report(context: AppContext, report: ReportParts, chosen: gr.Dropdown) -> None:

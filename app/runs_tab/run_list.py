@@ -60,7 +60,7 @@ class RunRow:
 
 def rows_of(context: AppContext) -> list[RunRow]:
     """One for each run, the newest first."""
-    rows = [(run, context.runs.made_of(run, "row", partial(_row, context, run))) for run in context.runs.all()]
+    rows = [(run, context.runs.cached(run, "row", partial(_row, context, run))) for run in context.runs.all()]
     # A report with the pictures of an arm is written after the last word of its run.
     return [
         replace(row, name=run.name, tags=run.label.tags, picture=row.picture or arm_picture(context.runs, run.id))
@@ -68,7 +68,7 @@ def rows_of(context: AppContext) -> list[RunRow]:
     ]
 
 
-def arranged(rows: Sequence[RunRow], words: str, order: str) -> list[RunRow]:
+def filter_and_sort(rows: Sequence[RunRow], words: str, order: str) -> list[RunRow]:
     """The rows that have all of `words`, in this order; without a score last."""
     found = [row for row in rows if all(word in row.words for word in words.lower().split())]
     keys: dict[str, Callable[[RunRow], Any]] = {

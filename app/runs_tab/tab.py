@@ -18,16 +18,16 @@ from ..dataset.tab import ensure_session
 from ..forms.forms import ConfigForm
 from ..runs.lora_import import Origin, import_lora_file, known_bases, origin_of
 from ..train.tab import TrainTab
-from ..widgets.confirm import Question, ask_before, build_question
+from ..widgets.confirm import Confirmation, build_confirmation, confirm_before
 from ..widgets.loss_chart import CHART_CSS
-from ..widgets.messages import note, told_on_the_page
+from ..widgets.messages import note, show_errors
 from ..widgets.run_cards import run_card
 from ..widgets.run_charts import loss_curves, samples
 from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
-from ..widgets.status import STATUS_CSS, told, wrong
+from ..widgets.status import STATUS_CSS, error_line, status_line
 from .clone import clone_run
 from .report import build_report, connect_report
-from .run_list import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, arranged, list_page, rows_of, storage_line
+from .run_list import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, filter_and_sort, list_page, rows_of, storage_line
 from .trash import build_trash, connect_trash, look as look_at_trash
 
 _DOWNLOADS = {
@@ -42,7 +42,7 @@ def refresh(context: AppContext, chosen: str | None, words: str, order: str) -> 
     rows = rows_of(context)
     ids = [row.id for row in rows]
     value = chosen if chosen in ids else (ids[0] if ids else None)
-    page = list_page(arranged(rows, words, order), order, value, is_searched=bool(rows))
+    page = list_page(filter_and_sort(rows, words, order), order, value, is_searched=bool(rows))
     choice = gr.Dropdown(choices=[(row.name, row.id) for row in rows], value=value)
     return page, choice, note(storage_line(context, rows)), *look_at_trash(context)
 
@@ -80,7 +80,7 @@ def details(context: AppContext, run_id: str | None) -> Details:
             resume=no_button,
             clone=no_button,
         )
-    with told_on_the_page():
+    with show_errors():
         run = context.runs.get(run_id)
         origin = origin_of(run.folder)
         files, settings = context.runs.exports(run_id), context.runs.settings(run_id)
@@ -107,18 +107,18 @@ def look_again(context: AppContext, run_id: str | None) -> Details:
 def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
     """Keep an uploaded LoRA file; (what was taken or why not, the run to choose, the upload emptied)."""
     if not file:
-        return wrong("no file was given; drop a .safetensors file first"), gr.skip(), gr.skip()
+        return error_line("no file was given; drop a .safetensors file first"), gr.skip(), gr.skip()
     try:
         if base and base not in known_bases(context.runs):
-            context.places.check_model("base", base)
+            context.allowed_paths.check_model("base", base)
         taken = import_lora_file(context.runs, Path(file), base or "")
     except (ConfigError, RunError) as error:
-        return wrong(str(error)), gr.skip(), None
+        return error_line(str(error)), gr.skip(), None
     finally:
         Path(file).unlink(missing_ok=True)  # the entry has its own copy
     rest = f"; {taken.unknown} tensors of no layer were left out" if taken.unknown else ""
     text = f"{taken.run} is among the runs now, with {taken.layers} layers{rest}. Choose it on the Compare tab."
-    return told(text), gr.Dropdown(choices=[*_choices(context)], value=taken.run), None
+    return status_line(text), gr.Dropdown(choices=[*_choices(context)], value=taken.run), None
 
 
 def _choices(context: AppContext) -> list[tuple[str, str]]:
@@ -127,7 +127,7 @@ def _choices(context: AppContext) -> list[tuple[str, str]]:
 
 def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, note: str) -> None:
     """Keep name, tags (with commas) and note."""
-    with told_on_the_page():
+    with show_errors():
         context.runs.rename(run_id or "", name)
         context.runs.tag(run_id or "", *tags.split(","))
         context.runs.note(run_id or "", note)
@@ -135,14 +135,14 @@ def save_labels(context: AppContext, run_id: str | None, name: str, tags: str, n
 
 def delete(context: AppContext, run_id: str | None) -> None:
     """Move the run into the trash."""
-    with told_on_the_page():
+    with show_errors():
         context.runs.delete(run_id or "")
     gr.Info("It is in the trash below, from where it can be brought back.")
 
 
 def undo(context: AppContext, key: str | None) -> Any:
     """Bring a deleted run back and choose it."""
-    with told_on_the_page():
+    with show_errors():
         run_id = context.runs.trash.undo(key or "")
     return gr.Dropdown(choices=_choices(context), value=run_id)
 
@@ -150,7 +150,7 @@ def undo(context: AppContext, key: str | None) -> Any:
 def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | None) -> list[Any]:
     """The page's Train tab in front, with the run's name, method and settings, and what was made of its images."""
     session = ensure_session(context, session)
-    with told_on_the_page():
+    with show_errors():
         made = clone_run(context, session, run_id or "")
     lines = "<br>".join(map(escape, made.told))
     text = note(f"<b>Like {escape(made.name)}.</b> Change what should be different, then start it.<br>{lines}")
@@ -166,7 +166,7 @@ def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | Non
 
 def resume(context: AppContext, session: str, run_id: str | None) -> Any:
     """Queue the run to go on, and show the Train tab."""
-    with told_on_the_page():
+    with show_errors():
         context.queue.add_resume(run_id or "", session)
     return gr.Tabs(selected="train")
 
@@ -233,7 +233,7 @@ def build_runs_tab(
     parts.save_button.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
         partial(details, context), **described, api_visibility="private"
     )
-    ask_before(parts.delete_button, parts.question, chosen)
+    confirm_before(parts.delete_button, parts.question, chosen)
     deleted = parts.question.yes.click(partial(delete, context), [chosen], None)
     deleted.success(**private).then(**parts.question.hidden)
     restored = trash.restore_button.click(partial(undo, context), [trash.entries], [chosen])
@@ -253,7 +253,7 @@ class _DetailParts:
     outputs: dict[str, Any]
     save_button: gr.Button
     delete_button: gr.Button
-    question: Question
+    question: Confirmation
 
 
 def _build_details() -> _DetailParts:
@@ -272,7 +272,7 @@ def _build_details() -> _DetailParts:
                 outputs["clone"] = gr.Button("Clone settings", size="sm", min_width=90)
                 outputs["resume"] = gr.Button("Resume", interactive=False, size="sm", min_width=90)
                 delete_button = gr.Button("Delete", variant="stop", size="sm", min_width=90, elem_id="delete-run")
-            question = build_question("delete-run", "Yes, move it to the trash", "No, keep it")
+            question = build_confirmation("delete-run", "Yes, move it to the trash", "No, keep it")
             outputs["name"] = gr.Textbox(label="Name")
             outputs["tags"] = gr.Textbox(label="Tags, with commas")
             outputs["note"] = gr.Textbox(label="Note")

@@ -13,8 +13,8 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..widgets.confirm import Question, ask_before, build_question
-from ..widgets.messages import told_on_the_page
+from ..widgets.confirm import Confirmation, build_confirmation, confirm_before
+from ..widgets.messages import show_errors
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TrashParts:
     entries: gr.Dropdown
     restore_button: gr.Button
     delete_button: gr.Button
-    question: Question
+    question: Confirmation
 
 
 def build_trash() -> TrashParts:
@@ -34,7 +34,7 @@ def build_trash() -> TrashParts:
         with gr.Row():
             restore_button = gr.Button("Restore", min_width=120)
             delete_button = gr.Button("Delete for good", variant="stop", min_width=120, elem_id="delete-for-good")
-        question = build_question("delete-for-good", "Yes, delete it for good", "No, keep it")
+        question = build_confirmation("delete-for-good", "Yes, delete it for good", "No, keep it")
     return TrashParts(fold, entries, restore_button, delete_button, question)
 
 
@@ -52,7 +52,7 @@ def look(context: AppContext) -> tuple[Any, Any]:
 
 def delete_for_good(context: AppContext, key: str | None) -> None:
     """Remove a deleted run from the disk."""
-    with told_on_the_page():
+    with show_errors():
         if not key:
             raise ConfigError("no run is chosen; choose one in the trash")
         context.runs.trash.delete_for_good(key)
@@ -61,6 +61,6 @@ def delete_for_good(context: AppContext, key: str | None) -> None:
 def connect_trash(context: AppContext, trash: TrashParts, again: Callable[[Any], Any]) -> None:
     """`again`: shows list and trash anew after an event."""
     shown: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    ask_before(trash.delete_button, trash.question, trash.entries)
+    confirm_before(trash.delete_button, trash.question, trash.entries)
     gone = trash.question.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown)
     again(gone).then(**trash.question.hidden)

@@ -20,13 +20,13 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .before_login import is_open
-from .login_limit import LONGEST_WAIT, LoginLimit
-from .upload_limit import Coming, UploadRoom
+from .login_limit import MAX_WAIT, LoginLimit
+from .upload_limit import IncomingUpload, UploadLimit
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 _ORIGIN = re.compile(r"https?://([^/@]+)")
 _FILE = re.compile(r"/gradio_api/file[=/](.*)", re.DOTALL)
-_MOST_BODY = 32 * 2**20  # bytes of a request that is no upload; Gradio reads it as a whole
+_MAX_BODY_BYTES = 32 * 2**20  # bytes of a request that is no upload; Gradio reads it as a whole
 _SAME = ("same-origin", "none")  # of Sec-Fetch-Site: the page itself, and the user's own address line
 _INLINE = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "image/bmp")
 _FILE_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
@@ -38,7 +38,7 @@ _PAGE_POLICY = (
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """An answer in place of the app's."""
 
     status: int
@@ -46,7 +46,7 @@ class Refusal:
     wait_seconds: int = 0
 
 
-_NO_ROOM = Refusal(413, "There are too many uploads that nothing was made of yet; wait some minutes and try again.")
+_NO_ROOM = Rejection(413, "There are too many uploads that nothing was made of yet; wait some minutes and try again.")
 
 
 class Guard:
@@ -61,7 +61,7 @@ class Guard:
         names: Sequence[str],
         served: Sequence[Path],
         private: Sequence[Path],
-        uploads: UploadRoom,
+        uploads: UploadLimit,
         is_logged_in: Callable[[Scope], bool] | None = None,
     ) -> None:
         self.uploads, self._is_logged_in = uploads, is_logged_in
@@ -70,32 +70,32 @@ class Guard:
         self._served, self._private = [path.resolve() for path in served], [path.resolve() for path in private]
         self.logins = LoginLimit()
 
-    def admit(self, host: str) -> None:
+    def allow_host(self, host: str) -> None:
         """Answer to this name, with or without a port, too, and to a page that was opened under just this."""
         self._origins.add(host.lower())
         self._names.add(_name(host.lower()) or host)
 
-    def refusal(self, scope: Scope) -> Refusal | None:
+    def reject_reason(self, scope: Scope) -> Rejection | None:
         """Why the request is not let through; None when it is."""
         headers = Headers(scope=scope)
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or not all(_name(host) in self._names for host in (*hosts, *_other_hosts(headers))):
-            return Refusal(
+            return Rejection(
                 403,
                 "This app does not answer to the name in the address line; open it under another one, or start it "
                 "with --allowed_host NAME.",
             )
         if not self._is_same_origin(hosts[0], headers) or not _is_own_fetch(scope, headers):
-            return Refusal(403, "Requests from the pages of others are refused.")
+            return Rejection(403, "Requests from the pages of others are refused.")
         if self._is_logged_in is not None and not is_open(scope["path"]) and not self._is_logged_in(scope):
-            return Refusal(401, "Log in first.")
+            return Rejection(401, "Log in first.")
         file = _FILE.search(scope["path"])
         if file is not None and not self._is_served(file[1]):
-            return Refusal(403, "This file is not served.")
+            return Rejection(403, "This file is not served.")
         if "transfer-encoding" in headers:
-            return Refusal(411, "A request has to say how long it is.")
-        if not is_upload(scope) and _length(headers) > _MOST_BODY:
-            return Refusal(413, f"A request that is no upload may have {_MOST_BODY // 2**20} MiB.")
+            return Rejection(411, "A request has to say how long it is.")
+        if not is_upload(scope) and _length(headers) > _MAX_BODY_BYTES:
+            return Rejection(413, f"A request that is no upload may have {_MAX_BODY_BYTES // 2**20} MiB.")
         return None
 
     def _is_same_origin(self, host: str, headers: Headers) -> bool:
@@ -115,7 +115,7 @@ class Guard:
         return not is_private and any(path.is_relative_to(folder) for folder in self._served)
 
 
-class Doors:
+class GuardMiddleware:
     """The ASGI middleware around the app that asks a Guard, and says to browsers what an answer may be used for."""
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
@@ -125,11 +125,11 @@ class Doors:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        refusal = self._guard.refusal(scope)
-        if refusal is None and is_login(scope):
-            refusal = await self._wait_for_turn(client_of(scope))
-        if refusal is not None:
-            await _refuse(refusal, scope, receive, send)
+        rejection = self._guard.reject_reason(scope)
+        if rejection is None and is_login(scope):
+            rejection = await self._wait_for_turn(client_of(scope))
+        if rejection is not None:
+            await _reject(rejection, scope, receive, send)
             return
         if is_upload(scope):
             await self._take_upload(scope, receive, send)
@@ -139,14 +139,14 @@ class Doors:
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._guard.uploads.receive(_length(Headers(scope=scope))) as coming:
             if coming is None:
-                await _refuse(_NO_ROOM, scope, receive, send)
+                await _reject(_NO_ROOM, scope, receive, send)
             else:
                 await self._app(scope, _counted(receive, coming), self._marked(scope, send))
 
-    async def _wait_for_turn(self, client: str) -> Refusal | None:
+    async def _wait_for_turn(self, client: str) -> Rejection | None:
         wait = self._guard.logins.seconds_to_wait(client)
-        if wait > LONGEST_WAIT:
-            return Refusal(429, "Too many wrong logins; wait and try again.", math.ceil(wait - LONGEST_WAIT))
+        if wait > MAX_WAIT:
+            return Rejection(429, "Too many wrong logins; wait and try again.", math.ceil(wait - MAX_WAIT))
         await asyncio.sleep(wait)
         return None
 
@@ -201,7 +201,7 @@ def _length(headers: Headers) -> int:
     return int(headers.get("content-length", "0"))
 
 
-def _counted(receive: Receive, coming: Coming) -> Receive:
+def _counted(receive: Receive, coming: IncomingUpload) -> Receive:
     """`receive` that keeps count of what is still to come."""
 
     async def receive_counted() -> Message:
@@ -232,12 +232,12 @@ def _mark(message: Message, is_file: bool) -> None:
         headers["Content-Disposition"] = f"attachment;{named}" if named else "attachment"
 
 
-async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+async def _reject(rejection: Rejection, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1008})
         return
     headers: dict[str, Any] = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-    if refusal.wait_seconds:
-        headers["Retry-After"] = str(refusal.wait_seconds)
-    await PlainTextResponse(refusal.text, refusal.status, headers)(scope, receive, send)
+    if rejection.wait_seconds:
+        headers["Retry-After"] = str(rejection.wait_seconds)
+    await PlainTextResponse(rejection.text, rejection.status, headers)(scope, receive, send)

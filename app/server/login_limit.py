@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-UNHINDERED = 5  # tries of a client before its next one has to wait
-LONGEST_PAUSE = 30  # seconds between two later tries
-LONGEST_WAIT = 2 * LONGEST_PAUSE  # seconds; what would wait longer is refused
-FORGOTTEN_AFTER = 15 * 60  # seconds without a try
+FREE_TRIES = 5  # tries of a client before its next one has to wait
+MAX_PAUSE = 30  # seconds between two later tries
+MAX_WAIT = 2 * MAX_PAUSE  # seconds; what would wait longer is refused
+FORGET_AFTER = 15 * 60  # seconds without a try
 
 
 @dataclass
@@ -34,7 +34,7 @@ class LoginLimit:
         self._forget_at = 0.0
 
     def seconds_to_wait(self, client: str) -> float:
-        """Until the password that `client` sends now may be checked; more than LONGEST_WAIT: it is not to be checked.
+        """Until the password that `client` sends now may be checked; more than MAX_WAIT: it is not to be checked.
 
         It takes its turn with this call and counts as wrong until `succeed`, so that many at once are no way around.
         """
@@ -42,7 +42,7 @@ class LoginLimit:
         self._forget(now)
         tries = self._tries.setdefault(_network(client), _Tries(0, now))
         wait = max(0.0, tries.next_at - now)
-        if wait <= LONGEST_WAIT:
+        if wait <= MAX_WAIT:
             tries.count += 1
             tries.next_at = now + wait + _pause(tries.count)
         return wait
@@ -53,13 +53,13 @@ class LoginLimit:
 
     def _forget(self, now: float) -> None:
         if now >= self._forget_at:  # not at each try: there may be many clients
-            self._tries = {who: tries for who, tries in self._tries.items() if tries.next_at + FORGOTTEN_AFTER > now}
-            self._forget_at = now + LONGEST_PAUSE
+            self._tries = {who: tries for who, tries in self._tries.items() if tries.next_at + FORGET_AFTER > now}
+            self._forget_at = now + MAX_PAUSE
 
 
 def _pause(count: int) -> float:
-    late = min(count - UNHINDERED, LONGEST_PAUSE)  # so that the power stays a number
-    return min(2.0**late, LONGEST_PAUSE) if late >= 0 else 0.0
+    late = min(count - FREE_TRIES, MAX_PAUSE)  # so that the power stays a number
+    return min(2.0**late, MAX_PAUSE) if late >= 0 else 0.0
 
 
 def _network(client: str) -> str:

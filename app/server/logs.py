@@ -15,11 +15,11 @@ from ..errors import logger
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-MOST_LETTERS = 400  # of a line
+MAX_LINE_LENGTH = 400  # of a line
 
 
 class ShortLines:
-    """A text stream whose lines end after MOST_LETTERS; what is written to it may come in pieces, from any thread."""
+    """A text stream that cuts lines at MAX_LINE_LENGTH; text may come in pieces and from any thread."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -39,8 +39,8 @@ class ShortLines:
         before, after = self._length, self._length + len(words)
         end = piece[len(words) :]
         self._length = 0 if end else after
-        dots = " ..." if before <= MOST_LETTERS < after else ""
-        return words[: max(0, MOST_LETTERS - before)] + dots + end
+        dots = " ..." if before <= MAX_LINE_LENGTH < after else ""
+        return words[: max(0, MAX_LINE_LENGTH - before)] + dots + end
 
 
 class Tracebacks(logging.Filter):

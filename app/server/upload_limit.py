@@ -8,30 +8,30 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MOST_BYTES = 2 * 2**30  # of all uploads that nothing was made of yet
-KEPT_SECONDS = 60 * 60
+MAX_BYTES = 2 * 2**30  # of all uploads that nothing was made of yet
+MAX_AGE_SECONDS = 60 * 60
 _SAFE_SECONDS = 10 * 60  # what is younger may be in use, or still growing
 
 
 @dataclass
-class Coming:
+class IncomingUpload:
     """An upload that is being received."""
 
     bytes_left: int
 
 
-class UploadRoom:
+class UploadLimit:
     """The folder that Gradio receives uploads into. What the app makes of them it keeps elsewhere."""
 
-    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: Path, most_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
         self._most_bytes, self._clock = most_bytes, clock
-        self._coming: list[Coming] = []
+        self._coming: list[IncomingUpload] = []
 
     @contextmanager
-    def receive(self, size: int) -> Iterator[Coming | None]:
+    def receive(self, size: int) -> Iterator[IncomingUpload | None]:
         """While an upload of `size` bytes comes in; None when there is no room for it. Old uploads make room."""
-        coming = Coming(size)
+        coming = IncomingUpload(size)
         if not self._has_room(coming):
             yield None
             return
@@ -44,10 +44,10 @@ class UploadRoom:
     def sweep(self) -> None:
         """Remove the uploads that are older than KEPT_SECONDS."""
         for path, changed, _ in self._files():
-            if changed < self._clock() - KEPT_SECONDS:
+            if changed < self._clock() - MAX_AGE_SECONDS:
                 self._remove(path)
 
-    def _has_room(self, coming: Coming) -> bool:
+    def _has_room(self, coming: IncomingUpload) -> bool:
         files = sorted(self._files(), key=lambda file: file[1])
         room = self._most_bytes - coming.bytes_left - sum(one.bytes_left for one in self._coming)
         over = sum(size for *_, size in files) - room

@@ -9,14 +9,14 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..widgets.confirm import Question
-from ..widgets.messages import told_on_the_page
+from ..widgets.confirm import Confirmation
+from ..widgets.messages import show_errors
 from ..widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP
 
 
-def act(context: AppContext, session: str, what: str, of: str) -> None:
+def run_action(context: AppContext, session: str, what: str, of: str) -> None:
     """Do what a card's button says. `of`: a run's id, or `job N` for work that is no training."""
-    with told_on_the_page():
+    with show_errors():
         if what == SAVE:
             context.runs.save_now(of)
             gr.Info("A checkpoint is saved after this step.")
@@ -37,28 +37,28 @@ def stop(context: AppContext, of: str) -> None:
         context.runs.stop(of)
 
 
-def connect_acts(
-    context: AppContext, session: gr.BrowserState, cards: gr.HTML, cancel: Question, watch: dict[str, Any]
+def connect_actions(
+    context: AppContext, session: gr.BrowserState, cards: gr.HTML, cancel: Confirmation, watch: dict[str, Any]
 ) -> None:
     """The buttons of the cards, and the same for programs. `cancel`: whether all that waits is to be cancelled;
     `watch`: the event that shows the cards anew.
     """
 
     def on_card(session: str, event: gr.EventData) -> None:
-        act(context, session, str(event.act), str(event.of))
+        run_action(context, session, str(event.act), str(event.of))
 
     def on_cancel() -> None:
         count = context.queue.cancel_waiting()
         gr.Info(f"{count} taken out of the queue.")
 
     def stop_run(run_id: str) -> None:
-        act(context, "", STOP, run_id)
+        run_action(context, "", STOP, run_id)
 
     def save_run(run_id: str) -> None:
-        act(context, "", SAVE, run_id)
+        run_action(context, "", SAVE, run_id)
 
     def resume_run(session: str, run_id: str) -> None:
-        act(context, session, RESUME, run_id)
+        run_action(context, session, RESUME, run_id)
 
     cards.click(on_card, [session], None, api_visibility="private").then(**watch, api_visibility="private")
     cancelled = cancel.yes.click(on_cancel, None, None, api_visibility="private")

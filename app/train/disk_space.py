@@ -9,19 +9,19 @@ from ..widgets.messages import note
 from .estimates import DiskEstimate, estimate_disk, memory_of
 
 
-def room_for(context: AppContext, config: TrainConfig, images: int, arms: int) -> DiskEstimate | None:
+def disk_estimate(context: AppContext, config: TrainConfig, images: int, arms: int) -> DiskEstimate | None:
     """What `arms` trainings on so many images (0: unknown) write; None for settings that fit no base."""
     memory = memory_of(config)
     return None if memory is None else estimate_disk(config, images or 1, context.runs.folder, arms)
 
 
-def room_line(disk: DiskEstimate) -> str:
+def disk_line(disk: DiskEstimate) -> str:
     """HTML; red without enough room."""
     told = f"disk: {_size(disk.needed)}, {_size(disk.free)} free"
     return f"{told} (enough room)" if disk.is_enough else f'<b class="fl-bad">{told} (NOT ENOUGH ROOM)</b>'
 
 
-def no_room(disk: DiskEstimate) -> str:
+def disk_full_notice(disk: DiskEstimate) -> str:
     """Why a training is not started at once."""
     return note(
         f"<b>Not started.</b> It would write about {_size(disk.needed)}, and {_size(disk.free)} are free on the disk "

@@ -14,7 +14,7 @@ from ..context import AppContext
 from ..process.database import Job
 from ..runs.phase import STOPPING
 from ..runs.runs import Run
-from ..widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, own_lines, run_card, waiting_card
+from ..widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, run_card, training_lines, waiting_card
 from ..widgets.run_charts import loss_curves, samples
 
 LOG_LINES = 40
@@ -37,7 +37,7 @@ def recent_runs(context: AppContext) -> list[Run]:
 
 def log_tail(context: AppContext, run_id: str) -> str:
     """The last LOG_LINES lines that the training itself has printed."""
-    return "\n".join(own_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
+    return "\n".join(training_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
 
 
 class Seen(NamedTuple):
@@ -123,22 +123,22 @@ def compare_button(runs: Sequence[Run]) -> gr.Button:
 def live_cards(runs: Sequence[Run], waiting: Sequence[Job]) -> str:
     """The cards of the runs, then those of other work that waits, each with what may be done about it."""
     places = {job.run: place for place, job in enumerate(waiting) if job.run is not None}
-    cards = [run_card(run, acts_of(run, places.get(run.id))) for run in runs]
+    cards = [run_card(run, actions_for(run, places.get(run.id))) for run in runs]
     for place, job in enumerate(waiting):
         if job.run is None:
-            cards.append(waiting_card(f"{_WORK[job.kind]}, waiting", _waiting_acts(place), f"job {job.id}"))
+            cards.append(waiting_card(f"{_WORK[job.kind]}, waiting", _waiting_actions(place), f"job {job.id}"))
     return "".join(cards)
 
 
-def acts_of(run: Run, place: int | None) -> list[str]:
+def actions_for(run: Run, place: int | None) -> list[str]:
     """What may be done about a run; `place`: in the queue, None for one that does not wait."""
     if run.state == "running":
         is_stopping = run.phase == STOPPING
         return [] if is_stopping else [STOP, SAVE] if run.progress.step else [STOP]
     if place is not None:
-        return _waiting_acts(place)
+        return _waiting_actions(place)
     return [RESUME] if run.is_resumable else []
 
 
-def _waiting_acts(place: int) -> list[str]:
+def _waiting_actions(place: int) -> list[str]:
     return [EARLIER, CANCEL] if place else [CANCEL]

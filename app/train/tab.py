@@ -18,20 +18,20 @@ from flatlora_diffusion.sdxl.base_title import TINY_TITLE, base_title, is_tiny
 from ..context import AppContext
 from ..dataset.view import training_size
 from ..forms.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
-from ..forms.labels import LABELS, OTHER_METHODS, in_form_words
+from ..forms.labels import LABELS, OTHER_METHODS, with_labels
 from ..process.database import Job
 from ..runs.names import checked_text
-from ..widgets.browser_memory import keep_fields
-from ..widgets.confirm import Question, ask_before, ask_where, build_question
+from ..widgets.browser_memory import remember_fields
+from ..widgets.confirm import Confirmation, build_confirmation, confirm_after, confirm_before
 from ..widgets.loss_chart import CHART_CSS
-from ..widgets.messages import told_on_the_page
+from ..widgets.messages import show_errors
 from ..widgets.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..widgets.static_files import read_static
-from ..widgets.ticks import only_news, signs_of
-from .actions import connect_acts
+from ..widgets.ticks import fingerprint_of, skip_unchanged
+from .actions import connect_actions
 from .base_check import check_start
-from .disk_space import no_room, room_for, room_line
+from .disk_space import disk_estimate, disk_full_notice, disk_line
 from .estimates import estimate_time, has_gpu, memory_of, total_steps
 from .live_view import NOTHING, LiveOutputs, live
 
@@ -75,7 +75,7 @@ class TrainTab:
 
 def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
     """Queue what the form says; returns what was queued."""
-    with told_on_the_page():
+    with show_errors():
         jobs = queue_training(context, form.read(values, _name_of(method)), session, name, method == BOTH)
     names = " and ".join(html.escape(str(job.run)) for job in jobs)
     order = ", one after the other" if len(jobs) > 1 else ""
@@ -86,11 +86,11 @@ def start_with_room(
     context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any
 ) -> tuple[str, Any]:
     """`start`, but for what the disk has no room for: what is told, and the question whether to start all the same."""
-    with told_on_the_page():
+    with show_errors():
         config, captions = _read(context, form, session, method, values)
-        disk = room_for(context, config, len(captions), _arms(method))
+        disk = disk_estimate(context, config, len(captions), _arms(method))
     if disk is not None and not disk.is_enough:
-        return no_room(disk), gr.Row(visible=True)
+        return disk_full_notice(disk), gr.Row(visible=True)
     return start(context, form, session, name, method, *values), gr.Row(visible=False)
 
 
@@ -102,7 +102,7 @@ def queue_training(context: AppContext, config: TrainConfig, session: str, name:
     name = checked_text("name", name)
     if not name:
         raise ConfigError("the run has no name; give it one")
-    context.places.check(config)
+    context.allowed_paths.check(config)
     check_start(config)
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
@@ -130,7 +130,7 @@ def summary(context: AppContext, form: ConfigForm, session: str, method: str, *v
         config, captions = _read(context, form, session, method, values)
         lines = _facts(context, config, captions, _arms(method))
     except ConfigError as error:
-        return f'<div class="fl-card fl-bad">{html.escape(in_form_words(str(error)))}</div>'
+        return f'<div class="fl-card fl-bad">{html.escape(with_labels(str(error)))}</div>'
     return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
 
 
@@ -158,10 +158,10 @@ def build_train_tab(
             told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False, elem_id="queued")
-            all_the_same = build_question("start", "Start all the same", "Do not start", "primary")
+            all_the_same = build_confirmation("start", "Start all the same", "Do not start", "primary")
             shown, cancel, question = _build_progress()
     more.click(None, None, [more], js=_MORE_METHODS)
-    keep_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
+    remember_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
     told_inputs = [session, method, *form.components]
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
     triggers = [method.change, *(item.change for item in form.components)]
@@ -171,7 +171,7 @@ def build_train_tab(
     ordered = [session, name, method, *form.components]
     room: dict[str, Any] = {"outputs": [queued, all_the_same.row], "api_visibility": "private"}
     begun = begin.click(partial(start_with_room, context, form), ordered, **room)
-    ask_where(begun, begin, all_the_same)
+    confirm_after(begun, begin, all_the_same)
     yes = all_the_same.yes.click(partial(start, context, form), ordered, [queued], api_name="start")
     yes.then(**all_the_same.hidden)
     for event in (begun, yes):
@@ -183,18 +183,18 @@ def build_train_tab(
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
-    timer.tick(**only_news(watch, lambda: signs_of(context, context.queue.recent_runs())), api_name="live")
+    timer.tick(**skip_unchanged(watch, lambda: fingerprint_of(context, context.queue.recent_runs())), api_name="live")
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
-    ask_before(cancel, question)
-    connect_acts(context, session, shown["cards"], question, watch)
+    confirm_before(cancel, question)
+    connect_actions(context, session, shown["cards"], question, watch)
     return TrainTab(
         timer, shown["compare"], name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"}
     )
 
 
-def _build_progress() -> tuple[dict[str, Any], gr.Button, Question]:
+def _build_progress() -> tuple[dict[str, Any], gr.Button, Confirmation]:
     """The live view by the fields of `LiveOutputs`, the button that cancels all waiting jobs, and its confirmation."""
     shown: dict[str, Any] = {"seen": gr.State(None)}
     gr.Markdown("## Progress")
@@ -202,7 +202,7 @@ def _build_progress() -> tuple[dict[str, Any], gr.Button, Question]:
     shown["compare"] = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
     with gr.Column(visible=False) as shown["cancelling"]:
         cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
-        question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
+        question = build_confirmation("cancel-all", "Yes, cancel all that waits", "No, let them wait")
     shown["no_loss"] = gr.HTML(_NO_LOSS, visible=False, padding=False)
     shown["curves"] = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
     shown["samples"] = gr.HTML(
@@ -260,7 +260,7 @@ def _read(
     Raises ConfigError for what cannot be trained.
     """
     config = form.read(values, _name_of(method))
-    context.places.check(config)
+    context.allowed_paths.check(config)
     check_start(config)
     if config.data.is_given:
         return config, {}
@@ -314,7 +314,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))
-    disk = room_for(context, config, count, arms)
+    disk = disk_estimate(context, config, count, arms)
     if disk is not None:
-        lines.append(room_line(disk))
+        lines.append(disk_line(disk))
     return lines

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from .save_upload import words_of
+from .save_upload import words_in_name
 
 TRIGGER = "TOK"  # of the sample icons and of the prompts that come with the app
 # Common nouns without an article.
@@ -28,7 +28,7 @@ def captions_from_names(names: Mapping[str, str], captions: Mapping[str, str], t
 
     Only for images whose caption is missing or was made of the file name, and only where that name has words.
     """
-    words = {image: words_of(name) for image, name in names.items()}
+    words = {image: words_in_name(name) for image, name in names.items()}
     return {
         image: f"a {trigger} icon of {with_article(word)}, in the style of {trigger}"
         for image, word in words.items()

@@ -10,7 +10,7 @@ DECODING = threading.Lock()  # held for as long as an image lies in memory at it
 _MMAP_THRESHOLD, _OWN_BYTES = -3, 2**20  # glibc's M_MMAP_THRESHOLD
 
 
-def give_memory_back() -> None:
+def return_freed_memory() -> None:
     """Have what an image took be given back to the system at once. Only glibc keeps it, for each thread."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, _OWN_BYTES)

@@ -26,10 +26,10 @@ MIB = 2**20
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
 _RATIO_COUNTS_FROM = 8 * MIB  # smaller files may be as flat as they like
-_LONGEST_NAME = 120
+_MAX_NAME_LENGTH = 120
 
 
-class RefusedError(ConfigError):
+class RejectedError(ConfigError):
     """A file that is not taken; the message is the reason alone."""
 
 
@@ -62,20 +62,20 @@ class Incoming:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """A file that was not taken, and why."""
 
     name: str
     reason: str
 
 
-def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[Incoming | Refusal]:
+def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[Incoming | Rejection]:
     """The file, or what a zip holds; `stack` keeps the zip open for as long as the members are to be read."""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) in _ZIP_STARTS
     except OSError as error:
-        yield Refusal(shown_name(name), f"it cannot be read: {error.strerror}")
+        yield Rejection(shown_name(name), f"it cannot be read: {error.strerror}")
         return
     if not is_zip:
 
@@ -87,12 +87,12 @@ def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
     except _ZIP_ERRORS:
-        yield Refusal(shown_name(name), "a damaged zip")
+        yield Rejection(shown_name(name), "a damaged zip")
         return
     members = archive.infolist()
     if len(members) > limits.zip_members:
         reason = f"a zip of {len(members)} files; at most {limits.zip_members} are unpacked"
-        yield Refusal(shown_name(name), reason)
+        yield Rejection(shown_name(name), reason)
         return
     yield from _members(name, archive, members)
 
@@ -109,14 +109,14 @@ def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) ->
                 written += len(chunk)
                 _check_size(written, incoming.packed_bytes, limits, room)
                 sink.write(chunk)
-    except RefusedError:
+    except RejectedError:
         raise
     except (*_ZIP_ERRORS, NotImplementedError) as error:
         if is_disk_full(error):
             raise
-        raise RefusedError(f"it cannot be unpacked: {error}") from error
+        raise RejectedError(f"it cannot be unpacked: {error}") from error
     if not written:
-        raise RefusedError("the file is empty")
+        raise RejectedError("the file is empty")
     return written
 
 
@@ -126,21 +126,21 @@ def image_suffix(path: Path, limits: Limits) -> str:
     Raises RefusedError for what is no image, is damaged, or has too many pixels.
     """
     if _looks_like_svg(path):
-        raise RefusedError("an SVG is a drawing without pixels; export it as PNG")
+        raise RejectedError("an SVG is a drawing without pixels; export it as PNG")
     try:
         with DECODING:
             header = read_header(path)
             _check_pixels(header, limits)
             load_image(path)
     except ImageError as error:
-        raise RefusedError(error.reason) from error
+        raise RejectedError(error.reason) from error
     return FORMATS[header.kind]
 
 
 def shown_name(name: str) -> str:
     """`name` without folders and control characters, to be shown."""
     last = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return plain_text(last)[:_LONGEST_NAME] or "a file without a name"
+    return plain_text(last)[:_MAX_NAME_LENGTH] or "a file without a name"
 
 
 def plain_text(text: str) -> str:
@@ -149,14 +149,14 @@ def plain_text(text: str) -> str:
     return " ".join("".join(c for c in kept if c == " " or unicodedata.category(c)[0] != "C").split())
 
 
-def _members(name: str, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> Iterator[Incoming | Refusal]:
+def _members(name: str, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> Iterator[Incoming | Rejection]:
     for info in members:
         path = info.orig_filename.replace("\\", "/")
         if info.is_dir() or any(part.startswith((".", "__MACOSX")) and part != ".." for part in path.split("/")):
             continue
         reason = _member_fault(info, path)
         if reason is not None:
-            yield Refusal(plain_text(path)[:_LONGEST_NAME], reason)
+            yield Rejection(plain_text(path)[:_MAX_NAME_LENGTH], reason)
             continue
 
         def read(info: zipfile.ZipInfo = info) -> BinaryIO:
@@ -178,11 +178,11 @@ def _member_fault(info: zipfile.ZipInfo, path: str) -> str | None:
 
 def _check_size(written: int, packed_bytes: int | None, limits: Limits, room: int) -> None:
     if written > limits.file_bytes:
-        raise RefusedError(f"larger than {limits.file_bytes // MIB} MiB")
+        raise RejectedError(f"larger than {limits.file_bytes // MIB} MiB")
     if written > room:
-        raise RefusedError(f"all uploads together are larger than {limits.total_bytes // MIB} MiB")
+        raise RejectedError(f"all uploads together are larger than {limits.total_bytes // MIB} MiB")
     if packed_bytes is not None and written > max(_RATIO_COUNTS_FROM, limits.zip_ratio * packed_bytes):
-        raise RefusedError(f"compressed more than {limits.zip_ratio}-fold, as a zip bomb is; upload it unzipped")
+        raise RejectedError(f"compressed more than {limits.zip_ratio}-fold, as a zip bomb is; upload it unzipped")
 
 
 def _check_pixels(header: Header, limits: Limits) -> None:
@@ -190,7 +190,7 @@ def _check_pixels(header: Header, limits: Limits) -> None:
     most = limits.jpeg_pixels if is_jpeg else limits.pixels
     if header.width * header.height > most:
         other = "" if is_jpeg else f", or save it as JPEG, which may have {limits.jpeg_pixels // 1_000_000} million"
-        raise RefusedError(f"more than {most // 1_000_000} million pixels; make it smaller{other}")
+        raise RejectedError(f"more than {most // 1_000_000} million pixels; make it smaller{other}")
 
 
 def _looks_like_svg(path: Path) -> bool:

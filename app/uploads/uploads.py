@@ -33,15 +33,15 @@ from .captioned_folder import (
     version_of,
     write_caption,
 )
-from .save_upload import MOST_CAPTION_LETTERS, NAMES, Arrivals, UploadResult
-from .unpack import Limits, Refusal, plain_text, unpack
+from .save_upload import MAX_CAPTION_LENGTH, NAMES, UploadResult, UploadSaver
+from .unpack import Limits, Rejection, plain_text, unpack
 
 _BEFORE = "captions_before.json"
 _SESSION = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 
 @dataclass(frozen=True)
-class KeptCaption:
+class SavedCaption:
     """A caption as it is now, and whether it is the one that was to be saved."""
 
     version: str
@@ -81,11 +81,11 @@ class Uploads:
             incoming = []
             for name, path in files:
                 for item in unpack(name, path, self.limits, stack):
-                    if isinstance(item, Refusal):
-                        result.refused.append(item)
+                    if isinstance(item, Rejection):
+                        result.rejected.append(item)
                     else:
                         incoming.append(item)
-            Arrivals(folder, self.limits, result).run(incoming)
+            UploadSaver(folder, self.limits, result).run(incoming)
         return result
 
     def images(self, session: str) -> list[Path]:
@@ -118,7 +118,7 @@ class Uploads:
 
     def save_caption(
         self, session: str, name: str, version: str, text: str, is_same_change: bool = False
-    ) -> KeptCaption:
+    ) -> SavedCaption:
         """Write one caption over that of `version`; of any other version nothing is written, and that one is told.
 
         is_same_change: it is one change to undo with the last one, if that was of this caption alone.
@@ -132,7 +132,7 @@ class Uploads:
             if is_saved:
                 is_same_change &= list(read_texts(folder / _BEFORE)) == [name]
                 _write_captions(folder, {name: text}, is_same_change)
-            return KeptCaption(version_of(image), caption_of(image), is_saved)
+            return SavedCaption(version_of(image), caption_of(image), is_saved)
 
     def undo_captions(self, session: str) -> int:
         """Bring back the captions from before the last change; how many. Another undo takes it back.
@@ -162,14 +162,14 @@ class Uploads:
                     write_text(file, json.dumps(texts))
 
     def clear(self, session: str) -> None:
-        """Remove all images of the session; `bring_back` undoes it."""
+        """Remove all images of the session; `restore_removed` undoes it."""
         with self._locked(session) as folder:
             self._set_aside(folder)
 
     def replace(self, session: str, frozen: Path) -> int:
         """Take a frozen copy's images and captions in place of the session's; returns how many images those were.
 
-        `bring_back` undoes it. Nothing is done when the session has the same already.
+        `restore_removed` undoes it. Nothing is done when the session has the same already.
         """
         with self._locked(session) as folder:
             count = len(images_of(folder))
@@ -182,11 +182,11 @@ class Uploads:
                 os.rename(aside, folder)
             return count
 
-    def can_bring_back(self, session: str) -> bool:
+    def can_restore(self, session: str) -> bool:
         """Whether images were removed or replaced all at once."""
         return self._before(self.session_folder(session)).is_dir()
 
-    def bring_back(self, session: str) -> None:
+    def restore_removed(self, session: str) -> None:
         """Exchange the session's images for those that were removed or replaced last.
 
         Raises ConfigError when there are none.
@@ -261,8 +261,8 @@ def _write_captions(folder: Path, captions: Mapping[str, str], is_same_change: b
     for name, text in texts.items():
         if name not in known:
             raise ConfigError("the caption is of an image that is not among yours; reload the page")
-        if len(text) > MOST_CAPTION_LETTERS:
-            raise ConfigError(f"the caption of {name} has {len(text)} letters; {MOST_CAPTION_LETTERS} at most")
+        if len(text) > MAX_CAPTION_LENGTH:
+            raise ConfigError(f"the caption of {name} has {len(text)} letters; {MAX_CAPTION_LENGTH} at most")
     before = {name: caption_of(known[name]) for name in texts}
     if is_same_change:
         before |= read_texts(folder / _BEFORE)

@@ -16,7 +16,7 @@ from .static_files import read_static
 PREFIX = "flatlora-"
 
 
-def keep_fields(
+def remember_fields(
     load: Callable[..., Any],
     key: str,
     fields: Mapping[str, gr.components.Component],
@@ -32,7 +32,7 @@ def keep_fields(
     return load(None, None, parts, js=_script("restore_fields.js", key, list(fields)))
 
 
-def keep_tab(
+def remember_tab(
     load: Callable[..., Any], tabs: gr.Tabs, named: Mapping[str, gr.Tab], timers: Mapping[str, gr.Timer]
 ) -> None:
     """Open the page on the tab that was in front, and let only the timer of the tab in front tick.

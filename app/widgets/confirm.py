@@ -19,7 +19,7 @@ _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 
 
 @dataclass(frozen=True)
-class Question:
+class Confirmation:
     """A row that is hidden until it is asked. `yes` is connected by who asks, and then to `hidden`."""
 
     row: gr.Row
@@ -32,22 +32,22 @@ class Question:
         return {"fn": _hide, "inputs": None, "outputs": [self.row], **_QUIET}
 
 
-def build_question(name: str, yes: str, no: str, variant: Literal["stop", "primary"] = "stop") -> Question:
+def build_confirmation(name: str, yes: str, no: str, variant: Literal["stop", "primary"] = "stop") -> Confirmation:
     """`name`: what the elements are found by; variant: red for what ends or removes something."""
     with gr.Row(visible=False, elem_id=f"{name}-question") as row:
         really = gr.Button(yes, variant=variant, size="sm", elem_id=f"{name}-yes", min_width=140)
         not_now = gr.Button(no, size="sm", elem_id=f"{name}-no", min_width=140)
-    return Question(row, really, not_now)
+    return Confirmation(row, really, not_now)
 
 
-def ask_before(button: gr.Button, question: Question, about: gr.Dropdown | None = None) -> None:
+def confirm_before(button: gr.Button, question: Confirmation, about: gr.Dropdown | None = None) -> None:
     """A click on the button asks. about: what the question is about; with another choice it is not asked any more."""
-    ask_where(button.click(_show, None, [question.row], **_QUIET), button, question)
+    confirm_after(button.click(_show, None, [question.row], **_QUIET), button, question)
     if about is not None:
         about.change(**question.hidden)
 
 
-def ask_where(event: Any, button: gr.Button, question: Question) -> None:
+def confirm_after(event: Any, button: gr.Button, question: Confirmation) -> None:
     """`event`: of the button, whose handler shows the question's row where there is something to ask."""
     event.then(**_focused(question.no))
     question.no.click(**question.hidden).then(**_focused(button))

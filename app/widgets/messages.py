@@ -9,12 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from ..errors import is_told, sentence_of
-from ..forms.labels import in_form_words
+from ..errors import describe_error, is_user_error
+from ..forms.labels import with_labels
 
 
 @contextmanager
-def told_on_the_page() -> Iterator[None]:
+def show_errors() -> Iterator[None]:
     """Show any error of the block as one sentence.
 
     Gradio renders it as HTML, and it may quote what somebody has typed.
@@ -25,8 +25,8 @@ def told_on_the_page() -> Iterator[None]:
         raise
     except Exception as error:
         cause = _cause(error)
-        title = "Please check" if is_told(cause) else "Not done"
-        text = escape(in_form_words(sentence_of(cause)), quote=False)
+        title = "Please check" if is_user_error(cause) else "Not done"
+        text = escape(with_labels(describe_error(cause)), quote=False)
         raise gr.Error(text, title=title, print_exception=False) from error
 
 
@@ -35,7 +35,7 @@ class Page(gr.Blocks):
 
     async def process_api(self, *args: Any, **values: Any) -> dict[str, Any]:
         """Gradio's way through every event."""
-        with told_on_the_page():
+        with show_errors():
             return await super().process_api(*args, **values)
 
 

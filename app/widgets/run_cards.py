@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from flatlora_diffusion.config import METHOD_NAMES
 
-from ..forms.labels import in_form_words
+from ..forms.labels import with_labels
 from ..runs.names import IMPORTED
 from ..runs.phase import TRAINING
 from ..runs.runs import Run
@@ -59,26 +59,26 @@ def run_card(run: Run, acts: Sequence[str] = ()) -> str:
     )
     if run.advice:
         tone = "fl-bad" if run.state in ("failed", "interrupted") else "fl-faint"
-        card += f'<p class="{tone}">{html.escape(in_form_words(run.advice))}</p>'
-    log = own_lines(run.log)[-_LAST_LINES:]
+        card += f'<p class="{tone}">{html.escape(with_labels(run.advice))}</p>'
+    log = training_lines(run.log)[-_LAST_LINES:]
     if log:
         card += f'<pre tabindex="0">{html.escape(chr(10).join(log))}</pre>'
-    return card + act_buttons(acts, run.id) + "</div>"
+    return card + action_buttons(acts, run.id) + "</div>"
 
 
 def waiting_card(text: str, acts: Sequence[str], of: str) -> str:
     """A job that is no training."""
     name = html.escape(text)
-    return f'<div class="fl-card" role="group" aria-label="{name}">{name}{act_buttons(acts, of)}</div>'
+    return f'<div class="fl-card" role="group" aria-label="{name}">{name}{action_buttons(acts, of)}</div>'
 
 
-def act_buttons(acts: Sequence[str], of: str) -> str:
+def action_buttons(acts: Sequence[str], of: str) -> str:
     """The buttons of one card."""
-    made = "".join(_act_button(act, html.escape(of)) for act in acts)
+    made = "".join(_action_button(act, html.escape(of)) for act in acts)
     return f'<div class="fl-acts">{made}</div>' if made else ""
 
 
-def _act_button(act: str, of: str) -> str:
+def _action_button(act: str, of: str) -> str:
     text, title = _BUTTONS[act]
     sure = f' class="fl-ends" data-name="{text}" data-sure="{text} it?"' if act in _ASKED else ""
     return f'<button type="button"{sure} data-act="{act}" data-of="{of}" title="{title}">{text}</button>'
@@ -89,7 +89,7 @@ def method_name(method: str | None) -> str:
     return {**METHOD_NAMES, IMPORTED: "Imported"}.get(method or "", method or "")
 
 
-def own_lines(lines: Sequence[str]) -> list[str]:
+def training_lines(lines: Sequence[str]) -> list[str]:
     """The lines without what packages print while they are imported, and without the source line of a warning."""
     kept = []
     was_noise = False

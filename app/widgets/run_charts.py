@@ -11,17 +11,17 @@ from ..context import AppContext
 from ..runs.runs import Run
 from .loss_chart import loss_chart
 from .run_cards import method_name
-from .sample_strip import strips
+from .sample_strip import sample_strips
 from .theme import NO_METHOD, SHADES
 
-_MOST_POINTS = 300
+_MAX_POINTS = 300
 _LOSS_TEXT = "How far the LoRA is off: it should fall, then level out."
 _PAIR_TEXT = "Both of a pair see the same images and noise, so their curves may lie on each other."
 
 
 def loss_curves(context: AppContext, runs: list[Run]) -> gr.HTML:
     """The chart of the runs that have a loss, each in its method's colour; hidden while there is none."""
-    losses = {run.name: smoothed(context.runs.events(run.id).losses()) for run in runs}
+    losses = {run.name: smooth(context.runs.events(run.id).losses()) for run in runs}
     curves = {name: [(step + 1, loss) for step, loss in points] for name, points in losses.items()}
     text = f"{_LOSS_TEXT} {_PAIR_TEXT}" if len(runs) > 1 else _LOSS_TEXT
     chart = loss_chart(curves, run_colours(runs), "Loss, smoothed", text)
@@ -38,11 +38,11 @@ def run_colours(runs: list[Run]) -> dict[str, str]:
     return colours
 
 
-def smoothed(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def smooth(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """(step, mean loss over a tenth of the run around it), of _MOST_POINTS steps at the most."""
     reach = max(1, len(losses) // 10) // 2
     sums = [0.0, *accumulate(loss for _, loss in losses)]
-    every = -(-len(losses) // _MOST_POINTS) or 1
+    every = -(-len(losses) // _MAX_POINTS) or 1
     means = []
     for place in range(0, len(losses), every):
         first, last = max(0, place - reach), min(len(losses), place + reach + 1)
@@ -52,5 +52,5 @@ def smoothed(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def samples(context: AppContext, runs: list[Run]) -> gr.HTML:
     """The previews of the runs over their steps; hidden while there are none."""
-    page = strips(context, runs, run_colours(runs))
+    page = sample_strips(context, runs, run_colours(runs))
     return gr.HTML(page, visible=bool(page))

@@ -16,21 +16,21 @@ from .html import file_url
 from .static_files import read_static
 from .theme import NO_METHOD
 
-MOST_COLUMNS = 24
+MAX_COLUMNS = 24
 STRIP_CSS = read_static("sample_strip.css")
 STRIP_SCRIPT = read_static("sample_strip.js")
 
 
-def strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str, str]) -> str:
+def sample_strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     """HTML of the samples of each run that has any; empty without. colours: of the runs, by name."""
     found = [(run, context.runs.events(run.id).previews()) for run in runs]
     made = "".join(_strip(run, previews, colours.get(run.name, NO_METHOD)) for run, previews in found if previews)
     return made and f'<div class="fl-strips">{made}</div>'
 
 
-def shown_steps(steps: Sequence[int]) -> list[int]:
+def sampled_steps(steps: Sequence[int]) -> list[int]:
     """At most MOST_COLUMNS of the steps: the first and the last, and those between at equal distances."""
-    every = -(-len(steps) // (MOST_COLUMNS - 1))
+    every = -(-len(steps) // (MAX_COLUMNS - 1))
     return sorted({*steps[::every], *steps[-1:]})
 
 
@@ -51,7 +51,7 @@ def rows_of(previews: Sequence[Preview]) -> dict[str, dict[int, Preview]]:
 
 def _strip(run: Run, previews: Sequence[Preview], colour: str) -> str:
     steps = sorted({one.step for one in previews})
-    columns = shown_steps(steps)
+    columns = sampled_steps(steps)
     some = "" if len(columns) == len(steps) else f"<span>{len(columns)} of {len(steps)} steps</span>"
     name = escape(run.name)
     heads = "".join(f'<th scope="col"{_kind(step)}>{_title(step)}</th>' for step in columns)

@@ -7,19 +7,19 @@ from html import escape
 
 from ..context import AppContext
 from ..process.database import Job
-from ..runs.state import error_sentence
+from ..runs.state import logged_error
 from .static_files import read_static
 
 STATUS_CSS = read_static("status.css")
 
 
-def told(text: str, done: float | None = None) -> str:
+def status_line(text: str, done: float | None = None) -> str:
     """A line of what is going on, with a bar from 0 to 1 when it is known how far it is."""
     bar = "" if done is None else f'<progress aria-label="Progress" value="{done:.3f}" max="1"></progress>'
     return f'<div class="fl-status" role="status">{escape(text)}{bar}</div>'
 
 
-def wrong(text: str, log: Sequence[str] = ()) -> str:
+def error_line(text: str, log: Sequence[str] = ()) -> str:
     """An error where it arises, with the end of the log to open; it may begin with a file's name, so as it is."""
     lines = escape("\n".join(log))
     more = f"<details><summary>Last lines of the log</summary><pre>{lines}</pre></details>" if log else ""
@@ -38,4 +38,4 @@ def why_waiting(context: AppContext, job: Job) -> str:
 def why_failed(context: AppContext, job: Job) -> tuple[str, list[str]]:
     """(the reason that the job's command has given, the end of its log)."""
     log = context.queue.launch_of(job.id).log() if job.launch else []
-    return error_sentence(log) or job.error or f"it ended with exit code {job.exit_code}", log
+    return logged_error(log) or job.error or f"it ended with exit code {job.exit_code}", log

@@ -10,12 +10,12 @@ from typing import Any
 import gradio as gr
 
 from ..context import AppContext
-from ..errors import sentence_of
-from ..runs.run_paths import Signs
+from ..errors import describe_error
+from ..runs.run_paths import Fingerprint
 
 
-def only_news(event: Mapping[str, Any], signs: Callable[[], Signs | None]) -> dict[str, Any]:
-    """The event of a timer, whose handler is not called while `signs` and its inputs are as in the tick before.
+def skip_unchanged(event: Mapping[str, Any], fingerprint: Callable[[], Fingerprint | None]) -> dict[str, Any]:
+    """The event of a timer, whose handler is not called while `fingerprint` and its inputs are as in the tick before.
 
     An error that goes on is told once. To be called in the Blocks that is open.
     """
@@ -24,13 +24,13 @@ def only_news(event: Mapping[str, Any], signs: Callable[[], Signs | None]) -> di
 
     def on_tick(before: Any, *values: Any) -> tuple[Any, ...]:
         try:
-            now = signs()
+            now = fingerprint()
             if now is not None and (now, values) == before:
                 return *nothing, gr.skip()
             return *handler(*values), (now, values)
         except Exception as error:
             if repr(error) != before:
-                gr.Warning(escape(sentence_of(error), quote=False), title="Not shown")
+                gr.Warning(escape(describe_error(error), quote=False), title="Not shown")
             return *nothing, repr(error)
 
     # Gradio names an endpoint's parameters by it.
@@ -39,11 +39,11 @@ def only_news(event: Mapping[str, Any], signs: Callable[[], Signs | None]) -> di
     return {**event, "fn": on_tick, "inputs": [seen, *event["inputs"]], "outputs": [*event["outputs"], seen]}
 
 
-def signs_of(context: AppContext, run_ids: Iterable[str] | None = None) -> Signs | None:
+def fingerprint_of(context: AppContext, run_ids: Iterable[str] | None = None) -> Fingerprint | None:
     """Those of the queue, of what is known of runs, and of all runs or, with each of their steps, of those named.
 
     None, so that each tick counts, while they settle and while another job than a training runs.
     """
     if run_ids is None and any(job.run is None for job in context.queue.jobs("running")):
         return None
-    return context.runs.signs(run_ids)
+    return context.runs.fingerprint(run_ids)

@@ -41,7 +41,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppContext:
 def refusal(context: AppContext, name: str, value: str) -> str:
     """Why the setting is refused; empty when it is not."""
     try:
-        context.places.check(TrainConfig.from_dict({name: value}))
+        context.allowed_paths.check(TrainConfig.from_dict({name: value}))
     except ConfigError as error:
         return str(error)
     return ""

@@ -11,7 +11,7 @@ import pytest
 from app.context import make_context
 from app.settings import AppSettings
 from app.ui import build_app
-from app.widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, act_buttons
+from app.widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, action_buttons
 
 ASKING = {
     "delete-run": "Delete",
@@ -67,7 +67,7 @@ def test_the_first_click_only_asks_and_the_focus_goes_to_no(page: gr.Blocks, nam
     assert not denied.fn().visible
     for event, focused in ((asked, no), (denied, asking)):
         after = [one for one in page.fns.values() if one.trigger_after == event._id]
-        assert [f"'{focused.elem_id}'" in str(one.js) for one in after] == [True]
+        assert [f'"{focused.elem_id}"' in str(one.js) for one in after] == [True]
 
 
 @pytest.mark.parametrize(("name", "about"), [("delete-run", "Run"), ("delete-for-good", "Deleted runs")])
@@ -83,7 +83,7 @@ def test_a_question_is_gone_when_it_would_be_about_another_run(page: gr.Blocks, 
 
 
 def test_the_buttons_of_a_card_that_end_something_have_to_be_pressed_twice() -> None:
-    made = act_buttons([STOP, SAVE, RESUME, CANCEL, EARLIER], "my <run>")
+    made = action_buttons([STOP, SAVE, RESUME, CANCEL, EARLIER], "my <run>")
     asking = re.findall(r'<button type="button" class="fl-ends" data-name="(\w+)" data-sure="(.*?)" data-act', made)
     assert asking == [("Stop", "Stop it?"), ("Cancel", "Cancel it?")]
     assert made.count("<button") == 5

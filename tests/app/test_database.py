@@ -17,7 +17,7 @@ from small_disk import SmallDisk
 
 from app.context import make_context
 from app.errors import is_disk_full
-from app.process.database import Label, NewJob, Store
+from app.process.database import Database, Label, NewJob
 from app.settings import AppSettings
 from flatlora_diffusion.config import ConfigError
 
@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def full(disk: SmallDisk) -> Iterator[Store]:
+def full(disk: SmallDisk) -> Iterator[Database]:
     """A store with one job on a disk that is full."""
-    store = Store(disk.place / "app.db")
+    store = Database(disk.place / "app.db")
     store.add_jobs([job("a")])
     disk.fill()
     yield store
@@ -35,18 +35,18 @@ def full(disk: SmallDisk) -> Iterator[Store]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "private" / "app.db")
+def store(tmp_path: Path) -> Database:
+    return Database(tmp_path / "private" / "app.db")
 
 
 def job(name: str) -> NewJob:
     return NewJob("train", {"rank": 4, "instance_prompt": "ä\x00"}, "session", run=name)
 
 
-def test_jobs_keep_their_order_and_their_settings(store: Store) -> None:
+def test_jobs_keep_their_order_and_their_settings(store: Database) -> None:
     store.add_jobs([job("a"), job("b")])
     (urgent,) = store.add_jobs([NewJob("generate", ["--prompts", "x"], "other")], first=True)
-    found = Store(store.path).jobs()
+    found = Database(store.path).jobs()
     assert [(one.run, one.kind, one.state) for one in found] == [
         (None, "generate", "queued"),
         ("a", "train", "queued"),
@@ -59,10 +59,10 @@ def test_jobs_keep_their_order_and_their_settings(store: Store) -> None:
         store.job(99)
 
 
-def test_a_full_disk_hinders_no_reader_and_takes_nothing(full: Store, disk: SmallDisk) -> None:
-    with pytest.raises(sqlite3.OperationalError) as refused:
+def test_a_full_disk_hinders_no_reader_and_takes_nothing(full: Database, disk: SmallDisk) -> None:
+    with pytest.raises(sqlite3.OperationalError) as rejected:
         full.add_jobs([job(name) for name in "bcdefg" * 20])
-    assert is_disk_full(refused.value)
+    assert is_disk_full(rejected.value)
     assert [one.run for one in full.jobs("queued")] == ["a"]
     disk.free()
     full.add_jobs([job("b")])
@@ -82,14 +82,14 @@ def test_an_app_on_a_full_disk_says_so_and_not_to_move_its_database_away(disk: S
         disk.empty()
 
 
-def test_a_job_changes_only_from_the_state_it_was_in(store: Store) -> None:
+def test_a_job_changes_only_from_the_state_it_was_in(store: Database) -> None:
     (one,) = store.add_jobs([job("a")])
     assert store.change_job(one.id, "queued", state="running", launch="x")
     assert not store.change_job(one.id, "queued", state="cancelled")
     assert [(found.state, found.launch) for found in store.jobs("running")] == [("running", "x")]
 
 
-def test_labels_trash_and_votes(store: Store) -> None:
+def test_labels_trash_and_votes(store: Database) -> None:
     assert store.labels() == {}
     store.set_label("a", Label("Löwe", ("good", "3d"), "note"))
     store.set_label("a", Label("Löwe", ("good",), "note"))
@@ -107,7 +107,7 @@ def test_labels_trash_and_votes(store: Store) -> None:
     assert len(store.votes()) == 3
 
 
-def test_a_failed_call_changes_nothing(store: Store) -> None:
+def test_a_failed_call_changes_nothing(store: Database) -> None:
     with pytest.raises(TypeError):
         store.add_jobs([job("a"), NewJob("train", {"bad": object()}, "session")])  # no JSON
     assert store.jobs() == []
@@ -116,9 +116,9 @@ def test_a_failed_call_changes_nothing(store: Store) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from app.process.database import NewJob, Store
+from app.process.database import NewJob, Database
 for number in range(100):
-    store = Store(Path(sys.argv[1]))
+    store = Database(Path(sys.argv[1]))
     store.add_jobs([NewJob("train", {"rank": number}, sys.argv[2])])
     store.add_vote(f"pair-{number}", "style", sys.argv[2], "left")
 """
@@ -130,7 +130,7 @@ def test_two_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: P
         subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=ROOT, stderr=subprocess.PIPE)
         for name in ("one", "two")
     ]
-    store = Store(path)
+    store = Database(path)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: store.add_jobs([job(str(number))]), range(100)))
     for process in processes:
@@ -144,23 +144,23 @@ def test_two_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: P
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_a_database_of_a_newer_version_is_left_alone(store: Store) -> None:
+def test_a_database_of_a_newer_version_is_left_alone(store: Database) -> None:
     with closing(sqlite3.connect(store.path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (2,)
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(ConfigError, match=r"app\.db was made by a newer version"):
-        Store(store.path)
+        Database(store.path)
     with closing(sqlite3.connect(store.path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (99,)
 
 
-def test_a_database_of_the_first_version_keeps_its_jobs(store: Store) -> None:
+def test_a_database_of_the_first_version_keeps_its_jobs(store: Database) -> None:
     store.add_jobs([job("a")])
     with closing(sqlite3.connect(store.path)) as database:
         database.execute("ALTER TABLE jobs DROP COLUMN about")
         database.execute("PRAGMA user_version = 1")
         database.commit()
-    found = Store(store.path)
+    found = Database(store.path)
     assert [(one.run, one.about) for one in found.jobs()] == [("a", {})]
     found.add_jobs([NewJob("generate", ["--help"], "me", about={"base": "abc"})])
-    assert Store(store.path).jobs()[1].about == {"base": "abc"}
+    assert Database(store.path).jobs()[1].about == {"base": "abc"}

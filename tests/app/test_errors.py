@@ -18,7 +18,7 @@ from gradio.blocks import BlockFunction
 from gradio.state_holder import SessionState
 
 from app.context import make_context
-from app.errors import is_disk_full, is_told, sentence_of
+from app.errors import describe_error, is_disk_full, is_user_error
 from app.settings import AppSettings
 from app.ui import build_app
 from app.widgets.messages import Page
@@ -47,7 +47,7 @@ def raised(error: Exception) -> Callable[[], None]:
 def told(fail: Callable[[], None]) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of any kind
         fail()
-    return sentence_of(caught.value)
+    return describe_error(caught.value)
 
 
 def call(page: gr.Blocks, event: BlockFunction) -> None:
@@ -91,8 +91,8 @@ def test_only_a_fault_of_the_program_is_logged_with_its_traceback(caplog: pytest
 
 
 def test_what_may_be_tried_again_is_told_from_what_was_refused() -> None:
-    assert is_told(ConfigError("x"))
-    assert not is_told(OSError(errno.ENOSPC, "x"))
+    assert is_user_error(ConfigError("x"))
+    assert not is_user_error(OSError(errno.ENOSPC, "x"))
     assert not is_disk_full(OSError(errno.EACCES, "x"))
     assert not is_disk_full(sqlite3.OperationalError("database is locked"))
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from app.forms.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
-from app.forms.labels import HINTS, LABELS, OTHER_METHODS, in_form_words
+from app.forms.labels import HINTS, LABELS, OTHER_METHODS, with_labels
 from flatlora_diffusion.config import METHOD_NAMES, ConfigError, TrainConfig
 
 
@@ -51,7 +51,7 @@ def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm
             if item.name in DECIDED_BY_THE_APP:
                 continue
             info = form.by_name[item.name].info
-            assert info.startswith(in_form_words(HINTS.get(item.name, item.metadata["help"])))
+            assert info.startswith(with_labels(HINTS.get(item.name, item.metadata["help"])))
             for bound in (item.metadata["min"], item.metadata["max"]):
                 assert bound is None or str(bound) in info
 
@@ -106,7 +106,7 @@ def test_a_wrong_value_is_one_sentence(form: ConfigForm, name: str, value: objec
 )
 def test_an_error_names_settings_as_the_form_does(text: str, told: str) -> None:
     """What is quoted is the user's; words that are also names of settings stay."""
-    assert in_form_words(text) == told
+    assert with_labels(text) == told
 
 
 def test_each_other_method_is_told_in_a_sentence() -> None:

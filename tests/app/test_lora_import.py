@@ -133,9 +133,9 @@ def test_hostile_and_foreign_files_leave_nothing_behind(
     context: AppContext, upload: Path, base: Path, spoil: object, message: str
 ) -> None:
     spoil(upload)  # type: ignore[operator]
-    with pytest.raises(ConfigError, match=message) as refused:
+    with pytest.raises(ConfigError, match=message) as rejected:
         import_lora_file(context.runs, upload, str(base))
-    assert str(upload.parent) not in str(refused.value)  # the user knows the file by its name only
+    assert str(upload.parent) not in str(rejected.value)  # the user knows the file by its name only
     assert {run.id for run in context.runs.all()} == {"icons-lora", "icons-flat-lora"}
     assert not any(context.runs.temporary.iterdir())
 

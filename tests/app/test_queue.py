@@ -41,7 +41,7 @@ def queue(runs: RunStore) -> Iterator[JobQueue]:
     queue = JobQueue(runs)
     yield queue
     for job in queue.jobs("queued", "running"):
-        queue.stop(job.id, at_once=True)
+        queue.stop(job.id, immediately=True)
     queue.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from app.context import AppContext
-from app.runs_tab.run_list import BY_NAME, BY_SCORE, BY_SIZE, GROUPED, NEWEST, arranged, list_page, rows_of
+from app.runs_tab.run_list import BY_NAME, BY_SCORE, BY_SIZE, GROUPED, NEWEST, filter_and_sort, list_page, rows_of
 from app.runs_tab.tab import refresh
 from flatlora_diffusion.config import TrainConfig
 
@@ -59,7 +59,7 @@ def names(page: str) -> list[str]:
     ],
 )
 def test_runs_are_searched_and_sorted(runs: AppContext, words: str, order: str, found: list[str]) -> None:
-    assert [row.id for row in arranged(rows_of(runs), words, order)] == found
+    assert [row.id for row in filter_and_sort(rows_of(runs), words, order)] == found
     assert names(refresh(runs, None, words, order)[0]) == found
 
 

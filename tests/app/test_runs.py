@@ -162,7 +162,7 @@ def test_a_run_can_be_ended_at_once_and_starts_without_the_login(
     if sys.platform == "linux":
         supervisor = psutil.Process(read_json(launch.supervisor_file)["pid"])
         assert "FLATLORA_AUTH" not in supervisor.environ()
-    runs.stop("oops", at_once=True)
+    runs.stop("oops", immediately=True)
     run = wait(runs, "oops", ended)
     assert (run.state, run.is_resumable) == ("stopped", False)
     assert run.advice == "No checkpoint was saved, so start it again from a clone."
@@ -226,8 +226,8 @@ def test_each_way_to_start_a_training_is_known(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(psutil, "process_iter", lambda names: seen("--output_dir", "here/mine"))
     trainers = Trainers()
-    assert trainers.is_at(Path("here/mine"))
-    assert not trainers.is_at(Path("here"))
+    assert trainers.is_training_in(Path("here/mine"))
+    assert not trainers.is_training_in(Path("here"))
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_a_run_that_was_started_from_a_command_line(runs: RunStore, settings: di
         wait_until(lambda: any(map(stepped, runs.all())), lambda: process.poll() is None)
         assert [run.id for run in runs.all()] == ["demo/lora"]
         with pytest.raises(ConfigError, match="started from a command line"):
-            runs.stop("demo/lora", at_once=True)
+            runs.stop("demo/lora", immediately=True)
         runs.stop("demo/lora")
         assert process.wait(HANGS) == 3
     finally:
@@ -414,7 +414,7 @@ def test_runs_are_found_at_any_depth_and_inside_of_others(runs: RunStore) -> Non
 
 
 def test_looking_for_runs_ends_in_a_folder_without_end(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.runs.names._MOST_FOLDERS", 20)
+    monkeypatch.setattr("app.runs.names._MAX_FOLDERS", 20)
     for number in range(50):
         (runs.folder / "data" / f"{number}" / "more").mkdir(parents=True)
     made_by_hand(runs, "zz")

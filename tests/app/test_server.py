@@ -24,7 +24,7 @@ from patience import HANGS, wait_until
 from PIL import Image
 
 from app.forms.forms import ConfigForm
-from app.server.logs import MOST_LETTERS
+from app.server.logs import MAX_LINE_LENGTH
 from flatlora_diffusion.config import SAMPLES
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 def foreign(headers: dict[str, str], method: str, path: str, **body: Any) -> Callable[[Target], bool]:
-    """A request under another's name; let through when it is answered, or when a browser may read the refusal."""
+    """A request under another's name; let through when it is answered, or when a browser may read the rejection."""
 
     def attack(target: Target) -> bool:
         url = target.app.url.rstrip("/") + path.replace("RUNS", str(target.root / "runs"))
@@ -355,7 +355,7 @@ def test_hostile_calls_write_short_lines_and_each_traceback_once(target: Target)
     wait_until(lambda: target.app.printed()[before:].count("Error again, ") >= 50)
     told = target.app.printed()[before:]
     assert told.count("Traceback") <= 10
-    assert max(map(len, told.splitlines())) <= MOST_LETTERS + 4
+    assert max(map(len, told.splitlines())) <= MAX_LINE_LENGTH + 4
 
 
 class Locked:

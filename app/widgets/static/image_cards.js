@@ -66,9 +66,9 @@ const save = async (card) => {
   if (answer?.is_saved && copyOf(key)?.text === text) forget(key);
   if (!card.isConnected || keyOf(card) !== key) return;
   if (answer?.version === undefined) {
-    const isTriedAgain = !answer || answer.is_again;
+    const isTriedAgain = !answer || answer.can_retry;
     const kept = '. Your text is kept in this browser, and saving it is tried again.';
-    say(card, (answer?.told ?? 'Not saved: the app does not answer') + (isTriedAgain ? kept : ''));
+    say(card, (answer?.message ?? 'Not saved: the app does not answer') + (isTriedAgain ? kept : ''));
     card.classList.add('fl-unsaved');
     if (isTriedAgain) saveLater(key, AGAIN);
     return;
@@ -159,7 +159,7 @@ const enlarge = async (card) => {
   dialog.showModal();
   const answer = await ask('enlarge_card', card);
   if (answer?.picture) picture.src = answer.picture;
-  line.textContent = `${name}: ${answer?.told ?? 'as small as on its card, as the app does not answer'}`;
+  line.textContent = `${name}: ${answer?.message ?? 'as small as on its card, as the app does not answer'}`;
 };
 
 const remove = async (card, button) => {
@@ -172,7 +172,7 @@ const remove = async (card, button) => {
   }
   const other = card.nextElementSibling || card.previousElementSibling, key = keyOf(card);
   const answer = await ask('remove_card', card);
-  if (answer?.told !== '') { say(card, answer?.told ?? 'Not removed: the app does not answer.'); return; }
+  if (answer?.message !== '') { say(card, answer?.message ?? 'Not removed: the app does not answer.'); return; }
   forget(key);
   other?.querySelector('textarea').focus();
   card.remove();
