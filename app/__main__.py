@@ -68,7 +68,7 @@ def make_guard(settings: AppSettings) -> Guard:
 
 
 def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
-    """What `Blocks.launch` gets: who is let in, what is served, how it looks."""
+    """The arguments of `Blocks.launch`: address, login, served files and theme."""
     from .widgets.theme import CSS, HEAD, make_theme
 
     return {
@@ -106,7 +106,7 @@ def _guarded_lifespan(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextM
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        """Before the first request. Gradio adds its own layers to those given, so ours is put around them here."""
+        """Install the guard before the first request, around the middleware that Gradio has added."""
         app.middleware_stack = None
         app.add_middleware(GuardMiddleware, guard=guard)
         app.uploaded_file_dir = str(guard.uploads.folder)
@@ -128,7 +128,7 @@ async def _error_response(request: Request, error: Exception) -> PlainTextRespon
 
 @contextmanager
 def private_upload_folder() -> Iterator[None]:
-    """Keep what Gradio takes in a folder of this app and this user, which is gone with the app."""
+    """Let Gradio store uploads in a folder of this app and user, which is removed at the end."""
     parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
     remove_stale_folders(parent)
     with temporary_folder(parent) as folder:
@@ -176,7 +176,7 @@ def serve(settings: AppSettings) -> int:
 
 
 def _close(page: gr.Blocks) -> None:
-    """Answer nobody any more. What is asked just now is cut off after _END_SECONDS, as open pages ask all the time."""
+    """Stop answering. Running requests are cut off after _END_SECONDS, since open pages always send some."""
     from gradio.tunneling import CURRENT_TUNNELS
 
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell each as an error
@@ -210,9 +210,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process now, with its temporary files cleared away.
+    """Remove temporary files and end the process immediately.
 
-    A handler that waits would keep it alive for as long as it waits, and to take all modules apart takes seconds.
+    A waiting handler would keep the process alive, and the interpreter's own teardown takes seconds.
     """
     until = time.monotonic() + _END_SECONDS
     for thread in threading.enumerate():

@@ -1,4 +1,4 @@
-"""What every tab works with."""
+"""The context that every tab works with."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from .uploads.uploads import Uploads
 
 @dataclass(frozen=True)
 class AppContext:
-    """One app: its settings, the runs below its runs folder, their queue, the uploads of its sessions, and the places
-    that settings from the browser may name.
-    """
+    """One app: its settings, runs, queue, uploads, and the paths that settings from the browser may name."""
 
     settings: AppSettings
     runs: RunStore
@@ -30,9 +28,9 @@ class AppContext:
 
 
 def make_context(settings: AppSettings) -> AppContext:
-    """The context of an app with `settings`; the queue is not started yet.
+    """Create the context of an app; the queue is not started.
 
-    Raises ConfigError when the runs folder cannot be one, or its database cannot be used.
+    Raises ConfigError when the runs folder or its database cannot be used.
     """
     place = f"runs_dir={settings.runs_dir!r}"
     try:

@@ -1,4 +1,4 @@
-"""Any error as one sentence for who uses the page: what went wrong, and what to do."""
+"""Errors as one sentence for the user: the problem and the remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def describe_error(error: Exception) -> str:
-    """The sentence; what nobody has asked for is logged too, a fault of this program with its traceback."""
+    """The sentence; unexpected errors are logged too, bugs with their traceback."""
     if is_user_error(error):
         return str(error)
     sentence = _of_the_computer(error)
@@ -28,7 +28,7 @@ def describe_error(error: Exception) -> str:
 
 
 def _of_the_computer(error: Exception) -> str | None:
-    """What its disk or memory has refused; None for any other error."""
+    """The sentence for a disk, database or memory error; None for other errors."""
     if is_disk_full(error):
         return "the disk is full; free some room on it, then try again"
     if isinstance(error, sqlite3.OperationalError):
@@ -42,12 +42,12 @@ def _of_the_computer(error: Exception) -> str | None:
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether a file or the database could not be written for want of room."""
+    """Whether a file or the database could not be written because the disk is full."""
     if isinstance(error, sqlite3.Error):
         return "disk is full" in str(error)
     return isinstance(error, OSError) and error.errno in _FULL
 
 
 def is_user_error(error: Exception) -> bool:
-    """Whether the error is about what somebody has asked for, so that to ask the same again is of no use."""
+    """Whether the error is caused by the request itself, so that a retry cannot succeed."""
     return isinstance(error, ConfigError | RunError)

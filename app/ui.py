@@ -51,7 +51,7 @@ def build_app(context: AppContext) -> gr.Blocks:
 
 
 def _keep_unnamed_private(page: gr.Blocks) -> None:
-    """Gradio makes an endpoint for programs of every event; only those that we named are meant for them."""
+    """Hide unnamed events from the API: Gradio makes an endpoint of every event."""
     for event in page.fns.values():
         if re.fullmatch(r"(partial|lambda|_?picked)(_\d+)?", str(event.api_name)):
             event.api_visibility = "private"

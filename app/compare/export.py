@@ -1,4 +1,4 @@
-"""The comparison as files to keep and to send: one PNG, and one HTML page that holds its pictures itself."""
+"""The comparison as files: one PNG, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STYLE = read_static("export.css")
 
 
 def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None, folder: Path) -> Path:
-    """The grid as one PNG in `folder`; that of the same pictures and labels is made once. All must be drawn."""
+    """Write the grid as a PNG into `folder`, once for the same pictures and labels. All must be drawn."""
     path = folder / f"comparison-{_key(comparison, reference)}.png"
     if path.is_file():
         return path
@@ -43,7 +43,7 @@ def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
 
 
 def save_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None, folder: Path) -> Path:
-    """The grid as one HTML file in `folder` that needs no other file and runs no script. All must be drawn."""
+    """Write the grid as one HTML file without scripts or other files into `folder`. All must be drawn."""
     path = folder / f"comparison-{_key(comparison, reference)}.html"
     if path.is_file():
         return path

@@ -22,8 +22,9 @@ GRID_SCRIPT = read_static("grid.js")
 
 
 def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None) -> str:
-    """HTML of all rows; what is not drawn is left open. Columns after that of `reference` show how they
-    differ from it, amplified.
+    """HTML of all rows, with gaps for missing pictures.
+
+    Columns after `reference` show their amplified difference to that column.
     """
     columns = len(comparison.titles)
     heads = "".join(
@@ -39,14 +40,14 @@ def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
 
 
 def enlarged(comparison: Comparison) -> str:
-    """That small pictures are shown larger than they are, and by which base; empty for those that are not small."""
+    """A note that small pictures are enlarged, with the base's name; empty for large pictures."""
     size = comparison.drawing.resolution
     base = base_name(comparison.drawing.base[1])
     return "" if size >= 256 else f"Drawn by {base} at {size} x {size} pixels; enlarged, they look soft."
 
 
 def difference_titles(comparison: Comparison, reference: int | None) -> list[tuple[str, str]]:
-    """(what it is, the run's name) of each column."""
+    """(method, run name) of each column."""
     if reference is None:
         return comparison.titles
     compared = comparison.titles[reference][0]

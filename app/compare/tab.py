@@ -45,8 +45,11 @@ _PRECISIONS = [("As the device likes", AUTOMATIC), *((name, value) for value, na
 
 @dataclass(frozen=True)
 class CompareTab:
-    """What other tabs need of this one. `timer` does not tick yet; `to_trained`: the event that brings the tab to
-    the front with what was trained last.
+    """The parts that other tabs use.
+
+    Attributes:
+        timer: inactive at first.
+        to_trained: the event that selects this tab and the newest runs.
     """
 
     timer: gr.Timer
@@ -71,7 +74,7 @@ def build_compare_tab(
 
 
 def show_trained(view: CompareView) -> tuple[Any, Any]:
-    """The page's Compare tab in front, with what was trained last chosen in it."""
+    """Select the Compare tab and the newest trained runs in it."""
     arms = view.arms()
     ids = {arm.id for arm in arms}
     trained = [run_id for run_id in view.context.queue.recent_runs() if run_id in ids]
@@ -79,7 +82,7 @@ def show_trained(view: CompareView) -> tuple[Any, Any]:
 
 
 def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -> tuple[Any, ...]:
-    """Queue what is missing, then show as `refresh` does; a wrong form is told beside it."""
+    """Queue the missing pictures, then show as `refresh` does; show an error beside a wrong form."""
     try:
         view.draw(Form(*values), session, goes_first)
     except ConfigError as error:
@@ -88,12 +91,12 @@ def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -
 
 
 def refresh(view: CompareView, last: Shown | None, *values: Any) -> tuple[Any, ...]:
-    """(grid, status, PNG, HTML, stop button, what is shown); what is still as in `last` is left alone."""
+    """(grid, status, PNG, HTML, stop button, state); outputs that equal `last` are skipped."""
     return _outputs(view.show(Form(*values)), last)
 
 
 def choices(view: CompareView, known: list[str] | None, chosen: list[str], prompts: str) -> tuple[Any, ...]:
-    """(runs, prompts, seeds, known ids) when there are other runs than `known`; at first the newest pair is chosen."""
+    """(runs, prompts, seeds, known ids) when the runs differ from `known`; initially the newest pair is chosen."""
     arms, newest, first_prompts = view.start()
     ids = [arm.id for arm in arms]
     if ids == known:
@@ -105,7 +108,7 @@ def choices(view: CompareView, known: list[str] | None, chosen: list[str], promp
 
 
 def run_choices(arms: list[ComparedRun]) -> list[tuple[str, str]]:
-    """(what is shown, the id) of each run."""
+    """(label, id) of each run."""
     return [(f"{arm.name} · {arm.title}", arm.id) for arm in arms]
 
 

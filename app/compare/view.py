@@ -1,4 +1,4 @@
-"""The handlers of the side-by-side comparison: plain functions from the form's values to what is shown."""
+"""The handlers of the side-by-side comparison: plain functions from the form's values to the outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has 
 
 @dataclass(frozen=True)
 class Form:
-    """The values of the form as the page has them: unchecked, and None for what is empty."""
+    """The form's values as the page sends them: unchecked, with None for an empty field."""
 
     runs: Sequence[str] | None
     prompts: str | None
@@ -57,7 +57,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows; `picture` and `page` are the grid as files once all is drawn."""
+    """The outputs on the page; `picture` and `page` are the exported files of a complete grid."""
 
     grid: str
     status: str
@@ -67,7 +67,7 @@ class Shown:
 
 
 class CompareView:
-    """The comparison of one app: its runs, its queue and the pictures that are there."""
+    """The comparison of one app: its runs, queue and picture cache."""
 
     def __init__(self, context: AppContext) -> None:
         self.context = context
@@ -77,13 +77,13 @@ class CompareView:
         return finished_arms(self.context)
 
     def start(self) -> tuple[list[ComparedRun], list[str], str]:
-        """(what can be chosen, the ids that are chosen at first, the prompts at first)."""
+        """(available runs, initially chosen ids, initial prompts)."""
         arms = self.arms()
         chosen = newest_pair(self.context, arms)
         return arms, chosen, default_prompts(self.context, [arm for arm in arms if arm.id in chosen])
 
     def comparison(self, form: Form) -> Comparison:
-        """What the form asks for. Raises ConfigError, one sentence, when that cannot be."""
+        """The comparison that the form describes. Raises ConfigError for wrong values."""
         arms = {arm.id: arm for arm in self.arms()}
         runs = form.runs or ()
         gone = [run for run in runs if run not in arms]
@@ -104,10 +104,11 @@ class CompareView:
         )
 
     def draw(self, form: Form, session: str, goes_first: bool = False) -> list[Job]:
-        """Queue what is neither drawn nor queued yet; returns the new jobs.
+        """Queue the pictures that are neither drawn nor queued, and return the new jobs.
 
-        With `goes_first` a running training makes way for them, and for those of the comparison that wait already.
-        Raises ConfigError when the form asks for what cannot be.
+        With `goes_first`, a running training is paused for these jobs and for waiting jobs of the comparison.
+
+        Raises ConfigError for wrong values.
         """
         comparison = self.comparison(form)
         wanted = comparison.pictures()
@@ -129,7 +130,7 @@ class CompareView:
             self.context.queue.stop(job.id)
 
     def show(self, form: Form) -> Shown:
-        """The comparison as far as it is drawn, and what is at work on the rest."""
+        """The comparison with the pictures that exist, and the progress of the jobs for the rest."""
         if not self.arms():
             return Shown(empty_page(NO_RUNS, WHAT_TO_DO), "")
         try:

@@ -80,7 +80,7 @@ def build_vote(
 
 
 def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
-    """The two columns to vote on: of those compared, at first the last two."""
+    """The columns to vote on; initially the last two of the comparison."""
     names = {arm.id: f"{arm.title} ({arm.name})" for arm in view.arms()}
     columns = [("Base", BASE), *((names[run], run) for run in runs if run in names)]
     first = columns[-2][1] if len(columns) > 1 else BASE
@@ -88,7 +88,7 @@ def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
 
 
 def few_pairs(ballot: Ballot) -> str:
-    """What to do about a ballot that can hardly say anything."""
+    """Advice for a ballot with too few pairs."""
     count = len(ballot.pairs)
     if count >= MIN_PAIRS:
         return ""

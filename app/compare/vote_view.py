@@ -1,4 +1,4 @@
-"""The handlers of the blind vote: what is asked, what was answered, and the page for it."""
+"""The handlers of the blind vote: questions, answers and the page."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Ballot:
 
 @dataclass(frozen=True)
 class VotePage:
-    """What the page shows, and whether an answer is waited for."""
+    """The page of a ballot; `is_open` while it expects an answer."""
 
     question: str
     count: str
@@ -63,9 +63,9 @@ class VoteView:
         self._store = compare.context.runs.database
 
     def start(self, form: Form, sides: tuple[str, str], question: str, order: int, voter: str) -> Ballot:
-        """A vote between two columns, `BASE` or ids of runs; what `voter` has answered before is kept.
+        """Start a vote between two columns, each `BASE` or a run id; earlier answers of `voter` count.
 
-        Raises ConfigError when there are no two columns, or nothing of them is drawn.
+        Raises ConfigError for equal or unknown columns, and when no pair is drawn.
         """
         if sides[0] == sides[1]:
             raise ConfigError("the vote needs two different columns; choose another one")
@@ -83,17 +83,17 @@ class VoteView:
         return Ballot(tuple(pairs), names[first], names[second], question, voter)
 
     def vote(self, ballot: Ballot, choice: Choice) -> None:
-        """Keep the answer to the pair that is shown; nothing when there is none."""
+        """Store the answer to the current pair, if any."""
         pair = self._next(ballot)
         if pair is not None:
             self._store.add_vote(pair.id, ballot.question, ballot.voter, choice)
 
     def reveal(self, ballot: Ballot) -> Ballot:
-        """The vote ended: from now on it is told which picture was whose."""
+        """End the vote and reveal the arms of the pictures."""
         return replace(ballot, is_revealed=True)
 
     def page(self, ballot: Ballot) -> VotePage:
-        """The next pair, or what was whose when the vote is over."""
+        """The next pair, or the revealed pairs at the end."""
         pair = self._next(ballot)
         files = self._compare.cache.find(picture for one in ballot.pairs for picture in one.sides)
         if pair is None:
@@ -150,7 +150,7 @@ def _told_pair(pair: BlindPair, ballot: Ballot, answers: Mapping[str, Choice], f
 
 @lru_cache(maxsize=64)
 def _unnamed(path: Path) -> str:
-    """The pixels alone as a data URL: a file's name and text would tell which LoRA has made it."""
+    """The pixels alone as a data URL, since a file's name and metadata would reveal its LoRA."""
     packed = io.BytesIO()
     with Image.open(path) as image:
         image.convert("RGB").save(packed, "PNG")

@@ -1,4 +1,4 @@
-"""What the Dataset tab does with captions and the trigger word."""
+"""The Dataset tab's handlers for captions and the trigger word."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def undo_captions(context: AppContext, session: str) -> str:
 
 
 def caption_all(context: AppContext, session: str, trigger: str) -> str:
-    """Make captions of the file names and the trigger word, but for those that were written; says how many."""
+    """Write captions from file names and the trigger word, except over hand-written captions; report how many."""
     with show_errors():
         if not trigger.strip():
             raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
@@ -46,7 +46,11 @@ def caption_all(context: AppContext, session: str, trigger: str) -> str:
 def caption_by_model(
     context: AppContext, session: str, name_or_path: str | None, trigger: str, told: Callable[[int, int], None]
 ) -> str:
-    """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
+    """Caption the images without a caption by a model, and report how many.
+
+    Args:
+        told: called with the number of images done and in total.
+    """
     with show_errors():
         present = context.uploads.captions(session) if session else {}
         if not present:

@@ -1,7 +1,7 @@
-"""One card for each image: the picture as it is trained on, its caption to write in, notes, and a way to remove it.
+"""One card for each image: its training view, caption field, notes, and a button to remove it.
 
-A caption is saved on its own while it is typed, and only over the one that was shown: another window of the same
-browser may have changed it meanwhile. What a card does in the browser is in `static/image_cards.js`.
+A caption is saved while it is typed, and only over the version that was shown, since another window of the same
+browser may have changed it. The browser's part is `static/image_cards.js`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ CARDS_SCRIPT = read_static("image_cards.js")
 def cards_page(view: DatasetView, session: str) -> str:
     """All cards as one list.
 
-    No two are alike: of a page that is, the browser would draw nothing, and keep what was typed in its fields.
+    Each page is unique: for an equal page the browser would redraw nothing and keep typed text in its fields.
     """
     cards = "".join(map(_card, view.cards))
     return f'<ul class="fl-photos" data-session="{escape(session)}" data-drawn="{time.time_ns()}">{cards}</ul>'
 
 
 def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What the cards call: `save_card`, `remove_card` and `enlarge_card`. Each takes and returns an object.
+    """The functions that the cards call: `save_card`, `remove_card` and `enlarge_card`, from object to object.
 
-    An error is `told`; where the same may be saved later, `can_retry` is true.
+    An error is returned as `message`; `can_retry` is true if the same call may succeed later.
     """
 
     @_with_error_message("Not saved")
@@ -58,13 +58,13 @@ def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[
 
     @_with_error_message("Not removed")
     def remove_card(asked: dict[str, Any]) -> dict[str, Any]:
-        """Nothing to tell when the image is gone."""
+        """Remove the image; the message is empty on success."""
         context.uploads.remove(str(asked.get("session", "")), str(asked.get("image", "")))
         return {"message": ""}
 
     @_with_error_message("as small as on its card")
     def enlarge_card(asked: dict[str, Any]) -> dict[str, Any]:
-        """The whole image as it was dropped, shrunk to what a screen shows, and its size."""
+        """The uploaded image, shrunk to screen size, and its original size."""
         path = context.uploads.image(str(asked.get("session", "")), str(asked.get("image", "")))
         with _ONE_AT_A_TIME:
             picture = load_image(path)
@@ -76,7 +76,7 @@ def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[
 
 
 def _with_error_message(what: str) -> Callable[[_CardFunction], _CardFunction]:
-    """Every error as a sentence after `what`, since Gradio keeps a failed call to itself."""
+    """Return every error as a sentence after `what`, since Gradio does not pass errors on to the browser."""
 
     def decorate(function: _CardFunction) -> _CardFunction:
         @wraps(function)

@@ -56,7 +56,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Bulk:
-    """One change to all captions, and back."""
+    """The controls of an edit to all captions, and of its undo."""
 
     how: gr.Radio
     text: gr.Textbox
@@ -115,7 +115,7 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
 
 
 def _build_bulk() -> tuple[Bulk, gr.Button]:
-    """What is for all images stands above them, where a question is seen too; with the button that removes them."""
+    """Controls for all images, above them so that a confirmation is in view; and the button that removes all."""
     with gr.Accordion("Change all captions", open=False, elem_id="bulk"):
         how = gr.Radio(list(CHANGES), value=REPLACE, show_label=False, label="What to change in all captions")
         with gr.Row():

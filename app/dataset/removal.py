@@ -9,14 +9,14 @@ RESTORE_REMOVED = "Bring back the images from before"
 
 
 def remove_all(context: AppContext, session: str) -> str:
-    """Remove all images; what was refused of a drop is told no longer then."""
+    """Remove all images; also clears the rejections of the last upload."""
     if session:
         context.uploads.clear(session)
     return ""
 
 
 def restore_removed(context: AppContext, session: str) -> str:
-    """Exchange the images for those that were removed or replaced last; nothing is told as refused then."""
+    """Swap the images with those removed or replaced last; also clears the rejections of the last upload."""
     with show_errors():
         context.uploads.restore_removed(session)
     return ""

@@ -70,7 +70,7 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str, int]:
-    """Take the dropped files: the session, the emptied drop zone, what was refused, how many were taken."""
+    """Save dropped files; (session, emptied drop zone, rejections, number saved)."""
     session = ensure_session(context, session)
     try:
         result = context.uploads.add(session, [(Path(file).name, Path(file)) for file in files or ()])
@@ -80,7 +80,7 @@ def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tu
 
 
 def load_samples_icons(context: AppContext, session: str) -> tuple[str, str, int]:
-    """Take the sample icons, if there are no images that they would mix with: as `upload`."""
+    """Save the sample icons unless there are other images; outputs as in `upload`."""
     session = ensure_session(context, session)
     images, _ = find_images(SAMPLES / "icons_3d")
     captions = [path.with_suffix(".txt") for path in images]
@@ -96,7 +96,7 @@ def load_samples_icons(context: AppContext, session: str) -> tuple[str, str, int
 
 
 def prefer_upload(taken: int, rejected: str, folder: str, dataset: str) -> tuple[Any, Any, Any]:
-    """What is told of a drop, image folder and data set of the Train tab: emptied when new images came to train on."""
+    """(message, image folder, dataset): clear the folder and dataset of the Train tab after an upload."""
     if not taken or not (folder or dataset):
         return gr.skip(), gr.skip(), gr.skip()
     text = "They will be trained on, in place of the image folder or data set that was set on the Train tab."
@@ -105,7 +105,7 @@ def prefer_upload(taken: int, rejected: str, folder: str, dataset: str) -> tuple
 
 @dataclass(frozen=True)
 class DatasetTab:
-    """What other tabs need of this one: the event that shows the images anew, and those after which they differ."""
+    """The parts that other tabs use: the event that redraws the images, and the events after which they differ."""
 
     look: dict[str, Any]
     changed: list[Any]
@@ -137,7 +137,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
 
 @dataclass(frozen=True)
 class _Tab:
-    """What the tab's events are connected to. `look`: the event that shows the images anew."""
+    """The parts that the tab's events connect. `look`: the event that redraws the images."""
 
     context: AppContext
     session: gr.BrowserState
@@ -181,9 +181,9 @@ def _connect_removal(tab: _Tab) -> None:
 
 
 def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
-    """Captions written from names, by a model and by hand, and the trigger word in them.
+    """Captions from names, by a model and by hand, and their trigger word.
 
-    They are shown anew also after an error, as some of them may have been changed before it.
+    The images are redrawn after an error too, since some captions may have changed before it.
     """
     context, session, intake, bulk = tab.context, tab.session, tab.intake, tab.bulk
     told, look = [tab.pictures.told], tab.look
@@ -217,7 +217,7 @@ def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
 
 
 def _afterwards(event: Any, what: dict[str, Any]) -> None:
-    """Do it whether the event has succeeded or failed; what is to come `then` Gradio does after success only."""
+    """Run after success and after failure; Gradio's `then` alone runs after success only."""
     event.then(**what)
     event.failure(**what)
 
@@ -232,7 +232,7 @@ def _captioning(context: AppContext) -> Any:
 
 
 def _resolution(text: str) -> int | None:
-    """None for what is no size yet, since it is asked for while it is typed."""
+    """None for an invalid size, as while it is being typed."""
     try:
         return DataConfig(resolution=int(text)).resolution
     except ValueError:

@@ -1,4 +1,4 @@
-"""Thumbnails of uploaded images as the trainer sees them, and what to know about each; kept by the images' content."""
+"""Thumbnails of uploaded images as the trainer sees them, and their properties, cached by content."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Thumbnails:
         self._lock = threading.Lock()
 
     def inspect(self, path: Path) -> ImageFacts:
-        """What the image at `path` is like; decoded once as long as its content stays."""
+        """The properties of the image at `path`; decoded once for the same content."""
         key = (path.name, file_sha256(path))
         with self._lock:
             known = self._looks.get(key)

@@ -34,9 +34,9 @@ def measure(view: FlatnessView, session: str, runs: list[str], effort: str) -> s
 def refresh(
     view: FlatnessView, known: Any, chosen_runs: list[str], chosen: int | None, told_of: str
 ) -> tuple[Any, ...]:
-    """(runs, results, status, stop button, what is known, the status's HTML); what is unchanged is left alone.
+    """(runs, results, status, stop button, state, the status's HTML); unchanged outputs are skipped.
 
-    A new result is chosen when it arrives; an error that was told about a choice stays until something happens.
+    A new result is selected; an error about a choice stays until something changes.
     """
     runs, results, status = view.runs(), view.results(), view.status()
     ids, numbers = [run_id for _, run_id in runs], [number for _, number in results]

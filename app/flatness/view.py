@@ -48,7 +48,7 @@ NO_RUNS = empty_page(
 
 @dataclass(frozen=True)
 class Result:
-    """What is shown of one measurement; the charts begin with what they say."""
+    """The outputs of one measurement; `charts` begins with its answer."""
 
     charts: str
     tables: str
@@ -62,7 +62,7 @@ class FlatnessView:
         self.context = context
 
     def runs(self) -> list[tuple[str, str]]:
-        """(what is shown, id) of the runs that can be measured, the newest first."""
+        """(label, id) of the runs that can be measured, newest first."""
         return [
             (f"{run.name} · {method_name(run.method)}", run.id)
             for run in self.context.runs.all()
@@ -70,7 +70,7 @@ class FlatnessView:
         ]
 
     def newest(self) -> list[str]:
-        """The newest fair pair, else two runs of one base and one set of images, else one run; chosen at first."""
+        """The initial choice: the newest fair pair, else two runs on one base and dataset, else one run."""
         pair = newest_pair(self.context, finished_arms(self.context))
         if len(pair) == 2 and _alike(self.context, pair[0]) == _alike(self.context, pair[1]):
             return pair
@@ -117,7 +117,7 @@ class FlatnessView:
         return jobs[0] if jobs else None
 
     def status(self) -> str:
-        """How far the measurement is, or why the last one has failed; empty when all is well."""
+        """Progress of the measurement or the last failure; empty otherwise."""
         job = self.open_job()
         if job is not None:
             return status_line(why_waiting(self.context, job)) if job.state == "queued" else self._progress(job)
@@ -131,12 +131,12 @@ class FlatnessView:
         return error_line(reason, log)
 
     def results(self) -> list[tuple[str, int]]:
-        """(what is shown, the job's number) of the measurements that are there, the newest first."""
+        """(label, job number) of the finished measurements, newest first."""
         jobs = [job for job in self.context.queue.jobs("done") if job.kind == "flatness" and self._has_result(job)]
         return [(_title(job), job.id) for job in sorted(jobs, key=lambda job: -job.id)]
 
     def result(self, job_id: int | None) -> Result:
-        """Charts, tables and the page with the surface. Raises ConfigError when there is no such measurement."""
+        """Charts, tables and the surface page. Raises ConfigError for an unknown measurement."""
         if job_id is None:
             return Result(NOTHING if self.runs() else NO_RUNS, "", None)
         job = self.context.runs.database.job(int(job_id))
@@ -201,9 +201,9 @@ def _figure(png: Path, chart: str, text: str) -> str:
 
 @lru_cache(maxsize=8)
 def _drawn(file: Path, changed: int) -> dict[str, str]:
-    """SVG of the charts of a flatness.json as it was when it `changed`, by the names of their files.
+    """SVG charts of a flatness.json by file name; `changed` is the file's modification time.
 
-    Drawn anew of the figures: no markup of a runs folder is given to the browser.
+    They are redrawn from the numbers, so that no markup from a runs folder reaches the browser.
     """
     from flatlora_diffusion.flatness.pictures import charts_of  # imports torch and matplotlib
 

@@ -56,7 +56,7 @@ class ConfigForm:
         return list(self.by_name.values())
 
     def read(self, values: Sequence[Any], method: str) -> TrainConfig:
-        """The config of the components' values for a method, without what only others have.
+        """The config of the components' values for a method, without the settings of other methods.
 
         Raises ConfigError for a value that is not allowed.
         """
@@ -88,7 +88,7 @@ def _sections() -> list[tuple[str, type]]:
 
 
 def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.components.Component:
-    """Bounds are told here and checked by the config, whose sentence names the setting."""
+    """Bounds are shown here and checked by the config, whose error names the setting."""
     place = {
         "label": LABELS[item.name],
         "info": with_labels(HINTS.get(item.name, item.metadata["help"])) + _bounds(item),

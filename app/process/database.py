@@ -1,6 +1,6 @@
-"""What the app knows beside the run folders, in SQLite: the queue, names and notes of runs, the trash, blind votes.
+"""The app's SQLite database: the queue, names and notes of runs, the trash, and blind votes.
 
-Each call opens a connection, so a store may be shared by threads; several processes may open the same file.
+Each call opens a connection, so threads may share a `Database`, and several processes may open the same file.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ _MIGRATIONS = (
 
 @dataclass(frozen=True)
 class Job:
-    """One entry of the queue. `settings`: those of a training, or the arguments of another command.
+    """One entry of the queue.
 
-    `pair` is shared by the two arms of a fair pair; a job that `goes_on` is resumed after the one it made way for.
-    `about` is what its results depend on beside the arguments, for those who look for them later.
+    Attributes:
+        settings: the settings of a training, or the arguments of another command.
+        pair: shared by the two arms of a fair pair.
+        goes_on: whether it is resumed after the job that preempted it.
+        about: details that its results depend on beside the arguments.
     """
 
     id: int
@@ -71,7 +74,7 @@ class Job:
 
 @dataclass(frozen=True)
 class NewJob:
-    """What is put into the queue."""
+    """A job to be queued."""
 
     kind: JobKind
     settings: dict[str, Any] | list[str]
@@ -83,7 +86,7 @@ class NewJob:
 
 @dataclass(frozen=True)
 class Label:
-    """What a user has written on a run."""
+    """The user's name, tags and note of a run."""
 
     name: str | None = None
     tags: tuple[str, ...] = ()
@@ -92,7 +95,7 @@ class Label:
 
 @dataclass(frozen=True)
 class DeletedRun:
-    """One run in the trash: the trash folder's name, the run's id, when (seconds since 1970)."""
+    """One run in the trash: its trash folder's name, its id, and the time of deletion (seconds since 1970)."""
 
     id: str
     run: str
@@ -101,7 +104,7 @@ class DeletedRun:
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer about one blind pair. `pair` says which images in which order were shown."""
+    """One answer about one blind pair. `pair` identifies the pictures and their order."""
 
     pair: str
     question: str
@@ -111,7 +114,7 @@ class Vote:
 
 
 class Database:
-    """The database in `path`. Raises ConfigError for one that a newer version has made."""
+    """The database file at `path`. Raises ConfigError for a file of a newer version."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,7 +136,7 @@ class Database:
             database.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
 
     def add_jobs(self, jobs: Sequence[NewJob], first: bool = False) -> list[Job]:
-        """Queue all of `jobs` or, if anything fails, none: at the end or, with `first`, before all others."""
+        """Queue all jobs, or none on an error: at the end, or before all others with `first`."""
         with self._open() as database:
             low, high = database.execute("SELECT MIN(position), MAX(position) FROM jobs").fetchone()
             start = (low or 0) - len(jobs) if first else (high or 0) + 1
@@ -148,7 +151,7 @@ class Database:
             return [_job(database.execute("SELECT * FROM jobs WHERE id = ?", (id_,)).fetchone()) for id_ in ids]
 
     def job(self, job_id: int) -> Job:
-        """Raises ConfigError when there is none of that number."""
+        """Raises ConfigError for an unknown number."""
         rows = self._rows("SELECT * FROM jobs WHERE id = ?", job_id)
         if not rows:
             raise ConfigError(f"there is no job {job_id} in the queue")
@@ -172,7 +175,7 @@ class Database:
             return done.rowcount == 1
 
     def labels(self) -> dict[str, Label]:
-        """By run, for the runs that have one."""
+        """The labels by run."""
         labels: dict[str, Label] = self._kept.get("labels", lambda: (self._read_labels(), self.files))
         return labels
 
@@ -203,7 +206,7 @@ class Database:
             )
 
     def votes(self, question: str | None = None) -> list[Vote]:
-        """The answers to one question, or all, in the order they were given."""
+        """The answers to one question, or to all, in order of time."""
         rows = self._rows(
             "SELECT pair, question, session, choice, time FROM votes WHERE ? IS NULL OR question = ? ORDER BY time",
             question,
@@ -221,7 +224,7 @@ class Database:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that no other writer gets in between."""
+        """One exclusive write transaction."""
         with closing(self._connect()) as database:
             database.execute("BEGIN IMMEDIATE")
             yield database

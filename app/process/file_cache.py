@@ -1,4 +1,4 @@
-"""What was made of files, kept until one of them changes: times and sizes are looked at, and no file is opened."""
+"""Values computed from files, cached until a file changes by modification time or size; no file is opened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stamp_of(paths: Iterable[str]) -> Stamp:
 
 
 def is_stable(stamp: Stamp, now_ns: int) -> bool:
-    """Whether the last change lies so far before `now_ns` that a further one would tell."""
+    """Whether the last change is old enough that another change would alter the stamp."""
     return max((one[0] for one in stamp if one is not None), default=0) < now_ns - _STABLE_AFTER_NS
 
 
@@ -38,7 +38,11 @@ class FileCache(Generic[Value]):
         self._values: dict[Hashable, tuple[Value, tuple[str, ...], Stamp]] = {}
 
     def get(self, key: Hashable, make: Callable[[], tuple[Value, Iterable[str] | None]]) -> Value:
-        """The value of `key`. make: it anew, and the paths whose change makes it old, None for one not to be kept."""
+        """The cached value of `key`.
+
+        Args:
+            make: computes the value and the paths that it depends on; with None for the paths it is not cached.
+        """
         kept = self._values.get(key)
         if kept is not None and stamp_of(kept[1]) == kept[2]:
             return kept[0]
@@ -54,7 +58,7 @@ class FileCache(Generic[Value]):
         return value
 
     def paths(self, key: Hashable) -> tuple[str, ...]:
-        """Those of a kept value; none of another."""
+        """The paths that a cached value depends on; empty if it is not cached."""
         kept = self._values.get(key)
         return () if kept is None else kept[1]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty when there is none, or only half of one, or it may not be read."""
+    """The object in a file; empty if the file is missing, incomplete or unreadable."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -34,7 +34,7 @@ _START_SECONDS = 10  # from the command's file to the supervisor's
 
 @dataclass(frozen=True)
 class Ending:
-    """How a command ended: its exit code, whether a stop was asked for, when (seconds since 1970)."""
+    """The end of a command: its exit code, whether a stop was requested, and the time (seconds since 1970)."""
 
     code: int
     was_asked: bool
@@ -42,7 +42,7 @@ class Ending:
 
 
 class Launch:
-    """One start, seen through its folder only: any process may look, ask for a stop, or kill."""
+    """One start, accessed through its folder only: any process may read it, request a stop, or kill it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +57,8 @@ class Launch:
     def start(self, arguments: Sequence[str], stop_file: Path | None = None) -> None:
         """Run `python arguments...` under a supervisor that outlives this process and its terminal.
 
-        `stop_file` is what the command honours; without one a stop ends it at once.
+        Args:
+            stop_file: the file by which the command is asked to stop; without it a stop terminates the command.
         """
         command = {"arguments": list(arguments), "stop_file": None if stop_file is None else str(stop_file)}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class Launch:
         return is_new and time.time() - self.command_file.stat().st_mtime < _START_SECONDS
 
     def ending(self) -> Ending | None:
-        """How it ended; None while it runs, or when supervisor and command were both killed."""
+        """None while the command runs, or if both the supervisor and the command were killed."""
         values = read_json(self.exit_file)
         return Ending(**values) if values else None
 
@@ -97,7 +98,7 @@ class Launch:
         self.stop_file.touch()
 
     def kill(self) -> None:
-        """End the command at once, and count it as asked for. The supervisor still writes how it ended."""
+        """Kill the command and count this as a requested stop. The supervisor still writes `exit.json`."""
         self.stop_file.write_text(IMMEDIATELY)
         kill_tree(read_json(self.trainer_file))
 

@@ -1,4 +1,4 @@
-"""Which processes live: one that was remembered, and trainers that were started from the command line."""
+"""Living processes: those with a saved identity, and trainers started from a command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COMMANDS = ("flatlora", "flatlora.exe")  # what pip makes of our entry point
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """What tells this process from a later one with the same number; JSON-able. Empty when it is gone already."""
+    """Identify a process beyond its reusable number, as JSON; empty for an ended process."""
     try:
         return {"pid": pid, "created": psutil.Process(pid).create_time()}
     except psutil.NoSuchProcess:
@@ -45,7 +45,7 @@ def process_of(remembered: dict[str, Any]) -> psutil.Process | None:
 
 
 def kill_tree(remembered: dict[str, Any]) -> None:
-    """End the process and all that it has started, at once."""
+    """Kill the process and its descendants."""
     process = process_of(remembered)
     if process is None:
         return
@@ -57,7 +57,7 @@ def kill_tree(remembered: dict[str, Any]) -> None:
 
 
 class Trainers:
-    """Trainers of this machine, however they were started, found by their command lines; looked for once a second."""
+    """All trainers of this machine, found by their command lines at most once a second."""
 
     def __init__(self) -> None:
         self._found: dict[Path, dict[str, Any]] = {}
@@ -87,7 +87,7 @@ def _output_folders() -> dict[Path, dict[str, Any]]:
 
 
 def _training_arguments(command: Sequence[str]) -> list[str] | None:
-    """The settings of a command line that trains; None for any other."""
+    """The settings in a command line that trains; None for other command lines."""
     for place, part in enumerate(command):
         if Path(part).name == _SCRIPT:
             return list(command[place + 1 :])

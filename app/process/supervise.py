@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
 
 
 def _give_way() -> None:
-    """What is started from here on lets the app, and all else on this computer, go first."""
+    """Lower the priority of this process and its children, so that the app stays responsive."""
     if sys.platform == "win32":
         psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
     else:

@@ -1,4 +1,4 @@
-"""Folders that are gone with the app that made them, at the latest when the next one starts after it was killed."""
+"""Temporary folders of the app; those of a killed app are removed at the next start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOCK = ".lock"  # beside the folder; locked for as long as its app lives
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` that only this user can look into, gone at the end."""
+    """A new folder in `parent`, readable by this user only and removed at the end."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent.resolve() / f"{_PREFIX}{secrets.token_hex(8)}"
     try:
@@ -32,7 +32,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_stale_folders(parent: Path) -> None:
-    """Remove the temporary folders in `parent` whose app was killed. Those of other users are left alone."""
+    """Remove this user's temporary folders in `parent` whose app was killed."""
     for lock_file in parent.glob(f"{_PREFIX}*{_LOCK}"):
         if not _is_own_file(lock_file):
             continue
@@ -55,7 +55,7 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _is_own_file(path: Path) -> bool:
-    """No link: in a folder that all may write to, others could lay one to a file of this user."""
+    """Exclude links: in a shared folder other users could place links to files of this user."""
     with suppress(OSError):
         status = path.lstat()
         return not path.is_symlink() and (not hasattr(os, "getuid") or status.st_uid == os.getuid())

@@ -32,7 +32,7 @@ _PERCENT = re.compile(r"(\d{1,3})%\|")
 
 
 class JobQueue:
-    """The queue of a RunStore. Add and stop from anywhere; of all apps on the folder one starts the jobs."""
+    """The queue of a RunStore. Any app on the folder may add and stop jobs; one of them starts the jobs."""
 
     def __init__(self, runs: RunStore) -> None:
         self._runs, self._store = runs, runs.database
@@ -56,24 +56,25 @@ class JobQueue:
         return self._add_trainings(arms, session, secrets.token_hex(8), ordered)
 
     def add_resume(self, run_id: str, session: str) -> Job:
-        """Queue a run to go on from its newest checkpoint. Raises ConfigError when it cannot."""
+        """Queue a run to be resumed from its newest checkpoint. Raises ConfigError if it is not resumable."""
         return self._store.add_jobs([NewJob("resume", self._runs.resume_settings(run_id), session, run_id)])[0]
 
     def add_command(
         self, kind: JobKind, arguments: Sequence[str], session: str, about: Mapping[str, Any] | None = None
     ) -> Job:
-        """Queue `python -m flatlora_diffusion ARGUMENTS --output_dir FOLDER`; `output_of` tells the folder.
+        """Queue `python -m flatlora_diffusion ARGUMENTS --output_dir FOLDER`, with FOLDER = `output_of(job)`.
 
-        `about` is kept with the job.
+        Args:
+            about: details to store with the job.
         """
         return self._store.add_jobs([NewJob(kind, list(arguments), session, about=dict(about or {}))])[0]
 
     def output_of(self, job: Job) -> Path:
-        """Where a job that is no training puts its files; below the runs folder, so that it may be served."""
+        """The output folder of a job that is not a training; below the runs folder, so that it may be served."""
         return self._runs.folder / ".results" / f"job-{job.id}"
 
     def jobs(self, *states: JobState) -> list[Job]:
-        """The jobs in these states, or all, in the order they run."""
+        """The jobs in these states, or all, in queue order."""
         return self._store.jobs(*states)
 
     def recent_runs(self) -> list[str]:
@@ -86,13 +87,13 @@ class JobQueue:
         return list(filter(None, wanted))
 
     def put_first(self, job_id: int) -> None:
-        """Let a waiting job be the next. Raises ConfigError when it does not wait any more."""
+        """Move a waiting job to the front. Raises ConfigError if it does not wait any more."""
         waiting = self._store.jobs("queued")
         if not waiting or not self._store.change_job(job_id, "queued", position=waiting[0].position - 1):
             raise ConfigError("that job does not wait any more")
 
     def move_up(self, job_id: int) -> None:
-        """Let a waiting job start before the one above it. Raises ConfigError when it does not wait any more."""
+        """Move a waiting job before the one above it. Raises ConfigError if it does not wait any more."""
         waiting = self._store.jobs("queued")
         place = next((place for place, job in enumerate(waiting) if job.id == job_id), None)
         if place is None:
@@ -103,14 +104,14 @@ class JobQueue:
             self._store.change_job(job_id, "queued", position=(before + above) / 2)
 
     def cancel_waiting(self) -> int:
-        """Take all that waits out of the queue; how many jobs those were."""
+        """Cancel all waiting jobs, and return their number."""
         waiting = self._store.jobs("queued")
         for job in waiting:
             self.stop(job.id)
         return len(waiting)
 
     def preempt(self, job_id: int) -> None:
-        """Let a waiting job be the next, and the training that runs make way: it saves, stops, and goes on after."""
+        """Move a waiting job to the front and pause the running training, which is resumed afterwards."""
         self.put_first(job_id)
         for job in self._store.jobs("running"):
             if job.run is None:
@@ -119,7 +120,7 @@ class JobQueue:
             self.launch_of(job.id).ask_to_stop()
 
     def stop(self, job_id: int, immediately: bool = False) -> None:
-        """Take a waiting job out of the queue, or ask a running one to stop; one that has ended stays as it is."""
+        """Cancel a waiting job, or ask a running job to stop; a finished job is left alone."""
         job = self._store.job(job_id)
         if self._store.change_job(job_id, "queued", state="cancelled"):
             if job.kind == "train" and job.run is not None:
@@ -143,7 +144,7 @@ class JobQueue:
         return Launch(self._runs.private / job.launch)
 
     def fraction(self, job: Job) -> float | None:
-        """How far a running job is, from 0 to 1, by its run or by the progress bar in its log; None if unknown."""
+        """The progress of a running job, 0 to 1, by its run or the progress bar in its log; None if unknown."""
         if job.run is not None:
             return self._runs.get(job.run).progress.fraction
         if job.launch is None:
@@ -152,19 +153,19 @@ class JobQueue:
         return int(percents[-1]) / 100 if percents else None
 
     def start(self) -> None:
-        """Run the queue in the background from now on, unless another app does; then take over when that one ends."""
+        """Run the queue in the background, or take over when another app that runs it ends."""
         self._thread = threading.Thread(target=self._run_until_closed, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Start no more jobs. What runs goes on."""
+        """Stop starting jobs. A running job continues."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)  # it may wait for the database
         self._lock.release()
 
     def tick(self) -> bool:
-        """See what has ended and start the next job; False when another app runs the queue."""
+        """Record finished jobs and start the next one; False when another app runs the queue."""
         try:
             if not self._lock.is_locked:
                 self._lock.acquire(timeout=0)
@@ -256,7 +257,7 @@ class JobQueue:
         return state
 
     def _go_on(self, job: Job) -> None:
-        """Queue a training that made way for another job as the next one."""
+        """Queue a preempted training as the next job."""
         assert job.run is not None
         try:
             settings = self._runs.resume_settings(job.run)

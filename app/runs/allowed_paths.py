@@ -1,6 +1,6 @@
-"""Which files and folders a setting from the browser may name: the app's own, and those that the operator allowed.
+"""Files and folders that a setting from the browser may name: the app's own, and those the operator allowed.
 
-Whether a place outside of them exists is told to nobody: it is refused before it is looked at.
+Other paths are rejected before they are accessed, so that nobody learns whether they exist.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AllowedPaths:
         self._data = [folder.resolve() for folder in data]
 
     def check(self, config: TrainConfig) -> None:
-        """Raises ConfigError, one sentence, for a setting that names another place."""
+        """Raises ConfigError for a setting that names a path outside of the allowed ones."""
         settings = config.to_dict()
         for name, value in _given(settings, PARTS):
             if not _is_part(value):
@@ -90,7 +90,7 @@ def _given(settings: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str,
 
 
 def _resolved(text: str) -> Path | None:
-    """The place that a path means, links followed; None for what is no plain path of this computer."""
+    """The absolute path with links resolved; None for anything but a plain path of this computer."""
     if text.startswith(_NO_LOCAL_PATH) or "://" in text:
         return None
     try:
@@ -104,7 +104,7 @@ def _is_in(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def _is_hub_id(value: str) -> bool:
-    """A folder of this name below the working folder would be taken for the model, so there must be none."""
+    """A local folder of this name would be loaded instead of the hub's model, so none may exist."""
     return bool(_HUB_ID.fullmatch(value)) and ".." not in value and not Path(value).exists()
 
 

@@ -29,8 +29,9 @@ def folder_of(root: Path, run_id: str) -> Path:
 
 
 def is_valid_part(name: str) -> bool:
-    """Whether a folder of this name may be a run: one that can be seen as it is, without control or format characters,
-    with which a name would look like another.
+    """Whether a folder of this name may be a run.
+
+    Control and format characters are not allowed, as they make different names look alike.
     """
     return name.isprintable() and _PART.fullmatch(name) is not None
 
@@ -53,10 +54,12 @@ def is_run(folder: Path) -> bool:
 
 
 def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
-    """The ids of the run folders below `root`, those that lie less deep first.
+    """The ids of the run folders below `root`, shallow folders first.
 
-    Links are not followed; hidden folders, earlier runs that were moved aside, folds and members hold none.
-    looked_into: gets the folders whose change may change the answer.
+    Skips links, hidden folders, earlier runs that were renamed, folds and members.
+
+    Args:
+        looked_into: receives the folders that the result depends on.
     """
     waiting = deque([("", root)])
     for _ in range(_MAX_FOLDERS):
@@ -82,12 +85,12 @@ def safe_name(wanted: str) -> str:
 
 
 def private_name(run_id: str) -> str:
-    """One folder name for an id."""
+    """The id as a single folder name."""
     return run_id.replace("%", "%25").replace("/", "%2F")
 
 
 def run_id_of(private: str) -> str:
-    """The id that `private_name` was made of."""
+    """The inverse of `private_name`."""
     return private.replace("%2F", "/").replace("%25", "%")
 
 
@@ -102,7 +105,7 @@ def _is_id(text: str) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in `folder` that are not hidden and not links; none in one that cannot be looked into."""
+    """The visible folders in `folder`, without links; empty if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             names = [one.name for one in entries if not one.name.startswith(".") and one.is_dir(follow_symlinks=False)]

@@ -1,4 +1,4 @@
-"""How far a run is, read from its events; only what was appended since the last look is read."""
+"""The progress of a run, read from its events; each read continues after the last one."""
 
 from __future__ import annotations
 
@@ -41,9 +41,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """One preview after `step` steps, the `place`-th of its set; those of the base have 0 steps.
+    """One preview.
 
-    prompt, seed: None in the events of earlier versions.
+    Attributes:
+        step: completed steps; 0 for the base.
+        place: index within the previews of the step.
+        prompt, seed: None in the events of earlier versions.
     """
 
     step: int
@@ -54,7 +57,7 @@ class Preview:
 
 
 class EventLog:
-    """The events of one run. Safe under several threads."""
+    """The events of one run. Thread-safe."""
 
     def __init__(self, run: RunDir) -> None:
         self._path, self._images = run.events_file, run.images

@@ -1,7 +1,7 @@
-"""The report of the experiment that a run belongs to, as `compare` and `make demo` leave it, shown in place.
+"""The report of the experiment that a run belongs to, as written by `compare` and `make demo`.
 
-The page is made anew from the experiment's figures: no HTML of a runs folder is given to the browser. It stands in a
-frame that runs no script, has no origin and sends nothing, should a figure ever be taken for markup.
+The page is rendered again from the experiment's figures, so no HTML from a runs folder reaches the browser. Its frame
+runs no scripts, has no origin and sends nothing, in case a figure contains markup.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def report_of(runs: RunStore, run_id: str) -> Path | None:
 
 
 def experiment_name(runs: RunStore, folder: Path) -> str:
-    """What the experiment is called: its folder's place below the runs folder."""
+    """The experiment's path below the runs folder."""
     return folder.relative_to(runs.folder.resolve()).as_posix()
 
 
 def report_frame(runs: RunStore, folder: Path) -> str:
-    """HTML that shows the report. Raises ConfigError for one that cannot be shown in place."""
+    """HTML that shows the report. Raises ConfigError if it cannot be rendered."""
     name = experiment_name(runs, folder)
     page = _page(folder, (folder / RESULT).stat().st_mtime_ns)
     if page is None:
@@ -51,7 +51,7 @@ def report_frame(runs: RunStore, folder: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _page(folder: Path, changed: int) -> str | None:
-    """The page of the figures as they were when they `changed`; None for figures that it cannot be made of."""
+    """The page; None for invalid figures. `changed` is the modification time of the figures."""
     try:
         return compare_page(read_json(folder / RESULT), folder, is_framed=True)
     except _NO_FIGURES:
@@ -59,7 +59,7 @@ def _page(folder: Path, changed: int) -> str | None:
 
 
 def arm_picture(runs: RunStore, run_id: str) -> Path | None:
-    """The first picture that the experiment has drawn with the run's arm."""
+    """The first picture of the run's arm in the experiment."""
     folder = report_of(runs, run_id)
     if folder is None:
         return None
@@ -69,7 +69,7 @@ def arm_picture(runs: RunStore, run_id: str) -> Path | None:
 
 @lru_cache(maxsize=32)
 def _pictures(folder: Path, changed: int) -> dict[str, Path]:
-    """A picture of each arm by its key, from the figures as they were when they `changed`."""
+    """The first picture of each arm by its key; `changed` is the modification time of the figures."""
     result = read_json(folder / RESULT)
     try:
         keys = {arm["name"]: arm["key"] for arm in result["arms"]}

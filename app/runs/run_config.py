@@ -10,7 +10,7 @@ from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 
 
 def checked_config(settings: Mapping[str, Any]) -> TrainConfig:
-    """The config of `settings`. Raises ConfigError for one that is wrong, holds a token, or names no images."""
+    """The config of `settings`. Raises ConfigError for wrong values, a token, or missing images."""
     config = TrainConfig.from_dict(settings)
     if config.run.hub_token is not None:
         raise ConfigError("hub_token would be saved with the settings; log in with `hf auth login` instead")
@@ -20,7 +20,7 @@ def checked_config(settings: Mapping[str, Any]) -> TrainConfig:
 
 
 def with_relative_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Paths below the working folder as relative ones. Others stay, as a resumed run needs them."""
+    """Make paths below the working folder relative. Other paths stay absolute, as a resumed run needs them."""
     here = Path.cwd()
     paths = {name: Path(settings[name]) for name in settings_that("is_path") if settings[name]}
     return settings | {

@@ -1,4 +1,4 @@
-"""Where the runs of a runs folder and the app's starts of them lie, and what tells that all is as it was."""
+"""Paths of runs and of their launches, and a fingerprint of their state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .names import folder_of, private_name, run_id_of, run_ids, safe_name
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of which two are equal only if nothing has changed between: of files, and the runs whose processes live."""
+    """Equal for two times if nothing has changed between them: file stamps, and the ids of running runs."""
 
     stamp: Stamp
     living: tuple[str, ...]
@@ -29,7 +29,7 @@ class _Watched:
 
 
 class RunPaths:
-    """The places of runs below `folder`, and below `launches` those of their starts by the app."""
+    """The paths of runs below `folder`, and of the app's launches below `launches`."""
 
     def __init__(self, folder: Path, launches: Path) -> None:
         self.folder, self.launches = folder, launches
@@ -42,11 +42,11 @@ class RunPaths:
         return self._ids.get("runs", self._walk)
 
     def launched(self) -> list[str]:
-        """The runs that the app has started, also those without a folder yet."""
+        """The runs that the app has started, including those without a folder yet."""
         return self._ids.get("launched", self._list_launched)
 
     def last_launch(self, run_id: str) -> Launch | None:
-        """The app's last start of the run."""
+        """The app's last start of the run; None for a run that only command lines have started."""
         private = self.private(run_id)
 
         def make() -> tuple[Launch | None, Iterable[str]]:
@@ -57,18 +57,18 @@ class RunPaths:
         return self._last.get(run_id, make)
 
     def next_launch(self, run_id: str) -> Launch:
-        """The run's next start, not made yet."""
+        """The run's next start; its folder does not exist yet."""
         last = self.last_launch(run_id)
         number = 1 if last is None else int(last.folder.name.split("-")[1]) + 1
         return Launch(self.private(run_id) / f"launch-{number}")
 
     def private(self, run_id: str) -> Path:
-        """Where the run's starts lie. Raises ConfigError for an id that does not name a place in the runs folder."""
+        """The folder of the run's launches. Raises ConfigError for an id outside of the runs folder."""
         folder_of(self.folder, run_id)
         return self.launches / private_name(run_id)
 
     def reserve(self, name: str) -> str:
-        """The id of a new run called `name`, or like it when that is taken; nobody else gets the same."""
+        """Reserve the id of a new run: `name`, with a number if it is taken."""
         base = run_id = safe_name(name)
         number = 2
         while not self._is_reserved_now(run_id):
@@ -76,22 +76,23 @@ class RunPaths:
         return run_id
 
     def release(self, run_id: str) -> None:
-        """Give back an id that was never used."""
+        """Return an unused id."""
         private = self.private(run_id)
         if private.is_dir() and not any(private.iterdir()):
             private.rmdir()
 
     def files(self, run_id: str) -> tuple[str, ...]:
-        """The paths of which one changes when the run does; those of a start that goes on are left out."""
+        """The paths of which at least one changes with the run, without the files of a running launch."""
         run, private = os.path.join(self.folder, run_id), os.path.join(self.launches, private_name(run_id))
         launch = self.last_launch(run_id)
         started = () if launch is None else (str(launch.folder),)
         return run, os.path.join(run, "config.json"), os.path.join(run, "events.jsonl"), private, *started
 
     def fingerprint(self, files: Iterable[str], run_ids: Iterable[str] | None = None) -> Fingerprint | None:
-        """The signs of `files` and of all runs or, with each of their steps, of those named; None while they settle.
+        """The fingerprint of `files` and all runs; None shortly after a change.
 
-        Of all runs those at work are only looked at for whether they still live.
+        Args:
+            run_ids: limit it to these runs, and include each of their steps.
         """
         begun = time.time_ns()
         living, paths = [], list(files)

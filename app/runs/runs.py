@@ -1,6 +1,6 @@
-"""All runs of a runs folder, also those that a command line has started: what they are at, and what may be done.
+"""All runs of a runs folder, including those started from a command line: their states and actions.
 
-Below the runs folder, `.app/` is the app's own (database, launches with their logs) and `.trash/` has deleted runs.
+In the runs folder, `.app/` has the app's own files (database, launches with logs) and `.trash/` the deleted runs.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it is now. `log`: the last lines of a run that failed; `changed`: seconds since 1970.
+    """One run at this moment.
 
-    phase: what a running one is busy with, in words.
+    Attributes:
+        log: last lines of a failed run.
+        changed: seconds since 1970.
+        phase: the phase of a running run, in words.
+        has_parts: whether folds or members have saved something to resume from.
     """
 
     id: str
@@ -64,7 +68,7 @@ class Run:
 
 
 class RunStore:
-    """The runs below `folder`. Safe under several threads; several processes may have one each."""
+    """The runs below `folder`. Thread-safe; several processes may each have a store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,7 +82,7 @@ class RunStore:
         self._kept: FileCache[Any] = FileCache()
 
     def all(self) -> list[Run]:
-        """All runs, the one that changed last first."""
+        """All runs, most recently changed first."""
         queued, labels = self._queued(), self.database.labels()
         ids = {*self.paths.ids(), *queued, *self.paths.launched()}
         return sorted(
@@ -87,7 +91,7 @@ class RunStore:
         )
 
     def get(self, run_id: str) -> Run:
-        """Raises ConfigError when there is no such run."""
+        """Raises ConfigError for an unknown run."""
         folder = folder_of(self.folder, run_id)
         is_queued = run_id in self._queued()
         if not (is_run(folder) or is_queued or self.paths.last_launch(run_id)):
@@ -95,7 +99,7 @@ class RunStore:
         return self._run(run_id, is_queued, self.database.labels().get(run_id, Label()))
 
     def start(self, run_id: str, settings: Mapping[str, Any], launch: Launch) -> None:
-        """Train with `settings` in the run's folder. Raises ConfigError for settings that cannot be."""
+        """Train with `settings` in the run's folder. Raises ConfigError for wrong settings."""
         folder = folder_of(self.folder, run_id)
         config = checked_config(settings).replace(output_dir=str(folder))
         launch.folder.mkdir(parents=True)
@@ -104,9 +108,9 @@ class RunStore:
         launch.start(command, RunDir(folder).stop_file)
 
     def stop(self, run_id: str, immediately: bool = False) -> None:
-        """Ask the run to save and end after its step; `immediately` kills it, back to its last checkpoint.
+        """Ask the run to save and end after its step; with `immediately`, kill it.
 
-        Raises ConfigError when it does not run, or cannot be killed from here.
+        Raises ConfigError if it is not running, or cannot be killed from here.
         """
         folder, launch = self._running(run_id), self.paths.last_launch(run_id)
         is_ours = launch is not None and launch.is_running()
@@ -133,12 +137,12 @@ class RunStore:
         return completed(values or queued.get(run_id) or RunDir(folder_of(self.folder, run_id)).config())
 
     def clone_settings(self, run_id: str) -> dict[str, Any]:
-        """The settings for a new run like this one: its own but for its place."""
+        """The settings for a new run like this one, without its folder."""
         values = self.settings(run_id)
         return {name: value for name, value in values.items() if name not in ("output_dir", "resume_from_checkpoint")}
 
     def resume_settings(self, run_id: str) -> dict[str, Any]:
-        """The settings that let the run go on. Raises ConfigError when it cannot."""
+        """The settings that resume the run. Raises ConfigError if it is not resumable."""
         run = self.get(run_id)
         if not run.is_resumable:
             why = f"it is {run.state}" if run.checkpoints else "no checkpoint was saved; start it again from a clone"
@@ -146,13 +150,13 @@ class RunStore:
         return self.settings(run_id) | {"resume_from_checkpoint": "latest"}
 
     def cached(self, run: Run, what: str, make: Callable[[], Value]) -> Value:
-        """What `make` gives, called again only when the state or a file has changed; of a run at work each time."""
+        """The value of `make()`, cached until the state or a file of the run changes; never for a running run."""
         files = None if run.state == "running" else self.paths.files(run.id)
         value: Value = self._kept.get((run.id, run.state, what), lambda: (make(), files))
         return value
 
     def fingerprint(self, run_ids: Iterable[str] | None = None) -> Fingerprint | None:
-        """What tells that runs, jobs and labels are as they were: see `RunPaths.fingerprint`."""
+        """A fingerprint of runs, jobs and labels: see `RunPaths.fingerprint`."""
         return self.paths.fingerprint(self.database.files, run_ids)
 
     def events(self, run_id: str) -> EventLog:
@@ -161,12 +165,12 @@ class RunStore:
         return self._logs.setdefault(run_id, EventLog(run))
 
     def log(self, run_id: str, lines: int = LOG_LINES) -> list[str]:
-        """The end of what the trainer has printed; empty for a run from a command line."""
+        """The end of the trainer's output; empty for a run from a command line."""
         launch = self.paths.last_launch(run_id)
         return [] if launch is None else launch.log(lines)
 
     def exports(self, run_id: str) -> dict[str, Path]:
-        """The files to download that there are: `diffusers`, `kohya` (the LoRA in both formats), `model_card`."""
+        """The files to download that exist: `diffusers`, `kohya` (the LoRA in both formats), `model_card`."""
         folder = folder_of(self.folder, run_id)
         run = RunDir(folder)
         name = run.lora_name(read_json(run.config_file).get("output_name"))
@@ -179,7 +183,7 @@ class RunStore:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
     def rename(self, run_id: str, name: str) -> None:
-        """Show the run as `name`, or with an empty one as its folder is called. The folder is not renamed."""
+        """Set the displayed name; an empty name resets it to the folder's. The folder is not renamed."""
         self._relabel(run_id, name=None if name.strip() == run_id else checked_text("name", name) or None)
 
     def tag(self, run_id: str, *tags: str) -> None:
@@ -195,7 +199,7 @@ class RunStore:
     def delete(self, run_id: str) -> str:
         """Move the run into the trash; returns the key for `trash.undo`.
 
-        Raises ConfigError while it runs or waits, and when other runs lie in its folder and would go with it.
+        Raises ConfigError for a running or waiting run, and for a folder that contains other runs.
         """
         run = self.get(run_id)
         inner = [one for one in self.paths.ids() if one.startswith(f"{run_id}/")]
@@ -207,14 +211,14 @@ class RunStore:
         return self.trash.delete(run_id)
 
     def _run(self, run_id: str, is_queued: bool, label: Label) -> Run:
-        """The run as it is; one that has ended is looked at again only when its files have changed."""
+        """The run's state; a finished run is only read again when its files have changed."""
         run, is_trained = self._kept.get((run_id, is_queued), lambda: self._look(run_id, is_queued))
         if self._trainers.is_training_in(run.folder) != is_trained:
             run, _ = self._look(run_id, is_queued)[0]
         return replace(run, label=label)
 
     def _look(self, run_id: str, is_queued: bool) -> tuple[tuple[Run, bool], Iterable[str] | None]:
-        """((the run without its label, whether a trainer from a command line is at it), what it was made of)."""
+        """((the run without its label, whether a command-line trainer runs it), the files it depends on)."""
         folder = folder_of(self.folder, run_id)
         run, launch = RunDir(folder), self.paths.last_launch(run_id)
         settings = read_json(run.config_file) or ({} if launch is None else launch.settings())
@@ -244,7 +248,7 @@ class RunStore:
         return (found, is_trained), None if is_running else self.paths.files(run_id)
 
     def _queued(self) -> dict[str, dict[str, Any]]:
-        """The settings of the runs that wait, also of one that the queue has taken and not launched yet."""
+        """The settings of waiting runs, and of runs that the queue has taken but not launched."""
         waiting = {}
         for job in self.database.jobs("queued", "running"):
             if job.run is None or not isinstance(job.settings, dict):

@@ -1,4 +1,4 @@
-"""What state a run is in, from its files and processes only, and what to do about it."""
+"""The state of a run, from its files and processes only, and advice to the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_LORA = "The training ended well, but its LoRA file is gone from the run fold
 
 @dataclass(frozen=True)
 class StateWithAdvice:
-    """A run's state, its exit code if that is known, and what to do, empty when there is nothing to do."""
+    """A run's state, its exit code if known, and advice; empty advice if there is nothing to do."""
 
     state: RunState
     exit_code: int | None = None
@@ -53,7 +53,12 @@ def run_state(
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is in a run folder: its LoRA, the newest checkpoint's name or the folds, when the events last changed."""
+    """The contents of a run folder.
+
+    Attributes:
+        checkpoint: name of the newest checkpoint, or a description of folds and members.
+        changed: last change of the events, in seconds since 1970.
+    """
 
     has_lora: bool
     checkpoint: str | None
@@ -70,7 +75,7 @@ class RunFiles:
 
 
 def parts_of(folder: Path) -> str | None:
-    """What of a run that has not begun itself has kept something to go on from: its folds or its members."""
+    """A description of saved folds or members that a run without checkpoints can be resumed from."""
     if any(folder.glob(f"{FOLD}*/checkpoint-*")):
         return "its folds"
     kept = (*folder.glob(f"{MEMBER}*/checkpoint-*"), *folder.glob(f"{MEMBER}*/{LORA_FILE}"))
@@ -101,7 +106,7 @@ def _failure_advice(code: int, log: list[str], files: RunFiles) -> str:
 
 
 def logged_error(log: list[str]) -> str:
-    """What the program says last after `error: `, with the lines that belong to it; empty if it said nothing."""
+    """The last `error: ` message in the log with its following lines; empty without one."""
     starts = [place for place, line in enumerate(log) if line.startswith("error: ")]
     return "\n".join(log[starts[-1] :]).removeprefix("error: ") if starts else ""
 

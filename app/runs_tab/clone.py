@@ -1,4 +1,4 @@
-"""A run's settings, method, name and images for a new run like it, and what of them cannot be the same."""
+"""Settings, method, name and images for a new run like an existing one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..runs.runs import Run
 
 @dataclass(frozen=True)
 class Clone:
-    """What a new run begins with. `told`: sentences on its images, and on what differs from the run it is like."""
+    """The start of a new run. `told`: sentences on its images and on differences to the original."""
 
     name: str
     method: str
@@ -52,7 +52,7 @@ def clone_run(context: AppContext, session: str, run_id: str) -> Clone:
 def _images(
     context: AppContext, session: str, run: Run, settings: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
-    """What to say of the run's images, and the settings that name them."""
+    """(messages about the run's images, the settings that name them)."""
     folder = settings.get("instance_data_dir")
     dataset = settings.get("dataset_name") or settings.get("dataset_config")
     frozen = context.uploads.frozen_copy(folder)
@@ -82,7 +82,7 @@ def _taken(context: AppContext, session: str, frozen: Path) -> str:
 
 
 def _changed(run: RunDir, folder: Path) -> tuple[int, int]:
-    """(how many of the run's images are not in the folder, how many it had)."""
+    """(number of the run's images missing in the folder, number of its images)."""
     had = [row["sha256"] for row in run.manifest()] if run.manifest_file.is_file() else []
     now = {file_sha256(path) for path in folder.iterdir() if path.is_file()} if had else {}
     return sum(one not in now for one in had), len(had)

@@ -1,4 +1,4 @@
-"""The report of a run's experiment on the page: a button that opens it in place, and one that downloads it."""
+"""The report of a run's experiment: buttons to show it in the page and to download it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_report() -> ReportParts:
 
 
 def offer(context: AppContext, run_id: str | None, shown: str) -> tuple[Any, ...]:
-    """The row, its buttons, the frame, what is in it: that of another experiment goes."""
+    """(row, button, file, frame, shown experiment); the frame is cleared for another experiment."""
     folder = None if not run_id else report_of(context.runs, run_id)
     if folder is None:
         return gr.Row(visible=False), gr.skip(), gr.skip(), gr.HTML("", visible=False), ""
@@ -51,7 +51,7 @@ def offer(context: AppContext, run_id: str | None, shown: str) -> tuple[Any, ...
 
 
 def toggle(context: AppContext, run_id: str | None, shown: str) -> tuple[Any, ...]:
-    """The button, the frame with the report or without, what is in it."""
+    """(button, frame, shown experiment) after showing or hiding the report."""
     with show_errors():
         folder = None if not run_id else report_of(context.runs, run_id)
         if folder is None:

@@ -32,7 +32,13 @@ RUNS_SCRIPT = read_static("run_list.js")
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run of the list. `score`: a loss, the lower the better, `scored` where; `size`: bytes on the disk."""
+    """One run of the list.
+
+    Attributes:
+        score: a loss, lower is better.
+        scored: the kind of loss.
+        size: bytes on disk.
+    """
 
     id: str
     name: str
@@ -49,17 +55,17 @@ class RunRow:
 
     @property
     def experiment(self) -> str:
-        """What it was trained together with: the id without arm and seed."""
+        """The id without arm and seed, equal for all runs of an experiment."""
         return _ARM_AND_SEED.sub("", self.id)
 
     @property
     def words(self) -> str:
-        """What is searched."""
+        """The searched text."""
         return " ".join((self.name, self.id, self.state, self.method, self.base, *self.tags)).lower()
 
 
 def rows_of(context: AppContext) -> list[RunRow]:
-    """One for each run, the newest first."""
+    """A row for each run, newest first."""
     rows = [(run, context.runs.cached(run, "row", partial(_row, context, run))) for run in context.runs.all()]
     # A report with the pictures of an arm is written after the last word of its run.
     return [
@@ -69,7 +75,7 @@ def rows_of(context: AppContext) -> list[RunRow]:
 
 
 def filter_and_sort(rows: Sequence[RunRow], words: str, order: str) -> list[RunRow]:
-    """The rows that have all of `words`, in this order; without a score last."""
+    """The rows that contain all `words`, in this order; rows without a score last."""
     found = [row for row in rows if all(word in row.words for word in words.lower().split())]
     keys: dict[str, Callable[[RunRow], Any]] = {
         BY_NAME: lambda row: row.name.lower(),
@@ -94,7 +100,7 @@ def list_page(rows: Sequence[RunRow], order: str, chosen: str | None, is_searche
 
 
 def storage_line(context: AppContext, rows: Sequence[RunRow]) -> str:
-    """What the runs and the trash take of the disk."""
+    """The disk space of the runs and the trash."""
     trash = context.runs.trash.size()
     return f"{len(rows)} runs take {mebibytes(sum(row.size for row in rows))}, the trash {mebibytes(trash)}."
 

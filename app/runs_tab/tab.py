@@ -38,7 +38,7 @@ _DOWNLOADS = {
 
 
 def refresh(context: AppContext, chosen: str | None, words: str, order: str) -> tuple[Any, ...]:
-    """The list, the choice of runs with `chosen` kept, the storage, and the trash."""
+    """(list, run choice with `chosen` kept, storage, trash accordion, trash entries)."""
     rows = rows_of(context)
     ids = [row.id for row in rows]
     value = chosen if chosen in ids else (ids[0] if ids else None)
@@ -105,7 +105,7 @@ def look_again(context: AppContext, run_id: str | None) -> Details:
 
 
 def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ...]:
-    """Keep an uploaded LoRA file; (what was taken or why not, the run to choose, the upload emptied)."""
+    """Import an uploaded LoRA file; (status, run choice, emptied upload)."""
     if not file:
         return error_line("no file was given; drop a .safetensors file first"), gr.skip(), gr.skip()
     try:
@@ -148,7 +148,7 @@ def undo(context: AppContext, key: str | None) -> Any:
 
 
 def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | None) -> list[Any]:
-    """The page's Train tab in front, with the run's name, method and settings, and what was made of its images."""
+    """Select the Train tab and fill it with the run's name, method, settings and a note about its images."""
     session = ensure_session(context, session)
     with show_errors():
         made = clone_run(context, session, run_id or "")
@@ -165,7 +165,7 @@ def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | Non
 
 
 def resume(context: AppContext, session: str, run_id: str | None) -> Any:
-    """Queue the run to go on, and show the Train tab."""
+    """Queue the run to be resumed, and select the Train tab."""
     with show_errors():
         context.queue.add_resume(run_id or "", session)
     return gr.Tabs(selected="train")

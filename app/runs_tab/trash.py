@@ -1,4 +1,4 @@
-"""The trash on the page: what was deleted, also before the page was opened; back again, or away for good."""
+"""The trash on the page: restore deleted runs, or delete them permanently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..widgets.messages import show_errors
 
 @dataclass(frozen=True)
 class TrashParts:
-    """`fold`: around all, hidden while nothing was deleted; `entries`: what was, the last first."""
+    """The components. `fold`: the accordion, hidden while the trash is empty."""
 
     fold: gr.Accordion
     entries: gr.Dropdown
@@ -39,7 +39,7 @@ def build_trash() -> TrashParts:
 
 
 def look(context: AppContext) -> tuple[Any, Any]:
-    """The fold, and what can be chosen in it, the last deleted first."""
+    """(accordion, choice of deleted runs, most recently deleted first)."""
     entries = context.runs.trash.entries()
     choices = [
         (f"{entry.run}, deleted {datetime.fromtimestamp(entry.deleted).strftime('%d %b, %H:%M')}", entry.id)
@@ -59,7 +59,7 @@ def delete_for_good(context: AppContext, key: str | None) -> None:
 
 
 def connect_trash(context: AppContext, trash: TrashParts, again: Callable[[Any], Any]) -> None:
-    """`again`: shows list and trash anew after an event."""
+    """Connect the events. `again`: adds the redrawing of list and trash to an event."""
     shown: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     confirm_before(trash.delete_button, trash.question, trash.entries)
     gone = trash.question.yes.click(partial(delete_for_good, context), [trash.entries], None, **shown)

@@ -1,4 +1,4 @@
-"""What is answered to somebody who has not logged in: the login page and what it is drawn with, nothing of the app."""
+"""Requests that are answered before a login: the login page and its assets."""
 
 from __future__ import annotations
 

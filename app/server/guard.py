@@ -1,7 +1,8 @@
-"""Who may ask, and what a browser may do with the answer: the outermost layer of the web server.
+"""The outermost layer of the web server: which requests are accepted, and the headers of answers.
 
-A page of somebody else can make a browser ask this app, under its own name (Origin) or under a name that it has bound
-to this computer (Host). Both are refused before Gradio sees them; programs send no Origin and are let through.
+Another site's page can make a browser send requests to this app, under that site's origin (Origin) or under a host
+name that resolves to this computer (Host). Both are rejected before Gradio sees them. Programs send no Origin and are
+accepted.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ _NO_ROOM = Rejection(413, "There are too many uploads that nothing was made of y
 
 
 class Guard:
-    """Decides which requests are let through. Only files in `served` and not in `private` are given out.
+    """Decides which requests are accepted, and which files are served: those in `served` but not in `private`.
 
-    `is_logged_in` tells whether a request comes with a login; None if there is none to come with. `uploads` is where
-    uploads are received.
+    Args:
+        uploads: the limit of received uploads.
+        is_logged_in: whether a request has a valid login; None if the app has no login.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Guard:
         self._names.add(_name(host.lower()) or host)
 
     def reject_reason(self, scope: Scope) -> Rejection | None:
-        """Why the request is not let through; None when it is."""
+        """The rejection of a request; None if it is accepted."""
         headers = Headers(scope=scope)
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or not all(_name(host) in self._names for host in (*hosts, *_other_hosts(headers))):
@@ -106,7 +108,7 @@ class Guard:
         return True
 
     def _is_served(self, text: str) -> bool:
-        """Whether the file lies in what is served with all links followed; Gradio does not follow them."""
+        """Whether the file is served once all links are resolved; Gradio does not resolve them."""
         try:
             path = Path(text).resolve()
         except (OSError, ValueError, RuntimeError):
@@ -116,7 +118,7 @@ class Guard:
 
 
 class GuardMiddleware:
-    """The ASGI middleware around the app that asks a Guard, and says to browsers what an answer may be used for."""
+    """ASGI middleware that applies a Guard and sets security headers."""
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app, self._guard = app, guard
@@ -151,7 +153,7 @@ class GuardMiddleware:
         return None
 
     def _marked(self, scope: Scope, send: Send) -> Send:
-        """`send` that says to browsers what the answer may be used for, and to the limit that a password was right."""
+        """`send` with security headers; also reports a correct password to the login limit."""
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -184,13 +186,13 @@ def host_of(url: str) -> str:
 
 
 def _name(host: str) -> str | None:
-    """`host` without its port; None for what no browser would send."""
+    """`host` without its port; None for an invalid host."""
     found = _HOST.fullmatch(host)
     return found[1] if found else None
 
 
 def _other_hosts(headers: Headers) -> Iterable[str]:
-    """Other names that Gradio would take for the app's own, before that in the address line."""
+    """Hosts in headers that Gradio prefers to the Host header."""
     for value in headers.getlist("x-forwarded-host"):
         yield from (host.strip().lower() for host in value.split(","))
     yield from (host_of(value.lower()) for value in headers.getlist("x-gradio-server"))
@@ -202,7 +204,7 @@ def _length(headers: Headers) -> int:
 
 
 def _counted(receive: Receive, coming: IncomingUpload) -> Receive:
-    """`receive` that keeps count of what is still to come."""
+    """`receive` that subtracts received bytes from the upload's remaining size."""
 
     async def receive_counted() -> Message:
         message = await receive()
@@ -213,7 +215,7 @@ def _counted(receive: Receive, coming: IncomingUpload) -> Receive:
 
 
 def _is_own_fetch(scope: Scope, headers: Headers) -> bool:
-    """What the page or a program asks for; of another page only a link to the app that the user follows."""
+    """Whether the page itself or a program sends the request; other sites may only link to the app."""
     if headers.get("sec-fetch-site", "none") in _SAME:
         return True
     is_link = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")

@@ -1,4 +1,4 @@
-"""How fast a password may be guessed: who has guessed wrong has to wait, and nobody else."""
+"""The rate limit of login attempts, per client."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ FORGET_AFTER = 15 * 60  # seconds without a try
 
 @dataclass
 class _Tries:
-    """Those of one client since its last right password, and when its next one may be checked."""
+    """The attempts of one client since its last correct password, and the time of its next one."""
 
     count: int
     next_at: float
 
 
 class LoginLimit:
-    """Tells each try of a client when it may be checked: at once at first, then after pauses of 1, 2, 4 ... seconds.
+    """Schedules login attempts: the first ones immediately, later ones after pauses of 1, 2, 4 ... seconds.
 
-    A right password is let in as soon as its turn comes. Clients do not wait for each other, so whoever guesses locks
-    nobody else out.
+    Clients do not wait for each other, so one who guesses passwords locks nobody else out.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,9 +33,9 @@ class LoginLimit:
         self._forget_at = 0.0
 
     def seconds_to_wait(self, client: str) -> float:
-        """Until the password that `client` sends now may be checked; more than MAX_WAIT: it is not to be checked.
+        """Seconds until this attempt of `client` may be checked; above MAX_WAIT it is to be rejected.
 
-        It takes its turn with this call and counts as wrong until `succeed`, so that many at once are no way around.
+        The attempt counts as wrong until `succeed`, so that parallel attempts do not bypass the limit.
         """
         now = self._clock()
         self._forget(now)
@@ -63,7 +62,7 @@ def _pause(count: int) -> float:
 
 
 def _network(client: str) -> str:
-    """What one person has: an IPv4 address, or a /64 network of IPv6."""
+    """The address of one client: an IPv4 address, or a /64 network of IPv6."""
     try:
         address = ipaddress.ip_address(client)
     except ValueError:

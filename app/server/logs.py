@@ -1,4 +1,4 @@
-"""What the app prints stays readable, whatever it is asked: no line is long, and no traceback is told twice."""
+"""A readable log: short lines, and each traceback once."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class ShortLines:
 
 
 class Tracebacks(logging.Filter):
-    """Prints the traceback of an error once; the same error from the same line is one line after that."""
+    """Prints the traceback of an error once; the same error from the same line becomes one line."""
 
     def __init__(self) -> None:
         super().__init__()
         self._told: set[tuple[str, str, int | None]] = set()
 
     def print_exc(self, limit: int | None = None, file: SupportsWrite[str] | None = None, chain: bool = True) -> None:
-        """As that of `traceback`."""
+        """Replaces `traceback.print_exc`."""
         error = sys.exception()
         if error is None:
             return
@@ -62,7 +62,7 @@ class Tracebacks(logging.Filter):
         traceback.print_exception(error, limit=limit, file=file, chain=chain)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """As that of `logging.Filter`: the traceback of a log record, too, is told once."""
+        """Print the traceback of a log record once."""
         error = record.exc_info[1] if record.exc_info else None
         again = None if error is None else self._again(error)
         if again is not None:
@@ -70,7 +70,7 @@ class Tracebacks(logging.Filter):
         return True
 
     def _again(self, error: BaseException) -> str | None:
-        """The line for an error that was told before; None for a new one."""
+        """One line for a repeated error; None for a new one."""
         frames = traceback.extract_tb(error.__traceback__)
         place = (frames[-1].filename, frames[-1].lineno) if frames else ("", None)
         key = (type(error).__name__, *place)
@@ -82,7 +82,7 @@ class Tracebacks(logging.Filter):
 
 @contextmanager
 def readable_log() -> Iterator[None]:
-    """All that is printed meanwhile has short lines, and tells each traceback that Gradio prints once."""
+    """Shorten all printed lines, and print each traceback from Gradio once."""
     original, tracebacks = traceback.print_exc, Tracebacks()
     traceback.print_exc = tracebacks.print_exc  # Gradio calls it for each event that fails
     logger.addFilter(tracebacks)

@@ -1,4 +1,4 @@
-"""How much room uploads may take before the app takes them over, and how long they may lie there."""
+"""Limits of size and age for uploads that the app has not processed yet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class IncomingUpload:
 
 
 class UploadLimit:
-    """The folder that Gradio receives uploads into. What the app makes of them it keeps elsewhere."""
+    """The folder into which Gradio receives uploads. Processed uploads are stored elsewhere."""
 
     def __init__(self, folder: Path, most_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
@@ -30,7 +30,7 @@ class UploadLimit:
 
     @contextmanager
     def receive(self, size: int) -> Iterator[IncomingUpload | None]:
-        """While an upload of `size` bytes comes in; None when there is no room for it. Old uploads make room."""
+        """Register an upload of `size` bytes while it is received; None without room. Removes old uploads."""
         coming = IncomingUpload(size)
         if not self._has_room(coming):
             yield None
@@ -59,7 +59,7 @@ class UploadLimit:
         return over <= 0
 
     def _files(self) -> list[tuple[Path, float, int]]:
-        """(path, seconds of the last change, bytes) of each upload, also of those that were broken off."""
+        """(path, time of the last change in seconds, bytes) of each upload, including incomplete ones."""
         found = []
         for path in self.folder.rglob("*"):
             with suppress(OSError):

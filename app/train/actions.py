@@ -1,4 +1,4 @@
-"""What may be done about a run or a waiting job, from its card and from a program."""
+"""Actions on a run or a waiting job, from its card or from a program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP
 
 
 def run_action(context: AppContext, session: str, what: str, of: str) -> None:
-    """Do what a card's button says. `of`: a run's id, or `job N` for work that is no training."""
+    """Do the action of a card's button. `of`: a run's id, or `job N` for other work."""
     with show_errors():
         if what == SAVE:
             context.runs.save_now(of)
@@ -29,7 +29,7 @@ def run_action(context: AppContext, session: str, what: str, of: str) -> None:
 
 
 def stop(context: AppContext, of: str) -> None:
-    """Stop the run after its step, or take it or other work out of the queue."""
+    """Stop the run after its step, or cancel the waiting job."""
     open_jobs = [job.id for job in context.queue.jobs("running", "queued") if of in (job.run, f"job {job.id}")]
     if open_jobs:
         context.queue.stop(open_jobs[0])
@@ -40,8 +40,11 @@ def stop(context: AppContext, of: str) -> None:
 def connect_actions(
     context: AppContext, session: gr.BrowserState, cards: gr.HTML, cancel: Confirmation, watch: dict[str, Any]
 ) -> None:
-    """The buttons of the cards, and the same for programs. `cancel`: whether all that waits is to be cancelled;
-    `watch`: the event that shows the cards anew.
+    """Connect the buttons of the cards and the same actions for programs.
+
+    Args:
+        cancel: the confirmation before all waiting jobs are cancelled.
+        watch: the event that redraws the cards.
     """
 
     def on_card(session: str, event: gr.EventData) -> None:

@@ -1,4 +1,4 @@
-"""Whether a base, a VAE and a first LoRA can be trained on, told before a training is queued, without any weights."""
+"""Checks of a base, a VAE and an initial LoRA before a training is queued, without loading weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..process.json_file import read_json
 
 
 def check_start(config: TrainConfig) -> None:
-    """Raises ConfigError for what is no SDXL base, VAE or LoRA, as far as places, lists and headers tell.
+    """Raises ConfigError for anything but an SDXL base, VAE or LoRA, judged by paths and headers.
 
-    Of a name on the hub nothing is known until it is loaded.
+    Names on the hub are not checked.
     """
     from flatlora_diffusion.lora_files.paths import in_folder
     from flatlora_diffusion.lora_files.safe_reading import checked_file

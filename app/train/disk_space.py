@@ -1,4 +1,4 @@
-"""Whether the disk has room for what would be trained: told beside the form, and asked about at the start."""
+"""Whether the disk has room for a training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .estimates import DiskEstimate, estimate_disk, memory_of
 
 
 def disk_estimate(context: AppContext, config: TrainConfig, images: int, arms: int) -> DiskEstimate | None:
-    """What `arms` trainings on so many images (0: unknown) write; None for settings that fit no base."""
+    """The disk space of `arms` trainings on `images` images (0: unknown); None for settings that fit no base."""
     memory = memory_of(config)
     return None if memory is None else estimate_disk(config, images or 1, context.runs.folder, arms)
 
@@ -22,7 +22,7 @@ def disk_line(disk: DiskEstimate) -> str:
 
 
 def disk_full_notice(disk: DiskEstimate) -> str:
-    """Why a training is not started at once."""
+    """The reason why a training was not started."""
     return note(
         f"<b>Not started.</b> It would write about {_size(disk.needed)}, and {_size(disk.free)} are free on the disk "
         "with the runs. It fails at the first checkpoint that finds no room. Free some, or start it all the same.",

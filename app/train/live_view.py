@@ -1,4 +1,4 @@
-"""Runs as HTML, curves and pictures, made of what is in their folders."""
+"""The live view of the Train tab: cards, curves, samples and log of the recent runs."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def run_at_work(runs: Sequence[Run]) -> str | None:
 
 
 def compare_button(runs: Sequence[Run]) -> gr.Button:
-    """The button to the Compare tab, for runs of which all have ended and one or more can be compared."""
+    """The button to the Compare tab; visible when all runs have ended and one can be compared."""
     finished = [run.name for run in runs if run.state == "finished"]
     is_over = bool(finished) and not any(run.state in ("running", "queued") for run in runs)
     what = " and ".join(finished) if len(finished) > 1 else f"{''.join(finished)} with the base"
@@ -121,7 +121,7 @@ def compare_button(runs: Sequence[Run]) -> gr.Button:
 
 
 def live_cards(runs: Sequence[Run], waiting: Sequence[Job]) -> str:
-    """The cards of the runs, then those of other work that waits, each with what may be done about it."""
+    """Cards of the runs, then of other waiting jobs, with their buttons."""
     places = {job.run: place for place, job in enumerate(waiting) if job.run is not None}
     cards = [run_card(run, actions_for(run, places.get(run.id))) for run in runs]
     for place, job in enumerate(waiting):
@@ -131,7 +131,7 @@ def live_cards(runs: Sequence[Run], waiting: Sequence[Job]) -> str:
 
 
 def actions_for(run: Run, place: int | None) -> list[str]:
-    """What may be done about a run; `place`: in the queue, None for one that does not wait."""
+    """The actions on a run. `place`: its position in the queue; None if it does not wait."""
     if run.state == "running":
         is_stopping = run.phase == STOPPING
         return [] if is_stopping else [STOP, SAVE] if run.progress.step else [STOP]

@@ -61,8 +61,12 @@ _SECONDS = 1.5
 
 @dataclass(frozen=True)
 class TrainTab:
-    """What other tabs need of this one. `timer` does not tick yet; `compare`: goes on to the Compare tab with the
-    newest runs; `summary`: the event that tells it anew.
+    """The parts that other tabs use.
+
+    Attributes:
+        timer: inactive at first.
+        compare: the button that goes on to the Compare tab with the newest runs.
+        summary: the event that updates the summary.
     """
 
     timer: gr.Timer
@@ -74,7 +78,7 @@ class TrainTab:
 
 
 def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
-    """Queue what the form says; returns what was queued."""
+    """Queue the training that the form describes; returns a confirmation."""
     with show_errors():
         jobs = queue_training(context, form.read(values, _name_of(method)), session, name, method == BOTH)
     names = " and ".join(html.escape(str(job.run)) for job in jobs)
@@ -85,7 +89,7 @@ def start(context: AppContext, form: ConfigForm, session: str, name: str, method
 def start_with_room(
     context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any
 ) -> tuple[str, Any]:
-    """`start`, but for what the disk has no room for: what is told, and the question whether to start all the same."""
+    """Queue the training if the disk has room; else explain, and ask whether to start anyway."""
     with show_errors():
         config, captions = _read(context, form, session, method, values)
         disk = disk_estimate(context, config, len(captions), _arms(method))
@@ -95,9 +99,9 @@ def start_with_room(
 
 
 def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, is_pair: bool) -> list[Job]:
-    """Queue one training, or a pair with Flat-LoRA's `config`, on the upload as it is now.
+    """Queue one training, or a pair with Flat-LoRA's `config`, on the current upload.
 
-    Raises ConfigError for what cannot be trained.
+    Raises ConfigError for wrong settings.
     """
     name = checked_text("name", name)
     if not name:
@@ -125,7 +129,7 @@ def with_images(context: AppContext, config: TrainConfig, session: str) -> Train
 
 
 def summary(context: AppContext, form: ConfigForm, session: str, method: str, *values: Any) -> str:
-    """What would be trained, how long it takes and what it needs, or what is missing."""
+    """The planned training with its time and memory, or the reason why it cannot start."""
     try:
         config, captions = _read(context, form, session, method, values)
         lines = _facts(context, config, captions, _arms(method))
@@ -234,9 +238,9 @@ def _place_the_rest(form: ConfigForm) -> None:
 
 
 def apply_preset(form: ConfigForm, preset: str, method: str, *values: Any) -> list[Any]:
-    """The method and the form with the preset; what it keeps is kept as it is written, a wrong value too.
+    """The method and the form with the preset; values that a preset keeps stay as typed, even if wrong.
 
-    A preset with another method than the pair's chooses it; else the choice stays.
+    A preset of a method outside of the pair selects that method; otherwise the choice stays.
     """
     settings = preset_settings(preset, dict(zip(form.by_name, values, strict=True)))
     own = METHOD_NAMES[settings["method"]]
@@ -244,7 +248,7 @@ def apply_preset(form: ConfigForm, preset: str, method: str, *values: Any) -> li
 
 
 def _name_of(method: str) -> str:
-    """The setting for what was chosen: of a pair that of its flat arm."""
+    """The method of a choice; for the pair, that of its flat arm."""
     return _METHODS[FLAT if method == BOTH else method]
 
 
@@ -255,9 +259,9 @@ def _arms(method: str) -> int:
 def _read(
     context: AppContext, form: ConfigForm, session: str, method: str, values: Sequence[Any]
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The config, and the captions of the upload; none where the config names other images.
+    """The config, and the captions of the upload; no captions if the config names other images.
 
-    Raises ConfigError for what cannot be trained.
+    Raises ConfigError for wrong settings.
     """
     config = form.read(values, _name_of(method))
     context.allowed_paths.check(config)

@@ -1,4 +1,4 @@
-"""One folder of uploaded images, `0001.png` with its caption in `0001.txt`: how it is read and written."""
+"""One folder of uploaded images: `0001.png` with its caption in `0001.txt`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def images_of(folder: Path) -> list[Path]:
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Texts by image name; none without the file."""
+    """Texts by image name; empty if the file is missing."""
     texts: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return texts
 
 
 def caption_of(image: Path) -> str:
-    """Empty for an image without one."""
+    """The caption; empty if there is none."""
     path = image.with_suffix(".txt")
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def write_caption(image: Path, text: str) -> None:
-    """An empty one is removed."""
+    """Write the caption; an empty one is removed."""
     path = image.with_suffix(".txt")
     if not text:
         path.unlink(missing_ok=True)
@@ -39,7 +39,7 @@ def write_caption(image: Path, text: str) -> None:
 
 
 def version_of(image: Path) -> str:
-    """Another one whenever the image or its caption is another; what is to be read before the caption is."""
+    """Changes with the image or its caption; read it before the caption."""
     return hashlib.sha256(f"{image.stat().st_mtime_ns} {caption_of(image)}".encode()).hexdigest()[:12]
 
 

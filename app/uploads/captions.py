@@ -1,4 +1,4 @@
-"""Captions made of file names, and the trigger word in them and in prompts."""
+"""Captions from file names, and the trigger word in captions and prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STYLE = re.compile(r"\bin the style of (\w+)")
 def captions_from_names(names: Mapping[str, str], captions: Mapping[str, str], trigger: str) -> dict[str, str]:
     """`a TOK icon of a fox, in the style of TOK` for `fox.png`, by image name.
 
-    Only for images whose caption is missing or was made of the file name, and only where that name has words.
+    Only for images without a caption or with one from the file name, and only for names with words.
     """
     words = {image: words_in_name(name) for image, name in names.items()}
     return {
@@ -37,9 +37,7 @@ def captions_from_names(names: Mapping[str, str], captions: Mapping[str, str], t
 
 
 def with_article(words: str) -> str:
-    """`a fox`, `an owl`, `grapes`, `my cat`: no article for plurals, for common nouns that take none, and where the
-    words begin with what stands in its place.
-    """
+    """`a fox`, `an owl`, `grapes`, `my cat`: no article for plurals, mass nouns, and words with a determiner."""
     lower = words.lower()
     noun = re.split(r" (?:of|on|in|with|over|at|without) ", lower)[0].rpartition(" ")[2]
     is_plural = noun.endswith("s") and not noun.endswith(("ss", "us"))
@@ -49,7 +47,7 @@ def with_article(words: str) -> str:
 
 
 def trigger_of_captions(folder: Path) -> str:
-    """The word that most captions in the folder name as their style; TRIGGER when none does."""
+    """The word that most captions in the folder name as their style; TRIGGER without one."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.txt"))]
     found = Counter(word for text in texts for word in _STYLE.findall(text))
     return found.most_common(1)[0][0] if found else TRIGGER

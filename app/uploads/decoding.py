@@ -1,4 +1,4 @@
-"""Images are decoded one at a time: each may take some hundred megabytes, and many browsers may bring one at once."""
+"""A lock to decode one image at a time, as each may take hundreds of megabytes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ _MMAP_THRESHOLD, _OWN_BYTES = -3, 2**20  # glibc's M_MMAP_THRESHOLD
 
 
 def return_freed_memory() -> None:
-    """Have what an image took be given back to the system at once. Only glibc keeps it, for each thread."""
+    """Return the memory of decoded images to the system immediately; glibc alone keeps it per thread."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, _OWN_BYTES)

@@ -1,4 +1,4 @@
-"""What was dropped becomes images of a session's folder, each with its caption and the user's own name for it."""
+"""Saves uploaded files as images of a session's folder, with captions and the user's file names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_WORDS = re.compile(r"(img|dsc[nf]?|pxl|mvi|images?|photo|pic|picture|screens
 
 @dataclass(frozen=True)
 class Upload:
-    """One image that was taken. `original` is the user's own name for it, as text."""
+    """One saved image. `original` is the user's file name, as text."""
 
     path: Path
     original: str
@@ -32,14 +32,14 @@ class Upload:
 
 @dataclass
 class UploadResult:
-    """What was taken, and what was not and why."""
+    """The saved images, and the rejected files with reasons."""
 
     saved: list[Upload] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
 
 
 class UploadSaver:
-    """One upload into one folder, which is locked meanwhile."""
+    """One upload into one folder, which the caller has locked."""
 
     def __init__(self, folder: Path, limits: Limits, result: UploadResult) -> None:
         self._folder, self._limits, self._result = folder, limits, result

@@ -1,6 +1,6 @@
-"""What was dropped on the page, one file at a time: plain files, and the members of a zip read as streams.
+"""Uploaded files one at a time: plain files, and members of a zip read as streams.
 
-Names are text to show and to make captions of; no path is ever made of one.
+File names are only displayed and used for captions; no path is made from them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RejectedError(ConfigError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one session may upload; sizes in bytes."""
+    """Limits of one session's uploads; sizes in bytes."""
 
     images: int = 500
     zip_members: int = 2000
@@ -49,7 +49,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Incoming:
-    """One file: its name as text, the place that its caption shares with it, and how to read it."""
+    """One file.
+
+    Attributes:
+        name: its name, as text.
+        place: the key that an image and its caption share.
+        open: opens its contents.
+    """
 
     name: str
     place: tuple[str, str]
@@ -63,14 +69,14 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A file that was not taken, and why."""
+    """A rejected file and the reason."""
 
     name: str
     reason: str
 
 
 def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[Incoming | Rejection]:
-    """The file, or what a zip holds; `stack` keeps the zip open for as long as the members are to be read."""
+    """The file, or the members of a zip; `stack` keeps the zip open while they are read."""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) in _ZIP_STARTS
@@ -100,7 +106,7 @@ def unpack(name: str, path: Path, limits: Limits, stack: ExitStack) -> Iterator[
 def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) -> int:
     """Write the file to `target` and return its size.
 
-    Raises RefusedError as soon as it grows past a limit, and for an empty file; OSError on a full disk.
+    Raises RejectedError for an empty file and as soon as a limit is exceeded; OSError on a full disk.
     """
     written = 0
     try:
@@ -121,9 +127,9 @@ def copy_limited(incoming: Incoming, target: Path, limits: Limits, room: int) ->
 
 
 def image_suffix(path: Path, limits: Limits) -> str:
-    """The suffix of the image's real format; it is decoded to its last pixel, after a look at its size.
+    """The suffix of the image's actual format; it is decoded completely after its size is checked.
 
-    Raises RefusedError for what is no image, is damaged, or has too many pixels.
+    Raises RejectedError for files that are no images, damaged or too large.
     """
     if _looks_like_svg(path):
         raise RejectedError("an SVG is a drawing without pixels; export it as PNG")
@@ -144,7 +150,7 @@ def shown_name(name: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """`text` on one line, composed, without control, format and private characters."""
+    """`text` on one line in NFC, without control, format and private characters."""
     kept = (" " if char.isspace() else char for char in unicodedata.normalize("NFC", text))
     return " ".join("".join(c for c in kept if c == " " or unicodedata.category(c)[0] != "C").split())
 
@@ -200,6 +206,6 @@ def _looks_like_svg(path: Path) -> bool:
 
 
 def _stem(path: str) -> str:
-    """`path` without its suffix: what an image and its caption have in common."""
+    """`path` without its suffix, which an image and its caption share."""
     head, dot, tail = path.rpartition(".")
     return head if dot and "/" not in tail else path

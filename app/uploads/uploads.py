@@ -1,9 +1,8 @@
 """Uploaded images, each session's in a private folder: `SESSION/0001.png` with its caption in `SESSION/0001.txt`.
 
-The user's own names for them are in `SESSION/names.json`, so that they outlive the page; the captions that the last
-change has replaced are in `SESSION/captions_before.json`, so that it can be undone. `before/SESSION/` has the images
-that were removed or replaced all at once, for the same reason.
-The trainer gets a copy that no later edit changes: `frozen/HASH/`, the same for the same images and captions.
+`SESSION/names.json` has the user's file names, `SESSION/captions_before.json` the captions before the last change, and
+`before/SESSION/` the images that were last removed or replaced together, for undo. The trainer gets a copy that no
+later edit changes: `frozen/HASH/`, the same for the same images and captions.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _SESSION = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
 @dataclass(frozen=True)
 class SavedCaption:
-    """A caption as it is now, and whether it is the one that was to be saved."""
+    """A caption as it is now; `is_saved` if it is the one that was sent."""
 
     version: str
     text: str
@@ -59,11 +58,11 @@ class Uploads:
         self.limits = limits or Limits()
 
     def new_session(self) -> str:
-        """A key that nobody can guess. Who has it sees the session's images, so the browser keeps it."""
+        """A random key. It gives access to the session's images, so the browser stores it."""
         return secrets.token_urlsafe(24)
 
     def session_folder(self, session: str) -> Path:
-        """The session's folder, made if need be. Raises ConfigError for a key that is none."""
+        """The session's folder, created if missing. Raises ConfigError for an invalid key."""
         if not _SESSION.fullmatch(session):
             raise ConfigError("this upload session is not known; reload the page")
         folder = self.folder / "sessions" / session
@@ -71,10 +70,10 @@ class Uploads:
         return folder
 
     def add(self, session: str, files: Sequence[tuple[str, Path]]) -> UploadResult:
-        """Take images, captions and zips of both, given as (the user's name, where the bytes are).
+        """Save images, captions and zips, given as (the user's file name, path).
 
-        A caption is the text of the `.txt` or `.caption` of the same name, or else the words of the image's name;
-        a name that a camera gave has none.
+        A caption is the text of the `.txt` or `.caption` of the same name, or the words of the image's name; names
+        from cameras give no caption.
         """
         result = UploadResult()
         with self._locked(session) as folder, ExitStack() as stack:
@@ -93,11 +92,11 @@ class Uploads:
         return images_of(self.session_folder(session))
 
     def image(self, session: str, name: str) -> Path:
-        """One of them. Raises ConfigError when it is not the session's."""
+        """One image of the session. Raises ConfigError for any other."""
         return _image(self.session_folder(session), name)
 
     def captions(self, session: str) -> dict[str, str]:
-        """Caption by image name (`0001.png`); empty for an image without one."""
+        """Captions by image name (`0001.png`); empty for images without a caption."""
         return {path.name: caption_of(path) for path in self.images(session)}
 
     def names(self, session: str) -> dict[str, str]:
@@ -107,11 +106,11 @@ class Uploads:
         return {path.name: names.get(path.name, path.name) for path in images_of(folder)}
 
     def save_captions(self, session: str, captions: Mapping[str, str], is_same_change: bool = False) -> None:
-        """Write the captions beside their images; an empty one is removed.
+        """Write the captions; an empty one is removed.
 
-        All of them are one change to undo, together with those of the last call if it `is_same_change`.
+        They are undone together, and with `is_same_change` together with those of the last call.
 
-        Raises ConfigError for an image that is not the session's, or a caption that is too long.
+        Raises ConfigError for an unknown image or a caption that is too long.
         """
         with self._locked(session) as folder:
             _write_captions(folder, captions, is_same_change)
@@ -119,9 +118,10 @@ class Uploads:
     def save_caption(
         self, session: str, name: str, version: str, text: str, is_same_change: bool = False
     ) -> SavedCaption:
-        """Write one caption over that of `version`; of any other version nothing is written, and that one is told.
+        """Write a caption over the one of `version`; if that has changed, write nothing and return the current one.
 
-        is_same_change: it is one change to undo with the last one, if that was of this caption alone.
+        Args:
+            is_same_change: undo it together with the last change, if that was to this caption alone.
 
         Raises ConfigError as `save_captions` does.
         """
@@ -135,9 +135,9 @@ class Uploads:
             return SavedCaption(version_of(image), caption_of(image), is_saved)
 
     def undo_captions(self, session: str) -> int:
-        """Bring back the captions from before the last change; how many. Another undo takes it back.
+        """Restore the captions before the last change, and return how many. A second undo reverts the first.
 
-        Raises ConfigError when there was no change, or all of its images are gone.
+        Raises ConfigError without a change, or if all of its images were removed.
         """
         with self._locked(session) as folder:
             images = {path.name: path for path in images_of(folder)}
@@ -151,7 +151,7 @@ class Uploads:
             return sum(now[name] != text for name, text in before.items())
 
     def remove(self, session: str, name: str) -> None:
-        """Delete one image and its caption. Raises ConfigError when it is not the session's."""
+        """Delete one image and its caption. Raises ConfigError for an unknown image."""
         with self._locked(session) as folder:
             path = _image(folder, name)
             write_caption(path, "")
@@ -167,9 +167,9 @@ class Uploads:
             self._set_aside(folder)
 
     def replace(self, session: str, frozen: Path) -> int:
-        """Take a frozen copy's images and captions in place of the session's; returns how many images those were.
+        """Replace the session's images by a frozen copy, and return the number of replaced images.
 
-        `restore_removed` undoes it. Nothing is done when the session has the same already.
+        `restore_removed` undoes it. Nothing is done if the contents are equal.
         """
         with self._locked(session) as folder:
             count = len(images_of(folder))
@@ -183,13 +183,13 @@ class Uploads:
             return count
 
     def can_restore(self, session: str) -> bool:
-        """Whether images were removed or replaced all at once."""
+        """Whether images were removed or replaced together."""
         return self._before(self.session_folder(session)).is_dir()
 
     def restore_removed(self, session: str) -> None:
-        """Exchange the session's images for those that were removed or replaced last.
+        """Swap the session's images with those that were last removed or replaced.
 
-        Raises ConfigError when there are none.
+        Raises ConfigError if there are none.
         """
         with self._locked(session) as folder:
             before = self._before(folder)
@@ -228,7 +228,7 @@ class Uploads:
         return self.folder / "before" / folder.name
 
     def _set_aside(self, folder: Path) -> None:
-        """Empty the folder; what it held can be brought back if there were images."""
+        """Empty the folder; images in it can be restored."""
         if not images_of(folder):
             for path in folder.iterdir():
                 path.unlink()
@@ -274,7 +274,7 @@ def _write_captions(folder: Path, captions: Mapping[str, str], is_same_change: b
 
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
-    """A new folder beside `place` to fill and rename; what stays of it, as on a full disk, is removed."""
+    """A new folder beside `place` to fill and rename; removed on an error."""
     aside = place.with_name(f"{place.name}.{secrets.token_hex(4)}.part")
     aside.mkdir(parents=True)
     try:
@@ -284,7 +284,7 @@ def _beside(place: Path) -> Iterator[Path]:
 
 
 def _rename_new(aside: Path, final: Path) -> None:
-    """Rename the folder unless another session has made the same meanwhile."""
+    """Rename the folder, unless another session has created the same one."""
     try:
         os.rename(aside, final)
     except OSError:

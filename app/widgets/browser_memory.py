@@ -1,6 +1,6 @@
-"""What a browser keeps of a page, so that a reload shows it as it was: what was filled in, and the tab in front.
+"""Form fields and the selected tab, stored in the browser so that they outlast a reload.
 
-It stays in the browser: the server never sees it but in the fields themselves.
+The server never sees what is stored, except in the fields themselves.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ def remember_fields(
     fields: Mapping[str, gr.components.Component],
     event: str = "change",
 ) -> Any:
-    """Keep the values of `fields` as they change, and bring them back by `load`, the page's load event.
+    """Store the values of `fields` in the browser, and restore them on `load`, the page's load event.
 
-    event: `input` keeps nothing until somebody changes a field by hand. Returns the event after which they are back.
-    To be called before other events of the fields, as a page waits for the answer of one before it begins the next.
+    Connect it before other events of the fields, as a page waits for one answer before it starts the next event.
+
+    Args:
+        event: with `input`, only edits by the user are stored.
+
+    Returns:
+        The event after which the values are restored.
     """
     parts = list(fields.values())
     gr.on([getattr(part, event) for part in parts], None, parts, None, js=_script("keep_fields.js", key, list(fields)))

@@ -1,8 +1,6 @@
-"""A question before what cannot be undone by the next click: each red button of the page opens one.
+"""Confirmation of actions that cannot be undone, or that may fail for lack of room.
 
-So does what may turn out badly, where it may.
-
-By keyboard the focus goes to the answer that changes nothing, and from there back to the button.
+The keyboard focus moves to the answer that changes nothing, and from there back to the button.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 
 @dataclass(frozen=True)
 class Confirmation:
-    """A row that is hidden until it is asked. `yes` is connected by who asks, and then to `hidden`."""
+    """A hidden row with two answers. The caller connects `yes`, and then `hidden`."""
 
     row: gr.Row
     yes: gr.Button
@@ -33,7 +31,7 @@ class Confirmation:
 
 
 def build_confirmation(name: str, yes: str, no: str, variant: Literal["stop", "primary"] = "stop") -> Confirmation:
-    """`name`: what the elements are found by; variant: red for what ends or removes something."""
+    """Build the row. `name`: prefix of the element ids; `variant`: red for what ends or removes something."""
     with gr.Row(visible=False, elem_id=f"{name}-question") as row:
         really = gr.Button(yes, variant=variant, size="sm", elem_id=f"{name}-yes", min_width=140)
         not_now = gr.Button(no, size="sm", elem_id=f"{name}-no", min_width=140)
@@ -41,7 +39,7 @@ def build_confirmation(name: str, yes: str, no: str, variant: Literal["stop", "p
 
 
 def confirm_before(button: gr.Button, question: Confirmation, about: gr.Dropdown | None = None) -> None:
-    """A click on the button asks. about: what the question is about; with another choice it is not asked any more."""
+    """Show the row on a click on the button. `about`: a choice whose change hides it again."""
     confirm_after(button.click(_show, None, [question.row], **_QUIET), button, question)
     if about is not None:
         about.change(**question.hidden)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 
 def empty_page(title: str, text: str) -> str:
-    """What stands in place of the grid, and what to do."""
+    """A placeholder with a title and advice."""
     return f'<div class="fl-empty"><b>{escape(title)}</b>{escape(text)}</div>'
 
 

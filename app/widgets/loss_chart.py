@@ -1,4 +1,4 @@
-"""The losses of runs as a drawing in the page itself, so that it is there at once and anew with each step."""
+"""A line chart of the losses of runs, as inline SVG."""
 
 from __future__ import annotations
 

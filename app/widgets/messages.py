@@ -1,4 +1,4 @@
-"""What goes wrong, told on the page where it happens."""
+"""Errors and notes on the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..forms.labels import with_labels
 def show_errors() -> Iterator[None]:
     """Show any error of the block as one sentence.
 
-    Gradio renders it as HTML, and it may quote what somebody has typed.
+    Gradio renders it as HTML, and it may contain user input.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def show_errors() -> Iterator[None]:
 
 
 class Page(gr.Blocks):
-    """Blocks whose events show their errors as sentences, those outside of a handler too, as of a file handed over."""
+    """Blocks that show the errors of all events as sentences, including those outside of handlers."""
 
     async def process_api(self, *args: Any, **values: Any) -> dict[str, Any]:
         """Gradio's way through every event."""
@@ -46,14 +46,14 @@ def _cause(error: Exception) -> Exception:
 
 
 def percent(share: float, is_signed: bool = False) -> str:
-    """`12%`, or `+12%` if it is signed; of what rounds to nothing that it is `under 1%`."""
+    """`12%`, or `+12%` if signed; `under 1%` for a small share."""
     if share and not round(100 * share):
         return "under 1%"
     return f"{share:{'+' if is_signed else ''}.0%}"
 
 
 def answer_card(told: str, rest: str) -> str:
-    """The answer in large letters, and what it rests on below; nothing without one."""
+    """The answer in large letters with its evidence below; empty without an answer."""
     if not told:
         return ""
     return f'<div class="fl-answer"><p><b>{escape(told)}</b></p><p>{escape(rest)}</p></div>'

@@ -1,4 +1,4 @@
-"""A run as a card: how far it is and what it is busy with, what went wrong, and the buttons for what may be done."""
+"""A run as a card: progress, phase, errors and buttons."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CARDS_SCRIPT = read_static("run_cards.js")
 
 
 def run_card(run: Run, acts: Sequence[str] = ()) -> str:
-    """Progress of one run, of a failed one its sentence and last lines, and the buttons for `acts`."""
+    """Progress of one run, the error of a failed run with its last log lines, and buttons for `acts`."""
     progress = run.progress
     facts = [f"step {progress.step}" + (f" of {progress.total}" if progress.total else "")]
     if progress.seconds_per_step is not None:
@@ -67,7 +67,7 @@ def run_card(run: Run, acts: Sequence[str] = ()) -> str:
 
 
 def waiting_card(text: str, acts: Sequence[str], of: str) -> str:
-    """A job that is no training."""
+    """The card of a job that is not a training."""
     name = html.escape(text)
     return f'<div class="fl-card" role="group" aria-label="{name}">{name}{action_buttons(acts, of)}</div>'
 
@@ -85,12 +85,12 @@ def _action_button(act: str, of: str) -> str:
 
 
 def method_name(method: str | None) -> str:
-    """As people say it."""
+    """The displayed name of a method."""
     return {**METHOD_NAMES, IMPORTED: "Imported"}.get(method or "", method or "")
 
 
 def training_lines(lines: Sequence[str]) -> list[str]:
-    """The lines without what packages print while they are imported, and without the source line of a warning."""
+    """The log without import noise of packages and source lines of warnings."""
     kept = []
     was_noise = False
     for line in lines:

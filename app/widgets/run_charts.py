@@ -20,7 +20,7 @@ _PAIR_TEXT = "Both of a pair see the same images and noise, so their curves may 
 
 
 def loss_curves(context: AppContext, runs: list[Run]) -> gr.HTML:
-    """The chart of the runs that have a loss, each in its method's colour; hidden while there is none."""
+    """The chart of all runs that have a loss, each in its method's colour; hidden without a loss."""
     losses = {run.name: smooth(context.runs.events(run.id).losses()) for run in runs}
     curves = {name: [(step + 1, loss) for step, loss in points] for name, points in losses.items()}
     text = f"{_LOSS_TEXT} {_PAIR_TEXT}" if len(runs) > 1 else _LOSS_TEXT
@@ -39,7 +39,7 @@ def run_colours(runs: list[Run]) -> dict[str, str]:
 
 
 def smooth(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """(step, mean loss over a tenth of the run around it), of _MOST_POINTS steps at the most."""
+    """(step, loss averaged over a tenth of the run), for at most _MAX_POINTS steps."""
     reach = max(1, len(losses) // 10) // 2
     sums = [0.0, *accumulate(loss for _, loss in losses)]
     every = -(-len(losses) // _MAX_POINTS) or 1
@@ -51,6 +51,6 @@ def smooth(losses: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def samples(context: AppContext, runs: list[Run]) -> gr.HTML:
-    """The previews of the runs over their steps; hidden while there are none."""
+    """The previews of the runs over their steps; hidden without previews."""
     page = sample_strips(context, runs, run_colours(runs))
     return gr.HTML(page, visible=bool(page))

@@ -1,6 +1,6 @@
-"""The samples of runs over their steps: a row for each prompt, with the picture from before the training first.
+"""Previews of runs over their steps: a row for each prompt, beginning with the base's picture.
 
-It grows at its right end while a run goes on, and stays there unless somebody has moved it.
+The strip scrolls to the newest step unless the user has scrolled it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def sample_strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str
 
 
 def sampled_steps(steps: Sequence[int]) -> list[int]:
-    """At most MOST_COLUMNS of the steps: the first and the last, and those between at equal distances."""
+    """At most MAX_COLUMNS of the steps: the first, the last, and evenly spaced steps between."""
     every = -(-len(steps) // (MAX_COLUMNS - 1))
     return sorted({*steps[::every], *steps[-1:]})
 
 
 def rows_of(previews: Sequence[Preview]) -> dict[str, dict[int, Preview]]:
-    """The pictures by row and step: a row for each prompt, of several seeds one for each.
+    """The previews by row title and step: a row for each prompt and seed.
 
-    Those of a version that did not tell their prompts are counted.
+    Previews of earlier versions without prompts are numbered.
     """
     seeds = Counter(prompt for prompt, _ in {(one.prompt, one.seed) for one in previews})
     rows: dict[str, dict[int, Preview]] = {}

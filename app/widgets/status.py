@@ -1,4 +1,4 @@
-"""What the page says of a job: why it waits, why it failed, and errors where they arise."""
+"""Status lines of jobs: waiting, failure, and errors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ STATUS_CSS = read_static("status.css")
 
 
 def status_line(text: str, done: float | None = None) -> str:
-    """A line of what is going on, with a bar from 0 to 1 when it is known how far it is."""
+    """A status line, with a progress bar if the fraction `done` is known."""
     bar = "" if done is None else f'<progress aria-label="Progress" value="{done:.3f}" max="1"></progress>'
     return f'<div class="fl-status" role="status">{escape(text)}{bar}</div>'
 
 
 def error_line(text: str, log: Sequence[str] = ()) -> str:
-    """An error where it arises, with the end of the log to open; it may begin with a file's name, so as it is."""
+    """An error, with the end of the log to unfold. The text is shown unchanged, as it may begin with a file name."""
     lines = escape("\n".join(log))
     more = f"<details><summary>Last lines of the log</summary><pre>{lines}</pre></details>" if log else ""
     return f'<div class="fl-status fl-wrong" role="alert">{escape(text)}{more}</div>'
 
 
 def why_waiting(context: AppContext, job: Job) -> str:
-    """What a queued job waits for."""
+    """The reason why a job waits."""
     before = [one for one in context.queue.jobs("running", "queued") if one.position < job.position]
     trainings = [context.runs.get(one.run).name for one in before if one.run is not None]
     if trainings:
@@ -36,6 +36,6 @@ def why_waiting(context: AppContext, job: Job) -> str:
 
 
 def why_failed(context: AppContext, job: Job) -> tuple[str, list[str]]:
-    """(the reason that the job's command has given, the end of its log)."""
+    """(reason of the failure, end of the log)."""
     log = context.queue.launch_of(job.id).log() if job.launch else []
     return logged_error(log) or job.error or f"it ended with exit code {job.exit_code}", log

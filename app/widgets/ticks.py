@@ -15,9 +15,9 @@ from ..runs.run_paths import Fingerprint
 
 
 def skip_unchanged(event: Mapping[str, Any], fingerprint: Callable[[], Fingerprint | None]) -> dict[str, Any]:
-    """The event of a timer, whose handler is not called while `fingerprint` and its inputs are as in the tick before.
+    """The event of a timer, whose handler is skipped while `fingerprint` and its inputs are unchanged.
 
-    An error that goes on is told once. To be called in the Blocks that is open.
+    A repeated error is shown once. Call it in the open Blocks.
     """
     seen, handler = gr.State(None), event["fn"]
     nothing = (gr.skip(),) * len(event["outputs"])
@@ -40,9 +40,9 @@ def skip_unchanged(event: Mapping[str, Any], fingerprint: Callable[[], Fingerpri
 
 
 def fingerprint_of(context: AppContext, run_ids: Iterable[str] | None = None) -> Fingerprint | None:
-    """Those of the queue, of what is known of runs, and of all runs or, with each of their steps, of those named.
+    """The fingerprint of the queue, the labels, and all runs or each step of the runs `run_ids`.
 
-    None, so that each tick counts, while they settle and while another job than a training runs.
+    None, so that no tick is skipped, shortly after a change and while a job other than a training runs.
     """
     if run_ids is None and any(job.run is None for job in context.queue.jobs("running")):
         return None
