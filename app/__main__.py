@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flatlora_diffusion.commands.command_line import quiet_libraries
 from flatlora_diffusion.config import ConfigError
 
-from .doors.login_limit import LONGEST_PAUSE, UNHINDERED
-from .logs import readable_log
+from .process.temporary_folders import remove_stale_folders, temporary_folder
+from .server.login_limit import FREE_TRIES, MAX_PAUSE
+from .server.logs import readable_log
 from .settings import AppSettings, parse_settings
-from .temporary import remove_left_folders, temporary_folder
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import PlainTextResponse
 
-    from .doors.guard import Guard
+    from .server.guard import Guard
 
 GRADIO_SETTINGS = {  # read when gradio is imported
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -43,40 +43,44 @@ GRADIO_SETTINGS = {  # read when gradio is imported
 _LOOK_SECONDS = 0.02  # between two looks at Gradio's queue of events; each waits for half of it
 _SWEEP_SECONDS = 10 * 60  # between two looks for old uploads
 _END_SECONDS = 2  # that answers, and after them handlers, get at the end
-_LOGIN_TEXT = f"After {UNHINDERED} wrong passwords each further try takes longer, up to {LONGEST_PAUSE} seconds."
+_LOGIN_TEXT = f"After {FREE_TRIES} wrong passwords each further try takes longer, up to {MAX_PAUSE} seconds."
 
 
 def make_guard(settings: AppSettings) -> Guard:
     """The guard of an app with `settings`."""
     from gradio.utils import get_upload_folder  # where Gradio keeps what it serves on its own
 
-    from .doors.before_login import is_logged_in
-    from .doors.guard import Guard
-    from .doors.upload_room import UploadRoom
+    from .server.before_login import is_logged_in
+    from .server.guard import Guard
+    from .server.upload_limit import UploadLimit
 
     kept = Path(get_upload_folder())
     guard = Guard(
-        settings.own_names,
+        settings.host_names,
         [*map(Path, settings.served), kept],
         list(map(Path, settings.private)),
-        UploadRoom(kept / "uploads"),
+        UploadLimit(kept / "uploads"),
         None if settings.login is None else is_logged_in,
     )
     for host in settings.allowed_host:
-        guard.admit(host)
+        guard.allow_host(host)
     return guard
 
 
 def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
-    """What `Blocks.launch` gets: who is let in, what is served, how it looks."""
-    from .theme import CSS, HEAD, make_theme
+    """The arguments of `Blocks.launch`: address, login, served files and theme."""
+    from .widgets.theme import CSS, HEAD, make_theme
 
     return {
         "server_name": settings.host,
         "server_port": settings.port,
         "auth": settings.login,
         "auth_message": _LOGIN_TEXT,
-        "app_kwargs": {"lifespan": _behind(guard), "openapi_url": None, "exception_handlers": {OSError: _told}},
+        "app_kwargs": {
+            "lifespan": _guarded_lifespan(guard),
+            "openapi_url": None,
+            "exception_handlers": {OSError: _error_response},
+        },
         "ssr_mode": False,
         "mcp_server": False,
         "share": settings.share,
@@ -92,8 +96,8 @@ def launch_options(settings: AppSettings, guard: Guard) -> dict[str, Any]:
     }
 
 
-def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    from .doors.guard import Doors
+def _guarded_lifespan(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    from .server.guard import GuardMiddleware
 
     async def sweep() -> None:
         while True:
@@ -102,9 +106,9 @@ def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[Non
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        """Before the first request. Gradio adds its own layers to those given, so ours is put around them here."""
+        """Install the guard before the first request, around the middleware that Gradio has added."""
         app.middleware_stack = None
-        app.add_middleware(Doors, guard=guard)
+        app.add_middleware(GuardMiddleware, guard=guard)
         app.uploaded_file_dir = str(guard.uploads.folder)
         sweeping = asyncio.create_task(sweep())
         yield
@@ -113,20 +117,20 @@ def _behind(guard: Guard) -> Callable[[FastAPI], AbstractAsyncContextManager[Non
     return lifespan
 
 
-async def _told(request: Request, error: Exception) -> PlainTextResponse:
+async def _error_response(request: Request, error: Exception) -> PlainTextResponse:
     """An error outside of the page's events, as of an upload; Gradio shows the text."""
     from starlette.responses import PlainTextResponse
 
-    from .sentences import is_disk_full, sentence_of
+    from .errors import describe_error, is_disk_full
 
-    return PlainTextResponse(f"not done: {sentence_of(error)}", 507 if is_disk_full(error) else 500)
+    return PlainTextResponse(f"not done: {describe_error(error)}", 507 if is_disk_full(error) else 500)
 
 
 @contextmanager
-def own_uploads() -> Iterator[None]:
-    """Keep what Gradio takes in a folder of this app and this user, which is gone with the app."""
+def private_upload_folder() -> Iterator[None]:
+    """Let Gradio store uploads in a folder of this app and user, which is removed at the end."""
     parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
-    remove_left_folders(parent)
+    remove_stale_folders(parent)
     with temporary_folder(parent) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         yield
@@ -142,12 +146,12 @@ def queued(page: gr.Blocks) -> gr.Blocks:
 def serve(settings: AppSettings) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code. Raises ConfigError for a runs folder that cannot be."""
     from .context import make_context
-    from .dataset.decoding import give_memory_back
-    from .doors.before_login import hide_endpoints_until_login
-    from .doors.guard import host_of
+    from .server.before_login import hide_endpoints_until_login
+    from .server.guard import host_of
     from .ui import build_app
+    from .uploads.decoding import return_freed_memory
 
-    give_memory_back()
+    return_freed_memory()
     context, guard = make_context(settings), make_guard(settings)
     context.queue.start()
     page = queued(build_app(context))
@@ -157,7 +161,7 @@ def serve(settings: AppSettings) -> int:
     try:
         page.launch(**launch_options(settings, guard), prevent_thread_lock=True)
         if page.share_url:
-            guard.admit(host_of(page.share_url))
+            guard.allow_host(host_of(page.share_url))
         print(f"The app is open at {page.local_url}", *([page.share_url] if page.share_url else []), flush=True)
         while True:
             time.sleep(1)
@@ -172,7 +176,7 @@ def serve(settings: AppSettings) -> int:
 
 
 def _close(page: gr.Blocks) -> None:
-    """Answer nobody any more. What is asked just now is cut off after _END_SECONDS, as open pages ask all the time."""
+    """Stop answering. Running requests are cut off after _END_SECONDS, since open pages always send some."""
     from gradio.tunneling import CURRENT_TUNNELS
 
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell each as an error
@@ -197,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
                 raise ConfigError(
                     'the app needs gradio, which is not installed: pip install "flatlora-diffusion[app]"'
                 )
-            with suppress(KeyboardInterrupt), own_uploads():
+            with suppress(KeyboardInterrupt), private_upload_folder():
                 code = serve(settings)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -206,9 +210,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process now, with its temporary files cleared away.
+    """Remove temporary files and end the process immediately.
 
-    A handler that waits would keep it alive for as long as it waits, and to take all modules apart takes seconds.
+    A waiting handler would keep the process alive, and the interpreter's own teardown takes seconds.
     """
     until = time.monotonic() + _END_SECONDS
     for thread in threading.enumerate():

@@ -1,4 +1,4 @@
-"""What every tab works with."""
+"""The context that every tab works with."""
 
 from __future__ import annotations
 
@@ -8,31 +8,29 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
 
-from .dataset.uploads import Uploads
-from .doors.places import Places
-from .jobs.jobs import JobQueue
+from .process.temporary_folders import remove_stale_folders
+from .queue.queue import JobQueue
+from .runs.allowed_paths import AllowedPaths
 from .runs.runs import RunStore
 from .settings import AppSettings
-from .temporary import remove_left_folders
+from .uploads.uploads import Uploads
 
 
 @dataclass(frozen=True)
 class AppContext:
-    """One app: its settings, the runs below its runs folder, their queue, the uploads of its sessions, and the places
-    that settings from the browser may name.
-    """
+    """One app: its settings, runs, queue, uploads, and the paths that settings from the browser may name."""
 
     settings: AppSettings
     runs: RunStore
     queue: JobQueue
     uploads: Uploads
-    places: Places
+    allowed_paths: AllowedPaths
 
 
 def make_context(settings: AppSettings) -> AppContext:
-    """The context of an app with `settings`; the queue is not started yet.
+    """Create the context of an app; the queue is not started.
 
-    Raises ConfigError when the runs folder cannot be one, or its database cannot be used.
+    Raises ConfigError when the runs folder or its database cannot be used.
     """
     place = f"runs_dir={settings.runs_dir!r}"
     try:
@@ -54,7 +52,7 @@ def make_context(settings: AppSettings) -> AppContext:
         ) from error
     uploads = Uploads(settings.uploads_folder)
     for folder in (runs.temporary, uploads.temporary):
-        remove_left_folders(folder)
+        remove_stale_folders(folder)
     private, data = (list(map(Path, folders)) for folders in (settings.private, settings.data_dir))
-    places = Places(runs.folder, private, uploads.frozen, data)
-    return AppContext(settings, runs, JobQueue(runs), uploads, places)
+    allowed_paths = AllowedPaths(runs.folder, private, uploads.frozen, data)
+    return AppContext(settings, runs, JobQueue(runs), uploads, allowed_paths)

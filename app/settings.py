@@ -1,4 +1,4 @@
-"""The settings of the app itself, from its command line and environment; what would let strangers in is refused."""
+"""The app's own settings, from its command line and environment. Unsafe combinations are rejected."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class AppSettings(Section):
     )
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a login that is none, and for an app that is open to others without one."""
+        """Raises ConfigError for an invalid login, and for a public app without a login."""
         super().__post_init__()
         if self.auth is not None and not all(self.auth.partition(":")[::2]):
             raise ConfigError("auth must be user:password, with neither of them empty")
@@ -96,30 +96,30 @@ class AppSettings(Section):
         return self.runs_folder / ".app" / "uploads"
 
     @property
-    def own_names(self) -> list[str]:
-        """What the app answers to without being told."""
+    def host_names(self) -> list[str]:
+        """The host names that the app always answers to."""
         return [*_OWN_NAMES, f"[{self.host}]" if ":" in self.host else self.host]
 
     @property
     def served(self) -> list[str]:
-        """What the web server may give out: Gradio's `allowed_paths`."""
+        """Folders that the web server may serve: Gradio's `allowed_paths`."""
         return [str(self.runs_folder.resolve())]
 
     @property
     def private(self) -> list[str]:
-        """What it may not, inside of that: Gradio's `blocked_paths`."""
+        """Folders inside of them that it may not serve: Gradio's `blocked_paths`."""
         return [str((self.runs_folder / name).resolve()) for name in (".app", ".trash")]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage line."""
+    """Reports errors in one sentence, without the usage line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> AppSettings:
-    """The settings of a command line. Raises ConfigError for what may not be; exits as argparse does on --help."""
+    """Parse the command line. Raises ConfigError for wrong values; exits on --help."""
     parser = _Parser(
         prog="flatlora app",
         description="Train LoRA and Flat-LoRA on your images and compare them in the browser.",

@@ -6,15 +6,15 @@ import re
 
 import gradio as gr
 
-from .browser_memory import keep_tab
 from .compare.tab import build_compare_tab
 from .context import AppContext
 from .dataset.tab import build_dataset_tab
 from .flatness.tab import build_flatness_tab
-from .reporting import Page
-from .runs.tab import build_runs_tab
-from .train.forms import ConfigForm
+from .forms.forms import ConfigForm
+from .runs_tab.tab import build_runs_tab
 from .train.tab import build_train_tab
+from .widgets.browser_memory import remember_tab
+from .widgets.messages import Page
 
 _HOUR = 3600  # seconds; Gradio's copies of uploads are looked through each hour, and go after a day
 _TITLE = "# flatlora-diffusion\nTeach SDXL your style with LoRA and Flat-LoRA, and see which one you like better."
@@ -45,13 +45,13 @@ def build_app(context: AppContext) -> gr.Blocks:
         named = {"dataset": dataset, "train": train, "compare": compare, "flatness": flatness, "runs": runs}
         train_tab.compare.click(**compare_tab.to_trained)
         # In the browser: answers of the server can overtake others, and hidden timers would keep the browser busy.
-        keep_tab(page.load, tabs, named, timers)
+        remember_tab(page.load, tabs, named, timers)
     _keep_unnamed_private(page)
     return page
 
 
 def _keep_unnamed_private(page: gr.Blocks) -> None:
-    """Gradio makes an endpoint for programs of every event; only those that we named are meant for them."""
+    """Hide unnamed events from the API: Gradio makes an endpoint of every event."""
     for event in page.fns.values():
         if re.fullmatch(r"(partial|lambda|_?picked)(_\d+)?", str(event.api_name)):
             event.api_visibility = "private"

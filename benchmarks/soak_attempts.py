@@ -128,7 +128,7 @@ def on_a_disk_without_room(folder: Path) -> Iterator[Outcome]:
 
 def captions_on(disk: Path) -> Outcome:
     """Save over a caption when the disk is full, then once more when there is room."""
-    from app.dataset.uploads import Uploads
+    from app.uploads.uploads import Uploads
 
     uploads, wrong = Uploads(disk / "uploads"), []
     image = SAMPLES / "icons_3d" / "bread.png"

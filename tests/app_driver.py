@@ -29,7 +29,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from app.runs.processes import kill_tree, read_json
+from app.process.json_file import read_json
+from app.process.processes import kill_tree
 
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -22,8 +22,25 @@ FLOORS = [
     {"commands"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+# The same for the folders of the app and the modules beside them.
+APP_FLOORS = [
+    {"settings", "errors"},
+    {"server", "process"},
+    {"runs", "uploads"},
+    {"queue"},
+    {"context"},
+    {"forms"},
+    {"widgets"},
+    {"dataset", "compare"},
+    {"train", "flatness"},
+    {"runs_tab"},
+    {"ui"},
+    {"__main__"},
+]
+APP_FLOOR = {name: floor for floor, names in enumerate(APP_FLOORS) for name in names}
 LINES = 500  # a longer module probably holds a second idea
 OURS = ("flatlora_diffusion", "app")
+APP = ROOT / "app"
 MODULES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -34,13 +51,32 @@ def package_of(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Every absolute module that `path` imports, also inside functions."""
+    """Every module that `path` imports, also inside functions; relative imports by their full names."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    parents = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if isinstance(node, ast.ImportFrom):
+            start = parents[: len(parents) - node.level + 1] if node.level else ()
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def app_part(module: str) -> str:
+    """The folder of the app that a module stands in, or the module beside the folders; empty for other modules."""
+    return module.split(".")[1] if module.startswith("app.") else ""
+
+
+def app_arrows() -> set[tuple[str, str, str]]:
+    """(part, imported part, which module imports which) of each import between parts of the app."""
+    return {
+        (part, other, f"{named(path)} imports {module}")
+        for path in APP.rglob("*.py")
+        if (part := app_part(".".join(path.relative_to(ROOT).with_suffix("").parts))) != "__init__"
+        for module in imported(path)
+        if (other := app_part(module)) not in ("", part)
+    }
 
 
 def packages_imported(path: Path) -> set[str]:
@@ -63,10 +99,10 @@ def test_the_package_names_its_own_modules_in_full() -> None:
 def test_every_package_has_its_floor_and_a_word_to_newcomers() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert folders == set(FLOOR)
-    for path in [*PACKAGE.rglob("__init__.py"), *(ROOT / "app").rglob("__init__.py")]:
+    for path in [*PACKAGE.rglob("__init__.py"), *APP.rglob("__init__.py")]:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         assert text, f"{named(path)} says nothing"
-        assert path.parent in (PACKAGE, ROOT / "app") or "Start with `" in text, f"{named(path)} names no beginning"
+        assert path.parent in (PACKAGE, APP) or "Start with `" in text, f"{named(path)} names no beginning"
 
 
 def test_imports_point_down() -> None:
@@ -78,6 +114,24 @@ def test_imports_point_down() -> None:
         if FLOOR[name] >= FLOOR[mine]
     ]
     assert not upward
+
+
+def test_every_part_of_the_app_has_its_floor() -> None:
+    parts = {app_part(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in APP.rglob("*.py")}
+    assert parts - {"__init__"} == set(APP_FLOOR)
+
+
+def test_imports_in_the_app_point_down() -> None:
+    """So no two folders import each other either."""
+    assert not sorted(text for part, other, text in app_arrows() if APP_FLOOR[other] >= APP_FLOOR[part])
+
+
+def test_no_modules_of_the_app_import_each_other_in_a_circle() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in APP.rglob("*.py")}
+    waiting = {name: imported(path) & set(modules) for name, path in modules.items()}
+    while free := {name for name, needed in waiting.items() if not needed & set(waiting)}:
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+    assert not waiting
 
 
 def test_no_folder_of_the_package_imports_one_that_imports_it() -> None:
@@ -135,7 +189,7 @@ def test_files_and_finished_runs_are_read_without_the_trainer(name: str) -> None
 
 
 def test_the_app_never_imports_the_trainer() -> None:
-    for path in (ROOT / "app").rglob("*.py"):
+    for path in APP.rglob("*.py"):
         assert "flatlora_diffusion.training.trainer" not in imported(path), named(path)
 
 

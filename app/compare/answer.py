@@ -1,4 +1,4 @@
-"""What a drawn comparison says in one sentence: how far apart two LoRAs are, beside what they change."""
+"""One sentence about a finished comparison: how much two LoRAs differ, relative to what they change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from flatlora_diffusion.evaluation.paired_statistics import paired_difference
 
-from ..reporting import percent
+from ..widgets.messages import percent
 from .comparison import Comparison
 from .picture_cache import Picture
 
@@ -19,9 +19,9 @@ _NEAR, _ALIKE = 0.35, 0.8  # shares of what the LoRAs change in the base
 
 
 def answer(comparison: Comparison, drawn: Mapping[Picture, Path]) -> tuple[str, str]:
-    """(the answer, what it rests on and what it leaves open); empty unless two runs are compared.
+    """(the answer, the evidence and its limits); empty unless two runs are compared.
 
-    All of its pictures must be in `drawn`.
+    All pictures of the comparison must be in `drawn`.
     """
     if len(comparison.arms) != 2:
         return "", ""
@@ -46,7 +46,7 @@ def answer(comparison: Comparison, drawn: Mapping[Picture, Path]) -> tuple[str, 
 
 
 def _share(row: Sequence[Path]) -> float | None:
-    """The distance of the last two pictures as a share of their mean distance to the first; None for none at all."""
+    """The distance of the last two pictures relative to their mean distance to the first; None if both equal it."""
     base, first, second = row
     changed = (distance(first, base) + distance(second, base)) / 2
     return distance(first, second) / changed if changed else None
@@ -54,6 +54,6 @@ def _share(row: Sequence[Path]) -> float | None:
 
 @lru_cache(maxsize=4096)
 def distance(one: Path, other: Path) -> float:
-    """The mean difference of two pictures' values, from 0 to 255. A drawn picture never changes."""
+    """The mean absolute pixel difference of two pictures, 0 to 255. A generated picture never changes."""
     with Image.open(one) as first, Image.open(other) as second:
         return statistics.mean(ImageStat.Stat(ImageChops.difference(first.convert("RGB"), second.convert("RGB"))).mean)

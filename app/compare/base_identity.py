@@ -1,4 +1,4 @@
-"""Which base an argument list names, as a hash: another base in the same place has another one."""
+"""A hash of the base that an argument list names; it changes when the files at that path change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def base_identity(arguments: Sequence[str]) -> str:
 
 
 def _identity(name: str, revision: str | None) -> str:
-    """What a folder or file holds; of a hub id which commit is on this disk."""
+    """The contents of a folder or file; for a hub id, its commit in the local cache."""
     path = Path(name)
     if path.is_file():
         return _sampled(((str(path), *_state(path)),))

@@ -1,4 +1,4 @@
-"""A blind vote between two arms: shuffled pairs without labels, the count, and what it says."""
+"""A blind vote between two arms: shuffled pairs without labels, the tally, and the verdict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest
 
-from ..jobs.store import Choice, Vote
+from ..process.database import Choice, Vote
 from .picture_cache import Picture
 
 QUESTIONS = ("Which one do you like better?", "Which follows the style better?")
@@ -16,7 +16,7 @@ QUESTIONS = ("Which one do you like better?", "Which follows the style better?")
 
 @dataclass(frozen=True)
 class BlindPair:
-    """Two pictures of one prompt and seed; `is_swapped` when the second arm's is on the left."""
+    """Two pictures of one prompt and seed; `is_swapped` if the second arm's picture is on the left."""
 
     label: str
     first: Picture
@@ -30,7 +30,7 @@ class BlindPair:
 
     @property
     def id(self) -> str:
-        """Which pictures in which order: what the vote is stored under."""
+        """The key of the vote in the database: both pictures in their order."""
         return ":".join(picture.key for picture in self.sides)
 
 
@@ -52,9 +52,9 @@ class Tally:
 
 
 def shuffled_pairs(rows: Iterable[tuple[str, Picture, Picture]], seed: int) -> list[BlindPair]:
-    """The pairs of (label, first arm's picture, second arm's) in an order and with sides that `seed` decides.
+    """Shuffle the rows (label, first arm's picture, second arm's picture) and their sides by `seed`.
 
-    Half of the pairs are swapped, up to one. Equal pictures are left out: there is nothing to choose.
+    Half of the pairs are swapped, rounded down. Equal pictures are left out, as there is nothing to choose.
     """
     distinct = [row for row in rows if row[1] != row[2]]
     draws = random.Random(seed)
@@ -66,7 +66,7 @@ def shuffled_pairs(rows: Iterable[tuple[str, Picture, Picture]], seed: int) -> l
 
 
 def answers_of(votes: Iterable[Vote], pairs: Sequence[BlindPair], session: str) -> dict[str, Choice]:
-    """The choices of one voter by pair."""
+    """The choices of one voter, by pair."""
     known = {pair.id for pair in pairs}
     return {vote.pair: vote.choice for vote in votes if vote.session == session and vote.pair in known}
 
@@ -96,7 +96,7 @@ def interval(wins: int, count: int) -> tuple[float, float]:
 
 
 def verdict(count: Tally, first: str, second: str) -> tuple[str, str]:
-    """(what the votes say about the arms called `first` and `second`, how sure that is); of a vote of fixed length."""
+    """(result of a vote of fixed length between `first` and `second`, its uncertainty)."""
     if count.decided == 0:
         return f"You saw no difference between {first} and {second}.", "All pairs were ties."
     low, high = interval(count.second, count.decided)

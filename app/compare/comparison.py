@@ -1,4 +1,4 @@
-"""What is compared: finished runs of one base, prompts, seeds and strengths, as rows of pictures."""
+"""A comparison: finished runs of one base, prompts, seeds and strengths, as rows of pictures."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from flatlora_diffusion.config import SAMPLES, TINY, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
-from ..dataset.captions import TRIGGER, trigger_of_captions, with_trigger
-from ..runs.lora_import import IMPORTED
-from ..runs.processes import read_json
-from ..runs.run_cards import method_name
+from ..process.file_cache import file_hash
+from ..process.json_file import read_json
+from ..runs.names import IMPORTED
 from ..runs.runs import Run
+from ..uploads.captions import TRIGGER, trigger_of_captions, with_trigger
+from ..widgets.run_cards import method_name
 from .base_identity import base_identity
-from .picture_cache import Drawing, Picture, base_arguments, file_hash
+from .picture_cache import Drawing, Picture, base_arguments
 
-MOST_PICTURES = 400
-ENOUGH_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
+MAX_PICTURES = 400
+MIN_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything
 _FLAT, _PLAIN = "flat-lora", "lora"
 _METHOD_IN_ID = re.compile(rf"({_FLAT}|{_PLAIN})(?=(/seed-\d+)?$)")  # `compare` has a folder of seeds for each
 _HELD_OUT = SAMPLES / "icons_3d" / "heldout" / "prompts.txt"
@@ -29,9 +30,11 @@ _HELD_OUT = SAMPLES / "icons_3d" / "heldout" / "prompts.txt"
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One column: a finished run, its LoRA file, and the base that it was trained on.
+    """One column: a finished run, its LoRA file, and its base.
 
-    `checkpoints` are (steps, LoRA file) of those saved on the way; `steps` is how many there were to the result.
+    Attributes:
+        steps: optimizer steps up to the result.
+        checkpoints: (steps, LoRA file) of each saved checkpoint.
     """
 
     id: str
@@ -52,7 +55,7 @@ class ComparedRun:
         return self.method != IMPORTED
 
     def file_at(self, step: int | None) -> Path:
-        """The LoRA after `step` steps; None: at the end."""
+        """The LoRA after `step` steps; at the end for None."""
         return self.file if step is None else dict(self.checkpoints)[step]
 
 
@@ -66,7 +69,11 @@ class GridRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms of one base, drawn alike. `moments`: after how many training steps; None is the end."""
+    """Arms of one base with the same drawing settings.
+
+    Attributes:
+        moments: the training steps of the checkpoints to draw; None is the end.
+    """
 
     arms: tuple[ComparedRun, ...]
     prompts: tuple[str, ...]
@@ -91,8 +98,8 @@ class Comparison:
             raise ConfigError("there is no strength; write one or more, such as 0.5, 1")
         count = (1 + len(self.arms)) * len(self.prompts) * len(self.seeds) * len(self.strengths)
         count *= len(self.moments)
-        if count > MOST_PICTURES:
-            raise ConfigError(f"that is {count} pictures; choose fewer prompts or seeds, {MOST_PICTURES} at most")
+        if count > MAX_PICTURES:
+            raise ConfigError(f"that is {count} pictures; choose fewer prompts or seeds, {MAX_PICTURES} at most")
 
     @property
     def drawing(self) -> Drawing:
@@ -108,7 +115,7 @@ class Comparison:
 
     @property
     def titles(self) -> list[tuple[str, str]]:
-        """(what it is, the run's name) of each column."""
+        """(method, run name) of each column."""
         return [("Base", "without a LoRA"), *((arm.title, arm.name) for arm in self.arms)]
 
     def rows(self) -> list[GridRow]:
@@ -132,7 +139,7 @@ class Comparison:
 
     @property
     def _first(self) -> ComparedRun:
-        """The arm that sets the size: an imported LoRA is drawn at that of its neighbours."""
+        """The arm that sets the resolution: an imported LoRA takes that of the others."""
         return next((arm for arm in self.arms if arm.is_trained), self.arms[0])
 
     def _check_bases(self) -> None:
@@ -154,9 +161,9 @@ class Comparison:
 
 
 def common_moments(arms: Sequence[ComparedRun]) -> tuple[int | None, ...]:
-    """After how many steps all of `arms` have saved a checkpoint on the way to their end, then the end.
+    """The steps at which all `arms` have a checkpoint before their end, then None for the end.
 
-    Raises ConfigError when there is no such checkpoint; one at the end is the end itself.
+    Raises ConfigError when they share no such checkpoint.
     """
     steps = [{step for step, _ in arm.checkpoints if arm.steps is None or step < arm.steps} for arm in arms]
     common = sorted(set.intersection(*steps)) if steps else []
@@ -170,14 +177,14 @@ def common_moments(arms: Sequence[ComparedRun]) -> tuple[int | None, ...]:
 
 
 def finished_arms(context: AppContext) -> list[ComparedRun]:
-    """What can be compared, the newest first."""
+    """The runs that can be compared, newest first."""
     finished = [run for run in context.runs.all() if run.state == "finished"]
-    arms = [(run, context.runs.made_of(run, "arm", partial(_arm, context, run))) for run in finished]
+    arms = [(run, context.runs.cached(run, "arm", partial(_arm, context, run))) for run in finished]
     return [replace(arm, name=run.name) for run, arm in arms if arm is not None]
 
 
 def newest_pair(context: AppContext, arms: Sequence[ComparedRun]) -> list[str]:
-    """The ids of the newest fair pair, LoRA first; without one that of the newest run, or nothing."""
+    """The ids of the newest fair pair, LoRA first; without a pair, the newest run; empty without runs."""
     known = {arm.id: arm for arm in arms}
     queued: dict[str, list[str]] = {}
     for job in context.queue.jobs():
@@ -192,20 +199,20 @@ def newest_pair(context: AppContext, arms: Sequence[ComparedRun]) -> list[str]:
 
 
 def default_seeds(prompts: str) -> str:
-    """As many seeds as make pairs enough for a blind vote of `prompts`."""
+    """Enough seeds for MIN_PAIRS pairs of `prompts` in a blind vote."""
     count = max(1, len(read_prompts(prompts)))
-    return ", ".join(map(str, range(-(-ENOUGH_PAIRS // count))))
+    return ", ".join(map(str, range(-(-MIN_PAIRS // count))))
 
 
 def default_prompts(context: AppContext, arms: Sequence[ComparedRun]) -> str:
-    """Prompts to begin with: those kept out of the training of the shipped base, else the run's own previews.
+    """Initial prompts: the held-out prompts of the tiny base, or the preview prompts of the runs.
 
-    Those of the shipped base are for its trigger word, so they get that of the captions of the first run.
+    The held-out prompts get the trigger word of the first run's captions.
     """
     if not arms:
         return ""
     if TINY in arms[0].base[1:2] and _HELD_OUT.is_file():
-        held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:ENOUGH_PAIRS]
+        held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:MIN_PAIRS]
         folder = context.runs.settings(arms[0].id).get("instance_data_dir")
         return with_trigger("\n".join(held_out), TRIGGER, trigger_of_captions(Path(folder)) if folder else TRIGGER)
     prompts = [context.runs.settings(arm.id).get("validation_prompt") for arm in arms]
@@ -213,7 +220,7 @@ def default_prompts(context: AppContext, arms: Sequence[ComparedRun]) -> str:
 
 
 def read_prompts(text: str) -> tuple[str, ...]:
-    """One prompt a line; each once."""
+    """One prompt per line, without duplicates."""
     return tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
 
 
@@ -234,7 +241,7 @@ def read_strengths(text: str) -> tuple[float, ...]:
 
 
 def _arm(context: AppContext, run: Run) -> ComparedRun | None:
-    """None of a run without a LoRA, or of which it is not known how large its images are."""
+    """None for a run without a LoRA, or with an unknown resolution."""
     file = context.runs.exports(run.id).get("diffusers")
     resolution = read_json(RunDir(run.folder).config_file).get("resolution")
     if file is None or not resolution:

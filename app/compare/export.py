@@ -1,4 +1,4 @@
-"""The comparison as files to keep and to send: one PNG, and one HTML page that holds its pictures itself."""
+"""The comparison as files: one PNG, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,30 +14,20 @@ from PIL import Image, ImageChops
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 
+from ..process.file_cache import file_hash
 from ..runs.base_names import base_name
+from ..widgets.static_files import read_static
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED, difference_titles, enlarged
-from .picture_cache import PRECISIONS, Picture, file_hash
+from .picture_cache import PRECISIONS, Picture
 
 _CELL = 320
 _SMALL = 256  # pixels; larger pictures go into the page as WebP, else it would be too large to send
-_STYLE = """
-:root { color-scheme: light dark; --line: #d6d3d1; --faint: #78716c; }
-@media (prefers-color-scheme: dark) { :root { --line: #44403c; --faint: #a8a29e; } }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 24px auto; padding: 0 16px; }
-h1 { font-size: 20px; margin: 0 0 4px; } p { margin: 2px 0; color: var(--faint); }
-table { border-collapse: collapse; margin-top: 16px; width: 100%; table-layout: fixed; }
-col.label { width: 18%; } td, th { padding: 4px; vertical-align: top; text-align: left; }
-th { font-weight: 600; } th small { display: block; font-weight: 400; color: var(--faint); overflow-wrap: anywhere; }
-tr > th:first-child { padding-right: 12px; font-weight: 400; overflow-wrap: anywhere; }
-thead th { position: sticky; top: 0; background: Canvas; }
-img { display: block; width: 100%; min-width: 64px; max-width: 360px; border-radius: 8px;
-  border: 1px solid var(--line); }
-"""
+_STYLE = read_static("export.css")
 
 
 def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None, folder: Path) -> Path:
-    """The grid as one PNG in `folder`; that of the same pictures and labels is made once. All must be drawn."""
+    """Write the grid as a PNG into `folder`, once for the same pictures and labels. All must be drawn."""
     path = folder / f"comparison-{_key(comparison, reference)}.png"
     if path.is_file():
         return path
@@ -53,7 +43,7 @@ def save_grid(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
 
 
 def save_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: int | None, folder: Path) -> Path:
-    """The grid as one HTML file in `folder` that needs no other file and runs no script. All must be drawn."""
+    """Write the grid as one HTML file without scripts or other files into `folder`. All must be drawn."""
     path = folder / f"comparison-{_key(comparison, reference)}.html"
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""Pictures that `generate` jobs have drawn, found again by their full settings: nothing is drawn twice."""
+"""Pictures of finished `generate` jobs, found by their full settings, so that none is drawn twice."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image
 
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.gallery.png_text import SETTINGS
-from flatlora_diffusion.storage.atomic_io import file_sha256
 
-from ..jobs.jobs import JobQueue
-from ..jobs.store import Job
+from ..process.database import Job
+from ..process.file_cache import file_hash
+from ..queue.queue import JobQueue
 
 _IDENTITY = "base_identity"
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of the computing, and what each is called
@@ -26,9 +26,12 @@ PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of the computing,
 
 @dataclass(frozen=True)
 class Drawing:
-    """What pictures of one comparison share. `base`: the arguments of `generate` that name the base model.
+    """The settings that all pictures of a comparison share.
 
-    `precision` is that of the computing, as `generate` calls it; `identity` the hash of the base in that place.
+    Attributes:
+        base: arguments of `generate` that name the base model.
+        precision: compute precision, as `generate` calls it.
+        identity: hash of the base at that path.
     """
 
     base: tuple[str, ...]
@@ -41,7 +44,11 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Picture:
-    """All that a picture depends on. `lora` is the SHA-256 of the LoRA file; None, with strength 0, for the base."""
+    """All settings of one picture.
+
+    Attributes:
+        lora: SHA-256 of the LoRA file; None, with strength 0, for the base.
+    """
 
     drawing: Drawing
     prompt: str
@@ -83,7 +90,7 @@ class DrawOrder:
 
     @classmethod
     def of(cls, job: Job) -> DrawOrder | None:
-        """The order behind a job; None for a job of another form."""
+        """The order of a job; None for other jobs."""
         arguments, identity = job.settings, job.about.get(_IDENTITY)
         if job.kind != "generate" or not isinstance(arguments, list) or identity is None:
             return None
@@ -91,12 +98,12 @@ class DrawOrder:
 
     @property
     def about(self) -> dict[str, str]:
-        """What is kept with the job, as the arguments do not tell it."""
+        """The job's details that its arguments do not contain."""
         return {_IDENTITY: self.drawing.identity}
 
     @classmethod
     def read(cls, arguments: Sequence[str], identity: str) -> DrawOrder | None:
-        """The order that gives these arguments; None for a command line of another form."""
+        """Parse an order from its arguments; None for other command lines."""
         if not {"--resolution", "--mixed_precision", "--prompts"} <= set(arguments):
             return None
         start = arguments.index("--resolution")
@@ -123,7 +130,7 @@ class DrawOrder:
         )
 
     def pictures(self) -> list[Picture]:
-        """What the job will have drawn; without those of a LoRA file that is gone."""
+        """The pictures of the job, without those of deleted LoRA files."""
         shares: list[tuple[str | None, float]] = [(None, 0.0)]
         for path in self.loras:
             if Path(path).is_file():
@@ -147,7 +154,7 @@ class PictureCache:
         self._closed: set[int] = set()
 
     def find(self, pictures: Iterable[Picture]) -> dict[Picture, Path]:
-        """The files of those that are drawn."""
+        """The files of the pictures that exist."""
         with self._lock:
             for job, order in self._orders():
                 if job.id not in self._closed:
@@ -162,7 +169,7 @@ class PictureCache:
         return [job for job, order in self._orders() if not wanted.isdisjoint(order.pictures())]
 
     def pictures_of(self, job: Job) -> list[Picture]:
-        """What the job draws."""
+        """The pictures of a job."""
         order = DrawOrder.of(job)
         return [] if order is None else order.pictures()
 
@@ -183,7 +190,11 @@ class PictureCache:
 
 
 def orders_for(missing: Iterable[Picture], drawing: Drawing, files: Mapping[str, Path]) -> list[DrawOrder]:
-    """As few orders as draw `missing`: one for all prompts that miss the same. `files`: LoRA files by their hash."""
+    """The fewest orders for the `missing` pictures: prompts with the same gaps share one.
+
+    Args:
+        files: LoRA files by their hash.
+    """
     gaps: dict[str, set[Picture]] = {}
     for picture in missing:
         gaps.setdefault(picture.prompt, set()).add(picture)
@@ -210,26 +221,15 @@ def base_arguments(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1)
-def own_precision() -> str:
-    """What `generate` computes in unless told otherwise: fp16 on a GPU, fp32 (`no`) on a CPU."""
+def default_precision() -> str:
+    """The default compute precision of `generate`: fp16 on a GPU, fp32 (`no`) on a CPU."""
     import torch
 
     return "fp16" if torch.cuda.is_available() else "no"
 
 
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, read again only when it has changed."""
-    status = path.stat()
-    return _hash(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=256)
-def _hash(path: Path, changed: int, size: int) -> str:
-    return file_sha256(path)
-
-
 def _read(path: Path, drawing: Drawing) -> Picture | None:
-    """The picture in the file; None while it is being written, and for one in another precision."""
+    """The picture in the file; None for an unfinished file or another precision."""
     try:
         with Image.open(path) as image:
             image.load()

@@ -11,11 +11,10 @@ import gradio as gr
 
 from flatlora_diffusion.config import ConfigError
 
-from ..browser_memory import keep_fields
 from ..context import AppContext
-from ..jobs.view import STATUS_CSS, wrong
-from ..runs.live_view import recent_ids
-from ..watch.ticks import only_news, signs_of
+from ..widgets.browser_memory import remember_fields
+from ..widgets.status import STATUS_CSS, error_line
+from ..widgets.ticks import fingerprint_of, skip_unchanged
 from .comparison import ComparedRun, default_seeds
 from .grid import GRID_CSS, GRID_SCRIPT, WHILE_LOADING
 from .picture_cache import PRECISIONS
@@ -46,8 +45,11 @@ _PRECISIONS = [("As the device likes", AUTOMATIC), *((name, value) for value, na
 
 @dataclass(frozen=True)
 class CompareTab:
-    """What other tabs need of this one. `timer` does not tick yet; `to_trained`: the event that brings the tab to
-    the front with what was trained last.
+    """The parts that other tabs use.
+
+    Attributes:
+        timer: inactive at first.
+        to_trained: the event that selects this tab and the newest runs.
     """
 
     timer: gr.Timer
@@ -72,29 +74,29 @@ def build_compare_tab(
 
 
 def show_trained(view: CompareView) -> tuple[Any, Any]:
-    """The page's Compare tab in front, with what was trained last chosen in it."""
+    """Select the Compare tab and the newest trained runs in it."""
     arms = view.arms()
     ids = {arm.id for arm in arms}
-    trained = [run_id for run_id in recent_ids(view.context) if run_id in ids]
+    trained = [run_id for run_id in view.context.queue.recent_runs() if run_id in ids]
     return gr.Tabs(selected="compare"), gr.update(choices=run_choices(arms), value=trained)
 
 
 def draw(view: CompareView, goes_first: bool, *values: Any, session: str = "") -> tuple[Any, ...]:
-    """Queue what is missing, then show as `refresh` does; a wrong form is told beside it."""
+    """Queue the missing pictures, then show as `refresh` does; show an error beside a wrong form."""
     try:
         view.draw(Form(*values), session, goes_first)
     except ConfigError as error:
-        return _outputs(replace(view.show(Form(*values)), status=wrong(str(error))), None)
+        return _outputs(replace(view.show(Form(*values)), status=error_line(str(error))), None)
     return refresh(view, None, *values)
 
 
 def refresh(view: CompareView, last: Shown | None, *values: Any) -> tuple[Any, ...]:
-    """(grid, status, PNG, HTML, stop button, what is shown); what is still as in `last` is left alone."""
+    """(grid, status, PNG, HTML, stop button, state); outputs that equal `last` are skipped."""
     return _outputs(view.show(Form(*values)), last)
 
 
 def choices(view: CompareView, known: list[str] | None, chosen: list[str], prompts: str) -> tuple[Any, ...]:
-    """(runs, prompts, seeds, known ids) when there are other runs than `known`; at first the newest pair is chosen."""
+    """(runs, prompts, seeds, known ids) when the runs differ from `known`; initially the newest pair is chosen."""
     arms, newest, first_prompts = view.start()
     ids = [arm.id for arm in arms]
     if ids == known:
@@ -106,7 +108,7 @@ def choices(view: CompareView, known: list[str] | None, chosen: list[str], promp
 
 
 def run_choices(arms: list[ComparedRun]) -> list[tuple[str, str]]:
-    """(what is shown, the id) of each run."""
+    """(label, id) of each run."""
     return [(f"{arm.name} · {arm.title}", arm.id) for arm in arms]
 
 
@@ -195,7 +197,7 @@ def _build_side_by_side(
         runs, prompts, seeds, rows, strength, strengths, steps, guidance, look, precision,
     ]  # fmt: skip
     kept = {str(part.label): part for part in (prompts, seeds, rows, strength, strengths, steps, guidance)}
-    restored = keep_fields(load, "compare", kept, event="input")
+    restored = remember_fields(load, "compare", kept, event="input")
     outputs = [grid, status, picture, page, stop, last]
     # The form checks its values itself, in a sentence beside it: for one that Gradio refuses no handler is called, and
     # what is drawn would come no more. It would refuse choices that are filled in per page, too.
@@ -221,7 +223,7 @@ def _build_side_by_side(
     gr.on(changed, partial(refresh, view), [last, *form], outputs, **quiet)
     timer = gr.Timer(_POLL_SECONDS, active=False)
     looked = {"inputs": [known, last, *form], "outputs": [runs, prompts, seeds, known, *outputs], **quiet}
-    timer.tick(**only_news({"fn": on_tick, **looked}, partial(signs_of, view.context)))
+    timer.tick(**skip_unchanged({"fn": on_tick, **looked}, partial(fingerprint_of, view.context)))
     return form, timer, known
 
 

@@ -1,4 +1,4 @@
-"""The handlers of the side-by-side comparison: plain functions from the form's values to what is shown."""
+"""The handlers of the side-by-side comparison: plain functions from the form's values to the outputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..jobs.store import Job
-from ..jobs.view import told, why_failed, why_waiting, wrong
-from ..reporting import answer_card
-from ..sentences import sentence_of
+from ..errors import describe_error
+from ..process.database import Job
+from ..widgets.html import empty_page
+from ..widgets.messages import answer_card
+from ..widgets.status import error_line, status_line, why_failed, why_waiting
 from .answer import answer
 from .comparison import (
     ComparedRun,
@@ -26,8 +27,8 @@ from .comparison import (
     read_strengths,
 )
 from .export import save_grid, save_page
-from .grid import empty_page, grid_page
-from .picture_cache import PRECISIONS, Picture, PictureCache, orders_for, own_precision
+from .grid import grid_page
+from .picture_cache import PRECISIONS, Picture, PictureCache, default_precision, orders_for
 
 BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
 PICTURES, TO_BASE, BETWEEN = "pictures", "to_base", "between"
@@ -40,7 +41,7 @@ WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has 
 
 @dataclass(frozen=True)
 class Form:
-    """The values of the form as the page has them: unchecked, and None for what is empty."""
+    """The form's values as the page sends them: unchecked, with None for an empty field."""
 
     runs: Sequence[str] | None
     prompts: str | None
@@ -56,7 +57,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows; `picture` and `page` are the grid as files once all is drawn."""
+    """The outputs on the page; `picture` and `page` are the exported files of a complete grid."""
 
     grid: str
     status: str
@@ -66,7 +67,7 @@ class Shown:
 
 
 class CompareView:
-    """The comparison of one app: its runs, its queue and the pictures that are there."""
+    """The comparison of one app: its runs, queue and picture cache."""
 
     def __init__(self, context: AppContext) -> None:
         self.context = context
@@ -76,13 +77,13 @@ class CompareView:
         return finished_arms(self.context)
 
     def start(self) -> tuple[list[ComparedRun], list[str], str]:
-        """(what can be chosen, the ids that are chosen at first, the prompts at first)."""
+        """(available runs, initially chosen ids, initial prompts)."""
         arms = self.arms()
         chosen = newest_pair(self.context, arms)
         return arms, chosen, default_prompts(self.context, [arm for arm in arms if arm.id in chosen])
 
     def comparison(self, form: Form) -> Comparison:
-        """What the form asks for. Raises ConfigError, one sentence, when that cannot be."""
+        """The comparison that the form describes. Raises ConfigError for wrong values."""
         arms = {arm.id: arm for arm in self.arms()}
         runs = form.runs or ()
         gone = [run for run in runs if run not in arms]
@@ -98,15 +99,16 @@ class CompareView:
             strengths=read_strengths(form.strengths or "") if by_strength else (strength,),
             steps=int(_within("Steps", form.steps, STEPS)),
             guidance=_within("Guidance", form.guidance, GUIDANCES),
-            precision=form.precision if form.precision in PRECISIONS else own_precision(),
+            precision=form.precision if form.precision in PRECISIONS else default_precision(),
             moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
         )
 
     def draw(self, form: Form, session: str, goes_first: bool = False) -> list[Job]:
-        """Queue what is neither drawn nor queued yet; returns the new jobs.
+        """Queue the pictures that are neither drawn nor queued, and return the new jobs.
 
-        With `goes_first` a running training makes way for them, and for those of the comparison that wait already.
-        Raises ConfigError when the form asks for what cannot be.
+        With `goes_first`, a running training is paused for these jobs and for waiting jobs of the comparison.
+
+        Raises ConfigError for wrong values.
         """
         comparison = self.comparison(form)
         wanted = comparison.pictures()
@@ -128,13 +130,13 @@ class CompareView:
             self.context.queue.stop(job.id)
 
     def show(self, form: Form) -> Shown:
-        """The comparison as far as it is drawn, and what is at work on the rest."""
+        """The comparison with the pictures that exist, and the progress of the jobs for the rest."""
         if not self.arms():
             return Shown(empty_page(NO_RUNS, WHAT_TO_DO), "")
         try:
             comparison = self.comparison(form)
         except ConfigError as error:
-            return Shown(empty_page("There is no comparison yet", "See the line above."), wrong(str(error)))
+            return Shown(empty_page("There is no comparison yet", "See the line above."), error_line(str(error)))
         wanted = comparison.pictures()
         drawn = self.cache.find(wanted)
         reference = _REFERENCES.get(form.look)
@@ -146,7 +148,7 @@ class CompareView:
             try:
                 picture, page = (save(comparison, drawn, reference, folder) for save in (save_grid, save_page))
             except OSError as error:
-                return Shown(answered, wrong(f"This cannot be kept as files to save: {sentence_of(error)}"))
+                return Shown(answered, error_line(f"This cannot be kept as files to save: {describe_error(error)}"))
             return Shown(answered, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
@@ -173,14 +175,14 @@ class CompareView:
             text = "Loading the base model ..."
         else:
             text = "Drawing ..."
-        return told(f"{text} {done} of {count} pictures are there.", done / count)
+        return status_line(f"{text} {done} of {count} pictures are there.", done / count)
 
     def _why_missing(self, missing: Sequence[Picture], count: int) -> str:
         tried = self.cache.jobs_for(missing)
         if tried and tried[-1].state == "failed":
             reason, log = why_failed(self.context, tried[-1])
-            return wrong(f"The last drawing failed: {reason}. Press Draw to try again.", log)
-        return told(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
+            return error_line(f"The last drawing failed: {reason}. Press Draw to try again.", log)
+        return status_line(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
 
 
 def _within(label: str, number: float | None, bounds: tuple[float, float]) -> float:

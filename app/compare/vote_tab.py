@@ -11,11 +11,11 @@ import gradio as gr
 
 from flatlora_diffusion.config import ConfigError
 
-from ..jobs.store import Choice
-from ..jobs.view import STATUS_CSS, told, wrong
-from ..questions import ask_before, build_question
+from ..process.database import Choice
+from ..widgets.confirm import build_confirmation, confirm_before
+from ..widgets.status import STATUS_CSS, error_line, status_line
 from .blind_vote import QUESTIONS
-from .comparison import ENOUGH_PAIRS
+from .comparison import MIN_PAIRS
 from .view import CompareView, Form
 from .vote_view import BASE, NO_BALLOT, VOTE_CSS, VOTE_KEYS, Ballot, VoteView
 
@@ -44,7 +44,7 @@ def build_vote(
         tie = gr.Button("3 · Tie", elem_id="fl-vote-tie", min_width=90)
     with gr.Column(visible=False) as ending:
         reveal = gr.Button("End without a verdict", variant="stop", elem_id="end-vote", size="sm")
-        really = build_question("end-vote", "Yes, end without a verdict", "No, go on voting")
+        really = build_confirmation("end-vote", "Yes, end without a verdict", "No, go on voting")
     shown = [page, count, answers, ending]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -52,7 +52,7 @@ def build_vote(
         try:
             new = votes.start(Form(*values), (first, second), question, int(order or 0), voter)
         except ConfigError as error:
-            return None, wrong(str(error)), NO_BALLOT, "", gr.update(visible=False), gr.update(visible=False)
+            return None, error_line(str(error)), NO_BALLOT, "", gr.update(visible=False), gr.update(visible=False)
         return new, few_pairs(new), *vote_outputs(votes, new)
 
     def on_vote(choice: Choice) -> Callable[[Ballot | None], tuple[Any, ...]]:
@@ -75,12 +75,12 @@ def build_vote(
     answered: list[tuple[gr.Button, Choice]] = [(left, "left"), (right, "right"), (tie, "tie")]
     for button, choice in answered:
         button.click(on_vote(choice), ballot, shown, concurrency_id="vote", **quiet)
-    ask_before(reveal, really)
+    confirm_before(reveal, really)
     really.yes.click(on_reveal, ballot, [ballot, *shown], **quiet).then(**really.hidden)
 
 
 def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
-    """The two columns to vote on: of those compared, at first the last two."""
+    """The columns to vote on; initially the last two of the comparison."""
     names = {arm.id: f"{arm.title} ({arm.name})" for arm in view.arms()}
     columns = [("Base", BASE), *((names[run], run) for run in runs if run in names)]
     first = columns[-2][1] if len(columns) > 1 else BASE
@@ -88,11 +88,11 @@ def column_choices(view: CompareView, runs: list[str]) -> tuple[Any, Any]:
 
 
 def few_pairs(ballot: Ballot) -> str:
-    """What to do about a ballot that can hardly say anything."""
+    """Advice for a ballot with too few pairs."""
     count = len(ballot.pairs)
-    if count >= ENOUGH_PAIRS:
+    if count >= MIN_PAIRS:
         return ""
-    return told(f"Only {count} pairs, from which hardly anything can be told. Draw more prompts or seeds for a vote.")
+    return status_line(f"Only {count} pairs: too few for a clear result. Draw more prompts or seeds for a vote.")
 
 
 def vote_outputs(votes: VoteView, ballot: Ballot) -> tuple[Any, ...]:

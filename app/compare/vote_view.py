@@ -1,4 +1,4 @@
-"""The handlers of the blind vote: what is asked, what was answered, and the page for it."""
+"""The handlers of the blind vote: questions, answers and the page."""
 
 from __future__ import annotations
 
@@ -14,46 +14,17 @@ from PIL import Image
 
 from flatlora_diffusion.config import ConfigError
 
-from ..jobs.store import Choice
-from ..reporting import answer_card, note
+from ..process.database import Choice
+from ..widgets.html import empty_page, file_url
+from ..widgets.messages import answer_card, note
+from ..widgets.static_files import read_static
 from .blind_vote import BlindPair, answers_of, shuffled_pairs, tally, verdict
-from .grid import empty_page, file_url
 from .picture_cache import Picture
 from .view import CompareView, Form
 
-VOTE_CSS = """
-.fl-ask { text-align: center; }
-.fl-ask h3 { margin: 4px 0; font-size: 20px; color: var(--body-text-color); }
-.fl-ask p { margin: 0 0 10px; font-size: 14px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.fl-two { display: grid; grid-template-columns: repeat(2, minmax(0, 380px)); gap: 12px; justify-content: center; }
-.fl-two img { width: 100%; aspect-ratio: 1; object-fit: contain; margin: 0; border-radius: 10px;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
-.fl-ask progress { width: min(772px, 100%); height: 6px; accent-color: var(--color-accent); }
-.fl-empty { padding: 48px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
-  border-radius: 12px; color: var(--body-text-color-subdued); }
-.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
-.fl-told { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 14px; margin-top: 14px; }
-.fl-told p { margin: 0 0 4px; font-size: 12px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.fl-told div { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
-.fl-told figure { margin: 0; text-align: center; font-size: 13px; color: var(--body-text-color); }
-.fl-told img { width: 100%; aspect-ratio: 1; object-fit: contain; margin: 0; border-radius: 6px;
-  border: 3px solid transparent; }
-.fl-told .fl-won img { border-color: var(--color-accent); }
-"""
+VOTE_CSS = read_static("empty.css", "vote.css")
 
-# The keys press the buttons, unless one is typing or the vote is not on the screen.
-VOTE_KEYS = """
-if (!window.flatloraVoteKeys) {
-  window.flatloraVoteKeys = true;
-  document.addEventListener('keydown', (event) => {
-    const id = {1: 'fl-vote-left', 2: 'fl-vote-right', 3: 'fl-vote-tie'}[event.key];
-    if (!id || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest('input, textarea, select, [contenteditable=true]')) return;
-    const button = document.getElementById(id);
-    if (button && button.offsetParent !== null && !button.disabled) button.click();
-  });
-}
-"""
+VOTE_KEYS = read_static("vote.js")
 
 BASE = "base"
 _FIXED = "Who may stop at any moment can stop at a lucky one, so the number of votes is fixed before the first."
@@ -77,7 +48,7 @@ class Ballot:
 
 @dataclass(frozen=True)
 class VotePage:
-    """What the page shows, and whether an answer is waited for."""
+    """The page of a ballot; `is_open` while it expects an answer."""
 
     question: str
     count: str
@@ -89,12 +60,12 @@ class VoteView:
 
     def __init__(self, compare: CompareView) -> None:
         self._compare = compare
-        self._store = compare.context.runs.store
+        self._store = compare.context.runs.database
 
     def start(self, form: Form, sides: tuple[str, str], question: str, order: int, voter: str) -> Ballot:
-        """A vote between two columns, `BASE` or ids of runs; what `voter` has answered before is kept.
+        """Start a vote between two columns, each `BASE` or a run id; earlier answers of `voter` count.
 
-        Raises ConfigError when there are no two columns, or nothing of them is drawn.
+        Raises ConfigError for equal or unknown columns, and when no pair is drawn.
         """
         if sides[0] == sides[1]:
             raise ConfigError("the vote needs two different columns; choose another one")
@@ -112,17 +83,17 @@ class VoteView:
         return Ballot(tuple(pairs), names[first], names[second], question, voter)
 
     def vote(self, ballot: Ballot, choice: Choice) -> None:
-        """Keep the answer to the pair that is shown; nothing when there is none."""
+        """Store the answer to the current pair, if any."""
         pair = self._next(ballot)
         if pair is not None:
             self._store.add_vote(pair.id, ballot.question, ballot.voter, choice)
 
     def reveal(self, ballot: Ballot) -> Ballot:
-        """The vote ended: from now on it is told which picture was whose."""
+        """End the vote and reveal the arms of the pictures."""
         return replace(ballot, is_revealed=True)
 
     def page(self, ballot: Ballot) -> VotePage:
-        """The next pair, or what was whose when the vote is over."""
+        """The next pair, or the revealed pairs at the end."""
         pair = self._next(ballot)
         files = self._compare.cache.find(picture for one in ballot.pairs for picture in one.sides)
         if pair is None:
@@ -179,7 +150,7 @@ def _told_pair(pair: BlindPair, ballot: Ballot, answers: Mapping[str, Choice], f
 
 @lru_cache(maxsize=64)
 def _unnamed(path: Path) -> str:
-    """The pixels alone as a data URL: a file's name and text would tell which LoRA has made it."""
+    """The pixels alone as a data URL, since a file's name and metadata would reveal its LoRA."""
     packed = io.BytesIO()
     with Image.open(path) as image:
         image.convert("RGB").save(packed, "PNG")

@@ -1,4 +1,4 @@
-"""One change to all captions at once."""
+"""Edits to all captions at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..reporting import note, told_on_the_page
-from .captions import has_trigger
+from ..uploads.captions import has_trigger
+from ..widgets.messages import note, show_errors
 
 REPLACE, FRONT, END, REMOVE = "Search and replace", "Put in front", "Put at the end", "Remove a word"
 CHANGES = (REPLACE, FRONT, END, REMOVE)
@@ -17,7 +17,7 @@ CHANGES = (REPLACE, FRONT, END, REMOVE)
 
 def change_all(context: AppContext, session: str, how: str, text: str, by: str) -> str:
     """Change all captions of a session as `changed_captions` does; says how many were."""
-    with told_on_the_page():
+    with show_errors():
         present = context.uploads.captions(session) if session else {}
         if not present:
             raise ConfigError("there are no images whose captions could be changed; drop some first")
@@ -27,9 +27,12 @@ def change_all(context: AppContext, session: str, how: str, text: str, by: str) 
 
 
 def changed_captions(captions: Mapping[str, str], how: str, text: str, by: str) -> dict[str, str]:
-    """The captions that `how` changes, by image. A text is put only where it is not a part of the caption yet.
+    """The captions that an edit changes, by image. A text is only added where the caption lacks it.
 
-    by: what REPLACE puts in place of `text`. Raises ConfigError without a text.
+    Args:
+        by: the replacement of `text` for REPLACE.
+
+    Raises ConfigError without a text.
     """
     if not text.strip():
         raise ConfigError("there is nothing to look for or to put in; write a text")
@@ -53,7 +56,7 @@ def _changed(caption: str, how: str, text: str, by: str) -> str:
 
 
 def _tidy(caption: str) -> str:
-    """Without what a removed word leaves: doubled blanks, and commas with nothing before or after them."""
+    """Remove double spaces and stray commas that a removed word leaves."""
     caption = re.sub(r"\s+", " ", caption)
     caption = re.sub(r"\s*,(\s*,)+", ",", caption)
     return re.sub(r"\s+,", ",", caption).strip(" ,")

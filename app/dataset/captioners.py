@@ -11,11 +11,11 @@ from huggingface_hub.errors import CacheNotFound
 from flatlora_diffusion.config import CAPTION_WRITERS
 from flatlora_diffusion.evaluation.tagger import MODEL_FILE, TAGS_FILE
 
-from ..runs.processes import read_json
+from ..process.json_file import read_json
 
 
 def installed_captioners(folders: Sequence[Path]) -> list[str]:
-    """Captioning models of the Hugging Face cache by name, the smallest first, then those in `folders` by place."""
+    """Captioning models in the Hugging Face cache, smallest first, then those in `folders`."""
     there = [place for folder in folders for place in (folder, *sorted(folder.glob("*/")))]
     return [*_cached(), *(place.as_posix() for place in there if _is_captioner(place))]
 

@@ -1,4 +1,4 @@
-"""What the Dataset tab does with captions and the trigger word."""
+"""The Dataset tab's handlers for captions and the trigger word."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..reporting import note, told_on_the_page
-from .captions import captions_from_names, with_trigger
+from ..uploads.captions import captions_from_names, with_trigger
+from ..widgets.messages import note, show_errors
 from .view import fill_captions
 
 
@@ -20,7 +20,7 @@ def count_captions(context: AppContext, session: str) -> str:
 
 def undo_captions(context: AppContext, session: str) -> str:
     """Bring back the captions from before the last change; says so."""
-    with told_on_the_page():
+    with show_errors():
         if not session:
             raise ConfigError("there are no captions to bring back; drop some images first")
         count = context.uploads.undo_captions(session)
@@ -29,8 +29,8 @@ def undo_captions(context: AppContext, session: str) -> str:
 
 
 def caption_all(context: AppContext, session: str, trigger: str) -> str:
-    """Make captions of the file names and the trigger word, but for those that were written; says how many."""
-    with told_on_the_page():
+    """Write captions from file names and the trigger word, except over hand-written captions; report how many."""
+    with show_errors():
         if not trigger.strip():
             raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
         names = context.uploads.names(session) if session else {}
@@ -46,8 +46,12 @@ def caption_all(context: AppContext, session: str, trigger: str) -> str:
 def caption_by_model(
     context: AppContext, session: str, name_or_path: str | None, trigger: str, told: Callable[[int, int], None]
 ) -> str:
-    """Caption the images without a caption by the model; returns what was done. `told`: images done, of how many."""
-    with told_on_the_page():
+    """Caption the images without a caption by a model, and report how many.
+
+    Args:
+        told: called with the number of images done and in total.
+    """
+    with show_errors():
         present = context.uploads.captions(session) if session else {}
         if not present:
             raise ConfigError("there are no images to caption; drop some first")
@@ -56,7 +60,7 @@ def caption_by_model(
         name = (name_or_path or "").strip()
         if not name:
             raise ConfigError("no captioning model is given; enter a folder or hub id, as the box says")
-        context.places.check_model("captioning model", name)
+        context.allowed_paths.check_model("captioning model", name)
         from flatlora_diffusion.evaluation.captioner import load_captioner  # imports transformers, which takes seconds
 
         captioner = load_captioner(name, trigger.strip())

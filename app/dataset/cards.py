@@ -1,7 +1,7 @@
-"""One card for each image: the picture as it is trained on, its caption to write in, notes, and a way to remove it.
+"""One card for each image: its training view, caption field, notes, and a button to remove it.
 
-A caption is saved on its own while it is typed, and only over the one that was shown: another window of the same
-browser may have changed it meanwhile. What a card does in the browser is in `card_script.py`.
+A caption is saved while it is typed, and only over the version that was shown, since another window of the same
+browser may have changed it. The browser's part is `static/image_cards.js`.
 """
 
 from __future__ import annotations
@@ -21,91 +21,62 @@ from PIL import Image
 from flatlora_diffusion.data.images import load_image
 
 from ..context import AppContext
-from ..sentences import is_told, sentence_of
-from .arrivals import MOST_CAPTION_LETTERS
+from ..errors import describe_error, is_user_error
+from ..uploads.save_upload import MAX_CAPTION_LENGTH
+from ..widgets.static_files import read_static
 from .view import Card, DatasetView
 
 _CardFunction = Callable[[dict[str, Any]], dict[str, Any]]
 _LARGE = 1600  # pixels of the longer side
 _ONE_AT_A_TIME = threading.Lock()  # a decoded image may take hundreds of megabytes
 
-CARDS_CSS = """
-.fl-photos { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 190px), 1fr));
-  list-style: none; margin: 0; padding: 0; }
-.fl-photo { display: flex; flex-direction: column; gap: 8px; padding: 12px; border-radius: 12px; min-width: 0;
-  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); margin: 0; }
-.fl-photo img { width: 100%; height: 150px; object-fit: contain; margin: 0; border-radius: 8px;
-  background: var(--background-fill-secondary); }
-.fl-photo-head { display: flex; justify-content: space-between; gap: 8px; align-items: start; }
-.fl-photo b { flex: 1; min-width: 0; font-weight: 600; font-size: 14px; overflow-wrap: anywhere;
-  color: var(--body-text-color); }
-.fl-photo textarea { width: 100%; min-height: 74px; resize: vertical; padding: 8px 10px; border-radius: 8px;
-  font: inherit; font-size: 14px; line-height: 1.4; color: var(--body-text-color);
-  background: var(--input-background-fill); border: 1px solid var(--fl-edge); }
-.fl-photo p, .fl-photo [role=status] { margin: 0; font-size: 12.5px; line-height: 1.35; min-height: 1.35em;
-  color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.fl-photo p:empty { display: none; }
-.fl-photo button, dialog button { flex: none; font: inherit; font-size: 12.5px; padding: 5px 10px; cursor: pointer;
-  border-radius: 8px; color: var(--body-text-color); background: none; border: 1px solid currentColor; }
-.fl-photo button:hover, dialog button:hover { background: var(--background-fill-secondary); }
-.fl-photo [data-remove] { color: var(--fl-danger); }
-.fl-photo [data-remove]:hover, .fl-photo .fl-sure { background: var(--fl-danger); color: var(--fl-on-danger); }
-.fl-photo [data-enlarge] { padding: 0; border: 0; cursor: zoom-in; }
-.fl-photo [role=status] button { margin: 4px 6px 0 0; }
-.fl-photo.fl-clash { border-color: var(--fl-danger); }
-.fl-photo.fl-unsaved [role=status] { color: var(--fl-danger); }
-dialog { margin: auto !important; padding: 16px; border-radius: 12px; border: 1px solid var(--border-color-primary);
-  max-width: 96vw; max-height: 96vh; background: var(--block-background-fill); color: var(--body-text-color); }
-dialog::backdrop { background: rgb(0 0 0 / .6); }
-dialog img { display: block; margin: 0 auto; border-radius: 8px; cursor: zoom-out; height: auto;
-  width: min(1600px, 88vw, (92vh - 110px) * var(--ratio, 1)); }
-dialog p { display: inline-block; margin: 12px 16px 0 0; font-size: 14px; overflow-wrap: anywhere; }
-"""
+CARDS_CSS = read_static("image_cards.css")
+CARDS_SCRIPT = read_static("image_cards.js")
 
 
 def cards_page(view: DatasetView, session: str) -> str:
     """All cards as one list.
 
-    No two are alike: of a page that is, the browser would draw nothing, and keep what was typed in its fields.
+    Each page is unique: for an equal page the browser would redraw nothing and keep typed text in its fields.
     """
     cards = "".join(map(_card, view.cards))
     return f'<ul class="fl-photos" data-session="{escape(session)}" data-drawn="{time.time_ns()}">{cards}</ul>'
 
 
 def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What the cards call: `save_card`, `remove_card` and `enlarge_card`. Each takes and returns an object.
+    """The functions that the cards call: `save_card`, `remove_card` and `enlarge_card`, from object to object.
 
-    An error is `told`; where the same may be saved later, `is_again` is true.
+    An error is returned as `message`; `can_retry` is true if the same call may succeed later.
     """
 
-    @_telling("Not saved")
+    @_with_error_message("Not saved")
     def save_card(asked: dict[str, Any]) -> dict[str, Any]:
         """The caption's new version and text; of another window's, when that was quicker."""
         session, image, version, text = (str(asked.get(name, "")) for name in ("session", "image", "version", "text"))
         kept = context.uploads.save_caption(session, image, version, text, asked.get("goes_on") is True)
         return {"version": kept.version, "text": kept.text, "is_saved": kept.is_saved}
 
-    @_telling("Not removed")
+    @_with_error_message("Not removed")
     def remove_card(asked: dict[str, Any]) -> dict[str, Any]:
-        """Nothing to tell when the image is gone."""
+        """Remove the image; the message is empty on success."""
         context.uploads.remove(str(asked.get("session", "")), str(asked.get("image", "")))
-        return {"told": ""}
+        return {"message": ""}
 
-    @_telling("as small as on its card")
+    @_with_error_message("as small as on its card")
     def enlarge_card(asked: dict[str, Any]) -> dict[str, Any]:
-        """The whole image as it was dropped, shrunk to what a screen shows, and its size."""
+        """The uploaded image, shrunk to screen size, and its original size."""
         path = context.uploads.image(str(asked.get("session", "")), str(asked.get("image", "")))
         with _ONE_AT_A_TIME:
             picture = load_image(path)
         told = f"{picture.width} x {picture.height} pixels"
         picture.thumbnail((_LARGE, _LARGE))
-        return {"picture": _data_url(picture), "told": told}
+        return {"picture": _data_url(picture), "message": told}
 
     return [save_card, remove_card, enlarge_card]
 
 
-def _telling(what: str) -> Callable[[_CardFunction], _CardFunction]:
-    """Every error as a sentence after `what`, since Gradio keeps a failed call to itself."""
+def _with_error_message(what: str) -> Callable[[_CardFunction], _CardFunction]:
+    """Return every error as a sentence after `what`, since Gradio does not pass errors on to the browser."""
 
     def decorate(function: _CardFunction) -> _CardFunction:
         @wraps(function)
@@ -113,7 +84,7 @@ def _telling(what: str) -> Callable[[_CardFunction], _CardFunction]:
             try:
                 return function(asked)
             except Exception as error:
-                return {"told": f"{what}: {sentence_of(error)}", "is_again": not is_told(error)}
+                return {"message": f"{what}: {describe_error(error)}", "can_retry": not is_user_error(error)}
 
         return answer
 
@@ -128,7 +99,7 @@ def _card(card: Card) -> str:
         f'<img src="{_data_url(card.picture)}" alt="" loading="lazy"></button>'
         f'<div class="fl-photo-head"><b>{_breakable(card.name)}</b>'
         f'<button type="button" data-remove aria-label="Remove {name}">Remove'
-        f'</button></div><textarea aria-label="Caption of {name}" maxlength="{MOST_CAPTION_LETTERS}" '
+        f'</button></div><textarea aria-label="Caption of {name}" maxlength="{MAX_CAPTION_LENGTH}" '
         f'placeholder="What is to be seen, with the trigger word">{escape(card.caption)}</textarea>'
         f'<p>{notes}</p><span role="status"></span></li>'
     )

@@ -8,15 +8,14 @@ from pathlib import Path
 import gradio as gr
 
 from ..context import AppContext
-from ..questions import Question, build_question
-from ..reporting import note
-from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
+from ..forms.forms import PLACED_WITH_THE_IMAGES, ConfigForm
+from ..uploads.captions import TRIGGER
+from ..widgets.confirm import Confirmation, build_confirmation
+from ..widgets.messages import note
 from .bulk import CHANGES, REPLACE
 from .captioners import installed_captioners
-from .captions import TRIGGER
-from .card_script import CARDS_SCRIPT
-from .cards import CARDS_CSS, card_functions
-from .removal import BRING_BACK
+from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
+from .removal import RESTORE_REMOVED
 
 _CAPTIONER_HERE = "found on this computer; only images without a caption get one"
 _NO_CAPTIONER = (
@@ -33,7 +32,7 @@ class Intake:
 
     drop: gr.File
     samples: gr.Button
-    bring_back: gr.Button
+    restore_removed: gr.Button
     trigger: gr.Textbox
     from_names: gr.Button
     model: gr.Dropdown
@@ -51,13 +50,13 @@ class Pictures:
     filled: gr.Column
     cards: gr.HTML
     remove_all: gr.Button
-    before_images: Question
-    before_captions: Question
+    before_images: Confirmation
+    before_captions: Confirmation
 
 
 @dataclass(frozen=True)
 class Bulk:
-    """One change to all captions, and back."""
+    """The controls of an edit to all captions, and of its undo."""
 
     how: gr.Radio
     text: gr.Textbox
@@ -71,7 +70,7 @@ def build_intake(context: AppContext, form: ConfigForm) -> Intake:
         label="Drop images or a zip here", file_count="multiple", type="filepath", height=150, elem_id="drop"
     )
     samples = gr.Button("Load the 23 sample icons", elem_id="load-samples")
-    bring_back = gr.Button(BRING_BACK, visible=False, elem_id="bring-back")
+    restore_removed = gr.Button(RESTORE_REMOVED, visible=False, elem_id="bring-back")
     with gr.Group():
         trigger = gr.Textbox(
             TRIGGER, label="Trigger word", info="a made-up word that stands for your style in prompts"
@@ -93,7 +92,7 @@ def build_intake(context: AppContext, form: ConfigForm) -> Intake:
     with gr.Accordion("How images are cropped and shown to the trainer", open=False):
         for name in PLACED_WITH_THE_IMAGES:
             form.by_name[name].render()
-    return Intake(drop, samples, bring_back, trigger, from_names, model, by_model, empty, taken=gr.State(0))
+    return Intake(drop, samples, restore_removed, trigger, from_names, model, by_model, empty, taken=gr.State(0))
 
 
 def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
@@ -102,8 +101,8 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
     with gr.Column(visible=False) as filled:
         bulk, remove_all = _build_bulk()
         questions = (
-            build_question("remove-all", "Yes, remove all images", "No, keep them"),
-            build_question("empty-captions", "Yes, empty all captions", "No, keep them"),
+            build_confirmation("remove-all", "Yes, remove all images", "No, keep them"),
+            build_confirmation("empty-captions", "Yes, empty all captions", "No, keep them"),
         )
         cards = gr.HTML(
             "",
@@ -116,7 +115,7 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
 
 
 def _build_bulk() -> tuple[Bulk, gr.Button]:
-    """What is for all images stands above them, where a question is seen too; with the button that removes them."""
+    """Controls for all images, above them so that a confirmation is in view; and the button that removes all."""
     with gr.Accordion("Change all captions", open=False, elem_id="bulk"):
         how = gr.Radio(list(CHANGES), value=REPLACE, show_label=False, label="What to change in all captions")
         with gr.Row():

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from ..context import AppContext
-from ..reporting import told_on_the_page
+from ..widgets.messages import show_errors
 
-BRING_BACK = "Bring back the images from before"
+RESTORE_REMOVED = "Bring back the images from before"
 
 
 def remove_all(context: AppContext, session: str) -> str:
-    """Remove all images; what was refused of a drop is told no longer then."""
+    """Remove all images; also clears the rejections of the last upload."""
     if session:
         context.uploads.clear(session)
     return ""
 
 
-def bring_back(context: AppContext, session: str) -> str:
-    """Exchange the images for those that were removed or replaced last; nothing is told as refused then."""
-    with told_on_the_page():
-        context.uploads.bring_back(session)
+def restore_removed(context: AppContext, session: str) -> str:
+    """Swap the images with those removed or replaced last; also clears the rejections of the last upload."""
+    with show_errors():
+        context.uploads.restore_removed(session)
     return ""

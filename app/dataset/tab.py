@@ -14,22 +14,23 @@ import gradio as gr
 from flatlora_diffusion.config import SAMPLES, ConfigError, DataConfig, ModelConfig
 from flatlora_diffusion.data.images import find_images
 
-from ..browser_memory import keep_fields
 from ..context import AppContext
-from ..questions import ask_before
-from ..reporting import note, told_on_the_page
-from ..sentences import sentence_of
-from ..train.forms import PLACED_WITH_THE_IMAGES, ConfigForm
-from ..train.words import in_form_words
-from .arrivals import UploadResult
+from ..errors import describe_error
+from ..forms.forms import PLACED_WITH_THE_IMAGES, ConfigForm
+from ..forms.labels import with_labels
+from ..uploads.captions import TRIGGER, has_trigger
+from ..uploads.save_upload import UploadResult
+from ..widgets.browser_memory import remember_fields
+from ..widgets.confirm import confirm_before
+from ..widgets.messages import note, show_errors
+from ..widgets.static_files import read_static
 from .bulk import REPLACE, change_all
 from .captioning import caption_all, caption_by_model, count_captions, empty_captions, undo_captions, use_trigger
-from .captions import TRIGGER, has_trigger
 from .cards import cards_page
 from .layout import Bulk, Intake, Pictures, build_intake, build_pictures
-from .removal import bring_back, remove_all
+from .removal import remove_all, restore_removed
 from .thumbnails import Thumbnails
-from .view import framing, look_at
+from .view import framing, load_view
 
 _EMPTY = (
     "<b>No images yet.</b><br>Drop 10 to 30 pictures of one style here, with captions in .txt files of the same names "
@@ -38,9 +39,7 @@ _EMPTY = (
 _LOOKED_AT = (*PLACED_WITH_THE_IMAGES, "pretrained_model_name_or_path", "resolution")
 
 
-# Made in the browser, before anything can be dropped: two answers of the server could each bring a session of its own.
-_NEW_SESSION = """session => session || Array.from(
-  crypto.getRandomValues(new Uint8Array(24)), byte => byte.toString(16).padStart(2, '0')).join('')"""
+_NEW_SESSION = read_static("new_session.js")
 
 
 def ensure_session(context: AppContext, session: str) -> str:
@@ -50,17 +49,17 @@ def ensure_session(context: AppContext, session: str) -> str:
 
 def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str, *values: Any) -> tuple[Any, ...]:
     """The cards, the count, the part of the page that is for images only, the button for images that were removed."""
-    back = gr.Button(visible=bool(session) and context.uploads.can_bring_back(session))
+    back = gr.Button(visible=bool(session) and context.uploads.can_restore(session))
     if not session or not context.uploads.images(session):
         return "", note(_EMPTY), gr.Column(visible=False), back
     try:
         background, has_buckets, base, resolution = values
-        context.places.check_model("pretrained_model_name_or_path", base.strip())
+        context.allowed_paths.check_model("pretrained_model_name_or_path", base.strip())
         model = ModelConfig(pretrained_model_name_or_path=base.strip())
         framed = framing(model, _resolution(resolution), background, has_buckets)
-        view = look_at(context.uploads, thumbnails, session, framed)
+        view = load_view(context.uploads, thumbnails, session, framed)
     except ConfigError as error:  # while a colour is being typed, so in place of the count and not as an alarm
-        return gr.skip(), note(html.escape(in_form_words(str(error))), "fl-bad"), gr.skip(), back
+        return gr.skip(), note(html.escape(with_labels(str(error))), "fl-bad"), gr.skip(), back
     count = len(view.cards)
     shape = f"about {framed.size} x {framed.size}" if has_buckets else f"{framed.size} x {framed.size}"
     told = f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels"
@@ -71,21 +70,21 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str, int]:
-    """Take the dropped files: the session, the emptied drop zone, what was refused, how many were taken."""
+    """Save dropped files; (session, emptied drop zone, rejections, number saved)."""
     session = ensure_session(context, session)
     try:
         result = context.uploads.add(session, [(Path(file).name, Path(file)) for file in files or ()])
     except Exception as error:  # an event that fails would leave its files in the drop zone
-        return session, None, note(html.escape(sentence_of(error)), "fl-bad"), 0
-    return session, None, _refusals(result), len(result.taken)
+        return session, None, note(html.escape(describe_error(error)), "fl-bad"), 0
+    return session, None, _rejections(result), len(result.saved)
 
 
 def load_samples_icons(context: AppContext, session: str) -> tuple[str, str, int]:
-    """Take the sample icons, if there are no images that they would mix with: as `upload`."""
+    """Save the sample icons unless there are other images; outputs as in `upload`."""
     session = ensure_session(context, session)
     images, _ = find_images(SAMPLES / "icons_3d")
     captions = [path.with_suffix(".txt") for path in images]
-    with told_on_the_page():
+    with show_errors():
         present = len(context.uploads.images(session))
         if present:
             raise ConfigError(
@@ -93,20 +92,20 @@ def load_samples_icons(context: AppContext, session: str) -> tuple[str, str, int
                 "press Remove all images first if you want the samples in their place"
             )
         result = context.uploads.add(session, [(path.name, path) for path in (*images, *captions)])
-    return session, _refusals(result), len(result.taken)
+    return session, _rejections(result), len(result.saved)
 
 
-def prefer_upload(taken: int, refused: str, folder: str, dataset: str) -> tuple[Any, Any, Any]:
-    """What is told of a drop, image folder and data set of the Train tab: emptied when new images came to train on."""
+def prefer_upload(taken: int, rejected: str, folder: str, dataset: str) -> tuple[Any, Any, Any]:
+    """(message, image folder, dataset): clear the folder and dataset of the Train tab after an upload."""
     if not taken or not (folder or dataset):
         return gr.skip(), gr.skip(), gr.skip()
     text = "They will be trained on, in place of the image folder or data set that was set on the Train tab."
-    return refused + note(f"<b>{taken} new images.</b> {text}"), "", ""
+    return rejected + note(f"<b>{taken} new images.</b> {text}"), "", ""
 
 
 @dataclass(frozen=True)
 class DatasetTab:
-    """What other tabs need of this one: the event that shows the images anew, and those after which they differ."""
+    """The parts that other tabs use: the event that redraws the images, and the events after which they differ."""
 
     look: dict[str, Any]
     changed: list[Any]
@@ -123,7 +122,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     look = {
         "fn": partial(show, context, Thumbnails(context.uploads.folder / "thumbnails")),
         "inputs": [session, intake.trigger, *looked_at],
-        "outputs": [pictures.cards, pictures.count, pictures.filled, intake.bring_back],
+        "outputs": [pictures.cards, pictures.count, pictures.filled, intake.restore_removed],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
@@ -138,7 +137,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
 
 @dataclass(frozen=True)
 class _Tab:
-    """What the tab's events are connected to. `look`: the event that shows the images anew."""
+    """The parts that the tab's events connect. `look`: the event that redraws the images."""
 
     context: AppContext
     session: gr.BrowserState
@@ -166,15 +165,15 @@ def _connect_intake(tab: _Tab, form: ConfigForm) -> None:
     intake.samples.click(
         partial(load_samples_icons, context), [session], [session, *told], api_name="load_samples"
     ).success(**tab.look).success(**prefer)
-    intake.bring_back.click(partial(bring_back, context), [session], [pictures.told]).success(**tab.look)
+    intake.restore_removed.click(partial(restore_removed, context), [session], [pictures.told]).success(**tab.look)
 
 
 def _connect_removal(tab: _Tab) -> None:
     """All images or all captions after a question; each image is removed on its card."""
     context, session, pictures = tab.context, tab.session, tab.pictures
     pictures.cards.submit(**tab.look)
-    ask_before(pictures.remove_all, pictures.before_images)
-    ask_before(tab.intake.empty, pictures.before_captions)
+    confirm_before(pictures.remove_all, pictures.before_images)
+    confirm_before(tab.intake.empty, pictures.before_captions)
     gone = pictures.before_images.yes.click(partial(remove_all, context), [session], [pictures.told])
     gone.then(**tab.look).then(**pictures.before_images.hidden)
     emptied = pictures.before_captions.yes.click(partial(empty_captions, context), [session], None)
@@ -182,9 +181,9 @@ def _connect_removal(tab: _Tab) -> None:
 
 
 def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
-    """Captions written from names, by a model and by hand, and the trigger word in them.
+    """Captions from names, by a model and by hand, and their trigger word.
 
-    They are shown anew also after an error, as some of them may have been changed before it.
+    The images are redrawn after an error too, since some captions may have changed before it.
     """
     context, session, intake, bulk = tab.context, tab.session, tab.intake, tab.bulk
     told, look = [tab.pictures.told], tab.look
@@ -199,7 +198,7 @@ def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
     _afterwards(described, look)
     preview, used = form.by_name["validation_prompt"], gr.State(TRIGGER)
     # The kept prompt has the kept word in it.
-    keep_fields(load, "dataset", {"trigger": intake.trigger}).then(
+    remember_fields(load, "dataset", {"trigger": intake.trigger}).then(
         str.strip, [intake.trigger], [used], show_progress="hidden", api_visibility="private"
     )
     gr.on(
@@ -218,7 +217,7 @@ def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
 
 
 def _afterwards(event: Any, what: dict[str, Any]) -> None:
-    """Do it whether the event has succeeded or failed; what is to come `then` Gradio does after success only."""
+    """Run after success and after failure; Gradio's `then` alone runs after success only."""
     event.then(**what)
     event.failure(**what)
 
@@ -233,13 +232,13 @@ def _captioning(context: AppContext) -> Any:
 
 
 def _resolution(text: str) -> int | None:
-    """None for what is no size yet, since it is asked for while it is typed."""
+    """None for an invalid size, as while it is being typed."""
     try:
         return DataConfig(resolution=int(text)).resolution
     except ValueError:
         return None
 
 
-def _refusals(result: UploadResult) -> str:
-    lines = [f"<li>{html.escape(item.name)}: {html.escape(item.reason)}</li>" for item in result.refused]
+def _rejections(result: UploadResult) -> str:
+    lines = [f"<li>{html.escape(item.name)}: {html.escape(item.reason)}</li>" for item in result.rejected]
     return f'<div class="fl-card fl-bad"><b>Not taken</b><ul>{"".join(lines)}</ul></div>' if lines else ""

@@ -1,4 +1,4 @@
-"""Thumbnails of uploaded images as the trainer sees them, and what to know about each; kept by the images' content."""
+"""Thumbnails of uploaded images as the trainer sees them, and their properties, cached by content."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flatlora_diffusion.data.dataset import Sample, make_sample
 from flatlora_diffusion.data.images import load_alpha, load_image
 from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 
-from .decoding import DECODING
+from ..uploads.decoding import DECODING
 
-LONGEST_SIDE = 256
+MAX_SIDE = 256
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageFacts:
     """An image's sample without its caption, and whether something of it is transparent."""
 
     sample: Sample
@@ -35,11 +35,11 @@ class Thumbnails:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._looks: dict[tuple[str, str], Look] = {}
+        self._looks: dict[tuple[str, str], ImageFacts] = {}
         self._lock = threading.Lock()
 
-    def look(self, path: Path) -> Look:
-        """What the image at `path` is like; decoded once as long as its content stays."""
+    def inspect(self, path: Path) -> ImageFacts:
+        """The properties of the image at `path`; decoded once for the same content."""
         key = (path.name, file_sha256(path))
         with self._lock:
             known = self._looks.get(key)
@@ -52,7 +52,7 @@ class Thumbnails:
 
     def picture(self, path: Path, sha256: str, background: str, size: tuple[int, int]) -> Image.Image:
         """The centre crop of the image to `size` (height, width), shrunk. Raises ConfigError for a bad colour."""
-        key = hashlib.sha256(f"{sha256} {background} {size} {LONGEST_SIDE}".encode()).hexdigest()
+        key = hashlib.sha256(f"{sha256} {background} {size} {MAX_SIDE}".encode()).hexdigest()
         kept = self.folder / f"{key}.png"
         if kept.is_file():
             with Image.open(kept) as file:
@@ -66,11 +66,11 @@ class Thumbnails:
         return picture
 
 
-def _look(path: Path) -> Look:
+def _look(path: Path) -> ImageFacts:
     alpha = load_alpha(path)
     is_transparent = alpha.histogram()[255] < alpha.width * alpha.height
     del alpha  # before the image is decoded
-    return Look(make_sample(path.name, path, ""), is_transparent)
+    return ImageFacts(make_sample(path.name, path, ""), is_transparent)
 
 
 def as_trained(path: Path, background: str, size: tuple[int, int]) -> Image.Image:
@@ -78,5 +78,5 @@ def as_trained(path: Path, background: str, size: tuple[int, int]) -> Image.Imag
     image = load_image(path, background)
     view = choose_view((image.height, image.width), size, True, False, torch.Generator())
     picture = view_image(image, view, TrainConfig().data.image_interpolation_mode)
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture

@@ -1,4 +1,4 @@
-"""The uploaded images as the trainer will see them, with what to know about each."""
+"""The uploaded images as the trainer will see them, with notes on each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.images import load_image
 
-from .captioned_folder import caption_of, version_of
-from .decoding import DECODING
+from ..uploads.captioned_folder import caption_of, version_of
+from ..uploads.decoding import DECODING
+from ..uploads.uploads import Uploads
 from .thumbnails import Thumbnails
-from .uploads import Uploads
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 _CAPTIONED_AT_ONCE = 4
@@ -23,9 +23,10 @@ _CAPTIONED_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Card:
-    """One image: as it is trained on, the user's name for it, its caption in that version, and what to know.
+    """One image: its training view, file name, caption with version, and notes.
 
-    content: another one for another image of the same number.
+    Attributes:
+        content: changes when another image gets the same number.
     """
 
     image: str
@@ -67,7 +68,7 @@ class Framing:
 
 
 def training_size(model: ModelConfig, resolution: int | None) -> int:
-    """The training size in pixels; one that is left open is the base's own, from its configs."""
+    """The training resolution in pixels; for None the base's own, from its configs."""
     if resolution is not None:
         return resolution
     from flatlora_diffusion.sdxl.shapes import native_size  # imports diffusers, which takes seconds
@@ -85,10 +86,10 @@ def framing(model: ModelConfig, resolution: int | None, background: str, has_buc
     return Framing(background, size, size_step(model))
 
 
-def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
+def load_view(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
     """All images of a session. Raises ConfigError for a bad colour."""
     images, names = uploads.images(session), uploads.names(session)
-    looks = [thumbnails.look(path) for path in images]
+    looks = [thumbnails.inspect(path) for path in images]
     samples = [look.sample for look in looks]
     twins = dict(SampleSet(samples, 0, []).duplicates())
     sizes = framed.sizes([(sample.height, sample.width) for sample in samples])
@@ -110,9 +111,12 @@ def look_at(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Fram
 
 
 def fill_captions(uploads: Uploads, session: str, captioner: Captioner, told: Callable[[int, int], None]) -> int:
-    """Caption the images that have none; returns how many. Each batch is saved, so that a stop loses little.
+    """Caption the images without a caption, and return how many.
 
-    `told` gets how many of how many are done.
+    Each batch is saved, so that an interruption loses little.
+
+    Args:
+        told: called with the number of images done and in total.
     """
     captions = uploads.captions(session)
     bare = [path for path in uploads.images(session) if not captions[path.name]]

@@ -9,8 +9,8 @@ from typing import Any
 from flatlora_diffusion.config import DEFAULT_SIGMA
 from flatlora_diffusion.evaluation.paired_statistics import paired_difference
 
-from ..reporting import percent
-from ..runs.run_cards import method_name
+from ..widgets.messages import percent
+from ..widgets.run_cards import method_name
 
 _LIMITS = (
     "That is how this one training came out. Flatter means that small changes disturb it less; whether its pictures "

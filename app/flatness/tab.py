@@ -11,28 +11,15 @@ import gradio as gr
 from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
-from ..jobs.view import STATUS_CSS, wrong
-from ..questions import ask_before, build_question
-from ..watch.ticks import only_news, signs_of
+from ..widgets.confirm import build_confirmation, confirm_before
+from ..widgets.static_files import read_static
+from ..widgets.status import STATUS_CSS, error_line
+from ..widgets.ticks import fingerprint_of, skip_unchanged
 from .view import QUICK, THOROUGH, FlatnessView
 
 _POLL_SECONDS = 1.5
 _EFFORTS = [("Quick look", QUICK), ("Thorough, with the curvature; takes many times as long", THOROUGH)]
-_CSS = """
-.fl-charts { display: grid; gap: 14px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.fl-charts figure { margin: 0; padding: 12px 14px; border-radius: 12px; border: 1px solid var(--border-color-primary);
-  background: var(--block-background-fill); min-width: 0; }
-.fl-charts svg { display: block; width: 100%; height: auto; }
-.fl-charts figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 16px; margin-top: 6px;
-  font-size: 13px; color: var(--body-text-color-subdued); }
-.fl-charts a { color: inherit; text-decoration: underline; padding: 0; margin: 0; font-size: inherit; }
-.fl-surface { width: 100%; height: 620px; border: 1px solid var(--border-color-primary); border-radius: 12px;
-  background: Canvas; color-scheme: light dark; }
-.fl-empty { padding: 48px 20px; text-align: center; border: 1px dashed var(--border-color-primary);
-  border-radius: 12px; color: var(--body-text-color-subdued); }
-.fl-empty b { display: block; margin-bottom: 6px; font-size: 17px; color: var(--body-text-color); }
-"""
+_CSS = read_static("empty.css", "flatness.css")
 
 
 def measure(view: FlatnessView, session: str, runs: list[str], effort: str) -> str:
@@ -40,16 +27,16 @@ def measure(view: FlatnessView, session: str, runs: list[str], effort: str) -> s
     try:
         view.measure(runs or [], effort, session)
     except ConfigError as error:
-        return wrong(str(error))
+        return error_line(str(error))
     return view.status()
 
 
 def refresh(
     view: FlatnessView, known: Any, chosen_runs: list[str], chosen: int | None, told_of: str
 ) -> tuple[Any, ...]:
-    """(runs, results, status, stop button, what is known, the status's HTML); what is unchanged is left alone.
+    """(runs, results, status, stop button, state, the status's HTML); unchanged outputs are skipped.
 
-    A new result is chosen when it arrives; an error that was told about a choice stays until something happens.
+    A new result is selected; an error about a choice stays until something changes.
     """
     runs, results, status = view.runs(), view.results(), view.status()
     ids, numbers = [run_id for _, run_id in runs], [number for _, number in results]
@@ -78,7 +65,7 @@ def show(view: FlatnessView, chosen: int | None) -> tuple[Any, ...]:
     try:
         result = view.result(chosen)
     except ConfigError as error:
-        return wrong(str(error)), "", gr.update(visible=False), gr.update(visible=False), ""
+        return error_line(str(error)), "", gr.update(visible=False), gr.update(visible=False), ""
     is_there = chosen is not None
     return result.charts, result.tables, gr.update(visible=is_there), gr.update(visible=is_there, open=False), ""
 
@@ -104,7 +91,7 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
         start = gr.Button("Measure", variant="primary", min_width=120, elem_id="fl-measure")
     with gr.Column(visible=False) as stopping:
         stop = gr.Button("Stop measuring", variant="stop", min_width=120, elem_id="stop-measuring")
-        question = build_question("stop-measuring", "Yes, stop and lose what was measured", "No, go on")
+        question = build_confirmation("stop-measuring", "Yes, stop and lose what was measured", "No, go on")
     status = gr.HTML("", css_template=STATUS_CSS, elem_id="fl-flatness-status")
     chosen = gr.Dropdown([], label="Measurement", visible=False)
     charts = gr.HTML(view.result(None).charts, css_template=_CSS, elem_id="fl-flatness-charts")
@@ -124,12 +111,12 @@ def build_flatness_tab(context: AppContext, load: Callable[..., Any]) -> gr.Time
         return measure(view, request.session_hash or "", runs, effort)
 
     start.click(on_measure, [runs, effort], [status], **quiet).then(**question.hidden)
-    ask_before(stop, question)
+    confirm_before(stop, question)
     question.yes.click(view.stop, None, None, **quiet).then(**question.hidden)
     chosen.change(partial(show, view), [chosen], [charts, tables, of_tables, fold, surface], **quiet)
     fold.expand(view.surface, [chosen], [surface], **quiet)
     runs.input(view.status, None, [status], **quiet)
     load(**watch)
     timer = gr.Timer(_POLL_SECONDS, active=False)
-    timer.tick(**only_news(watch, partial(signs_of, context)))
+    timer.tick(**skip_unchanged(watch, partial(fingerprint_of, context)))
     return timer

@@ -15,13 +15,13 @@ from flatlora_diffusion.config import METHODS, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..compare.comparison import finished_arms, newest_pair
-from ..compare.grid import empty_page, file_url
 from ..context import AppContext
-from ..jobs.store import Job
-from ..jobs.view import told, why_failed, why_waiting, wrong
-from ..reporting import answer_card
-from ..runs.processes import read_json
-from ..runs.run_cards import duration, method_name
+from ..process.database import Job
+from ..process.json_file import read_json
+from ..widgets.html import empty_page, file_url
+from ..widgets.messages import answer_card
+from ..widgets.run_cards import duration, method_name
+from ..widgets.status import error_line, status_line, why_failed, why_waiting
 from .answer import answer
 
 QUICK, THOROUGH = "quick", "thorough"
@@ -48,7 +48,7 @@ NO_RUNS = empty_page(
 
 @dataclass(frozen=True)
 class Result:
-    """What is shown of one measurement; the charts begin with what they say."""
+    """The outputs of one measurement; `charts` begins with its answer."""
 
     charts: str
     tables: str
@@ -62,7 +62,7 @@ class FlatnessView:
         self.context = context
 
     def runs(self) -> list[tuple[str, str]]:
-        """(what is shown, id) of the runs that can be measured, the newest first."""
+        """(label, id) of the runs that can be measured, newest first."""
         return [
             (f"{run.name} · {method_name(run.method)}", run.id)
             for run in self.context.runs.all()
@@ -70,7 +70,7 @@ class FlatnessView:
         ]
 
     def newest(self) -> list[str]:
-        """The newest fair pair, else two runs of one base and one set of images, else one run; chosen at first."""
+        """The initial choice: the newest fair pair, else two runs on one base and dataset, else one run."""
         pair = newest_pair(self.context, finished_arms(self.context))
         if len(pair) == 2 and _alike(self.context, pair[0]) == _alike(self.context, pair[1]):
             return pair
@@ -117,29 +117,29 @@ class FlatnessView:
         return jobs[0] if jobs else None
 
     def status(self) -> str:
-        """How far the measurement is, or why the last one has failed; empty when all is well."""
+        """Progress of the measurement or the last failure; empty otherwise."""
         job = self.open_job()
         if job is not None:
-            return told(why_waiting(self.context, job)) if job.state == "queued" else self._progress(job)
+            return status_line(why_waiting(self.context, job)) if job.state == "queued" else self._progress(job)
         jobs = [job for job in self.context.queue.jobs() if job.kind == "flatness" and job.state != "cancelled"]
         last = max(jobs, key=lambda one: one.id, default=None)
         if last is None or last.state == "done":
             return ""
         if last.state == "stopped":
-            return told("The last measurement was stopped.")
+            return status_line("The last measurement was stopped.")
         reason, log = why_failed(self.context, last)
-        return wrong(reason, log)
+        return error_line(reason, log)
 
     def results(self) -> list[tuple[str, int]]:
-        """(what is shown, the job's number) of the measurements that are there, the newest first."""
+        """(label, job number) of the finished measurements, newest first."""
         jobs = [job for job in self.context.queue.jobs("done") if job.kind == "flatness" and self._has_result(job)]
         return [(_title(job), job.id) for job in sorted(jobs, key=lambda job: -job.id)]
 
     def result(self, job_id: int | None) -> Result:
-        """Charts, tables and the page with the surface. Raises ConfigError when there is no such measurement."""
+        """Charts, tables and the surface page. Raises ConfigError for an unknown measurement."""
         if job_id is None:
             return Result(NOTHING if self.runs() else NO_RUNS, "", None)
-        job = self.context.runs.store.job(int(job_id))
+        job = self.context.runs.database.job(int(job_id))
         if job.kind != "flatness" or not self._has_result(job):
             raise ConfigError("that measurement is not there any more; measure again")
         folder = self.context.queue.output_of(job)
@@ -160,7 +160,9 @@ class FlatnessView:
             return ""
         page = self.result(job_id).surface
         if page is None:
-            return told("The surface was not drawn, as that needs plotly: pip install plotly, then measure again.")
+            return status_line(
+                "The surface needs plotly, which is not installed: pip install plotly, then measure again."
+            )
         title = "Loss surfaces to turn and zoom"
         text = escape(page.read_text(encoding="utf-8"))
         return f'<iframe class="fl-surface" title="{title}" sandbox="allow-scripts" srcdoc="{text}"></iframe>'
@@ -171,12 +173,12 @@ class FlatnessView:
     def _progress(self, job: Job) -> str:
         launch = self.context.queue.launch_of(job.id)
         if not launch.command_file.exists():
-            return told("Starting ...")
+            return status_line("Starting ...")
         done = sum(1 for line in launch.log(_LOG_LINES) if _MEASURED.search(line))
         count = 1 + len(job.about.get("runs", ()))
         seconds = time.time() - launch.command_file.stat().st_mtime
         text = f"Measuring: {done} of {count} done (the base and each run), for {duration(seconds)} so far."
-        return told(text, done / count)
+        return status_line(text, done / count)
 
 
 def _alike(context: AppContext, run_id: str) -> tuple[object, ...]:
@@ -199,9 +201,9 @@ def _figure(png: Path, chart: str, text: str) -> str:
 
 @lru_cache(maxsize=8)
 def _drawn(file: Path, changed: int) -> dict[str, str]:
-    """SVG of the charts of a flatness.json as it was when it `changed`, by the names of their files.
+    """SVG charts of a flatness.json by file name; `changed` is the file's modification time.
 
-    Drawn anew of the figures: no markup of a runs folder is given to the browser.
+    They are redrawn from the numbers, so that no markup from a runs folder reaches the browser.
     """
     from flatlora_diffusion.flatness.run_charts import charts_of  # imports torch and matplotlib
 

@@ -1,4 +1,4 @@
-"""The runs folder as the app sees it: which runs there are, what each is at, what may be done with it; the Runs tab.
+"""The runs folder as the app sees it: runs, their states, files and actions.
 
-Reads run folders, never the trainer. Start with `runs.py`.
+Reads run folders and knows neither the trainer nor the page. Start with `runs.py`.
 """

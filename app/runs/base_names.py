@@ -1,4 +1,4 @@
-"""What the app calls a base in lists and below pictures."""
+"""Names of bases for lists and captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flatlora_diffusion.sdxl.base_title import TINY_TITLE, is_tiny
 
 
 def base_name(name_or_path: str) -> str:
-    """`the tiny demo base`, a hub id, or the last part of a path; empty for none."""
+    """`the tiny demo base`, a hub id, or the last part of a path; empty for no base."""
     if not name_or_path:
         return ""
     return TINY_TITLE if is_tiny(ModelConfig(name_or_path)) else bare_name(name_or_path)

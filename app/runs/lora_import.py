@@ -1,8 +1,7 @@
-"""A LoRA file from elsewhere as a finished entry among the runs, so that it can be compared.
+"""Import of a LoRA file as a finished run, so that it can be compared.
 
-The file is only read, never run: its header is checked first, its shapes must be those of the base, and what is kept
-is our own copy of the factors. An entry is a run folder with `imported.json`, which
-says what file it was.
+The file is only read: its header is checked first, its shapes must fit the base, and a converted copy is stored. The
+run folder has an `imported.json` that describes the file.
 """
 
 from __future__ import annotations
@@ -21,21 +20,20 @@ from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.saved_config import portable
 
-from ..compare.picture_cache import file_hash
-from ..jobs.launch import Launch
-from ..temporary import temporary_folder
-from .names import folder_of
-from .processes import read_json
+from ..process.file_cache import file_hash
+from ..process.json_file import read_json
+from ..process.launch import Launch
+from ..process.temporary_folders import temporary_folder
+from .names import IMPORTED, folder_of
 from .runs import RunStore
 
-IMPORTED = "imported"
-MOST_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it
+MAX_BYTES = 2**30  # what one upload may have; a LoRA of rank 128 on all of SDXL in fp16 has three quarters of it
 _FILE = "imported.json"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The file that an entry was made of: the user's name for it, its hash, its layers and their ranks."""
+    """The imported file: the user's name for it, its hash, its layers and their ranks."""
 
     name: str
     sha256: str
@@ -45,7 +43,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Imported:
-    """A new entry: its run's id, how many layers it has, and how many tensors of the file no layer knows."""
+    """A new imported run: its id, its layers, and the number of tensors that belong to no layer."""
 
     run: str
     layers: int
@@ -53,14 +51,14 @@ class Imported:
 
 
 def known_bases(runs: RunStore) -> list[str]:
-    """The bases of the runs there are, the newest first, then the one that ships with the app."""
+    """The bases of existing runs, newest first, then the tiny base."""
     saved = [read_json(RunDir(run.folder).config_file).get("pretrained_model_name_or_path") for run in runs.all()]
     given = [runs.settings(run.id).get("pretrained_model_name_or_path") for run in runs.all()]
     return list(dict.fromkeys(base for base in [*given, *saved, TINY] if base))
 
 
 def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:
-    """Check and keep an uploaded file as a LoRA of `base`. Raises ConfigError, one sentence, when it cannot be."""
+    """Check and store an uploaded file as a LoRA of `base`. Raises ConfigError if it cannot be used."""
     from flatlora_diffusion.lora_tools.converting import import_file, read_lora_file
 
     _check_upload(runs, file, base)
@@ -71,16 +69,16 @@ def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:
         settings = _settings(runs, base, lora.base.unet)
         ranks = sorted({layer.rank for layer in lora.layers})
         _describe(folder, settings, Origin(file.name, file_hash(file), len(lora.layers), ranks))
-        run_id = runs.reserve(file.stem)
+        run_id = runs.paths.reserve(file.stem)
         os.replace(folder, folder_of(runs.folder, run_id))
-    launch = Launch(runs.next_launch(run_id).folder)
+    launch = Launch(runs.paths.next_launch(run_id).folder)
     launch.folder.mkdir(parents=True)
     write_json(launch.settings_file, settings)  # with the place of the base, which the run folder does not tell
     return Imported(run_id, len(lora.layers), len(lora.unknown))
 
 
 def origin_of(folder: Path) -> Origin | None:
-    """Where the entry in a run folder comes from; None for a run that was trained."""
+    """The file that a run was imported from; None for a trained run."""
     values = read_json(folder / _FILE)
     return Origin(**values) if values else None
 
@@ -90,8 +88,8 @@ def _check_upload(runs: RunStore, file: Path, base: str) -> None:
         raise ConfigError(f"{file.name} is no .safetensors file; other formats can hold code and are not read")
     if not file.is_file():
         raise ConfigError(f"{file.name} is not here any more, as uploads are kept for an hour; drop it again")
-    if file.stat().st_size > MOST_BYTES:
-        raise ConfigError(f"{file.name} has {file.stat().st_size / 2**20:.0f} MiB; {MOST_BYTES // 2**20} at most")
+    if file.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{file.name} has {file.stat().st_size / 2**20:.0f} MiB; {MAX_BYTES // 2**20} at most")
     if not base.strip():
         raise ConfigError("the base is missing; say which base the LoRA is for")
     for run in runs.all():
@@ -102,7 +100,7 @@ def _check_upload(runs: RunStore, file: Path, base: str) -> None:
 
 @contextmanager
 def _said_of(file: Path) -> Iterator[None]:
-    """Errors name the file as the user does, not where the upload happens to lie."""
+    """Name the file in errors as the user does, not by the path of the upload."""
     try:
         yield
     except ConfigError as error:
@@ -112,7 +110,7 @@ def _said_of(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _folder_beside(runs: RunStore) -> Iterator[Path]:
-    """A folder on the disk of the runs, to be renamed into them when it is complete; gone if it was not."""
+    """A temporary folder on the disk of the runs, to be renamed when it is complete."""
     with temporary_folder(runs.temporary) as place:
         folder = place / "run"
         folder.mkdir()
@@ -127,17 +125,17 @@ def _settings(runs: RunStore, base: str, unet: Any) -> dict[str, Any]:
         if values.get("pretrained_model_name_or_path") == base and values.get("resolution"):
             model = {name: values[name] for name in names if name in values}
             return {"method": IMPORTED, **model, "resolution": values["resolution"]}
-    return {"method": IMPORTED, "pretrained_model_name_or_path": base, "resolution": _own_size(base, unet)}
+    return {"method": IMPORTED, "pretrained_model_name_or_path": base, "resolution": _base_resolution(base, unet)}
 
 
-def _own_size(base: str, unet: Any) -> int:
-    """The image size of a base, in pixels: that of its latents times what its VAE shrinks by; SDXL's is 8."""
+def _base_resolution(base: str, unet: Any) -> int:
+    """The base's resolution in pixels: its latent size times the VAE's downscaling (8 for SDXL)."""
     levels = read_json(Path(base_path(base)) / "vae" / "config.json").get("block_out_channels", [0] * 4)
     return int(unet.config.sample_size) * 2 ** (len(levels) - 1)
 
 
 def _describe(folder: Path, settings: Mapping[str, Any], origin: Origin) -> None:
-    """What makes a folder with a LoRA a finished run."""
+    """Write the files that make a folder with a LoRA a finished run."""
     run = RunDir(folder)
     write_json(run.config_file, portable(settings))
     write_json(run.manifest_file, [])

@@ -11,11 +11,12 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.storage.run_dir import FOLD, MEMBER, RunDir
 
-LONGEST_NAME = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
+IMPORTED = "imported"  # the method of a LoRA from elsewhere
+MAX_NAME_LENGTH = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
 _PART = re.compile(r"[^./\\:][^/\\:]{0,199}")
-_MOST_PARTS = 8
-_MOST_FOLDERS = 10_000  # looked into, should somebody take the whole disk for the runs folder
-_LONGEST = 240  # bytes of an id as one folder name, with room for the trash's number
+_MAX_DEPTH = 8
+_MAX_FOLDERS = 10_000  # looked into, should somebody take the whole disk for the runs folder
+_MAX_ID_BYTES = 240  # bytes of an id as one folder name, with room for the trash's number
 _OF_A_RUN = re.compile(r"checkpoint-.*|images|logs")
 
 
@@ -27,14 +28,15 @@ def folder_of(root: Path, run_id: str) -> Path:
     return folder
 
 
-def is_part(name: str) -> bool:
-    """Whether a folder of this name may be a run: one that can be seen as it is, without control or format characters,
-    with which a name would look like another.
+def is_valid_part(name: str) -> bool:
+    """Whether a folder of this name may be a run.
+
+    Control and format characters are not allowed, as they make different names look alike.
     """
     return name.isprintable() and _PART.fullmatch(name) is not None
 
 
-def checked_text(what: str, text: str, most: int = LONGEST_NAME) -> str:
+def checked_text(what: str, text: str, most: int = MAX_NAME_LENGTH) -> str:
     """`text` without blanks around it. Raises ConfigError when it is too long or cannot be seen as it is."""
     text = text.strip()
     if len(text) > most:
@@ -52,13 +54,15 @@ def is_run(folder: Path) -> bool:
 
 
 def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
-    """The ids of the run folders below `root`, those that lie less deep first.
+    """The ids of the run folders below `root`, shallow folders first.
 
-    Links are not followed; hidden folders, earlier runs that were moved aside, folds and members hold none.
-    looked_into: gets the folders whose change may change the answer.
+    Skips links, hidden folders, earlier runs that were renamed, folds and members.
+
+    Args:
+        looked_into: receives the folders that the result depends on.
     """
     waiting = deque([("", root)])
-    for _ in range(_MOST_FOLDERS):
+    for _ in range(_MAX_FOLDERS):
         if not waiting:
             return
         above, folder = waiting.popleft()
@@ -81,12 +85,12 @@ def safe_name(wanted: str) -> str:
 
 
 def private_name(run_id: str) -> str:
-    """One folder name for an id."""
+    """The id as a single folder name."""
     return run_id.replace("%", "%25").replace("/", "%2F")
 
 
 def run_id_of(private: str) -> str:
-    """The id that `private_name` was made of."""
+    """The inverse of `private_name`."""
     return private.replace("%2F", "/").replace("%25", "%")
 
 
@@ -96,12 +100,12 @@ def _is_inside(root: Path, folder: Path) -> bool:
 
 def _is_id(text: str) -> bool:
     parts = text.split("/")
-    is_short = len(parts) <= _MOST_PARTS and len(private_name(text).encode(errors="replace")) <= _LONGEST
-    return is_short and all(map(is_part, parts))
+    is_short = len(parts) <= _MAX_DEPTH and len(private_name(text).encode(errors="replace")) <= _MAX_ID_BYTES
+    return is_short and all(map(is_valid_part, parts))
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in `folder` that are not hidden and not links; none in one that cannot be looked into."""
+    """The visible folders in `folder`, without links; empty if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             names = [one.name for one in entries if not one.name.startswith(".") and one.is_dir(follow_symlinks=False)]

@@ -1,4 +1,4 @@
-"""What a run that does not count its steps just now is busy with, told from its files and the lines it has printed."""
+"""The phase of a running run, such as loading or saving, from its files and log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flatlora_diffusion.storage.run_dir import RunDir
 
-from ..jobs.launch import Launch
+from ..process.launch import Launch
 from .progress import Progress
 
 LOADING = "loading the base model"
@@ -28,10 +28,14 @@ _HAS_LOADED = re.compile(r"the base is ")  # the trainer's line once the base's 
 
 
 def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_previews: bool) -> str:
-    """What a running run is doing, in words. has_previews: whether its settings ask for any."""
+    """The phase in words.
+
+    Args:
+        has_previews: whether the run's settings ask for previews.
+    """
     if run.stop_file.exists() or (launch is not None and launch.stop_file.exists()):
         return STOPPING
-    if not progress.has_begun or _is_older(run, launch):
+    if not progress.has_begun or _has_old_events(run, launch):
         return _beginning([] if launch is None else launch.log(200))
     if progress.step == 0 and has_previews and not progress.has_drawn:
         return PREVIEWS
@@ -41,20 +45,20 @@ def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_preview
 
 
 def _beginning(log: Sequence[str]) -> str:
-    """What a run is doing before its first step."""
+    """The phase before the first step."""
     for phase, begins in _IN_PART.items():
         parts = [part for line in log if (part := begins.match(line))]
         if parts:
             return phase.format(*parts[-1].groups())
-    return CACHING if _says(log, _HAS_LOADED) else LOADING
+    return CACHING if _has_line(log, _HAS_LOADED) else LOADING
 
 
-def _is_older(run: RunDir, launch: Launch | None) -> bool:
-    """Whether the run's events are all of an earlier start, which this one goes on from."""
+def _has_old_events(run: RunDir, launch: Launch | None) -> bool:
+    """Whether all events of the run are from an earlier start that this one resumes."""
     if launch is None or not run.events_file.exists() or not launch.command_file.exists():
         return False
     return run.events_file.stat().st_mtime < launch.command_file.stat().st_mtime
 
 
-def _says(log: Sequence[str], line: re.Pattern[str]) -> bool:
+def _has_line(log: Sequence[str], line: re.Pattern[str]) -> bool:
     return any(line.match(one) for one in log)

@@ -1,4 +1,4 @@
-"""How far a run is, read from its events; only what was appended since the last look is read."""
+"""The progress of a run, read from its events; each read continues after the last one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.storage.events import apply_event
+from flatlora_diffusion.storage.run_dir import RunDir
 
 RECENT_STEPS = 50
 
@@ -40,9 +41,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """One preview after `step` steps, the `place`-th of its set; those of the base have 0 steps.
+    """One preview.
 
-    prompt, seed: None in the events of earlier versions.
+    Attributes:
+        step: completed steps; 0 for the base.
+        place: index within the previews of the step.
+        prompt, seed: None in the events of earlier versions.
     """
 
     step: int
@@ -53,10 +57,10 @@ class Preview:
 
 
 class EventLog:
-    """The events of one run. Safe under several threads."""
+    """The events of one run. Thread-safe."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, run: RunDir) -> None:
+        self._path, self._images = run.events_file, run.images
         self._lock = threading.Lock()
         self._forget()
 
@@ -96,11 +100,11 @@ class EventLog:
             self._read_on()
             return sorted((event["step"], event["loss"]) for event in self._validation.values())
 
-    def previews(self, images: Path) -> list[Preview]:
-        """Each preview in the folder `images`, in order of steps."""
+    def previews(self) -> list[Preview]:
+        """The previews so far, in order of steps."""
         with self._lock:
             self._read_on()
-            return [one for _, event in sorted(self._previews.items()) for one in _previews_of(event, images)]
+            return [one for _, event in sorted(self._previews.items()) for one in _previews_of(event, self._images)]
 
     def _forget(self) -> None:
         self._offset, self._file = 0, 0

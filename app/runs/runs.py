@@ -1,6 +1,6 @@
-"""All runs of a runs folder, also those that a command line has started: what they are at, and what may be done.
+"""All runs of a runs folder, including those started from a command line: their states and actions.
 
-Below the runs folder, `.app/` is the app's own (database, launches with their logs) and `.trash/` has deleted runs.
+In the runs folder, `.app/` has the app's own files (database, launches with logs) and `.trash/` the deleted runs.
 """
 
 from __future__ import annotations
@@ -14,28 +14,33 @@ from flatlora_diffusion.config import ConfigError, completed
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
-from ..jobs.launch import LOG_LINES, Launch
-from ..jobs.store import Label, Store
-from ..watch.kept import Kept
-from ..watch.run_places import RunPlaces, Signs
+from ..process.database import Database, Label
+from ..process.file_cache import FileCache
+from ..process.json_file import read_json
+from ..process.launch import LOG_LINES, Launch
+from ..process.processes import Trainers
 from .names import checked_text, folder_of, is_run
 from .phase import phase_of
-from .processes import Trainers, read_json
-from .progress import EventLog, Preview, Progress
-from .settings import checked_config, near
-from .state import RunFiles, RunState, judge, parts_of
+from .progress import EventLog, Progress
+from .run_config import checked_config, with_relative_paths
+from .run_paths import Fingerprint, RunPaths
+from .state import RunFiles, RunState, parts_of, run_state
 from .trash import Trash
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")
-_LONGEST_NOTE = 2000
+_MAX_NOTE_LENGTH = 2000
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it is now. `log`: the last lines of a run that failed; `changed`: seconds since 1970.
+    """One run at this moment.
 
-    phase: what a running one is busy with, in words.
+    Attributes:
+        log: last lines of a failed run.
+        changed: seconds since 1970.
+        phase: the phase of a running run, in words.
+        has_parts: whether folds or members have saved something to resume from.
     """
 
     id: str
@@ -63,73 +68,57 @@ class Run:
 
 
 class RunStore:
-    """The runs below `folder`. Safe under several threads; several processes may have one each."""
+    """The runs below `folder`. Thread-safe; several processes may each have a store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.private = folder / ".app"
         self.temporary = self.private / "temporary"
-        self.store = Store(self.private / "app.db")
-        self._places = RunPlaces(folder, self.private / "runs")
-        self.trash = Trash(folder / ".trash", folder, self._places.launches, self.store)
+        self.database = Database(self.private / "app.db")
+        self.paths = RunPaths(folder, self.private / "runs")
+        self.trash = Trash(folder / ".trash", folder, self.paths.launches, self.database)
         self._logs: dict[str, EventLog] = {}
         self._trainers = Trainers()
-        self._kept: Kept[Any] = Kept()
+        self._kept: FileCache[Any] = FileCache()
 
     def all(self) -> list[Run]:
-        """All runs, the one that changed last first."""
-        queued, labels = self._queued(), self.store.labels()
-        ids = {*self._places.ids(), *queued, *self._places.launched()}
+        """All runs, most recently changed first."""
+        queued, labels = self._queued(), self.database.labels()
+        ids = {*self.paths.ids(), *queued, *self.paths.launched()}
         return sorted(
             (self._run(run_id, run_id in queued, labels.get(run_id, Label())) for run_id in ids),
             key=lambda run: -run.changed,
         )
 
     def get(self, run_id: str) -> Run:
-        """Raises ConfigError when there is no such run."""
+        """Raises ConfigError for an unknown run."""
         folder = folder_of(self.folder, run_id)
         is_queued = run_id in self._queued()
-        if not (is_run(folder) or is_queued or self.last_launch(run_id)):
+        if not (is_run(folder) or is_queued or self.paths.last_launch(run_id)):
             raise ConfigError(f"there is no run {run_id!r} in the runs folder")
-        return self._run(run_id, is_queued, self.store.labels().get(run_id, Label()))
-
-    def reserve(self, name: str) -> str:
-        """The id of a new run called `name`, or like it when that is taken; nobody else gets the same."""
-        return self._places.reserve(name)
-
-    def release(self, run_id: str) -> None:
-        """Give back an id that was never used."""
-        self._places.release(run_id)
-
-    def next_launch(self, run_id: str) -> Launch:
-        """The folder of the run's next start, not made yet."""
-        return self._places.next_launch(run_id)
-
-    def last_launch(self, run_id: str) -> Launch | None:
-        """The app's last start of the run; None for one that only command lines have started."""
-        return self._places.last_launch(run_id)
+        return self._run(run_id, is_queued, self.database.labels().get(run_id, Label()))
 
     def start(self, run_id: str, settings: Mapping[str, Any], launch: Launch) -> None:
-        """Train with `settings` in the run's folder. Raises ConfigError for settings that cannot be."""
+        """Train with `settings` in the run's folder. Raises ConfigError for wrong settings."""
         folder = folder_of(self.folder, run_id)
         config = checked_config(settings).replace(output_dir=str(folder))
         launch.folder.mkdir(parents=True)
-        write_json(launch.settings_file, near(config.to_dict()))
+        write_json(launch.settings_file, with_relative_paths(config.to_dict()))
         command = ["-m", "flatlora_diffusion", "train", "--config", str(launch.settings_file)]
         launch.start(command, RunDir(folder).stop_file)
 
-    def stop(self, run_id: str, at_once: bool = False) -> None:
-        """Ask the run to save and end after its step; `at_once` kills it, back to its last checkpoint.
+    def stop(self, run_id: str, immediately: bool = False) -> None:
+        """Ask the run to save and end after its step; with `immediately`, kill it.
 
-        Raises ConfigError when it does not run, or cannot be killed from here.
+        Raises ConfigError if it is not running, or cannot be killed from here.
         """
-        folder, launch = self._running(run_id), self.last_launch(run_id)
+        folder, launch = self._running(run_id), self.paths.last_launch(run_id)
         is_ours = launch is not None and launch.is_running()
         if launch is not None and is_ours:
-            launch.kill() if at_once else launch.ask_to_stop()
-        elif at_once:
+            launch.kill() if immediately else launch.ask_to_stop()
+        elif immediately:
             raise ConfigError(f"{run_id} was started from a command line; press Ctrl-C there")
-        if folder.is_dir() and not at_once:
+        if folder.is_dir() and not immediately:
             RunDir(folder).stop_file.touch()
 
     def save_now(self, run_id: str) -> None:
@@ -142,57 +131,50 @@ class RunStore:
     def settings(self, run_id: str) -> dict[str, Any]:
         """The run's settings by flat name, as they were given if the app has started it, else as they were saved."""
         self.get(run_id)
-        launch = self.last_launch(run_id)
+        launch = self.paths.last_launch(run_id)
         values = {} if launch is None else launch.settings()
         queued = self._queued()
         return completed(values or queued.get(run_id) or RunDir(folder_of(self.folder, run_id)).config())
 
     def clone_settings(self, run_id: str) -> dict[str, Any]:
-        """The settings for a new run like this one: its own but for its place."""
+        """The settings for a new run like this one, without its folder."""
         values = self.settings(run_id)
         return {name: value for name, value in values.items() if name not in ("output_dir", "resume_from_checkpoint")}
 
     def resume_settings(self, run_id: str) -> dict[str, Any]:
-        """The settings that let the run go on. Raises ConfigError when it cannot."""
+        """The settings that resume the run. Raises ConfigError if it is not resumable."""
         run = self.get(run_id)
         if not run.is_resumable:
             why = f"it is {run.state}" if run.checkpoints else "no checkpoint was saved; start it again from a clone"
             raise ConfigError(f"{run.name} cannot be resumed: {why}")
         return self.settings(run_id) | {"resume_from_checkpoint": "latest"}
 
-    def made_of(self, run: Run, what: str, make: Callable[[], Value]) -> Value:
-        """What `make` gives, called again only when the state or a file has changed; of a run at work each time."""
-        files = None if run.state == "running" else self._places.files(run.id)
+    def cached(self, run: Run, what: str, make: Callable[[], Value]) -> Value:
+        """The value of `make()`, cached until the state or a file of the run changes; never for a running run."""
+        files = None if run.state == "running" else self.paths.files(run.id)
         value: Value = self._kept.get((run.id, run.state, what), lambda: (make(), files))
         return value
 
-    def signs(self, run_ids: Iterable[str] | None = None) -> Signs | None:
-        """What tells that runs, jobs and labels are as they were: see `RunPlaces.signs`."""
-        return self._places.signs(self.store.files, run_ids)
+    def fingerprint(self, run_ids: Iterable[str] | None = None) -> Fingerprint | None:
+        """A fingerprint of runs, jobs and labels: see `RunPaths.fingerprint`."""
+        return self.paths.fingerprint(self.database.files, run_ids)
 
-    def losses(self, run_id: str) -> list[tuple[int, float]]:
-        """(step, loss) of each optimizer step."""
-        return self._events(run_id).losses()
-
-    def validation_losses(self, run_id: str) -> list[tuple[int, float]]:
-        """(steps done, loss of images not trained on)."""
-        return self._events(run_id).validation_losses()
-
-    def previews(self, run_id: str) -> list[Preview]:
-        """The previews so far, in order of steps."""
-        return self._events(run_id).previews(RunDir(folder_of(self.folder, run_id)).images)
+    def events(self, run_id: str) -> EventLog:
+        """The run's losses and previews. Raises ConfigError for an id outside of the runs folder."""
+        run = RunDir(folder_of(self.folder, run_id))
+        return self._logs.setdefault(run_id, EventLog(run))
 
     def log(self, run_id: str, lines: int = LOG_LINES) -> list[str]:
-        """The end of what the trainer has printed; empty for a run from a command line."""
-        launch = self.last_launch(run_id)
+        """The end of the trainer's output; empty for a run from a command line."""
+        launch = self.paths.last_launch(run_id)
         return [] if launch is None else launch.log(lines)
 
     def exports(self, run_id: str) -> dict[str, Path]:
-        """The files to download that there are: `diffusers`, `kohya` (the LoRA in both formats), `card`."""
+        """The files to download that exist: `diffusers`, `kohya` (the LoRA in both formats), `model_card`."""
         folder = folder_of(self.folder, run_id)
         run = RunDir(folder)
         name = run.lora_name(read_json(run.config_file).get("output_name"))
-        files = {"diffusers": LORA_FILE, "kohya": f"{name}.safetensors", "card": "README.md"}
+        files = {"diffusers": LORA_FILE, "kohya": f"{name}.safetensors", "model_card": "README.md"}
         return {kind: folder / file for kind, file in files.items() if (folder / file).is_file()}
 
     def size(self, run_id: str) -> int:
@@ -201,26 +183,26 @@ class RunStore:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
     def rename(self, run_id: str, name: str) -> None:
-        """Show the run as `name`, or with an empty one as its folder is called. The folder is not renamed."""
+        """Set the displayed name; an empty name resets it to the folder's. The folder is not renamed."""
         self._relabel(run_id, name=None if name.strip() == run_id else checked_text("name", name) or None)
 
     def tag(self, run_id: str, *tags: str) -> None:
         """Set the run's tags."""
-        checked_text("list of tags", ", ".join(tags), _LONGEST_NOTE)
+        checked_text("list of tags", ", ".join(tags), _MAX_NOTE_LENGTH)
         self._relabel(run_id, tags=tuple(dict.fromkeys(tag.strip() for tag in tags if tag.strip())))
 
     def note(self, run_id: str, text: str) -> None:
         """Set the run's note."""
-        checked_text("note", text.replace("\n", " "), _LONGEST_NOTE)
+        checked_text("note", text.replace("\n", " "), _MAX_NOTE_LENGTH)
         self._relabel(run_id, note=text)
 
     def delete(self, run_id: str) -> str:
         """Move the run into the trash; returns the key for `trash.undo`.
 
-        Raises ConfigError while it runs or waits, and when other runs lie in its folder and would go with it.
+        Raises ConfigError for a running or waiting run, and for a folder that contains other runs.
         """
         run = self.get(run_id)
-        inner = [one for one in self._places.ids() if one.startswith(f"{run_id}/")]
+        inner = [one for one in self.paths.ids() if one.startswith(f"{run_id}/")]
         if inner:
             more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
             raise ConfigError(f"{run.name} has other runs in its folder, {inner[0]}{more}; delete those first")
@@ -229,25 +211,25 @@ class RunStore:
         return self.trash.delete(run_id)
 
     def _run(self, run_id: str, is_queued: bool, label: Label) -> Run:
-        """The run as it is; one that has ended is looked at again only when its files have changed."""
+        """The run's state; a finished run is only read again when its files have changed."""
         run, is_trained = self._kept.get((run_id, is_queued), lambda: self._look(run_id, is_queued))
-        if self._trainers.is_at(run.folder) != is_trained:
+        if self._trainers.is_training_in(run.folder) != is_trained:
             run, _ = self._look(run_id, is_queued)[0]
         return replace(run, label=label)
 
     def _look(self, run_id: str, is_queued: bool) -> tuple[tuple[Run, bool], Iterable[str] | None]:
-        """((the run without its label, whether a trainer from a command line is at it), what it was made of)."""
+        """((the run without its label, whether a command-line trainer runs it), the files it depends on)."""
         folder = folder_of(self.folder, run_id)
-        run, launch = RunDir(folder), self.last_launch(run_id)
+        run, launch = RunDir(folder), self.paths.last_launch(run_id)
         settings = read_json(run.config_file) or ({} if launch is None else launch.settings())
-        progress = self._events(run_id).progress(settings.get("max_train_steps"))
+        progress = self.events(run_id).progress(settings.get("max_train_steps"))
         checkpoints = run.checkpoints() if folder.is_dir() else []
         files = RunFiles.of(folder, checkpoints)
-        is_trained = self._trainers.is_at(folder)
-        verdict = judge(launch, progress, files, is_queued, is_trained)
+        is_trained = self._trainers.is_training_in(folder)
+        verdict = run_state(launch, progress, files, is_queued, is_trained)
         is_running = verdict.state == "running"
         has_previews = bool(settings.get("validation_prompt") or settings.get("validation_prompts_file"))
-        places = (run.events_file, run.config_file, self._places.private(run_id))
+        places = (run.events_file, run.config_file, self.paths.private(run_id))
         found = Run(
             id=run_id,
             folder=folder,
@@ -263,15 +245,15 @@ class RunStore:
             has_parts=parts_of(folder) is not None,
             changed=max((path.stat().st_mtime for path in places if path.exists()), default=0.0),
         )
-        return (found, is_trained), None if is_running else self._places.files(run_id)
+        return (found, is_trained), None if is_running else self.paths.files(run_id)
 
     def _queued(self) -> dict[str, dict[str, Any]]:
-        """The settings of the runs that wait, also of one that the queue has taken and not launched yet."""
+        """The settings of waiting runs, and of runs that the queue has taken but not launched."""
         waiting = {}
-        for job in self.store.jobs("queued", "running"):
+        for job in self.database.jobs("queued", "running"):
             if job.run is None or not isinstance(job.settings, dict):
                 continue
-            if job.state == "queued" or self.last_launch(job.run) is None:
+            if job.state == "queued" or self.paths.last_launch(job.run) is None:
                 waiting[job.run] = job.settings
         return waiting
 
@@ -281,9 +263,5 @@ class RunStore:
             raise ConfigError(f"{run.name} does not run; it is {run.state}")
         return run.folder
 
-    def _events(self, run_id: str) -> EventLog:
-        path = RunDir(folder_of(self.folder, run_id)).events_file
-        return self._logs.setdefault(run_id, EventLog(path))
-
     def _relabel(self, run_id: str, **values: Any) -> None:
-        self.store.set_label(run_id, replace(self.get(run_id).label, **values))
+        self.database.set_label(run_id, replace(self.get(run_id).label, **values))

@@ -1,4 +1,4 @@
-"""What state a run is in, from its files and processes only, and what to do about it."""
+"""The state of a run, from its files and processes only, and advice to the user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from flatlora_diffusion.config import ConfigError, StoppedError
 from flatlora_diffusion.storage.run_dir import FOLD, LORA_FILE, MEMBER, RunDir
 
-from ..jobs.launch import Launch
+from ..process.launch import Launch
 from .progress import Progress
 
 RunState = Literal["queued", "running", "finished", "failed", "stopped", "interrupted"]
@@ -20,33 +20,45 @@ _NO_LORA = "The training ended well, but its LoRA file is gone from the run fold
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A run's state, its exit code if that is known, and what to do, empty when there is nothing to do."""
+class StateWithAdvice:
+    """A run's state, its exit code if known, and advice; empty advice if there is nothing to do."""
 
     state: RunState
     exit_code: int | None = None
     advice: str = ""
 
 
-def judge(launch: Launch | None, progress: Progress, files: RunFiles, is_queued: bool, is_trained: bool) -> Verdict:
-    """`launch`: the app's last start of the run; `is_trained`: whether a trainer from a command line is at it."""
+def run_state(
+    launch: Launch | None, progress: Progress, files: RunFiles, is_queued: bool, is_trained: bool
+) -> StateWithAdvice:
+    """Find a run's state.
+
+    Args:
+        launch: the app's last start of the run.
+        is_trained: whether a trainer that was started from a command line runs in its folder.
+    """
     if is_trained or (launch is not None and launch.is_running()):
-        return Verdict("running")
+        return StateWithAdvice("running")
     if is_queued:
-        return Verdict("queued")
+        return StateWithAdvice("queued")
     ending = None if launch is None else launch.ending()
     if launch is None or ending is None or files.changed > ending.time:  # gone on from the command line since
         return _by_events(progress, files)
     if ending.code == 0:
-        return Verdict("finished", 0) if files.has_lora else Verdict("failed", 0, _NO_LORA)
+        return StateWithAdvice("finished", 0) if files.has_lora else StateWithAdvice("failed", 0, _NO_LORA)
     if ending.code == StoppedError.exit_code or ending.was_asked:
-        return Verdict("stopped", ending.code, _go_on(files))
-    return Verdict("failed", ending.code, _failure_advice(ending.code, launch.log(1000), files))
+        return StateWithAdvice("stopped", ending.code, _go_on(files))
+    return StateWithAdvice("failed", ending.code, _failure_advice(ending.code, launch.log(1000), files))
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is in a run folder: its LoRA, the newest checkpoint's name or the folds, when the events last changed."""
+    """The contents of a run folder.
+
+    Attributes:
+        checkpoint: name of the newest checkpoint, or a description of folds and members.
+        changed: last change of the events, in seconds since 1970.
+    """
 
     has_lora: bool
     checkpoint: str | None
@@ -63,24 +75,24 @@ class RunFiles:
 
 
 def parts_of(folder: Path) -> str | None:
-    """What of a run that has not begun itself has kept something to go on from: its folds or its members."""
+    """A description of saved folds or members that a run without checkpoints can be resumed from."""
     if any(folder.glob(f"{FOLD}*/checkpoint-*")):
         return "its folds"
     kept = (*folder.glob(f"{MEMBER}*/checkpoint-*"), *folder.glob(f"{MEMBER}*/{LORA_FILE}"))
     return "its members" if kept else None
 
 
-def _by_events(progress: Progress, files: RunFiles) -> Verdict:
+def _by_events(progress: Progress, files: RunFiles) -> StateWithAdvice:
     if progress.last == "finished":
-        return Verdict("finished") if files.has_lora else Verdict("failed", None, _NO_LORA)
+        return StateWithAdvice("finished") if files.has_lora else StateWithAdvice("failed", None, _NO_LORA)
     if progress.last == "stopped":
-        return Verdict("stopped", None, _go_on(files))
+        return StateWithAdvice("stopped", None, _go_on(files))
     reason = "The training does not run any more and has not finished: its process was killed or has failed. "
-    return Verdict("interrupted", None, reason + _go_on(files))
+    return StateWithAdvice("interrupted", None, reason + _go_on(files))
 
 
 def _failure_advice(code: int, log: list[str], files: RunFiles) -> str:
-    sentence = error_sentence(log)
+    sentence = logged_error(log)
     if code == ConfigError.exit_code and sentence:
         return f"{sentence}\nCorrect this setting in a clone of the run, then start that."
     if sentence:
@@ -93,8 +105,8 @@ def _failure_advice(code: int, log: list[str], files: RunFiles) -> str:
     return f"The training ended with exit code {code}; the end of the log says where. {_go_on(files)}"
 
 
-def error_sentence(log: list[str]) -> str:
-    """What the program says last after `error: `, with the lines that belong to it; empty if it said nothing."""
+def logged_error(log: list[str]) -> str:
+    """The last `error: ` message in the log with its following lines; empty without one."""
     starts = [place for place, line in enumerate(log) if line.startswith("error: ")]
     return "\n".join(log[starts[-1] :]).removeprefix("error: ") if starts else ""
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
 
-from ..jobs.store import Deleted, Store
+from ..process.database import Database, DeletedRun
 from .names import folder_of, private_name
 
 
 class Trash:
     """The trash in `folder`, of runs in `root` whose private files are in `private`."""
 
-    def __init__(self, folder: Path, root: Path, private: Path, store: Store) -> None:
+    def __init__(self, folder: Path, root: Path, private: Path, store: Database) -> None:
         self._folder, self._root, self._private, self._store = folder, root, private, store
 
     def delete(self, run_id: str) -> str:
@@ -49,7 +49,7 @@ class Trash:
         shutil.rmtree(self._folder / key)
         self._store.forget_deleted(key)
 
-    def entries(self) -> list[Deleted]:
+    def entries(self) -> list[DeletedRun]:
         """The deleted runs that are still there, the last deleted first."""
         return [entry for entry in self._store.deleted() if (self._folder / entry.id).is_dir()]
 
@@ -58,7 +58,7 @@ class Trash:
         files = self._folder.rglob("*") if self._folder.is_dir() else []
         return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
 
-    def _entry(self, key: str) -> Deleted:
+    def _entry(self, key: str) -> DeletedRun:
         entry = next((entry for entry in self.entries() if entry.id == key), None)
         if entry is None:
             raise ConfigError("that run is not in the trash any more")

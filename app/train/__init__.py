@@ -1,4 +1,4 @@
-"""The Train tab: the form made of the settings, what a training will take, starting it.
+"""The Train tab: the form, time and memory estimates, starting and watching trainings.
 
 Start with `tab.py`.
 """

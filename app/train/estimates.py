@@ -1,4 +1,4 @@
-"""What a training will take, told before it is started: time from earlier runs, memory and disk by counting."""
+"""Estimates before a training: time from earlier runs, memory and disk from the settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatlora_diffusion.data import epochs
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import portable
 
-from ..runs.processes import read_json
+from ..process.json_file import read_json
 from ..runs.runs import RunStore
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of the steps of a training, those of its folds and members too, as fast as `run` was."""
+    """Seconds for all steps of a training, including folds and members, at the speed of `run`."""
 
     seconds: float
     seconds_per_step: float
@@ -44,7 +44,7 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes that the trainings of one start write, and that are free where the runs are."""
+    """Bytes that the trainings of one start write, and free bytes on the disk of the runs."""
 
     needed: int
     free: int
@@ -60,9 +60,9 @@ def total_steps(config: TrainConfig, images: int) -> int:
 
 
 def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstimate | None:
-    """From the last run with the same base, size and batch, of the same method if there is one; None if unknown.
+    """Estimate from the last run with the same base, size and batch; None if there is none.
 
-    A step of another method counts as so many passes as it has.
+    A run of another method is scaled by the passes of both methods.
     """
     wanted = portable(config.to_dict())
     alike = []
@@ -82,7 +82,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
 
 @lru_cache(maxsize=32)
 def memory_of(config: TrainConfig) -> MemoryEstimate | None:
-    """What the training needs on a GPU; None for settings that fit no base. Takes seconds the first time.
+    """GPU memory of the training; None for settings that fit no base. The first call takes seconds.
 
     A base that is not on this computer counts as SDXL.
     """
@@ -103,7 +103,7 @@ def has_gpu() -> bool:
 
 
 def estimate_disk(config: TrainConfig, images: int, folder: Path, arms: int = 1) -> DiskEstimate:
-    """What `arms` such trainings write into `folder`: results, checkpoints, and those of folds and members."""
+    """Bytes that `arms` trainings write into `folder`: results and checkpoints, also of folds and members."""
     from flatlora_diffusion.memory.disk import disk_need  # imports torch and diffusers
 
     with _ONE_AT_A_TIME:

@@ -15,24 +15,25 @@ from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.base_title import TINY_TITLE, base_title, is_tiny
 
-from ..browser_memory import keep_fields
 from ..context import AppContext
 from ..dataset.view import training_size
-from ..jobs.store import Job
-from ..loss_chart import CHART_CSS
-from ..questions import ask_before, ask_where, build_question
-from ..reporting import told_on_the_page
-from ..runs.live_view import NOTHING, live, recent_ids
+from ..forms.forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
+from ..forms.labels import LABELS, with_labels
+from ..process.database import Job
 from ..runs.names import checked_text
-from ..runs.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
-from ..sample_strip import STRIP_CSS, STRIP_SCRIPT
-from ..watch.ticks import only_news, signs_of
-from .acts import connect_acts
-from .bases import check_start
+from ..widgets.browser_memory import remember_fields
+from ..widgets.confirm import Confirmation, build_confirmation, confirm_after, confirm_before
+from ..widgets.loss_chart import CHART_CSS
+from ..widgets.messages import show_errors
+from ..widgets.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
+from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
+from ..widgets.static_files import read_static
+from ..widgets.ticks import fingerprint_of, skip_unchanged
+from .actions import connect_actions
+from .base_check import check_start
+from .disk_space import disk_estimate, disk_full_notice, disk_line
 from .estimates import estimate_time, has_gpu, memory_of, total_steps
-from .forms import PLACED_WITH_THE_IMAGES, PRESETS, ConfigForm, preset_settings
-from .room import no_room, room_for, room_line
-from .words import LABELS, in_form_words
+from .live_view import NOTHING, LiveOutputs, live
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHODS["flat-lora"].title, METHODS["lora"].title
 _FIRST = ("pretrained_model_name_or_path", "max_train_steps", "rank", "learning_rate", "sigma")
@@ -42,12 +43,7 @@ METHOD_HINT = (
     "Flat-LoRA adds a little noise to the base while it trains; on the tiny demo base it was no better than LoRA "
     "where both were tuned. The pair trains both with the same seed, one after the other, for the Compare tab."
 )
-# The browser shows the first three, the chosen one, and all once they are asked for: the style of #method.
-_MORE_METHODS = """() => {
-  const are_all = document.getElementById('method').classList.toggle('fl-all');
-  document.getElementById('more-methods').setAttribute('aria-expanded', are_all);
-  return {__type__: 'update', value: are_all ? 'Fewer methods' : 'More methods'};
-}"""
+_MORE_METHODS = read_static("more_methods.js")
 _PRESET_HINT = (
     "Quick look: minutes on the tiny demo base. Paper: the settings of the Flat-LoRA paper. "
     "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "
@@ -60,8 +56,12 @@ _SECONDS = 1.5
 
 @dataclass(frozen=True)
 class TrainTab:
-    """What other tabs need of this one. `timer` does not tick yet; `compare`: goes on to the Compare tab with the
-    newest runs; `summary`: the event that tells it anew.
+    """The parts that other tabs use.
+
+    Attributes:
+        timer: inactive at first.
+        compare: the button that goes on to the Compare tab with the newest runs.
+        summary: the event that updates the summary.
     """
 
     timer: gr.Timer
@@ -73,8 +73,8 @@ class TrainTab:
 
 
 def start(context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any) -> str:
-    """Queue what the form says; returns what was queued."""
-    with told_on_the_page():
+    """Queue the training that the form describes; returns a confirmation."""
+    with show_errors():
         jobs = queue_training(context, form.read(values, _name_of(method)), session, name, method == BOTH)
     names = " and ".join(html.escape(str(job.run)) for job in jobs)
     order = ", one after the other" if len(jobs) > 1 else ""
@@ -84,24 +84,24 @@ def start(context: AppContext, form: ConfigForm, session: str, name: str, method
 def start_with_room(
     context: AppContext, form: ConfigForm, session: str, name: str, method: str, *values: Any
 ) -> tuple[str, Any]:
-    """`start`, but for what the disk has no room for: what is told, and the question whether to start all the same."""
-    with told_on_the_page():
+    """Queue the training if the disk has room; else explain, and ask whether to start anyway."""
+    with show_errors():
         config, captions = _read(context, form, session, method, values)
-        disk = room_for(context, config, len(captions), _arms(method))
+        disk = disk_estimate(context, config, len(captions), _arms(method))
     if disk is not None and not disk.is_enough:
-        return no_room(disk), gr.Row(visible=True)
+        return disk_full_notice(disk), gr.Row(visible=True)
     return start(context, form, session, name, method, *values), gr.Row(visible=False)
 
 
 def queue_training(context: AppContext, config: TrainConfig, session: str, name: str, is_pair: bool) -> list[Job]:
-    """Queue one training, or a pair with Flat-LoRA's `config`, on the upload as it is now.
+    """Queue one training, or a pair with Flat-LoRA's `config`, on the current upload.
 
-    Raises ConfigError for what cannot be trained.
+    Raises ConfigError for wrong settings.
     """
     name = checked_text("name", name)
     if not name:
         raise ConfigError("the run has no name; give it one")
-    context.places.check(config)
+    context.allowed_paths.check(config)
     check_start(config)
     config = with_images(context, config, session)
     if config.data.instance_data_dir is not None:
@@ -124,12 +124,12 @@ def with_images(context: AppContext, config: TrainConfig, session: str) -> Train
 
 
 def summary(context: AppContext, form: ConfigForm, session: str, method: str, *values: Any) -> str:
-    """What would be trained, how long it takes and what it needs, or what is missing."""
+    """The planned training with its time and memory, or the reason why it cannot start."""
     try:
         config, captions = _read(context, form, session, method, values)
         lines = _facts(context, config, captions, _arms(method))
     except ConfigError as error:
-        return f'<div class="fl-card fl-bad">{html.escape(in_form_words(str(error)))}</div>'
+        return f'<div class="fl-card fl-bad">{html.escape(with_labels(str(error)))}</div>'
     return '<div class="fl-card"><b>Before the start</b><br>' + "<br>".join(lines) + "</div>"
 
 
@@ -157,23 +157,10 @@ def build_train_tab(
             told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False, elem_id="queued")
-            all_the_same = build_question("start", "Start all the same", "Do not start", "primary")
-            gr.Markdown("## Progress")
-            cards = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
-            compare = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
-            with gr.Column(visible=False) as cancelling:
-                cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
-                question = build_question("cancel-all", "Yes, cancel all that waits", "No, let them wait")
-            no_loss = gr.HTML(_NO_LOSS, visible=False, padding=False)
-            curves = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
-            samples = gr.HTML(
-                "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, elem_id="samples", visible=False, padding=False
-            )
-            chosen = gr.Radio([], label="Log of", visible=False)
-            log = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+            all_the_same = build_confirmation("start", "Start all the same", "Do not start", "primary")
+            shown, cancel, question = _build_progress()
     more.click(None, None, [more], js=_MORE_METHODS)
-    keep_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
-    seen = gr.State(None)
+    remember_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
     told_inputs = [session, method, *form.components]
     tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
     triggers = [method.change, *(item.change for item in form.components)]
@@ -183,25 +170,46 @@ def build_train_tab(
     ordered = [session, name, method, *form.components]
     room: dict[str, Any] = {"outputs": [queued, all_the_same.row], "api_visibility": "private"}
     begun = begin.click(partial(start_with_room, context, form), ordered, **room)
-    ask_where(begun, begin, all_the_same)
+    confirm_after(begun, begin, all_the_same)
     yes = all_the_same.yes.click(partial(start, context, form), ordered, [queued], api_name="start")
     yes.then(**all_the_same.hidden)
     for event in (begun, yes):
         event.then(**question.hidden)
     watch = {
         "fn": partial(live, context),
-        "inputs": [chosen, seen],
-        "outputs": [cards, chosen, curves, no_loss, samples, log, compare, cancelling, seen],
+        "inputs": [shown["log_of"], shown["seen"]],
+        "outputs": [shown[name] for name in LiveOutputs._fields],
         "show_progress": "hidden",
     }
     timer = gr.Timer(_SECONDS, active=False)
-    timer.tick(**only_news(watch, lambda: signs_of(context, recent_ids(context))), api_name="live")
+    timer.tick(**skip_unchanged(watch, lambda: fingerprint_of(context, context.queue.recent_runs())), api_name="live")
     load(**watch, api_visibility="private")
     session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
     opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
-    ask_before(cancel, question)
-    connect_acts(context, session, cards, question, watch)
-    return TrainTab(timer, compare, name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"})
+    confirm_before(cancel, question)
+    connect_actions(context, session, shown["cards"], question, watch)
+    return TrainTab(
+        timer, shown["compare"], name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"}
+    )
+
+
+def _build_progress() -> tuple[dict[str, Any], gr.Button, Confirmation]:
+    """The live view by the fields of `LiveOutputs`, the button that cancels all waiting jobs, and its confirmation."""
+    shown: dict[str, Any] = {"seen": gr.State(None)}
+    gr.Markdown("## Progress")
+    shown["cards"] = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
+    shown["compare"] = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
+    with gr.Column(visible=False) as shown["cancelling"]:
+        cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
+        question = build_confirmation("cancel-all", "Yes, cancel all that waits", "No, let them wait")
+    shown["no_loss"] = gr.HTML(_NO_LOSS, visible=False, padding=False)
+    shown["curves"] = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
+    shown["samples"] = gr.HTML(
+        "", css_template=STRIP_CSS, js_on_load=STRIP_SCRIPT, elem_id="samples", visible=False, padding=False
+    )
+    shown["log_of"] = gr.Radio([], label="Log of", visible=False)
+    shown["log"] = gr.Textbox(label="Log", lines=6, max_lines=12, autoscroll=True, elem_id="log", visible=False)
+    return shown, cancel, question
 
 
 def _place_first(form: ConfigForm) -> None:
@@ -225,9 +233,9 @@ def _place_the_rest(form: ConfigForm) -> None:
 
 
 def apply_preset(form: ConfigForm, preset: str, method: str, *values: Any) -> list[Any]:
-    """The method and the form with the preset; what it keeps is kept as it is written, a wrong value too.
+    """The method and the form with the preset; values that a preset keeps stay as typed, even if wrong.
 
-    A preset with another method than the pair's chooses it; else the choice stays.
+    A preset of a method outside of the pair selects that method; otherwise the choice stays.
     """
     settings = preset_settings(preset, dict(zip(form.by_name, values, strict=True)))
     own = METHODS[settings["method"]].title
@@ -253,12 +261,12 @@ def _arms(method: str) -> int:
 def _read(
     context: AppContext, form: ConfigForm, session: str, method: str, values: Sequence[Any]
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The config, and the captions of the upload; none where the config names other images.
+    """The config, and the captions of the upload; no captions if the config names other images.
 
-    Raises ConfigError for what cannot be trained.
+    Raises ConfigError for wrong settings.
     """
     config = form.read(values, _name_of(method))
-    context.places.check(config)
+    context.allowed_paths.check(config)
     check_start(config)
     if config.data.is_given:
         return config, {}
@@ -312,7 +320,7 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))
-    disk = room_for(context, config, count, arms)
+    disk = disk_estimate(context, config, count, arms)
     if disk is not None:
-        lines.append(room_line(disk))
+        lines.append(disk_line(disk))
     return lines

@@ -85,7 +85,7 @@ METHODS: dict[str, MethodSpec] = {
     "lora-sam": MethodSpec(
         title="LoRA-SAM",
         help="lora-sam where A and B have ascended by --rho, in two passes (arXiv:2010.01412)",
-        hint="learns from the worst place near the LoRA's own weights, at twice the time",
+        hint="SAM over the LoRA factors A and B; twice the time for each step",
         build=f"{_RIVALS}.sam:lora_sam",
         defaults={"rho": 0.003},
         passes=5.0,
@@ -96,7 +96,7 @@ METHODS: dict[str, MethodSpec] = {
     "sam": MethodSpec(
         title="SAM",
         help="sam where W has, in two passes",
-        hint="learns from the worst place near the base's weights, at twice the time; better at unknown things alone",
+        hint="SAM over the base's weights; twice the time for each step; better on subjects that the base cannot draw",
         build=f"{_RIVALS}.sam:sam",
         defaults={"rho": 0.05, "rho_rise": 0.25},
         passes=6.0,
@@ -107,7 +107,7 @@ METHODS: dict[str, MethodSpec] = {
     "bi-lora": MethodSpec(
         title="Bi-LoRA",
         help="bi-lora beside a second LoRA that ascends and is dropped at the end (arXiv:2508.19564)",
-        hint="trains against a second LoRA that makes the task harder and is dropped at the end",
+        hint="trains against a second, adversarial LoRA that is dropped at the end",
         build=f"{_RIVALS}.bi_lora:bi_lora",
         defaults={"rho": 0.05},
         passes=3.0,
@@ -119,7 +119,7 @@ METHODS: dict[str, MethodSpec] = {
     "nbar": MethodSpec(
         title="nBAR",
         help="nbar balances A and B by their gradients (arXiv:2410.14802)",
-        hint="keeps the two halves of the LoRA in balance, by how strongly each is pulled",
+        hint="balances the LoRA factors A and B by the norms of their gradients",
         build=f"{_RIVALS}.balance:balanced",
         defaults={"bar_strength": 0.25},
         excludes=("adalora", "full", "lora-pro"),

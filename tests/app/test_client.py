@@ -32,8 +32,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 def test_upload_start_status_and_generate(client: Client) -> None:
     icons = sorted((SAMPLES / "icons_3d").glob("*.png"))[:2]
     files = [handle_file(str(path)) for icon in icons for path in (icon, icon.with_suffix(".txt"))]
-    session, _, refused = call_endpoint(client, "/upload", __session="", __files=files)
-    assert refused == ""
+    session, _, rejected = call_endpoint(client, "/upload", __session="", __files=files)
+    assert rejected == ""
     told = call_endpoint(client, "/summary", __session=session, Train="LoRA", Steps="2")
     assert "2 images, captions 2/2" in told
     assert "2 steps" in told

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from app.context import AppContext, make_context
-from app.dataset.removal import bring_back
+from app.dataset.removal import restore_removed
 from app.dataset.tab import load_samples_icons, prefer_upload, upload
-from app.runs.clone import clone_run
-from app.runs.tab import clone
+from app.forms.forms import ConfigForm
+from app.runs_tab.clone import clone_run
+from app.runs_tab.tab import clone
 from app.settings import AppSettings
-from app.train.forms import ConfigForm
 from app.train.tab import FLAT, PLAIN, queue_training, summary, with_images
 from app.ui import build_app
 from flatlora_diffusion.config import ConfigError, TrainConfig
@@ -92,16 +92,16 @@ def test_images_that_come_after_a_clone_are_trained_on_and_those_before_it_come_
     values = clone_run(context, session, str(job.run)).settings
     trained = with_images(context, form.read(form.write(values), "flat-lora"), mine).data.instance_data_dir
     assert sorted(path.name for path in Path(str(trained)).glob("*.png")) == ["0001.png", "0002.png"]
-    bring_back(context, mine)
+    restore_removed(context, mine)
     assert len(context.uploads.images(mine)) == 23
-    bring_back(context, mine)
+    restore_removed(context, mine)
     assert list(context.uploads.names(mine).values()) == ["fox.png", "owl.png"]
     context.uploads.clear(mine)
     assert context.uploads.images(mine) == []
-    bring_back(context, mine)
+    restore_removed(context, mine)
     assert len(context.uploads.images(mine)) == 2
     with pytest.raises(gr.Error, match="no images were removed"):
-        bring_back(context, mine)
+        restore_removed(context, mine)
 
 
 def test_a_run_on_a_folder_keeps_it_until_new_images_come(context: AppContext, icons: Path, tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ from app.compare.tab import refresh, show_trained
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
-from app.jobs.store import Job, JobState, NewJob, Store
-from app.reporting import percent
+from app.process.database import Database, Job, JobState, NewJob
 from app.settings import AppSettings
-from app.theme import COLOURS
+from app.widgets.messages import percent
+from app.widgets.theme import COLOURS
 from flatlora_diffusion.config import SAMPLES, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
@@ -51,7 +51,7 @@ def view(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     yield view
     queue = view.context.queue
     for job in queue.jobs("queued", "running"):
-        queue.stop(job.id, at_once=True)
+        queue.stop(job.id, immediately=True)
     queue.close()
 
 
@@ -130,7 +130,7 @@ def _vote_on(view: CompareView) -> None:
     assert not votes.page(ballot).is_open
     assert "ties: 1" in votes.page(ballot).count
     assert "&lt;i&gt;" in votes.page(replace(ballot, first="<i>")).count
-    assert [vote.choice for vote in view.context.runs.store.votes()] == ["tie"]
+    assert [vote.choice for vote in view.context.runs.database.votes()] == ["tie"]
     with pytest.raises(ConfigError, match="two different columns"):
         votes.start(FORM, ("base", "base"), "Which one?", 1, "me")
 
@@ -170,13 +170,13 @@ class Rows:
 
 def test_the_queue_is_not_asked_for_each_picture(view: CompareView, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
-    jobs = view.context.runs.store.jobs
+    jobs = view.context.runs.database.jobs
 
-    def noted(_: Store, *states: JobState) -> list[Job]:
+    def noted(_: Database, *states: JobState) -> list[Job]:
         asked.append(states)
         return jobs(*states)
 
-    monkeypatch.setattr(Store, "jobs", noted)
+    monkeypatch.setattr(Database, "jobs", noted)
     counts = []
     for prompts in ("a", "a fox", "\n".join("bcdefghi")):  # the first look at the runs asks more
         asked.clear()
@@ -189,7 +189,7 @@ def test_the_queue_is_not_asked_for_each_picture(view: CompareView, monkeypatch:
 def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:
     view.draw(FORM, "me")
     for job in view.context.queue.jobs("queued"):
-        view.context.runs.store.change_job(job.id, "queued", state="failed", error="the disk is full", exit_code=1)
+        view.context.runs.database.change_job(job.id, "queued", state="failed", error="the disk is full", exit_code=1)
     assert "the disk is full. Press Draw to try again" in view.show(FORM).status
     assert len(view.draw(FORM, "me")) == 1
 
@@ -244,7 +244,7 @@ def test_what_is_shown_already_is_not_sent_again(view: CompareView) -> None:
 
 def test_the_way_on_from_a_training_chooses_what_was_trained_last(view: CompareView) -> None:
     """Not the newest pair, when it was a single run."""
-    store, folder = view.context.runs.store, view.context.runs.folder
+    store, folder = view.context.runs.database, view.context.runs.folder
     shutil.copytree(folder / "icons-lora", folder / "later")
     (job,) = store.add_jobs([NewJob("train", {}, "me", "later")])
     store.change_job(job.id, "queued", state="done")

@@ -19,15 +19,15 @@ from PIL import Image
 from app.context import AppContext, make_context
 from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
 from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
-from app.dataset.captions import captions_from_names
 from app.dataset.cards import card_functions, cards_page
 from app.dataset.layout import build_intake
 from app.dataset.removal import remove_all
 from app.dataset.tab import load_samples_icons, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
-from app.dataset.view import DatasetView, Framing, fill_captions, look_at, training_size
+from app.dataset.view import DatasetView, Framing, fill_captions, load_view, training_size
+from app.forms.forms import ConfigForm, preset_settings
 from app.settings import AppSettings
-from app.train.forms import ConfigForm, preset_settings
+from app.uploads.captions import captions_from_names
 from flatlora_diffusion.config import SAMPLES, ModelConfig
 
 
@@ -48,10 +48,10 @@ def test_names_outlive_the_page_and_go_with_their_image(context: AppContext, tmp
     again = make_context(context.settings)
     assert again.uploads.names(session) == {"0001.png": "Sea fox.png", "0002.png": "owl.png"}
     _, remove, _ = card_functions(again)
-    assert remove({"session": session, "image": "0001.png"}) == {"told": ""}
+    assert remove({"session": session, "image": "0001.png"}) == {"message": ""}
     assert again.uploads.names(session) == {"0002.png": "owl.png"}
-    assert "not among yours" in remove({"session": session, "image": "0001.png"})["told"]
-    assert "reload the page" in remove({"session": "../../x", "image": "0001.png"})["told"]
+    assert "not among yours" in remove({"session": session, "image": "0001.png"})["message"]
+    assert "reload the page" in remove({"session": "../../x", "image": "0001.png"})["message"]
     again.uploads.clear(session)
     assert again.uploads.names(session) == {}
 
@@ -127,16 +127,16 @@ def test_thumbnails_are_made_once_for_the_same_content(
 
     monkeypatch.setattr("app.dataset.thumbnails.as_trained", counted)
     session = session_of(context, tmp_path / "in", ("a.png", (64, 64)), ("b.png", (64, 64)))
-    first = look_at(context.uploads, thumbnails, session, Framing("white", 32))
+    first = load_view(context.uploads, thumbnails, session, Framing("white", 32))
     other = Thumbnails(thumbnails.folder)  # as after a restart
-    second = look_at(context.uploads, other, session, Framing("white", 32))
+    second = load_view(context.uploads, other, session, Framing("white", 32))
     assert len(made) == 2
     assert [one.picture.tobytes() for one in first.cards] == [one.picture.tobytes() for one in second.cards]
-    look_at(context.uploads, other, session, Framing("white", 16))
+    load_view(context.uploads, other, session, Framing("white", 16))
     assert len(made) == 4
     path = context.uploads.images(session)[0]
     Image.new("RGB", (64, 64), "red").save(path)
-    shown = look_at(context.uploads, other, session, Framing("white", 32)).cards[0].picture
+    shown = load_view(context.uploads, other, session, Framing("white", 32)).cards[0].picture
     assert shown.getpixel((5, 5)) == (255, 0, 0)
 
 
@@ -236,8 +236,8 @@ def test_a_card_saves_its_caption_only_over_the_one_it_has_shown(context: AppCon
         {"session": None},
     ):
         told = save(mine | {"version": late["version"]} | wrong)
-        assert told["told"].startswith("Not saved: "), wrong
-        assert told["is_again"] is False, "it would be refused for ever"
+        assert told["message"].startswith("Not saved: "), wrong
+        assert told["can_retry"] is False, "it would be refused for ever"
 
 
 def test_what_is_typed_into_a_card_in_one_stay_is_one_change_to_undo(context: AppContext, tmp_path: Path) -> None:
@@ -277,16 +277,16 @@ def test_cards_tell_every_error_as_a_sentence(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("app.dataset.uploads.write_text", full)
+    monkeypatch.setattr("app.uploads.uploads.write_text", full)
     told = save({"session": session, "image": "0001.png", "version": version, "text": "a red fox"})
-    assert (told["told"], told["is_again"]) == (
+    assert (told["message"], told["can_retry"]) == (
         "Not saved: the disk is full; free some room on it, then try again",
         True,
     )
     for function in (save, remove, enlarge):
         answer = function(None)  # type: ignore[arg-type]
-        assert "AttributeError" in answer["told"]
-        assert answer["is_again"]
+        assert "AttributeError" in answer["message"]
+        assert answer["can_retry"]
 
 
 def test_a_picture_is_enlarged_to_all_of_what_was_dropped(context: AppContext, tmp_path: Path) -> None:
@@ -294,14 +294,14 @@ def test_a_picture_is_enlarged_to_all_of_what_was_dropped(context: AppContext, t
     *_, enlarge = card_functions(context)
     wide, small = (enlarge({"session": session, "image": f"000{number}.png"}) for number in (1, 2))
     assert [pictures_of(one["picture"] + '"')[0].size for one in (wide, small)] == [(1600, 400), (100, 80)]
-    assert [one["told"] for one in (wide, small)] == ["2000 x 500 pixels", "100 x 80 pixels"]
-    assert "not among yours" in enlarge({"session": session, "image": "../names.json"})["told"]
+    assert [one["message"] for one in (wide, small)] == ["2000 x 500 pixels", "100 x 80 pixels"]
+    assert "not among yours" in enlarge({"session": session, "image": "../names.json"})["message"]
 
 
 def test_images_are_shown_though_no_thumbnail_can_be_kept(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)))
     (tmp_path / "file").touch()
-    shown = look_at(context.uploads, Thumbnails(tmp_path / "file"), session, Framing("white", 32))
+    shown = load_view(context.uploads, Thumbnails(tmp_path / "file"), session, Framing("white", 32))
     assert shown.cards[0].picture.size == (32, 32)
 
 
@@ -361,7 +361,7 @@ def test_a_change_of_all_captions_is_undone_at_once(context: AppContext, tmp_pat
 
 
 def view_of(context: AppContext, session: str, folder: Path) -> DatasetView:
-    return look_at(context.uploads, Thumbnails(folder / "thumbnails"), session, Framing("white", 32))
+    return load_view(context.uploads, Thumbnails(folder / "thumbnails"), session, Framing("white", 32))
 
 
 def pictures_of(cards: str) -> list[Image.Image]:

@@ -34,7 +34,7 @@ def view(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     yield view
     queue = view.context.queue
     for job in queue.jobs("queued", "running"):
-        queue.stop(job.id, at_once=True)
+        queue.stop(job.id, immediately=True)
     queue.close()
 
 
@@ -100,7 +100,7 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
     choices = refresh(again, None, [], None, "")
     assert (choices[1]["value"], choices[1]["visible"]) == (number, True)
     assert refresh(again, choices[4], PAIR, number, "")[1].keys() == {"__type__"}  # left alone
-    file = again.context.queue.output_of(again.context.runs.store.job(number)) / "flatness.json"
+    file = again.context.queue.output_of(again.context.runs.database.job(number)) / "flatness.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"figures": [{"name": "<script>"}]}))
     assert "another version" in show(again, number)[0]
     file.write_text(json.dumps({"figures": 1}))

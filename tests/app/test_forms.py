@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from app.train.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
-from app.train.words import HELP, LABELS, in_form_words
+from app.forms.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
+from app.forms.labels import HINTS, LABELS, with_labels
 from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig, help_of, setting_hints
 
 
@@ -17,14 +17,30 @@ def form() -> ConfigForm:
     return ConfigForm()
 
 
-def test_labels_and_help_are_in_plain_words(form: ConfigForm) -> None:
-    """No names of flags or columns, no symbols of the paper; what is quoted is to be typed as it is."""
+def test_labels_and_help_name_no_flags(form: ConfigForm) -> None:
     assert set(LABELS) == set(form.by_name)
+    assert set(HINTS) < set(LABELS)
     labels = [part.label for part in form.by_name.values()]
     assert len(set(labels)) == len(labels)
     for name, part in form.by_name.items():
-        assert not re.search(r"_|--|\beps\b|\bW\b|arXiv", part.label), name
-        assert not re.search(r"--|\beps\b|\bW\b", part.info), (name, part.info)
+        assert not re.search(r"_|--", part.label), name
+        assert "--" not in part.info, (name, part.info)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("lora_alpha", "LoRA alpha"),
+        ("use_dora", "DoRA"),
+        ("lr_warmup_steps", "LR warmup steps"),
+        ("class_data_dir", "Class data folder"),
+        ("max_grad_norm", "Max gradient norm"),
+        ("adam_epsilon", "Adam epsilon"),
+        ("gradient_checkpointing", "Gradient checkpointing"),
+    ],
+)
+def test_a_label_is_the_term_of_the_field(name: str, label: str) -> None:
+    assert LABELS[name] == label
 
 
 def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm) -> None:
@@ -36,7 +52,7 @@ def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm
             if item.name in DECIDED_BY_THE_APP:
                 continue
             info = form.by_name[item.name].info
-            assert info.startswith(HELP.get(item.name, help_of(item, hints[item.name])))
+            assert info.startswith(with_labels(HINTS.get(item.name, help_of(item, hints[item.name]))))
             for bound in (item.metadata["min"], item.metadata["max"]):
                 assert bound is None or str(bound) in info
 
@@ -77,21 +93,21 @@ def test_a_wrong_value_is_one_sentence(form: ConfigForm, name: str, value: objec
         ("pretrained_model_name_or_path='x' has no text_encoder_2", "Base model = 'x' has no text_encoder_2"),
         (
             "--use_8bit_adam is for --optimizer adamw; leave it out",
-            "“AdamW in 8 bits” is for “Optimizer” adamw; leave it out",
+            "“8-bit Adam” is for “Optimizer” adamw; leave it out",
         ),
         (
             "--method sam has no sigma, but sigma=0.1 was given",
-            "“Train” sam has no sigma, but Sigma (noise of Flat-LoRA) = 0.1 was given",
+            "“Train” sam has no sigma, but Flat-LoRA sigma = 0.1 was given",
         ),
         ("train with a smaller checkpointing_steps", "train with a smaller “Steps between checkpoints”"),
         ("there is no file '/a/rank=2/--seed' there", "there is no file '/a/rank=2/--seed' there"),
-        ("SDXL's own --resolution isn't a seed", "SDXL's own “Size in pixels” isn't a seed"),
+        ("SDXL's own --resolution isn't a seed", "SDXL's own “Resolution” isn't a seed"),
         ("give --output_dir, or --data_dir", "give --output_dir, or --data_dir"),
     ],
 )
 def test_an_error_names_settings_as_the_form_does(text: str, told: str) -> None:
     """What is quoted is the user's; words that are also names of settings stay."""
-    assert in_form_words(text) == told
+    assert with_labels(text) == told
 
 
 def test_each_rival_has_a_hint_in_plain_words() -> None:

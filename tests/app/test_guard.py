@@ -18,9 +18,9 @@ from starlette.testclient import TestClient
 from starlette.types import Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app.doors.guard import Doors, Guard
-from app.doors.login_limit import FORGOTTEN_AFTER, LONGEST_PAUSE, LONGEST_WAIT, UNHINDERED, LoginLimit
-from app.doors.upload_room import KEPT_SECONDS, UploadRoom
+from app.server.guard import Guard, GuardMiddleware
+from app.server.login_limit import FORGET_AFTER, FREE_TRIES, MAX_PAUSE, MAX_WAIT, LoginLimit
+from app.server.upload_limit import MAX_AGE_SECONDS, UploadLimit
 from app.settings import AppSettings, parse_settings
 from flatlora_diffusion.config import ConfigError
 
@@ -85,12 +85,12 @@ def client(tmp_path: Path, limit: LoginLimit) -> Iterator[TestClient]:
         WebSocketRoute("/socket", socket),
         Route("/{path:path}", answer, methods=every),
     ]
-    room = UploadRoom(tmp_path / "uploads", most_bytes=100)
-    guard = Guard(AppSettings().own_names, [runs], [runs / ".app"], room, is_logged_in)
+    room = UploadLimit(tmp_path / "uploads", most_bytes=100)
+    guard = Guard(AppSettings().host_names, [runs], [runs / ".app"], room, is_logged_in)
     guard.logins = limit
     for host in ("my-box", "flat.example.org:8443"):
-        guard.admit(host)
-    app = Doors(Starlette(routes=routes), guard)
+        guard.allow_host(host)
+    app = GuardMiddleware(Starlette(routes=routes), guard)
     with TestClient(app, base_url="http://127.0.0.1:7860", client=("10.0.0.1", 5)) as client:
         yield client
 
@@ -187,9 +187,9 @@ def test_a_websocket_of_others_is_not_opened(client: TestClient, headers: dict[s
     own = {"Host": "127.0.0.1:7860"}
     with client.websocket_connect("/socket", headers=own):
         pass
-    with pytest.raises(WebSocketDisconnect) as refused, client.websocket_connect("/socket", headers=own | headers):
+    with pytest.raises(WebSocketDisconnect) as rejected, client.websocket_connect("/socket", headers=own | headers):
         pass
-    assert refused.value.code == 1008
+    assert rejected.value.code == 1008
 
 
 def test_files_of_the_runs_folder_are_shown_as_pictures_or_saved_but_never_run(
@@ -232,7 +232,7 @@ def guess(client: TestClient, password: str) -> int:
 
 
 def test_a_right_password_is_let_in_after_any_number_of_wrong_ones(client: TestClient, limit: LoginLimit) -> None:
-    assert [guess(client, "wrong") for _ in range(UNHINDERED)] == [400] * UNHINDERED
+    assert [guess(client, "wrong") for _ in range(FREE_TRIES)] == [400] * FREE_TRIES
     assert guess(client, "right") == 200  # a second later
     assert limit.seconds_to_wait("10.0.0.1") == 0  # it forgets the wrong ones before it
     assert client.get("/config").status_code == 200
@@ -240,11 +240,11 @@ def test_a_right_password_is_let_in_after_any_number_of_wrong_ones(client: TestC
 
 def test_each_further_wrong_password_of_a_client_is_checked_later(clock: Clock, limit: LoginLimit) -> None:
     waits = []
-    for _ in range(UNHINDERED + 8):
+    for _ in range(FREE_TRIES + 8):
         waits.append(limit.seconds_to_wait("10.0.0.1"))
         clock.now += waits[-1]
-    assert waits == [0] * UNHINDERED + [1, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
-    clock.now += FORGOTTEN_AFTER + LONGEST_PAUSE
+    assert waits == [0] * FREE_TRIES + [1, 2, 4, 8, 16, MAX_PAUSE, MAX_PAUSE, MAX_PAUSE]
+    clock.now += FORGET_AFTER + MAX_PAUSE
     assert limit.seconds_to_wait("10.0.0.1") == 0
 
 
@@ -252,13 +252,13 @@ def test_guesses_at_once_wait_behind_each_other_and_too_many_are_not_checked(
     client: TestClient, limit: LoginLimit, clock: Clock
 ) -> None:
     waits = [limit.seconds_to_wait("10.0.0.1") for _ in range(1000)]  # none is answered yet
-    assert waits[UNHINDERED : UNHINDERED + 5] == [1, 3, 7, 15, 31]
-    assert sum(wait <= LONGEST_WAIT for wait in waits) == UNHINDERED + 5
-    refused = client.post("/login", content="right")
-    assert refused.status_code == 429
-    wait = int(refused.headers["retry-after"])
+    assert waits[FREE_TRIES : FREE_TRIES + 5] == [1, 3, 7, 15, 31]
+    assert sum(wait <= MAX_WAIT for wait in waits) == FREE_TRIES + 5
+    rejected = client.post("/login", content="right")
+    assert rejected.status_code == 429
+    wait = int(rejected.headers["retry-after"])
     clock.now += wait
-    assert limit.seconds_to_wait("10.0.0.1") <= LONGEST_WAIT
+    assert limit.seconds_to_wait("10.0.0.1") <= MAX_WAIT
 
 
 def test_no_client_waits_for_what_another_guesses(limit: LoginLimit) -> None:
@@ -269,7 +269,7 @@ def test_no_client_waits_for_what_another_guesses(limit: LoginLimit) -> None:
 
 
 def test_a_network_of_ipv6_is_one_client_and_an_ipv4_address_is_one_in_both_spellings(limit: LoginLimit) -> None:
-    for number in range(UNHINDERED):
+    for number in range(FREE_TRIES):
         assert limit.seconds_to_wait(f"2001:db8::{number:x}") == 0
         assert limit.seconds_to_wait("10.0.0.1" if number % 2 else "::ffff:10.0.0.1") == 0
     assert limit.seconds_to_wait("2001:db8::ffff:1") > 0
@@ -320,7 +320,7 @@ def test_uploads_have_room_together_and_old_ones_make_it(
 
 
 def test_what_is_still_to_come_counts_and_what_was_broken_off_goes_with_time(tmp_path: Path, clock: Clock) -> None:
-    room = UploadRoom(tmp_path, most_bytes=100, clock=clock)
+    room = UploadLimit(tmp_path, most_bytes=100, clock=clock)
     with room.receive(60) as first:
         assert first is not None
         (tmp_path / "tmpabc").write_bytes(b"x" * 50)
@@ -330,7 +330,7 @@ def test_what_is_still_to_come_counts_and_what_was_broken_off_goes_with_time(tmp
             assert second is None
         with room.receive(40) as third:
             assert third is not None
-    clock.now += KEPT_SECONDS - 1
+    clock.now += MAX_AGE_SECONDS - 1
     room.sweep()
     assert (tmp_path / "tmpabc").exists()
     clock.now += 2
@@ -352,9 +352,9 @@ def test_hosts_and_folders_are_given_once_or_more(tmp_path: Path) -> None:
     assert settings.behind_proxy == ("10.0.0.0/8", "::1")
     assert (settings.allowed_host, settings.data_dir) == (("a", "[fe80::1]:80"), (str(tmp_path),))
     assert (
-        {"127.0.0.1", "localhost", "[::1]"} == set(AppSettings().own_names) == set(AppSettings(host="::1").own_names)
+        {"127.0.0.1", "localhost", "[::1]"} == set(AppSettings().host_names) == set(AppSettings(host="::1").host_names)
     )
-    assert "box" in AppSettings(host="box", auth="a:b").own_names
+    assert "box" in AppSettings(host="box", auth="a:b").host_names
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import traceback
 
 import pytest
 
-from app.logs import MOST_LETTERS, ShortLines, readable_log
+from app.server.logs import MAX_LINE_LENGTH, ShortLines, readable_log
 
 
 def fail(text: str) -> None:
@@ -26,12 +26,12 @@ def test_lines_are_cut_however_they_are_written() -> None:
     long = "x" * 10_000
     for text in ("short\n", f"{long}\nnext\n", long, long, "\n"):
         lines.write(text)
-    for text in ("a" * MOST_LETTERS, "\r\n", "b" * MOST_LETTERS, "b\n"):
+    for text in ("a" * MAX_LINE_LENGTH, "\r\n", "b" * MAX_LINE_LENGTH, "b\n"):
         lines.write(text)
     print("in", "pieces", "y" * 1000, file=lines)
-    full = "x" * MOST_LETTERS + " ..."
-    expected = ["short", full, "next", full, "a" * MOST_LETTERS, "b" * MOST_LETTERS + " ..."]
-    assert written.getvalue().splitlines() == [*expected, ("in pieces " + "y" * 1000)[:MOST_LETTERS] + " ..."]
+    full = "x" * MAX_LINE_LENGTH + " ..."
+    expected = ["short", full, "next", full, "a" * MAX_LINE_LENGTH, "b" * MAX_LINE_LENGTH + " ..."]
+    assert written.getvalue().splitlines() == [*expected, ("in pieces " + "y" * 1000)[:MAX_LINE_LENGTH] + " ..."]
 
 
 def test_lines_of_several_threads_stay_short() -> None:
@@ -42,7 +42,7 @@ def test_lines_of_several_threads_stay_short() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {len(line) for line in written.getvalue().splitlines()} == {MOST_LETTERS + 4}
+    assert {len(line) for line in written.getvalue().splitlines()} == {MAX_LINE_LENGTH + 4}
 
 
 def test_a_traceback_is_printed_once_and_then_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_a_traceback_is_printed_once_and_then_in_one_line(capsys: pytest.Capture
     assert f"{__file__}:" in again[0]
     assert "number 1 of a long" in again[0]
     assert len(told) <= 49 + 6
-    assert max(map(len, told)) <= MOST_LETTERS + 4
+    assert max(map(len, told)) <= MAX_LINE_LENGTH + 4
 
 
 def test_what_is_logged_is_cut_too_and_all_is_as_before_after_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,5 +67,5 @@ def test_what_is_logged_is_cut_too_and_all_is_as_before_after_it(capsys: pytest.
         logging.getLogger("a-library").error("w" * 9000)
         logging.getLogger("a-library").removeHandler(handler)
         assert sys.stderr.isatty() == before[0].isatty()
-    assert capsys.readouterr().err == "w" * MOST_LETTERS + " ...\n"
+    assert capsys.readouterr().err == "w" * MAX_LINE_LENGTH + " ...\n"
     assert before == (sys.stderr, sys.stdout, traceback.print_exc)

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from app.compare.view import BY_PROMPT, CompareView, Form
 from app.context import AppContext, make_context
 from app.flatness.view import FlatnessView
+from app.forms.forms import ConfigForm
 from app.runs.lora_import import import_lora_file, known_bases, origin_of
-from app.runs.tab import clone, delete, details, refresh, take_lora, undo
-from app.runs.trash_tab import delete_for_good, look
-from app.runs.workbench import NEWEST, rows_of
+from app.runs_tab.run_list import NEWEST, rows_of
+from app.runs_tab.tab import clone, delete, details, refresh, take_lora, undo
+from app.runs_tab.trash import delete_for_good, look
 from app.settings import AppSettings
-from app.train.forms import ConfigForm
 from flatlora_diffusion.adapter.delta import difference, norm
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.reading import import_lora
@@ -133,9 +133,9 @@ def test_hostile_and_foreign_files_leave_nothing_behind(
     context: AppContext, upload: Path, base: Path, spoil: object, message: str
 ) -> None:
     spoil(upload)  # type: ignore[operator]
-    with pytest.raises(ConfigError, match=message) as refused:
+    with pytest.raises(ConfigError, match=message) as rejected:
         import_lora_file(context.runs, upload, str(base))
-    assert str(upload.parent) not in str(refused.value)  # the user knows the file by its name only
+    assert str(upload.parent) not in str(rejected.value)  # the user knows the file by its name only
     assert {run.id for run in context.runs.all()} == {"icons-lora", "icons-flat-lora"}
     assert not any(context.runs.temporary.iterdir())
 

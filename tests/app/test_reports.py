@@ -13,9 +13,9 @@ from made_up_comparison import made_up_comparison, with_pictures
 from tiny_runs import age
 
 from app.context import AppContext
-from app.reports.report import report_of
-from app.reports.tab import offer, toggle
-from app.runs.workbench import rows_of
+from app.runs.reports import report_of
+from app.runs_tab.report import offer, toggle
+from app.runs_tab.run_list import rows_of
 from flatlora_diffusion.compare.page.page import write_compare_page
 
 RUN = "demo/lora/seed-0"

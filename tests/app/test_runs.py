@@ -17,8 +17,9 @@ import pytest
 from patience import HANGS, wait_until
 
 from app.compare.comparison import _pair_by_name
-from app.jobs.store import Label
-from app.runs.processes import Trainers, identity, is_alive, kill_tree, read_json
+from app.process.database import Label
+from app.process.json_file import read_json
+from app.process.processes import Trainers, identity, is_alive, kill_tree
 from app.runs.runs import Run, RunStore
 from app.settings import AppSettings
 from flatlora_diffusion.compare.arms import parse_arm, plan_runs
@@ -44,13 +45,13 @@ def settings(base: Path, icons: Path) -> dict[str, Any]:
 
 
 def begin(runs: RunStore, name: str, settings: dict[str, Any]) -> str:
-    run_id = runs.reserve(name)
-    runs.start(run_id, settings, runs.next_launch(run_id))
+    run_id = runs.paths.reserve(name)
+    runs.start(run_id, settings, runs.paths.next_launch(run_id))
     return run_id
 
 
 def go_on(runs: RunStore, run_id: str) -> None:
-    runs.start(run_id, runs.resume_settings(run_id), runs.next_launch(run_id))
+    runs.start(run_id, runs.resume_settings(run_id), runs.paths.next_launch(run_id))
 
 
 def wait(runs: RunStore, run_id: str, until: Callable[[Run], bool]) -> Run:
@@ -93,17 +94,21 @@ def test_a_training_from_its_start_to_its_files(runs: RunStore, settings: dict[s
     assert (run.state, run.exit_code, run.advice, run.log) == ("finished", 0, "", ()), runs.log(run_id)
     assert (run.progress.step, run.progress.total, run.progress.fraction) == (4, 4, 1.0)
     assert run.progress.seconds_per_step is not None
-    assert [number for number, _ in runs.losses(run_id)] == [0, 1, 2, 3]
-    assert [(one.step, one.path.is_file()) for one in runs.previews(run_id)] == [(0, True), (3, True), (4, True)]
+    assert [number for number, _ in runs.events(run_id).losses()] == [0, 1, 2, 3]
+    assert [(one.step, one.path.is_file()) for one in runs.events(run_id).previews()] == [
+        (0, True),
+        (3, True),
+        (4, True),
+    ]
     assert {kind: path.name for kind, path in runs.exports(run_id).items()} == {
         "diffusers": "pytorch_lora_weights.safetensors",
         "kohya": "Löwe-3D.safetensors",
-        "card": "README.md",
+        "model_card": "README.md",
     }
     assert any("LoRA saved in" in line for line in runs.log(run_id))
     assert runs.clone_settings(run_id)["instance_data_dir"] == settings["instance_data_dir"]
     assert not {"output_dir", "resume_from_checkpoint"} & runs.clone_settings(run_id).keys()
-    assert runs.reserve("Löwe / 3D!") == "Löwe-3D-2"
+    assert runs.paths.reserve("Löwe / 3D!") == "Löwe-3D-2"
 
 
 LOOK = """
@@ -130,10 +135,12 @@ def test_another_app_process_sees_the_run_and_stops_it_and_it_goes_on(
     assert run.advice == f"Resume goes on from {run.checkpoints[-1]}."
     assert not (run.folder / "stop").exists()
     runs.start(
-        "long", runs.resume_settings("long") | {"max_train_steps": run.progress.step + 2}, runs.next_launch("long")
+        "long",
+        runs.resume_settings("long") | {"max_train_steps": run.progress.step + 2},
+        runs.paths.next_launch("long"),
     )
     assert wait(runs, "long", ended).state == "finished", runs.log("long")
-    assert len(runs.losses("long")) == run.progress.step + 2
+    assert len(runs.events("long").losses()) == run.progress.step + 2
 
 
 @pytest.mark.long
@@ -149,12 +156,12 @@ def test_a_run_can_be_ended_at_once_and_starts_without_the_login(
 ) -> None:
     monkeypatch.setenv("FLATLORA_AUTH", "ann:secret")
     begin(runs, "oops", settings)
-    launch = runs.last_launch("oops")
+    launch = runs.paths.last_launch("oops")
     assert launch is not None
     if sys.platform == "linux":
         supervisor = psutil.Process(read_json(launch.supervisor_file)["pid"])
         assert "FLATLORA_AUTH" not in supervisor.environ()
-    runs.stop("oops", at_once=True)
+    runs.stop("oops", immediately=True)
     run = wait(runs, "oops", ended)
     assert (run.state, run.is_resumable) == ("stopped", False)
     assert run.advice == "No checkpoint was saved, so start it again from a clone."
@@ -166,7 +173,7 @@ def test_a_killed_trainer_is_a_failed_run_that_can_be_resumed(runs: RunStore, se
         runs, "killed", settings | {"max_train_steps": 10_000, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
     )
     wait(runs, "killed", lambda run: len(run.checkpoints) == 2)
-    launch = runs.last_launch("killed")
+    launch = runs.paths.last_launch("killed")
     assert launch is not None
     kill_tree(read_json(launch.trainer_file))
     run = wait(runs, "killed", ended)
@@ -179,7 +186,7 @@ def test_a_killed_trainer_is_a_failed_run_that_can_be_resumed(runs: RunStore, se
     assert any("%|" in line for line in run.log)
     go_on(runs, "killed")
     wait(runs, "killed", lambda now: now.progress.step > run.progress.step + 1)
-    supervisor = read_json(runs.last_launch("killed").supervisor_file)  # type: ignore[union-attr]
+    supervisor = read_json(runs.paths.last_launch("killed").supervisor_file)  # type: ignore[union-attr]
     kill_tree(supervisor)  # and the trainer with it, as when the computer is switched off
     run = wait(runs, "killed", ended)
     assert (run.state, run.exit_code, run.is_resumable) == ("interrupted", None, True)
@@ -191,7 +198,7 @@ def test_a_killed_trainer_is_a_failed_run_that_can_be_resumed(runs: RunStore, se
 def test_a_trainer_whose_supervisor_is_gone_still_runs(runs: RunStore, settings: dict[str, Any]) -> None:
     begin(runs, "orphan", settings | {"max_train_steps": 10_000})
     wait(runs, "orphan", stepped)
-    launch = runs.last_launch("orphan")
+    launch = runs.paths.last_launch("orphan")
     assert launch is not None
     psutil.Process(read_json(launch.supervisor_file)["pid"]).kill()
     time.sleep(0.3)
@@ -218,8 +225,8 @@ def test_each_way_to_start_a_training_is_known(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(psutil, "process_iter", lambda names: seen("--output_dir", "here/mine"))
     trainers = Trainers()
-    assert trainers.is_at(Path("here/mine"))
-    assert not trainers.is_at(Path("here"))
+    assert trainers.is_training_in(Path("here/mine"))
+    assert not trainers.is_training_in(Path("here"))
 
 
 @pytest.mark.long
@@ -234,7 +241,7 @@ def test_a_run_that_was_started_from_a_command_line(runs: RunStore, settings: di
         wait_until(lambda: any(map(stepped, runs.all())), lambda: process.poll() is None)
         assert [run.id for run in runs.all()] == ["demo/lora"]
         with pytest.raises(ConfigError, match="started from a command line"):
-            runs.stop("demo/lora", at_once=True)
+            runs.stop("demo/lora", immediately=True)
         runs.stop("demo/lora")
         assert process.wait(HANGS) == 3
     finally:
@@ -286,14 +293,14 @@ def test_progress_follows_events_that_were_done_again_and_half_lines(runs: RunSt
     progress = runs.get("run").progress
     assert (progress.step, progress.total, progress.seconds_per_step) == (2, 10, 2.0)
     assert progress.eta_seconds == 16.0
-    assert runs.losses("run") == [(0, 1.0), (1, 0.7), (2, 0.8)]
+    assert runs.events("run").losses() == [(0, 1.0), (1, 0.7), (2, 0.8)]
     with open(folder / "events.jsonl", "a") as file:
         file.write('{"event": "step", "st')
     assert runs.get("run").progress.step == 2
     with open(folder / "events.jsonl", "a") as file:
         file.write('ep": 2, "loss": 0.1, "seconds": 2.0}\n{"event": "preview", "step": 3, "images": ["../x.png"]}\n')
     assert runs.get("run").progress.step == 3
-    assert [(one.step, one.path) for one in runs.previews("run")] == [(3, folder / "images" / "x.png")]
+    assert [(one.step, one.path) for one in runs.events("run").previews()] == [(3, folder / "images" / "x.png")]
     with open(folder / "events.jsonl", "a") as file:  # a line that a full disk cut off, and the one after it
         file.write('{"event": "st{"event": "step"}\n' + json.dumps(step(3, 0.3)) + "\n")
     assert runs.get("run").progress.step == 4
@@ -301,9 +308,9 @@ def test_progress_follows_events_that_were_done_again_and_half_lines(runs: RunSt
         file.write(json.dumps({"event": "validation", "step": 4, "loss": 0.4}) + "\n")
         file.write(json.dumps({"event": "resumed", "step": 1}) + "\n")
     assert runs.get("run").progress.step == 1, "what is to be done again counts no more"
-    assert (runs.losses("run"), runs.validation_losses("run")) == ([(0, 1.0)], [])
+    assert (runs.events("run").losses(), runs.events("run").validation_losses()) == ([(0, 1.0)], [])
     (folder / "events.jsonl").write_text(json.dumps(step(0, 5.0)) + "\n")
-    assert runs.losses("run") == [(0, 5.0)]
+    assert runs.events("run").losses() == [(0, 5.0)]
 
 
 def test_a_recycled_process_number_is_not_taken_for_the_trainer() -> None:
@@ -336,7 +343,7 @@ def test_a_recycled_process_number_is_not_taken_for_the_trainer() -> None:
 )
 def test_a_run_name_never_leaves_the_runs_folder(runs: RunStore, run_id: str) -> None:
     made_by_hand(runs, "../x")
-    for call in (runs.get, runs.stop, runs.delete, runs.exports, runs.size, runs.losses, runs.previews, runs.settings):
+    for call in (runs.get, runs.stop, runs.delete, runs.exports, runs.size, runs.events, runs.settings):
         with pytest.raises(ConfigError, match="is not the name of a run"):
             call(run_id)
     with pytest.raises(ConfigError, match="is not the name of a run"):
@@ -373,7 +380,7 @@ def test_the_runs_of_make_demo_are_listed_where_the_app_looks(runs: RunStore) ->
     assert _pair_by_name(ids[1]) == _pair_by_name(ids[0]) == ids[:2]
     runs.rename(ids[0], "first")
     runs.note(ids[0], "mine")
-    assert (runs.get(ids[0]).name, runs.size(ids[0]) > 0, len(runs.losses(ids[0]))) == ("first", True, 1)
+    assert (runs.get(ids[0]).name, runs.size(ids[0]) > 0, len(runs.events(ids[0]).losses())) == ("first", True, 1)
     key = runs.delete(ids[0])
     assert {run.id for run in runs.all()} == set(ids[1:])
     assert runs.trash.undo(key) == ids[0]
@@ -405,7 +412,7 @@ def test_runs_are_found_at_any_depth_and_inside_of_others(runs: RunStore) -> Non
 
 
 def test_looking_for_runs_ends_in_a_folder_without_end(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.runs.names._MOST_FOLDERS", 20)
+    monkeypatch.setattr("app.runs.names._MAX_FOLDERS", 20)
     for number in range(50):
         (runs.folder / "data" / f"{number}" / "more").mkdir(parents=True)
     made_by_hand(runs, "zz")
@@ -415,12 +422,12 @@ def test_looking_for_runs_ends_in_a_folder_without_end(runs: RunStore, monkeypat
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "con", "a\x00b", "...", "", " ", "x" * 300, ".app"])
 def test_any_name_makes_a_new_folder_inside(runs: RunStore, name: str) -> None:
-    first, second = runs.reserve(name), runs.reserve(name)
+    first, second = runs.paths.reserve(name), runs.paths.reserve(name)
     assert first != second
     assert (runs.folder / first).resolve().parent == runs.folder.resolve()
     assert not first.startswith(".")
-    runs.release(first)
-    assert runs.reserve(name) == first
+    runs.paths.release(first)
+    assert runs.paths.reserve(name) == first
 
 
 def test_names_tags_and_notes(runs: RunStore) -> None:
@@ -441,7 +448,7 @@ def test_names_tags_and_notes(runs: RunStore) -> None:
 def test_a_deleted_run_comes_back_whole(runs: RunStore) -> None:
     folder = made_by_hand(runs, "demo/lora", step(0))
     runs.note("demo/lora", "mine")
-    launch = runs.next_launch("demo/lora")
+    launch = runs.paths.next_launch("demo/lora")
     launch.folder.mkdir(parents=True)
     launch.log_file.write_text("a line\n")
     before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -479,7 +486,7 @@ def test_a_folder_with_an_earlier_run_in_it_is_one_run(runs: RunStore) -> None:
 
 @pytest.mark.parametrize("kept", ["checkpoint-1/state.safetensors", LORA_FILE])
 def test_a_run_that_was_stopped_in_its_members_goes_on_with_them(runs: RunStore, kept: str) -> None:
-    launch = runs.next_launch(runs.reserve("run"))
+    launch = runs.paths.next_launch(runs.paths.reserve("run"))
     launch.folder.mkdir(parents=True)
     write_json(launch.settings_file, {"members": 2, "method": "lora"})
     write_json(launch.exit_file, {"code": 3, "was_asked": True, "time": time.time()})
@@ -492,7 +499,7 @@ def test_a_run_that_was_stopped_in_its_members_goes_on_with_them(runs: RunStore,
 
 
 def test_a_run_that_was_stopped_in_its_folds_goes_on_with_them(runs: RunStore) -> None:
-    launch = runs.next_launch(runs.reserve("run"))
+    launch = runs.paths.next_launch(runs.paths.reserve("run"))
     launch.folder.mkdir(parents=True)
     write_json(launch.settings_file, {"holdout_folds": 2, "method": "lora"})
     write_json(launch.exit_file, {"code": 3, "was_asked": True, "time": time.time()})

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from app.context import AppContext
-from app.runs.live_view import live
-from app.runs.tab import details
-from app.sample_strip import MOST_COLUMNS, shown_steps
-from app.train.forms import ConfigForm, preset_settings
+from app.forms.forms import ConfigForm, preset_settings
+from app.runs_tab.tab import details
+from app.train.live_view import live
+from app.widgets.sample_strip import MAX_COLUMNS, sampled_steps
 from flatlora_diffusion.config import TrainConfig
 
 PROMPTS = ["a <fox>", "an owl"]
@@ -93,13 +93,13 @@ def test_samples_of_an_earlier_version_are_counted(context: AppContext) -> None:
     assert list(rows(live(context, None, None)[4].value)) == ["Preview 1", "Preview 2"]
 
 
-@pytest.mark.parametrize("count", [1, 2, MOST_COLUMNS, MOST_COLUMNS + 1, 1000])
+@pytest.mark.parametrize("count", [1, 2, MAX_COLUMNS, MAX_COLUMNS + 1, 1000])
 def test_a_long_strip_is_thinned_out_between_its_ends(count: int) -> None:
     steps = [6 * number for number in range(count)]
-    shown = shown_steps(steps)
+    shown = sampled_steps(steps)
     assert (shown[0], shown[-1]) == (steps[0], steps[-1])
-    assert len(shown) <= MOST_COLUMNS
-    assert len(shown) == count or len(shown) > MOST_COLUMNS // 2
+    assert len(shown) <= MAX_COLUMNS
+    assert len(shown) == count or len(shown) > MAX_COLUMNS // 2
 
 
 def test_the_form_has_several_prompts_and_draws_them_on_the_way() -> None:

@@ -156,7 +156,7 @@ def test_the_app_never_imports_the_trainer_and_its_modules_stay_small() -> None:
 
 def test_the_backend_starts_without_torch() -> None:
     program = (
-        "import sys, app.jobs.jobs, app.dataset.uploads, app.settings, app.train.estimates, app.jobs.supervise\n"
+        "import sys, app.queue.queue, app.uploads.uploads, app.settings, app.train.estimates, app.process.supervise\n"
         "print(sorted({'torch', 'diffusers', 'gradio', 'transformers'} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

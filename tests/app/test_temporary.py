@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from app.context import make_context
+from app.process.temporary_folders import remove_stale_folders, temporary_folder
 from app.settings import AppSettings
-from app.temporary import remove_left_folders, temporary_folder
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from app.temporary import temporary_folder
+from app.process.temporary_folders import temporary_folder
 with temporary_folder(Path(sys.argv[1])) as folder:
     (folder / "upload.png").write_bytes(b"x")
     print(folder, flush=True)
@@ -61,13 +61,13 @@ def test_a_temporary_folder_is_gone_at_the_end(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_killed_app_is_removed_and_that_of_a_living_one_stays(holder: Holder, tmp_path: Path) -> None:
     parent = tmp_path / "shared"
-    remove_left_folders(parent)
+    remove_stale_folders(parent)
     assert (holder.folder / "upload.png").exists()
     holder.kill()
     assert (holder.folder / "upload.png").exists()
     (parent / "flatlora-mine").mkdir()
     (parent / "notes.lock").write_text("mine")
-    remove_left_folders(parent)
+    remove_stale_folders(parent)
     assert sorted(path.name for path in parent.iterdir()) == ["flatlora-mine", "notes.lock"]
 
 
@@ -79,10 +79,10 @@ def test_what_another_user_may_have_laid_there_is_left_alone(tmp_path: Path, mon
     for name in "ab":
         (tmp_path / f"flatlora-{name}").mkdir()
     monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "letter.txt").stat().st_uid + 1)
-    remove_left_folders(tmp_path)
+    remove_stale_folders(tmp_path)
     monkeypatch.undo()
     assert (tmp_path / "flatlora-b").exists()
-    remove_left_folders(tmp_path)
+    remove_stale_folders(tmp_path)
     assert (tmp_path / "letter.txt").read_text() == "dear"
     assert {path.name for path in tmp_path.iterdir()} == {"letter.txt", "flatlora-a", "flatlora-a.lock"}
 

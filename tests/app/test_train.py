@@ -17,22 +17,22 @@ import torch
 from app.context import AppContext
 from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
-from app.jobs.launch import Launch
-from app.loss_chart import loss_chart
-from app.runs import live_view
-from app.runs.live_view import acts_of, loss_curves, run_colours, smoothed
+from app.forms.forms import ConfigForm, preset_settings
+from app.forms.labels import LABELS
+from app.process.launch import Launch
 from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
-from app.runs.run_cards import own_lines, run_card
 from app.runs.runs import Run
 from app.runs.state import RunState
-from app.theme import COLOURS
-from app.train.acts import act
+from app.train.actions import run_action
 from app.train.estimates import estimate_disk
-from app.train.forms import ConfigForm, preset_settings
+from app.train.live_view import actions_for
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_room, summary
-from app.train.words import LABELS
 from app.ui import build_app
+from app.widgets.loss_chart import loss_chart
+from app.widgets.run_cards import run_card, training_lines
+from app.widgets.run_charts import loss_curves, run_colours, smooth
+from app.widgets.theme import COLOURS
 from flatlora_diffusion.config import METHODS, SAMPLES, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir
 
@@ -93,7 +93,7 @@ def test_the_log_is_that_of_the_run_that_trains_until_another_is_chosen_by_hand(
     of_run = {"one-lora": "lines of LoRA", "one-flat-lora": "lines of Flat-LoRA"}
     monkeypatch.setattr(context.runs, "log", lambda run_id, lines: [of_run[run_id]])
     states: dict[str, RunState] = {"one-lora": "queued", "one-flat-lora": "queued"}
-    monkeypatch.setattr(live_view, "recent_ids", lambda _: list(states))
+    monkeypatch.setattr(context.queue, "recent_runs", lambda: list(states))
     get = context.runs.get
     monkeypatch.setattr(context.runs, "get", lambda run_id: replace(get(run_id), state=states[run_id]))
     chosen, seen = None, None
@@ -163,7 +163,7 @@ def test_the_log_has_the_trainings_own_lines_only() -> None:
         "error: rank=0 is out of range",
     ]
     mixed = [line for pair in zip(noise[:5], own[:2] + [""] * 3, strict=True) for line in pair]
-    assert own_lines([*mixed, *noise[5:], *own[2:]]) == [*own[:2], "", "", "", *own[2:]]
+    assert training_lines([*mixed, *noise[5:], *own[2:]]) == [*own[:2], "", "", "", *own[2:]]
 
 
 def test_a_preset_puts_a_wrong_value_right_and_keeps_what_is_the_users(context: AppContext) -> None:
@@ -295,14 +295,14 @@ def test_what_waits_is_moved_up_and_cancelled_from_its_card(context: AppContext)
     assert cards.count('data-act="cancel"') == 3
     assert cards.count('data-act="earlier"') == 2
     assert "Measuring flatness, waiting" in cards
-    act(context, session, "earlier", f"job {other.id}")
+    run_action(context, session, "earlier", f"job {other.id}")
     assert [job.run for job in context.queue.jobs("queued")] == ["two-lora", None, "two-flat-lora"]
-    act(context, session, "earlier", f"job {other.id}")
+    run_action(context, session, "earlier", f"job {other.id}")
     assert [job.run for job in context.queue.jobs("queued")] == [None, "two-lora", "two-flat-lora"]
-    act(context, session, "cancel", "two-lora")
+    run_action(context, session, "cancel", "two-lora")
     assert [job.run for job in context.queue.jobs("queued")] == [None, "two-flat-lora"]
     with pytest.raises(gr.Error, match="does not wait any more"):
-        act(context, session, "earlier", "two-lora")
+        run_action(context, session, "earlier", "two-lora")
     assert context.queue.cancel_waiting() == 2
     assert context.queue.jobs("queued") == []
 
@@ -335,13 +335,13 @@ def test_a_running_training_says_what_it_is_busy_with(tmp_path: Path) -> None:
 def test_a_card_offers_what_can_be_done_and_no_time_left_while_it_ends(context: AppContext) -> None:
     make_run(context, "one", "lora", [0.3, 0.2])
     run = replace(context.runs.get("one"), state="running", phase=TRAINING)
-    assert acts_of(run, None) == ["stop", "save"]
+    assert actions_for(run, None) == ["stop", "save"]
     assert "8 s left" in run_card(run)
     ending = replace(run, phase=STOPPING)
-    assert acts_of(ending, None) == []
+    assert actions_for(ending, None) == []
     assert "left" not in run_card(ending)
-    assert acts_of(replace(run, state="stopped", checkpoints=("checkpoint-2",)), None) == ["resume"]
-    assert acts_of(replace(run, state="finished"), None) == []
+    assert actions_for(replace(run, state="stopped", checkpoints=("checkpoint-2",)), None) == ["resume"]
+    assert actions_for(replace(run, state="finished"), None) == []
 
 
 def test_a_base_that_is_none_is_refused_before_the_start(context: AppContext) -> None:
@@ -424,8 +424,8 @@ def test_a_curve_ends_at_its_number_of_steps_over_round_numbers(
 
 
 def test_a_curve_is_smoothed_over_a_tenth_of_the_run_and_has_few_points() -> None:
-    assert smoothed([(step, 1.0 + step % 2) for step in range(3)]) == [(0, 1.0), (1, 2.0), (2, 1.0)]
-    points = smoothed([(step, float(step % 2)) for step in range(3000)])
+    assert smooth([(step, 1.0 + step % 2) for step in range(3)]) == [(0, 1.0), (1, 2.0), (2, 1.0)]
+    points = smooth([(step, float(step % 2)) for step in range(3000)])
     assert len(points) <= 300
     assert all(abs(loss - 0.5) < 0.01 for _, loss in points)
 

@@ -11,17 +11,17 @@ from app.context import AppContext
 from app.dataset.captioning import caption_all
 from app.dataset.tab import load_samples_icons, show
 from app.dataset.thumbnails import Thumbnails
-from app.train.forms import ConfigForm
+from app.forms.forms import ConfigForm
 from app.train.tab import BOTH, live, start, summary
 from app.ui import build_app
 
 
 def test_sample_icons_are_shown_captioned_and_queued_as_a_pair(context: AppContext, thumbnails: Thumbnails) -> None:
-    session, refused, *_ = load_samples_icons(context, "")
+    session, rejected, *_ = load_samples_icons(context, "")
     caption_all(context, session, "ABC")
     cards, count, *_ = show(context, thumbnails, session, "TOK", "white", False, "tiny", "")
     assert re.findall('data-image="(.*?)"', cards) == [f"{number:04}.png" for number in range(1, 24)]
-    assert refused == ""
+    assert rejected == ""
     assert ">a ABC icon of a beer mug, in the style of ABC</textarea>" in cards
     assert "captions 23/23" in count
     form = ConfigForm()

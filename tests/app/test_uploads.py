@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.dataset.arrivals import UploadResult
-from app.dataset.intake import Limits
 from app.dataset.thumbnails import Thumbnails
-from app.dataset.uploads import Uploads
-from app.dataset.view import Framing, fill_captions, look_at
+from app.dataset.view import Framing, fill_captions, load_view
+from app.uploads.save_upload import UploadResult
+from app.uploads.unpack import Limits
+from app.uploads.uploads import Uploads
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.data import images
 from flatlora_diffusion.data.dataset import load_samples
@@ -66,8 +66,8 @@ def everything_in(folder: Path) -> set[str]:
 def test_images_get_safe_names_and_captions_of_their_own_names(uploads: Uploads, tmp_path: Path) -> None:
     session = uploads.new_session()
     result = add(uploads, session, tmp_path, ("alarm_clock-.jpeg", png()), ("Löwe\x00 🦁.PNG", png("blue")))
-    assert [upload.path.name for upload in result.taken] == ["0001.png", "0002.png"]
-    assert [upload.original for upload in result.taken] == ["alarm_clock-.jpeg", "Löwe 🦁.PNG"]
+    assert [upload.path.name for upload in result.saved] == ["0001.png", "0002.png"]
+    assert [upload.original for upload in result.saved] == ["alarm_clock-.jpeg", "Löwe 🦁.PNG"]
     assert uploads.captions(session) == {"0001.png": "alarm clock", "0002.png": "Löwe"}
     found = load_samples(uploads.session_folder(session))
     assert [sample.caption for sample in found.samples] == ["alarm clock", "Löwe"]
@@ -86,7 +86,7 @@ def test_captions_come_from_sidecars_in_the_zip_and_beside_plain_files(uploads: 
     result = add(
         uploads, session, tmp_path, ("icons.zip", archive), ("dog.png", png("green")), ("dog.caption", b"a dog")
     )
-    assert result.refused == []
+    assert result.rejected == []
     assert list(uploads.captions(session).values()) == ["a cat, sitting", "cat", "a dog"]
 
 
@@ -146,7 +146,7 @@ def test_what_is_no_image_is_refused_with_its_reason(
 ) -> None:
     session = uploads.new_session()
     result = add(uploads, session, tmp_path, (name, content), ("good.png", png()))
-    assert [(refusal.name, reason in refusal.reason) for refusal in result.refused] == [(name, True)]
+    assert [(refusal.name, reason in refusal.reason) for refusal in result.rejected] == [(name, True)]
     assert everything_in(uploads.session_folder(session)) == {"0001.png", "0001.txt", "names.json"}
 
 
@@ -157,13 +157,13 @@ def test_a_huge_png_is_refused_before_it_is_decoded(uploads: Uploads, tmp_path: 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"not even pixels") + chunk(b"IEND", b"")
     result = add(uploads, uploads.new_session(), tmp_path, ("bomb.png", bomb))
-    assert [refusal.reason for refusal in result.refused] == [
+    assert [refusal.reason for refusal in result.rejected] == [
         "more than twice the limit of 89478485 pixels; make it smaller"
     ]
     large = struct.pack(">II", 5_001, 5_000) + header[8:]
     bomb = bomb.replace(chunk(b"IHDR", header), chunk(b"IHDR", large))
     result = add(uploads, uploads.new_session(), tmp_path, ("large.png", bomb))
-    assert [refusal.reason for refusal in result.refused] == [
+    assert [refusal.reason for refusal in result.rejected] == [
         "more than 25 million pixels; make it smaller, or save it as JPEG, which may have 100 million"
     ]
 
@@ -174,9 +174,9 @@ def test_a_large_jpeg_is_taken_and_a_huge_one_refused(uploads: Uploads, tmp_path
     place = photo.index(b"\xff\xc0") + 5
     huge = photo[:place] + struct.pack(">HH", 10_000, 10_001) + photo[place + 4 :]
     result = add(uploads, session, tmp_path, ("photo.jpg", photo), ("huge.jpg", huge))
-    assert [upload.original for upload in result.taken] == ["photo.jpg"]
-    assert [refusal.reason for refusal in result.refused] == ["more than 100 million pixels; make it smaller"]
-    framed = look_at(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 512))
+    assert [upload.original for upload in result.saved] == ["photo.jpg"]
+    assert [refusal.reason for refusal in result.rejected] == ["more than 100 million pixels; make it smaller"]
+    framed = load_view(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 512))
     assert framed.cards[0].picture.size == (256, 256)
 
 
@@ -188,7 +188,7 @@ def test_what_images_took_is_given_back(tmp_path: Path) -> None:
 import sys, threading
 from pathlib import Path
 import psutil
-from app.dataset.decoding import DECODING, give_memory_back
+from app.uploads.decoding import DECODING, return_freed_memory
 from flatlora_diffusion.data.images import load_image
 
 def used():
@@ -200,7 +200,7 @@ def decode():
     done.release()
     end.wait()
 
-give_memory_back()
+return_freed_memory()
 done, end, before = threading.Semaphore(0), threading.Event(), used()
 for _ in range(8):
     threading.Thread(target=decode).start()
@@ -232,9 +232,9 @@ def test_images_are_decoded_one_at_a_time(uploads: Uploads, tmp_path: Path, monk
 
     def work(number: int) -> None:
         session = uploads.new_session()
-        assert add(uploads, session, tmp_path / str(number), ("a.png", png()), ("b.png", png("blue"))).refused == []
+        assert add(uploads, session, tmp_path / str(number), ("a.png", png()), ("b.png", png("blue"))).rejected == []
         uploads.save_captions(session, {"0001.png": "", "0002.png": ""})
-        look_at(uploads, Thumbnails(tmp_path / f"thumbnails-{number}"), session, Framing("white", 16))
+        load_view(uploads, Thumbnails(tmp_path / f"thumbnails-{number}"), session, Framing("white", 16))
         fill_captions(uploads, session, lambda pictures: ["a thing"] * len(pictures), lambda done, of: None)
         assert uploads.captions(session) == {"0001.png": "a thing", "0002.png": "a thing"}
 
@@ -275,10 +275,10 @@ def test_every_format_and_mode_is_taken_with_its_suffix(uploads: Uploads, tmp_pa
         "icon.ico": encoded(colours, "ICO", sizes=[(16, 16)]),
     }
     result = add(uploads, session, tmp_path, *files.items())
-    assert result.refused == []
-    suffixes = [upload.path.suffix for upload in result.taken]
+    assert result.rejected == []
+    suffixes = [upload.path.suffix for upload in result.saved]
     assert suffixes == [{".pgm": ".ppm"}.get(Path(name).suffix, Path(name).suffix) for name in files]
-    assert all(load_image(upload.path).size == (16, 16) for upload in result.taken)
+    assert all(load_image(upload.path).size == (16, 16) for upload in result.saved)
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
@@ -310,13 +310,13 @@ def test_no_damaged_image_ends_an_upload(uploads: Uploads, tmp_path: Path, kind:
     files = [(f"{number}.bin", mutated(draw.choice(contents), draw)) for number in range(60)]
     session = uploads.new_session()
     result = add(uploads, session, tmp_path, *files, ("good.png", png()))
-    assert {refusal.name for refusal in result.refused} <= {name for name, _ in files}
-    assert all(refusal.reason and "\n" not in refusal.reason for refusal in result.refused)
-    assert len(result.taken) + len(result.refused) == 61
-    assert result.taken[-1].original == "good.png"
-    assert len(result.refused) >= 10
-    framed = look_at(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 16))
-    assert len(framed.cards) == len(result.taken)
+    assert {refusal.name for refusal in result.rejected} <= {name for name, _ in files}
+    assert all(refusal.reason and "\n" not in refusal.reason for refusal in result.rejected)
+    assert len(result.saved) + len(result.rejected) == 61
+    assert result.saved[-1].original == "good.png"
+    assert len(result.rejected) >= 10
+    framed = load_view(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 16))
+    assert len(framed.cards) == len(result.saved)
 
 
 def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
@@ -325,19 +325,19 @@ def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(
     (tmp_path / "good.png").write_bytes(png())
     session = uploads.new_session()
     result = uploads.add(session, [("gone.png", tmp_path / "gone.png"), ("good.png", tmp_path / "good.png")])
-    assert [(one.name, one.reason) for one in result.refused] == [
+    assert [(one.name, one.reason) for one in result.rejected] == [
         ("gone.png", "it cannot be read: No such file or directory")
     ]
-    assert len(result.taken) == 1
+    assert len(result.saved) == 1
 
     def replace(source: Path, target: Path) -> None:
         if target.name == "0002.png":
             raise OSError(errno.ENOSPC, "No space left on device")
         shutil.move(source, target)
 
-    monkeypatch.setattr("app.dataset.arrivals.os.replace", replace)
+    monkeypatch.setattr("app.uploads.save_upload.os.replace", replace)
     result = uploads.add(session, [("full.png", tmp_path / "good.png")])
-    assert [(one.name, "the disk is full" in one.reason) for one in result.refused] == [("full.png", True)]
+    assert [(one.name, "the disk is full" in one.reason) for one in result.rejected] == [("full.png", True)]
     assert uploads.names(session) == {"0001.png": "good.png"}
     assert not list(uploads.session_folder(session).glob("0002.*")), "not its caption either"
 
@@ -358,7 +358,7 @@ def test_on_a_full_disk_nothing_is_half_frozen_and_no_image_is_replaced_by_none(
         if source.name != "0001.png":
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("app.dataset.uploads.shutil.copyfile", copyfile)
+    monkeypatch.setattr("app.uploads.uploads.shutil.copyfile", copyfile)
     with pytest.raises(OSError, match="No space left"):
         uploads.replace(session, frozen)
     with pytest.raises(OSError, match="No space left"):
@@ -382,8 +382,8 @@ def test_no_member_of_a_zip_leaves_it(uploads: Uploads, tmp_path: Path) -> None:
     session = uploads.new_session()
     before = everything_in(tmp_path)
     result = add(uploads, session, tmp_path, ("all.zip", archive))
-    assert len(result.taken) == 1
-    reasons = {refusal.name: refusal.reason for refusal in result.refused}
+    assert len(result.saved) == 1
+    reasons = {refusal.name: refusal.reason for refusal in result.rejected}
     assert reasons["link.png"] == "a link or device, not a file"
     assert list(reasons.values()).count("its path leads out of the zip") == 4
     assert "inner.zip" in reasons
@@ -402,7 +402,7 @@ def test_an_encrypted_member_is_refused(uploads: Uploads, tmp_path: Path) -> Non
     archive[6] |= 1
     archive[directory + 8] |= 1
     result = add(uploads, uploads.new_session(), tmp_path, ("a.zip", bytes(archive)))
-    assert result.refused[0].reason == "it is encrypted; make a zip without a password"
+    assert result.rejected[0].reason == "it is encrypted; make a zip without a password"
 
 
 def test_zip_bombs_are_cut_off_while_they_unpack(tmp_path: Path) -> None:
@@ -410,29 +410,29 @@ def test_zip_bombs_are_cut_off_while_they_unpack(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path / "uploads", Limits(total_bytes=20 * 2**20, zip_ratio=100))
     session = uploads.new_session()
     result = add(uploads, session, tmp_path, ("bomb.zip", zipped(*((f"{index}.png", zeros) for index in range(4)))))
-    reasons = [refusal.reason for refusal in result.refused]
+    reasons = [refusal.reason for refusal in result.rejected]
     assert all("100-fold" in reason for reason in reasons[:2])
     assert all("all uploads together are larger than 20 MiB" in reason for reason in reasons[2:])
     assert everything_in(uploads.session_folder(session)) == set()
     loose = Uploads(tmp_path / "loose", Limits(file_bytes=2**20, zip_ratio=10_000))
     result = add(loose, session, tmp_path, ("bomb.zip", zipped(("0.png", zeros))))
-    assert [refusal.reason for refusal in result.refused] == ["larger than 1 MiB"]
+    assert [refusal.reason for refusal in result.rejected] == ["larger than 1 MiB"]
 
 
 def test_a_zip_of_too_many_files_is_not_unpacked(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path / "uploads", Limits(zip_members=3))
     archive = zipped(*((f"{index}.png", png()) for index in range(4)))
     result = add(uploads, uploads.new_session(), tmp_path, ("many.zip", archive))
-    assert [refusal.reason for refusal in result.refused] == ["a zip of 4 files; at most 3 are unpacked"]
+    assert [refusal.reason for refusal in result.rejected] == ["a zip of 4 files; at most 3 are unpacked"]
 
 
 def test_no_more_than_500_images(uploads: Uploads, tmp_path: Path) -> None:
     session = uploads.new_session()
     archive = zipped(*((f"{index:03}.png", png()) for index in range(499)))
-    assert len(add(uploads, session, tmp_path, ("icons.zip", archive)).taken) == 499
+    assert len(add(uploads, session, tmp_path, ("icons.zip", archive)).saved) == 499
     result = add(uploads, session, tmp_path, ("a.png", png()), ("b.png", png()))
-    assert [upload.path.name for upload in result.taken] == ["0500.png"]
-    assert [refusal.reason for refusal in result.refused] == ["there are 500 images already; 500 is the most"]
+    assert [upload.path.name for upload in result.saved] == ["0500.png"]
+    assert [refusal.reason for refusal in result.rejected] == ["there are 500 images already; 500 is the most"]
 
 
 def test_sessions_do_not_mix_under_concurrent_uploads(uploads: Uploads, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_sessions_do_not_mix_under_concurrent_uploads(uploads: Uploads, tmp_path
     def upload(session: str) -> None:
         path = tmp_path / f"{sessions[session]}.png"
         for _ in range(5):
-            assert uploads.add(session, [(path.name, path)]).refused == []
+            assert uploads.add(session, [(path.name, path)]).rejected == []
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(upload, list(sessions) * 2))

@@ -6,7 +6,7 @@ import pytest
 
 from app.compare.blind_vote import Tally, answers_of, interval, shuffled_pairs, tally, verdict
 from app.compare.picture_cache import Drawing, Picture
-from app.jobs.store import Choice, Vote
+from app.process.database import Choice, Vote
 
 DRAWING = Drawing(("--pretrained_model_name_or_path", "tiny"), 64, 25, 5.0, "no", "abc")
 

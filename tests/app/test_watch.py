@@ -19,13 +19,13 @@ from tiny_runs import age
 
 from app.__main__ import GRADIO_SETTINGS, queued
 from app.context import AppContext
-from app.jobs.launch import Launch
-from app.jobs.store import NewJob, Store
-from app.runs.tab import refresh
-from app.runs.workbench import NEWEST
+from app.process.database import Database, NewJob
+from app.process.file_cache import FileCache
+from app.process.launch import Launch
+from app.runs_tab.run_list import NEWEST
+from app.runs_tab.tab import refresh
 from app.ui import build_app
-from app.watch.kept import Kept
-from app.watch.ticks import only_news
+from app.widgets.ticks import skip_unchanged
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE
@@ -70,11 +70,11 @@ def add_run(context: AppContext, name: str, steps: int = 3) -> Path:
     events.append({"event": "finished"})
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / LORA_FILE).write_bytes(b"a LoRA")
-    launch = context.runs.next_launch(name)
+    launch = context.runs.paths.next_launch(name)
     launch.folder.mkdir(parents=True)
     write_json(launch.settings_file, values)
-    (job,) = context.runs.store.add_jobs([NewJob("train", values, "me", name)])
-    context.runs.store.change_job(job.id, "queued", state="done", launch=f"runs/{name}/launch-1", ended=time.time())
+    (job,) = context.runs.database.add_jobs([NewJob("train", values, "me", name)])
+    context.runs.database.change_job(job.id, "queued", state="done", launch=f"runs/{name}/launch-1", ended=time.time())
     end(launch)
     return folder
 
@@ -163,7 +163,7 @@ def test_an_error_that_goes_on_is_told_once_and_what_comes_after_it_is_shown(mon
 
     monkeypatch.setattr(gr, "Warning", lambda text, title: told.append(text))
     with gr.Blocks():
-        event = only_news({"fn": handler, "inputs": [gr.State()], "outputs": [gr.State()]}, lambda: None)
+        event = skip_unchanged({"fn": handler, "inputs": [gr.State()], "outputs": [gr.State()]}, lambda: None)
     shown: list[bool] = []
     seen: Any = None
     for _ in errors:
@@ -175,7 +175,7 @@ def test_an_error_that_goes_on_is_told_once_and_what_comes_after_it_is_shown(mon
 
 def test_a_step_is_shown_on_the_train_tab_alone(context: AppContext, pages: dict[str, Page]) -> None:
     folder = add_run(context, "now-lora", steps=1)
-    launch = context.runs.last_launch("now-lora")
+    launch = context.runs.paths.last_launch("now-lora")
     assert launch is not None
     launch.exit_file.unlink()
     write_json(launch.command_file, {})  # it was started a moment ago
@@ -199,17 +199,17 @@ def test_a_step_is_shown_on_the_train_tab_alone(context: AppContext, pages: dict
 def test_a_run_from_elsewhere_that_comes_while_folders_settle_is_watched(context: AppContext) -> None:
     first = add_run(context, "one-lora")
     age(context.runs.private)
-    assert context.runs.signs() is None
+    assert context.runs.fingerprint() is None
     events = Path(shutil.copytree(first, context.runs.folder / "elsewhere")) / "events.jsonl"
     for folder in (first, events.parent):
         age(folder)
     os.utime(context.runs.folder, (0, 0))
-    before = context.runs.signs()
+    before = context.runs.fingerprint()
     assert before is not None
-    assert context.runs.signs() == before
+    assert context.runs.fingerprint() == before
     events.write_text(events.read_text() + "\n")
     age(events.parent)
-    assert context.runs.signs() not in (None, before)
+    assert context.runs.fingerprint() not in (None, before)
 
 
 def test_the_list_of_runs_opens_only_what_has_changed(context: AppContext) -> None:
@@ -228,7 +228,7 @@ def test_the_list_of_runs_opens_only_what_has_changed(context: AppContext) -> No
 
 
 def test_what_another_app_writes_into_the_database_is_seen(tmp_path: Path) -> None:
-    mine, theirs = Store(tmp_path / "app.db"), Store(tmp_path / "app.db")
+    mine, theirs = Database(tmp_path / "app.db"), Database(tmp_path / "app.db")
     (job,) = theirs.add_jobs([NewJob("train", {}, "them", "one")])
     age(tmp_path)
     assert mine.jobs("queued") == [job]
@@ -252,7 +252,7 @@ def test_gradio_does_little_while_nothing_happens(monkeypatch: pytest.MonkeyPatc
 
 def test_a_second_change_in_the_same_moment_is_not_missed(tmp_path: Path) -> None:
     file = tmp_path / "value"
-    kept: Kept[str] = Kept()
+    kept: FileCache[str] = FileCache()
 
     def read() -> str:
         return kept.get("it", lambda: (file.read_text(), [str(file)]))

@@ -13,7 +13,7 @@ import pytest
 from gradio.blocks import BlockFunction
 
 from app.context import make_context
-from app.runs import tab as runs_tab
+from app.runs_tab import tab as runs_tab
 from app.settings import AppSettings
 from app.ui import build_app
 

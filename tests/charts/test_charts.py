@@ -16,7 +16,7 @@ import pytest
 from patience import HANGS
 from PIL import Image
 
-from app.theme import COLOURS, CSS, SHADES
+from app.widgets.theme import COLOURS, CSS, SHADES
 from flatlora_diffusion.charts.lines import Chart, Line, line_chart, surface_chart, titled_chart
 from flatlora_diffusion.charts.palette import FLAT_LORA, LOOKS, LORA, OWN_LOOKS, PAPER, THIRD
 from flatlora_diffusion.charts.rows import Dot, axis_row, dot_row, row_limits, sample

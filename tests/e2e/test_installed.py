@@ -91,10 +91,11 @@ def test_the_wheel_holds_all_modules_and_samples_and_only_our_package(wheel: Pat
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flatlora_diffusion").rglob("*.py")}
     modules |= {f"flatlora_diffusion/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "app").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    static = {f"flatlora_diffusion/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("app/widgets/static/*")}
     templates = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("flatlora_diffusion/**/templates/*")}
     samples = {path for path in (ROOT / "samples").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     data = {f"flatlora_diffusion/{path.relative_to(ROOT).as_posix()}" for path in samples}
-    assert names - modules == data | templates | {"flatlora_diffusion/requirements.lock"}
+    assert names - modules == data | static | templates | {"flatlora_diffusion/requirements.lock"}
 
 
 def _metadata(archive: zipfile.ZipFile, file: str) -> str:
@@ -191,7 +192,7 @@ def test_the_wheel_job_of_continuous_integration_tests_what_is_installed(program
 def test_the_app_starts_its_jobs_from_inside_the_package(program: Path, tmp_path: Path) -> None:
     python = program.with_name("python.exe" if os.name == "nt" else "python")
     code = (
-        "import time; from pathlib import Path; from flatlora_diffusion.app.jobs.launch import Launch\n"
+        "import time; from pathlib import Path; from flatlora_diffusion.app.process.launch import Launch\n"
         "launch = Launch(Path('job')); launch.start(['-c', 'print(6 * 7)'])\n"
         "while launch.is_running(): time.sleep(0.1)\n"
         "print(launch.ending().code, launch.log())"

@@ -42,7 +42,7 @@ def test_a_full_disk_is_told_wherever_something_cannot_be_kept(
     expect(fox).to_have_value("fox", timeout=PATIENCE)
     disk.fill()
 
-    def is_told() -> None:
+    def is_user_error() -> None:
         expect(toast.last).to_contain_text("the disk is full", timeout=PATIENCE)
         page.page.get_by_test_id("toast-close").last.click()
         expect(toast).to_have_count(0)
@@ -52,7 +52,7 @@ def test_a_full_disk_is_told_wherever_something_cannot_be_kept(
     unsaved = page.page.get_by_text("Not saved: the disk is full")
     expect(unsaved).to_be_visible(timeout=PATIENCE)
     page.button("Write all captions from file names").click()
-    is_told()
+    is_user_error()
     drop.set_input_files(tmp_path / "cat.png")
     expect(page.page.get_by_text("cat.png: the disk is full")).to_be_visible(timeout=PATIENCE)
 
@@ -62,7 +62,7 @@ def test_a_full_disk_is_told_wherever_something_cannot_be_kept(
     expect(page.button("Do not start")).to_be_focused(timeout=PATIENCE)
     expect(page.page.locator("#queued")).to_contain_text("0 MiB are free on the disk with the runs")
     page.button("Start all the same").click()
-    is_told()
+    is_user_error()
     page.button("Do not start").click()
     expect(page.button("Start all the same")).to_have_count(0)
     assert list((app.runs / ".app" / "runs").glob("*")) == [], "no name is taken for ever"

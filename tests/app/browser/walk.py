@@ -21,7 +21,7 @@ FILE = Path(os.environ.get("FLATLORA_WALK_FILE", ROOT / "docs" / "app_walk.webp"
 STEPS = int(os.environ.get("FLATLORA_WALK_STEPS", "120"))
 ICONS = sorted((SAMPLES / "icons_3d").glob("*.png"))[:10]
 VIEW, WIDTH, STRIP = {"width": 960, "height": 600}, 800, 40  # pixels; a frame is WIDTH wide
-MOST_BYTES = 5 * 2**20
+MAX_BYTES = 5 * 2**20
 MOMENTS = (0.25, 0.5, 0.75)  # of each training
 NAME = "icons"
 ANSWERS = ("1 · Left", "2 · Right")
@@ -54,7 +54,7 @@ class Film:
         first.save(path, save_all=True, append_images=rest, duration=self._milliseconds, loop=0, quality=82, method=6)
         seconds, size = sum(self._milliseconds) / 1000, path.stat().st_size
         print(f"{path}: {len(self._frames)} frames, {seconds:.0f} s, {size / 2**20:.1f} MiB")
-        assert size < MOST_BYTES
+        assert size < MAX_BYTES
 
 
 @pytest.fixture
