@@ -108,6 +108,7 @@ def made_up(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_a_study_in_miniature_is_measured_once_and_makes_a_page(tmp_path: Path) -> None:
     settings, plan = (
         made_up(tmp_path),
