@@ -222,6 +222,7 @@ def test_nothing_is_written_after_an_exception(sdxl: Sdxl, base: Path, probe: Pr
     assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.unet.attn_processors.values())
 
 
+@pytest.mark.long
 def test_curvature_of_the_unet_is_that_of_finite_differences(sdxl: Sdxl, base: Path, probe: Probe) -> None:
     """The fused attention has no second derivative, and the plain one gives the same loss."""
     sdxl.unet.double()

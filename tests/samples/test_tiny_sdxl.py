@@ -120,6 +120,7 @@ def test_the_vae_reconstructs_3d_icons(pipeline: StableDiffusionXLPipeline, fold
     assert psnr(pipeline.vae, images) >= 29
 
 
+@pytest.mark.long
 def test_the_judge_finds_the_right_name_for_most_of_what_it_draws(pipeline: StableDiffusionXLPipeline) -> None:
     """Every fifth held-out name, among all 64: it measured 11 of 13; chance finds 0.2, and 8 are asked for."""
     names = [row["name"] for row in metadata_rows(HELD_OUT).values()]
@@ -142,6 +143,7 @@ def test_its_loss_is_that_of_the_weights_that_were_published(own_loss: float) ->
     assert own_loss == pytest.approx(0.070438, rel=5e-5)
 
 
+@pytest.mark.long
 def test_an_unseen_trigger_does_much_less_harm_than_a_wrong_caption(
     tiny: Sdxl, own: list[str], own_loss: float
 ) -> None:
