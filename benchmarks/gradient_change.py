@@ -43,9 +43,9 @@ from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.rng import derive_seed, generator
-from flatlora_diffusion.training.first_weights import first_weights
-from flatlora_diffusion.training.micro_batches import DrawnMicroBatch, micro_batches
-from flatlora_diffusion.training.state import TrainState, prepare, put_away
+from flatlora_diffusion.training.first_gradients import start_from_gradients
+from flatlora_diffusion.training.micro_batches import SampledMicroBatch, micro_batches
+from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
 SEEDS = 5
@@ -161,7 +161,7 @@ def of_seed(seed: int, settings: Mapping[str, Any], plan: Plan) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.from_dict({**settings, "seed": seed, "output_dir": folder})
         state = prepare(config, images(settings))
-        first_weights(state)
+        start_from_gradients(state)
         rho = state.config.perturb.rho
         assert rho is not None
         state.gradient.detach()
@@ -174,7 +174,7 @@ def of_seed(seed: int, settings: Mapping[str, Any], plan: Plan) -> dict[str, Any
             if step in at:
                 rows.append({"step": step, **of_step(state, probe, step, rho, plan["draws"])})
             train_step(state, step)
-        put_away(state)
+        state.close()
     return {"seed": seed, "rho": rho, "alike": alike, "steps": rows}
 
 
@@ -199,7 +199,7 @@ def of_bi_lora(seed: int, settings: Mapping[str, Any], plan: Plan, rho: float) -
             plain, slope = gradient(state, batch), probe.slope(batch.backward)
             sam, own = (change_along(state, probe, batch, one, rho, plain) for one in (slope, second))
             rows.append({"step": step, "slopes": cosine(joined(slope), joined(second)), **against(own, sam, plain)})
-        put_away(state)
+        state.close()
     return {"seed": seed, "length": length(second) / rho, "steps": rows}
 
 
@@ -231,7 +231,7 @@ def of_step(state: TrainState, probe: Probe, step: int, rho: float, draws: Mappi
 
 
 def change_along(
-    state: TrainState, probe: Probe, batch: DrawnMicroBatch, direction: Direction, radius: float, plain: Tensor
+    state: TrainState, probe: Probe, batch: SampledMicroBatch, direction: Direction, radius: float, plain: Tensor
 ) -> Tensor:
     """What a step of length `radius` along `direction` does to the gradient of `batch`, which is `plain` at W."""
     with probe.moved(scaled(direction, radius / length(direction))):
@@ -254,7 +254,7 @@ def other_directions(state: TrainState, probe: Probe, step: int, slope: Directio
     }
 
 
-def others(state: TrainState, step: int) -> DrawnMicroBatch:
+def others(state: TrainState, step: int) -> SampledMicroBatch:
     """The next batch that shares no image with that of `step`."""
     now, later = image_ids(state, step), step + 1
     while set(now) & set(image_ids(state, later)):
@@ -279,7 +279,7 @@ def sketch(slope: Direction, rank: int, seed: int) -> Direction:
 
 
 def of_noise(
-    state: TrainState, batch: DrawnMicroBatch, draw: Any, count: int, plain: Tensor, sam: Tensor, rho: float
+    state: TrainState, batch: SampledMicroBatch, draw: Any, count: int, plain: Tensor, sam: Tensor, rho: float
 ) -> dict[str, Any]:
     """What Flat-LoRA's noise does by sigma, `count` draws each, and noise that is as long as SAM's eps."""
     flat = FlatLora(state.sdxl.unet, schedule="constant", seed=state.batches.seed, draw=draw)
@@ -330,7 +330,7 @@ def against(change: Tensor, sam: Tensor, plain: Tensor) -> dict[str, float]:
     }
 
 
-def gradient(state: TrainState, batch: DrawnMicroBatch) -> Tensor:
+def gradient(state: TrainState, batch: SampledMicroBatch) -> Tensor:
     """That of A and B of all layers as one vector; the parameters keep none."""
     state.optimizer.zero_grad(set_to_none=True)
     batch.backward()
@@ -367,7 +367,7 @@ def cosines_of_slopes(state: TrainState, probe: Probe, step: int, count: int) ->
     }
 
 
-def unlike_batches(state: TrainState, step: int, count: int) -> list[DrawnMicroBatch]:
+def unlike_batches(state: TrainState, step: int, count: int) -> list[SampledMicroBatch]:
     """The next `count` batches in a row that share no image."""
     while True:
         chosen = range(step, step + count)

@@ -37,11 +37,11 @@ from flatlora_diffusion.compare.progress import do_pieces
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import described
+from flatlora_diffusion.signals import describe_interruption
 from flatlora_diffusion.storage.atomic_io import write_text, writing_whole
 from flatlora_diffusion.storage.run_lock import alone_in
 from flatlora_diffusion.storage.saved_config import portable
 from flatlora_diffusion.storage.versions import versions
-from flatlora_diffusion.training.stopping import interrupted_as
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def compare(config: TrainConfig, own: CompareConfig) -> Path:
 def _compare(experiment: Experiment) -> Path:
     """The phases in their order: what there is to look at comes before what takes long."""
     out = experiment.out
-    with interrupted_as(lambda: f"with what is done kept in {out}: the same command goes on from there"):
+    with describe_interruption(lambda: f"with what is done kept in {out}: the same command goes on from there"):
         experiment.train(experiment.main)
         result = _evaluate_arms(experiment)
         if experiment.nulls:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.delta import PARTS, Update, cut_to_rank, truncated
+from flatlora_diffusion.adapter.delta import PARTS, Update, cut_to_rank, truncated_svd
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.lora_files.metadata import kept_metadata
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, base_names, shared_layers
@@ -120,7 +120,7 @@ def _warn_of_others(part: str, before: dict[str, Tensor], after: dict[str, Tenso
 
 
 def _factors(change: Tensor, rank: int) -> Update:
-    """`truncated` in the shapes that a layer's factors have."""
-    down, up, _ = truncated(change.flatten(1), rank)
+    """`truncated_svd` in the shapes that a layer's factors have."""
+    down, up, _ = truncated_svd(change.flatten(1), rank)
     rest = [1] * (change.ndim - 2)
     return Update(down.view(len(down), *change.shape[1:]), up.view(len(up), -1, *rest), 1.0)

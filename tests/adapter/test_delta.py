@@ -22,7 +22,7 @@ from flatlora_diffusion.adapter.delta import (
     lora_updates,
     norm,
     plain_updates,
-    truncated,
+    truncated_svd,
     update_norms,
 )
 from flatlora_diffusion.adapter.full import start_full
@@ -109,8 +109,8 @@ def test_full_fine_tuning_is_factored_once_for_all_files(base: Path, monkeypatch
     start_full(unet, unet.peft_config["default"], AdapterConfig(adapter="full"), seed=0)
     for layer in lora_layers(unet).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(0))
-    factoring = Mock(wraps=truncated)
-    monkeypatch.setattr(lora_update, "truncated", factoring)
+    factoring = Mock(wraps=truncated_svd)
+    monkeypatch.setattr(lora_update, "truncated_svd", factoring)
     pipeline = Pipeline(unet)
     trained = lora_updates(pipeline)
     plain, missed = plain_updates(pipeline, trained)
@@ -135,9 +135,9 @@ def test_truncation_is_the_best_there_is_and_repeatable() -> None:
     right = torch.linalg.qr(torch.randn(80, 70, generator=rng))[0]
     change = left * 0.8 ** torch.arange(70) @ right.T
     state = torch.get_rng_state()
-    found = truncated(change, 6)
+    found = truncated_svd(change, 6)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(found.up, truncated(change, 6).up)
+    assert torch.equal(found.up, truncated_svd(change, 6).up)
     values = torch.linalg.svdvals(change)
     best = float(values[6:].norm())
     assert float((change - found.up @ found.down).norm()) == pytest.approx(best, rel=1e-3)

@@ -21,7 +21,7 @@ from flatlora_diffusion.data.dataset import SampleSet, make_sample, manifest
 from flatlora_diffusion.data.sources import Fold, fold_of
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training import holdout as holdout
-from flatlora_diffusion.training.holdout_folds import chosen_by_folds, mean_losses
+from flatlora_diffusion.training.holdout_folds import choose_steps_by_folds, mean_losses
 from flatlora_diffusion.training.trainer import train
 
 
@@ -116,7 +116,7 @@ def test_other_images_or_settings_train_the_folds_anew(folded: TrainConfig, icon
         run = RunDir(Path(config.run.output_dir))
         run.folder.mkdir(exist_ok=True)
         trained.clear()
-        return chosen_by_folds(config, run, train_fold)[2]
+        return choose_steps_by_folds(config, run, train_fold)[2]
 
     assert (chosen(folded), trained) == (2, [1, 2])
     assert (chosen(folded), trained) == (2, [])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -34,12 +35,12 @@ from flatlora_diffusion.compare.arms import parse_arm, plan
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, StoppedError, TrainConfig
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.signals import Interrupted, interruptible
 from flatlora_diffusion.storage import tensor_io as tensor_file
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.run_lock import alone_in
 from flatlora_diffusion.training import checkpoint, finish, micro_batches, trainer
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.stopping import Interrupted, interruptible
 from flatlora_diffusion.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +190,7 @@ def test_a_finished_run_is_trained_longer_at_full_sigma_and_a_rate_of_the_new_en
     longer = ramped.replace(max_train_steps=8, resume_from_checkpoint="latest")
     with caplog.at_level("INFO"):
         train(longer)
-    assert "8 steps in place of 4: the learning rate (cosine) follows the new end, 0.005 from here on" in caplog.text
+    assert re.search(r"8 steps .* 4: .*\(cosine\) .* 0.005 from here on", caplog.text)
     assert "sigma's ramp has ended, 0.1 from here on" in caplog.text
     run = RunDir(Path(config.run.output_dir))
     steps = [event for event in run.events() if event["event"] == "step"]
@@ -209,7 +210,7 @@ def test_a_run_that_was_stopped_follows_a_new_end_with_its_ramp(config: TrainCon
     train(ramped)
     with caplog.at_level("INFO"):
         train(ramped.replace(max_train_steps=8, resume_from_checkpoint="checkpoint-2"))
-    assert "sigma's ramp follows the new end, too, 0.0146 from here on" in caplog.text
+    assert re.search(r"sigma's ramp follows .* 0.0146 from here on", caplog.text)
     steps = [event for event in RunDir(Path(config.run.output_dir)).events() if event["event"] == "step"]
     assert steps[-1]["sigma"] == pytest.approx(0.1 * (1 - math.cos(math.pi * 7 / 8)) / 2)
 
@@ -217,7 +218,7 @@ def test_a_run_that_was_stopped_follows_a_new_end_with_its_ramp(config: TrainCon
 def test_a_finished_run_without_a_checkpoint_is_not_trained_over(config: TrainConfig) -> None:
     path = train(config.replace(max_train_steps=1))
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"holds a finished run that has kept no checkpoint.* --init_lora"):
+    with pytest.raises(ConfigError, match=r"output_dir=.*finished run.* --init_lora"):
         train(config.replace(max_train_steps=2, resume_from_checkpoint="latest"))
     assert path.read_bytes() == before
 
@@ -228,13 +229,13 @@ def test_a_run_of_epochs_goes_on_for_more_epochs(config: TrainConfig, caplog: An
     again = epochs.replace(resume_from_checkpoint="latest")
     with caplog.at_level("INFO"):
         train(again.replace(num_train_epochs=5))
-    assert "15 steps in place of 6" in caplog.text
-    assert "resuming from checkpoint-6; steps left: 9" in caplog.text
+    assert re.search(r"15 steps .* 6: ", caplog.text)
+    assert "resuming from checkpoint-6; 9 steps left" in caplog.text
     run = RunDir(Path(config.run.output_dir))
     assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(15))
     with caplog.at_level("INFO"):
         train(again.replace(num_train_epochs=1))  # what it is when the flag is left out
-    assert "resuming from checkpoint-15; steps left: 0" in caplog.text
+    assert "resuming from checkpoint-15; 0 steps left" in caplog.text
     assert run.config()["max_train_steps"] == 15
 
 
@@ -287,7 +288,7 @@ def test_a_checkpoint_of_another_lora_is_refused(config: TrainConfig) -> None:
     run = RunDir(Path(config.run.output_dir))
     saved = json.loads(run.config_file.read_text())
     run.config_file.write_text(json.dumps({**saved, "rank": 2}))
-    with pytest.raises(ConfigError, match="checkpoint-6 holds another LoRA"):
+    with pytest.raises(ConfigError, match=r"checkpoint-6 .*rank"):
         train(config.replace(resume_from_checkpoint="latest", rank=2))
     assert checkpoint.STATE_FILE in {path.name for path in run.checkpoints()[-1].iterdir()}
 
@@ -379,7 +380,7 @@ def test_a_result_that_cannot_be_saved_leaves_a_checkpoint_to_save_it_from(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(finish, "save_lora", raising(RunError("the file does not hold what was to be saved")))
-        with pytest.raises(RunError, match="to be saved; checkpoint-6 has the weights before that, and --resume"):
+        with pytest.raises(RunError, match=r"to be saved; checkpoint-6 has the weights .*--resume"):
             train(config)
     path = train(config.replace(resume_from_checkpoint="latest"))
     assert load_file(path)
@@ -414,7 +415,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before_it_and_its_advice_ca
     with monkeypatch.context() as patch:
         fail_at(patch, 3, lambda loss: loss * float("nan"))
         with pytest.raises(
-            RunError, match=r"step 3 is not finite .* go on with a lower --learning_rate; checkpoint-3 has the weights"
+            RunError, match=r"step 3 is not finite .* a lower --learning_rate; checkpoint-3 has the weights"
         ):
             train(config)
     run = RunDir(Path(config.run.output_dir))
@@ -463,7 +464,7 @@ def test_any_other_error_keeps_its_name_and_the_weights(
     fail_at(monkeypatch, 2, raising(ConnectionError("gone")))
     with pytest.raises(ConnectionError, match="gone"):
         train(config)
-    assert "checkpoint-2 has the weights before that" in caplog.text
+    assert "checkpoint-2 has the weights" in caplog.text
     assert [path.name for path in RunDir(Path(config.run.output_dir)).checkpoints()] == ["checkpoint-2"]
 
 
@@ -472,7 +473,7 @@ def test_a_tracker_that_fails_costs_the_run_nothing(
 ) -> None:
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", raising(ConnectionError("no network")))
     train(config.replace(report_to="tensorboard"))
-    assert caplog.text.count("the tracker failed and is told nothing more") == 1
+    assert caplog.text.count("the tracker failed") == 1
     assert "no network" in caplog.text
 
 
@@ -585,12 +586,12 @@ def test_resume_refuses_another_base_of_the_same_name(config: TrainConfig, base:
 def test_resume_refuses_fewer_steps_and_another_number_of_processes(config: TrainConfig) -> None:
     train(config.replace(max_train_steps=2, checkpointing_steps=2))
     resumed = config.replace(resume_from_checkpoint="latest")
-    with pytest.raises(ConfigError, match="max_train_steps=1 is less than the 2 steps that checkpoint-2 has taken"):
+    with pytest.raises(ConfigError, match=r"max_train_steps=1 .* 2 .*checkpoint-2"):
         train(resumed.replace(max_train_steps=1))
     run = RunDir(Path(config.run.output_dir))
     text = run.events_file.read_text(encoding="utf-8")
     run.events_file.write_text(text.replace('"processes": 1', '"processes": 2'), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"checkpoint-2 was made by 2 process\(es\), and now there are 1"):
+    with pytest.raises(ConfigError, match=r"checkpoint-2 was made by 2 process\(es\), but 1 "):
         train(resumed)
 
 

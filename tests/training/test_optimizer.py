@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.training.optimizer import optimizer_of
+from flatlora_diffusion.training.optimizer import build_optimizer
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -63,8 +64,7 @@ def test_a_warm_up_that_outlasts_the_run_is_told_of(config: TrainConfig, caplog:
         prepare(warming.replace(**settings), samples_of(config))
     assert "lr_warmup_steps" not in caplog.text
     prepare(warming.replace(lr_warmup_steps=20), samples_of(config))
-    assert "lr_warmup_steps=20 is no shorter than the run of 11 steps" in caplog.text
-    assert "never gets beyond 50 % of its value" in caplog.text
+    assert re.search("lr_warmup_steps=20 .* 11 .* 50 %", caplog.text)
 
 
 def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_path: Path) -> None:
@@ -84,7 +84,9 @@ def test_adamw_is_one_kernel_unless_a_scaler_would_have_it_skip_steps(
     config: TrainConfig, precision: str, fused: bool | None
 ) -> None:
     settings = config.replace(mixed_precision=precision, max_train_steps=10)
-    optimizer, _ = optimizer_of(settings, {"unet.q.lora_A.default.weight": torch.nn.Parameter(torch.zeros(1))}, [], 1)
+    optimizer, _ = build_optimizer(
+        settings, {"unet.q.lora_A.default.weight": torch.nn.Parameter(torch.zeros(1))}, [], 1
+    )
     assert [group["fused"] for group in optimizer.param_groups] == [fused]
 
 
@@ -95,7 +97,7 @@ def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: Trai
         for side in ("A", "B")
     }
     settings = config.replace(lora_plus_ratio=16.0, learning_rate=0.01, text_encoder_lr=0.001, max_train_steps=10)
-    optimizer, schedule = optimizer_of(settings, trainable, [], processes=1)
+    optimizer, schedule = build_optimizer(settings, trainable, [], processes=1)
     rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
     found = [rates[id(parameter)] for parameter in trainable.values()]
     assert found == pytest.approx([0.01, 0.16, 0.001, 0.016])
@@ -128,7 +130,7 @@ OF_PRODIGY = {
 def optimizer_with(config: TrainConfig, **settings: Any) -> tuple[torch.optim.Optimizer, Any]:
     """That of a run of 4 steps over one weight of each part, and its schedule."""
     trainable = {name: torch.nn.Parameter(torch.zeros(1)) for name in ("unet.q.lora_A.default.weight", "text.q")}
-    return optimizer_of(config.replace(**{"max_train_steps": 4, **settings}), trainable, [], 1)
+    return build_optimizer(config.replace(**{"max_train_steps": 4, **settings}), trainable, [], 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import samples_of
 
-from flatlora_diffusion.adapter.new_tokens import with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import replace_placeholders
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.sdxl.eval_device import ready
@@ -57,7 +57,7 @@ def test_heldout_loss_is_that_of_what_is_trained(config: TrainConfig, icons: Pat
 def test_heldout_loss_is_that_of_the_trained_text_encoders(config: TrainConfig, trained_text: str) -> None:
     config = config.replace(**{trained_text: True}, token_abstraction="icon", text_encoder_lr=1.0)
     state = prepare(config.replace(validation_data_dir=config.data.instance_data_dir), samples_of(config))
-    samples = [replace(one, caption=with_new_tokens(one.caption, state.tokens)) for one in samples_of(config)]
+    samples = [replace(one, caption=replace_placeholders(one.caption, state.tokens)) for one in samples_of(config)]
     assert any("<s0><s1>" in one.caption for one in samples) is (trained_text == "train_text_encoder_ti")
     state.run.folder.mkdir()
     previews = Previews(state)

@@ -16,9 +16,9 @@ from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ADAPTERS, METHODS, TrainConfig, settings_that
 from flatlora_diffusion.storage.run_dir import LORA_FILE
-from flatlora_diffusion.training.checkpoint import load_state, save_state, start
+from flatlora_diffusion.training.checkpoint import load_state, save_state, start_run
 from flatlora_diffusion.training.export_lora import save_lora
-from flatlora_diffusion.training.first_weights import first_weights
+from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
@@ -140,8 +140,8 @@ def short(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def two_steps(config: TrainConfig) -> tuple[TrainState, list[str]]:
     """A run as the trainer begins it, and the hash of what each of its steps drew."""
     state, draws = prepare(config, samples_of(config)), []
-    first_weights(state)
-    start(state)
+    start_from_gradients(state)
+    start_run(state)
     for step in range(2):
         train_step(state, step)
         draws.append(state.progress.draws)

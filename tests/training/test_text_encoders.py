@@ -37,7 +37,7 @@ def test_text_encoders_are_trained_perturbed_and_left_alone_underneath(config: T
 
 
 def test_clip_skip_must_leave_a_text_layer_to_train(config: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match=r"clip_skip=1 leaves no layer .* it can be at most 0 with it"):
+    with pytest.raises(ConfigError, match=r"clip_skip=1 .* at most 0"):
         prepare(config.replace(clip_skip=1, train_text_encoder=True), samples_of(config))
 
 

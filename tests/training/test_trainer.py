@@ -27,7 +27,7 @@ from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import micro_batches
 from flatlora_diffusion.training.checkpoint import load_state, save_state
-from flatlora_diffusion.training.state import TrainState, dropout_draws, prepare
+from flatlora_diffusion.training.state import TrainState, prepare, seeded_dropout
 from flatlora_diffusion.training.trainer import train, train_step
 
 
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     bad = state.batches.samples_at(0, 1)[0].id
     message = (
-        f"the loss of step 0 is not finite with these images: {bad}, class.png; go on with a lower --learning_rate"
+        f"the loss of step 0 is not finite with these images: {bad}, class.png; resume with a lower --learning_rate"
     )
     with pytest.raises(RunError, match=message):
         train_step(state, step=0)
@@ -285,9 +285,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, value))
     images = ", ".join(sample.id for sample in state.batches.samples_at(0, 0))
-    with pytest.raises(
-        RunError, match=f"the gradient of step 0 is not finite with these images: {images}; go on with"
-    ):
+    with pytest.raises(RunError, match=f"the gradient of step 0 is not finite with these images: {images}; "):
         train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
 
@@ -375,7 +373,7 @@ def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainC
     overflows = True
     for step in range(20, 39):
         train_step(state, step)
-    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* go on with --mixed_precision bf16"):
+    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* --mixed_precision bf16"):
         train_step(state, 39)
 
 
@@ -387,7 +385,7 @@ def test_dropout_keeps_the_state_of_no_other_device(
     asked: Any = []
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), nullcontext())[1])
     monkeypatch.setattr(type(state.accelerator), "device", torch.device(device))
-    with dropout_draws(state, step=0, slot=0):
+    with seeded_dropout(state, step=0, slot=0):
         pass
     assert asked == [forked]
 
@@ -537,7 +535,7 @@ def test_latest_without_a_checkpoint_starts_a_run(config: TrainConfig, tmp_path:
     first = config.replace(resume_from_checkpoint="latest", checkpointing_steps=2)
     with caplog.at_level("INFO"):
         path = train(first)
-    assert "no checkpoint yet" in caplog.text
+    assert "has no checkpoint" in caplog.text
     run = RunDir(path.parent)
     assert run.config()["resume_from_checkpoint"] is None
     assert_equal(weights(path.parent), weights(train(config.replace(output_dir=str(tmp_path / "plain"))).parent))
