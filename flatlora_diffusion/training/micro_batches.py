@@ -28,7 +28,7 @@ class SampledMicroBatch:
     is_last: bool
 
     def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
-        """Add `weight` times the gradient of the loss to those of the parameters, and return the loss.
+        """Accumulate `weight` times the gradient of the loss in the parameters, and return the loss.
 
         With `is_shared` the last micro-batch of a step averages the gradients over processes.
         """

@@ -146,7 +146,7 @@ def _picture_tables(run: RunDir, pictures: Sequence[tuple[Path, str]]) -> list[s
 
 def _trigger_section(trigger_words: str) -> str:
     if not trigger_words:
-        return "## Trigger words\n\nThere are none: the captions of the images share no words."
+        return "## Trigger words\n\nNone: the captions of the images share no words."
     return f"## Trigger words\n\nWrite {_code(trigger_words)} in the prompt."
 
 
@@ -196,16 +196,16 @@ def _in_new_tokens(config: TrainConfig, text: str) -> str:
 
 def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
     if family == TINY_FAMILY:
-        return f"It is for {family.name}, which no other program has."
+        return f"It is for {family.name}, which other programs do not have."
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
     proofs = [event for event in run.events() if event["event"] == "proof"] if run.events_file.is_file() else []
     description = folded(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
     if config.adapter.use_dora:
         description = description or "a plain LoRA made of a DoRA"
-        text += f" It is {description}; the DoRA is in `{LORA_FILE}`, for diffusers alone."
+        text += f" It is {description}; the DoRA is in `{LORA_FILE}`, for diffusers only."
     elif description:
-        text += f" It is {description}; the merged pipeline beside it has all of that."
+        text += f" It is {description}; the merged pipeline is exact."
     return text
 
 
@@ -214,7 +214,7 @@ def _training_data(config: TrainConfig, training: Training) -> str:
     if training.class_images:
         images += f", and on {_count_text(training.class_images)} of the class"
     if config.objective.prior_from_base:
-        images += ", and held to what the base predicts of the class"
+        images += ", with the base's own predictions to preserve the class"
     return f"{images}. Neither the images, nor their names, nor captions of their own are published here."
 
 

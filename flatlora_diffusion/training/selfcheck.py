@@ -206,9 +206,7 @@ def sigma_zero(state: TrainState) -> Check:
         state.rebuild_gradient()
     difference = _relative_difference(plain[0], _loss_and_gradients(state, state.flats))
     noise_floor = _relative_difference(*plain)
-    message = (
-        f"at sigma 0 loss and gradients equal those of the plain LoRA: largest relative difference {difference:.1e}"
-    )
+    message = f"loss and gradients at sigma 0 equal the plain LoRA's: largest relative difference {difference:.1e}"
     return Check(
         "sigma_zero",
         difference <= max(3 * noise_floor, _ROUNDING),

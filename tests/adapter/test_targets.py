@@ -1,4 +1,4 @@
-"""Which layers are adapted and with which rank: presets, blocks, what names no layer."""
+"""The adapted layers and their ranks: presets, blocks, and settings that match no layer."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_targets_that_do_not_exist(config: TrainConfig, settings: dict[str, Any]
 def test_layers_that_cannot_have_the_adapter_are_refused_before_anything_is_added(
     base: Path, settings: dict[str, Any], message: str
 ) -> None:
-    """And so before images are encoded and gradients are taken."""
+    """So the error comes before images are encoded and gradients computed."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)
     encoders = {part: getattr(pipeline, part) for part in ("text_encoder", "text_encoder_2")}
     with pytest.raises(ConfigError, match=message):

@@ -34,42 +34,42 @@ def test_an_ascent_by_the_rho_that_is_found_lifts_the_loss_as_was_asked_for(
 ) -> None:
     climbing = climbing.replace(**more)
     state = prepare(climbing, samples_of(climbing))
-    before = {name: one.detach().clone() for name, one in state.trainable.items()}
+    before = {name: parameter.detach().clone() for name, parameter in state.trainable.items()}
     start_from_gradients(state)
     rho = state.config.perturb.rho
     assert rho is not None
     assert rho == state.config.perturb.radius > 0, "the steps are taken with it"
-    assert all(torch.equal(one, before[name]) for name, one in state.trainable.items())
-    assert all(one.grad is None for one in state.trainable.values())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in state.trainable.items())
+    assert all(parameter.grad is None for parameter in state.trainable.values())
     assert ascended(state, rho) / ascended(state, 0) - 1 == pytest.approx(CLIMB, rel=0.15), "the rest is curvature"
 
 
 def ascended(state: TrainState, rho: float) -> float:
-    """The mean loss of the first steps at W + rho g / ||g||, W itself moved there by hand."""
+    """The mean loss of the first steps at W + rho g / ||g||, computed by moving W by hand."""
     weights = {layer: layer.get_base_layer().weight for layer in lora_layers(state.model).values()}
     losses = []
     for step in range(STEPS):
         drawn = list(micro_batches.micro_batches(state, step, DrawHash()))
         for weight in weights.values():
             weight.requires_grad_(True)
-        slopes = torch.autograd.grad(torch.stack([one.loss() for one in drawn]).mean(), list(weights.values()))
+        slopes = torch.autograd.grad(torch.stack([batch.loss() for batch in drawn]).mean(), list(weights.values()))
         length = math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
         with torch.no_grad():
-            kept = [weight.clone() for weight in weights.values()]
+            originals = [weight.clone() for weight in weights.values()]
             for weight, slope in zip(weights.values(), slopes, strict=True):
                 weight.requires_grad_(False).add_(slope, alpha=rho / length)
-            losses += [one.loss() for one in drawn]
-            for weight, value in zip(weights.values(), kept, strict=True):
+            losses += [batch.loss() for batch in drawn]
+            for weight, value in zip(weights.values(), originals, strict=True):
                 weight.copy_(value)
     return float(torch.stack(losses).mean())
 
 
 def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfig, tmp_path: Path) -> None:
-    found = train(climbing.replace(output_dir=str(tmp_path / "found"), seed=3))
+    calibrated = train(climbing.replace(output_dir=str(tmp_path / "found"), seed=3))
     rho = RunDir(tmp_path / "found").config()["rho"]
     given = climbing.replace(output_dir=str(tmp_path / "given"), seed=3, rho=rho, rho_rise=None)
-    one, other = (load_file(path) for path in (found, train(given)))
-    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    first, second = (load_file(path) for path in (calibrated, train(given)))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
 
 
 def test_a_resumed_run_goes_on_with_the_rho_that_it_began_with(
@@ -102,8 +102,11 @@ def test_a_base_without_a_slope_is_told_of(climbing: TrainConfig, monkeypatch: p
 
 
 def test_steps_whose_gradients_overflow_are_left_out(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, found = prepare(climbing, samples_of(climbing)), [(7.0, math.inf), (2.0, 4.0), (7.0, math.nan), (4.0, 2.0)]
-    monkeypatch.setattr(calibrate_rho, "_loss_and_gradient_norm", lambda state, reader, step: found[step])
+    state, measurements = (
+        prepare(climbing, samples_of(climbing)),
+        [(7.0, math.inf), (2.0, 4.0), (7.0, math.nan), (4.0, 2.0)],
+    )
+    monkeypatch.setattr(calibrate_rho, "_loss_and_gradient_norm", lambda state, reader, step: measurements[step])
     start_from_gradients(state)
     assert state.config.perturb.rho == pytest.approx(CLIMB * (2 + 4) / (4 + 2))
 
@@ -120,7 +123,7 @@ def test_the_scale_of_fp16_is_taken_off(climbing: TrainConfig) -> None:
 def test_a_first_gradient_that_overflows_in_fp16_is_taken_at_a_lower_scale(
     climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which the run does not keep: it begins as the run that is given this rho."""
+    """The lowered loss scale is not kept: the run equals a run with this rho in its settings."""
     usual = prepare(climbing, samples_of(climbing))
     start_from_gradients(usual)
     overflow_above(2.0**12, monkeypatch)
@@ -130,7 +133,7 @@ def test_a_first_gradient_that_overflows_in_fp16_is_taken_at_a_lower_scale(
     start_from_gradients(state)
     assert state.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
     assert scaler.get_scale() == began == 2.0**16
-    assert all(one.grad is None for one in state.trainable.values())
+    assert all(parameter.grad is None for parameter in state.trainable.values())
 
 
 def test_gradients_that_overflow_at_any_scale_have_no_rho(
@@ -159,7 +162,7 @@ def test_lora_ga_starts_where_it_does_without_fp16_when_the_first_gradient_overf
 
 
 def overflow_above(most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let gradients overflow, as fp16's do, where the loss is multiplied by more than `most`."""
+    """Let gradients overflow, as in fp16, at loss scales above `most`."""
     plain = micro_batches.diffusion_loss
 
     def overflowing(*given: Any) -> torch.Tensor:

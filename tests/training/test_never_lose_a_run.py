@@ -78,8 +78,8 @@ def wait_for_step(run: RunDir, is_alive: Callable[[], bool], said: Path, step: i
         time.sleep(0.02)
 
 
-def assert_same_lora(one: Path, two: Path) -> None:
-    a, b = load_file(one / LORA_FILE), load_file(two / LORA_FILE)
+def assert_same_lora(first: Path, second: Path) -> None:
+    a, b = load_file(first / LORA_FILE), load_file(second / LORA_FILE)
     assert a.keys() == b.keys()
     assert all(torch.equal(value, b[key]) for key, value in a.items())
 
@@ -158,7 +158,7 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Path) -> None:
-    """Killed at arbitrary moments, three times: what is there is loadable, and the end is the unbroken one's."""
+    """Killed at three arbitrary moments: its files load, and the result equals that of an unbroken run."""
     steps = 45
     whole = config.replace(max_train_steps=steps, checkpointing_steps=1, checkpoints_total_limit=3)
     train(whole.replace(output_dir=str(tmp_path / "whole")))
@@ -234,7 +234,7 @@ def test_a_run_of_epochs_goes_on_for_more_epochs(config: TrainConfig, caplog: An
     run = RunDir(Path(config.run.output_dir))
     assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(15))
     with caplog.at_level("INFO"):
-        train(again.replace(num_train_epochs=1))  # what it is when the flag is left out
+        train(again.replace(num_train_epochs=1))  # the default
     assert "resuming from checkpoint-15; 0 steps left" in caplog.text
     assert run.config()["max_train_steps"] == 15
 
@@ -357,7 +357,7 @@ def test_a_signal_while_a_run_is_put_away_is_heard_when_it_is_and_changes_no_fai
     real = Accelerator.free_memory
 
     def free_memory(self: Accelerator) -> Any:
-        Owner()  # its finalizer runs here, and an exception in it would be printed and forgotten
+        Owner()  # its finalizer runs here; Python prints and discards exceptions in finalizers
         return real(self)
 
     monkeypatch.setattr(Accelerator, "free_memory", free_memory)
@@ -419,7 +419,9 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before_it_and_its_advice_ca
         ):
             train(config)
     run = RunDir(Path(config.run.output_dir))
-    assert [path.name for path in run.checkpoints()] == ["checkpoint-2", "checkpoint-3"], "no good one goes for it"
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-2", "checkpoint-3"], (
+        "no good checkpoint is deleted"
+    )
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process, which may have another precision
     lower = config.replace(resume_from_checkpoint="latest", learning_rate=1e-3)
     train(lower.replace(mixed_precision="bf16", gradient_checkpointing=True))

@@ -1,4 +1,4 @@
-"""What a run leaves open is resolve_after_loading before anything is built, by the settings and a few facts alone."""
+"""Open settings are resolved from the settings and a few facts, before anything is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method and adapter: trained on the tiny base, saved, and loaded where nobody knows how it was trained."""
+"""Every method and adapter: trained on the tiny base, saved, and loaded in a stock pipeline."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def short(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def two_steps(config: TrainConfig) -> tuple[TrainState, list[str]]:
-    """A run as the trainer begins it, and the hash of what each of its steps drew."""
+    """A run as the trainer starts it, and the hash of each step's draws."""
     state, draws = prepare(config, samples_of(config)), []
     start_from_gradients(state)
     start_run(state)
@@ -150,7 +150,7 @@ def two_steps(config: TrainConfig) -> tuple[TrainState, list[str]]:
 
 @pytest.fixture(scope="module")
 def plain_draws(short: TrainConfig) -> Callable[..., list[str]]:
-    """What plain LoRA draws, with the settings that are given."""
+    """The draws of plain LoRA with these settings."""
 
     @functools.cache
     def drawn(**settings: Any) -> list[str]:
@@ -161,7 +161,7 @@ def plain_draws(short: TrainConfig) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="module", params=CELLS)
 def run(request: Any, short: TrainConfig, plain_draws: Callable[..., list[str]]) -> TrainState:
-    """A run of two steps of each cell, which must see what plain LoRA sees: a comparison of the two is of pairs."""
+    """Two steps of each method draw the same as plain LoRA, so that comparisons are paired."""
     cell = CELLS[request.param]
     state, draws = two_steps(changed(short, cell))
     alike = {*settings_that("moves", "draws"), "mixed_precision", "base_dtype"}

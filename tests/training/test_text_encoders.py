@@ -43,7 +43,7 @@ def test_clip_skip_must_leave_a_text_layer_to_train(config: TrainConfig) -> None
 
 @pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "empty prompt"])
 def test_a_frozen_text_encoder_is_the_same_denoiser(config: TrainConfig, zeros: bool) -> None:
-    """Tokens through the Denoiser give what cached embeddings give, so training text changes nothing at step 0."""
+    """Token ids and cached embeddings give the same prediction, so training text changes nothing at step 0."""
 
     def load(*given: Any) -> Sdxl:
         sdxl = load_sdxl(*given)
