@@ -43,8 +43,8 @@ from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.training.checkpoint import start
-from flatlora_diffusion.training.first_weights import first_weights
+from flatlora_diffusion.training.checkpoint import start_run
+from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.state import Progress, TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
@@ -237,8 +237,8 @@ def our_step(state: TrainState) -> Step:
 def ready_step(config: TrainConfig, samples: Sequence[Sample]) -> Step:
     """The same after all that comes before a run's first step, such as the search for rho."""
     state = prepare(config, samples)
-    first_weights(state)
-    start(state)
+    start_from_gradients(state)
+    start_run(state)
     return our_step(state)
 
 

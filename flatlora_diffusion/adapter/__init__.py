@@ -1,4 +1,4 @@
-"""The trained parts: LoRA layers, new tokens, and the update that a LoRA of any variant adds to each weight.
+"""The trained parts of a model: LoRA layers, new tokens, and the update that any LoRA variant adds to each weight.
 
-Knows no file and no loop. Start with `lora.py`, then `delta.py`.
+Knows no file format and no training loop. Start with `lora.py`, then `delta.py`.
 """

@@ -1,4 +1,4 @@
-"""The update that a LoRA of any variant adds to each layer, as two factors and a scale: the form that files hold."""
+"""The update of each layer by any LoRA variant as two factors and a scale, which is the form of LoRA files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.full import whole_change
+from flatlora_diffusion.adapter.full import full_delta
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.adapter.svd_start import ANCHOR
 from flatlora_diffusion.config import TEXT_PARTS
@@ -16,10 +16,10 @@ from flatlora_diffusion.method.branch import factors_of, scale_of, square_norm
 from flatlora_diffusion.storage.rng import generator
 
 PARTS = ("unet", *TEXT_PARTS)
-FOLD_RANK = 32  # of the plain LoRA made of a DoRA, whose change of the rows' magnitudes has full rank
+FOLD_RANK = 32  # of the plain LoRA that approximates a DoRA, whose update has full rank
 _POWER_STEPS = 4
-# Largest entries between which fp16 rounds as it should; outside of it some entries are subnormal or infinite.
-_FINE = (2.0**-9, 2.0**14)
+# Range of a factor's largest entry in fp16; outside some entries are subnormal or infinite.
+_FP16_RANGE = (2.0**-9, 2.0**14)
 
 
 class Update(NamedTuple):
@@ -35,7 +35,7 @@ Updates = Mapping[str, Mapping[str, Update]]
 
 
 class LazyLayers(Mapping[str, Update]):
-    """Updates by module path that are read anew each time they are asked for, so that one at a time is in memory."""
+    """Updates by module path that are read on each access, so that only a single layer is in memory."""
 
     def __init__(self, modules: Iterable[str], read: Callable[[str], Update]) -> None:
         self._modules = dict.fromkeys(modules)
@@ -57,12 +57,12 @@ class LazyLayers(Mapping[str, Update]):
 
 
 def lora_updates(pipeline: Any) -> Updates:
-    """The factors of every LoRA layer, for DoRA those of its direction; parts without a LoRA are left out."""
-    return {part: {module: _factors(one) for module, one in layers.items()} for part, layers in _layers(pipeline)}
+    """The factors of each LoRA layer by part; for DoRA those of its direction. Parts without a LoRA are left out."""
+    return {part: {module: _factors(layer) for module, layer in layers.items()} for part, layers in _layers(pipeline)}
 
 
 def magnitudes(pipeline: Any) -> dict[str, dict[str, Tensor]]:
-    """DoRA's trained magnitudes by module path, by part; empty for another LoRA."""
+    """DoRA's trained magnitudes by module path, by part; empty for other adapters."""
     by_part: dict[str, dict[str, Tensor]] = {}
     for part, layers in _layers(pipeline):
         for module, layer in layers.items():
@@ -73,37 +73,42 @@ def magnitudes(pipeline: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def plain_updates(pipeline: Any, updates: Updates) -> tuple[Updates, float]:
-    """The factors of a plain LoRA with the effect of `lora_updates`, and what it misses, ||missed|| / ||effect||.
+    """Approximate DoRA and full fine-tuning by a plain LoRA; other adapters are plain already.
 
-    That is 0 but for DoRA, whose W' - W is folded into a truncated SVD of rank 32, or its own rank if that is higher,
-    and for full fine-tuning, of which the SVD has the rank that was asked for.
+    Args:
+        pipeline: the pipeline with the trained adapter.
+        updates: its `lora_updates`.
+
+    Returns:
+        The factors of the plain LoRA, and its relative error ||error|| / ||update|| over all layers. A DoRA gets a
+        truncated SVD of rank 32, or its own if that is higher; full fine-tuning one of --rank.
     """
     folds = {
-        part: {module: _folded(layer, updates[part][module]) for module, layer in layers.items()}
+        part: {module: _fold(layer, updates[part][module]) for module, layer in layers.items()}
         for part, layers in _layers(pipeline)
     }
-    missed = sum(fold.missed for layers in folds.values() for fold in layers.values())
-    whole = sum(fold.whole for layers in folds.values() for fold in layers.values())
+    error = sum(fold.error for layers in folds.values() for fold in layers.values())
+    total = sum(fold.total for layers in folds.values() for fold in layers.values())
     plain = {part: {module: fold.update for module, fold in layers.items()} for part, layers in folds.items()}
-    return plain, (missed / whole) ** 0.5 if whole else 0.0
+    return plain, (error / total) ** 0.5 if total else 0.0
 
 
 def shared_path(part: str, module: str) -> str:
-    """The module path that all tools know: with the `text_model.` that transformers has dropped from CLIP-L."""
+    """The module path as all tools know it, with the `text_model.` that transformers has dropped from CLIP-L."""
     return module if part == "unet" else f"text_model.{module.removeprefix('text_model.')}"
 
 
 def with_magnitudes(direction: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's W': each row of W + s B A, (m, ...), scaled to the length that `magnitude` (m,) gives it."""
+    """DoRA's W': each row of `direction` W + s B A, (m, ...), scaled to the norm `magnitude`, (m,)."""
     factors = magnitude / direction.flatten(1).norm(dim=1)
     return direction * factors.view(-1, *[1] * (direction.ndim - 1))
 
 
-def truncated(change: Tensor, rank: int) -> Update:
-    """The best factors of `rank` of a matrix (m, n): singular values shared evenly, by subspace iteration."""
+def truncated_svd(change: Tensor, rank: int) -> Update:
+    """The best approximation of a matrix (m, n) by factors of rank `rank`, by subspace iteration."""
     rank = min(rank, *change.shape)
-    wide = min(rank + 8, *change.shape)
-    probe = torch.randn(change.shape[1], wide, generator=generator("cpu", 0, "truncated_svd")).to(change)
+    oversampled = min(rank + 8, *change.shape)
+    probe = torch.randn(change.shape[1], oversampled, generator=generator("cpu", 0, "truncated_svd")).to(change)
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(change @ probe)[0]
         probe = torch.linalg.qr(change.T @ basis)[0]
@@ -114,25 +119,28 @@ def truncated(change: Tensor, rank: int) -> Update:
 
 
 def cut_to_rank(update: Update, rank: int) -> tuple[Update, Tensor]:
-    """The best factors of at most `rank` for s B A with a scale of 1, and all its singular values; in double.
+    """The best approximation of s B A of at most rank `rank`, with a scale of 1, in shapes and dtypes of `update`.
 
-    From B = Q_b R_b and A^T = Q_a R_a the singular values of B A are those of the small matrix R_b R_a^T, so that B A
-    is not formed. The factors have the shapes and the dtype of the old ones.
+    From B = Q_b R_b and A^T = Q_a R_a the singular values of B A are those of the small matrix R_b R_a^T, so B A is
+    never formed. Computed in double.
+
+    Returns:
+        The approximation, and all singular values of s B A.
     """
-    up_basis, up_rest = torch.linalg.qr(update.up.double().flatten(1))
-    down_basis, down_rest = torch.linalg.qr(update.down.double().flatten(1).T)
-    left, values, right = torch.linalg.svd(update.scale * up_rest @ down_rest.T, full_matrices=False)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    up = (up_basis @ left[:, :kept] * root).view(len(update.up), kept, *update.up.shape[2:])
-    down = (root[:, None] * (right[:kept] @ down_basis.T)).view(kept, *update.down.shape[1:])
+    up_basis, up_triangle = torch.linalg.qr(update.up.double().flatten(1))
+    down_basis, down_triangle = torch.linalg.qr(update.down.double().flatten(1).T)
+    left, values, right = torch.linalg.svd(update.scale * up_triangle @ down_triangle.T, full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    up = (up_basis @ left[:, :rank] * root).view(len(update.up), rank, *update.up.shape[2:])
+    down = (root[:, None] * (right[:rank] @ down_basis.T)).view(rank, *update.down.shape[1:])
     return Update(down.to(update.down.dtype), up.to(update.up.dtype), 1.0), values
 
 
 def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product by factors that fp16 can hold: a power of two is moved between them where it must be."""
+    """The same product with factors in the range of fp16, by moving a power of two between them if necessary."""
     sizes = [float(factor.abs().max()) for factor in (down, up)]
-    if not all(sizes) or all(_FINE[0] <= size <= _FINE[1] for size in sizes):
+    if not all(sizes) or all(_FP16_RANGE[0] <= size <= _FP16_RANGE[1] for size in sizes):
         return down, up
     exponents = [int(torch.frexp(torch.tensor(size)).exponent) for size in sizes]
     shift = (exponents[1] - exponents[0]) // 2
@@ -145,10 +153,10 @@ def norm(update: Update) -> float:
     return float(square_norm(down, up).clamp(min=0)) ** 0.5 * update.scale
 
 
-def difference(one: Update, other: Update) -> float:
-    """||s B A - s' B' A'||_F without forming either; exact to about 1e-8 of their size."""
-    down = torch.cat([one.down.double().flatten(1), other.down.double().flatten(1)])
-    up = torch.cat([one.up.double().flatten(1) * one.scale, other.up.double().flatten(1) * -other.scale], dim=1)
+def difference(first: Update, second: Update) -> float:
+    """||s B A - s' B' A'||_F without forming either product; the error is about 1e-8 of their norms."""
+    down = torch.cat([first.down.double().flatten(1), second.down.double().flatten(1)])
+    up = torch.cat([first.up.double().flatten(1) * first.scale, second.up.double().flatten(1) * -second.scale], dim=1)
     return norm(Update(down, up, 1.0))
 
 
@@ -166,41 +174,41 @@ def _layers(pipeline: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _Fold(NamedTuple):
-    """A plain LoRA of one layer, and for a DoRA's the squared norms of what it misses and of the whole effect."""
+    """A plain LoRA of a layer, and the squared norms of its error and of the exact update."""
 
     update: Update
-    missed: float = 0.0
-    whole: float = 0.0
+    error: float = 0.0
+    total: float = 0.0
 
 
-def _folded(layer: Any, factors: Update) -> _Fold:
-    change = whole_change(layer)
+def _fold(layer: Any, factors: Update) -> _Fold:
+    change = full_delta(layer)
     if change is not None:
-        missed = (change - factors.up @ factors.down).double().square().sum()
-        return _Fold(factors, float(missed), float(change.double().square().sum()))
+        error = (change - factors.up @ factors.down).double().square().sum()
+        return _Fold(factors, float(error), float(change.double().square().sum()))
     if ADAPTER not in layer.lora_magnitude_vector:
         return _Fold(factors)
-    change = _dora_change(layer).cpu()  # MPS has no float64, and not all that a truncated SVD needs
-    folded = truncated(change, max(FOLD_RANK, len(factors.down)))
+    change = _dora_change(layer).cpu()  # MPS lacks float64 and parts of the SVD
+    folded = truncated_svd(change, max(FOLD_RANK, len(factors.down)))
     down = folded.down.view(-1, *factors.down.shape[1:])
     up = folded.up.view(len(folded.up), -1, *factors.up.shape[2:])
     return _Fold(
         Update(down.contiguous(), up.contiguous(), 1.0),
-        missed=float((change - folded.up @ folded.down).double().square().sum()),
-        whole=float(change.double().square().sum()),
+        error=float((change - folded.up @ folded.down).double().square().sum()),
+        total=float(change.double().square().sum()),
     )
 
 
 def _factors(layer: Any) -> Update:
-    """A and B; of a LoRA with an anchor [A; A0] and [B, -B0]; of AdaLoRA what ranks are left; of dW by SVD."""
-    change = whole_change(layer)
+    """A and B: with an anchor [A; A0] and [B, -B0], for AdaLoRA the remaining ranks, for full fine-tuning by SVD."""
+    change = full_delta(layer)
     if change is not None:
-        return truncated(change, layer.r[ADAPTER])
-    down, up = (side.detach().float().cpu().contiguous() for side in factors_of(layer, ADAPTER))
+        return truncated_svd(change, layer.r[ADAPTER])
+    down, up = (factor.detach().float().cpu().contiguous() for factor in factors_of(layer, ADAPTER))
     if ADAPTER in getattr(layer, "lora_E", ()):
-        left = layer.lora_E[ADAPTER].detach().flatten().cpu() != 0
-        left[0] |= not left.any()  # a file has at least one of each layer
-        down, up = down[left], up[:, left]
+        is_active = layer.lora_E[ADAPTER].detach().flatten().cpu() != 0
+        is_active[0] |= not is_active.any()  # files need at least rank 1
+        down, up = down[is_active], up[:, is_active]
     if ANCHOR in layer.lora_A:
         first_down, first_up = (side[ANCHOR].weight.detach().float().cpu() for side in (layer.lora_A, layer.lora_B))
         down, up = torch.cat([down, first_down]), torch.cat([up, -first_up], dim=1)
@@ -209,7 +217,7 @@ def _factors(layer: Any) -> Update:
 
 @torch.no_grad()
 def _dora_change(layer: Any) -> Tensor:
-    """W' - W of a DoRA layer, (out, in * kh * kw): each row of W + s B A scaled to its magnitude, minus W."""
+    """W' - W of a DoRA layer, (out, in * kh * kw)."""
     down, up = (side[ADAPTER].weight.float().flatten(1) for side in (layer.lora_A, layer.lora_B))
     weight = base_weight(layer.get_base_layer()).flatten(1)
     magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float().flatten()

@@ -1,9 +1,9 @@
-"""Full fine-tuning of the adapted layers, for comparison: all of dW is trained, in fp32, and W is never written.
+"""Full fine-tuning of the adapted layers, as a baseline: all of dW is trained in fp32, and W is never written.
 
-    W' = W + dW,  which is a LoRA with A = I, frozen, and B = dW
+    W' = W + dW,  a LoRA with A = I, frozen, and B = dW
 
-So the perturbation, checkpoints and previews are those of a LoRA, and weight decay pulls W' to W and not to 0. What is
-shared is the merged pipeline, and a LoRA of --rank by SVD, which misses some of it.
+So perturbation, checkpoints and previews work as for a LoRA, and weight decay pulls W' to W and not to 0. The results
+are the merged pipeline, and an approximation by SVD as a LoRA of --rank.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.config import AdapterConfig
 
 
-class _Same(nn.Linear):
-    """A = I, which is not multiplied by; its weight is one for all layers of a width."""
+class _Identity(nn.Linear):
+    """A = I without a multiplication; all layers of a width share its weight."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -33,37 +33,31 @@ class _Same(nn.Linear):
 
 
 def start_full(model: nn.Module, lora: LoraConfig, config: AdapterConfig, seed: int) -> None:
-    """Let each layer of the LoRA learn all of dW, from 0; `r` stays the rank of the file."""
-    same: dict[tuple[int, torch.device], nn.Parameter] = {}
+    """Replace A by the identity and B by dW = 0 in each layer of the LoRA; `r` stays the rank of the file."""
+    identities: dict[tuple[int, torch.device], nn.Parameter] = {}
     layers: Mapping[str, Any] = lora_layers(model)
     for layer in layers.values():
-        old = layer.lora_B[ADAPTER].weight
-        width = layer.in_features
-        key = width, old.device
-        if key not in same:
-            same[key] = nn.Parameter(torch.eye(width, device=old.device), requires_grad=False)
-        whole = nn.Linear(width, layer.out_features, bias=False, device="meta")  # where it draws no weights
-        whole.weight = nn.Parameter(torch.zeros(layer.out_features, width, device=old.device))
-        layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = _Same(same[key]), whole
+        width, device = layer.in_features, layer.lora_B[ADAPTER].weight.device
+        key = width, device
+        if key not in identities:
+            identities[key] = nn.Parameter(torch.eye(width, device=device), requires_grad=False)
+        delta = nn.Linear(width, layer.out_features, bias=False, device="meta")  # draws no weights
+        delta.weight = nn.Parameter(torch.zeros(layer.out_features, width, device=device))
+        layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = _Identity(identities[key]), delta
         layer.scaling[ADAPTER] = 1.0
 
 
-def is_whole(layer: Any) -> bool:
-    """Whether all of a layer's dW is trained."""
-    return isinstance(layer.lora_A[ADAPTER], _Same)
-
-
-def whole_change(layer: Any) -> Tensor | None:
+def full_delta(layer: Any) -> Tensor | None:
     """dW of a layer, (m, n), fp32 on the CPU; None for a LoRA."""
-    if not is_whole(layer):
+    if not isinstance(layer.lora_A[ADAPTER], _Identity):
         return None
-    change: Tensor = layer.lora_B[ADAPTER].weight.detach().float().cpu()
-    return change
+    delta: Tensor = layer.lora_B[ADAPTER].weight.detach().float().cpu()
+    return delta
 
 
 @torch.no_grad()
 def save_merged(pipeline: Any, folder: Path) -> None:
-    """Write the pipeline with W' in place of W, in the dtype of W, as diffusers loads it."""
+    """Save the pipeline in diffusers' format, with W' in place of W in the dtype of W."""
     unet = pipeline.unet
     tensors = {
         name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
@@ -73,7 +67,7 @@ def save_merged(pipeline: Any, folder: Path) -> None:
         base = layer.get_base_layer()
         merged = base_weight(base).cpu() + layer.lora_B[ADAPTER].weight.float().cpu()
         tensors[f"{name}.weight"] = merged.to(base.weight.dtype)
-    with init_empty_weights():  # its own first weights would only be thrown away
-        whole = type(unet).from_config(unet.config)
-    whole.load_state_dict(tensors, assign=True)
-    type(pipeline)(**{**pipeline.components, "unet": whole}).save_pretrained(folder)
+    with init_empty_weights():  # the weights are assigned below
+        merged_unet = type(unet).from_config(unet.config)
+    merged_unet.load_state_dict(tensors, assign=True)
+    type(pipeline)(**{**pipeline.components, "unet": merged_unet}).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The adapted layers of a model, and the weights that they adapt."""
+"""The adapted layers of a model, and their base weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def base_weight(base: Any) -> Tensor:
-    """W of a base layer as it computes with it, in its shape and fp32; a quantized one is dequantized."""
+    """W of a base layer in its shape and fp32; a quantized weight is dequantized."""
     steps = int8_steps(base)
     if steps is not None:
         return base.weight.data.float() * steps[:, None]
@@ -32,22 +32,24 @@ def base_weight(base: Any) -> Tensor:
 
 
 def check_adaptable(adapter: str, name: str, base: nn.Module, rank: int) -> None:
-    """Raises ConfigError for a layer `base` of the base that cannot have this adapter with this rank."""
+    """Raise ConfigError if the base layer `base`, called `name`, cannot have this adapter with this rank."""
     row = ADAPTERS[adapter]
     if row.is_linear_only and not isinstance(base, nn.Linear):
-        raise ConfigError(f"--adapter {adapter} adapts linear layers only, not {name}; leave it out of the targets")
+        raise ConfigError(
+            f"adapter={adapter!r} supports linear layers only, not {name}; leave it out of --lora_target_modules"
+        )
     if row.directions and isinstance(base, nn.Linear):
         most = min(base.in_features, base.out_features) // row.directions
         if rank > most:
             raise ConfigError(
-                f"rank={rank} is more than --adapter {adapter} can start with at {name}, {base.out_features} x "
+                f"rank={rank} is more than --adapter {adapter} supports at {name}, {base.out_features} x "
                 f"{base.in_features}; give at most {most}"
             )
 
 
 @contextmanager
 def base_alone(model: nn.Module, flats: Sequence[FlatLora]) -> Iterator[None]:
-    """While it is open, `model` computes as its base does: without its LoRA and without the eps of `flats`."""
+    """Compute with the base of `model` alone: without LoRA, and without the eps of `flats`."""
     with ExitStack() as stack:
         for flat in flats:
             stack.enter_context(flat.disabled())

@@ -1,4 +1,4 @@
-"""The LoRA on the UNet and, if wanted, the text encoders: its layers and ranks, made from a seed, kept in fp32."""
+"""Add LoRA layers to the UNet and optionally the text encoders, initialized from a seed and kept in fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers.training_utils import cast_training_params
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.adalora import adalora_config, start_from_seed
+from flatlora_diffusion.adapter.adalora import adalora_config, initialize
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_adaptable, lora_layers
 from flatlora_diffusion.config import ADAPTERS, AdapterConfig, ConfigError, function_at
 from flatlora_diffusion.storage.rng import generator
@@ -21,7 +21,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 BLORA_BLOCKS = "up_blocks.0.attentions.0,up_blocks.0.attentions.1"
-# Where LoRAs have a name that other tools know: not conv_in, conv_out, time_embedding, add_embedding.
+# Other tools have no names for LoRAs of conv_in, conv_out, time_embedding and add_embedding.
 _BODY = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
@@ -32,14 +32,22 @@ def add_lora(
     text_encoders: Mapping[str, Any] | None = None,
     clip_skip: int | None = None,
 ) -> None:
-    """Put the LoRA on the UNet's chosen layers, and on the attention of `text_encoders`, by part of the pipeline.
+    """Add a LoRA to the chosen layers of the UNet and to the attention of the text encoders.
 
-    A ~ N(0, 1/rank^2) as a function of (seed, part, layer), B = 0, both fp32; PiSSA's are W's largest directions, and
-    AdaLoRA's as `start_from_seed` has them.
-    Raises ConfigError, with nothing added, when the settings name no layer, or one that cannot have this adapter.
+    A ~ N(0, 1/rank^2) is a function of (seed, part, layer), B = 0, both fp32; some adapters initialize otherwise.
+
+    Args:
+        unet: the UNet.
+        config: rank, targets and kind of the adapter.
+        seed: the seed of A.
+        text_encoders: text encoders by part of the pipeline.
+        clip_skip: layers of the first text encoder that the run skips.
+
+    Raises:
+        ConfigError: the settings match no layer, or a layer that cannot have this adapter; nothing is added.
     """
     for model, lora, path in planned_loras(unet, config, text_encoders, clip_skip):
-        _inject(model, lora, seed, path)
+        _add_adapter(model, lora, seed, path)
         if (start := ADAPTERS[config.adapter].start) is not None:
             function_at(start)(model, lora, config, seed)
 
@@ -50,17 +58,17 @@ def planned_loras(
     text_encoders: Mapping[str, Any] | None = None,
     clip_skip: int | None = None,
 ) -> list[tuple[Any, LoraConfig, str]]:
-    """What `add_lora` puts on which model, and the beginning of its layers' names; shapes on the meta device will do.
+    """The models that `add_lora` changes, each with its PEFT config and the prefix of its layers' names.
 
-    Raises ConfigError when the settings name no layer, or one that cannot have this adapter.
+    Takes the same arguments and raises the same errors as `add_lora`; models on the meta device will do.
     """
-    loras = [(unet, _unet_lora(unet, config), "")]
+    loras = [(unet, _unet_lora_config(unet, config), "")]
     for part, encoder in (text_encoders or {}).items():
-        loras.append((encoder, _text_lora(encoder, config, part, clip_skip), f"{part}."))
+        loras.append((encoder, _text_lora_config(encoder, config, part, clip_skip), f"{part}."))
     return loras
 
 
-def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
+def _unet_lora_config(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
     targets = unet_targets(unet, config)
     ranks = _block_ranks(config.lora_block_ranks, targets)
     for name in targets:
@@ -81,18 +89,18 @@ def _unet_lora(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
     )
 
 
-def _text_lora(text_encoder: Any, config: AdapterConfig, part: str, clip_skip: int | None) -> LoraConfig:
-    """The same on the attention of one text encoder, without DoRA: diffusers does not restore its magnitudes there.
+def _text_lora_config(text_encoder: Any, config: AdapterConfig, part: str, clip_skip: int | None) -> LoraConfig:
+    """The config for the attention of a text encoder, without DoRA: diffusers does not load its magnitudes there.
 
-    SDXL reads the first encoder's penultimate layer, or `clip_skip` before it: what lies behind gets no LoRA, it could
-    not learn. Of the second encoder the last layer's pooled output is read too.
+    SDXL reads the penultimate layer of the first encoder, or `clip_skip` layers before it. Layers behind that have no
+    gradient and get no LoRA. Of the second encoder SDXL also reads the pooled output of the last layer.
     """
     unused = 1 + (clip_skip or 0) if part == "text_encoder" else 0
     count = text_encoder.config.num_hidden_layers - unused
     if count < 1:
         raise ConfigError(
-            f"clip_skip={clip_skip} leaves no layer of the first text encoder for --train_text_encoder; it can be at "
-            f"most {text_encoder.config.num_hidden_layers - 2} with it"
+            f"clip_skip={clip_skip} leaves no layer of the first text encoder to train; with --train_text_encoder "
+            f"give at most {text_encoder.config.num_hidden_layers - 2}"
         )
     targets = [f"layers.{layer}.self_attn.{name}" for layer in range(count) for name in TEXT_ATTENTION]
     for name, module in text_encoder.named_modules():
@@ -109,23 +117,23 @@ def _text_lora(text_encoder: Any, config: AdapterConfig, part: str, clip_skip: i
 
 
 def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
-    """The module paths of the UNet that get a LoRA. Raises ConfigError when the settings name none."""
-    kinds = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    chosen = [name for name, module in kinds.items() if _is_target(name, module, config.lora_target_modules)]
+    """The module paths of the UNet that get a LoRA. Raises ConfigError if the settings match none."""
+    modules = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    chosen = [name for name, module in modules.items() if _is_target(name, module, config.lora_target_modules)]
     if not chosen:
         raise ConfigError(
-            f"lora_target_modules={config.lora_target_modules!r} names no layer of the UNet; "
+            f"lora_target_modules={config.lora_target_modules!r} matches no layer of the UNet; "
             "use attn, attn+ff, all-linear, conv, or ends of layer names such as to_q,to_v"
         )
     blocks = BLORA_BLOCKS if config.use_blora else config.lora_unet_blocks
     if blocks is None:
         return chosen
     inside: list[str] = []
-    for block in _listed(blocks):
+    for block in _split(blocks):
         in_block = [name for name in chosen if _is_inside(name, block)]
         if not in_block:
             raise ConfigError(
-                f"lora_unet_blocks: {block!r} holds no layer to train; blocks are named like {chosen[0]}"
+                f"lora_unet_blocks: {block!r} has no layer to train; give beginnings of names such as {chosen[0]}"
             )
         inside += in_block
     return sorted(set(inside), key=chosen.index)
@@ -133,9 +141,9 @@ def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
 
 @torch.no_grad()
 def start_magnitudes(model: nn.Module) -> None:
-    """Let DoRA start at W + sBA: its magnitudes become the norms of those rows, in fp32; nothing without DoRA.
+    """Set DoRA's magnitudes to the row norms of W + sBA in fp32; does nothing without DoRA.
 
-    PEFT takes them in the base's dtype, which in half precision would move every row of W before the first step.
+    PEFT computes them in the base's dtype, which in half precision changes every row of W before the first step.
     """
     for layer in lora_layers(model).values():
         if ADAPTER not in layer.lora_magnitude_vector:
@@ -148,23 +156,23 @@ def start_magnitudes(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name, in the model's order."""
+    """The parameters with gradients by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _inject(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
+def _add_adapter(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
     with torch.random.fork_rng(devices=[]):  # PEFT draws its initialization from the CPU's global generator
         model.add_adapter(lora, ADAPTER)
     cast_training_params(model, torch.float32)
     for name, layer in lora_layers(model).items():
         if isinstance(lora, AdaLoraConfig):
             size = lora.init_r, layer.in_features + layer.out_features
-            start_from_seed(layer, torch.randn(size, generator=generator("cpu", seed, "lora_init", path + name)))
+            initialize(layer, torch.randn(size, generator=generator("cpu", seed, "lora_init", path + name)))
             continue
         down = layer.lora_A[ADAPTER].weight
-        # Drawn on the CPU, so that one seed gives one LoRA on every device.
-        draw = torch.randn(down.shape, generator=generator("cpu", seed, "lora_init", path + name))
-        down.data.copy_(draw / layer.r[ADAPTER])
+        # Drawn on the CPU, so that a seed gives the same LoRA on every device.
+        noise = torch.randn(down.shape, generator=generator("cpu", seed, "lora_init", path + name))
+        down.data.copy_(noise / layer.r[ADAPTER])
         if ADAPTER in layer.lora_magnitude_vector:
             dora = layer.lora_magnitude_vector[ADAPTER]
             dora.get_weight_norm = partial(_norm_in_fp32, dora.get_weight_norm)
@@ -172,7 +180,7 @@ def _inject(model: Any, lora: LoraConfig, seed: int, path: str) -> None:
 
 
 def _norm_in_fp32(norm: Callable[..., Tensor], weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """PEFT's norm of a DoRA layer's rows, for which its convolutions leave W in half precision under autocast."""
+    """PEFT's row norms of a DoRA layer in fp32; its convolutions pass W in half precision under autocast."""
     return norm(weight.float(), *args, **kwargs)
 
 
@@ -185,19 +193,19 @@ def _is_target(name: str, module: nn.Module, targets: str) -> bool:
         return name.endswith(ATTENTION + FEED_FORWARD)
     if targets == "all-linear":
         return isinstance(module, nn.Linear)
-    return targets == "conv" or any(name == end or name.endswith(f".{end}") for end in _listed(targets))
+    return targets == "conv" or any(name == end or name.endswith(f".{end}") for end in _split(targets))
 
 
 def _block_ranks(text: str | None, targets: list[str]) -> dict[str, int]:
-    """`mid_block=16,up_blocks.0=8` as a rank for each of the target layers named; a later block wins."""
+    """Parse `mid_block=16,up_blocks.0=8` to a rank by target layer; a later block overrides an earlier."""
     ranks: dict[str, int] = {}
-    for part in _listed(text or ""):
+    for part in _split(text or ""):
         block, _, rank = part.partition("=")
         if not rank.strip().isdigit() or int(rank) < 1:
             raise ConfigError(f"lora_block_ranks: {part!r} must be BLOCK=RANK, such as mid_block=16")
         in_block = [name for name in targets if _is_inside(name, block.strip())]
         if not in_block:
-            raise ConfigError(f"lora_block_ranks: {block!r} holds no layer to train")
+            raise ConfigError(f"lora_block_ranks: {block!r} has no layer to train; name a trained block")
         ranks |= dict.fromkeys(in_block, int(rank))
     return ranks
 
@@ -207,5 +215,5 @@ def _is_inside(name: str, block: str) -> bool:
     return name == block or name.startswith(f"{block}.")
 
 
-def _listed(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]

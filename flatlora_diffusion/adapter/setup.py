@@ -1,4 +1,4 @@
-"""What of a base is trained: a LoRA on its UNet and, if asked for, on its text encoders, and new tokens."""
+"""Add the trained parts to a pipeline: a LoRA on UNet and optionally text encoders, and new tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ConfigError, Tr
 
 
 def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:
-    """Add what is trained, LoRAs in fp32 and new tokens, and have it ready to be trained.
+    """Add LoRA layers in fp32 and new tokens, and set training mode and gradient checkpointing.
 
-    Returns the new tokens by placeholder.
+    Returns:
+        The new tokens by placeholder.
     """
     assert config.run.seed is not None
     adapter, seed = config.adapter, config.run.seed
@@ -44,41 +45,47 @@ def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def start_from(pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Let the pipeline's new LoRA start from `updates` and, for a DoRA, `magnitudes`.
+def load_initial(pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Load the factors of another LoRA into the pipeline's new LoRA.
 
-    Raises ConfigError when ranks, layers or DoRA do not fit.
+    Args:
+        pipeline: the pipeline with the LoRA.
+        updates: factors and scales by module path, by part.
+        magnitudes: DoRA's magnitudes by module path, by part.
+
+    Raises:
+        ConfigError: ranks, layers or DoRA do not fit.
     """
     for part, layers in updates.items():
-        mine = {shared_path(part, name): layer for name, layer in lora_layers(getattr(pipeline, part)).items()}
-        strange = sorted(set(layers) - set(mine))
-        if strange:
+        own_layers = {shared_path(part, name): layer for name, layer in lora_layers(getattr(pipeline, part)).items()}
+        unknown = sorted(set(layers) - set(own_layers))
+        if unknown:
             raise ConfigError(
-                f"init_lora adapts {len(strange)} layer(s) of the {part} that this run does not train, such as "
-                f"{strange[0]}; set --lora_target_modules, --lora_unet_blocks or --train_text_encoder as it was made"
+                f"init_lora has {len(unknown)} layer(s) of the {part} that this run does not train, such as "
+                f"{unknown[0]}; set --lora_target_modules, --lora_unet_blocks or --train_text_encoder as for that LoRA"
             )
         for name, (down, up, scale) in layers.items():
-            layer = mine[name]
-            kept = layer.r[ADAPTER]
-            if len(down) < kept or bool(down[kept:].any()):
-                raise ConfigError(f"rank={kept}, but init_lora has rank {len(down)} at {name}; use --rank {len(down)}")
-            layer.lora_A[ADAPTER].weight.copy_(down[:kept])
-            layer.lora_B[ADAPTER].weight.copy_(up[:, :kept] * (scale / layer.scaling[ADAPTER]))
-        start_magnitudes(getattr(pipeline, part))  # a plain LoRA has none of its own
+            layer = own_layers[name]
+            rank = layer.r[ADAPTER]
+            if len(down) < rank or bool(down[rank:].any()):
+                raise ConfigError(f"rank={rank}, but init_lora has rank {len(down)} at {name}; use --rank {len(down)}")
+            layer.lora_A[ADAPTER].weight.copy_(down[:rank])
+            layer.lora_B[ADAPTER].weight.copy_(up[:, :rank] * (scale / layer.scaling[ADAPTER]))
+        start_magnitudes(getattr(pipeline, part))  # a plain LoRA has none
         for name, magnitude in magnitudes.get(part, {}).items():
-            if ADAPTER not in mine[name].lora_magnitude_vector:
-                raise ConfigError("init_lora is a DoRA, whose magnitudes this run would lose; set --use_dora")
-            mine[name].lora_magnitude_vector[ADAPTER].weight.copy_(magnitude)
+            if ADAPTER not in own_layers[name].lora_magnitude_vector:
+                raise ConfigError("init_lora is a DoRA, whose magnitudes a plain LoRA lacks; set --use_dora")
+            own_layers[name].lora_magnitude_vector[ADAPTER].weight.copy_(magnitude)
 
 
 def adapted_models(pipeline: Any, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The models with a LoRA, by part."""
+    """The models with a LoRA by part of the pipeline."""
     parts = ("unet", *(TEXT_PARTS if config.train_text_encoder else ()))
     return {part: getattr(pipeline, part) for part in parts}
 
 
-def trainable_of(pipeline: Any) -> dict[str, nn.Parameter]:
-    """What is trained, by part and name."""
+def trainable_by_part(pipeline: Any) -> dict[str, nn.Parameter]:
+    """All trained parameters, named PART.PARAMETER."""
     return {
         f"{part}.{name}": parameter
         for part in PARTS
@@ -86,15 +93,18 @@ def trainable_of(pipeline: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def anchors_of(pipeline: Any) -> dict[str, Tensor]:
-    """A0 and B0 of what starts away from zero, by part and name; they are never trained."""
+def anchors_by_part(pipeline: Any) -> dict[str, Tensor]:
+    """The frozen A0 and B0 of PiSSA and LoRA-GA, named PART.PARAMETER."""
     return {f"{part}.{name}": weight for part in PARTS for name, weight in anchors(getattr(pipeline, part)).items()}
 
 
-def save_beside(pipeline: Any, folder: Path, merged: Path | None = None) -> None:
-    """Write what a LoRA file cannot hold: new tokens' embeddings into `folder`, and the whole of a full fine-tuning.
+def save_other_parts(pipeline: Any, folder: Path, merged: Path | None = None) -> None:
+    """Save the parts that a LoRA file cannot hold.
 
-    The latter goes into the folder `merged`, if one is given.
+    Args:
+        pipeline: the trained pipeline.
+        folder: the folder for new tokens' embeddings.
+        merged: the folder for the merged pipeline of full fine-tuning; None saves none.
     """
     if merged is not None:
         save_merged(pipeline, merged)

@@ -47,10 +47,10 @@ from flatlora_diffusion.data.sources import check_training_set
 from flatlora_diffusion.lora_files.paths import parse_lora, run_of
 from flatlora_diffusion.sdxl.base_title import base_line, base_title
 from flatlora_diffusion.sdxl.shapes import check_resolution
+from flatlora_diffusion.signals import Interrupted, interruptible
 from flatlora_diffusion.storage.model_paths import check_base, check_lora, check_models
 from flatlora_diffusion.storage.saved_config import check_paths, expand_paths
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
-from flatlora_diffusion.training.stopping import Interrupted, interruptible
 
 DEMO_GUIDANCE = "2.5"  # at the default of 5 the tiny base shows more of its own style
 DEMO_ARMS = ("lora", "flat-lora", "lora:members=3")

@@ -254,22 +254,24 @@ def gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("problem", "gpu", "there is no CUDA device to train on", "see the line about torch above")
         return
-    from flatlora_diffusion.training.gpu_check import drill_configs
+    from flatlora_diffusion.training.gpu_check import gpu_check_configs
 
-    for config in drill_configs():
+    for config in gpu_check_configs():
         yield from gpu_check_findings(config)
 
 
 def gpu_check_findings(config: TrainConfig) -> Iterator[Finding]:
-    """Yield the self-checks of three steps of `config` with random weights on this device."""
-    from flatlora_diffusion.training.gpu_check import drill
+    """A line for each thing that three steps of `config`, with random weights, have shown of this device."""
+    from flatlora_diffusion.training.gpu_check import run_gpu_check
 
     subject = f"gpu, {METHODS[config.perturb.method].title}"
     try:
-        checks = drill(config)
+        checks = run_gpu_check(config)
     except RunError as error:
         yield Finding("problem", subject, str(error))
         return
     for check in checks:
         level: Literal["ok", "problem"] = "ok" if check.is_right else "problem"
-        yield Finding(level, subject, check.told, "" if check.is_right else "please report this with the lines above")
+        yield Finding(
+            level, subject, check.message, "" if check.is_right else "please report this with the lines above"
+        )

@@ -37,11 +37,11 @@ from flatlora_diffusion.compare.progress import run_items
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import describe_metrics
+from flatlora_diffusion.signals import describe_interruption
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.storage.saved_config import portable
 from flatlora_diffusion.storage.versions import versions
-from flatlora_diffusion.training.stopping import interrupted_as
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def compare(config: TrainConfig, options: CompareConfig) -> Path:
 def _compare(experiment: Experiment) -> Path:
     """Run the phases; pictures come before the long measurements."""
     out = experiment.out
-    with interrupted_as(lambda: f"with everything so far saved in {out}: repeat the command to resume"):
+    with describe_interruption(lambda: f"with everything so far saved in {out}: repeat the command to resume"):
         experiment.train(experiment.arm_runs)
         result = _evaluate_arms(experiment)
         if experiment.control_runs:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.adapter.new_tokens import in_captions, new_tokens
+from flatlora_diffusion.adapter.new_tokens import new_tokens, replace_in_captions
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.data.image_folders import image_folders
@@ -117,7 +117,7 @@ def _models(
         return {
             kind: fixed_probe(
                 sdxl,
-                in_captions(samples, tokens),
+                replace_in_captions(samples, tokens),
                 resolution,
                 given.seed,
                 given.probe_draws,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.delta import PARTS, Update, cut_to_rank, truncated
+from flatlora_diffusion.adapter.delta import PARTS, Update, cut_to_rank, truncated_svd
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.lora_files.metadata import portable_metadata
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, adaptable_layers, base_names
@@ -128,6 +128,6 @@ def _warn_about_other_changes(
 
 def _truncated_update(change: Tensor, rank: int) -> Update:
     """Truncate a weight change of any shape by SVD."""
-    down, up, _ = truncated(change.flatten(1), rank)
+    down, up, _ = truncated_svd(change.flatten(1), rank)
     rest = [1] * (change.ndim - 2)
     return Update(down.view(len(down), *change.shape[1:]), up.view(len(up), -1, *rest), 1.0)

@@ -1,4 +1,4 @@
 """A run from its settings to its files: state, loop, checkpoints, previews, result, upload.
 
-Knows nothing of comparing runs. Start with `trainer.py`, then `state.py`.
+Knows nothing of comparisons. Start with `trainer.py`, then `state.py`.
 """

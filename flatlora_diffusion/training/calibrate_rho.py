@@ -18,51 +18,51 @@ from flatlora_diffusion.config import RunError
 from flatlora_diffusion.method.rivals.sketch import Sketches
 from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
 from flatlora_diffusion.storage.hashing import DrawHash
-from flatlora_diffusion.training.loss_scale import loss_scale, taken_finite
+from flatlora_diffusion.training.loss_scale import compute_finite, loss_scale
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 16  # images whose gradients determine rho well enough (`rho_rise` in the tag studies)
+SAMPLES = 16  # images whose gradients determine rho well enough (see `rho_rise` at the tag `studies`)
 
 
 def calibrate(state: TrainState) -> None:
-    """Settle rho so that the loss increases by the share --rho_rise, and build the method's gradient with it.
+    """Set rho so that it increases the loss by the share --rho_rise, and rebuild the gradient computation with it.
 
     Raises:
         RunError: no gradient of the first steps is finite and above 0.
     """
     state.gradient.detach()
     state.progress.config = state.batches.config = state.config.replace(rho=_rho(state))
-    state.begin_gradient()
+    state.rebuild_gradient()
 
 
 def _rho(state: TrainState) -> float:
-    """rho = share * E[L] / E[||g||], g being the mean gradient in W of a step's images, as SAM ascends along it.
+    """rho = share * E[L] / E[||g||], where g is the gradient in W that SAM follows: the mean over a step's images.
 
-    Steps whose gradients are finite at no scale of fp16 are left out.
+    Steps whose gradient is not finite at any loss scale are skipped.
     """
     share = state.config.perturb.loss_increase
     reader = SlopeReader(adapted_models(state.sdxl.pipeline, state.config.adapter).values())
     try:
-        measured = [
-            taken_finite(state.accelerator, partial(_loss_and_slope, state, reader, step), _is_finite)
+        measurements = [
+            compute_finite(state.accelerator, partial(_loss_and_gradient_norm, state, reader, step), _is_finite)
             for step in range(_steps(state))
         ]
     finally:
         reader.detach()
-    finite = [pair for pair in measured if _is_finite(pair)]
-    loss, norm = math.fsum(pair[0] for pair in finite), math.fsum(pair[1] for pair in finite)
+    finite = [measurement for measurement in measurements if _is_finite(measurement)]
+    loss, norm = math.fsum(loss for loss, _ in finite), math.fsum(norm for _, norm in finite)
     if norm == 0:
-        raise RunError(f"rho_rise={share:g}: no gradient of the first steps is finite and above 0; give the --rho")
+        raise RunError(f"rho_rise={share:g}: no gradient of the first steps is finite and above 0; give --rho instead")
     rho = float(f"{share * loss / norm:.3g}")
     logger.info("rho %.3g increases the loss by %.3g %% to first order", rho, 100 * share)
     return rho
 
 
-def _loss_and_slope(state: TrainState, reader: SlopeReader, step: int) -> tuple[float, float]:
-    """The mean loss of a step's images, of all processes, and ||dL/dW||, as sketched by SAM."""
+def _loss_and_gradient_norm(state: TrainState, reader: SlopeReader, step: int) -> tuple[float, float]:
+    """The mean loss of a step's images over all processes, and ||dL/dW|| by SAM's sketch."""
     with reader.reading(Sketches(state.batches.seed, step)) as slopes:
         losses = [batch.backward(is_shared=False) for batch in micro_batches(state, step, DrawHash())]
     state.optimizer.zero_grad(set_to_none=True)
@@ -71,12 +71,12 @@ def _loss_and_slope(state: TrainState, reader: SlopeReader, step: int) -> tuple[
     return float(loss), float(slopes.norm()) / loss_scale(state.accelerator)
 
 
-def _is_finite(loss_and_slope: tuple[float, float]) -> bool:
-    return math.isfinite(loss_and_slope[1])
+def _is_finite(loss_and_norm: tuple[float, float]) -> bool:
+    return math.isfinite(loss_and_norm[1])
 
 
 def _steps(state: TrainState) -> int:
-    """The number of steps that have SAMPLES images."""
+    """The number of steps with SAMPLES images in all."""
     optim = state.config.optim
     images = optim.train_batch_size * optim.gradient_accumulation_steps * state.accelerator.num_processes
     return min(-(-SAMPLES // images), state.total_steps)

@@ -1,4 +1,4 @@
-"""A run's beginning, its checkpoints and its resumption, as safetensors and JSON."""
+"""Start a run's folder, write its checkpoints and resume from them: safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.setup import anchors_of
+from flatlora_diffusion.adapter.setup import anchors_by_part
 from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.method.row_norms import NormState
@@ -18,7 +18,7 @@ from flatlora_diffusion.storage.hashing import base_fingerprint, tensors_sha256
 from flatlora_diffusion.storage.tensor_io import load_optimizer, load_tensors, optimizer_tensors, save_tensors
 from flatlora_diffusion.training.export_lora import save_lora
 from flatlora_diffusion.training.optimizer import set_lr
-from flatlora_diffusion.training.state import TrainState, averaged
+from flatlora_diffusion.training.state import TrainState, ema_weights
 from flatlora_diffusion.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
@@ -26,110 +26,119 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.safetensors"
 
 
-def start(state: TrainState) -> int:
-    """Make the run folder of a new run and return its first step, 0."""
+def start_run(state: TrainState) -> None:
+    """Create the run folder of a new run, with its settings, manifest and `start` event."""
     if state.accelerator.is_main_process:
         state.run.start(state.config.to_dict(), _manifest(state))
         lora = tensors_sha256(state.trainable.values())
         processes = state.accelerator.num_processes
-        state.run.add_event({"event": "start", **_base(state), "lora": lora, "processes": processes})
+        state.run.add_event({"event": "start", **_base_fingerprints(state), "lora": lora, "processes": processes})
     start_trackers(state.accelerator, state.config)
-    return 0
 
 
-def restore(state: TrainState, name: str) -> int:
-    """Load checkpoint `name` into `state` and return the step that comes next.
+def restore_checkpoint(state: TrainState, name: str) -> int:
+    """Load a checkpoint into `state`.
 
-    Raises ConfigError for a checkpoint that is not there, and for settings, images, a base or a number of processes
-    that would alter the steps that were taken.
+    Args:
+        state: a state built with the settings to resume with.
+        name: `checkpoint-STEP`, or `latest`.
+
+    Returns:
+        The next step to train.
+
+    Raises:
+        ConfigError: the checkpoint does not exist, or settings, images, base or number of processes differ in a way
+            that changes the steps before it.
     """
     folder = state.run.checkpoint(name)
-    _check_alike(state, folder.name)
+    _check_resumable(state, folder.name)
     saved = {**TrainConfig().to_dict(), **state.run.config()}
-    _keep_ramp(state, folder, saved)
+    _keep_sigma_ramp(state, folder, saved)
     step = load_state(state, folder)
     if state.total_steps < step:
         raise ConfigError(
-            f"max_train_steps={state.total_steps} is less than the {step} steps that {folder.name} has taken; give at "
-            "least as many, or resume from an earlier checkpoint"
+            f"max_train_steps={state.total_steps} is below the {step} steps of {folder.name}; give at least {step}, "
+            "or resume from an earlier checkpoint"
         )
     if state.end < step:
         raise ConfigError(
-            f"holdout_folds={state.config.data.holdout_folds} have found {state.end} steps, fewer than the {step} "
-            f"that {folder.name} has taken; resume from an earlier checkpoint, or leave --resume_from_checkpoint out"
+            f"holdout_folds={state.config.data.holdout_folds} chose {state.end} steps, below the {step} of "
+            f"{folder.name}; resume from an earlier checkpoint, or leave --resume_from_checkpoint out"
         )
     if state.total_steps != saved["max_train_steps"]:
-        logger.info("%s", _new_end(state, step, saved))
+        logger.info("%s", _new_length_text(state, step, saved))
     now = state.config.to_dict()
-    changed = {one: [saved[one], now[one]] for one in sorted(settings_that("is_remedy")) if now[one] != saved[one]}
-    for one, (before, after) in changed.items():
-        logger.info("%s=%s in place of %s from here on", one, after, before)
-    state.accelerator.wait_for_everyone()  # all have read what the first one writes anew
+    retryable = sorted(settings_that("is_remedy"))
+    changed = {name: [saved[name], now[name]] for name in retryable if now[name] != saved[name]}
+    for setting, (before, after) in changed.items():
+        logger.info("%s=%s from here on, instead of %s", setting, after, before)
+    state.accelerator.wait_for_everyone()  # all processes have read the files that the main process rewrites
     if state.accelerator.is_main_process:
         state.run.archive_checkpoints_after(step)
         state.run.update(now)
         state.run.add_event({"event": "resumed", "step": step, "changed": changed})
-    logger.info("resuming from %s; steps left: %d", folder.name, state.end - step)
+    logger.info("resuming from %s; %d steps left", folder.name, state.end - step)
     start_trackers(state.accelerator, state.config)
     return step
 
 
-def _keep_ramp(state: TrainState, folder: Path, saved: Mapping[str, Any]) -> None:
-    """A run that has finished and is trained longer stays at the sigma that its ramp has reached."""
+def _keep_sigma_ramp(state: TrainState, folder: Path, saved: Mapping[str, Any]) -> None:
+    """Keep sigma's ramp as it was if a finished run is trained longer: sigma stays at its last value."""
     done = load_tensors(folder / STATE_FILE)[1]["step"]
     if not done == saved["max_train_steps"] < state.total_steps or saved["sigma_ramp_steps"] is not None:
         return
     state.progress.config = state.config.replace(sigma_ramp_steps=done)
     state.gradient.detach()
-    state.begin_gradient()
+    state.rebuild_gradient()
 
 
-def _new_end(state: TrainState, step: int, saved: Mapping[str, Any]) -> str:
-    """What becomes of learning rate and sigma when a run goes on to another end."""
+def _new_length_text(state: TrainState, step: int, saved: Mapping[str, Any]) -> str:
+    """The effect of another number of steps on learning rate and sigma."""
     config = state.config
-    text = f"{state.total_steps} steps in place of {saved['max_train_steps']}: "
+    text = f"{state.total_steps} steps instead of {saved['max_train_steps']}: "
     rate = float(state.lr_schedule.get_last_lr()[0])
-    text += f"the learning rate ({config.optim.lr_scheduler}) follows the new end, {rate:.3g} from here on"
+    text += f"the learning rate ({config.optim.lr_scheduler}) follows the new length, {rate:.3g} from here on"
     if not config.perturb.draws_noise or config.perturb.sigma_schedule == "constant":
         return text
-    ramp = "has ended" if config.perturb.sigma_ramp_steps == step else "follows the new end, too"
+    ramp = "has ended" if config.perturb.sigma_ramp_steps == step else "follows the new length, too"
     return f"{text}; sigma's ramp {ramp}, {state.gradient.sigma_at(step):.3g} from here on"
 
 
 def save_checkpoint(state: TrainState, step: int) -> None:
-    """Write `checkpoint-STEP/`: all that a resumed run needs, and the LoRA so far as a loadable file.
+    """Write `checkpoint-STEP/`: the state to resume from, and the LoRA files.
 
-    Of more than --checkpoints_total_limit the oldest goes, but not the one that is the best so far.
+    Beyond --checkpoints_total_limit the oldest checkpoint is deleted, but never that with the lowest held-out loss.
     """
     losses = state.run.holdout_losses()
     best = [best_step(losses)] if losses else []
     with state.run.new_checkpoint(step, state.config.run.checkpoints_total_limit, best) as folder:
         save_state(state, folder, step)
-        with averaged(state):
+        with ema_weights(state):
             save_lora(state, folder, step)
     if state.accelerator.is_main_process:
         state.run.add_event({"event": "checkpoint", "step": step})
 
 
 def save_state(state: TrainState, folder: Path, step: int) -> None:
-    """Write the state after `step` optimizer steps. Draws are functions of the step, so no RNG state is needed."""
+    """Write the state after `step` optimizer steps."""
+    # No RNG state: all draws are functions of the step.
     tensors, header = optimizer_tensors(state.optimizer.optimizer)
     tensors |= {f"trained.{name}": parameter for name, parameter in state.trainable.items()}
-    tensors |= {f"start.{name}": weight for name, weight in anchors_of(state.sdxl.pipeline).items()}
+    tensors |= {f"start.{name}": weight for name, weight in anchors_by_part(state.sdxl.pipeline).items()}
     extra: dict[str, Any] = {}
     if state.accelerator.scaler is not None:
         extra["scaler"] = state.accelerator.scaler.state_dict()
     if state.ema is not None:
         tensors |= {f"ema.{index}": value for index, value in enumerate(state.ema.shadow_params)}
         extra["ema_step"] = state.ema.optimization_step
-    kept = {flat.config.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
-    tensors |= {f"row_stds.{prefix}": norms.stds for prefix, norms in kept.items()}
-    extra["row_stds"] = {prefix: norms.turn for prefix, norms in kept.items()}
+    norm_states = {flat.config.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
+    tensors |= {f"row_stds.{prefix}": norms.stds for prefix, norms in norm_states.items()}
+    extra["row_stds"] = {prefix: norms.turn for prefix, norms in norm_states.items()}
     if state.ranks is not None:
-        of_ranks, extra["ranks"] = state.ranks.state()
-        tensors |= {f"ranks.{name}": value for name, value in of_ranks.items()}
-    of_method, extra["method"] = state.gradient.state()
-    tensors |= {f"method.{name}": value for name, value in of_method.items()}
+        rank_tensors, extra["ranks"] = state.ranks.state()
+        tensors |= {f"ranks.{name}": value for name, value in rank_tensors.items()}
+    method_tensors, extra["method"] = state.gradient.state()
+    tensors |= {f"method.{name}": value for name, value in method_tensors.items()}
     schedule = {"last_epoch": state.lr_schedule.last_epoch}
     save_tensors(
         folder / STATE_FILE, tensors, {"step": step, "optimizer": header, "lr_schedule": schedule, "extra": extra}
@@ -137,7 +146,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
 
 
 def load_state(state: TrainState, folder: Path) -> int:
-    """Restore what `save_state` wrote; returns the step. Raises ConfigError when something else was trained."""
+    """Restore the state that `save_state` wrote and return its step. Raises ConfigError for another LoRA's state."""
     tensors, header = load_tensors(folder / STATE_FILE)
     _load_trained(state, folder, tensors)
     load_optimizer(state.optimizer.optimizer, tensors, header["optimizer"])
@@ -150,95 +159,97 @@ def load_state(state: TrainState, folder: Path) -> int:
         state.ema.optimization_step = extra["ema_step"]
     for flat in state.flats:
         prefix = flat.config.prefix
-        if prefix in extra.get("row_stds", {}):  # there are none in the first step, nor with --perturb_norm_every 1
+        if prefix in extra.get("row_stds", {}):  # absent in the first step, and with --perturb_norm_every 1
             flat.load_norm_state(NormState(extra["row_stds"][prefix], tensors[f"row_stds.{prefix}"]))
-    state.gradient.load_state(_below("method.", tensors), extra.get("method", {}))
+    state.gradient.load_state(_with_prefix("method.", tensors), extra.get("method", {}))
     if state.ranks is not None:
-        state.ranks.load_state(_below("ranks.", tensors), extra["ranks"])
+        state.ranks.load_state(_with_prefix("ranks.", tensors), extra["ranks"])
     state.progress.steps_done = done = int(header["step"])
     return done
 
 
 def load_best(state: TrainState, last: int) -> int:
-    """Put the weights of the checkpoint with the lowest held-out loss in place of those after `last` steps.
+    """Load the weights of the checkpoint with the lowest held-out loss.
 
-    Returns its step; `last` where no image was held out, or where that is the best.
+    Args:
+        state: a run whose weights are those after `last` steps.
+        last: the number of steps done.
+
+    Returns:
+        The step of the weights in `state`: `last` without held-out losses, or if that step has the lowest.
     """
     losses = state.run.holdout_losses()
-    folder = state.run.folder / f"checkpoint-{best_step(losses)}" if losses else None
-    if folder is None or best_step(losses) == last or not folder.is_dir():
+    best = best_step(losses) if losses else last
+    folder = state.run.folder / f"checkpoint-{best}"
+    if best == last or not folder.is_dir():
         return last
     _load_trained(state, folder, load_tensors(folder / STATE_FILE)[0])
-    logger.info("the result is %s, at which the loss of the held-out images was lowest", folder.name)
-    state.run.add_event({"event": "chosen", "step": best_step(losses)})
-    return best_step(losses)
+    logger.info("the result is %s, which has the lowest held-out loss", folder.name)
+    state.run.add_event({"event": "chosen", "step": best})
+    return best
 
 
 def best_step(losses: Mapping[int, float]) -> int:
-    """The step of the lowest loss, the first of several."""
+    """The step of the lowest loss; of equal losses the first."""
     return min(losses, key=lambda step: (losses[step], step))
 
 
 def _load_trained(state: TrainState, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put what was trained, and its average, in place. Raises ConfigError when it was something else."""
-    saved = _below("trained.", tensors)
+    """Load the trained weights and their moving average. Raises ConfigError for another LoRA's weights."""
+    saved = _with_prefix("trained.", tensors)
     shapes = {name: parameter.shape for name, parameter in state.trainable.items()}
     if shapes != {name: value.shape for name, value in saved.items()}:
-        raise ConfigError(f"{folder.name} holds another LoRA (rank or layers differ); resume with the settings it had")
+        raise ConfigError(f"{folder.name} holds a LoRA of another rank or other layers; resume with its settings")
     with torch.no_grad():
         for name, parameter in state.trainable.items():
             parameter.copy_(saved[name])
-        for name, weight in anchors_of(state.sdxl.pipeline).items():
-            weight.copy_(tensors[f"start.{name}"])  # another machine's SVD may have found others
+        for name, weight in anchors_by_part(state.sdxl.pipeline).items():
+            weight.copy_(tensors[f"start.{name}"])  # the SVD of another machine may give others
     if state.ema is not None:
-        state.ema.shadow_params = [_like(tensors[f"ema.{i}"], p) for i, p in enumerate(state.ema.shadow_params)]
+        state.ema.shadow_params = [tensors[f"ema.{i}"].to(p.device) for i, p in enumerate(state.ema.shadow_params)]
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with `prefix`, without it."""
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _like(value: Tensor, other: Tensor) -> Tensor:
-    return value.to(other.device)
-
-
 def _manifest(state: TrainState) -> list[dict[str, Any]]:
-    away = [{**row, "is_held_out": True} for row in manifest(state.heldout)]
-    return [*manifest([*state.batches.samples, *state.batches.class_samples]), *away]
+    heldout = [{**row, "is_held_out": True} for row in manifest(state.heldout)]
+    return [*manifest([*state.batches.samples, *state.batches.class_samples]), *heldout]
 
 
-def _base(state: TrainState) -> dict[str, str]:
+def _base_fingerprints(state: TrainState) -> dict[str, str]:
     """The fingerprint of each model of the base."""
     pipeline = state.sdxl.pipeline
     parts = {"base": state.sdxl.unet, **{part: getattr(pipeline, part) for part in (*TEXT_PARTS, "vae")}}
     return {name: base_fingerprint(part) for name, part in parts.items()}
 
 
-def _check_alike(state: TrainState, name: str) -> None:
-    """Raises ConfigError when what comes after checkpoint `name` would not be trained as what came before."""
+def _check_resumable(state: TrainState, name: str) -> None:
+    """Raise ConfigError if the run would have reached checkpoint `name` otherwise with the present settings."""
     run, config = state.run, state.config
     starts = [event for event in run.events() if event["event"] == "start"]
     start = starts[-1] if starts else {}
-    # The hashes are those of one precision; where they cannot tell, names must.
-    is_known = "vae" in start and config.optim.mixed_precision == run.config().get("mixed_precision")
-    is_known = is_known and config.model.quantize_base is None
-    told = settings_that("names_base") if is_known else ()
-    changed = run.changed_settings(config, (*settings_that("is_remedy"), *told))
+    # Fingerprints depend on the precision. If they cannot be compared, the base's name must be the same.
+    has_fingerprints = "vae" in start and config.optim.mixed_precision == run.config().get("mixed_precision")
+    has_fingerprints = has_fingerprints and config.model.quantize_base is None
+    base_settings = settings_that("names_base") if has_fingerprints else ()
+    changed = run.changed_settings(config, (*settings_that("is_remedy"), *base_settings))
     if changed:
-        raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with the settings it had")
-    now = _base(state) if is_known else {}
-    others = ["unet" if part == "base" else part for part, found in now.items() if found != start[part]]
+        raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with its settings")
+    fingerprints = _base_fingerprints(state) if has_fingerprints else {}
+    others = ["unet" if part == "base" else part for part, value in fingerprints.items() if value != start[part]]
     if others:
         raise ConfigError(
-            f"{name} was made on another base than {config.model.pretrained_model_name_or_path!r} is now (other "
-            f"weights: {', '.join(others)}); resume with the base it had"
+            f"{name} was made on another base than pretrained_model_name_or_path="
+            f"{config.model.pretrained_model_name_or_path!r} (other weights: {', '.join(others)}); use its base"
         )
     processes = state.accelerator.num_processes
     if start.get("processes", processes) != processes:
         raise ConfigError(
-            f"{name} was made by {start['processes']} process(es), and now there are {processes}, which would train "
-            "on other batches; launch as many as there were"
+            f"{name} was made by {start['processes']} process(es), but {processes} would train on other batches; "
+            f"launch {start['processes']}"
         )
     if _manifest(state) != run.manifest():
-        raise ConfigError(f"the images or captions have changed since {name} was saved; start a new run instead")
+        raise ConfigError(f"the images or captions have changed since {name} was saved; start a new run")

@@ -1,4 +1,4 @@
-"""Whether the disks have room for what a run writes, looked at before it starts."""
+"""Check before a run starts that the disks have room for its files."""
 
 from __future__ import annotations
 
@@ -17,59 +17,62 @@ from flatlora_diffusion.sdxl.device import this_process
 logger = logging.getLogger(__name__)
 
 
-class _Share(NamedTuple):
-    """Something that goes into the folder of a setting, and its bytes."""
+class _DiskUse(NamedTuple):
+    """Files that a run writes into the folder of a setting, and their bytes."""
 
     setting: str
     folder: Path
-    what: str
+    files: str
     size: int
 
 
-def check_room(config: TrainConfig) -> None:
-    """Log what the run writes and what is free. Raises ConfigError where not even one checkpoint and the result fit.
+def check_disk_space(config: TrainConfig) -> None:
+    """Log the space that a run needs and that is free on each disk.
 
-    The class images that are still to be drawn count with them where they go onto the same disk.
+    Raises:
+        ConfigError: a checkpoint, the result and the missing class images do not fit.
     """
     try:
-        need, images = disk_need(config), class_images_need(config)
+        need, class_images = disk_need(config), class_images_need(config)
     except ConfigError:
-        return  # of the base itself, which is not here yet or will say so
+        return  # the base is not downloaded yet, or loading it will raise the error
     except Exception as error:
-        logger.warning("the disk that the run needs could not be estimated: %s", error)
+        logger.warning("the run's disk space could not be estimated: %s", error)
         return
     out = Path(config.run.output_dir)
-    shares = [
-        _Share("output_dir", out, "a checkpoint", need.checkpoint),
-        _Share("output_dir", out, "the result", need.result),
-        _Share("class_data_dir", Path(str(config.data.class_data_dir)), "the class images to be drawn", images),
+    uses = [
+        _DiskUse("output_dir", out, "a checkpoint", need.checkpoint),
+        _DiskUse("output_dir", out, "the result", need.result),
+        _DiskUse(
+            "class_data_dir", Path(str(config.data.class_data_dir)), "the class images to be drawn", class_images
+        ),
     ]
-    for on_disk in _by_disk([share for share in shares if share.size]):
-        _check_disk(on_disk)
-    _tell_of_all_checkpoints(config, need)
+    for uses_of_disk in _by_disk([use for use in uses if use.size]):
+        _check_disk(uses_of_disk)
+    _warn_of_checkpoints(config, need)
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on the disk of a folder, which need not be there yet."""
-    return shutil.disk_usage(_existing(folder)).free
+    """The free bytes on the disk of a folder, which need not exist."""
+    return shutil.disk_usage(_nearest_existing(folder)).free
 
 
-def _check_disk(shares: list[_Share]) -> None:
-    """Of what goes onto one disk."""
-    first, free = shares[0], free_bytes(shares[0].folder)
-    needed = sum(share.size for share in shares)
-    parts = ", ".join(f"{share.what} {in_gib(share.size)}" for share in shares)
+def _check_disk(uses: list[_DiskUse]) -> None:
+    """Check the uses of a single disk."""
+    first, free = uses[0], free_bytes(uses[0].folder)
+    needed = sum(use.size for use in uses)
+    parts = ", ".join(f"{use.files} {in_gib(use.size)}" for use in uses)
     if needed > free:
         raise ConfigError(
-            f"{first.setting}={str(first.folder)!r} is on a disk with {in_gib(free)} free, but about {in_gib(needed)} "
-            f"are needed ({parts}); make room, or give a folder on another disk"
+            f"{first.setting}={str(first.folder)!r} is on a disk with {in_gib(free)} free, but the run "
+            f"needs about {in_gib(needed)} ({parts}); free some space, or give a folder on another disk"
         )
     if this_process().is_main_process:
-        logger.info("about %s on disk needed (%s), %s free", in_gib(needed), parts, in_gib(free))
+        logger.info("needs about %s of disk space (%s), %s free", in_gib(needed), parts, in_gib(free))
 
 
-def _tell_of_all_checkpoints(config: TrainConfig, need: DiskNeed) -> None:
-    """Warn of checkpoints that will not all fit."""
+def _warn_of_checkpoints(config: TrainConfig, need: DiskNeed) -> None:
+    """Warn if not all checkpoints fit."""
     run, steps = config.run, config.optim.max_train_steps
     if steps is None or not this_process().is_main_process:
         return
@@ -78,7 +81,7 @@ def _tell_of_all_checkpoints(config: TrainConfig, need: DiskNeed) -> None:
     fits = (free_bytes(Path(run.output_dir)) - need.result) // need.checkpoint
     if count > fits:
         logger.warning(
-            "the disk has room for %d of the %d checkpoints of %s each; make room, or give a lower "
+            "the disk has room for %d of the %d checkpoints of %s each; free some space, or give a lower "
             "--checkpoints_total_limit or a higher --checkpointing_steps",
             fits,
             count,
@@ -86,13 +89,13 @@ def _tell_of_all_checkpoints(config: TrainConfig, need: DiskNeed) -> None:
         )
 
 
-def _by_disk(shares: list[_Share]) -> Iterator[list[_Share]]:
-    disks = [os.stat(_existing(share.folder)).st_dev for share in shares]
-    for disk in dict.fromkeys(disks):
-        yield [share for share, its_own in zip(shares, disks, strict=True) if its_own == disk]
+def _by_disk(uses: list[_DiskUse]) -> Iterator[list[_DiskUse]]:
+    devices = [os.stat(_nearest_existing(use.folder)).st_dev for use in uses]
+    for device in dict.fromkeys(devices):
+        yield [use for use, its_device in zip(uses, devices, strict=True) if its_device == device]
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    whole = folder.absolute()
-    return next(place for place in (whole, *whole.parents) if place.exists())
+def _nearest_existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    path = folder.absolute()
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())

@@ -1,7 +1,7 @@
-"""The files of a LoRA that people share: one for diffusers, one for every other tool, each read back and compared.
+"""Write the LoRA files to share, for diffusers and for other tools, and verify them by reading them back.
 
-With them, where there are any, the embeddings of new tokens, and at the end of a run the sidecar that web UIs show and
-the merged pipeline of full fine-tuning.
+With new tokens their embeddings are written too; at the end of a run also the sidecar for web UIs and the merged
+pipeline of full fine-tuning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.adapter.delta import lora_updates, magnitudes, plain_updates, update_norms
-from flatlora_diffusion.adapter.setup import save_beside
+from flatlora_diffusion.adapter.setup import save_other_parts
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
 from flatlora_diffusion.lora_files.export_pair import FilePair, verify_pair, write_pair
@@ -28,50 +28,60 @@ logger = logging.getLogger(__name__)
 
 
 def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
-    """Plan the files, write them into `folder`, read them back, and return the proof: sizes and the largest error.
+    """Write the LoRA files and verify them.
 
-    Raises RunError when a file does not hold what was trained, within the rounding of its precision; for a LoRA that
-    is not finite; and at the end of a run for one that changes nothing, unless the learning rate is 0. A checkpoint
-    may be one: a warm-up can begin with steps of 0, and stopping there would lose the run.
+    Args:
+        state: the run, with the weights to save.
+        folder: the run's folder or a checkpoint's.
+        step: the number of steps done.
+        is_end: whether the LoRA is the run's result.
+
+    Returns:
+        The proof for events.jsonl: files, norms of the update, largest error.
+
+    Raises:
+        RunError: a file differs from the trained LoRA by more than the rounding of its precision, the LoRA is not
+            finite, or the result is zero although the learning rate is not. A checkpoint may be zero: the first steps
+            of a warm-up can be.
     """
     run, pipeline = state.config.run, state.sdxl.pipeline
-    trained, kept = lora_updates(pipeline), magnitudes(pipeline)
+    trained, dora_magnitudes = lora_updates(pipeline), magnitudes(pipeline)
     plain, missed = plain_updates(pipeline, trained)
     norms = update_norms(plain)
     check_finite(trained)
     if not any(norms.values()):
-        what = "the LoRA changes nothing: no step has moved it"
+        message = "the LoRA is zero: no step has changed it"
         if is_end and state.config.optim.learning_rate:
-            raise RunError(f"{what}; look at --learning_rate and --lr_warmup_steps, then resume with more steps")
-        logger.warning("%s", what)
-    facts = replace(facts_of(state, step), conversion_note=conversion_note(state.config.adapter, missed))
+            raise RunError(f"{message}; check --learning_rate and --lr_warmup_steps, then resume with more steps")
+        logger.warning("%s", message)
+    facts = replace(training_facts(state, step), conversion_note=conversion_note(state.config.adapter, missed))
     notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
-    beside = sidecar(state.config, facts, notes) if is_end else None
+    side = sidecar(state.config, facts, notes) if is_end else None
     is_full = state.config.adapter.adapter == "full"
     merged = folder / MERGED if is_end and is_full else None
     metadata = kohya_metadata(state.run, state.config, facts, datetime.now(UTC))
     with state.run.writing():
-        save_beside(pipeline, folder, merged)  # before the LoRA, which may need it
+        save_other_parts(pipeline, folder, merged)  # before the LoRA, which may need its embeddings
         pair = FilePair(
             kohya=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
             copy=folder / KOHYA_COPY if run.output_kohya_format else None,
-            sidecar=beside,
+            sidecar=side,
             metadata=metadata,
             plain=with_required_layers(plain, pipeline.unet),
             trained=trained,
-            magnitudes=kept,
+            magnitudes=dora_magnitudes,
             layers_per_block=pipeline.unet.config.layers_per_block,
             dtype=DTYPES[run.save_dtype],
         )
         write_pair(pair, pipeline)
         files = [pair.kohya.name, pair.diffusers.name]
         proof = {"update_norms": norms, "files": files, "largest_error": verify_pair(pair)}
-    if missed and not (is_full and merged is None):  # a checkpoint has all of it in its state
-        what, kept_in = ("full fine-tuning", MERGED) if is_full else ("DoRA", pair.diffusers.name)
+    if missed and not (is_full and merged is None):  # a checkpoint's state file is exact
+        title, exact_file = ("full fine-tuning", MERGED) if is_full else ("DoRA", pair.diffusers.name)
         logger.warning(
-            "%s is kept exactly in %s only; %s is a plain LoRA that misses %.1f %% of its effect",
-            what,
-            kept_in,
+            "only %s has the exact %s; %s is a plain LoRA that misses %.1f %% of its effect",
+            exact_file,
+            title,
             pair.kohya.name,
             100 * missed,
         )
@@ -79,10 +89,10 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     return proof
 
 
-def facts_of(state: TrainState, step: int) -> TrainingSummary:
-    """What metadata, sidecar and card say of the run after `step` steps.
+def training_facts(state: TrainState, step: int) -> TrainingSummary:
+    """The facts of the run after `step` steps, for metadata, sidecar and card.
 
-    What calls the LoRA are the new tokens of pivotal tuning, or the prompt of all images, or what captions share.
+    The trigger is the new tokens, the instance prompt, or the words that all captions share.
     """
     noise, batches = state.sdxl.scheduler.config, state.batches
     tokens = ", ".join("".join(names) for names in state.tokens.values())

@@ -1,4 +1,4 @@
-"""What is kept and said of a run that fails: the weights of its last whole step, with which it can go on."""
+"""Failures of a run: the weights of the last complete step are saved, and the error suggests a setting to change."""
 
 from __future__ import annotations
 
@@ -13,35 +13,34 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.latents import nonfinite_message, nonfinite_names
+from flatlora_diffusion.signals import describe_interruption
 from flatlora_diffusion.training.checkpoint import save_checkpoint, save_state
 from flatlora_diffusion.training.state import TrainState
-from flatlora_diffusion.training.stopping import interrupted_as
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def explained(config: TrainConfig) -> Iterator[None]:
-    """Raises RunError in place of an error of PyTorch that a setting can mend."""
+def friendly_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise RunError in place of errors of PyTorch that a setting can avoid."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RunError(_what_lowers_it(config)) from error
+        raise RunError(_out_of_memory_text(config)) from error
     except RuntimeError as error:
-        operation, is_found, _ = str(error).partition(" does not have a deterministic implementation")
-        if not is_found:
+        operation, marker, _ = str(error).partition(" does not have a deterministic implementation")
+        if not marker:
             raise
         raise RunError(f"{operation} has no deterministic kernel on this device; leave --deterministic out") from error
 
 
-def _what_lowers_it(config: TrainConfig) -> str:
-    """What a run says that is out of memory. Where the estimate fails, that is not what it failed of."""
-    from flatlora_diffusion.memory.estimate import out_of_memory_text  # slow to import, and needed only here
+def _out_of_memory_text(config: TrainConfig) -> str:
+    from flatlora_diffusion.memory.estimate import out_of_memory_text  # slow to import
 
     try:
         return out_of_memory_text(config)
-    except Exception as error:
-        logger.warning("the memory that the run needs could not be estimated: %s", error)
+    except Exception as error:  # the run failed for lack of memory, not because of the estimate
+        logger.warning("the run's memory could not be estimated: %s", error)
         return (
             "the device is out of memory; lower --train_batch_size or --resolution, or give "
             "--gradient_checkpointing, --cache_latents or --offload"
@@ -49,74 +48,80 @@ def _what_lowers_it(config: TrainConfig) -> str:
 
 
 @contextmanager
-def kept(state: TrainState) -> Iterator[None]:
-    """Save the weights when what goes on while this is open fails, and have the error say so.
+def save_on_failure(state: TrainState) -> Iterator[None]:
+    """Save the weights if the block fails, and name the checkpoint in the error.
 
-    An interruption saves nothing: whoever presses Ctrl-C a second time wants to be out.
+    An interruption saves nothing: a second Ctrl-C means to end immediately.
     """
     try:
-        with interrupted_as(lambda: f"at once; {state.run.last_checkpoint_text()}"):
+        with describe_interruption(lambda: f"at once; {state.run.last_checkpoint_text()}"):
             yield
     except (ConfigError, StoppedError):
         raise
     except Exception as error:
-        found = _keep(state)
+        checkpoint = _save_last_step(state)
         if not isinstance(error, RunError):
-            logger.warning("%s", found)
+            logger.warning("%s", checkpoint)
             raise
-        raise RunError(f"{error}{'; ' if len(str(error).splitlines()) == 1 else chr(10)}{found}") from error
+        separator = "; " if len(str(error).splitlines()) == 1 else "\n"
+        raise RunError(f"{error}{separator}{checkpoint}") from error
 
 
-def _keep(state: TrainState) -> str:
-    """Save what the last whole step has left unless that is saved; returns what there is to go on from, in words."""
+def _save_last_step(state: TrainState) -> str:
+    """Save the weights of the last complete step unless they are saved; return which checkpoint to resume from."""
     step, run = state.progress.steps_done, state.run
     if state.accelerator.is_main_process and step and _is_finite(state):
         names = [path.name for path in run.checkpoints()]
         try:
             if f"checkpoint-{step}" not in names:
-                _save(state, step)
-            return (
-                f"checkpoint-{step} has the weights before that, and --resume_from_checkpoint latest goes on from it"
-            )
-        except Exception as error:  # why the run ends is what matters
+                _save_checkpoint(state, step)
+            return f"checkpoint-{step} has the weights before the failure; --resume_from_checkpoint latest resumes it"
+        except Exception as error:  # must not hide the first error
             logger.warning("the weights after step %d could not be saved: %s", step, error)
     return run.last_checkpoint_text()
 
 
-def _save(state: TrainState, step: int) -> None:
-    """A checkpoint; no older one goes for it. What does not fit into --save_dtype fits into fp32."""
+def _save_checkpoint(state: TrainState, step: int) -> None:
+    """Save a checkpoint without deleting an older one; in fp32, because values may overflow in --save_dtype."""
     config = state.config.replace(save_dtype="fp32", checkpoints_total_limit=None)
-    roomy = replace(state, progress=replace(state.progress, config=config))
+    state = replace(state, progress=replace(state.progress, config=config))
     try:
-        save_checkpoint(roomy, step)
-    except RunError:  # without a LoRA file to look at it is still one to go on from
+        save_checkpoint(state, step)
+    except RunError:  # the state can be resumed even if its LoRA file cannot be written
         with state.run.new_checkpoint(step, limit=None) as folder:
             save_state(state, folder, step)
         state.run.add_event({"event": "checkpoint", "step": step})
 
 
 def _is_finite(state: TrainState) -> bool:
-    """Whether a run could go on from its weights and from what its method has beside them."""
+    """Whether all weights and tensors of the method are finite, so that the run can be resumed."""
     tensors = (*state.trainable.values(), *state.gradient.state()[0].values())
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
-    """The micro-batches, of all processes, whose loss is not finite; `losses` are this process's."""
+    """The slots whose loss is not finite, of all processes; `losses` are those of this process's micro-batches."""
     by_rank = state.accelerator.gather(torch.stack(losses)).view(state.accelerator.num_processes, len(losses))
     return [slot for slot, loss in enumerate(by_rank.T.flatten().tolist()) if not math.isfinite(loss)]
 
 
-def non_finite_text(state: TrainState, step: int, what: str, slots: list[int]) -> str:
-    """What a run says whose loss or gradient is not finite: in which step, with which images, and what to change."""
-    places = [(state.batches.samples_at(step, slot), state.batches.batch(step, slot).latents) for slot in slots]
-    spoiled = [name for samples, latents in places for name in nonfinite_names(latents, samples)]
-    if spoiled:
-        return nonfinite_message(spoiled)
-    names = [sample.id for samples, _ in places for sample in samples]
+def non_finite_text(state: TrainState, step: int, quantity: str, slots: list[int]) -> str:
+    """The error message for a loss or gradient that is not finite.
+
+    Args:
+        state: the run.
+        step: the optimizer step.
+        quantity: "loss" or "gradient".
+        slots: the slots whose images the message names.
+    """
+    micro_batches = [(state.batches.samples_at(step, slot), state.batches.batch(step, slot).latents) for slot in slots]
+    bad_latents = [name for samples, latents in micro_batches for name in nonfinite_names(latents, samples)]
+    if bad_latents:
+        return nonfinite_message(bad_latents)
+    names = [sample.id for samples, _ in micro_batches for sample in samples]
     advice = {
-        "fp16": "go on with --mixed_precision bf16",
-        "bf16": "go on with a lower --learning_rate",
-        "no": "go on with a lower --learning_rate",
+        "fp16": "resume with --mixed_precision bf16",
+        "bf16": "resume with a lower --learning_rate",
+        "no": "resume with a lower --learning_rate",
     }[str(state.config.optim.mixed_precision)]
-    return f"the {what} of step {step} is not finite with these images: {', '.join(names)}; {advice}"
+    return f"the {quantity} of step {step} is not finite with these images: {', '.join(names)}; {advice}"

@@ -1,4 +1,4 @@
-"""Three steps on random weights, for their self-check alone: nothing is downloaded, nothing kept."""
+"""Train three steps on random weights for their self-check: no downloads, no files left behind."""
 
 from __future__ import annotations
 
@@ -12,55 +12,54 @@ from flatlora_diffusion.config import SAMPLES, SDXL, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.sdxl.random_base import random_sdxl
-from flatlora_diffusion.training.failure import explained
-from flatlora_diffusion.training.first_steps import STEPS, SelfCheck
-from flatlora_diffusion.training.first_steps_measures import Check
-from flatlora_diffusion.training.first_weights import first_weights
-from flatlora_diffusion.training.state import prepare, put_away, set_backends
+from flatlora_diffusion.training.failure import friendly_errors
+from flatlora_diffusion.training.first_gradients import start_from_gradients
+from flatlora_diffusion.training.selfcheck import STEPS, Check, SelfCheck
+from flatlora_diffusion.training.state import prepare, set_backends
 from flatlora_diffusion.training.trainer import train_step
 
+CHECK_RHO_RISE = 0.02  # small: the loss of random weights follows its gradient less far than that of trained ones
 
-def drill(config: TrainConfig) -> list[Check]:
+
+def run_gpu_check(config: TrainConfig) -> list[Check]:
     """Train the first steps of `config` on the sample icons, with random weights in the shapes of its base.
 
-    Raises RunError when the device is out of memory.
+    Returns:
+        The results of the self-check.
+
+    Raises:
+        RunError: the device is out of memory.
     """
     images = SAMPLES / "icons_3d"
     with tempfile.TemporaryDirectory() as folder:
-        own = config.replace(
+        config = config.replace(
             instance_data_dir=str(images), output_dir=folder, max_train_steps=STEPS, seed=0, report_to="none"
         )
-        set_backends(own)
-        with explained(own):
-            state = prepare(own, load_samples(Path(images)).samples, load=random_sdxl)
+        set_backends(config)
+        with friendly_errors(config):
+            state = prepare(config, load_samples(Path(images)).samples, load=random_sdxl)
             try:
-                first_weights(state)
+                start_from_gradients(state)
                 check = SelfCheck(state)
                 check.begin()
                 for step in range(STEPS):
-                    began = time.monotonic()
+                    step_start = time.monotonic()
                     loss = train_step(state, step)
-                    check.step_done(loss, time.monotonic() - began)
+                    check.step_done(loss, time.monotonic() - step_start)
             finally:
-                put_away(state)
+                state.close()
     return check.checks
 
 
-DRILL_RISE = 0.02
-
-
-def drill_configs() -> tuple[TrainConfig, TrainConfig]:
-    """What a person with a GPU trains first: the paper's setting on SDXL, in the precision that the GPU has, and SAM.
-
-    Random weights follow their gradient less far than trained ones, so SAM's rise is a small one.
-    """
-    is_new = this_process().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    both = TrainConfig().replace(
+def gpu_check_configs() -> tuple[TrainConfig, TrainConfig]:
+    """The paper's Flat-LoRA settings on SDXL in the precision that the GPU supports, and the same for SAM."""
+    has_bf16 = this_process().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    config = TrainConfig().replace(
         pretrained_model_name_or_path=SDXL,
         resolution=1024,
         train_batch_size=1,
-        mixed_precision="bf16" if is_new else "fp16",
+        mixed_precision="bf16" if has_bf16 else "fp16",
         gradient_checkpointing=True,
         cache_latents=True,
     )
-    return both.replace(perturb_per="step"), both.replace(method="sam", rho_rise=DRILL_RISE)
+    return config.replace(perturb_per="step"), config.replace(method="sam", rho_rise=CHECK_RHO_RISE)

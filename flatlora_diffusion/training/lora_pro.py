@@ -1,16 +1,16 @@
-"""LoRA-Pro (arXiv:2407.18242): A and B step so that W moves as nearly as it can to where dL/dW would move it.
+"""LoRA-Pro (arXiv:2407.18242): steps of A and B that move W as nearly as possible along dL/dW.
 
 For W' = W + s B A and G = dL/dW the gradients are g_A = s B^T G and g_B = s G A^T, and steps along h_A and h_B move W'
-along s (B h_A + h_B A). That is nearest to G, in the sense of least squares, for
+along s (B h_A + h_B A). The least-squares approximation of G has
 
     h_A = (B^T B)^+ g_A / s^2 + X A,    h_B = (I - B (B^T B)^+ B^T) g_B (A A^T)^+ / s^2 - B X
 
-whatever X is. The X that keeps h_A and h_B nearest to g_A and g_B has
+for any X. The X for which h_A and h_B are nearest to g_A and g_B solves
 
     (B^T B) X + X (A A^T) = -(B^T B)^+ g_A A^T / s^2
 
-AdamW steps with h_A and h_B and keeps the moments of these; the paper's keeps those of s (B h_A + h_B A), two numbers
-for each adapted weight.
+Here AdamW's moments are those of h_A and h_B. The paper's are those of s (B h_A + h_B A), which take two numbers for
+each adapted weight.
 """
 
 from __future__ import annotations
@@ -23,11 +23,17 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.method.branch import Pair, factor_pairs
 
-_LEAST = 1e-6  # of the largest eigenvalue: what is below is the rounding of fp32 in A A^T and B^T B
+_MIN_EIGENVALUE = 1e-6  # relative to the largest; below is the fp32 rounding of A A^T and B^T B
 
 
 class LoraPro(torch.optim.AdamW):
-    """AdamW over `groups`, in which the gradients of the LoRA of `models` are those of LoRA-Pro."""
+    """AdamW with the gradients of LoRA-Pro.
+
+    Args:
+        groups: parameter groups of AdamW.
+        models: the models with the LoRA layers.
+        settings: other arguments of AdamW.
+    """
 
     def __init__(self, groups: Sequence[dict[str, Any]], models: Iterable[nn.Module], **settings: Any) -> None:
         super().__init__(groups, **settings)
@@ -35,16 +41,16 @@ class LoraPro(torch.optim.AdamW):
         self._pairs: list[Pair] | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Adjust the gradients that there are, in place, then step."""
+        """Project the gradients in place, then step."""
         if self._pairs is None:
             self._pairs = factor_pairs(self._models)
-        adjust(self._pairs)
+        project_gradients(self._pairs)
         return super().step(closure)
 
 
 @torch.no_grad()
-def adjust(pairs: Sequence[Pair]) -> None:
-    """Put h_A and h_B in place of g_A and g_B, in the gradients of each of the pairs that has them."""
+def project_gradients(pairs: Sequence[Pair]) -> None:
+    """Replace g_A and g_B by h_A and h_B in each pair that has gradients."""
     by_rank: dict[int, list[Pair]] = {}
     for pair in pairs:
         if pair.down.grad is not None and pair.up.grad is not None:
@@ -52,8 +58,8 @@ def adjust(pairs: Sequence[Pair]) -> None:
     for members in by_rank.values():
         small = torch.stack([_small_products(pair) for pair in members])
         scales = torch.tensor([pair.scale for pair in members], dtype=torch.float64)
-        for pair, (of_down, of_up, mix) in zip(members, _solved(small.cpu().double(), scales), strict=True):
-            _put(pair, of_down, of_up, mix)
+        for pair, (left, right, mixes) in zip(members, _solve(small.cpu().double(), scales), strict=True):
+            _replace_gradients(pair, left, right, mixes)
 
 
 def _small_products(pair: Pair) -> Tensor:
@@ -63,35 +69,39 @@ def _small_products(pair: Pair) -> Tensor:
     return torch.stack([up.T @ up, down @ down.T, pair.down.grad.flatten(1) @ down.T])
 
 
-def _solved(small: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each layer M, N and Y in h_A = M g_A + X A and h_B = g_B N - B Y, and X: as (M, N, (X, Y)).
+def _solve(small: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(M, N, (X, Y)) of each layer, for h_A = M g_A + X A and h_B = g_B N - B Y.
 
-    In double and on the CPU: MPS has neither float64 nor eigenvalues, and the matrices are of the rank's size.
+    Args:
+        small: B^T B, A A^T and g_A A^T of each layer, (L, 3, r, r); in double on the CPU, because MPS has neither
+            float64 nor eigenvalues.
+        scales: s of each layer, (L,).
     """
-    ups, downs, slopes = small.unbind(1)
-    of_up, up_basis = torch.linalg.eigh(ups)
-    of_down, down_basis = torch.linalg.eigh(downs)
+    ups, downs, products = small.unbind(1)
+    up_values, up_basis = torch.linalg.eigh(ups)
+    down_values, down_basis = torch.linalg.eigh(downs)
     squares = scales.square().view(-1, 1, 1)
-    up_inverse, down_inverse = _inverse(of_up, up_basis), _inverse(of_down, down_basis) / squares
-    pulled = up_inverse @ slopes  # (B^T B)^+ g_A A^T, and g_A A^T = B^T g_B
-    sums = of_up[:, :, None] + of_down[:, None, :]
-    rotated = up_basis.mT @ (-pulled / squares) @ down_basis
-    mix = up_basis @ torch.where(sums > 0, rotated / sums, 0.0) @ down_basis.mT
-    away = pulled @ down_inverse + mix
-    return list(zip(up_inverse / squares, down_inverse, torch.stack([mix, away], dim=1), strict=True))
+    up_inverse, down_inverse = _inverse(up_values, up_basis), _inverse(down_values, down_basis) / squares
+    projected = up_inverse @ products  # (B^T B)^+ g_A A^T, and g_A A^T = B^T g_B
+    sums = up_values[:, :, None] + down_values[:, None, :]
+    rotated = up_basis.mT @ (-projected / squares) @ down_basis
+    down_mix = up_basis @ torch.where(sums > 0, rotated / sums, 0.0) @ down_basis.mT
+    up_mix = projected @ down_inverse + down_mix
+    return list(zip(up_inverse / squares, down_inverse, torch.stack([down_mix, up_mix], dim=1), strict=True))
 
 
 def _inverse(values: Tensor, basis: Tensor) -> Tensor:
     """The pseudo-inverse of symmetric matrices from their eigenvalues (L, r) and eigenvectors (L, r, r)."""
-    is_there = values > _LEAST * values.amax(dim=1, keepdim=True)
-    return (basis * torch.where(is_there, 1 / values, 0.0)[:, None, :]) @ basis.mT
+    is_nonzero = values > _MIN_EIGENVALUE * values.amax(dim=1, keepdim=True)
+    return (basis * torch.where(is_nonzero, 1 / values, 0.0)[:, None, :]) @ basis.mT
 
 
-def _put(pair: Pair, of_down: Tensor, of_up: Tensor, mixes: Tensor) -> None:
+def _replace_gradients(pair: Pair, left: Tensor, right: Tensor, mixes: Tensor) -> None:
+    """h_A = M g_A + X A and h_B = g_B N - B Y, with M `left`, N `right` and (X, Y) `mixes`."""
     down, up = pair.down.flatten(1), pair.up.flatten(1)
     assert pair.down.grad is not None
     assert pair.up.grad is not None
-    left, right, mix, away = (one.to(down) for one in (of_down, of_up, *mixes))
-    down_slope, up_slope = pair.down.grad.flatten(1), pair.up.grad.flatten(1)
-    pair.down.grad.copy_((left @ down_slope + mix @ down).view_as(pair.down))
-    pair.up.grad.copy_((up_slope @ right - up @ away).view_as(pair.up))
+    left, right, down_mix, up_mix = (matrix.to(down) for matrix in (left, right, *mixes))
+    down_grad, up_grad = pair.down.grad.flatten(1), pair.up.grad.flatten(1)
+    pair.down.grad.copy_((left @ down_grad + down_mix @ down).view_as(pair.down))
+    pair.up.grad.copy_((up_grad @ right - up @ up_mix).view_as(pair.up))

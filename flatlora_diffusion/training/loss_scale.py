@@ -1,4 +1,4 @@
-"""The factor that fp16's scaler multiplies the loss by: small gradients survive by it, large ones may overflow."""
+"""The loss scale of fp16's scaler: it saves small gradients from underflow, and large ones may overflow with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from accelerate import Accelerator
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 def loss_scale(accelerator: Accelerator) -> float:
@@ -17,23 +17,20 @@ def loss_scale(accelerator: Accelerator) -> float:
 
 
 @contextmanager
-def scale_put_back(accelerator: Accelerator) -> Iterator[None]:
-    """Whatever scale is found while this is open, the run begins with its own, as one that looks for nothing does."""
-    own = loss_scale(accelerator)
+def loss_scale_restored(accelerator: Accelerator) -> Iterator[None]:
+    """Restore the loss scale at the end, so that the run starts with its usual scale."""
+    before = loss_scale(accelerator)
     try:
         yield
     finally:
-        if loss_scale(accelerator) != own:
-            accelerator.scaler.update(own)
+        if loss_scale(accelerator) != before:
+            accelerator.scaler.update(before)
 
 
-def taken_finite(accelerator: Accelerator, take: Callable[[], Found], is_finite: Callable[[Found], bool]) -> Found:
-    """What `take` finds from gradients; while it is not finite, again at half the scale, down to 1.
-
-    The loop lowers the scale likewise, but leaves out the step. What is not finite at any scale is returned.
-    """
-    found = take()
-    while not is_finite(found) and loss_scale(accelerator) > 1:
+def compute_finite(accelerator: Accelerator, compute: Callable[[], T], is_finite: Callable[[T], bool]) -> T:
+    """Repeat `compute` at half the loss scale, down to 1, until its result is finite; return the last result."""
+    result = compute()
+    while not is_finite(result) and loss_scale(accelerator) > 1:
         accelerator.scaler.update(loss_scale(accelerator) / 2)
-        found = take()
-    return found
+        result = compute()
+    return result

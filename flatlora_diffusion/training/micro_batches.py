@@ -1,4 +1,4 @@
-"""The micro-batches of a step with all that is drawn for them, by (seed, purpose, step, slot), and their loss."""
+"""The micro-batches of a step, with noise and timesteps drawn by (seed, purpose, step, slot), and their loss."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flatlora_diffusion.adapter.layers import base_alone
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, predict, sample_noise, with_input_perturbation
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.rng import generator
-from flatlora_diffusion.training.state import TrainState, dropout_draws
+from flatlora_diffusion.training.state import TrainState, seeded_dropout
 
 
 @dataclass(frozen=True)
-class DrawnMicroBatch:
-    """One micro-batch of a step with its noise and timesteps, which each pass through the model sees."""
+class SampledMicroBatch:
+    """A micro-batch of a step with its noise and timesteps, which are the same in each pass through the model."""
 
     state: TrainState
     step: int
@@ -28,18 +28,22 @@ class DrawnMicroBatch:
     is_last: bool
 
     def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
+        """Accumulate `weight` times the gradient of the loss in the parameters, and return the loss.
+
+        With `is_shared` the last micro-batch of a step averages the gradients over processes.
+        """
         state = self.state
         sync = nullcontext() if self.is_last and is_shared else state.accelerator.no_sync(state.model)
-        with sync, dropout_draws(state, self.step, self.slot):
+        with sync, seeded_dropout(state, self.step, self.slot):
             loss = self.loss()
             penalty = state.penalty()
-            whole = loss if penalty is None else loss + penalty
-            state.accelerator.backward(whole * weight / state.config.optim.gradient_accumulation_steps)
+            objective = loss if penalty is None else loss + penalty
+            state.accelerator.backward(objective * weight / state.config.optim.gradient_accumulation_steps)
         return loss.detach()
 
 
-def micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[DrawnMicroBatch]:
-    """Those of this process, of the 0-based optimizer `step`; what they draw is added to `draws`."""
+def micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[SampledMicroBatch]:
+    """The micro-batches of this process in optimizer step `step`, from 0; `draws` hashes what they draw."""
     accelerator, accumulation = state.accelerator, state.config.optim.gradient_accumulation_steps
     for micro in range(accumulation):
         slot = micro * accelerator.num_processes + accelerator.process_index
@@ -48,14 +52,14 @@ def micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[Dra
         noise, timesteps = sample_noise(state.objective, batch.latents, rng)
         batch = with_input_perturbation(state.objective, batch, rng)
         draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
-        yield DrawnMicroBatch(
+        yield SampledMicroBatch(
             state, step, slot, partial(_loss, state, batch, noise, timesteps), is_last=micro + 1 == accumulation
         )
 
 
-def first_micro_batches(state: TrainState, steps: int) -> Iterator[DrawnMicroBatch]:
-    """Those that the first `steps` will have, to be looked at before."""
-    return (one for step in range(steps) for one in micro_batches(state, step, DrawHash()))
+def first_micro_batches(state: TrainState, steps: int) -> Iterator[SampledMicroBatch]:
+    """The micro-batches of the first `steps`, in advance."""
+    return (batch for step in range(steps) for batch in micro_batches(state, step, DrawHash()))
 
 
 def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -66,12 +70,16 @@ def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> 
 
 
 def prior_loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The loss on `batch`, whose prompts are without the trigger, to what the base itself predicts there.
+    """The loss of W' + eps against the prediction of the base: prior preservation without class images.
 
-    It preserves the class without class images. W' + eps is held to W: with eps on both sides what is kept would be
-    another base.
+    Args:
+        state: the run.
+        batch: a batch with class prompts, without the trigger.
+        noise: the batch's noise, in the shape of its latents.
+        timesteps: the batch's timesteps.
     """
     model, objective = state.model, state.objective
+    # The target is without eps: otherwise the LoRA would preserve a perturbed base.
     with torch.no_grad(), base_alone(model, state.flats):
         target = predict(model, objective, batch, noise, timesteps)
     return diffusion_loss(model, objective, batch, noise, timesteps, target)

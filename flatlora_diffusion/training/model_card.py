@@ -1,6 +1,6 @@
-"""The model card: what the LoRA is, how to use it, how it was made. It names no file, path or caption of the user.
+"""The model card: use and training of the LoRA, without the user's file names, paths and captions.
 
-It says what was done, and claims nothing of what came of it: that is for measurements to say.
+It makes no claims about quality, which are for measurements.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
-from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, replace_placeholders
 from flatlora_diffusion.config import METHODS, TINY, TrainConfig
 from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, is_hub_id, portable_base_name
 from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family
@@ -28,7 +28,11 @@ def write_model_card(
 ) -> Path:
     """Write the run's README.md and return its path.
 
-    `config` has its resolution, steps and seed settled. `pictures` are (file in the run folder, its prompt).
+    Args:
+        run: the run.
+        config: its settings, with resolution, steps and seed.
+        pictures: files in the run folder, each with its prompt.
+        training: facts about the run.
     """
     family, trigger_words = training.family, training.trigger
     parts = [
@@ -48,7 +52,7 @@ def write_model_card(
 
 
 def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigger_words: str) -> str:
-    """Python that draws one image; run it in the folder of the LoRA, where it is not taken from the hub."""
+    """Python code that generates an image; without a hub id it runs in the LoRA's folder."""
     prompts = [prompt for _, prompt in pictures] + [config.data.instance_prompt, trigger_words, "an icon"]
     prompt = _in_new_tokens(config, next(prompt for prompt in prompts if prompt))
     hub_id = config.run.hub_model_id if config.run.push_to_hub and "/" in (config.run.hub_model_id or "") else None
@@ -74,7 +78,7 @@ def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigge
 def _card_data(
     run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], family: Family
 ) -> ModelCardData:
-    said = config.data.instance_prompt
+    prompt = config.data.instance_prompt
     method = ["flat-lora"] if config.perturb.method == "flat-lora" else []
     base = [] if family == TINY_FAMILY else ["stable-diffusion-xl"]
     return ModelCardData(
@@ -82,7 +86,7 @@ def _card_data(
         library_name="diffusers",
         base_model=_hub_id(config),
         tags=["text-to-image", "diffusers", "lora", *method, *base, "template:sd-lora"],
-        instance_prompt=None if said is None else _in_new_tokens(config, said),
+        instance_prompt=None if prompt is None else _in_new_tokens(config, prompt),
         widget=[
             {"text": _in_new_tokens(config, prompt), "output": {"url": _relative(run, path)}}
             for path, prompt in pictures
@@ -92,20 +96,20 @@ def _card_data(
 
 
 def _hub_id(config: TrainConfig) -> str | None:
-    """The base's hub id; None for our own base, a folder and a file."""
+    """The base's hub id; None for the tiny base, a folder or a file."""
     name = config.model.pretrained_model_name_or_path
     return name if is_hub_id(name) and not Path(name).exists() else None
 
 
 def _license(config: TrainConfig) -> str:
-    """The licence of the base where it is known without asking the hub."""
+    """The licence of the base if it is known without a request to the hub."""
     if config.model.pretrained_model_name_or_path == TINY:
         return "apache-2.0"
     return "openrail++" if (_hub_id(config) or "").startswith("stabilityai/stable-diffusion-xl-") else "other"
 
 
 def _base(config: TrainConfig) -> str:
-    """The base as the text names it."""
+    """The base's name in the text."""
     name = portable_base_name(config)
     return "an SDXL base in a local folder" if name is None else _code(name)
 
@@ -129,7 +133,7 @@ def _summary(config: TrainConfig, family: Family) -> str:
 
 
 def _picture_tables(run: RunDir, pictures: Sequence[tuple[Path, str]]) -> list[str]:
-    """One table per row of pictures, the prompts as its head."""
+    """A table for each row of pictures, with the prompts as its header."""
     rows = [pictures[start : start + PICTURES_PER_ROW] for start in range(0, len(pictures), PICTURES_PER_ROW)]
     return [
         _table(
@@ -142,12 +146,12 @@ def _picture_tables(run: RunDir, pictures: Sequence[tuple[Path, str]]) -> list[s
 
 def _trigger_section(trigger_words: str) -> str:
     if not trigger_words:
-        return "## Trigger words\n\nThere are none: the captions of the images share no words."
+        return "## Trigger words\n\nNone: the captions of the images share no words."
     return f"## Trigger words\n\nWrite {_code(trigger_words)} in the prompt."
 
 
 def _loading(config: TrainConfig) -> str:
-    """The call that loads the base; a file is looked for in the working folder, a folder in BASE_FOLDER there."""
+    """The call that loads the base; a local file or BASE_FOLDER is expected in the working folder."""
     name = portable_base_name(config) or "BASE_FOLDER"
     name = "samples/tiny_sdxl" if name == TINY else name
     if name.endswith(".safetensors"):
@@ -158,7 +162,7 @@ def _loading(config: TrainConfig) -> str:
 
 
 def _scheduler_lines(config: TrainConfig) -> list[str]:
-    """What makes the base's own scheduler that of the training, where it was another."""
+    """Code that changes the base's scheduler to that of the training, if they differ."""
     changes: dict[str, object] = {}
     if config.model.prediction_type is not None:
         changes["prediction_type"] = config.model.prediction_type
@@ -186,40 +190,41 @@ def _embedding_lines(config: TrainConfig, hub_id: str | None) -> list[str]:
 
 
 def _in_new_tokens(config: TrainConfig, text: str) -> str:
-    """`text` as the LoRA's tokenizers read it: with the trained tokens of pivotal tuning for their placeholders."""
-    return with_new_tokens(text, new_tokens(config.tokens)) if config.tokens.train_text_encoder_ti else text
+    """`text` with pivotal tuning's new tokens in place of the placeholders."""
+    return replace_placeholders(text, new_tokens(config.tokens)) if config.tokens.train_text_encoder_ti else text
 
 
 def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
     if family == TINY_FAMILY:
-        return f"It is for {family.name}, which no other program has."
+        return f"It is for {family.name}, which other programs do not have."
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
     proofs = [event for event in run.events() if event["event"] == "proof"] if run.events_file.is_file() else []
-    said = conversion_note(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
+    description = conversion_note(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
     if config.adapter.use_dora:
-        text += f" It is {said or 'a plain LoRA made of a DoRA'}; the DoRA is in `{LORA_FILE}`, for diffusers alone."
-    elif said:
-        text += f" It is {said}; the merged pipeline beside it has all of that."
+        description = description or "a plain LoRA made of a DoRA"
+        text += f" It is {description}; the DoRA is in `{LORA_FILE}`, for diffusers only."
+    elif description:
+        text += f" It is {description}; the merged pipeline is exact."
     return text
 
 
 def _training_data(config: TrainConfig, training: TrainingSummary) -> str:
-    images = f"Trained on {_counted(training.images)}"
+    images = f"Trained on {_count_text(training.images)}"
     if training.class_images:
-        images += f", and on {_counted(training.class_images)} of the class"
+        images += f", and on {_count_text(training.class_images)} of the class"
     if config.objective.prior_from_base:
-        images += ", and held to what the base predicts of the class"
+        images += ", with the base's own predictions to preserve the class"
     return f"{images}. Neither the images, nor their names, nor captions of their own are published here."
 
 
-def _counted(images: int) -> str:
+def _count_text(images: int) -> str:
     return f"{images} image{'s' * (images != 1)}"
 
 
 def _settings_table(config: TrainConfig, training: TrainingSummary) -> str:
     data, adapter, perturb, optim = config.data, config.adapter, config.perturb, config.optim
-    is_whole = training.step == optim.max_train_steps
+    is_complete = training.step == optim.max_train_steps
     rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]
     if perturb.radius:
         rows.append(("rho", f"{perturb.radius:g}"))
@@ -233,7 +238,7 @@ def _settings_table(config: TrainConfig, training: TrainingSummary) -> str:
         ("alpha", f"{adapter.rank if adapter.lora_alpha is None else adapter.lora_alpha:g}"),
         ("learning rate", f"{optim.learning_rate:g}, {optim.lr_scheduler}"),
         ("optimizer", optim.optimizer),
-        ("steps", training.step if is_whole else f"{training.step} of {optim.max_train_steps}"),
+        ("steps", training.step if is_complete else f"{training.step} of {optim.max_train_steps}"),
         ("batch size", f"{optim.train_batch_size} x {optim.gradient_accumulation_steps} accumulated"),
         ("resolution", data.resolution),
         ("seed", config.run.seed),
@@ -249,7 +254,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` as a code span on one line, so that `<s0>` or `*` in it are shown and not read as markup."""
+    """`text` as a code span on a single line, so that `<s0>` or `*` in it are not markup."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 

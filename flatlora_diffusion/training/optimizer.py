@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule of the settings, over groups of parameters that share both."""
+"""The optimizer and learning-rate schedule of a run, with parameter groups by part and factor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with one learning rate and weight decay; they are trained for the first `share` of the run."""
+    """Parameters with the same learning rate and weight decay, which are trained for the first `share` of the run."""
 
     parameters: Sequence[nn.Parameter]
     is_text: bool = False
@@ -28,44 +28,51 @@ class Group:
     lr_factor: float = 1.0
 
 
-def optimizer_of(
+def build_optimizer(
     config: TrainConfig,
     trainable: Mapping[str, nn.Parameter],
     embeddings: Iterable[nn.Parameter],
     processes: int,
     adapted: Iterable[nn.Module] = (),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """What moves the trained parameters, new tokens' `embeddings` among them, and its schedule.
+    """Create the optimizer and its learning-rate schedule.
 
-    `adapted` are the models with the LoRA, for LoRA-Pro.
+    Args:
+        config: settings with the number of steps.
+        trainable: all trained parameters by part and name.
+        embeddings: those of `trainable` that are new tokens' embeddings.
+        processes: the number of processes, for --scale_lr.
+        adapted: the models with LoRA layers, for LoRA-Pro.
+
+    Raises:
+        ConfigError: the package of the optimizer is not installed.
     """
     optim = config.optim
     assert optim.max_train_steps is not None
-    groups = _groups_of(trainable, embeddings, config.tokens, optim.lora_plus_ratio)
+    groups = _parameter_groups(trainable, embeddings, config.tokens, optim.lora_plus_ratio)
     per_step = optim.train_batch_size * optim.gradient_accumulation_steps * processes
     optimizer = _make_optimizer(optim, groups, per_step if optim.scale_lr else 1, adapted)
     return optimizer, _make_lr_schedule(optim, optimizer, groups, optim.max_train_steps)
 
 
-def _groups_of(
+def _parameter_groups(
     trainable: Mapping[str, nn.Parameter],
     embeddings: Iterable[nn.Parameter],
     config: TokenConfig,
     lora_plus_ratio: float | None,
 ) -> list[Group]:
-    """What is trained, by part and name, in groups: the UNet's, the text encoders', the new tokens' `embeddings`.
+    """The parameters in groups: UNet, text encoders, new tokens' embeddings; with `lora_plus_ratio` B apart from A.
 
-    With `lora_plus_ratio` each B is in a group of its own, behind the others of its part. Groups without parameters
-    are left out.
+    Groups without parameters are left out.
     """
     rows = list(embeddings)
-    known = {id(parameter) for parameter in rows}
-    # peft's create_loraplus_optimizer gives the same rates, but to one model, with one rate, decay and length for all,
-    # and counts DoRA's magnitudes of linear layers among the B.
+    row_ids = {id(row) for row in rows}
+    # PEFT's create_loraplus_optimizer has the same rates, but supports a single model, learning rate, weight decay and
+    # length, and treats DoRA's magnitudes of linear layers as B.
     ratio = 1.0 if lora_plus_ratio is None else lora_plus_ratio
     fast = {id(p) for name, p in trainable.items() if lora_plus_ratio is not None and ".lora_B." in name}
     unet = [parameter for name, parameter in trainable.items() if name.startswith("unet.")]
-    text = [p for name, p in trainable.items() if not name.startswith("unet.") and id(p) not in known]
+    text = [p for name, p in trainable.items() if not name.startswith("unet.") and id(p) not in row_ids]
     share = config.train_text_encoder_frac
     groups = [
         Group([p for p in unet if id(p) not in fast]),
@@ -80,10 +87,7 @@ def _groups_of(
 def _make_optimizer(
     config: OptimConfig, groups: Sequence[Group], lr_factor: float, adapted: Iterable[nn.Module]
 ) -> torch.optim.Optimizer:
-    """The optimizer of `config`; `lr_factor` is that of --scale_lr.
-
-    Raises ConfigError when the package of an optional optimizer is absent.
-    """
+    """The optimizer, with the learning rate times `lr_factor` of --scale_lr."""
     lr = config.learning_rate * lr_factor
     text_lr = lr if config.optimizer == "prodigy" else config.text_encoder_lr
     sets: list[dict[str, Any]] = [
@@ -100,7 +104,7 @@ def _make_optimizer(
         return adam(sets, lr=lr, betas=betas, eps=config.adam_epsilon)
     if config.optimizer == "prodigy":
         if lr <= 0.1:
-            logger.warning("prodigy finds its own step size: a learning rate of about 1 is meant, not %g", lr)
+            logger.warning("optimizer=prodigy adapts its step size: learning_rate=%g is too low, use about 1", lr)
         prodigy: Callable[..., torch.optim.Optimizer] = _import("prodigyopt", "--optimizer prodigy").Prodigy
         return prodigy(
             sets,
@@ -119,7 +123,7 @@ def _make_optimizer(
         return factored
     if config.optimizer == "lora-pro":
         return LoraPro(sets, adapted, lr=lr, betas=betas, eps=config.adam_epsilon)
-    # One kernel for all weights. With fp16's scaler it would leave steps out by itself, which nobody then learns of.
+    # With fp16's scaler the fused kernel would skip steps itself, and `step_was_skipped` would not report them.
     fused = None if config.mixed_precision == "fp16" else True
     return torch.optim.AdamW(sets, lr=lr, betas=betas, eps=config.adam_epsilon, fused=fused)
 
@@ -127,11 +131,11 @@ def _make_optimizer(
 def _make_lr_schedule(
     config: OptimConfig, optimizer: torch.optim.Optimizer, groups: Sequence[Group], total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule of `config`; a group's learning rate is 0 once its share of `total_steps` is over."""
+    """The learning-rate schedule; a group's rate is 0 after its share of `total_steps`."""
     if config.lr_scheduler != "constant" and config.lr_warmup_steps >= total_steps:
         logger.warning(
-            "lr_warmup_steps=%d is no shorter than the run of %d steps: the learning rate never gets beyond %.0f %% "
-            "of its value; give fewer warm-up steps",
+            "lr_warmup_steps=%d is not below the %d steps of the run: the learning rate reaches only %.0f %% of its "
+            "value; give fewer warm-up steps",
             config.lr_warmup_steps,
             total_steps,
             100 * (total_steps - 1) / config.lr_warmup_steps,
@@ -145,13 +149,13 @@ def _make_lr_schedule(
         power=config.lr_power,
     )
     for index, group in enumerate(groups):
-        schedule.lr_lambdas[index] = _ended_after(schedule.lr_lambdas[index], group.share * total_steps)
+        schedule.lr_lambdas[index] = _zero_after(schedule.lr_lambdas[index], group.share * total_steps)
     set_lr(schedule)
     return schedule
 
 
 def set_lr(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Give the optimizer the learning rates that `schedule` has for the step it stands at."""
+    """Set the optimizer's learning rates to those of the schedule's present step."""
     for group, base, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):
@@ -159,7 +163,7 @@ def set_lr(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
-def _ended_after(factor: Callable[[int], float], end: float) -> Callable[[int], float]:
+def _zero_after(factor: Callable[[int], float], end: float) -> Callable[[int], float]:
     return lambda step: factor(step) if step < end else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Which preview pictures the settings ask for."""
+"""The preview images that the settings ask for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flatlora_diffusion.config import ConfigError, RunConfig
 
 @dataclass(frozen=True)
 class Picture:
-    """One preview image to make."""
+    """Prompt and seed of a preview image."""
 
     prompt: str
     seed: int
@@ -19,13 +19,15 @@ class Picture:
 
 
 def read_pictures(run: RunConfig) -> list[Picture]:
-    """The pictures that the settings ask for. Raises ConfigError for a prompts file that cannot be used."""
+    """The pictures of --validation_prompt and --validation_prompts_file. Raises ConfigError for an unusable file."""
     pictures = [Picture(prompt, seed) for prompt in run.preview_prompts for seed in range(run.num_validation_images)]
     if run.validation_prompts_file is None:
         return pictures
     path = Path(run.validation_prompts_file)
     if not path.is_file():
-        raise ConfigError(f"validation_prompts_file={run.validation_prompts_file!r} is no file")
+        raise ConfigError(
+            f"validation_prompts_file={run.validation_prompts_file!r} is not a file; give a JSON lines file"
+        )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +43,9 @@ def _picture(line: str, where: str) -> Picture:
     try:
         picture = Picture(**{"seed": 0, **json.loads(line)})
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'{where} must be like {{"prompt": "...", "negative_prompt": "...", "seed": 0}}') from error
+        raise ConfigError(
+            f'{where} must look like {{"prompt": "...", "negative_prompt": "...", "seed": 0}}'
+        ) from error
     for name, kind, is_right in (
         ("prompt", "a text", isinstance(picture.prompt, str)),
         ("negative_prompt", "a text", isinstance(picture.negative_prompt, str | None)),

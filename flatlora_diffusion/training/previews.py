@@ -1,4 +1,4 @@
-"""What is looked at while a run goes on: preview images at fixed seeds, and the loss of images not trained on."""
+"""Preview images at fixed seeds, and the loss of --validation_data_dir, during a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatlora_diffusion.adapter.new_tokens import with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import replace_placeholders
 from flatlora_diffusion.data.sources import load_heldout
 from flatlora_diffusion.sdxl.drawing import Drawing, png_text, portable_base_name
 from flatlora_diffusion.sdxl.sampling import describe_drawing, eval_on_unet_device, generate_images
@@ -16,29 +16,32 @@ from flatlora_diffusion.storage.atomic_io import atomic_write
 from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.preview_prompts import Picture, read_pictures
 from flatlora_diffusion.training.state import TrainState
-from flatlora_diffusion.training.trackers import tell_trackers
+from flatlora_diffusion.training.trackers import log_to_trackers
 
 logger = logging.getLogger(__name__)
 
 
 class Previews:
-    """Makes the previews of one run and logs them as events; does nothing when none are asked for."""
+    """Generates the previews of a run and adds them to its events; does nothing if the settings ask for none."""
 
     def __init__(self, state: TrainState) -> None:
-        """Raises ConfigError for a prompts file or validation images that cannot be used."""
+        """Read prompts and validation images. Raises ConfigError for unusable files."""
         self._state = state
         run = state.config.run
         self._pictures = read_pictures(run)
         self._heldout: HeldoutLoss | None = None
         if run.validation_data_dir is not None:
-            found = load_heldout(Path(run.validation_data_dir), state.config.data)
-            self._heldout = HeldoutLoss(state, found.samples)
+            images = load_heldout(Path(run.validation_data_dir), state.config.data)
+            self._heldout = HeldoutLoss(state, images.samples)
 
     def make(self, name: str, step: int, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Images `images/NAME-0.png`, ... and the loss after `step` steps. The modules' modes are put back after.
+        """Generate the images `images/NAME-0.png`, ... and measure the validation loss.
 
-        None is begun once the run `is_over`: a launcher that has asked for the end kills what takes longer than its
-        period of grace. A set that is cut so is not kept.
+        Args:
+            name: the beginning of the file names.
+            step: the number of steps done.
+            is_over: whether the run is to stop. Then no further image is generated and none is saved: a launcher kills
+                a run that does not end within its grace period.
         """
         state = self._state
         if self._pictures:
@@ -50,14 +53,21 @@ class Previews:
                 state.run.images.mkdir(exist_ok=True)
                 for file, image, picture in zip(files, images, self._pictures, strict=True):
                     drawing = drawing_of(state, picture, step)
-                    with atomic_write(state.run.images / file) as aside:
-                        image.save(aside, format="PNG", pnginfo=drawing and png_text(drawing))
-            about = {"prompts": [one.prompt for one in self._pictures], "seeds": [one.seed for one in self._pictures]}
-            state.run.add_event({"event": "preview", "step": step, "images": files, **about})
+                    with atomic_write(state.run.images / file) as temporary:
+                        image.save(temporary, format="PNG", pnginfo=drawing and png_text(drawing))
+            state.run.add_event(
+                {
+                    "event": "preview",
+                    "step": step,
+                    "images": files,
+                    "prompts": [picture.prompt for picture in self._pictures],
+                    "seeds": [picture.seed for picture in self._pictures],
+                }
+            )
         if self._heldout is not None and not is_over():
             loss = self._heldout.now()
             state.run.add_event({"event": "validation", "step": step, "loss": loss})
-            tell_trackers(state.accelerator, {"validation_loss": loss}, step)
+            log_to_trackers(state.accelerator, {"validation_loss": loss}, step)
             logger.info("validation loss after %d steps: %.4f", step, loss)
 
     def _images(self, is_over: Callable[[], bool]) -> list[Image.Image]:
@@ -69,7 +79,7 @@ class Previews:
                     break
                 images += generate_images(
                     state.sdxl,
-                    [with_new_tokens(picture.prompt, state.tokens)],
+                    [replace_placeholders(picture.prompt, state.tokens)],
                     [picture.seed],
                     resolution=state.batches.resolution,
                     negative_prompt=picture.negative_prompt,
@@ -78,14 +88,13 @@ class Previews:
 
 
 def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None:
-    """How the preview after `step` steps is drawn in other tools; None for one that they cannot draw.
+    """How other tools reproduce the preview `picture` after `step` steps; None if they cannot.
 
-    They have neither the tiny base nor a LoRA between the first step and the last, and new tokens only as embeddings
-    in files of their own.
+    They have neither the tiny base nor the LoRA of a step before the last, and load new tokens from separate files.
     """
     config = state.config
-    is_plain = step == 0 and config.adapter.init_lora is None
-    if state.tokens or not (is_plain or step == state.end):
+    is_base = step == 0 and config.adapter.init_lora is None
+    if state.tokens or not (is_base or step == state.end):
         return None
     name = state.run.lora_name(config.run.output_name)
     return describe_drawing(
@@ -94,13 +103,13 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
         picture.seed,
         state.batches.resolution,
         portable_base_name(state.base),
-        () if is_plain else ((name, 1.0),),
+        () if is_base else ((name, 1.0),),
         negative_prompt=picture.negative_prompt,
     )
 
 
 def is_due(state: TrainState, step: int) -> bool:
-    """After the first epoch and every `validation_epochs` epochs from there, as in diffusers' script."""
+    """Whether previews follow `step`: after epoch 1, then each `validation_epochs` epochs, as in diffusers' script."""
     before, after = (state.batches.epoch_after(s) for s in (step - 1, step))
     every = state.config.run.validation_epochs
     return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))

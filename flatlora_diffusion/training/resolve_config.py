@@ -1,4 +1,4 @@
-"""The settings that a run leaves open, settled before anything is built: seed, precision, resolution and steps."""
+"""Resolve the settings that may be left open: seed and precision before the base is loaded, the others after."""
 
 from __future__ import annotations
 
@@ -23,100 +23,104 @@ from flatlora_diffusion.training.preview_prompts import read_pictures
 logger = logging.getLogger(__name__)
 
 
-def new_or_resumed(config: TrainConfig, run: RunDir) -> TrainConfig:
-    """`config` with its seed: for a new run, or, when one is resumed, with what it has saved for what is left open.
+def resolve_before_loading(config: TrainConfig, run: RunDir) -> TrainConfig:
+    """Resolve seed and precision; if a run is resumed, also all settings that it has saved and `config` leaves open.
 
-    Raises ConfigError for a new run whose folder holds what it must not touch or lies amid the images, and when there
-    is no run to resume.
+    Args:
+        config: the requested settings.
+        run: the run's folder.
+
+    Raises:
+        ConfigError: the folder of a new run has other files or lies within the images, or there is no run to resume.
     """
     checkpoint = config.run.resume_from_checkpoint
     if checkpoint is not None and (checkpoint != "latest" or run.checkpoints()):
-        _check_repeatable(run)
-        return with_precision(seeded(run.with_saved_settings(config)))
+        _check_known_settings(run)
+        return with_precision(with_seed(run.with_saved_settings(config)))
     if checkpoint is not None:
         _check_unfinished(run)
-        logger.info("%s has no checkpoint yet: a new run is started", config.run.output_dir)
+        logger.info("output_dir=%s has no checkpoint: starting a new run", config.run.output_dir)
     new = config.replace(resume_from_checkpoint=None)
     run.check_new(new.to_dict())
     check_folders_apart(new)
-    return with_precision(seeded(new))
+    return with_precision(with_seed(new))
 
 
-def _check_repeatable(run: RunDir) -> None:
-    """Raises ConfigError for a run with settings that this version cannot go on with."""
+def _check_known_settings(run: RunDir) -> None:
+    """Raise ConfigError for a run with settings that this version no longer has."""
     removed = run.removed_settings()
     if removed:
         raise ConfigError(
-            f"output_dir={str(run.folder)!r} holds a run with {', '.join(removed)}, which this version does not have: "
+            f"output_dir={str(run.folder)!r} holds a run with {', '.join(removed)}, which this version does not have; "
             f"give another --output_dir and --init_lora {str(run.folder / LORA_FILE)!r} to train its LoRA further"
         )
 
 
 def is_made_with(run: RunDir, config: TrainConfig) -> bool:
-    """Whether the run in the folder was made with these settings; what they leave open may have any value."""
+    """Whether a run was made with the settings `config`, whose open settings may have any value."""
     if not run.config_file.is_file():
         return False
-    wanted, saved = config.to_dict(), run.config()
+    values, saved = config.to_dict(), run.config()
     names = settings_that("is_settled")
-    if config.perturb.loss_increase > 0:  # the rho is saved as the run begins; runs before --rho_rise have none
+    if config.perturb.loss_increase > 0:  # rho is saved at the start of a run; runs before --rho_rise have none
         if saved.get("rho") is None:
             return False
         names = (*names, "rho")
-    left_open = {name: saved.get(name) for name in names if wanted[name] is None}
+    left_open = {name: saved.get(name) for name in names if values[name] is None}
     return not run.changed_settings(config.replace(**left_open))
 
 
 def _check_unfinished(run: RunDir) -> None:
-    """Raises ConfigError for a finished run that kept no checkpoint: it cannot be trained longer."""
+    """Raise ConfigError for a finished run without checkpoints, which cannot be resumed."""
     ending, lora = run.ending(), run.folder / LORA_FILE
     if ending is not None and ending["event"] == "finished" and lora.is_file():
         raise ConfigError(
-            f"output_dir={str(run.folder)!r} holds a finished run that has kept no checkpoint to go on from: give "
-            f"another --output_dir and --init_lora {str(lora)!r} to train its LoRA further, or leave "
-            "--resume_from_checkpoint out to train it anew"
+            f"output_dir={str(run.folder)!r} holds a finished run without a checkpoint to resume from; give another "
+            f"--output_dir and --init_lora {str(lora)!r} to train its LoRA further, or leave "
+            "--resume_from_checkpoint out to start over"
         )
 
 
-def seeded(config: TrainConfig) -> TrainConfig:
-    """`config` with a seed: its own, or one from the operating system, the same on all processes."""
+def with_seed(config: TrainConfig) -> TrainConfig:
+    """`config` with a seed: its own, or a random one that all processes share."""
     if config.run.seed is not None:
         return config
-    this_process()  # starts the process group that the broadcast needs
+    this_process()  # starts the process group for the broadcast
     (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
     logger.info("seed %d", seed)
     return config.replace(seed=seed)
 
 
-def check_early(config: TrainConfig) -> None:
-    """Raises ConfigError, before the model is loaded, for what is needed only after that."""
+def check_before_loading(config: TrainConfig) -> None:
+    """Check settings that are used only after the model is loaded. Raises ConfigError."""
     if config.run.push_to_hub:
         hub_repository(config)
     read_pictures(config.run)
     if config.data.embedding_cache_dir is not None:
         check_writable(Path(config.data.embedding_cache_dir), "embedding_cache_dir")
-    if ADAPTERS[config.adapter.adapter].is_linear_only:  # which not every layer can have
+    if ADAPTERS[config.adapter.adapter].is_linear_only:  # so that layers can be unfit for it
         model, parts = config.model, TEXT_PARTS if config.adapter.train_text_encoder else ()
         encoders = {part: on_meta(model, part) for part in parts}
         planned_loras(on_meta(model, "unet"), config.adapter, encoders, model.clip_skip)
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:
-    """`config` with a precision: its own, or that of accelerate's launcher, which speaks through the environment.
+    """`config` with a precision: its own, or that of accelerate's launcher, which is in an environment variable.
 
-    Raises ConfigError for one that is not ours.
+    Raises ConfigError for a precision that is not supported.
     """
     if config.optim.mixed_precision is not None:
         return config
     precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES:
         raise ConfigError(
-            f"accelerate was configured for mixed_precision {precision!r}, which is none of no, fp16, bf16; give "
-            "--mixed_precision, which wins"
+            f"accelerate was configured for mixed_precision {precision!r}, not no, fp16 or bf16; give "
+            "--mixed_precision, which overrides it"
         )
     return config.replace(mixed_precision=precision)
 
 
-def settled(
+def resolve_after_loading(
     config: TrainConfig,
     precision: str,
     resolution: int,
@@ -124,10 +128,15 @@ def settled(
     images: Sequence[Shape],
     processes: int,
 ) -> TrainConfig:
-    """`config`, which has its seed, with nothing left open: a pure function, and of its own result the same.
+    """Resolve precision, resolution and number of steps: a pure and idempotent function.
 
-    `precision` is accelerate's, `resolution` and `size_step` are the base's for this config, `images` are
-    those that are trained on.
+    Args:
+        config: settings with a seed.
+        precision: accelerate's precision.
+        resolution: pixels, as the base supports it.
+        size_step: pixels that sizes of images are multiples of.
+        images: the images to train on.
+        processes: the number of processes.
     """
     sized = config.replace(mixed_precision=precision, resolution=resolution)
     return sized.replace(max_train_steps=build_schedule(sized, images, size_step, processes).total_steps)

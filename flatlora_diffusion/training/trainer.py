@@ -1,6 +1,6 @@
-"""DreamBooth-LoRA training of SDXL, plain or flat: the loop, its draws, checkpoints, resume and the end of a run.
+"""DreamBooth-LoRA training of SDXL, with or without Flat-LoRA: the steps of a run and its loop.
 
-Every draw is a function of (seed, purpose, step, slot) or of (seed, sample, epoch), with slot = micro_batch *
+Every random draw is a function of (seed, purpose, step, slot) or of (seed, sample, epoch), with slot = micro_batch *
 world_size + rank. So resuming needs no RNG state, two processes draw what one process with accumulation 2 draws, and
 LoRA and Flat-LoRA see the same images, crops, noise and timesteps.
 """
@@ -17,271 +17,256 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flatlora_diffusion.adapter.new_tokens import pull_embeddings
+from flatlora_diffusion.adapter.new_tokens import rescale_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, split_holdout
 from flatlora_diffusion.memory.preflight import tell_memory
 from flatlora_diffusion.sdxl.device import any_process, one_training, this_process
+from flatlora_diffusion.signals import Interrupted, describe_interruption, hold_signals
 from flatlora_diffusion.storage.hashing import DrawHash
-from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.run_lock import lock_folder
-from flatlora_diffusion.training.checkpoint import load_best, restore, save_checkpoint, start
-from flatlora_diffusion.training.disk_space import check_room
-from flatlora_diffusion.training.failure import explained, kept, non_finite_slots, non_finite_text
+from flatlora_diffusion.training.checkpoint import load_best, restore_checkpoint, save_checkpoint, start_run
+from flatlora_diffusion.training.disk_space import check_disk_space
+from flatlora_diffusion.training.failure import friendly_errors, non_finite_slots, non_finite_text, save_on_failure
 from flatlora_diffusion.training.finish import present, save_result
-from flatlora_diffusion.training.first_steps import self_check
-from flatlora_diffusion.training.first_weights import first_weights
+from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.holdout import Holdout
-from flatlora_diffusion.training.holdout_folds import chosen_by_folds
+from flatlora_diffusion.training.holdout_folds import choose_steps_by_folds
 from flatlora_diffusion.training.loss_scale import loss_scale
 from flatlora_diffusion.training.members import train_members
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
-from flatlora_diffusion.training.resolve_config import check_early, new_or_resumed
+from flatlora_diffusion.training.resolve_config import check_before_loading, resolve_before_loading
+from flatlora_diffusion.training.selfcheck import begin_self_check
 from flatlora_diffusion.training.state import (
-    Rise,
+    LossIncrease,
     TrainState,
-    averaged,
+    ema_weights,
     memory_in_use,
     prepare,
-    put_away,
     set_backends,
 )
-from flatlora_diffusion.training.stopping import Interrupted, Stopping, interrupted_as, undisturbed
-from flatlora_diffusion.training.trackers import tell_trackers
+from flatlora_diffusion.training.stopping import StopRequests
+from flatlora_diffusion.training.trackers import log_to_trackers
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED_STEPS = 20  # each halves the scale of fp16, which begins at 2^16: below 1 it is not what overflows
+# Each skipped step halves fp16's loss scale, which starts at 2^16: after 20 it is below 1 and no longer the cause.
+MAX_SKIPPED_STEPS = 20
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as `config` says and return the path of the LoRA file.
+    """Train a LoRA.
 
-    With --members several runs are trained and averaged; with --holdout_folds a run on all images follows the folds.
+    With `members` several runs are trained and their LoRAs averaged; with `holdout_folds` cross-validation chooses the
+    number of steps of a run on all images.
+
+    Args:
+        config: the settings; `output_dir` is the run folder.
+
+    Returns:
+        The path of the LoRA file for diffusers.
 
     Raises:
         ConfigError: settings, images or a model that cannot be used, or a folder that another run writes into.
-        StoppedError: a stop was asked for.
+        StoppedError: a stop was requested.
         RunError: the run cannot go on.
     """
     folder = Path(config.run.output_dir)
-    # The processes of one launch are one run.
+    # All processes of a launch are one run, so only the main process takes the lock.
     with one_training() as process, lock_folder(folder, "output_dir") if process.is_main_process else nullcontext():
         run = RunDir(folder)
         if config.average.members is not None:
             return train_members(config, run, train_run)
         if not config.data.holdout_folds:
             return train_run(config, run)
-        config, images, last_step = chosen_by_folds(config, run, train_run)
+        config, images, last_step = choose_steps_by_folds(config, run, train_run)
         return train_run(config, run, images, last_step=last_step)
 
 
 def train_run(
-    given: TrainConfig,
+    requested: TrainConfig,
     run: RunDir,
     images: SampleSet | None = None,
     fold: Fold | None = None,
     last_step: int | None = None,
 ) -> Path:
-    """Train one run from its settings to its last pictures, and return the path of the LoRA file.
+    """Train a single run: resolve, load, estimate, build, start or restore, loop, choose, export, present.
 
     Args:
-        given: settings, which may leave open what the run settles.
+        requested: the settings, in which seed, precision, resolution and steps may be open.
         run: the folder of the run.
-        images: images that were loaded already.
+        images: preloaded images; by default those of the settings.
         fold: the cross-validation split whose images are held out.
-        last_step: the step to stop after; all steps by default.
+        last_step: the step to stop after; by default all steps are trained.
+
+    Returns:
+        The path of the LoRA file for diffusers.
     """
-    with interrupted_as(_untrained):
-        config = _resolve(given, run)
+    with describe_interruption(_nothing_trained):
+        config = _resolve(requested, run)
         images = load_training_set(config.data) if images is None else images
         logger.info(images.summary)
         samples, heldout = split_holdout(images.samples, config.data, fold)
         tell_memory(config, samples)
         state = _build(config, samples, heldout)
         state.progress.last_step = last_step
-    with _put_away_at_the_end(state):
-        with kept(state), explained(state.config):
-            previews, first = _start_or_restore(state, config.run.resume_from_checkpoint)
-            with Stopping(run, config.optim.max_train_seconds) as stopping:
-                last = _loop(state, first, previews, stopping)
-                _choose(state, last, previews)
+    with _close_at_end(state):
+        with save_on_failure(state), friendly_errors(state.config):
+            previews, first_step = _start_or_restore(state, config.run.resume_from_checkpoint)
+            with StopRequests(run, config.optim.max_train_seconds).listen() as stops:
+                steps_done = _loop(state, first_step, previews, stops)
+                _choose_checkpoint(state, steps_done)
                 path = save_result(state)
-        _present(state, previews, stopping, path)
+        _present(state, previews, stops, path)
     return path
 
 
-def _resolve(given: TrainConfig, run: RunDir) -> TrainConfig:
-    """The settings with seed and precision, checked as far as they can be before the model is loaded."""
-    config = new_or_resumed(given, run)
+def _resolve(requested: TrainConfig, run: RunDir) -> TrainConfig:
+    """The settings with seed and precision, after all checks that need no model."""
+    config = resolve_before_loading(requested, run)
     if this_process().is_main_process:
         run.clean()
-    check_early(config)
-    check_room(config)
+    check_before_loading(config)
+    check_disk_space(config)
     return config
 
 
 def _build(config: TrainConfig, samples: Sequence[Sample], heldout: Sequence[Sample]) -> TrainState:
-    set_backends(config)  # before the first kernel, and for the class images too
-    with explained(config):
+    set_backends(config)  # before the first kernel, which may be one of the class images'
+    with friendly_errors(config):
         return prepare(config, samples, load_class_samples(config), heldout)
 
 
 def _start_or_restore(state: TrainState, checkpoint: str | None) -> tuple[Previews | None, int]:
-    """What makes the previews, None but on the first process, and the first step to do."""
-    with interrupted_as(_untrained):
+    """The previews, None except on the main process, and the first step to train."""
+    with describe_interruption(_nothing_trained):
         previews = Previews(state) if state.accelerator.is_main_process else None
         if checkpoint is None:
-            first_weights(state)
-        first = start(state) if checkpoint is None else restore(state, checkpoint)
-        if previews is not None and first == 0:
+            start_from_gradients(state)
+            start_run(state)
+            first_step = 0
+        else:
+            first_step = restore_checkpoint(state, checkpoint)
+        if previews is not None and first_step == 0:
             previews.make("base", 0)
-    return previews, first
+    return previews, first_step
 
 
-def _choose(state: TrainState, last: int, previews: Previews | None) -> None:
-    """With held-out images take the checkpoint at which their loss was lowest."""
-    if state.config.data.holdout_images:
-        state.progress.last_step = load_best(state, last) if previews is not None else last
-
-
-def _present(state: TrainState, previews: Previews | None, stopping: Stopping, path: Path) -> None:
-    """Make the last pictures, the card and the upload of a LoRA that is saved in `path`."""
-    if previews is not None:
-        with interrupted_as(lambda: f"after the LoRA was saved in {path}; last previews, card or upload are missing"):
-            stopping.interrupt()
-            present(state, previews)
-    state.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _put_away_at_the_end(state: TrainState) -> Iterator[None]:
-    """Free the memory when this ends. Raises Interrupted for a signal that came meanwhile."""
-    try:
-        yield
-    finally:
-        with undisturbed() as signals:
-            put_away(state)
-    if signals:  # a comparison must not go on with its next run
-        raise Interrupted(
-            signals[0], f"after the LoRA was saved in {state.run.folder / LORA_FILE}; nothing is missing"
-        )
-
-
-def _untrained() -> str:
-    return "before the first step; nothing was trained"
-
-
-def train_step(state: TrainState, step: int) -> float:
-    """Do optimizer step `step` and return the mean loss of its micro-batches.
-
-    Raises RunError, with the weights as they were, for a loss or a gradient that is not finite; with the scaler of
-    fp16 for the gradients of 20 steps in a row.
-    """
-    accelerator, draws = state.accelerator, DrawHash()
-    losses = state.gradient.take(step, micro_batches(state, step, draws))
-    ascent = state.gradient.ascent
-    told = [losses] if ascent is None else [losses, ascent.losses, [ascent.climb]]
-    means = accelerator.reduce(torch.stack([torch.stack(some).mean() for some in told]), "mean")
-    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
-    value, *risen, gradient = torch.stack([*means, norm]).tolist()  # all in one wait for the device
-    if not math.isfinite(value):
-        raise RunError(non_finite_text(state, step, "loss", non_finite_slots(state, losses)))
-    # fp16's scaler leaves out a step whose gradient overflows, and goes on with a lower scale.
-    if not math.isfinite(gradient) and accelerator.scaler is None:
-        raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
-    state.progress.rise = _rise(value, risen[0], risen[1] / loss_scale(accelerator)) if risen else None
-    _update(state, step, is_finite=math.isfinite(gradient))
-    state.progress.draws = draws.hexdigest()
-    return value
-
-
-def _rise(loss: float, above: float, climb: float) -> Rise | None:
-    """None where the loss is 0, or not finite above."""
-    return Rise(above / loss - 1, climb / loss) if loss > 0 and math.isfinite(above) else None
-
-
-def _update(state: TrainState, step: int, is_finite: bool) -> None:
-    """Move the weights. A scaler leaves out a step whose gradient overflows; it must not leave out all of them."""
-    state.progress.steps_done = None
-    learning_rate, scale = float(state.lr_schedule.get_last_lr()[0]), loss_scale(state.accelerator)
-    if is_finite:
-        state.gradient.before_update(step, learning_rate)
-    state.optimizer.step()
-    is_taken = not state.optimizer.step_was_skipped
-    if is_taken:
-        state.gradient.weights_moved(learning_rate, scale)
-        if state.ranks is not None:
-            state.ranks.step_done(step + 1)
-    state.progress.skipped_steps = 0 if is_taken else state.progress.skipped_steps + 1
-    if state.progress.skipped_steps == MOST_SKIPPED_STEPS:
-        state.progress.steps_done = step
-        raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
-    if state.trains_tokens(step) and is_taken:
-        pull_embeddings(state.sdxl.pipeline)
-    state.lr_schedule.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None and is_taken:
-        state.ema.step(state.trainable.values())
-    state.progress.steps_done = step + 1
-
-
-def _loop(state: TrainState, first: int, previews: Previews | None, stopping: Stopping) -> int:
-    """Train the steps from `first` on; returns how many are done when held-out images or their number end them."""
-    run = state.config.run
-    holdout = Holdout(state, state.heldout, first) if state.heldout and previews is not None else None
-    bar = tqdm(
-        range(first, state.end),
-        initial=first,
+def _loop(state: TrainState, first_step: int, previews: Previews | None, stops: StopRequests) -> int:
+    """Train from `first_step` to the last step, or until held-out images end the run; return the steps done."""
+    checkpointing_steps = state.config.run.checkpointing_steps
+    is_main = previews is not None
+    holdout = Holdout(state, state.heldout, first_step) if state.heldout and is_main else None
+    steps = tqdm(
+        range(first_step, state.end),
+        initial=first_step,
         total=state.end,
         desc=state.config.perturb.method,
-        disable=previews is None,
+        disable=not is_main,
     )
-    check = self_check(state) if first == 0 else None
-    began = time.monotonic()
-    for step in bar:
-        started = time.monotonic()
+    check = begin_self_check(state) if first_step == 0 else None
+    loop_start = time.monotonic()
+    for step in steps:
+        step_start = time.monotonic()
         lr = float(state.lr_schedule.get_last_lr()[0])
         loss = train_step(state, step)
         done = step + 1
         if previews is not None:
             now = time.monotonic()
-            eta = (now - began) / (done - first) * (state.end - done)
-            bar.set_postfix(_log(state, step, loss, lr, now - started, eta))
+            eta = (now - loop_start) / (done - first_step) * (state.end - done)
+            steps.set_postfix(_log_step(state, step, loss, lr, now - step_start, eta))
             if check is not None:
-                check.step_done(loss, now - started)
+                check.step_done(loss, now - step_start)
             if done < state.end and is_due(state, step):
-                with averaged(state):
-                    previews.make(f"step-{done}", done, lambda: stopping.reason() is not None)
-        reason = any_process(state.accelerator, stopping.reason())
-        is_point = done % run.checkpointing_steps == 0
-        if holdout is not None and reason is None and (is_point or done == state.end):
+                with ema_weights(state):
+                    previews.make(f"step-{done}", done, lambda: stops.reason() is not None)
+        stop_reason = any_process(state.accelerator, stops.reason())
+        at_checkpoint = done % checkpointing_steps == 0
+        if holdout is not None and stop_reason is None and (at_checkpoint or done == state.end):
             holdout.measure(done)
-        is_asked = is_point or reason is not None
-        if previews is not None and (state.run.take_save_request() or is_asked):
+        if is_main and (state.run.take_save_request() or at_checkpoint or stop_reason is not None):
             save_checkpoint(state, done)
-        if reason is not None and done < state.end:
-            if previews is not None:
-                state.run.add_event({"event": "stopped", "step": done, "reason": reason})
-            raise StoppedError(f"stopped after step {done} by {reason}; --resume_from_checkpoint latest goes on")
-        is_patient = is_point and state.config.data.holdout_patience
-        if is_patient and any_process(state.accelerator, _enough(holdout)) is not None:
-            logger.info("step %d is the last: the loss of the held-out images falls no more", done)
+        if stop_reason is not None and done < state.end:
+            if is_main:
+                state.run.add_event({"event": "stopped", "step": done, "reason": stop_reason})
+            raise StoppedError(f"stopped after step {done} by {stop_reason}; --resume_from_checkpoint latest goes on")
+        if at_checkpoint and _patience_is_over(state, holdout):
+            logger.info("step %d is the last: the held-out loss has stopped falling", done)
             return done
     return state.end
 
 
-def _enough(holdout: Holdout | None) -> str | None:
-    return "the held-out images" if holdout is not None and holdout.is_over() else None
+def train_step(state: TrainState, step: int) -> float:
+    """Do optimizer step `step`, counted from 0.
+
+    Returns:
+        The mean loss of the step's micro-batches over all processes.
+
+    Raises:
+        RunError: the loss or the gradient is not finite; the weights are unchanged. With fp16's loss scaler only after
+            `MAX_SKIPPED_STEPS` gradients in a row that are not finite.
+    """
+    accelerator, draws = state.accelerator, DrawHash()
+    losses = state.gradient.take(step, micro_batches(state, step, draws))
+    ascent = state.gradient.ascent
+    values = [losses] if ascent is None else [losses, ascent.losses, [ascent.climb]]
+    means = accelerator.reduce(torch.stack([torch.stack(value).mean() for value in values]), "mean")
+    norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
+    loss, *ascent_values, gradient_norm = torch.stack([*means, norm]).tolist()  # a single wait for the device
+    if not math.isfinite(loss):
+        raise RunError(non_finite_text(state, step, "loss", non_finite_slots(state, losses)))
+    # fp16's scaler skips a step whose gradient overflows and lowers its scale.
+    if not math.isfinite(gradient_norm) and accelerator.scaler is None:
+        raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
+    state.progress.loss_increase = None
+    if ascent_values:
+        perturbed_loss, first_order = ascent_values
+        state.progress.loss_increase = _loss_increase(loss, perturbed_loss, first_order / loss_scale(accelerator))
+    _update(state, step, is_finite=math.isfinite(gradient_norm))
+    state.progress.draws = draws.hexdigest()
+    return loss
 
 
-def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
-    """Add the event of a step, tell the trackers, and return what the progress bar shows."""
-    sigma = state.gradient.sigma_at(step)
-    rise = {} if state.progress.rise is None else {"rise": state.progress.rise.found}
+def _loss_increase(loss: float, perturbed_loss: float, first_order: float) -> LossIncrease | None:
+    """Relative to the loss; None if that is 0, or the perturbed loss is not finite."""
+    if loss <= 0 or not math.isfinite(perturbed_loss):
+        return None
+    return LossIncrease(perturbed_loss / loss - 1, first_order / loss)
+
+
+def _update(state: TrainState, step: int, is_finite: bool) -> None:
+    """Step the optimizer. Raises RunError after too many steps in a row that fp16's scaler has skipped."""
+    state.progress.steps_done = None
+    learning_rate, scale = float(state.lr_schedule.get_last_lr()[0]), loss_scale(state.accelerator)
+    if is_finite:
+        state.gradient.before_update(step, learning_rate)
+    state.optimizer.step()
+    was_skipped = state.optimizer.step_was_skipped
+    if not was_skipped:
+        state.gradient.weights_moved(learning_rate, scale)
+        if state.ranks is not None:
+            state.ranks.step_done(step + 1)
+    state.progress.skipped_steps = state.progress.skipped_steps + 1 if was_skipped else 0
+    if state.progress.skipped_steps == MAX_SKIPPED_STEPS:
+        state.progress.steps_done = step
+        raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
+    if state.trains_tokens(step) and not was_skipped:
+        rescale_embeddings(state.sdxl.pipeline)
+    state.lr_schedule.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None and not was_skipped:
+        state.ema.step(state.trainable.values())
+    state.progress.steps_done = step + 1
+
+
+def _log_step(state: TrainState, step: int, loss: float, lr: float, seconds: float, eta: float) -> dict[str, str]:
+    """Log a step to the run's events and the trackers, and return the text of the progress bar."""
+    sigma, increase = state.gradient.sigma_at(step), state.progress.loss_increase
+    rise = {} if increase is None else {"rise": increase.measured}
     state.run.add_event(
         {
             "event": "step",
@@ -296,5 +281,46 @@ def _log(state: TrainState, step: int, loss: float, lr: float, seconds: float, e
             "memory": memory_in_use(state.accelerator.device),
         }
     )
-    tell_trackers(state.accelerator, {"loss": loss, **rise, "lr": lr, "sigma": sigma}, step)
+    log_to_trackers(state.accelerator, {"loss": loss, **rise, "lr": lr, "sigma": sigma}, step)
     return {"loss": f"{loss:.4f}", **{name: f"{value:.1%}" for name, value in rise.items()}, "sigma": f"{sigma:.3f}"}
+
+
+def _patience_is_over(state: TrainState, holdout: Holdout | None) -> bool:
+    """Whether --holdout_patience ends the run; all processes get the main process's answer."""
+    if not state.config.data.holdout_patience:
+        return False
+    reason = "the held-out images" if holdout is not None and holdout.is_over() else None
+    return any_process(state.accelerator, reason) is not None
+
+
+def _choose_checkpoint(state: TrainState, steps_done: int) -> None:
+    """With held-out images, take the weights of the checkpoint with the lowest held-out loss."""
+    if state.config.data.holdout_images:
+        is_main = state.accelerator.is_main_process
+        state.progress.last_step = load_best(state, steps_done) if is_main else steps_done
+
+
+def _present(state: TrainState, previews: Previews | None, stops: StopRequests, path: Path) -> None:
+    """Make the last previews, the model card and the upload of the LoRA that is saved in `path`."""
+    if previews is not None:
+        outcome = f"after the LoRA was saved in {path}; last previews, card or upload are missing"
+        with describe_interruption(lambda: outcome):
+            stops.raise_if_signaled()
+            present(state, previews)
+    state.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _close_at_end(state: TrainState) -> Iterator[None]:
+    """Free the memory at the end. Raises Interrupted for a signal that came meanwhile."""
+    try:
+        yield
+    finally:
+        with hold_signals() as signals:
+            state.close()
+    if signals:  # a comparison must not go on with its next run
+        raise Interrupted(signals[0], f"after the LoRA was saved in {state.run.folder}; nothing is missing")
+
+
+def _nothing_trained() -> str:
+    return "before the first step; nothing was trained"

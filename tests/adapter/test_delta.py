@@ -1,4 +1,4 @@
-"""Updates as factors: DoRA folded, factors that fp16 can hold."""
+"""Updates as factors: approximations of DoRA, and factors in the range of fp16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flatlora_diffusion.adapter.delta import (
     lora_updates,
     norm,
     plain_updates,
-    truncated,
+    truncated_svd,
     update_norms,
 )
 from flatlora_diffusion.adapter.full import start_full
@@ -39,7 +39,7 @@ def adapted(base: Path, **settings: Any) -> Any:
 
 
 def move(unet: Any) -> None:
-    """As training does: every factor elsewhere."""
+    """Move all factors, as training does."""
     for index, layer in enumerate(lora_layers(unet).values()):
         rng = torch.Generator().manual_seed(index)
         for side in (layer.lora_A, layer.lora_B):
@@ -48,7 +48,7 @@ def move(unet: Any) -> None:
 
 
 def full_weight(layer: Any) -> Tensor:
-    """The weight that PEFT merges, of a copy: the layer stays as it was."""
+    """The weight that PEFT merges, on a copy of the layer."""
     layer.merge(safe_merge=True)
     merged: Tensor = layer.get_base_layer().weight.detach().clone()
     layer.unmerge()
@@ -97,9 +97,9 @@ def test_a_dora_is_folded_on_a_device_without_float64(base: Path, monkeypatch: p
     expected, missed = plain_of(unet)
     real = lora_update._dora_change
     monkeypatch.setattr(lora_update, "_dora_change", lambda layer: real(layer).as_subclass(WithoutFloat64))
-    found, found_missed = plain_of(unet)
-    assert found_missed == missed
-    for name, update in found["unet"].items():
+    plain, plain_error = plain_of(unet)
+    assert plain_error == missed
+    for name, update in plain["unet"].items():
         assert type(update.up) is Tensor
         assert torch.equal(update.up, expected["unet"][name].up)
 
@@ -109,8 +109,8 @@ def test_full_fine_tuning_is_factored_once_for_all_files(base: Path, monkeypatch
     start_full(unet, unet.peft_config["default"], AdapterConfig(adapter="full"), seed=0)
     for layer in lora_layers(unet).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(0))
-    factoring = Mock(wraps=truncated)
-    monkeypatch.setattr(lora_update, "truncated", factoring)
+    factoring = Mock(wraps=truncated_svd)
+    monkeypatch.setattr(lora_update, "truncated_svd", factoring)
     pipeline = Pipeline(unet)
     trained = lora_updates(pipeline)
     plain, missed = plain_updates(pipeline, trained)
@@ -135,13 +135,13 @@ def test_truncation_is_the_best_there_is_and_repeatable() -> None:
     right = torch.linalg.qr(torch.randn(80, 70, generator=rng))[0]
     change = left * 0.8 ** torch.arange(70) @ right.T
     state = torch.get_rng_state()
-    found = truncated(change, 6)
+    factors = truncated_svd(change, 6)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(found.up, truncated(change, 6).up)
+    assert torch.equal(factors.up, truncated_svd(change, 6).up)
     values = torch.linalg.svdvals(change)
     best = float(values[6:].norm())
-    assert float((change - found.up @ found.down).norm()) == pytest.approx(best, rel=1e-3)
-    assert float(found.up.norm()) == pytest.approx(float(found.down.norm()), rel=1e-4)
+    assert float((change - factors.up @ factors.down).norm()) == pytest.approx(best, rel=1e-3)
+    assert float(factors.up.norm()) == pytest.approx(float(factors.down.norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-4, 1.0, 1e6])
@@ -158,10 +158,10 @@ def test_balanced_factors_survive_fp16(size: float) -> None:
 
 def test_norms_and_differences_without_forming_the_product() -> None:
     rng = torch.Generator().manual_seed(0)
-    one = Update(torch.randn(3, 4, 3, 3, generator=rng), torch.randn(7, 3, 1, 1, generator=rng), 2.5)
-    other = Update(one.down, one.up * 1.001, 2.5)
-    whole = 2.5 * one.up.flatten(1) @ one.down.flatten(1)
-    assert norm(one) == pytest.approx(float(whole.norm()), rel=1e-6)
-    assert difference(one, other) == pytest.approx(0.001 * float(whole.norm()), rel=1e-3)
-    assert difference(one, one) < 1e-6 * norm(one)
-    assert update_norms({"unet": {"a": one, "b": one}}) == {"unet": pytest.approx(2**0.5 * norm(one))}
+    first = Update(torch.randn(3, 4, 3, 3, generator=rng), torch.randn(7, 3, 1, 1, generator=rng), 2.5)
+    second = Update(first.down, first.up * 1.001, 2.5)
+    whole = 2.5 * first.up.flatten(1) @ first.down.flatten(1)
+    assert norm(first) == pytest.approx(float(whole.norm()), rel=1e-6)
+    assert difference(first, second) == pytest.approx(0.001 * float(whole.norm()), rel=1e-3)
+    assert difference(first, first) < 1e-6 * norm(first)
+    assert update_norms({"unet": {"a": first, "b": first}}) == {"unet": pytest.approx(2**0.5 * norm(first))}

@@ -58,13 +58,13 @@ def test_the_initialization_is_a_function_of_the_seed_with_b_zero(base: Path) ->
         ]
 
     torch.manual_seed(1)
-    one = factors(0)
+    first = factors(0)
     torch.manual_seed(2)
-    two, other = factors(0), factors(1)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
-    assert not any(torch.equal(a[0], b[0]) for a, b in zip(one, other, strict=True))
-    assert all(not b.any() for _, b in one)
-    assert float(torch.cat([a.detach().flatten() for a, _ in one]).std()) == pytest.approx(1 / 16, rel=0.05)
+    second, other = factors(0), factors(1)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
+    assert all(not b.any() for _, b in first)
+    assert float(torch.cat([a.detach().flatten() for a, _ in first]).std()) == pytest.approx(1 / 16, rel=0.05)
 
 
 @pytest.mark.parametrize("alpha", [4, 10.0])
@@ -90,7 +90,7 @@ def test_a_stock_pipeline_applies_what_was_trained(base: Path, icons: Path, tmp_
 
 
 def merged_away(unet: Any, expected: dict[str, torch.Tensor]) -> float:
-    """||W' - expected|| / ||expected|| over all layers, W' being each DoRA layer's merged weight, by the book."""
+    """||W' - expected|| / ||expected|| over all layers, with W' of each DoRA layer by its definition."""
     apart = size = 0.0
     for name, layer in lora_layers(unet).items():
         down, up = (side["default"].weight.detach().double().flatten(1) for side in (layer.lora_A, layer.lora_B))

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from flatlora_diffusion.adapter.new_tokens import (
     add_tokens,
     embedding_parameters,
-    pull_embeddings,
+    replace_placeholders,
+    rescale_embeddings,
     save_embeddings,
-    with_new_tokens,
 )
 from flatlora_diffusion.config import ConfigError, TokenConfig
 from flatlora_diffusion.data.prompts import TokenizedPrompts
@@ -30,7 +30,7 @@ def pipeline(base: Path) -> StableDiffusionXLPipeline:
 
 
 def embed(pipeline: StableDiffusionXLPipeline, tokens: dict[str, list[str]], text: str) -> tuple[torch.Tensor, ...]:
-    ids = TokenizedPrompts(pipeline).conditioning([with_new_tokens(text, tokens)], None, torch.device("cpu"))[
+    ids = TokenizedPrompts(pipeline).conditioning([replace_placeholders(text, tokens)], None, torch.device("cpu"))[
         "input_ids"
     ]
     return embed_tokens([pipeline.text_encoder, pipeline.text_encoder_2], ids)
@@ -38,7 +38,7 @@ def embed(pipeline: StableDiffusionXLPipeline, tokens: dict[str, list[str]], tex
 
 def test_placeholders_become_tokens_of_their_own() -> None:
     tokens = {"TOK": ["<s0>", "<s1>"], "BG": ["<s2>", "<s3>"]}
-    assert with_new_tokens("a TOK icon on BG", tokens) == "a <s0><s1> icon on <s2><s3>"
+    assert replace_placeholders("a TOK icon on BG", tokens) == "a <s0><s1> icon on <s2><s3>"
 
 
 def test_old_words_keep_their_embeddings_and_new_ones_are_trained(pipeline: StableDiffusionXLPipeline) -> None:
@@ -96,11 +96,11 @@ def test_the_pull_brings_the_spread_of_new_rows_a_tenth_nearer_to_that_of_all_wo
         usual = getattr(pipeline, part).get_input_embeddings().table.weight.float().std()
         rows.data *= 5 * usual / rows.data.std()
         before = rows.detach().clone()
-        pull_embeddings(pipeline)
+        rescale_embeddings(pipeline)
         torch.testing.assert_close(rows.detach(), before * 5**-0.1, rtol=1e-4, atol=0)
 
 
 def test_tokens_that_exist_already_are_refused(pipeline: StableDiffusionXLPipeline) -> None:
     add_tokens(pipeline, TokenConfig(), seed=0)
-    with pytest.raises(ConfigError, match="tokenizer has tokens such as <s0> already"):
+    with pytest.raises(ConfigError, match="tokenizer has the token <s0> already"):
         add_tokens(pipeline, TokenConfig(), seed=0)

@@ -12,7 +12,7 @@ from flatlora_diffusion.commands.train_flags import parse_config
 from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.config.removed import SETTINGS, VALUES
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.training.resolve_config import new_or_resumed
+from flatlora_diffusion.training.resolve_config import resolve_before_loading
 
 RENAMED = {("adapter", "dora"): "use_dora", ("adapter", "rslora"): "use_rslora"}
 
@@ -59,7 +59,7 @@ def test_a_run_is_not_resumed_by_another_method_than_it_began_with(tmp_path: Pat
     config = TrainConfig().updated_from(run.config_file)
     assert (config.perturb.method, config.perturb.bar_strength) == ("nbar", 0.5)
     with pytest.raises(ConfigError, match=r"method=obar.*--init_lora"):
-        new_or_resumed(config.replace(output_dir=str(tmp_path), resume_from_checkpoint="latest"), run)
+        resolve_before_loading(config.replace(output_dir=str(tmp_path), resume_from_checkpoint="latest"), run)
 
 
 def test_a_renamed_value_goes_on_as_it_was(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.method.branch import Pair, factor_pairs
 from flatlora_diffusion.training import lora_pro
-from flatlora_diffusion.training.lora_pro import LoraPro, adjust
+from flatlora_diffusion.training.lora_pro import LoraPro, project_gradients
 
 SCALE = 1.5
 
@@ -55,7 +55,7 @@ def test_the_adjusted_gradients_are_the_least_squares_fit_to_the_full_one(rank_o
     assert pair.up.grad is not None
     expected = least_squares(slope, down, up, (pair.down.grad.clone(), pair.up.grad.clone()))
     plain = float((moved_by(pair) - slope).norm())
-    adjust([pair])
+    project_gradients([pair])
     torch.testing.assert_close((pair.down.grad, pair.up.grad), expected, rtol=1e-8, atol=1e-8)
     assert float((moved_by(pair) - slope).norm()) < plain
 
@@ -66,11 +66,11 @@ def test_layers_of_every_kind_are_adjusted_at_once_and_each_by_itself() -> None:
     pairs = factor_pairs([case.model])
     assert len(pairs) == len(lora_layers(case.model))
     before = [(pair.down.grad.clone(), pair.up.grad.clone()) for pair in pairs if pair.up.grad is not None]  # type: ignore[union-attr]
-    adjust(pairs)
+    project_gradients(pairs)
     after = [(pair.down.grad.clone(), pair.up.grad.clone()) for pair in pairs if pair.up.grad is not None]  # type: ignore[union-attr]
     for pair, (first, second), expected in zip(pairs, before, after, strict=True):
         pair.down.grad, pair.up.grad = first.clone(), second.clone()
-        adjust([pair])
+        project_gradients([pair])
         torch.testing.assert_close((pair.down.grad, pair.up.grad), expected)
         assert not torch.equal(pair.down.grad, first)
         assert not torch.equal(pair.up.grad, second)
@@ -82,7 +82,7 @@ def test_adamw_steps_with_the_adjusted_gradients(monkeypatch: pytest.MonkeyPatch
     settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01}
     monkeypatch.setattr(lora_pro, "factor_pairs", lambda _: [ours])
     LoraPro([{"params": [ours.down, ours.up]}], [], **settings).step()
-    adjust([byhand])
+    project_gradients([byhand])
     torch.optim.AdamW([byhand.down, byhand.up], **settings).step()
     assert torch.equal(ours.down, byhand.down)
     assert torch.equal(ours.up, byhand.up)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.layers import ADAPTER
-from flatlora_diffusion.adapter.svd_start import ANCHOR, anchor, start_at_slopes, start_pissa
+from flatlora_diffusion.adapter.svd_start import ANCHOR, add_anchor, start_at_gradients, start_pissa
 from flatlora_diffusion.config import AdapterConfig, PerturbConfig
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
@@ -281,8 +281,8 @@ def test_eps_of_a_lora_that_starts_away_has_the_filter_norms_of_its_merged_weigh
         start_pissa(case.model, case.model.peft_config[ADAPTER], pissa(4), seed=0)
     else:
         slopes = slopes_of_weights(case, copy.deepcopy(case.model))
-        anchor(case.model, case.model.peft_config[ADAPTER])
-        start_at_slopes(case.model, slopes, seed=0)
+        add_anchor(case.model, case.model.peft_config[ADAPTER])
+        start_at_gradients(case.model, slopes, seed=0)
     with torch.no_grad():  # a few steps away from its start
         for layer in lora_layers(case.model).values():
             layer.lora_B[ADAPTER].weight += 0.1 * normal(7, *layer.lora_B[ADAPTER].weight.shape)
@@ -308,8 +308,8 @@ def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() 
     read = dict(zip(lora_layers(case.model), read_slopes([case.model], halves), strict=True))
     assert distance(read, slopes) < 1e-4
     before = bits(case.model)
-    anchor(case.model, case.model.peft_config[ADAPTER])
-    start_at_slopes(case.model, read, seed=0)
+    add_anchor(case.model, case.model.peft_config[ADAPTER])
+    start_at_gradients(case.model, read, seed=0)
     for name, layer in lora_layers(case.model).items():
         assert torch.equal(layer.get_base_layer().weight, before[f"{name}.base_layer.weight"])
         rows = torch.linalg.svd(slopes[name])[2][: layer.r[ADAPTER]]  # of the gradient, which A spans

@@ -15,8 +15,8 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
-from flatlora_diffusion.training import calibrate_rho, first_weights as beginning, micro_batches
-from flatlora_diffusion.training.first_weights import first_weights
+from flatlora_diffusion.training import calibrate_rho, first_gradients, micro_batches
+from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -34,42 +34,42 @@ def test_an_ascent_by_the_rho_that_is_found_lifts_the_loss_as_was_asked_for(
 ) -> None:
     climbing = climbing.replace(**more)
     state = prepare(climbing, samples_of(climbing))
-    before = {name: one.detach().clone() for name, one in state.trainable.items()}
-    first_weights(state)
+    before = {name: parameter.detach().clone() for name, parameter in state.trainable.items()}
+    start_from_gradients(state)
     rho = state.config.perturb.rho
     assert rho is not None
     assert rho == state.config.perturb.radius > 0, "the steps are taken with it"
-    assert all(torch.equal(one, before[name]) for name, one in state.trainable.items())
-    assert all(one.grad is None for one in state.trainable.values())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in state.trainable.items())
+    assert all(parameter.grad is None for parameter in state.trainable.values())
     assert ascended(state, rho) / ascended(state, 0) - 1 == pytest.approx(CLIMB, rel=0.15), "the rest is curvature"
 
 
 def ascended(state: TrainState, rho: float) -> float:
-    """The mean loss of the first steps at W + rho g / ||g||, W itself moved there by hand."""
+    """The mean loss of the first steps at W + rho g / ||g||, computed by moving W by hand."""
     weights = {layer: layer.get_base_layer().weight for layer in lora_layers(state.model).values()}
     losses = []
     for step in range(STEPS):
         drawn = list(micro_batches.micro_batches(state, step, DrawHash()))
         for weight in weights.values():
             weight.requires_grad_(True)
-        slopes = torch.autograd.grad(torch.stack([one.loss() for one in drawn]).mean(), list(weights.values()))
+        slopes = torch.autograd.grad(torch.stack([batch.loss() for batch in drawn]).mean(), list(weights.values()))
         length = math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
         with torch.no_grad():
-            kept = [weight.clone() for weight in weights.values()]
+            originals = [weight.clone() for weight in weights.values()]
             for weight, slope in zip(weights.values(), slopes, strict=True):
                 weight.requires_grad_(False).add_(slope, alpha=rho / length)
-            losses += [one.loss() for one in drawn]
-            for weight, value in zip(weights.values(), kept, strict=True):
+            losses += [batch.loss() for batch in drawn]
+            for weight, value in zip(weights.values(), originals, strict=True):
                 weight.copy_(value)
     return float(torch.stack(losses).mean())
 
 
 def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfig, tmp_path: Path) -> None:
-    found = train(climbing.replace(output_dir=str(tmp_path / "found"), seed=3))
+    calibrated = train(climbing.replace(output_dir=str(tmp_path / "found"), seed=3))
     rho = RunDir(tmp_path / "found").config()["rho"]
     given = climbing.replace(output_dir=str(tmp_path / "given"), seed=3, rho=rho, rho_rise=None)
-    one, other = (load_file(path) for path in (found, train(given)))
-    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    first, second = (load_file(path) for path in (calibrated, train(given)))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
 
 
 def test_a_resumed_run_goes_on_with_the_rho_that_it_began_with(
@@ -79,7 +79,7 @@ def test_a_resumed_run_goes_on_with_the_rho_that_it_began_with(
     train(run)
     whole = load_file(tmp_path / "run" / LORA_FILE)
     rho = RunDir(tmp_path / "run").config()["rho"]
-    monkeypatch.setattr(beginning, "calibrate", lambda state: pytest.fail("it was calibrated again"))
+    monkeypatch.setattr(first_gradients, "calibrate", lambda state: pytest.fail("it was calibrated again"))
     (tmp_path / "run" / LORA_FILE).unlink()
     train(run.replace(resume_from_checkpoint="checkpoint-2"))
     again = load_file(tmp_path / "run" / LORA_FILE)
@@ -88,9 +88,9 @@ def test_a_resumed_run_goes_on_with_the_rho_that_it_began_with(
 
 
 def test_a_given_rho_is_not_calibrated(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beginning, "calibrate", lambda state: pytest.fail("it was calibrated"))
+    monkeypatch.setattr(first_gradients, "calibrate", lambda state: pytest.fail("it was calibrated"))
     state = prepare(climbing.replace(rho=0.3), samples_of(climbing))
-    first_weights(state)
+    start_from_gradients(state)
     assert state.config.perturb.rho == 0.3
 
 
@@ -98,13 +98,16 @@ def test_a_base_without_a_slope_is_told_of(climbing: TrainConfig, monkeypatch: p
     state = prepare(climbing, samples_of(climbing))
     monkeypatch.setattr(calibrate_rho.Sketches, "norm", lambda slopes: torch.zeros(()))
     with pytest.raises(RunError, match=r"rho_rise=0.005"):
-        first_weights(state)
+        start_from_gradients(state)
 
 
 def test_steps_whose_gradients_overflow_are_left_out(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, found = prepare(climbing, samples_of(climbing)), [(7.0, math.inf), (2.0, 4.0), (7.0, math.nan), (4.0, 2.0)]
-    monkeypatch.setattr(calibrate_rho, "_loss_and_slope", lambda state, reader, step: found[step])
-    first_weights(state)
+    state, measurements = (
+        prepare(climbing, samples_of(climbing)),
+        [(7.0, math.inf), (2.0, 4.0), (7.0, math.nan), (4.0, 2.0)],
+    )
+    monkeypatch.setattr(calibrate_rho, "_loss_and_gradient_norm", lambda state, reader, step: measurements[step])
+    start_from_gradients(state)
     assert state.config.perturb.rho == pytest.approx(CLIMB * (2 + 4) / (4 + 2))
 
 
@@ -112,7 +115,7 @@ def test_the_scale_of_fp16_is_taken_off(climbing: TrainConfig) -> None:
     usual, scaled = (prepare(climbing, samples_of(climbing)) for _ in range(2))
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for state in (usual, scaled):
-        first_weights(state)
+        start_from_gradients(state)
     assert usual.config.perturb.rho is not None
     assert scaled.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
 
@@ -120,17 +123,17 @@ def test_the_scale_of_fp16_is_taken_off(climbing: TrainConfig) -> None:
 def test_a_first_gradient_that_overflows_in_fp16_is_taken_at_a_lower_scale(
     climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which the run does not keep: it begins as the run that is given this rho."""
+    """The lowered loss scale is not kept: the run equals a run with this rho in its settings."""
     usual = prepare(climbing, samples_of(climbing))
-    first_weights(usual)
+    start_from_gradients(usual)
     overflow_above(2.0**12, monkeypatch)
     state = prepare(climbing, samples_of(climbing))
     state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
     began = scaler.get_scale()
-    first_weights(state)
+    start_from_gradients(state)
     assert state.config.perturb.rho == pytest.approx(usual.config.perturb.rho, rel=0.01)
     assert scaler.get_scale() == began == 2.0**16
-    assert all(one.grad is None for one in state.trainable.values())
+    assert all(parameter.grad is None for parameter in state.trainable.values())
 
 
 def test_gradients_that_overflow_at_any_scale_have_no_rho(
@@ -140,7 +143,7 @@ def test_gradients_that_overflow_at_any_scale_have_no_rho(
     state = prepare(climbing, samples_of(climbing))
     state.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     with pytest.raises(RunError, match=r"rho_rise=0.005"):
-        first_weights(state)
+        start_from_gradients(state)
 
 
 def test_lora_ga_starts_where_it_does_without_fp16_when_the_first_gradient_overflows(
@@ -148,18 +151,18 @@ def test_lora_ga_starts_where_it_does_without_fp16_when_the_first_gradient_overf
 ) -> None:
     config = config.replace(method="lora", adapter="lora-ga", lora_ga_steps=2)
     usual = prepare(config, samples_of(config))
-    first_weights(usual)
+    start_from_gradients(usual)
     overflow_above(2.0**12, monkeypatch)
     state = prepare(config, samples_of(config))
     state.accelerator.scaler = scaler = torch.amp.GradScaler("cpu")
-    first_weights(state)
+    start_from_gradients(state)
     assert scaler.get_scale() == 2.0**16
     for name, weight in state.trainable.items():
         torch.testing.assert_close(weight, usual.trainable[name], rtol=1e-3, atol=1e-5)
 
 
 def overflow_above(most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let gradients overflow, as fp16's do, where the loss is multiplied by more than `most`."""
+    """Let gradients overflow, as in fp16, at loss scales above `most`."""
     plain = micro_batches.diffusion_loss
 
     def overflowing(*given: Any) -> torch.Tensor:

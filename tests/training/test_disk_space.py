@@ -1,4 +1,4 @@
-"""A run that its disk cannot hold does not begin; the disks are real ones, if small."""
+"""A run that does not fit on its disk is refused before it starts; the disks are real and small."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training import trainer
 from flatlora_diffusion.training.trainer import train
 
-LOGS = 64 * 1024  # bytes of a short run's log, card and settings, which are not counted
+LOGS = 64 * 1024  # bytes of a short run's log, card and settings, which the check ignores
 
 
 @pytest.fixture
 def big(config: TrainConfig) -> TrainConfig:
-    """A run whose checkpoint and result are larger than all else that it writes."""
+    """A run whose checkpoint and result are larger than all its other files."""
     return config.replace(rank=64, checkpointing_steps=2)
 
 
@@ -75,7 +75,7 @@ def test_a_run_that_is_resumed_is_looked_at_too(big: TrainConfig, tmp_path: Path
 def test_class_images_are_drawn_only_with_room_for_them(
     big: TrainConfig, tmp_path: Path, is_one_disk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the run's own disk there must be room for both."""
+    """The run's disk needs room for both."""
     monkeypatch.setattr(class_images, "_generate", lambda *_: pytest.fail("it was begun"))
     prior: dict[str, Any] = {"with_prior_preservation": True, "class_prompt": "an icon", "resolution": 32}
     config = big.replace(**prior, num_class_images=400, class_data_dir="x")
@@ -104,9 +104,9 @@ def test_checkpoints_that_will_not_all_fit_are_told_of(
     with small_disk(tmp_path / "disk", 3 * needed(big)):
         with pytest.raises(RunError, match="space"):
             train(big.replace(**few))
-        (told,) = (record.getMessage() for record in caplog.records if record.name.endswith(".disk_space"))
-        assert "3 of the 4 checkpoints" in told
-        assert "--checkpoints_total_limit" in told
+        (message,) = (record.getMessage() for record in caplog.records if record.name.endswith(".disk_space"))
+        assert "3 of the 4 checkpoints" in message
+        assert "--checkpoints_total_limit" in message
     caplog.clear()
     with small_disk(tmp_path / "disk", 3 * needed(big)):
         train(big.replace(**few, checkpoints_total_limit=2))
@@ -121,4 +121,4 @@ def test_a_base_whose_size_is_unknown_is_trained_all_the_same(
 
     monkeypatch.setattr("flatlora_diffusion.training.disk_space.disk_need", fail)
     train(config)
-    assert "the disk that the run needs could not be estimated" in caplog.text
+    assert "could not be estimated" in caplog.text

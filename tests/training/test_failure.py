@@ -1,4 +1,4 @@
-"""What ends a run that cannot go on, in the user's words: memory that is full, an operation without an order."""
+"""The errors of a run that cannot go on: out of memory, or an operation without a deterministic kernel."""
 
 from __future__ import annotations
 
@@ -68,18 +68,18 @@ def test_out_of_memory_is_said_even_when_the_estimate_fails(
 def test_the_memory_is_told_for_the_launcher_s_precision_unless_one_is_given(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
 ) -> None:
-    gpu, told = torch.device("cuda", 0), []
+    gpu, precisions = torch.device("cuda", 0), []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setattr(preflight, "this_process", lambda: SimpleNamespace(device=gpu, is_main_process=True))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7, 8))
 
     def lines(config: TrainConfig, _: int) -> list[str]:
-        told.append(config.optim.mixed_precision)
+        precisions.append(config.optim.mixed_precision)
         return ["enough"]
 
     monkeypatch.setattr("flatlora_diffusion.memory.estimate.preflight_lines", lines)
     train(config.replace(max_train_steps=1, mixed_precision=given))
-    assert told == [expected]
+    assert precisions == [expected]
 
 
 @pytest.mark.parametrize("stage", ["prepare", "load_class_samples"])
@@ -96,7 +96,7 @@ def test_out_of_memory_before_the_first_step_ends_alike(
 
 @pytest.fixture
 def restored_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The choice of kernels is the whole process's."""
+    """Restore the choice of kernels, which is global."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     yield
@@ -106,7 +106,7 @@ def restored_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("restored_kernels")
 def test_deterministic_refuses_an_operation_that_is_not(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: Any) -> None:
-        torch.empty(1).put_(torch.tensor([0]), torch.ones(1))  # without an order of its own on any device
+        torch.empty(1).put_(torch.tensor([0]), torch.ones(1))  # has no deterministic kernel on any device
 
     monkeypatch.setattr("flatlora_diffusion.training.trainer.train_step", step)
     end = "leave --deterministic out; no checkpoint was saved yet"
@@ -118,15 +118,15 @@ def test_deterministic_refuses_an_operation_that_is_not(config: TrainConfig, mon
 def test_class_images_are_drawn_with_deterministic_kernels_too(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[tuple[bool, str | None]] = []
+    kernels: list[tuple[bool, str | None]] = []
 
     def load(_: TrainConfig) -> list[Any]:
-        found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        kernels.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         return []
 
     monkeypatch.setattr("flatlora_diffusion.training.trainer.load_class_samples", load)
     train(config.replace(deterministic=True))
-    assert found == [(True, ":4096:8")]
+    assert kernels == [(True, ":4096:8")]
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 

@@ -1,4 +1,4 @@
-"""Held-out images choose the checkpoint that becomes the result, and end a run that learns nothing more."""
+"""Held-out images choose the checkpoint that becomes the result, and end a run that stops improving."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ def watched(config: TrainConfig) -> TrainConfig:
     return config.replace(holdout_images=1, checkpointing_steps=1, max_train_steps=4, checkpoints_total_limit=1)
 
 
-def give(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
-    """The held-out losses to be measured, in their order."""
+def set_losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Replace the measured held-out losses, in order."""
     left = iter(losses)
     monkeypatch.setattr(holdout.HeldoutLoss, "now", lambda _: next(left))
 
 
 def steps_of(run: RunDir, event: str) -> list[int]:
-    return [one["step"] for one in run.events() if one["event"] == event]
+    return [entry["step"] for entry in run.events() if entry["event"] == event]
 
 
 def test_the_result_is_the_checkpoint_with_the_lowest_loss(
     watched: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    give(monkeypatch, 0.5, 0.3, 0.4, 0.35)
+    set_losses(monkeypatch, 0.5, 0.3, 0.4, 0.35)
     path = train(watched.replace(validation_prompt="an icon", num_validation_images=1))
     run = RunDir(path.parent)
     assert steps_of(run, "finished") == steps_of(run, "chosen") == [2]
-    assert [one.name for one in run.checkpoints()] == ["checkpoint-2", "checkpoint-4"], "the best goes over the limit"
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-2", "checkpoint-4"], (
+        "the best goes over the limit"
+    )
     best, last = load_file(run.folder / "checkpoint-2" / LORA_FILE), load_file(run.folder / "checkpoint-4" / LORA_FILE)
     result = load_file(path)
     assert all(torch.equal(value, best[name]) for name, value in result.items())
@@ -52,7 +54,7 @@ def test_the_result_is_the_checkpoint_with_the_lowest_loss(
 
 
 def test_a_run_ends_when_the_loss_falls_no_more(watched: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    give(monkeypatch, 0.3, 0.31, 0.32)
+    set_losses(monkeypatch, 0.3, 0.31, 0.32)
     run = RunDir(train(watched.replace(holdout_patience=2, max_train_steps=9)).parent)
     assert len(steps_of(run, "step")) == 3
     assert steps_of(run, "finished") == [1]
@@ -74,7 +76,7 @@ def test_the_loss_is_that_of_the_images_that_are_not_trained_on(watched: TrainCo
 
 
 def test_a_resumed_run_chooses_as_the_unbroken_one(watched: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    give(monkeypatch, 0.5, 0.3, 0.2, 0.4, 0.45)
+    set_losses(monkeypatch, 0.5, 0.3, 0.2, 0.4, 0.45)
     watched = watched.replace(checkpoints_total_limit=None)
     run = RunDir(train(watched.replace(max_train_steps=3)).parent)
     assert steps_of(run, "finished") == [3]
@@ -125,7 +127,7 @@ def test_a_comparison_follows_a_run_to_its_chosen_checkpoint(
 ) -> None:
     from flatlora_diffusion.compare.arms import Arm, PlannedRun
 
-    give(monkeypatch, 0.5, 0.3, 0.4, 0.35)
+    set_losses(monkeypatch, 0.5, 0.3, 0.4, 0.35)
     watched = watched.replace(checkpoints_total_limit=None)
     path = train(watched)
     planned = PlannedRun(Arm("flat-lora", "Flat-LoRA", "arm", "flat-lora"), 3, watched)

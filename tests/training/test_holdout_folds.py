@@ -1,4 +1,4 @@
-"""Folds find the number of steps for few images: each image is held out once, then the run trains on all of them."""
+"""Folds choose the number of steps for few images: each image is held out once, then the run trains on all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flatlora_diffusion.data.dataset import SampleSet, make_sample, manifest
 from flatlora_diffusion.data.sources import Fold, split_fold
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training import holdout as holdout
-from flatlora_diffusion.training.holdout_folds import chosen_by_folds, mean_losses
+from flatlora_diffusion.training.holdout_folds import choose_steps_by_folds, mean_losses
 from flatlora_diffusion.training.trainer import train
 
 
@@ -30,26 +30,26 @@ def folded(config: TrainConfig) -> TrainConfig:
     return config.replace(holdout_folds=2, max_train_steps=3, checkpointing_steps=1, sigma_schedule="cosine")
 
 
-def give(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
-    """The held-out losses to be measured, in their order."""
+def set_losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Replace the measured held-out losses, in order."""
     left = iter(losses)
     monkeypatch.setattr(holdout.HeldoutLoss, "now", lambda _: next(left))
 
 
 def steps_of(run: RunDir, event: str) -> list[int]:
-    return [one["step"] for one in run.events() if one["event"] == event]
+    return [entry["step"] for entry in run.events() if entry["event"] == event]
 
 
 def test_the_run_trains_on_all_images_for_the_steps_that_the_folds_have_found(
     folded: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """As a run of all steps does until then: its result is that run's checkpoint, bit for bit."""
+    """Its result equals the checkpoint of a run with all steps, bit for bit."""
     run = RunDir(Path(folded.run.output_dir))
-    ended = Mock()  # the process group, which folds and run need
+    ended = Mock()  # the process group, which all folds need
     monkeypatch.setattr(PartialState, "destroy_process_group", ended)
     reading = Mock(wraps=make_sample)
     monkeypatch.setattr(dataset, "make_sample", reading)
-    give(monkeypatch, 0.5, 0.4, 0.5, 0.5, 0.4, 0.3)  # of 2 images and of 1: the means are 0.5, 0.4, 0.43
+    set_losses(monkeypatch, 0.5, 0.4, 0.5, 0.5, 0.4, 0.3)  # of 2 images and of 1: the means are 0.5, 0.4, 0.43
     with caplog.at_level(logging.INFO):
         path = train(folded)
     assert reading.call_count == 3, "folds and run read each image once"
@@ -59,7 +59,9 @@ def test_the_run_trains_on_all_images_for_the_steps_that_the_folds_have_found(
     ids = {sample.id for sample in samples_of(folded)}
     assert {row["id"] for row in run.manifest() if not row.get("is_held_out")} == ids, "all images are trained on"
     away = [{row["id"] for row in run.fold(number).manifest() if row.get("is_held_out")} for number in (1, 2)]
-    assert sorted(name for one in away for name in one) == sorted(ids), "each image is held out by one fold"
+    assert sorted(name for ids_of_fold in away for name in ids_of_fold) == sorted(ids), (
+        "each image is held out by one fold"
+    )
     assert all(steps_of(run.fold(number), "holdout") == [1, 2, 3] for number in (1, 2))
     assert "fold 2 of 2: trains on 2 images, 1 are held out" in caplog.text
     assert "1: 0.5000, 2: 0.4000, 3: 0.4333" in caplog.text
@@ -81,7 +83,7 @@ def test_folds_that_are_trained_are_kept(
 
     def now(_: object) -> float:
         loss = next(losses)
-        if loss == 0.3:  # the first of the second fold
+        if loss == 0.3:  # the first measurement of the second fold
             run.stop_file.touch()
         return loss
 
@@ -103,10 +105,10 @@ def test_folds_that_are_trained_are_kept(
 def test_other_images_or_settings_train_the_folds_anew(folded: TrainConfig, icons: Path, tmp_path: Path) -> None:
     trained = []
 
-    def train_fold(config: TrainConfig, run: RunDir, found: SampleSet, fold: Fold) -> Path:
-        ours, theirs = split_fold(found.samples, *fold)
-        away = [{**row, "is_held_out": True} for row in manifest(theirs)]
-        run.start(config.to_dict(), [*manifest(ours), {"id": "a class image", "sha256": "0"}, *away])
+    def train_fold(config: TrainConfig, run: RunDir, images: SampleSet, fold: Fold) -> Path:
+        training, heldout = split_fold(images.samples, *fold)
+        away = [{**row, "is_held_out": True} for row in manifest(heldout)]
+        run.start(config.to_dict(), [*manifest(training), {"id": "a class image", "sha256": "0"}, *away])
         for step in (1, 2, 3):
             run.add_event({"event": "holdout", "step": step, "loss": abs(step - 1.9)})
         trained.append(fold.number)
@@ -116,7 +118,7 @@ def test_other_images_or_settings_train_the_folds_anew(folded: TrainConfig, icon
         run = RunDir(Path(config.run.output_dir))
         run.folder.mkdir(exist_ok=True)
         trained.clear()
-        return chosen_by_folds(config, run, train_fold)[2]
+        return choose_steps_by_folds(config, run, train_fold)[2]
 
     assert (chosen(folded), trained) == (2, [1, 2])
     assert (chosen(folded), trained) == (2, [])
@@ -135,14 +137,16 @@ def test_the_loss_of_an_image_counts_once_and_only_steps_of_all_folds_are_compar
 def test_folds_are_the_same_in_any_order_and_nearly_as_large(config: TrainConfig) -> None:
     samples = samples_of(config)
     for number in (1, 2):
-        ours, theirs = split_fold(samples, number, 2)
-        assert {one.id for one in split_fold(samples[::-1], number, 2)[1]} == {one.id for one in theirs}
-        assert len(theirs) == 3 - number
-        assert sorted(one.id for one in (*ours, *theirs)) == sorted(one.id for one in samples)
+        training, heldout = split_fold(samples, number, 2)
+        assert {sample.id for sample in split_fold(samples[::-1], number, 2)[1]} == {sample.id for sample in heldout}
+        assert len(heldout) == 3 - number
+        assert sorted(sample.id for sample in (*training, *heldout)) == sorted(sample.id for sample in samples)
     twins = [*samples, *(replace(sample, id=f"copy of {sample.id}") for sample in samples)]
-    ours, theirs = split_fold(twins, 2, 3)
-    assert len(theirs) == 2
-    assert not {one.sha256 for one in ours} & {one.sha256 for one in theirs}, "a copy would tell what is held out"
+    training, heldout = split_fold(twins, 2, 3)
+    assert len(heldout) == 2
+    assert not {sample.sha256 for sample in training} & {sample.sha256 for sample in heldout}, (
+        "a copy would tell what is held out"
+    )
     with pytest.raises(ConfigError, match="holdout_folds=4 is more than the 3 images"):
         split_fold(twins, 1, 4)
 

@@ -1,4 +1,4 @@
-"""What an upload sends, and what a failed one says; the hub is one on localhost that records all requests."""
+"""Uploads and failed uploads; the hub is a server on localhost that records all requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ sys.exit(_run(push, sys.argv[1:]))
 
 
 def finished_run(folder: Path, name: str = "my icons", **settings: str | None) -> tuple[RunDir, TrainConfig]:
-    """A run folder with everything that training leaves, and its settings, full of absolute paths."""
+    """A finished run's folder, with absolute paths in its settings."""
     run = RunDir(folder / name)
     config = TrainConfig.from_dict(
         {
@@ -70,13 +70,13 @@ def finished_run(folder: Path, name: str = "my icons", **settings: str | None) -
     run.images.mkdir()
     for red, picture in enumerate(("final-0.png", "final-1.png", "step-1.png")):
         Image.new("RGB", (8, 8), (red, 0, 0)).save(run.images / picture)
-    shown = [(run.images / f"final-{index}.png", "a TOK icon of a fox") for index in range(2)]
-    write_model_card(run, config, shown, FACTS)
+    pictures = [(run.images / f"final-{index}.png", "a TOK icon of a fox") for index in range(2)]
+    write_model_card(run, config, pictures, FACTS)
     return run, config
 
 
 def start(hub: FakeHub, *command: str) -> subprocess.CompletedProcess[str]:
-    """The command with `hub` as the hub; large files go over plain HTTP, which the fake can take."""
+    """The command with `hub` as the hub; large files go over plain HTTP, which the fake server supports."""
     online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     own = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_ofTheLogin"}
     environment = {**os.environ, **online, **own}
@@ -93,7 +93,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module", params=[None, "icons-club/lighthouse"])
 def pushed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeHub, RunDir, str]:
-    """The hub after an upload, the run, and the repository that it should be in."""
+    """The hub after an upload, the run, and its expected repository."""
     run, config = finished_run(tmp_path_factory.mktemp("Größe der Icons"), hub_model_id=request.param)
     before = files_in(run.folder)
     with fake_hub() as hub:
@@ -108,7 +108,7 @@ def pushed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_exactly_the_lora_its_card_and_the_shown_pictures_are_committed(pushed: tuple[FakeHub, RunDir, str]) -> None:
     hub, run, repository = pushed
     assert hub.committed() == {path: (run.folder / path).read_bytes() for path in SENT}
-    assert hub.committed()[LORA] == b"weights in ."  # and not that of a checkpoint
+    assert hub.committed()[LORA] == b"weights in ."  # not a checkpoint's
     assert hub.sent_to("/commit/main")[0].path == f"/api/models/{repository}/commit/main"
 
 
@@ -125,7 +125,7 @@ def test_the_token_is_in_the_authorization_and_nowhere_else(pushed: tuple[FakeHu
         assert TOKEN not in request.text + request.path + str(others)
     asked = [request for request in hub.requests if request.path.startswith("/api/")]
     assert len(asked) == 4
-    assert {request.headers["authorization"] for request in asked} == {f"Bearer {TOKEN}"}  # not that of the login
+    assert {request.headers["authorization"] for request in asked} == {f"Bearer {TOKEN}"}  # not the login's
     assert all(TOKEN.encode() not in content for content in files_in(run.folder).values())
 
 
@@ -211,19 +211,19 @@ def test_what_web_uis_show_with_the_file_is_uploaded(tmp_path: Path) -> None:
 def test_the_run_folders_name_is_made_to_fit(folder: str, repository: str) -> None:
     config = TrainConfig().replace(output_dir=f"/runs/{folder}/")
     assert hub_repository(config) == repository
-    assert hub_repository(config.replace(hub_model_id=repository)) == repository  # the hub's own check lets it pass
+    assert hub_repository(config.replace(hub_model_id=repository)) == repository  # valid for the hub's own check
 
 
 def test_another_name_than_the_folders_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, config = finished_run(tmp_path, name="Ärmel")
     with caplog.at_level("INFO"), pytest.raises(RunError):
         push_to_hub(run, config)
-    assert "uploading as Armel: no repository can be called 'Ärmel'" in caplog.text
+    assert "uploading as Armel: 'Ärmel'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["my icons", "a/b/c", "a--b", "Ärmel", "/x", ""])
 def test_a_hub_model_id_that_cannot_be_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"hub_model_id=.* use NAME or OWNER/NAME"):
+    with pytest.raises(ConfigError, match=r"hub_model_id=.* NAME or OWNER/NAME"):
         hub_repository(TrainConfig().replace(hub_model_id=name))
 
 

@@ -27,7 +27,7 @@ def config(config: TrainConfig) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A finished run with three members, which tests only look at."""
+    """A finished run with three members, read-only."""
     settings: dict[str, Any] = {
         "pretrained_model_name_or_path": str(base),
         "instance_data_dir": str(icons),
@@ -68,12 +68,12 @@ def test_the_result_adds_the_mean_of_what_its_members_add(trained: TrainConfig, 
 
 def test_the_first_member_is_the_run_without_members(trained: TrainConfig, tmp_path: Path) -> None:
     alone = trained.replace(members=None, output_dir=str(tmp_path / "alone"), validation_prompt=None)
-    one, other = load_file(train(alone)), load_file(folder_of(trained) / "member-1" / LORA_FILE)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = load_file(train(alone)), load_file(folder_of(trained) / "member-1" / LORA_FILE)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_run_ends_as_any_run_does(trained: TrainConfig) -> None:
-    """Both files, card, sidecar, preview, events of all steps; and it says what the LoRA is made of."""
+    """Both files, card, sidecar, preview and events of all steps; the metadata describe the average."""
     folder = folder_of(trained)
     with safe_open(folder / "fox.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -112,7 +112,7 @@ def test_a_cut_saves_the_best_of_its_rank_and_says_what_is_lost(
 
 
 def test_held_out_images_choose_the_strength(config: TrainConfig, base: Path) -> None:
-    """They are the same for all members; what is saved is the average times the strength of the lowest loss."""
+    """All members hold out the same images; the result is the average times the strength with the lowest loss."""
     held = config.replace(holdout_images=1, checkpointing_steps=1)
     train(held)
     folder = folder_of(held)

@@ -1,4 +1,4 @@
-"""The model card: front matter that the hub reads, code that runs, and nothing of the user's machine."""
+"""The model card: valid front matter for the hub, working code, and no data from the user's machine."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def python_of(text: str) -> str:
 
 
 def draw(code: str) -> bytes:
-    """The image that a card's code leaves in the working folder."""
+    """The image that a card's code saves in the working folder."""
     torch.manual_seed(0)
     exec(compile(code, "README.md", "exec"), {})
     with Image.open("image.png") as image:
@@ -277,7 +277,7 @@ def test_the_code_samples_as_the_base_was_trained() -> None:
 def test_the_code_draws_with_the_lora(
     run: RunDir, base: Path, monkeypatch: pytest.MonkeyPatch, is_pivotal: bool
 ) -> None:
-    """Executed word for word in the LoRA's folder, with the base beside it."""
+    """Run the code verbatim in the LoRA's folder, next to the base."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)
     if is_pivotal:
         add_tokens(pipeline, TokenConfig(), seed=0)
@@ -289,7 +289,7 @@ def test_the_code_draws_with_the_lora(
     shutil.copytree(base, run.folder / "BASE_FOLDER")
     monkeypatch.chdir(run.folder)
 
-    # With another scheduler and layer than the base's, so that those lines are run too.
+    # Another scheduler and layer than the base's, so that their lines run too.
     own = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "clip_skip": 0} if is_pivotal else {}
     settings = config(pretrained_model_name_or_path=str(base), train_text_encoder_ti=is_pivotal, **own)
     written = card(run, settings)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import sys
@@ -31,12 +32,12 @@ from flatlora_diffusion.compare.arms import parse_arm, plan_runs
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.config import CompareConfig, ConfigError, RunError, StoppedError, TrainConfig
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
+from flatlora_diffusion.signals import Interrupted, interruptible
 from flatlora_diffusion.storage import tensor_io as tensor_file
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.training import checkpoint, finish, micro_batches, trainer
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.stopping import Interrupted, interruptible
 from flatlora_diffusion.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +75,8 @@ def wait_for_step(run: RunDir, is_alive: Callable[[], bool], said: Path, step: i
         time.sleep(0.02)
 
 
-def assert_same_lora(one: Path, two: Path) -> None:
-    a, b = load_file(one / LORA_FILE), load_file(two / LORA_FILE)
+def assert_same_lora(first: Path, second: Path) -> None:
+    a, b = load_file(first / LORA_FILE), load_file(second / LORA_FILE)
     assert a.keys() == b.keys()
     assert all(torch.equal(value, b[key]) for key, value in a.items())
 
@@ -150,8 +151,8 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> 
 
 
 def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Path) -> None:
-    """Killed at arbitrary moments, twice: what is there is loadable, and the end is the unbroken one's."""
-    steps = 30
+    """Killed at three arbitrary moments: its files load, and the result equals that of an unbroken run."""
+    steps = 45
     whole = config.replace(max_train_steps=steps, checkpointing_steps=1, checkpoints_total_limit=3)
     train(whole.replace(output_dir=str(tmp_path / "whole")))
     broken = whole.replace(output_dir=str(tmp_path / "broken"))
@@ -182,7 +183,7 @@ def test_a_finished_run_is_trained_longer_at_full_sigma_and_a_rate_of_the_new_en
     longer = ramped.replace(max_train_steps=8, resume_from_checkpoint="latest")
     with caplog.at_level("INFO"):
         train(longer)
-    assert "8 steps in place of 4: the learning rate (cosine) follows the new end, 0.005 from here on" in caplog.text
+    assert re.search(r"8 steps .* 4: .*\(cosine\) .* 0.005 from here on", caplog.text)
     assert "sigma's ramp has ended, 0.1 from here on" in caplog.text
     run = RunDir(Path(config.run.output_dir))
     steps = [event for event in run.events() if event["event"] == "step"]
@@ -202,7 +203,7 @@ def test_a_run_that_was_stopped_follows_a_new_end_with_its_ramp(config: TrainCon
     train(ramped)
     with caplog.at_level("INFO"):
         train(ramped.replace(max_train_steps=8, resume_from_checkpoint="checkpoint-2"))
-    assert "sigma's ramp follows the new end, too, 0.0146 from here on" in caplog.text
+    assert re.search(r"sigma's ramp follows .* 0.0146 from here on", caplog.text)
     steps = [event for event in RunDir(Path(config.run.output_dir)).events() if event["event"] == "step"]
     assert steps[-1]["sigma"] == pytest.approx(0.1 * (1 - math.cos(math.pi * 7 / 8)) / 2)
 
@@ -210,7 +211,7 @@ def test_a_run_that_was_stopped_follows_a_new_end_with_its_ramp(config: TrainCon
 def test_a_finished_run_without_a_checkpoint_is_not_trained_over(config: TrainConfig) -> None:
     path = train(config.replace(max_train_steps=1))
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"holds a finished run that has kept no checkpoint.* --init_lora"):
+    with pytest.raises(ConfigError, match=r"output_dir=.*finished run.* --init_lora"):
         train(config.replace(max_train_steps=2, resume_from_checkpoint="latest"))
     assert path.read_bytes() == before
 
@@ -221,13 +222,13 @@ def test_a_run_of_epochs_goes_on_for_more_epochs(config: TrainConfig, caplog: An
     again = epochs.replace(resume_from_checkpoint="latest")
     with caplog.at_level("INFO"):
         train(again.replace(num_train_epochs=5))
-    assert "15 steps in place of 6" in caplog.text
-    assert "resuming from checkpoint-6; steps left: 9" in caplog.text
+    assert re.search(r"15 steps .* 6: ", caplog.text)
+    assert "resuming from checkpoint-6; 9 steps left" in caplog.text
     run = RunDir(Path(config.run.output_dir))
     assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(15))
     with caplog.at_level("INFO"):
-        train(again.replace(num_train_epochs=1))  # what it is when the flag is left out
-    assert "resuming from checkpoint-15; steps left: 0" in caplog.text
+        train(again.replace(num_train_epochs=1))  # the default
+    assert "resuming from checkpoint-15; 0 steps left" in caplog.text
     assert run.config()["max_train_steps"] == 15
 
 
@@ -280,7 +281,7 @@ def test_a_checkpoint_of_another_lora_is_refused(config: TrainConfig) -> None:
     run = RunDir(Path(config.run.output_dir))
     saved = json.loads(run.config_file.read_text())
     run.config_file.write_text(json.dumps({**saved, "rank": 2}))
-    with pytest.raises(ConfigError, match="checkpoint-6 holds another LoRA"):
+    with pytest.raises(ConfigError, match=r"checkpoint-6 .*rank"):
         train(config.replace(resume_from_checkpoint="latest", rank=2))
     assert checkpoint.STATE_FILE in {path.name for path in run.checkpoints()[-1].iterdir()}
 
@@ -349,7 +350,7 @@ def test_a_signal_while_a_run_is_put_away_is_heard_when_it_is_and_changes_no_fai
     real = Accelerator.free_memory
 
     def free_memory(self: Accelerator) -> Any:
-        Owner()  # its finalizer runs here, and an exception in it would be printed and forgotten
+        Owner()  # its finalizer runs here; Python prints and discards exceptions in finalizers
         return real(self)
 
     monkeypatch.setattr(Accelerator, "free_memory", free_memory)
@@ -372,7 +373,7 @@ def test_a_result_that_cannot_be_saved_leaves_a_checkpoint_to_save_it_from(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(finish, "save_lora", raising(RunError("the file does not hold what was to be saved")))
-        with pytest.raises(RunError, match="to be saved; checkpoint-6 has the weights before that, and --resume"):
+        with pytest.raises(RunError, match=r"to be saved; checkpoint-6 has the weights .*--resume"):
             train(config)
     path = train(config.replace(resume_from_checkpoint="latest"))
     assert load_file(path)
@@ -407,11 +408,13 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before_it_and_its_advice_ca
     with monkeypatch.context() as patch:
         fail_at(patch, 3, lambda loss: loss * float("nan"))
         with pytest.raises(
-            RunError, match=r"step 3 is not finite .* go on with a lower --learning_rate; checkpoint-3 has the weights"
+            RunError, match=r"step 3 is not finite .* a lower --learning_rate; checkpoint-3 has the weights"
         ):
             train(config)
     run = RunDir(Path(config.run.output_dir))
-    assert [path.name for path in run.checkpoints()] == ["checkpoint-2", "checkpoint-3"], "no good one goes for it"
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-2", "checkpoint-3"], (
+        "no good checkpoint is deleted"
+    )
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process, which may have another precision
     lower = config.replace(resume_from_checkpoint="latest", learning_rate=1e-3)
     train(lower.replace(mixed_precision="bf16", gradient_checkpointing=True))
@@ -456,7 +459,7 @@ def test_any_other_error_keeps_its_name_and_the_weights(
     fail_at(monkeypatch, 2, raising(ConnectionError("gone")))
     with pytest.raises(ConnectionError, match="gone"):
         train(config)
-    assert "checkpoint-2 has the weights before that" in caplog.text
+    assert "checkpoint-2 has the weights" in caplog.text
     assert [path.name for path in RunDir(Path(config.run.output_dir)).checkpoints()] == ["checkpoint-2"]
 
 
@@ -578,12 +581,12 @@ def test_resume_refuses_another_base_of_the_same_name(config: TrainConfig, base:
 def test_resume_refuses_fewer_steps_and_another_number_of_processes(config: TrainConfig) -> None:
     train(config.replace(max_train_steps=2, checkpointing_steps=2))
     resumed = config.replace(resume_from_checkpoint="latest")
-    with pytest.raises(ConfigError, match="max_train_steps=1 is less than the 2 steps that checkpoint-2 has taken"):
+    with pytest.raises(ConfigError, match=r"max_train_steps=1 .* 2 .*checkpoint-2"):
         train(resumed.replace(max_train_steps=1))
     run = RunDir(Path(config.run.output_dir))
     text = run.events_file.read_text(encoding="utf-8")
     run.events_file.write_text(text.replace('"processes": 1', '"processes": 2'), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"checkpoint-2 was made by 2 process\(es\), and now there are 1"):
+    with pytest.raises(ConfigError, match=r"checkpoint-2 was made by 2 process\(es\), but 1 "):
         train(resumed)
 
 

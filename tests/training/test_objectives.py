@@ -42,7 +42,7 @@ def test_a_run_on_every_kind_of_objective(config: TrainConfig, tmp_path: Path) -
 
 def test_each_setting_of_the_objective_changes_the_first_loss(config: TrainConfig) -> None:
     state = prepare(config.replace(prediction_type="v_prediction"), samples_of(config))
-    found = {}
+    losses = {}
     for settings in (
         {},
         {"do_edm_style_training": True},
@@ -58,10 +58,10 @@ def test_each_setting_of_the_objective_changes_the_first_loss(config: TrainConfi
     ):
         objective = objective_of(config.replace(**settings).objective, state.sdxl.scheduler)
         with torch.no_grad():
-            found[str(settings)] = float(
+            losses[str(settings)] = float(
                 next(micro_batches(replace(state, objective=objective), 0, DrawHash())).loss()
             )
-    assert len(set(found.values())) == len(found), found
+    assert len(set(losses.values())) == len(losses), losses
 
 
 def test_a_base_with_an_edm_scheduler_is_trained_with_its_own_objective(

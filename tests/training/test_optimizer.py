@@ -1,7 +1,8 @@
-"""Optimizers, learning rates and the average of the weights: what each does to a run, and that it resumes."""
+"""Effect and resumption of optimizers, learning rates and averaged weights."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
-from flatlora_diffusion.training.optimizer import optimizer_of
+from flatlora_diffusion.training.optimizer import build_optimizer
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -59,26 +60,25 @@ def test_text_encoders_have_their_own_learning_rate_and_decay(config: TrainConfi
     assert (text["lr"], text["weight_decay"]) == (2e-3, 1e-3)
 
 
-def test_a_warm_up_that_outlasts_the_run_is_told_of(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warm_up_longer_than_the_run_is_reported(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     warming = config.replace(lr_scheduler="cosine", max_train_steps=11)
     for settings in ({"lr_warmup_steps": 10}, {"lr_scheduler": "constant", "lr_warmup_steps": 500}):
         prepare(warming.replace(**settings), samples_of(config))
     assert "lr_warmup_steps" not in caplog.text
     prepare(warming.replace(lr_warmup_steps=20), samples_of(config))
-    assert "lr_warmup_steps=20 is no shorter than the run of 11 steps" in caplog.text
-    assert "never gets beyond 50 % of its value" in caplog.text
+    assert re.search("lr_warmup_steps=20 .* 11 .* 50 %", caplog.text)
 
 
 def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_path: Path) -> None:
     settings = config.replace(use_ema=True, ema_decay=0.5, max_train_steps=4, checkpointing_steps=2)
     plain = train(config.replace(max_train_steps=4, output_dir=str(tmp_path / "plain")))
     averaged = train(settings.replace(output_dir=str(tmp_path / "averaged")))
-    one, two = load_file(plain), load_file(averaged)
-    assert any(not torch.equal(one[key], two[key]) for key in one)
-    norms = [sum(float(v.square().sum()) for k, v in state.items() if "lora_B" in k) for state in (one, two)]
+    first, second = load_file(plain), load_file(averaged)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    norms = [sum(float(v.square().sum()) for k, v in state.items() if "lora_B" in k) for state in (first, second)]
     assert 0 < norms[1] < norms[0]
     train(settings.replace(output_dir=str(tmp_path / "averaged"), resume_from_checkpoint="checkpoint-2"))
-    assert all(torch.equal(value, two[key]) for key, value in load_file(averaged).items())
+    assert all(torch.equal(value, second[key]) for key, value in load_file(averaged).items())
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("no", True), ("bf16", True), ("fp16", None)])
@@ -86,7 +86,9 @@ def test_adamw_is_one_kernel_unless_a_scaler_would_have_it_skip_steps(
     config: TrainConfig, precision: str, fused: bool | None
 ) -> None:
     settings = config.replace(mixed_precision=precision, max_train_steps=10)
-    optimizer, _ = optimizer_of(settings, {"unet.q.lora_A.default.weight": torch.nn.Parameter(torch.zeros(1))}, [], 1)
+    optimizer, _ = build_optimizer(
+        settings, {"unet.q.lora_A.default.weight": torch.nn.Parameter(torch.zeros(1))}, [], 1
+    )
     assert [group["fused"] for group in optimizer.param_groups] == [fused]
 
 
@@ -97,10 +99,10 @@ def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: Trai
         for side in ("A", "B")
     }
     settings = config.replace(lora_plus_ratio=16.0, learning_rate=0.01, text_encoder_lr=0.001, max_train_steps=10)
-    optimizer, schedule = optimizer_of(settings, trainable, [], processes=1)
-    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
-    found = [rates[id(parameter)] for parameter in trainable.values()]
-    assert found == pytest.approx([0.01, 0.16, 0.001, 0.016])
+    optimizer, schedule = build_optimizer(settings, trainable, [], processes=1)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    learning_rates = [rates[id(parameter)] for parameter in trainable.values()]
+    assert learning_rates == pytest.approx([0.01, 0.16, 0.001, 0.016])
     assert schedule.get_last_lr()[0] == pytest.approx(0.01)
 
 
@@ -110,7 +112,7 @@ def test_lora_plus_has_the_learning_rates_that_peft_gives(config: TrainConfig) -
     unet = state.sdxl.unet
     theirs = create_loraplus_optimizer(unet, torch.optim.AdamW, lr=settings.optim.learning_rate, loraplus_lr_ratio=16)
     rates, expected = (
-        {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+        {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
         for optimizer in (state.optimizer, theirs)
     )
     assert rates == pytest.approx(expected)
@@ -128,9 +130,9 @@ OF_PRODIGY = {
 
 
 def optimizer_with(config: TrainConfig, **settings: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """That of a run of 4 steps over one weight of each part, and its schedule."""
+    """The optimizer of a run of 4 steps with a weight of each part, and its schedule."""
     trainable = {name: torch.nn.Parameter(torch.zeros(1)) for name in ("unet.q.lora_A.default.weight", "text.q")}
-    return optimizer_of(config.replace(**{"max_train_steps": 4, **settings}), trainable, [], 1)
+    return build_optimizer(config.replace(**{"max_train_steps": 4, **settings}), trainable, [], 1)
 
 
 @pytest.mark.parametrize(
@@ -159,16 +161,16 @@ def test_the_constants_of_the_settings_are_those_of_the_optimizer(
 
 
 def factors(config: TrainConfig, **settings: Any) -> list[float]:
-    """What the learning rate of the UNet is multiplied by in each step."""
+    """The factor of the UNet's learning rate in each step."""
     settings = {"lr_warmup_steps": 0, "max_train_steps": 8, **settings}
     (of_unet, _) = optimizer_with(config, **settings)[1].lr_lambdas
     return [of_unet(step) for step in range(8)]
 
 
 def test_the_power_and_the_restarts_of_the_settings_are_those_of_the_schedule(config: TrainConfig) -> None:
-    one, two = (factors(config, lr_scheduler="polynomial", lr_power=power) for power in (1.0, 2.0))
-    assert one == pytest.approx([1 - step / 8 for step in range(8)], rel=1e-3)
-    assert two == pytest.approx([(1 - step / 8) ** 2 for step in range(8)], abs=1e-3)
+    first, second = (factors(config, lr_scheduler="polynomial", lr_power=power) for power in (1.0, 2.0))
+    assert first == pytest.approx([1 - step / 8 for step in range(8)], rel=1e-3)
+    assert second == pytest.approx([(1 - step / 8) ** 2 for step in range(8)], abs=1e-3)
     begun = factors(config, lr_scheduler="cosine_with_restarts", lr_num_cycles=2)
     assert begun[:4] == pytest.approx(begun[4:])
     assert begun[4] == 1 > begun[3] > 0

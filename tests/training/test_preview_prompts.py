@@ -1,4 +1,4 @@
-"""The held-out loss along a run is that of what is trained, and previews disturb nothing."""
+"""Previews and validation losses use the trained weights and do not change the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import samples_of
 
-from flatlora_diffusion.adapter.new_tokens import with_new_tokens
+from flatlora_diffusion.adapter.new_tokens import replace_placeholders
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
 from flatlora_diffusion.sdxl.objective import Objective
@@ -57,8 +57,10 @@ def test_heldout_loss_is_that_of_what_is_trained(config: TrainConfig, icons: Pat
 def test_heldout_loss_is_that_of_the_trained_text_encoders(config: TrainConfig, trained_text: str) -> None:
     config = config.replace(**{trained_text: True}, token_abstraction="icon", text_encoder_lr=1.0)
     state = prepare(config.replace(validation_data_dir=config.data.instance_data_dir), samples_of(config))
-    samples = [replace(one, caption=with_new_tokens(one.caption, state.tokens)) for one in samples_of(config)]
-    assert any("<s0><s1>" in one.caption for one in samples) is (trained_text == "train_text_encoder_ti")
+    samples = [
+        replace(sample, caption=replace_placeholders(sample.caption, state.tokens)) for sample in samples_of(config)
+    ]
+    assert any("<s0><s1>" in sample.caption for sample in samples) is (trained_text == "train_text_encoder_ti")
     state.run.folder.mkdir()
     previews = Previews(state)
     for step in range(2):
@@ -82,8 +84,8 @@ def test_previews_leave_modes_and_random_numbers_as_they_were(config: TrainConfi
             output_dir=str(tmp_path / "watched"),
         )
     )
-    one, two = load_file(plain), load_file(watched)
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    first, second = load_file(plain), load_file(watched)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
     names = {path.name for path in (watched.parent / "images").iterdir()}
     assert names == {"base-0.png", "step-2-0.png", "step-3-0.png"}
 
@@ -91,13 +93,13 @@ def test_previews_leave_modes_and_random_numbers_as_they_were(config: TrainConfi
 def test_each_preview_prompt_is_drawn_before_the_first_step_and_after(config: TrainConfig) -> None:
     prompts = {"validation_prompt": "an icon\na fox", "num_validation_images": 2, "validation_epochs": 50}
     run = RunDir(train(config.replace(**prompts, max_train_steps=1)).parent)
-    told = [event for event in run.events() if event["event"] == "preview"]
-    assert [event["step"] for event in told] == [0, 1]
-    for event in told:
+    previews = [event for event in run.events() if event["event"] == "preview"]
+    assert [event["step"] for event in previews] == [0, 1]
+    for event in previews:
         assert event["prompts"] == ["an icon", "an icon", "a fox", "a fox"]
         assert event["seeds"] == [0, 1, 0, 1]
-    assert told[0]["images"] == [f"base-{place}.png" for place in range(4)]
-    pictures = [(run.images / name).read_bytes() for event in told for name in event["images"]]
+    assert previews[0]["images"] == [f"base-{place}.png" for place in range(4)]
+    pictures = [(run.images / name).read_bytes() for event in previews for name in event["images"]]
     assert len(set(pictures)) == 8, "another prompt, seed or step makes another picture"
     card = (run.folder / "README.md").read_text(encoding="utf-8")
     assert "a fox" in card

@@ -1,4 +1,4 @@
-"""--prior_from_base: the LoRA is held to the base's own prediction without the trigger."""
+"""--prior_from_base: prior preservation by the base's own prediction without the trigger."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(config: TrainConfig) -> TrainConfig:
 
 
 def drawn(state: TrainState) -> tuple[Batch, Tensor, Tensor]:
-    """The first micro-batch and its draws, as the trainer makes them."""
+    """The first micro-batch with the trainer's draws."""
     batch = state.batches.batch(0, 0)
     rng = generator(batch.latents.device, state.batches.seed, "diffusion", 0, 0)
     return batch, *sample_noise(state.objective, batch.latents, rng)
@@ -58,7 +58,7 @@ def test_a_lora_that_changes_nothing_is_held_by_nothing(config: TrainConfig, cha
     assert loss.item() == 0
     loss.backward()
     gradients = [weight.grad for weight in state.trainable.values()]
-    assert all(one is not None and not one.any() for one in gradients)
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1])

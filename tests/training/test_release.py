@@ -1,4 +1,4 @@
-"""The files that people share: a stock pipeline computes with either what was trained, and they say what they are."""
+"""The shared LoRA files: both give the trained outputs in a stock pipeline, and their metadata are right."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def config(config: TrainConfig, tmp_path: Path) -> TrainConfig:
 
 
 def moved(config: TrainConfig, size: float = 1.0) -> TrainState:
-    """A started run whose LoRA is as if trained for long: every B is far from 0, and another in each layer."""
+    """A run whose LoRA looks like after long training: each layer has another B, far from 0."""
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
-    checkpoint.start(state)
+    checkpoint.start_run(state)
     for part in ("unet", "text_encoder", "text_encoder_2"):
         for index, layer in enumerate(lora_layers(getattr(state.sdxl.pipeline, part)).values()):
             weight, rng = layer.lora_B["default"].weight, torch.Generator().manual_seed(index)
-            # Comparable with W: its own size over that of s A, in each layer.
+            # s B A is comparable with W in each layer.
             scale = float(layer.get_base_layer().weight.std()) / layer.scaling["default"]
             weight.data.copy_(size * scale * torch.randn(weight.shape, generator=rng))
             layer.lora_A["default"].weight.data.mul_(layer.r["default"])
@@ -77,7 +77,7 @@ def moved(config: TrainConfig, size: float = 1.0) -> TrainState:
 
 @torch.no_grad()
 def outputs(pipeline: Any) -> list[Tensor]:
-    """What the UNet, the first and the second text encoder give for fixed inputs."""
+    """The outputs of the UNet and both text encoders for fixed inputs."""
     embeds, _, pooled, _ = pipeline.encode_prompt("an icon of thing 0", do_classifier_free_guidance=False)
     first = pipeline.text_encoder.config.hidden_size
     rng = torch.Generator().manual_seed(0)
@@ -94,8 +94,8 @@ def stock(base: Path, file: Path | None = None) -> Any:
     return pipeline
 
 
-def apart(one: list[Tensor], two: list[Tensor]) -> list[float]:
-    return [float((a - b).norm() / b.norm()) for a, b in zip(one, two, strict=True)]
+def apart(first: list[Tensor], second: list[Tensor]) -> list[float]:
+    return [float((a - b).norm() / b.norm()) for a, b in zip(first, second, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_stock_pipeline_computes_what_was_trained_from_either_file(
 
 @pytest.mark.parametrize("name", ["text encoders", "mixed ranks", "convolutions"])
 def test_diffusers_restores_it_without_its_metadata_too(config: TrainConfig, base: Path, name: str) -> None:
-    """As older versions do, which do not read the metadata."""
+    """As in older versions, which do not read the metadata."""
     state = moved(config.replace(**VARIANTS[name], save_dtype="fp32"))
     save_lora(state, state.run.folder, step=2)
     path = state.run.folder / "bare.safetensors"
@@ -146,7 +146,7 @@ def test_dora_is_exact_for_diffusers_and_a_plain_lora_for_others(config: TrainCo
     kohya = load_file(state.run.folder / "my-icons.safetensors")
     assert all(KEY.fullmatch(key) for key in kohya)
     folded = outputs(stock(base, state.run.folder / "my-icons.safetensors"))[0]
-    # All layers of this base are narrower than the rank of the fold, so that nothing is cut off.
+    # This base's layers are narrower than FOLD_RANK, so the SVD is exact.
     assert float((folded - trained).norm() / trained.norm()) < 5e-3
     assert proof.get("missed_by_plain_lora", 0) < 1e-4
 
@@ -252,12 +252,12 @@ def test_the_legacy_hash_is_of_64_kib_behind_the_first_mebibyte(tmp_path: Path) 
     said = {"ss_steps": "3", "modelspec.title": "t", "format": "pt"}
     save_kohya(tmp_path / "a.safetensors", lambda: sorted(tensors.items()), said)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        found = file.metadata()
-    own = {name: value for name, value in found.items() if name.startswith("ss_")}
+        metadata = file.metadata()
+    own = {name: value for name, value in metadata.items() if name.startswith("ss_")}
     save_file(tensors, tmp_path / "b.safetensors", own)
     part = (tmp_path / "b.safetensors").read_bytes()[0x100000:0x110000]
     assert len(part) == 0x10000
-    assert found["sshs_legacy_hash"] == hashlib.sha256(part).hexdigest()[:8]
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(part).hexdigest()[:8]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
@@ -295,7 +295,7 @@ def test_a_wrong_file_would_be_seen(
     save_file(damage(load_file(path)), path)
     try:
         errors = apart(outputs(stock(base, path)), outputs(state.sdxl.pipeline))
-    except (RuntimeError, IndexError):  # of shapes that do not fit, and of names that diffusers cannot take apart
+    except (RuntimeError, IndexError):  # for shapes that do not fit, and names that diffusers cannot parse
         assert damage is not without_alphas
         return
     assert max(errors) > 0.1
@@ -398,7 +398,7 @@ def test_a_resumed_run_does_not_overwrite_what_it_has_not_written(
 
 
 def test_the_lora_of_another_run_is_not_overwritten(config: TrainConfig, tmp_path: Path) -> None:
-    """It lies alone where the next run of that name is to be, and no earlier run with it."""
+    """The folder of the next run holds the file alone, without an earlier run."""
     other = train(config.replace(output_name="foxes")).parent / "foxes.safetensors"
     folder = tmp_path / "next"
     folder.mkdir()
@@ -415,14 +415,14 @@ def test_a_lora_that_no_step_has_moved_is_an_error_unless_it_was_asked_for(
     config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     still = config.replace(lr_scheduler="linear", lr_warmup_steps=100, max_train_steps=1, checkpointing_steps=1)
-    with pytest.raises(RunError, match="the LoRA changes nothing"):
+    with pytest.raises(RunError, match="--learning_rate and --lr_warmup_steps"):
         train(still)
     run = RunDir(Path(config.run.output_dir))
     assert run.checkpoints(), "a checkpoint during warm-up is no error"
     assert not list(run.folder.glob("*.safetensors"))
     with caplog.at_level(logging.WARNING):
         train(config.replace(learning_rate=0.0, max_train_steps=1))
-    assert "the LoRA changes nothing: no step has moved it" in caplog.text
+    assert "the LoRA is zero" in caplog.text
 
 
 def test_the_base_is_named_without_the_user_s_folders(tmp_path: Path) -> None:
@@ -482,5 +482,5 @@ def test_captioned_images_leave_their_shared_words_in_the_sidecar(
     for number, image in enumerate(sorted(captioned.glob("*.png"))):
         image.with_suffix(".txt").write_text(f"a TOK icon of thing {number}, in the style of TOK")
     folder = train(config.replace(instance_prompt=None, instance_data_dir=str(captioned))).parent
-    told = json.loads((folder / "my-icons.json").read_text(encoding="utf-8"))
-    assert told["activation text"] == "a TOK icon of thing, in the style of TOK"
+    sidecar = json.loads((folder / "my-icons.json").read_text(encoding="utf-8"))
+    assert sidecar["activation text"] == "a TOK icon of thing, in the style of TOK"

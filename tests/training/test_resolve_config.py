@@ -1,4 +1,4 @@
-"""What a run leaves open is settled before anything is built, by the settings and a few facts alone."""
+"""Open settings are resolved from the settings and a few facts, before anything is built."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import pytest
 from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.training import trainer
-from flatlora_diffusion.training.resolve_config import seeded, settled, with_precision
+from flatlora_diffusion.training.resolve_config import resolve_after_loading, with_precision, with_seed
 from flatlora_diffusion.training.state import prepare
 
 WIDE, TALL = (SimpleNamespace(height=high, width=wide, repeats=1) for high, wide in ((40, 80), (80, 40)))
 
 
 def of(processes: int = 1, **values: object) -> TrainConfig:
-    return settled(TrainConfig.from_dict({"seed": 3, **values}), "bf16", 64, 16, [WIDE, TALL, TALL], processes)
+    return resolve_after_loading(
+        TrainConfig.from_dict({"seed": 3, **values}), "bf16", 64, 16, [WIDE, TALL, TALL], processes
+    )
 
 
 def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
-    given, whole = TrainConfig().to_dict(), settled(seeded(TrainConfig()), "bf16", 64, 16, [WIDE], 1).to_dict()
+    given, whole = (
+        TrainConfig().to_dict(),
+        resolve_after_loading(with_seed(TrainConfig()), "bf16", 64, 16, [WIDE], 1).to_dict(),
+    )
     assert {name for name in given if given[name] != whole[name]} == set(settings_that("is_settled"))
     assert all(whole[name] is not None for name in settings_that("is_settled"))
     assert (whole["resolution"], whole["mixed_precision"]) == (64, "bf16")
@@ -30,14 +35,14 @@ def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
 def test_a_launcher_s_precision_that_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert with_precision(TrainConfig().replace(mixed_precision="no")).optim.mixed_precision == "no"
-    with pytest.raises(ConfigError, match="mixed_precision 'fp8', which is none of no, fp16, bf16; give"):
+    with pytest.raises(ConfigError, match=r"mixed_precision 'fp8'.* --mixed_precision"):
         with_precision(TrainConfig())
 
 
 def test_what_is_settled_stays_as_it_is() -> None:
     whole = of(num_train_epochs=5, use_aspect_ratio_buckets=True)
-    assert settled(whole, "bf16", 64, 16, [WIDE] * 9, processes=2) == whole
-    assert seeded(whole) is whole
+    assert resolve_after_loading(whole, "bf16", 64, 16, [WIDE] * 9, processes=2) == whole
+    assert with_seed(whole) is whole
 
 
 @pytest.mark.parametrize(
@@ -58,10 +63,10 @@ def test_the_steps_are_those_given_or_those_of_the_epochs(settings: dict[str, in
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"adapter": "full", "lora_target_modules": "to_q,conv1"}, "full adapts linear layers only, not .*conv1"),
-        ({"adapter": "adalora", "lora_target_modules": "conv2"}, "adalora adapts linear layers only, not .*conv2"),
-        ({"adapter": "pissa", "rank": 17}, "rank=17 is more than --adapter pissa can start with at .* at most 16"),
-        ({"adapter": "lora-ga", "rank": 9, "lora_target_modules": "to_k"}, "rank=9 is more than --adapter lora-ga"),
+        ({"adapter": "full", "lora_target_modules": "to_q,conv1"}, "full.* linear .*conv1"),
+        ({"adapter": "adalora", "lora_target_modules": "conv2"}, "adalora.* linear .*conv2"),
+        ({"adapter": "pissa", "rank": 17}, "rank=17 .* pissa .* at most 16"),
+        ({"adapter": "lora-ga", "rank": 9, "lora_target_modules": "to_k"}, "rank=9 .* lora-ga"),
         (
             {"adapter": "pissa", "rank": 99, "lora_block_ranks": "down_blocks=1,mid_block=1,up_blocks=1"},
             r"rank=99 .* at text_encoder\.",
@@ -86,7 +91,7 @@ def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_p
             "report_to": "none",
         }
     )
-    state = prepare(seeded(given), load_samples(icons).samples)
+    state = prepare(with_seed(given), load_samples(icons).samples)
     assert state.batches.config is state.config
     assert all(state.config.to_dict()[name] is not None for name in settings_that("is_settled"))
     assert state.total_steps == state.config.optim.max_train_steps == 3 * state.batches.schedule.steps_per_epoch

@@ -1,4 +1,4 @@
-"""Every method and adapter: trained on the tiny base, saved, and loaded where nobody knows how it was trained."""
+"""Every method and adapter: trained on the tiny base, saved, and loaded in a stock pipeline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ADAPTERS, METHODS, TrainConfig, settings_that
 from flatlora_diffusion.storage.run_dir import LORA_FILE
-from flatlora_diffusion.training.checkpoint import load_state, save_state, start
+from flatlora_diffusion.training.checkpoint import load_state, save_state, start_run
 from flatlora_diffusion.training.export_lora import save_lora
-from flatlora_diffusion.training.first_weights import first_weights
+from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step
 
@@ -138,10 +138,10 @@ def short(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def two_steps(config: TrainConfig) -> tuple[TrainState, list[str]]:
-    """A run as the trainer begins it, and the hash of what each of its steps drew."""
+    """A run as the trainer starts it, and the hash of each step's draws."""
     state, draws = prepare(config, samples_of(config)), []
-    first_weights(state)
-    start(state)
+    start_from_gradients(state)
+    start_run(state)
     for step in range(2):
         train_step(state, step)
         draws.append(state.progress.draws)
@@ -150,7 +150,7 @@ def two_steps(config: TrainConfig) -> tuple[TrainState, list[str]]:
 
 @pytest.fixture(scope="module")
 def plain_draws(short: TrainConfig) -> Callable[..., list[str]]:
-    """What plain LoRA draws, with the settings that are given."""
+    """The draws of plain LoRA with these settings."""
 
     @functools.cache
     def drawn(**settings: Any) -> list[str]:
@@ -170,7 +170,7 @@ def cells() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=cells())
 def run(request: Any, short: TrainConfig, plain_draws: Callable[..., list[str]]) -> TrainState:
-    """A run of two steps of each cell, which must see what plain LoRA sees: a comparison of the two is of pairs."""
+    """Two steps of each method draw the same as plain LoRA, so that comparisons are paired."""
     cell = CELLS[request.param]
     state, draws = two_steps(changed(short, cell))
     alike = {*settings_that("moves", "draws"), "mixed_precision", "base_dtype"}

@@ -1,4 +1,4 @@
-"""The first steps of a run check themselves: they tell what is wrong, and change nothing of the run."""
+"""The self-check of a run reports errors in its first steps and does not change the run."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from flatlora_diffusion.method.full_draw import FullDraw
 from flatlora_diffusion.sdxl.random_base import random_sdxl
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.training import first_steps, first_steps_measures
-from flatlora_diffusion.training.first_steps_measures import bits_of_frozen, noise_std, sigma_zero
-from flatlora_diffusion.training.gpu_check import DRILL_RISE, drill_configs
+from flatlora_diffusion.training import selfcheck
+from flatlora_diffusion.training.gpu_check import CHECK_RHO_RISE, gpu_check_configs
 from flatlora_diffusion.training.micro_batches import micro_batches
-from flatlora_diffusion.training.state import Rise, prepare
+from flatlora_diffusion.training.selfcheck import hash_frozen_weights, noise_std, sigma_zero
+from flatlora_diffusion.training.state import LossIncrease, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
 WHATS = ["noise_std", "noise_std", "sigma_zero", "base_weights", "loss", "cost"]
 
 
-def told(path: Path) -> list[dict[str, Any]]:
+def selfcheck_events(path: Path) -> list[dict[str, Any]]:
     return [event for event in RunDir(path.parent).events() if event["event"] == "selfcheck"]
 
 
 def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path: Path, caplog: Any) -> None:
     config = config.replace(lora_dropout=0.2, sigma_schedule="cosine")
     plain = train(config.replace(output_dir=str(tmp_path / "plain")))
-    assert told(plain) == [], "on a CPU none is due"
+    assert selfcheck_events(plain) == [], "on a CPU none is due"
     with caplog.at_level("INFO"):
         checked = train(config.replace(selfcheck="always"))
-    one, two = load_file(plain), load_file(checked)
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-    events = told(checked)
+    first, second = load_file(plain), load_file(checked)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    events = selfcheck_events(checked)
     assert [event["what"] for event in events] == WHATS
     assert all(event["is_right"] for event in events), events
     assert events[2]["difference"] == 0, "on a CPU sigma 0 is the plain LoRA bit for bit"
@@ -64,7 +64,7 @@ def test_every_kind_of_noise_has_its_std(config: TrainConfig, settings: dict[str
     flat = state.flats[0]
     for name in (next(iter(flat.layers)), list(flat.layers)[-1]):
         check = noise_std(state, flat, name)
-        assert check.is_right, check.told
+        assert check.is_right, check.message
     assert sigma_zero(state).is_right
 
 
@@ -78,29 +78,28 @@ def test_what_is_wrong_is_told_and_the_run_goes_on(
         return clean + 2 * (plain(self, layer, x, *args, **kwargs) - clean)
 
     monkeypatch.setattr(FullDraw, "base_output", doubled)
-    step = first_steps.SelfCheck.step_done
+    step = selfcheck.SelfCheck.step_done
 
-    def writes_the_base(self: first_steps.SelfCheck, *args: float) -> None:
-        weight = next(one for one in self._state.sdxl.unet.parameters() if not one.requires_grad)
+    def writes_the_base(self: selfcheck.SelfCheck, *args: float) -> None:
+        weight = next(parameter for parameter in self._state.sdxl.unet.parameters() if not parameter.requires_grad)
         with torch.no_grad():
             weight.add_(1e-3)
         step(self, *args)
 
-    monkeypatch.setattr(first_steps.SelfCheck, "step_done", writes_the_base)
+    monkeypatch.setattr(selfcheck.SelfCheck, "step_done", writes_the_base)
     path = train(config.replace(selfcheck="always", perturb_draw="full"))
-    wrong = {event["what"] for event in told(path) if not event["is_right"]}
+    wrong = {event["what"] for event in selfcheck_events(path) if not event["is_right"]}
     assert wrong == {"noise_std", "base_weights"}
     assert caplog.text.count("self-check, WRONG") == 3
-    assert "please report these lines" in caplog.text
 
 
 def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> str:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(first_steps, "bits_of_frozen", broken)
-    events = told(train(config.replace(selfcheck="always", method="lora")))
-    assert [event["told"] for event in events[:2]] == ["this could not be looked at: no kernel"] * 2
+    monkeypatch.setattr(selfcheck, "hash_frozen_weights", broken)
+    events = selfcheck_events(train(config.replace(selfcheck="always", method="lora")))
+    assert [event["told"] for event in events[:2]] == ["the check failed: no kernel"] * 2
     assert [event["what"] for event in events] == ["remember", "base", "loss", "cost"]
 
 
@@ -108,7 +107,7 @@ def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch
 def test_a_pass_of_the_check_that_fails_ends_nothing(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
-    whole, made = first_steps_measures._loss_and_gradients, []
+    whole, made = selfcheck._loss_and_gradients, []
 
     def broken(*given: Any) -> Any:
         made.append(given)
@@ -116,10 +115,10 @@ def test_a_pass_of_the_check_that_fails_ends_nothing(
             raise torch.OutOfMemoryError("no memory")
         return whole(*given)
 
-    monkeypatch.setattr(first_steps_measures, "_loss_and_gradients", broken)
+    monkeypatch.setattr(selfcheck, "_loss_and_gradients", broken)
     path = train(config.replace(selfcheck="always", max_train_steps=1))
-    assert [event["told"] for event in told(path) if event["what"] == "sigma_zero"] == [
-        "this could not be looked at: no memory"
+    assert [event["told"] for event in selfcheck_events(path) if event["what"] == "sigma_zero"] == [
+        "the check failed: no memory"
     ]
     assert "step" in {event["event"] for event in RunDir(path.parent).events()}
 
@@ -127,26 +126,26 @@ def test_a_pass_of_the_check_that_fails_ends_nothing(
 def test_once_is_once_for_each_version_and_device(config: TrainConfig, monkeypatch: Any, tmp_path: Path) -> None:
     begun: list[int] = []
     gpu = torch.device("cuda")
-    monkeypatch.setattr(first_steps, "cached_assets_path", lambda *_, **__: tmp_path)
-    monkeypatch.setattr(first_steps, "_kind", lambda _: "GPU 1/2")
-    monkeypatch.setattr(first_steps.SelfCheck, "begin", lambda _: begun.append(1))
+    monkeypatch.setattr(selfcheck, "cached_assets_path", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(selfcheck, "_device_name", lambda _: "GPU 1/2")
+    monkeypatch.setattr(selfcheck.SelfCheck, "begin", lambda _: begun.append(1))
     state = prepare(config, samples_of(config))
-    assert first_steps.self_check(state) is None
+    assert selfcheck.begin_self_check(state) is None
     monkeypatch.setattr(type(state.accelerator), "device", gpu)
-    assert first_steps.self_check(state) is not None
-    first_steps._remember_as_right(gpu)
-    assert first_steps.self_check(state) is None
-    monkeypatch.setattr(first_steps, "__version__", "999")
-    assert first_steps.self_check(state) is not None
+    assert selfcheck.begin_self_check(state) is not None
+    selfcheck._remember_as_passed(gpu)
+    assert selfcheck.begin_self_check(state) is None
+    monkeypatch.setattr(selfcheck, "__version__", "999")
+    assert selfcheck.begin_self_check(state) is not None
     assert len(begun) == 2
 
 
 def test_one_changed_bit_of_a_frozen_weight_is_seen(config: TrainConfig) -> None:
     unet = prepare(config, samples_of(config)).sdxl.unet
-    before = bits_of_frozen([unet])
-    weight = next(one for one in unet.parameters() if not one.requires_grad).data
+    before = hash_frozen_weights([unet])
+    weight = next(parameter for parameter in unet.parameters() if not parameter.requires_grad).data
     weight.view(torch.int32).flatten()[3] ^= 1
-    assert bits_of_frozen([unet]) != before
+    assert hash_frozen_weights([unet]) != before
 
 
 @pytest.fixture
@@ -157,25 +156,25 @@ def tiny_drill(base: Path) -> TrainConfig:
 
 
 def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
-    found = list(doctor.gpu_check_findings(tiny_drill))
-    assert [finding.level for finding in found] == ["ok"] * len(WHATS), found
-    assert "s for a step" in found[-1].fact
+    findings = list(doctor.gpu_check_findings(tiny_drill))
+    assert [finding.level for finding in findings] == ["ok"] * len(WHATS), findings
+    assert "s for a step" in findings[-1].fact
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: TrainConfig, precision: str) -> None:
-    found = list(
-        doctor.gpu_check_findings(tiny_drill.replace(method="sam", rho_rise=DRILL_RISE, mixed_precision=precision))
+    findings = list(
+        doctor.gpu_check_findings(tiny_drill.replace(method="sam", rho_rise=CHECK_RHO_RISE, mixed_precision=precision))
     )
-    assert [finding.level for finding in found] == ["ok"] * 4, found
-    assert "lifts the loss by" in found[0].fact
+    assert [finding.level for finding in findings] == ["ok"] * 4, findings
+    assert "to first order" in findings[0].fact
 
 
 @pytest.mark.long
 def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
-    flat, sam = drill_configs()
+    flat, sam = gpu_check_configs()
     assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")
-    assert sam.perturb.loss_increase == DRILL_RISE
+    assert sam.perturb.loss_increase == CHECK_RHO_RISE
     for config in (flat, sam):
         assert estimate_memory(config).total < 0.9 * 12 * GIB, "the smallest GPU that trains without --offload"
 
@@ -185,33 +184,40 @@ def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
 def test_an_ascent_that_half_precision_loses_is_told_in_each_run(
     config: TrainConfig, caplog: Any, method: str, precision: str, rho: float, is_right: bool
 ) -> None:
-    """On the tiny base, whose loss answers; on a CPU too, where nothing else is looked at."""
+    """On the tiny base, which is sensitive to rho; this check runs on a CPU too."""
     path = train(
         config.replace(
             pretrained_model_name_or_path="tiny", resolution=64, method=method, mixed_precision=precision, rho=rho
         )
     )
-    (event,) = told(path)
-    assert (event["what"], event["is_right"]) == ("rise", is_right)
+    (check,) = selfcheck_events(path)
+    assert (check["what"], check["is_right"]) == ("rise", is_right)
     assert ("give a larger --rho" in caplog.text) is not is_right
     assert "please report" not in caplog.text
-    rises = [one["rise"] for one in RunDir(path.parent).events() if one["event"] == "step"]
-    assert sum(rises) / 3 == pytest.approx(event["found"])
+    rises = [event["rise"] for event in RunDir(path.parent).events() if event["event"] == "step"]
+    assert sum(rises) / 3 == pytest.approx(check["found"])
 
 
 def test_an_ascent_is_looked_at_in_the_first_three_steps_that_have_one(config: TrainConfig) -> None:
-    """Those that the scaler of fp16 leaves out have none."""
+    """Steps that fp16's scaler skips have none."""
     state = prepare(config.replace(method="sam", max_train_steps=9), samples_of(config))
     state.run.folder.mkdir(parents=True)
-    check = first_steps.SelfCheck(state, is_whole=False)
-    for rise in (None, Rise(0.2, 0.1), None, Rise(0.2, 0.1), Rise(0.2, 0.1), Rise(0.0, 0.1)):
-        state.progress.rise = rise
+    check = selfcheck.SelfCheck(state, is_complete=False)
+    for rise in (
+        None,
+        LossIncrease(0.2, 0.1),
+        None,
+        LossIncrease(0.2, 0.1),
+        LossIncrease(0.2, 0.1),
+        LossIncrease(0.0, 0.1),
+    ):
+        state.progress.loss_increase = rise
         check.step_done(1.0, 1.0)
-    assert [(one.what, one.is_right) for one in check.checks] == [("rise", True)]
+    assert [(item.name, item.is_right) for item in check.checks] == [("rise", True)]
 
 
 def test_a_step_tells_how_far_its_ascent_has_lifted_the_loss(config: TrainConfig) -> None:
-    """By the loss at weights that are moved by hand, and to first order by the norm of their gradient."""
+    """Compared with the loss at weights moved by hand, and with the norm of their gradient."""
     config = config.replace(method="sam", rho=0.05)
     state = prepare(config, samples_of(config))
     weights = [layer.get_base_layer().weight for layer in lora_layers(state.model).values()]
@@ -228,19 +234,19 @@ def test_a_step_tells_how_far_its_ascent_has_lifted_the_loss(config: TrainConfig
         for weight, slope in zip(weights, slopes, strict=True):
             weight.sub_(slope, alpha=float(0.05 / length))
     train_step(state, 0)
-    assert state.progress.rise is not None
-    assert state.progress.rise.found == pytest.approx(float(above / clean) - 1, rel=1e-2)
-    assert state.progress.rise.expected == pytest.approx(float(0.05 * length / clean), rel=1e-3)
+    assert state.progress.loss_increase is not None
+    assert state.progress.loss_increase.measured == pytest.approx(float(above / clean) - 1, rel=1e-2)
+    assert state.progress.loss_increase.expected == pytest.approx(float(0.05 * length / clean), rel=1e-3)
 
 
 def test_methods_that_do_not_ascend_tell_no_rise(config: TrainConfig) -> None:
     state = trained(config.replace(method="bi-lora"), steps=1)
-    assert state.progress.rise is None
+    assert state.progress.loss_increase is None
 
 
 def test_random_weights_have_the_shapes_of_the_base(tiny_drill: TrainConfig, sdxl: Any) -> None:
     other = random_sdxl(tiny_drill.model, torch.device("cpu"), torch.float32)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        ours, theirs = (getattr(one.pipeline, part).state_dict() for one in (other, sdxl))
+        ours, theirs = (getattr(base.pipeline, part).state_dict() for base in (other, sdxl))
         assert {name: value.shape for name, value in ours.items()} == {n: v.shape for n, v in theirs.items()}
         assert all(value.isfinite().all() for value in ours.values())

@@ -1,4 +1,4 @@
-"""A prepared run: the base is frozen, a resumed DoRA stands where it stood; launchers and trackers that cannot be."""
+"""A prepared run: the base is frozen, a resumed DoRA is unchanged, unsupported launchers and trackers are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: T
 def test_a_base_in_fp32_is_rounded_after_eps_was_added_and_not_before(config: TrainConfig) -> None:
     config = config.replace(mixed_precision="bf16", sigma=0.1, perturb_draw="full")
     half, whole = (prepare(config.replace(base_dtype=dtype), samples_of(config)) for dtype in (None, "fp32"))
-    frozen = [one.get_base_layer().weight.dtype for one in lora_layers(whole.sdxl.unet).values()]
+    frozen = [layer.get_base_layer().weight.dtype for layer in lora_layers(whole.sdxl.unet).values()]
     assert set(frozen) == {torch.float32}
     assert {part.dtype for part in (whole.sdxl.unet, whole.sdxl.pipeline.text_encoder)} == {torch.float32}
     assert half.sdxl.unet.dtype == torch.bfloat16
@@ -82,7 +82,7 @@ def test_a_run_chooses_tf32_as_its_settings_say(config: TrainConfig) -> None:
     ("report_to", "message"),
     [
         ("comet_ml", "report_to='comet_ml' needs the package comet_ml"),
-        ("paper", "report_to='paper' is not one of tensorboard, wandb, comet_ml, all, none"),
+        ("paper", "report_to='paper'.* tensorboard, wandb, comet_ml, all"),
     ],
 )
 def test_a_tracker_that_is_not_there(config: TrainConfig, report_to: str, message: str) -> None:

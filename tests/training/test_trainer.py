@@ -1,4 +1,4 @@
-"""Training on the tiny random pipeline: what is paired, what resumes, what stops a run, what it leaves."""
+"""Training on the tiny random pipeline: pairing, resuming, errors that stop a run, and its files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import micro_batches
 from flatlora_diffusion.training.checkpoint import load_state, save_state
-from flatlora_diffusion.training.state import TrainState, dropout_draws, prepare
+from flatlora_diffusion.training.state import TrainState, prepare, seeded_dropout
 from flatlora_diffusion.training.trainer import train, train_step
 
 
@@ -42,10 +42,10 @@ def weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / LORA_FILE)
 
 
-def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_training_moves_the_lora_and_lowers_the_loss_of_one_repeated_batch(config: TrainConfig) -> None:
@@ -81,8 +81,8 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
         monkeypatch.setattr(micro_batches, "diffusion_loss", recording)
         train(config.replace(method=method, gradient_accumulation_steps=2, output_dir=str(tmp_path / method)))
     assert len(seen["lora"]) == len(seen["flat-lora"]) == 8
-    for one, two in zip(*seen.values(), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for first, second in zip(*seen.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     different = [torch.equal(a[3], b[3]) for i, a in enumerate(seen["lora"]) for b in seen["lora"][:i]]
     assert not any(different), "two micro-batches drew the same noise"
     begun = {method: RunDir(tmp_path / method).events()[0] for method in seen}
@@ -196,16 +196,16 @@ def test_training_neither_writes_nor_reads_the_global_generators(
         settings = {"max_train_steps": 1, "output_dir": str(tmp_path / f"{seed}"), **changes}
         learned.append(train(config.replace(**settings)))
         assert global_generators() == before
-    one, two = map(load_file, learned)
-    assert_equal(one, two)
+    first, second = map(load_file, learned)
+    assert_equal(first, second)
 
 
 def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
     train(config.replace(output_dir=str(tmp_path / "plain")))
     train(config.replace(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True))
-    one, two = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-5)
+    first, second = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
 
 
 def test_one_eps_per_step_or_per_micro_batch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def stds_now(flat: FlatLora) -> Tensor:
 
 
 def test_norms_as_old_as_they_get_by_default_are_off_by_less_than_half_a_percent(config: TrainConfig) -> None:
-    """Each entry of A and B moves by at most the learning rate in a step of Adam, so ||W'_i|| hardly moves.
+    """Each entry of A and B moves by at most the learning rate in a step of Adam, so ||W'_i|| hardly changes.
 
     This is the worst row of all layers at the default learning rate.
     """
@@ -248,10 +248,10 @@ def test_norms_as_old_as_they_get_by_default_are_off_by_less_than_half_a_percent
     off = []
     for step in range(10):
         train_step(state, step)
-        kept = flat.norm_state()
-        assert kept is not None
-        assert kept.turn == 0
-        off.append(float((kept.stds / stds_now(flat) - 1).abs().max()))
+        norms = flat.norm_state()
+        assert norms is not None
+        assert norms.turn == 0
+        off.append(float((norms.stds / stds_now(flat) - 1).abs().max()))
     print("largest relative error of a filter norm by its age in steps:", [f"{value:.1e}" for value in off])
     assert 0 < off[0] < off[-1] < 0.005
     train_step(state, 10)
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_images_of
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     bad = state.batches.samples_at(0, 1)[0].id
     message = (
-        f"the loss of step 0 is not finite with these images: {bad}, class.png; go on with a lower --learning_rate"
+        f"the loss of step 0 is not finite with these images: {bad}, class.png; resume with a lower --learning_rate"
     )
     with pytest.raises(RunError, match=message):
         train_step(state, step=0)
@@ -285,9 +285,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config: TrainConfig
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, value))
     images = ", ".join(sample.id for sample in state.batches.samples_at(0, 0))
-    with pytest.raises(
-        RunError, match=f"the gradient of step 0 is not finite with these images: {images}; go on with"
-    ):
+    with pytest.raises(RunError, match=f"the gradient of step 0 is not finite with these images: {images}; "):
         train_step(state, step=0)
     assert all(torch.equal(a, b) for a, b in zip(before, state.trainable.values(), strict=True))
 
@@ -339,7 +337,7 @@ def test_a_step_that_the_scaler_of_fp16_leaves_out_moves_no_weight_and_no_averag
     assert state.ema is not None
     for step in range(2):
         train_step(state, step)
-    before = [one.detach().clone() for one in (*state.trainable.values(), *state.ema.shadow_params)]
+    before = [parameter.detach().clone() for parameter in (*state.trainable.values(), *state.ema.shadow_params)]
     taken = state.ema.optimization_step
     next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
     train_step(state, step=2)
@@ -371,11 +369,11 @@ def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainC
     for step in range(19):
         train_step(state, step)
     overflows = False
-    train_step(state, 19)  # one that counts begins the count anew
+    train_step(state, 19)  # a finite step resets the count
     overflows = True
     for step in range(20, 39):
         train_step(state, step)
-    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* go on with --mixed_precision bf16"):
+    with pytest.raises(RunError, match=r"the gradient of step 39 is not finite .* --mixed_precision bf16"):
         train_step(state, 39)
 
 
@@ -387,7 +385,7 @@ def test_dropout_keeps_the_state_of_no_other_device(
     asked: Any = []
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), nullcontext())[1])
     monkeypatch.setattr(type(state.accelerator), "device", torch.device(device))
-    with dropout_draws(state, step=0, slot=0):
+    with seeded_dropout(state, step=0, slot=0):
         pass
     assert asked == [forked]
 
@@ -431,7 +429,7 @@ def test_the_run_folder_tells_the_whole_run_and_neither_an_absolute_path_nor_the
 
 
 def test_a_folder_with_the_user_s_own_files_is_left_as_it_is(config: TrainConfig, icons: Path, tmp_path: Path) -> None:
-    """Training images in `images` and a README beside them are no run's."""
+    """Training images in `images` and a README do not belong to a run."""
     project = tmp_path / "project"
     shutil.copytree(icons, project / "images")
     (project / "README.md").write_text("mine")
@@ -462,7 +460,7 @@ def test_images_are_not_moved_aside_with_an_earlier_run(config: TrainConfig, ico
 def test_what_a_run_begins_with_is_not_moved_aside_with_an_earlier_run(
     config: TrainConfig, setting: str, place: str
 ) -> None:
-    """The run could not be resumed: it reads them again."""
+    """Otherwise the run could not be resumed, because it reads the images again."""
     full = config.replace(method="lora", adapter="full", lora_alpha=None, checkpointing_steps=2)
     folder = train(full).parent
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -479,7 +477,7 @@ def test_a_merged_pipeline_is_moved_aside_with_its_run_and_another_of_that_name_
     first = (folder / "merged" / "model_index.json").stat().st_mtime_ns
     train(config)
     assert (folder / "earlier-1" / "merged" / "model_index.json").stat().st_mtime_ns == first
-    (folder / "merged").mkdir()  # as by `merge --output`: no run's
+    (folder / "merged").mkdir()  # as by `merge --output`, not by a run
     train(config)
     assert (folder / "merged").is_dir()
     train(full)
@@ -490,7 +488,7 @@ def test_a_merged_pipeline_is_moved_aside_with_its_run_and_another_of_that_name_
 def test_a_run_that_would_write_among_its_images_does_not_begin(
     config: TrainConfig, icons: Path, tmp_path: Path, output: str
 ) -> None:
-    """The preview beside the LoRA would be an image of the next run."""
+    """The preview next to the LoRA would become a training image of the next run."""
     mine = tmp_path / "mine"
     shutil.copytree(icons, mine)
     (mine / "stop").write_text("a file that is not the run's")
@@ -537,7 +535,7 @@ def test_latest_without_a_checkpoint_starts_a_run(config: TrainConfig, tmp_path:
     first = config.replace(resume_from_checkpoint="latest", checkpointing_steps=2)
     with caplog.at_level("INFO"):
         path = train(first)
-    assert "no checkpoint yet" in caplog.text
+    assert "has no checkpoint" in caplog.text
     run = RunDir(path.parent)
     assert run.config()["resume_from_checkpoint"] is None
     assert_equal(weights(path.parent), weights(train(config.replace(output_dir=str(tmp_path / "plain"))).parent))
