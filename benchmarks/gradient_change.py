@@ -37,8 +37,8 @@ from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.method.gradient import MicroBatch, StepGradient
 from flatlora_diffusion.method.layers import AdaptedLayer
-from flatlora_diffusion.method.noise import applied
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, Slopes
+from flatlora_diffusion.method.noise import apply_layer
+from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook, WeightGradients
 from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.hashing import DrawHash
@@ -70,7 +70,7 @@ Plan = Mapping[str, Any]
 PLAN: Plan = {"first": FIRST, "steps": STEPS, "images": IMAGES, "draws": DRAWS}
 
 
-class Probe(SlopeReader, StepGradient):
+class Probe(WeightGradientHook, StepGradient):
     """Plain LoRA which keeps the slopes of its last steps and their momentum, and takes gradients at W + eps."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
@@ -79,7 +79,7 @@ class Probe(SlopeReader, StepGradient):
         self.momentum: Direction = []
         self._eps: dict[AdaptedLayer, Tensor] = {}
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         losses: list[Tensor] = []
 
         def backward() -> None:
@@ -92,7 +92,7 @@ class Probe(SlopeReader, StepGradient):
 
     def slope(self, backward: Callable[[], Any]) -> Direction:
         """dL/dW of all that `backward` computes."""
-        with self.reading(Slopes()) as slopes:
+        with self.recording(WeightGradients()) as slopes:
             backward()
         return [slopes[layer] for layer in self.layers]
 
@@ -113,11 +113,11 @@ class Probe(SlopeReader, StepGradient):
             yield
         finally:
             for layer in self.layers:
-                layer.below.attach(partial(self._base_forward, layer))
+                layer.base_hook.attach(partial(self._base_forward, layer))
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = super()._base_forward(layer, x, *args, **kwargs)
-        return output + applied(x, self._eps[layer], None, layer.convolution) if layer in self._eps else output
+        return output + apply_layer(x, self._eps[layer], None, layer.convolution) if layer in self._eps else output
 
 
 def main(argv: Sequence[str] | None = None, settings: Mapping[str, Any] = SETTINGS, plan: Plan = PLAN) -> None:

@@ -59,7 +59,7 @@ class Flag:
         hint = typing.get_args(kind_of(self.hint))[0]
         read = tuple(self._read(hint, text) for text in texts)
         for place, text in enumerate(texts):
-            if read[place] in read[:place] and not self.item.metadata.get("repeats"):
+            if read[place] in read[:place] and not self.item.metadata.get("may_repeat"):
                 raise ConfigError(f"--{self.name} has {shlex.quote(text)} twice; give each value once")
         return read
 
@@ -132,7 +132,7 @@ def _value(flag: Flag, text: str | None, left: deque[str], before: Any) -> Any:
         if not left or _FLAG.fullmatch(left[0]):
             raise ConfigError(f"--{flag.name} needs a value")
         text = left.popleft()
-    is_more = flag.item.metadata.get("is_lines") and before is not None
+    is_more = flag.item.metadata.get("is_multiline") and before is not None
     return flag.value([f"{before}\n{text}" if is_more else text])
 
 

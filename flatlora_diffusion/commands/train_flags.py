@@ -15,13 +15,13 @@ from flatlora_diffusion.config import (
     Section,
     TrainConfig,
     WorkersConfig,
-    overruled_by,
+    check_unused_flags,
+    cleared_by,
     preset_file,
     preset_names,
-    refuse_unread,
     setting,
     setting_hints,
-    unused_by,
+    settings_not_of,
 )
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import is_cut_path, opened
@@ -93,7 +93,7 @@ def parse_training(arguments: Sequence[str]) -> tuple[TrainConfig, WorkersConfig
         show_help(TRAIN, flags, wanted)
     given = read_flags(arguments, flags)
     config = _config_of(given)
-    refuse_unread(config.perturb, given)
+    check_unused_flags(config.perturb, given)
     workers = with_values(WorkersConfig(), given)
     if workers.trains_at_once and config.average.members is None:
         raise ConfigError("--workers and --cluster train --members at once; give --members 3, or leave them out")
@@ -151,7 +151,7 @@ def _in_its_folder(config: TrainConfig, folder: Path) -> TrainConfig:
 def _without_overruled(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """`config`, from preset and file, without the settings that would get in the way of flags that are given."""
     if "method" in given:
-        config = config.replace(**{name: None for name in unused_by(given["method"]) if name not in given})
+        config = config.replace(**{name: None for name in settings_not_of(given["method"]) if name not in given})
     if "num_train_epochs" in given and "max_train_steps" not in given:
         config = config.replace(max_train_steps=None)
-    return config.replace(**overruled_by(given))
+    return config.replace(**cleared_by(given))

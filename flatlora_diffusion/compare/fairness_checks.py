@@ -10,14 +10,14 @@ from typing import Any
 
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.controls import OTHER_DRAWS
-from flatlora_diffusion.config import TrainConfig, method_settings, settings_that
+from flatlora_diffusion.config import TrainConfig, method_settings, settings_with
 
 _SHOWN = 16  # hex digits
 # Where a run lies and how often it saves is not how it was trained.
 _PLACES = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
 # Runs that differ in one of these have other first weights, or draw in another order.
-_SHAPES = set(settings_that("moves", "weights"))
-_FEEDS = set(settings_that("moves", "draws"))
+_SHAPES = set(settings_with("affects", "weights"))
+_FEEDS = set(settings_with("affects", "draws"))
 
 Runs = Mapping[str, PlannedRun]
 """Runs by the label that the report gives them."""

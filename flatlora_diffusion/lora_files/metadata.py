@@ -179,10 +179,10 @@ def comment(config: TrainConfig, *more: str) -> str:
     perturb = config.perturb
     said = [f"flatlora-diffusion: method {perturb.method}"]
     if perturb.draws_noise:
-        said.append(f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule")
+        said.append(f"sigma {perturb.effective_sigma:g}, {perturb.sigma_schedule} schedule")
         said.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
-    elif perturb.radius:
-        said.append(f"rho {perturb.radius:g}")
+    elif perturb.effective_rho:
+        said.append(f"rho {perturb.effective_rho:g}")
     return ", ".join(filter(None, [*said, *more]))
 
 

@@ -24,7 +24,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, removed_settings, settings_that
+from flatlora_diffusion.config import (
+    ConfigError,
+    RunError,
+    TrainConfig,
+    removed_settings,
+    settings_with,
+    with_legacy_defaults,
+)
 from flatlora_diffusion.storage.atomic_io import is_of, remove_half_written, write_json
 from flatlora_diffusion.storage.events import append_event, counting, read_events
 from flatlora_diffusion.storage.saved_config import altered, opened, portable
@@ -71,7 +78,7 @@ class RunDir:
                 "run; give a new folder, such as one inside of it"
             )
         own = self.folder / f"{self.lora_name(config.get('output_name'))}.safetensors"
-        for name in settings_that("stays_open"):
+        for name in settings_with("read_at_runtime"):
             given = config.get(name)
             if not given:
                 continue
@@ -184,7 +191,7 @@ class RunDir:
             raise ConfigError(
                 f"output_dir={str(self.folder)!r} holds no run to resume; leave --resume_from_checkpoint out"
             )
-        return opened(completed(json.loads(self.config_file.read_text(encoding="utf-8"))))
+        return opened(with_legacy_defaults(json.loads(self.config_file.read_text(encoding="utf-8"))))
 
     def removed_settings(self) -> list[str]:
         """`name=value` for each saved setting that this version does not have."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.setup import anchors_of
-from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.method.row_norms import NormState
 from flatlora_diffusion.storage.hashing import base_fingerprint, tensors_sha256
@@ -61,7 +61,7 @@ def restore(state: TrainState, name: str) -> int:
     if state.total_steps != saved["max_train_steps"]:
         logger.info("%s", _new_end(state, step, saved))
     now = state.config.to_dict()
-    changed = {one: [saved[one], now[one]] for one in sorted(settings_that("is_remedy")) if now[one] != saved[one]}
+    changed = {one: [saved[one], now[one]] for one in sorted(settings_with("retryable")) if now[one] != saved[one]}
     for one, (before, after) in changed.items():
         logger.info("%s=%s in place of %s from here on", one, after, before)
     state.accelerator.wait_for_everyone()  # all have read what the first one writes anew
@@ -124,7 +124,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
         extra["ema_step"] = state.ema.optimization_step
     kept = {flat.config.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
     tensors |= {f"row_stds.{prefix}": norms.stds for prefix, norms in kept.items()}
-    extra["row_stds"] = {prefix: norms.turn for prefix, norms in kept.items()}
+    extra["row_stds"] = {prefix: norms.interval for prefix, norms in kept.items()}
     if state.ranks is not None:
         of_ranks, extra["ranks"] = state.ranks.state()
         tensors |= {f"ranks.{name}": value for name, value in of_ranks.items()}
@@ -223,8 +223,8 @@ def _check_alike(state: TrainState, name: str) -> None:
     # The hashes are those of one precision; where they cannot tell, names must.
     is_known = "vae" in start and config.optim.mixed_precision == run.config().get("mixed_precision")
     is_known = is_known and config.model.quantize_base is None
-    told = settings_that("names_base") if is_known else ()
-    changed = run.changed_settings(config, (*settings_that("is_remedy"), *told))
+    told = settings_with("identifies_base") if is_known else ()
+    changed = run.changed_settings(config, (*settings_with("retryable"), *told))
     if changed:
         raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with the settings it had")
     now = _base(state) if is_known else {}

@@ -56,7 +56,7 @@ class SelfCheck:
         if not self._is_whole:
             return
         self._try(self._remember)
-        if self._state.flats and self._state.config.perturb.strength > 0:
+        if self._state.flats and self._state.config.perturb.effective_sigma > 0:
             self._try(self._noise)
             self._try(self._sigma_zero)  # the last: it makes the perturbation anew, without norms taken too early
 

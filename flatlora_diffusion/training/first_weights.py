@@ -8,7 +8,7 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.setup import adapted_models
 from flatlora_diffusion.adapter.svd_start import start_at_slopes
 from flatlora_diffusion.config import RunError
-from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
+from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 from flatlora_diffusion.training.calibrate_rho import calibrate
 from flatlora_diffusion.training.loss_scale import loss_scale, scale_put_back, taken_finite
 from flatlora_diffusion.training.micro_batches import first_micro_batches
@@ -18,9 +18,9 @@ from flatlora_diffusion.training.state import TrainState
 def first_weights(state: TrainState) -> None:
     """Start LoRA-GA at the first gradients, and calibrate rho; other adapters have their first weights."""
     with scale_put_back(state.accelerator):
-        if state.config.adapter.slope_steps:
-            _start_at_gradients(state, min(state.config.adapter.slope_steps, state.total_steps))
-        if state.config.perturb.loss_increase > 0:
+        if state.config.adapter.effective_lora_ga_steps:
+            _start_at_gradients(state, min(state.config.adapter.effective_lora_ga_steps, state.total_steps))
+        if state.config.perturb.target_loss_increase > 0:
             calibrate(state)
 
 
@@ -30,7 +30,7 @@ def _start_at_gradients(state: TrainState, steps: int) -> None:
     state.gradient.detach()
 
     def slopes_of_first_steps() -> list[Tensor]:
-        found = read_slopes(adapted.values(), first_micro_batches(state, steps))
+        found = read_weight_gradients(adapted.values(), first_micro_batches(state, steps))
         state.optimizer.zero_grad(set_to_none=True)
         return found
 

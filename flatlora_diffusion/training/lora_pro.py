@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.method.branch import Pair, factor_pairs
+from flatlora_diffusion.method.layers import FactorPair, factor_pairs
 
 _LEAST = 1e-6  # of the largest eigenvalue: what is below is the rounding of fp32 in A A^T and B^T B
 
@@ -32,7 +32,7 @@ class LoraPro(torch.optim.AdamW):
     def __init__(self, groups: Sequence[dict[str, Any]], models: Iterable[nn.Module], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self._models = tuple(models)
-        self._pairs: list[Pair] | None = None
+        self._pairs: list[FactorPair] | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Adjust the gradients that there are, in place, then step."""
@@ -43,9 +43,9 @@ class LoraPro(torch.optim.AdamW):
 
 
 @torch.no_grad()
-def adjust(pairs: Sequence[Pair]) -> None:
+def adjust(pairs: Sequence[FactorPair]) -> None:
     """Put h_A and h_B in place of g_A and g_B, in the gradients of each of the pairs that has them."""
-    by_rank: dict[int, list[Pair]] = {}
+    by_rank: dict[int, list[FactorPair]] = {}
     for pair in pairs:
         if pair.down.grad is not None and pair.up.grad is not None:
             by_rank.setdefault(len(pair.down), []).append(pair)
@@ -56,7 +56,7 @@ def adjust(pairs: Sequence[Pair]) -> None:
             _put(pair, of_down, of_up, mix)
 
 
-def _small_products(pair: Pair) -> Tensor:
+def _small_products(pair: FactorPair) -> Tensor:
     """B^T B, A A^T and g_A A^T, (3, r, r)."""
     down, up = pair.down.flatten(1), pair.up.flatten(1)
     assert pair.down.grad is not None
@@ -87,7 +87,7 @@ def _inverse(values: Tensor, basis: Tensor) -> Tensor:
     return (basis * torch.where(is_there, 1 / values, 0.0)[:, None, :]) @ basis.mT
 
 
-def _put(pair: Pair, of_down: Tensor, of_up: Tensor, mixes: Tensor) -> None:
+def _put(pair: FactorPair, of_down: Tensor, of_up: Tensor, mixes: Tensor) -> None:
     down, up = pair.down.flatten(1), pair.up.flatten(1)
     assert pair.down.grad is not None
     assert pair.up.grad is not None

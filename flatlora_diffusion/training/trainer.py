@@ -22,7 +22,7 @@ from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, parted
-from flatlora_diffusion.memory.preflight import tell_memory
+from flatlora_diffusion.memory.preflight import log_memory
 from flatlora_diffusion.sdxl.device import agreed, one_training, this_process
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
@@ -100,7 +100,7 @@ def train_run(
         images = load_training_set(config.data) if images is None else images
         logger.info(images.summary)
         samples, heldout = parted(images.samples, config.data, fold)
-        tell_memory(config, samples)
+        log_memory(config, samples)
         state = _build(config, samples, heldout)
         state.progress.last_step = last_step
     with _put_away_at_the_end(state):
@@ -180,9 +180,9 @@ def train_step(state: TrainState, step: int) -> float:
     fp16 for the gradients of 20 steps in a row.
     """
     accelerator, draws = state.accelerator, DrawHash()
-    losses = state.gradient.take(step, micro_batches(state, step, draws))
+    losses = state.gradient.compute(step, micro_batches(state, step, draws))
     ascent = state.gradient.ascent
-    told = [losses] if ascent is None else [losses, ascent.losses, [ascent.climb]]
+    told = [losses] if ascent is None else [losses, ascent.losses, [ascent.first_order_increase]]
     means = accelerator.reduce(torch.stack([torch.stack(some).mean() for some in told]), "mean")
     norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
     value, *risen, gradient = torch.stack([*means, norm]).tolist()  # all in one wait for the device
@@ -197,9 +197,9 @@ def train_step(state: TrainState, step: int) -> float:
     return value
 
 
-def _rise(loss: float, above: float, climb: float) -> Rise | None:
+def _rise(loss: float, above: float, first_order_increase: float) -> Rise | None:
     """None where the loss is 0, or not finite above."""
-    return Rise(above / loss - 1, climb / loss) if loss > 0 and math.isfinite(above) else None
+    return Rise(above / loss - 1, first_order_increase / loss) if loss > 0 and math.isfinite(above) else None
 
 
 def _update(state: TrainState, step: int, is_finite: bool) -> None:
@@ -211,7 +211,7 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
     state.optimizer.step()
     is_taken = not state.optimizer.step_was_skipped
     if is_taken:
-        state.gradient.weights_moved(learning_rate, scale)
+        state.gradient.after_update(learning_rate, scale)
         if state.ranks is not None:
             state.ranks.step_done(step + 1)
     state.progress.skipped_steps = 0 if is_taken else state.progress.skipped_steps + 1

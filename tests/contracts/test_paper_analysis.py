@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import DrawKind
-from flatlora_diffusion.method.gradient import moved
+from flatlora_diffusion.method.gradient import weights_shifted
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.method.rivals.sam import LoraSam
-from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
+from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 
 RHO = 0.5
 ERRORS = 5  # how many standard errors a mean may be off
@@ -71,7 +71,7 @@ def scale(case: Case, name: str) -> float:
 
 def slopes(case: Case) -> dict[str, Tensor]:
     """G of each layer, (m, n); A and B have their gradients afterwards."""
-    found = read_slopes([case.model], [Watched(case)])
+    found = read_weight_gradients([case.model], [Watched(case)])
     return {name: one.flatten(1) for name, one in zip(lora_layers(case.model), found, strict=True)}
 
 
@@ -79,7 +79,7 @@ def test_moving_a_and_b_moves_w_prime_by_three_terms() -> None:
     case = toy_case()
     before = merged(case)
     steps = {one: 0.3 * normal(20 + place, *one.shape) for place, one in enumerate(sum(factors(case).values(), ()))}
-    with moved(steps):
+    with weights_shifted(steps):
         after = merged(case)
     for name, (down, up) in factors(case).items():
         a, b, eps_a, eps_b = matrices(down, up, steps[down], steps[up])
@@ -106,7 +106,7 @@ def ascent(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     size = torch.stack([one.grad.norm() for one in parameters if one.grad is not None]).norm()
     case.model.zero_grad(set_to_none=True)
     watched = Watched(case)
-    LoraSam(parameters, parameters, RHO).take(0, [watched])
+    LoraSam(parameters, parameters, RHO).compute(0, [watched])
     first, second = watched.seen
     return {name: second[name] - first[name] for name in first}, found, RHO / float(size)
 

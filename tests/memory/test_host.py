@@ -99,9 +99,9 @@ def test_sdxl_from_fp32_files_by_hand(config: TrainConfig) -> None:
 def test_what_is_told_names_what_lowers_it(config: TrainConfig) -> None:
     samples = samples_of(config)
     (fits,) = cpu_lines(config, samples, 32 * GIB)
-    assert fits.endswith("of CPU memory needed, 32.0 GiB free")
+    assert "32.0 GiB free" in fits
     _, loading = cpu_lines(config, samples, 1)
-    assert "while the base is loaded" in loading
+    assert "--mixed_precision" in loading
     cached = config.replace(cache_latents=True, resolution=4096)
     _, caches = cpu_lines(cached, samples, 1)
-    assert "leave --cache_latents out" in caches
+    assert "--cache_latents" in caches

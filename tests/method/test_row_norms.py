@@ -122,7 +122,7 @@ def test_the_micro_batches_of_a_step_share_its_norms_and_the_next_step_takes_new
     flat = FlatLora(model, schedule="constant")
     plain = [flat.noise(name, 0, slot) for slot in range(3) for name in flat.layers]
     taken.clear()
-    with flat.one_step():
+    with flat.frozen_norms():
         for slot in range(3):
             with flat.perturb(0, slot):
                 pass

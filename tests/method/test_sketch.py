@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.method.rivals.sketch import SKETCH_RANK, Sketches
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
+from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.state import TrainState, prepare
@@ -76,8 +76,8 @@ def _bias(base: Any) -> dict[str, Tensor]:
 
 def sketch_of(model: Any, calls: list[tuple[Tensor, Tensor]], seed: int = 0, step: int = 0) -> tuple[Tensor, Tensor]:
     """R and Q."""
-    reader = SlopeReader([model])
-    with reader.reading(Sketches(seed, step)) as found:
+    reader = WeightGradientHook([model])
+    with reader.recording(Sketches(seed, step)) as found:
         for x, slope in calls:
             (model(x) * slope).sum().backward()
     reader.detach()
@@ -106,8 +106,8 @@ def assert_alike(found: Tensor, expected: Tensor) -> None:
 def test_a_layer_that_is_called_twice_in_one_pass_is_sketched_with_both() -> None:
     model = model_of("linear")
     first, second = few_places(model, "linear", 1), few_places(model, "linear", 2)
-    reader = SlopeReader([model])
-    with reader.reading(Sketches(0, 0)) as found:
+    reader = WeightGradientHook([model])
+    with reader.recording(Sketches(0, 0)) as found:
         ((model(first[0]) * first[1]).sum() + (model(second[0]) * second[1]).sum()).backward()
     factors = found.factors(reader.layers[0])
     assert factors is not None
@@ -165,7 +165,7 @@ def test_sam_changes_the_gradient_as_the_whole_slope_does(
     for weight in weights:
         weight.requires_grad_(False)
     plain = gradient_of(state, drawn)
-    state.gradient.take(0, drawn)
+    state.gradient.compute(0, drawn)
     ours = flat([one.grad for one in state.trainable.values()]) - plain
     for weight, slope in zip(weights, slopes, strict=True):
         weight.data += 0.25 * slope / length

@@ -12,7 +12,7 @@ from tiny_models import Adapter, Case, normal, randomize_adapters, seeded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, Slopes
+from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook, WeightGradients
 
 
 def case(dtype: torch.dtype = torch.float32) -> Case:
@@ -34,8 +34,8 @@ def test_the_slope_is_the_product_of_rounded_factors_added_up_in_fp32(compute: t
     seen: dict[str, list[Tensor]] = {}
     for name, layer in lora_layers(one.model).items():
         layer.get_base_layer().register_forward_hook(lambda _, given, made, name=name: keep(seen, name, given, made))
-    reader = SlopeReader([one.model])
-    with reader.reading(Slopes()) as slopes:
+    reader = WeightGradientHook([one.model])
+    with reader.recording(WeightGradients()) as slopes:
         with torch.autocast("cpu", compute):
             prediction = one.predict(one.model)
         nn.functional.mse_loss(prediction.float(), one.target).backward()
@@ -73,8 +73,8 @@ def test_a_gpu_never_multiplies_in_fp32_for_it() -> None:
     """On `meta`, which has the products of a GPU; a CPU has none with an output in another dtype."""
     one = case(torch.bfloat16)
     model = one.model.to("meta")
-    reader, products = SlopeReader([model]), Products()
-    with reader.reading(Slopes()) as slopes, products:
+    reader, products = WeightGradientHook([model]), Products()
+    with reader.recording(WeightGradients()) as slopes, products:
         model(torch.empty(64, 24, device="meta", dtype=torch.bfloat16)).sum().backward()
     assert {slope.dtype for slope in slopes.values()} == {torch.float32}
     assert products.seen == [torch.bfloat16]

@@ -38,7 +38,7 @@ def test_an_ascent_by_the_rho_that_is_found_lifts_the_loss_as_was_asked_for(
     first_weights(state)
     rho = state.config.perturb.rho
     assert rho is not None
-    assert rho == state.config.perturb.radius > 0, "the steps are taken with it"
+    assert rho == state.config.perturb.effective_rho > 0, "the steps are taken with it"
     assert all(torch.equal(one, before[name]) for name, one in state.trainable.items())
     assert all(one.grad is None for one in state.trainable.values())
     assert ascended(state, rho) / ascended(state, 0) - 1 == pytest.approx(CLIMB, rel=0.15), "the rest is curvature"
