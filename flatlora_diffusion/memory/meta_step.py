@@ -169,12 +169,12 @@ class _MicroBatch:
 
     slot = saved = 0
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], held: LiveBytes) -> None:
-        self._model, self._inputs, self._held = model, inputs, held
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], live_bytes: LiveBytes) -> None:
+        self._model, self._inputs, self._live_bytes = model, inputs, live_bytes
 
     def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
         loss: Tensor = (self._model(*self._inputs).float() - self._inputs[0]).square().mean()
-        self.saved = self._held.live
+        self.saved = self._live_bytes.live
         loss.backward()
         return loss.detach()
 

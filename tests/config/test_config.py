@@ -124,8 +124,8 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
 
 
 def test_sam_looks_for_its_rho_unless_one_is_given() -> None:
-    found, given = TrainConfig.from_dict({"method": "sam"}), TrainConfig.from_dict({"method": "sam", "rho": 0.1})
-    assert found.perturb.target_loss_increase == 0.25
+    calibrated, given = TrainConfig.from_dict({"method": "sam"}), TrainConfig.from_dict({"method": "sam", "rho": 0.1})
+    assert calibrated.perturb.target_loss_increase == 0.25
     assert (given.perturb.target_loss_increase, given.perturb.effective_rho) == (0, 0.1)
     assert TrainConfig.from_dict({"method": "bi-lora"}).perturb.target_loss_increase == 0
 
@@ -343,8 +343,8 @@ def test_an_error_of_a_setting_reaches_other_processes_whole() -> None:
 
 
 def test_pure_noise_and_an_objective_in_sigmas_exclude_each_other() -> None:
-    one = TrainConfig.from_dict({"zero_terminal_snr": True, "prediction_type": "v_prediction"})
+    config = TrainConfig.from_dict({"zero_terminal_snr": True, "prediction_type": "v_prediction"})
     with pytest.raises(ConfigError, match=r"--base_dtype .*--quantize_base"):
-        one.replace(base_dtype="fp32", quantize_base="nf4")
+        config.replace(base_dtype="fp32", quantize_base="nf4")
     with pytest.raises(ConfigError, match=r"--zero_terminal_snr .*--do_edm_style_training"):
-        one.replace(do_edm_style_training=True)
+        config.replace(do_edm_style_training=True)

@@ -35,9 +35,9 @@ def least_squares(slope: Tensor, down: Tensor, up: Tensor, wanted: tuple[Tensor,
     sizes = down.numel(), up.numel()
     columns = []
     for index in range(sum(sizes)):
-        one = torch.zeros(sum(sizes), dtype=torch.float64)
-        one[index] = 1.0
-        first, second = one.split(sizes)
+        unit = torch.zeros(sum(sizes), dtype=torch.float64)
+        unit[index] = 1.0
+        first, second = unit.split(sizes)
         columns.append(SCALE * (up @ first.view_as(down) + second.view_as(up) @ down).flatten())
     whole = torch.stack(columns, dim=1)
     near = torch.cat([side.flatten() for side in wanted])

@@ -68,11 +68,11 @@ def slopes_of_weights(case: Case, model: Any) -> dict[str, Tensor]:
     for layer in layers.values():
         layer.get_base_layer().weight.requires_grad_(True)
     case.loss(model).backward()
-    found = {name: layer.get_base_layer().weight.grad.clone() for name, layer in layers.items()}
+    gradients = {name: layer.get_base_layer().weight.grad.clone() for name, layer in layers.items()}
     for layer in layers.values():
         layer.get_base_layer().weight.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 def to_radius(slopes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def test_sam_ascends_along_the_sum_of_the_accumulated_slopes() -> None:
 def test_sam_without_a_radius_is_plain_lora_bit_for_bit() -> None:
     case, plain = toy_case(), toy_case()
     ours, expected = taken(case, rival(case, "sam", rho=0.0)), taken(plain, rival(plain, "lora"))
-    assert all(torch.equal(ours[name], one) for name, one in expected.items())
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
 def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +121,10 @@ def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pyte
     monkeypatch.setattr(sam, "average", lambda tensors: shared.append(list(tensors)))
     rival(case, "sam", rho=RHO).compute(1, [Micro(case, share=float("inf"))])
     (of_trained,) = shared
-    trained = [one.grad for one in case.model.parameters() if one.requires_grad]
-    assert [one.data_ptr() for one in of_trained] == [one.data_ptr() for one in trained if one is not None]
+    trained = [tensor.grad for tensor in case.model.parameters() if tensor.requires_grad]
+    assert [tensor.data_ptr() for tensor in of_trained] == [
+        tensor.data_ptr() for tensor in trained if tensor is not None
+    ]
 
 
 def test_sam_is_the_same_with_gradient_checkpointing() -> None:
@@ -263,11 +265,11 @@ def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: in
         assert torch.equal(weight, before[f"{name}.base_layer.weight"])
         left, values, right = torch.linalg.svd(weight)
         rank = layer.r[ADAPTER]
-        largest, found = left[:, :rank] * values[:rank] @ right[:rank], layer.get_delta_weight(ADAPTER)
+        largest, delta = left[:, :rank] * values[:rank] @ right[:rank], layer.get_delta_weight(ADAPTER)
         if iterations:
-            assert found.norm() > 0.95 * largest.norm()
+            assert delta.norm() > 0.95 * largest.norm()
         else:
-            torch.testing.assert_close(found, largest, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(delta, largest, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(merged_weight(layer), weight, rtol=1e-4, atol=1e-5)
         assert not any(sides[ANCHOR].weight.requires_grad for sides in (layer.lora_A, layer.lora_B))
 

@@ -207,10 +207,10 @@ def test_two_processes_of_ddp_see_the_same_eps(tmp_path: Path) -> None:
     train(other, adam(other.model), 3)
     whole = weights(expected)
     for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        for place, one in enumerate(whole):
-            torch.testing.assert_close(found[str(place)], one, rtol=1e-4, atol=1e-5)
-    apart = max(float((one - two).abs().max()) for one, two in zip(whole, weights(other), strict=True))
+        tensors = load_file(tmp_path / f"{rank}.safetensors")
+        for place, weight in enumerate(whole):
+            torch.testing.assert_close(tensors[str(place)], weight, rtol=1e-4, atol=1e-5)
+    apart = max(float((weight - two).abs().max()) for weight, two in zip(whole, weights(other), strict=True))
     assert apart > 1e-3, "eps changed nothing"
 
 

@@ -41,8 +41,8 @@ def gradients_of_both(rank: int, store: str) -> dict[str, Tensor]:
         flat = FlatLora(model, schedule="constant", draw="low_rank")
         with flat.perturb(step=1):
             loss_of(model, rank).backward()
-        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return {name: gradient.full_tensor() for name, gradient in found.items()}  # type: ignore[union-attr]
+        parameters = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name: gradient.full_tensor() for name, gradient in parameters.items()}  # type: ignore[union-attr]
     finally:
         distributed.destroy_process_group()
 
@@ -53,7 +53,7 @@ def test_two_processes_with_a_sharded_base_have_the_gradients_of_one(tmp_path: P
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     other = subprocess.Popen([sys.executable, __file__, store], env=environment)
     try:
-        found = gradients_of_both(0, store)
+        gradients = gradients_of_both(0, store)
         assert other.wait(timeout=HANGS) == 0
     finally:
         other.kill()
@@ -63,7 +63,7 @@ def test_two_processes_with_a_sharded_base_have_the_gradients_of_one(tmp_path: P
         ((loss_of(alone, 0) + loss_of(alone, 1)) / 2).backward()
     for name, parameter in alone.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(found[name], parameter.grad)
+            torch.testing.assert_close(gradients[name], parameter.grad)
 
 
 if __name__ == "__main__":
