@@ -64,7 +64,7 @@ _OF_NOISE = (
 METHODS: dict[str, MethodSpec] = {
     "lora": MethodSpec(
         title="LoRA",
-        help="lora: no perturbation",
+        help="lora (no perturbation)",
         hint="",
         build=f"{_METHOD}.gradient:plain_gradient",
         allows_prior_from_base=True,
@@ -72,7 +72,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "flat-lora": MethodSpec(
         title="Flat-LoRA",
-        help="flat-lora: random noise on W in every step (arXiv:2409.14396)",
+        help="flat-lora (random noise on W in every step, arXiv:2409.14396)",
         hint="",
         build=f"{_METHOD}.gradient:noisy_gradient",
         defaults={"sigma": DEFAULT_SIGMA},
@@ -84,7 +84,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "lora-sam": MethodSpec(
         title="LoRA-SAM",
-        help="lora-sam: SAM on A and B, two passes per step (arXiv:2010.01412)",
+        help="lora-sam (SAM on A and B, two passes per step, arXiv:2010.01412)",
         hint="trains at the weights near those of the LoRA with the highest loss; takes twice the time",
         build=f"{_RIVALS}.sam:lora_sam_gradient",
         defaults={"rho": 0.003},
@@ -95,7 +95,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "sam": MethodSpec(
         title="SAM",
-        help="sam: SAM on W, two passes per step",
+        help="sam (SAM on W, two passes per step)",
         hint="trains at the weights near those of the base with the highest loss; takes twice the time",
         build=f"{_RIVALS}.sam:sam_gradient",
         defaults={"rho": 0.05, "rho_rise": 0.25},
@@ -106,7 +106,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "bi-lora": MethodSpec(
         title="Bi-LoRA",
-        help="bi-lora: a second, adversarial LoRA during training (arXiv:2508.19564)",
+        help="bi-lora (a second, adversarial LoRA during training, arXiv:2508.19564)",
         hint="trains against a second LoRA that increases the loss and is not saved",
         build=f"{_RIVALS}.bi_lora:bi_lora_gradient",
         defaults={"rho": 0.05},
@@ -118,7 +118,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "nbar": MethodSpec(
         title="nBAR",
-        help="nbar: balances A and B by their gradients (arXiv:2410.14802)",
+        help="nbar (balances A and B by their gradients, arXiv:2410.14802)",
         hint="balances the two matrices of the LoRA by their gradients",
         build=f"{_RIVALS}.balance:balanced_gradient",
         defaults={"bar_strength": 0.25},

@@ -75,7 +75,7 @@ class PerturbConfig(Section):
     )
     sigma_ramp_steps: int | None = setting(
         None,
-        "steps until the end of the sigma schedule; default: all steps",
+        "steps until the end of the sigma schedule; default: all steps, for an extended run those of the finished run",
         min=1,
     )
     rho: float | None = setting(
