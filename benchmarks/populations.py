@@ -280,18 +280,18 @@ def _train(run: PlannedRun, subject: Subject) -> None:
 @contextmanager
 def _ascending_in(subject: Subject) -> Iterator[None]:
     """SAM's ascent in some of the steps; the others take the gradient at the weights."""
-    ascend = Sam.take
+    ascend = Sam.compute
 
-    def take(self: Sam, step: int, micro_batches: Any) -> list[Tensor]:
+    def compute(self: Sam, step: int, micro_batches: Any) -> list[Tensor]:
         ascends = step >= subject.sam_from and step % subject.sam_every == 0
-        return (ascend if ascends else StepGradient.take)(self, step, micro_batches)
+        return (ascend if ascends else StepGradient.compute)(self, step, micro_batches)
 
     if subject.sam_every > 1 or subject.sam_from > 0:
-        Sam.take = take  # type: ignore[method-assign]
+        Sam.compute = compute  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Sam.take = ascend  # type: ignore[method-assign]
+        Sam.compute = ascend  # type: ignore[method-assign]
 
 
 def parser() -> argparse.ArgumentParser:

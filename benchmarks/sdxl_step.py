@@ -37,7 +37,7 @@ from flatlora_diffusion.method import noise
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
-from flatlora_diffusion.method.row_norms import KeptNorms
+from flatlora_diffusion.method.row_norms import RowStdCache
 from flatlora_diffusion.sdxl.objective import Batch
 from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.state import Progress, TrainState
@@ -180,7 +180,7 @@ def labelled() -> Iterator[None]:
     calls: list[tuple[Any, str, str]] = [
         (noise, "_effective_weight", "eps: draws"),
         (LowRankDraw, "__init__", "eps: draws"),
-        (KeptNorms, "at", "eps: norms of W'"),
+        (RowStdCache, "get", "eps: norms of W'"),
     ]
     with ExitStack() as stack:
         for owner, name, label in calls:

@@ -44,7 +44,7 @@ def test_it_trains(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_the_command_line_knows_it_and_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse_config(["--method", "Toy"]).perturb.radius == 0.7
+    assert parse_config(["--method", "Toy"]).perturb.effective_rho == 0.7
     with pytest.raises(ConfigError, match=r"--method toy has no sigma"):
         parse_config(["--method", "toy", "--sigma", "0.1"])
     with pytest.raises(ConfigError, match=r"--method toy .*--adapter full"):

@@ -12,7 +12,7 @@ from flatlora_diffusion.method.gradient import GradientInputs, MicroBatch, StepG
 class HalfGradient(StepGradient):
     """Half the gradient at the weights."""
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         return [batch.backward(0.5) for batch in micro_batches]
 
 

@@ -13,8 +13,8 @@ import gradio as gr
 from flatlora_diffusion.config import (
     ConfigError,
     TrainConfig,
-    by_method,
     choices_of,
+    for_method,
     help_of,
     preset_file,
     setting_hints,
@@ -70,7 +70,7 @@ class ConfigForm:
         """
         named = zip(self.by_name, values, strict=True)
         read = {name: _setting(name, value, self._hints[name]) for name, value in named}
-        return TrainConfig.from_dict(read | by_method(method))
+        return TrainConfig.from_dict(read | for_method(method))
 
     def write(self, settings: Mapping[str, Any]) -> list[Any]:
         """The components' values for `settings`, over the defaults."""
@@ -114,7 +114,7 @@ def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.compon
         return gr.Textbox(value=shown, max_lines=1, placeholder="default", **place)
     if kind in (int, float):
         return gr.Number(value=shown, step=1 if kind is int else None, **place)
-    lines = (3, 6) if item.metadata.get("is_lines") else (1, 1)
+    lines = (3, 6) if item.metadata.get("is_multiline") else (1, 1)
     return gr.Textbox(value=shown, lines=lines[0], max_lines=lines[1], **place)
 
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import SAMPLES, TINY, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import SAMPLES, TINY, ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.dataset_file import read_dataset_file
 
 from .names import is_run
 
-READ, WRITTEN = settings_that("place", "read"), settings_that("place", "written")
-MODELS = settings_that("place", "model")  # or a hub id
-PARTS = settings_that("place", "part")  # of a path
+READ, WRITTEN = settings_with("path_kind", "read"), settings_with("path_kind", "written")
+MODELS = settings_with("path_kind", "model")  # or a hub id
+PARTS = settings_with("path_kind", "part")  # of a path
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _NO_LOCAL_PATH = ("~", "//", "\\\\")  # somebody's home, and another machine's disk on Windows
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import ConfigError, TrainConfig, settings_with
 
 
 def checked_config(settings: Mapping[str, Any]) -> TrainConfig:
@@ -22,7 +22,7 @@ def checked_config(settings: Mapping[str, Any]) -> TrainConfig:
 def with_relative_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Make paths below the working folder relative. Other paths stay absolute, as a resumed run needs them."""
     here = Path.cwd()
-    paths = {name: Path(settings[name]) for name in settings_that("is_path") if settings[name]}
+    paths = {name: Path(settings[name]) for name in settings_with("is_path") if settings[name]}
     return settings | {
         name: path.relative_to(here).as_posix() for name, path in paths.items() if path.is_relative_to(here)
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flatlora_diffusion.config import ConfigError, completed
+from flatlora_diffusion.config import ConfigError, with_legacy_defaults
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
@@ -134,7 +134,7 @@ class RunStore:
         launch = self.paths.last_launch(run_id)
         values = {} if launch is None else launch.settings()
         queued = self._queued()
-        return completed(values or queued.get(run_id) or RunDir(folder_of(self.folder, run_id)).config())
+        return with_legacy_defaults(values or queued.get(run_id) or RunDir(folder_of(self.folder, run_id)).config())
 
     def clone_settings(self, run_id: str) -> dict[str, Any]:
         """The settings for a new run like this one, without its folder."""

@@ -12,7 +12,7 @@ from flatlora_diffusion.adapter.full import full_delta
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
 from flatlora_diffusion.adapter.svd_start import ANCHOR
 from flatlora_diffusion.config import TEXT_PARTS
-from flatlora_diffusion.method.branch import factors_of, scale_of, square_norm
+from flatlora_diffusion.method.layers import factors_of, scale_of, square_norm
 from flatlora_diffusion.storage.rng import generator
 
 PARTS = ("unet", *TEXT_PARTS)

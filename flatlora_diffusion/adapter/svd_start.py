@@ -34,7 +34,7 @@ ANCHOR = "start"
 @torch.no_grad()
 def start_pissa(model: Any, lora: LoraConfig, config: AdapterConfig, seed: int) -> None:
     """Start the LoRA at the largest directions of each W, by PEFT's PiSSA, and add the anchor."""
-    iterations = config.iterations
+    iterations = config.effective_pissa_iterations
     options = {"init_lora_weights": f"pissa_niter_{iterations}" if iterations else "pissa"}
     for layer in lora_layers(model).values():
         if not layer.get_base_layer().weight.is_meta:  # only shapes are used on the meta device

@@ -59,7 +59,7 @@ class Flag:
         hint = typing.get_args(kind_of(self.hint))[0]
         values = tuple(self._read(hint, text) for text in texts)
         for index, text in enumerate(texts):
-            if values[index] in values[:index] and not self.field.metadata.get("repeats"):
+            if values[index] in values[:index] and not self.field.metadata.get("may_repeat"):
                 raise ConfigError(f"--{self.name} contains {shlex.quote(text)} twice; give each value once")
         return values
 
@@ -138,7 +138,7 @@ def _take_value(flag: Flag, text: str | None, remaining: deque[str], earlier: An
         if not remaining or _FLAG.fullmatch(remaining[0]):
             raise ConfigError(f"--{flag.name} needs a value")
         text = remaining.popleft()
-    is_appended = flag.field.metadata.get("is_lines") and earlier is not None
+    is_appended = flag.field.metadata.get("is_multiline") and earlier is not None
     return flag.value([f"{earlier}\n{text}" if is_appended else text])
 
 

@@ -15,13 +15,13 @@ from flatlora_diffusion.config import (
     Section,
     TrainConfig,
     WorkersConfig,
-    overruled_by,
+    check_unused_flags,
+    cleared_by,
     preset_file,
     preset_names,
-    refuse_unread,
     setting,
     setting_hints,
-    unused_by,
+    settings_not_of,
 )
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import expand_paths, is_truncated_path
@@ -95,7 +95,7 @@ def parse_training(arguments: Sequence[str]) -> tuple[TrainConfig, WorkersConfig
         show_help(TRAIN, flags, kind)
     given = read_flags(arguments, flags)
     config = _build_config(given)
-    refuse_unread(config.perturb, given)
+    check_unused_flags(config.perturb, given)
     workers = with_values(WorkersConfig(), given)
     if workers.trains_at_once and config.average.members is None:
         raise ConfigError("--workers and --cluster train --members in parallel; give --members 3, or omit them")
@@ -156,7 +156,7 @@ def _with_own_output_dir(config: TrainConfig, folder: Path) -> TrainConfig:
 def _without_overridden(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """Remove the settings of preset and file that conflict with given flags."""
     if "method" in given:
-        config = config.replace(**{name: None for name in unused_by(given["method"]) if name not in given})
+        config = config.replace(**{name: None for name in settings_not_of(given["method"]) if name not in given})
     if "num_train_epochs" in given and "max_train_steps" not in given:
         config = config.replace(max_train_steps=None)
-    return config.replace(**overruled_by(given))
+    return config.replace(**cleared_by(given))

@@ -23,11 +23,11 @@ from flatlora_diffusion.config import (
     ModelConfig,
     RunError,
     TrainConfig,
+    cleared_by,
     methods_with,
-    overruled_by,
     read_setting,
-    settings_that,
-    unused_by,
+    settings_not_of,
+    settings_with,
     why_removed,
 )
 from flatlora_diffusion.storage.formatting import slug
@@ -41,7 +41,7 @@ Role = Literal["arm", "null"]
 
 # An arm cannot change these: seeds pair the runs, folders and intervals belong to the experiment, and runs on another
 # base, on other images or in another precision are not comparable.
-_SHARED_SETTINGS = {*settings_that("is_shared"), *(item.name for item in fields(ModelConfig))}
+_SHARED_SETTINGS = {*settings_with("is_shared"), *(item.name for item in fields(ModelConfig))}
 # Settings that a reusable run must have in common beyond those of its steps: its end, checkpoints and file precision.
 _FIXED_SETTINGS = ("max_train_steps", "checkpointing_steps", "save_dtype")
 
@@ -183,7 +183,7 @@ def plan_runs(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], po
     planned = []
     for seed in seeds:
         for arm in arms:
-            left_open = dict.fromkeys(unused_by(arm.method)) | overruled_by(arm.changes)
+            left_open = dict.fromkeys(settings_not_of(arm.method)) | cleared_by(arm.changes)
             values = {"seed": seed, "method": arm.method, **left_open, **arm.changes}
             arm_steps = int(values.get("max_train_steps", steps))
             values |= {
@@ -245,7 +245,7 @@ def training_command(planned: PlannedRun) -> list[str]:
     settings.write_text(json.dumps(portable(values), indent=2) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "flatlora_diffusion", "train", "--config", str(settings)]
     # The settings file may contain paths shortened to their names.
-    command += [f"--{name}={value}" for name in settings_that("is_path") if (value := values[name])]
+    command += [f"--{name}={value}" for name in settings_with("is_path") if (value := values[name])]
     return [*command, "--resume_from_checkpoint=latest"] if planned.is_resumable else command
 
 

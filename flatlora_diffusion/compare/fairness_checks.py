@@ -10,14 +10,14 @@ from typing import Any
 
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.controls import OTHER_DRAWS
-from flatlora_diffusion.config import TrainConfig, method_settings, settings_that
+from flatlora_diffusion.config import TrainConfig, method_settings, settings_with
 
 _HASH_DIGITS = 16  # hex digits
 # These settings do not affect the training.
 _FOLDER_SETTINGS = {"output_dir", "output_name", "checkpointing_steps", "instance_data_dir"}
 # Runs that differ in these settings have different initial weights, or different draws.
-_WEIGHT_SETTINGS = set(settings_that("moves", "weights"))
-_DRAW_SETTINGS = set(settings_that("moves", "draws"))
+_WEIGHT_SETTINGS = set(settings_with("affects", "weights"))
+_DRAW_SETTINGS = set(settings_with("affects", "draws"))
 
 Runs = Mapping[str, PlannedRun]
 """Runs by their label in the report."""

@@ -1,15 +1,13 @@
-"""Every setting, once: the command lines, config.json and the app's form are all made from here.
+"""The settings of all commands; command lines, config.json and the form of the app are generated from them.
 
-Knows neither torch nor any model. Start with `setting.py` (what a setting is), then `train.py`, which names the
-files of its sections.
+Knows neither torch nor any model. Start with `setting.py` (the definition of a setting), then `train.py`, which names
+the files of its sections.
 """
 
 from flatlora_diffusion.config.adapter import (
+    ADAPTERS as ADAPTERS,
     AdapterConfig as AdapterConfig,
     TokenConfig as TokenConfig,
-)
-from flatlora_diffusion.config.adapters import (
-    ADAPTERS as ADAPTERS,
 )
 from flatlora_diffusion.config.commands import (
     CAPTION_WRITERS as CAPTION_WRITERS,
@@ -34,16 +32,13 @@ from flatlora_diffusion.config.data import (
     DataConfig as DataConfig,
     Interpolation as Interpolation,
 )
-from flatlora_diffusion.config.members import (
-    MembersConfig as MembersConfig,
-)
 from flatlora_diffusion.config.methods import (
     DEFAULT_SIGMA as DEFAULT_SIGMA,
     METHODS as METHODS,
-    by_method as by_method,
+    for_method as for_method,
     method_settings as method_settings,
     methods_with as methods_with,
-    unused_by as unused_by,
+    settings_not_of as settings_not_of,
 )
 from flatlora_diffusion.config.model import (
     SDXL as SDXL,
@@ -64,14 +59,15 @@ from flatlora_diffusion.config.perturb import (
     PerturbConfig as PerturbConfig,
     PerturbPer as PerturbPer,
     SigmaSchedule as SigmaSchedule,
-    overruled_by as overruled_by,
-    refuse_unread as refuse_unread,
+    check_unused_flags as check_unused_flags,
+    cleared_by as cleared_by,
 )
 from flatlora_diffusion.config.removed import (
     removed_settings as removed_settings,
     why_removed as why_removed,
 )
 from flatlora_diffusion.config.run import (
+    MembersConfig as MembersConfig,
     RunConfig as RunConfig,
     SaveDtype as SaveDtype,
 )
@@ -95,10 +91,10 @@ from flatlora_diffusion.config.setting import (
 )
 from flatlora_diffusion.config.train import (
     TrainConfig as TrainConfig,
-    completed as completed,
     preset_file as preset_file,
     preset_names as preset_names,
     read_setting as read_setting,
     setting_hints as setting_hints,
-    settings_that as settings_that,
+    settings_with as settings_with,
+    with_legacy_defaults as with_legacy_defaults,
 )

@@ -1,246 +1,253 @@
-"""Settings that exclude each other, each pair with the sentence that names both."""
+"""Checks for settings that exclude each other; each error message names both."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flatlora_diffusion.config.adapters import ADAPTERS, adapters_with
+from flatlora_diffusion.config.adapter import ADAPTERS, adapters_with
 from flatlora_diffusion.config.methods import METHODS
 from flatlora_diffusion.config.sections import Sections
 from flatlora_diffusion.config.setting import ConfigError
 
+REMOVE = "remove one of them"
+Check = tuple[object, str]  # truthy for a conflict, and its message
+
 
 def check_combinations(config: Sections) -> None:
-    """Raises ConfigError, in a sentence that names both, for the first settings that exclude each other."""
-    for is_refused, why in (*_of_data_and_objective(config), *_of_rivals(config)):
-        if is_refused:
-            raise ConfigError(why)
+    """Raise ConfigError for the first settings that exclude each other."""
+    for is_conflict, message in (*_data_and_objective(config), *_methods_and_adapters(config)):
+        if is_conflict:
+            raise ConfigError(message)
 
 
-def _of_rivals(config: Sections) -> tuple[tuple[object, str], ...]:
-    """What methods, adapters and optimizers do not go together, and why."""
+def _methods_and_adapters(config: Sections) -> tuple[Check, ...]:
+    """Check methods, adapters and optimizers."""
     adapter, perturb, optim = config.adapter, config.perturb, config.optim
     name, row, method = adapter.adapter, ADAPTERS[adapter.adapter], METHODS[perturb.method]
     return (
-        *_of_unet_alone(config),
-        *_of_lora_pro(config),
+        *_adapters_without_factors(config),
+        *_lora_pro(config),
         (
             name in method.excludes,
-            f"--method {perturb.method} is made for A and B of a LoRA, which --adapter {name} does not have; use "
-            "another of the two",
+            f"--method {perturb.method} needs the matrices A and B of a LoRA, which --adapter {name} does not have; "
+            "change one of them",
         ),
         (
             optim.use_8bit_adam and optim.optimizer != "adamw",
-            f"--use_8bit_adam is for --optimizer adamw, not {optim.optimizer}; leave one out",
+            f"--use_8bit_adam needs --optimizer adamw, not {optim.optimizer}; change one of them",
         ),
         (
-            row.starts_away and adapter.use_dora,
-            f"--adapter {name} starts away from W, which --use_dora would rescale; leave one out",
+            row.has_nonzero_start and adapter.use_dora,
+            f"--adapter {name} has a nonzero start, which --use_dora does not support; {REMOVE}",
         ),
         (
-            row.starts_away and adapter.init_lora is not None,
-            f"--adapter {name} has a start of its own, and --init_lora another one; leave one out",
+            row.has_nonzero_start and adapter.init_lora is not None,
+            f"--adapter {name} and --init_lora both initialize the weights; {REMOVE}",
         ),
         (
             row.is_linear_only and adapter.lora_target_modules == "conv",
-            f"--adapter {name} adapts linear layers only; give --lora_target_modules all-linear, or another adapter",
+            f"--adapter {name} supports linear layers only, not --lora_target_modules conv; use all-linear or another "
+            "adapter",
         ),
         *(
             (
                 getattr(adapter, setting) is not None and name not in adapters_with(setting),
-                f"--{setting} means nothing for --adapter {name}; leave it out, or use --adapter "
+                f"--{setting} has no effect with --adapter {name}; remove it or use --adapter "
                 f"{' or '.join(adapters_with(setting))}",
             )
             for setting in ("pissa_iterations", "lora_ga_steps")
         ),
         (
             adapter.use_dora and adapter.lora_dropout > 0 and method.adds_to_weights,
-            f"--lora_dropout with DoRA lets what --method {perturb.method} adds to W escape the rescaling; set "
+            f"--lora_dropout with --use_dora does not rescale the perturbation of --method {perturb.method}; set "
             "--lora_dropout 0",
         ),
         (
-            config.objective.prior_from_base and (row.starts_away or not method.allows_prior_from_base),
-            "--prior_from_base is for --method lora and flat-lora with an --adapter that starts at the base, not for "
-            f"{perturb.method} with {name}; leave it out",
+            config.objective.prior_from_base and (row.has_nonzero_start or not method.allows_prior_from_base),
+            "--prior_from_base needs --method lora or flat-lora and an --adapter that starts at the base, not "
+            f"{perturb.method} with {name}; remove it",
         ),
         (
             optim.lora_plus_ratio is not None and optim.optimizer == "prodigy",
-            "--lora_plus_ratio needs learning rates of its own, and --optimizer prodigy finds one for all; leave one "
-            "out",
+            f"--lora_plus_ratio needs two learning rates, and --optimizer prodigy has only one; {REMOVE}",
         ),
     )
 
 
-def _of_unet_alone(config: Sections) -> tuple[tuple[object, str], ...]:
-    """What does not go with adapters that are no LoRA of two trained factors, and why."""
+def _adapters_without_factors(config: Sections) -> tuple[Check, ...]:
+    """Check adapters that do not train the factors A and B of a LoRA."""
     adapter, name = config.adapter, config.adapter.adapter
     if ADAPTERS[name].is_lora:
         return ()
-    is_full, out = name == "full", "leave one out"
+    is_full = name == "full"
     return (
-        (adapter.use_dora or adapter.use_rslora, f"--adapter {name} is itself, not --use_dora or --use_rslora; {out}"),
-        (adapter.init_lora is not None, f"--adapter {name} cannot start from the two factors of --init_lora; {out}"),
+        (
+            adapter.use_dora or adapter.use_rslora,
+            f"--adapter {name} does not support --use_dora and --use_rslora; {REMOVE}",
+        ),
+        (adapter.init_lora is not None, f"--adapter {name} cannot start from the LoRA of --init_lora; {REMOVE}"),
         (
             adapter.lora_block_ranks is not None,
-            f"--adapter {name} has one --rank for all layers, and --lora_block_ranks one for each; {out}",
+            f"--adapter {name} has the same --rank in all layers and does not support --lora_block_ranks; {REMOVE}",
         ),
-        (adapter.train_text_encoder, f"--adapter {name} is for the UNet alone; leave --train_text_encoder out"),
+        (adapter.train_text_encoder, f"--adapter {name} does not support --train_text_encoder; {REMOVE}"),
         (
             config.model.quantize_base is not None,
-            f"--adapter {name} is put around plain linear layers, not those of --quantize_base; {out}",
+            f"--adapter {name} does not support the layers of --quantize_base; {REMOVE}",
         ),
         (
             not is_full and config.optim.use_ema,
-            f"--use_ema would average ranks that --adapter {name} has taken with those that it has left; {out}",
+            f"--use_ema cannot average the weights of --adapter {name}, which prunes ranks; {REMOVE}",
         ),
         (
             config.optim.optimizer == "lora-pro",
-            f"--optimizer lora-pro is made for A and B of a LoRA, which --adapter {name} does not have; {out}",
+            f"--optimizer lora-pro needs the matrices A and B of a LoRA, which --adapter {name} does not have; "
+            f"{REMOVE}",
         ),
         (
             is_full and (adapter.lora_alpha is not None or adapter.lora_dropout > 0),
-            f"--adapter {name} has neither the scale of --lora_alpha nor the A of --lora_dropout; leave them out",
+            f"--adapter {name} does not support --lora_alpha and --lora_dropout; remove them",
         ),
         (
             is_full and config.optim.lora_plus_ratio is not None,
-            f"--lora_plus_ratio is made for A and B of a LoRA, which --adapter {name} does not have; {out}",
+            f"--lora_plus_ratio needs the matrices A and B of a LoRA, which --adapter {name} does not have; {REMOVE}",
         ),
     )
 
 
-def _of_lora_pro(config: Sections) -> tuple[tuple[object, str], ...]:
-    """What LoRA-Pro's fit to the gradient of W does not go with, and why."""
+def _lora_pro(config: Sections) -> tuple[Check, ...]:
+    """Check --optimizer lora-pro."""
     if config.optim.optimizer != "lora-pro":
         return ()
     method = config.perturb.method
     return (
         (
             "lora-pro" in METHODS[method].excludes,
-            f"--optimizer lora-pro needs gradients taken at the A and B that it moves, and --method {method} moves "
-            "them in between; use another of the two",
+            f"--optimizer lora-pro needs gradients at the current A and B, but --method {method} changes A and B "
+            "before the update; change one of them",
         ),
         (
             config.optim.lora_plus_ratio is not None,
-            "--lora_plus_ratio would undo by its faster B what --optimizer lora-pro fits; leave one out",
+            f"--lora_plus_ratio conflicts with the adjusted gradients of --optimizer lora-pro; {REMOVE}",
         ),
     )
 
 
-def _of_data_and_objective(config: Sections) -> Iterable[tuple[object, str]]:
-    """Whether `config` has what cannot be together, and the sentence that names both, for each such pair."""
+def _data_and_objective(config: Sections) -> Iterable[Check]:
+    """Check data, text encoders and objective."""
     data, objective = config.data, config.objective
     return (
         (
             sum(map(bool, (data.instance_data_dir, data.dataset_name, data.dataset_config))) > 1,
-            "--instance_data_dir, --dataset_name and --dataset_config: give one of them",
+            "--instance_data_dir, --dataset_name and --dataset_config exclude each other; give only one of them",
         ),
         (
             data.cache_text_embeddings and data.draws_captions,
-            "--cache_text_embeddings cannot cache captions that are drawn anew; leave it, or --shuffle_tags and "
-            "--tag_dropout, out",
+            "--cache_text_embeddings cannot cache captions that --shuffle_tags and --tag_dropout change; remove it, "
+            "or both of them",
         ),
         (
             data.keep_tags and not data.draws_captions,
-            "--keep_tags keeps tags from --shuffle_tags and --tag_dropout; give one of these, or leave it out",
+            "--keep_tags needs --shuffle_tags or --tag_dropout; add one of them or remove --keep_tags",
         ),
         (
             config.adapter.train_text_encoder and config.tokens.train_text_encoder_ti,
-            "--train_text_encoder and --train_text_encoder_ti train the same encoders; leave one out",
+            f"--train_text_encoder and --train_text_encoder_ti exclude each other; {REMOVE}",
         ),
         (
             data.with_prior_preservation and not (data.class_data_dir and data.class_prompt),
             "--with_prior_preservation needs --class_data_dir and --class_prompt",
         ),
-        *_of_folds(config),
-        *_of_members(config),
-        *_of_weightings(config),
-        *_of_prior_from_base(config),
+        *_folds(config),
+        *_members(config),
+        *_weightings(config),
+        *_prior_from_base(config),
         (
             config.model.zero_terminal_snr and config.model.prediction_type == "epsilon",
-            "--zero_terminal_snr needs a v-prediction base: pure noise has no signal to predict the noise against",
+            "--zero_terminal_snr needs --prediction_type v_prediction, not epsilon; change one of them",
         ),
         (
             config.model.zero_terminal_snr and objective.do_edm_style_training,
-            "--zero_terminal_snr ends in pure noise, which has no sigma for --do_edm_style_training; drop one",
+            f"--zero_terminal_snr does not support --do_edm_style_training; {REMOVE}",
         ),
         (
             config.optim.base_dtype is not None and config.model.quantize_base is not None,
-            "--base_dtype keeps the whole base in fp32, which --quantize_base does not; leave one out",
+            f"--base_dtype fp32 excludes --quantize_base; {REMOVE}",
         ),
         (
             data.holdout_patience and not data.holdout_images,
-            "--holdout_patience waits for a lower loss of --holdout_images; give how many, such as 3",
+            "--holdout_patience needs --holdout_images; add a number of images, such as 3",
         ),
         (
             data.cache_text_embeddings and config.trains_text,
-            "--cache_text_embeddings cannot cache what is trained; leave it or the text encoders' training out",
+            "--cache_text_embeddings needs frozen text encoders; remove it, or --train_text_encoder and "
+            "--train_text_encoder_ti",
         ),
     )
 
 
-def _of_members(config: Sections) -> Iterable[tuple[object, str]]:
+def _members(config: Sections) -> Iterable[Check]:
     average, adapter = config.average, config.adapter
     if average.members is None:
         return (
             (
                 average.average_rank is not None,
-                "--average_rank is of the average of --members; give how many, such as 3",
+                "--average_rank needs --members; add a number of members, such as 3",
             ),
-            (average.remove_members, "--remove_members is for a run with --members; give how many, such as 3"),
+            (average.remove_members, "--remove_members needs --members; add a number of members, such as 3"),
         )
     return (
         (
             adapter.use_dora or adapter.adapter == "full",
-            "--members averages plain LoRAs, exactly; leave --use_dora and --adapter full out, or give --members None",
+            "--members cannot average --use_dora and --adapter full; remove them, or give --members None",
         ),
         (
             config.tokens.train_text_encoder_ti,
-            "--members trains no new tokens; leave --train_text_encoder_ti out, or train runs one by one and use "
-            "`flatlora average`, which averages theirs",
+            "--members does not support --train_text_encoder_ti; remove one of them, or train separate runs and use "
+            "`flatlora average`",
         ),
-        (config.data.holdout_folds, "--members and --holdout_folds both train several runs; leave one out"),
+        (config.data.holdout_folds, f"--members and --holdout_folds exclude each other; {REMOVE}"),
     )
 
 
-def _of_folds(config: Sections) -> Iterable[tuple[object, str]]:
-    data, steps, each = config.data, config.optim.max_train_steps, config.run.checkpointing_steps
+def _folds(config: Sections) -> Iterable[Check]:
+    data, steps, interval = config.data, config.optim.max_train_steps, config.run.checkpointing_steps
     if not data.holdout_folds:
         return ()
     return (
-        (data.holdout_folds == 1, "--holdout_folds 1 would leave nothing to train on; give 2 or more"),
+        (data.holdout_folds == 1, "--holdout_folds 1 leaves no images to train on; give 2 or more"),
         (
             data.holdout_images or data.holdout_patience,
-            "--holdout_folds holds out each image in turn, over all steps; leave --holdout_images and "
-            "--holdout_patience out",
+            "--holdout_folds excludes --holdout_images and --holdout_patience; remove them",
         ),
-        (steps is None, "--holdout_folds needs --max_train_steps: an epoch of fewer images has fewer steps"),
+        (steps is None, "--holdout_folds needs --max_train_steps instead of epochs; add it"),
         (
-            steps is not None and each >= steps,
-            f"--holdout_folds chooses among checkpoints, and checkpointing_steps={each} makes none before the end of "
-            f"{steps} steps; give fewer, such as a tenth of them",
+            steps is not None and interval >= steps,
+            f"--holdout_folds needs several checkpoints, but checkpointing_steps={interval} gives only one in {steps} "
+            "steps; give a tenth of the steps",
         ),
     )
 
 
-def _of_weightings(config: Sections) -> Iterable[tuple[object, str]]:
+def _weightings(config: Sections) -> Iterable[Check]:
     objective = config.objective
     return (
         (
             objective.snr_gamma is not None and objective.do_edm_style_training,
-            "--snr_gamma weights another objective than --do_edm_style_training; leave one out",
+            f"--snr_gamma does not apply to --do_edm_style_training; {REMOVE}",
         ),
         (
             objective.debiased_estimation and objective.do_edm_style_training,
-            "--debiased_estimation weights another objective than --do_edm_style_training; leave one out",
+            f"--debiased_estimation does not apply to --do_edm_style_training; {REMOVE}",
         ),
         (
             objective.debiased_estimation and objective.snr_gamma is not None,
-            "--debiased_estimation and --snr_gamma both weight the timesteps; leave one out",
+            f"--debiased_estimation and --snr_gamma exclude each other; {REMOVE}",
         ),
     )
 
 
-def _of_prior_from_base(config: Sections) -> Iterable[tuple[object, str]]:
+def _prior_from_base(config: Sections) -> Iterable[Check]:
     if not config.objective.prior_from_base:
         return ()
     data, tokens = config.data, config.tokens
@@ -248,20 +255,20 @@ def _of_prior_from_base(config: Sections) -> Iterable[tuple[object, str]]:
     return (
         (
             data.with_prior_preservation,
-            "--prior_from_base does without the class images of --with_prior_preservation; leave one out",
+            f"--prior_from_base excludes --with_prior_preservation; {REMOVE}",
         ),
         (
             not prompt.strip(),
-            "--prior_from_base needs --class_prompt: a prompt without the trigger, such as that of the class",
+            "--prior_from_base needs --class_prompt, a prompt without the trigger word; add it",
         ),
         (
             prompt == data.instance_prompt,
-            f"--prior_from_base would keep the LoRA from learning, since class_prompt={prompt!r} is the "
-            "--instance_prompt; leave the trigger out of it",
+            f"--prior_from_base needs a --class_prompt other than --instance_prompt, not {prompt!r}; remove the "
+            "trigger word from it",
         ),
         (
             tokens.train_text_encoder_ti and any(word in prompt for word in tokens.placeholders),
-            f"--prior_from_base would keep new tokens from being learned, since class_prompt={prompt!r} has one of "
-            f"--token_abstraction ({', '.join(tokens.placeholders)}); leave it out of the prompt",
+            f"--prior_from_base needs a --class_prompt without the words of --token_abstraction "
+            f"({', '.join(tokens.placeholders)}), not {prompt!r}; remove them from it",
         ),
     )

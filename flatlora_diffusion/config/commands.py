@@ -1,4 +1,4 @@
-"""Every setting of the programs beside `train`, once: default, bounds, help."""
+"""The settings of all commands except `train`."""
 
 from __future__ import annotations
 
@@ -12,75 +12,73 @@ from flatlora_diffusion.config.setting import ConfigError, Section, setting
 
 FileLayout = Literal["kohya", "diffusers"]
 LoraLayout = Literal["kohya", "diffusers", "both"]
-QUIET_VARIABLE = "FLATLORA_QUIET"  # in the environment of a program: it logs warnings alone
+QUIET_VARIABLE = "FLATLORA_QUIET"  # environment variable: log warnings only
 
-_LORA_FILE = "LoRA file in any layout, or the folder of a run"
-_LORA_BASE = "diffusers folder of the base it is for, or `tiny`; default: SDXL, found by shapes"
-_WHOLE_BASE = "SDXL base: a diffusers folder, a hub id, a single .safetensors checkpoint, or `tiny`"
-_GUIDANCE = "classifier-free guidance; 1 or less is none"
-_NEW_DTYPE = "precision of what is written; default: the old one's"
-_OVERWRITE = "replace an earlier file or model that this verb has written; what it reads always stays"
+_LORA_FILE = "LoRA file in any format, or a run folder"
+_LORA_BASE = "base model of the LoRA: diffusers folder or `tiny`; default: SDXL, detected by shapes"
+_WHOLE_BASE = "SDXL base model: diffusers folder, hub id, single .safetensors checkpoint, or `tiny`"
+_GUIDANCE = "classifier-free guidance scale (CFG); 1 or less: no guidance"
+_NEW_DTYPE = "precision of the new file; default: that of the old file"
+_OVERWRITE = "overwrite an earlier output of this command; input files are never overwritten"
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Section):
-    """All settings of `generate`: prompts x seeds x LoRAs x strengths."""
+    """The settings of `generate`: prompts x seeds x LoRAs x strengths."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    prompts: tuple[str, ...] = setting((), "what to draw; one or more")
-    prompts_file: str | None = setting(None, "text file with one more prompt per line")
-    negative_prompt: str | None = setting(None, "what to keep away from; default: SDXL's zero embeddings")
-    seeds: tuple[int, ...] = setting((0,), "seeds of the first noise; one image each", min=0, max=2**63 - 1)
+    prompts: tuple[str, ...] = setting((), "prompts of the images")
+    prompts_file: str | None = setting(None, "text file with more prompts, one per line")
+    negative_prompt: str | None = setting(None, "negative prompt; default: zero embeddings")
+    seeds: tuple[int, ...] = setting((0,), "seeds of the initial noise, one image per seed", min=0, max=2**63 - 1)
     lora: tuple[str, ...] = setting(
         (),
-        "LoRA files or run folders, each compared with the base on its own; A+B uses two together, A@0.6+B@0.8 "
-        "weighs them. Default: only the base",
+        "LoRA files or run folders, each compared with the base; A+B combines two LoRAs, A@0.6+B@0.8 with strengths; "
+        "default: only the base",
     )
     strengths: tuple[float, ...] = setting(
-        (1.0,), "strengths of each LoRA; the base (0) is always shown first", min=-100, max=100
+        (1.0,), "strengths of each LoRA; the base (0) is always included", min=-100, max=100
     )
-    merge: bool = setting(
-        False, "add the LoRA to the weights instead of running it beside them; the same images up to rounding"
-    )
+    merge: bool = setting(False, "merge the LoRA into the weights before generating; the same images up to rounding")
     num_inference_steps: int = setting(25, "denoising steps", min=1, max=1000)
     guidance_scale: float = setting(5.0, _GUIDANCE, min=0, max=100)
     guidance_rescale: float | None = setting(
         None,
-        "how far guidance is brought back to the prediction's std (arXiv:2305.08891); default: 0.7 for a base with "
-        "zero terminal SNR, else 0",
+        "guidance rescale (arXiv:2305.08891); default: 0.7 for a base with zero terminal SNR, else 0",
         min=0,
         max=1,
     )
-    resolution: int | None = setting(None, "image size in pixels; default: the base's own", min=8, max=4096)
+    resolution: int | None = setting(None, "image size in pixels; default: that of the base", min=8, max=4096)
     batch_size: int = setting(
         1,
-        "images drawn at once; an image is the same in any batch up to rounding, bit for bit with 1",
+        "images generated in parallel; results are equal up to rounding, bit for bit with 1",
         min=1,
         max=1024,
     )
     mixed_precision: MixedPrecision | None = setting(
-        None, "compute precision; default: fp16 on a GPU, fp32 (no) on a CPU; the VAE is fp32, a mended one fp16"
+        None,
+        "compute precision; default: fp16 on GPU, fp32 (no) on CPU; the VAE runs in fp32, with the fp16 fix in fp16",
     )
-    output_dir: str = setting("generated", "each call makes a new numbered folder in here")
+    output_dir: str = setting("generated", "output folder; each call creates a new numbered folder in it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_filled(self, "seeds", "strengths")
+        _check_not_empty(self, "seeds", "strengths")
         if self.negative_prompt is not None and self.guidance_scale <= 1:
             raise ConfigError(
-                f"negative_prompt has no effect at guidance_scale={self.guidance_scale:g}; "
-                "use more than 1 or leave it out"
+                f"negative_prompt has no effect at guidance_scale={self.guidance_scale:g}; use more than 1 or remove "
+                "it"
             )
         if self.merge and self.model.quantize_base is not None:
-            raise ConfigError("--merge needs full weights; leave --quantize_base or --merge out")
+            raise ConfigError("--merge cannot change weights of --quantize_base; remove one of them")
 
 
 @dataclass(frozen=True)
 class ImportConfig(Section):
-    """All settings of `import`: a LoRA file of any layout to one for diffusers."""
+    """The settings of `import`: convert a LoRA file of any format to diffusers' format."""
 
     file: str = setting("", _LORA_FILE)
-    output: str | None = setting(None, "file to write, or a folder; default: NAME_diffusers.safetensors beside it")
+    output: str | None = setting(None, "output file or folder; default: NAME_diffusers.safetensors in the same folder")
     dtype: SaveDtype | None = setting(None, _NEW_DTYPE)
     base: str | None = setting(None, _LORA_BASE)
     overwrite: bool = setting(False, _OVERWRITE)
@@ -88,42 +86,42 @@ class ImportConfig(Section):
 
 @dataclass(frozen=True)
 class ExportConfig(Section):
-    """All settings of `export`: a LoRA file of any layout to the layouts that other programs read."""
+    """The settings of `export`: convert a LoRA file to the formats of other tools."""
 
     file: str = setting("", _LORA_FILE)
-    layout: LoraLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights; or both")
+    layout: LoraLayout = setting("kohya", "file format: kohya (web UIs), diffusers (load_lora_weights) or both")
     dtype: SaveDtype | None = setting(None, _NEW_DTYPE)
     output: str | None = setting(
         None,
-        "file to write, or a folder; default: NAME_kohya.safetensors, NAME_diffusers.safetensors beside the old one",
+        "output file or folder; default: NAME_kohya.safetensors, NAME_diffusers.safetensors in the same folder",
     )
-    name: str | None = setting(None, "name of the LoRA in web UIs' prompts; default: as it was, or the file's")
+    name: str | None = setting(None, "name of the LoRA in prompts of web UIs; default: its old name, or the file name")
     base: str | None = setting(None, _LORA_BASE)
     overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class MergeConfig(Section):
-    """All settings of `merge`: a base with LoRAs added to its weights."""
+    """The settings of `merge`: merge LoRAs into a base model."""
 
     base: str = setting("", _WHOLE_BASE)
-    lora: tuple[str, ...] = setting((), "LoRA files, each with its strength if not 1: FILE or FILE@0.8")
-    output: str = setting("", "folder to write; with --single_file a .safetensors file")
-    single_file: bool = setting(False, "write one checkpoint with the original names, for ComfyUI and other web UIs")
+    lora: tuple[str, ...] = setting((), "LoRA files with optional strength: FILE or FILE@0.8")
+    output: str = setting("", "output folder, or .safetensors file with --single_file")
+    single_file: bool = setting(False, "save a single checkpoint file for ComfyUI and other web UIs")
     single_file_config: str | None = setting(
-        None, "for a single-file base: a diffusers folder whose configs and tokenizers are used, to work offline"
+        None, "diffusers folder with configs and tokenizers for a single-file base, to work offline"
     )
-    dtype: SaveDtype | None = setting(None, "precision of the result; default: the base's, for a hub id fp16")
+    dtype: SaveDtype | None = setting(None, "precision of the result; default: that of the base, fp16 for a hub id")
     overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class ResizeConfig(Section):
-    """All settings of `resize`: the best LoRA of a lower rank."""
+    """The settings of `resize`: reduce the rank of a LoRA by SVD."""
 
     file: str = setting("", _LORA_FILE)
-    rank: int = setting(4, "highest rank of a layer", min=1, max=1024)
-    output: str | None = setting(None, "file to write, or a folder; default: NAME_rank4.safetensors beside it")
+    rank: int = setting(4, "maximum rank of a layer", min=1, max=1024)
+    output: str | None = setting(None, "output file or folder; default: NAME_rank4.safetensors in the same folder")
     dtype: SaveDtype | None = setting(None, _NEW_DTYPE)
     base: str | None = setting(None, _LORA_BASE)
     overwrite: bool = setting(False, _OVERWRITE)
@@ -131,42 +129,42 @@ class ResizeConfig(Section):
 
 @dataclass(frozen=True)
 class AverageConfig(Section):
-    """All settings of `average`: several LoRAs of one base as one."""
+    """The settings of `average`: average several LoRAs of the same base."""
 
-    loras: tuple[str, ...] = setting((), "LoRA files in any layout, or folders of runs; two or more of one base")
-    output: str = setting("average.safetensors", "file to write")
+    loras: tuple[str, ...] = setting((), "two or more LoRA files or run folders of the same base")
+    output: str = setting("average.safetensors", "output file")
     weights: tuple[float, ...] = setting(
-        (), "weight of each LoRA, in their order; divided by their sum. Default: all alike", min=0, repeats=True
+        (), "weight of each LoRA in order, normalized to a sum of 1; default: equal weights", min=0, may_repeat=True
     )
     rank: int | None = setting(
-        None, "cut each layer to this rank by SVD; default: the sum of the ranks, which is exact", min=1, max=1024
+        None, "reduce each layer to this rank by SVD; default: the sum of the ranks, which is exact", min=1, max=1024
     )
-    strength: float = setting(1.0, "multiply the average by this", min=1e-3, max=100)
-    layout: FileLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights")
-    dtype: SaveDtype | None = setting(None, "precision of the file; default: that of the first LoRA")
+    strength: float = setting(1.0, "strength: factor of the average", min=1e-3, max=100)
+    layout: FileLayout = setting("kohya", "file format: kohya (web UIs) or diffusers (load_lora_weights)")
+    dtype: SaveDtype | None = setting(None, "precision of the output file; default: that of the first LoRA")
     base: str | None = setting(None, _LORA_BASE)
     overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class ExtractConfig(Section):
-    """All settings of `extract`: the difference of two models as a LoRA."""
+    """The settings of `extract`: a LoRA from the difference of two models."""
 
     base: str = setting("", _WHOLE_BASE)
-    tuned: str = setting("", "the model made from it, in one of these forms")
-    rank: int = setting(32, "highest rank of a layer", min=1, max=1024)
-    output: str = setting("extracted.safetensors", "file to write")
-    layout: FileLayout = setting("kohya", "kohya: for all web UIs; diffusers: for load_lora_weights")
-    dtype: SaveDtype = setting("fp16", "precision of the file")
+    tuned: str = setting("", "fine-tuned model of that base, in the same formats")
+    rank: int = setting(32, "maximum rank of a layer", min=1, max=1024)
+    output: str = setting("extracted.safetensors", "output file")
+    layout: FileLayout = setting("kohya", "file format: kohya (web UIs) or diffusers (load_lora_weights)")
+    dtype: SaveDtype = setting("fp16", "precision of the output file")
     single_file_config: str | None = setting(
-        None, "for single files: a diffusers folder whose configs and tokenizers are used, to work offline"
+        None, "diffusers folder with configs and tokenizers for single-file models, to work offline"
     )
     overwrite: bool = setting(False, _OVERWRITE)
 
 
 @dataclass(frozen=True)
 class InspectConfig(Section):
-    """All settings of `inspect`: what is in a LoRA file, and which tools read it."""
+    """The settings of `inspect`: the contents of a LoRA file and the tools that support it."""
 
     file: str = setting("", _LORA_FILE)
     json: bool = setting(False, "print JSON")
@@ -174,152 +172,156 @@ class InspectConfig(Section):
 
 
 CAPTION_WRITERS = {"blip": "BlipForConditionalGeneration", "florence2": "Florence2ForConditionalGeneration"}
-"""Models that write captions: transformers' class, by the kind that their config.json names."""
+"""Class in transformers of each captioning model, by the `model_type` of its config.json."""
 
 
 @dataclass(frozen=True)
 class CaptionConfig(Section):
-    """All settings of `caption`: captions for the images of a folder that have none."""
+    """The settings of `caption`: caption the images of a folder."""
 
-    folder: str = setting("", "folder of images; those without a caption get one, in NAME.txt beside them")
+    folder: str = setting("", "folder of images; captions of images without one are saved as NAME.txt")
     captioner: str = setting(
         "",
-        "folder or hub id of the model: a BLIP or a Florence-2 in transformers' format writes a sentence, a WD14 "
-        "tagger (model.onnx with selected_tags.csv) tags",
+        "captioning model, folder or hub id: BLIP or Florence-2 (transformers) for sentences, a WD14 tagger "
+        "(model.onnx and selected_tags.csv) for tags",
     )
-    trigger: str = setting("", "trigger word, put in front of tags and behind a sentence, `, in the style of TOK`")
-    tag_threshold: float = setting(0.35, "how likely a tag has to be", min=0, max=1)
-    character_threshold: float = setting(0.85, "how likely the tag of a character has to be", min=0, max=1)
+    trigger: str = setting("", "trigger word, added before tags or after a sentence as `, in the style of TOK`")
+    tag_threshold: float = setting(0.35, "minimum probability of a tag", min=0, max=1)
+    character_threshold: float = setting(0.85, "minimum probability of a character tag", min=0, max=1)
 
 
 @dataclass(frozen=True)
 class DoctorConfig(Section):
-    """All settings of `doctor`: for what this computer is looked at."""
+    """The settings of `doctor`: what to check the installation for."""
 
-    config: str | None = setting(None, "settings of a run, such as its config.json; default: those of the tiny base")
-    encoders: tuple[str, ...] = setting(("judge",), "what `compare` is to measure with, as its own --encoders")
+    config: str | None = setting(None, "config file of a planned run; default: a run on the tiny base")
+    encoders: tuple[str, ...] = setting(("judge",), "encoders of a planned `compare`, as its --encoders")
     gpu: bool = setting(
         False,
-        "also train three steps on the GPU with random weights of SDXL's shapes, and check them; about 2 minutes",
+        "also train and check three steps on the GPU with a random SDXL-sized model; about 2 minutes",
     )
-    port: int = setting(7860, "port that the app is to listen on", min=1, max=65535)
+    port: int = setting(7860, "port of the app", min=1, max=65535)
 
 
 @dataclass(frozen=True)
 class WorkersConfig(Section):
-    """Where several trainings run at once."""
+    """Parallel training."""
 
     workers: int | None = setting(
         None,
-        "trainings at once, each in a process of its own: on this machine at most one for each CUDA device (default: "
-        "1), or with --cluster as many as it has GPUs or, without any, cores",
+        "number of parallel training processes: at most one per CUDA device (default: 1); with --cluster default: its "
+        "number of GPUs or else CPU cores",
         min=1,
         max=10_000,
     )
     cluster: str | None = setting(
         None,
-        "train on a Ray cluster that shares these folders: its address, such as auto or ray://HOST:10001, or local "
-        "for one on this machine; needs the extra `cluster`",
+        "address of a Ray cluster with access to the same folders, such as auto, ray://HOST:10001, or local for this "
+        "machine; needs the extra `cluster`",
     )
 
     @property
     def trains_at_once(self) -> bool:
+        """Whether several training processes run in parallel."""
         return self.cluster is not None or (self.workers or 1) > 1
 
 
 @dataclass(frozen=True)
 class CompareConfig(WorkersConfig):
-    """What `compare` has beside the settings of `train`, which all its arms share."""
+    """The settings of `compare` in addition to those of `train`."""
 
     arms: tuple[str, ...] = setting(
         ("lora", "flat-lora"),
-        "METHOD or METHOD:SETTING=VALUE,... such as flat-lora:perturb_noise=iid or lora:use_ema=true; the others are "
-        "compared with the first",
+        "arms to compare: METHOD or METHOD:SETTING=VALUE,... such as flat-lora:perturb_noise=iid or "
+        "lora:use_ema=true; the first is the baseline",
     )
-    num_seeds: int = setting(
-        1, "runs of each arm, with --seed (0 if it is not given) and the numbers after it", min=1, max=1000
-    )
-    num_checkpoints: int = setting(4, "points along each run that are measured", min=1, max=100)
+    num_seeds: int = setting(1, "runs per arm, with consecutive seeds from --seed (default: 0)", min=1, max=1000)
+    num_checkpoints: int = setting(4, "number of checkpoints to measure per run", min=1, max=100)
     heldout_dir: str | None = setting(
-        None, "captioned images of the style that are not trained on; the sample icons have their own"
+        None, "folder of held-out captioned images of the style; default: that of the sample icons"
     )
     forgetting_dir: str | None = setting(
-        None, "captioned images of what the base knew already; the sample icons have their own"
+        None, "folder of captioned images known to the base, to measure forgetting; default: that of the sample icons"
     )
     prompts_file: str | None = setting(
-        None, "prompts in the style, one per line; default: prompts.txt or the captions of --heldout_dir"
+        None, "file with prompts in the style, one per line; default: prompts.txt or captions of --heldout_dir"
     )
     unrelated_prompts_file: str | None = setting(
-        None, "prompts that the LoRA should leave alone, one per line; default: eight that ship with this program"
+        None, "file with prompts that the LoRA should not affect, one per line; default: eight included prompts"
     )
-    num_prompts: int = setting(8, "prompts of each kind that are drawn", min=1, max=1000)
-    pictures_per_prompt: int = setting(2, "seeds of each picture; diversity needs two", min=1, max=1000)
+    num_prompts: int = setting(8, "number of prompts of each kind", min=1, max=1000)
+    pictures_per_prompt: int = setting(2, "images per prompt; diversity needs at least two", min=1, max=1000)
     guidance_scale: float = setting(5.0, _GUIDANCE, min=0, max=100)
     encoders: tuple[str, ...] = setting(
-        ("judge",), "judge (icons only), or CLIP and DINOv2 models: folders or hub ids, for similarity and drift"
+        ("judge",),
+        "encoders for similarity and drift: judge (icons only), or folders or hub ids of CLIP and DINOv2 models",
     )
     controls: bool = setting(
-        True, "also train and measure controls, which differ from an arm by chance alone: sigma 0, other draws"
+        True, "also train controls, which differ from an arm by chance only: sigma 0, other seeds of the noise"
     )
-    lpips: bool = setting(False, "LPIPS diversity too; needs the package lpips and AlexNet's weights")
+    lpips: bool = setting(False, "measure LPIPS diversity; needs the package lpips and the weights of AlexNet")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("arms", "encoders"):
             if not getattr(self, name):
-                raise ConfigError(f"{name} is empty; give at least one")
+                raise ConfigError(f"{name} is empty; give at least one value")
 
 
 @dataclass(frozen=True)
 class LandscapeConfig(Section):
-    """What is measured around merged weights W', of any model: noise, slices and surface."""
+    """The settings of the loss landscape around merged weights W': noise, slices and surface."""
 
-    seed: int = setting(0, "seed of probe, noise and directions, which all runs share", min=0)
-    sigmas: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.4), "relative radii of the noise", min=0, max=10)
-    rise_draws: int = setting(4, "draws of the noise, each with both signs", min=2, max=1000)
-    extent: float = setting(1.0, "slices and surface reach this far: 1 moves each row by its own length", min=1e-3)
-    surface_points: int = setting(11, "points along each side, an odd number", min=3, max=201)
-    slice_directions: int = setting(6, "random directions of the slices", min=2, max=1000)
+    seed: int = setting(0, "seed of samples, noise and directions, equal for all runs", min=0)
+    sigmas: tuple[float, ...] = setting(
+        (0.05, 0.1, 0.2, 0.4), "noise strengths, relative to the row norms", min=0, max=10
+    )
+    rise_draws: int = setting(4, "noise samples per strength, each with both signs", min=2, max=1000)
+    extent: float = setting(1.0, "range of slices and surface, relative to the row norms", min=1e-3)
+    surface_points: int = setting(11, "points per axis of the surface, an odd number", min=3, max=201)
+    slice_directions: int = setting(6, "number of random directions of the slices", min=2, max=1000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.surface_points % 2 == 0:
             raise ConfigError(
-                f"surface_points={self.surface_points} must be odd, so that W' itself is in the middle; "
-                f"{self.surface_points + 1} is"
+                f"surface_points={self.surface_points} must be odd, so that W' is in the middle; use "
+                f"{self.surface_points + 1}"
             )
-        _check_filled(self, "sigmas")
+        _check_not_empty(self, "sigmas")
 
 
 @dataclass(frozen=True)
 class FlatnessConfig(LandscapeConfig):
-    """All settings of `flatness`: how flat the loss is around the merged weights of finished runs."""
+    """The settings of `flatness`: the flatness of the loss around the merged weights of finished runs."""
 
-    runs: tuple[str, ...] = setting((), "folders of finished runs of one base and one set of images")
-    pretrained_model_name_or_path: str | None = setting(None, "the base, if it is not where the runs found it")
-    instance_data_dir: str | None = setting(None, "the training images, if they are not where the runs found them")
+    runs: tuple[str, ...] = setting((), "folders of finished runs with the same base and images")
+    pretrained_model_name_or_path: str | None = setting(None, "base model, if it was moved since the runs")
+    instance_data_dir: str | None = setting(None, "training images, if they were moved since the runs")
     heldout_dir: str | None = setting(
-        None, "captioned images of the style that were not trained on: for what strength, bits and rank do to the loss"
+        None, "folder of held-out captioned images, for the effect of strength, precision and rank on the loss"
     )
-    second_lora: str | None = setting(None, "a LoRA file that is added to each run's, at strength 1")
-    other_base: str | None = setting(None, "another checkpoint of the same architecture to put each run's LoRA on")
+    second_lora: str | None = setting(None, "LoRA file to combine with that of each run, at strength 1")
+    other_base: str | None = setting(None, "another base of the same architecture, to measure the LoRAs on")
     output_dir: str = setting(
-        "flatness", "folder for flatness.json, tables and pictures; an earlier result is replaced"
+        "flatness", "output folder of flatness.json, tables and figures; an earlier result is replaced"
     )
-    probe_draws: int = setting(1, "(noise, timestep) pairs for each image", min=1, max=64)
-    probe_batch_size: int = setting(16, "samples of the probe at once; 1 saves memory", min=1, max=4096)
-    radii: tuple[float, ...] = setting((0.001, 0.003, 0.01), "relative radii of the steepest steps", min=0, max=10)
-    curvature: bool = setting(True, "eigenvalues and trace of the Hessian; needs several times the memory")
-    eigenvalues: int = setting(3, "largest eigenvalues to report", min=1, max=100)
-    lanczos_steps: int = setting(10, "Hessian-vector products for them", min=1, max=1000)
-    trace_probes: int = setting(4, "Hessian-vector products for the trace", min=2, max=1000)
+    probe_draws: int = setting(1, "(noise, timestep) samples per image", min=1, max=64)
+    probe_batch_size: int = setting(16, "batch size; 1 saves memory", min=1, max=4096)
+    radii: tuple[float, ...] = setting(
+        (0.001, 0.003, 0.01), "relative radii of the steps along the gradient", min=0, max=10
+    )
+    curvature: bool = setting(True, "compute eigenvalues and trace of the Hessian; needs several times the memory")
+    eigenvalues: int = setting(3, "number of largest eigenvalues", min=1, max=100)
+    lanczos_steps: int = setting(10, "Lanczos steps (Hessian-vector products) for the eigenvalues", min=1, max=1000)
+    trace_probes: int = setting(4, "random probes (Hessian-vector products) for the trace", min=2, max=1000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_filled(self, "radii")
+        _check_not_empty(self, "radii")
 
 
-def _check_filled(section: Section, *names: str) -> None:
+def _check_not_empty(section: Section, *names: str) -> None:
     for name in names:
         if not getattr(section, name):
-            raise ConfigError(f"{name} is empty; give at least one value or leave it out")
+            raise ConfigError(f"{name} is empty; give at least one value or remove it")

@@ -13,127 +13,134 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "ham
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """The images and their captions."""
+    """Training images, captions, crops and caches."""
 
     instance_data_dir: str | None = setting(
         None,
-        "folder with the training images; captions from .txt/.caption beside them",
-        place="read",
+        "folder of training images, with captions in .txt or .caption files of the same name",
+        path_kind="read",
         free_on_resume=True,
-        stays_open=True,
+        read_at_runtime=True,
         is_shared=True,
     )
     dataset_name: str | None = setting(
         None,
-        "in place of a folder: a Hugging Face dataset, by hub id or local path",
-        place="model",
+        "Hugging Face dataset (hub id or local path) instead of a folder",
+        path_kind="model",
         free_on_resume=True,
-        stays_open=True,
+        read_at_runtime=True,
         is_shared=True,
     )
     dataset_config: str | None = setting(
         None,
-        "in place of a folder: a dataset file (TOML) of sd-scripts with several folders, their repeats and prompts",
-        place="read",
+        "sd-scripts dataset config (TOML) instead of a folder: several folders with repeats and prompts",
+        path_kind="read",
         free_on_resume=True,
-        stays_open=True,
+        read_at_runtime=True,
         is_shared=True,
     )
-    dataset_config_name: str | None = setting(None, "configuration of that dataset", place="part")
-    cache_dir: str | None = setting(None, "where downloaded datasets are kept", place="written", free_on_resume=True)
-    image_column: str = setting("image", "dataset column with the images")
-    caption_column: str | None = setting(
-        None, "dataset column, or field of metadata.jsonl, with the captions; default: every image uses the prompt"
+    dataset_config_name: str | None = setting(None, "configuration (subset) of --dataset_name", path_kind="part")
+    cache_dir: str | None = setting(
+        None, "cache folder of downloaded datasets", path_kind="written", free_on_resume=True
     )
-    instance_prompt: str | None = setting(None, "prompt for every image without a caption of its own")
+    image_column: str = setting("image", "image column of the dataset")
+    caption_column: str | None = setting(
+        None, "caption column of the dataset or of metadata.jsonl; default: all images use --instance_prompt"
+    )
+    instance_prompt: str | None = setting(None, "prompt of images without a caption")
     holdout_images: int = setting(
         0,
-        "so many of the images, always the same, are not trained on: their loss chooses the checkpoint that becomes "
-        "the result",
+        "number of images held out from training; the checkpoint with the lowest loss on them is the result",
         min=0,
         max=10_000,
-        moves="draws",
+        affects="draws",
     )
     holdout_patience: int = setting(
         0,
-        "stop after so many checkpoints in a row without a lower loss of --holdout_images; 0: train all steps",
+        "early stopping after N checkpoints without a lower loss of --holdout_images; 0: no early stopping",
         min=0,
         free_on_resume=True,
     )
     holdout_folds: int = setting(
         0,
-        "for few images: so many runs of --max_train_steps, each without another part of the images, find at how many "
-        "steps the held-out loss of all images is lowest; then the run trains on all of them for so many",
+        "choose the number of steps by N-fold cross-validation, then train on all images: N + 1 runs of at most "
+        "--max_train_steps; for few images",
         min=0,
         max=100,
     )
-    repeats: int = setting(1, "how often each image is used per epoch", min=1, max=10_000, moves="draws")
+    repeats: int = setting(1, "repeats of each image per epoch", min=1, max=10_000, affects="draws")
     with_prior_preservation: bool = setting(
-        False, "train on class images too, so that the class keeps its look", moves="draws"
+        False, "prior preservation: also train on class (regularization) images", affects="draws"
     )
     class_data_dir: str | None = setting(
         None,
-        "folder of class images; missing ones are generated into it",
-        place="written",
+        "folder of class images; missing images are generated",
+        path_kind="written",
         free_on_resume=True,
-        stays_open=True,
+        read_at_runtime=True,
     )
-    class_prompt: str | None = setting(None, "prompt of the class, without the trigger")
-    num_class_images: int = setting(100, "class images to have", min=1, free_on_resume=True)
-    sample_batch_size: int = setting(4, "batch size of generating them", min=1, free_on_resume=True)
+    class_prompt: str | None = setting(None, "prompt of the class images, without the trigger word")
+    num_class_images: int = setting(100, "number of class images", min=1, free_on_resume=True)
+    sample_batch_size: int = setting(4, "batch size for generating class images", min=1, free_on_resume=True)
     prior_generation_precision: Precision | None = setting(
-        None, "precision of generating them; default: fp16 on a GPU, fp32 on a CPU", free_on_resume=True
+        None, "precision for generating class images; default: fp16 on GPU, fp32 on CPU", free_on_resume=True
     )
     resolution: int | None = setting(
         None,
-        "training size in pixels; default: the base's own (1024 for SDXL, 64 for tiny)",
+        "training resolution in pixels; default: that of the base (1024 for SDXL, 64 for tiny)",
         min=8,
         max=4096,
-        is_settled=True,
-        moves="draws",
+        is_resolved=True,
+        affects="draws",
     )
     use_aspect_ratio_buckets: bool = setting(
         False,
-        "keep each image's shape: batches of one shape, all of about resolution x resolution pixels",
-        moves="draws",
+        "aspect ratio bucketing: train at the aspect ratio of each image, with about resolution x resolution pixels",
+        affects="draws",
     )
-    center_crop: bool = setting(False, "crop at the centre instead of at random", moves="draws")
-    random_flip: bool = setting(False, "mirror images at random, anew in each epoch", moves="draws")
-    image_interpolation_mode: Interpolation = setting("lanczos", "filter for resizing", moves="draws")
-    background_color: str = setting("white", "colour put behind transparent images: a name or #rrggbb", moves="draws")
+    center_crop: bool = setting(False, "center crop instead of random crop", affects="draws")
+    random_flip: bool = setting(False, "random horizontal flip", affects="draws")
+    image_interpolation_mode: Interpolation = setting(
+        "lanczos", "interpolation filter for resizing images", affects="draws"
+    )
+    background_color: str = setting(
+        "white", "background color of transparent images: a name or #rrggbb", affects="draws"
+    )
     caption_dropout: float = setting(
         0.0,
-        "share of samples trained without prompt, as the base has it in guidance: embeddings of zeros, or of "
-        "the empty prompt where its force_zeros_for_empty_prompt is false",
+        "caption dropout rate: fraction of samples trained unconditionally, with zero embeddings or, for a base with "
+        "force_zeros_for_empty_prompt=false, the empty prompt",
         min=0,
         max=1,
     )
-    shuffle_tags: bool = setting(False, "shuffle the tags of a caption, with commas between them, for each showing")
-    keep_tags: int = setting(0, "so many first tags of a caption are neither shuffled nor dropped", min=0)
-    tag_dropout: float = setting(0.0, "share of the other tags that a showing leaves out", min=0, max=1)
+    shuffle_tags: bool = setting(False, "shuffle the comma-separated tags of a caption each time it is used")
+    keep_tags: int = setting(0, "keep the first N tags of a caption in place (keep tokens)", min=0)
+    tag_dropout: float = setting(
+        0.0, "tag dropout rate: fraction of the other tags to drop each time a caption is used", min=0, max=1
+    )
     cache_latents: bool = setting(
         False,
-        "encode each image once: posterior mean and std, both flips, one seeded crop for the whole run",
-        moves="draws",
+        "cache the latents: encode each image once, with one fixed crop per image",
+        affects="draws",
     )
     cache_text_embeddings: bool = setting(
         False,
-        "keep the prompt embeddings in --embedding_cache_dir; in memory they are always cached when frozen",
+        "cache text encoder outputs in --embedding_cache_dir; in memory they are always cached unless trained",
         free_on_resume=True,
     )
     embedding_cache_dir: str | None = setting(
-        None, "keep what is cached in this folder, for later runs", place="written", free_on_resume=True
+        None, "folder for cached embeddings, reused by later runs", path_kind="written", free_on_resume=True
     )
     dataloader_num_workers: int = setting(
-        0, "threads that load the images of the next step", min=0, max=64, free_on_resume=True
+        0, "threads that load the images of the next steps", min=0, max=64, free_on_resume=True
     )
 
     @property
     def draws_captions(self) -> bool:
-        """Whether an image's caption is another one in each showing."""
+        """Whether the caption of an image changes each time it is used."""
         return self.shuffle_tags or self.tag_dropout > 0
 
     @property
     def is_given(self) -> bool:
-        """Whether some setting names the training images."""
+        """Whether a setting names the training images."""
         return bool(self.instance_data_dir or self.dataset_name or self.dataset_config)

@@ -1,4 +1,4 @@
-"""Settings and values of earlier versions: the sentence for those who give one, and how runs that have one open."""
+"""Removed settings and values: their error messages, and their replacement in saved settings."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Removed:
     """A removed setting or value.
 
     Attributes:
-        remedy: what to use in its place, the end of a sentence.
-        without_effect: the value at which a removed setting did nothing.
-        instead: the settings that a saved run is opened with in its place.
-        is_renamed: whether `instead` does exactly the same.
+        remedy: the end of the error message: the setting to use instead.
+        without_effect: the value that turned a removed setting off.
+        instead: its replacement in saved settings.
+        is_renamed: whether `instead` is equivalent.
     """
 
     remedy: str
@@ -49,38 +49,38 @@ VALUES: dict[tuple[str, str], Removed] = {
 
 
 def why_removed(name: str, value: Any = None) -> str:
-    """The end of a sentence on a setting, or on a value of it, that an earlier version had; empty for all others."""
+    """Return the end of the error message for a removed setting or value; empty for others."""
     removed = SETTINGS.get(name) or VALUES.get((name, value if isinstance(value, str) else ""))
     return "" if removed is None else f"; an earlier version had it: {removed.remedy}"
 
 
 def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings as this version reads them; a warning names each removed setting that had an effect."""
+    """Return saved settings without removed ones; logs a warning for each that had an effect."""
     for text in removed_settings(values):
         _warn(text)
     return _replaced(values)
 
 
 def removed_settings(values: Mapping[str, Any]) -> list[str]:
-    """`name=value` for each of the saved settings that this version cannot repeat."""
-    found = []
+    """Return `name=value` of each saved setting that was removed without an equivalent."""
+    texts = []
     for name, value in values.items():
         removed = SETTINGS.get(name)
         if removed is not None and value != removed.without_effect:
-            found.append(f"{name}={value}")
+            texts.append(f"{name}={value}")
         if isinstance(value, str) and (name, value) in VALUES and not VALUES[name, value].is_renamed:
-            found.append(f"{name}={value}")
-    return found
+            texts.append(f"{name}={value}")
+    return texts
 
 
 def _replaced(values: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in values.items() if name not in SETTINGS}
+    settings = {name: value for name, value in values.items() if name not in SETTINGS}
     for name, value in values.items():
         if isinstance(value, str) and (name, value) in VALUES:
-            kept |= VALUES[name, value].instead
-    return kept
+            settings |= VALUES[name, value].instead
+    return settings
 
 
 @cache
 def _warn(text: str) -> None:
-    logger.warning("%s was removed from this version and is left out of the saved settings", text)
+    logger.warning("%s was removed from this version; the saved setting is ignored", text)

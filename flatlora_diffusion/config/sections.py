@@ -1,4 +1,4 @@
-"""The sections of a training's settings side by side, and what follows from several of them."""
+"""The sections of the training settings, and properties that depend on several sections."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 
 from flatlora_diffusion.config.adapter import AdapterConfig, TokenConfig
 from flatlora_diffusion.config.data import DataConfig
-from flatlora_diffusion.config.members import MembersConfig
 from flatlora_diffusion.config.model import ModelConfig
 from flatlora_diffusion.config.optim import ObjectiveConfig, OptimConfig
 from flatlora_diffusion.config.perturb import PerturbConfig
-from flatlora_diffusion.config.run import RunConfig
+from flatlora_diffusion.config.run import MembersConfig, RunConfig
 
 
 @dataclass(frozen=True)
 class Sections:
-    """The settings of one training run by section, each section checked by itself."""
+    """The settings of a training run by section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -29,10 +28,10 @@ class Sections:
 
     @property
     def trains_text(self) -> bool:
-        """Whether anything in the text encoders is trained, so that prompts must be encoded in each step."""
+        """Whether text encoder weights or embeddings are trained."""
         return self.adapter.train_text_encoder or self.tokens.train_text_encoder_ti
 
     @property
     def encodes_in_steps(self) -> bool:
-        """Whether the text encoders are needed in each step, trained or not."""
+        """Whether every step encodes prompts."""
         return self.trains_text or self.data.draws_captions

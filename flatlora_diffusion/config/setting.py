@@ -1,4 +1,4 @@
-"""What a setting is: default, help and bounds in one place, and the errors that tell what is wrong with a value."""
+"""The definition of a setting (default, help, bounds, traits), its validation and the errors of invalid values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal, TypedDict, Unpack, get_args
 from flatlora_diffusion.config.removed import why_removed
 
 KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-"""The types of settings as people read them."""
+"""Names of the setting types in messages."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped(name: str) -> Path:
-    """What comes with the program: inside of the package where it is installed, beside it in a checkout."""
+    """Return the path of a data file: inside the installed package, or beside the package in a checkout."""
     inside = _PACKAGE / name
     return inside if inside.exists() else _PACKAGE.parent / name
 
@@ -29,13 +29,19 @@ SAMPLES = shipped("samples")
 
 
 class ConfigError(ValueError):
-    """Something the user can put right: the message says what, and what is allowed."""
+    """An error that the user can fix; the message names the setting or file and the allowed values."""
 
     exit_code = 2
 
 
 class SettingError(ConfigError):
-    """A value that a setting cannot have; `why` is the rest of the sentence behind name and value."""
+    """An invalid value of a setting.
+
+    Args:
+        name: name of the setting.
+        value: the invalid value.
+        why: the end of the message, after `name=value`.
+    """
 
     def __init__(self, name: str, value: object, why: str) -> None:
         super().__init__(name, value, why)
@@ -46,62 +52,61 @@ class SettingError(ConfigError):
 
 
 class RunError(RuntimeError):
-    """A run that had to stop; the message says why and what to do."""
+    """A run that had to stop; the message gives the reason and the remedy."""
 
     exit_code = 1
 
 
 class StoppedError(RunError):
-    """A run that was asked to stop, and has saved what it needs to go on."""
+    """A run that stopped on request and can be resumed."""
 
     exit_code = 3
 
 
 class Traits(TypedDict, total=False):
-    """What others must know of a setting; what is left out is not so."""
+    """Properties of a setting besides default, help and bounds. An absent trait is false."""
 
-    place: Literal["read", "written", "model", "run", "part"]
-    """What it names on disk: a file or folder that is read; a folder that is filled; a model or data set, which may be
-    a hub id too; the run folder; or no path, but a part of one."""
+    path_kind: Literal["read", "written", "model", "run", "part"]
+    """A path to read, a folder to write to, a model or data set (path or hub id), the run folder, a part of a path."""
     is_secret: bool  # never saved
-    free_on_resume: bool  # may differ when a run goes on: none of it alters the steps that were taken
-    is_remedy: bool  # the advice for a run that failed says to change it: the steps to come are others than without
-    is_settled: bool  # a run that leaves it open settles it before anything is built
-    is_shared: bool  # the same for all arms of an experiment, which sets it, pairs by it or could not measure without
-    is_lines: bool  # a text for each line; a command line gives them one by one too
-    stays_open: bool  # a place that a run goes on reading
-    names_base: bool  # says which base is meant, of which there is a fingerprint
-    only_loads: bool  # how the base is loaded; what it is stays the same
-    before: Any  # what runs did that were saved before there was this setting
-    repeats: bool  # a value may stand in it more than once
-    moves: Literal["weights", "draws"]  # with another value the LoRA's first weights, or the draws, are others
+    free_on_resume: bool  # may change on resume, because it does not affect the steps so far
+    retryable: bool  # may change on resume after a failure, although it affects the remaining steps
+    is_resolved: bool  # None is replaced by a value before the run starts
+    is_shared: bool  # equal in all arms of a comparison
+    is_multiline: bool  # one text per line; the command line also accepts the flag several times
+    read_at_runtime: bool  # a path that the run reads after its start
+    identifies_base: bool  # selects the base model, whose fingerprint is saved
+    loader_only: bool  # affects how the base is loaded, not its weights
+    legacy_default: Any  # the value in runs saved before the setting existed
+    may_repeat: bool  # a tuple that may contain a value twice
+    affects: Literal["weights", "draws"]  # changes the initial LoRA weights, or the batches, noise and timesteps
 
 
 def setting(
     default: Any, help: str, min: float | None = None, max: float | None = None, **traits: Unpack[Traits]
 ) -> Any:
-    """A dataclass field with its help, its inclusive bounds and its traits."""
+    """Return a dataclass field with help, inclusive bounds and traits."""
     return field(default=default, metadata={"help": help, "min": min, "max": max, **traits})
 
 
 class Choice(str):
-    """The type of a setting whose choices are the names of a registry's rows; its values are plain texts.
+    """The type of a setting whose choices are the keys of a registry; its values are plain strings.
 
-    Each row has a `help`.
+    Each row of the registry has a `help`.
     """
 
     rows: ClassVar[Mapping[str, Any]] = {}
 
 
 def function_at(path: str) -> Callable[..., Any]:
-    """The function that a registry's row names as `module:function`; its module is imported now."""
+    """Import and return the function of a registry row, given as `module:function`."""
     module, name = path.split(":")
     function: Callable[..., Any] = getattr(import_module(module), name)
     return function
 
 
 class Section:
-    """Checks the type, the choices and the bounds of every setting of a dataclass when it is made."""
+    """Base of the dataclasses of settings; validates type, choices and bounds of every setting."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -111,7 +116,7 @@ class Section:
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:
-    """The words that a setting of this type may be; empty for a setting that is no choice."""
+    """Return the choices of a setting of this type; empty for other settings."""
     kind = kind_of(hint)
     if isinstance(kind, type) and issubclass(kind, Choice):
         return tuple(kind.rows)
@@ -119,7 +124,7 @@ def choices_of(hint: Any) -> tuple[str, ...]:
 
 
 def help_of(item: dataclasses.Field[Any], hint: Any) -> str:
-    """The help of a setting, and of each of its choices that has a row in a registry."""
+    """Return the help of a setting, with that of each choice from a registry."""
     kind, text = kind_of(hint), str(item.metadata["help"])
     if isinstance(kind, type) and issubclass(kind, Choice):
         return f"{text}: " + "; ".join(row.help for row in kind.rows.values())
@@ -127,7 +132,7 @@ def help_of(item: dataclasses.Field[Any], hint: Any) -> str:
 
 
 def kind_of(hint: Any) -> Any:
-    """The type of a setting that may be None as well, or of one that may not."""
+    """Return the type of a setting without None."""
     return next(kind for kind in _kinds(hint) if kind is not types.NoneType)
 
 
@@ -137,9 +142,12 @@ def is_optional(hint: Any) -> bool:
 
 
 def read_value(name: str, hint: Any, text: str) -> Any:
-    """The value that `text` gives a setting of this type, choices in any case; not checked any further.
+    """Parse the value of a setting of type `hint` from `text`; choices are case-insensitive.
 
-    Raises SettingError for a text that is no number, or neither true nor false, where one is wanted.
+    Does not check bounds and choices.
+
+    Raises:
+        SettingError: `text` is not a number, or neither true nor false.
     """
     if text == "None" and is_optional(hint):
         return None
@@ -157,17 +165,17 @@ def read_value(name: str, hint: Any, text: str) -> Any:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types of a union (`X | None`, also in its older form that `Literal[...] | None` has), or the one type."""
+    """Return the types of a union, also of a `typing.Union` such as `Literal[...] | None`, or the type itself."""
     return get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def check_setting(item: dataclasses.Field[Any], hint: Any, value: Any) -> None:
-    """Raises SettingError for a value that is not of the setting's type, none of its choices or out of its bounds."""
+    """Raise SettingError for a value of the wrong type, outside the choices or out of range."""
     if value is None and is_optional(hint):
         return
     kind = kind_of(hint)
     if typing.get_origin(kind) is tuple:
-        _check_each(item, get_args(kind)[0], value)
+        _check_items(item, get_args(kind)[0], value)
         return
     if choices := choices_of(hint):
         if value not in choices:
@@ -183,12 +191,12 @@ def check_setting(item: dataclasses.Field[Any], hint: Any, value: Any) -> None:
         raise SettingError(item.name, value, f"is out of range: it must be {allowed}")
 
 
-def _check_each(item: dataclasses.Field[Any], kind: Any, values: Any) -> None:
+def _check_items(item: dataclasses.Field[Any], kind: Any, values: Any) -> None:
     if not isinstance(values, tuple):
         raise SettingError(item.name, values, "must be a tuple of values")
     for value in values:
         check_setting(item, kind, value)
-        if values.count(value) > 1 and not item.metadata.get("repeats"):
+        if values.count(value) > 1 and not item.metadata.get("may_repeat"):
             raise ConfigError(f"{item.name} has {value!r} twice; give each value once")
 
 

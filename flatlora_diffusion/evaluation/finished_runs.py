@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig, settings_that
+from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig, settings_with
 from flatlora_diffusion.data.dataset import SampleSet, manifest
 from flatlora_diffusion.lora_files.paths import unique_path_ends
 from flatlora_diffusion.storage.atomic_io import file_sha256
@@ -73,7 +73,7 @@ def _read(folder: Path, name: str) -> FinishedRun:
 
 
 def _check_same_base(run: FinishedRun, first: FinishedRun) -> None:
-    loading = settings_that("only_loads")
+    loading = settings_with("loader_only")
     for item in fields(ModelConfig):
         value, expected = getattr(run.config.model, item.name), getattr(first.config.model, item.name)
         if item.name not in loading and value != expected:

@@ -164,7 +164,7 @@ def _facts(
         run.name: {
             "sha256": run.sha256,
             "method": run.config.perturb.method,
-            "sigma": run.config.perturb.strength,
+            "sigma": run.config.perturb.effective_sigma,
             "rank": run.config.adapter.rank,
             "max_train_steps": run.config.optim.max_train_steps,
             "seed": run.config.run.seed,

@@ -184,10 +184,10 @@ def training_comment(config: TrainConfig, *more: str) -> str:
     perturb = config.perturb
     parts = [f"flatlora-diffusion: method {perturb.method}"]
     if perturb.draws_noise:
-        parts.append(f"sigma {perturb.strength:g}, {perturb.sigma_schedule} schedule")
+        parts.append(f"sigma {perturb.effective_sigma:g}, {perturb.sigma_schedule} schedule")
         parts.append(f"{perturb.perturb_draw.replace('_', '-')} draws")
-    elif perturb.radius:
-        parts.append(f"rho {perturb.radius:g}")
+    elif perturb.effective_rho:
+        parts.append(f"rho {perturb.effective_rho:g}")
     return ", ".join(filter(None, [*parts, *more]))
 
 

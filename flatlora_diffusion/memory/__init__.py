@@ -1,4 +1,4 @@
-"""The memory and the disk that a training will need, counted without weights before it starts.
+"""Estimates of the memory and disk space of a run before it starts, computed on shapes without weights.
 
-Knows no GPU: it works on a machine without one. Start with `estimate.py`; of the disk, with `disk.py`.
+Needs no GPU. Start with `estimate.py` for device memory and with `disk.py` for disk space.
 """

@@ -1,4 +1,4 @@
-"""How much room on a disk a run will need, counted on shapes: a checkpoint, its result, class images."""
+"""The disk space of a run, computed on shapes: a checkpoint, the result and class images."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, AdapterConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.images import SIDECAR_SUFFIXES
-from flatlora_diffusion.memory.estimate import resolution_of
+from flatlora_diffusion.memory.estimate import optimizer_bytes, resolution_of
 from flatlora_diffusion.memory.meta_step import weight_count
-from flatlora_diffusion.memory.method import optimizer_bytes
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.shapes import on_meta
 
-PIXEL = 1.6  # bytes of a PNG
-_ENTRY = 160  # bytes of a tensor's entry in a file's header
+PIXEL = 1.6  # bytes per pixel of a PNG
+_ENTRY = 160  # bytes per tensor in a file header
 _FP32 = 4
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes of one checkpoint, and of what a run leaves at its end beside its checkpoints."""
+    """Bytes of a checkpoint, and of the other files of a finished run."""
 
     checkpoint: int
     result: int
 
 
 def disk_need(config: TrainConfig) -> DiskNeed:
-    """What a run writes, but for logs; a base that is not on this computer counts as SDXL.
+    """Estimate the disk space of a run without logs; a base that is not on this computer counts as SDXL.
 
-    A checkpoint has, in fp32, the weights, those that they started from if not from zero, the optimizer's and the
-    method's state and the average of --use_ema; and it has the LoRA's files. Raises ConfigError when the LoRA's
-    settings name no layer of the base.
+    Raises:
+        ConfigError: the LoRA settings match no layer of the base.
     """
+    # A checkpoint contains the LoRA files and, in fp32, the weights, their nonzero start, the state of optimizer and
+    # method and the EMA.
     trained, adapted = _shapes(config.model, config.adapter)
     numbers, optim = sum(map(math.prod, trained)), config.optim
     copies = 1 + optim.use_ema + _copies_of_method(config)
     state = _FP32 * copies * numbers + sum(optimizer_bytes(shape, optim) for shape in trained)
     if config.perturb.draws_noise:
-        state += _FP32 * sum(shape[0] for shape in adapted)  # the norms of the rows
+        state += _FP32 * sum(shape[0] for shape in adapted)  # row norms
     entries = _ENTRY * len(trained)
     files = _files(config, numbers, adapted) + 3 * entries
     merged = _merged(config) if config.adapter.adapter == "full" else 0
@@ -54,7 +54,7 @@ def disk_need(config: TrainConfig) -> DiskNeed:
 
 
 def class_images_need(config: TrainConfig) -> int:
-    """Bytes of the class images that are still to be drawn."""
+    """Return the bytes of the class images that are missing."""
     data = config.data
     if not data.with_prior_preservation:
         return 0
@@ -66,55 +66,55 @@ def class_images_need(config: TrainConfig) -> int:
 
 @lru_cache(maxsize=64)
 def _shapes(model: ModelConfig, adapter: AdapterConfig) -> tuple[list[torch.Size], list[torch.Size]]:
-    """The shapes of what is trained, new tokens apart, and of the frozen weights that it adapts."""
+    """Return the shapes of the trained tensors, without new tokens, and of the adapted frozen weights."""
     unet = on_meta(model, "unet")
     encoders = {part: on_meta(model, part) for part in TEXT_PARTS} if adapter.train_text_encoder else {}
     add_lora(unet, adapter, 0, encoders or None, model.clip_skip)
     trained: list[torch.Size] = []
     adapted: list[torch.Size] = []
-    for one in (unet, *encoders.values()):
-        trained += [parameter.shape for parameter in trainable_parameters(one).values()]
-        adapted += [layer.get_base_layer().weight.shape for layer in lora_layers(one).values()]
+    for part in (unet, *encoders.values()):
+        trained += [parameter.shape for parameter in trainable_parameters(part).values()]
+        adapted += [layer.get_base_layer().weight.shape for layer in lora_layers(part).values()]
     return trained, adapted
 
 
 def _copies_of_method(config: TrainConfig) -> int:
-    """How many numbers method and adapter keep for each that is trained.
+    """Return how many numbers per trained weight method and adapter save.
 
-    PiSSA and LoRA-GA: the start. AdaLoRA: two averages of its importance. Bi-LoRA: a second LoRA with two averages.
+    PiSSA and LoRA-GA: the initial weights. AdaLoRA: two averages of importance. Bi-LoRA: a second LoRA with AdamW.
     """
     adapter = {"pissa": 1, "lora-ga": 1, "adalora": 2}.get(config.adapter.adapter, 0)
     return adapter + (3 if config.perturb.method == "bi-lora" else 0)
 
 
 def _files(config: TrainConfig, numbers: int, adapted: Iterable[torch.Size]) -> int:
-    """Bytes of the LoRA's tensors in its files: diffusers' and that for others, of which there may be a copy."""
+    """Return the bytes of the tensors in the LoRA files: in diffusers' and once or twice in kohya's format."""
     adapter = config.adapter
 
     def of_rank(rank: int) -> int:
         return sum(min(rank, *_matrix(shape)) * sum(_matrix(shape)) for shape in adapted)
 
-    theirs = plain = 2 * numbers if ADAPTERS[adapter.adapter].starts_away else numbers
+    diffusers = kohya = 2 * numbers if ADAPTERS[adapter.adapter].has_nonzero_start else numbers
     if adapter.adapter == "full":
-        theirs = plain = of_rank(adapter.rank)
+        diffusers = kohya = of_rank(adapter.rank)
     elif adapter.use_dora:
-        plain = of_rank(max(FOLD_RANK, adapter.rank))
-    return DTYPES[config.run.save_dtype].itemsize * (theirs + plain * (1 + config.run.output_kohya_format))
+        kohya = of_rank(max(FOLD_RANK, adapter.rank))
+    return DTYPES[config.run.save_dtype].itemsize * (diffusers + kohya * (1 + config.run.output_kohya_format))
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:
-    """Rows and inputs of a layer."""
+    """Return (rows, inputs) of a layer."""
     return shape[0], math.prod(shape[1:])
 
 
 def _merged(config: TrainConfig) -> int:
-    """Bytes of the pipeline that full fine-tuning leaves, its VAE in fp32."""
+    """Return the bytes of the merged pipeline of full fine-tuning, with its VAE in fp32."""
     width = DTYPES[config.optim.precision_of_base].itemsize
     parts = sum(weight_count(config.model, part) for part in ("unet", *TEXT_PARTS))
     return width * parts + _FP32 * weight_count(config.model, "vae")
 
 
 def _previews(config: TrainConfig) -> int:
-    """Bytes of the first and the last pictures of --validation_prompt, and of the one beside the LoRA."""
+    """Return the bytes of the first and last preview images and of the thumbnail of the LoRA."""
     pictures = len(config.run.preview_prompts) * config.run.num_validation_images
     return int((2 * pictures + bool(pictures)) * PIXEL * resolution_of(config) ** 2)

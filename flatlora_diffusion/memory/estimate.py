@@ -1,10 +1,10 @@
-"""How much device memory a run will need, and which settings would lower it: counted on meta tensors, not guessed."""
+"""The device memory of a run, computed on meta tensors, and the settings that reduce it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,39 +12,54 @@ from typing import Any
 
 import torch
 
-from flatlora_diffusion.config import TEXT_PARTS, ModelConfig, Quantization, TrainConfig
+from flatlora_diffusion.config import (
+    ADAPTERS,
+    METHODS,
+    TEXT_PARTS,
+    ModelConfig,
+    OptimConfig,
+    PerturbConfig,
+    Quantization,
+    TrainConfig,
+)
 from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.memory.meta_step import (
-    Passes,
-    Trained,
-    rehearse_drawing,
-    rehearse_step,
-    rehearse_vae,
+    StepBytes,
+    TrainedModel,
+    measure_sampling,
+    measure_step,
+    measure_vae,
     weight_count,
 )
-from flatlora_diffusion.memory.method import bytes_of_method, optimizer_bytes
+from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.loading import vae_dtype
 from flatlora_diffusion.sdxl.shapes import native_size, part_settings, size_step
 
 GIB = 2**30
-CONTEXT_BYTES = int(0.6 * GIB)  # CUDA's context with the kernels and workspaces of cuBLAS and cuDNN, as commonly seen
+CONTEXT_BYTES = int(0.6 * GIB)  # typical CUDA context with the kernels and workspaces of cuBLAS and cuDNN
 
-# Bytes per weight and per row: bitsandbytes' nf4 has an fp32 scale for 64 weights, the int8 kinds one for each row.
+# Bytes per weight and per row: nf4 of bitsandbytes has an fp32 scale per 64 weights, int8 has one per row.
 _QUANTIZED: dict[Quantization, tuple[float, int]] = {"nf4": (0.5625, 0), "int8": (1, 4), "torchao-int8": (1, 4)}
-_MOMENTS = ("encoding", "previews", "class_images")
+_WEIGHT_GRADIENTS = "flatlora_diffusion.method.rivals.weight_gradients:meta_passes"
+_8BIT_FROM, _8BIT_BLOCK = 4096, 256  # bitsandbytes: smaller tensors have fp32 state; an fp32 scale per block
+_PHASES = ("encoding", "previews", "class_images")
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device. The first fields are parts of a training step; the last three are whole moments beside it.
+    """Bytes on the device. Fragmentation is not included: keep a tenth of the memory free for it.
 
-    activations: what backward needs, all held when forward ends. temporary: what backward holds at its peak beyond
-    that, with gradient checkpointing the recomputed block. perturbation: what the method holds, of Flat-LoRA
-    its norms and the factors of all eps or its largest eps, and AdaLoRA's scores.
-    encoding, previews, class_images: all that is held while images are encoded, while previews are drawn or images
-    that are not trained on are looked at, and while class images are drawn; 0 if that never happens.
-    The allocator's gaps are not counted: leave it a tenth.
+    Attributes:
+        unet, text_encoders, vae: weights during a training step.
+        lora, gradients, optimizer, ema: trained weights and their state.
+        activations: tensors saved for backward.
+        temporary: additional memory at the peak of backward, such as a recomputed block.
+        perturbation: state of the method and adapter, such as the factors of Flat-LoRA's noise.
+        context: CUDA context.
+        encoding: total while images are encoded.
+        previews: total during previews and validation; 0 without them.
+        class_images: total while class images are generated; 0 if none are.
     """
 
     unet: int
@@ -64,40 +79,43 @@ class MemoryEstimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts of a training step by name."""
-        return {name: value for name, value in vars(self).items() if name not in _MOMENTS}
+        """Bytes of the parts of a training step by name."""
+        return {name: value for name, value in vars(self).items() if name not in _PHASES}
 
     @property
     def total(self) -> int:
-        """The peak of the whole run."""
-        return max(sum(self.parts.values()), *(getattr(self, name) for name in _MOMENTS))
+        """Peak of the run."""
+        return max(sum(self.parts.values()), *(getattr(self, name) for name in _PHASES))
 
 
 def estimate_memory(config: TrainConfig) -> MemoryEstimate:
-    """The device memory of a run on a GPU in eager mode; it takes seconds for SDXL, and no memory.
+    """Estimate the device memory of a run on a GPU in eager mode; takes seconds for SDXL.
 
-    `mixed_precision` and `resolution` count as fp32 and as the base's own where they are left open. Raises ConfigError
-    when the LoRA's settings name no layer of the base.
+    Args:
+        config: settings of the run; default precision is fp32.
+
+    Raises:
+        ConfigError: the LoRA settings match no layer of the base.
     """
     model, data, optim = config.model, config.data, config.optim
-    base = dataclasses.replace(model, offload=False, quantize_base=None)  # the rest decides on the shapes
+    base = dataclasses.replace(model, offload=False, quantize_base=None)  # only shapes matter
     dtype, resolution = DTYPES[optim.mixed_precision or "no"], resolution_of(config)
-    of_base = DTYPES[optim.precision_of_base]
+    base_dtype = DTYPES[optim.precision_of_base]
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
-    predictions = images * (2 if config.objective.prior_from_base else 1)  # the base's own leave nothing behind
-    trained = Trained(base, config.adapter, _new_tokens(config))
-    rehearse = partial(rehearse_step, trained, dtype, of_base, predictions, resolution, optim.gradient_checkpointing)
-    passes = rehearse()
-    # With buckets a class image has as many sizes as there are buckets: it is encoded when it is needed.
+    predictions = images * (2 if config.objective.prior_from_base else 1)  # those of the base save no activations
+    trained = TrainedModel(base, config.adapter, _new_tokens(config))
+    measure = partial(measure_step, trained, dtype, base_dtype, predictions, resolution, optim.gradient_checkpointing)
+    passes = measure()
+    # With buckets a class image is used in several sizes, so it is encoded in each step.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
-    its_dtype = _vae_dtype(base, of_base)
-    vae_passes = rehearse_vae(base, its_dtype, 1 if is_cached else images, resolution)
+    vae_precision = _vae_dtype(base, base_dtype)
+    vae_passes = measure_vae(base, vae_precision, 1 if is_cached else images, resolution)
 
     lora = 4 * sum(map(math.prod, passes.trained))
-    text_encoders = of_base.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
-    vae = its_dtype.itemsize * weight_count(base, "vae")
+    text_encoders = base_dtype.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
+    vae = vae_precision.itemsize * weight_count(base, "vae")
     step = MemoryEstimate(
-        unet=_unet_bytes(passes, model.quantize_base, of_base.itemsize),
+        unet=_unet_bytes(passes, model.quantize_base, base_dtype.itemsize),
         text_encoders=0 if model.offload and not config.encodes_in_steps else text_encoders,
         vae=0 if model.offload and is_cached else vae,
         lora=lora,
@@ -106,68 +124,68 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         ema=lora if optim.use_ema else 0,
         activations=passes.saved,
         temporary=passes.peak - passes.saved + _dequantized(passes, model.quantize_base, dtype.itemsize),
-        perturbation=bytes_of_method(rehearse, dtype.itemsize, config),
+        perturbation=method_bytes(measure, dtype.itemsize, config),
         context=CONTEXT_BYTES,
     )
     loaded = step.context + step.unet + text_encoders + vae + lora
-    kept = step.optimizer + step.ema
-    if is_cached:  # before anything is trained; a UNet that is placed last is not there yet
+    state = step.optimizer + step.ema
+    if is_cached:  # encoding is before training, and a UNet with --offload is moved to the device after it
         while_encoding = loaded - (step.unet + lora if model.is_unet_last else 0)
-    else:  # in each step, beside what the last one has left
-        while_encoding = loaded - text_encoders + step.text_encoders + kept + step.gradients
+    else:  # encoding is in each step, with gradients and optimizer state allocated
+        while_encoding = loaded - text_encoders + step.text_encoders + state + step.gradients
     has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
-    drawing = max(vae_passes.decode_peak, rehearse_drawing(base, of_base, 1, resolution)) if has_previews else 0
-    has_looks = config.run.validation_data_dir is not None or data.holdout_images > 0
-    looking = rehearse_vae(base, its_dtype, 1, resolution).encode_peak if has_looks else 0
+    sampling = max(vae_passes.decode_peak, measure_sampling(base, base_dtype, 1, resolution)) if has_previews else 0
+    has_validation = config.run.validation_data_dir is not None or data.holdout_images > 0
+    validation = measure_vae(base, vae_precision, 1, resolution).encode_peak if has_validation else 0
     return dataclasses.replace(
         step,
         encoding=while_encoding + vae_passes.encode_peak,
-        previews=loaded + kept + max(drawing, looking) if has_previews or has_looks else 0,
+        previews=loaded + state + max(sampling, validation) if has_previews or has_validation else 0,
         class_images=_class_images(config, passes, resolution),
     )
 
 
 def memory_advice(config: TrainConfig, estimate: MemoryEstimate, available_bytes: int) -> list[str]:
-    """The switches that would lower `estimate`, a sentence each, the largest saving first; none if it fits."""
+    """Return a sentence for each setting that reduces the memory, largest saving first; empty if the run fits."""
     if estimate.total <= available_bytes:
         return []
     return [
         f"{switch} saves {in_gib(saving)}"
-        + (", and the run fits" if estimate.total - saving <= available_bytes else ", which is not enough alone")
+        + (", and the run fits" if estimate.total - saving <= available_bytes else ", which is not enough on its own")
         for switch, saving in _savings(config, estimate)
     ]
 
 
 def preflight_lines(config: TrainConfig, available_bytes: int) -> list[str]:
-    """What to tell before a run on a GPU with `available_bytes` free: the estimate, and what lowers it if need be."""
+    """Return log lines with the estimate and, if it exceeds `available_bytes`, settings that reduce it."""
     estimate = estimate_memory(config)
-    need = f"about {in_gib(estimate.total)} of device memory needed, {in_gib(available_bytes)} free"
+    summary = f"needs about {in_gib(estimate.total)} of device memory, {in_gib(available_bytes)} free"
     advice = memory_advice(config, estimate, available_bytes)
-    return [need, *(f"- {line}" for line in advice)]
+    return [summary, *(f"- {line}" for line in advice)]
 
 
 def out_of_memory_text(config: TrainConfig) -> str:
-    """What a run that ran out of device memory says: its estimate and the switches that would lower it."""
+    """Return the error message of a run out of device memory: the estimate and settings that reduce it."""
     estimate = estimate_memory(config)
     lines = [f"{switch} saves {in_gib(saving)}" for switch, saving in _savings(config, estimate)]
-    head = f"the device is out of memory; these settings need about {in_gib(estimate.total)}. "
+    head = f"out of device memory; these settings need about {in_gib(estimate.total)}. "
     if not lines:
-        return head + "No setting lowers that; use a device with more memory, or end what else uses this one"
-    return head + "What lowers it:\n" + "\n".join(f"- {line}" for line in lines)
+        return head + "No setting reduces that; use a device with more memory, or stop other programs on this one"
+    return head + "Settings that reduce it:\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _savings(config: TrainConfig, estimate: MemoryEstimate) -> list[tuple[str, int]]:
-    """Switches and the bytes that each saves on its own, the largest first; those that save under 1 % are left out."""
-    found = [
+    """Return settings and the bytes that each saves, largest first, without savings below 1 %."""
+    savings = [
         (name, estimate.total - estimate_memory(config.replace(**changes)).total)
         for name, changes in _switches(config)
     ]
-    worthwhile = [(name, saving) for name, saving in found if saving > (estimate.total - CONTEXT_BYTES) / 100]
+    worthwhile = [(name, saving) for name, saving in savings if saving > (estimate.total - CONTEXT_BYTES) / 100]
     return sorted(worthwhile, key=lambda pair: -pair[1])
 
 
 def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The settings that could lower the memory and are not on yet, as the user types them."""
+    """Yield settings that could reduce the memory, as flags and as changes of the config."""
     model, data, optim = config.model, config.data, config.optim
     changes: dict[str, Any]
     if not optim.gradient_checkpointing:
@@ -192,7 +210,7 @@ def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _less_training(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The settings that lower the memory by training on less, or less."""
+    """Yield settings that reduce the memory by training fewer pixels or weights."""
     multiple = size_step(config.model)
     smaller = resolution_of(config) * 3 // 4 // multiple * multiple
     if smaller:
@@ -203,8 +221,8 @@ def _less_training(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "no --train_text_encoder_ti", {"train_text_encoder_ti": False}
 
 
-def _class_images(config: TrainConfig, passes: Passes, resolution: int) -> int:
-    """All that is held while class images are drawn, with the base alone; 0 where there are enough of them."""
+def _class_images(config: TrainConfig, passes: StepBytes, resolution: int) -> int:
+    """Return the bytes while class images are generated; 0 if there are enough of them."""
     data, model = config.data, dataclasses.replace(config.model, offload=False, quantize_base=None)
     if not data.with_prior_preservation:
         return 0
@@ -212,21 +230,21 @@ def _class_images(config: TrainConfig, passes: Passes, resolution: int) -> int:
     if folder.is_dir() and len(find_images(folder)[0]) >= data.num_class_images:
         return 0
     dtype = DTYPES[data.prior_generation_precision or "fp16"]
-    its_dtype = _vae_dtype(model, dtype)
-    drawing = rehearse_drawing(model, dtype, data.sample_batch_size, resolution)
-    decoding = rehearse_vae(model, its_dtype, 1, resolution).decode_peak
+    vae_precision = _vae_dtype(model, dtype)
+    sampling = measure_sampling(model, dtype, data.sample_batch_size, resolution)
+    decoding = measure_vae(model, vae_precision, 1, resolution).decode_peak
     unet = _unet_bytes(passes, config.model.quantize_base, dtype.itemsize)
     encoders = dtype.itemsize * sum(weight_count(model, part) for part in TEXT_PARTS)
-    vae = its_dtype.itemsize * weight_count(model, "vae")
-    if config.model.is_unet_last:  # one model after the other
-        return CONTEXT_BYTES + max(encoders, unet + drawing, vae + decoding)
-    return CONTEXT_BYTES + encoders + unet + vae + max(drawing, decoding)
+    vae = vae_precision.itemsize * weight_count(model, "vae")
+    if config.model.is_unet_last:  # the models are moved to the device one by one
+        return CONTEXT_BYTES + max(encoders, unet + sampling, vae + decoding)
+    return CONTEXT_BYTES + encoders + unet + vae + max(sampling, decoding)
 
 
 def _vae_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
-    """What the VAE computes in beside a base in `dtype`."""
-    is_own = model.pretrained_vae_model_name_or_path is None
-    return torch.float32 if is_own else vae_dtype(part_settings(model, "vae"), dtype)
+    """Return the precision of the VAE with a base in `dtype`."""
+    is_default = model.pretrained_vae_model_name_or_path is None
+    return torch.float32 if is_default else vae_dtype(part_settings(model, "vae"), dtype)
 
 
 def resolution_of(config: TrainConfig) -> int:
@@ -239,18 +257,67 @@ def _new_tokens(config: TrainConfig) -> int:
     return len(tokens.placeholders) * tokens.num_new_tokens_per_abstraction if tokens.train_text_encoder_ti else 0
 
 
-def _unet_bytes(passes: Passes, kind: Quantization | None, width: int) -> int:
-    """The frozen UNet with `width` bytes per weight; only its Linear layers are quantized."""
+def _unet_bytes(passes: StepBytes, kind: Quantization | None, width: int) -> int:
+    """Return the bytes of the frozen UNet with `width` bytes per weight; only Linear layers are quantized."""
     per_weight, per_row = (width, 0) if kind is None else _QUANTIZED[kind]
     linear = sum(rows * (inputs * per_weight + per_row) for rows, inputs in passes.linear)
     return int(linear) + passes.other * width
 
 
-def _dequantized(passes: Passes, kind: Quantization | None, width: int) -> int:
-    """The largest weight that a quantized layer turns back for its matmul."""
+def _dequantized(passes: StepBytes, kind: Quantization | None, width: int) -> int:
+    """Return the bytes of the largest weight that a quantized layer dequantizes for its matmul."""
     return 0 if kind is None else width * max(rows * inputs for rows, inputs in passes.linear)
 
 
 def in_gib(count: int) -> str:
-    """A number of bytes as it is told."""
+    """Format a number of bytes."""
     return f"{count / GIB:.1f} GiB" if count > GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def optimizer_bytes(shape: torch.Size, config: OptimConfig) -> int:
+    """Return the bytes of the optimizer state of a trained tensor."""
+    count = shape.numel()
+    if config.optimizer == "prodigy":  # at most four fp32 averages
+        return 16 * count
+    if config.optimizer == "adafactor":  # a row and a column
+        return 4 * (count // shape[-1] + count // shape[-2]) if len(shape) > 1 else 4 * count
+    if config.use_8bit_adam and count >= _8BIT_FROM:
+        return 2 * count + 2 * 4 * math.ceil(count / _8BIT_BLOCK)
+    return 8 * count  # two fp32 averages
+
+
+def method_bytes(measure: Callable[..., StepBytes], width: int, config: TrainConfig) -> int:
+    """Return the additional bytes of method and adapter, in a step or in the initialization of LoRA-GA.
+
+    Args:
+        measure: measures a step; its argument `meta_passes` selects the passes of a method.
+        width: bytes per number of the compute dtype.
+        config: settings of the run.
+    """
+    passes, optim = measure(), config.optim
+    method, adapter = METHODS[config.perturb.method], ADAPTERS[config.adapter.adapter]
+    trained = sum(shape.numel() for shape in passes.trained)
+
+    def additional(function: str, micro_batches: int) -> int:
+        return measure(meta_passes=function, micro_batches=min(micro_batches, 2)).peak - passes.peak
+
+    total = (method.bytes_per_weight + adapter.bytes_per_weight) * trained
+    if config.perturb.draws_noise:
+        total += _noise_bytes(passes, width, config.perturb)
+    if method.meta_passes is not None:
+        total += additional(method.meta_passes, optim.gradient_accumulation_steps)
+    if config.adapter.effective_lora_ga_steps:
+        gradients = 4 * sum(shape.numel() for shape in passes.adapted)
+        batches = config.adapter.effective_lora_ga_steps * optim.gradient_accumulation_steps
+        total = max(total, gradients, additional(_WEIGHT_GRADIENTS, batches))
+    return total
+
+
+def _noise_bytes(passes: StepBytes, width: int, config: PerturbConfig) -> int:
+    """Return the bytes of Flat-LoRA's noise, with two fp32 numbers per row of every adapted layer."""
+    rows = sum(shape[0] for shape in passes.adapted)
+    if config.perturb_draw == "low_rank":  # the factors in half precision and in the compute dtype
+        inputs = sum(shape[1:].numel() for shape in passes.adapted)
+        return 8 * rows + DRAW_RANK * (rows + inputs) * (2 if width == 2 else 2 + width)
+    largest = max(shape.numel() for shape in passes.adapted)  # eps in fp32 and in the compute dtype
+    return 8 * rows + largest * (4 if width == 4 else 4 + width)

@@ -1,4 +1,4 @@
-"""How much memory of the CPU a run on a GPU will need: while the base is loaded, and in its steps."""
+"""The CPU memory of a run on a GPU, while the base is loaded and in the training steps."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ _POSTERIOR = 2 * 2 * 4  # mean and std, plain and mirrored, in fp32
 
 @dataclass(frozen=True)
 class CpuEstimate:
-    """Bytes of one process, beyond what Python and its packages take.
+    """Bytes of a process, without Python and its packages.
 
-    loading: the base, whole before it goes to the GPU, and beside it what of its file is in another precision.
-    class_images: the same in the precision in which class images are drawn, before the run's own base is loaded.
-    offloaded: what --offload keeps through the steps. latents, prompts: the caches.
+    Attributes:
+        loading: the base before it is moved to the GPU, and the parts of its file in another precision.
+        class_images: the same for the base that generates class images.
+        offloaded: the models that --offload keeps on the CPU.
+        latents, prompts: cached latents and prompt embeddings.
     """
 
     loading: int
@@ -38,12 +40,12 @@ class CpuEstimate:
 
     @property
     def total(self) -> int:
-        """The peak of the whole run."""
+        """Peak of the run."""
         return max(self.loading, self.class_images, self.offloaded + self.latents + self.prompts)
 
 
 def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEstimate:
-    """What a run on `samples` needs beside its GPU; a base that is not on disk counts as SDXL."""
+    """Estimate the CPU memory of a run on `samples`; a base that is not on disk counts as SDXL."""
     model, data = config.model, config.data
     dtype = DTYPES[config.optim.precision_of_base]
     squares = data.num_class_images if data.with_prior_preservation and not data.use_aspect_ratio_buckets else 0
@@ -53,10 +55,10 @@ def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEs
     if data.with_prior_preservation or config.objective.prior_from_base:
         captions.add(str(data.class_prompt))
     side, channels = resolution_of(config) // vae_factor(model), int(part_settings(model, "vae")["latent_channels"])
-    of_class = DTYPES[data.prior_generation_precision or "fp16"]
+    class_dtype = DTYPES[data.prior_generation_precision or "fp16"]
     return CpuEstimate(
         loading=_loading(model, dtype),
-        class_images=_loading(model, of_class) if data.with_prior_preservation else 0,
+        class_images=_loading(model, class_dtype) if data.with_prior_preservation else 0,
         offloaded=sum(weight_count(model, part) * _loaded_as(part, dtype).itemsize for part in offloaded)
         if model.offload
         else 0,
@@ -66,36 +68,36 @@ def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEs
 
 
 def cpu_lines(config: TrainConfig, samples: Sequence[Sample], available_bytes: int) -> list[str]:
-    """What to tell before a run on a GPU of the CPU's memory: the need, and what lowers it if need be."""
-    need = estimate_cpu_memory(config, samples)
-    lines = [f"about {in_gib(need.total)} of CPU memory needed, {in_gib(available_bytes)} free"]
-    if need.total <= available_bytes:
+    """Return log lines with the estimate and, if it exceeds `available_bytes`, how to reduce it."""
+    estimate = estimate_cpu_memory(config, samples)
+    lines = [f"needs about {in_gib(estimate.total)} of CPU memory, {in_gib(available_bytes)} free"]
+    if estimate.total <= available_bytes:
         return lines
     while_loading = (
-        "it is needed while the base is loaded: end what else runs, or give a base whose files need no cast, being "
-        "in the precision of --mixed_precision"
+        "loading the base needs it: stop other programs, or use a base with files in the precision of "
+        "--mixed_precision, which need no cast"
     )
-    is_loading = need.total in (need.loading, need.class_images)
-    lines.append(f"- {while_loading if is_loading else 'it is needed for the caches: leave --cache_latents out'}")
+    is_loading = estimate.total in (estimate.loading, estimate.class_images)
+    lines.append(f"- {while_loading if is_loading else 'caches need it: remove --cache_latents'}")
     return lines
 
 
 def _loading(model: ModelConfig, dtype: torch.dtype) -> int:
-    """All weights as they are loaded, and what is cast for them.
+    """Return the bytes of the loaded weights and of the file contents that are cast.
 
-    A file whose weights need no cast is mapped, and its pages are the weights. Of a folder one model's file is open at
-    a time, of a single file all of it (measured with diffusers 0.42: 690 MiB in fp32 take 1,044 MiB to load in fp16).
+    A file in the right precision is memory-mapped. In a folder the file of one model is open at a time, a single file
+    is open as a whole (measured with diffusers 0.42: 690 MiB in fp32 take 1,044 MiB to load in fp16).
     """
     counts = {part: weight_count(model, part) for part in PREFIXES}
     cast = [
         _file_bytes(model, part, counts) for part in PREFIXES if _file_dtype(model, part) != _loaded_as(part, dtype)
     ]
-    held = sum(cast) if _single_file(model) is not None else max(cast, default=0)
-    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in PREFIXES) + int(held)
+    open_files = sum(cast) if _single_file(model) is not None else max(cast, default=0)
+    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in PREFIXES) + int(open_files)
 
 
 def _loaded_as(part: str, dtype: torch.dtype) -> torch.dtype:
-    """The precision of a part that is loaded; the VAE is in fp32."""
+    """Return the precision of a loaded part; the VAE is in fp32."""
     return torch.float32 if part == "vae" else dtype
 
 
@@ -105,44 +107,46 @@ def _single_file(model: ModelConfig) -> Path | None:
 
 
 def _file_bytes(model: ModelConfig, part: str, counts: dict[str, int]) -> float:
-    """Bytes of a part in its file; of a hub's base as its variant says, since most that have none are fp32."""
+    """Return the bytes of a part in its file, for a hub id by the precision of its variant."""
     file = _single_file(model)
-    if file is not None and not _has_its_own(model, part):
+    if file is not None and not _is_separate_vae(model, part):
         return file.stat().st_size * counts[part] / sum(counts.values())
-    return sum(one.stat().st_size for one in _files(model, part)) or counts[part] * _file_dtype(model, part).itemsize
+    return sum(path.stat().st_size for path in _files(model, part)) or counts[part] * _file_dtype(model, part).itemsize
 
 
 def _file_dtype(model: ModelConfig, part: str) -> torch.dtype:
-    """The precision of a part in its file, which the first of its weights stands for."""
+    """Return the precision of a part in its file, that of its first weight; for a hub id that of its variant."""
     file = _single_file(model)
-    files = [file] if file is not None and not _has_its_own(model, part) else _files(model, part)
+    files = [file] if file is not None and not _is_separate_vae(model, part) else _files(model, part)
     if not files:
-        return torch.float16 if _mark(model, part) is not None else torch.float32
+        return (
+            torch.float16 if _variant_suffix(model, part) is not None else torch.float32
+        )  # most without variant are fp32
     with safe_open(files[0], framework="pt") as opened:
         names = list(opened.keys())
-        its_own = [name for name in names if name.startswith(PREFIXES[part])]
-        dtype: torch.dtype = opened.get_tensor((its_own or names)[0]).dtype
+        of_part = [name for name in names if name.startswith(PREFIXES[part])]
+        dtype: torch.dtype = opened.get_tensor((of_part or names)[0]).dtype
         return dtype
 
 
 def _files(model: ModelConfig, part: str) -> list[Path]:
-    """The files of a part in its folder; none of a base that is not on disk."""
-    own = model.pretrained_vae_model_name_or_path if _has_its_own(model, part) else None
-    folder = Path(base_path(model.pretrained_model_name_or_path), part) if own is None else Path(own)
-    mark = _mark(model, part)
-    return sorted(one for one in folder.glob("*.safetensors") if mark is None or mark in one.name)
+    """Return the files of a part in its folder; empty for a base that is not on disk."""
+    vae = model.pretrained_vae_model_name_or_path if _is_separate_vae(model, part) else None
+    folder = Path(base_path(model.pretrained_model_name_or_path), part) if vae is None else Path(vae)
+    suffix = _variant_suffix(model, part)
+    return sorted(path for path in folder.glob("*.safetensors") if suffix is None or suffix in path.name)
 
 
-def _has_its_own(model: ModelConfig, part: str) -> bool:
+def _is_separate_vae(model: ModelConfig, part: str) -> bool:
     return part == "vae" and model.pretrained_vae_model_name_or_path is not None
 
 
-def _mark(model: ModelConfig, part: str) -> str | None:
-    """What is in the names of the variant's files."""
-    return f".{model.variant}." if model.variant is not None and not _has_its_own(model, part) else None
+def _variant_suffix(model: ModelConfig, part: str) -> str | None:
+    """Return the part of the file names that marks the variant, or None."""
+    return f".{model.variant}." if model.variant is not None and not _is_separate_vae(model, part) else None
 
 
 def _prompt_numbers(model: ModelConfig) -> int:
-    """Of one caption's embeddings: 77 of both encoders side by side, and the pooled one of the second."""
+    """Return the size of the embeddings of a caption: 77 tokens of both encoders, and the pooled one of the second."""
     first, second = (part_settings(model, part) for part in TEXT_PARTS)
     return int(TOKENS * (first["hidden_size"] + second["hidden_size"]) + second["projection_dim"])

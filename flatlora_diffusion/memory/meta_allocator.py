@@ -1,4 +1,4 @@
-"""The bytes that a computation would hold on a GPU, found by running it on meta tensors, which have no data."""
+"""Count the bytes that a computation needs on a GPU by running it on meta tensors, which have no data."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_HALF_PRECISION = (F.linear, F.conv2d)  # what our models call of the ops that CUDA's autocast runs in half precision
-_FULL_PRECISION = (F.group_norm, F.layer_norm)  # and in fp32
+_HALF_PRECISION = (F.linear, F.conv2d)  # the ops of our models that CUDA autocast runs in half precision
+_FULL_PRECISION = (F.group_norm, F.layer_norm)  # in fp32
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts, while open, the bytes of all tensors made by PyTorch's ops: `live` now and their `peak`.
+    """Counts the bytes of the tensors that PyTorch ops create while open: currently `live`, and their `peak`.
 
-    `known` tensors (weights, gradients, inputs) are not counted. Each storage counts once, until its last tensor is
-    gone. Memory that kernels take for themselves and the allocator's gaps are not seen.
+    Each storage counts once until it is freed. Kernel workspaces and fragmentation are not included.
+
+    Args:
+        excluded: tensors that are not counted (weights, gradients, inputs).
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known = [tensor.untyped_storage() for tensor in known]  # kept alive, so that no id is used again
-        self._seen: dict[int, Any] = {id(storage): None for storage in self._known}
+        self._excluded = [tensor.untyped_storage() for tensor in excluded]  # referenced, so that ids stay unique
+        self._storages: dict[int, Any] = {id(storage): None for storage in self._excluded}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -40,21 +42,21 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._seen:
+        if key in self._storages:
             return
-        self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self._storages[key] = weakref.ref(storage, lambda _: self._free(key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int, size: int) -> None:
-        del self._seen[key]
+    def _free(self, key: int, size: int) -> None:
+        del self._storages[key]
         self.live -= size
 
 
 class AsOnGpu(TorchFunctionMode):
-    """Lets meta tensors be computed as a GPU would: fused attention and, in half precision, CUDA's autocast.
+    """Runs ops on meta tensors as a GPU does: with fused attention and, in half precision, CUDA's autocast.
 
-    Meta tensors have neither: PyTorch would take the unfused attention, which makes the T x T matrix, and no casts.
+    By default PyTorch computes the T x T matrix of unfused attention on meta tensors and does not cast.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -67,17 +69,17 @@ class AsOnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         is_half = self._dtype != torch.float32
         if func is F.scaled_dot_product_attention:
-            query, key, value = (_cast(one, self._dtype) if is_half else one for one in args[:3])
+            query, key, value = (_cast(arg, self._dtype) if is_half else arg for arg in args[:3])
             return _FusedAttention.apply(query, key, value)
         if is_half and func in _HALF_PRECISION + _FULL_PRECISION:
             dtype = self._dtype if func in _HALF_PRECISION else torch.float32
-            args = [_cast(one, dtype) for one in args]
-            kwargs = {name: _cast(one, dtype) for name, one in kwargs.items()}
+            args = [_cast(arg, dtype) for arg in args]
+            kwargs = {name: _cast(arg, dtype) for name, arg in kwargs.items()}
         return func(*args, **kwargs)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What flash and memory-efficient attention keep: q, k, v, the output and a number per query and head."""
+    """Saves what flash and memory-efficient attention save: q, k, v, the output and a number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A training step and the VAE's passes, rehearsed on meta tensors: which weights there are and what would be held."""
+"""Shapes and memory of a training step, of generation and of the VAE, measured on meta tensors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_f
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What is trained: a LoRA on a base and, for pivotal tuning, the embeddings of `new_tokens`."""
+class TrainedModel:
+    """A LoRA on a base and, for pivotal tuning, the embeddings of `new_tokens`."""
 
     model: ModelConfig
     adapter: AdapterConfig
@@ -37,13 +37,16 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """What the passes of a step are made on, and the bytes that they hold, with their batch, beside weights and the
-    LoRA's gradients.
+class StepBytes:
+    """Shapes and memory of a training step; weights and gradients of the LoRA are not included in the bytes.
 
-    trained, adapted: shapes of the trained tensors, and of the frozen weights that carry a LoRA. linear: (rows,
-    inputs) of the UNet's frozen Linear layers; other: its weights in other layers. saved: bytes when forward has
-    ended; peak: the most at any moment.
+    Attributes:
+        trained: shapes of the trained tensors.
+        adapted: shapes of the frozen weights with a LoRA.
+        linear: (rows, inputs) of the frozen Linear layers of the UNet.
+        other: number of other frozen weights of the UNet.
+        saved: bytes after forward.
+        peak: maximum of bytes.
     """
 
     trained: tuple[torch.Size, ...]
@@ -55,80 +58,85 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class VaePasses:
-    """The bytes that encoding and decoding hold at their peaks, beside the VAE's weights."""
+class VaeBytes:
+    """Peak bytes of encoding and decoding, without the weights of the VAE."""
 
     encode_peak: int
     decode_peak: int
 
 
 @lru_cache(maxsize=64)
-def rehearse_step(  # noqa: PLR0913 (all that the bytes depend on)
-    trained: Trained,
+def measure_step(  # noqa: PLR0913 (the bytes depend on all of them)
+    trained: TrainedModel,
     dtype: torch.dtype,
-    of_base: torch.dtype,
+    base_dtype: torch.dtype,
     images: int,
     resolution: int,
     checkpointing: bool,
-    rehearse: str | None = None,
+    meta_passes: str | None = None,
     micro_batches: int = 1,
-) -> Passes:
-    """Forward and backward in `dtype` of `micro_batches` of `images` square images of `resolution` pixels.
+) -> StepBytes:
+    """Measure forward and backward of a training step.
 
-    The base's weights are in `of_base`, the LoRA's in fp32. `rehearse` names a method's `module:function` that makes
-    its passes in place of plain ones.
+    Args:
+        trained: the model.
+        dtype: compute precision.
+        base_dtype: precision of the frozen weights; those of the LoRA are fp32.
+        images: images per micro-batch.
+        resolution: size of the square images in pixels.
+        checkpointing: whether gradient checkpointing is on.
+        meta_passes: `module:function` that runs the passes of a method instead of plain ones.
+        micro_batches: number of micro-batches.
 
-    Raises ConfigError when the LoRA's settings name no layer.
+    Raises:
+        ConfigError: the LoRA settings match no layer.
     """
     model = _trained_model(trained)
-    _set_dtype(model, of_base)
+    _set_dtype(model, base_dtype)
     _set_checkpointing(model, checkpointing, dtype)
     parameters = trainable_parameters(model)
     gradients = [torch.empty_like(parameter) for parameter in parameters.values()]
     for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-        parameter.grad = gradient  # so that gradients are not counted with the activations
+        parameter.grad = gradient  # so that gradients are not counted as activations
     inputs = _inputs(trained, images, resolution // vae_factor(trained.model), dtype)
-    known = [*model.parameters(), *model.buffers(), *inputs, *gradients]
+    excluded = [*model.parameters(), *model.buffers(), *inputs, *gradients]
     batch = sum(tensor.nbytes for tensor in inputs)
-    with AsOnGpu(dtype), LiveBytes(known) as bytes_held:
+    with AsOnGpu(dtype), LiveBytes(excluded) as bytes_held:
         micro_batch = _MicroBatch(model, inputs, bytes_held)
-        _take(rehearse, model, [micro_batch] * micro_batches)
+        _run_passes(meta_passes, model, [micro_batch] * micro_batches)
     frozen = {id(layer.weight): layer.weight for layer in model.unet.modules() if _is_frozen_linear(layer)}
-    others = [one for one in model.unet.parameters() if not one.requires_grad and id(one) not in frozen]
-    return Passes(
-        trained=tuple(one.shape for one in parameters.values()),
+    others = [weight for weight in model.unet.parameters() if not weight.requires_grad and id(weight) not in frozen]
+    return StepBytes(
+        trained=tuple(parameter.shape for parameter in parameters.values()),
         adapted=tuple(layer.get_base_layer().weight.shape for layer in lora_layers(model).values()),
         linear=tuple((weight.shape[0], weight.shape[1]) for weight in frozen.values()),
-        other=sum(one.numel() for one in others),
+        other=sum(weight.numel() for weight in others),
         saved=batch + micro_batch.saved,
         peak=batch + bytes_held.peak,
     )
 
 
 @lru_cache(maxsize=64)
-def rehearse_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaePasses:
+def measure_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaeBytes:
     """Encoding `images` images of `resolution` pixels and decoding one, with the VAE in `dtype` and no graph."""
     vae = decode_one_by_one(on_meta(model, "vae").to(dtype))
     side = resolution // vae_factor(model)
     with torch.device("meta"):
         pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)
         latents = torch.empty(1, vae.config.latent_channels, side, side, dtype=dtype)
-    known, peaks = [*vae.parameters(), pixels, latents], []
-    for work in (lambda: posterior(vae, pixels), lambda: decode_latents(vae, latents)):
-        with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(known) as bytes_held:
-            work()
+    excluded, peaks = [*vae.parameters(), pixels, latents], []
+    for run in (lambda: posterior(vae, pixels), lambda: decode_latents(vae, latents)):
+        with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(excluded) as bytes_held:
+            run()
         peaks.append(bytes_held.peak)
-    return VaePasses(peaks[0] + pixels.nbytes, peaks[1] + latents.nbytes)
+    return VaeBytes(peaks[0] + pixels.nbytes, peaks[1] + latents.nbytes)
 
 
 @lru_cache(maxsize=64)
-def rehearse_drawing(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> int:
-    """The bytes that a step of drawing `images` images holds at its peak, beside the UNet's weights in `dtype`.
-
-    Each image is in it twice, with its prompt and without.
-    """
+def measure_sampling(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> int:
+    """Return the peak bytes of a denoising step of `images` images with guidance, without the weights of the UNet."""
     unet = _Conditioned(on_meta(model, "unet").to(dtype))
-    inputs = _inputs(Trained(model, AdapterConfig()), 2 * images, resolution // vae_factor(model), dtype)
+    inputs = _inputs(TrainedModel(model, AdapterConfig()), 2 * images, resolution // vae_factor(model), dtype)
     with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes([*unet.parameters(), *inputs]) as bytes_held:
         unet(*inputs)
     return bytes_held.peak + sum(tensor.nbytes for tensor in inputs)
@@ -136,12 +144,12 @@ def rehearse_drawing(model: ModelConfig, dtype: torch.dtype, images: int, resolu
 
 @lru_cache(maxsize=64)
 def weight_count(model: ModelConfig, part: str) -> int:
-    """The number of weights of one of the base's four models."""
+    """Return the number of weights of a part of the base."""
     return sum(parameter.numel() for parameter in on_meta(model, part).parameters())
 
 
-@lru_cache(maxsize=1)  # building takes as long as a step, and one model is rehearsed with many settings
-def _trained_model(trained: Trained) -> Any:
+@lru_cache(maxsize=1)  # building a model takes as long as a step, and the estimates measure it with many settings
+def _trained_model(trained: TrainedModel) -> Any:
     model, adapter = trained.model, trained.adapter
     unet = on_meta(model, "unet")
     encoders = {part: on_meta(model, part) for part in TEXT_PARTS} if trained.trains_text else {}
@@ -157,31 +165,31 @@ def _trained_model(trained: Trained) -> Any:
 
 
 class _MicroBatch:
-    """A batch of `inputs`, as methods take it; `saved` is what was held when its forward had ended."""
+    """A `MicroBatch` of `inputs`; `saved` is the number of bytes after its forward."""
 
     slot = saved = 0
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], held: LiveBytes) -> None:
-        self._model, self._inputs, self._held = model, inputs, held
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], live_bytes: LiveBytes) -> None:
+        self._model, self._inputs, self._live_bytes = model, inputs, live_bytes
 
     def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
         loss: Tensor = (self._model(*self._inputs).float() - self._inputs[0]).square().mean()
-        self.saved = self._held.live
+        self.saved = self._live_bytes.live
         loss.backward()
         return loss.detach()
 
 
-def _take(rehearse: str | None, model: nn.Module, micro_batches: Sequence[_MicroBatch]) -> None:
-    """The passes that the function `rehearse` names, or plain ones."""
-    if rehearse is not None:
-        function_at(rehearse)(model, micro_batches)
+def _run_passes(meta_passes: str | None, model: nn.Module, micro_batches: Sequence[_MicroBatch]) -> None:
+    """Run the passes of the function `meta_passes`, or plain ones if None."""
+    if meta_passes is not None:
+        function_at(meta_passes)(model, micro_batches)
         return
     for batch in micro_batches:
         batch.backward()
 
 
 class _Conditioned(nn.Module):
-    """The UNet with the conditioning of SDXL as plain arguments."""
+    """The UNet with the conditioning of SDXL as positional arguments."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -193,7 +201,7 @@ class _Conditioned(nn.Module):
         return output
 
 
-def _inputs(trained: Trained, images: int, side: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _inputs(trained: TrainedModel, images: int, side: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     settings = part_settings(trained.model, "unet")
     with torch.device("meta"):
         sample = torch.empty(images, 4, side, side, dtype=dtype)
@@ -213,7 +221,7 @@ def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _set_checkpointing(model: Any, is_on: bool, dtype: torch.dtype) -> None:
-    """Turn it on or off everywhere; what is recomputed in backward is computed as on a GPU too."""
+    """Turn gradient checkpointing on or off, with recomputation under `AsOnGpu`."""
     recomputing: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), AsOnGpu(dtype))}
     if is_on:
         model.unet.enable_gradient_checkpointing(partial(checkpoint, **recomputing))

@@ -1,4 +1,4 @@
-"""What a run tells of its memory before it begins."""
+"""Log the memory estimates at the start of a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from flatlora_diffusion.sdxl.device import this_process
 logger = logging.getLogger(__name__)
 
 
-def tell_memory(config: TrainConfig, samples: Sequence[Sample]) -> None:
-    """Log what the run needs of a GPU's memory and of the CPU's, and what is free; without it where that fails."""
-    process = this_process()  # chooses this process's GPU: before, CUDA would start on the first one
+def log_memory(config: TrainConfig, samples: Sequence[Sample]) -> None:
+    """Log the estimated and the free GPU and CPU memory; a failed estimate is only logged."""
+    process = this_process()  # first, because it selects the GPU of this process
     device = process.device
     if device.type != "cuda" or not process.is_main_process:
         return
-    from flatlora_diffusion.memory.estimate import preflight_lines  # slow to import, and of no use on a CPU
+    from flatlora_diffusion.memory.estimate import preflight_lines  # slow to import, not needed on a CPU
     from flatlora_diffusion.memory.host import cpu_lines
 
     try:
-        on_gpu = preflight_lines(config, torch.cuda.mem_get_info(device)[0])
-        for lines in (on_gpu, cpu_lines(config, samples, psutil.virtual_memory().available)):
+        gpu_lines = preflight_lines(config, torch.cuda.mem_get_info(device)[0])
+        for lines in (gpu_lines, cpu_lines(config, samples, psutil.virtual_memory().available)):
             logger.log(logging.WARNING if len(lines) > 1 else logging.INFO, "%s", "\n".join(lines))
-    except Exception as error:  # it is told for information alone
-        logger.warning("the memory that the run needs could not be estimated: %s", error)
+    except Exception as error:  # the estimates are for information only
+        logger.warning("memory estimate failed: %s", error)

@@ -1,4 +1,4 @@
-"""The gradient of each step, by the method that a `PerturbConfig` names."""
+"""Build the gradient computation of the method that a `PerturbConfig` names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
 
 
 def step_gradient(inputs: GradientInputs) -> StepGradient:
-    """How the gradient of each step is taken.
+    """Return the gradient computation of `inputs.config.method`.
 
     Raises:
-        ConfigError: the models have layers that the method cannot be used with.
+        ConfigError: a model has layers that the method does not support.
     """
     gradient: StepGradient = function_at(METHODS[inputs.config.method].build)(inputs)
     return gradient

@@ -1,4 +1,4 @@
-"""What the kinds of draws have in common: one eps for all layers, from its rows' standard deviations and a key."""
+"""The interface of the ways to sample eps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flatlora_diffusion.storage.rng import derive_seed
 
 @dataclass(frozen=True)
 class DrawKey:
-    """All that eps depends on beside the layers and their norms."""
+    """The key of a sample: with the layers and their norms it determines eps."""
 
     seed: int
     prefix: str
@@ -28,13 +28,17 @@ class DrawKey:
 
 
 class Draw(ABC):
-    """The eps of one micro-batch or step, a constant of the loss: the same in each forward and backward.
+    """The eps of a micro-batch or optimizer step: constant over its forward and backward passes.
 
-    `stds` are those of Eq. 7 at sigma 1, by device.
+    Args:
+        layers: the perturbed layers by name.
+        stds: the standard deviations of Eq. 7 at sigma 1, by device.
+        sigma: relative radius of the noise.
+        key: seeds the sample.
     """
 
-    acts_in_branch = False  # whether `layer_output` may take a part
-    is_joint = False  # whether one layer's eps depends on which others there are
+    fuses_with_lora = False  # whether `layer_output` computes some layers
+    shares_seed = False  # whether eps of a layer depends on the other layers of the model
 
     @abstractmethod
     def __init__(
@@ -43,12 +47,12 @@ class Draw(ABC):
 
     @abstractmethod
     def noise(self, name: str) -> Tensor:
-        """eps of layer `name`, materialized: fp32, shape of W."""
+        """Return eps of layer `name`: fp32, shape of W."""
 
     @abstractmethod
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer gives at W + eps."""
+        """Return the output of the base layer at W + eps."""
 
     def layer_output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
-        """What base and LoRA give together at W + eps + sBA; None where `base_output` and PEFT are to do it."""
+        """Return the output of the whole layer at W + eps + sBA; None to compute it by `base_output` and PEFT."""
         return None

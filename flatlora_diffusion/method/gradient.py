@@ -1,7 +1,7 @@
-"""How the gradient of an optimizer step is taken: the seam between a training loop and the methods.
+"""The gradient of an optimizer step: the interface between a training loop and the methods.
 
-The loop draws the micro-batches and moves the weights; a method decides where on the loss their gradients are taken,
-and in how many passes. LoRA's and Flat-LoRA's are here: at the weights, and at W + eps.
+The loop samples the micro-batches and updates the weights; a method decides at which weights their gradients are
+computed and in how many passes. LoRA (at W) and Flat-LoRA (at W + eps) are here.
 """
 
 from __future__ import annotations
@@ -20,38 +20,46 @@ from flatlora_diffusion.method.noise_config import NoiseConfig
 
 
 class MicroBatch(Protocol):
-    """One micro-batch with all that is drawn for it, so that each pass through the model sees the same."""
+    """A micro-batch with its noise and timesteps, so that every pass has the same loss."""
 
     @property
     def slot(self) -> int:
         """micro_batch * world_size + rank."""
 
     def backward(self, weight: float = 1.0, is_shared: bool = True) -> Tensor:
-        """The loss, detached, after `weight` times its gradient was added to those of the parameters.
+        """Add `weight` times the gradient of the loss to those of the parameters.
 
-        With `is_shared` processes share what they have of the step once its last micro-batch is done.
+        Args:
+            weight: factor of the gradient.
+            is_shared: whether processes average their gradients after the last micro-batch of the step.
+
+        Returns:
+            The loss, detached.
         """
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """Where a step's gradient was taken: the micro-batches' losses there, and `climb`, how far above those at the
-    weights they are to first order, rho ||g||, with the factor that fp16 has the loss times.
+    """The losses at the perturbed weights of SAM.
+
+    Attributes:
+        losses: loss of each micro-batch at the perturbed weights.
+        first_order_increase: rho ||g||, the increase of the loss to first order, times the loss scale of fp16.
     """
 
     losses: list[Tensor]
-    climb: Tensor
+    first_order_increase: Tensor
 
 
 @dataclass(frozen=True)
 class GradientInputs:
-    """What a method's gradient is built from.
+    """The inputs of a method.
 
     Attributes:
-        models: the adapted models by the prefix of their draws.
+        models: the adapted models by the prefix of their seeds.
         trainable: all trained parameters by name.
         config: the method's settings.
-        seed: seed of all draws that have no seed of their own.
+        seed: seed of the run, for methods without a seed of their own.
         total_steps: optimizer steps of the run.
     """
 
@@ -63,87 +71,87 @@ class GradientInputs:
 
     @property
     def factors(self) -> list[nn.Parameter]:
-        """A, B and AdaLoRA's E."""
+        """The factors A, B and AdaLoRA's E."""
         return [value for name, value in self.trainable.items() if any(f".lora_{side}." in name for side in "ABE")]
 
 
 class StepGradient:
-    """The gradient at the weights as they are: plain LoRA."""
+    """The gradient at the current weights: plain LoRA."""
 
     flats: Sequence[FlatLora] = ()
-    ascends = False  # whether the gradient is taken where the loss is higher
-    ascent: Ascent | None = None
-    """That of the last step, where the method ascends and could."""
+    ascends = False  # whether `compute` sets `ascent`
+    ascent: Ascent | None = None  # of the last step; None if its gradient was 0 or not finite
 
     def sigma_at(self, step: int) -> float:
-        """The relative radius of the noise in optimizer step `step`, 0 without any."""
+        """Return sigma in optimizer step `step`, 0 for methods without noise."""
         return self.flats[0].sigma_at(step) if self.flats else 0.0
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-        """Add the gradient of optimizer step `step` to the trained parameters' own; returns the micro-batches' losses.
+    def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        """Add the gradient of optimizer step `step` to those of the trained parameters; the weights stay the same.
 
-        The weights are afterwards what they were.
+        Returns:
+            The loss of each micro-batch at the current weights or, with noise, at W + eps.
         """
         return [batch.backward() for batch in micro_batches]
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Do to the weights what the method does just before the optimizer's step, its gradients being complete."""
+        """Change the weights before the optimizer step, when the gradients are complete."""
 
-    def weights_moved(self, learning_rate: float, loss_scale: float) -> None:
-        """Follow the optimizer's step, taken at `learning_rate` after losses that `loss_scale` had multiplied."""
+    def after_update(self, learning_rate: float, loss_scale: float) -> None:
+        """Update the state of the method after an optimizer step; `loss_scale` is the factor of the losses in fp16."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a resumed run needs beside the trained weights: tensors by name, and JSON-able values."""
+        """Return the state for a resumed run, without the trained weights: tensors by name, and JSON values."""
         return {}, {}
 
     def load_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore the result of `state`."""
 
     def detach(self) -> None:
-        """Give the models back as they were. The object cannot be used afterwards."""
+        """Restore the models. The object cannot be used afterwards."""
         for flat in self.flats:
             flat.detach()
 
 
 class NoisyGradient(StepGradient):
-    """The gradient at W + eps, Flat-LoRA, with a new eps for each micro-batch or for each step."""
+    """The gradient at W + eps (Flat-LoRA), with a new eps per micro-batch or per step."""
 
     def __init__(self, flats: Sequence[FlatLora], per: PerturbPer) -> None:
         self.flats, self._per = flats, per
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         if self._per == "step":
             with self._perturbed(step, 0):
                 return [batch.backward() for batch in micro_batches]
         losses = []
-        with _together(flat.one_step() for flat in self.flats):  # so that norms are taken once
+        with _all_of(flat.frozen_norms() for flat in self.flats):  # A and B do not change within the step
             for batch in micro_batches:
                 with self._perturbed(step, batch.slot):
                     losses.append(batch.backward())
         return losses
 
     def _perturbed(self, step: int, slot: int) -> AbstractContextManager[None]:
-        return _together(flat.perturb(step, slot) for flat in self.flats)
+        return _all_of(flat.perturb(step, slot) for flat in self.flats)
 
 
 def plain_gradient(inputs: GradientInputs) -> StepGradient:
-    """The gradient at the weights as they are."""
+    """Build plain LoRA."""
     return StepGradient()
 
 
 def noisy_gradient(inputs: GradientInputs) -> NoisyGradient:
-    """The gradient at W + eps, each model with draws of its own."""
+    """Build Flat-LoRA, with separate noise in each model."""
     return NoisyGradient(flat_loras(inputs), inputs.config.perturb_per)
 
 
 def flat_loras(inputs: GradientInputs) -> list[FlatLora]:
-    """The perturbation of each model's W, by the prefix of its draws."""
+    """Return a `FlatLora` for each model."""
     noise = NoiseConfig.from_settings(inputs.config, inputs.seed, inputs.total_steps)
     return [FlatLora(model, noise, prefix=prefix) for prefix, model in inputs.models.items()]
 
 
 @contextmanager
-def _together(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+def _all_of(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
@@ -151,9 +159,9 @@ def _together(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None
 
 
 @contextmanager
-def moved(steps: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """The parameters moved by `steps` while this is open; copies are put back, as subtracting would round."""
-    kept = {parameter: parameter.detach().clone() for parameter in steps}
+def weights_shifted(steps: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Add `steps` to the parameters while open. Restores copies, because subtraction would round."""
+    originals = {parameter: parameter.detach().clone() for parameter in steps}
     try:
         with torch.no_grad():
             for parameter, step in steps.items():
@@ -161,5 +169,5 @@ def moved(steps: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in kept.items():
+            for parameter, value in originals.items():
                 parameter.copy_(value)

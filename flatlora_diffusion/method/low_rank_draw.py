@@ -1,19 +1,17 @@
-"""The low-rank draw: the covariance of Eq. 7 from k (m + n) normal numbers in place of m n, and W is never touched.
+"""Low-rank noise: the covariance of Eq. 7 from k (m + n) instead of m n normal numbers per layer.
 
 With independent N(0, 1) in U (m, k) and V (n, k), and row_std of Eq. 7:
 
     eps = diag(row_std) U V^T / sqrt(k)
 
-Every entry has mean 0 and the variance of Eq. 7, and no two entries are correlated, so the second-order effect
-1/2 Tr(H Cov) of eps on the loss is that of Eq. 7. The entries are not independent, and only moments beyond the second
-tell: the kurtosis of one is 3 + 6 / k.
+Every entry has mean 0 and the variance of Eq. 7, and the entries are uncorrelated, so the second-order effect
+1/2 Tr(H Cov) of eps on the loss is that of Eq. 7. The entries are not independent: their kurtosis is 3 + 6 / k.
 
-Where PEFT computes y = W x + s B (A x), eps is k more ranks of that branch: with U' = diag(row_std) U / sqrt(k),
-y = W x + [s B, U'] ([A; V^T] x), all of it in one operation in place of PEFT's five. Elsewhere (a convolution, DoRA,
-LoRA dropout, several adapters) U' (V^T x) is added to W x.
+Where PEFT computes y = W x + s B (A x), eps adds k ranks to that branch: with U' = diag(row_std) U / sqrt(k),
+y = W x + [s B, U'] ([A; V^T] x), one operation instead of PEFT's five. For other layers (convolutions, DoRA, LoRA
+dropout, several adapters) U' (V^T x) is added to W x.
 
-The factors of all layers are drawn at once and kept as long as the draw is; A and B are put beside those of one layer
-at a time, in forward and again in backward.
+The factors of all layers are sampled at once and live as long as the `LowRankDraw`.
 """
 
 from __future__ import annotations
@@ -32,34 +30,34 @@ from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.noise import compute_dtype
 from flatlora_diffusion.method.row_norms import RowStds
 
-DRAW_RANK = 4  # k: the factors of all layers that LoRA adapts in SDXL's UNet by default take 11.6 MB
-
+DRAW_RANK = 4  # k; the factors of the attention layers of SDXL's UNet take 11.6 MB
 
 Pair = tuple[Tensor, Tensor]  # V^T (k, n) and U'^T (k, m)
 
 
 def _purpose(group: int) -> tuple[str, ...]:
-    """The purpose of a low-rank draw for the layers of the `group`-th device; the first device has the plain one."""
+    """Return the seed purpose of the layers on the `group`-th device; the first device has no suffix."""
     return ("low-rank perturbation", f"device {group}") if group else ("low-rank perturbation",)
 
 
 class LowRankDraw(Draw):
-    """The layers' order, sizes and devices belong to the key: a model with another layer has other draws in all."""
+    """eps = diag(row_std) U V^T / sqrt(k). It depends on the order, sizes and devices of all layers."""
 
-    acts_in_branch = True
-    is_joint = True
+    fuses_with_lora = True
+    shares_seed = True
 
     def __init__(
         self, layers: Mapping[str, AdaptedLayer], stds: Sequence[RowStds], sigma: float, key: DrawKey
     ) -> None:
         self._layers = layers
-        self._drawn: list[tuple[RowStds, Pair]] = []
-        for group, some in enumerate(stds):
-            rng = torch.Generator(device=some.stds.device)
-            rng.manual_seed(key.derive(*_purpose(group)))
-            ups = _normal(sum(some.rows), rng).mul_(some.stds * (sigma / math.sqrt(DRAW_RANK)))
-            downs = _normal(sum(layer.inputs for layer in some.layers), rng)
-            self._drawn.append((some, (downs.bfloat16(), ups.bfloat16())))  # so that eps is the same in all dtypes
+        self._groups: list[tuple[RowStds, Pair]] = []
+        for index, group in enumerate(stds):
+            rng = torch.Generator(device=group.stds.device)
+            rng.manual_seed(key.derive(*_purpose(index)))
+            ups = _normal(sum(group.rows), rng).mul_(group.stds * (sigma / math.sqrt(DRAW_RANK)))
+            downs = _normal(sum(layer.inputs for layer in group.layers), rng)
+            # Rounded to bf16, so that eps is the same in all dtypes.
+            self._groups.append((group, (downs.bfloat16(), ups.bfloat16())))
         self._factors = {torch.bfloat16: self._split(torch.bfloat16)}
 
     def noise(self, name: str) -> Tensor:
@@ -67,52 +65,53 @@ class LowRankDraw(Draw):
         return (up.mT @ down).view(self._layers[name].shape)
 
     def base_output(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return layer.with_added(partial(self._product, layer), x, *args, **kwargs)
+        return layer.add_to_base_output(partial(self._product, layer), x, *args, **kwargs)
 
     def layer_output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
-        branch = layer.branch()
+        branch = layer.fusable_branch()
         if branch is None:
             return None
         dtype = compute_dtype(x.device, branch[0].dtype)
-        factors, plain = self._pair(layer.name, dtype), layer.plain_base(dtype) if x.dtype == dtype else None
+        factors = self._pair(layer.name, dtype)
+        plain = layer.plain_weight_and_bias(dtype) if x.dtype == dtype else None
         if plain is None:
-            output: Tensor = _PerturbedLayer.apply(x.to(dtype), layer.below.forward(x), None, *branch, *factors)
+            output: Tensor = _PerturbedLayer.apply(x.to(dtype), layer.base_hook.forward(x), None, *branch, *factors)
         else:
             output = _PerturbedLayer.apply(x, plain[1], plain[0], *branch, *factors)
         return output
 
     def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         down, up = self._pair(layer.name, x.dtype)
-        return layer.fixed_product(down, up.mT, x)
+        return layer.apply_frozen_factors(down, up.mT, x)
 
     def _pair(self, name: str, dtype: torch.dtype) -> Pair:
-        """The factors of layer `name`; what is compiled casts them by itself."""
+        """Return the factors of layer `name` in `dtype`; compiled code casts them in its graph."""
         if torch.compiler.is_compiling():
             down, up = self._factors[torch.bfloat16][name]
             return down.to(dtype), up.to(dtype)
-        if dtype not in self._factors:  # those of all layers at once
-            with torch.inference_mode(False):  # they may be saved for a later backward
+        if dtype not in self._factors:  # cast all layers at once
+            with torch.inference_mode(False):  # backward may need them
                 self._factors[dtype] = self._split(dtype)
         return self._factors[dtype][name]
 
     def _split(self, dtype: torch.dtype) -> dict[str, Pair]:
-        found: dict[str, Pair] = {}
-        for some, (downs, ups) in self._drawn:
-            inputs = [layer.inputs for layer in some.layers]
-            pairs = zip(downs.to(dtype).split(inputs, dim=1), ups.to(dtype).split(some.rows, dim=1), strict=True)
-            found.update(zip((layer.name for layer in some.layers), pairs, strict=True))
-        return found
+        factors: dict[str, Pair] = {}
+        for group, (downs, ups) in self._groups:
+            inputs = [layer.inputs for layer in group.layers]
+            pairs = zip(downs.to(dtype).split(inputs, dim=1), ups.to(dtype).split(group.rows, dim=1), strict=True)
+            factors.update(zip((layer.name for layer in group.layers), pairs, strict=True))
+        return factors
 
 
 class _PerturbedLayer(torch.autograd.Function):
     """base(x) + [s B, U'] ([A; V^T] x) for x (..., n), A (r, n), B (m, r), V^T (k, n), U'^T (k, m) in the dtype of x.
 
-    With W (m, n), which is frozen, base(x) is W x + `base`, a bias or None; without, it is `base` (..., m).
-    Differentiable once in x, `base` as an output, A and B.
+    With the frozen `weight` W (m, n), base(x) = W x + `base`, where `base` is the bias or None. Without it, `base` is
+    base(x) itself (..., m). Differentiable once in x, in A and B, and in `base` if it is base(x).
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913 (what is differentiated is an argument)
+    def forward(  # noqa: PLR0913 (autograd needs the tensors as arguments)
         ctx: Any,
         x: Tensor,
         base: Tensor | None,
@@ -124,7 +123,7 @@ class _PerturbedLayer(torch.autograd.Function):
         drawn_up: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        hidden = _joined(down, drawn_down).mm(rows.mT)  # (r + k, tokens): a thin matrix is slow on CPUs
+        hidden = _joined(down, drawn_down).mm(rows.mT)  # (r + k, tokens): the transpose is slow on CPUs
         if scale != 1:
             hidden[: down.shape[0]].mul_(scale)
         ctx.save_for_backward(rows, hidden, down, up, drawn_down, drawn_up, weight)
@@ -164,10 +163,10 @@ class _PerturbedLayer(torch.autograd.Function):
 
 
 def _joined(learned: Tensor, drawn: Tensor) -> Tensor:
-    """(r + k, ...) of `learned` (r, ...) and `drawn` (k, ...), in the dtype of the latter."""
+    """Concatenate `learned` (r, ...) and `drawn` (k, ...) in the dtype of `drawn`."""
     return torch.cat((learned.to(drawn.dtype), drawn))
 
 
 def _normal(columns: int, rng: torch.Generator) -> Tensor:
-    """(k, columns) of N(0, 1)."""
+    """Return (k, columns) samples of N(0, 1)."""
     return torch.empty(DRAW_RANK, columns, device=rng.device).normal_(generator=rng)

@@ -1,6 +1,6 @@
-"""The draws: filter-scaled Gaussian noise regenerated from a seed, and the op that computes with W + eps.
+"""Filter-scaled Gaussian noise regenerated from a seed, and the autograd op that computes a layer at W + eps.
 
-Nothing here knows LoRA, schedules or models: weights, standard deviations and seeds come in, tensors go out.
+Knows neither LoRA nor schedules nor models, only weights, standard deviations and seeds.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from torch.nn.grad import conv2d_input
 
 @dataclass(frozen=True)
 class Convolution:
-    """Geometry of a Conv2d, each (height, width); adapted ones have a single group."""
+    """Geometry of a Conv2d; `stride` and `padding` are (height, width). Adapted layers have one group."""
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
     groups: int = 1
 
 
-def applied(x: Tensor, weight: Tensor, bias: Tensor | None = None, convolution: Convolution | None = None) -> Tensor:
-    """What a layer with this weight gives for x."""
+def apply_layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, convolution: Convolution | None = None
+) -> Tensor:
+    """Return the output of a linear layer or, with `convolution`, of a Conv2d."""
     if convolution is None:
         return F.linear(x, weight, bias)
     return F.conv2d(x, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
 
 
 def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of autocast on `device`, or `otherwise` without autocast, which meta tensors do not have."""
+    """Return the autocast dtype of `device`, or `otherwise` without autocast. Meta tensors have no autocast."""
     if device.type == "meta":
         return otherwise
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
@@ -42,10 +44,13 @@ def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """All that is needed to make a layer's eps again: eps[i] = row_std[i] * z[i] with z ~ N(0, 1) from `seed`.
+    """The data to regenerate eps of a layer: eps[i] = row_std[i] * z[i] with z ~ N(0, 1).
 
-    `shape` is the weight's, (m, n) or (m, n, kh, kw); `dtype` is the dtype that the layer computes in. z comes from
-    PyTorch's generator on the device.
+    Attributes:
+        seed: seed of z, sampled by PyTorch's generator on the device of the weight.
+        shape: shape of the weight, (m, n) or (m, n, kh, kw).
+        dtype: compute dtype of the layer.
+        convolution: geometry of a convolution, None for a linear layer.
     """
 
     seed: int
@@ -55,40 +60,46 @@ class NoiseSpec:
 
 
 def row_noise(row_std: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
-    """eps of `shape` in fp32, each row i drawn from N(0, row_std[i]^2), on the device of `row_std` (m,).
+    """Return eps of `shape` in fp32 with rows from N(0, row_std[i]^2), on the device of `row_std` (m,).
 
-    A function of its arguments alone: a private generator of that device is seeded, no global one is touched. CPU and
-    CUDA give different numbers for one seed.
+    It depends on the arguments and the device only: a private generator is seeded. CPU and CUDA give different numbers
+    for the same seed.
     """
     return _scaled(None, _normal(row_std, shape, seed), row_std)
 
 
-def perturbed_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
-    """The layer's output at W + eps, or at eps alone when `weight` is None (the additive form).
+def noisy_layer(x: Tensor, bias: Tensor | None, weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
+    """Return the output of a layer at W + eps, or at eps alone if `weight` is None.
 
-    x: (..., n), or (B, n, H, W) with or without B, in `spec.dtype`. Differentiable once in x and bias. Keeps the (m,)
-    `row_std` and no buffer of the weight's size: eps is drawn again in backward.
+    Differentiable once in x and bias. Backward regenerates eps, so no buffer of the weight's size is saved.
+
+    Args:
+        x: (..., n), or ([B,] n, H, W) for a convolution, in `spec.dtype`.
+        bias: (m,), or None.
+        weight: W, or None.
+        row_std: (m,) fp32.
+        spec: seed, shape, dtype and geometry of the noise.
     """
-    return layer_at(x, partial(_effective_weight, weight, row_std, spec), spec.convolution, bias)
+    return layer_with_weight(x, partial(_effective_weight, weight, row_std, spec), spec.convolution, bias)
 
 
-def layer_at(
+def layer_with_weight(
     x: Tensor, weight: Callable[[], Tensor], convolution: Convolution | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """The layer's output with the constant weight that `weight()` makes, in the dtype of x, each time it is asked.
+    """Return the output of a layer whose constant weight `weight()` is made in forward and again in backward.
 
-    It is asked in forward and again in backward; neither x nor the weight is kept. Differentiable once in x and bias.
+    Saves neither x nor the weight. Differentiable once in x and bias.
     """
-    return _PerturbedLayer.apply(x, bias, weight, convolution)
+    return _ConstantWeightLayer.apply(x, bias, weight, convolution)
 
 
-class _PerturbedLayer(torch.autograd.Function):
+class _ConstantWeightLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[], Tensor], convolution: Convolution | None
     ) -> Tensor:
         ctx.weight, ctx.convolution, ctx.x_shape = weight, convolution, x.shape
-        return applied(x, weight(), bias, convolution)
+        return apply_layer(x, weight(), bias, convolution)
 
     @staticmethod
     @once_differentiable
@@ -110,17 +121,17 @@ class _PerturbedLayer(torch.autograd.Function):
 
 
 def _batched(shape: torch.Size) -> tuple[int, ...]:
-    """(B, n, H, W) of an image's shape with or without B."""
+    """Return the shape (B, n, H, W) of a shape with or without B."""
     return (1, *shape)[-4:]
 
 
 def _effective_weight(weight: Tensor | None, row_std: Tensor, spec: NoiseSpec) -> Tensor:
-    """W + eps (or eps) in one fp32 buffer, then cast once to the compute dtype."""
+    """Return W + eps (or eps) from one fp32 buffer, cast to the compute dtype."""
     return _scaled(weight, _normal(row_std, spec.shape, spec.seed), row_std).to(spec.dtype)
 
 
 def _scaled(weight: Tensor | None, z: Tensor, row_std: Tensor) -> Tensor:
-    """W + diag(row_std) z, or without W when `weight` is None, in the place of z."""
+    """Return W + diag(row_std) z, or diag(row_std) z if `weight` is None, in the memory of z."""
     per_row = row_std.view(-1, *[1] * (z.ndim - 1))
     return z.mul_(per_row) if weight is None else torch.addcmul(weight, z, per_row, out=z)
 

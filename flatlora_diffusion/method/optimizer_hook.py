@@ -1,8 +1,8 @@
-"""Following an optimizer: eps comes with the first training forward and goes with the optimizer's step.
+"""Perturbation of an unchanged training loop: a new eps after each optimizer step.
 
-A loop needs no other change: the step is counted by a step hook of torch, and whether a forward is one of training is
-each layer's own `training`, which `model.train()` and `model.eval()` set. One eps serves all forwards of a step, as in
-the paper, so that accumulation, several forwards for one loss and recomputation in backward all see the same weights.
+A step hook of torch counts the steps, and the `training` flag of each layer, which `model.train()` and `model.eval()`
+set, turns eps on and off. All forwards of a step share an eps, as in the paper, so that accumulation, several forwards
+per loss and recomputation in backward have the same weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -21,25 +20,29 @@ from flatlora_diffusion.method.layers import AdaptedLayer, is_sharded
 _BY_HAND = "run forward and backward inside `with flat.perturb(step):` instead"
 
 
-class Following:
-    """The eps of optimizer step `step`, drawn by `draw_at(step)` when a layer in training mode first asks for it."""
+class OptimizerHook:
+    """The current optimizer step and its eps; `draw_at(step)` is called in the first training forward of a step."""
 
     def __init__(self, layers: Mapping[str, AdaptedLayer], draw_at: Callable[[int], Draw | None]) -> None:
         self.step = 0
         self._layers, self._draw_at = layers, draw_at
         self._hook: Any = None
-        self._drawn: tuple[int, Draw | None] | None = None  # of which step, and its eps
+        self._drawn: tuple[int, Draw | None] | None = None  # step and its eps
 
     @property
-    def is_on(self) -> bool:
+    def is_active(self) -> bool:
         return self._hook is not None
 
     def start(self, optimizer: Optimizer | None) -> None:
-        """Follow `optimizer`, or whichever steps the LoRA. Raises ConfigError where eps could not act as it should."""
-        if self.is_on:
-            raise ConfigError("this FlatLora follows an optimizer already; detach it and make a new one for another")
+        """Follow `optimizer`, or any optimizer of the LoRA if None.
+
+        Raises:
+            ConfigError: see `FlatLora.follow`.
+        """
+        if self.is_active:
+            raise ConfigError("this FlatLora already follows an optimizer; detach it and create a new one")
         for name, layer in self._layers.items():
-            if any(is_sharded(one) or hasattr(one, "ds_id") for one in layer.tuner.parameters()):
+            if any(is_sharded(weight) or hasattr(weight, "ds_id") for weight in layer.tuner.parameters()):
                 raise ConfigError(f"{name} is sharded (FSDP, ZeRO-3, tensor parallel), which follow() cannot perturb")
         if optimizer is None:
             self._hook = register_optimizer_step_post_hook(self._after_any_step)
@@ -53,8 +56,8 @@ class Following:
             self._hook.remove()
         self._hook = self._drawn = None
 
-    def draw(self, layer: AdaptedLayer) -> Draw | None:
-        """What `layer` computes with now: the step's eps while it is in training mode."""
+    def current_draw(self, layer: AdaptedLayer) -> Draw | None:
+        """Return the eps of the step for a layer in training mode, None in evaluation mode."""
         if not layer.tuner.training:
             return None
         if self._drawn is None or self._drawn[0] != self.step:
@@ -68,7 +71,7 @@ class Following:
     def _after_step(self, *_: Any) -> None:
         if self._drawn is None or self._drawn[0] != self.step:
             raise ConfigError(
-                f"the optimizer made step {self.step} and no perturbed layer ran in training mode before it: call "
+                f"optimizer step {self.step} came without a forward of a perturbed layer in training mode: call "
                 f"model.train() before the forward, or {_BY_HAND}"
             )
         self.step += 1
@@ -78,22 +81,24 @@ class Following:
         stepped = _stepped(optimizer)
         if not self._trained() & stepped:
             raise ConfigError(
-                f"the optimizer steps none of the LoRA's {len(self._trained())} trainable parameters; follow the one "
-                "that was made from this model's parameters with requires_grad"
+                f"the optimizer has none of the {len(self._trained())} trainable parameters of the LoRA; follow the "
+                "optimizer that was created with the parameters of this model"
             )
         for name, layer in self._layers.items():
             if id(layer.base.weight) in stepped:
-                raise ConfigError(f"the optimizer steps W of {name}, which has to stay frozen; leave it out")
+                raise ConfigError(
+                    f"the optimizer trains W of {name}, which must stay frozen; remove it from the optimizer"
+                )
 
     def _trained(self) -> set[int]:
-        """The LoRA's trainable parameters, by identity."""
-        bases = {id(one) for layer in self._layers.values() for one in layer.base.parameters()}
-        tuned = (one for layer in self._layers.values() for one in layer.tuner.parameters())
-        return {id(one) for one in tuned if one.requires_grad} - bases
+        """Return the ids of the trainable parameters of the LoRA."""
+        bases = {id(weight) for layer in self._layers.values() for weight in layer.base.parameters()}
+        tuned = (weight for layer in self._layers.values() for weight in layer.tuner.parameters())
+        return {id(weight) for weight in tuned if weight.requires_grad} - bases
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
-    """torch's own object below wrappers such as accelerate's, which has the hooks."""
+    """Return the torch optimizer inside wrappers such as accelerate's; it runs the hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
@@ -103,5 +108,4 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
 
 
 def _stepped(optimizer: Optimizer) -> set[int]:
-    parameters: list[nn.Parameter] = [one for group in optimizer.param_groups for one in group["params"]]
-    return {id(one) for one in parameters}
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

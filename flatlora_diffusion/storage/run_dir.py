@@ -24,7 +24,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, completed, removed_settings, settings_that
+from flatlora_diffusion.config import (
+    ConfigError,
+    RunError,
+    TrainConfig,
+    removed_settings,
+    settings_with,
+    with_legacy_defaults,
+)
 from flatlora_diffusion.storage.atomic_io import concerns_folder, remove_partial_files, write_json
 from flatlora_diffusion.storage.events import append_event, read_events, valid_events
 from flatlora_diffusion.storage.formatting import slug
@@ -72,7 +79,7 @@ class RunDir:
                 "give a new folder, for example one inside it"
             )
         lora_file = self.folder / f"{self.lora_name(config.get('output_name'))}.safetensors"
-        for name in settings_that("stays_open"):
+        for name in settings_with("read_at_runtime"):
             value = config.get(name)
             if not value:
                 continue
@@ -185,7 +192,7 @@ class RunDir:
             raise ConfigError(
                 f"output_dir={str(self.folder)!r} holds no run to resume; leave --resume_from_checkpoint out"
             )
-        return expand_paths(completed(json.loads(self.config_file.read_text(encoding="utf-8"))))
+        return expand_paths(with_legacy_defaults(json.loads(self.config_file.read_text(encoding="utf-8"))))
 
     def removed_settings(self) -> list[str]:
         """`name=value` for each saved setting that this version does not have."""

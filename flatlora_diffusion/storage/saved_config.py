@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flatlora_diffusion.config import SAMPLES, ConfigError, settings_that
+from flatlora_diffusion.config import SAMPLES, ConfigError, settings_with
 
-_PATHS = settings_that("is_path")
-_SECRETS = settings_that("is_secret")
-_FREE = settings_that("free_on_resume")  # images are compared by their hashes instead
+_PATHS = settings_with("is_path")
+_SECRETS = settings_with("is_secret")
+_FREE = settings_with("free_on_resume")  # images are compared by their hashes instead
 _SAMPLES_MARK = "samples/"
 _TRUNCATED = "..."  # replaces the folders of a path that is saved as its last name
 

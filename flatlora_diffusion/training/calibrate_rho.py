@@ -16,7 +16,7 @@ import torch
 from flatlora_diffusion.adapter.setup import adapted_models
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.method.rivals.sketch import Sketches
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
+from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.training.loss_scale import compute_finite, loss_scale
 from flatlora_diffusion.training.micro_batches import micro_batches
@@ -43,8 +43,8 @@ def _rho(state: TrainState) -> float:
 
     Steps whose gradient is not finite at any loss scale are skipped.
     """
-    share = state.config.perturb.loss_increase
-    reader = SlopeReader(adapted_models(state.sdxl.pipeline, state.config.adapter).values())
+    share = state.config.perturb.target_loss_increase
+    reader = WeightGradientHook(adapted_models(state.sdxl.pipeline, state.config.adapter).values())
     try:
         measurements = [
             compute_finite(state.accelerator, partial(_loss_and_gradient_norm, state, reader, step), _is_finite)
@@ -61,9 +61,9 @@ def _rho(state: TrainState) -> float:
     return rho
 
 
-def _loss_and_gradient_norm(state: TrainState, reader: SlopeReader, step: int) -> tuple[float, float]:
+def _loss_and_gradient_norm(state: TrainState, reader: WeightGradientHook, step: int) -> tuple[float, float]:
     """The mean loss of a step's images over all processes, and ||dL/dW|| by SAM's sketch."""
-    with reader.reading(Sketches(state.batches.seed, step)) as slopes:
+    with reader.recording(Sketches(state.batches.seed, step)) as slopes:
         losses = [batch.backward(is_shared=False) for batch in micro_batches(state, step, DrawHash())]
     state.optimizer.zero_grad(set_to_none=True)
     slopes.average()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.setup import anchors_by_part
-from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.method.row_norms import NormState
 from flatlora_diffusion.storage.hashing import base_fingerprint, tensors_sha256
@@ -68,7 +68,7 @@ def restore_checkpoint(state: TrainState, name: str) -> int:
     if state.total_steps != saved["max_train_steps"]:
         logger.info("%s", _new_length_text(state, step, saved))
     now = state.config.to_dict()
-    retryable = sorted(settings_that("is_remedy"))
+    retryable = sorted(settings_with("retryable"))
     changed = {name: [saved[name], now[name]] for name in retryable if now[name] != saved[name]}
     for setting, (before, after) in changed.items():
         logger.info("%s=%s from here on, instead of %s", setting, after, before)
@@ -133,7 +133,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
         extra["ema_step"] = state.ema.optimization_step
     norm_states = {flat.config.prefix: norms for flat in state.flats if (norms := flat.norm_state()) is not None}
     tensors |= {f"row_stds.{prefix}": norms.stds for prefix, norms in norm_states.items()}
-    extra["row_stds"] = {prefix: norms.turn for prefix, norms in norm_states.items()}
+    extra["row_stds"] = {prefix: norms.interval for prefix, norms in norm_states.items()}
     if state.ranks is not None:
         rank_tensors, extra["ranks"] = state.ranks.state()
         tensors |= {f"ranks.{name}": value for name, value in rank_tensors.items()}
@@ -234,8 +234,8 @@ def _check_resumable(state: TrainState, name: str) -> None:
     # Fingerprints depend on the precision. If they cannot be compared, the base's name must be the same.
     has_fingerprints = "vae" in start and config.optim.mixed_precision == run.config().get("mixed_precision")
     has_fingerprints = has_fingerprints and config.model.quantize_base is None
-    base_settings = settings_that("names_base") if has_fingerprints else ()
-    changed = run.changed_settings(config, (*settings_that("is_remedy"), *base_settings))
+    base_settings = settings_with("identifies_base") if has_fingerprints else ()
+    changed = run.changed_settings(config, (*settings_with("retryable"), *base_settings))
     if changed:
         raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with its settings")
     fingerprints = _base_fingerprints(state) if has_fingerprints else {}

@@ -8,7 +8,7 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.setup import adapted_models
 from flatlora_diffusion.adapter.svd_start import start_at_gradients
 from flatlora_diffusion.config import RunError
-from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
+from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 from flatlora_diffusion.training.calibrate_rho import calibrate
 from flatlora_diffusion.training.loss_scale import compute_finite, loss_scale, loss_scale_restored
 from flatlora_diffusion.training.micro_batches import first_micro_batches
@@ -18,9 +18,9 @@ from flatlora_diffusion.training.state import TrainState
 def start_from_gradients(state: TrainState) -> None:
     """Initialize LoRA-GA and calibrate rho where the settings ask for it; otherwise do nothing."""
     with loss_scale_restored(state.accelerator):
-        if state.config.adapter.slope_steps:
-            _initialize_lora_ga(state, min(state.config.adapter.slope_steps, state.total_steps))
-        if state.config.perturb.loss_increase > 0:
+        if state.config.adapter.effective_lora_ga_steps:
+            _initialize_lora_ga(state, min(state.config.adapter.effective_lora_ga_steps, state.total_steps))
+        if state.config.perturb.target_loss_increase > 0:
             calibrate(state)
 
 
@@ -30,7 +30,7 @@ def _initialize_lora_ga(state: TrainState, steps: int) -> None:
     state.gradient.detach()
 
     def weight_gradients() -> list[Tensor]:
-        gradients = read_slopes(adapted.values(), first_micro_batches(state, steps))
+        gradients = read_weight_gradients(adapted.values(), first_micro_batches(state, steps))
         state.optimizer.zero_grad(set_to_none=True)
         return gradients
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.method.branch import Pair, factor_pairs
+from flatlora_diffusion.method.layers import FactorPair, factor_pairs
 
 _MIN_EIGENVALUE = 1e-6  # relative to the largest; below is the fp32 rounding of A A^T and B^T B
 
@@ -38,7 +38,7 @@ class LoraPro(torch.optim.AdamW):
     def __init__(self, groups: Sequence[dict[str, Any]], models: Iterable[nn.Module], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self._models = tuple(models)
-        self._pairs: list[Pair] | None = None
+        self._pairs: list[FactorPair] | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Project the gradients in place, then step."""
@@ -49,9 +49,9 @@ class LoraPro(torch.optim.AdamW):
 
 
 @torch.no_grad()
-def project_gradients(pairs: Sequence[Pair]) -> None:
+def project_gradients(pairs: Sequence[FactorPair]) -> None:
     """Replace g_A and g_B by h_A and h_B in each pair that has gradients."""
-    by_rank: dict[int, list[Pair]] = {}
+    by_rank: dict[int, list[FactorPair]] = {}
     for pair in pairs:
         if pair.down.grad is not None and pair.up.grad is not None:
             by_rank.setdefault(len(pair.down), []).append(pair)
@@ -62,7 +62,7 @@ def project_gradients(pairs: Sequence[Pair]) -> None:
             _replace_gradients(pair, left, right, mixes)
 
 
-def _small_products(pair: Pair) -> Tensor:
+def _small_products(pair: FactorPair) -> Tensor:
     """B^T B, A A^T and g_A A^T, (3, r, r)."""
     down, up = pair.down.flatten(1), pair.up.flatten(1)
     assert pair.down.grad is not None
@@ -96,7 +96,7 @@ def _inverse(values: Tensor, basis: Tensor) -> Tensor:
     return (basis * torch.where(is_nonzero, 1 / values, 0.0)[:, None, :]) @ basis.mT
 
 
-def _replace_gradients(pair: Pair, left: Tensor, right: Tensor, mixes: Tensor) -> None:
+def _replace_gradients(pair: FactorPair, left: Tensor, right: Tensor, mixes: Tensor) -> None:
     """h_A = M g_A + X A and h_B = g_B N - B Y, with M `left`, N `right` and (X, Y) `mixes`."""
     down, up = pair.down.flatten(1), pair.up.flatten(1)
     assert pair.down.grad is not None

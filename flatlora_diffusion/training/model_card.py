@@ -226,10 +226,10 @@ def _settings_table(config: TrainConfig, training: TrainingSummary) -> str:
     data, adapter, perturb, optim = config.data, config.adapter, config.perturb, config.optim
     is_complete = training.step == optim.max_train_steps
     rows: list[tuple[str, object]] = [("base", _base(config)), ("method", perturb.method)]
-    if perturb.radius:
-        rows.append(("rho", f"{perturb.radius:g}"))
+    if perturb.effective_rho:
+        rows.append(("rho", f"{perturb.effective_rho:g}"))
     if perturb.draws_noise:
-        rows.append(("sigma", f"{perturb.strength:g}, {perturb.sigma_schedule}"))
+        rows.append(("sigma", f"{perturb.effective_sigma:g}, {perturb.sigma_schedule}"))
         rows.append(("draws of eps", perturb.perturb_draw))
     kinds = [adapter.adapter, *(["dora"] * adapter.use_dora), *(["rslora"] * adapter.use_rslora)]
     rows += [

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.adapter.lora import planned_loras
-from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.schedule import Shape, build_schedule
 from flatlora_diffusion.sdxl.device import DTYPES, this_process
@@ -61,8 +61,8 @@ def is_made_with(run: RunDir, config: TrainConfig) -> bool:
     if not run.config_file.is_file():
         return False
     values, saved = config.to_dict(), run.config()
-    names = settings_that("is_settled")
-    if config.perturb.loss_increase > 0:  # rho is saved at the start of a run; runs before --rho_rise have none
+    names = settings_with("is_resolved")
+    if config.perturb.target_loss_increase > 0:  # rho is saved at the start of a run; runs before --rho_rise have none
         if saved.get("rho") is None:
             return False
         names = (*names, "rho")

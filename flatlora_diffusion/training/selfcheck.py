@@ -89,7 +89,7 @@ class SelfCheck:
         if not self._is_complete:
             return
         self._try(self._remember)
-        if self._state.flats and self._state.config.perturb.strength > 0:
+        if self._state.flats and self._state.config.perturb.effective_sigma > 0:
             self._try(self._noise)
             self._try(self._sigma_zero)  # last: it rebuilds the perturbation, which drops cached row norms
 

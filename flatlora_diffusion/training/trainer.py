@@ -22,7 +22,7 @@ from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, split_holdout
-from flatlora_diffusion.memory.preflight import tell_memory
+from flatlora_diffusion.memory.preflight import log_memory
 from flatlora_diffusion.sdxl.device import any_process, one_training, this_process
 from flatlora_diffusion.signals import Interrupted, describe_interruption, hold_signals
 from flatlora_diffusion.storage.hashing import DrawHash
@@ -111,7 +111,7 @@ def train_run(
         images = load_training_set(config.data) if images is None else images
         logger.info(images.summary)
         samples, heldout = split_holdout(images.samples, config.data, fold)
-        tell_memory(config, samples)
+        log_memory(config, samples)
         state = _build(config, samples, heldout)
         state.progress.last_step = last_step
     with _close_at_end(state):
@@ -211,9 +211,9 @@ def train_step(state: TrainState, step: int) -> float:
             `MAX_SKIPPED_STEPS` gradients in a row that are not finite.
     """
     accelerator, draws = state.accelerator, DrawHash()
-    losses = state.gradient.take(step, micro_batches(state, step, draws))
+    losses = state.gradient.compute(step, micro_batches(state, step, draws))
     ascent = state.gradient.ascent
-    values = [losses] if ascent is None else [losses, ascent.losses, [ascent.climb]]
+    values = [losses] if ascent is None else [losses, ascent.losses, [ascent.first_order_increase]]
     means = accelerator.reduce(torch.stack([torch.stack(value).mean() for value in values]), "mean")
     norm = accelerator.clip_grad_norm_(state.trainable.values(), state.config.optim.max_grad_norm or math.inf)
     loss, *ascent_values, gradient_norm = torch.stack([*means, norm]).tolist()  # a single wait for the device
@@ -247,7 +247,7 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
     state.optimizer.step()
     was_skipped = state.optimizer.step_was_skipped
     if not was_skipped:
-        state.gradient.weights_moved(learning_rate, scale)
+        state.gradient.after_update(learning_rate, scale)
         if state.ranks is not None:
             state.ranks.step_done(step + 1)
     state.progress.skipped_steps = state.progress.skipped_steps + 1 if was_skipped else 0

@@ -16,7 +16,7 @@ from app.runs.allowed_paths import MODELS, PARTS, READ, WRITTEN
 from app.runs_tab.tab import take_lora
 from app.settings import AppSettings
 from app.train.tab import PLAIN, start, summary
-from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import SAMPLES, ConfigError, TrainConfig, settings_with
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def refusal(context: AppContext, name: str, value: str) -> str:
 def test_every_setting_that_names_a_place_is_checked_or_decided_by_the_app() -> None:
     places = [*READ, *WRITTEN, *MODELS, *PARTS]
     assert len(set(places)) == len(places)
-    assert set(settings_that("place")) - set(DECIDED_BY_THE_APP) == set(places)
-    assert set(settings_that("is_path")) - {"output_dir"} <= set(places)
+    assert set(settings_with("path_kind")) - set(DECIDED_BY_THE_APP) == set(places)
+    assert set(settings_with("is_path")) - {"output_dir"} <= set(places)
 
 
 OUTSIDE = {

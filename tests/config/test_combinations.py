@@ -79,10 +79,10 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
             continue
         with pytest.raises(ConfigError) as refused:
             TrainConfig().replace(**values)
-        told = str(refused.value)
-        assert "--" in told, (method, adapter, extra)
-        assert len(told.splitlines()) == 1, told
-        assert ". " not in told, told
+        message = str(refused.value)
+        assert "--" in message, (method, adapter, extra)
+        assert len(message.splitlines()) == 1, message
+        assert ". " not in message, message
     assert len(cells) == 6 * 5 * len(EXTRAS)
 
 

@@ -17,10 +17,10 @@ from flatlora_diffusion.config import (
     ConfigError,
     SettingError,
     TrainConfig,
-    completed,
     preset_file,
     setting_hints,
-    settings_that,
+    settings_with,
+    with_legacy_defaults,
 )
 from flatlora_diffusion.storage.run_dir import RunDir
 
@@ -59,21 +59,21 @@ NO_PLACES = {
 
 def test_every_setting_that_is_a_text_is_marked_as_a_place_or_known_as_none() -> None:
     texts = {name for name, hint in setting_hints().items() if hint in (str, str | None)}
-    assert texts == {*settings_that("place"), *NO_PLACES}
-    assert not NO_PLACES & set(settings_that("place"))
+    assert texts == {*settings_with("path_kind"), *NO_PLACES}
+    assert not NO_PLACES & set(settings_with("path_kind"))
 
 
 def test_traits_are_asked_for_by_their_names() -> None:
-    assert settings_that("is_secret") == ("hub_token",)
-    assert settings_that("place", "model", "run") == (
+    assert settings_with("is_secret") == ("hub_token",)
+    assert settings_with("path_kind", "model", "run") == (
         "pretrained_model_name_or_path",
         "pretrained_vae_model_name_or_path",
         "dataset_name",
         "output_dir",
     )
-    assert set(settings_that("place")) - set(settings_that("is_path")) == set(settings_that("place", "part"))
+    assert set(settings_with("path_kind")) - set(settings_with("is_path")) == set(settings_with("path_kind", "part"))
     with pytest.raises(KeyError, match="is_pathh"):
-        settings_that("is_pathh")
+        settings_with("is_pathh")
 
 
 def test_setting_names_are_unique_and_each_has_help() -> None:
@@ -116,23 +116,22 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
     assert parse_config(["--config", str(file)]).perturb == earlier.perturb
     resumed = parse_config(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
     assert resumed.perturb == earlier.perturb
-    assert completed(saved)["perturb_draw"] == RunDir(tmp_path).config()["perturb_draw"] == "full"
-    assert completed({**saved, "perturb_draw": "low_rank"})["perturb_draw"] == "low_rank"
+    assert with_legacy_defaults(saved)["perturb_draw"] == RunDir(tmp_path).config()["perturb_draw"] == "full"
+    assert with_legacy_defaults({**saved, "perturb_draw": "low_rank"})["perturb_draw"] == "low_rank"
     file.write_text(json.dumps({"seed": 5, "sigma": 0.05}), encoding="utf-8")
     new = TrainConfig().updated_from(file).perturb
     assert (new.perturb_draw, new.perturb_norm_every) == ("low_rank", 10), "what is no saved config has the defaults"
 
 
 def test_sam_looks_for_its_rho_unless_one_is_given() -> None:
-    found, given = TrainConfig.from_dict({"method": "sam"}), TrainConfig.from_dict({"method": "sam", "rho": 0.1})
-    assert found.perturb.loss_increase == 0.25
-    assert (given.perturb.loss_increase, given.perturb.radius) == (0, 0.1)
-    assert TrainConfig.from_dict({"method": "bi-lora"}).perturb.loss_increase == 0
+    calibrated, given = TrainConfig.from_dict({"method": "sam"}), TrainConfig.from_dict({"method": "sam", "rho": 0.1})
+    assert calibrated.perturb.target_loss_increase == 0.25
+    assert (given.perturb.target_loss_increase, given.perturb.effective_rho) == (0, 0.1)
+    assert TrainConfig.from_dict({"method": "bi-lora"}).perturb.target_loss_increase == 0
 
 
 UNREAD = {
-    "--method lora --perturb_noise iid": "--method lora has no perturb_noise, but perturb_noise=iid was given; leave "
-    "--perturb_noise out or use --method flat-lora",
+    "--method lora --perturb_noise iid": "--method lora .*perturb_noise=iid.*--method flat-lora",
     "--method LoRA --sigma-schedule=constant": "--method lora has no sigma_schedule",
     "--perturb_per step --method sam": "--method sam has no perturb_per",
     "--method lora-sam --perturb_draw full": "--method lora-sam has no perturb_draw",
@@ -194,8 +193,8 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.05}).to_dict()), encoding="utf-8")
     for source in (["--preset", "paper"], ["--config", str(file)]):
-        assert parse_config([*source, *flags, "--output_name", "sigma"]).perturb.strength == 0
-        assert parse_config([*source, "--method", "flat-lora"]).perturb.strength > 0
+        assert parse_config([*source, *flags, "--output_name", "sigma"]).perturb.effective_sigma == 0
+        assert parse_config([*source, "--method", "flat-lora"]).perturb.effective_sigma > 0
         with pytest.raises(ConfigError, match=r"sigma=0\.1 was given"):
             parse_config([*source, *flags, "--sigma", "0.1"])
 
@@ -203,8 +202,8 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
 def test_rho_rise_overrules_the_rho_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "sam", "rho": 0.05}).to_dict()), encoding="utf-8")
-    assert parse_config(["--config", str(file), "--rho_rise", "0.2"]).perturb.loss_increase == 0.2
-    assert parse_config(["--config", str(file), "--rho_rise", "0.2", "--rho", "0.1"]).perturb.loss_increase == 0
+    assert parse_config(["--config", str(file), "--rho_rise", "0.2"]).perturb.target_loss_increase == 0.2
+    assert parse_config(["--config", str(file), "--rho_rise", "0.2", "--rho", "0.1"]).perturb.target_loss_increase == 0
 
 
 @pytest.mark.parametrize(
@@ -241,7 +240,7 @@ def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
     assert (config.adapter.rank, config.adapter.lora_alpha) == (4, 4)
     assert (config.optim.max_train_steps, config.optim.train_batch_size) == (500, 1)
     assert (config.optim.learning_rate, config.optim.lr_scheduler) == (1e-4, "constant")
-    assert (config.perturb.strength, config.perturb.perturb_per) == (0.1, "step")
+    assert (config.perturb.effective_sigma, config.perturb.perturb_per) == (0.1, "step")
 
 
 @pytest.mark.parametrize("preset", ["paper", "bilora_icons", None])
@@ -256,9 +255,9 @@ def test_every_preset_can_be_read(file: Path) -> None:
 
 
 def test_flat_lora_is_the_default_with_sigma_0_1_and_plain_lora_has_none() -> None:
-    assert TrainConfig().perturb.strength == 0.1
-    assert TrainConfig.from_dict({"sigma": 0.05}).perturb.strength == 0.05
-    assert TrainConfig.from_dict({"method": "lora"}).perturb.strength == 0
+    assert TrainConfig().perturb.effective_sigma == 0.1
+    assert TrainConfig.from_dict({"sigma": 0.05}).perturb.effective_sigma == 0.05
+    assert TrainConfig.from_dict({"method": "lora"}).perturb.effective_sigma == 0
 
 
 @pytest.mark.parametrize(
@@ -271,7 +270,7 @@ def test_flat_lora_is_the_default_with_sigma_0_1_and_plain_lora_has_none() -> No
         ({"rank": None}, "rank=None must be a whole number"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
         ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
-        ({"method": "sgd"}, "method='sgd' is not one of lora, flat-lora"),
+        ({"method": "sgd"}, "method='sgd' .*lora, flat-lora"),
         ({"sigma": -0.1}, "sigma=-0.1 is out of range"),
         ({"method": "lora", "sigma": 0.1}, "--method lora has no sigma, but sigma=0.1"),
     ],
@@ -282,7 +281,7 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(values: dict[str, Any], m
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[1]", "must hold one JSON object"), (None, "cannot be read")]
+    ("text", "message"), [("{", "is not JSON"), ("[1]", "is not a JSON object"), (None, "cannot be read")]
 )
 def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "settings.json"
@@ -303,14 +302,14 @@ def test_a_file_s_method_that_is_none_is_named(tmp_path: Path, method: Any) -> N
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     known = "bilora_icons, demo, illustrious, low_memory, paper, quality"
     for name in ("nope", "/etc/x", "../presets/paper", "accelerate", "", "Paper"):
-        with pytest.raises(ConfigError, match=f"--preset {name} does not exist; there are: {known}$"):
+        with pytest.raises(ConfigError, match=f"--preset {name} .*: {known}$"):
             parse_config(["--preset", name])
 
 
 def test_a_preset_that_is_a_file_is_told_to_be_for_another_flag(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text("{}")
-    with pytest.raises(ConfigError, match="paper, quality; --config takes a file"):
+    with pytest.raises(ConfigError, match=r"paper, quality; .*--config"):
         parse_config(["--preset", str(file)])
 
 
@@ -344,10 +343,8 @@ def test_an_error_of_a_setting_reaches_other_processes_whole() -> None:
 
 
 def test_pure_noise_and_an_objective_in_sigmas_exclude_each_other() -> None:
-    one = TrainConfig.from_dict({"zero_terminal_snr": True, "prediction_type": "v_prediction"})
-    with pytest.raises(
-        ConfigError, match=r"--base_dtype keeps the whole base in fp32, which --quantize_base does not"
-    ):
-        one.replace(base_dtype="fp32", quantize_base="nf4")
-    with pytest.raises(ConfigError, match=r"--zero_terminal_snr ends in pure noise, .* --do_edm_style_training"):
-        one.replace(do_edm_style_training=True)
+    config = TrainConfig.from_dict({"zero_terminal_snr": True, "prediction_type": "v_prediction"})
+    with pytest.raises(ConfigError, match=r"--base_dtype .*--quantize_base"):
+        config.replace(base_dtype="fp32", quantize_base="nf4")
+    with pytest.raises(ConfigError, match=r"--zero_terminal_snr .*--do_edm_style_training"):
+        config.replace(do_edm_style_training=True)

@@ -35,7 +35,7 @@ class Told(nn.Module):
         return SimpleNamespace(loss=self.second(torch.tanh(self.first(x))).square().mean())
 
 
-def told(config: AdaLoraConfig) -> Any:
+def adalora_model(config: AdaLoraConfig) -> Any:
     with seeded(0):
         model = get_peft_model(Told(), config)
         for layer in lora_layers(model).values():
@@ -44,7 +44,7 @@ def told(config: AdaLoraConfig) -> Any:
 
 
 def test_ranks_go_when_and_where_peft_takes_them() -> None:
-    theirs = told(
+    theirs = adalora_model(
         AdaLoraConfig(
             target_r=2, init_r=3, target_modules=["first", "second"], total_step=STEPS, tinit=2, tfinal=6, deltaT=1
         )
@@ -62,14 +62,14 @@ def test_ranks_go_when_and_where_peft_takes_them() -> None:
                         parameter -= 0.05 * parameter.grad
         theirs.base_model.update_and_allocate(step)
         budget.step_done(step)
-        one, other = theirs.state_dict(), ours.state_dict()
-        assert all(torch.equal(one[name], other[name]) for name in one), step
+        reference, actual = theirs.state_dict(), ours.state_dict()
+        assert all(torch.equal(reference[name], actual[name]) for name in reference), step
         left.add(sum(int((layer.lora_E[ADAPTER] != 0).sum()) for layer in lora_layers(ours).values()))
     assert left == {6, 5, 4}
 
 
 def test_factors_are_held_apart_by_pefts_penalty() -> None:
-    model = told(AdaLoraConfig(target_r=2, init_r=3, target_modules=["first", "second"], total_step=STEPS))
+    model = adalora_model(AdaLoraConfig(target_r=2, init_r=3, target_modules=["first", "second"], total_step=STEPS))
     model.base_model(normal(1, 8, 6)).loss.backward()
     expected = gradients(model)
     (model.base_model.model(normal(1, 8, 6)).loss + orthogonality(model)).backward()
@@ -93,8 +93,8 @@ def test_noise_is_scaled_to_what_is_left_of_the_merged_weight(draw: DrawKind) ->
     expected = gradients(moved)
     assert distance(result, expected) < 1e-4
     flat.detach()
-    one, other = clean.state_dict(), case.model.state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    reference, actual = clean.state_dict(), case.model.state_dict()
+    assert all(torch.equal(reference[name], actual[name]) for name in reference)
 
 
 def test_the_second_lora_of_bi_lora_has_the_scale_of_the_first() -> None:

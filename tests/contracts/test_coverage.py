@@ -137,7 +137,7 @@ def test_two_layers_never_share_a_name() -> None:
     base.add_module("module", nn.Sequential(nn.Linear(4, 4)))
     model = get_peft_model(base, lora(target_modules=["0"]))
     assert sum(1 for module in model.modules() if isinstance(module, LoraLayer)) == 2
-    with pytest.raises(ConfigError, match="adapted layers share a name once wrappers are left out of it: 0"):
+    with pytest.raises(ConfigError, match=r"adapted layers .* 0 "):
         attach(model)
 
 
@@ -147,7 +147,7 @@ def test_an_adapter_added_after_attaching_is_an_error() -> None:
     add_second_adapter(case, ("narrow",))
     with (
         torch.no_grad(),
-        pytest.raises(ConfigError, match="adapters were added or removed after FlatLora was made; detach it and make"),
+        pytest.raises(ConfigError, match="adapters were added or removed"),
         flat.perturb(step=1),
     ):
         case.predict(case.model)
@@ -164,7 +164,7 @@ def test_an_adapter_added_to_the_same_layers_after_attaching_is_an_error(wrap: A
             predicted(case)
     case.model.add_adapter("late", late.config(TOY_TARGETS))
     case.model.base_model.set_adapter(["default", "late"])
-    with pytest.raises(ConfigError, match="adapters were added or removed after FlatLora was made"):
+    with pytest.raises(ConfigError, match="adapters were added or removed"):
         flat.perturb(step=2).__enter__()
 
 

@@ -37,10 +37,10 @@ def test_gradients_are_those_of_eps_in_the_weights(case: Case) -> None:
     flat = FlatLora(case.model, schedule="constant")
     noise = all_noise(flat, step=3)
     with flat.perturb(step=3):
-        loss, found = loss_and_gradients(case)
+        loss, gradients = loss_and_gradients(case)
     expected_loss, expected = loss_and_gradients(case, add_to_base(clean, noise))
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
-    assert distance(found, expected) < 1e-4
+    assert distance(gradients, expected) < 1e-4
 
 
 def test_w_and_the_global_generators_stay_as_they_are(case: Case) -> None:
@@ -62,21 +62,21 @@ def test_without_sigma_it_is_plain_lora_bit_for_bit(case: Case) -> None:
     loss, plain = loss_and_gradients(copy.deepcopy(case), None)
     flat = FlatLora(case.model, sigma=0.0)
     with flat.perturb(step=3):
-        found_loss, found = loss_and_gradients(case)
+        found_loss, gradients = loss_and_gradients(case)
     assert torch.equal(loss, found_loss)
-    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    assert all(torch.equal(plain[name], gradients[name]) for name in plain)
 
 
 def test_under_autocast_and_checkpointing_each_pass_sees_the_same_eps(case: Case) -> None:
     device = next(case.model.parameters()).device
     flat = FlatLora(case.model, schedule="constant")
     predict = case.predict
-    kept = Case(case.model, predict, case.target)
+    single = Case(case.model, predict, case.target)
     again = Case(case.model, lambda model: checkpoint(predict, model, use_reentrant=False), case.target)
-    found = []
-    for one in (kept, again):
+    results = []
+    for other in (single, again):
         case.model.zero_grad(set_to_none=True)
         with flat.perturb(step=3), torch.autocast(device.type, torch.bfloat16):
-            found.append(loss_and_gradients(one))
-    assert torch.isfinite(found[0][0])
-    assert distance(found[1][1], found[0][1]) < 1e-3
+            results.append(loss_and_gradients(other))
+    assert torch.isfinite(results[0][0])
+    assert distance(results[1][1], results[0][1]) < 1e-3

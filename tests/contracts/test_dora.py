@@ -83,7 +83,7 @@ def test_sam_ascends_by_rho_in_w_as_dora_rescales_it(monkeypatch: pytest.MonkeyP
     plain = loss_and_gradients(case)[1]
     trainable = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
     sam = Sam([case.model], trainable, rho=0.5, seed=0)
-    sam.take(0, [OneBatch(case)])
+    sam.compute(0, [OneBatch(case)])
     ours = gradients(case.model)
     assert distance(expected, plain) > 0.01
     assert distance(ours, expected) < 1e-4

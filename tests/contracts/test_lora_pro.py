@@ -10,21 +10,21 @@ from lora_by_hand import lora_layers
 from tiny_models import normal, toy_case
 from torch import Tensor, nn
 
-from flatlora_diffusion.method.branch import Pair, factor_pairs
+from flatlora_diffusion.method.layers import FactorPair, factor_pairs
 from flatlora_diffusion.training import lora_pro
 from flatlora_diffusion.training.lora_pro import LoraPro, project_gradients
 
 SCALE = 1.5
 
 
-def pair_of(slope: Tensor, down: Tensor, up: Tensor) -> Pair:
+def pair_of(slope: Tensor, down: Tensor, up: Tensor) -> FactorPair:
     """A and B with the gradients that they have where dL/dW is `slope`."""
-    pair = Pair(nn.Parameter(down), nn.Parameter(up), SCALE)
+    pair = FactorPair(nn.Parameter(down), nn.Parameter(up), SCALE)
     pair.down.grad, pair.up.grad = SCALE * up.T @ slope, SCALE * slope @ down.T
     return pair
 
 
-def moved_by(pair: Pair) -> Tensor:
+def moved_by(pair: FactorPair) -> Tensor:
     assert pair.down.grad is not None
     assert pair.up.grad is not None
     return SCALE * (pair.up.detach() @ pair.down.grad + pair.up.grad @ pair.down.detach())
@@ -35,9 +35,9 @@ def least_squares(slope: Tensor, down: Tensor, up: Tensor, wanted: tuple[Tensor,
     sizes = down.numel(), up.numel()
     columns = []
     for index in range(sum(sizes)):
-        one = torch.zeros(sum(sizes), dtype=torch.float64)
-        one[index] = 1.0
-        first, second = one.split(sizes)
+        unit = torch.zeros(sum(sizes), dtype=torch.float64)
+        unit[index] = 1.0
+        first, second = unit.split(sizes)
         columns.append(SCALE * (up @ first.view_as(down) + second.view_as(up) @ down).flatten())
     whole = torch.stack(columns, dim=1)
     near = torch.cat([side.flatten() for side in wanted])

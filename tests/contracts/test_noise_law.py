@@ -66,8 +66,8 @@ def test_no_two_rows_and_no_two_places_in_a_row_are_correlated(flat: FlatLora, n
     z = standardized(flat, name, merged_norms(flat.layers[name]))
     for values in (z, z.mT):
         products = values @ values.mT / values.shape[2]
-        one, other = torch.triu_indices(products.shape[1], products.shape[1], offset=1)
-        assert_mean(products[:, one, other], 0, errors=6.5)
+        rows, columns = torch.triu_indices(products.shape[1], products.shape[1], offset=1)
+        assert_mean(products[:, rows, columns], 0, errors=6.5)
 
 
 def test_noise_of_different_keys_is_uncorrelated() -> None:

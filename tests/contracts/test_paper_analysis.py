@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import DrawKind
-from flatlora_diffusion.method.gradient import moved
+from flatlora_diffusion.method.gradient import weights_shifted
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.method.rivals.sam import LoraSam
-from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
+from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 
 RHO = 0.5
 ERRORS = 5  # how many standard errors a mean may be off
@@ -71,15 +71,17 @@ def scale(case: Case, name: str) -> float:
 
 def slopes(case: Case) -> dict[str, Tensor]:
     """G of each layer, (m, n); A and B have their gradients afterwards."""
-    found = read_slopes([case.model], [Watched(case)])
-    return {name: one.flatten(1) for name, one in zip(lora_layers(case.model), found, strict=True)}
+    gradients = read_weight_gradients([case.model], [Watched(case)])
+    return {name: gradient.flatten(1) for name, gradient in zip(lora_layers(case.model), gradients, strict=True)}
 
 
 def test_moving_a_and_b_moves_w_prime_by_three_terms() -> None:
     case = toy_case()
     before = merged(case)
-    steps = {one: 0.3 * normal(20 + place, *one.shape) for place, one in enumerate(sum(factors(case).values(), ()))}
-    with moved(steps):
+    steps = {
+        factor: 0.3 * normal(20 + place, *factor.shape) for place, factor in enumerate(sum(factors(case).values(), ()))
+    }
+    with weights_shifted(steps):
         after = merged(case)
     for name, (down, up) in factors(case).items():
         a, b, eps_a, eps_b = matrices(down, up, steps[down], steps[up])
@@ -91,31 +93,31 @@ def test_moving_a_and_b_moves_w_prime_by_three_terms() -> None:
 
 def test_the_gradients_of_a_and_b_are_those_of_w_prime_through_the_other_factor() -> None:
     case = toy_case()
-    found = slopes(case)
+    gradients = slopes(case)
     for name, (down, up) in factors(case).items():
         a, b, grad_a, grad_b = matrices(down, up, down.grad, up.grad)
-        torch.testing.assert_close(grad_a, scale(case, name) * b.mT @ found[name], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(grad_b, scale(case, name) * found[name] @ a.mT, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grad_a, scale(case, name) * b.mT @ gradients[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grad_b, scale(case, name) * gradients[name] @ a.mT, rtol=1e-4, atol=1e-6)
         assert min(grad_a.norm(), grad_b.norm()) > 1e-4, "too small to tell"
 
 
 def ascent(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """eps_W of a step of SAM over A and B as it acts, G at the weights, and c."""
-    found = slopes(case)
-    parameters = [one for one in case.model.parameters() if one.requires_grad]
-    size = torch.stack([one.grad.norm() for one in parameters if one.grad is not None]).norm()
+    gradients = slopes(case)
+    parameters = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
+    size = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None]).norm()
     case.model.zero_grad(set_to_none=True)
     watched = Watched(case)
-    LoraSam(parameters, parameters, RHO).take(0, [watched])
+    LoraSam(parameters, parameters, RHO).compute(0, [watched])
     first, second = watched.seen
-    return {name: second[name] - first[name] for name in first}, found, RHO / float(size)
+    return {name: second[name] - first[name] for name in first}, gradients, RHO / float(size)
 
 
 def test_sam_over_a_and_b_perturbs_w_prime_by_the_slope_of_w_prime_through_both() -> None:
     case = toy_case()
-    eps, found, c = ascent(case)
+    eps, gradients, c = ascent(case)
     for name, (down, up) in factors(case).items():
-        (a, b), g, s = matrices(down, up), found[name], scale(case, name)
+        (a, b), g, s = matrices(down, up), gradients[name], scale(case, name)
         whole = c * s**2 * (b @ b.mT @ g + g @ a.mT @ a) + c**2 * s**3 * g @ a.mT @ b.mT @ g
         assert (eps[name] - whole).norm() < 1e-3 * whole.norm(), name
 
@@ -124,9 +126,9 @@ def test_while_b_is_zero_sam_over_a_and_b_reaches_the_row_space_of_a_alone() -> 
     case = toy_case()
     for _, up in factors(case).values():
         up.data.zero_()
-    eps, found, c = ascent(case)
+    eps, gradients, c = ascent(case)
     for name, (down, _) in factors(case).items():
-        (a,), g = matrices(down), found[name]
+        (a,), g = matrices(down), gradients[name]
         torch.testing.assert_close(eps[name], c * scale(case, name) ** 2 * g @ a.mT @ a, rtol=1e-3, atol=1e-5)
         inside = torch.linalg.pinv(a) @ a
         assert (eps[name] - eps[name] @ inside).norm() < 1e-3 * eps[name].norm()

@@ -47,8 +47,8 @@ class OnMeta(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [one for one in tree_leaves((args, kwargs or {})) if isinstance(one, Tensor) and one.ndim]
-        devices = {one.device for one in given}
+        given = [tensor for tensor in tree_leaves((args, kwargs or {})) if isinstance(tensor, Tensor) and tensor.ndim]
+        devices = {tensor.device for tensor in given}
         if META in devices and len(devices) > 1 and "copy" not in str(func):
             raise AssertionError(f"{func} was given tensors of {devices}")
         return func(*args, **(kwargs or {}))
@@ -67,7 +67,7 @@ def step(base: Path, objective: Objective, draw: str, adapter: AdapterConfig) ->
     batch = with_input_perturbation(objective, batch, rng)
     with flat.perturb(0):
         diffusion_loss(unet, objective, batch, noise, timesteps).backward()
-    return [one.grad for one in unet.parameters() if one.requires_grad and one.grad is not None]
+    return [tensor.grad for tensor in unet.parameters() if tensor.requires_grad and tensor.grad is not None]
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank"])
@@ -88,7 +88,7 @@ def test_a_step_mixes_no_devices_and_reads_nothing_back(
     with OnMeta():
         gradients = step(base, objective, kind, AdapterConfig(lora_target_modules="conv"))
     assert gradients
-    assert {one.device for one in gradients} == {META}
+    assert {tensor.device for tensor in gradients} == {META}
 
 
 class Reads(TorchDispatchMode):
@@ -102,7 +102,7 @@ class Reads(TorchDispatchMode):
             self.count += 1
             return torch.ones(args[0].shape, dtype=args[0].dtype)
         made = func(*args, **(kwargs or {}))
-        has_double = any(isinstance(one, Tensor) and one.dtype is torch.float64 for one in tree_leaves(made))
+        has_double = any(isinstance(tensor, Tensor) and tensor.dtype is torch.float64 for tensor in tree_leaves(made))
         assert not (has_double and made.device == META), "some devices have no float64"
         return made
 

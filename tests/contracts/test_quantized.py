@@ -99,12 +99,12 @@ def test_loss_and_gradients_are_those_of_the_dequantized_weights_plus_noise(kind
     assert len(flat.layers) == len(lora_layers(case.model)) > 20
     clean, clean_gradients = loss_and_gradients(plain)
     with flat.perturb(step=3):
-        loss, found = loss_and_gradients(case)
+        loss, gradients = loss_and_gradients(case)
     add_to_base(plain.model, all_noise(flat, step=3))
     expected_loss, expected = loss_and_gradients(plain)
-    assert found.keys() == expected.keys()
+    assert gradients.keys() == expected.keys()
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
-    assert distance(found, expected) < 1e-3
+    assert distance(gradients, expected) < 1e-3
     assert distance(clean_gradients, expected) > 0.05
     assert not torch.isclose(clean, expected_loss, rtol=1e-4, atol=0)
 
@@ -156,9 +156,9 @@ def test_sigma_zero_and_a_detached_flat_lora_are_bit_equal_to_plain_lora(kind: s
         runs.append(loss_and_gradients(case))
     flat.detach()
     runs.append(loss_and_gradients(case))
-    for loss, found in runs[1:]:
+    for loss, gradients in runs[1:]:
         assert torch.equal(loss, runs[0][0])
-        assert all(torch.equal(found[name], value) for name, value in runs[0][1].items())
+        assert all(torch.equal(gradients[name], value) for name, value in runs[0][1].items())
 
 
 def test_norms_leave_a_half_precision_bias_as_it_is(kind: str) -> None:
@@ -186,6 +186,6 @@ def test_fp32_inputs_under_autocast_are_computed_and_differentiated_in_its_preci
         (expected,) = torch.autograd.grad(exact.square().sum(), x)
         with torch.autocast("cpu", torch.bfloat16):
             output = model["layer"](x)
-        (found,) = torch.autograd.grad(output.float().square().sum(), x)
+        (actual,) = torch.autograd.grad(output.float().square().sum(), x)
     torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.05)
-    assert distance({"x": found}, {"x": expected}) < 0.05
+    assert distance({"x": actual}, {"x": expected}) < 0.05

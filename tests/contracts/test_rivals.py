@@ -22,7 +22,7 @@ from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
 from flatlora_diffusion.method.rivals import sam, sketch
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
+from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 
 RHO = 0.5
 
@@ -50,7 +50,7 @@ def rival(case: Case, method: str, **settings: Any) -> StepGradient:
 
 
 def taken(case: Case, gradient: StepGradient, micros: Sequence[Micro] | None = None) -> dict[str, Tensor]:
-    gradient.take(1, micros or [Micro(case)])
+    gradient.compute(1, micros or [Micro(case)])
     return gradients(case.model)
 
 
@@ -68,11 +68,11 @@ def slopes_of_weights(case: Case, model: Any) -> dict[str, Tensor]:
     for layer in layers.values():
         layer.get_base_layer().weight.requires_grad_(True)
     case.loss(model).backward()
-    found = {name: layer.get_base_layer().weight.grad.clone() for name, layer in layers.items()}
+    gradients = {name: layer.get_base_layer().weight.grad.clone() for name, layer in layers.items()}
     for layer in layers.values():
         layer.get_base_layer().weight.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 def to_radius(slopes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,17 +112,19 @@ def test_sam_ascends_along_the_sum_of_the_accumulated_slopes() -> None:
 def test_sam_without_a_radius_is_plain_lora_bit_for_bit() -> None:
     case, plain = toy_case(), toy_case()
     ours, expected = taken(case, rival(case, "sam", rho=0.0)), taken(plain, rival(plain, "lora"))
-    assert all(torch.equal(ours[name], one) for name, one in expected.items())
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
 def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose gradients alone are finite would take a step that the others leave out."""
     case, shared = toy_case(), []
     monkeypatch.setattr(sam, "average", lambda tensors: shared.append(list(tensors)))
-    rival(case, "sam", rho=RHO).take(1, [Micro(case, share=float("inf"))])
+    rival(case, "sam", rho=RHO).compute(1, [Micro(case, share=float("inf"))])
     (of_trained,) = shared
-    trained = [one.grad for one in case.model.parameters() if one.requires_grad]
-    assert [one.data_ptr() for one in of_trained] == [one.data_ptr() for one in trained if one is not None]
+    trained = [tensor.grad for tensor in case.model.parameters() if tensor.requires_grad]
+    assert [tensor.data_ptr() for tensor in of_trained] == [
+        tensor.data_ptr() for tensor in trained if tensor is not None
+    ]
 
 
 def test_sam_is_the_same_with_gradient_checkpointing() -> None:
@@ -166,8 +168,8 @@ def test_the_noise_of_a_step_is_drawn_once_for_all_its_micro_batches(monkeypatch
     alone = taken(case, whole := rival(case, "flat-lora", sigma=0.5, perturb_per="step"))
     whole.detach()
     case.model.zero_grad()
-    draw = Mock(side_effect=FlatLora._drawn)
-    monkeypatch.setattr(FlatLora, "_drawn", lambda self, *values: draw(self, *values))
+    draw = Mock(side_effect=FlatLora._make_draw)
+    monkeypatch.setattr(FlatLora, "_make_draw", lambda self, *values: draw(self, *values))
     shares = [Micro(case, slot, share=0.25) for slot in range(4)]
     gradients_of_shares = taken(case, rival(case, "flat-lora", sigma=0.5, perturb_per="step"), shares)
     assert draw.call_count == 1
@@ -185,9 +187,9 @@ def test_bi_lora_takes_the_gradient_at_w_plus_what_has_ascended_and_clips_it_to_
     first = taken(case, gradient)
     assert distance(first, loss_and_gradients(case, clean)[1]) < 1e-6, "it starts at zero"
     for _ in range(3):
-        gradient.take(1, [Micro(case)])
+        gradient.compute(1, [Micro(case)])
         case.model.zero_grad(set_to_none=True)
-        gradient.weights_moved(learning_rate=0.05, loss_scale=1.0)
+        gradient.after_update(learning_rate=0.05, loss_scale=1.0)
     assert gradient.norm() == pytest.approx(RHO, rel=1e-4)
     eps = {
         layer.name: (gradient._scales[layer] * (up @ down)).detach().view(layer.shape)
@@ -207,10 +209,10 @@ def test_what_ascends_in_bi_lora_leaves_a_step_out_whose_slope_is_not_finite() -
 
     def moves(spoiled: float | None = None) -> bool:
         before = {name: value.clone() for name, value in gradient.state()[0].items()}
-        gradient.take(1, [Micro(case)])
+        gradient.compute(1, [Micro(case)])
         if spoiled is not None:
             gradient._parameters()[-1].grad.view(-1)[0] = spoiled
-        gradient.weights_moved(learning_rate=0.05, loss_scale=2.0)
+        gradient.after_update(learning_rate=0.05, loss_scale=2.0)
         after = gradient.state()[0]
         assert all(bool(value.isfinite().all()) for value in after.values())
         return not all(torch.equal(value, before[name]) for name, value in after.items() if name in before)
@@ -224,7 +226,7 @@ def test_what_ascends_in_bi_lora_leaves_a_step_out_whose_slope_is_not_finite() -
 def test_nbar_multiplies_a_and_b_by_the_larger_gradient() -> None:
     case = toy_case()
     gradient = rival(case, "nbar", bar_strength=2.0)
-    gradient.take(5, [Micro(case)])
+    gradient.compute(5, [Micro(case)])
     before = bits(case.model)
     gradient.before_update(5, learning_rate=0.01)  # half of the 10 steps are over, so the cosine is at a half
     after = dict(case.model.named_parameters())
@@ -245,7 +247,7 @@ def test_a_method_that_is_taken_off_leaves_the_model_as_it_was(method: str) -> N
     case = toy_case()
     plain = loss_and_gradients(case)[1]
     gradient = rival(case, method)
-    gradient.take(1, [Micro(case)])
+    gradient.compute(1, [Micro(case)])
     case.model.zero_grad(set_to_none=True)
     gradient.detach()
     after = loss_and_gradients(case)[1]
@@ -263,11 +265,11 @@ def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: in
         assert torch.equal(weight, before[f"{name}.base_layer.weight"])
         left, values, right = torch.linalg.svd(weight)
         rank = layer.r[ADAPTER]
-        largest, found = left[:, :rank] * values[:rank] @ right[:rank], layer.get_delta_weight(ADAPTER)
+        largest, delta = left[:, :rank] * values[:rank] @ right[:rank], layer.get_delta_weight(ADAPTER)
         if iterations:
-            assert found.norm() > 0.95 * largest.norm()
+            assert delta.norm() > 0.95 * largest.norm()
         else:
-            torch.testing.assert_close(found, largest, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(delta, largest, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(merged_weight(layer), weight, rtol=1e-4, atol=1e-5)
         assert not any(sides[ANCHOR].weight.requires_grad for sides in (layer.lora_A, layer.lora_B))
 
@@ -305,7 +307,7 @@ def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() 
     clean = copy.deepcopy(case.model)
     slopes = slopes_of_weights(case, copy.deepcopy(clean))
     halves = [Micro(case, share=0.5), Micro(case, share=0.5)]
-    read = dict(zip(lora_layers(case.model), read_slopes([case.model], halves), strict=True))
+    read = dict(zip(lora_layers(case.model), read_weight_gradients([case.model], halves), strict=True))
     assert distance(read, slopes) < 1e-4
     before = bits(case.model)
     add_anchor(case.model, case.model.peft_config[ADAPTER])

@@ -184,8 +184,8 @@ def test_no_buffer_of_a_weights_size_outlives_the_forward(kind: str, draw: str) 
         loss = case.loss()
         after = live_storages()
         loss.backward()
-    kept = [size for pointer, size in after.items() if pointer not in before and size >= smallest]
-    assert sum(kept) <= (factor_bytes(case.model) if draw == "low_rank" else 0)
+    saved = [size for pointer, size in after.items() if pointer not in before and size >= smallest]
+    assert sum(saved) <= (factor_bytes(case.model) if draw == "low_rank" else 0)
 
 
 class LargestLive(TorchDispatchMode):
@@ -250,8 +250,8 @@ def test_the_state_between_steps_is_a_few_numbers_per_filter(kind: str) -> None:
         case.model.zero_grad(set_to_none=True)
     assert 4 * filters <= flat.state_bytes <= 16 * filters
     after = live_storages()
-    kept = sum(size for pointer, size in after.items() if pointer not in before)
-    assert kept <= flat.state_bytes + 1024, f"{kept} bytes are kept, {flat.state_bytes} are reported"
+    saved = sum(size for pointer, size in after.items() if pointer not in before)
+    assert saved <= flat.state_bytes + 1024, f"{saved} bytes are kept, {flat.state_bytes} are reported"
 
 
 def test_the_state_of_a_toy_is_reported_before_its_first_step() -> None:

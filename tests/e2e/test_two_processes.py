@@ -105,7 +105,7 @@ def by_launcher(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def test_what_ascends_does_so_alike_on_two_processes_and_on_one(
     arguments: list[str], tmp_path: Path, flags: str
 ) -> None:
-    """Slopes of frozen weights and of the second LoRA are no part of DDP: the method shares them itself."""
+    """WeightGradients of frozen weights and of the second LoRA are no part of DDP: the method shares them itself."""
     shared = [one for one in arguments if one != "--sigma_schedule=constant"]  # which these methods do not have
     both = [*shared, *flags.split()]
     together(both, tmp_path / "two")

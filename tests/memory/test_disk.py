@@ -57,7 +57,7 @@ def test_a_checkpoint_and_a_result_take_what_is_told(icons: Path, tmp_path: Path
     )
     need, folder = disk_need(config), train(config).parent
     checkpoint = size_of(folder / "checkpoint-2")
-    result = size_of(folder) - sum(size_of(one) for one in folder.glob("checkpoint-*"))
+    result = size_of(folder) - sum(size_of(checkpoint) for checkpoint in folder.glob("checkpoint-*"))
     assert 0.98 * checkpoint < need.checkpoint < 1.1 * checkpoint
     # AdaLoRA may keep all ranks that it begins with.
     assert 0.98 * result < need.result < (1.3 if name == "AdaLoRA" else 1.1) * result

@@ -52,12 +52,12 @@ def test_of_a_single_file_all_that_is_cast_is_held(config: TrainConfig, sdxl: Sd
         mixed_precision="fp16",
     )
     weights = 2 * sum(counts.values()) + 2 * counts["vae"]
-    found = estimate_cpu_memory(single, samples_of(config)).loading
-    assert found == pytest.approx(weights + 2 * counts["vae"], rel=0.05), "of a half-precision file the VAE alone"
-    found = estimate_cpu_memory(single.replace(mixed_precision="bf16"), samples_of(config)).loading
-    assert found == pytest.approx(weights + file.stat().st_size), "as wide, yet of another kind: all is cast"
-    found = estimate_cpu_memory(single.replace(mixed_precision="no"), samples_of(config)).loading
-    assert found == pytest.approx(4 * sum(counts.values()) + file.stat().st_size)
+    loading = estimate_cpu_memory(single, samples_of(config)).loading
+    assert loading == pytest.approx(weights + 2 * counts["vae"], rel=0.05), "of a half-precision file the VAE alone"
+    loading = estimate_cpu_memory(single.replace(mixed_precision="bf16"), samples_of(config)).loading
+    assert loading == pytest.approx(weights + file.stat().st_size), "as wide, yet of another kind: all is cast"
+    loading = estimate_cpu_memory(single.replace(mixed_precision="no"), samples_of(config)).loading
+    assert loading == pytest.approx(4 * sum(counts.values()) + file.stat().st_size)
 
 
 def _weights(sdxl: Sdxl, part: str) -> list[tuple[str, Tensor]]:
@@ -87,9 +87,9 @@ def test_the_caches_and_what_is_offloaded_are_those_of_a_real_run(config: TrainC
 
 def test_sdxl_from_fp32_files_by_hand(config: TrainConfig) -> None:
     sdxl = config.replace(pretrained_model_name_or_path="some/sdxl", mixed_precision="bf16", resolution=1024)
-    found = estimate_cpu_memory(sdxl, [])
+    estimate = estimate_cpu_memory(sdxl, [])
     unet, encoders, vae = 2_567_463_684, 123_060_480 + 694_659_840, 83_653_863  # the weights of SDXL 1.0
-    assert found.loading == 2 * (unet + encoders) + 4 * vae + 4 * unet
+    assert estimate.loading == 2 * (unet + encoders) + 4 * vae + 4 * unet
     in_halves = sdxl.replace(variant="fp16", mixed_precision="fp16")
     assert estimate_cpu_memory(in_halves, []).loading == 2 * (unet + encoders) + 4 * vae + 2 * vae
     other_halves = in_halves.replace(mixed_precision="bf16")
@@ -99,9 +99,9 @@ def test_sdxl_from_fp32_files_by_hand(config: TrainConfig) -> None:
 def test_what_is_told_names_what_lowers_it(config: TrainConfig) -> None:
     samples = samples_of(config)
     (fits,) = cpu_lines(config, samples, 32 * GIB)
-    assert fits.endswith("of CPU memory needed, 32.0 GiB free")
+    assert "32.0 GiB free" in fits
     _, loading = cpu_lines(config, samples, 1)
-    assert "while the base is loaded" in loading
+    assert "--mixed_precision" in loading
     cached = config.replace(cache_latents=True, resolution=4096)
     _, caches = cpu_lines(cached, samples, 1)
-    assert "leave --cache_latents out" in caches
+    assert "--cache_latents" in caches

@@ -18,12 +18,12 @@ def block(kib: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_tensors_count_from_their_making_to_their_end() -> None:
     known = block(8)
     with LiveBytes([known]) as held:
-        one = known + 1
+        first = known + 1
         assert (held.live, held.peak) == (8 * KIB, 8 * KIB)
-        two = one * 2
-        del one
+        second = first * 2
+        del first
         assert (held.live, held.peak) == (8 * KIB, 16 * KIB)
-        del two
+        del second
         assert (held.live, held.peak) == (0, 16 * KIB)
 
 

@@ -22,7 +22,7 @@ from flatlora_diffusion.method import layers, low_rank_draw
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs
 from flatlora_diffusion.method.rivals import sam, weight_gradients
-from flatlora_diffusion.method.rivals.weight_gradients import read_slopes
+from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 from flatlora_diffusion.sdxl.shapes import on_meta
 
 META = torch.device("meta")
@@ -83,18 +83,22 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AsOnGpu(torch.bfloat16)))
         unet.enable_gradient_checkpointing(again)
     trained = trainable_parameters(unet)
-    for one in trained.values():
-        one.data = one.data.float()
-        one.grad = torch.empty_like(one)
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+        parameter.grad = torch.empty_like(parameter)
     micro = Micro(unet)
-    known = [*unet.parameters(), *unet.buffers(), *(one.grad for one in trained.values() if one.grad is not None)]
+    known = [
+        *unet.parameters(),
+        *unet.buffers(),
+        *(parameter.grad for parameter in trained.values() if parameter.grad is not None),
+    ]
     with AsOnGpu(torch.bfloat16), LiveBytes([*known, *micro.inputs.values()]) as held:
         if config.adapter.adapter == "lora-ga":
-            read_slopes([unet], [micro] * config.adapter.slope_steps)
+            read_weight_gradients([unet], [micro] * config.adapter.effective_lora_ga_steps)
         else:
             gradient = step_gradient(GradientInputs({"unet": unet}, trained, config.perturb, seed=0, total_steps=10))
-            gradient.take(9, [micro] * config.optim.gradient_accumulation_steps)
-    return held.peak + sum(one.nbytes for one in micro.inputs.values())
+            gradient.compute(9, [micro] * config.optim.gradient_accumulation_steps)
+    return held.peak + sum(tensor.nbytes for tensor in micro.inputs.values())
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ def test_the_times_of_the_readme_are_arithmetic_on_the_flops_of_a_step() -> None
     of_step, page = teraflops(checkpointing=True), (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert f"{of_step:.1f} TFLOP ({teraflops(checkpointing=False):.1f} without checkpointing" in " ".join(page.split())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for card, (peak, one, several) in CARDS.items():
+    for card, (peak, single, average) in CARDS.items():
         seconds = of_step / (SHARE * peak)
-        assert (round(STEPS * seconds / 60), round(MEMBERS * STEPS * seconds / 60)) == (one, several)
+        assert (round(STEPS * seconds / 60), round(MEMBERS * STEPS * seconds / 60)) == (single, average)
         assert f"({card}) |" in readme
-        assert f"GiB | {one} minutes | {several} minutes |" in readme
-        assert f"| {peak} | {seconds:.1f} s | {one} minutes | {several} minutes |" in page
+        assert f"GiB | {single} minutes | {average} minutes |" in readme
+        assert f"| {peak} | {seconds:.1f} s | {single} minutes | {average} minutes |" in page
     quality = TrainConfig().updated_from(preset_file("quality"))
     passes = quality.average.trainings * (quality.optim.max_train_steps or 0) * quality.optim.train_batch_size
     assert f"is {passes * of_step / (SHARE * CARDS['RTX 3090'][0]) / 3600:.1f} hours on an RTX 3090" in page

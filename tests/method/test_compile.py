@@ -35,18 +35,18 @@ def test_a_model_under_low_rank_draws_is_compiled_once_and_trains_as_it_does_oth
     flat, reference = (FlatLora(model, schedule="constant", draw="low_rank") for model in (case.model, eager))
     for step in range(3):
         with flat.perturb(step), reference.perturb(step):
-            (loss, found), (expected_loss, expected) = (
+            (loss, gradients), (expected_loss, expected) = (
                 loss_and_gradients(case, compiled),
                 loss_and_gradients(case, eager),
             )
         torch.testing.assert_close(loss, expected_loss)
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient)
+            torch.testing.assert_close(gradients[f"_orig_mod.{name}"], gradient)
     assert backend.frame_count == 1, "a graph break, or compiled again for another step"
 
 
 def test_full_draws_break_the_graph_a_few_times_a_layer(case: Case) -> None:
     flat = FlatLora(case.model, schedule="constant", draw="full")
     with flat.perturb(1):
-        found = torch._dynamo.explain(case.predict)(case.model)
-    assert 0 < found.graph_break_count <= BREAKS_PER_LAYER * LAYERS
+        report = torch._dynamo.explain(case.predict)(case.model)
+    assert 0 < report.graph_break_count <= BREAKS_PER_LAYER * LAYERS

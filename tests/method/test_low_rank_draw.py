@@ -61,8 +61,8 @@ def test_each_entry_has_the_mean_and_the_variance_of_eq_7(z: Tensor) -> None:
 
 
 def test_no_two_entries_are_correlated(z: Tensor) -> None:
-    one, other = torch.triu_indices(30, 30, offset=1)
-    assert_mean(z[:, one] * z[:, other], 0, errors=5.5)
+    rows, columns = torch.triu_indices(30, 30, offset=1)
+    assert_mean(z[:, rows] * z[:, columns], 0, errors=5.5)
 
 
 def test_what_differs_from_full_draws_is_the_fourth_moment(z: Tensor) -> None:
@@ -102,12 +102,12 @@ def test_a_strength_that_changes_inside_perturb_leaves_eps_as_it_was(adapter: Ad
     with flat.perturb(step=1):
         for layer in lora_layers(case.model).values():
             layer.scale_layer(0.5)
-        loss, found = loss_and_gradients(case)
+        loss, gradients = loss_and_gradients(case)
     for layer in lora_layers(clean).values():
         layer.scale_layer(0.5)
     expected_loss, expected = loss_and_gradients(case, add_to_base(clean, noise))
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
-    assert distance(found, expected) < 1e-4
+    assert distance(gradients, expected) < 1e-4
 
 
 def test_weights_that_change_inside_perturb_are_seen_and_leave_eps_as_it_was() -> None:
@@ -117,11 +117,11 @@ def test_weights_that_change_inside_perturb_are_seen_and_leave_eps_as_it_was() -
     noise = all_noise(flat, step=1)
     with flat.perturb(step=1):
         move(case.model)
-        loss, found = loss_and_gradients(case)
+        loss, gradients = loss_and_gradients(case)
     move(clean)
     expected_loss, expected = loss_and_gradients(case, add_to_base(clean, noise))
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
-    assert distance(found, expected) < 1e-4
+    assert distance(gradients, expected) < 1e-4
 
 
 def move(model: nn.Module) -> None:
@@ -137,10 +137,10 @@ def test_a_lora_of_strength_zero_is_still_perturbed() -> None:
     clean = copy.deepcopy(case.model)
     flat = low_rank(case.model)
     with torch.no_grad(), flat.perturb(step=1):
-        found = case.predict(case.model)
+        actual = case.predict(case.model)
     with torch.no_grad():
         expected = case.predict(add_to_base(clean, all_noise(flat, step=1)))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_other_ranks_and_strengths_leave_the_draw_as_it_is() -> None:
@@ -173,8 +173,8 @@ def drawn(groups: list[list[AdaptedLayer]]) -> list[Tensor]:
 
 
 def test_equal_layers_on_two_devices_have_draws_of_their_own(equal_layers: list[AdaptedLayer]) -> None:
-    one, other = drawn([[layer] for layer in equal_layers])
-    assert abs(float(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0))) < 5 / 30
+    first, second = drawn([[layer] for layer in equal_layers])
+    assert abs(float(torch.cosine_similarity(first.flatten(), second.flatten(), dim=0))) < 5 / 30
 
 
 def test_the_draws_of_one_device_are_those_of_earlier_versions(equal_layers: list[AdaptedLayer]) -> None:
@@ -183,8 +183,8 @@ def test_the_draws_of_one_device_are_those_of_earlier_versions(equal_layers: lis
     ups, downs = (torch.empty(DRAW_RANK, 60).normal_(generator=rng) for _ in range(2))
     downs, ups = downs.bfloat16().float(), (ups / math.sqrt(DRAW_RANK)).bfloat16().float()
     pairs = zip(downs.split(30, dim=1), ups.split(30, dim=1), strict=True)
-    for found, (down, up) in zip(drawn([equal_layers]), pairs, strict=True):
-        assert torch.equal(found, up.mT @ down)
+    for actual, (down, up) in zip(drawn([equal_layers]), pairs, strict=True):
+        assert torch.equal(actual, up.mT @ down)
 
 
 def test_factors_and_norms_of_all_layers_of_sdxl_take_14_3_mb() -> None:

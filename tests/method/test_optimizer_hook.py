@@ -207,10 +207,10 @@ def test_two_processes_of_ddp_see_the_same_eps(tmp_path: Path) -> None:
     train(other, adam(other.model), 3)
     whole = weights(expected)
     for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        for place, one in enumerate(whole):
-            torch.testing.assert_close(found[str(place)], one, rtol=1e-4, atol=1e-5)
-    apart = max(float((one - two).abs().max()) for one, two in zip(whole, weights(other), strict=True))
+        tensors = load_file(tmp_path / f"{rank}.safetensors")
+        for place, weight in enumerate(whole):
+            torch.testing.assert_close(tensors[str(place)], weight, rtol=1e-4, atol=1e-5)
+    apart = max(float((weight - two).abs().max()) for weight, two in zip(whole, weights(other), strict=True))
     assert apart > 1e-3, "eps changed nothing"
 
 
@@ -257,19 +257,19 @@ def test_what_cannot_be_followed_is_told_in_a_sentence(wrong: str) -> None:
     match wrong:
         case "other":
             optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-            said = r"steps none of the LoRA's 12 trainable parameters"
+            message = r"none of the 12 trainable parameters"
         case "W":
             optimizer.add_param_group({"params": [lora_layers(case.model)["wide"].get_base_layer().weight]})
-            said = r"steps W of wide, which has to stay frozen"
+            message = r"W of wide"
         case "no optimizer":
-            optimizer, said = object(), r"needs a torch.optim.Optimizer, not object; run forward and backward inside"  # type: ignore[assignment]
+            optimizer, message = object(), r"torch.optim.Optimizer, not object"  # type: ignore[assignment]
         case "twice":
             flat.follow(optimizer)
-            said = r"follows an optimizer already"
+            message = r"already follows"
         case _:
             trainable(case.model)[0].ds_id = 1  # type: ignore[attr-defined]
-            said = r"strided is sharded"
-    with pytest.raises(ConfigError, match=said):
+            message = r"strided is sharded"
+    with pytest.raises(ConfigError, match=message):
         flat.follow(optimizer)
 
 
@@ -278,11 +278,11 @@ def test_a_loop_that_never_trains_in_training_mode_is_told() -> None:
     _, optimizer = followed(case)
     case.model.eval()
     case.loss().backward()
-    with pytest.raises(ConfigError, match=r"made step 0 and no perturbed layer ran in training mode"):
+    with pytest.raises(ConfigError, match=r"step 0 .*training mode"):
         optimizer.step()
 
 
 def test_perturb_and_follow_are_not_mixed() -> None:
     flat, _ = followed(toy_case())
-    with pytest.raises(RuntimeError, match="use one of the two"), flat.perturb(1):
+    with pytest.raises(RuntimeError, match=r"follow\(\).*perturb\(\)"), flat.perturb(1):
         pass

@@ -53,13 +53,13 @@ def move(model: nn.Module) -> None:
 
 def moved_noise(flat: FlatLora, model: nn.Module, steps: range, start: int = 0) -> list[Tensor]:
     """eps of each step, in which the model takes a perturbed pass and its LoRA grows."""
-    found = []
+    noises = []
     for step in steps:
         if step >= start:
             with flat.perturb(step):
-                found.append(flat.noise("5", step))
+                noises.append(flat.noise("5", step))
         move(model)
-    return found
+    return noises
 
 
 @pytest.mark.parametrize("noise", ["filter", "iid"])
@@ -70,8 +70,8 @@ def test_norms_are_those_of_the_first_step_of_each_interval(noise: NoiseKind, dr
             models.append(many_layers())
     every, once = (FlatLora(models[i], schedule="constant", noise=noise, norm_every=n) for i, n in ((0, 1), (1, 3)))
     fresh = moved_noise(every, models[0], range(7))
-    kept = moved_noise(once, models[1], range(7))
-    alike = [torch.equal(one, two) for one, two in zip(fresh, kept, strict=True)]
+    cached = moved_noise(once, models[1], range(7))
+    alike = [torch.equal(first, second) for first, second in zip(fresh, cached, strict=True)]
     assert alike == [True, False, False, True, False, False, True]
     assert every.norm_state() is None
     assert once.state_bytes > every.state_bytes
@@ -88,9 +88,9 @@ def test_a_run_that_is_resumed_inside_an_interval_draws_what_the_unbroken_one_dr
     assert state is not None
     resumed.load_norm_state(state)
     later = moved_noise(whole, models[0], range(2, 6))
-    found = moved_noise(resumed, models[1], range(6), start=2)
+    noises = moved_noise(resumed, models[1], range(6), start=2)
     assert len(first) == 2
-    assert all(torch.equal(one, two) for one, two in zip(later, found, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(later, noises, strict=True))
 
 
 @pytest.mark.parametrize(("rank", "together"), [(1, 16), (4, 4), (32, 1)])
@@ -122,7 +122,7 @@ def test_the_micro_batches_of_a_step_share_its_norms_and_the_next_step_takes_new
     flat = FlatLora(model, schedule="constant")
     plain = [flat.noise(name, 0, slot) for slot in range(3) for name in flat.layers]
     taken.clear()
-    with flat.one_step():
+    with flat.frozen_norms():
         for slot in range(3):
             with flat.perturb(0, slot):
                 pass
@@ -133,7 +133,7 @@ def test_the_micro_batches_of_a_step_share_its_norms_and_the_next_step_takes_new
         with flat.perturb(0):
             pass
         shared = [flat.noise(name, 0, slot) for slot in range(3) for name in flat.layers]
-    assert all(torch.equal(one, two) for one, two in zip(plain, shared, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(plain, shared, strict=True))
     assert flat.norm_state() is None, "what was shared is gone with the step"
     taken.clear()
     for slot in range(2):

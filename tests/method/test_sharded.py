@@ -37,8 +37,8 @@ def gradients_of_both(rank: int, store: str) -> dict[str, Tensor]:
         flat = FlatLora(model, schedule="constant", draw="low_rank")
         with flat.perturb(step=1):
             loss_of(model, rank).backward()
-        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return {name: gradient.full_tensor() for name, gradient in found.items()}  # type: ignore[union-attr]
+        parameters = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name: gradient.full_tensor() for name, gradient in parameters.items()}  # type: ignore[union-attr]
     finally:
         distributed.destroy_process_group()
 

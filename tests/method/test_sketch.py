@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.method.rivals.sketch import SKETCH_RANK, Sketches
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader
+from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.state import TrainState, prepare
@@ -76,12 +76,12 @@ def _bias(base: Any) -> dict[str, Tensor]:
 
 def sketch_of(model: Any, calls: list[tuple[Tensor, Tensor]], seed: int = 0, step: int = 0) -> tuple[Tensor, Tensor]:
     """R and Q."""
-    reader = SlopeReader([model])
-    with reader.reading(Sketches(seed, step)) as found:
+    hook = WeightGradientHook([model])
+    with hook.recording(Sketches(seed, step)) as sketches:
         for x, slope in calls:
             (model(x) * slope).sum().backward()
-    reader.detach()
-    factors = found.factors(reader.layers[0])
+    hook.detach()
+    factors = sketches.factors(hook.layers[0])
     assert factors is not None
     return factors
 
@@ -99,17 +99,17 @@ def test_a_slope_of_a_smaller_rank_is_sketched_whole(name: str, calls: int) -> N
     torch.testing.assert_close(up.mT @ up, torch.eye(up.shape[1]), rtol=0, atol=1e-5)
 
 
-def assert_alike(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+def assert_alike(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_layer_that_is_called_twice_in_one_pass_is_sketched_with_both() -> None:
     model = model_of("linear")
     first, second = few_places(model, "linear", 1), few_places(model, "linear", 2)
-    reader = SlopeReader([model])
-    with reader.reading(Sketches(0, 0)) as found:
+    hook = WeightGradientHook([model])
+    with hook.recording(Sketches(0, 0)) as sketches:
         ((model(first[0]) * first[1]).sum() + (model(second[0]) * second[1]).sum()).backward()
-    factors = found.factors(reader.layers[0])
+    factors = sketches.factors(hook.layers[0])
     assert factors is not None
     assert_alike(factors[1] @ factors[0], slope_by_autograd(model, [first, second]))
 
@@ -118,7 +118,7 @@ def test_a_larger_rank_is_sketched_by_a_projection_that_holds_most_of_it() -> No
     model = model_of("linear")
     x, slope = normal(1, 64, 40) * torch.logspace(0, -2, 40), normal(2, 64, 24)
     whole = slope_by_autograd(model, [(x, slope)])
-    down, up = (one.double() for one in sketch_of(model, [(x, slope)]))
+    down, up = (factor.double() for factor in sketch_of(model, [(x, slope)]))
     torch.testing.assert_close(down, up.mT @ whole, rtol=1e-4, atol=1e-4)
     best = torch.linalg.svdvals(whole)[:SKETCH_RANK].norm()
     assert 0.9 * best < down.norm() <= best * (1 + 1e-6)
@@ -153,20 +153,20 @@ def test_sam_changes_the_gradient_as_the_whole_slope_does(
     config = TrainConfig.from_dict({**given, "method": "sam", "rho": 0.25, "train_batch_size": 2, "seed": 3})
     config = config.replace(report_to="none", **settings)
     state = prepare(config, samples_of(config))
-    for name, one in state.trainable.items():
+    for name, parameter in state.trainable.items():
         if ".lora_B." in name:
-            one.data = 0.02 * normal(len(name), *one.shape)
+            parameter.data = 0.02 * normal(len(name), *parameter.shape)
     drawn = list(micro_batches(state, 0, DrawHash()))
     weights = [layer.get_base_layer().weight for layer in lora_layers(state.model).values()]
     for weight in weights:
         weight.requires_grad_(True)
-    slopes = torch.autograd.grad(torch.stack([one.loss() for one in drawn]).mean(), weights)
+    slopes = torch.autograd.grad(torch.stack([batch.loss() for batch in drawn]).mean(), weights)
     length = torch.stack([slope.norm() for slope in slopes]).norm()
     for weight in weights:
         weight.requires_grad_(False)
     plain = gradient_of(state, drawn)
-    state.gradient.take(0, drawn)
-    ours = flat([one.grad for one in state.trainable.values()]) - plain
+    state.gradient.compute(0, drawn)
+    ours = flat([parameter.grad for parameter in state.trainable.values()]) - plain
     for weight, slope in zip(weights, slopes, strict=True):
         weight.data += 0.25 * slope / length
     theirs = gradient_of(state, drawn) - plain
@@ -176,9 +176,9 @@ def test_sam_changes_the_gradient_as_the_whole_slope_does(
 
 
 def gradient_of(state: TrainState, drawn: list[Any]) -> Tensor:
-    loss = torch.stack([one.loss() for one in drawn]).mean()
+    loss = torch.stack([batch.loss() for batch in drawn]).mean()
     return flat(torch.autograd.grad(loss, list(state.trainable.values())))
 
 
 def flat(tensors: Any) -> Tensor:
-    return torch.cat([one.flatten() for one in tensors])
+    return torch.cat([tensor.flatten() for tensor in tensors])

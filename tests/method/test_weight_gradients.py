@@ -12,7 +12,7 @@ from tiny_models import Adapter, Case, normal, randomize_adapters, seeded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, Slopes
+from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook, WeightGradients
 
 
 def case(dtype: torch.dtype = torch.float32) -> Case:
@@ -30,16 +30,16 @@ def case(dtype: torch.dtype = torch.float32) -> Case:
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=str)
 def test_the_slope_is_the_product_of_rounded_factors_added_up_in_fp32(compute: torch.dtype) -> None:
     """Rounded once more, as a product in half precision would be, it were 1e-3 away."""
-    one = case()
+    toy = case()
     seen: dict[str, list[Tensor]] = {}
-    for name, layer in lora_layers(one.model).items():
+    for name, layer in lora_layers(toy.model).items():
         layer.get_base_layer().register_forward_hook(lambda _, given, made, name=name: keep(seen, name, given, made))
-    reader = SlopeReader([one.model])
-    with reader.reading(Slopes()) as slopes:
+    hook = WeightGradientHook([toy.model])
+    with hook.recording(WeightGradients()) as gradients:
         with torch.autocast("cpu", compute):
-            prediction = one.predict(one.model)
-        nn.functional.mse_loss(prediction.float(), one.target).backward()
-    for layer, slope in slopes.items():
+            prediction = toy.predict(toy.model)
+        nn.functional.mse_loss(prediction.float(), toy.target).backward()
+    for layer, slope in gradients.items():
         x, grad = (tensor.to(compute).double() for tensor in seen[layer.name])
         if layer.convolution is None:
             expected = grad.mT @ x
@@ -71,10 +71,10 @@ class Products(TorchDispatchMode):
 @pytest.mark.skipif(not hasattr(torch.ops.aten.mm, "dtype"), reason="PyTorch before 2.8 has no such product")
 def test_a_gpu_never_multiplies_in_fp32_for_it() -> None:
     """On `meta`, which has the products of a GPU; a CPU has none with an output in another dtype."""
-    one = case(torch.bfloat16)
-    model = one.model.to("meta")
-    reader, products = SlopeReader([model]), Products()
-    with reader.reading(Slopes()) as slopes, products:
+    toy = case(torch.bfloat16)
+    model = toy.model.to("meta")
+    hook, products = WeightGradientHook([model]), Products()
+    with hook.recording(WeightGradients()) as gradients, products:
         model(torch.empty(64, 24, device="meta", dtype=torch.bfloat16)).sum().backward()
-    assert {slope.dtype for slope in slopes.values()} == {torch.float32}
+    assert {slope.dtype for slope in gradients.values()} == {torch.float32}
     assert products.seen == [torch.bfloat16]

@@ -38,7 +38,7 @@ def test_an_ascent_by_the_rho_that_is_found_lifts_the_loss_as_was_asked_for(
     start_from_gradients(state)
     rho = state.config.perturb.rho
     assert rho is not None
-    assert rho == state.config.perturb.radius > 0, "the steps are taken with it"
+    assert rho == state.config.perturb.effective_rho > 0, "the steps are taken with it"
     assert all(torch.equal(parameter, before[name]) for name, parameter in state.trainable.items())
     assert all(parameter.grad is None for parameter in state.trainable.values())
     assert ascended(state, rho) / ascended(state, 0) - 1 == pytest.approx(CLIMB, rel=0.15), "the rest is curvature"

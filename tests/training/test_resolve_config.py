@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flatlora_diffusion.config import ConfigError, TrainConfig, settings_that
+from flatlora_diffusion.config import ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.training import trainer
 from flatlora_diffusion.training.resolve_config import resolve_after_loading, with_precision, with_seed
@@ -27,8 +27,8 @@ def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
         TrainConfig().to_dict(),
         resolve_after_loading(with_seed(TrainConfig()), "bf16", 64, 16, [WIDE], 1).to_dict(),
     )
-    assert {name for name in given if given[name] != whole[name]} == set(settings_that("is_settled"))
-    assert all(whole[name] is not None for name in settings_that("is_settled"))
+    assert {name for name in given if given[name] != whole[name]} == set(settings_with("is_resolved"))
+    assert all(whole[name] is not None for name in settings_with("is_resolved"))
     assert (whole["resolution"], whole["mixed_precision"]) == (64, "bf16")
 
 
@@ -93,7 +93,7 @@ def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_p
     )
     state = prepare(with_seed(given), load_samples(icons).samples)
     assert state.batches.config is state.config
-    assert all(state.config.to_dict()[name] is not None for name in settings_that("is_settled"))
+    assert all(state.config.to_dict()[name] is not None for name in settings_with("is_resolved"))
     assert state.total_steps == state.config.optim.max_train_steps == 3 * state.batches.schedule.steps_per_epoch
     assert state.batches.resolution == state.sdxl.resolution
 

@@ -14,7 +14,7 @@ from tiny_runs import output_with, samples_of
 
 from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.config import ADAPTERS, METHODS, TrainConfig, settings_that
+from flatlora_diffusion.config import ADAPTERS, METHODS, TrainConfig, settings_with
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.training.checkpoint import load_state, save_state, start_run
 from flatlora_diffusion.training.export_lora import save_lora
@@ -173,7 +173,7 @@ def run(request: Any, short: TrainConfig, plain_draws: Callable[..., list[str]])
     """Two steps of each method draw the same as plain LoRA, so that comparisons are paired."""
     cell = CELLS[request.param]
     state, draws = two_steps(changed(short, cell))
-    alike = {*settings_that("moves", "draws"), "mixed_precision", "base_dtype"}
+    alike = {*settings_with("affects", "draws"), "mixed_precision", "base_dtype"}
     assert draws == plain_draws(**{name: value for name, value in cell.items() if name in alike})
     return state
 

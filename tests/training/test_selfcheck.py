@@ -74,7 +74,7 @@ def test_what_is_wrong_is_told_and_the_run_goes_on(
     plain = FullDraw.base_output
 
     def doubled(self: FullDraw, layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        clean = layer.below.forward(x, *args, **kwargs)
+        clean = layer.base_hook.forward(x, *args, **kwargs)
         return clean + 2 * (plain(self, layer, x, *args, **kwargs) - clean)
 
     monkeypatch.setattr(FullDraw, "base_output", doubled)
@@ -174,7 +174,7 @@ def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: T
 def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
     flat, sam = gpu_check_configs()
     assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")
-    assert sam.perturb.loss_increase == CHECK_RHO_RISE
+    assert sam.perturb.target_loss_increase == CHECK_RHO_RISE
     for config in (flat, sam):
         assert estimate_memory(config).total < 0.9 * 12 * GIB, "the smallest GPU that trains without --offload"
 

@@ -250,7 +250,7 @@ def test_norms_as_old_as_they_get_by_default_are_off_by_less_than_half_a_percent
         train_step(state, step)
         norms = flat.norm_state()
         assert norms is not None
-        assert norms.turn == 0
+        assert norms.interval == 0
         off.append(float((norms.stds / stds_now(flat) - 1).abs().max()))
     print("largest relative error of a filter norm by its age in steps:", [f"{value:.1e}" for value in off])
     assert 0 < off[0] < off[-1] < 0.005

@@ -1,4 +1,4 @@
-"""What Flat-LoRA is compared with: SAM over W or over A and B, balance of A and B, and Bi-LoRA.
+"""The methods that Flat-LoRA is compared with: SAM over W or over A and B, BAR and Bi-LoRA.
 
-Knows nothing of noise. Start with `sam.py`.
+Knows nothing of Flat-LoRA's noise. Start with `sam.py`.
 """

@@ -1,12 +1,13 @@
-"""Bi-LoRA (arXiv:2508.19564): beside the LoRA a second one ascends in the same backward, and is dropped at the end.
+"""Bi-LoRA (arXiv:2508.19564): an adversarial second LoRA ascends in the same backward pass.
 
     L(W + s B A + s B2 A2):  A and B descend, A2 and B2 ascend, then ||s B2 A2||_F over all layers is clipped to rho
 
-So the step's gradient is taken where the loss is higher, as in SAM, in a single pass. The second LoRA lives in here,
-not in PEFT, and acts only while a gradient is taken: files, previews and validation never see it.
+The gradient is computed at perturbed weights as in SAM, but in a single pass. The second LoRA is not part of the PEFT
+model and is active only while a gradient is computed: it is not in files, previews and validation.
 
-Where the paper leaves it open we let both have one rank and learning rate, AdamW without decay ascend, and clip A2 and
-B2 by the same factor. A step in which a slope of A2 or B2 is not finite leaves these two as they are.
+The paper does not specify some details. Here both LoRAs have the same rank and learning rate, the second is trained by
+AdamW without weight decay, and A2 and B2 are clipped by the same factor. If a gradient of A2 or B2 is not finite, both
+stay the same in that step.
 """
 
 from __future__ import annotations
@@ -18,56 +19,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.method.branch import first_adapter, rank_of, scale_of, square_norm
 from flatlora_diffusion.method.gradient import GradientInputs, MicroBatch, StepGradient
-from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
+from flatlora_diffusion.method.layers import (
+    AdaptedLayer,
+    find_adapted_layers,
+    first_adapter,
+    rank_of,
+    scale_of,
+    square_norm,
+)
 from flatlora_diffusion.method.rivals.weight_gradients import average
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.tensor_io import load_optimizer, optimizer_tensors
 
 
-def bi_lora(inputs: GradientInputs) -> BiLora:
-    """Bi-LoRA over all models."""
-    return BiLora(inputs.models, inputs.config.radius, inputs.seed)
+def bi_lora_gradient(inputs: GradientInputs) -> BiLora:
+    """Build Bi-LoRA over all models."""
+    return BiLora(inputs.models, inputs.config.effective_rho, inputs.seed)
 
 
-def rehearse(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
-    """A step's passes on meta tensors, for the estimate of memory."""
-    second = BiLora({"": model}, rho=1.0, seed=0)
-    second.take(0, micro_batches)
-    second.detach()
+def meta_passes(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
+    """Run the passes of a step on meta tensors, for the memory estimate."""
+    method = BiLora({"": model}, rho=1.0, seed=0)
+    method.compute(0, micro_batches)
+    method.detach()
 
 
 class BiLora(StepGradient):
-    """The gradient beside an adversarial LoRA on every adapted layer of `models`, by the prefix of its draws."""
+    """The gradient with an adversarial LoRA on every adapted layer of `models`, by the prefix of its seeds."""
 
     def __init__(self, models: Mapping[str, nn.Module], rho: float, seed: int) -> None:
-        self._rho, self._is_on = rho, False
+        self._rho, self._is_active = rho, False
         self._pairs: dict[AdaptedLayer, tuple[nn.Parameter, nn.Parameter]] = {}
         self._scales: dict[AdaptedLayer, float] = {}
         for prefix, model in models.items():
             for layer in find_adapted_layers(model):
                 self._scales[layer] = scale_of(layer.tuner, first_adapter(layer.tuner))
                 self._pairs[layer] = _new_pair(layer, seed, prefix)
-                layer.below.attach(partial(self._base_forward, layer))
+                layer.base_hook.attach(partial(self._base_forward, layer))
         self._optimizer = torch.optim.AdamW(self._parameters(), maximize=True, weight_decay=0.0)
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         self._optimizer.zero_grad()
-        self._is_on = True
+        self._is_active = True
         try:
             return [batch.backward() for batch in micro_batches]
         finally:
-            self._is_on = False
+            self._is_active = False
 
     @torch.no_grad()
-    def weights_moved(self, learning_rate: float, loss_scale: float) -> None:
-        slopes = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-        average(slopes)
-        # The scaler of fp16 does not look at them. After the average all processes find the same.
-        if all(torch.stack([slope.isfinite().all() for slope in slopes]).tolist()):
-            for slope in slopes:
-                slope /= loss_scale
+    def after_update(self, learning_rate: float, loss_scale: float) -> None:
+        grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        average(grads)
+        # The scaler of fp16 does not check these gradients. After the average all processes have the same.
+        if all(torch.stack([grad.isfinite().all() for grad in grads]).tolist()):
+            for grad in grads:
+                grad /= loss_scale
             self._ascend(learning_rate)
         self._optimizer.zero_grad()
 
@@ -82,15 +89,15 @@ class BiLora(StepGradient):
 
     @torch.no_grad()
     def norm(self) -> float:
-        """||s B2 A2||_F over all layers, without forming B2 A2; read from the device once."""
+        """Return ||s B2 A2||_F over all layers, without forming B2 A2, in one transfer from the device."""
         squares = torch.stack([square_norm(*pair) for pair in self._pairs.values()])
         scales = torch.tensor([self._scales[layer] for layer in self._pairs], dtype=torch.float64)
         return float((scales.square() * squares.cpu().double()).sum().clamp(min=0).sqrt())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, header = optimizer_tensors(self._optimizer)
-        own = {f"parameter.{index}": parameter.detach() for index, parameter in enumerate(self._parameters())}
-        return tensors | own, header
+        parameters = {f"parameter.{index}": parameter.detach() for index, parameter in enumerate(self._parameters())}
+        return tensors | parameters, header
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -100,25 +107,25 @@ class BiLora(StepGradient):
 
     def detach(self) -> None:
         for layer in self._pairs:
-            layer.below.restore()
+            layer.base_hook.restore()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for pair in self._pairs.values() for parameter in pair]
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._is_on:
-            return layer.below.forward(x, *args, **kwargs)
-        return layer.with_added(partial(self._product, layer), x, *args, **kwargs)
+        if not self._is_active:
+            return layer.base_hook.forward(x, *args, **kwargs)
+        return layer.add_to_base_output(partial(self._second_lora, layer), x, *args, **kwargs)
 
-    def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+    def _second_lora(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         down, up = (factor.to(x.dtype) for factor in self._pairs[layer])
-        return self._scales[layer] * layer.product(down, up, x)
+        return self._scales[layer] * layer.apply_factors(down, up, x)
 
 
 def _new_pair(layer: AdaptedLayer, seed: int, prefix: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A2 (r, n) ~ N(0, 1/r^2) and B2 (m, r) = 0 on the layer's device, fp32."""
+    """Return A2 (r, n) ~ N(0, 1/r^2) and B2 (m, r) = 0 on the device of the layer, fp32."""
     rank = rank_of(layer.tuner, first_adapter(layer.tuner))
-    # Drawn on the CPU, so that one seed gives one pair on every device.
-    drawn = torch.randn(rank, layer.inputs, generator=generator("cpu", seed, "bi_lora", prefix, layer.name)) / rank
+    # Sampled on the CPU, so that a seed gives the same values on every device.
+    down = torch.randn(rank, layer.inputs, generator=generator("cpu", seed, "bi_lora", prefix, layer.name)) / rank
     device = layer.base.weight.device
-    return nn.Parameter(drawn.to(device)), nn.Parameter(torch.zeros(layer.shape[0], rank, device=device))
+    return nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(layer.shape[0], rank, device=device))

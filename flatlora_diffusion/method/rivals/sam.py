@@ -1,10 +1,10 @@
-"""Sharpness-aware minimization (arXiv:2010.01412): the gradient where the loss is about the worst within a radius.
+"""Sharpness-aware minimization (SAM, arXiv:2010.01412): the gradient at weights that increase the loss most.
 
     eps = rho * g / ||g||,  g the gradient at the weights;  the step descends along the gradient at weights + eps
 
-Two passes with the same draws. LoRA-SAM ascends in A and B; SAM in W of all adapted layers at once, along a sketch of
-g of a small rank, so that eps is a branch as small as a LoRA. Norms are over all layers. The loss that is told is that
-at the weights.
+Two passes with the same noise and timesteps. LoRA-SAM perturbs A and B. SAM perturbs W of all adapted layers along a
+low-rank sketch of g, so that eps is as small as a LoRA. Norms are over all layers. The reported loss is that at the
+unperturbed weights.
 """
 
 from __future__ import annotations
@@ -15,59 +15,63 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatlora_diffusion.method.gradient import Ascent, GradientInputs, MicroBatch, StepGradient, moved
+from flatlora_diffusion.method.gradient import Ascent, GradientInputs, MicroBatch, StepGradient, weights_shifted
 from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.rivals.sketch import Sketches
-from flatlora_diffusion.method.rivals.weight_gradients import SlopeReader, average, norm
+from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook, average, norm
 
 
-def lora_sam(inputs: GradientInputs) -> LoraSam:
-    """SAM over the factors of all models."""
-    return LoraSam(list(inputs.trainable.values()), inputs.factors, inputs.config.radius)
+def lora_sam_gradient(inputs: GradientInputs) -> LoraSam:
+    """Build SAM over the factors of all models."""
+    return LoraSam(list(inputs.trainable.values()), inputs.factors, inputs.config.effective_rho)
 
 
-def sam(inputs: GradientInputs) -> Sam:
-    """SAM over the adapted W of all models."""
-    return Sam(inputs.models.values(), list(inputs.trainable.values()), inputs.config.radius, inputs.seed)
+def sam_gradient(inputs: GradientInputs) -> Sam:
+    """Build SAM over the adapted W of all models."""
+    return Sam(inputs.models.values(), list(inputs.trainable.values()), inputs.config.effective_rho, inputs.seed)
 
 
-def rehearse(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
-    """A step's passes on meta tensors, for the estimate of memory: these have no norm to ask for."""
+def meta_passes(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
+    """Run the passes of a step on meta tensors, which have no norms, for the memory estimate."""
     method = Sam([model], [], rho=1.0, seed=0)
-    with method.reading(Sketches(0, 0)) as sketches:
+    with method.recording(Sketches(0, 0)) as sketches:
         for batch in micro_batches:
             batch.backward()
-    with method.ascended(sketches):
+    with method.perturbed(sketches):
         for batch in micro_batches:
             batch.backward()
     method.detach()
 
 
 class LoraSam(StepGradient):
-    """SAM over A and B of the LoRA, which reaches only what these can move W to (arXiv:2409.14396, Eq. 4)."""
+    """SAM over A and B: it perturbs W only within the subspace of the LoRA (arXiv:2409.14396, Eq. 4)."""
 
     ascends = True
 
     def __init__(self, trainable: Sequence[nn.Parameter], factors: Sequence[nn.Parameter], rho: float) -> None:
         self._trainable, self._factors, self._rho = trainable, factors, rho
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         batches, self.ascent = list(micro_batches), None
         losses = [batch.backward() for batch in batches]
-        slopes = {factor: factor.grad for factor in self._factors if factor.grad is not None}
-        length = norm(slopes.values())
+        grads = {factor: factor.grad for factor in self._factors if factor.grad is not None}
+        length = norm(grads.values())
         if not _can_ascend(length):
             return losses
-        with moved({factor: slope * (self._rho / length) for factor, slope in slopes.items()}):
+        with weights_shifted({factor: grad * (self._rho / length) for factor, grad in grads.items()}):
             _zero_grads(self._trainable)
             self.ascent = Ascent([batch.backward() for batch in batches], self._rho * length)
         return losses
 
 
-class Sam(SlopeReader, StepGradient):
-    """SAM over W of the adapted layers, never written: its slope is sketched and eps added in their forward.
+class Sam(WeightGradientHook, StepGradient):
+    """SAM over W of the adapted layers. Their forward adds eps, so W is not written.
 
-    `seed` is that of the sketches.
+    Args:
+        models: the adapted models.
+        trainable: all trained parameters.
+        rho: Frobenius norm of eps over all layers.
+        seed: seed of the gradient sketches.
     """
 
     ascends = True
@@ -77,26 +81,25 @@ class Sam(SlopeReader, StepGradient):
         self._trainable, self._rho, self._seed = trainable, rho, seed
         self._eps: Sketches | None = None
 
-    def take(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         batches, self.ascent = list(micro_batches), None
-        with self.reading(Sketches(self._seed, step)) as slopes:
+        with self.recording(Sketches(self._seed, step)) as sketches:
             losses = [batch.backward(is_shared=False) for batch in batches]
-        slopes.average()
-        length = slopes.norm()
+        sketches.average()
+        length = sketches.norm()
         if not _can_ascend(length):
-            average(
-                weight.grad for weight in self._trainable if weight.grad is not None
-            )  # as no second pass shares them
+            # The first pass has not averaged the gradients over processes, and there is no second pass.
+            average(weight.grad for weight in self._trainable if weight.grad is not None)
             return losses
-        slopes.scale(self._rho / length)
+        sketches.scale(self._rho / length)
         _zero_grads(self._trainable)
-        with self.ascended(slopes):
+        with self.perturbed(sketches):
             self.ascent = Ascent([batch.backward() for batch in batches], self._rho * length)
         return losses
 
     @contextmanager
-    def ascended(self, eps: Sketches) -> Iterator[None]:
-        """While this is open, adapted layers compute with W + eps."""
+    def perturbed(self, eps: Sketches) -> Iterator[None]:
+        """Compute the adapted layers at W + eps while open."""
         self._eps = eps
         try:
             yield
@@ -109,10 +112,10 @@ class Sam(SlopeReader, StepGradient):
             return super()._base_forward(layer, x, *args, **kwargs)
         down, up = factors
 
-        def added(x: Tensor) -> Tensor:
-            return layer.fixed_product(down.to(x.dtype), up.to(x.dtype), x)
+        def noise_output(x: Tensor) -> Tensor:
+            return layer.apply_frozen_factors(down.to(x.dtype), up.to(x.dtype), x)
 
-        return layer.with_added(added, x, *args, **kwargs)
+        return layer.add_to_base_output(noise_output, x, *args, **kwargs)
 
 
 def _zero_grads(parameters: Iterable[nn.Parameter]) -> None:
@@ -121,5 +124,5 @@ def _zero_grads(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _can_ascend(length: Tensor) -> bool:
-    """Whether there is a direction. What is not finite is left to the loop, which looks at the gradient."""
+    """Whether the gradient has a direction. The training loop handles a gradient that is not finite."""
     return bool(length.isfinite() and length > 0)

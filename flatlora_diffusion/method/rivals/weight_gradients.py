@@ -1,4 +1,4 @@
-"""The slope of the loss in W of the adapted layers, dL/dW, read while gradients of A and B are taken; W has none."""
+"""The gradient dL/dW of the frozen W of the adapted layers, recorded while backward computes those of A and B."""
 
 from __future__ import annotations
 
@@ -16,140 +16,144 @@ from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
 from flatlora_diffusion.method.noise import Convolution, compute_dtype
 
 
-def read_slopes(models: Iterable[nn.Module], micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
-    """dL/dW of each layer, summed over `micro_batches` and averaged over processes; fp32, shape of W.
+def read_weight_gradients(models: Iterable[nn.Module], micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    """Return dL/dW of each adapted layer of `models`, summed over micro-batches and averaged over processes.
 
-    The gradients of the trained parameters are added to what they have.
+    Also adds the gradients of the trained parameters to their `grad`.
+
+    Returns:
+        Gradients in fp32, with the shape of W.
     """
-    reader = SlopeReader(models)
+    hook = WeightGradientHook(models)
     try:
-        with reader.reading(Slopes()) as slopes:
-            for one in micro_batches:
-                one.backward(is_shared=False)
+        with hook.recording(WeightGradients()) as gradients:
+            for batch in micro_batches:
+                batch.backward(is_shared=False)
     finally:
-        reader.detach()
-    average(slopes.values())
-    return [slopes[layer] for layer in reader.layers]
+        hook.detach()
+    average(gradients.values())
+    return [gradients[layer] for layer in hook.layers]
 
 
-def rehearse(model: nn.Module, micro_batches: Iterable[MicroBatch]) -> None:
-    """The passes of `read_slopes` on meta tensors, for the estimate of memory."""
-    reader = SlopeReader([model])
-    with reader.reading(Slopes()):
+def meta_passes(model: nn.Module, micro_batches: Iterable[MicroBatch]) -> None:
+    """Run the passes of `read_weight_gradients` on meta tensors, for the memory estimate."""
+    hook = WeightGradientHook([model])
+    with hook.recording(WeightGradients()):
         for batch in micro_batches:
             batch.backward()
-    reader.detach()
+    hook.detach()
 
 
-class Reading(Protocol):
-    """What is made of the slopes of all layers."""
+class GradientSink(Protocol):
+    """Receives the gradients of all layers."""
 
-    def add(self, layer: AdaptedLayer, x: Tensor, slope_of_output: Tensor) -> None:
-        """Take in the slope of one call of `layer`: its inputs and dL/d(output), both as it computes with them."""
-
-
-Read = TypeVar("Read", bound=Reading)
+    def add(self, layer: AdaptedLayer, x: Tensor, output_grad: Tensor) -> None:
+        """Add the gradient of a call of `layer`, from its input and dL/d(output) in the compute dtype."""
 
 
-class Slopes(dict[AdaptedLayer, Tensor]):
-    """dL/dW of each layer, summed; fp32, shape of W."""
+Sink = TypeVar("Sink", bound=GradientSink)
 
-    def add(self, layer: AdaptedLayer, x: Tensor, slope_of_output: Tensor) -> None:
-        slope = slope_of_weight(x, slope_of_output, layer.shape, layer.convolution)
+
+class WeightGradients(dict[AdaptedLayer, Tensor]):
+    """The sum of dL/dW of each layer; fp32, shape of W."""
+
+    def add(self, layer: AdaptedLayer, x: Tensor, output_grad: Tensor) -> None:
+        """Add the gradient of a call of `layer`; see `GradientSink`."""
+        gradient = weight_gradient(x, output_grad, layer.shape, layer.convolution)
         if layer in self:
-            slope += self[layer]
-        self[layer] = slope
+            gradient += self[layer]
+        self[layer] = gradient
 
 
-class SlopeReader:
-    """Attached to the adapted layers of `models`, it reads their slopes where it is asked to."""
+class WeightGradientHook:
+    """Hooks the adapted layers of `models` and records dL/dW of them while `recording` is open."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         self.layers = [layer for model in models for layer in find_adapted_layers(model)]
         for layer in self.layers:
-            layer.below.attach(partial(self._base_forward, layer))
-        self._found: Reading | None = None
-        # What has a gradient in any case, so that a layer whose inputs need none is asked for its own.
-        self._asks = torch.zeros((), requires_grad=True)
+            layer.base_hook.attach(partial(self._base_forward, layer))
+        self._sink: GradientSink | None = None
+        # Requires a gradient, so that backward also reaches layers whose input requires none.
+        self._anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
-    def reading(self, found: Read) -> Iterator[Read]:
-        """The slopes of all that is computed, forward and backward, while this is open are added to `found`."""
-        self._found = found
+    def recording(self, sink: Sink) -> Iterator[Sink]:
+        """Add the gradients of the forward and backward passes inside the context to `sink`."""
+        self._sink = sink
         try:
-            yield found
+            yield sink
         finally:
-            self._found = None
+            self._sink = None
 
     def detach(self) -> None:
+        """Remove the hooks. The object cannot be used afterwards."""
         for layer in self.layers:
-            layer.below.restore()
+            layer.base_hook.restore()
 
     def _base_forward(self, layer: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = layer.below.forward(x, *args, **kwargs)
-        if self._found is not None and layer.is_active():
-            output = _Read.apply(output, x, self._asks, layer, self._found)
+        output: Tensor = layer.base_hook.forward(x, *args, **kwargs)
+        if self._sink is not None and layer.is_active():
+            output = _RecordGradient.apply(output, x, self._anchor, layer, self._sink)
         return output
 
 
-class _Read(torch.autograd.Function):
-    """The output of a base layer as it is; in backward the layer's inputs and its output's gradient are handed on."""
+class _RecordGradient(torch.autograd.Function):
+    """Return the output of a base layer unchanged; backward passes its input and output gradient to the sink."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, asks: Tensor, layer: AdaptedLayer, found: Reading) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, layer: AdaptedLayer, sink: GradientSink
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.found, ctx.dtype = layer, found, compute_dtype(x.device, output.dtype)
-        return output.clone()  # bitsandbytes adds the LoRA's output in place
+        ctx.layer, ctx.sink, ctx.dtype = layer, sink, compute_dtype(x.device, output.dtype)
+        return output.clone()  # bitsandbytes layers add the LoRA in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
         with _without_autocast(x.device):
-            ctx.found.add(ctx.layer, x.detach().to(ctx.dtype), grad.to(ctx.dtype))
+            ctx.sink.add(ctx.layer, x.detach().to(ctx.dtype), grad.to(ctx.dtype))
         return grad, None, None, None, None
 
 
-def slope_of_weight(
-    x: Tensor, slope_of_output: Tensor, shape: tuple[int, ...], convolution: Convolution | None
-) -> Tensor:
-    """dL/dW of a layer whose weight has `shape`, from its inputs and dL/d(output); fp32, of that shape."""
+def weight_gradient(x: Tensor, output_grad: Tensor, shape: tuple[int, ...], convolution: Convolution | None) -> Tensor:
+    """Return dL/dW of `shape` in fp32 from the input of the layer and dL/d(output)."""
     if convolution is None:
-        return product(slope_of_output.flatten(0, -2).mT, x.flatten(0, -2))
-    # cuDNN takes fp32 in TF32 unless told otherwise, which holds all bits of what is in half precision.
-    return conv2d_weight(x.float(), list(shape), slope_of_output.float(), convolution.stride, convolution.padding)
+        return matmul_fp32(output_grad.flatten(0, -2).mT, x.flatten(0, -2))
+    # cuDNN computes fp32 in TF32 by default, which is exact for half-precision inputs.
+    return conv2d_weight(x.float(), list(shape), output_grad.float(), convolution.stride, convolution.padding)
 
 
-def product(one: Tensor, other: Tensor) -> Tensor:
-    """The fp32 product of two matrices, those in half precision multiplied as they are where a GPU can."""
-    device = one.device.type
+def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of two matrices in fp32, without casting half-precision inputs where the GPU allows it."""
     has_wide_output = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None  # PyTorch 2.8
-    if one.dtype != torch.float32 and has_wide_output and device in ("cuda", "meta"):
-        return torch.mm(one, other, out_dtype=torch.float32)
-    return one.float() @ other.float()
+    if left.dtype != torch.float32 and has_wide_output and left.device.type in ("cuda", "meta"):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Sums in fp32 are none where backward is called under autocast; meta tensors have none."""
+    """Disable autocast, under which fp32 sums would be rounded; meta tensors have no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def are_several() -> bool:
-    """Whether processes train together."""
+def is_distributed() -> bool:
+    """Whether several processes train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def average(slopes: Iterable[Tensor]) -> None:
-    """Let all processes have the mean of their slopes, in place."""
-    if not are_several():
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace the tensors by their mean over all processes."""
+    if not is_distributed():
         return
-    for slope in slopes:
-        torch.distributed.all_reduce(slope)
-        slope /= torch.distributed.get_world_size()
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor)
+        tensor /= torch.distributed.get_world_size()
 
 
-def norm(slopes: Iterable[Tensor]) -> Tensor:
-    """||g|| over all of them."""
-    norms = [torch.linalg.vector_norm(slope) for slope in slopes]
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm over all tensors."""
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
     if not norms:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms]))
+    return torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
