@@ -64,7 +64,7 @@ def base_names(base: str | None = None) -> BaseNames:
     if name == SDXL:
         name = "SDXL"
     elif name != TINY and not Path(name).exists() and config_file(config, "unet") is None:
-        name = f"SDXL (of {name} nothing is on this disk)"
+        name = f"SDXL ({name} is not on this disk)"
     return _names(name, {part: on_meta(config, part) for part in PARTS})
 
 

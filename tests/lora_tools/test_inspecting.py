@@ -234,7 +234,7 @@ def test_a_hub_id_of_which_nothing_is_here_is_said_to_count_as_sdxl(
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 2048), f"{name}.lora_up.weight": torch.ones(640, 2)}
     path = saved(tensors, tmp_path / "x.safetensors")
-    assert report(path, "someone/no-such-base", capsys)["base"] == ("SDXL (someone/no-such-base is not on this disk)")
+    assert report(path, "someone/no-such-base", capsys)["base"] == "SDXL (someone/no-such-base is not on this disk)"
     assert report(path, "stabilityai/stable-diffusion-xl-base-1.0", capsys)["base"] == "SDXL"
 
 
